@@ -1,0 +1,68 @@
+"""Fixtures: tiny pipelines and images, made once a session, and the script run in this process."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pipeline folders by name: sd, sd2 (v-prediction) and sdxl."""
+    root = tmp_path_factory.mktemp("pipelines")
+    return {
+        "sd": tiny.make_sd(root / "sd"),
+        "sd2": tiny.make_sd(root / "sd2", "v_prediction"),
+        "sdxl": tiny.make_sdxl(root / "sdxl"),
+    }
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imagefolder of six captioned images."""
+    return tiny.make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+
+
+@pytest.fixture
+def train(pipelines: dict[str, Path], images: Path, tmp_path: Path) -> Callable[..., Path]:
+    """train("sd", "--rank", 4, out="a") runs train_text_to_image.py in this process and gives its output folder."""
+
+    def run(pipeline: str, *flags: object, out: str = "out", data: Path = images, expect: int = 0) -> Path:
+        from train_text_to_image import main
+
+        reset_accelerate()
+        argv = ["--pretrained_model", pipelines.get(pipeline, pipeline), "--train_data_dir", data]
+        argv += ["--resolution", tiny.RESOLUTION, "--output_dir", tmp_path / out, "--lr_warmup_steps", 0]
+        argv += ["--report_to", "none", *flags]
+        status = main([str(word) for word in argv])
+        assert status == expect
+        return tmp_path / out
+
+    return run
+
+
+def reset_accelerate() -> None:
+    """Forgets the accelerator of an earlier run in this process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()

@@ -1,0 +1,157 @@
+"""What a run computes, compared with something known."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from tests import tiny
+
+
+def weights(folder: Path, name: str = "unet") -> dict[str, torch.Tensor]:
+    """All tensors of a saved part."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in (folder / name).glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def lora(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA file."""
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train_loss"] for line in lines]
+
+
+class Independent:
+    """A training step in a few lines of diffusers, from the pipeline folder and the loader's batch."""
+
+    def __init__(self, folder: Path, gamma: float | None, dtype: torch.dtype = torch.float32):
+        from diffusers import DDPMScheduler, DiffusionPipeline
+
+        self.pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+        self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        self.gamma = gamma
+
+    def text(self, batch):
+        pipe = self.pipeline
+        if not hasattr(pipe, "text_encoder_2"):
+            return pipe.text_encoder(batch.input_ids[:, 0])[0], {}
+        one = pipe.text_encoder(batch.input_ids[:, 0], output_hidden_states=True)
+        two = pipe.text_encoder_2(batch.input_ids[:, 1], output_hidden_states=True)
+        hidden = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+        return hidden, {"added_cond_kwargs": {"text_embeds": two[0], "time_ids": batch.crops}}
+
+    def loss(self, batch) -> torch.Tensor:
+        pipe, scheduler = self.pipeline, self.scheduler
+        with torch.no_grad():
+            moments = pipe.vae.encode(batch.pixels / 127.5 - 1).latent_dist
+            latents = (moments.mean + moments.std * batch.posterior_noise) * pipe.vae.config.scaling_factor
+            hidden, added = self.text(batch)
+        alpha_bar = scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+        noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * batch.noise
+        prediction = pipe.unet(noisy, batch.timesteps, hidden, **added).sample
+        snr = (alpha_bar / (1 - alpha_bar)).flatten()
+        if scheduler.config.prediction_type == "epsilon":
+            target, divisor = batch.noise, snr
+        else:
+            target, divisor = alpha_bar.sqrt() * batch.noise - (1 - alpha_bar).sqrt() * latents, snr + 1
+        each = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
+        weight = torch.ones_like(snr) if self.gamma is None else snr.clamp(max=self.gamma) / divisor
+        return (weight * each).mean()
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("name", ["sd", "sd2", "sdxl"])
+def test_loss_and_gradients_equal_an_independent_computation(pipelines, images, name, gamma):
+    from utils.adaptation import AdaptationOptions, FullFineTuning
+    from utils.data.dataset import SampleSpec, TrainingDataset
+    from utils.data.images import ImageOptions
+    from utils.data.sampler import GlobalBatches, Piece
+    from utils.data.sources import DataOptions, read_records
+    from utils.encoding import Encoder
+    from utils.families.base import ModelOptions, PipelineSource
+    from utils.families.registry import pick_family
+    from utils.losses import LossOptions
+    from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions
+    from utils.objective import Objective
+
+    source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipelines[name])))
+    adaptation_options = AdaptationOptions()
+    family = pick_family(source)(source, FullFineTuning.dtypes(adaptation_options, torch.float32), None)
+    adaptation = FullFineTuning(family, adaptation_options, None)
+    process = ForwardProcess(family.pipeline.scheduler.config, None)
+    records = read_records(DataOptions(train_data_dir=str(images)), 0)
+    spec = SampleSpec(tiny.RESOLUTION, family.latent_space.shape(tiny.RESOLUTION), family.tokenizer())
+    draws = NoiseDraws(NoiseOptions(), process.num_timesteps, 0)
+    dataset = TrainingDataset(records, GlobalBatches(len(records), 4, 0), spec, ImageOptions(), draws, 0.0)
+    batch = dataset[Piece(3, (0, 1, 2, 3))]
+
+    objective = Objective(family, adaptation.modules, process, LossOptions(snr_gamma=gamma))
+    loss = objective(Encoder(family, False).encode(batch)).mean()
+    loss.backward()
+    independent = Independent(pipelines[name], gamma)
+    expected = independent.loss(batch)
+    expected.backward()
+
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for (key, parameter), reference in zip(
+        family.unet.named_parameters(), independent.pipeline.unet.parameters(), strict=True
+    ):
+        scale = float(reference.grad.abs().max())
+        torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-4, atol=1e-5 * max(scale, 1e-3), msg=key)
+
+
+@pytest.mark.parametrize("flags", [(), ("--adaptation", "lora")], ids=["full", "lora"])
+def test_batch_4_equals_batch_1_accumulated_4_times(train, flags):
+    common = [*flags, "--max_train_steps", 10, "--adam_epsilon", 1e-5, "--learning_rate", 1e-3, "--random_flip"]
+    whole = train("sd", *common, "--train_batch_size", 4, out="whole")
+    pieces = train("sd", *common, "--train_batch_size", 1, "--gradient_accumulation_steps", 4, out="pieces")
+    one, other = (lora(whole), lora(pieces)) if flags else (weights(whole), weights(pieces))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=2e-6, msg=name)
+    torch.testing.assert_close(losses(whole), losses(pieces), rtol=1e-5, atol=1e-6)
+
+
+RESUMED = {
+    "full": ("sd", "--use_ema", "--caption_dropout", 0.3, "--random_flip"),
+    "text encoder": ("sd", "--train_text_encoder", "--text_encoder_lr", 1e-4, "--gradient_accumulation_steps", 2),
+    "lora": ("sd", "--adaptation", "lora", "--lora_dropout", 0.3, "--use_ema", "--lora_alpha", 8),
+    "sdxl lora": ("sdxl", "--adaptation", "lora", "--train_text_encoder", "--lora_dropout", 0.1, "--rank", 2),
+    "sdxl bf16": ("sdxl", "--mixed_precision", "bf16", "--snr_gamma", 5, "--dataloader_num_workers", 1),
+    "lora bf16": ("sd2", "--adaptation", "lora", "--mixed_precision", "bf16", "--use_dora"),
+    "8-bit": ("sd2", "--use_8bit_adam", "--lr_scheduler", "cosine"),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(train, case):
+    pipeline, *flags = RESUMED[case]
+    flags += ["--train_batch_size", 2, "--learning_rate", 1e-3]
+    whole = train(pipeline, *flags, "--max_train_steps", 8, "--checkpointing_steps", 3, out="whole")
+    schedule = ["--lr_scheduler", "constant"] if "cosine" not in flags else []
+    if schedule:
+        train(pipeline, *flags, "--max_train_steps", 3, out="parts")
+    else:  # the schedule follows from the length, so the run is stopped by taking away what came later
+        train(pipeline, *flags, "--max_train_steps", 8, "--checkpointing_steps", 3, "--no_final_checkpoint", out="parts")
+        import shutil
+
+        shutil.rmtree(whole.parent / "parts" / "checkpoint-6")
+    parts = train(pipeline, *flags, "--max_train_steps", 8, "--resume_from_checkpoint", "latest", out="parts")
+    assert losses(whole) == losses(parts)
+    for file in sorted((whole / "checkpoint-8").rglob("*.safetensors")):
+        relative = file.relative_to(whole)
+        assert_same_bits(load_file(file), load_file(parts / relative))
+    assert (whole / "checkpoint-8" / "optimizer.safetensors").exists()

@@ -1,0 +1,152 @@
+"""Tiny pipelines of the real classes, and small folders of images, made on the spot."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+RESOLUTION = 32
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230), "yellow": (230, 220, 40)}
+
+
+def tokenizer(folder: Path):
+    """A CLIP tokenizer over single bytes, of 77 tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    characters = sorted(ByteLevel.alphabet())
+    words = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {word: index for index, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77, pad_token="<|endoftext|>"
+    )
+
+
+def text_config(width: int, **more):
+    """The config of a small CLIP text encoder."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+        **more,
+    )
+
+
+def vae(scaling_factor: float = 0.18215):
+    """A VAE of factor 2 with 4 latent channels."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=[16, 32],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        scaling_factor=scaling_factor,
+    )
+
+
+def scheduler(prediction_type: str = "epsilon"):
+    """The scheduler that Stable Diffusion is sampled with by default, DDIM in place of PNDM."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+def make_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """A Stable Diffusion pipeline folder."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=32,
+    )
+    StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(text_config(32)),
+        tokenizer=tokenizer(folder / "vocabulary"),
+        unet=unet,
+        scheduler=scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_sdxl(folder: Path) -> Path:
+    """A Stable Diffusion XL pipeline folder."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=24 + 6 * 8,
+        cross_attention_dim=32 + 16,
+    )
+    StableDiffusionXLPipeline(
+        vae=vae(0.13025),
+        text_encoder=CLIPTextModel(text_config(32)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(16, projection_dim=24, hidden_act="gelu")),
+        tokenizer=tokenizer(folder / "vocabulary"),
+        tokenizer_2=tokenizer(folder / "vocabulary"),
+        unet=unet,
+        scheduler=scheduler(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_images(folder: Path, count: int = 6) -> Path:
+    """An imagefolder of rectangles in several sizes, with captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    lines = []
+    for index in range(count):
+        name = list(COLOURS)[index % len(COLOURS)]
+        width, height = 40 + 8 * (index % 3), 40 + 8 * (index % 4)
+        pixels = random.integers(0, 60, (height, width, 3), dtype=np.uint8)
+        pixels[8:-8, 8:-8] = COLOURS[name]
+        Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+        lines.append(json.dumps({"file_name": f"{index:03d}.png", "text": f"a {name} square"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder

@@ -1,0 +1,369 @@
+#!/usr/bin/env python
+"""Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions, whole or by LoRA.
+
+    accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir ... --output_dir ...
+"""
+
+import logging
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from utils.adaptation import ADAPTATIONS, Adaptation, AdaptationOptions
+from utils.checkpoint import CheckpointOptions, Checkpoints
+from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, batches_by_step
+from utils.data.images import ImageOptions, check_header
+from utils.data.sampler import GlobalBatches, Pieces
+from utils.data.sources import DataOptions, Records, read_records
+from utils.ema import EmaOptions, MovingAverage
+from utils.encoding import Encoder
+from utils.export import CardFacts, HubOptions, upload, write_card
+from utils.families.base import Family, ModelOptions, PipelineSource
+from utils.families.registry import pick_family
+from utils.losses import LossOptions
+from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions
+from utils.objective import Objective
+from utils.optim import OptimizerOptions, ScheduleOptions, build_optimizer, rate_factor, set_learning_rate
+from utils.options import UserError, as_record, option, parse, require_positive, run_script, without_secrets
+from utils.runtime import (
+    OutputFolder,
+    RuntimeOptions,
+    ending,
+    on_main_process,
+    set_up_logging,
+    start_processes,
+    weight_dtype,
+    write_json,
+)
+from utils.seeding import model_seed
+from utils.state import RunState, evaluating
+from utils.tracking import RunLog, Sample, StepMetrics, TrackingOptions, start_trackers
+from utils.validation import Sampler, ValidationOptions
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger("utils.train_text_to_image")
+PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class LengthOptions:
+    num_train_epochs: int = option(100, "passes over the data")
+    max_train_steps: int | None = option(None, "optimizer steps, instead of --num_train_epochs")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_train_epochs", "max_train_steps")
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of this script, by group."""
+
+    model: ModelOptions
+    adaptation: AdaptationOptions
+    data: DataOptions
+    image: ImageOptions
+    loader: LoaderOptions
+    length: LengthOptions
+    optimizer: OptimizerOptions
+    schedule: ScheduleOptions
+    loss: LossOptions
+    noise: NoiseOptions
+    ema: EmaOptions
+    validation: ValidationOptions
+    checkpoint: CheckpointOptions
+    runtime: RuntimeOptions
+    tracking: TrackingOptions
+    hub: HubOptions
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Trains; every step of the way in its order."""
+    set_up_logging()
+    options: Options = parse(Options, argv, __doc__.splitlines()[0])
+    source = PipelineSource(options.model)
+    family_class = pick_family(source)
+    check_together(options)
+    seed = options.runtime.seed
+    folder = OutputFolder(options.runtime.output_dir or default_output_dir(options, family_class))
+    accelerator = start_processes(
+        options.runtime,
+        options.loader.gradient_accumulation_steps,
+        options.tracking.trackers,
+        folder.path,
+        options.tracking.logging_dir,
+    )
+    with ending(accelerator, folder):
+        checkpoints = Checkpoints(folder.path, options.checkpoint.checkpoints_total_limit)
+        start = checkpoints.resolve(options.checkpoint.resume_from_checkpoint)
+        if not options.runtime.dry_run:
+            on_main_process(accelerator, lambda: claim(folder, checkpoints, options))
+        records = readable_records(options, accelerator)
+        batches = GlobalBatches(len(records), global_batch_size(options, accelerator), seed)
+        total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
+        rates = scaled_rates(options.optimizer, batches.size)
+        factor = rate_factor(options.schedule, rates.learning_rate, total_steps)
+
+        torch.manual_seed(model_seed(seed, 0, 0))  # LoRA's and a fresh UNet's first weights
+        adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
+        dtypes = adaptation_class.dtypes(options.adaptation, weight_dtype(accelerator))
+        family = family_class(source, dtypes, options.noise.prediction_type)
+        resolution = options.image.resolution or family.default_resolution
+        family.check_resolution(resolution)
+        adaptation = adaptation_class(family, options.adaptation, start)
+        family.use_attention()
+        process = ForwardProcess(family.pipeline.scheduler.config, options.noise.prediction_type)
+        named = adaptation.named_parameters(rates)
+        plan = describe(options, accelerator, family, adaptation, records, batches, total_steps, resolution)
+        if options.runtime.dry_run:
+            if accelerator.is_main_process:
+                print(plan)
+            return
+
+        family.to(accelerator.device)
+        if options.model.gradient_checkpointing:
+            family.use_gradient_checkpointing(options.adaptation.train_text_encoder)
+        parameters = [parameter for _, parameter, _ in named]
+        average = MovingAverage(parameters, options.ema) if options.ema.use_ema else None
+        encoder = Encoder(family, options.adaptation.train_text_encoder)
+        objective = Objective(family, adaptation.modules, process, options.loss)
+        model, optimizer = accelerator.prepare(objective, build_optimizer(named, rates))
+        state = RunState(accelerator, adaptation, average, optimizer, named, seed, batches.size)
+        first_step = 0 if start is None else state.load(start)
+
+        spec = SampleSpec(resolution, family.latent_space.shape(resolution), family.tokenizer())
+        draws = NoiseDraws(options.noise, process.num_timesteps, seed)
+        dataset = TrainingDataset(records, batches, spec, options.image, draws, options.loader.caption_dropout)
+        rank, num_processes = accelerator.process_index, accelerator.num_processes
+        pieces = Pieces(batches.size, options.loader.train_batch_size, rank, num_processes, first_step, total_steps)
+        loader = batches_by_step(
+            dataset, pieces, options.loader.num_workers(num_processes), pin_memory=accelerator.device.type == "cuda"
+        )
+        sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed)
+        open_records(options, accelerator, folder)
+        logger.info("training\n%s", plan)
+        log = RunLog(accelerator, folder.path, first_step, total_steps, batches.size)
+        unreadable = dict(records.unreadable)
+        loss_scale = num_processes * accelerator.gradient_accumulation_steps / batches.size
+
+        adaptation.train_mode()
+        for step, micro_batches in loader:
+            set_learning_rate(optimizer, factor(step))
+            loss, loss_by_key = torch.zeros((), device=accelerator.device), []
+            for number, batch in enumerate(micro_batches, start=1):
+                torch.manual_seed(model_seed(seed, step, int(batch.slots[0])))  # dropout, where the model has any
+                encoded = encoder.encode(batch.to(accelerator.device))
+                accelerator.sync_gradients = number == len(pieces.slots)
+                with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
+                    losses = model(encoded)
+                    accelerator.backward(losses.sum() * loss_scale)
+                loss += losses.detach().sum()
+                loss_by_key += zip(batch.keys, losses.detach(), strict=True)
+                note_unreadable(batch.unreadable, unreadable)
+            grad_norm = accelerator.clip_grad_norm_(parameters, rates.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+            if average is not None and not accelerator.optimizer_step_was_skipped:
+                average.update()
+
+            done = step + 1
+            mean_loss = accelerator.reduce(loss) / batches.size
+            epoch = done * batches.size / len(records)
+            shown = loss_by_key if options.tracking.debug_loss else []
+            log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rates.learning_rate * factor(step), shown))
+            if options.checkpoint.is_due(done, total_steps):
+                with log.paused():
+                    on_main_process(accelerator, lambda: checkpoints.save(done, lambda aside: state.save(aside, done)))
+            if done < total_steps and is_validation_due(options, family, batches, done):
+                with log.paused(), evaluating(adaptation, average):
+                    log.images(sampler.draw(f"step-{done}"), done, "validation")
+        log.close()
+
+        with evaluating(adaptation, average):
+            on_main_process(accelerator, lambda: adaptation.export(folder.path))
+            samples = sampler.draw("final")
+        log.images(samples, total_steps, "test")
+        write_data_report(accelerator, folder, records, unreadable)
+        if accelerator.is_main_process:
+            publish(options, folder, family, samples, total_steps, batches.size)
+        logger.info("the result is in %s", folder.path)
+
+
+def check_together(options: Options) -> None:
+    """Refuses options that don't go together, and warns of those that have no effect."""
+    if options.model.unet_config is not None and options.adaptation.adaptation == "lora":
+        raise UserError("--unet_config trains a fresh UNet, which --adaptation lora would leave random; leave one out")
+    text_rates = (options.optimizer.text_encoder_lr, options.optimizer.text_encoder_2_lr)
+    if any(rate is not None for rate in text_rates) and not options.adaptation.train_text_encoder:
+        raise UserError("--text_encoder_lr goes with --train_text_encoder; give both or neither")
+    if options.schedule.lr_scheduler == "constant" and options.schedule.lr_warmup_steps not in (0, 500):
+        logger.warning("--lr_warmup_steps is ignored by --lr_scheduler constant; constant_with_warmup heeds it")
+    if options.ema.offload_ema and not options.ema.use_ema:
+        raise UserError("--offload_ema goes with --use_ema; give both or neither")
+    if options.adaptation.train_text_encoder and options.model.clip_skip and options.adaptation.adaptation == "full":
+        logger.warning("--clip_skip %d: the layers left out stay as they are", options.model.clip_skip)
+
+
+def default_output_dir(options: Options, family_class: type[Family]) -> str:
+    """The diffusers examples' output folder for this family and adaptation."""
+    return family_class.default_output_dir + ("-lora" if options.adaptation.adaptation == "lora" else "")
+
+
+def claim(folder: OutputFolder, checkpoints: Checkpoints, options: Options) -> None:
+    """Takes the output folder for this run, and removes what a killed run left half written."""
+    resuming = options.checkpoint.resume_from_checkpoint is not None
+    folder.claim(resuming, options.runtime.overwrite_output_dir)
+    checkpoints.clean()
+
+
+def readable_records(options: Options, accelerator: "Accelerator") -> Records:
+    """The records whose image headers can be read; the main process first, which fills `datasets`' cache for all."""
+    with accelerator.main_process_first():
+        records = read_records(options.data, options.runtime.seed).without_unreadable(check_header)
+    for key, reason in records.unreadable[:20]:
+        logger.warning("left out %s: %s", key, reason)
+    if records.unreadable:
+        logger.warning("%d unreadable images are left out of the training", len(records.unreadable))
+    if records.num_missing_captions:
+        logger.warning("%d images have no caption and train on an empty one", records.num_missing_captions)
+    if len(records) == 0:
+        raise UserError(f"no image can be read; the first says: {records.unreadable[0]}")
+    return records
+
+
+def global_batch_size(options: Options, accelerator: "Accelerator") -> int:
+    """Samples of an optimizer step, over all processes and accumulated batches."""
+    loader = options.loader
+    return loader.train_batch_size * loader.gradient_accumulation_steps * accelerator.num_processes
+
+
+def scaled_rates(options: OptimizerOptions, factor: int) -> OptimizerOptions:
+    """The options with all learning rates times the factor where `--scale_lr` asks for it."""
+    if not options.scale_lr:
+        return options
+    names = ("learning_rate", "text_encoder_lr", "text_encoder_2_lr")
+    rates = {name: getattr(options, name) * factor for name in names if getattr(options, name) is not None}
+    return replace(options, **rates)
+
+
+def is_validation_due(options: Options, family: Family, batches: GlobalBatches, done: int) -> bool:
+    """Whether samples are drawn after optimizer step number `done`, from 1."""
+    default_epochs = 1 if options.adaptation.adaptation == "lora" else family.default_validation_epochs
+    before, after = batches.epochs_before(done - 1), batches.epochs_before(done)
+    return options.validation.is_due(done, before, after, default_epochs)
+
+
+def describe(
+    options: Options,
+    accelerator: "Accelerator",
+    family: Family,
+    adaptation: Adaptation,
+    records: Records,
+    batches: GlobalBatches,
+    total_steps: int,
+    resolution: int,
+) -> str:
+    """What trains on what and for how long, a fact a line: what `--dry_run` prints."""
+    trained = {
+        name: sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        for name, module in adaptation.modules.items()
+    }
+    parts = ", ".join(f"{name} {count:,}" for name, count in trained.items())
+    loader = options.loader
+    facts = {
+        "model": f"{options.model.pretrained_model_name_or_path} ({family.pipeline_class_name})",
+        "adaptation": f"{options.adaptation.adaptation}, {sum(trained.values()):,} parameters train: {parts}",
+        "precision": f"{accelerator.mixed_precision} on {accelerator.num_processes} x {accelerator.device.type}",
+        "data": f"{len(records):,} images, {len(records.unreadable)} unreadable ones left out",
+        "resolution": f"{resolution}x{resolution}",
+        "global batch": f"{batches.size} = {loader.train_batch_size} x {loader.gradient_accumulation_steps} accumulated "
+        f"x {accelerator.num_processes} processes",
+        "length": f"{total_steps:,} optimizer steps = {total_steps * batches.size / len(records):.2f} epochs",
+        "optimizer": f"{options.optimizer.optimizer}, {options.schedule.lr_scheduler} from "
+        f"{scaled_rates(options.optimizer, batches.size).learning_rate:g}",
+    }
+    return "\n".join(f"  {name:<14} {fact}" for name, fact in facts.items())
+
+
+def open_records(options: Options, accelerator: "Accelerator", folder: OutputFolder) -> None:
+    """Writes what the run was made with, and opens the trackers."""
+    record = as_record(options)
+    if accelerator.is_main_process:
+        folder.record(record, versions(), without_secrets(sys.argv))
+    start_trackers(accelerator, options.tracking, record)
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a run's numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def note_unreadable(found: tuple[tuple[str, str], ...], unreadable: dict[str, str]) -> None:
+    """Remembers images that turned out to be broken when they were decoded, and names each once."""
+    for key, reason in found:
+        if key not in unreadable:
+            unreadable[key] = reason
+            logger.warning("left out %s: %s", key, reason)
+
+
+def write_data_report(accelerator: "Accelerator", folder: OutputFolder, records: Records, unreadable: dict) -> None:
+    """Writes `data_report.json`: how many images were trained on, and each that could not be read."""
+    from accelerate.utils import gather_object
+
+    everywhere = dict(gather_object(list(unreadable.items())))
+    if accelerator.is_main_process:
+        report = {
+            "images": len(records) + len(records.unreadable),
+            "missing_captions": records.num_missing_captions,
+            "unreadable": dict(sorted(everywhere.items())),
+        }
+        write_json(folder.path / "data_report.json", report)
+        if everywhere:
+            logger.warning("%d images could not be read; %s names them", len(everywhere), folder.path / "data_report.json")
+
+
+def publish(
+    options: Options, folder: OutputFolder, family: Family, samples: list[Sample], total_steps: int, global_batch: int
+) -> None:
+    """Writes the model card and uploads the result, where that was asked for."""
+    if not options.hub.push_to_hub:
+        return
+    repository = options.hub.hub_model_id or folder.path.resolve().name
+    facts = CardFacts(
+        base_model=options.model.pretrained_model_name_or_path,
+        data=options.data.dataset_name or Path(options.data.train_data_dir).name,
+        is_lora=options.adaptation.adaptation == "lora",
+        settings=[
+            ("optimizer steps", total_steps),
+            ("global batch", global_batch),
+            ("learning rate", options.optimizer.learning_rate),
+            ("resolution", options.image.resolution or family.default_resolution),
+            ("mixed precision", options.runtime.mixed_precision or "as launched"),
+            ("seed", options.runtime.seed),
+        ],
+    )
+    write_card(folder.path, repository, facts, samples)
+    upload(folder.path, repository, options.hub)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; gives its exit status."""
+    return run_script(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""What of a pipeline trains, and how that is saved: all weights, or low-rank adapters."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from utils.ema import MovingAverage
+from utils.families.base import ComponentDtypes, Family
+from utils.optim import NamedParameter, OptimizerOptions
+from utils.options import UserError, option, require, require_positive
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ADAPTER = "default"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_ONLY = ("rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora", "lora_weights", "export_fused")
+
+
+@dataclass(frozen=True)
+class AdaptationOptions:
+    adaptation: str = option("full", "what trains: all weights, or low-rank adapters", choices=("full", "lora"))
+    train_text_encoder: bool = option(False, "train the text encoders too")
+    rank: int | None = option(None, "rank of the LoRA matrices, 4 by default")
+    lora_alpha: float | None = option(None, "scale of the LoRA update times the rank; by default the rank")
+    lora_dropout: float = option(0.0, "dropout of the LoRA layers' input")
+    lora_target_modules: list[str] | None = option(
+        None, "ends of the names of the UNet layers that LoRA adapts; by default to_k to_q to_v to_out.0"
+    )
+    use_dora: bool = option(False, "weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)")
+    use_rslora: bool = option(False, "scale by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)")
+    lora_weights: str | None = option(None, "LoRA file, or a folder that holds one, to go on from")
+    export_fused: bool = option(False, "also save the pipeline with the LoRA fused in, in output_dir/fused")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank", "lora_alpha")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "be in [0, 1)")
+        if self.adaptation != "lora":
+            for name in LORA_ONLY:
+                value = getattr(self, name)
+                if value not in (None, False, 0.0):
+                    raise UserError(f"--{name} {value} goes with --adaptation lora, got --adaptation {self.adaptation}")
+        if self.lora_weights is not None:
+            require(Path(self.lora_weights).exists(), "lora_weights", self.lora_weights, "be a file or folder that exists")
+            for name in ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora"):
+                if getattr(self, name) not in (None, False):
+                    raise UserError(f"--{name} is that of the file given as --lora_weights; leave it out")
+
+    @property
+    def trained_text_encoders(self) -> bool:
+        """Whether the text encoders train."""
+        return self.train_text_encoder
+
+    @property
+    def targets(self) -> list[str] | None:
+        """The UNet's target modules, also where they were given with commas."""
+        if self.lora_target_modules is None:
+            return None
+        return [name for word in self.lora_target_modules for name in word.split(",") if name]
+
+
+class Adaptation:
+    """The trained parts of a family's pipeline, in float32, and how they are saved.
+
+    Attributes:
+        modules: the modules with trained weights by their names in the pipeline.
+    """
+
+    trains_base: bool
+
+    def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
+        """Args:
+        start: where the weights of a checkpoint are, to go on from; None starts from the pipeline's.
+        """
+        self.family = family
+        self.options = options
+        names = family.trainable_names() if options.train_text_encoder else ("unet",)
+        self.modules = {name: getattr(family.pipeline, name) for name in names}
+        family.freeze()
+
+    @classmethod
+    def dtypes(cls, options: AdaptationOptions, frozen: torch.dtype) -> ComponentDtypes:
+        """The dtypes to load weights in: float32 where they train, the mixed precision's where they are frozen."""
+        unet = torch.float32 if cls.trains_base else frozen
+        text_encoders = torch.float32 if cls.trains_base and options.train_text_encoder else frozen
+        return ComponentDtypes(unet, text_encoders, frozen)
+
+    def named_parameters(self, rates: OptimizerOptions) -> list[NamedParameter]:
+        """The trained parameters, in a fixed order, named `unet.conv_in.weight`."""
+        return [
+            NamedParameter(f"{module_name}.{name}", parameter, rates.rate_of(module_name))
+            for module_name, module in self.modules.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        ]
+
+    def train_mode(self) -> None:
+        """Puts the trained modules in training mode."""
+        for module in self.modules.values():
+            module.train()
+
+    def evaluation_mode(self) -> None:
+        """Puts the trained modules in evaluation mode, as sampling wants them."""
+        for module in self.modules.values():
+            module.eval()
+
+    def save(self, folder: Path, average: MovingAverage | None) -> None:
+        """Writes the trained weights, and beside them their average if there is one, each loadable on its own."""
+        raise NotImplementedError
+
+    def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
+        """Goes on from the average that `save` wrote, after so many updates."""
+        raise NotImplementedError
+
+    def export(self, folder: Path) -> None:
+        """Writes the result: what `DiffusionPipeline.from_pretrained` or `load_lora_weights` takes."""
+        raise NotImplementedError
+
+    def _freeze_unread(self) -> None:
+        """Freezes the weights of text encoders that the pipeline never reads, which get no gradient."""
+        for index, name in enumerate(self.family.text_encoder_names):
+            if name in self.modules:
+                for parameter_name, parameter in self.modules[name].named_parameters():
+                    if parameter.requires_grad and not self.family.reads_text_parameter(index, parameter_name):
+                        parameter.requires_grad_(False)
+
+
+class FullFineTuning(Adaptation):
+    """All weights train."""
+
+    trains_base = True
+
+    def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
+        super().__init__(family, options, start)
+        for name, module in self.modules.items():
+            if start is not None:
+                module.load_state_dict(_saved_like(module, start / name).state_dict())
+            module.requires_grad_(True)
+        self._freeze_unread()
+
+    def save(self, folder: Path, average: MovingAverage | None) -> None:
+        """Writes `unet/` (and the trained text encoders) and `unet_ema/`, in diffusers' layout."""
+        for name, module in self.modules.items():
+            module.save_pretrained(folder / name)
+        if average is None:
+            return
+        with average.in_place():
+            for name, module in self.modules.items():
+                module.save_pretrained(folder / f"{name}_ema")
+                config_file = folder / f"{name}_ema" / "config.json"
+                config = json.loads(config_file.read_text(encoding="utf-8")) | average.state
+                config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
+        """Goes on from `unet_ema/` and the text encoders' like."""
+        averages = [
+            saved
+            for name, module in self.modules.items()
+            for saved, parameter in zip(
+                _saved_like(module, folder / f"{name}_ema").parameters(), module.parameters(), strict=True
+            )
+            if parameter.requires_grad
+        ]
+        average.load(averages, num_updates)
+
+    def export(self, folder: Path) -> None:
+        """Writes a pipeline folder in float32."""
+        self.family.float32_pipeline(**self.modules).save_pretrained(folder)
+
+
+class LowRankAdaptation(Adaptation):
+    """LoRA (Hu et al. 2021) or DoRA matrices train, in float32; the pipeline's weights stay as they are."""
+
+    trains_base = False
+
+    def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
+        super().__init__(family, options, start)
+        source = start if start is not None else Path(options.lora_weights) if options.lora_weights else None
+        if source is None:
+            self._add_adapters()
+        else:
+            self._load_adapters(source)
+        for module in self.modules.values():
+            for name, parameter in module.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.float()
+                parameter.requires_grad_("lora_" in name)
+        self._freeze_unread()
+        if start is not None:
+            self._check_rank(start)
+            for tensor, saved in self._tensors_with_saved(start):
+                tensor.copy_(saved)
+
+    def _add_adapters(self) -> None:
+        from peft import LoraConfig
+
+        for name, module in self.modules.items():
+            default = self.family.unet_lora_targets if name == "unet" else self.family.text_encoder_lora_targets
+            config = LoraConfig(
+                r=self._rank,
+                lora_alpha=self.options.lora_alpha or self._rank,
+                lora_dropout=self.options.lora_dropout,
+                target_modules=(self.options.targets if name == "unet" else None) or list(default),
+                init_lora_weights="gaussian",
+                use_dora=self.options.use_dora,
+                use_rslora=self.options.use_rslora,
+            )
+            try:
+                module.add_adapter(config, adapter_name=ADAPTER)
+            except ValueError as error:
+                raise UserError(f"--lora_target_modules {' '.join(self.options.targets or [])}: {error}") from error
+
+    @property
+    def _rank(self) -> int:
+        return self.options.rank or 4
+
+    def _load_adapters(self, source: Path) -> None:
+        """Makes the adapters of a LoRA file, of either key style, with its ranks and alphas."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        arguments = {"weight_name": LORA_FILE} if source.is_dir() else {}
+        try:
+            self.family.pipeline.load_lora_weights(
+                str(source), adapter_name=ADAPTER, use_safetensors=True, **arguments
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"the LoRA weights {source} can't be loaded: {str(error).splitlines()[0]}") from error
+        missing = [name for name, module in self.modules.items() if ADAPTER not in getattr(module, "peft_config", {})]
+        if missing:
+            cure = "" if "unet" in missing else "; leave --train_text_encoder out"
+            raise UserError(f"the LoRA weights {source} adapt no layer of {', '.join(missing)}, which is to train{cure}")
+        dropout = self.options.lora_dropout
+        for module in self.modules.values():
+            module.peft_config[ADAPTER].lora_dropout = dropout
+            for layer in module.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    layer.lora_dropout[ADAPTER] = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def _check_rank(self, start: Path) -> None:
+        saved = self.modules["unet"].peft_config[ADAPTER].r
+        if self.options.lora_weights is None and saved != self._rank:
+            raise UserError(f"--rank {self._rank} is not that of {start}, which has {saved}; give --rank {saved}")
+
+    def _layers(self, name: str) -> dict[str, Tensor]:
+        """The adapter's tensors of a module, which share the parameters' storage, by their names in a LoRA file."""
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.modules[name], adapter_name=ADAPTER))
+        if name == "unet" or any(key.startswith("text_model.") for key in layers):
+            return layers
+        return {f"text_model.{key}": value for key, value in layers.items()}  # the prefix that other tools expect
+
+    def _tensors_with_saved(self, folder: Path) -> list[tuple[Tensor, Tensor]]:
+        """Each trained parameter's tensor, in order, with what a LoRA file that `save` wrote holds for it."""
+        saved = load_file(folder / LORA_FILE)
+        by_address = {
+            tensor.data_ptr(): saved[f"{name}.{key}"] for name in self.modules for key, tensor in self._layers(name).items()
+        }
+        return [
+            (parameter.data, by_address[parameter.data_ptr()])
+            for module in self.modules.values()
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        ]
+
+    def _write(self, folder: Path) -> None:
+        arguments: dict[str, dict] = {}
+        for name, module in self.modules.items():
+            arguments[f"{name}_lora_layers"] = self._layers(name)
+            arguments[f"{name}_lora_adapter_metadata"] = module.peft_config[ADAPTER].to_dict()
+        self.family.pipeline_class().save_lora_weights(folder, **arguments)
+
+    def save(self, folder: Path, average: MovingAverage | None) -> None:
+        """Writes the LoRA file, and in `unet_ema/` that of the averages."""
+        self._write(folder)
+        if average is not None:
+            with average.in_place():
+                self._write(folder / "unet_ema")
+
+    def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
+        """Goes on from the LoRA file in `unet_ema/`."""
+        average.load([saved for _, saved in self._tensors_with_saved(folder / "unet_ema")], num_updates)
+
+    def export(self, folder: Path) -> None:
+        """Writes the LoRA file with its metadata, and if asked the fused pipeline."""
+        self._write(folder)
+        if self.options.export_fused:
+            pipeline = self.family.float32_pipeline()
+            fuse_lora(pipeline, folder)
+            pipeline.save_pretrained(folder / "fused")
+
+
+def fuse_lora(pipeline: "DiffusionPipeline", folder: Path) -> None:
+    """Adds the LoRA file of a folder to the pipeline's own weights."""
+    pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
+    pipeline.fuse_lora(components=pipeline.get_list_adapters().keys())
+    pipeline.unload_lora_weights()
+
+
+def _saved_like(module: nn.Module, folder: Path) -> nn.Module:
+    """The saved model in a folder, of the class of `module`, in float32 on the CPU."""
+    return type(module).from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+
+
+ADAPTATIONS: dict[str, type[Adaptation]] = {"full": FullFineTuning, "lora": LowRankAdaptation}

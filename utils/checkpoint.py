@@ -1,0 +1,204 @@
+"""Checkpoints: written whole or not at all, found again, and pruned."""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from utils.optim import NamedParameter
+from utils.options import UserError, option, require_positive
+from utils.runtime import write_json
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+STATE = "training_state.json"
+OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    checkpointing_steps: int = option(500, "optimizer steps between checkpoints")
+    checkpoints_total_limit: int | None = option(None, "newest checkpoints to keep; by default all")
+    final_checkpoint: bool = option(True, "also write a checkpoint after the last step, for a longer run to go on from")
+    resume_from_checkpoint: str | None = option(
+        None, "go on from latest, from checkpoint-N in output_dir, or from a path; latest without a checkpoint starts anew"
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "checkpointing_steps", "checkpoints_total_limit")
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Whether a checkpoint is written after optimizer step number `step`, from 1."""
+        return step % self.checkpointing_steps == 0 or (self.final_checkpoint and step == total_steps)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run goes on from, beside weights and optimizer. The data's position and the rates follow from the step.
+
+    Attributes:
+        step: optimizer steps done.
+        seed: the run's seed.
+        global_batch: samples an optimizer step.
+        ema_updates: updates of the moving average, or None without one.
+        scaler: state of fp16's gradient scaler, or None.
+    """
+
+    step: int
+    seed: int
+    global_batch: int
+    ema_updates: int | None
+    scaler: dict[str, float | int] | None
+
+
+class Checkpoints:
+    """The folders `checkpoint-{step}` of a run's output folder."""
+
+    def __init__(self, folder: Path, limit: int | None):
+        self.folder = folder
+        self.limit = limit
+
+    def found(self) -> list[Path]:
+        """The whole checkpoints, oldest first."""
+        steps = {
+            int(match[1]): path
+            for path in self.folder.glob("checkpoint-*")
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and is_whole(path)
+        }
+        return [steps[step] for step in sorted(steps)]
+
+    def resolve(self, asked: str | None) -> Path | None:
+        """The checkpoint that `--resume_from_checkpoint` names, or None to start anew.
+
+        Raises:
+            UserError: if a named checkpoint is not there or not whole.
+        """
+        if asked is None:
+            return None
+        if asked == "latest":
+            found = self.found()
+            if not found:
+                logger.warning("--resume_from_checkpoint latest: no checkpoint in %s, starting anew", self.folder)
+            return found[-1] if found else None
+        inside, outside = self.folder / asked, Path(asked)
+        path = inside if inside.is_dir() else outside
+        if not path.is_dir():
+            there = ", ".join(found.name for found in self.found()) or "none"
+            raise UserError(
+                f"--resume_from_checkpoint {asked} is no folder in {self.folder}, nor elsewhere; there are: {there}"
+            )
+        if not is_whole(path):
+            raise UserError(f"--resume_from_checkpoint {asked} is not a whole checkpoint: files are missing or cut off")
+        return path
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Has `write` fill a folder aside, makes it `checkpoint-{step}`, and then prunes the oldest."""
+        target = self.folder / f"checkpoint-{step}"
+        aside = self.folder / f".tmp-checkpoint-{step}"
+        self.clean()
+        try:
+            write(aside)
+            sizes = {str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
+            write_json(aside / MANIFEST, {"files": sizes})
+            _sync(aside)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(f"checkpoint-{step} can't be written to {self.folder}: {error}") from error
+        replaced = self.folder / f".tmp-checkpoint-{step}-replaced"
+        if target.exists():  # not whole, or of a run that went further before it was resumed from an earlier step
+            os.replace(target, replaced)
+        os.replace(aside, target)
+        _sync_folder(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._prune()
+        return target
+
+    def clean(self) -> None:
+        """Removes what a killed run left half written."""
+        for path in self.folder.glob(".tmp-checkpoint-*"):
+            shutil.rmtree(path)
+
+    def _prune(self) -> None:
+        if self.limit is not None:
+            for path in self.found()[: -self.limit]:
+                shutil.rmtree(path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint's files are all there, in the sizes that were written."""
+    try:
+        sizes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def write_state(
+    folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer, parameters: list[NamedParameter]
+) -> None:
+    """Writes the training state as JSON and the optimizer's as safetensors, by the names of the parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for name, parameter, _ in parameters:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
+            else:
+                numbers.setdefault(name, {})[key] = value
+    save_file(tensors, folder / OPTIMIZER)
+    write_json(folder / STATE, vars(state) | {"optimizer": numbers})
+
+
+def read_state(folder: Path) -> TrainingState:
+    """The training state of a checkpoint."""
+    values = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    del values["optimizer"]
+    return TrainingState(**values)
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, parameters: list[NamedParameter]) -> None:
+    """Restores the optimizer's state from a checkpoint.
+
+    Raises:
+        UserError: if the checkpoint's parameters are others than these.
+    """
+    saved: dict[str, dict[str, Any]] = json.loads((folder / STATE).read_text(encoding="utf-8"))["optimizer"]
+    for name, tensor in load_file(folder / OPTIMIZER).items():
+        parameter_name, _, key = name.rpartition("/")
+        saved.setdefault(parameter_name, {})[key] = tensor
+    unknown = set(saved) - {name for name, _, _ in parameters}
+    if unknown:
+        raise UserError(f"{folder} trains {min(unknown)}, which this run does not; give the options it was made with")
+    numbered = {id(parameter): name for name, parameter, _ in parameters}
+    current = optimizer.state_dict()
+    order = [numbered[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    current["state"] = {index: saved[name] for index, name in enumerate(order) if name in saved}
+    optimizer.load_state_dict(current)
+
+
+def _sync(folder: Path) -> None:
+    """Has the disk hold every file below the folder before it gets its final name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        _sync_folder(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,84 @@
+"""The exponential moving average of the trained weights."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from utils.options import option, require
+
+
+@dataclass(frozen=True)
+class EmaOptions:
+    use_ema: bool = option(False, "keep a moving average of the trained weights; it is what is validated and exported")
+    ema_decay: float = option(0.9999, "decay of the average; early steps use (1 + n) / (10 + n) where that is smaller")
+    offload_ema: bool = option(False, "keep the average in host memory")
+    foreach_ema: bool = option(True, "update the average of all weights by one call instead of one a weight")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "be in [0, 1)")
+
+
+class MovingAverage:
+    """Averages of some parameters, updated after each optimizer step.
+
+    The decay is that of diffusers' `EMAModel`, whose fields `state` gives for the config of the saved weights.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], options: EmaOptions):
+        from diffusers.training_utils import EMAModel
+
+        self._parameters = list(parameters)
+        self._options = options
+        self._schedule = EMAModel([], decay=options.ema_decay)
+        self.averages = [self._at_home(parameter.detach().clone()) for parameter in self._parameters]
+
+    def _at_home(self, tensor: Tensor) -> Tensor:
+        if not self._options.offload_ema:
+            return tensor
+        host = tensor.to("cpu")
+        return host.pin_memory() if torch.cuda.is_available() else host
+
+    @property
+    def num_updates(self) -> int:
+        """Updates so far."""
+        return self._schedule.optimization_step
+
+    @property
+    def state(self) -> dict[str, float | int | bool]:
+        """The fields that diffusers keeps in the config of averaged weights."""
+        return {name: value for name, value in self._schedule.state_dict().items() if name != "shadow_params"}
+
+    def load(self, averages: Sequence[Tensor], num_updates: int) -> None:
+        """Goes on from saved averages, in the order of the parameters."""
+        for average, saved in zip(self.averages, averages, strict=True):
+            average.copy_(saved)
+        self._schedule.optimization_step = num_updates
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """average += (1 - decay) * (weight - average), for all weights; without a temporary where they share a device."""
+        self._schedule.optimization_step += 1
+        weight = 1 - self._schedule.get_decay(self._schedule.optimization_step)
+        values = [parameter.detach() for parameter in self._parameters]
+        if self._options.offload_ema:
+            values = [value.to("cpu") for value in values]
+        if self._options.foreach_ema:
+            torch._foreach_lerp_(self.averages, values, weight)
+            return
+        for average, value in zip(self.averages, values, strict=True):
+            average.lerp_(value, weight)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the parameters hold the averages. Nothing is copied where both are on one device."""
+        weights = [parameter.data for parameter in self._parameters]
+        try:
+            for parameter, average in zip(self._parameters, self.averages, strict=True):
+                parameter.data = average.to(parameter.device)
+            yield
+        finally:
+            for parameter, weight in zip(self._parameters, weights, strict=True):
+                parameter.data = weight

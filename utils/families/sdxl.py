@@ -1,0 +1,71 @@
+"""Stable Diffusion XL base."""
+
+import torch
+from torch import Tensor, nn
+
+from utils.families.base import Family, TextStates, is_in_read_layers
+
+
+class StableDiffusionXL(Family):
+    """Two text encoders, and conditioning on the image's size and crop (Podell et al. 2023)."""
+
+    pipeline_class_name = "StableDiffusionXLPipeline"
+    default_resolution = 1024
+    default_output_dir = "sdxl-model-finetuned"
+    default_validation_epochs = 1
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+    tokenizer_names = ("tokenizer", "tokenizer_2")
+
+    def encode_text(self, input_ids: Tensor) -> TextStates:
+        """States of [B, 2, tokens] input ids.
+
+        Returns:
+            "encoder_hidden_states" [B, tokens, sum of widths], the layers before the last, unnormed, side by side; and
+            "text_embeds" [B, projection], the second encoder's pooled state.
+        """
+        back = 2 + (self.source.options.clip_skip or 0)
+        outputs = [
+            encoder(input_ids[:, index], output_hidden_states=True) for index, encoder in enumerate(self.text_encoders)
+        ]
+        return {
+            "encoder_hidden_states": torch.cat([output.hidden_states[-back] for output in outputs], dim=-1),
+            "text_embeds": outputs[1].text_embeds,
+        }
+
+    def drop_captions(self, states: TextStates, dropped: Tensor) -> TextStates:
+        """Zeros where inference uses zeros for no prompt (`force_zeros_for_empty_prompt`)."""
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return states
+        kept = ~dropped
+        return {name: state * kept.view(-1, *[1] * (state.ndim - 1)).to(state.dtype) for name, state in states.items()}
+
+    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
+        """The UNet's prediction [B, C, h, w]. The crops stay float32: bf16 would turn 1023 pixels into 1024."""
+        conditions = {"text_embeds": states["text_embeds"], "time_ids": crops}
+        return unet(
+            noisy,
+            timesteps,
+            encoder_hidden_states=states["encoder_hidden_states"],
+            added_cond_kwargs=conditions,
+        ).sample
+
+    def reads_text_parameter(self, encoder: int, name: str) -> bool:
+        """The second encoder whole, for its pooled state; of the first what lies before the layer that is read."""
+        if encoder == 1:
+            return True
+        layers = self.text_encoders[encoder].config.num_hidden_layers
+        return is_in_read_layers(name, layers - 1 - (self.source.options.clip_skip or 0)) and "final_layer_norm" not in name
+
+    def prompt_arguments(self, prompt: str, negative_prompt: str | None) -> dict[str, Tensor]:
+        """The embeddings and pooled embeddings of both prompts; without a negative prompt as the pipeline has it."""
+        tokenize, device = self.tokenizer(), self.unet.device
+        states = self.encode_text(tokenize([prompt]).to(device))
+        negative = self.encode_text(tokenize([negative_prompt or ""]).to(device))
+        if negative_prompt is None:
+            negative = self.drop_captions(negative, torch.tensor([True], device=device))
+        return {
+            "prompt_embeds": states["encoder_hidden_states"],
+            "pooled_prompt_embeds": states["text_embeds"],
+            "negative_prompt_embeds": negative["encoder_hidden_states"],
+            "negative_pooled_prompt_embeds": negative["text_embeds"],
+        }

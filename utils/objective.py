@@ -1,0 +1,33 @@
+"""A training step's loss as a function of the weights and the batch alone."""
+
+from torch import Tensor, nn
+
+from utils.encoding import EncodedBatch
+from utils.families.base import Family
+from utils.losses import LossOptions, weighted_loss
+from utils.noise import ForwardProcess
+
+
+class Objective(nn.Module):
+    """Maps an encoded batch to the loss of each of its samples. Its parameters are the modules that train."""
+
+    def __init__(
+        self, family: Family, trained: dict[str, nn.Module], process: ForwardProcess, loss_options: LossOptions
+    ):
+        super().__init__()
+        self.trained = nn.ModuleDict(trained)
+        self._family = family
+        self._process = process
+        self._loss_options = loss_options
+
+    def forward(self, encoded: EncodedBatch) -> Tensor:
+        """[B] float32 weighted losses."""
+        batch, family = encoded.batch, self._family
+        states = family.encode_text(batch.input_ids) if encoded.states is None else encoded.states
+        states = family.drop_captions(states, batch.caption_dropped)
+        latents = family.latent_space.latents(encoded.mean, encoded.std, batch.posterior_noise)
+        noised = self._process.apply(latents, batch.noise, batch.timesteps, batch.input_perturbation)
+        prediction = family.predict(self.trained["unet"], noised.noisy, noised.timesteps, states, batch.crops)
+        return weighted_loss(
+            prediction, noised.target, noised.snr, self._process.prediction_type, self._loss_options
+        )

@@ -1,0 +1,139 @@
+"""How a script's options are declared, parsed and refused.
+
+An option group is a frozen dataclass beside the code that reads it; a script's options are one frozen dataclass whose
+fields are groups. Flags are flat: `ImageOptions.resolution` is `--resolution`.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterable, Sequence
+
+from transformers.hf_argparser import HfArgumentParser
+
+SECRET_OPTIONS = ("hub_token",)
+
+
+class UserError(Exception):
+    """Something the user can mend. Shown as one line, `error: <message>`, and the process exits with 2."""
+
+
+class ProcessError(UserError):
+    """A user's error that one process alone has met, and must say whatever its rank."""
+
+
+def option(
+    default: typing.Any,
+    help: str,
+    *,
+    aliases: Sequence[str] = (),
+    choices: Iterable | None = None,
+    nargs: str | None = None,
+) -> typing.Any:
+    """A dataclass field that is also a command-line flag; `aliases` are further spellings, dashes included."""
+    metadata: dict[str, typing.Any] = {"help": help.replace("%", "%%")}
+    if aliases:
+        metadata["aliases"] = list(aliases)
+    if choices is not None:
+        metadata["choices"] = list(choices)
+    if nargs is not None:
+        metadata["nargs"] = nargs
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def require(condition: bool, flag: str, value: typing.Any, must: str, cure: str = "") -> None:
+    """Raises `UserError("--flag must ..., got value; cure")` unless the condition holds."""
+    if not condition:
+        raise UserError(f"--{flag} must {must}, got {value}" + (f"; {cure}" if cure else ""))
+
+
+def require_positive(group: typing.Any, *names: str) -> None:
+    """Refuses options of a group that are given and not above 0."""
+    for name in names:
+        value = getattr(group, name)
+        require(value is None or value > 0, name, value, "be above 0")
+
+
+def require_not_negative(group: typing.Any, *names: str) -> None:
+    """Refuses options of a group that are given and below 0."""
+    for name in names:
+        value = getattr(group, name)
+        require(value is None or value >= 0, name, value, "be 0 or more")
+
+
+def require_fraction(group: typing.Any, *names: str) -> None:
+    """Refuses options of a group that are not within [0, 1]."""
+    for name in names:
+        value = getattr(group, name)
+        require(0 <= value <= 1, name, value, "be between 0 and 1")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is spelled most like `word`, or an empty string."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")
+
+
+class _Parser(HfArgumentParser):
+    """Takes no abbreviated flags, and raises `UserError` where argparse prints its usage and exits."""
+
+    def __init__(self, groups: Sequence[type], description: str):
+        super().__init__(groups, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> typing.NoReturn:
+        flag, separator, reason = message.removeprefix("argument ").partition(": ")
+        if separator and flag.startswith("-"):
+            names = flag.split("/")
+            raise UserError(f"{next((name for name in names if '-' not in name[2:]), names[0])}: {reason}")
+        raise UserError(message)
+
+
+def parse(options: type, argv: Sequence[str] | None, description: str) -> typing.Any:
+    """Parses `argv` (the process's arguments if None) into an instance of `options`, a dataclass of option groups.
+
+    Raises:
+        UserError: for a flag that is unknown or abbreviated, or a value that its group refuses.
+    """
+    groups = typing.get_type_hints(options)
+    parser = _Parser(list(groups.values()), description)
+    known_flags = [flag for action in parser._actions for flag in action.option_strings]
+    *values, unknown = parser.parse_args_into_dataclasses(
+        list(sys.argv[1:] if argv is None else argv), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        hint = nearest(flag, known_flags) if flag.startswith("-") else ""
+        cure = f"did you mean {hint}?" if hint else "--help lists the flags"
+        raise UserError(f"unknown argument {flag}; {cure}")
+    return options(**dict(zip(groups, values, strict=True)))
+
+
+def as_record(options: typing.Any) -> dict[str, typing.Any]:
+    """All options of a script as one flat, JSON-ready dict without secrets: what a run records."""
+    record: dict[str, typing.Any] = {}
+    for group in dataclasses.fields(options):
+        record |= dataclasses.asdict(getattr(options, group.name))
+    return {name: value for name, value in record.items() if name not in SECRET_OPTIONS}
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """A command line with the values of secret flags starred out."""
+    shown, hide_next = [], False
+    for word in words:
+        flag, assigned, _ = word.partition("=")
+        is_secret = flag.removeprefix("--").replace("-", "_") in SECRET_OPTIONS
+        shown.append("***" if hide_next else f"{flag}=***" if is_secret and assigned else word)
+        hide_next = is_secret and not assigned
+    return shown
+
+
+def run_script(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a script's body; a user's error becomes one line on stderr and exit status 2."""
+    try:
+        run(argv)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0

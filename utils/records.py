@@ -1,0 +1,91 @@
+"""The facts that travel together: an image on disk, the crop that was made of it, a batch."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image of the data, not yet decoded.
+
+    Attributes:
+        key: the name under which it is reported, a path or a row number.
+        source: the path of the file, or its bytes.
+        captions: at least one; which is used is drawn at each step.
+    """
+
+    key: str
+    source: str | bytes
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What was cut from an image, in pixels. `top` and `left` count in the resized (and, if drawn, mirrored) image."""
+
+    original_height: int
+    original_width: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def row(self) -> list[float]:
+        """The six numbers in the order of SDXL's size and crop conditioning (Podell et al. 2023, section 2.2)."""
+        return [float(value) for value in dataclasses.astuple(self)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, with every random number its training needs. The first axis of each tensor is the sample.
+
+    Attributes:
+        step: optimizer step, from 0.
+        slots: [B] position in the global batch of that step.
+        keys: B names of the images.
+        pixels: [B, 3, H, W] uint8.
+        input_ids: [B, text encoders, tokens] int64.
+        caption_dropped: [B] bool, where the caption was replaced by none.
+        crops: [B, 6] float32, the rows of `Crop`.
+        posterior_noise: [B, C, h, w] float32, standard normal, for the sample from the VAE's posterior.
+        noise: [B, C, h, w] float32, standard normal, noise offset included.
+        input_perturbation: [B, C, h, w] float32, standard normal, or None.
+        timesteps: [B] int64.
+        unreadable: names and reasons of the images that could not be read and were replaced.
+    """
+
+    step: int
+    slots: Tensor
+    keys: tuple[str, ...]
+    pixels: Tensor
+    input_ids: Tensor
+    caption_dropped: Tensor
+    crops: Tensor
+    posterior_noise: Tensor
+    noise: Tensor
+    input_perturbation: Tensor | None
+    timesteps: Tensor
+    unreadable: tuple[tuple[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def _map(self, change) -> Self:
+        changed = {
+            field.name: change(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **changed)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        """The same batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory; a DataLoader calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())

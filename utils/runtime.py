@@ -1,0 +1,199 @@
+"""The processes of a run and the folder it writes to."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from filelock import FileLock, Timeout
+
+from utils.options import UserError, option, require, require_not_negative
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    output_dir: str | None = option(None, "folder of the result, its checkpoints, samples and logs; sd-model-finetuned by default, sdxl-... and ...-lora by family and adaptation")
+    overwrite_output_dir: bool = option(False, "train into a folder that holds another run, whose files are kept where the names differ")
+    seed: int = option(0, "everything random follows from it")
+    mixed_precision: str | None = option(
+        None, "arithmetic of forward and backward; by default what `accelerate launch` says", choices=tuple(DTYPES)
+    )
+    allow_tf32: bool = option(False, "matrix products in TF32 on Ampere and later GPUs")
+    local_rank: int = option(-1, "ignored: the launcher says it by the environment")
+    dry_run: bool = option(False, "print what would be trained on what, for how many steps, and stop")
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "seed")
+        require(self.seed < 2**63, "seed", self.seed, "be below 2**63")
+
+
+def start_processes(
+    options: RuntimeOptions, accumulation_steps: int, trackers: list[str], output_dir: Path, logging_dir: str
+) -> "Accelerator":
+    """Joins the processes of this run, on GPUs where there are any.
+
+    Raises:
+        UserError: where accelerate would do in silence something else than what was asked for.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+
+    on_cpu = not (torch.cuda.is_available() or _other_accelerator())
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=accumulation_steps,
+        step_scheduler_with_optimizer=False,
+        log_with=trackers,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / logging_dir)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
+    asked_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked_processes != accelerator.num_processes:
+        raise UserError(
+            f"{asked_processes} processes were started but accelerate joined {accelerator.num_processes}: they would "
+            "train apart; check the GPUs, or on a CPU launch with --multi_gpu or torchrun"
+        )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU) and not str(
+        accelerator.distributed_type.value
+    ).startswith("MULTI_"):
+        raise UserError(f"accelerate's {accelerator.distributed_type.value} is not built yet; use DDP (--multi_gpu)")
+    if accelerator.mixed_precision not in DTYPES:
+        require(False, "mixed_precision", accelerator.mixed_precision, f"be one of {', '.join(DTYPES)}")
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        require(False, "mixed_precision", "fp16", "be no or bf16 without a GPU", "on a CPU fp16 is not computed")
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
+        require(False, "mixed_precision", "bf16", "be no or fp16 on this GPU", "it has no bfloat16")
+    if options.local_rank != -1 and accelerator.is_main_process:
+        logger.warning("--local_rank is ignored: the launcher says it by the environment")
+    if options.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    silence_libraries()
+    return accelerator
+
+
+def _other_accelerator() -> bool:
+    from accelerate.utils import is_mps_available, is_npu_available, is_xpu_available
+
+    return is_mps_available() or is_npu_available() or is_xpu_available()
+
+
+def weight_dtype(accelerator: "Accelerator") -> torch.dtype:
+    """The dtype of frozen weights: that of the mixed precision, whoever asked for it."""
+    return DTYPES[accelerator.mixed_precision]
+
+
+def set_up_logging() -> None:
+    """Messages to stderr; processes other than the main one speak of errors only."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("utils").setLevel(logging.INFO if is_main else logging.ERROR)
+
+
+class OutputFolder:
+    """The folder of a run: locked while the run lives, and refused where it holds another.
+
+    `run.json` in it records the run's options.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self._lock = FileLock(self.path / ".lock", timeout=0)  # the kernel lets go of it when the process ends
+
+    def claim(self, resuming: bool, overwrite: bool) -> None:
+        """Creates and locks the folder.
+
+        Args:
+            resuming: whether the run goes on from a checkpoint where there is one.
+            overwrite: whether another run's folder may be written to.
+
+        Raises:
+            UserError: if it can't be written, is in use, or holds another run.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout as error:
+            raise UserError(f"--output_dir {self.path} is in use by a run that is going on; choose another") from error
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path} can't be written: {error.strerror or error}") from error
+        held = self.holds()
+        if held and not resuming and not overwrite:
+            raise UserError(
+                f"--output_dir {self.path} holds another run ({held}); choose another folder, go on with "
+                "--resume_from_checkpoint latest, or give --overwrite_output_dir"
+            )
+
+    def holds(self) -> str:
+        """The name of what an earlier run left here, or an empty string."""
+        names = ("model_index.json", "pytorch_lora_weights.safetensors", "run.json")
+        found = [name for name in names if (self.path / name).exists()]
+        found += sorted(path.name for path in self.path.glob("checkpoint-*") if path.is_dir())
+        return found[0] if found else ""
+
+    def record(self, options: dict, versions: dict[str, str], command: list[str]) -> None:
+        """Writes what the run was made with to `run.json`."""
+        write_json(self.path / "run.json", {"options": options, "versions": versions, "command": command})
+
+    def release(self) -> None:
+        """Unlocks the folder."""
+        self._lock.release()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON so that the file is at any moment either the old or the new one."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def silence_libraries() -> None:
+    """Keeps other libraries' progress bars and start-up remarks from between ours."""
+    from datasets.utils.logging import disable_progress_bar
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # among its warnings is one that torchvision, which we don't need, is missing
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of kernels that CPUs lack
+
+
+def on_main_process(accelerator: "Accelerator", action: Callable[[], None]) -> None:
+    """Runs `action` on the main process alone; a user's error there is raised on all, so that none waits for it."""
+    from accelerate.utils import broadcast_object_list
+
+    error = None
+    if accelerator.is_main_process:
+        try:
+            action()
+        except UserError as raised:
+            error = raised
+    (message,) = broadcast_object_list([None if error is None else str(error)])
+    if message is not None:
+        raise UserError(message) from error
+
+
+@contextmanager
+def ending(accelerator: "Accelerator", folder: OutputFolder) -> Iterator[None]:
+    """Whatever happens within it, trackers are closed, the processes part, and the folder is unlocked."""
+    try:
+        yield
+    finally:
+        try:
+            accelerator.end_training()
+        finally:
+            folder.release()

@@ -1,0 +1,45 @@
+"""Where every random number comes from.
+
+Each draw has a stream of its own: numpy's counter-based Philox generator (Salmon et al. 2011, "Parallel random numbers:
+as easy as 1, 2, 3") under the key (seed, position) and the counter (0, 0, place, number of the draw's name). So a draw
+depends on nothing that was drawn before it, and switching one draw on moves no other. torch.Generator would keep 32 bits
+of its seed, and among two million samples some 500 would share another's noise.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """The name of a draw. Numbers are part of what a seed means: add new ones at the end, never change one."""
+
+    ORDER = 0
+    CROP = 1
+    FLIP = 2
+    CAPTION = 3
+    CAPTION_DROPOUT = 4
+    POSTERIOR = 5
+    NOISE = 6
+    TIMESTEP = 7
+    NOISE_OFFSET = 8
+    INPUT_PERTURBATION = 9
+    MODEL = 10
+    REPLACEMENT = 11
+    SUBSET = 12
+
+
+def generator(seed: int, position: int, place: int, stream: Stream) -> np.random.Generator:
+    """The generator of one draw.
+
+    Args:
+        seed: the run's seed, 0 or more.
+        position: the optimizer step, or for what precedes encoding the record's number.
+        place: the slot in the global batch, or for what precedes encoding the pass over the record.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, place, stream]))
+
+
+def model_seed(seed: int, step: int, first_slot: int) -> int:
+    """The seed of what a model draws itself (dropout) in the micro-batch that starts at `first_slot`."""
+    return int(generator(seed, step, first_slot, Stream.MODEL).integers(2**63))

@@ -1,0 +1,191 @@
+"""What a run says of itself while it trains: progress bar, metrics.jsonl, TensorBoard and W&B."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from utils.options import UserError, option
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+TRACKERS = ("tensorboard", "wandb", "comet_ml")
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    report_to: str = option("tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"))
+    logging_dir: str = option("logs", "folder of the trackers' files in output_dir")
+    tracker_project_name: str = option("text2image-fine-tune", "name of the project in the trackers")
+    debug_loss: bool = option(False, "log each image's loss under its file's name")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers asked for; with all those that are installed.
+
+        Raises:
+            UserError: if one that is named is not installed.
+        """
+        if self.report_to == "none":
+            return []
+        if self.report_to == "all":
+            return [name for name in TRACKERS if find_spec(name)]
+        if not find_spec(self.report_to):
+            raise UserError(f"--report_to {self.report_to} is not installed; pip install {self.report_to}")
+        return [self.report_to]
+
+
+class Sample(NamedTuple):
+    """A drawn image and its caption."""
+
+    image: Image.Image
+    caption: str
+
+
+class StepMetrics(NamedTuple):
+    """What an optimizer step measured. Tensors stay on the device until they are read.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: passes over the data so far.
+        loss: mean weighted loss over the global batch.
+        grad_norm: norm of the gradients before clipping.
+        learning_rate: the UNet's.
+        loss_by_key: with --debug_loss (name, loss) of this process's images.
+    """
+
+    step: int
+    epoch: float
+    loss: Tensor
+    grad_norm: Tensor
+    learning_rate: float
+    loss_by_key: Sequence[tuple[str, Tensor]] = ()
+
+
+class RunLog:
+    """Writes metrics on the main process; a step's numbers are read when the next step has been queued.
+
+    `metrics.jsonl` has a line a step: step, epoch, train_loss, grad_norm, learning_rate, images_per_second.
+    """
+
+    def __init__(
+        self, accelerator: "Accelerator", folder: Path, first_step: int, total_steps: int, images_per_step: int
+    ):
+        from tqdm.auto import tqdm
+
+        self._accelerator = accelerator
+        self._images_per_step = images_per_step
+        self._pending: tuple[StepMetrics, float] | None = None
+        self._last_step_at = time.perf_counter()
+        self._file = None
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            desc="training",
+            dynamic_ncols=True,
+            disable=not accelerator.is_local_main_process,
+        )
+        if accelerator.is_main_process:
+            path = folder / "metrics.jsonl"
+            _keep_steps(path, first_step)
+            self._file = open(path, "a", encoding="utf-8")
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Takes a step's metrics, and writes those of the step before."""
+        self._write_pending()
+        now = time.perf_counter()
+        self._pending = metrics, now - self._last_step_at
+        self._last_step_at = now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training, and does not count in its speed; all steps before it are written first."""
+        self._write_pending()
+        try:
+            yield
+        finally:
+            self._last_step_at = time.perf_counter()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._write_pending()
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        metrics, seconds = self._pending
+        self._pending = None
+        loss, grad_norm = metrics.loss.item(), metrics.grad_norm.item()
+        speed = self._images_per_step / seconds
+        self._bar.set_postfix(
+            loss=f"{loss:.4f}", lr=f"{metrics.learning_rate:.2e}", images_per_s=f"{speed:.1f}", refresh=False
+        )
+        self._bar.update()
+        values = {
+            "epoch": round(metrics.epoch, 4),
+            "train_loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": metrics.learning_rate,
+            "images_per_second": round(speed, 3),
+        }
+        if self._file is not None:
+            print(json.dumps({"step": metrics.step} | values), file=self._file, flush=True)
+        by_key = {f"loss_for_{key}": value.item() for key, value in metrics.loss_by_key}
+        self._accelerator.log(values | by_key, step=metrics.step)
+
+    def images(self, samples: Sequence[Sample], step: int, tag: str) -> None:
+        """Sends samples to the trackers, under `tag`."""
+        if not samples:
+            return
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard":
+                pixels = np.stack([np.asarray(sample.image) for sample in samples])
+                tracker.writer.add_images(tag, pixels, step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                import wandb
+
+                shown = [wandb.Image(sample.image, caption=f"{i}: {sample.caption}") for i, sample in enumerate(samples)]
+                tracker.log({tag: shown}, step=step)
+            else:
+                for index, sample in enumerate(samples):
+                    tracker.tracker.log_image(sample.image, name=f"{tag}_{index}", step=step)
+
+
+def start_trackers(accelerator: "Accelerator", options: TrackingOptions, record: dict) -> None:
+    """Opens the trackers, with a run's options as plain values; `record` holds no secrets."""
+    plain = {
+        name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in record.items()
+    }
+    accelerator.init_trackers(options.tracker_project_name, config=plain)
+
+
+def _keep_steps(path: Path, last_step: int) -> None:
+    """Drops the lines after `last_step`, which a resumed run writes again, and a line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except ValueError:
+            logger.warning("%s: left out a line that was cut off", path)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,120 @@
+"""Samples drawn from the prompts of a run, while it trains and at its end."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from utils.families.base import Family
+from utils.options import UserError, option, require_not_negative, require_positive
+from utils.tracking import Sample
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    validation_prompts: list[str] | None = option(None, "prompts of which samples are drawn")
+    validation_prompt: str | None = option(None, "a single prompt, of which --num_validation_images samples are drawn")
+    num_validation_images: int | None = option(None, "samples a prompt; by default 4 of a --validation_prompt, else 1")
+    validation_epochs: int | None = option(None, "epochs between samples; 5 by default, for LoRA and SDXL 1")
+    validation_steps: int | None = option(None, "optimizer steps between samples, instead of --validation_epochs")
+    validation_num_inference_steps: int = option(25, "denoising steps of a sample")
+    validation_guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
+    validation_negative_prompt: str | None = option(None, "what the samples should not show")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "validation_epochs", "validation_steps", "validation_num_inference_steps")
+        require_not_negative(self, "num_validation_images", "validation_guidance_scale")
+        if self.validation_prompts is not None and self.validation_prompt is not None:
+            raise UserError("--validation_prompt and --validation_prompts are two ways to say the same; give one")
+
+    def requests(self, seed: int) -> list["SampleRequest"]:
+        """The samples of one validation; number n has the seed `seed + n`, at every validation."""
+        prompts = self.validation_prompts or ([self.validation_prompt] if self.validation_prompt else [])
+        each = self.num_validation_images
+        if each is None:
+            each = 4 if self.validation_prompt else 1
+        wanted = [(prompt, f"{row:02d}_{column}") for row, prompt in enumerate(prompts) for column in range(each)]
+        return [SampleRequest(prompt, name, (seed + index) % 2**63) for index, (prompt, name) in enumerate(wanted)]
+
+    def is_due(self, step: int, epochs_before: int, epochs_after: int, default_epochs: int) -> bool:
+        """Whether samples are drawn after optimizer step number `step`, from 1, which ended these epochs.
+
+        As in the diffusers examples, the first epoch is always followed by samples.
+        """
+        if self.validation_steps is not None:
+            return step % self.validation_steps == 0
+        interval = self.validation_epochs or default_epochs
+        return any(epoch % interval == 0 for epoch in range(epochs_before, epochs_after))
+
+
+class SampleRequest(NamedTuple):
+    """One sample to draw: its prompt, the stem of its file, and the seed of its CPU generator."""
+
+    prompt: str
+    name: str
+    seed: int
+
+
+class Sampler:
+    """Draws the samples of a run, each process its share, and keeps them in `output_dir/samples/`."""
+
+    def __init__(
+        self, accelerator: "Accelerator", family: Family, options: ValidationOptions, folder: Path, resolution: int, seed: int
+    ):
+        self._accelerator = accelerator
+        self._family = family
+        self._options = options
+        self._folder = folder / "samples"
+        self._resolution = resolution
+        self._requests = options.requests(seed)
+
+    def draw(self, name: str) -> list[Sample]:
+        """Draws all samples into `samples/{name}/`, and gives them, in order, to every process.
+
+        The pipeline's parts must be in evaluation mode, and hold the weights to draw with.
+        """
+        from accelerate.utils import gather_object
+
+        rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
+        drawn = []
+        for index in range(rank, len(self._requests), num_processes):
+            request = self._requests[index]
+            image = self._draw(request)
+            self._save(image, request, self._folder / name / f"{request.name}.png")
+            drawn.append((index, np.asarray(image)))
+        shared = sorted(gather_object(drawn), key=lambda pair: pair[0])
+        return [Sample(Image.fromarray(pixels), self._requests[index].prompt) for index, pixels in shared]
+
+    @torch.no_grad()
+    def _draw(self, request: SampleRequest) -> Image.Image:
+        pipeline, options = self._family.pipeline, self._options
+        pipeline.set_progress_bar_config(disable=True)
+        guidance = {} if options.validation_guidance_scale is None else {"guidance_scale": options.validation_guidance_scale}
+        with self._accelerator.autocast():
+            latents = pipeline(
+                **self._family.prompt_arguments(request.prompt, options.validation_negative_prompt),
+                **guidance,
+                height=self._resolution,
+                width=self._resolution,
+                num_inference_steps=options.validation_num_inference_steps,
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                output_type="latent",
+            ).images
+        # outside of autocast, in which the VAE could overflow
+        return pipeline.image_processor.postprocess(self._family.latent_space.decode(latents), output_type="pil")[0]
+
+    def _save(self, image: Image.Image, request: SampleRequest, path: Path) -> None:
+        """Writes a PNG that says in its text what it was drawn from."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = PngInfo()
+        text.add_itxt("prompt", request.prompt)
+        text.add_text("seed", str(request.seed))
+        text.add_text("num_inference_steps", str(self._options.validation_num_inference_steps))
+        image.save(path, pnginfo=text)
