@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions, whole or by LoRA.
 
-    accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir ... --output_dir ...
+accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir ... --output_dir ...
 """
 
 import logging
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,7 +182,7 @@ def run(argv: Sequence[str] | None) -> None:
             log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rates.learning_rate * factor(step), shown))
             if options.checkpoint.is_due(done, total_steps):
                 with log.paused():
-                    on_main_process(accelerator, lambda: checkpoints.save(done, lambda aside: state.save(aside, done)))
+                    on_main_process(accelerator, partial(checkpoints.save, done, partial(state.save, step=done)))
             if done < total_steps and is_validation_due(options, family, batches, done):
                 with log.paused(), evaluating(adaptation, average):
                     log.images(sampler.draw(f"step-{done}"), done, "validation")
@@ -278,17 +279,17 @@ def describe(
     }
     parts = ", ".join(f"{name} {count:,}" for name, count in trained.items())
     loader = options.loader
+    peak_rate = scaled_rates(options.optimizer, batches.size).learning_rate
+    sizes = f"{loader.train_batch_size} x {loader.gradient_accumulation_steps} accumulated"
     facts = {
         "model": f"{options.model.pretrained_model_name_or_path} ({family.pipeline_class_name})",
         "adaptation": f"{options.adaptation.adaptation}, {sum(trained.values()):,} parameters train: {parts}",
         "precision": f"{accelerator.mixed_precision} on {accelerator.num_processes} x {accelerator.device.type}",
         "data": f"{len(records):,} images, {len(records.unreadable)} unreadable ones left out",
         "resolution": f"{resolution}x{resolution}",
-        "global batch": f"{batches.size} = {loader.train_batch_size} x {loader.gradient_accumulation_steps} accumulated "
-        f"x {accelerator.num_processes} processes",
+        "global batch": f"{batches.size} = {sizes} x {accelerator.num_processes} processes",
         "length": f"{total_steps:,} optimizer steps = {total_steps * batches.size / len(records):.2f} epochs",
-        "optimizer": f"{options.optimizer.optimizer}, {options.schedule.lr_scheduler} from "
-        f"{scaled_rates(options.optimizer, batches.size).learning_rate:g}",
+        "optimizer": f"{options.optimizer.optimizer}, {options.schedule.lr_scheduler} at {peak_rate:g}",
     }
     return "\n".join(f"  {name:<14} {fact}" for name, fact in facts.items())
 
@@ -333,7 +334,8 @@ def write_data_report(accelerator: "Accelerator", folder: OutputFolder, records:
         }
         write_json(folder.path / "data_report.json", report)
         if everywhere:
-            logger.warning("%d images could not be read; %s names them", len(everywhere), folder.path / "data_report.json")
+            path = folder.path / "data_report.json"
+            logger.warning("%d images could not be read; %s names them", len(everywhere), path)
 
 
 def publish(

@@ -145,7 +145,9 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(train, case):
     if schedule:
         train(pipeline, *flags, "--max_train_steps", 3, out="parts")
     else:  # the schedule follows from the length, so the run is stopped by taking away what came later
-        train(pipeline, *flags, "--max_train_steps", 8, "--checkpointing_steps", 3, "--no_final_checkpoint", out="parts")
+        train(
+            pipeline, *flags, "--max_train_steps", 8, "--checkpointing_steps", 3, "--no_final_checkpoint", out="parts"
+        )
         import shutil
 
         shutil.rmtree(whole.parent / "parts" / "checkpoint-6")

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"
-LORA_ONLY = ("rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora", "lora_weights", "export_fused")
+LORA_ONLY = (
+    "rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "use_dora",
+    "use_rslora",
+    "lora_weights",
+    "export_fused",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,9 @@ class AdaptationOptions:
                 if value not in (None, False, 0.0):
                     raise UserError(f"--{name} {value} goes with --adaptation lora, got --adaptation {self.adaptation}")
         if self.lora_weights is not None:
-            require(Path(self.lora_weights).exists(), "lora_weights", self.lora_weights, "be a file or folder that exists")
+            require(
+                Path(self.lora_weights).exists(), "lora_weights", self.lora_weights, "be a file or folder that exists"
+            )
             for name in ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora"):
                 if getattr(self, name) not in (None, False):
                     raise UserError(f"--{name} is that of the file given as --lora_weights; leave it out")
@@ -225,15 +236,15 @@ class LowRankAdaptation(Adaptation):
 
         arguments = {"weight_name": LORA_FILE} if source.is_dir() else {}
         try:
-            self.family.pipeline.load_lora_weights(
-                str(source), adapter_name=ADAPTER, use_safetensors=True, **arguments
-            )
+            self.family.pipeline.load_lora_weights(str(source), adapter_name=ADAPTER, use_safetensors=True, **arguments)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"the LoRA weights {source} can't be loaded: {str(error).splitlines()[0]}") from error
         missing = [name for name, module in self.modules.items() if ADAPTER not in getattr(module, "peft_config", {})]
         if missing:
             cure = "" if "unet" in missing else "; leave --train_text_encoder out"
-            raise UserError(f"the LoRA weights {source} adapt no layer of {', '.join(missing)}, which is to train{cure}")
+            raise UserError(
+                f"the LoRA weights {source} adapt no layer of {', '.join(missing)}, which is to train{cure}"
+            )
         dropout = self.options.lora_dropout
         for module in self.modules.values():
             module.peft_config[ADAPTER].lora_dropout = dropout
@@ -251,7 +262,10 @@ class LowRankAdaptation(Adaptation):
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.modules[name], adapter_name=ADAPTER))
+        by_peft = get_peft_model_state_dict(self.modules[name], adapter_name=ADAPTER)
+        layers = convert_state_dict_to_diffusers(by_peft)
+        if set(layers) & set(by_peft):  # it renames attention layers alone, and loaders take one style or the other
+            layers = by_peft
         if name == "unet" or any(key.startswith("text_model.") for key in layers):
             return layers
         return {f"text_model.{key}": value for key, value in layers.items()}  # the prefix that other tools expect
@@ -260,7 +274,9 @@ class LowRankAdaptation(Adaptation):
         """Each trained parameter's tensor, in order, with what a LoRA file that `save` wrote holds for it."""
         saved = load_file(folder / LORA_FILE)
         by_address = {
-            tensor.data_ptr(): saved[f"{name}.{key}"] for name in self.modules for key, tensor in self._layers(name).items()
+            tensor.data_ptr(): saved[f"{name}.{key}"]
+            for name in self.modules
+            for key, tensor in self._layers(name).items()
         }
         return [
             (parameter.data, by_address[parameter.data_ptr()])

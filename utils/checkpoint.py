@@ -30,7 +30,8 @@ class CheckpointOptions:
     checkpoints_total_limit: int | None = option(None, "newest checkpoints to keep; by default all")
     final_checkpoint: bool = option(True, "also write a checkpoint after the last step, for a longer run to go on from")
     resume_from_checkpoint: str | None = option(
-        None, "go on from latest, from checkpoint-N in output_dir, or from a path; latest without a checkpoint starts anew"
+        None,
+        "go on from latest, from checkpoint-N in output_dir, or from a path; latest without a checkpoint starts anew",
     )
 
     def __post_init__(self) -> None:
@@ -107,7 +108,9 @@ class Checkpoints:
         self.clean()
         try:
             write(aside)
-            sizes = {str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
+            sizes = {
+                str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()
+            }
             write_json(aside / MANIFEST, {"files": sizes})
             _sync(aside)
         except OSError as error:

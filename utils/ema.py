@@ -59,7 +59,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """average += (1 - decay) * (weight - average), for all weights; without a temporary where they share a device."""
+        """average += (1 - decay) * (weight - average), for all weights."""
         self._schedule.optimization_step += 1
         weight = 1 - self._schedule.get_decay(self._schedule.optimization_step)
         values = [parameter.detach() for parameter in self._parameters]

@@ -118,11 +118,15 @@ def upload(folder: Path, repository: str, options: HubOptions) -> str | None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if options.hub_token:
             reason = reason.replace(options.hub_token, "***")
-        logger.warning("the upload to %s failed: %s; the result is in %s, upload it with `hf upload`", repository, reason, folder)
+        logger.warning(
+            "the upload to %s failed: %s; the result is in %s, upload it with `hf upload`", repository, reason, folder
+        )
         return None
     return repository
 
 
 def _escaped(text: str) -> str:
     """Text from prompts and options as Markdown shows it literally, in a table too."""
-    return "".join(f"\\{character}" if character in "\\`*_{}[]<>#|" else character for character in text).replace("\n", " ")
+    return "".join(f"\\{character}" if character in "\\`*_{}[]<>#|" else character for character in text).replace(
+        "\n", " "
+    )

@@ -19,7 +19,8 @@ class NoiseOptions:
         None, "what the model predicts; by default what the pipeline's scheduler says", choices=PREDICTION_TYPES
     )
     noise_offset: float = option(
-        0.0, "scale of the noise that is one number a channel (https://www.crosslabs.org//blog/diffusion-with-offset-noise)"
+        0.0,
+        "scale of the noise that is one number a channel (https://www.crosslabs.org//blog/diffusion-with-offset-noise)",
     )
     input_perturbation: float = option(
         0.0, "scale of the noise added to the model's input only; 0.1 is recommended (https://arxiv.org/abs/2301.11706)"
@@ -38,7 +39,9 @@ class NoiseOptions:
             raise UserError("--dream_training is not built yet; leave it and --dream_detail_preservation out")
         require_not_negative(self, "noise_offset", "input_perturbation", "timestep_bias_begin")
         require_positive(self, "timestep_bias_multiplier")
-        require(0 < self.timestep_bias_portion <= 1, "timestep_bias_portion", self.timestep_bias_portion, "be in (0, 1]")
+        require(
+            0 < self.timestep_bias_portion <= 1, "timestep_bias_portion", self.timestep_bias_portion, "be in (0, 1]"
+        )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,4 @@ class Objective(nn.Module):
         latents = family.latent_space.latents(encoded.mean, encoded.std, batch.posterior_noise)
         noised = self._process.apply(latents, batch.noise, batch.timesteps, batch.input_perturbation)
         prediction = family.predict(self.trained["unet"], noised.noisy, noised.timesteps, states, batch.crops)
-        return weighted_loss(
-            prediction, noised.target, noised.snr, self._process.prediction_type, self._loss_options
-        )
+        return weighted_loss(prediction, noised.target, noised.snr, self._process.prediction_type, self._loss_options)

@@ -23,7 +23,9 @@ SCHEDULES = (
 @dataclass(frozen=True)
 class OptimizerOptions:
     learning_rate: float = option(1e-4, "peak learning rate of the UNet")
-    text_encoder_lr: float | None = option(None, "peak learning rate of the (first) text encoder; by default the UNet's")
+    text_encoder_lr: float | None = option(
+        None, "peak learning rate of the (first) text encoder; by default the UNet's"
+    )
     text_encoder_2_lr: float | None = option(None, "peak learning rate of the second; by default the first's")
     scale_lr: bool = option(False, "multiply the learning rates by batch size, accumulation and processes")
     use_8bit_adam: bool = option(False, "AdamW with 8-bit state (bitsandbytes)")
@@ -87,7 +89,10 @@ def parameter_groups(parameters: list[NamedParameter], weight_decay: float) -> l
 def _adamw(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
     on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
     return torch.optim.AdamW(
-        groups, betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon, fused=True if on_cuda else None
+        groups,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        fused=True if on_cuda else None,
     )
 
 

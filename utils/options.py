@@ -7,6 +7,7 @@ fields are groups. Flags are flat: `ImageOptions.resolution` is `--resolution`.
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from transformers.hf_argparser import HfArgumentParser
 
 SECRET_OPTIONS = ("hub_token",)
+NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own would take -1e-4 for a flag
 
 
 class UserError(Exception):
@@ -80,6 +82,7 @@ class _Parser(HfArgumentParser):
 
     def __init__(self, groups: Sequence[type], description: str):
         super().__init__(groups, description=description, allow_abbrev=False)
+        self._negative_number_matcher = NEGATIVE_NUMBER
 
     def error(self, message: str) -> typing.NoReturn:
         flag, separator, reason = message.removeprefix("argument ").partition(": ")

@@ -24,8 +24,14 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    output_dir: str | None = option(None, "folder of the result, its checkpoints, samples and logs; sd-model-finetuned by default, sdxl-... and ...-lora by family and adaptation")
-    overwrite_output_dir: bool = option(False, "train into a folder that holds another run, whose files are kept where the names differ")
+    output_dir: str | None = option(
+        None,
+        "folder of the result, its checkpoints, samples and logs; by default sd-model-finetuned or "
+        "sdxl-model-finetuned, with -lora behind it for LoRA",
+    )
+    overwrite_output_dir: bool = option(
+        False, "train into a folder that holds another run, whose files are kept where the names differ"
+    )
     seed: int = option(0, "everything random follows from it")
     mixed_precision: str | None = option(
         None, "arithmetic of forward and backward; by default what `accelerate launch` says", choices=tuple(DTYPES)
@@ -56,7 +62,7 @@ def start_processes(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=accumulation_steps,
         step_scheduler_with_optimizer=False,
-        log_with=trackers,
+        log_with=trackers or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / logging_dir)),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
@@ -74,7 +80,11 @@ def start_processes(
         require(False, "mixed_precision", accelerator.mixed_precision, f"be one of {', '.join(DTYPES)}")
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
         require(False, "mixed_precision", "fp16", "be no or bf16 without a GPU", "on a CPU fp16 is not computed")
-    if accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
+    if (
+        accelerator.device.type == "cuda"
+        and accelerator.mixed_precision == "bf16"
+        and not torch.cuda.is_bf16_supported()
+    ):
         require(False, "mixed_precision", "bf16", "be no or fp16 on this GPU", "it has no bfloat16")
     if options.local_rank != -1 and accelerator.is_main_process:
         logger.warning("--local_rank is ignored: the launcher says it by the environment")
@@ -168,7 +178,7 @@ def silence_libraries() -> None:
     disable_progress_bar()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # among its warnings is one that torchvision, which we don't need, is missing
+    transformers_logging.set_verbosity_error()  # it would warn that torchvision, which nothing needs, is missing
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of kernels that CPUs lack
 
 

@@ -1,9 +1,9 @@
 """Where every random number comes from.
 
-Each draw has a stream of its own: numpy's counter-based Philox generator (Salmon et al. 2011, "Parallel random numbers:
-as easy as 1, 2, 3") under the key (seed, position) and the counter (0, 0, place, number of the draw's name). So a draw
-depends on nothing that was drawn before it, and switching one draw on moves no other. torch.Generator would keep 32 bits
-of its seed, and among two million samples some 500 would share another's noise.
+Each draw has a stream of its own: numpy's counter-based Philox generator (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3") under the key (seed, position) and the counter (0, 0, place, number of the draw's name).
+So a draw depends on nothing that was drawn before it, and switching one draw on moves no other. torch.Generator would
+keep 32 bits of its seed, and among two million samples some 500 would share another's noise.
 """
 
 from enum import IntEnum

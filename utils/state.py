@@ -58,7 +58,9 @@ class RunState:
         """
         saved = read_state(folder)
         if saved.seed != self.seed:
-            raise UserError(f"--seed {self.seed} is not that of {folder}, which has {saved.seed}; give --seed {saved.seed}")
+            raise UserError(
+                f"--seed {self.seed} is not that of {folder}, which has {saved.seed}; give --seed {saved.seed}"
+            )
         load_optimizer(folder, self.optimizer, self.parameters)
         if self.average is not None and saved.ema_updates is not None:
             self.adaptation.load_average(folder, self.average, saved.ema_updates)

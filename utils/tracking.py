@@ -101,7 +101,7 @@ class RunLog:
         if accelerator.is_main_process:
             path = folder / "metrics.jsonl"
             _keep_steps(path, first_step)
-            self._file = open(path, "a", encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8")
 
     def step(self, metrics: StepMetrics) -> None:
         """Takes a step's metrics, and writes those of the step before."""
@@ -160,7 +160,9 @@ class RunLog:
             elif tracker.name == "wandb":
                 import wandb
 
-                shown = [wandb.Image(sample.image, caption=f"{i}: {sample.caption}") for i, sample in enumerate(samples)]
+                shown = [
+                    wandb.Image(sample.image, caption=f"{i}: {sample.caption}") for i, sample in enumerate(samples)
+                ]
                 tracker.log({tag: shown}, step=step)
             else:
                 for index, sample in enumerate(samples):

@@ -66,7 +66,13 @@ class Sampler:
     """Draws the samples of a run, each process its share, and keeps them in `output_dir/samples/`."""
 
     def __init__(
-        self, accelerator: "Accelerator", family: Family, options: ValidationOptions, folder: Path, resolution: int, seed: int
+        self,
+        accelerator: "Accelerator",
+        family: Family,
+        options: ValidationOptions,
+        folder: Path,
+        resolution: int,
+        seed: int,
     ):
         self._accelerator = accelerator
         self._family = family
@@ -96,7 +102,9 @@ class Sampler:
     def _draw(self, request: SampleRequest) -> Image.Image:
         pipeline, options = self._family.pipeline, self._options
         pipeline.set_progress_bar_config(disable=True)
-        guidance = {} if options.validation_guidance_scale is None else {"guidance_scale": options.validation_guidance_scale}
+        guidance = (
+            {} if options.validation_guidance_scale is None else {"guidance_scale": options.validation_guidance_scale}
+        )
         with self._accelerator.autocast():
             latents = pipeline(
                 **self._family.prompt_arguments(request.prompt, options.validation_negative_prompt),

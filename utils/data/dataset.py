@@ -137,7 +137,7 @@ class TrainingDataset(Dataset):
 def batches_by_step(
     dataset: TrainingDataset, pieces: Pieces, num_workers: int, pin_memory: bool
 ) -> Iterator[tuple[int, Iterator[Batch]]]:
-    """(step, this process's micro-batches of that step), for each step in turn; micro-batches come as they are loaded."""
+    """(step, this process's micro-batches of that step), step by step; micro-batches come as they are loaded."""
     if num_workers > 0:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizers' first use
     loader = DataLoader(

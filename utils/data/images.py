@@ -117,4 +117,6 @@ class CutDraws:
 def draw_cut(seed: int, record: int, passing: int) -> CutDraws:
     """The draws of a record's pass: the same in a cached and in a live run."""
     vertical, horizontal = generator(seed, record, passing, Stream.CROP).random(2)
-    return CutDraws(float(vertical), float(horizontal), bool(generator(seed, record, passing, Stream.FLIP).random() < 0.5))
+    return CutDraws(
+        float(vertical), float(horizontal), bool(generator(seed, record, passing, Stream.FLIP).random() < 0.5)
+    )

@@ -23,7 +23,8 @@ class DataOptions:
     dataset_name: str | None = option(None, "name of a dataset on the Hub, or a local path that `datasets` can load")
     dataset_config_name: str | None = option(None, "configuration of the dataset")
     train_data_dir: str | None = option(
-        None, "folder of images with a metadata.jsonl (or .csv) of file_name and captions; with --dataset_name its data_dir"
+        None,
+        "folder of images with a metadata.jsonl (or .csv) of file_name and captions; with --dataset_name its data_dir",
     )
     image_column: str = option("image", "column of the images")
     caption_column: str = option("text", "column of the captions: a string, or a list of strings of which one is drawn")
@@ -169,7 +170,11 @@ def _check_columns(columns: list[str], options: DataOptions) -> None:
         raise UserError(
             f"--{flag} {column} is not a column of the data, which has {', '.join(columns)}"
             + (f"; did you mean --{flag} {hint}?" if hint else f"; name one with --{flag}")
-            + ("" if flag == "image_column" or options.dataset_name else ", or add a metadata.jsonl of file_name and text")
+            + (
+                ""
+                if flag == "image_column" or options.dataset_name
+                else ", or add a metadata.jsonl of file_name and text"
+            )
         )
 
 

@@ -29,7 +29,8 @@ class ModelOptions:
     )
     pretrained_vae_model_name_or_path: str | None = option(None, "folder or Hub name of another VAE")
     pretrained_model_config: str | None = option(
-        None, "pipeline folder or Hub name that describes a single-file model; by default found on the Hub by its weights"
+        None,
+        "pipeline folder or Hub name that describes a single-file model; by default found on the Hub by its weights",
     )
     unet_config: str | None = option(None, "JSON config of a fresh UNet, which is trained from scratch")
     revision: str | None = option(None, "revision of the pipeline on the Hub")
@@ -112,14 +113,23 @@ class Family:
             raise UserError(f"{flag} has cross_attention_dim {expected} but the text encoders give {width}")
         if self.source.options.clip_skip is not None:
             layers = min(encoder.config.num_hidden_layers for encoder in self.text_encoders)
-            require(self.source.options.clip_skip < layers - 1, "clip_skip", self.source.options.clip_skip,
-                    f"be below {layers - 1} for these text encoders")
+            require(
+                self.source.options.clip_skip < layers - 1,
+                "clip_skip",
+                self.source.options.clip_skip,
+                f"be below {layers - 1} for these text encoders",
+            )
 
     def check_resolution(self, resolution: int) -> None:
         """Refuses an edge whose latents would not be whole."""
         factor = self.latent_space.factor
-        require(resolution % factor == 0, "resolution", resolution, f"be divisible by {factor} for this VAE",
-                f"try {max(factor, resolution - resolution % factor)}")
+        require(
+            resolution % factor == 0,
+            "resolution",
+            resolution,
+            f"be divisible by {factor} for this VAE",
+            f"try {max(factor, resolution - resolution % factor)}",
+        )
 
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
         """A function for the loader's workers: B captions -> [B, text encoders, tokens] int64, padded and cut."""
@@ -155,7 +165,7 @@ class Family:
             getattr(self.pipeline, name).requires_grad_(False).eval()
 
     def to(self, device: torch.device) -> None:
-        """Moves all parts to the device; an fp16 VAE that overflows runs in bf16 where the device has it, or float32."""
+        """Moves all parts to the device; an fp16 VAE that overflows runs in bf16 where that is had, else float32."""
         vae = self.pipeline.vae
         if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
             has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -237,7 +247,7 @@ class PipelineSource:
         self, pipeline_class: "type[DiffusionPipeline]", dtypes: ComponentDtypes, text_encoder_names: tuple[str, ...]
     ) -> "DiffusionPipeline":
         """The pipeline with what training and sampling need, on the CPU: no safety checker, no image encoder."""
-        parts: dict[str, Any] = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder")}
+        parts: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
         parts = {name: part for name, part in parts.items() if name in pipeline_class._optional_components}
         if "requires_safety_checker" in pipeline_class.__init__.__annotations__:
             parts["requires_safety_checker"] = False
@@ -249,7 +259,7 @@ class PipelineSource:
             pipeline.unet.to(dtypes.unet)
             pipeline.vae.to(dtypes.frozen)
             return pipeline
-        by_name = {name: dtypes.text_encoders for name in text_encoder_names}
+        by_name = dict.fromkeys(text_encoder_names, dtypes.text_encoders)
         return self._from_pretrained(
             pipeline_class, dtype={"unet": dtypes.unet, "default": dtypes.frozen, **by_name}, **parts
         )
@@ -269,7 +279,10 @@ class PipelineSource:
         options, parts = self.options, {}
         if options.pretrained_vae_model_name_or_path is not None:
             parts["vae"] = self._component(
-                AutoencoderKL, "pretrained_vae_model_name_or_path", options.pretrained_vae_model_name_or_path, dtypes.frozen
+                AutoencoderKL,
+                "pretrained_vae_model_name_or_path",
+                options.pretrained_vae_model_name_or_path,
+                dtypes.frozen,
             )
         if with_unet and options.unet_config is not None:
             parts["unet"] = _fresh_unet(options.unet_config).to(dtypes.unet)
@@ -289,7 +302,11 @@ class PipelineSource:
     def _from_pretrained(self, pipeline_class: "type[DiffusionPipeline]", **arguments: Any) -> "DiffusionPipeline":
         try:
             return pipeline_class.from_pretrained(
-                self.path, revision=self.options.revision, variant=self.options.variant, use_safetensors=True, **arguments
+                self.path,
+                revision=self.options.revision,
+                variant=self.options.variant,
+                use_safetensors=True,
+                **arguments,
             )
         except (OSError, ValueError) as error:
             raise UserError(f"--pretrained_model {self.path} can't be loaded: {_first_line(error)}") from error

@@ -25,7 +25,9 @@ def pick_family(source: PipelineSource) -> type[Family]:
     """
     path = Path(source.path)
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise UserError(f"--pretrained_model {path} would need unpickling, which can run code; convert it to .safetensors")
+        raise UserError(
+            f"--pretrained_model {path} would need unpickling, which can run code; convert it to .safetensors"
+        )
     if source.is_single_file:
         return StableDiffusionXL if SDXL_KEY in _names_of_weights(path) else StableDiffusion
     index = _read_index(source)
@@ -54,7 +56,9 @@ def _read_index(source: PipelineSource) -> dict:
         if not file.is_file():
             raise UserError(f"--pretrained_model {path} is no pipeline folder: it has no model_index.json")
     elif path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1 or path.exists():
-        raise UserError(f"--pretrained_model {path} does not exist; give a pipeline folder, Hub name or .safetensors file")
+        raise UserError(
+            f"--pretrained_model {path} does not exist; give a pipeline folder, Hub name or .safetensors file"
+        )
     else:
         file = _download_index(source)
     try:

@@ -36,6 +36,7 @@ class StableDiffusion(Family):
         """`prompt_embeds` and `negative_prompt_embeds`, each [1, tokens, width]."""
         tokenize, device = self.tokenizer(), self.unet.device
         embeds, negative = (
-            self.encode_text(tokenize([text]).to(device))["encoder_hidden_states"] for text in (prompt, negative_prompt or "")
+            self.encode_text(tokenize([text]).to(device))["encoder_hidden_states"]
+            for text in (prompt, negative_prompt or "")
         )
         return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}

@@ -54,7 +54,10 @@ class StableDiffusionXL(Family):
         if encoder == 1:
             return True
         layers = self.text_encoders[encoder].config.num_hidden_layers
-        return is_in_read_layers(name, layers - 1 - (self.source.options.clip_skip or 0)) and "final_layer_norm" not in name
+        return (
+            is_in_read_layers(name, layers - 1 - (self.source.options.clip_skip or 0))
+            and "final_layer_norm" not in name
+        )
 
     def prompt_arguments(self, prompt: str, negative_prompt: str | None) -> dict[str, Tensor]:
         """The embeddings and pooled embeddings of both prompts; without a negative prompt as the pipeline has it."""

@@ -1,0 +1,42 @@
+# make demo   fine-tunes the small pipeline in demo/ and shows before | after
+# make test   checks and tests
+# Both install what they need into .venv first.
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+RUN = .venv/bin/python
+INSTALLED = .venv/installed-$(shell cat requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: demo demo-lora test check install base clean
+
+demo: $(INSTALLED)
+	$(RUN) demo/run.py
+
+demo-lora: $(INSTALLED)
+	$(RUN) demo/run.py --adaptation lora
+
+test: check
+	$(RUN) -m pytest -n 2 --dist worksteal
+
+check: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
+
+install: $(INSTALLED)
+
+# repeats the pretraining of the pipeline in demo/base
+base: $(INSTALLED)
+	$(RUN) demo/make_base.py --output_dir demo/work/base
+
+$(INSTALLED):
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or later is needed; install it or give make PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) has no venv; install it (Debian: apt install python3-venv)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	@rm -f .venv/installed-*
+	@touch $@
+
+clean:
+	rm -rf demo/output

@@ -1,0 +1,166 @@
+"""Bad input ends in one line on stderr, with flag, value and cure, and exit status 2."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from tests import tiny
+
+
+def message(capsys: pytest.CaptureFixture) -> str:
+    """The error's line, which must be the only one of its kind."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--resolution", "500"], ["--resolution", "500", "496 or 504"]),
+        (["--learning_rate", "-1e-4"], ["--learning_rate", "-0.0001"]),
+        (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
+        (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
+        (["--train_batch_size", "0"], ["--train_batch_size", "0"]),
+        (["--gradient_accumulation_steps", "0"], ["--gradient_accumulation_steps", "0"]),
+        (["--max_train_steps", "0"], ["--max_train_steps", "0"]),
+        (["--learning_rat", "1"], ["--learning_rat", "--learning_rate"]),
+        (["--use_emma"], ["--use_emma", "--use_ema"]),
+        (["--rank", "4"], ["--rank", "--adaptation lora"]),
+        (["--lora_dropout", "0.1"], ["--lora_dropout", "--adaptation lora"]),
+        (["--adaptation", "lora", "--rank", "0"], ["--rank", "0"]),
+        (["--adaptation", "lora", "--lora_target_modules", "nothing"], ["--lora_target_modules", "nothing"]),
+        (["--adaptation", "lora", "--lora_weights", "missing.safetensors"], ["--lora_weights", "missing"]),
+        (["--text_encoder_lr", "1e-5"], ["--text_encoder_lr", "--train_text_encoder"]),
+        (["--caption_dropout", "1.5"], ["--caption_dropout", "1.5"]),
+        (["--image_column", "picture"], ["--image_column", "picture", "image, text"]),
+        (["--caption_column", "txt"], ["--caption_column", "txt", "did you mean --caption_column text?"]),
+        (["--resume_from_checkpoint", "checkpoint-7"], ["--resume_from_checkpoint", "checkpoint-7"]),
+        (["--mixed_precision", "fp16"], ["--mixed_precision", "fp16", "GPU"]),
+        (["--mixed_precision", "fp8"], ["--mixed_precision", "fp8"]),
+        (["--dream_training"], ["--dream_training", "not built yet"]),
+        (["--enable_xformers_memory_efficient_attention"], ["--enable_xformers_memory_efficient_attention"]),
+        (["--enable_npu_flash_attention"], ["--enable_npu_flash_attention"]),
+        (["--lr_scheduler", "sawtooth"], ["--lr_scheduler", "sawtooth", "cosine"]),
+        (["--lr_scheduler", "piecewise_constant"], ["--lr_step_rules"]),
+        (["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "x"], ["piecewise_constant"]),
+        (["--snr_gamma", "0"], ["--snr_gamma", "0"]),
+        (["--seed", "-1"], ["--seed", "-1"]),
+        (["--clip_skip", "5"], ["--clip_skip", "5"]),
+        (["--unet_config", "missing.json"], ["--unet_config", "missing.json"]),
+        (["--report_to", "wandb"], ["--report_to", "wandb", "pip install wandb"]),
+        (["--hub_model_id", "me/model"], ["--hub_model_id", "--push_to_hub"]),
+        (["--pretrained_vae_model_name_or_path", "/missing"], ["--pretrained_vae_model_name_or_path", "/missing"]),
+        (["--timestep_bias_strategy", "range", "--timestep_bias_end", "2000"], ["--timestep_bias_end", "2000"]),
+        (["--validation_prompt", "a", "--validation_prompts", "b"], ["--validation_prompt"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_refused_options(train, capsys, flags, parts):
+    train("sd", "--max_train_steps", 1, *flags, expect=2)
+    line = message(capsys)
+    assert all(part in line for part in parts), line
+
+
+def test_no_data(pipelines, capsys, tmp_path):
+    from train_text_to_image import main
+
+    assert main(["--pretrained_model", str(pipelines["sd"]), "--output_dir", str(tmp_path)]) == 2
+    assert "--dataset_name or --train_data_dir" in message(capsys)
+
+
+def test_no_pipeline(images, capsys):
+    from train_text_to_image import main
+
+    assert main(["--train_data_dir", str(images)]) == 2
+    assert "--pretrained_model" in message(capsys)
+
+
+def test_a_pipeline_that_does_not_exist(train, capsys):
+    train("/nowhere/pipeline", expect=2)
+    assert "/nowhere/pipeline does not exist" in message(capsys)
+    train("nobody/nothing", expect=2)
+    assert "nobody/nothing is no folder here" in message(capsys)
+
+
+def test_a_pipeline_of_an_unsupported_class(train, capsys, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "pipeline")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3Pipeline"}))
+    train(str(folder), expect=2)
+    line = message(capsys)
+    assert "StableDiffusion3Pipeline" in line
+    assert "StableDiffusionXLPipeline" in line
+
+
+def test_weights_that_would_need_unpickling(train, capsys, pipelines, tmp_path):
+    import torch
+
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "pipeline")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
+    train(str(folder), expect=2)
+    assert "unpickling" in message(capsys)
+    train(str(tmp_path / "model.ckpt"), expect=2)
+    assert "unpickling" in message(capsys)
+
+
+def test_a_unet_that_does_not_fit_the_text_encoder(train, capsys, pipelines, tmp_path):
+    config = json.loads((pipelines["sd"] / "unet" / "config.json").read_text())
+    (tmp_path / "unet.json").write_text(json.dumps(config | {"cross_attention_dim": 48}))
+    train("sd", "--unet_config", tmp_path / "unet.json", expect=2)
+    assert "cross_attention_dim 48" in message(capsys)
+
+
+def test_data_without_captions(train, capsys, tmp_path):
+    tiny.make_images(tmp_path / "data")
+    (tmp_path / "data" / "metadata.jsonl").unlink()
+    train("sd", data=tmp_path / "data", expect=2)
+    line = message(capsys)
+    assert "--caption_column" in line
+    assert "metadata.jsonl" in line
+
+
+def test_an_empty_dataset(train, capsys, tmp_path):
+    (tmp_path / "data").mkdir()
+    train("sd", data=tmp_path / "data", expect=2)
+    assert "--train_data_dir" in message(capsys)
+
+
+def test_an_output_folder_that_cannot_be_written(train, capsys, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    train("sd", expect=2)
+    assert "--output_dir" in message(capsys)
+
+
+def test_an_output_folder_that_holds_another_run(train, capsys):
+    out = train("sd", "--max_train_steps", 1, "--train_batch_size", 1)
+    before = (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    train("sd", "--max_train_steps", 2, "--train_batch_size", 1, expect=2)
+    assert "holds another run" in message(capsys)
+    assert (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_an_output_folder_in_use(train, capsys, tmp_path):
+    from utils.runtime import OutputFolder
+
+    other = OutputFolder(str(tmp_path / "out"))
+    other.claim(resuming=False, overwrite=False)
+    train("sd", "--resume_from_checkpoint", "latest", expect=2)
+    assert "in use" in message(capsys)
+    other.release()
+
+
+def test_unreadable_images_are_skipped_named_and_counted(train, tmp_path):
+    data = tiny.make_images(tmp_path / "data")
+    (data / "000.png").write_bytes(b"")
+    (data / "001.png").write_bytes(b"no image")
+    whole = (data / "002.png").read_bytes()
+    (data / "002.png").write_bytes(whole[: len(whole) // 2])  # its header is right
+    Image.new("L", (50, 40)).save(data / "003.png")
+    out = train("sd", "--max_train_steps", 4, "--train_batch_size", 2, data=data)
+    report = json.loads((out / "data_report.json").read_text())
+    assert {name.rpartition("/")[2] for name in report["unreadable"]} == {"000.png", "001.png", "002.png"}
+    assert report["images"] == 6

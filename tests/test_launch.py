@@ -1,0 +1,101 @@
+"""The script as a process: plain python, accelerate launch, two processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.test_equivalences import assert_same_bits, losses, weights
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "train_text_to_image.py")
+
+
+def command(pipelines: dict[str, Path], images: Path, out: Path, *flags: object) -> list[str]:
+    words = [
+        SCRIPT,
+        "--pretrained_model_name_or_path",
+        pipelines["sd"],
+        "--train_data_dir",
+        images,
+        "--output_dir",
+        out,
+    ]
+    words += ["--resolution", tiny.RESOLUTION, "--lr_warmup_steps", 0, "--report_to", "none"]
+    return [str(word) for word in (*words, *flags)]
+
+
+def run(words: list[str], expect: int = 0, **environment: str) -> str:
+    """Runs a command elsewhere than in the repository, and gives its stderr."""
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=300, cwd="/", env=os.environ | environment, check=False
+    )
+    assert (done.returncode == 0) == (expect == 0), done.stderr[-4000:]
+    return done.stderr
+
+
+def launcher(module: str) -> list[str]:
+    return [sys.executable, "-m", module]
+
+
+STEPS = ("--max_train_steps", 4, "--adam_epsilon", 1e-5, "--learning_rate", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def alone(pipelines, images, tmp_path_factory) -> Path:
+    """One process, batch 4: what the others must equal."""
+    out = tmp_path_factory.mktemp("alone")
+    run([sys.executable, *command(pipelines, images, out, *STEPS, "--train_batch_size", 4)])
+    return out
+
+
+@pytest.mark.parametrize("config", ["cpu.yaml", "single_gpu.yaml"])
+def test_accelerate_launch_with_the_configs(pipelines, images, tmp_path, alone, config):
+    words = [*launcher("accelerate.commands.launch"), "--config_file", str(ROOT / "accelerate_configs" / config)]
+    flags = (*STEPS, "--train_batch_size", 4, "--mixed_precision", "no")
+    run([*words, *command(pipelines, images, tmp_path, *flags)])
+    assert_same_bits(weights(alone), weights(tmp_path))
+
+
+def test_two_processes_train_what_one_does(pipelines, images, tmp_path, alone):
+    words = [*launcher("torch.distributed.run"), "--nproc_per_node", "2", "--master_port", "29611"]
+    flags = (*STEPS, "--train_batch_size", 1, "--gradient_accumulation_steps", 2)
+    validation = ("--validation_prompts", "a", "b", "c", "--validation_num_inference_steps", 2)
+    run([*words, *command(pipelines, images, tmp_path, *flags, *validation, "--use_ema")])
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(tmp_path / "checkpoint-4")[name], tensor, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(losses(alone), losses(tmp_path), rtol=1e-5, atol=1e-6)
+    assert len(list((tmp_path / "samples" / "final").glob("*.png"))) == 3
+
+
+def test_two_processes_resume_bit_by_bit(pipelines, images, tmp_path):
+    words = [
+        *launcher("accelerate.commands.launch"),
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "29612",
+    ]
+    flags = ("--train_batch_size", 2, "--adaptation", "lora", "--lora_dropout", 0.2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run([*words, *command(pipelines, images, whole, *flags, "--max_train_steps", 5)])
+    run([*words, *command(pipelines, images, parts, *flags, "--max_train_steps", 2)])
+    more = ("--max_train_steps", 5, "--resume_from_checkpoint", "latest")
+    run([*words, *command(pipelines, images, parts, *flags, *more)])
+    assert losses(whole) == losses(parts)
+
+
+def test_an_error_is_one_line_without_a_traceback(pipelines, images, tmp_path):
+    error = run([sys.executable, *command(pipelines, images, tmp_path, "--resolution", 500)], expect=2)
+    assert error.splitlines() == ["error: --resolution must be divisible by 8, got 500; try 496 or 504"]
+
+
+def test_help_names_every_flag_of_the_diffusers_examples():
+    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    flags = (ROOT / "tests" / "diffusers_flags.txt").read_text().split()
+    assert not [flag for flag in flags if f" {flag} " not in shown and f" {flag}," not in shown]

@@ -1,0 +1,326 @@
+"""The parts, each against something known."""
+
+import io
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from utils.data.images import CutDraws, ImageOptions, cut, draw_cut, open_image, read_rgb
+from utils.data.sampler import GlobalBatches, Pieces
+from utils.ema import EmaOptions, MovingAverage
+from utils.losses import LossOptions, min_snr, weighted_loss
+from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
+from utils.optim import (
+    NamedParameter,
+    OptimizerOptions,
+    ScheduleOptions,
+    build_optimizer,
+    parameter_groups,
+    rate_factor,
+)
+from utils.options import UserError
+from utils.seeding import Stream, generator
+
+SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+class TestSeeding:
+    def test_a_draw_depends_on_all_of_its_key_and_on_nothing_else(self):
+        def first(*key):
+            return generator(*key, Stream.NOISE).standard_normal(4).tolist()
+
+        assert first(1, 2, 3) == first(1, 2, 3)
+        others = [first(1, 2, 4), first(1, 3, 3), first(2, 2, 3), first(1 + 2**32, 2, 3), first(1 + 2**40, 2, 3)]
+        assert all(first(1, 2, 3) != other for other in others)
+        assert generator(1, 2, 3, Stream.CROP).standard_normal(4).tolist() != first(1, 2, 3)
+
+    def test_noise_is_standard_normal_and_independent(self):
+        draws = NoiseDraws(NoiseOptions(), 1000, seed=0)
+        noise = np.stack([draws.draw(0, slot, (4, 16, 16)).noise for slot in range(200)]).reshape(200, -1)
+        assert abs(noise.mean()) < 0.01
+        assert abs(noise.std() - 1) < 0.01
+        correlation = np.corrcoef(noise) - np.eye(200)
+        assert np.abs(correlation).max() < 6 / np.sqrt(noise.shape[1])
+
+    def test_timesteps_are_uniform(self):
+        draws = NoiseDraws(NoiseOptions(), 10, seed=0)
+        counts = Counter(draws.draw(step, slot, (1, 1, 1)).timestep for step in range(200) for slot in range(20))
+        assert set(counts) == set(range(10))
+        assert max(abs(count - 400) for count in counts.values()) < 80
+
+
+class TestSampler:
+    @pytest.mark.parametrize(("num_records", "size"), [(6, 4), (5, 8), (100, 7), (3, 3)])
+    def test_each_record_is_drawn_once_a_pass(self, num_records, size):
+        batches = GlobalBatches(num_records, size, seed=3)
+        steps = batches.steps_in(epochs=size)
+        drawn = [batches.draw(step, slot) for step in range(steps) for slot in range(size)]
+        assert Counter(drawn) == Counter({(r, p): 1 for r in range(num_records) for p in range(size)})
+        assert batches.epochs_before(steps) == size
+
+    @pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
+    def test_processes_share_the_slots(self, num_processes):
+        slots = [
+            slot
+            for rank in range(num_processes)
+            for piece in Pieces(10, 3, rank, num_processes, first_step=5, last_step=6)
+            for slot in piece.slots
+            if piece.step == 5
+        ]
+        assert slots == list(range(10))
+
+
+class TestImages:
+    def painted(self, width: int, height: int) -> Image.Image:
+        """An image whose red is the column and whose green the row."""
+        columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+        return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8))
+
+    @pytest.mark.parametrize("size", [(64, 32), (32, 80), (32, 32)])
+    @pytest.mark.parametrize("flip", [False, True])
+    def test_the_crop_says_what_was_cut(self, size, flip):
+        options = ImageOptions(random_flip=True, image_interpolation_mode="nearest")
+        for number in range(20):
+            draws = draw_cut(0, number, 0)
+            draws = CutDraws(draws.vertical, draws.horizontal, flip)
+            pixels, crop = cut(self.painted(*size), 32, options, draws)
+            assert (crop.original_width, crop.original_height) == size
+            left = size[0] - 1 - crop.left if flip else crop.left
+            assert (pixels[0, 0, 0], pixels[1, 0, 0]) == (left, crop.top)
+            assert pixels.shape == (3, 32, 32)
+
+    def test_the_whole_range_is_cropped(self):
+        lefts = {cut(self.painted(40, 32), 32, ImageOptions(), draw_cut(0, n, 0))[1].left for n in range(300)}
+        assert lefts == set(range(9))
+
+    def test_centre(self):
+        _, crop = cut(self.painted(41, 32), 32, ImageOptions(center_crop=True), draw_cut(0, 0, 0))
+        assert (crop.top, crop.left) == (0, 4)
+
+    def test_exif_orientation_is_applied(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        file = io.BytesIO()
+        self.painted(20, 10).save(file, "JPEG", exif=exif)
+        assert read_rgb(file.getvalue()).size == (10, 20)
+
+    @pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "1", "LA", "RGBA", "I;16", "F"])
+    def test_modes(self, mode):
+        image = Image.new("RGB", (9, 7), (200, 100, 50))
+        if mode == "I;16":
+            image = Image.fromarray(np.full((7, 9), 40000, np.uint16))
+        file = io.BytesIO()
+        image.convert(mode).save(file, "TIFF") if mode != "I;16" else image.save(file, "PNG")
+        read = read_rgb(file.getvalue())
+        assert (read.mode, read.size) == ("RGB", (9, 7))
+        if mode == "I;16":
+            assert np.asarray(read)[0, 0].tolist() == [156, 156, 156]
+
+    def test_transparency_is_white(self):
+        file = io.BytesIO()
+        Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(file, "PNG")
+        assert np.asarray(read_rgb(file.getvalue())).min() == 255
+
+    def test_what_cannot_be_read_raises(self, monkeypatch):
+        for source in (b"", b"text", "/nowhere.png"):
+            with pytest.raises(OSError):
+                open_image(source)
+        file = io.BytesIO()
+        Image.new("L", (100, 100)).save(file, "PNG")
+        for limit in (40, 9000):  # over PIL's own error, and between its warning and its error
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+            with pytest.raises(ValueError, match="pixels"):
+                open_image(file.getvalue())
+
+
+class TestNoise:
+    @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+    def test_forward_process_against_float64(self, prediction_type):
+        process = ForwardProcess(SD_SCHEDULE, prediction_type)
+        betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+        alpha_bar = torch.from_numpy(np.cumprod(1 - betas))
+        latents, noise = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
+        timesteps = torch.tensor([0, 1, 500, 998, 999])
+        signal, spread = (
+            alpha_bar[timesteps].sqrt().view(-1, 1, 1, 1),
+            (1 - alpha_bar[timesteps]).sqrt().view(-1, 1, 1, 1),
+        )
+        noised = process.apply(latents, noise, timesteps, None)
+        targets = {"epsilon": noise, "v_prediction": signal * noise - spread * latents, "sample": latents}
+        torch.testing.assert_close(noised.noisy.double(), signal * latents + spread * noise, rtol=0, atol=1e-5)
+        torch.testing.assert_close(noised.target.double(), targets[prediction_type].double(), rtol=0, atol=1e-5)
+        snr = (signal / spread).square().flatten()
+        torch.testing.assert_close(noised.snr.double(), snr, rtol=1e-3, atol=0)
+
+    def test_input_perturbation_is_in_the_input_alone(self):
+        process = ForwardProcess(SD_SCHEDULE, None)
+        latents, noise = torch.zeros(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
+        noised = process.apply(latents, noise, torch.tensor([999]), torch.ones(1, 4, 2, 2))
+        assert torch.equal(noised.target, noise)
+        assert (noised.noisy - noise).abs().min() > 0.5
+
+    def test_noise_offset_shifts_channels_and_leaves_the_rest(self):
+        plain = NoiseDraws(NoiseOptions(), 1000, 0).draw(1, 2, (4, 8, 8))
+        offset = NoiseDraws(NoiseOptions(noise_offset=0.1), 1000, 0).draw(1, 2, (4, 8, 8))
+        difference = offset.noise - plain.noise
+        assert np.abs(difference - difference[:, :1, :1]).max() < 1e-6
+        assert plain.timestep == offset.timestep
+
+    def test_zero_terminal_snr_refuses_epsilon(self):
+        with pytest.raises(UserError, match="zero terminal SNR"):
+            ForwardProcess(SD_SCHEDULE | {"rescale_betas_zero_snr": True}, "epsilon")
+        process = ForwardProcess(SD_SCHEDULE | {"rescale_betas_zero_snr": True}, "v_prediction")
+        noised = process.apply(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.tensor([999]), None)
+        assert float(noised.snr) == 0
+        assert torch.isfinite(min_snr(noised.snr, "v_prediction", LossOptions(snr_gamma=5))).all()
+
+    @pytest.mark.parametrize(
+        ("strategy", "begin", "end"), [("later", 75, 100), ("earlier", 0, 25), ("range", 10, 30), ("none", 0, 0)]
+    )
+    def test_timestep_bias(self, strategy, begin, end):
+        options = NoiseOptions(
+            timestep_bias_strategy=strategy, timestep_bias_multiplier=3, timestep_bias_begin=10, timestep_bias_end=30
+        )
+        expected = np.ones(100)
+        expected[begin:end] = 3
+        assert timestep_weights(options, 100).tolist() == expected.tolist()
+
+
+class TestLosses:
+    @pytest.mark.parametrize(
+        ("prediction_type", "expected"),
+        [("epsilon", [1.0, 1.0, 0.5]), ("v_prediction", [0.0, 0.5, 5 / 11]), ("sample", [0.0, 1.0, 5.0])],
+    )
+    def test_min_snr(self, prediction_type, expected):
+        weights = min_snr(torch.tensor([0.0, 1.0, 10.0]), prediction_type, LossOptions(snr_gamma=5))
+        torch.testing.assert_close(weights, torch.tensor(expected))
+
+    def test_a_loss_a_sample(self):
+        prediction, target = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+        loss = weighted_loss(prediction, target, torch.ones(3), "epsilon", LossOptions())
+        torch.testing.assert_close(loss.mean(), nn.functional.mse_loss(prediction, target))
+
+
+class TestOptim:
+    @pytest.mark.parametrize(
+        "name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    )
+    def test_rates_are_those_of_diffusers_schedules(self, name):
+        from diffusers.optimization import get_scheduler
+
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=5, num_training_steps=40, num_cycles=2, power=2.0)
+        options = ScheduleOptions(lr_scheduler=name, lr_warmup_steps=5, lr_num_cycles=2, lr_power=2.0)
+        factor = rate_factor(options, 0.1, 40)
+        for step in range(40):
+            assert 0.1 * factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+            optimizer.step()
+            schedule.step()
+
+    def test_piecewise_constant(self):
+        options = ScheduleOptions(lr_scheduler="piecewise_constant", lr_step_rules="1:10,0.1:20,0.01")
+        assert [rate_factor(options, 1.0, 30)(step) for step in (0, 9, 10, 25)] == [1.0, 1.0, 0.1, 0.01]
+
+    def test_no_decay_on_biases_and_norms(self):
+        network = nn.Sequential(nn.Linear(3, 3), nn.GroupNorm(1, 3))
+        named = [NamedParameter(name, parameter, 1e-3) for name, parameter in network.named_parameters()]
+        groups = {group["weight_decay"]: group["params"] for group in parameter_groups(named, 0.1)}
+        assert {decay: len(parameters) for decay, parameters in groups.items()} == {0.1: 1, 0.0: 3}
+
+    @pytest.mark.parametrize("eight_bit", [False, True])
+    def test_adamw_against_torch(self, eight_bit):
+        torch.manual_seed(0)
+        start, gradient = torch.randn(128, 64), torch.randn(128, 64)
+        ours, reference = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+        options = OptimizerOptions(learning_rate=1e-2, use_8bit_adam=eight_bit)
+        optimizer = build_optimizer([NamedParameter("w", ours, 1e-2)], options)
+        expected = torch.optim.AdamW([reference], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+        for _ in range(3):
+            ours.grad, reference.grad = gradient.clone(), gradient.clone()
+            optimizer.step()
+            expected.step()
+        assert (
+            any(tensor.dtype == torch.uint8 for tensor in optimizer.state[ours].values() if torch.is_tensor(tensor))
+            == eight_bit
+        )
+        difference = (ours - reference).abs()
+        assert difference.mean() < (5e-4 if eight_bit else 1e-8)  # of a movement of 0.03
+
+    def test_rates_of_the_text_encoders(self):
+        options = OptimizerOptions(learning_rate=3.0, text_encoder_lr=2.0)
+        assert [options.rate_of(name) for name in ("unet", "text_encoder", "text_encoder_2")] == [3.0, 2.0, 2.0]
+
+
+class TestMovingAverage:
+    @pytest.mark.parametrize("options", [{}, {"offload_ema": True}, {"foreach_ema": False}])
+    def test_against_diffusers(self, options):
+        from diffusers.training_utils import EMAModel
+
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))]
+        ours, theirs = MovingAverage(parameters, EmaOptions(use_ema=True, **options)), EMAModel(parameters)
+        for _ in range(20):
+            for parameter in parameters:
+                parameter.data.add_(torch.randn_like(parameter))
+            ours.update()
+            theirs.step(parameters)
+        for one, other in zip(ours.averages, theirs.shadow_params, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        weights = [parameter.detach().clone() for parameter in parameters]
+        with ours.in_place():
+            assert torch.equal(parameters[0], ours.averages[0])
+        assert all(torch.equal(weight, parameter) for weight, parameter in zip(weights, parameters, strict=True))
+
+
+class TestSources:
+    def rows(self, options, **more):
+        from utils.data.sources import DataOptions, read_records
+
+        records = read_records(DataOptions(**options, **more), 0)
+        return [records[index] for index in range(len(records))]
+
+    def test_lists_and_missing_captions(self, tmp_path):
+        for index in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{index}.png")
+        lines = [{"file_name": "0.png", "text": ["a", "b"]}, {"file_name": "1.png", "text": None}]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        rows = self.rows({"train_data_dir": str(tmp_path)})
+        assert [row.captions for row in rows] == [("a", "b"), ("",)]
+
+    def test_a_saved_dataset_and_a_subset(self, tmp_path):
+        from datasets import Dataset
+
+        pixels = [Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(9)]
+        Dataset.from_dict({"picture": pixels, "words": [f"caption {index}" for index in range(9)]}).save_to_disk(
+            tmp_path
+        )
+        options = {"dataset_name": str(tmp_path), "image_column": "picture", "caption_column": "words"}
+        assert len(self.rows(options)) == 9
+        some = self.rows(options, max_train_samples=4)
+        assert len(some) == 4
+        assert some == self.rows(options, max_train_samples=4)
+
+    def test_a_caption_column_of_numbers_is_refused(self, tmp_path):
+        from datasets import Dataset
+
+        Dataset.from_dict({"image": [Image.new("RGB", (8, 8))], "text": [3]}).save_to_disk(tmp_path)
+        with pytest.raises(UserError, match="--caption_column text must hold strings"):
+            self.rows({"dataset_name": str(tmp_path)})
+
+
+def test_a_process_that_trains_apart_is_refused(monkeypatch, tmp_path):
+    from accelerate import Accelerator
+
+    from tests.conftest import reset_accelerate
+    from utils.runtime import RuntimeOptions, start_processes
+
+    reset_accelerate()
+    Accelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started"):
+        start_processes(RuntimeOptions(), 1, [], tmp_path, "logs")

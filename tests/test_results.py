@@ -1,0 +1,300 @@
+"""What a run leaves behind: pipelines and LoRA files that diffusers loads, checkpoints, samples, records."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.test_equivalences import assert_same_bits, lora, weights
+
+SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--learning_rate", 1e-3)
+
+
+def draw(pipeline, prompt: str = "a red square", seed: int = 0, **more) -> np.ndarray:
+    """One sample of a pipeline as pixels."""
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(
+        prompt,
+        height=tiny.RESOLUTION,
+        width=tiny.RESOLUTION,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        **{"num_inference_steps": 3} | more,
+    ).images[0]
+    return np.asarray(image)
+
+
+def load(folder: Path):
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(folder)
+
+
+VALIDATION = (
+    "--validation_prompt",
+    "a red square",
+    "--num_validation_images",
+    2,
+    "--validation_num_inference_steps",
+    3,
+)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd2", "sdxl"])
+@pytest.mark.parametrize("ema", [(), ("--use_ema",)], ids=["", "ema"])
+def test_the_exported_folder_draws_the_last_validation(train, name, ema):
+    out = train(name, *SHORT, *VALIDATION, *ema, "--seed", 5)
+    pipeline = load(out)
+    for index in range(2):
+        sample = np.asarray(Image.open(out / "samples" / "final" / f"00_{index}.png"))
+        assert np.array_equal(sample, draw(pipeline, seed=5 + index))
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_full_fine_tuning_moves_all_it_trains_and_nothing_else(train, pipelines, name, precision):
+    out = train(name, *SHORT, "--train_text_encoder", "--mixed_precision", precision)
+    for part in ("unet", "text_encoder", *(["text_encoder_2"] if name == "sdxl" else [])):
+        before, after = weights(pipelines[name], part), weights(out, part)
+        same = {key for key in before if torch.equal(before[key], after[key])}
+        unread = {key for key in before if "layers.2." in key or "final_layer_norm" in key}
+        assert same == (unread if (name, part) == ("sdxl", "text_encoder") else set())
+        assert all(tensor.dtype == torch.float32 for tensor in after.values())
+    assert_same_bits(weights(pipelines[name], "vae"), weights(out, "vae"))
+
+
+def test_without_train_text_encoder_the_text_encoder_stays(train, pipelines):
+    out = train("sd", *SHORT)
+    assert_same_bits(weights(pipelines["sd"], "text_encoder"), weights(out, "text_encoder"))
+
+
+LORAS = {
+    "plain": ("sd",),
+    "alpha": ("sd", "--rank", 2, "--lora_alpha", 8),
+    "rslora": ("sd2", "--use_rslora", "--lora_alpha", 16),
+    "dora": ("sd", "--use_dora"),
+    "text encoders": ("sdxl", "--train_text_encoder", "--lora_alpha", 2),
+    "targets": ("sdxl", "--lora_target_modules", "to_q", "conv1"),
+    "bf16": ("sd", "--mixed_precision", "bf16"),
+}
+
+
+@pytest.mark.parametrize("case", LORAS)
+def test_lora_loads_and_fuses(train, pipelines, case):
+    name, *flags = LORAS[case]
+    out = train(name, *SHORT, *VALIDATION, "--adaptation", "lora", "--learning_rate", 5e-2, "--export_fused", *flags)
+    tensors = lora(out)
+    assert all("lora" in key for key in tensors)
+    assert all(key.startswith(("unet.", "text_encoder.", "text_encoder_2.")) for key in tensors)
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    pipeline = load(pipelines[name])
+    before = draw(pipeline)
+    pipeline.load_lora_weights(out)
+    after, fused = draw(pipeline), draw(load(out / "fused"))
+    assert np.abs(after.astype(int) - before).max() > 3
+    assert np.abs(after.astype(int) - fused).max() <= 1
+    if case != "bf16":
+        sample = np.asarray(Image.open(out / "samples" / "final" / "00_0.png"))
+        assert np.array_equal(after, sample)
+
+
+def test_fused_is_base_plus_scaled_product(train, pipelines):
+    out = train("sd", *SHORT, "--adaptation", "lora", "--rank", 2, "--lora_alpha", 8, "--export_fused")
+    base, fused, tensors = weights(pipelines["sd"]), weights(out / "fused"), lora(out)
+    downs = [key for key in tensors if ".lora.down." in key or "lora_A" in key]
+    assert downs
+    changed = set()
+    for down in downs:
+        up = down.replace("lora.down", "lora.up").replace("lora_A", "lora_B")
+        layer = down.removeprefix("unet.").partition(".lora")[0] + ".weight"
+        expected = base[layer] + 8 / 2 * tensors[up] @ tensors[down]
+        torch.testing.assert_close(fused[layer], expected)
+        changed.add(layer)
+    assert_same_bits(
+        {key: base[key] for key in base if key not in changed}, {key: fused[key] for key in fused if key not in changed}
+    )
+
+
+def test_lora_at_step_0_changes_no_pixel(pipelines):
+    from utils.adaptation import AdaptationOptions, LowRankAdaptation
+    from utils.families.base import ModelOptions, PipelineSource
+    from utils.families.registry import pick_family
+
+    options = AdaptationOptions(adaptation="lora", train_text_encoder=True)
+    source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipelines["sd"])))
+    family = pick_family(source)(source, LowRankAdaptation.dtypes(options, torch.float32), None)
+    before = draw(family.pipeline)
+    LowRankAdaptation(family, options, None)
+    assert np.array_equal(draw(family.pipeline), before)
+
+
+def test_lora_metadata_holds_rank_and_alpha(train):
+    out = train("sd", *SHORT, "--adaptation", "lora", "--rank", 2, "--lora_alpha", 8)
+    with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["unet.r"] == 2
+    assert metadata["unet.lora_alpha"] == 8
+
+
+@pytest.mark.parametrize("style", ["ours", "kohya", "peft"])
+def test_lora_weights_go_on_from_a_file(train, tmp_path, style):
+    first = train("sd", *SHORT, "--adaptation", "lora", "--rank", 2, out="first")
+    file = first / "pytorch_lora_weights.safetensors"
+    if style != "ours":
+        from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
+        from safetensors.torch import save_file
+
+        tensors = lora(first)
+        tensors = convert_unet_state_dict_to_peft(tensors)
+        if style == "kohya":
+            tensors = convert_state_dict_to_kohya(tensors)
+        file = tmp_path / f"{style}.safetensors"
+        save_file(tensors, file)
+    second = train("sd", *SHORT, "--adaptation", "lora", "--lora_weights", file, "--learning_rate", 1e-12, out="second")
+    one, other = lora(first), lora(second)
+    assert one.keys() == other.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-9)
+
+
+def test_checkpoints_load_on_their_own_and_are_pruned(train, pipelines):
+    from diffusers import UNet2DConditionModel
+
+    common = ("--train_batch_size", 1, "--learning_rate", 1e-3, "--use_ema", "--checkpointing_steps", 2)
+    out = train("sd", *common, "--max_train_steps", 4)
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    pipeline = load(pipelines["sd"])
+    for name in ("unet", "unet_ema"):
+        pipeline.unet = UNet2DConditionModel.from_pretrained(out, subfolder=f"checkpoint-2/{name}")
+        draw(pipeline)
+    config = json.loads((out / "checkpoint-2" / "unet_ema" / "config.json").read_text())
+    assert config["optimization_step"] == 2
+    assert config["decay"] == 0.9999
+    (out / "checkpoint-77.tmp").mkdir()
+    (out / "checkpoints").mkdir()
+    more = ("--resume_from_checkpoint", "checkpoint-4", "--checkpoints_total_limit", 2)
+    train("sd", *common, "--max_train_steps", 8, *more)
+    assert {path.name for path in out.glob("checkpoint-*")} == {
+        "checkpoint-6",
+        "checkpoint-8",
+        "checkpoint-77.tmp",
+    }
+
+
+def test_a_finished_run_trains_no_further_step(train):
+    out = train("sd", *SHORT)
+    before, lines = weights(out), (out / "metrics.jsonl").read_text()
+    (out / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    train("sd", *SHORT, "--resume_from_checkpoint", "latest")
+    assert_same_bits(before, weights(out))
+    assert (out / "metrics.jsonl").read_text() == lines
+
+
+def test_latest_without_a_checkpoint_starts_anew(train, tmp_path):
+    (tmp_path / "out" / "logs").mkdir(parents=True)
+    (tmp_path / "out" / "run.json").write_text("{}")
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1}\n{"ste')
+    (tmp_path / "out" / ".tmp-checkpoint-2").mkdir()
+    out = train("sd", *SHORT, "--resume_from_checkpoint", "latest")
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert not list(out.glob(".tmp-*"))
+
+
+def test_a_checkpoint_that_is_cut_off_is_passed_over(train):
+    out = train("sd", *SHORT, "--checkpointing_steps", 1)
+    file = out / "checkpoint-2" / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    train("sd", *SHORT, "--resume_from_checkpoint", "latest")
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    load_file(file)
+
+
+def test_prediction_type_is_in_the_exported_scheduler(train):
+    out = train("sd", *SHORT, "--prediction_type", "v_prediction")
+    assert load(out).scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_fresh_unet(train, pipelines, name):
+    config = pipelines[name] / "unet" / "config.json"
+    out = train(name, *SHORT, "--unet_config", config, "--use_ema")
+    before, after = weights(pipelines[name]), weights(out)
+    assert before.keys() == after.keys()
+    assert not torch.allclose(before["conv_in.weight"], after["conv_in.weight"], atol=0.01)
+    draw(load(out))
+
+
+def test_a_separate_vae_is_used_and_exported(train, tmp_path, pipelines):
+    torch.manual_seed(7)
+    tiny.vae(0.5).save_pretrained(tmp_path / "vae")
+    out = train("sdxl", *SHORT, "--pretrained_vae_model_name_or_path", tmp_path / "vae")
+    assert load(out).vae.config.scaling_factor == 0.5
+    assert_same_bits(weights(tmp_path, "vae"), weights(out, "vae"))
+
+
+def test_the_token_is_in_no_file(train):
+    token = "hf_PlantedSecretPlantedSecretPlanted"
+    out = train("sd", *SHORT, "--push_to_hub", "--hub_token", token, "--report_to", "tensorboard", *VALIDATION)
+    assert (out / "README.md").exists()
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in files)
+    assert not [path for path in files if token.encode() in path.read_bytes()]
+
+
+def test_validation_is_drawn_when_due(train):
+    out = train(
+        "sd",
+        "--max_train_steps",
+        6,
+        "--train_batch_size",
+        2,
+        *VALIDATION,
+        "--validation_epochs",
+        1,
+        "--report_to",
+        "all",
+    )
+    assert {path.name for path in (out / "samples").iterdir()} == {"step-3", "final"}
+    out = train(
+        "sd", "--max_train_steps", 5, "--train_batch_size", 2, *VALIDATION, "--validation_steps", 2, out="steps"
+    )
+    assert {path.name for path in (out / "samples").iterdir()} == {"step-2", "step-4", "final"}
+
+
+def test_validation_changes_nothing_in_the_training(train):
+    plain = train("sd", "--max_train_steps", 3, "--train_batch_size", 2, "--use_ema", out="plain")
+    flags = (*VALIDATION, "--validation_steps", 1, "--checkpointing_steps", 1)
+    busy = train("sd", "--max_train_steps", 3, "--train_batch_size", 2, "--use_ema", *flags, out="busy")
+    assert_same_bits(weights(plain), weights(busy))
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_clip_skip(train, name):
+    one = train(name, *SHORT, *VALIDATION, "--train_text_encoder", "--clip_skip", 1, "--gradient_checkpointing")
+    other = train(name, *SHORT, "--train_text_encoder", out="other")
+    assert not torch.equal(weights(one)["conv_in.weight"], weights(other)["conv_in.weight"])
+
+
+def test_gradient_checkpointing_changes_nothing(train):
+    one = train("sd", *SHORT, out="one")
+    other = train("sd", *SHORT, "--gradient_checkpointing", out="other")
+    for key, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(other)[key], rtol=1e-5, atol=1e-7)
+
+
+def test_dry_run_writes_nothing(train, capsys):
+    out = train("sdxl", *SHORT, "--adaptation", "lora", "--dry_run")
+    printed = capsys.readouterr().out
+    assert "StableDiffusionXLPipeline" in printed
+    assert "2 optimizer steps" in printed
+    assert not out.exists()
+
+
+def test_debug_loss_and_trackers(train):
+    out = train("sd", *SHORT, "--debug_loss", "--report_to", "tensorboard")
+    assert list(out.rglob("events.out.tfevents*"))
