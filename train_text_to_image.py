@@ -12,13 +12,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from utils.adaptation import ADAPTATIONS, Adaptation, AdaptationOptions
-from utils.checkpoint import CheckpointOptions, Checkpoints
+from utils.checkpoint import CheckpointOptions, Checkpoints, check_structure, read_state
 from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, batches_by_step
 from utils.data.images import ImageOptions, check_header
 from utils.data.sampler import GlobalBatches, Pieces
@@ -85,14 +86,22 @@ class Options:
     tracking: TrackingOptions
     hub: HubOptions
 
+    @property
+    def structure(self) -> dict[str, object]:
+        """What a checkpoint can only be resumed with, by flag."""
+        optimizer = {"seed": self.runtime.seed, "optimizer": self.optimizer.optimizer}
+        return optimizer | self.adaptation.structure
+
 
 def run(argv: Sequence[str] | None) -> None:
     """Trains; every step of the way in its order."""
     set_up_logging()
     options: Options = parse(Options, argv, __doc__.splitlines()[0])
+    check_together(options)
     source = PipelineSource(options.model)
     family_class = pick_family(source)
-    check_together(options)
+    resolution = options.image.resolution or family_class.default_resolution
+    check_before_loading(options, source, family_class, resolution)
     seed = options.runtime.seed
     folder = OutputFolder(options.runtime.output_dir or default_output_dir(options, family_class))
     accelerator = start_processes(
@@ -105,8 +114,11 @@ def run(argv: Sequence[str] | None) -> None:
     with ending(accelerator, folder):
         checkpoints = Checkpoints(folder.path, options.checkpoint.checkpoints_total_limit)
         start = checkpoints.resolve(options.checkpoint.resume_from_checkpoint)
+        structure = options.structure | {"pretrained_model": family_class.pipeline_class_name}
+        if start is not None:
+            check_structure(start, structure)
         if not options.runtime.dry_run:
-            on_main_process(accelerator, lambda: claim(folder, checkpoints, options))
+            on_main_process(accelerator, lambda: claim(folder, checkpoints, start, options))
         records = readable_records(options, accelerator)
         batches = GlobalBatches(len(records), global_batch_size(options, accelerator), seed)
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
@@ -117,8 +129,7 @@ def run(argv: Sequence[str] | None) -> None:
         adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
         dtypes = adaptation_class.dtypes(options.adaptation, weight_dtype(accelerator))
         family = family_class(source, dtypes, options.noise.prediction_type)
-        resolution = options.image.resolution or family.default_resolution
-        family.check_resolution(resolution)
+        family.check_resolution(resolution, family.pipeline.vae.config)
         adaptation = adaptation_class(family, options.adaptation, start)
         family.use_attention()
         process = ForwardProcess(family.pipeline.scheduler.config, options.noise.prediction_type)
@@ -137,7 +148,7 @@ def run(argv: Sequence[str] | None) -> None:
         encoder = Encoder(family, options.adaptation.train_text_encoder)
         objective = Objective(family, adaptation.modules, process, options.loss)
         model, optimizer = accelerator.prepare(objective, build_optimizer(named, rates))
-        state = RunState(accelerator, adaptation, average, optimizer, named, seed, batches.size)
+        state = RunState(accelerator, adaptation, average, optimizer, named, structure, batches.size)
         first_step = 0 if start is None else state.load(start)
 
         spec = SampleSpec(resolution, family.latent_space.shape(resolution), family.tokenizer())
@@ -151,42 +162,39 @@ def run(argv: Sequence[str] | None) -> None:
         sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed)
         open_records(options, accelerator, folder)
         logger.info("training\n%s", plan)
-        log = RunLog(accelerator, folder.path, first_step, total_steps, batches.size)
         unreadable = dict(records.unreadable)
         loss_scale = num_processes * accelerator.gradient_accumulation_steps / batches.size
 
         adaptation.train_mode()
-        for step, micro_batches in loader:
-            set_learning_rate(optimizer, factor(step))
-            loss, loss_by_key = torch.zeros((), device=accelerator.device), []
-            for number, batch in enumerate(micro_batches, start=1):
-                torch.manual_seed(model_seed(seed, step, int(batch.slots[0])))  # dropout, where the model has any
-                encoded = encoder.encode(batch.to(accelerator.device))
-                accelerator.sync_gradients = number == len(pieces.slots)
-                with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-                    losses = model(encoded)
-                    accelerator.backward(losses.sum() * loss_scale)
-                loss += losses.detach().sum()
-                loss_by_key += zip(batch.keys, losses.detach(), strict=True)
-                note_unreadable(batch.unreadable, unreadable)
-            grad_norm = accelerator.clip_grad_norm_(parameters, rates.max_grad_norm or float("inf"))
-            optimizer.step()
-            optimizer.zero_grad()
-            if average is not None and not accelerator.optimizer_step_was_skipped:
-                average.update()
+        with RunLog(accelerator, folder.path, first_step, total_steps, batches.size) as log:
+            for step, micro_batches in loader:
+                set_learning_rate(optimizer, factor(step))
+                loss, loss_by_key = torch.zeros((), device=accelerator.device), []
+                for number, batch in enumerate(micro_batches, start=1):
+                    torch.manual_seed(model_seed(seed, step, int(batch.slots[0])))  # dropout, where the model has any
+                    encoded = encoder.encode(batch.to(accelerator.device))
+                    accelerator.sync_gradients = number == len(pieces.slots)
+                    with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
+                        losses = model(encoded)
+                        accelerator.backward(losses.sum() * loss_scale)
+                    loss += losses.detach().sum()
+                    if options.tracking.debug_loss:
+                        loss_by_key += zip(batch.keys, losses.detach(), strict=True)
+                    note_unreadable(batch.unreadable, unreadable)
+                grad_norm = accelerator.clip_grad_norm_(parameters, rates.max_grad_norm or float("inf"))
+                state.step()
 
-            done = step + 1
-            mean_loss = accelerator.reduce(loss) / batches.size
-            epoch = done * batches.size / len(records)
-            shown = loss_by_key if options.tracking.debug_loss else []
-            log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rates.learning_rate * factor(step), shown))
-            if options.checkpoint.is_due(done, total_steps):
-                with log.paused():
-                    on_main_process(accelerator, partial(checkpoints.save, done, partial(state.save, step=done)))
-            if done < total_steps and is_validation_due(options, family, batches, done):
-                with log.paused(), evaluating(adaptation, average):
-                    log.images(sampler.draw(f"step-{done}"), done, "validation")
-        log.close()
+                done = step + 1
+                mean_loss = accelerator.reduce(loss) / batches.size
+                epoch = done * batches.size / len(records)
+                rate = rates.learning_rate * factor(step)
+                log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rate, loss_by_key))
+                if options.checkpoint.is_due(done, total_steps):
+                    with log.paused():
+                        on_main_process(accelerator, partial(checkpoints.save, done, partial(state.save, step=done)))
+                if done < total_steps and is_validation_due(options, family, batches, done):
+                    with log.paused(), evaluating(adaptation, average):
+                        log.images(sampler.draw(f"step-{done}"), done, "validation")
 
         with evaluating(adaptation, average):
             on_main_process(accelerator, lambda: adaptation.export(folder.path))
@@ -207,28 +215,50 @@ def check_together(options: Options) -> None:
         raise UserError("--text_encoder_lr goes with --train_text_encoder; give both or neither")
     if options.schedule.lr_scheduler == "constant" and options.schedule.lr_warmup_steps not in (0, 500):
         logger.warning("--lr_warmup_steps is ignored by --lr_scheduler constant; constant_with_warmup heeds it")
+    if options.hub.hub_token is not None and {"wandb", "comet_ml"} & set(options.tracking.trackers):
+        raise UserError(
+            f"--report_to {options.tracking.report_to} would record the command with its --hub_token; "
+            "log in by `hf auth login` instead"
+        )
+    if options.optimizer.use_8bit_adam and find_spec("bitsandbytes") is None:
+        raise UserError("--use_8bit_adam needs bitsandbytes; pip install bitsandbytes")
     if options.ema.offload_ema and not options.ema.use_ema:
         raise UserError("--offload_ema goes with --use_ema; give both or neither")
     if options.adaptation.train_text_encoder and options.model.clip_skip and options.adaptation.adaptation == "full":
         logger.warning("--clip_skip %d: the layers left out stay as they are", options.model.clip_skip)
 
 
+def check_before_loading(options: Options, source: PipelineSource, family_class: type[Family], resolution: int) -> None:
+    """Refuses what the pipeline's configs show not to go, before its weights are loaded."""
+    family_class.check_before_loading(source, resolution)
+    scheduler = source.config("scheduler")
+    if scheduler is not None:
+        process = ForwardProcess(scheduler, options.noise.prediction_type)
+        NoiseDraws(options.noise, process.num_timesteps, options.runtime.seed)
+
+
 def default_output_dir(options: Options, family_class: type[Family]) -> str:
     """The diffusers examples' output folder for this family and adaptation."""
-    return family_class.default_output_dir + ("-lora" if options.adaptation.adaptation == "lora" else "")
+    return "sd-model-finetuned-lora" if options.adaptation.adaptation == "lora" else family_class.default_output_dir
 
 
-def claim(folder: OutputFolder, checkpoints: Checkpoints, options: Options) -> None:
-    """Takes the output folder for this run, and removes what a killed run left half written."""
-    resuming = options.checkpoint.resume_from_checkpoint is not None
+def claim(folder: OutputFolder, checkpoints: Checkpoints, start: Path | None, options: Options) -> None:
+    """Takes the output folder for this run, and tidies what earlier runs left of checkpoints."""
+    is_inside = start is not None and start.resolve().parent == folder.path.resolve()
+    resuming = is_inside or options.checkpoint.resume_from_checkpoint == "latest"
     folder.claim(resuming, options.runtime.overwrite_output_dir)
     checkpoints.clean()
+    checkpoints.set_aside_after(0 if start is None else read_state(start).step)
 
 
 def readable_records(options: Options, accelerator: "Accelerator") -> Records:
     """The records whose image headers can be read; the main process first, which fills `datasets`' cache for all."""
+    from accelerate.utils import broadcast_object_list
+
     with accelerator.main_process_first():
-        records = read_records(options.data, options.runtime.seed).without_unreadable(check_header)
+        records = read_records(options.data, options.runtime.seed)
+    found = [records.find_unreadable(check_header) if accelerator.is_main_process else None]
+    records = records.without(*broadcast_object_list(found))
     for key, reason in records.unreadable[:20]:
         logger.warning("left out %s: %s", key, reason)
     if records.unreadable:

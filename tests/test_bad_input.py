@@ -164,3 +164,88 @@ def test_unreadable_images_are_skipped_named_and_counted(train, tmp_path):
     report = json.loads((out / "data_report.json").read_text())
     assert {name.rpartition("/")[2] for name in report["unreadable"]} == {"000.png", "001.png", "002.png"}
     assert report["images"] == 6
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        (("--adaptation", "lora"), (), "--adaptation full"),
+        ((), ("--train_text_encoder",), "--train_text_encoder True"),
+        ((), ("--use_8bit_adam",), "--optimizer adamw8bit"),
+        ((), ("--seed", 3), "--seed 3"),
+        (("--adaptation", "lora"), ("--adaptation", "lora", "--rank", 8), "--rank 8"),
+        (("--adaptation", "lora"), ("--adaptation", "lora", "--lora_target_modules", "to_q"), "--lora_target_modules"),
+    ],
+)
+def test_resuming_with_what_the_checkpoint_is_not_of(train, capsys, first, second, named):
+    common = ("--max_train_steps", 1, "--train_batch_size", 1)
+    train("sd", *common, *first)
+    train("sd", *common, *second, "--resume_from_checkpoint", "latest", expect=2)
+    assert named in message(capsys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        5,
+        {"block_out_channels": [-8, 8]},
+        {"out_channels": 8},
+        {"addition_embed_type": "text_time"},
+        {"class_embed_type": "timestep"},
+        {"time_cond_proj_dim": 8},
+    ],
+    ids=str,
+)
+def test_unet_configs_that_could_not_train(train, capsys, pipelines, tmp_path, change):
+    config = json.loads((pipelines["sd"] / "unet" / "config.json").read_text())
+    (tmp_path / "unet.json").write_text(json.dumps(config | change if isinstance(change, dict) else change))
+    train("sd", "--unet_config", tmp_path / "unet.json", expect=2)
+    assert "--unet_config" in message(capsys)
+
+
+def test_broken_weights(train, capsys, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "pipeline")
+    file = folder / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    train(str(folder), expect=2)
+    assert "can't be loaded" in message(capsys)
+    (tmp_path / "lora.safetensors").write_bytes(b"nothing")
+    train("sd", "--adaptation", "lora", "--lora_weights", tmp_path / "lora.safetensors", expect=2)
+    assert "lora.safetensors" in message(capsys)
+    (tmp_path / "lora.bin").write_bytes(b"nothing")
+    train("sd", "--adaptation", "lora", "--lora_weights", tmp_path / "lora.bin", expect=2)
+    assert "unpickling" in message(capsys)
+    train(str(tmp_path / "lora.safetensors"), expect=2)
+    assert "can't be read as safetensors" in message(capsys)
+
+
+def test_a_pipeline_without_a_tokenizer(train, capsys, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "pipeline")
+    shutil.rmtree(folder / "tokenizer")
+    train(str(folder), expect=2)
+    assert "tokenizer" in message(capsys)
+
+
+def test_a_scheduler_without_betas(train, capsys, pipelines, tmp_path):
+    from diffusers import EDMEulerScheduler
+
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "pipeline")
+    EDMEulerScheduler().save_pretrained(folder / "scheduler")
+    train(str(folder), expect=2)
+    assert "EDMEulerScheduler" in message(capsys)
+
+
+def test_only_truncated_images(train, capsys, tmp_path):
+    data = tiny.make_images(tmp_path / "data")
+    for file in data.glob("*.png"):
+        file.write_bytes(file.read_bytes()[:200])
+    for workers in (0, 1):
+        flags = ("--dataloader_num_workers", workers, "--train_batch_size", 1, "--resume_from_checkpoint", "latest")
+        train("sd", *flags, data=data, expect=2)
+        assert "images in a row can't be read" in message(capsys)
+
+
+def test_a_token_that_a_tracker_would_record(train, capsys, monkeypatch):
+    monkeypatch.setattr("utils.tracking.find_spec", lambda name: object())
+    train("sd", "--report_to", "wandb", "--push_to_hub", "--hub_token", "hf_x", expect=2)
+    assert "hf auth login" in message(capsys)

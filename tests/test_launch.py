@@ -1,8 +1,10 @@
 """The script as a process: plain python, accelerate launch, two processes."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,24 @@ def test_help_names_every_flag_of_the_diffusers_examples():
     shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
     flags = (ROOT / "tests" / "diffusers_flags.txt").read_text().split()
     assert not [flag for flag in flags if f" {flag} " not in shown and f" {flag}," not in shown]
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(pipelines, images, tmp_path):
+    flags = ("--train_batch_size", 2, "--max_train_steps", 400, "--checkpointing_steps", 3, "--use_ema")
+    flags += ("--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 2)
+    words = [sys.executable, *command(pipelines, images, tmp_path / "killed", *flags)]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 10):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    steps = len(metrics.read_text().splitlines()) + 4
+    flags = (*flags, "--max_train_steps", steps)
+    run([sys.executable, *command(pipelines, images, tmp_path / "killed", *flags)])
+    run([sys.executable, *command(pipelines, images, tmp_path / "peace", *flags)])
+    assert losses(tmp_path / "killed") == losses(tmp_path / "peace")
+    for name in ("unet", "unet_ema"):
+        folder = f"checkpoint-{steps}"
+        assert_same_bits(weights(tmp_path / "killed" / folder, name), weights(tmp_path / "peace" / folder, name))

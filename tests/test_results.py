@@ -298,3 +298,121 @@ def test_dry_run_writes_nothing(train, capsys):
 def test_debug_loss_and_trackers(train):
     out = train("sd", *SHORT, "--debug_loss", "--report_to", "tensorboard")
     assert list(out.rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_a_single_file_trains_as_its_folder_does(train, pipelines, tmp_path, adaptation):
+    file = tiny.write_single_file(pipelines["sd"], tmp_path / "model.safetensors")
+    flags = (*SHORT, "--adaptation", adaptation)
+    one = train(str(file), *flags, "--pretrained_model_config", pipelines["sd"], out="one")
+    other = train("sd", *flags, out="other")
+    if adaptation == "lora":
+        assert_same_bits(lora(one), lora(other))
+    else:
+        for part in ("unet", "vae"):
+            assert_same_bits(weights(one, part), weights(other, part))
+        assert np.array_equal(draw(load(one)), draw(load(other)))
+
+
+def test_dropped_captions_are_what_inference_has_without_a_prompt(pipelines):
+    from utils.families.base import ComponentDtypes, ModelOptions, PipelineSource
+    from utils.families.registry import pick_family
+
+    for name in ("sd", "sdxl"):
+        source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipelines[name])))
+        family = pick_family(source)(source, ComponentDtypes(*[torch.float32] * 3), None)
+        with torch.no_grad():
+            states = family.encode_text(family.tokenizer()(["a cat", ""]), torch.tensor([False, True]))
+        embeds = family.pipeline.encode_prompt(
+            prompt="a cat", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+        torch.testing.assert_close(states["encoder_hidden_states"], torch.cat([embeds[0], embeds[1]]))
+        if name == "sdxl":
+            torch.testing.assert_close(states["text_embeds"], torch.cat([embeds[2], embeds[3]]))
+            assert not states["encoder_hidden_states"][1].any()
+
+
+def test_the_upload_holds_the_result_and_its_card_alone(train, monkeypatch):
+    import fnmatch
+
+    import huggingface_hub
+
+    calls = {}
+
+    class Repository:
+        repo_id = "me/model"
+
+    def create_repo(name, **arguments):
+        calls["create"] = {"name": name, **arguments}
+        return Repository()
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **arguments: calls.update(upload=arguments))
+    flags = ("--push_to_hub", "--hub_model_id", "me/model", "--hub_private_repo", "--hub_token", "hf_secret")
+    out = train("sd", *SHORT, *VALIDATION, *flags)
+    assert calls["create"] == {"name": "me/model", "token": "hf_secret", "private": True, "exist_ok": True}
+    assert calls["upload"]["token"] == "hf_secret"
+    allowed = calls["upload"]["allow_patterns"]
+    names = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
+    sent = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in allowed)]
+    assert "README.md" in sent
+    assert "model_index.json" in sent
+    assert "unet/diffusion_pytorch_model.safetensors" in sent
+    assert not [name for name in sent if name.startswith(("checkpoint", "logs", ".", "samples", "run.json", "metrics"))]
+    card = (out / "README.md").read_text()
+    assert "a red square" in card
+    assert str(out) not in card
+
+
+def test_later_checkpoints_of_another_branch_are_set_aside(train):
+    common = ("--train_batch_size", 1, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
+    out = train("sd", *common[:4], "--max_train_steps", 4)
+    train("sd", *common, "--max_train_steps", 3, "--resume_from_checkpoint", "checkpoint-2")
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-3"}
+    assert (out / "abandoned-checkpoint-4" / "manifest.json").exists()
+    train("sd", *common, "--max_train_steps", 2, "--overwrite_output_dir")
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2"}
+
+
+def test_a_lora_of_text_encoders_must_go_on_training_them(train, capsys):
+    first = train("sdxl", *SHORT, "--adaptation", "lora", "--train_text_encoder", out="first")
+    flags = (*SHORT, "--adaptation", "lora", "--lora_weights", first)
+    train("sdxl", *flags, out="second", expect=2)
+    assert "add --train_text_encoder" in capsys.readouterr().err
+    train("sdxl", *flags, "--train_text_encoder", out="third")
+
+
+def test_clip_skip_samples_as_the_pipeline_does(train):
+    flags = ("--clip_skip", 1, "--validation_negative_prompt", "blue")
+    out = train("sdxl", *SHORT, *VALIDATION, *flags, "--train_text_encoder")
+    sample = np.asarray(Image.open(out / "samples" / "final" / "00_0.png"))
+    assert np.array_equal(sample, draw(load(out), negative_prompt="blue", clip_skip=1))
+
+
+def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch):
+    from utils.ema import EmaOptions, MovingAverage
+    from utils.state import RunState
+
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    class Accelerator:
+        pass
+
+    class Scaled:
+        def step(self):
+            scaler.step(optimizer)
+            scaler.update()
+
+        def zero_grad(self):
+            optimizer.zero_grad()
+
+    accelerator = Accelerator()
+    accelerator.scaler = scaler
+    average = MovingAverage([parameter], EmaOptions(use_ema=True))
+    state = RunState(accelerator, None, average, Scaled(), [], {}, 1)
+    for value, updates in ((1.0, 1), (float("inf"), 1), (1.0, 2)):
+        scaler.scale((parameter * value).sum()).backward()
+        state.step()
+        assert average.num_updates == updates

@@ -150,3 +150,83 @@ def make_images(folder: Path, count: int = 6) -> Path:
         lines.append(json.dumps({"file_name": f"{index:03d}.png", "text": f"a {name} square"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def write_single_file(pipeline_folder: Path, file: Path) -> Path:
+    """Writes a Stable Diffusion pipeline's weights under the names of the original code, as one .safetensors file."""
+    from diffusers import DiffusionPipeline
+    from safetensors.torch import save_file
+
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder)
+    tensors = {}
+    for name, tensor in pipeline.unet.state_dict().items():
+        tensors[f"model.diffusion_model.{_original_unet_name(name)}"] = tensor
+    for name, tensor in pipeline.vae.state_dict().items():
+        is_attention = any(part in name for part in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))
+        tensors[f"first_stage_model.{_original_vae_name(name)}"] = tensor[:, :, None, None] if is_attention else tensor
+    for name, tensor in pipeline.text_encoder.state_dict().items():
+        tensors[f"cond_stage_model.transformer.text_model.{name}"] = tensor
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    return file
+
+
+RESNET_NAMES = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def _original_unet_name(name: str) -> str:
+    """The original name of a weight of `make_sd`'s UNet, which has two levels of one layer."""
+    tops = {
+        "conv_in.": "input_blocks.0.0.",
+        "time_embedding.linear_1.": "time_embed.0.",
+        "time_embedding.linear_2.": "time_embed.2.",
+        "conv_norm_out.": "out.0.",
+        "conv_out.": "out.2.",
+        "down_blocks.0.resnets.0.": "input_blocks.1.0.",
+        "down_blocks.0.downsamplers.0.conv.": "input_blocks.2.0.op.",
+        "down_blocks.1.resnets.0.": "input_blocks.3.0.",
+        "down_blocks.1.attentions.0.": "input_blocks.3.1.",
+        "mid_block.resnets.0.": "middle_block.0.",
+        "mid_block.attentions.0.": "middle_block.1.",
+        "mid_block.resnets.1.": "middle_block.2.",
+        "up_blocks.0.resnets.0.": "output_blocks.0.0.",
+        "up_blocks.0.attentions.0.": "output_blocks.0.1.",
+        "up_blocks.0.resnets.1.": "output_blocks.1.0.",
+        "up_blocks.0.attentions.1.": "output_blocks.1.1.",
+        "up_blocks.0.upsamplers.0.conv.": "output_blocks.1.2.conv.",
+        "up_blocks.1.resnets.0.": "output_blocks.2.0.",
+        "up_blocks.1.resnets.1.": "output_blocks.3.0.",
+    }
+    top = next(top for top in tops if name.startswith(top))
+    layer, _, kind = name.removeprefix(top).rpartition(".")
+    return tops[top] + ".".join(filter(None, [RESNET_NAMES.get(layer, layer), kind]))
+
+
+def _original_vae_name(name: str) -> str:
+    """The original name of a weight of `vae`, which has two levels of two (up three) layers."""
+    for ours, theirs in {
+        "down_blocks.": "down.",
+        ".downsamplers.0.": ".downsample.",
+        ".upsamplers.0.": ".upsample.",
+        "up_blocks.0.": "up.1.",
+        "up_blocks.1.": "up.0.",
+        "mid_block.resnets.0.": "mid.block_1.",
+        "mid_block.resnets.1.": "mid.block_2.",
+        "mid_block.attentions.0.": "mid.attn_1.",
+        ".resnets.": ".block.",
+        "conv_shortcut": "nin_shortcut",
+        "conv_norm_out": "norm_out",
+        "group_norm": "norm",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+    }.items():
+        name = name.replace(ours, theirs)
+    return name

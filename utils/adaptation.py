@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.ema import MovingAverage
-from utils.families.base import ComponentDtypes, Family
+from utils.families.base import LOADING_ERRORS, ComponentDtypes, Family
 from utils.optim import NamedParameter, OptimizerOptions
-from utils.options import UserError, option, require, require_positive
+from utils.options import UserError, first_line, option, require, require_positive
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -58,14 +58,30 @@ class AdaptationOptions:
             require(
                 Path(self.lora_weights).exists(), "lora_weights", self.lora_weights, "be a file or folder that exists"
             )
+            if Path(self.lora_weights).is_file() and not self.lora_weights.endswith(".safetensors"):
+                raise UserError(f"--lora_weights {self.lora_weights} would need unpickling, which can run code")
             for name in ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora"):
                 if getattr(self, name) not in (None, False):
                     raise UserError(f"--{name} is that of the file given as --lora_weights; leave it out")
 
     @property
-    def trained_text_encoders(self) -> bool:
-        """Whether the text encoders train."""
-        return self.train_text_encoder
+    def lora_rank(self) -> int:
+        """The rank of new LoRA matrices."""
+        return self.rank or 4
+
+    @property
+    def structure(self) -> dict[str, object]:
+        """What a checkpoint can only be resumed with, by flag."""
+        shared = {"adaptation": self.adaptation, "train_text_encoder": self.train_text_encoder}
+        if self.adaptation != "lora" or self.lora_weights is not None:
+            return shared
+        return shared | {
+            "rank": self.lora_rank,
+            "lora_alpha": self.lora_alpha or self.lora_rank,
+            "lora_target_modules": self.targets,
+            "use_dora": self.use_dora,
+            "use_rslora": self.use_rslora,
+        }
 
     @property
     def targets(self) -> list[str] | None:
@@ -203,7 +219,6 @@ class LowRankAdaptation(Adaptation):
                 parameter.requires_grad_("lora_" in name)
         self._freeze_unread()
         if start is not None:
-            self._check_rank(start)
             for tensor, saved in self._tensors_with_saved(start):
                 tensor.copy_(saved)
 
@@ -213,8 +228,8 @@ class LowRankAdaptation(Adaptation):
         for name, module in self.modules.items():
             default = self.family.unet_lora_targets if name == "unet" else self.family.text_encoder_lora_targets
             config = LoraConfig(
-                r=self._rank,
-                lora_alpha=self.options.lora_alpha or self._rank,
+                r=self.options.lora_rank,
+                lora_alpha=self.options.lora_alpha or self.options.lora_rank,
                 lora_dropout=self.options.lora_dropout,
                 target_modules=(self.options.targets if name == "unet" else None) or list(default),
                 init_lora_weights="gaussian",
@@ -226,10 +241,6 @@ class LowRankAdaptation(Adaptation):
             except ValueError as error:
                 raise UserError(f"--lora_target_modules {' '.join(self.options.targets or [])}: {error}") from error
 
-    @property
-    def _rank(self) -> int:
-        return self.options.rank or 4
-
     def _load_adapters(self, source: Path) -> None:
         """Makes the adapters of a LoRA file, of either key style, with its ranks and alphas."""
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -237,25 +248,24 @@ class LowRankAdaptation(Adaptation):
         arguments = {"weight_name": LORA_FILE} if source.is_dir() else {}
         try:
             self.family.pipeline.load_lora_weights(str(source), adapter_name=ADAPTER, use_safetensors=True, **arguments)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"the LoRA weights {source} can't be loaded: {str(error).splitlines()[0]}") from error
-        missing = [name for name, module in self.modules.items() if ADAPTER not in getattr(module, "peft_config", {})]
-        if missing:
+        except LOADING_ERRORS as error:
+            raise UserError(f"the LoRA weights {source} can't be loaded: {first_line(error)}") from error
+        adapted = {
+            name
+            for name in self.family.trainable_names()
+            if ADAPTER in getattr(getattr(self.family.pipeline, name), "peft_config", {})
+        }
+        if missing := sorted(set(self.modules) - adapted):
             cure = "" if "unet" in missing else "; leave --train_text_encoder out"
-            raise UserError(
-                f"the LoRA weights {source} adapt no layer of {', '.join(missing)}, which is to train{cure}"
-            )
+            raise UserError(f"the LoRA weights {source} adapt no layer of {', '.join(missing)}{cure}")
+        if untrained := sorted(adapted - set(self.modules)):
+            raise UserError(f"the LoRA weights {source} adapt {', '.join(untrained)} too; add --train_text_encoder")
         dropout = self.options.lora_dropout
         for module in self.modules.values():
             module.peft_config[ADAPTER].lora_dropout = dropout
             for layer in module.modules():
                 if isinstance(layer, BaseTunerLayer):
                     layer.lora_dropout[ADAPTER] = nn.Dropout(dropout) if dropout else nn.Identity()
-
-    def _check_rank(self, start: Path) -> None:
-        saved = self.modules["unet"].peft_config[ADAPTER].r
-        if self.options.lora_weights is None and saved != self._rank:
-            raise UserError(f"--rank {self._rank} is not that of {start}, which has {saved}; give --rank {saved}")
 
     def _layers(self, name: str) -> dict[str, Tensor]:
         """The adapter's tensors of a module, which share the parameters' storage, by their names in a LoRA file."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,14 +49,14 @@ class TrainingState:
 
     Attributes:
         step: optimizer steps done.
-        seed: the run's seed.
+        structure: the options that a resumed run must share.
         global_batch: samples an optimizer step.
         ema_updates: updates of the moving average, or None without one.
         scaler: state of fp16's gradient scaler, or None.
     """
 
     step: int
-    seed: int
+    structure: dict[str, object]
     global_batch: int
     ema_updates: int | None
     scaler: dict[str, float | int] | None
@@ -113,7 +114,7 @@ class Checkpoints:
             }
             write_json(aside / MANIFEST, {"files": sizes})
             _sync(aside)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"checkpoint-{step} can't be written to {self.folder}: {error}") from error
         replaced = self.folder / f".tmp-checkpoint-{step}-replaced"
@@ -129,6 +130,18 @@ class Checkpoints:
         """Removes what a killed run left half written."""
         for path in self.folder.glob(".tmp-checkpoint-*"):
             shutil.rmtree(path)
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames the checkpoints of later steps, which a run that goes on from `step` has left behind.
+
+        Else they would pass for its own, be resumed from, and keep its own from being kept.
+        """
+        for path in self.found():
+            if int(path.name.partition("-")[2]) > step:
+                aside = path.with_name(f"abandoned-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                logger.warning("%s is of a run that this one does not go on from; it is %s now", path.name, aside.name)
 
     def _prune(self) -> None:
         if self.limit is not None:
@@ -167,6 +180,15 @@ def read_state(folder: Path) -> TrainingState:
     values = json.loads((folder / STATE).read_text(encoding="utf-8"))
     del values["optimizer"]
     return TrainingState(**values)
+
+
+def check_structure(folder: Path, structure: dict[str, object]) -> None:
+    """Refuses a checkpoint that was made with other options than `structure`, each of which is named."""
+    saved = read_state(folder).structure
+    different = [name for name in structure if saved.get(name) != structure[name]]
+    if different:
+        changes = ", ".join(f"--{name} {structure[name]} (it was {saved.get(name)})" for name in different)
+        raise UserError(f"{folder} can't be gone on from with {changes}; give the options it was made with")
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, parameters: list[NamedParameter]) -> None:

@@ -36,5 +36,5 @@ class Encoder:
     def encode(self, batch: Batch) -> EncodedBatch:
         """The encodings of a batch that is on the device."""
         mean, std = self._family.latent_space.moments(batch.pixels)
-        states = None if self._text_encoders_train else self._family.encode_text(batch.input_ids)
+        states = None if self._text_encoders_train else self._family.encode_text(batch.input_ids, batch.caption_dropped)
         return EncodedBatch(batch, mean, std, states)

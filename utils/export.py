@@ -1,5 +1,6 @@
 """The model card and the upload to the Hub."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.options import UserError, option
+from utils.options import UserError, first_line, option
 from utils.tracking import Sample
 
 logger = logging.getLogger(__name__)
-PRIVATE_FILES = ["checkpoint-*/**", ".tmp-*", ".tmp-*/**", ".lock", "logs/**", "data_report.json"]
+CARD, GRID = "README.md", "val_imgs_grid.png"
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class HubOptions:
     def __post_init__(self) -> None:
         if not self.push_to_hub and self.hub_model_id is not None:
             raise UserError("--hub_model_id goes with --push_to_hub; give both or neither")
+        if self.hub_model_id is not None:
+            from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+            try:
+                validate_repo_id(self.hub_model_id)
+            except HFValidationError as error:
+                raise UserError(f"--hub_model_id {self.hub_model_id}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -46,16 +54,17 @@ class CardFacts:
 def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequence[Sample]) -> None:
     """Writes README.md, a model card, and the samples it shows as one picture."""
     from diffusers.utils import make_image_grid
-    from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+    from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_card
+    from huggingface_hub import ModelCard, ModelCardData
 
     local = Path(facts.base_model).exists()
     base_model = Path(facts.base_model).name if local else facts.base_model
     shown = ""
     if samples:
         images: list[Image.Image] = [sample.image for sample in samples]
-        make_image_grid(images, 1, len(images)).save(folder / "val_imgs_grid.png")
+        make_image_grid(images, 1, len(images)).save(folder / GRID)
         prompts = "\n".join(f"- {_escaped(sample.caption)}" for sample in samples)
-        shown = f"\nSamples of these prompts, in this order:\n\n{prompts}\n\n![samples](./val_imgs_grid.png)\n"
+        shown = f"\nSamples of these prompts, in this order:\n\n{prompts}\n\n![samples](./{GRID})\n"
     table = "\n".join(f"| {name} | {_escaped(str(value))} |" for name, value in facts.settings)
     result = "LoRA weights for" if facts.is_lora else "This pipeline was fine-tuned from"
     usage = (
@@ -83,19 +92,26 @@ image = pipeline("a prompt").images[0]
 |---|---|
 {table}
 """
-    card = load_or_create_model_card(
-        repo_id_or_path=repository,
-        from_training=True,
+    card = ModelCard.from_template(
+        card_data=ModelCardData(
+            license=None, library_name="diffusers", base_model=None if local else base_model, inference=True
+        ),
+        template_path=MODEL_CARD_TEMPLATE_PATH,
         model_description=description,
-        base_model=None if local else base_model,
-        inference=True,
     )
     tags = ["text-to-image", "diffusers", "diffusers-training", *(["lora"] if facts.is_lora else [])]
-    populate_model_card(card, tags=tags).save(folder / "README.md")
+    populate_model_card(card, tags=tags).save(folder / CARD)
+
+
+def result_files(folder: Path) -> list[str]:
+    """Patterns of the files that are the result and its card: no checkpoints, logs or records of the run."""
+    index = folder / "model_index.json"
+    parts = [f"{name}/**" for name in json.loads(index.read_text(encoding="utf-8"))] if index.exists() else []
+    return ["model_index.json", *parts, "pytorch_lora_weights.safetensors", "fused/**", CARD, GRID]
 
 
 def upload(folder: Path, repository: str, options: HubOptions) -> str | None:
-    """Uploads the result and its card without checkpoints, logs and locks.
+    """Uploads the result and its card, and nothing else of the folder.
 
     Returns:
         The repository's name, or None if the upload failed: the run's result stands in the folder all the same.
@@ -112,10 +128,10 @@ def upload(folder: Path, repository: str, options: HubOptions) -> str | None:
             folder_path=folder,
             token=options.hub_token,
             commit_message="End of training",
-            ignore_patterns=PRIVATE_FILES,
+            allow_patterns=result_files(folder),
         )
-    except (HTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # hf_xet raises RuntimeError
+        reason = first_line(error)
         if options.hub_token:
             reason = reason.replace(options.hub_token, "***")
         logger.warning(

@@ -71,6 +71,9 @@ class ForwardProcess:
         """
         from diffusers import DDPMScheduler
 
+        if "beta_start" not in scheduler_config and scheduler_config.get("trained_betas") is None:
+            name = scheduler_config.get("_class_name", "the pipeline's scheduler")
+            raise UserError(f"{name} has no noise schedule by betas, and what was trained with it is not trained here")
         overrides = {} if prediction_type is None else {"prediction_type": prediction_type}
         self.scheduler = DDPMScheduler.from_config(scheduler_config, **overrides)
         self.prediction_type = self.scheduler.config.prediction_type

@@ -23,8 +23,9 @@ class Objective(nn.Module):
     def forward(self, encoded: EncodedBatch) -> Tensor:
         """[B] float32 weighted losses."""
         batch, family = encoded.batch, self._family
-        states = family.encode_text(batch.input_ids) if encoded.states is None else encoded.states
-        states = family.drop_captions(states, batch.caption_dropped)
+        states = encoded.states
+        if states is None:
+            states = family.encode_text(batch.input_ids, batch.caption_dropped)
         latents = family.latent_space.latents(encoded.mean, encoded.std, batch.posterior_noise)
         noised = self._process.apply(latents, batch.noise, batch.timesteps, batch.input_perturbation)
         prediction = family.predict(self.trained["unet"], noised.noisy, noised.timesteps, states, batch.crops)

@@ -6,6 +6,8 @@ fields are groups. Flags are flat: `ImageOptions.resolution` is `--resolution`.
 
 import dataclasses
 import difflib
+import gc
+import math
 import os
 import re
 import sys
@@ -52,17 +54,17 @@ def require(condition: bool, flag: str, value: typing.Any, must: str, cure: str 
 
 
 def require_positive(group: typing.Any, *names: str) -> None:
-    """Refuses options of a group that are given and not above 0."""
+    """Refuses options of a group that are given and not finite and above 0."""
     for name in names:
         value = getattr(group, name)
-        require(value is None or value > 0, name, value, "be above 0")
+        require(value is None or 0 < value < math.inf, name, value, "be a number above 0")
 
 
 def require_not_negative(group: typing.Any, *names: str) -> None:
-    """Refuses options of a group that are given and below 0."""
+    """Refuses options of a group that are given and not finite and 0 or more."""
     for name in names:
         value = getattr(group, name)
-        require(value is None or value >= 0, name, value, "be 0 or more")
+        require(value is None or 0 <= value < math.inf, name, value, "be 0 or more")
 
 
 def require_fraction(group: typing.Any, *names: str) -> None:
@@ -70,6 +72,12 @@ def require_fraction(group: typing.Any, *names: str) -> None:
     for name in names:
         value = getattr(group, name)
         require(0 <= value <= 1, name, value, "be between 0 and 1")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -109,6 +117,10 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
         hint = nearest(flag, known_flags) if flag.startswith("-") else ""
         cure = f"did you mean {hint}?" if hint else "--help lists the flags"
         raise UserError(f"unknown argument {flag}; {cure}")
+    for group in values:
+        for field in dataclasses.fields(group):
+            if getattr(group, field.name) == "" and not field.name.endswith("prompt"):
+                raise UserError(f"--{field.name} must not be empty; leave it out or give a value")
     return options(**dict(zip(groups, values, strict=True)))
 
 
@@ -137,6 +149,8 @@ def run_script(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
         run(argv)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
+    finally:
+        gc.collect()  # frees process groups held by cycles; at the interpreter's end their threads could abort it
     return 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from filelock import FileLock, Timeout
 
-from utils.options import UserError, option, require, require_not_negative
+from utils.options import UserError, first_line, option, require, require_not_negative
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,7 +30,7 @@ class RuntimeOptions:
         "sdxl-model-finetuned, with -lora behind it for LoRA",
     )
     overwrite_output_dir: bool = option(
-        False, "train into a folder that holds another run, whose files are kept where the names differ"
+        False, "train into a folder that holds another run; its checkpoints are set aside, its result is replaced"
     )
     seed: int = option(0, "everything random follows from it")
     mixed_precision: str | None = option(
@@ -54,28 +54,30 @@ def start_processes(
         UserError: where accelerate would do in silence something else than what was asked for.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
+    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
+            raise UserError(f"accelerate's {engine} is not built in yet; use DDP (accelerate launch --multi_gpu)")
     on_cpu = not (torch.cuda.is_available() or _other_accelerator())
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=accumulation_steps,
-        step_scheduler_with_optimizer=False,
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / logging_dir)),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=options.mixed_precision,
+            gradient_accumulation_steps=accumulation_steps,
+            step_scheduler_with_optimizer=False,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / logging_dir)),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"accelerate can't start with these settings: {first_line(error)}") from error
     asked_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if asked_processes != accelerator.num_processes:
         raise UserError(
             f"{asked_processes} processes were started but accelerate joined {accelerator.num_processes}: they would "
             "train apart; check the GPUs, or on a CPU launch with --multi_gpu or torchrun"
         )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU) and not str(
-        accelerator.distributed_type.value
-    ).startswith("MULTI_"):
-        raise UserError(f"accelerate's {accelerator.distributed_type.value} is not built yet; use DDP (--multi_gpu)")
     if accelerator.mixed_precision not in DTYPES:
         require(False, "mixed_precision", accelerator.mixed_precision, f"be one of {', '.join(DTYPES)}")
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
@@ -83,7 +85,7 @@ def start_processes(
     if (
         accelerator.device.type == "cuda"
         and accelerator.mixed_precision == "bf16"
-        and not torch.cuda.is_bf16_supported()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         require(False, "mixed_precision", "bf16", "be no or fp16 on this GPU", "it has no bfloat16")
     if options.local_rank != -1 and accelerator.is_main_process:
@@ -126,7 +128,7 @@ class OutputFolder:
         """Creates and locks the folder.
 
         Args:
-            resuming: whether the run goes on from a checkpoint where there is one.
+            resuming: whether the run that the folder holds is to go on.
             overwrite: whether another run's folder may be written to.
 
         Raises:

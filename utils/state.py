@@ -1,5 +1,6 @@
 """All that an optimizer step changes, saved and restored as one."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from utils.adaptation import Adaptation
 from utils.checkpoint import TrainingState, load_optimizer, read_state, write_state
 from utils.ema import MovingAverage
 from utils.optim import NamedParameter
-from utils.options import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class RunState:
     """The trained weights, their moving average, the optimizer and fp16's gradient scaler.
 
     Attributes:
-        seed, global_batch: what the position in the data follows from, beside the step.
+        structure: the options that a resumed run must share.
+        global_batch: samples an optimizer step.
     """
 
     accelerator: "Accelerator"
@@ -31,15 +34,25 @@ class RunState:
     average: MovingAverage | None
     optimizer: torch.optim.Optimizer
     parameters: list[NamedParameter]
-    seed: int
+    structure: dict[str, object]
     global_batch: int
+
+    def step(self) -> None:
+        """An optimizer step, and the average after it, unless fp16's scaler found gradients that are not finite."""
+        scaler = self.accelerator.scaler
+        scale = 0.0 if scaler is None else scaler.get_scale()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        was_skipped = scaler is not None and scaler.get_scale() < scale  # a fused optimizer does not say it itself
+        if self.average is not None and not was_skipped:
+            self.average.update()
 
     def save(self, folder: Path, step: int) -> None:
         """Writes all of it after `step` optimizer steps; for one process to call."""
         scaler = self.accelerator.scaler
         state = TrainingState(
             step=step,
-            seed=self.seed,
+            structure=self.structure,
             global_batch=self.global_batch,
             ema_updates=None if self.average is None else self.average.num_updates,
             scaler=None if scaler is None else scaler.state_dict(),
@@ -52,17 +65,15 @@ class RunState:
 
         Returns:
             The optimizer steps done.
-
-        Raises:
-            UserError: if the checkpoint is of a run with another seed.
         """
         saved = read_state(folder)
-        if saved.seed != self.seed:
-            raise UserError(
-                f"--seed {self.seed} is not that of {folder}, which has {saved.seed}; give --seed {saved.seed}"
-            )
+        if saved.global_batch != self.global_batch:
+            message = "%s has a global batch of %d, this run one of %d: other images come than would have come"
+            logger.warning(message, folder, saved.global_batch, self.global_batch)
         load_optimizer(folder, self.optimizer, self.parameters)
-        if self.average is not None and saved.ema_updates is not None:
+        if self.average is not None and saved.ema_updates is None:
+            logger.warning("%s has no moving average; it starts from the weights", folder)
+        elif self.average is not None:
             self.adaptation.load_average(folder, self.average, saved.ema_updates)
         if self.accelerator.scaler is not None and saved.scaler:
             self.accelerator.scaler.load_state_dict(saved.scaler)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 from PIL import Image
@@ -119,8 +119,11 @@ class RunLog:
         finally:
             self._last_step_at = time.perf_counter()
 
-    def close(self) -> None:
-        """Writes what is left."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Writes what is left, and ends the bar's line, so that an error's message starts one."""
         self._write_pending()
         self._bar.close()
         if self._file is not None:

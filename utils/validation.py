@@ -105,6 +105,9 @@ class Sampler:
         guidance = (
             {} if options.validation_guidance_scale is None else {"guidance_scale": options.validation_guidance_scale}
         )
+        # the noise that the pipeline would draw, in float32, so that its scheduler computes in it under autocast too
+        shape = self._family.latent_space.shape(self._resolution)
+        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(request.seed))
         with self._accelerator.autocast():
             latents = pipeline(
                 **self._family.prompt_arguments(request.prompt, options.validation_negative_prompt),
@@ -112,7 +115,8 @@ class Sampler:
                 height=self._resolution,
                 width=self._resolution,
                 num_inference_steps=options.validation_num_inference_steps,
-                generator=torch.Generator("cpu").manual_seed(request.seed),
+                latents=noise,
+                generator=torch.Generator().manual_seed(request.seed),
                 output_type="latent",
             ).images
         # outside of autocast, in which the VAE could overflow

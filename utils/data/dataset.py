@@ -41,8 +41,9 @@ class LoaderOptions:
         require_not_negative(self, "dataloader_num_workers")
         require_fraction(self, "caption_dropout")
 
-    def num_workers(self, num_local_processes: int) -> int:
-        """Loader processes for this process."""
+    def num_workers(self, num_processes: int) -> int:
+        """Loader processes for this process, of `num_processes`, which may be on several machines."""
+        num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
         if self.dataloader_num_workers is not None:
             return self.dataloader_num_workers
         if not torch.cuda.is_available():
@@ -150,4 +151,11 @@ def batches_by_step(
     )
     batches = iter(loader)
     for step in pieces.steps:
-        yield step, (next(batches) for _ in pieces.slots)
+        yield step, (_next(batches) for _ in pieces.slots)
+
+
+def _next(batches: Iterator[Batch]) -> Batch:
+    try:
+        return next(batches)
+    except ProcessError as error:  # of a worker it holds the worker's traceback, of which the last line is the message
+        raise ProcessError(str(error).strip().splitlines()[-1].rpartition("ProcessError: ")[2]) from error

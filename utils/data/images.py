@@ -21,6 +21,7 @@ INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "nearest_exact": Image.Resampling.NEAREST,
 }
+BROKEN_FILE_ERRORS = (SyntaxError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)  # beside OSError
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def open_image(source: str | bytes) -> Image.Image:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
+    except RuntimeError as error:  # of the AVIF decoder
+        raise OSError(str(error)) from error
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         image.close()
@@ -74,7 +77,7 @@ def read_rgb(source: str | bytes) -> Image.Image:
         with open_image(source) as opened:
             image = ImageOps.exif_transpose(opened)
             image.load()
-    except (SyntaxError, EOFError, IndexError, struct.error, zlib.error) as error:  # broken files, beside OSError
+    except BROKEN_FILE_ERRORS as error:
         raise OSError(f"broken image: {error}") from error
     if image.mode.startswith("I;16") or image.mode == "I":
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")

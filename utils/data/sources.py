@@ -1,5 +1,7 @@
 """Where images and captions come from: HF Datasets by name, or a folder of images."""
 
+import glob
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL.Image
 
-from utils.options import UserError, nearest, option, require, require_positive
+from utils.options import UserError, first_line, nearest, option, require, require_positive
 from utils.records import ImageRecord
 from utils.seeding import Stream, generator
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,25 +69,27 @@ class Records:
         source = image["bytes"] if image["bytes"] is not None else image["path"]
         return ImageRecord(image["path"] or f"row {row}", source, _captions(values[self._caption_column]))
 
-    def without_unreadable(self, check: Callable[[str | bytes], None]) -> "Records":
-        """The same records without those for which `check(source)` raises `OSError` or `ValueError`.
+    def find_unreadable(self, check: Callable[[str | bytes], None]) -> dict[int, str]:
+        """The numbers of the records for which `check(source)` raises `OSError` or `ValueError`, and why.
 
         Only headers are read, on several threads.
         """
 
-        def reason(index: int) -> tuple[str, str] | None:
-            record = self[index]
+        def reason(index: int) -> str | None:
             try:
-                check(record.source)
+                check(self[index].source)
             except (OSError, ValueError) as error:
-                return record.key, _short(error)
+                return first_line(error)
             return None
 
         with ThreadPoolExecutor(max_workers=min(16, 4 * (os.cpu_count() or 1))) as pool:
-            reasons = list(pool.map(reason, range(len(self)), chunksize=64))
-        readable = np.array([found is None for found in reasons], dtype=bool)
-        kept = Records(self._dataset, self._image_column, self._caption_column, self._rows[readable])
-        kept.unreadable = [found for found in reasons if found is not None]
+            reasons = pool.map(reason, range(len(self)), chunksize=64)
+            return {index: found for index, found in enumerate(reasons) if found is not None}
+
+    def without(self, unreadable: dict[int, str]) -> "Records":
+        """The same records but for some, which are remembered as unreadable."""
+        kept = Records(self._dataset, self._image_column, self._caption_column, np.delete(self._rows, list(unreadable)))
+        kept.unreadable = [(self[index].key, reason) for index, reason in unreadable.items()]
         kept.num_missing_captions = self.num_missing_captions
         return kept
 
@@ -103,7 +109,7 @@ def read_records(options: DataOptions, seed: int) -> Records:
         dataset = dataset.cast_column(options.image_column, Image(decode=False))
         dataset = dataset.select_columns([options.image_column, options.caption_column])
     except (DatasetGenerationError, TypeError, ValueError) as error:
-        raise UserError(f"--image_column {options.image_column} does not hold images: {_short(error)}") from error
+        raise UserError(f"--image_column {options.image_column} does not hold images: {first_line(error)}") from error
     if len(dataset) == 0:
         raise UserError("the dataset is empty; check --dataset_name or --train_data_dir")
     rows = np.arange(len(dataset))
@@ -123,9 +129,9 @@ def _load(options: DataOptions) -> "Dataset":
     try:
         loaded = SOURCES["dataset" if options.dataset_name is not None else "imagefolder"](options)
     except DatasetGenerationError as error:
-        raise UserError(f"the dataset can't be read: {_short(error.__cause__ or error)}") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"the dataset can't be loaded: {_short(error)}") from error
+        raise UserError(f"the dataset can't be read: {first_line(error.__cause__ or error)}") from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"the dataset can't be loaded: {first_line(error)}") from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if "train" not in loaded:
@@ -136,9 +142,8 @@ def _load(options: DataOptions) -> "Dataset":
 def _load_dataset(options: DataOptions):
     import datasets
 
-    folder = Path(options.dataset_name)
-    if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
-        return datasets.load_from_disk(str(folder))
+    if _is_saved_dataset(Path(options.dataset_name)):
+        return datasets.load_from_disk(options.dataset_name)
     return datasets.load_dataset(
         options.dataset_name,
         options.dataset_config_name,
@@ -151,12 +156,33 @@ def _load_imagefolder(options: DataOptions):
     import datasets
 
     folder = Path(options.train_data_dir)
-    extensions = PIL.Image.registered_extensions()
-    if not any(path.suffix.lower() in extensions for path in folder.rglob("*")):
+    if _is_saved_dataset(folder):
+        raise UserError(f"--train_data_dir {folder} is a saved dataset; give it as --dataset_name")
+    num_files = _count_images(folder)
+    if num_files == 0:
         raise UserError(f"--train_data_dir {folder} holds no images, such as .png, .jpg or .webp files")
-    return datasets.load_dataset(
-        "imagefolder", data_files={"train": os.path.join(folder, "**")}, cache_dir=options.cache_dir
+    loaded = datasets.load_dataset(
+        "imagefolder", data_files={"train": f"{glob.escape(str(folder))}/**"}, cache_dir=options.cache_dir
     )
+    num_unlisted = num_files - len(loaded["train"])
+    if num_unlisted > 0:
+        logger.warning("%d of %d images in %s are not in its metadata and left out", num_unlisted, num_files, folder)
+    return loaded
+
+
+def _count_images(folder: Path) -> int:
+    """Images in a folder and those below it, links followed, hidden ones left out."""
+    extensions = PIL.Image.registered_extensions()
+    return sum(
+        os.path.splitext(name)[1].lower() in extensions and not name.startswith(".")
+        for _, _, names in os.walk(folder, followlinks=True)
+        for name in names
+    )
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
 
 
 SOURCES = {"dataset": _load_dataset, "imagefolder": _load_imagefolder}
@@ -200,9 +226,3 @@ def _count_missing_captions(dataset: "Dataset", column: str, rows: np.ndarray) -
         raise UserError(f"--caption_column {column} must hold strings or lists of strings, got {inner}")
     values = dataset.select_columns([column]).select(rows)[column]
     return sum(1 for value in values if value is None or (isinstance(value, list) and not value))
-
-
-def _short(error: BaseException | None) -> str:
-    """The first line of an error's message, or its class."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,17 +1,19 @@
 """Which family a pipeline belongs to."""
 
-import json
-import struct
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from utils.families.base import Family, PipelineSource
 from utils.families.sd import StableDiffusion
 from utils.families.sdxl import StableDiffusionXL
-from utils.options import UserError
+from utils.options import UserError, first_line
 
 FAMILIES: dict[str, type[Family]] = {
     family.pipeline_class_name: family for family in (StableDiffusion, StableDiffusionXL)
 }
+INDEX = "model_index.json"
+VAE_KEY = "first_stage_model.decoder.conv_in.weight"
 SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"
 
 
@@ -25,12 +27,14 @@ def pick_family(source: PipelineSource) -> type[Family]:
     """
     path = Path(source.path)
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise UserError(
-            f"--pretrained_model {path} would need unpickling, which can run code; convert it to .safetensors"
-        )
+        raise UserError(f"--pretrained_model {path} would need unpickling, which can run code; convert it first")
     if source.is_single_file:
-        return StableDiffusionXL if SDXL_KEY in _names_of_weights(path) else StableDiffusion
-    index = _read_index(source)
+        return _family_of_file(path)
+    if not path.is_dir() and (path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1):
+        raise UserError(f"--pretrained_model {path} does not exist; give a folder, Hub name or .safetensors file")
+    if path.is_dir() and not (path / INDEX).is_file():
+        raise UserError(f"--pretrained_model {path} is no pipeline folder: it has no {INDEX}")
+    index = source.index()
     name = index.get("_class_name")
     if name not in FAMILIES:
         raise UserError(f"--pretrained_model {path} is a {name}; supported are {', '.join(FAMILIES)}")
@@ -39,45 +43,24 @@ def pick_family(source: PipelineSource) -> type[Family]:
     return FAMILIES[name]
 
 
+def _family_of_file(path: Path) -> type[Family]:
+    names = _names_of_weights(path)
+    missing = [name for name in ("model.diffusion_model.input_blocks.0.0.weight", VAE_KEY) if name not in names]
+    if missing:
+        raise UserError(
+            f"--pretrained_model {path} is no whole Stable Diffusion model: it has no {missing[0]}; a LoRA file goes "
+            "to --lora_weights, a VAE to --pretrained_vae_model_name_or_path"
+        )
+    return StableDiffusionXL if SDXL_KEY in names else StableDiffusion
+
+
 def _names_of_weights(path: Path) -> set[str]:
     """The names in a safetensors file's header."""
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            return set(json.loads(file.read(length)))
-    except (OSError, ValueError, struct.error, MemoryError, OverflowError) as error:
-        raise UserError(f"--pretrained_model {path} can't be read as safetensors: {error}") from error
-
-
-def _read_index(source: PipelineSource) -> dict:
-    path = Path(source.path)
-    if path.is_dir():
-        file = path / "model_index.json"
-        if not file.is_file():
-            raise UserError(f"--pretrained_model {path} is no pipeline folder: it has no model_index.json")
-    elif path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1 or path.exists():
-        raise UserError(
-            f"--pretrained_model {path} does not exist; give a pipeline folder, Hub name or .safetensors file"
-        )
-    else:
-        file = _download_index(source)
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--pretrained_model {path}: its model_index.json can't be read: {error}") from error
-
-
-def _download_index(source: PipelineSource) -> str:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        return hf_hub_download(source.path, "model_index.json", revision=source.options.revision)
-    except (HTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"--pretrained_model {source.path} is no folder here, and was not found on the Hub: {reason}"
-        ) from error
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--pretrained_model {path} can't be read as safetensors: {first_line(error)}") from error
 
 
 def _refuse_pickles(source: PipelineSource, index: dict) -> None:

@@ -16,28 +16,29 @@ class StableDiffusionXL(Family):
     text_encoder_names = ("text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
 
-    def encode_text(self, input_ids: Tensor) -> TextStates:
-        """States of [B, 2, tokens] input ids.
+    def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
+        """States of [B, 2, tokens] input ids; of dropped captions zeros, where inference has them without a prompt.
 
         Returns:
             "encoder_hidden_states" [B, tokens, sum of widths], the layers before the last, unnormed, side by side; and
             "text_embeds" [B, projection], the second encoder's pooled state.
         """
-        back = 2 + (self.source.options.clip_skip or 0)
+        states = self._states(input_ids, dropped)
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return states
+        return {name: state.masked_fill(dropped.view(-1, *[1] * (state.ndim - 1)), 0) for name, state in states.items()}
+
+    def _states(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
+        """The states; clip_skip spares the samples where `unskipped`, [B] bool."""
+        skip = self.source.options.clip_skip
         outputs = [
             encoder(input_ids[:, index], output_hidden_states=True) for index, encoder in enumerate(self.text_encoders)
         ]
-        return {
-            "encoder_hidden_states": torch.cat([output.hidden_states[-back] for output in outputs], dim=-1),
-            "text_embeds": outputs[1].text_embeds,
-        }
-
-    def drop_captions(self, states: TextStates, dropped: Tensor) -> TextStates:
-        """Zeros where inference uses zeros for no prompt (`force_zeros_for_empty_prompt`)."""
-        if not self.pipeline.config.force_zeros_for_empty_prompt:
-            return states
-        kept = ~dropped
-        return {name: state * kept.view(-1, *[1] * (state.ndim - 1)).to(state.dtype) for name, state in states.items()}
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        if skip is not None:
+            skipped = torch.cat([output.hidden_states[-(skip + 2)] for output in outputs], dim=-1)
+            hidden = torch.where(unskipped.view(-1, 1, 1), hidden, skipped)
+        return {"encoder_hidden_states": hidden, "text_embeds": outputs[1].text_embeds}
 
     def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
         """The UNet's prediction [B, C, h, w]. The crops stay float32: bf16 would turn 1023 pixels into 1024."""
@@ -61,11 +62,12 @@ class StableDiffusionXL(Family):
 
     def prompt_arguments(self, prompt: str, negative_prompt: str | None) -> dict[str, Tensor]:
         """The embeddings and pooled embeddings of both prompts; without a negative prompt as the pipeline has it."""
-        tokenize, device = self.tokenizer(), self.unet.device
-        states = self.encode_text(tokenize([prompt]).to(device))
-        negative = self.encode_text(tokenize([negative_prompt or ""]).to(device))
-        if negative_prompt is None:
-            negative = self.drop_captions(negative, torch.tensor([True], device=device))
+        device = self.unet.device
+        ids = self.tokenizer()([prompt, negative_prompt or ""]).to(device)
+        none, every = torch.tensor([False], device=device), torch.tensor([True], device=device)
+        # one by one, as the pipeline encodes them; like it, without clip_skip for the negative prompt
+        states = self._states(ids[:1], none)
+        negative = self.encode_text(ids[1:], every) if negative_prompt is None else self._states(ids[1:], every)
         return {
             "prompt_embeds": states["encoder_hidden_states"],
             "pooled_prompt_embeds": states["text_embeds"],
