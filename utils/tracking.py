@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -96,6 +97,7 @@ class RunLog:
             unit="step",
             desc="training",
             dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs fewer lines than a terminal
             disable=not accelerator.is_local_main_process,
         )
         if accelerator.is_main_process:
