@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from classifier import Verdict, judge, train_classifier
@@ -23,6 +22,11 @@ DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 
 from train_text_to_image import main as train  # noqa: E402
+from utils.runtime import silence_libraries  # noqa: E402
+
+silence_libraries()
+
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline  # noqa: E402
 
 BASE = DEMO / "base"
 NUM_PER_DIGIT = 50
