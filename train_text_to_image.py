@@ -33,7 +33,7 @@ from utils.losses import LossOptions
 from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions
 from utils.objective import Objective
 from utils.optim import OptimizerOptions, ScheduleOptions, build_optimizer, rate_factor, set_learning_rate
-from utils.options import UserError, as_record, option, parse, require_positive, run_script, without_secrets
+from utils.options import UserError, as_record, leave, option, parse, require_positive, run_script, without_secrets
 from utils.runtime import (
     OutputFolder,
     RuntimeOptions,
@@ -41,6 +41,7 @@ from utils.runtime import (
     on_main_process,
     set_up_logging,
     start_processes,
+    use_hub_cache_if_offline,
     weight_dtype,
     write_json,
 )
@@ -98,6 +99,9 @@ def run(argv: Sequence[str] | None) -> None:
     set_up_logging()
     options: Options = parse(Options, argv, __doc__.splitlines()[0])
     check_together(options)
+    names = (options.model.pretrained_model_name_or_path, options.data.dataset_name)
+    if not all(name is None or Path(name).exists() for name in names):
+        use_hub_cache_if_offline()
     source = PipelineSource(options.model)
     family_class = pick_family(source)
     resolution = options.image.resolution or family_class.default_resolution
@@ -203,6 +207,7 @@ def run(argv: Sequence[str] | None) -> None:
         write_data_report(accelerator, folder, records, unreadable)
         if accelerator.is_main_process:
             publish(options, folder, family, samples, total_steps, batches.size)
+        del model
         logger.info("the result is in %s", folder.path)
 
 
@@ -398,4 +403,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -50,7 +50,6 @@ def message(capsys: pytest.CaptureFixture) -> str:
         (["--seed", "-1"], ["--seed", "-1"]),
         (["--clip_skip", "5"], ["--clip_skip", "5"]),
         (["--unet_config", "missing.json"], ["--unet_config", "missing.json"]),
-        (["--report_to", "wandb"], ["--report_to", "wandb", "pip install wandb"]),
         (["--hub_model_id", "me/model"], ["--hub_model_id", "--push_to_hub"]),
         (["--pretrained_vae_model_name_or_path", "/missing"], ["--pretrained_vae_model_name_or_path", "/missing"]),
         (["--timestep_bias_strategy", "range", "--timestep_bias_end", "2000"], ["--timestep_bias_end", "2000"]),
@@ -243,6 +242,12 @@ def test_only_truncated_images(train, capsys, tmp_path):
         flags = ("--dataloader_num_workers", workers, "--train_batch_size", 1, "--resume_from_checkpoint", "latest")
         train("sd", *flags, data=data, expect=2)
         assert "images in a row can't be read" in message(capsys)
+
+
+def test_a_tracker_that_is_not_installed(train, capsys, monkeypatch):
+    monkeypatch.setattr("utils.tracking.find_spec", lambda name: None)
+    train("sd", "--report_to", "wandb", expect=2)
+    assert "pip install wandb" in message(capsys)
 
 
 def test_a_token_that_a_tracker_would_record(train, capsys, monkeypatch):

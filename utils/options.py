@@ -6,13 +6,13 @@ fields are groups. Flags are flat: `ImageOptions.resolution` is `--resolution`.
 
 import dataclasses
 import difflib
-import gc
 import math
 import os
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 from transformers.hf_argparser import HfArgumentParser
 
@@ -92,7 +92,7 @@ class _Parser(HfArgumentParser):
         super().__init__(groups, description=description, allow_abbrev=False)
         self._negative_number_matcher = NEGATIVE_NUMBER
 
-    def error(self, message: str) -> typing.NoReturn:
+    def error(self, message: str) -> NoReturn:
         flag, separator, reason = message.removeprefix("argument ").partition(": ")
         if separator and flag.startswith("-"):
             names = flag.split("/")
@@ -151,6 +151,17 @@ def run_script(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
-    finally:
-        gc.collect()  # frees process groups held by cycles; at the interpreter's end their threads could abort it
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process; where processes were joined at once, without the interpreter's own end.
+
+    There a process group that something still holds would be torn down with the interpreter's lock held, while its
+    threads wait for that lock: seen as an abort or a hang after the work was done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        os._exit(status)
+    sys.exit(status)

@@ -3,12 +3,14 @@
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import torch
 from filelock import FileLock, Timeout
@@ -184,6 +186,23 @@ def silence_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of kernels that CPUs lack
 
 
+def use_hub_cache_if_offline() -> None:
+    """Where the Hub can't be reached, has what is in the cache used at once, not after half a minute of retries."""
+    import huggingface_hub.constants
+    from huggingface_hub.constants import ENDPOINT
+
+    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
+        return
+    address = urlsplit(ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        import datasets.config
+
+        logger.warning("%s can't be reached; only what was downloaded before is used", ENDPOINT)
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
 def on_main_process(accelerator: "Accelerator", action: Callable[[], None]) -> None:
     """Runs `action` on the main process alone; a user's error there is raised on all, so that none waits for it."""
     from accelerate.utils import broadcast_object_list
@@ -201,11 +220,15 @@ def on_main_process(accelerator: "Accelerator", action: Callable[[], None]) -> N
 
 @contextmanager
 def ending(accelerator: "Accelerator", folder: OutputFolder) -> Iterator[None]:
-    """Whatever happens within it, trackers are closed, the processes part, and the folder is unlocked."""
+    """Whatever happens within it, trackers are closed, the processes part, and the folder is unlocked.
+
+    A model prepared for several processes must be let go of within it: its reducer holds the process group.
+    """
     try:
         yield
     finally:
         try:
+            accelerator.free_memory()
             accelerator.end_training()
         finally:
             folder.release()
