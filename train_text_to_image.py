@@ -27,10 +27,11 @@ from utils.data.sources import DataOptions, Records, read_records
 from utils.ema import EmaOptions, MovingAverage
 from utils.encoding import Encoder
 from utils.export import CardFacts, HubOptions, upload, write_card
-from utils.families.base import Family, ModelOptions, PipelineSource
+from utils.families.base import Family
 from utils.families.registry import pick_family
+from utils.families.source import ModelOptions, PipelineSource
 from utils.losses import LossOptions
-from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions
+from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
 from utils.objective import Objective
 from utils.optim import OptimizerOptions, ScheduleOptions, build_optimizer, rate_factor, set_learning_rate
 from utils.options import UserError, as_record, leave, option, parse, require_positive, run_script, without_secrets
@@ -132,11 +133,11 @@ def run(argv: Sequence[str] | None) -> None:
         torch.manual_seed(model_seed(seed, 0, 0))  # LoRA's and a fresh UNet's first weights
         adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
         dtypes = adaptation_class.dtypes(options.adaptation, weight_dtype(accelerator))
-        family = family_class(source, dtypes, options.noise.prediction_type)
+        family = family_class(source, dtypes, options.noise.scheduler_changes)
         family.check_resolution(resolution, family.pipeline.vae.config)
         adaptation = adaptation_class(family, options.adaptation, start)
         family.use_attention()
-        process = ForwardProcess(family.pipeline.scheduler.config, options.noise.prediction_type)
+        process = ForwardProcess(family.pipeline.scheduler.config, options.noise.scheduler_changes)
         named = adaptation.named_parameters(rates)
         plan = describe(options, accelerator, family, adaptation, records, batches, total_steps, resolution)
         if options.runtime.dry_run:
@@ -150,13 +151,13 @@ def run(argv: Sequence[str] | None) -> None:
         parameters = [parameter for _, parameter, _ in named]
         average = MovingAverage(parameters, options.ema) if options.ema.use_ema else None
         encoder = Encoder(family, options.adaptation.train_text_encoder)
-        objective = Objective(family, adaptation.modules, process, options.loss)
+        objective = Objective(family, adaptation.modules, process, options.noise, options.loss)
         model, optimizer = accelerator.prepare(objective, build_optimizer(named, rates))
         state = RunState(accelerator, adaptation, average, optimizer, named, structure, batches.size)
         first_step = 0 if start is None else state.load(start)
 
         spec = SampleSpec(resolution, family.latent_space.shape(resolution), family.tokenizer())
-        draws = NoiseDraws(options.noise, process.num_timesteps, seed)
+        draws = NoiseDraws(options.noise, process, seed, batches.size)
         dataset = TrainingDataset(records, batches, spec, options.image, draws, options.loader.caption_dropout)
         rank, num_processes = accelerator.process_index, accelerator.num_processes
         pieces = Pieces(batches.size, options.loader.train_batch_size, rank, num_processes, first_step, total_steps)
@@ -238,8 +239,10 @@ def check_before_loading(options: Options, source: PipelineSource, family_class:
     family_class.check_before_loading(source, resolution)
     scheduler = source.config("scheduler")
     if scheduler is not None:
-        process = ForwardProcess(scheduler, options.noise.prediction_type)
-        NoiseDraws(options.noise, process.num_timesteps, options.runtime.seed)
+        process = ForwardProcess(scheduler, options.noise.scheduler_changes)
+        timestep_weights(options.noise, process.alphas_cumprod.double().numpy())
+        if options.noise.dream_training and process.prediction_type != "epsilon":
+            raise UserError(f"--dream_training is for epsilon prediction, the pipeline has {process.prediction_type}")
 
 
 def default_output_dir(options: Options, family_class: type[Family]) -> str:

@@ -82,24 +82,24 @@ def test_loss_and_gradients_equal_an_independent_computation(pipelines, images, 
     from utils.data.sampler import GlobalBatches, Piece
     from utils.data.sources import DataOptions, read_records
     from utils.encoding import Encoder
-    from utils.families.base import ModelOptions, PipelineSource
     from utils.families.registry import pick_family
+    from utils.families.source import ModelOptions, PipelineSource
     from utils.losses import LossOptions
     from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions
     from utils.objective import Objective
 
     source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipelines[name])))
     adaptation_options = AdaptationOptions()
-    family = pick_family(source)(source, FullFineTuning.dtypes(adaptation_options, torch.float32), None)
+    family = pick_family(source)(source, FullFineTuning.dtypes(adaptation_options, torch.float32), {})
     adaptation = FullFineTuning(family, adaptation_options, None)
-    process = ForwardProcess(family.pipeline.scheduler.config, None)
+    process = ForwardProcess(family.pipeline.scheduler.config, {})
     records = read_records(DataOptions(train_data_dir=str(images)), 0)
     spec = SampleSpec(tiny.RESOLUTION, family.latent_space.shape(tiny.RESOLUTION), family.tokenizer())
-    draws = NoiseDraws(NoiseOptions(), process.num_timesteps, 0)
+    draws = NoiseDraws(NoiseOptions(), process, 0, 4)
     dataset = TrainingDataset(records, GlobalBatches(len(records), 4, 0), spec, ImageOptions(), draws, 0.0)
     batch = dataset[Piece(3, (0, 1, 2, 3))]
 
-    objective = Objective(family, adaptation.modules, process, LossOptions(snr_gamma=gamma))
+    objective = Objective(family, adaptation.modules, process, NoiseOptions(), LossOptions(snr_gamma=gamma))
     loss = objective(Encoder(family, False).encode(batch)).mean()
     loss.backward()
     independent = Independent(pipelines[name], gamma)

@@ -13,8 +13,8 @@ from torch import nn
 from utils.data.images import CutDraws, ImageOptions, cut, draw_cut, open_image, read_rgb
 from utils.data.sampler import GlobalBatches, Pieces
 from utils.ema import EmaOptions, MovingAverage
-from utils.losses import LossOptions, min_snr, weighted_loss
-from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
+from utils.losses import LOSSES, WEIGHTINGS, LossOptions, huber_threshold, loss_weights, weighted_loss
+from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, rectify, timestep_weights
 from utils.optim import (
     NamedParameter,
     OptimizerOptions,
@@ -29,6 +29,12 @@ from utils.seeding import Stream, generator
 SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
+def drawing(num_timesteps: int = 1000, global_batch: int = 20, **options) -> NoiseDraws:
+    """The draws of a run with these noise options."""
+    process = ForwardProcess(SD_SCHEDULE | {"num_train_timesteps": num_timesteps}, {})
+    return NoiseDraws(NoiseOptions(**options), process, 0, global_batch)
+
+
 class TestSeeding:
     def test_a_draw_depends_on_all_of_its_key_and_on_nothing_else(self):
         def first(*key):
@@ -40,7 +46,7 @@ class TestSeeding:
         assert generator(1, 2, 3, Stream.CROP).standard_normal(4).tolist() != first(1, 2, 3)
 
     def test_noise_is_standard_normal_and_independent(self):
-        draws = NoiseDraws(NoiseOptions(), 1000, seed=0)
+        draws = drawing(global_batch=200)
         noise = np.stack([draws.draw(0, slot, (4, 16, 16)).noise for slot in range(200)]).reshape(200, -1)
         assert abs(noise.mean()) < 0.01
         assert abs(noise.std() - 1) < 0.01
@@ -48,7 +54,7 @@ class TestSeeding:
         assert np.abs(correlation).max() < 6 / np.sqrt(noise.shape[1])
 
     def test_timesteps_are_uniform(self):
-        draws = NoiseDraws(NoiseOptions(), 10, seed=0)
+        draws = drawing(10)
         counts = Counter(draws.draw(step, slot, (1, 1, 1)).timestep for step in range(200) for slot in range(20))
         assert set(counts) == set(range(10))
         assert max(abs(count - 400) for count in counts.values()) < 80
@@ -141,7 +147,7 @@ class TestImages:
 class TestNoise:
     @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
     def test_forward_process_against_float64(self, prediction_type):
-        process = ForwardProcess(SD_SCHEDULE, prediction_type)
+        process = ForwardProcess(SD_SCHEDULE, {"prediction_type": prediction_type})
         betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
         alpha_bar = torch.from_numpy(np.cumprod(1 - betas))
         latents, noise = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
@@ -158,26 +164,26 @@ class TestNoise:
         torch.testing.assert_close(noised.snr.double(), snr, rtol=1e-3, atol=0)
 
     def test_input_perturbation_is_in_the_input_alone(self):
-        process = ForwardProcess(SD_SCHEDULE, None)
+        process = ForwardProcess(SD_SCHEDULE, {})
         latents, noise = torch.zeros(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
         noised = process.apply(latents, noise, torch.tensor([999]), torch.ones(1, 4, 2, 2))
         assert torch.equal(noised.target, noise)
         assert (noised.noisy - noise).abs().min() > 0.5
 
     def test_noise_offset_shifts_channels_and_leaves_the_rest(self):
-        plain = NoiseDraws(NoiseOptions(), 1000, 0).draw(1, 2, (4, 8, 8))
-        offset = NoiseDraws(NoiseOptions(noise_offset=0.1), 1000, 0).draw(1, 2, (4, 8, 8))
+        plain = drawing().draw(1, 2, (4, 8, 8))
+        offset = drawing(noise_offset=0.1).draw(1, 2, (4, 8, 8))
         difference = offset.noise - plain.noise
         assert np.abs(difference - difference[:, :1, :1]).max() < 1e-6
         assert plain.timestep == offset.timestep
 
     def test_zero_terminal_snr_refuses_epsilon(self):
         with pytest.raises(UserError, match="zero terminal SNR"):
-            ForwardProcess(SD_SCHEDULE | {"rescale_betas_zero_snr": True}, "epsilon")
-        process = ForwardProcess(SD_SCHEDULE | {"rescale_betas_zero_snr": True}, "v_prediction")
+            ForwardProcess(SD_SCHEDULE | {"rescale_betas_zero_snr": True}, {})
+        process = ForwardProcess(SD_SCHEDULE | {"rescale_betas_zero_snr": True}, {"prediction_type": "v_prediction"})
         noised = process.apply(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.tensor([999]), None)
         assert float(noised.snr) == 0
-        assert torch.isfinite(min_snr(noised.snr, "v_prediction", LossOptions(snr_gamma=5))).all()
+        assert torch.isfinite(loss_weights(noised.snr, "v_prediction", LossOptions(snr_gamma=5))).all()
 
     @pytest.mark.parametrize(
         ("strategy", "begin", "end"), [("later", 75, 100), ("earlier", 0, 25), ("range", 10, 30), ("none", 0, 0)]
@@ -188,22 +194,150 @@ class TestNoise:
         )
         expected = np.ones(100)
         expected[begin:end] = 3
-        assert timestep_weights(options, 100).tolist() == expected.tolist()
+        assert timestep_weights(options, np.linspace(0.99, 0.01, 100)).tolist() == expected.tolist()
+
+    @pytest.mark.parametrize("name", ["linear", "scaled_linear", "quadratic", "cosine", "sigmoid"])
+    @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler"])
+    @pytest.mark.parametrize("zero_snr", [False, True])
+    def test_the_exported_scheduler_has_the_trained_noise_schedule(self, tmp_path, name, scheduler, zero_snr):
+        import diffusers
+
+        from utils.families.base import changed_scheduler
+
+        options = NoiseOptions(beta_schedule=name, rescale_betas_zero_snr=zero_snr, prediction_type="v_prediction")
+        pretrained = getattr(diffusers, scheduler)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        process = ForwardProcess(pretrained.config, options.scheduler_changes)
+        exported = changed_scheduler(pretrained, options.scheduler_changes)
+        exported.save_pretrained(tmp_path)
+        loaded = type(exported).from_pretrained(tmp_path)
+        assert loaded.config.prediction_type == "v_prediction"
+        expected = process.alphas_cumprod
+        rows = slice(None, -1) if zero_snr else slice(None)  # Euler keeps a last value just above 0
+        torch.testing.assert_close(loaded.alphas_cumprod[rows], expected[rows], rtol=1e-4, atol=1e-6)
+        closed = {
+            "linear": np.linspace(0.00085, 0.012, 1000),
+            "scaled_linear": np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2,
+            "quadratic": np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2,
+            "sigmoid": 1 / (1 + np.exp(-np.linspace(-6, 6, 1000))) * (0.012 - 0.00085) + 0.00085,
+        }
+        if name in closed and not zero_snr:
+            alpha_bar = torch.from_numpy(np.cumprod(1 - closed[name]))
+            torch.testing.assert_close(expected.double(), alpha_bar, rtol=1e-3, atol=1e-6)
+        if zero_snr:
+            assert float(expected[-1]) == 0
+            assert loaded.config.timestep_spacing == "trailing"
+
+    def test_min_and_max_timestep(self):
+        draws = drawing(100, min_timestep=20, max_timestep=30)
+        drawn = {draws.draw(step, slot, (1, 1, 1)).timestep for step in range(40) for slot in range(20)}
+        assert drawn == set(range(20, 30))
+
+    def test_stratified_timesteps_fill_every_stratum(self):
+        draws = drawing(100, global_batch=20, timestep_sampling="stratified")
+        orders = []
+        for step in range(5):
+            timesteps = [draws.draw(step, slot, (1, 1, 1)).timestep for slot in range(20)]
+            assert sorted(timestep // 5 for timestep in timesteps) == list(range(20))
+            orders.append([timestep // 5 for timestep in timesteps])
+        assert orders[0] != orders[1]
+
+    def test_log_normal_timesteps(self):
+        draws = drawing(timestep_distribution="log_normal", log_normal_mean=0.3, log_normal_std=0.5)
+        drawn = [draws.draw(step, slot, (1, 1, 1)).timestep for step in range(100) for slot in range(20)]
+        alpha_bar = ForwardProcess(SD_SCHEDULE, {}).alphas_cumprod.double().numpy()[drawn]
+        log_sigma = 0.5 * np.log((1 - alpha_bar) / alpha_bar)
+        assert log_sigma.mean() == pytest.approx(0.3, abs=0.05)
+        assert log_sigma.std() == pytest.approx(0.5, abs=0.05)
+
+    def test_pyramid_noise_is_normed_and_smoother(self):
+        plain = drawing().draw(0, 0, (4, 32, 32)).noise
+        pyramid = drawing(multires_noise_iterations=6, multires_noise_discount=0.8).draw(0, 0, (4, 32, 32)).noise
+        assert pyramid.std() == pytest.approx(1, abs=1e-3)
+
+        def coarse(noise):
+            return noise.reshape(4, 4, 8, 4, 8).mean(axis=(2, 4)).std()
+
+        assert coarse(pyramid) > 2 * coarse(plain)
+
+    @pytest.mark.parametrize("power", [0.0, 1.0, 2.5])
+    def test_dream_against_diffusers(self, power):
+        from diffusers.training_utils import compute_dream_and_update_latents
+
+        process = ForwardProcess(SD_SCHEDULE, {})
+        timesteps = torch.tensor([3, 700])
+        latents, noise, estimate = torch.randn(3, 2, 4, 3, 3)
+        noised = process.apply(latents, noise, timesteps, None)
+
+        class Unet:
+            def __call__(self, *arguments):
+                self.sample = estimate
+                return self
+
+        expected = compute_dream_and_update_latents(
+            Unet(), process.scheduler, timesteps, noise, noised.noisy, noised.target, None, power
+        )
+        rectified = rectify(noised, estimate, power)
+        torch.testing.assert_close(rectified.noisy, expected[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rectified.target, expected[1], rtol=1e-4, atol=1e-5)
+
+
+SNR = 0.2, 1.0, 30.0, 2000.0
+PAPERS = {  # on epsilon, v and x0, as the papers (of debiased on v: kohya) have them
+    "uniform": (lambda s: 1, lambda s: 1, lambda s: 1),
+    "min_snr": (lambda s: min(s, 5) / s, lambda s: min(s, 5) / (s + 1), lambda s: min(s, 5)),
+    "max_snr": (lambda s: max(s, 1) / s, lambda s: max(s, 1) / (s + 1), lambda s: max(s, 1)),
+    "snr": (lambda s: 1, lambda s: s / (s + 1), lambda s: s),
+    "p2": (lambda s: 1 / (2 + s) ** 0.5, lambda s: s / (s + 1) / (2 + s) ** 0.5, lambda s: s / (2 + s) ** 0.5),
+    "debiased": (lambda s: min(s, 1000) ** -0.5, lambda s: 1 / (min(s, 1000) + 1), lambda s: min(s, 1000) ** 0.5),
+}
 
 
 class TestLosses:
-    @pytest.mark.parametrize(
-        ("prediction_type", "expected"),
-        [("epsilon", [1.0, 1.0, 0.5]), ("v_prediction", [0.0, 0.5, 5 / 11]), ("sample", [0.0, 1.0, 5.0])],
-    )
-    def test_min_snr(self, prediction_type, expected):
-        weights = min_snr(torch.tensor([0.0, 1.0, 10.0]), prediction_type, LossOptions(snr_gamma=5))
-        torch.testing.assert_close(weights, torch.tensor(expected))
+    @pytest.mark.parametrize("name", WEIGHTINGS)
+    @pytest.mark.parametrize("place", range(3), ids=["epsilon", "v_prediction", "sample"])
+    def test_weights_are_those_of_the_papers(self, name, place):
+        prediction_type = ("epsilon", "v_prediction", "sample")[place]
+        options = LossOptions(weighting=name, p2_k=2.0, p2_gamma=0.5)
+        expected = torch.tensor([float(PAPERS[name][place](snr)) for snr in SNR])
+        torch.testing.assert_close(loss_weights(torch.tensor(SNR), prediction_type, options), expected)
+        if prediction_type != "epsilon":
+            assert torch.isfinite(loss_weights(torch.zeros(1), prediction_type, options)).all()
 
-    def test_a_loss_a_sample(self):
-        prediction, target = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
-        loss = weighted_loss(prediction, target, torch.ones(3), "epsilon", LossOptions())
-        torch.testing.assert_close(loss.mean(), nn.functional.mse_loss(prediction, target))
+    def test_snr_gamma_alone_is_min_snr(self):
+        weights = loss_weights(torch.tensor([0.0, 1.0, 10.0]), "epsilon", LossOptions(snr_gamma=5))
+        torch.testing.assert_close(weights, torch.tensor([1.0, 1.0, 0.5]))
+
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_losses_against_closed_forms(self, name):
+        options = LossOptions(loss=name, huber_c=0.3, huber_schedule="constant")
+        process = ForwardProcess(SD_SCHEDULE, {})
+        noised = process.apply(torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([1, 400, 999]), None)
+        prediction = torch.randn(3, 4, 2, 2)
+        difference = (prediction - noised.target).double()
+        root = (difference**2 + 0.09).sqrt()
+        closed = {
+            "l2": difference**2,
+            "l1": difference.abs(),
+            "huber": 2 * 0.3 * (root - 0.3),
+            "smooth_l1": 2 * (root - 0.3),
+        }
+        loss = weighted_loss(prediction, noised, "epsilon", options)
+        torch.testing.assert_close(loss.double(), closed[name].mean(dim=(1, 2, 3)), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("schedule", ["snr", "exponential", "constant"])
+    def test_the_huber_threshold(self, schedule):
+        process = ForwardProcess(SD_SCHEDULE, {})
+        timesteps = torch.tensor([0, 500, 999])
+        noised = process.apply(torch.zeros(3, 4, 2, 2), torch.zeros(3, 4, 2, 2), timesteps, None)
+        alpha_bar = process.alphas_cumprod[timesteps].double()
+        sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
+        closed = {
+            "snr": 0.9 / (1 + sigma) ** 2 + 0.1,
+            "exponential": torch.exp(timesteps * np.log(0.1) / 1000),
+            "constant": torch.full((3,), 0.1),
+        }
+        threshold = huber_threshold(LossOptions(huber_schedule=schedule), noised)
+        torch.testing.assert_close(threshold.double(), closed[schedule].double(), rtol=1e-4, atol=1e-5)
 
 
 class TestOptim:

@@ -122,12 +122,12 @@ def test_fused_is_base_plus_scaled_product(train, pipelines):
 
 def test_lora_at_step_0_changes_no_pixel(pipelines):
     from utils.adaptation import AdaptationOptions, LowRankAdaptation
-    from utils.families.base import ModelOptions, PipelineSource
     from utils.families.registry import pick_family
+    from utils.families.source import ModelOptions, PipelineSource
 
     options = AdaptationOptions(adaptation="lora", train_text_encoder=True)
     source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipelines["sd"])))
-    family = pick_family(source)(source, LowRankAdaptation.dtypes(options, torch.float32), None)
+    family = pick_family(source)(source, LowRankAdaptation.dtypes(options, torch.float32), {})
     before = draw(family.pipeline)
     LowRankAdaptation(family, options, None)
     assert np.array_equal(draw(family.pipeline), before)
@@ -315,12 +315,12 @@ def test_a_single_file_trains_as_its_folder_does(train, pipelines, tmp_path, ada
 
 
 def test_dropped_captions_are_what_inference_has_without_a_prompt(pipelines):
-    from utils.families.base import ComponentDtypes, ModelOptions, PipelineSource
     from utils.families.registry import pick_family
+    from utils.families.source import ComponentDtypes, ModelOptions, PipelineSource
 
     for name in ("sd", "sdxl"):
         source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipelines[name])))
-        family = pick_family(source)(source, ComponentDtypes(*[torch.float32] * 3), None)
+        family = pick_family(source)(source, ComponentDtypes(*[torch.float32] * 3), {})
         with torch.no_grad():
             states = family.encode_text(family.tokenizer()(["a cat", ""]), torch.tensor([False, True]))
         embeds = family.pipeline.encode_prompt(
@@ -416,3 +416,37 @@ def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch):
         scaler.scale((parameter * value).sum()).backward()
         state.step()
         assert average.num_updates == updates
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--loss", "huber", "--weighting", "p2"),
+        ("--dream_training", "--timestep_sampling", "stratified"),
+        ("--multires_noise_iterations", 4, "--timestep_distribution", "log_normal", "--weighting", "debiased"),
+    ],
+)
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_losses_and_noise_of_every_kind_train(train, name, flags):
+    plain, other = train(name, *SHORT, out="plain"), train(name, *SHORT, *flags, out="other")
+    assert not torch.equal(weights(plain)["conv_out.weight"], weights(other)["conv_out.weight"])
+    assert all(torch.isfinite(tensor).all() for tensor in weights(other).values())
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_zero_terminal_snr_end_to_end(train, pipelines, tmp_path, prediction_type):
+    import shutil
+
+    from diffusers import PNDMScheduler
+
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "pndm")
+    PNDMScheduler.from_config(load(folder).scheduler.config).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "PNDMScheduler"]}))
+    flags = ("--rescale_betas_zero_snr", "--prediction_type", prediction_type, "--snr_gamma", 5)
+    out = train(str(folder), *SHORT, *VALIDATION, *flags)
+    pipeline = load(out)
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+    assert pipeline.scheduler.config.rescale_betas_zero_snr
+    sample = np.asarray(Image.open(out / "samples" / "final" / "00_0.png"))
+    assert np.array_equal(sample, draw(pipeline))

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.ema import MovingAverage
-from utils.families.base import LOADING_ERRORS, ComponentDtypes, Family
+from utils.families.base import Family
+from utils.families.source import LOADING_ERRORS, ComponentDtypes
 from utils.optim import NamedParameter, OptimizerOptions
 from utils.options import UserError, first_line, option, require, require_positive
 

@@ -1,65 +1,148 @@
-"""The loss of a prediction and its weight over the timesteps."""
+"""The loss of a prediction, and its weight over the timesteps."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from utils.options import option, require_positive
+from utils.options import UserError, option, require_not_negative, require_positive
+from utils.records import Noised
+
+HUBER_SCHEDULES = ("snr", "exponential", "constant")
+LOSS_NAMES = ("l2", "l1", "huber", "smooth_l1")
+WEIGHTING_NAMES = ("uniform", "min_snr", "max_snr", "snr", "p2", "debiased")
+LARGEST_SNR = 1000.0
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    snr_gamma: float | None = option(
-        None, "weight the loss by min-SNR with this gamma; 5.0 is recommended (https://arxiv.org/abs/2303.09556)"
+    loss: str = option("l2", "what is made of the difference of prediction and target", choices=LOSS_NAMES)
+    huber_c: float = option(0.1, "difference at which huber and smooth_l1 turn from squares to absolute values")
+    huber_schedule: str = option("snr", "how that difference depends on the timestep", choices=HUBER_SCHEDULES)
+    weighting: str | None = option(
+        None,
+        "weight of the loss over the timesteps; uniform by default, min_snr with --snr_gamma",
+        choices=WEIGHTING_NAMES,
     )
+    snr_gamma: float | None = option(
+        None, "gamma of min_snr, 5.0 by default (https://arxiv.org/abs/2303.09556); given alone it chooses min_snr"
+    )
+    p2_gamma: float = option(1.0, "gamma of p2 (https://arxiv.org/abs/2204.00227)")
+    p2_k: float = option(1.0, "k of p2")
 
     def __post_init__(self) -> None:
-        require_positive(self, "snr_gamma")
+        require_positive(self, "snr_gamma", "huber_c", "p2_k")
+        require_not_negative(self, "p2_gamma")
+        if self.snr_gamma is not None and self.weighting not in (None, "min_snr"):
+            raise UserError(f"--snr_gamma goes with --weighting min_snr, got --weighting {self.weighting}; give one")
 
     @property
-    def weighting(self) -> str:
+    def weighting_name(self) -> str:
         """The name of the weighting in `WEIGHTINGS`."""
-        return "uniform" if self.snr_gamma is None else "min_snr"
+        return self.weighting or ("uniform" if self.snr_gamma is None else "min_snr")
 
 
-def l2(prediction: Tensor, target: Tensor) -> Tensor:
-    """[B] mean squared error of each sample, over all its other axes."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def _l2(difference: Tensor, c: Tensor) -> Tensor:
+    return difference.square()
 
 
-def uniform(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
-    """[B] ones: the simple objective (Ho et al. 2020, equation 14)."""
+def _l1(difference: Tensor, c: Tensor) -> Tensor:
+    return difference.abs()
+
+
+def _huber(difference: Tensor, c: Tensor) -> Tensor:
+    """Pseudo-Huber, 2c (sqrt(d^2 + c^2) - c): d^2 near 0, 2c |d| far off (https://arxiv.org/abs/2403.16728)."""
+    return 2 * c * ((difference.square() + c.square()).sqrt() - c)
+
+
+def _smooth_l1(difference: Tensor, c: Tensor) -> Tensor:
+    """2 (sqrt(d^2 + c^2) - c): d^2 / c near 0, 2 |d| far off."""
+    return 2 * ((difference.square() + c.square()).sqrt() - c)
+
+
+def huber_threshold(options: LossOptions, noised: Noised) -> Tensor:
+    """[B] the c of each sample's timestep (https://arxiv.org/abs/2403.16728).
+
+    exponential: c^(t / T). snr: (1 - c) / (1 + sigma)^2 + c with sigma = snr^(-1/2), from 1 without noise down to c.
+    """
+    c = options.huber_c
+    if options.huber_schedule == "exponential":
+        return torch.exp(math.log(c) * noised.timesteps / noised.num_timesteps)
+    if options.huber_schedule == "snr":
+        return (1 - c) / (1 + noised.snr.rsqrt()).square() + c
+    return torch.full_like(noised.snr, c)
+
+
+def _on_prediction(on_x0: Tensor, snr: Tensor, prediction_type: str) -> Tensor:
+    """What a weight on the squared error of x0 is on that of the prediction.
+
+    The error of x0 is that of epsilon over sqrt(snr), and that of v over sqrt(snr + 1).
+    """
+    if prediction_type == "epsilon":
+        return on_x0 / snr
+    return on_x0 / (snr + 1) if prediction_type == "v_prediction" else on_x0
+
+
+def _uniform(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+    """The simple objective (Ho et al. 2020, equation 14), of whatever is predicted."""
     return torch.ones_like(snr)
 
 
-def min_snr(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
-    """[B] min-SNR-gamma weights (Hang et al. 2023, section 3.4): min(snr, gamma) on x0, as the prediction needs it.
+def _min_snr(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+    """min(snr, gamma) on x0 (Hang et al. 2023, section 3.4)."""
+    return _on_prediction(snr.clamp(max=options.snr_gamma or 5.0), snr, prediction_type)
 
-    An epsilon error counts 1/snr times as much on x0, a v error 1/(snr + 1) times. An snr of 0 has the limit's weight 1
-    under epsilon.
+
+def _max_snr(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+    """max(snr, 1) on x0 ("truncated SNR", Salimans and Ho 2022, equation 9)."""
+    return _on_prediction(snr.clamp(min=1.0), snr, prediction_type)
+
+
+def _snr(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+    """snr on x0, which is 1 on epsilon (Salimans and Ho 2022, section 4)."""
+    return _on_prediction(snr, snr, prediction_type)
+
+
+def _p2(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+    """1 / (k + snr)^gamma on epsilon (Choi et al. 2022, equation 8)."""
+    return _on_prediction(snr / (options.p2_k + snr) ** options.p2_gamma, snr, prediction_type)
+
+
+def _debiased(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+    """1 / sqrt(snr) on epsilon (Yu et al. 2023, https://arxiv.org/abs/2310.08442), 1 / (snr + 1) on v as kohya has it.
+
+    The snr is taken for 1000 where it is more.
     """
-    gamma = options.snr_gamma
-    clipped = snr.clamp(max=gamma)
-    if prediction_type == "epsilon":
-        return torch.where(snr > 0, clipped / snr.clamp(min=torch.finfo(snr.dtype).tiny), 1.0)
-    if prediction_type == "v_prediction":
-        return clipped / (snr + 1)
-    return clipped
+    clipped = snr.clamp(max=LARGEST_SNR)
+    weights = {"epsilon": clipped.rsqrt(), "v_prediction": 1 / (clipped + 1), "sample": clipped.sqrt()}
+    return weights[prediction_type]
 
 
-LOSSES = {"l2": l2}
-WEIGHTINGS = {"uniform": uniform, "min_snr": min_snr}
+LOSSES = dict(zip(LOSS_NAMES, (_l2, _l1, _huber, _smooth_l1), strict=True))
+WEIGHTINGS = dict(zip(WEIGHTING_NAMES, (_uniform, _min_snr, _max_snr, _snr, _p2, _debiased), strict=True))
 
 
-def weighted_loss(
-    prediction: Tensor, target: Tensor, snr: Tensor, prediction_type: str, options: LossOptions
-) -> Tensor:
-    """[B] the weighted loss of each sample, in float32.
+def loss_weights(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+    """[B] the weights of `--weighting` on the loss of what is predicted.
 
     Args:
-        prediction, target: [B, ...].
-        snr: [B] signal-to-noise ratio of each sample's timestep, 0 or more.
+        snr: [B] signal-to-noise ratios, 0 or more; for epsilon 0 is taken for the smallest number.
         prediction_type: what is predicted: epsilon, v_prediction or sample.
     """
-    return WEIGHTINGS[options.weighting](snr, prediction_type, options) * l2(prediction, target)
+    if prediction_type == "epsilon":
+        snr = snr.clamp(min=torch.finfo(snr.dtype).tiny)
+    return WEIGHTINGS[options.weighting_name](snr, prediction_type, options)
+
+
+def weighted_loss(prediction: Tensor, noised: Noised, prediction_type: str, options: LossOptions) -> Tensor:
+    """[B] the weighted loss of each sample, a mean over all its values, in float32.
+
+    Args:
+        prediction: [B, ...] of the target that `noised` holds.
+        prediction_type: what is predicted: epsilon, v_prediction or sample.
+    """
+    difference = prediction.float() - noised.target.float()
+    c = huber_threshold(options, noised).view(-1, *[1] * (difference.ndim - 1))
+    losses = LOSSES[options.loss](difference, c).flatten(1).mean(1)
+    return loss_weights(noised.snr, prediction_type, options) * losses

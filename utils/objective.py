@@ -1,23 +1,30 @@
 """A training step's loss as a function of the weights and the batch alone."""
 
+import torch
 from torch import Tensor, nn
 
 from utils.encoding import EncodedBatch
 from utils.families.base import Family
 from utils.losses import LossOptions, weighted_loss
-from utils.noise import ForwardProcess
+from utils.noise import ForwardProcess, NoiseOptions, rectify
 
 
 class Objective(nn.Module):
     """Maps an encoded batch to the loss of each of its samples. Its parameters are the modules that train."""
 
     def __init__(
-        self, family: Family, trained: dict[str, nn.Module], process: ForwardProcess, loss_options: LossOptions
+        self,
+        family: Family,
+        trained: dict[str, nn.Module],
+        process: ForwardProcess,
+        noise_options: NoiseOptions,
+        loss_options: LossOptions,
     ):
         super().__init__()
         self.trained = nn.ModuleDict(trained)
         self._family = family
         self._process = process
+        self._noise_options = noise_options
         self._loss_options = loss_options
 
     def forward(self, encoded: EncodedBatch) -> Tensor:
@@ -28,5 +35,9 @@ class Objective(nn.Module):
             states = family.encode_text(batch.input_ids, batch.caption_dropped)
         latents = family.latent_space.latents(encoded.mean, encoded.std, batch.posterior_noise)
         noised = self._process.apply(latents, batch.noise, batch.timesteps, batch.input_perturbation)
+        if self._noise_options.dream_training:
+            with torch.no_grad():
+                estimate = family.predict(self.trained["unet"], noised.noisy, noised.timesteps, states, batch.crops)
+            noised = rectify(noised, estimate, self._noise_options.dream_detail_preservation)
         prediction = family.predict(self.trained["unet"], noised.noisy, noised.timesteps, states, batch.crops)
-        return weighted_loss(prediction, noised.target, noised.snr, self._process.prediction_type, self._loss_options)
+        return weighted_loss(prediction, noised, self._process.prediction_type, self._loss_options)

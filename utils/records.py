@@ -89,3 +89,22 @@ class Batch:
     def pin_memory(self) -> Self:
         """The same batch in page-locked memory; a DataLoader calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A noised latent and what the model should say of it; all but the timesteps float32.
+
+    Attributes:
+        noisy: [B, C, h, w] the model's input.
+        target: [B, C, h, w] what it should predict.
+        timesteps: [B] int64, in [0, num_timesteps).
+        snr: [B] signal-to-noise ratio alpha_bar / (1 - alpha_bar) at those timesteps.
+        num_timesteps: length of the noise schedule.
+    """
+
+    noisy: Tensor
+    target: Tensor
+    timesteps: Tensor
+    snr: Tensor
+    num_timesteps: int

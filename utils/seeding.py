@@ -27,6 +27,8 @@ class Stream(IntEnum):
     MODEL = 10
     REPLACEMENT = 11
     SUBSET = 12
+    STRATA = 13
+    PYRAMID = 14
 
 
 def generator(seed: int, position: int, place: int, stream: Stream) -> np.random.Generator:

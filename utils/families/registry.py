@@ -4,9 +4,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from utils.families.base import Family, PipelineSource
+from utils.families.base import Family
 from utils.families.sd import StableDiffusion
 from utils.families.sdxl import StableDiffusionXL
+from utils.families.source import PipelineSource
 from utils.options import UserError, first_line
 
 FAMILIES: dict[str, type[Family]] = {

@@ -1,0 +1,220 @@
+"""Where a pipeline is loaded from (a folder, the Hub, a single file), and what its configs say before its weights."""
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from utils.options import UserError, first_line, option, require, require_positive
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+XFORMERS_MISSING = "--enable_xformers_memory_efficient_attention: its kernels do not load here"
+XFORMERS_CURE = "leave the flag out, PyTorch's attention is as fast, or install the xformers wheel of this torch"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    pretrained_model_name_or_path: str | None = option(
+        None, "pipeline folder, Hub name or single .safetensors file to start from", aliases=["--pretrained_model"]
+    )
+    pretrained_vae_model_name_or_path: str | None = option(None, "folder or Hub name of another VAE")
+    pretrained_model_config: str | None = option(
+        None,
+        "pipeline folder or Hub name that describes a single-file model; by default found on the Hub by its weights",
+    )
+    unet_config: str | None = option(None, "JSON config of a fresh UNet, which is trained from scratch")
+    revision: str | None = option(None, "revision of the pipeline on the Hub")
+    variant: str | None = option(None, "variant of the weight files, such as fp16")
+    non_ema_revision: str | None = option(None, "revision of the UNet, where it differs")
+    clip_skip: int | None = option(None, "last layers of the text encoders to leave out, as the pipelines' clip_skip")
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
+    enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
+    enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "clip_skip")
+        if self.pretrained_model_name_or_path is None:
+            raise UserError("--pretrained_model is missing; give a pipeline folder, a Hub name or a .safetensors file")
+        if self.unet_config is not None:
+            require(Path(self.unet_config).is_file(), "unet_config", self.unet_config, "be a JSON file that exists")
+        if self.enable_xformers_memory_efficient_attention and find_spec("xformers") is None:
+            raise UserError(f"{XFORMERS_MISSING} (it is not installed); {XFORMERS_CURE}")
+        if self.non_ema_revision is not None and self.pretrained_model_name_or_path.endswith(".safetensors"):
+            raise UserError("--non_ema_revision is of a pipeline on the Hub, not of a single file; leave it out")
+
+
+@dataclass(frozen=True)
+class ComponentDtypes:
+    """The dtypes that the weights are loaded in."""
+
+    unet: torch.dtype
+    text_encoders: torch.dtype
+    frozen: torch.dtype
+
+
+@dataclass(frozen=True)
+class PipelineSource:
+    """Where a pipeline is loaded from."""
+
+    options: ModelOptions
+
+    @property
+    def path(self) -> str:
+        """The folder, Hub name or file."""
+        return self.options.pretrained_model_name_or_path
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether it is one file of weights."""
+        return self.path.endswith(".safetensors")
+
+    def index(self) -> dict:
+        """The pipeline's `model_index.json`."""
+        if Path(self.path).is_dir():
+            return _read_config(Path(self.path, "model_index.json"), "--pretrained_model")
+        file = _download(self.path, "model_index.json", self.options.revision, "--pretrained_model")
+        return _read_config(file, "--pretrained_model")
+
+    def config(self, part: str) -> dict | None:
+        """The config of a part (unet, vae, scheduler, ...) without its weights; None for a single file's on the Hub.
+
+        Raises:
+            UserError: if it is not there.
+        """
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        root, flag, revision = self.path, "--pretrained_model", self.options.revision
+        if part == "unet" and self.options.unet_config is not None:
+            return _read_config(Path(self.options.unet_config), "--unet_config")
+        if part == "vae" and self.options.pretrained_vae_model_name_or_path is not None:
+            root, revision = self.options.pretrained_vae_model_name_or_path, None
+            flag = "--pretrained_vae_model_name_or_path"
+            if not (Path(root) / "vae").is_dir():
+                part = ""
+        elif self.is_single_file:
+            root, flag, revision = self.options.pretrained_model_config, "--pretrained_model_config", None
+        if root is None:
+            return None
+        if not Path(root).is_dir():
+            if Path(root).is_absolute() or root.startswith("."):
+                raise UserError(f"{flag} {root} does not exist")
+            return _read_config(_download(root, str(PurePosixPath(part, file)), revision, flag), flag)
+        return _read_config(Path(root, part, file), flag)
+
+    def load(
+        self, pipeline_class: "type[DiffusionPipeline]", dtypes: ComponentDtypes, text_encoder_names: tuple[str, ...]
+    ) -> "DiffusionPipeline":
+        """The pipeline with what training and sampling need, on the CPU: no safety checker, no image encoder."""
+        parts: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        parts = {name: part for name, part in parts.items() if name in pipeline_class._optional_components}
+        if "requires_safety_checker" in pipeline_class.__init__.__annotations__:
+            parts["requires_safety_checker"] = False
+        parts |= self._own_parts(dtypes)
+        if self.is_single_file:
+            pipeline = self._load_single_file(pipeline_class, parts)
+            for name in text_encoder_names:
+                getattr(pipeline, name).to(dtypes.text_encoders)
+            pipeline.unet.to(dtypes.unet)
+            pipeline.vae.to(dtypes.frozen)
+            return pipeline
+        by_name = dict.fromkeys(text_encoder_names, dtypes.text_encoders)
+        return self._from_pretrained(
+            pipeline_class, dtype={"unet": dtypes.unet, "default": dtypes.frozen, **by_name}, **parts
+        )
+
+    def load_whole(self, pipeline_class: "type[DiffusionPipeline]", **parts: Any) -> "DiffusionPipeline":
+        """The pipeline with all it came with, in float32, some parts replaced."""
+        float32 = ComponentDtypes(torch.float32, torch.float32, torch.float32)
+        replaced = self._own_parts(float32, with_unet="unet" not in parts) | parts
+        if self.is_single_file:
+            return self._load_single_file(pipeline_class, replaced).to(torch.float32)
+        return self._from_pretrained(pipeline_class, dtype=torch.float32, **replaced)
+
+    def _own_parts(self, dtypes: ComponentDtypes, with_unet: bool = True) -> dict[str, nn.Module]:
+        """The parts that come from elsewhere than the pipeline."""
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+
+        options, parts = self.options, {}
+        if options.pretrained_vae_model_name_or_path is not None:
+            path = options.pretrained_vae_model_name_or_path
+            subfolder = "vae" if (Path(path) / "vae" / "config.json").is_file() else None
+            flag = f"--pretrained_vae_model_name_or_path {path}"
+            parts["vae"] = _component(AutoencoderKL, flag, path, dtypes.frozen, subfolder=subfolder)
+        if with_unet and options.unet_config is not None:
+            parts["unet"] = _fresh_unet(options.unet_config).to(dtypes.unet)
+        elif with_unet and options.non_ema_revision is not None:
+            parts["unet"] = _component(
+                UNet2DConditionModel,
+                f"--non_ema_revision {options.non_ema_revision}",
+                self.path,
+                dtypes.unet,
+                subfolder="unet",
+                revision=options.non_ema_revision,
+            )
+        return parts
+
+    def _from_pretrained(self, pipeline_class: "type[DiffusionPipeline]", **arguments: Any) -> "DiffusionPipeline":
+        try:
+            return pipeline_class.from_pretrained(
+                self.path,
+                revision=self.options.revision,
+                variant=self.options.variant,
+                use_safetensors=True,
+                **arguments,
+            )
+        except LOADING_ERRORS as error:
+            raise UserError(f"--pretrained_model {self.path} can't be loaded: {first_line(error)}") from error
+
+    def _load_single_file(self, pipeline_class: "type[DiffusionPipeline]", parts: dict) -> "DiffusionPipeline":
+        # a part given as None counts as missing there, and a part that is missing is left out anyway
+        given = {name: part for name, part in parts.items() if part is not None}
+        try:
+            return pipeline_class.from_single_file(self.path, config=self.options.pretrained_model_config, **given)
+        except LOADING_ERRORS as error:
+            raise UserError(f"--pretrained_model {self.path} can't be loaded: {first_line(error)}") from error
+
+
+def _component(component_class: type, flag: str, path: str, dtype: torch.dtype, **arguments: Any) -> nn.Module:
+    """A part on its own; `flag` is the option and its value that name it."""
+    try:
+        return component_class.from_pretrained(path, use_safetensors=True, dtype=dtype, **arguments)
+    except LOADING_ERRORS as error:
+        raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
+
+
+def _read_config(file: Path, flag: str) -> dict:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: {file} can't be read: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{flag}: {file} holds no config, which would be a JSON object")
+    return config
+
+
+def _download(repository: str, file: str, revision: str | None, flag: str) -> Path:
+    """A small file of a Hub repository, by the cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except (HTTPError, OSError, ValueError) as error:
+        reason = first_line(error)
+        raise UserError(f"{flag} {repository} is no folder here, and was not found on the Hub: {reason}") from error
+
+
+def _fresh_unet(config_file: str) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    try:
+        return UNet2DConditionModel.from_config(_read_config(Path(config_file), "--unet_config"))
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError) as error:
+        raise UserError(f"--unet_config {config_file} makes no UNet2DConditionModel: {first_line(error)}") from error
