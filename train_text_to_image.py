@@ -174,7 +174,7 @@ def run(argv: Sequence[str] | None) -> None:
         with RunLog(accelerator, folder.path, first_step, total_steps, batches.size) as log:
             for step, micro_batches in loader:
                 set_learning_rate(optimizer, factor(step))
-                loss, loss_by_key = torch.zeros((), device=accelerator.device), []
+                loss, keys, loss_by_key = torch.zeros((), device=accelerator.device), [], []
                 for number, batch in enumerate(micro_batches, start=1):
                     torch.manual_seed(model_seed(seed, step, int(batch.slots[0])))  # dropout, where the model has any
                     encoded = encoder.encode(batch.to(accelerator.device))
@@ -183,17 +183,19 @@ def run(argv: Sequence[str] | None) -> None:
                         losses = model(encoded)
                         accelerator.backward(losses.sum() * loss_scale)
                     loss += losses.detach().sum()
+                    keys += batch.keys
                     if options.tracking.debug_loss:
                         loss_by_key += zip(batch.keys, losses.detach(), strict=True)
                     note_unreadable(batch.unreadable, unreadable)
                 grad_norm = accelerator.clip_grad_norm_(parameters, rates.max_grad_norm or float("inf"))
-                state.step()
+                state.step(grad_norm)
 
                 done = step + 1
                 mean_loss = accelerator.reduce(loss) / batches.size
                 epoch = done * batches.size / len(records)
                 rate = rates.learning_rate * factor(step)
-                log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rate, loss_by_key))
+                log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rate, keys, loss_by_key))
+                stop_if_diverged(log, options.tracking.max_skipped_steps, checkpoints)
                 if options.checkpoint.is_due(done, total_steps):
                     with log.paused():
                         on_main_process(accelerator, partial(checkpoints.save, done, partial(state.save, step=done)))
@@ -210,6 +212,16 @@ def run(argv: Sequence[str] | None) -> None:
             publish(options, folder, family, samples, total_steps, batches.size)
         del model
         logger.info("the result is in %s", folder.path)
+
+
+def stop_if_diverged(log: RunLog, limit: int, checkpoints: Checkpoints) -> None:
+    """Ends a run in which one step after the other had to be skipped."""
+    if log.skipped_in_a_row >= limit:
+        last = next((path.name for path in reversed(checkpoints.found())), "none was written")
+        raise UserError(
+            f"{limit} steps in a row had no finite loss and gradient (--max_skipped_steps); lower --learning_rate or "
+            f"look at the images named above; the last checkpoint: {last}"
+        )
 
 
 def check_together(options: Options) -> None:

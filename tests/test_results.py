@@ -414,7 +414,7 @@ def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch):
     state = RunState(accelerator, None, average, Scaled(), [], {}, 1)
     for value, updates in ((1.0, 1), (float("inf"), 1), (1.0, 2)):
         scaler.scale((parameter * value).sum()).backward()
-        state.step()
+        state.step(torch.tensor(1.0))
         assert average.num_updates == updates
 
 
@@ -450,3 +450,58 @@ def test_zero_terminal_snr_end_to_end(train, pipelines, tmp_path, prediction_typ
     assert pipeline.scheduler.config.rescale_betas_zero_snr
     sample = np.asarray(Image.open(out / "samples" / "final" / "00_0.png"))
     assert np.array_equal(sample, draw(pipeline))
+
+
+def poison(monkeypatch, steps: range) -> None:
+    """Has the losses of some optimizer steps be NaN."""
+    from utils.objective import Objective
+
+    forward = Objective.forward
+    monkeypatch.setattr(
+        Objective,
+        "forward",
+        lambda self, encoded: forward(self, encoded) * (float("nan") if encoded.batch.step in steps else 1.0),
+    )
+
+
+def test_a_poisoned_batch_is_skipped_and_named(train, monkeypatch, caplog):
+    flags = ("--max_train_steps", 6, "--train_batch_size", 2, "--use_ema", "--checkpointing_steps", 1)
+    poison(monkeypatch, range(4, 5))
+    out = train("sd", *flags)
+    four, five, six = (weights(out / f"checkpoint-{step}") for step in (4, 5, 6))
+    assert_same_bits(four, five)
+    assert not torch.equal(five["conv_in.weight"], six["conv_in.weight"])
+    assert all(torch.isfinite(tensor).all() for tensor in weights(out).values())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train_loss"] is None for line in lines] == [False] * 4 + [True, False]
+    (named,) = [record.getMessage() for record in caplog.records if "was skipped" in record.getMessage()]
+    assert "step 5" in named
+    assert named.count(".png") == 2
+
+
+def test_a_run_that_diverges_ends_with_its_last_checkpoint_named(train, monkeypatch, capsys):
+    poison(monkeypatch, range(3, 100))
+    flags = ("--train_batch_size", 2, "--checkpointing_steps", 2, "--max_skipped_steps", 3, "--max_train_steps", 50)
+    out = train("sd", *flags, expect=2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "3 steps in a row" in error
+    assert "checkpoint-6" in error
+    assert all(torch.isfinite(tensor).all() for tensor in weights(out / "checkpoint-6").values())
+
+
+def test_a_fused_optimizer_skips_on_the_device():
+    from utils.state import RunState
+
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+
+    class Accelerator:
+        scaler = None
+
+    state = RunState(Accelerator(), None, None, optimizer, [], {}, 1)
+    for value, moved in ((1.0, True), (float("nan"), False), (1.0, True)):
+        before = parameter.detach().clone()
+        parameter.grad = torch.full((4,), value)
+        state.step(parameter.grad.norm())
+        assert torch.equal(before, parameter) != moved
+        assert torch.isfinite(parameter).all()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from utils.adaptation import Adaptation
 from utils.checkpoint import TrainingState, load_optimizer, read_state, write_state
@@ -37,13 +38,26 @@ class RunState:
     structure: dict[str, object]
     global_batch: int
 
-    def step(self) -> None:
-        """An optimizer step, and the average after it, unless fp16's scaler found gradients that are not finite."""
-        scaler = self.accelerator.scaler
-        scale = 0.0 if scaler is None else scaler.get_scale()
-        self.optimizer.step()
+    def step(self, grad_norm: Tensor) -> None:
+        """An optimizer step, and the average after it, unless the gradients are not finite.
+
+        Gradients were summed over the processes, so all decide alike. A fused optimizer decides on the device, and
+        fp16's scaler for itself; else the norm is read here.
+
+        Args:
+            grad_norm: norm of the gradients before clipping, a scalar.
+        """
+        scaler, inner = self.accelerator.scaler, getattr(self.optimizer, "optimizer", self.optimizer)
+        scale, was_skipped = 0.0 if scaler is None else scaler.get_scale(), False
+        if scaler is None and getattr(inner, "_step_supports_amp_scaling", False):
+            inner.grad_scale, inner.found_inf = None, (~torch.isfinite(grad_norm)).float()
+        elif scaler is None:
+            was_skipped = not torch.isfinite(grad_norm)
+        if not was_skipped:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        was_skipped = scaler is not None and scaler.get_scale() < scale  # a fused optimizer does not say it itself
+        if scaler is not None:
+            was_skipped = scaler.get_scale() < scale  # a fused optimizer does not say it itself
         if self.average is not None and not was_skipped:
             self.average.update()
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from utils.options import UserError, option
+from utils.options import UserError, option, require_positive
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,6 +32,10 @@ class TrackingOptions:
     logging_dir: str = option("logs", "folder of the trackers' files in output_dir")
     tracker_project_name: str = option("text2image-fine-tune", "name of the project in the trackers")
     debug_loss: bool = option(False, "log each image's loss under its file's name")
+    max_skipped_steps: int = option(10, "steps in a row without a finite loss and gradient after which the run ends")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_skipped_steps")
 
     @property
     def trackers(self) -> list[str]:
@@ -64,6 +69,7 @@ class StepMetrics(NamedTuple):
         loss: mean weighted loss over the global batch.
         grad_norm: norm of the gradients before clipping.
         learning_rate: the UNet's.
+        keys: names of this process's images, to be named if the step goes wrong.
         loss_by_key: with --debug_loss (name, loss) of this process's images.
     """
 
@@ -72,13 +78,18 @@ class StepMetrics(NamedTuple):
     loss: Tensor
     grad_norm: Tensor
     learning_rate: float
+    keys: Sequence[str] = ()
     loss_by_key: Sequence[tuple[str, Tensor]] = ()
 
 
 class RunLog:
     """Writes metrics on the main process; a step's numbers are read when the next step has been queued.
 
-    `metrics.jsonl` has a line a step: step, epoch, train_loss, grad_norm, learning_rate, images_per_second.
+    `metrics.jsonl` has a line a step: step, epoch, train_loss, grad_norm, learning_rate, images_per_second. What is not
+    finite stands there as null.
+
+    Attributes:
+        skipped_in_a_row: steps without a finite loss and gradient, which were not taken, up to the last that was read.
     """
 
     def __init__(
@@ -88,6 +99,7 @@ class RunLog:
 
         self._accelerator = accelerator
         self._images_per_step = images_per_step
+        self.skipped_in_a_row = 0
         self._pending: tuple[StepMetrics, float] | None = None
         self._last_step_at = time.perf_counter()
         self._file = None
@@ -149,10 +161,27 @@ class RunLog:
             "learning_rate": metrics.learning_rate,
             "images_per_second": round(speed, 3),
         }
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         if self._file is not None:
-            print(json.dumps({"step": metrics.step} | values), file=self._file, flush=True)
+            print(json.dumps({"step": metrics.step} | finite), file=self._file, flush=True)
+        self._count_skipped(metrics, loss, grad_norm)
         by_key = {f"loss_for_{key}": value.item() for key, value in metrics.loss_by_key}
         self._accelerator.log(values | by_key, step=metrics.step)
+
+    def _count_skipped(self, metrics: StepMetrics, loss: float, grad_norm: float) -> None:
+        """Names the images of a step that was skipped. All processes see the same numbers, and come here together."""
+        scaler_searches = self._accelerator.scaler is not None and math.isfinite(
+            loss
+        )  # for the largest scale that fits
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or scaler_searches):
+            self.skipped_in_a_row = 0
+            return
+        from accelerate.utils import gather_object
+
+        self.skipped_in_a_row += 1
+        keys = gather_object(list(metrics.keys))
+        message = "step %d was skipped: loss %s, gradient norm %s; its images: %s"
+        logger.warning(message, metrics.step, loss, grad_norm, ", ".join(keys[:64]))
 
     def images(self, samples: Sequence[Sample], step: int, tag: str) -> None:
         """Sends samples to the trackers, under `tag`."""
