@@ -27,7 +27,7 @@ install: $(INSTALLED)
 
 # repeats the pretraining of the pipeline in demo/base
 base: $(INSTALLED)
-	$(RUN) demo/make_base.py --output_dir demo/work/base
+	$(RUN) demo/make_base.py --output_dir demo/build/base
 
 $(INSTALLED):
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or later is needed; install it or give make PYTHON=..."; exit 2; }

@@ -1,6 +1,6 @@
 """Makes the demo's base from nothing: tokenizer, VAE and text encoder here, the UNet by `train_text_to_image.py`.
 
-    python demo/make_base.py --output_dir demo/work/base
+    python demo/make_base.py --output_dir demo/build/base
 
 The digits 8 and 9 are in no picture that anything here learns from; the text encoder reads their words, but never with
 a picture.

@@ -505,3 +505,12 @@ def test_a_fused_optimizer_skips_on_the_device():
         state.step(parameter.grad.norm())
         assert torch.equal(before, parameter) != moved
         assert torch.isfinite(parameter).all()
+
+
+def test_train_layers_trains_those_layers_alone(train, pipelines):
+    flags = ("--train_layers", r"attn2\.", "--train_text_encoder", "--use_ema")
+    out = train("sd", *SHORT, *flags)
+    before, after = weights(pipelines["sd"]), weights(out)
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {k for k in before if "attn2." in k}
+    assert_same_bits(weights(pipelines["sd"], "text_encoder"), weights(out, "text_encoder"))
+    train("sd", *flags, *SHORT[2:], "--max_train_steps", 3, "--resume_from_checkpoint", "latest")

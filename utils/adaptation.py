@@ -1,6 +1,8 @@
 """What of a pipeline trains, and how that is saved: all weights, or low-rank adapters."""
 
 import json
+import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +37,9 @@ LORA_ONLY = (
 @dataclass(frozen=True)
 class AdaptationOptions:
     adaptation: str = option("full", "what trains: all weights, or low-rank adapters", choices=("full", "lora"))
+    train_layers: str | None = option(
+        None, "regular expression that the names of the weights to train must hold, such as attn2 for cross-attention"
+    )
     train_text_encoder: bool = option(False, "train the text encoders too")
     rank: int | None = option(None, "rank of the LoRA matrices, 4 by default")
     lora_alpha: float | None = option(None, "scale of the LoRA update times the rank; by default the rank")
@@ -49,6 +54,13 @@ class AdaptationOptions:
 
     def __post_init__(self) -> None:
         require_positive(self, "rank", "lora_alpha")
+        if self.train_layers is not None:
+            if self.adaptation != "full":
+                raise UserError("--train_layers goes with --adaptation full; LoRA has --lora_target_modules")
+            try:
+                re.compile(self.train_layers)
+            except re.error as error:
+                raise UserError(f"--train_layers {self.train_layers} is no regular expression: {error}") from error
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "be in [0, 1)")
         if self.adaptation != "lora":
             for name in LORA_ONLY:
@@ -73,7 +85,8 @@ class AdaptationOptions:
     @property
     def structure(self) -> dict[str, object]:
         """What a checkpoint can only be resumed with, by flag."""
-        shared = {"adaptation": self.adaptation, "train_text_encoder": self.train_text_encoder}
+        names = ("adaptation", "train_text_encoder", "train_layers")
+        shared = {name: getattr(self, name) for name in names}
         if self.adaptation != "lora" or self.lora_weights is not None:
             return shared
         return shared | {
@@ -92,7 +105,7 @@ class AdaptationOptions:
         return [name for word in self.lora_target_modules for name in word.split(",") if name]
 
 
-class Adaptation:
+class Adaptation(ABC):
     """The trained parts of a family's pipeline, in float32, and how they are saved.
 
     Attributes:
@@ -137,17 +150,17 @@ class Adaptation:
         for module in self.modules.values():
             module.eval()
 
+    @abstractmethod
     def save(self, folder: Path, average: MovingAverage | None) -> None:
         """Writes the trained weights, and beside them their average if there is one, each loadable on its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
         """Goes on from the average that `save` wrote, after so many updates."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, folder: Path) -> None:
         """Writes the result: what `DiffusionPipeline.from_pretrained` or `load_lora_weights` takes."""
-        raise NotImplementedError
 
     def _freeze_unread(self) -> None:
         """Freezes the weights of text encoders that the pipeline never reads, which get no gradient."""
@@ -168,8 +181,16 @@ class FullFineTuning(Adaptation):
         for name, module in self.modules.items():
             if start is not None:
                 module.load_state_dict(_saved_like(module, start / name).state_dict())
-            module.requires_grad_(True)
+            for parameter_name, parameter in module.named_parameters():
+                parameter.requires_grad_(self._is_trained(f"{name}.{parameter_name}"))
         self._freeze_unread()
+        if not any(parameter.requires_grad for module in self.modules.values() for parameter in module.parameters()):
+            raise UserError(
+                f"--train_layers {options.train_layers} is in the name of no weight, such as unet.conv_in.weight"
+            )
+
+    def _is_trained(self, name: str) -> bool:
+        return self.options.train_layers is None or re.search(self.options.train_layers, name) is not None
 
     def save(self, folder: Path, average: MovingAverage | None) -> None:
         """Writes `unet/` (and the trained text encoders) and `unet_ema/`, in diffusers' layout."""

@@ -126,7 +126,14 @@ class Sampler:
         """Writes a PNG that says in its text what it was drawn from."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = PngInfo()
-        text.add_itxt("prompt", request.prompt)
-        text.add_text("seed", str(request.seed))
-        text.add_text("num_inference_steps", str(self._options.validation_num_inference_steps))
+        facts = {
+            "prompt": request.prompt,
+            "negative_prompt": self._options.validation_negative_prompt,
+            "seed": request.seed,
+            "num_inference_steps": self._options.validation_num_inference_steps,
+            "guidance_scale": self._options.validation_guidance_scale,
+        }
+        for name, value in facts.items():
+            if value is not None:
+                text.add_itxt(name, str(value))
         image.save(path, pnginfo=text)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ TextStates = dict[str, Tensor]
 """What a family's denoiser reads of a caption; the names are the family's own, the first axis is the sample."""
 
 
-class Family:
+class Family(ABC):
     """A pipeline of one architecture, its parts loaded, with what its training needs to know of them.
 
     Attributes:
@@ -116,6 +117,7 @@ class Family:
         """A function for the loader's workers: B captions -> [B, text encoders, tokens] int64, padded and cut."""
         return Tokenize([getattr(self.pipeline, name) for name in self.tokenizer_names])
 
+    @abstractmethod
     def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
         """The text states of [B, text encoders, tokens] input ids.
 
@@ -123,19 +125,18 @@ class Family:
             dropped: [B] bool, where the caption was dropped: there the states are those that inference has without a
                 prompt. The ids there are of "".
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
         """The denoiser's prediction [B, C, h, w] of noisy latents, under text states and crops [B, 6]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reads_text_parameter(self, encoder: int, name: str) -> bool:
         """Whether the pipeline's text states depend on this parameter of a text encoder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prompt_arguments(self, prompt: str, negative_prompt: str | None) -> dict[str, Tensor]:
         """The keyword arguments by which the pipeline takes an encoded prompt and negative prompt."""
-        raise NotImplementedError
 
     def trainable_names(self) -> tuple[str, ...]:
         """The parts that can be trained, the denoiser first."""
