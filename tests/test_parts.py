@@ -391,13 +391,22 @@ class TestOptim:
 
 
 class TestMovingAverage:
-    @pytest.mark.parametrize("options", [{}, {"offload_ema": True}, {"foreach_ema": False}])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"offload_ema": True},
+            {"foreach_ema": False},
+            {"use_ema_warmup": True, "ema_inv_gamma": 2.0, "ema_power": 0.9},
+        ],
+    )
     def test_against_diffusers(self, options):
         from diffusers.training_utils import EMAModel
 
         torch.manual_seed(0)
+        rise = {"use_ema_warmup": True, "inv_gamma": 2.0, "power": 0.9} if "use_ema_warmup" in options else {}
         parameters = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))]
-        ours, theirs = MovingAverage(parameters, EmaOptions(use_ema=True, **options)), EMAModel(parameters)
+        ours, theirs = MovingAverage(parameters, EmaOptions(use_ema=True, **options)), EMAModel(parameters, **rise)
         for _ in range(20):
             for parameter in parameters:
                 parameter.data.add_(torch.randn_like(parameter))

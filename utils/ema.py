@@ -7,18 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from utils.options import option, require
+from utils.options import option, require, require_positive
 
 
 @dataclass(frozen=True)
 class EmaOptions:
     use_ema: bool = option(False, "keep a moving average of the trained weights; it is what is validated and exported")
     ema_decay: float = option(0.9999, "decay of the average; early steps use (1 + n) / (10 + n) where that is smaller")
+    use_ema_warmup: bool = option(False, "let the decay rise as 1 - (1 + n / inv_gamma)^-power instead")
+    ema_inv_gamma: float = option(1.0, "inverse gamma of that rise")
+    ema_power: float = option(0.75, "power of that rise; 2/3 for runs of a million steps, 3/4 for shorter ones")
     offload_ema: bool = option(False, "keep the average in host memory")
     foreach_ema: bool = option(True, "update the average of all weights by one call instead of one a weight")
 
     def __post_init__(self) -> None:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "be in [0, 1)")
+        require_positive(self, "ema_inv_gamma", "ema_power")
 
 
 class MovingAverage:
@@ -32,7 +36,13 @@ class MovingAverage:
 
         self._parameters = list(parameters)
         self._options = options
-        self._schedule = EMAModel([], decay=options.ema_decay)
+        self._schedule = EMAModel(
+            [],
+            decay=options.ema_decay,
+            use_ema_warmup=options.use_ema_warmup,
+            inv_gamma=options.ema_inv_gamma,
+            power=options.ema_power,
+        )
         self.averages = [self._at_home(parameter.detach().clone()) for parameter in self._parameters]
 
     def _at_home(self, tensor: Tensor) -> Tensor:
