@@ -7,7 +7,7 @@ accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir
 import logging
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -137,7 +137,7 @@ def run(argv: Sequence[str] | None) -> None:
         family.check_resolution(resolution, family.pipeline.vae.config)
         adaptation = adaptation_class(family, options.adaptation, start)
         family.use_attention()
-        process = ForwardProcess(family.pipeline.scheduler.config, options.noise.scheduler_changes)
+        process = forward_process(options.noise, family.pipeline.scheduler.config)
         named = adaptation.named_parameters(rates)
         plan = describe(options, accelerator, family, adaptation, records, batches, total_steps, resolution)
         if options.runtime.dry_run:
@@ -251,10 +251,16 @@ def check_before_loading(options: Options, source: PipelineSource, family_class:
     family_class.check_before_loading(source, resolution)
     scheduler = source.config("scheduler")
     if scheduler is not None:
-        process = ForwardProcess(scheduler, options.noise.scheduler_changes)
-        timestep_weights(options.noise, process.alphas_cumprod.double().numpy())
-        if options.noise.dream_training and process.prediction_type != "epsilon":
-            raise UserError(f"--dream_training is for epsilon prediction, the pipeline has {process.prediction_type}")
+        forward_process(options.noise, scheduler)
+
+
+def forward_process(options: NoiseOptions, scheduler_config: Mapping) -> ForwardProcess:
+    """The forward process of a pipeline's scheduler as the options change it, which must go together."""
+    process = ForwardProcess(scheduler_config, options.scheduler_changes)
+    timestep_weights(options, process.alphas_cumprod.double().numpy())
+    if options.dream_training and process.prediction_type != "epsilon":
+        raise UserError(f"--dream_training is for epsilon prediction, the pipeline has {process.prediction_type}")
+    return process
 
 
 def default_output_dir(options: Options, family_class: type[Family]) -> str:

@@ -296,8 +296,19 @@ def test_dry_run_writes_nothing(train, capsys):
 
 
 def test_debug_loss_and_trackers(train):
-    out = train("sd", *SHORT, "--debug_loss", "--report_to", "tensorboard")
-    assert list(out.rglob("events.out.tfevents*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = train("sd", *SHORT, *VALIDATION, "--debug_loss", "--report_to", "tensorboard")
+    events = EventAccumulator(str(out / "logs" / "text2image-fine-tune"))
+    events.Reload()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    logged = [event.value for event in events.Scalars("train_loss")]
+    assert logged == pytest.approx([line["train_loss"] for line in lines])
+    by_image = [tag for tag in events.Tags()["scalars"] if tag.startswith("loss_for_")]
+    assert len(by_image) == 4
+    first = [event.value for tag in by_image for event in events.Scalars(tag) if event.step == 1]
+    assert sum(first) / 2 == pytest.approx(lines[0]["train_loss"], rel=1e-5)
+    assert "test/image/0" in events.Tags()["images"] or "test" in events.Tags()["images"]
 
 
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
@@ -514,3 +525,13 @@ def test_train_layers_trains_those_layers_alone(train, pipelines):
     assert {key for key in before if not torch.equal(before[key], after[key])} == {k for k in before if "attn2." in k}
     assert_same_bits(weights(pipelines["sd"], "text_encoder"), weights(out, "text_encoder"))
     train("sd", *flags, *SHORT[2:], "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+
+
+def test_a_single_file_of_another_architecture_is_refused(train, pipelines, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    file = tiny.write_single_file(pipelines["sd"], tmp_path / "model.safetensors")
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("cond_stage_model")}
+    save_file(tensors, file)
+    train(str(file), *SHORT, "--pretrained_model_config", pipelines["sd"], expect=2)
+    assert "can't be loaded" in capsys.readouterr().err.splitlines()[-1]

@@ -10,37 +10,7 @@ from utils.options import UserError, option, require_not_negative, require_posit
 from utils.records import Noised
 
 HUBER_SCHEDULES = ("snr", "exponential", "constant")
-LOSS_NAMES = ("l2", "l1", "huber", "smooth_l1")
-WEIGHTING_NAMES = ("uniform", "min_snr", "max_snr", "snr", "p2", "debiased")
 LARGEST_SNR = 1000.0
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    loss: str = option("l2", "what is made of the difference of prediction and target", choices=LOSS_NAMES)
-    huber_c: float = option(0.1, "difference at which huber and smooth_l1 turn from squares to absolute values")
-    huber_schedule: str = option("snr", "how that difference depends on the timestep", choices=HUBER_SCHEDULES)
-    weighting: str | None = option(
-        None,
-        "weight of the loss over the timesteps; uniform by default, min_snr with --snr_gamma",
-        choices=WEIGHTING_NAMES,
-    )
-    snr_gamma: float | None = option(
-        None, "gamma of min_snr, 5.0 by default (https://arxiv.org/abs/2303.09556); given alone it chooses min_snr"
-    )
-    p2_gamma: float = option(1.0, "gamma of p2 (https://arxiv.org/abs/2204.00227)")
-    p2_k: float = option(1.0, "k of p2")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "snr_gamma", "huber_c", "p2_k")
-        require_not_negative(self, "p2_gamma")
-        if self.snr_gamma is not None and self.weighting not in (None, "min_snr"):
-            raise UserError(f"--snr_gamma goes with --weighting min_snr, got --weighting {self.weighting}; give one")
-
-    @property
-    def weighting_name(self) -> str:
-        """The name of the weighting in `WEIGHTINGS`."""
-        return self.weighting or ("uniform" if self.snr_gamma is None else "min_snr")
 
 
 def _l2(difference: Tensor, c: Tensor) -> Tensor:
@@ -61,7 +31,7 @@ def _smooth_l1(difference: Tensor, c: Tensor) -> Tensor:
     return 2 * ((difference.square() + c.square()).sqrt() - c)
 
 
-def huber_threshold(options: LossOptions, noised: Noised) -> Tensor:
+def huber_threshold(options: "LossOptions", noised: Noised) -> Tensor:
     """[B] the c of each sample's timestep (https://arxiv.org/abs/2403.16728).
 
     exponential: c^(t / T). snr: (1 - c) / (1 + sigma)^2 + c with sigma = snr^(-1/2), from 1 without noise down to c.
@@ -84,32 +54,32 @@ def _on_prediction(on_x0: Tensor, snr: Tensor, prediction_type: str) -> Tensor:
     return on_x0 / (snr + 1) if prediction_type == "v_prediction" else on_x0
 
 
-def _uniform(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+def _uniform(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
     """The simple objective (Ho et al. 2020, equation 14), of whatever is predicted."""
     return torch.ones_like(snr)
 
 
-def _min_snr(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+def _min_snr(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
     """min(snr, gamma) on x0 (Hang et al. 2023, section 3.4)."""
     return _on_prediction(snr.clamp(max=options.snr_gamma or 5.0), snr, prediction_type)
 
 
-def _max_snr(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+def _max_snr(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
     """max(snr, 1) on x0 ("truncated SNR", Salimans and Ho 2022, equation 9)."""
     return _on_prediction(snr.clamp(min=1.0), snr, prediction_type)
 
 
-def _snr(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+def _snr(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
     """snr on x0, which is 1 on epsilon (Salimans and Ho 2022, section 4)."""
     return _on_prediction(snr, snr, prediction_type)
 
 
-def _p2(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+def _p2(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
     """1 / (k + snr)^gamma on epsilon (Choi et al. 2022, equation 8)."""
     return _on_prediction(snr / (options.p2_k + snr) ** options.p2_gamma, snr, prediction_type)
 
 
-def _debiased(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+def _debiased(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
     """1 / sqrt(snr) on epsilon (Yu et al. 2023, https://arxiv.org/abs/2310.08442), 1 / (snr + 1) on v as kohya has it.
 
     The snr is taken for 1000 where it is more.
@@ -119,8 +89,43 @@ def _debiased(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor
     return weights[prediction_type]
 
 
-LOSSES = dict(zip(LOSS_NAMES, (_l2, _l1, _huber, _smooth_l1), strict=True))
-WEIGHTINGS = dict(zip(WEIGHTING_NAMES, (_uniform, _min_snr, _max_snr, _snr, _p2, _debiased), strict=True))
+LOSSES = {"l2": _l2, "l1": _l1, "huber": _huber, "smooth_l1": _smooth_l1}
+WEIGHTINGS = {
+    "uniform": _uniform,
+    "min_snr": _min_snr,
+    "max_snr": _max_snr,
+    "snr": _snr,
+    "p2": _p2,
+    "debiased": _debiased,
+}
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    loss: str = option("l2", "what is made of the difference of prediction and target", choices=LOSSES)
+    huber_c: float = option(0.1, "difference at which huber and smooth_l1 turn from squares to absolute values")
+    huber_schedule: str = option("snr", "how that difference depends on the timestep", choices=HUBER_SCHEDULES)
+    weighting: str | None = option(
+        None,
+        "weight of the loss over the timesteps; uniform by default, min_snr with --snr_gamma",
+        choices=WEIGHTINGS,
+    )
+    snr_gamma: float | None = option(
+        None, "gamma of min_snr, 5.0 by default (https://arxiv.org/abs/2303.09556); given alone it chooses min_snr"
+    )
+    p2_gamma: float = option(1.0, "gamma of p2 (https://arxiv.org/abs/2204.00227)")
+    p2_k: float = option(1.0, "k of p2")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "snr_gamma", "huber_c", "p2_k")
+        require_not_negative(self, "p2_gamma")
+        if self.snr_gamma is not None and self.weighting not in (None, "min_snr"):
+            raise UserError(f"--snr_gamma goes with --weighting min_snr, got --weighting {self.weighting}; give one")
+
+    @property
+    def weighting_name(self) -> str:
+        """The name of the weighting in `WEIGHTINGS`."""
+        return self.weighting or ("uniform" if self.snr_gamma is None else "min_snr")
 
 
 def loss_weights(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:

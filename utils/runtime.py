@@ -80,22 +80,24 @@ def start_processes(
             f"{asked_processes} processes were started but accelerate joined {accelerator.num_processes}: they would "
             "train apart; check the GPUs, or on a CPU launch with --multi_gpu or torchrun"
         )
-    if accelerator.mixed_precision not in DTYPES:
-        require(False, "mixed_precision", accelerator.mixed_precision, f"be one of {', '.join(DTYPES)}")
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
-        require(False, "mixed_precision", "fp16", "be no or bf16 without a GPU", "on a CPU fp16 is not computed")
-    if (
-        accelerator.device.type == "cuda"
-        and accelerator.mixed_precision == "bf16"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        require(False, "mixed_precision", "bf16", "be no or fp16 on this GPU", "it has no bfloat16")
+    _check_precision(accelerator.mixed_precision, accelerator.device.type)
     if options.local_rank != -1 and accelerator.is_main_process:
         logger.warning("--local_rank is ignored: the launcher says it by the environment")
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     silence_libraries()
     return accelerator
+
+
+def _check_precision(precision: str, device: str) -> None:
+    """Refuses a precision, whoever asked for it, that the device does not compute in."""
+    require(precision in DTYPES, "mixed_precision", precision, f"be one of {', '.join(DTYPES)}")
+    if device == "cpu":
+        cure = "on a CPU fp16 is not computed"
+        require(precision != "fp16", "mixed_precision", precision, "be no or bf16 without a GPU", cure)
+    if device == "cuda" and precision == "bf16":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        require(has_bfloat16, "mixed_precision", precision, "be no or fp16 on this GPU", "it has no bfloat16")
 
 
 def _other_accelerator() -> bool:

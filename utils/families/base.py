@@ -1,6 +1,5 @@
 """What the trainable pipelines have in common, and what a family must answer."""
 
-import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +72,8 @@ class Family(ABC):
         ids = self.tokenizer()([""])
         with torch.no_grad():
             states = self.encode_text(ids, torch.tensor([False]))
-        unet = copy.deepcopy(self.unet).to("meta")
+        with torch.device("meta"):
+            unet = type(self.unet).from_config(self.unet.config)
         size = 2 ** len(unet.config.block_out_channels)
         noisy = torch.zeros(1, self.latent_space.channels, size, size, device="meta")
         on_meta = {name: state.to("meta", unet.dtype) for name, state in states.items()}
@@ -166,7 +166,7 @@ class Family(ABC):
         if options.enable_xformers_memory_efficient_attention:
             try:
                 self.unet.enable_xformers_memory_efficient_attention()
-            except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+            except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:  # no wheel, no GPU, no kernel
                 raise UserError(f"{XFORMERS_MISSING} ({first_line(error)}); {XFORMERS_CURE}") from error
         if options.enable_npu_flash_attention:
             try:

@@ -173,11 +173,13 @@ class PipelineSource:
             raise UserError(f"--pretrained_model {self.path} can't be loaded: {first_line(error)}") from error
 
     def _load_single_file(self, pipeline_class: "type[DiffusionPipeline]", parts: dict) -> "DiffusionPipeline":
+        from diffusers.loaders.single_file_utils import SingleFileComponentError
+
         # a part given as None counts as missing there, and a part that is missing is left out anyway
         given = {name: part for name, part in parts.items() if part is not None}
         try:
             return pipeline_class.from_single_file(self.path, config=self.options.pretrained_model_config, **given)
-        except LOADING_ERRORS as error:
+        except (*LOADING_ERRORS, SingleFileComponentError) as error:
             raise UserError(f"--pretrained_model {self.path} can't be loaded: {first_line(error)}") from error
 
 
