@@ -20,10 +20,16 @@ import torch
 
 from utils.adaptation import ADAPTATIONS, Adaptation, AdaptationOptions
 from utils.checkpoint import CheckpointOptions, Checkpoints, check_structure, read_state
+from utils.data.buckets import BucketOptions
+from utils.data.cache import CacheOptions
+from utils.data.captions import CaptionOptions
 from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, batches_by_step
-from utils.data.images import ImageOptions, check_header
-from utils.data.sampler import GlobalBatches, Pieces
-from utils.data.sources import DataOptions, Records, read_records
+from utils.data.images import ImageOptions
+from utils.data.sampler import GlobalBatches
+from utils.data.selection import PlannedImages, SelectionOptions
+from utils.data.sources import DataOptions, SourceOptions, source_entries
+from utils.data.stream import StreamedBatches, StreamedImages
+from utils.doctor import draw_sheet, examine
 from utils.ema import EmaOptions, MovingAverage
 from utils.encoding import Encoder
 from utils.export import CardFacts, HubOptions, upload, write_card
@@ -34,7 +40,17 @@ from utils.losses import LossOptions
 from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
 from utils.objective import Objective
 from utils.optim import OptimizerOptions, ScheduleOptions, build_optimizer, rate_factor, set_learning_rate
-from utils.options import UserError, as_record, leave, option, parse, require_positive, run_script, without_secrets
+from utils.options import (
+    UserError,
+    as_record,
+    leave,
+    option,
+    parse,
+    require_positive,
+    run_script,
+    without_secrets,
+)
+from utils.preparation import DataPreparation, note_unreadable
 from utils.runtime import (
     OutputFolder,
     RuntimeOptions,
@@ -74,7 +90,12 @@ class Options:
     model: ModelOptions
     adaptation: AdaptationOptions
     data: DataOptions
+    source: SourceOptions
+    captions: CaptionOptions
+    selection: SelectionOptions
     image: ImageOptions
+    buckets: BucketOptions
+    cache: CacheOptions
     loader: LoaderOptions
     length: LengthOptions
     optimizer: OptimizerOptions
@@ -100,13 +121,14 @@ def run(argv: Sequence[str] | None) -> None:
     set_up_logging()
     options: Options = parse(Options, argv, __doc__.splitlines()[0])
     check_together(options)
-    names = (options.model.pretrained_model_name_or_path, options.data.dataset_name)
+    names = (options.model.pretrained_model_name_or_path, options.source.dataset_name)
     if not all(name is None or Path(name).exists() for name in names):
         use_hub_cache_if_offline()
     source = PipelineSource(options.model)
     family_class = pick_family(source)
     resolution = options.image.resolution or family_class.default_resolution
-    check_before_loading(options, source, family_class, resolution)
+    sizes = options.buckets.sizes(resolution)
+    check_before_loading(options, source, family_class, sizes)
     seed = options.runtime.seed
     folder = OutputFolder(options.runtime.output_dir or default_output_dir(options, family_class))
     accelerator = start_processes(
@@ -119,13 +141,16 @@ def run(argv: Sequence[str] | None) -> None:
     with ending(accelerator, folder):
         checkpoints = Checkpoints(folder.path, options.checkpoint.checkpoints_total_limit)
         start = checkpoints.resolve(options.checkpoint.resume_from_checkpoint)
+        group_size = choose_group_size(options, accelerator, start)
         structure = options.structure | {"pretrained_model": family_class.pipeline_class_name}
+        structure["bucket_group_size"] = group_size if options.buckets.use_aspect_ratio_buckets else None
         if start is not None:
             check_structure(start, structure)
         if not options.runtime.dry_run:
             on_main_process(accelerator, lambda: claim(folder, checkpoints, start, options))
-        records = readable_records(options, accelerator)
-        batches = GlobalBatches(len(records), global_batch_size(options, accelerator), seed)
+        preparation = prepare_data(options, accelerator, folder)
+        images = preparation.choose_images(resolution, group_size)
+        batches = images.batches(global_batch_size(options, accelerator), group_size, seed)
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
         rates = scaled_rates(options.optimizer, batches.size)
         factor = rate_factor(options.schedule, rates.learning_rate, total_steps)
@@ -134,21 +159,26 @@ def run(argv: Sequence[str] | None) -> None:
         adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
         dtypes = adaptation_class.dtypes(options.adaptation, weight_dtype(accelerator))
         family = family_class(source, dtypes, options.noise.scheduler_changes)
-        family.check_resolution(resolution, family.pipeline.vae.config)
+        family.check_sizes(images.plan.sizes, family.pipeline.vae.config)
         adaptation = adaptation_class(family, options.adaptation, start)
         family.use_attention()
         process = forward_process(options.noise, family.pipeline.scheduler.config)
         named = adaptation.named_parameters(rates)
-        plan = describe(options, accelerator, family, adaptation, records, batches, total_steps, resolution)
+        plan = describe(options, accelerator, family, adaptation, images, batches, total_steps)
         if options.runtime.dry_run:
             if accelerator.is_main_process:
                 print(plan)
+                print(examine_data(options, preparation, family, images, batches, folder.path))
             return
 
         family.to(accelerator.device)
         if options.model.gradient_checkpointing:
             family.use_gradient_checkpointing(options.adaptation.train_text_encoder)
         parameters = [parameter for _, parameter, _ in named]
+        num_workers = options.loader.num_workers(accelerator.num_processes)
+        latents, texts = preparation.fill_cache(family, images, num_workers)
+        if options.cache.cache_only or options.cache.verify_cache:
+            return
         average = MovingAverage(parameters, options.ema) if options.ema.use_ema else None
         encoder = Encoder(family, options.adaptation.train_text_encoder)
         objective = Objective(family, adaptation.modules, process, options.noise, options.loss)
@@ -156,18 +186,18 @@ def run(argv: Sequence[str] | None) -> None:
         state = RunState(accelerator, adaptation, average, optimizer, named, structure, batches.size)
         first_step = 0 if start is None else state.load(start)
 
-        spec = SampleSpec(resolution, family.latent_space.shape(resolution), family.tokenizer())
-        draws = NoiseDraws(options.noise, process, seed, batches.size)
-        dataset = TrainingDataset(records, batches, spec, options.image, draws, options.loader.caption_dropout)
-        rank, num_processes = accelerator.process_index, accelerator.num_processes
-        pieces = Pieces(batches.size, options.loader.train_batch_size, rank, num_processes, first_step, total_steps)
-        loader = batches_by_step(
-            dataset, pieces, options.loader.num_workers(num_processes), pin_memory=accelerator.device.type == "cuda"
+        spec = SampleSpec(
+            family.latent_space.shape, family.tokenizer(), options.cache.cut_variants, options.cache.text_variants
         )
+        draws = NoiseDraws(options.noise, process, seed, batches.size)
+        dataset = TrainingDataset(images, batches, spec, options.image, draws, latents, texts)
+        rank, num_processes = accelerator.process_index, accelerator.num_processes
+        micro_batch = options.loader.train_batch_size
+        pieces = images.pieces(batches, micro_batch, rank, num_processes, first_step, total_steps)
+        loader = batches_by_step(dataset, pieces, num_workers, pin_memory=accelerator.device.type == "cuda")
         sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed)
         open_records(options, accelerator, folder)
         logger.info("training\n%s", plan)
-        unreadable = dict(records.unreadable)
         loss_scale = num_processes * accelerator.gradient_accumulation_steps / batches.size
 
         adaptation.train_mode()
@@ -186,13 +216,13 @@ def run(argv: Sequence[str] | None) -> None:
                     keys += batch.keys
                     if options.tracking.debug_loss:
                         loss_by_key += zip(batch.keys, losses.detach(), strict=True)
-                    note_unreadable(batch.unreadable, unreadable)
+                    note_unreadable(batch.unreadable, images, options.selection)
                 grad_norm = accelerator.clip_grad_norm_(parameters, rates.max_grad_norm or float("inf"))
                 state.step(grad_norm)
 
                 done = step + 1
                 mean_loss = accelerator.reduce(loss) / batches.size
-                epoch = done * batches.size / len(records)
+                epoch = float(done * batches.size / batches.samples_per_epoch)
                 rate = rates.learning_rate * factor(step)
                 log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rate, keys, loss_by_key))
                 stop_if_diverged(log, options.tracking.max_skipped_steps, checkpoints)
@@ -207,7 +237,7 @@ def run(argv: Sequence[str] | None) -> None:
             on_main_process(accelerator, lambda: adaptation.export(folder.path))
             samples = sampler.draw("final")
         log.images(samples, total_steps, "test")
-        write_data_report(accelerator, folder, records, unreadable)
+        preparation.write_report(images)
         if accelerator.is_main_process:
             publish(options, folder, family, samples, total_steps, batches.size)
         del model
@@ -226,6 +256,7 @@ def stop_if_diverged(log: RunLog, limit: int, checkpoints: Checkpoints) -> None:
 
 def check_together(options: Options) -> None:
     """Refuses options that don't go together, and warns of those that have no effect."""
+    source_entries(options.data, options.source, options.captions)
     if options.model.unet_config is not None and options.adaptation.adaptation == "lora":
         raise UserError("--unet_config trains a fresh UNet, which --adaptation lora would leave random; leave one out")
     text_rates = (options.optimizer.text_encoder_lr, options.optimizer.text_encoder_2_lr)
@@ -242,13 +273,21 @@ def check_together(options: Options) -> None:
         raise UserError("--use_8bit_adam needs bitsandbytes; pip install bitsandbytes")
     if options.ema.offload_ema and not options.ema.use_ema:
         raise UserError("--offload_ema goes with --use_ema; give both or neither")
+    if options.data.streaming and (options.cache.cache_latents or options.cache.cache_text_embeddings):
+        raise UserError("--streaming does not know its images beforehand, so it has no cache; leave one out")
+    if options.cache.cache_text_embeddings and options.adaptation.train_text_encoder:
+        raise UserError(
+            "--cache_text_embeddings would keep text states that --train_text_encoder changes; leave one out"
+        )
     if options.adaptation.train_text_encoder and options.model.clip_skip and options.adaptation.adaptation == "full":
         logger.warning("--clip_skip %d: the layers left out stay as they are", options.model.clip_skip)
 
 
-def check_before_loading(options: Options, source: PipelineSource, family_class: type[Family], resolution: int) -> None:
+def check_before_loading(
+    options: Options, source: PipelineSource, family_class: type[Family], sizes: Sequence[tuple[int, int]]
+) -> None:
     """Refuses what the pipeline's configs show not to go, before its weights are loaded."""
-    family_class.check_before_loading(source, resolution)
+    family_class.check_before_loading(source, sizes)
     scheduler = source.config("scheduler")
     if scheduler is not None:
         forward_process(options.noise, scheduler)
@@ -277,23 +316,30 @@ def claim(folder: OutputFolder, checkpoints: Checkpoints, start: Path | None, op
     checkpoints.set_aside_after(0 if start is None else read_state(start).step)
 
 
-def readable_records(options: Options, accelerator: "Accelerator") -> Records:
-    """The records whose image headers can be read; the main process first, which fills `datasets`' cache for all."""
-    from accelerate.utils import broadcast_object_list
+def choose_group_size(options: Options, accelerator: "Accelerator", start: Path | None) -> int:
+    """How many samples of one bucket stand together: as asked, as the run that goes on had it, or the micro-batch."""
+    asked, size = options.buckets.bucket_group_size, global_batch_size(options, accelerator)
+    recorded = None if start is None else read_state(start).structure.get("bucket_group_size")
+    chosen = asked or recorded or options.loader.train_batch_size
+    if size % chosen:
+        raise UserError(f"--bucket_group_size must divide the global batch of {size}, got {chosen}")
+    return chosen
 
-    with accelerator.main_process_first():
-        records = read_records(options.data, options.runtime.seed)
-    found = [records.find_unreadable(check_header) if accelerator.is_main_process else None]
-    records = records.without(*broadcast_object_list(found))
-    for key, reason in records.unreadable[:20]:
-        logger.warning("left out %s: %s", key, reason)
-    if records.unreadable:
-        logger.warning("%d unreadable images are left out of the training", len(records.unreadable))
-    if records.num_missing_captions:
-        logger.warning("%d images have no caption and train on an empty one", records.num_missing_captions)
-    if len(records) == 0:
-        raise UserError(f"no image can be read; the first says: {records.unreadable[0]}")
-    return records
+
+def prepare_data(options: Options, accelerator: "Accelerator", folder: OutputFolder) -> DataPreparation:
+    """The options of the data, and what else its preparation needs."""
+    return DataPreparation(
+        accelerator,
+        options.data,
+        options.source,
+        options.captions,
+        options.selection,
+        options.image,
+        options.buckets,
+        options.cache,
+        options.runtime.seed,
+        None if options.runtime.dry_run else folder.path,
+    )
 
 
 def global_batch_size(options: Options, accelerator: "Accelerator") -> int:
@@ -311,7 +357,7 @@ def scaled_rates(options: OptimizerOptions, factor: int) -> OptimizerOptions:
     return replace(options, **rates)
 
 
-def is_validation_due(options: Options, family: Family, batches: GlobalBatches, done: int) -> bool:
+def is_validation_due(options: Options, family: Family, batches: GlobalBatches | StreamedBatches, done: int) -> bool:
     """Whether samples are drawn after optimizer step number `done`, from 1."""
     default_epochs = 1 if options.adaptation.adaptation == "lora" else family.default_validation_epochs
     before, after = batches.epochs_before(done - 1), batches.epochs_before(done)
@@ -323,10 +369,9 @@ def describe(
     accelerator: "Accelerator",
     family: Family,
     adaptation: Adaptation,
-    records: Records,
-    batches: GlobalBatches,
+    images: PlannedImages | StreamedImages,
+    batches: GlobalBatches | StreamedBatches,
     total_steps: int,
-    resolution: int,
 ) -> str:
     """What trains on what and for how long, a fact a line: what `--dry_run` prints."""
     trained = {
@@ -337,17 +382,39 @@ def describe(
     loader = options.loader
     peak_rate = scaled_rates(options.optimizer, batches.size).learning_rate
     sizes = f"{loader.train_batch_size} x {loader.gradient_accumulation_steps} accumulated"
+    epochs = float(total_steps * batches.size / batches.samples_per_epoch)
     facts = {
         "model": f"{options.model.pretrained_model_name_or_path} ({family.pipeline_class_name})",
         "adaptation": f"{options.adaptation.adaptation}, {sum(trained.values()):,} parameters train: {parts}",
         "precision": f"{accelerator.mixed_precision} on {accelerator.num_processes} x {accelerator.device.type}",
-        "data": f"{len(records):,} images, {len(records.unreadable)} unreadable ones left out",
-        "resolution": f"{resolution}x{resolution}",
+        "data": images.describe(),
+        "resolution": ", ".join(f"{width}x{height}" for width, height in images.plan.sizes),
         "global batch": f"{batches.size} = {sizes} x {accelerator.num_processes} processes",
-        "length": f"{total_steps:,} optimizer steps = {total_steps * batches.size / len(records):.2f} epochs",
+        "length": f"{total_steps:,} optimizer steps = {epochs:.2f} epochs",
         "optimizer": f"{options.optimizer.optimizer}, {options.schedule.lr_scheduler} at {peak_rate:g}",
     }
     return "\n".join(f"  {name:<14} {fact}" for name, fact in facts.items())
+
+
+def examine_data(
+    options: Options,
+    preparation: DataPreparation,
+    family: Family,
+    images: PlannedImages | StreamedImages,
+    batches: GlobalBatches | StreamedBatches,
+    folder: Path,
+) -> str:
+    """What the dataset doctor finds, a fact a line; what the model will see is drawn, and all of it written down."""
+    if isinstance(images, StreamedImages):
+        return "data\n  a stream is not examined: that would read all of it"
+    texts, tokenize = preparation.texts(images), family.tokenizer()
+    cache_bytes = preparation.cache_bytes(family, images, len(texts))
+    counts = tokenize.num_tokens(texts)
+    found = examine(images, batches, texts, counts, tokenize.max_tokens, cache_bytes, options.cache.folder)
+    sheet, report = folder / "contact_sheet.png", folder / "dry_run_report.json"
+    draw_sheet(images, batches, options.image, options.cache.cut_variants, options.cache.text_variants, sheet)
+    write_json(report, found.record())
+    return "\n".join(["data", *found.lines(), f"  seen by the model: {sheet}; all of this: {report}"])
 
 
 def open_records(options: Options, accelerator: "Accelerator", folder: OutputFolder) -> None:
@@ -369,29 +436,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def note_unreadable(found: tuple[tuple[str, str], ...], unreadable: dict[str, str]) -> None:
-    """Remembers images that turned out to be broken when they were decoded, and names each once."""
-    for key, reason in found:
-        if key not in unreadable:
-            unreadable[key] = reason
-            logger.warning("left out %s: %s", key, reason)
-
-
-def write_data_report(accelerator: "Accelerator", folder: OutputFolder, records: Records, unreadable: dict) -> None:
-    """Writes `data_report.json`: how many images were trained on, and each that could not be read."""
-    from accelerate.utils import gather_object
-
-    everywhere = dict(gather_object(list(unreadable.items())))
-    if accelerator.is_main_process:
-        report = {
-            "images": len(records) + len(records.unreadable),
-            "missing_captions": records.num_missing_captions,
-            "unreadable": dict(sorted(everywhere.items())),
-        }
-        write_json(folder.path / "data_report.json", report)
-        if everywhere:
-            path = folder.path / "data_report.json"
-            logger.warning("%d images could not be read; %s names them", len(everywhere), path)
+def data_name(options: Options) -> str:
+    """What the model card calls the data."""
+    source = options.source
+    return source.dataset_name or Path(source.train_data_dir or options.data.dataset_file).name
 
 
 def publish(
@@ -403,7 +451,7 @@ def publish(
     repository = options.hub.hub_model_id or folder.path.resolve().name
     facts = CardFacts(
         base_model=options.model.pretrained_model_name_or_path,
-        data=options.data.dataset_name or Path(options.data.train_data_dir).name,
+        data=data_name(options),
         is_lora=options.adaptation.adaptation == "lora",
         settings=[
             ("optimizer steps", total_steps),

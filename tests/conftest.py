@@ -1,7 +1,9 @@
 """Fixtures: tiny pipelines and images, made once a session, and the script run in this process."""
 
 import os
+import tempfile
 
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # where headers are remembered and encodings cached
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait for each other

@@ -35,7 +35,7 @@ def message(capsys: pytest.CaptureFixture) -> str:
         (["--adaptation", "lora", "--lora_weights", "missing.safetensors"], ["--lora_weights", "missing"]),
         (["--text_encoder_lr", "1e-5"], ["--text_encoder_lr", "--train_text_encoder"]),
         (["--caption_dropout", "1.5"], ["--caption_dropout", "1.5"]),
-        (["--image_column", "picture"], ["--image_column", "picture", "image, text"]),
+        (["--image_column", "picture"], ["--image_column", "picture", "leave it out"]),
         (["--caption_column", "txt"], ["--caption_column", "txt", "did you mean --caption_column text?"]),
         (["--resume_from_checkpoint", "checkpoint-7"], ["--resume_from_checkpoint", "checkpoint-7"]),
         (["--mixed_precision", "fp16"], ["--mixed_precision", "fp16", "GPU"]),
@@ -73,7 +73,7 @@ def test_no_data(pipelines, capsys, tmp_path):
     from train_text_to_image import main
 
     assert main(["--pretrained_model", str(pipelines["sd"]), "--output_dir", str(tmp_path)]) == 2
-    assert "--dataset_name or --train_data_dir" in message(capsys)
+    assert "--dataset_name, --train_data_dir or --dataset_file" in message(capsys)
 
 
 def test_no_pipeline(images, capsys):
@@ -122,16 +122,14 @@ def test_a_unet_that_does_not_fit_the_text_encoder(train, capsys, pipelines, tmp
 def test_data_without_captions(train, capsys, tmp_path):
     tiny.make_images(tmp_path / "data")
     (tmp_path / "data" / "metadata.jsonl").unlink()
-    train("sd", data=tmp_path / "data", expect=2)
-    line = message(capsys)
-    assert "--caption_column" in line
-    assert "metadata.jsonl" in line
+    train("sd", "--on_missing_caption", "error", data=tmp_path / "data", expect=2)
+    assert "6 images have no caption (--on_missing_caption error), such as 000.png" in message(capsys)
 
 
 def test_an_empty_dataset(train, capsys, tmp_path):
     (tmp_path / "data").mkdir()
     train("sd", data=tmp_path / "data", expect=2)
-    assert "--train_data_dir" in message(capsys)
+    assert "there are no images in" in message(capsys)
 
 
 def test_an_output_folder_that_cannot_be_written(train, capsys, tmp_path):
@@ -158,14 +156,17 @@ def test_an_output_folder_in_use(train, capsys, tmp_path):
     other.release()
 
 
-def test_unreadable_images_are_skipped_named_and_counted(train, tmp_path):
+def test_unreadable_images_are_skipped_named_and_counted(train, capsys, tmp_path):
     data = tiny.make_images(tmp_path / "data")
     (data / "000.png").write_bytes(b"")
     (data / "001.png").write_bytes(b"no image")
     whole = (data / "002.png").read_bytes()
     (data / "002.png").write_bytes(whole[: len(whole) // 2])  # its header is right
     Image.new("L", (50, 40)).save(data / "003.png")
-    out = train("sd", "--max_train_steps", 4, "--train_batch_size", 2, data=data)
+    flags = ("--max_train_steps", 4, "--train_batch_size", 2)
+    train("sd", *flags, data=data, expect=2)
+    assert "2 of 6 images can't be read, more than --max_bad_fraction 0.05" in message(capsys)
+    out = train("sd", *flags, "--max_bad_fraction", 0.6, "--resume_from_checkpoint", "latest", data=data)
     report = json.loads((out / "data_report.json").read_text())
     assert {name.rpartition("/")[2] for name in report["unreadable"]} == {"000.png", "001.png", "002.png"}
     assert report["images"] == 6
@@ -246,6 +247,7 @@ def test_only_truncated_images(train, capsys, tmp_path):
         file.write_bytes(file.read_bytes()[:200])
     for workers in (0, 1):
         flags = ("--dataloader_num_workers", workers, "--train_batch_size", 1, "--resume_from_checkpoint", "latest")
+        flags += ("--max_bad_fraction", 1)
         train("sd", *flags, data=data, expect=2)
         assert "images in a row can't be read" in message(capsys)
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from tests import tiny
+from tests.test_data import plan
 
 
 def weights(folder: Path, name: str = "unet") -> dict[str, torch.Tensor]:
@@ -79,8 +80,7 @@ def test_loss_and_gradients_equal_an_independent_computation(pipelines, images, 
     from utils.adaptation import AdaptationOptions, FullFineTuning
     from utils.data.dataset import SampleSpec, TrainingDataset
     from utils.data.images import ImageOptions
-    from utils.data.sampler import GlobalBatches, Piece
-    from utils.data.sources import DataOptions, read_records
+    from utils.data.sampler import Piece
     from utils.encoding import Encoder
     from utils.families.registry import pick_family
     from utils.families.source import ModelOptions, PipelineSource
@@ -93,10 +93,10 @@ def test_loss_and_gradients_equal_an_independent_computation(pipelines, images, 
     family = pick_family(source)(source, FullFineTuning.dtypes(adaptation_options, torch.float32), {})
     adaptation = FullFineTuning(family, adaptation_options, None)
     process = ForwardProcess(family.pipeline.scheduler.config, {})
-    records = read_records(DataOptions(train_data_dir=str(images)), 0)
-    spec = SampleSpec(tiny.RESOLUTION, family.latent_space.shape(tiny.RESOLUTION), family.tokenizer())
+    planned = plan(images, tiny.RESOLUTION)
+    spec = SampleSpec(family.latent_space.shape, family.tokenizer())
     draws = NoiseDraws(NoiseOptions(), process, 0, 4)
-    dataset = TrainingDataset(records, GlobalBatches(len(records), 4, 0), spec, ImageOptions(), draws, 0.0)
+    dataset = TrainingDataset(planned, planned.batches(4, 1, 0), spec, ImageOptions(), draws)
     batch = dataset[Piece(3, (0, 1, 2, 3))]
 
     objective = Objective(family, adaptation.modules, process, NoiseOptions(), LossOptions(snr_gamma=gamma))

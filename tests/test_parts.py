@@ -1,17 +1,12 @@
 """The parts, each against something known."""
 
-import io
-import json
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-from utils.data.images import CutDraws, ImageOptions, cut, draw_cut, open_image, read_rgb
-from utils.data.sampler import GlobalBatches, Pieces
 from utils.ema import EmaOptions, MovingAverage
 from utils.losses import LOSSES, WEIGHTINGS, LossOptions, huber_threshold, loss_weights, weighted_loss
 from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, rectify, timestep_weights
@@ -58,90 +53,6 @@ class TestSeeding:
         counts = Counter(draws.draw(step, slot, (1, 1, 1)).timestep for step in range(200) for slot in range(20))
         assert set(counts) == set(range(10))
         assert max(abs(count - 400) for count in counts.values()) < 80
-
-
-class TestSampler:
-    @pytest.mark.parametrize(("num_records", "size"), [(6, 4), (5, 8), (100, 7), (3, 3)])
-    def test_each_record_is_drawn_once_a_pass(self, num_records, size):
-        batches = GlobalBatches(num_records, size, seed=3)
-        steps = batches.steps_in(epochs=size)
-        drawn = [batches.draw(step, slot) for step in range(steps) for slot in range(size)]
-        assert Counter(drawn) == Counter({(r, p): 1 for r in range(num_records) for p in range(size)})
-        assert batches.epochs_before(steps) == size
-
-    @pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
-    def test_processes_share_the_slots(self, num_processes):
-        slots = [
-            slot
-            for rank in range(num_processes)
-            for piece in Pieces(10, 3, rank, num_processes, first_step=5, last_step=6)
-            for slot in piece.slots
-            if piece.step == 5
-        ]
-        assert slots == list(range(10))
-
-
-class TestImages:
-    def painted(self, width: int, height: int) -> Image.Image:
-        """An image whose red is the column and whose green the row."""
-        columns, rows = np.meshgrid(np.arange(width), np.arange(height))
-        return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8))
-
-    @pytest.mark.parametrize("size", [(64, 32), (32, 80), (32, 32)])
-    @pytest.mark.parametrize("flip", [False, True])
-    def test_the_crop_says_what_was_cut(self, size, flip):
-        options = ImageOptions(random_flip=True, image_interpolation_mode="nearest")
-        for number in range(20):
-            draws = draw_cut(0, number, 0)
-            draws = CutDraws(draws.vertical, draws.horizontal, flip)
-            pixels, crop = cut(self.painted(*size), 32, options, draws)
-            assert (crop.original_width, crop.original_height) == size
-            left = size[0] - 1 - crop.left if flip else crop.left
-            assert (pixels[0, 0, 0], pixels[1, 0, 0]) == (left, crop.top)
-            assert pixels.shape == (3, 32, 32)
-
-    def test_the_whole_range_is_cropped(self):
-        lefts = {cut(self.painted(40, 32), 32, ImageOptions(), draw_cut(0, n, 0))[1].left for n in range(300)}
-        assert lefts == set(range(9))
-
-    def test_centre(self):
-        _, crop = cut(self.painted(41, 32), 32, ImageOptions(center_crop=True), draw_cut(0, 0, 0))
-        assert (crop.top, crop.left) == (0, 4)
-
-    def test_exif_orientation_is_applied(self):
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        file = io.BytesIO()
-        self.painted(20, 10).save(file, "JPEG", exif=exif)
-        assert read_rgb(file.getvalue()).size == (10, 20)
-
-    @pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "1", "LA", "RGBA", "I;16", "F"])
-    def test_modes(self, mode):
-        image = Image.new("RGB", (9, 7), (200, 100, 50))
-        if mode == "I;16":
-            image = Image.fromarray(np.full((7, 9), 40000, np.uint16))
-        file = io.BytesIO()
-        image.convert(mode).save(file, "TIFF") if mode != "I;16" else image.save(file, "PNG")
-        read = read_rgb(file.getvalue())
-        assert (read.mode, read.size) == ("RGB", (9, 7))
-        if mode == "I;16":
-            assert np.asarray(read)[0, 0].tolist() == [156, 156, 156]
-
-    def test_transparency_is_white(self):
-        file = io.BytesIO()
-        Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(file, "PNG")
-        assert np.asarray(read_rgb(file.getvalue())).min() == 255
-
-    def test_what_cannot_be_read_raises(self, monkeypatch):
-        for source in (b"", b"text", "/nowhere.png"):
-            with pytest.raises(OSError):
-                open_image(source)
-        file = io.BytesIO()
-        Image.new("L", (100, 100)).save(file, "PNG")
-        for limit in (40, 9000):  # over PIL's own error, and between its warning and its error
-            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-            with pytest.raises(ValueError, match="pixels"):
-                open_image(file.getvalue())
 
 
 class TestNoise:
@@ -418,42 +329,6 @@ class TestMovingAverage:
         with ours.in_place():
             assert torch.equal(parameters[0], ours.averages[0])
         assert all(torch.equal(weight, parameter) for weight, parameter in zip(weights, parameters, strict=True))
-
-
-class TestSources:
-    def rows(self, options, **more):
-        from utils.data.sources import DataOptions, read_records
-
-        records = read_records(DataOptions(**options, **more), 0)
-        return [records[index] for index in range(len(records))]
-
-    def test_lists_and_missing_captions(self, tmp_path):
-        for index in range(3):
-            Image.new("RGB", (8, 8)).save(tmp_path / f"{index}.png")
-        lines = [{"file_name": "0.png", "text": ["a", "b"]}, {"file_name": "1.png", "text": None}]
-        (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-        rows = self.rows({"train_data_dir": str(tmp_path)})
-        assert [row.captions for row in rows] == [("a", "b"), ("",)]
-
-    def test_a_saved_dataset_and_a_subset(self, tmp_path):
-        from datasets import Dataset
-
-        pixels = [Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(9)]
-        Dataset.from_dict({"picture": pixels, "words": [f"caption {index}" for index in range(9)]}).save_to_disk(
-            tmp_path
-        )
-        options = {"dataset_name": str(tmp_path), "image_column": "picture", "caption_column": "words"}
-        assert len(self.rows(options)) == 9
-        some = self.rows(options, max_train_samples=4)
-        assert len(some) == 4
-        assert some == self.rows(options, max_train_samples=4)
-
-    def test_a_caption_column_of_numbers_is_refused(self, tmp_path):
-        from datasets import Dataset
-
-        Dataset.from_dict({"image": [Image.new("RGB", (8, 8))], "text": [3]}).save_to_disk(tmp_path)
-        with pytest.raises(UserError, match="--caption_column text must hold strings"):
-            self.rows({"dataset_name": str(tmp_path)})
 
 
 def test_a_process_that_trains_apart_is_refused(monkeypatch, tmp_path):

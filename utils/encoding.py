@@ -1,12 +1,38 @@
-"""What the frozen encoders make of a batch: posterior moments and text states."""
+"""What the frozen encoders make of a batch: posterior moments and text states, computed live or once for the cache."""
 
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+from utils.data.cache import EntryStore, in_shards
+from utils.data.cached import (
+    CachedLatents,
+    CachedTexts,
+    EncodedImages,
+    ImagesToEncode,
+    LatentPlan,
+    text_key,
+)
 from utils.families.base import Family, TextStates
+from utils.options import UserError
 from utils.records import Batch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+HALF_LIMIT = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -26,7 +52,7 @@ class EncodedBatch:
 
 
 class Encoder:
-    """Runs the frozen encoders live."""
+    """Gives a batch its encodings: those that it carries from the cache, the others computed."""
 
     def __init__(self, family: Family, text_encoders_train: bool):
         self._family = family
@@ -35,6 +61,321 @@ class Encoder:
     @torch.no_grad()
     def encode(self, batch: Batch) -> EncodedBatch:
         """The encodings of a batch that is on the device."""
-        mean, std = self._family.latent_space.moments(batch.pixels)
-        states = None if self._text_encoders_train else self._family.encode_text(batch.input_ids, batch.caption_dropped)
-        return EncodedBatch(batch, mean, std, states)
+        if batch.moments is None:
+            mean, std = self._family.latent_space.moments(batch.pixels)
+        else:
+            mean, std = batch.moments.float().unbind(1)
+        return EncodedBatch(batch, mean, std, self._states(batch))
+
+    def _states(self, batch: Batch) -> TextStates | None:
+        if self._text_encoders_train:
+            return None
+        if batch.states is None:
+            return self._family.encode_text(batch.input_ids, batch.caption_dropped)
+        dtype = self._family.text_dtype
+        return {name: state.to(dtype) if state.is_floating_point() else state for name, state in batch.states.items()}
+
+
+def fingerprint(modules: Sequence[nn.Module], *facts: object) -> str:
+    """What changes with any weight or buffer of the modules, their configs' architecture, or the facts."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for module in modules:
+        config = {name: value for name, value in _config(module).items() if not name.startswith("_")}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+NOT_OF_THE_VALUE = (
+    "scaling_factor",
+    "shift_factor",
+    "latents_mean",
+    "latents_std",
+    "sample_size",
+    "transformers_version",
+)
+
+
+def _config(module: nn.Module) -> Mapping:
+    config = module.config
+    values = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    return {name: value for name, value in values.items() if name not in NOT_OF_THE_VALUE}
+
+
+@dataclass(frozen=True)
+class CacheFiller:
+    """Fills the cache, each process its share of the shards.
+
+    Attributes:
+        dtype: in which floating-point values are stored; None as they are computed.
+        batch_size: images or captions encoded at once.
+    """
+
+    accelerator: "Accelerator"
+    family: Family
+    dtype: torch.dtype | None
+    batch_size: int
+    num_workers: int
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """The dtype that moments are stored in: as asked, or the VAE's own, which loses nothing."""
+        return self.dtype or self.family.pipeline.vae.dtype
+
+    def vae_fingerprint(self) -> str:
+        """Of the VAE, the dtype it computes in and the dtype that is stored."""
+        vae = self.family.pipeline.vae
+        return fingerprint([vae], str(vae.dtype), str(self.latent_dtype))
+
+    def text_fingerprint(self) -> str:
+        """Of the text encoders, the tokenizers, how they are used and the dtype that is stored."""
+        family = self.family
+        return fingerprint(family.text_encoders, *family.text_facts(), str(family.text_dtype), str(self.dtype))
+
+    def latents(self, plan: LatentPlan, store: EntryStore) -> CachedLatents:
+        """Encodes the crops of a plan that are not in the store yet."""
+        keys = plan.keys()
+        store.open()
+        missing = first_of_each(keys, np.flatnonzero(store.find(keys)[:, 0] < 0))
+        buckets = plan.images.plan.bucket_of[missing // plan.num_variants]
+        missing = missing[np.argsort(buckets, kind="stable")]
+        shards = list(in_shards(missing, np.sort(buckets)))
+        bad = self._gather(self._encode_images(plan, keys, store, self._share(shards)))
+        store.refresh()
+        places = store.find(keys).reshape(-1, plan.num_variants, 2)
+        lost = set(np.flatnonzero((places[:, :, 0] < 0).any(1)).tolist()) - bad.keys()
+        self._check_shared(len(lost), store)
+        return CachedLatents(store, places, bad)
+
+    def texts(self, texts: Sequence[str], text_fingerprint: str, store: EntryStore) -> CachedTexts:
+        """Encodes the texts that are not in the store yet, and what stands for a dropped caption."""
+        wanted = [("", True), *((text, False) for text in texts)]
+        keys = [text_key(text_fingerprint, text, dropped) for text, dropped in wanted]
+        table = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+        store.open()
+        missing = np.flatnonzero(store.find(table)[:, 0] < 0)
+        shards = list(in_shards(missing, np.zeros(len(missing), np.uint8)))
+        self._encode_texts(wanted, keys, store, self._share(shards))
+        self._gather({})
+        store.refresh()
+        self._check_shared(int((store.find(table)[:, 0] < 0).sum()), store)
+        return CachedTexts(store, text_fingerprint)
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        """[B, 2, C, h, w] on the CPU, of [B, 3, H, W] uint8 pixels, as they are stored."""
+        mean, std = self.family.latent_space.moments(pixels.to(self.accelerator.device))
+        return stored(torch.stack([mean, std], dim=1).cpu(), self.latent_dtype)
+
+    def states(self, wanted: Sequence[tuple[str, bool]]) -> TextStates:
+        """The text states of (text, whether dropped), on the CPU, as they are stored."""
+        ids = self.family.tokenizer()([text for text, _ in wanted]).to(self.accelerator.device)
+        dropped = torch.tensor([is_dropped for _, is_dropped in wanted], device=self.accelerator.device)
+        with torch.no_grad():
+            states = self.family.encode_text(ids, dropped)
+        return {name: stored(state.cpu(), self.dtype) for name, state in states.items()}
+
+    def _share(self, shards: list) -> list:
+        return shards[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _encode_images(
+        self, plan: LatentPlan, keys: np.ndarray, store: EntryStore, shards: list[np.ndarray]
+    ) -> dict[int, str]:
+        """Writes this process's shards; gives the images that can't be read."""
+        size = self.batch_size
+        cuts = [[shard[at : at + size] for at in range(0, len(shard), size)] for shard in shards]
+        loader = DataLoader(
+            ImagesToEncode(plan, [batch for batches in cuts for batch in batches]),
+            batch_size=None,
+            num_workers=self.num_workers if len(shards) else 0,
+        )
+        encoded, bad = iter(loader), {}
+        with ShardWriter(store) as writer, self._progress(sum(map(len, shards)), "encoding images") as progress:
+            for batches in cuts:
+                parts: list[tuple[EncodedImages, Tensor]] = []
+                for _ in batches:
+                    batch = next(encoded)
+                    bad |= batch.bad
+                    progress.update(len(batch.places) + len(batch.bad))
+                    if batch.places:
+                        parts.append((batch, self.moments(batch.pixels)))
+                entries = _finite(parts, plan, bad)
+                if entries:
+                    places = [place for place, _, _ in entries]
+                    moments = joined([moments for _, moments, _ in entries])
+                    crops = torch.stack([crop for _, _, crop in entries])
+                    writer.write([keys[place].tobytes() for place in places], {"moments": moments, "crops": crops})
+        return bad
+
+    def _encode_texts(
+        self, wanted: list[tuple[str, bool]], keys: list[bytes], store: EntryStore, shards: list[np.ndarray]
+    ) -> None:
+        with ShardWriter(store) as writer, self._progress(sum(map(len, shards)), "encoding captions") as progress:
+            for shard in shards:
+                parts = []
+                for at in range(0, len(shard), self.batch_size):
+                    batch = [wanted[number] for number in shard[at : at + self.batch_size]]
+                    parts.append(self.states(batch))
+                    progress.update(len(batch))
+                states = {name: joined([row for part in parts for row in part[name]]) for name in parts[0]}
+                writer.write([keys[number] for number in shard], states)
+
+    def _progress(self, total: int, what: str) -> tqdm:
+        is_main = self.accelerator.is_main_process
+        return tqdm(total=total, desc=what, disable=not is_main or total == 0, leave=False)
+
+    def _gather(self, bad: dict[int, str]) -> dict[int, str]:
+        """What each process found, once all are done."""
+        from accelerate.utils import gather_object
+
+        return dict(gather_object(list(bad.items())))
+
+    def _check_shared(self, num_lost: int, store: EntryStore) -> None:
+        if num_lost:
+            raise UserError(
+                f"--encoding_cache_dir: {num_lost} entries that other processes wrote are not in {store.folder}; "
+                "it must lie on a disk that all machines share"
+            )
+
+
+def first_of_each(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Of numbers, in order, those whose key no earlier one has: the same crop of the same bytes is encoded once."""
+    _, first = np.unique(keys[numbers], axis=0, return_index=True)
+    return numbers[np.sort(first)]
+
+
+def stored(values: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The values in a storage dtype, or in float32 where they are beyond float16's range."""
+    if dtype is None or not values.is_floating_point():
+        return values
+    if dtype == torch.float16 and bool((values.abs() > HALF_LIMIT).any()):
+        logger.warning("values of up to %.3g are beyond float16: stored in float32", float(values.abs().max()))
+        return values.float()
+    return values.to(dtype)
+
+
+def joined(rows: Sequence[Tensor]) -> Tensor:
+    """Rows stacked, in the widest of their dtypes."""
+    dtype = torch.float32 if any(row.dtype == torch.float32 for row in rows) else rows[0].dtype
+    return torch.stack([row.to(dtype) for row in rows])
+
+
+def _finite(
+    parts: list[tuple[EncodedImages, Tensor]], plan: LatentPlan, bad: dict[int, str]
+) -> list[tuple[int, Tensor, Tensor]]:
+    """(place, moments, crop) of each crop whose moments are finite; the others' images are bad."""
+    entries = []
+    for batch, moments in parts:
+        for place, moment, crop in zip(batch.places, moments, batch.crops, strict=True):
+            if torch.isfinite(moment).all():
+                entries.append((place, moment, crop))
+            else:
+                bad[place // plan.num_variants] = "the VAE's encoding of it is not finite"
+    return entries
+
+
+class ShardWriter:
+    """Writes shards on a thread, one behind the other, while the next is encoded."""
+
+    def __init__(self, store: EntryStore):
+        self._store = store
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def write(self, keys: Sequence[bytes], tensors: Mapping[str, Tensor]) -> None:
+        """Begins to write; an error of the shard before is raised here."""
+        if self._last is not None:
+            self._last.result()
+        self._last = self._pool.submit(self._store.write, keys, tensors)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        if self._last is not None and kind is None:
+            self._last.result()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What comparing a cache with what the encoders say now has shown.
+
+    Attributes:
+        num_entries: compared.
+        different: names of the images and captions whose entries differ by more than rounding.
+        worst: largest difference, as a share of the entry's largest value.
+        peak_signal_to_noise: mean decibels of decoded latents against the pixels; None of captions.
+    """
+
+    num_entries: int
+    different: list[str]
+    worst: float
+    peak_signal_to_noise: float | None
+
+
+def verify_latents(filler: CacheFiller, plan: LatentPlan, cached: CachedLatents) -> Verification:
+    """Encodes every cached crop again, compares, and decodes it beside its pixels; each process all of its share."""
+    count = len(cached.places) * plan.num_variants
+    mine = np.arange(count)[filler.accelerator.process_index :: filler.accelerator.num_processes]
+    different, worst, decibels, num_entries = [], 0.0, [], 0
+    for place in tqdm(mine, desc="verifying images", disable=not filler.accelerator.is_main_process, leave=False):
+        index, variant = divmod(int(place), plan.num_variants)
+        if cached.places[index, variant, 0] < 0:
+            continue
+        moments, crop = cached.read(index, variant)
+        pixels, crop_now = plan.read(index, variant)
+        now = filler.moments(torch.from_numpy(pixels)[None])[0]
+        error = relative_error(moments, now)
+        worst, num_entries = max(worst, error), num_entries + 1
+        if error > TOLERANCES[moments.dtype] or crop.tolist() != crop_now:
+            different.append(plan.images.records.key(index))
+        decibels.append(_decibels(filler, moments[0].float(), torch.from_numpy(pixels)))
+    return _together(different, worst, num_entries, decibels)
+
+
+def verify_texts(filler: CacheFiller, texts: Sequence[str], cached: CachedTexts) -> Verification:
+    """Encodes every cached caption again and compares."""
+    wanted = [("", True), *((text, False) for text in texts)]
+    wanted = wanted[filler.accelerator.process_index :: filler.accelerator.num_processes]
+    different, worst = [], 0.0
+    for text, dropped in wanted:
+        now, then = filler.states([(text, dropped)]), cached.read(text, dropped)
+        errors = [(relative_error(then[name], now[name][0]), TOLERANCES.get(then[name].dtype, 0.0)) for name in then]
+        worst = max(worst, *(error for error, _ in errors))
+        if any(error > tolerance for error, tolerance in errors):
+            different.append(repr(text))
+    return _together(different, worst, len(wanted), [])
+
+
+# of the largest value: what batches of another size may change in the arithmetic, and the storage's own rounding
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 4e-2}
+
+
+def relative_error(one: Tensor, other: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    one, other = one.double(), other.double()
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
+
+
+def _decibels(filler: CacheFiller, mean: Tensor, pixels: Tensor) -> float:
+    """Peak signal-to-noise ratio of the decoded mean [C, h, w] against its pixels [3, H, W] uint8."""
+    space, none = filler.family.latent_space, torch.zeros_like(mean)[None].to(filler.accelerator.device)
+    decoded = space.decode(space.latents(mean[None].to(none.device), none, none))[0].cpu().clamp(-1, 1)
+    error = float((decoded - (pixels.float() / 127.5 - 1)).square().mean())
+    return 10 * math.log10(4 / max(error, 1e-12))
+
+
+def _together(different: list[str], worst: float, num_entries: int, decibels: list[float]) -> Verification:
+    """All processes' findings."""
+    from accelerate.utils import gather_object
+
+    found = gather_object([(different, worst, num_entries, decibels)])
+    every = [value for _, _, _, values in found for value in values]
+    return Verification(
+        num_entries=sum(count for _, _, count, _ in found),
+        different=sorted({name for names, _, _, _ in found for name in names}),
+        worst=max(value for _, value, _, _ in found),
+        peak_signal_to_noise=float(np.mean(every)) if every else None,
+    )

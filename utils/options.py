@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from transformers.hf_argparser import HfArgumentParser
@@ -122,6 +122,32 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
             if getattr(group, field.name) == "" and not field.name.endswith("prompt"):
                 raise UserError(f"--{field.name} must not be empty; leave it out or give a value")
     return options(**dict(zip(groups, values, strict=True)))
+
+
+def with_values(group: typing.Any, values: Mapping[str, typing.Any], where: str) -> typing.Any:
+    """A group with some options replaced by those of a mapping, such as a file's; others' names are left alone.
+
+    Raises:
+        UserError: for a value of another type or choice, naming `where` it stands.
+    """
+    hints, changes = typing.get_type_hints(type(group)), {}
+    for field in dataclasses.fields(group):
+        if field.name not in values:
+            continue
+        value, known = values[field.name], typing.get_args(hints[field.name]) or (hints[field.name],)
+        if float in known and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in known)
+        if type(value) not in known:
+            raise UserError(f"{where}: {field.name} must be {names}, got {value!r}")
+        choices = field.metadata.get("choices")
+        if choices is not None and value is not None and value not in choices:
+            raise UserError(f"{where}: {field.name} must be one of {', '.join(choices)}, got {value}")
+        changes[field.name] = value
+    try:
+        return dataclasses.replace(group, **changes)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def as_record(options: typing.Any) -> dict[str, typing.Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ class ImageRecord:
     Attributes:
         key: the name under which it is reported, a path or a row number.
         source: the path of the file, or its bytes.
-        captions: at least one; which is used is drawn at each step.
+        captions: of several one is drawn at each step.
     """
 
     key: str
@@ -23,9 +23,22 @@ class ImageRecord:
     captions: tuple[str, ...]
 
 
+class RecordPass(NamedTuple):
+    """What an image's crop, flip and tags are drawn by: its 64-bit identity, and how often it was used before.
+
+    Where K variants are cached, the second number is taken modulo K.
+    """
+
+    identity: int
+    variant: int
+
+
 @dataclass(frozen=True)
 class Crop:
-    """What was cut from an image, in pixels. `top` and `left` count in the resized (and, if drawn, mirrored) image."""
+    """What was cut from an image, in pixels.
+
+    `top` and `left` count in the whole image, resized and, where that was drawn, turned and mirrored.
+    """
 
     original_height: int
     original_width: int
@@ -47,8 +60,10 @@ class Batch:
         step: optimizer step, from 0.
         slots: [B] position in the global batch of that step.
         keys: B names of the images.
-        pixels: [B, 3, H, W] uint8.
-        input_ids: [B, text encoders, tokens] int64.
+        pixels: [B, 3, H, W] uint8, or None where the moments come from the cache.
+        moments: [B, 2, C, h, w] mean and standard deviation of the VAE's posterior, raw, or None.
+        input_ids: [B, text encoders, tokens] int64, or None where the text states come from the cache.
+        states: text states by the family's names for them, or None.
         caption_dropped: [B] bool, where the caption was replaced by none.
         crops: [B, 6] float32, the rows of `Crop`.
         posterior_noise: [B, C, h, w] float32, standard normal, for the sample from the VAE's posterior.
@@ -61,8 +76,10 @@ class Batch:
     step: int
     slots: Tensor
     keys: tuple[str, ...]
-    pixels: Tensor
-    input_ids: Tensor
+    pixels: Tensor | None
+    moments: Tensor | None
+    input_ids: Tensor | None
+    states: dict[str, Tensor] | None
     caption_dropped: Tensor
     crops: Tensor
     posterior_noise: Tensor
@@ -75,11 +92,10 @@ class Batch:
         return len(self.keys)
 
     def _map(self, change) -> Self:
-        changed = {
-            field.name: change(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        if self.states is not None:
+            changed["states"] = {name: change(state) for name, state in self.states.items()}
         return dataclasses.replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:

@@ -29,6 +29,14 @@ class Stream(IntEnum):
     SUBSET = 12
     STRATA = 13
     PYRAMID = 14
+    ROTATION = 15
+    COLOR_JITTER = 16
+    TAG_ORDER = 17
+    TAG_DROPOUT = 18
+    HEAD_START = 19
+    GROUP_ORDER = 20
+    SOURCE_ORDER = 21
+    SHARD_ORDER = 22
 
 
 def generator(seed: int, position: int, place: int, stream: Stream) -> np.random.Generator:
@@ -36,7 +44,7 @@ def generator(seed: int, position: int, place: int, stream: Stream) -> np.random
 
     Args:
         seed: the run's seed, 0 or more.
-        position: the optimizer step, or for what precedes encoding the record's number.
+        position: the optimizer step, or for what precedes encoding the record's identity.
         place: the slot in the global batch, or for what precedes encoding the pass over the record.
     """
     return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, place, stream]))

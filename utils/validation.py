@@ -1,5 +1,6 @@
 """Samples drawn from the prompts of a run, while it trains and at its end."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -90,11 +91,12 @@ class Sampler:
 
         rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
         drawn = []
-        for index in range(rank, len(self._requests), num_processes):
-            request = self._requests[index]
-            image = self._draw(request)
-            self._save(image, request, self._folder / name / f"{request.name}.png")
-            drawn.append((index, np.asarray(image)))
+        with self._family.awake() if self._requests else nullcontext():
+            for index in range(rank, len(self._requests), num_processes):
+                request = self._requests[index]
+                image = self._draw(request)
+                self._save(image, request, self._folder / name / f"{request.name}.png")
+                drawn.append((index, np.asarray(image)))
         shared = sorted(gather_object(drawn), key=lambda pair: pair[0])
         return [Sample(Image.fromarray(pixels), self._requests[index].prompt) for index, pixels in shared]
 
@@ -106,7 +108,7 @@ class Sampler:
             {} if options.validation_guidance_scale is None else {"guidance_scale": options.validation_guidance_scale}
         )
         # the noise that the pipeline would draw, in float32, so that its scheduler computes in it under autocast too
-        shape = self._family.latent_space.shape(self._resolution)
+        shape = self._family.latent_space.shape((self._resolution, self._resolution))
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(request.seed))
         with self._accelerator.autocast():
             latents = pipeline(

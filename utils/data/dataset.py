@@ -1,25 +1,27 @@
 """The loader: from a step's number to its batches, everything random drawn on the way."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.data.images import ImageOptions, cut, draw_cut, read_rgb
-from utils.data.sampler import GlobalBatches, Piece, Pieces
+from utils.data.cached import CachedLatents, CachedTexts
+from utils.data.captions import compose
+from utils.data.images import ImageOptions, make_cut, plan_cut, read_rgb
+from utils.data.sampler import Draw, GlobalBatches, Piece, Pieces
+from utils.data.selection import PlannedImages
 from utils.data.sources import Records
+from utils.data.stream import StreamedBatches, StreamedImages, StreamedPieces, StreamedRecords
 from utils.noise import NoiseDraws, stack_draws
-from utils.options import ProcessError, option, require_fraction, require_not_negative, require_positive
-from utils.records import Batch, ImageRecord
+from utils.options import ProcessError, first_line, option, require_not_negative, require_positive
+from utils.records import Batch, RecordPass
 from utils.seeding import Stream, generator
 
-logger = logging.getLogger(__name__)
 MAX_REPLACEMENTS = 100
 
 
@@ -30,16 +32,10 @@ class LoaderOptions:
     dataloader_num_workers: int | None = option(
         None, "processes that load and draw; by default up to 8 for each GPU, and 0 without one"
     )
-    caption_dropout: float = option(
-        0.0,
-        "portion of the samples that train without a caption, for classifier-free guidance",
-        aliases=["--proportion_empty_prompts"],
-    )
 
     def __post_init__(self) -> None:
         require_positive(self, "train_batch_size", "gradient_accumulation_steps")
         require_not_negative(self, "dataloader_num_workers")
-        require_fraction(self, "caption_dropout")
 
     def num_workers(self, num_processes: int) -> int:
         """Loader processes for this process, of `num_processes`, which may be on several machines."""
@@ -53,90 +49,135 @@ class LoaderOptions:
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What the loader must know of the model.
+    """What the loader must know of the model and of what is drawn.
 
     Attributes:
-        resolution: edge of the crops in pixels.
-        latent_shape: [C, h, w] of their latents.
+        latent_shape: of pixels' (width, height) the [C, h, w] of their latents.
         tokenize: B captions -> [B, text encoders, tokens] int64.
+        cut_variants, text_variants: passes after which crops and flips, and tag orders, come again; None for never.
     """
 
-    resolution: int
-    latent_shape: tuple[int, int, int]
+    latent_shape: Callable[[tuple[int, int]], tuple[int, int, int]] = field(repr=False)
     tokenize: Callable[[list[str]], Tensor] = field(repr=False)
+    cut_variants: int | None = None
+    text_variants: int | None = None
+
+
+class Sight(NamedTuple):
+    """What a model sees of an image: pixels [3, H, W], or from the cache moments [2, C, h, w]; and the crop's row."""
+
+    pixels: np.ndarray | None
+    moments: Tensor | None
+    crop: Tensor
 
 
 class TrainingDataset(Dataset):
-    """Maps a `Piece` (a step and some slots of its global batch) to its `Batch`."""
+    """Maps a `Piece` (a step and some slots of its global batch, all of one bucket) to its `Batch`."""
 
     def __init__(
         self,
-        records: Records,
-        batches: GlobalBatches,
+        images: PlannedImages | StreamedImages,
+        batches: GlobalBatches | StreamedBatches,
         spec: SampleSpec,
         image_options: ImageOptions,
         noise_draws: NoiseDraws,
-        caption_dropout: float,
+        latents: CachedLatents | None = None,
+        texts: CachedTexts | None = None,
     ):
-        self.records = records
+        self.images = images
+        self.sizes = images.plan.sizes
         self.batches = batches
         self.spec = spec
         self.image_options = image_options
         self.noise_draws = noise_draws
-        self.caption_dropout = caption_dropout
+        self.latents = latents
+        self.texts = texts
         self.seed = batches.seed
+        self._members: dict[int, np.ndarray] = {}
 
     def __getitem__(self, piece: Piece) -> Batch:
-        unreadable: list[tuple[str, str]] = []
-        keys, pixels, crops, captions, dropped, draws = [], [], [], [], [], []
+        records = piece.streamed or self.images.records
+        unreadable = [] if piece.streamed is None else list(piece.streamed.bad)
+        keys, seen, texts, dropped, draws = [], [], [], [], []
         for slot in piece.slots:
-            record, image, number, passing = self._read(piece.step, slot, unreadable)
-            cut_pixels, crop = cut(
-                image, self.spec.resolution, self.image_options, draw_cut(self.seed, number, passing)
-            )
-            keys.append(record.key)
-            pixels.append(cut_pixels)
-            crops.append(crop.row())
-            captions.append(self._caption(record, piece.step, slot))
-            dropped.append(self._is_dropped(piece.step, slot))
-            draws.append(self.noise_draws.draw(piece.step, slot, self.spec.latent_shape))
-        shown = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+            draw, sight = self._look(piece, slot, unreadable)
+            text, drop = text_of(records, draw, self.seed, piece.step, slot, self.spec.text_variants)
+            keys.append(records.key(draw.record))
+            seen.append(sight)
+            texts.append(text)
+            dropped.append(drop)
+            shape = self.spec.latent_shape(self.sizes[draw.bucket])
+            draws.append(self.noise_draws.draw(piece.step, slot, shape))
+        states = input_ids = None
+        if self.texts is None:
+            input_ids = self.spec.tokenize(["" if drop else text for text, drop in zip(texts, dropped, strict=True)])
+        else:
+            entries = [self.texts.read(text, drop) for text, drop in zip(texts, dropped, strict=True)]
+            states = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+        is_live = self.latents is None
         return Batch(
             step=piece.step,
             slots=torch.tensor(piece.slots),
             keys=tuple(keys),
-            pixels=torch.from_numpy(np.stack(pixels)),
-            input_ids=self.spec.tokenize(shown),
+            pixels=torch.from_numpy(np.stack([sight.pixels for sight in seen])) if is_live else None,
+            moments=None if is_live else torch.stack([sight.moments for sight in seen]),
+            input_ids=input_ids,
+            states=states,
             caption_dropped=torch.tensor(dropped),
-            crops=torch.tensor(crops, dtype=torch.float32),
+            crops=torch.stack([sight.crop for sight in seen]),
             unreadable=tuple(unreadable),
             **stack_draws(draws),
         )
 
-    def _read(self, step: int, slot: int, unreadable: list) -> tuple[ImageRecord, Image.Image, int, int]:
-        """The slot's record, or if it can't be decoded another, drawn by (seed, step, slot): the same on a resume."""
-        number, passing = self.batches.draw(step, slot)
-        replacements = generator(self.seed, step, slot, Stream.REPLACEMENT)
+    def _look(self, piece: Piece, slot: int, unreadable: list) -> tuple[Draw, Sight]:
+        """The slot's image; if it can't be read another of its bucket, drawn by (seed, step, slot): a resume's too."""
+        if piece.streamed is None:
+            records, draw = self.images.records, self.batches.draw(piece.step, slot)
+        else:
+            records, draw = piece.streamed, piece.streamed.draw(slot - piece.slots[0])
+        replacements = generator(self.seed, piece.step, slot, Stream.REPLACEMENT)
         for _ in range(MAX_REPLACEMENTS):
-            record = self.records[number]
             try:
-                return record, read_rgb(record.source), number, passing
+                return draw, self._see(records, draw)
             except (OSError, ValueError) as error:
-                unreadable.append((record.key, str(error)))
-                number = int(replacements.integers(len(self.records)))
+                unreadable.append((records.key(draw.record), first_line(error)))
+                members = self._bucket(draw.bucket) if piece.streamed is None else np.arange(len(records))
+                draw = draw._replace(record=int(members[replacements.integers(len(members))]))
         raise ProcessError(f"{MAX_REPLACEMENTS} images in a row can't be read, the last is {unreadable[-1][0]}")
 
-    def _caption(self, record: ImageRecord, step: int, slot: int) -> str:
-        if len(record.captions) == 1:
-            return record.captions[0]
-        return record.captions[int(generator(self.seed, step, slot, Stream.CAPTION).integers(len(record.captions)))]
+    def _see(self, records: Records | StreamedRecords, draw: Draw) -> Sight:
+        if self.latents is not None:
+            return Sight(None, *self.latents.read(draw.record, draw.passing))
+        image = read_rgb(records.image(draw.record), self.image_options.transparency_color)
+        passing = pass_of(records, draw, self.spec.cut_variants)
+        cut = plan_cut(image.size, self.sizes[draw.bucket], self.image_options, self.seed, passing)
+        return Sight(make_cut(image, cut, self.image_options), None, torch.tensor(cut.crop.row()))
 
-    def _is_dropped(self, step: int, slot: int) -> bool:
-        return bool(generator(self.seed, step, slot, Stream.CAPTION_DROPOUT).random() < self.caption_dropout)
+    def _bucket(self, bucket: int) -> np.ndarray:
+        if bucket not in self._members:
+            self._members[bucket] = np.flatnonzero(self.images.plan.bucket_of == bucket)
+        return self._members[bucket]
+
+
+def pass_of(records: Records | StreamedRecords, draw: Draw, variants: int | None) -> RecordPass:
+    """What a draw's crop and tags are keyed by."""
+    return RecordPass(records.identity(draw.record), draw.passing if variants is None else draw.passing % variants)
+
+
+def text_of(
+    records: Records | StreamedRecords, draw: Draw, seed: int, step: int, slot: int, variants: int | None
+) -> tuple[str, bool]:
+    """The text of the sample at a slot of a step, and whether it is dropped."""
+    captions, options = records.captions(draw.record), records.caption_options(draw.record)
+    chosen = 0
+    if len(captions) > 1:
+        chosen = int(generator(seed, step, slot, Stream.CAPTION).integers(len(captions)))
+    text = compose(captions[chosen], options, seed, pass_of(records, draw, variants))
+    return text, bool(generator(seed, step, slot, Stream.CAPTION_DROPOUT).random() < options.caption_dropout)
 
 
 def batches_by_step(
-    dataset: TrainingDataset, pieces: Pieces, num_workers: int, pin_memory: bool
+    dataset: TrainingDataset, pieces: Pieces | StreamedPieces, num_workers: int, pin_memory: bool
 ) -> Iterator[tuple[int, Iterator[Batch]]]:
     """(step, this process's micro-batches of that step), step by step; micro-batches come as they are loaded."""
     if num_workers > 0:

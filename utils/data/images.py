@@ -1,15 +1,16 @@
-"""From an image file to the square that a model sees, all of it by PIL."""
+"""From an image file to the pixels that a model sees, all of it by PIL."""
 
 import io
+import math
 import struct
 import zlib
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageEnhance, ImageOps
 
-from utils.options import option, require, require_positive
-from utils.records import Crop
+from utils.options import UserError, option, require, require_fraction, require_positive
+from utils.records import Crop, RecordPass
 from utils.seeding import Stream, generator
 
 INTERPOLATIONS = {
@@ -22,22 +23,71 @@ INTERPOLATIONS = {
     "nearest_exact": Image.Resampling.NEAREST,
 }
 BROKEN_FILE_ERRORS = (SyntaxError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)  # beside OSError
+ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+TURNED_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    resolution: int | None = option(None, "edge of the square crops in pixels; by default 512, for SDXL 1024")
+    resolution: int | None = option(
+        None, "edge of the square crops in pixels, or that of a square of the buckets' area; by default 512, SDXL 1024"
+    )
     center_crop: bool = option(False, "crop the middle instead of a random part")
     random_flip: bool = option(False, "mirror half of the images")
+    random_rotation: float = option(0.0, "turn images by up to this many degrees; the corners are cropped away")
+    color_jitter: float = option(
+        0.0, "change brightness, contrast and saturation by a factor of up to 1 - this to 1 + this"
+    )
     image_interpolation_mode: str = option("lanczos", "how images are resized", choices=INTERPOLATIONS)
+    transparency_color: str = option("white", "what transparent images are laid on: a name, or #rrggbb")
 
     def __post_init__(self) -> None:
+        require_fraction(self, "color_jitter")
+        require(0 <= self.random_rotation <= 45, "random_rotation", self.random_rotation, "be from 0 to 45 degrees")
+        try:
+            ImageColor.getrgb(self.transparency_color)
+        except ValueError as error:
+            must = "be a colour, such as black or #808080"
+            raise UserError(f"--transparency_color must {must}, got {self.transparency_color}") from error
         if self.resolution is None:
             return
         require_positive(self, "resolution")
         below = self.resolution - self.resolution % 8
         cure = f"try {below} or {below + 8}" if below else "try 8"
         require(self.resolution % 8 == 0, "resolution", self.resolution, "be divisible by 8", cure)
+
+    @property
+    def varies(self) -> bool:
+        """Whether the same image is cut another way each time."""
+        return not self.center_crop or self.random_flip or self.random_rotation > 0 or self.color_jitter > 0
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image file says before its pixels.
+
+    Attributes:
+        width, height: in pixels, upright by its EXIF orientation.
+        oddities: names of what is out of the ordinary in it.
+    """
+
+    width: int
+    height: int
+    oddities: tuple[str, ...]
+
+
+ODDITIES = (
+    "CMYK",
+    "palette",
+    "grey",
+    "16-bit or more",
+    "transparent",
+    "turned by EXIF",
+    "animated, first frame taken",
+    "other mode",
+    "non-ASCII name",
+    "under 64 pixels",
+)
 
 
 def open_image(source: str | bytes) -> Image.Image:
@@ -49,10 +99,13 @@ def open_image(source: str | bytes) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Image.UnidentifiedImageError as error:
+        is_empty = source == b"" or (isinstance(source, str) and is_empty_file(source))
+        raise OSError("the file is empty" if is_empty else "not an image, or of no format that PIL reads") from error
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
-    except RuntimeError as error:  # of the AVIF decoder
-        raise OSError(str(error)) from error
+    except BROKEN_FILE_ERRORS as error:  # such as the AVIF decoder's
+        raise OSError(f"broken image: {error}") from error
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         image.close()
@@ -60,15 +113,54 @@ def open_image(source: str | bytes) -> Image.Image:
     return image
 
 
-def check_header(source: str | bytes) -> None:
-    """Raises `OSError` or `ValueError` unless the header is one of a readable image."""
-    open_image(source).close()
+def is_empty_file(path: str) -> bool:
+    """Whether a file has no bytes."""
+    with open(path, "rb") as file:
+        return not file.read(1)
 
 
-def read_rgb(source: str | bytes) -> Image.Image:
+def read_header(source: str | bytes) -> Header:
+    """An image's upright size and oddities; its pixels are not read.
+
+    Raises:
+        OSError, ValueError: as `open_image`.
+    """
+    try:
+        with open_image(source) as image:
+            orientation = _orientation(image)
+            width, height = image.size[::-1] if orientation in TURNED_ON_ITS_SIDE else image.size
+            return Header(width, height, _oddities(image, orientation))
+    except BROKEN_FILE_ERRORS as error:
+        raise OSError(f"broken image: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none. A PNG's is only looked for in front of its pixels."""
+    if image.format == "PNG" and "exif" not in image.info and "Raw profile type exif" not in image.info:
+        return 1  # PIL would decode the whole image to look behind it
+    return image.getexif().get(0x0112, 1)
+
+
+def _oddities(image: Image.Image, orientation: int) -> tuple[str, ...]:
+    mode = image.mode
+    found = {
+        "CMYK": mode == "CMYK",
+        "palette": mode in ("P", "PA"),
+        "grey": mode in ("1", "L", "LA", "La"),
+        "16-bit or more": mode.startswith("I") or mode == "F",
+        "transparent": mode in ALPHA_MODES or "transparency" in image.info,
+        "turned by EXIF": orientation not in (0, 1),
+        "animated, first frame taken": getattr(image, "is_animated", False),
+        "other mode": mode in ("YCbCr", "LAB", "HSV") and image.format != "JPEG",
+        "under 64 pixels": min(image.size) < 64,
+    }
+    return tuple(name for name, holds in found.items() if holds)
+
+
+def read_rgb(source: str | bytes, transparency_color: str = "white") -> Image.Image:
     """Decodes an image (of several frames the first) into RGB, upright by its EXIF orientation.
 
-    Transparency is laid on white; 16-bit grey is scaled, where PIL alone would clip it.
+    Transparency is laid on the colour; 16-bit grey is scaled, where PIL alone would clip it.
 
     Raises:
         OSError, ValueError: as `open_image`, and if the file is truncated or broken.
@@ -81,45 +173,120 @@ def read_rgb(source: str | bytes) -> Image.Image:
         raise OSError(f"broken image: {error}") from error
     if image.mode.startswith("I;16") or image.mode == "I":
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        ground = Image.new("RGBA", rgba.size, transparency_color)
+        return Image.alpha_composite(ground, rgba).convert("RGB")
     return image.convert("RGB")
 
 
-def cut(image: Image.Image, resolution: int, options: ImageOptions, draws: "CutDraws") -> tuple[np.ndarray, Crop]:
-    """Resizes the shorter edge to the resolution and cuts a square, of the mirrored image where that was drawn.
-
-    Returns:
-        pixels [3, resolution, resolution] uint8, and the crop that made them.
-    """
-    width, height = (resolution * edge // min(image.size) for edge in image.size)
-    resized = image.resize((width, height), INTERPOLATIONS[options.image_interpolation_mode])
-    if options.random_flip and draws.flip:
-        resized = ImageOps.mirror(resized)
-    if options.center_crop:
-        top, left = round((height - resolution) / 2), round((width - resolution) / 2)
-    else:
-        top = int(draws.vertical * (height - resolution + 1))
-        left = int(draws.horizontal * (width - resolution + 1))
-    pixels = np.asarray(resized.crop((left, top, left + resolution, top + resolution)))
-    crop = Crop(image.height, image.width, top, left, resolution, resolution)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), crop
-
-
 @dataclass(frozen=True)
-class CutDraws:
-    """What is drawn before an image is encoded: the crop's place, each in [0, 1), and whether it is mirrored."""
+class Cut:
+    """How an image becomes what a model sees; all of it follows from the image's size and the draws.
 
-    vertical: float
-    horizontal: float
-    flip: bool
+    Attributes:
+        degrees: by which it is turned, counter-clockwise.
+        box: left, top, right and bottom of the part that is resized, in pixels of the (turned) image.
+        mirrored: whether it is mirrored then.
+        brightness, contrast, saturation: factors, 1 for none.
+        crop: where the part lies, for the model.
+    """
+
+    degrees: float
+    box: tuple[float, float, float, float]
+    mirrored: bool
+    brightness: float
+    contrast: float
+    saturation: float
+    crop: Crop
 
 
-def draw_cut(seed: int, record: int, passing: int) -> CutDraws:
-    """The draws of a record's pass: the same in a cached and in a live run."""
-    vertical, horizontal = generator(seed, record, passing, Stream.CROP).random(2)
-    return CutDraws(
-        float(vertical), float(horizontal), bool(generator(seed, record, passing, Stream.FLIP).random() < 0.5)
+def plan_cut(
+    size: tuple[int, int], target: tuple[int, int], options: ImageOptions, seed: int, passing: RecordPass
+) -> Cut:
+    """The cut of an image in one of its passes: the same in a cached and in a live run.
+
+    The image is resized to cover the target with the least left over, which is cropped away.
+
+    Args:
+        size: width and height of the upright image.
+        target: width and height of what the model sees.
+    """
+    degrees = 0.0
+    if options.random_rotation:
+        drawn = generator(seed, passing.identity, passing.variant, Stream.ROTATION).random()
+        degrees = float((2 * drawn - 1) * options.random_rotation)
+    inner = _inscribed(size, degrees)
+    resized = _cover(inner, target)
+    scale = inner[0] / resized[0], inner[1] / resized[1]  # pixels of the image for one of the resized
+    margin = (size[0] - inner[0]) / 2, (size[1] - inner[1]) / 2
+    if options.center_crop:
+        left, top = round((resized[0] - target[0]) / 2), round((resized[1] - target[1]) / 2)
+    else:
+        vertical, horizontal = generator(seed, passing.identity, passing.variant, Stream.CROP).random(2)
+        left = int(horizontal * (resized[0] - target[0] + 1))
+        top = int(vertical * (resized[1] - target[1] + 1))
+    mirrored = options.random_flip and _is_mirrored(seed, passing)
+    seen_from_left = resized[0] - target[0] - left if mirrored else left  # the crop counts in the mirrored image
+    begin = margin[0] + seen_from_left * scale[0], margin[1] + top * scale[1]
+    end = begin[0] + target[0] * scale[0], begin[1] + target[1] * scale[1]
+    box = (*begin, min(end[0], size[0]), min(end[1], size[1]))
+    crop = Crop(
+        original_height=size[1],
+        original_width=size[0],
+        top=top + round(margin[1] / scale[1]),
+        left=left + round(margin[0] / scale[0]),
+        height=target[1],
+        width=target[0],
     )
+    return Cut(degrees, box, mirrored, *_jitter(options.color_jitter, seed, passing), crop)
+
+
+def make_cut(image: Image.Image, cut: Cut, options: ImageOptions) -> np.ndarray:
+    """[3, H, W] uint8, what the cut takes of an RGB image."""
+    if cut.degrees:
+        image = image.rotate(cut.degrees, Image.Resampling.BICUBIC)
+    # only the part that is kept is computed: an image of 30,000 x 20 pixels would else be resized to gigabytes
+    target = (cut.crop.width, cut.crop.height)
+    taken = image.resize(target, INTERPOLATIONS[options.image_interpolation_mode], box=cut.box)
+    if cut.mirrored:
+        taken = ImageOps.mirror(taken)
+    for enhance, factor in (
+        (ImageEnhance.Brightness, cut.brightness),
+        (ImageEnhance.Contrast, cut.contrast),
+        (ImageEnhance.Color, cut.saturation),
+    ):
+        if factor != 1:
+            taken = enhance(taken).enhance(factor)
+    return np.ascontiguousarray(np.asarray(taken).transpose(2, 0, 1))
+
+
+def _cover(size: tuple[float, float], target: tuple[int, int]) -> tuple[int, int]:
+    """The size to which an image is resized to cover the target, one edge exactly."""
+    (width, height), (target_width, target_height) = size, target
+    if target_width * height >= target_height * width:
+        return target_width, max(target_height, int(target_width * height // width))
+    return max(target_width, int(target_height * width // height)), target_height
+
+
+def _inscribed(size: tuple[int, int], degrees: float) -> tuple[float, float]:
+    """The largest part of an image's own aspect ratio, upright around its middle, that the turned image fills."""
+    if not degrees:
+        return size
+    width, height = size
+    sine, cosine = math.sin(math.radians(abs(degrees))), math.cos(math.radians(degrees))
+    shrink = min(width / (width * cosine + height * sine), height / (height * cosine + width * sine))
+    return width * shrink, height * shrink
+
+
+def _is_mirrored(seed: int, passing: RecordPass) -> bool:
+    return bool(generator(seed, passing.identity, passing.variant, Stream.FLIP).random() < 0.5)
+
+
+def _jitter(strength: float, seed: int, passing: RecordPass) -> tuple[float, float, float]:
+    """Factors of brightness, contrast and saturation."""
+    if not strength:
+        return 1.0, 1.0, 1.0
+    drawn = generator(seed, passing.identity, passing.variant, Stream.COLOR_JITTER).random(3)
+    brightness, contrast, saturation = (float(value) for value in 1 + strength * (2 * drawn - 1))
+    return brightness, contrast, saturation

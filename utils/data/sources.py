@@ -1,18 +1,29 @@
-"""Where images and captions come from: HF Datasets by name, or a folder of images."""
+"""Where images and captions come from: one table of the kinds of sources, and several sources in one run."""
 
-import glob
+import hashlib
 import logging
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import PIL.Image
+import yaml
 
-from utils.options import UserError, first_line, nearest, option, require, require_positive
+from utils.data.captions import CaptionOptions, folder_caption
+from utils.data.folders import (
+    CAPTION_FILE,
+    METADATA_NAMES,
+    is_image,
+    list_files,
+    read_caption_file_folder,
+    read_metadata_folder,
+    read_pairs_folder,
+)
+from utils.data.tables import ImageTable, RowTable
+from utils.data.tars import read_tars
+from utils.options import UserError, first_line, nearest, option, require, require_positive, with_values
 from utils.records import ImageRecord
 from utils.seeding import Stream, generator
 
@@ -23,172 +34,402 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class SourceOptions:
+    """One source of images; each can also stand in a `--dataset_file`."""
+
     dataset_name: str | None = option(None, "name of a dataset on the Hub, or a local path that `datasets` can load")
     dataset_config_name: str | None = option(None, "configuration of the dataset")
+    dataset_split: str = option("train", "split to train on, of a dataset or of a folder that has splits")
     train_data_dir: str | None = option(
         None,
-        "folder of images with a metadata.jsonl (or .csv) of file_name and captions; with --dataset_name its data_dir",
+        "folder of images with captions in metadata.jsonl or .csv, in captions.json or beside each image, or of "
+        "parquet files or tar shards; with --dataset_name its data_dir",
+    )
+    data_format: str | None = option(
+        None,
+        "what the folder is: imagefolder, pairs, captions_json, parquet or webdataset; by default seen from its files",
     )
     image_column: str = option("image", "column of the images")
     caption_column: str = option("text", "column of the captions: a string, or a list of strings of which one is drawn")
-    max_train_samples: int | None = option(None, "train on this many images, drawn by the seed")
-    cache_dir: str | None = option(None, "where `datasets` keeps what it downloads and converts")
+    width_column: str = option("width", "column of the images' widths, which spares reading headers")
+    height_column: str = option("height", "column of the images' heights")
+    max_train_samples: int | None = option(None, "train on this many images of a source, drawn by the seed")
 
     def __post_init__(self) -> None:
         require_positive(self, "max_train_samples")
-        if self.dataset_name is None and self.train_data_dir is None:
-            raise UserError("no data to train on; give --dataset_name or --train_data_dir")
-        if self.dataset_name is None and not Path(self.train_data_dir).is_dir():
-            require(False, "train_data_dir", self.train_data_dir, "be a folder", "it does not exist here")
+        folder = self.train_data_dir
+        if folder is not None and self.dataset_name is None and not Path(folder).exists():
+            require(False, "train_data_dir", folder, "be a folder", "it does not exist here")
+        if self.data_format is not None:
+            known = ", ".join(SOURCES)
+            require(self.data_format in SOURCES, "data_format", self.data_format, f"be one of {known}")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    dataset_file: str | None = option(
+        None, "YAML file of several sources, each with repeats or a weight and its own caption settings"
+    )
+    streaming: bool = option(False, "read the dataset as a stream, never whole: no cache, and buckets by size columns")
+    shuffle_buffer_size: int = option(1000, "images of a stream among which the next is drawn")
+    cache_dir: str | None = option(None, "where `datasets` keeps what it downloads and converts")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "shuffle_buffer_size")
+        if self.streaming and self.dataset_file is not None:
+            raise UserError("--streaming reads one source; give it as --dataset_name or --train_data_dir")
+        if self.dataset_file is not None:
+            require(Path(self.dataset_file).is_file(), "dataset_file", self.dataset_file, "be a YAML file that exists")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table of images and how they are used.
+
+    Attributes:
+        name: by which its images are reported where there are several sources.
+        repeats: times an epoch that each of its images is used.
+        weight: its share of the samples relative to the other sources', whatever its size; instead of repeats.
+    """
+
+    name: str
+    table: ImageTable = field(repr=False)
+    captions: CaptionOptions
+    repeats: Fraction = Fraction(1)
+    weight: Fraction | None = None
 
 
 class Records:
-    """The images to train on, in a fixed order; rows are read when asked for.
+    """The images to train on, of all sources in a fixed order; they are read when asked for.
 
     Attributes:
-        unreadable: (key, reason) of each image that was left out.
-        num_missing_captions: images without a caption, which train on the empty one.
+        sources: where they are from.
+        source_numbers: [N] the source of each.
+        rows: [N] the row of each in its source's table.
+        refused: (key, reason) of each image that a source lists but that can't be had.
     """
 
-    def __init__(self, dataset: "Dataset", image_column: str, caption_column: str, rows: np.ndarray):
-        self._dataset = dataset
-        self._image_column = image_column
-        self._caption_column = caption_column
-        self._rows = rows
-        self.unreadable: list[tuple[str, str]] = []
-        self.num_missing_captions = 0
+    def __init__(self, sources: Sequence[Source], source_numbers: np.ndarray, rows: np.ndarray):
+        self.sources = list(sources)
+        self.source_numbers = source_numbers
+        self.rows = rows
+        self.refused = [
+            (self._name(number, key), reason)
+            for number, source in enumerate(self.sources)
+            for key, reason in source.table.refused
+        ]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> ImageRecord:
-        row = int(self._rows[index])
-        values = self._dataset[row]
-        image = values[self._image_column] or {"path": None, "bytes": b""}
-        source = image["bytes"] if image["bytes"] is not None else image["path"]
-        return ImageRecord(image["path"] or f"row {row}", source, _captions(values[self._caption_column]))
+        number, row = int(self.source_numbers[index]), int(self.rows[index])
+        record = self.sources[number].table.record(row)
+        captions = self._present(record.captions, number, row)
+        return replace(record, key=self._name(number, record.key), captions=captions)
 
-    def find_unreadable(self, check: Callable[[str | bytes], None]) -> dict[int, str]:
-        """The numbers of the records for which `check(source)` raises `OSError` or `ValueError`, and why.
+    def key(self, index: int) -> str:
+        """The name by which an image is reported."""
+        number = int(self.source_numbers[index])
+        return self._name(number, self.sources[number].table.key(int(self.rows[index])))
 
-        Only headers are read, on several threads.
-        """
+    def image(self, index: int) -> str | bytes:
+        """An image's path or bytes."""
+        return self.source(index).table.image(int(self.rows[index]))
 
-        def reason(index: int) -> str | None:
-            try:
-                check(self[index].source)
-            except (OSError, ValueError) as error:
-                return first_line(error)
-            return None
+    def captions(self, index: int) -> tuple[str, ...]:
+        """An image's captions, at least one."""
+        number, row = int(self.source_numbers[index]), int(self.rows[index])
+        return self._present(self.sources[number].table.captions(row), number, row)
 
-        with ThreadPoolExecutor(max_workers=min(16, 4 * (os.cpu_count() or 1))) as pool:
-            reasons = pool.map(reason, range(len(self)), chunksize=64)
-            return {index: found for index, found in enumerate(reasons) if found is not None}
+    def source(self, index: int) -> Source:
+        """The source of an image."""
+        return self.sources[int(self.source_numbers[index])]
 
-    def without(self, unreadable: dict[int, str]) -> "Records":
-        """The same records but for some, which are remembered as unreadable."""
-        kept = Records(self._dataset, self._image_column, self._caption_column, np.delete(self._rows, list(unreadable)))
-        kept.unreadable = [(self[index].key, reason) for index, reason in unreadable.items()]
-        kept.num_missing_captions = self.num_missing_captions
-        return kept
+    def caption_options(self, index: int) -> CaptionOptions:
+        """How an image's captions are used."""
+        return self.source(index).captions
+
+    def identity(self, index: int) -> int:
+        """64 bits that stay an image's own when others are added or the folder moves; its draws are keyed by them."""
+        key = self.source(index).table.key(int(self.rows[index]))
+        return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+    def all_captions(self) -> Iterator[tuple[str, ...]]:
+        """The captions of each image in order; none where it has none."""
+        for number, source in enumerate(self.sources):  # the images of a source stand together and in order
+            rows = self.rows[self.source_numbers == number]
+            if len(rows) == len(source.table):
+                yield from source.table.all_captions()
+            else:
+                yield from (source.table.captions(int(row)) for row in rows)
+
+    def take(self, indices: np.ndarray) -> "Records":
+        """Some of the records, in their order."""
+        return Records(self.sources, self.source_numbers[indices], self.rows[indices])
+
+    def repeats(self) -> list[Fraction]:
+        """How often each source's images are used an epoch; by weight an epoch is as long as the sources together."""
+        counts = [int((self.source_numbers == number).sum()) for number in range(len(self.sources))]
+        weights = [source.weight for source in self.sources]
+        if weights[0] is None:
+            return [source.repeats for source in self.sources]
+        total = sum(weight for weight, count in zip(weights, counts, strict=True) if count)
+        return [
+            weight * len(self) / (total * count) if count else Fraction(0)
+            for weight, count in zip(weights, counts, strict=True)
+        ]
+
+    def _name(self, number: int, key: str) -> str:
+        return f"{self.sources[number].name}/{key}" if len(self.sources) > 1 else key
+
+    def _present(self, captions: tuple[str, ...], number: int, row: int) -> tuple[str, ...]:
+        source = self.sources[number]
+        if captions:
+            return captions
+        if source.captions.on_missing_caption == "folder":
+            return (folder_caption(source.table.key(row), source.table.name),)
+        return ("",)
 
 
-def read_records(options: DataOptions, seed: int) -> Records:
-    """Opens the dataset, checks its columns and draws the subset of `--max_train_samples`.
+def read_records(data: DataOptions, source: SourceOptions, captions: CaptionOptions, seed: int) -> Records:
+    """Lists the images of all sources.
 
     Raises:
-        UserError: for a dataset that can't be loaded, is empty, or lacks a column.
+        UserError: for a source that can't be read, is empty, or lacks a column.
     """
-    from datasets import Image
-    from datasets.exceptions import DatasetGenerationError
+    sources, rows = [], []
+    for entry in source_entries(data, source, captions):
+        table = read_table(entry.source, data.cache_dir)
+        sources.append(Source(entry.name, table, entry.captions, entry.repeats, entry.weight))
+        rows.append(_subset(table, entry.source, seed))
+    numbers = [np.full(len(each), number, np.uint16) for number, each in enumerate(rows)]
+    return Records(sources, np.concatenate(numbers), np.concatenate(rows))
 
-    dataset = _load(options)
-    _check_columns(dataset.column_names, options)
+
+class SourceEntry(NamedTuple):
+    """What the options say of one source; `repeats` or `weight` is given where there are several."""
+
+    name: str
+    source: SourceOptions
+    captions: CaptionOptions
+    repeats: Fraction
+    weight: Fraction | None
+
+
+def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionOptions) -> list[SourceEntry]:
+    """The sources that the command line or the dataset file names; nothing of them is read.
+
+    Raises:
+        UserError: if there is none, or the file is not right.
+    """
+    if data.dataset_file is None:
+        if options.dataset_name is None and options.train_data_dir is None:
+            raise UserError("no data to train on; give --dataset_name, --train_data_dir or --dataset_file")
+        name = options.dataset_name or Path(options.train_data_dir).name
+        return [SourceEntry(name, options, captions, Fraction(1), None)]
+    if options.dataset_name is not None or options.train_data_dir is not None:
+        raise UserError("--dataset_file names the sources; leave out --dataset_name and --train_data_dir")
+    found = []
+    for entry, where in _entries(Path(data.dataset_file)):
+        source = with_values(options, entry, where)
+        if source.dataset_name is None and source.train_data_dir is None:
+            raise UserError(f"{where} has neither dataset_name nor train_data_dir")
+        name = str(entry.get("name") or Path(source.dataset_name or source.train_data_dir).name)
+        repeats = _fraction(entry, "repeats", where) or Fraction(1)
+        weight = _fraction(entry, "weight", where)
+        found.append(SourceEntry(name, source, with_values(captions, entry, where), repeats, weight))
+    if len({entry.weight is None for entry in found}) > 1:
+        raise UserError(f"{data.dataset_file}: give all sources a weight, or none (repeats then)")
+    names = [entry.name for entry in found]
+    if len(set(names)) < len(names):
+        found = [entry._replace(name=f"{number}-{entry.name}") for number, entry in enumerate(found)]
+    return found
+
+
+def _entries(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """(options, where they stand) of each source in a dataset file; paths in it are relative to its folder."""
     try:
-        dataset = dataset.cast_column(options.image_column, Image(decode=False))
-        dataset = dataset.select_columns([options.image_column, options.caption_column])
-    except (DatasetGenerationError, TypeError, ValueError) as error:
-        raise UserError(f"--image_column {options.image_column} does not hold images: {first_line(error)}") from error
-    if len(dataset) == 0:
-        raise UserError("the dataset is empty; check --dataset_name or --train_data_dir")
-    rows = np.arange(len(dataset))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--dataset_file {file} can't be read: {' '.join(str(error).split())}") from error
+    entries = content.get("sources") if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"--dataset_file {file} must hold a list of sources, each a mapping of options")
+    if isinstance(content, dict) and len(content) > 1:
+        extra = next(key for key in content if key != "sources")
+        raise UserError(f"--dataset_file {file}: {extra} is unknown beside sources")
+    known = {"name", "repeats", "weight", *SourceOptions.__dataclass_fields__, *CaptionOptions.__dataclass_fields__}
+    for number, entry in enumerate(entries, start=1):
+        where = f"{file}, source {number}"
+        for key in entry:
+            if key not in known:
+                hint = nearest(str(key), known)
+                raise UserError(f"{where}: {key} is unknown" + (f"; did you mean {hint}?" if hint else ""))
+        if {"repeats", "weight"} <= entry.keys():
+            raise UserError(f"{where}: repeats and weight are two ways to say how often; give one")
+        entry = dict(entry)
+        for key in ("train_data_dir", "dataset_name"):
+            if isinstance(entry.get(key), str) and (file.parent / entry[key]).exists():
+                entry[key] = str(file.parent / entry[key])
+        yield entry, where
+
+
+def _fraction(entry: dict[str, Any], key: str, where: str) -> Fraction | None:
+    value = entry.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UserError(f"{where}: {key} must be a number above 0, got {value!r}")
+    return Fraction(str(value))
+
+
+def _subset(table: ImageTable, options: SourceOptions, seed: int) -> np.ndarray:
+    """The rows of a table that are taken, in order."""
+    rows = np.arange(len(table))
     if options.max_train_samples is not None and options.max_train_samples < len(rows):
         order = generator(seed, 0, 0, Stream.SUBSET).permutation(len(rows))
         rows = np.sort(order[: options.max_train_samples])
-    records = Records(dataset, options.image_column, options.caption_column, rows)
-    records.num_missing_captions = _count_missing_captions(dataset, options.caption_column, rows)
-    return records
+    return rows
 
 
-def _load(options: DataOptions) -> "Dataset":
-    """The train split."""
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
+def read_table(options: SourceOptions, cache_dir: str | None) -> ImageTable:
+    """The images of one source.
 
-    try:
-        loaded = SOURCES["dataset" if options.dataset_name is not None else "imagefolder"](options)
-    except DatasetGenerationError as error:
-        raise UserError(f"the dataset can't be read: {first_line(error.__cause__ or error)}") from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"the dataset can't be loaded: {first_line(error)}") from error
-    if isinstance(loaded, datasets.Dataset):
-        return loaded
-    if "train" not in loaded:
-        raise UserError(f"the dataset has no train split; it has {', '.join(loaded)}")
-    return loaded["train"]
-
-
-def _load_dataset(options: DataOptions):
-    import datasets
-
-    if _is_saved_dataset(Path(options.dataset_name)):
-        return datasets.load_from_disk(options.dataset_name)
-    return datasets.load_dataset(
-        options.dataset_name,
-        options.dataset_config_name,
-        cache_dir=options.cache_dir,
-        data_dir=options.train_data_dir,
-    )
+    Raises:
+        UserError: if it can't be read, is empty, or lacks a column.
+    """
+    kind = options.data_format or detect(options)
+    table = SOURCES[kind](options, cache_dir)
+    if table.num_left_out:
+        logger.warning("%d images in %s are not in its metadata and left out", table.num_left_out, table.name)
+    if len(table) == 0:
+        where = f"--dataset_name {options.dataset_name}" if options.dataset_name else f"{options.train_data_dir}"
+        reason = f"; the first of {len(table.refused)} says: {': '.join(table.refused[0])}" if table.refused else ""
+        raise UserError(f"there are no images in {where}, such as .png, .jpg or .webp files{reason}")
+    return table
 
 
-def _load_imagefolder(options: DataOptions):
-    import datasets
-
+def detect(options: SourceOptions) -> str:
+    """Which kind of source it is, by its files."""
+    if options.dataset_name is not None:
+        return "dataset"
     folder = Path(options.train_data_dir)
-    if _is_saved_dataset(folder):
+    if is_saved_dataset(folder):
         raise UserError(f"--train_data_dir {folder} is a saved dataset; give it as --dataset_name")
-    num_files = _count_images(folder)
-    if num_files == 0:
-        raise UserError(f"--train_data_dir {folder} holds no images, such as .png, .jpg or .webp files")
-    loaded = datasets.load_dataset(
-        "imagefolder", data_files={"train": f"{glob.escape(str(folder))}/**"}, cache_dir=options.cache_dir
-    )
-    num_unlisted = num_files - len(loaded["train"])
-    if num_unlisted > 0:
-        logger.warning("%d of %d images in %s are not in its metadata and left out", num_unlisted, num_files, folder)
-    return loaded
+    if folder.is_file():
+        kind = {".tar": "webdataset", ".parquet": "parquet"}.get(folder.suffix)
+        require(kind is not None, "train_data_dir", folder, "be a folder, a .tar or a .parquet file")
+        return kind
+    if (folder / CAPTION_FILE).is_file() or (folder / options.dataset_split / CAPTION_FILE).is_file():
+        return "captions_json"
+    names = list_files(folder)
+    if any(name.rpartition("/")[2] in METADATA_NAMES for name in names):
+        return "imagefolder"
+    if any(is_image(name) for name in names):
+        return "pairs"
+    suffixes = {Path(name).suffix for name in names}
+    return "webdataset" if ".tar" in suffixes else "parquet" if ".parquet" in suffixes else "pairs"
 
 
-def _count_images(folder: Path) -> int:
-    """Images in a folder and those below it, links followed, hidden ones left out."""
-    extensions = PIL.Image.registered_extensions()
-    return sum(
-        os.path.splitext(name)[1].lower() in extensions and not name.startswith(".")
-        for _, _, names in os.walk(folder, followlinks=True)
-        for name in names
-    )
-
-
-def _is_saved_dataset(folder: Path) -> bool:
+def is_saved_dataset(folder: Path) -> bool:
     """Whether `save_to_disk` wrote the folder."""
     return (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
 
 
-SOURCES = {"dataset": _load_dataset, "imagefolder": _load_imagefolder}
+def _read_dataset(options: SourceOptions, cache_dir: str | None) -> RowTable:
+    """A dataset by `datasets`: of the Hub, a local path, or what `save_to_disk` wrote."""
+    import datasets
+
+    if is_saved_dataset(Path(options.dataset_name)):
+        return _rows(options, lambda: datasets.load_from_disk(options.dataset_name))
+    arguments = (options.dataset_name, options.dataset_config_name)
+    return _rows(
+        options, lambda: datasets.load_dataset(*arguments, cache_dir=cache_dir, data_dir=options.train_data_dir)
+    )
 
 
-def _check_columns(columns: list[str], options: DataOptions) -> None:
+def _read_parquet(options: SourceOptions, cache_dir: str | None) -> RowTable:
+    """Parquet files whose image column holds bytes, by `datasets`."""
+    import datasets
+
+    files = files_of(options.train_data_dir, ".parquet")
+    return _rows(options, lambda: datasets.load_dataset("parquet", data_files={"train": files}, cache_dir=cache_dir))
+
+
+def _read_imagefolder(options: SourceOptions, cache_dir: str | None) -> ImageTable:
+    folder = Path(options.train_data_dir)
+    if options.image_column != "image":
+        raise UserError(f"--image_column {options.image_column} is not a column of a folder of images; leave it out")
+    return read_metadata_folder(folder, list_files(folder), options.caption_column)
+
+
+def _read_pairs(options: SourceOptions, cache_dir: str | None) -> ImageTable:
+    folder = Path(options.train_data_dir)
+    return read_pairs_folder(folder, list_files(folder))
+
+
+def _read_captions_json(options: SourceOptions, cache_dir: str | None) -> ImageTable:
+    return read_caption_file_folder(Path(options.train_data_dir), options.dataset_split)
+
+
+def _read_webdataset(options: SourceOptions, cache_dir: str | None) -> ImageTable:
+    return read_tars([Path(file) for file in files_of(options.train_data_dir, ".tar")])
+
+
+SOURCES = {
+    "dataset": _read_dataset,
+    "imagefolder": _read_imagefolder,
+    "pairs": _read_pairs,
+    "captions_json": _read_captions_json,
+    "parquet": _read_parquet,
+    "webdataset": _read_webdataset,
+}
+
+
+def files_of(path: str, suffix: str) -> list[str]:
+    """The file itself, or a folder's files with this ending, in order.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if Path(path).is_file():
+        return [path]
+    files = [str(Path(path, name)) for name in list_files(Path(path)) if name.endswith(suffix)]
+    require(bool(files), "train_data_dir", path, f"hold {suffix} files")
+    return files
+
+
+def _rows(options: SourceOptions, load) -> RowTable:
+    """The table of a dataset's split, its columns checked."""
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        loaded = load()
+    except DatasetGenerationError as error:
+        raise UserError(f"the dataset can't be read: {first_line(error.__cause__ or error)}") from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"the dataset can't be loaded: {first_line(error)}") from error
+    if not isinstance(loaded, datasets.Dataset):
+        split = options.dataset_split
+        if split not in loaded:
+            raise UserError(f"the dataset has no {split} split; it has {', '.join(loaded)}; name one: --dataset_split")
+        loaded = loaded[split]
+    check_columns(loaded.column_names, options)
+    check_caption_feature(loaded, options.caption_column)
+    sizes = (options.width_column, options.height_column)
+    columns = [options.image_column, options.caption_column]
+    columns += [name for name in sizes if name in loaded.column_names and name not in columns]
+    try:
+        loaded = loaded.select_columns(columns).cast_column(options.image_column, datasets.Image(decode=False))
+    except (DatasetGenerationError, TypeError, ValueError) as error:
+        raise UserError(f"--image_column {options.image_column} does not hold images: {first_line(error)}") from error
+    return RowTable(loaded, options.image_column, options.caption_column, sizes)
+
+
+def check_columns(columns: Sequence[str], options: SourceOptions) -> None:
+    """Refuses data without the image or the caption column, naming what there is."""
     for flag, column in (("image_column", options.image_column), ("caption_column", options.caption_column)):
         if column in columns:
             continue
@@ -196,33 +437,14 @@ def _check_columns(columns: list[str], options: DataOptions) -> None:
         raise UserError(
             f"--{flag} {column} is not a column of the data, which has {', '.join(columns)}"
             + (f"; did you mean --{flag} {hint}?" if hint else f"; name one with --{flag}")
-            + (
-                ""
-                if flag == "image_column" or options.dataset_name
-                else ", or add a metadata.jsonl of file_name and text"
-            )
         )
 
 
-def _captions(value: str | list[str] | None) -> tuple[str, ...]:
-    if value is None:
-        return ("",)
-    if isinstance(value, str):
-        return (value,)
-    return tuple(caption or "" for caption in value) or ("",)
-
-
-def _count_missing_captions(dataset: "Dataset", column: str, rows: np.ndarray) -> int:
-    """Images whose caption is None or an empty list.
-
-    Raises:
-        UserError: if the column holds neither strings nor lists of strings.
-    """
+def check_caption_feature(dataset: "Dataset", column: str) -> None:
+    """Refuses a caption column that holds neither strings nor lists of strings."""
     from datasets import List, Value
 
     feature = dataset.features[column]
     inner = feature.feature if isinstance(feature, List) else feature
     if not (isinstance(inner, Value) and inner.dtype in ("string", "large_string", "string_view", "null")):
         raise UserError(f"--caption_column {column} must hold strings or lists of strings, got {inner}")
-    values = dataset.select_columns([column]).select(rows)[column]
-    return sum(1 for value in values if value is None or (isinstance(value, list) and not value))

@@ -2,9 +2,11 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +18,13 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 MAX_TOKENS = 10_000  # a tokenizer that does not say its length says a number beyond all bounds
+CAPTIONS_AT_ONCE = 4096  # whose tokens are held in memory to be counted
 TextStates = dict[str, Tensor]
-"""What a family's denoiser reads of a caption; the names are the family's own, the first axis is the sample."""
+"""What a family's denoiser reads of a caption; the names are the UNet's, the first axis is the sample.
+
+"encoder_hidden_states" [B, chunks * tokens, width]; with several chunks "encoder_attention_mask" [B, chunks * tokens]
+bool, where the caption fills them; and what more the family has, of the first chunk.
+"""
 
 
 class Family(ABC):
@@ -26,6 +33,7 @@ class Family(ABC):
     Attributes:
         pipeline: the live diffusers pipeline; its parts are those that are trained.
         latent_space: its VAE.
+        prompt_argument_names: the pipeline's argument for each text state of a prompt.
     """
 
     pipeline_class_name: str
@@ -34,6 +42,7 @@ class Family(ABC):
     default_validation_epochs: int
     text_encoder_names: tuple[str, ...]
     tokenizer_names: tuple[str, ...]
+    prompt_argument_names: Mapping[str, str]
     unet_lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     text_encoder_lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -42,6 +51,8 @@ class Family(ABC):
         self.pipeline = source.load(self.pipeline_class(), dtypes, self.text_encoder_names)
         self.pipeline.scheduler = changed_scheduler(self.pipeline.scheduler, scheduler_changes)
         self.latent_space = LatentSpace(self.pipeline.vae)
+        self._resting: list[str] = []
+        self._device: torch.device | None = None
         for name in self.tokenizer_names:
             if getattr(self.pipeline, name).model_max_length > MAX_TOKENS:
                 raise UserError(f"--pretrained_model {source.path}: its {name} is missing or has no model_max_length")
@@ -106,25 +117,76 @@ class Family(ABC):
         return [getattr(self.pipeline, name) for name in self.text_encoder_names]
 
     @staticmethod
-    def check_resolution(resolution: int, vae_config: Mapping) -> None:
-        """Refuses an edge whose latents would not be whole."""
+    def check_sizes(sizes: Sequence[tuple[int, int]], vae_config: Mapping) -> None:
+        """Refuses widths and heights whose latents would not be whole."""
         factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-        below = resolution - resolution % factor
-        cure = f"try {below} or {below + factor}" if below else f"try {factor}"
-        require(resolution % factor == 0, "resolution", resolution, f"be divisible by {factor} for this VAE", cure)
+        for edge in (edge for size in sizes for edge in size):
+            below = edge - edge % factor
+            cure = f"try {below} or {below + factor}" if below else f"try {factor}"
+            flag = "resolution" if len(sizes) == 1 else "bucket_step"
+            require(edge % factor == 0, flag, edge, f"be divisible by {factor} for this VAE", cure)
 
-    def tokenizer(self) -> Callable[[list[str]], Tensor]:
-        """A function for the loader's workers: B captions -> [B, text encoders, tokens] int64, padded and cut."""
-        return Tokenize([getattr(self.pipeline, name) for name in self.tokenizer_names])
+    @property
+    def tokenizers(self) -> list[Any]:
+        """In the order of `tokenizer_names`."""
+        return [getattr(self.pipeline, name) for name in self.tokenizer_names]
 
-    @abstractmethod
+    def tokenizer(self) -> "Tokenize":
+        """A function for the loader's workers: B captions -> [B, text encoders, chunks * tokens] int64."""
+        return Tokenize(self.tokenizers, self.source.options.num_chunks)
+
     def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
-        """The text states of [B, text encoders, tokens] input ids.
+        """The text states of [B, text encoders, chunks * tokens] input ids, each chunk encoded on its own.
+
+        A sample's states do not depend on how many chunks there are, but for those that its mask leaves out.
 
         Args:
             dropped: [B] bool, where the caption was dropped: there the states are those that inference has without a
                 prompt. The ids there are of "".
         """
+        states = self._encode(input_ids, dropped)
+        if self.has_zeros_without_prompt:
+            states = {
+                name: state.masked_fill(dropped.view(-1, *[1] * (state.ndim - 1)), 0) for name, state in states.items()
+            }
+        chunks = self._chunks(input_ids)
+        if chunks.shape[2] > 1:
+            states["encoder_attention_mask"] = self._filled(chunks).repeat_interleave(chunks.shape[3], dim=1)
+        return states
+
+    def _chunks(self, input_ids: Tensor) -> Tensor:
+        """[B, text encoders, chunks, tokens] of [B, text encoders, chunks * tokens] input ids."""
+        return input_ids.unflatten(2, (-1, self.tokenizers[0].model_max_length))
+
+    def _filled(self, chunks: Tensor) -> Tensor:
+        """[B, chunks] bool, which chunks of [B, text encoders, chunks, tokens] hold a piece; the first one always does.
+
+        A chunk without a piece ends right after its beginning.
+        """
+        ends = [tokenizer.eos_token_id for tokenizer in self.tokenizers]  # numbers: a tensor would wait for the GPU
+        filled = torch.stack([chunks[:, index, :, 1] != end for index, end in enumerate(ends)]).any(dim=0)
+        filled[:, 0] = True
+        return filled
+
+    def _encode(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
+        """The states of all chunks, side by side; clip_skip spares the samples where `unskipped`, [B] bool."""
+        chunks = self._chunks(input_ids).transpose(1, 2)
+        num_samples, num_chunks = chunks.shape[:2]
+        states = self._encode_chunks(chunks.flatten(0, 1), unskipped.repeat_interleave(num_chunks))
+        by_sample = {name: state.unflatten(0, (num_samples, num_chunks)) for name, state in states.items()}
+        return {
+            name: state.flatten(1, 2) if name == "encoder_hidden_states" else state[:, 0]
+            for name, state in by_sample.items()
+        }
+
+    @abstractmethod
+    def _encode_chunks(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
+        """The states of chunks [N, text encoders, tokens]; clip_skip spares those where `unskipped`, [N] bool."""
+
+    @property
+    def has_zeros_without_prompt(self) -> bool:
+        """Whether inference has zeros for states where there is no prompt."""
+        return False
 
     @abstractmethod
     def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
@@ -134,9 +196,23 @@ class Family(ABC):
     def reads_text_parameter(self, encoder: int, name: str) -> bool:
         """Whether the pipeline's text states depend on this parameter of a text encoder."""
 
-    @abstractmethod
     def prompt_arguments(self, prompt: str, negative_prompt: str | None) -> dict[str, Tensor]:
-        """The keyword arguments by which the pipeline takes an encoded prompt and negative prompt."""
+        """The keyword arguments by which the pipeline takes an encoded prompt and negative prompt.
+
+        Both have the chunks that the longer one fills, for the pipelines want one length, and take no mask. Without a
+        negative prompt its states are as the pipeline has them.
+        """
+        ids = self.tokenizer()([prompt, negative_prompt or ""])
+        chunks = self._chunks(ids)
+        ids = chunks[:, :, : int(self._filled(chunks).sum(dim=1).max())].flatten(2).to(self.unet.device)
+        none, every = torch.tensor([False], device=ids.device), torch.tensor([True], device=ids.device)
+        # one by one, as the pipeline encodes them; like it, without clip_skip for the negative prompt
+        states = self._encode(ids[:1], none)
+        negative = self.encode_text(ids[1:], every) if negative_prompt is None else self._encode(ids[1:], every)
+        names = self.prompt_argument_names
+        return {argument: states[name] for name, argument in names.items()} | {
+            f"negative_{argument}": negative[name] for name, argument in names.items()
+        }
 
     def trainable_names(self) -> tuple[str, ...]:
         """The parts that can be trained, the denoiser first."""
@@ -146,6 +222,41 @@ class Family(ABC):
         """Freezes all parts and puts them in evaluation mode."""
         for name in (*self.trainable_names(), "vae"):
             getattr(self.pipeline, name).requires_grad_(False).eval()
+
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """The dtype of the text states."""
+        return self.text_encoders[0].dtype
+
+    def text_facts(self) -> list[object]:
+        """What text states depend on beside the encoders' weights: the tokenizers, and how both are used."""
+        options = self.source.options
+        tokenizers = [getattr(self.pipeline, name) for name in self.tokenizer_names]
+        vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
+        specials = [(tokenizer.model_max_length, tokenizer.special_tokens_map) for tokenizer in tokenizers]
+        zeros = self.pipeline.config.get("force_zeros_for_empty_prompt")
+        return [vocabularies, specials, options.clip_skip, options.max_token_length, zeros]
+
+    def rest(self, device: torch.device, *, vae: bool, text_encoders: bool) -> None:
+        """Moves encoders, whose work is done, from the device to the CPU until `awake` needs them."""
+        self._resting = ["vae"] * vae + list(self.text_encoder_names) * text_encoders
+        self._device = device
+        self._move(self._resting, torch.device("cpu"))
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Within it all parts are on the device."""
+        self._move(self._resting, self._device)
+        try:
+            yield
+        finally:
+            self._move(self._resting, torch.device("cpu"))
+
+    def _move(self, names: Sequence[str], device: torch.device | None) -> None:
+        for name in names:
+            getattr(self.pipeline, name).to(device)
+        if names and torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def to(self, device: torch.device) -> None:
         """Moves all parts to the device; an fp16 VAE that overflows runs in bf16 where that is had, else float32."""
@@ -186,32 +297,55 @@ class Family(ABC):
         return self.source.load_whole(self.pipeline_class(), scheduler=self.pipeline.scheduler, **parts)
 
     @classmethod
-    def check_before_loading(cls, source: PipelineSource, resolution: int) -> None:
-        """`check` and `check_resolution` from the configs alone, where they can be had without the weights."""
+    def check_before_loading(cls, source: PipelineSource, sizes: Sequence[tuple[int, int]]) -> None:
+        """`check` and `check_sizes` from the configs alone, where they can be had without the weights."""
         configs = {name: source.config(name) for name in ("unet", *cls.text_encoder_names, "vae")}
         if None not in configs.values():
             cls.check(source, configs)
-            cls.check_resolution(resolution, configs["vae"])
+            cls.check_sizes(sizes, configs["vae"])
 
 
 class Tokenize:
-    """Tokenizes captions for each text encoder, padded and cut to the length it takes; a cut caption keeps its end."""
+    """Tokenizes captions for each text encoder, in chunks of the length it takes, each with its beginning and end."""
 
-    def __init__(self, tokenizers: list):
+    def __init__(self, tokenizers: list, num_chunks: int = 1):
         self._tokenizers = tokenizers
+        self._num_chunks = num_chunks
+
+    @property
+    def max_tokens(self) -> int:
+        """The tokens that are read of a caption, beginnings and ends not counted."""
+        return self._num_chunks * min(tokenizer.model_max_length - 2 for tokenizer in self._tokenizers)
 
     def __call__(self, captions: list[str]) -> Tensor:
-        ids = [
-            tokenizer(
-                captions,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            for tokenizer in self._tokenizers
-        ]
-        return torch.stack(ids, dim=1)
+        """[B, text encoders, chunks * tokens] int64; a chunk for which a caption is too short is that of ""."""
+        return torch.stack([self._ids(tokenizer, captions) for tokenizer in self._tokenizers], dim=1)
+
+    def _ids(self, tokenizer: Any, captions: list[str]) -> Tensor:
+        encoded = tokenizer(
+            [*captions, ""],
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_overflowing_tokens=True,
+            return_tensors="pt",
+        )
+        *by_caption, empty = encoded.input_ids.split(encoded.overflow_to_sample_mapping.bincount().tolist())
+        ids = empty.repeat(len(captions), self._num_chunks, 1)
+        for chunks, filled in zip(ids, by_caption, strict=True):
+            chunks[: len(filled)] = filled[: self._num_chunks]
+        return ids.flatten(1)
+
+    def num_tokens(self, captions: Sequence[str]) -> np.ndarray:
+        """[B] int64, the tokens of each caption, uncut, without beginning and end; by the tokenizer with the most."""
+        counts = np.zeros(len(captions), dtype=np.int64)
+        for start in range(0, len(captions), CAPTIONS_AT_ONCE):
+            some = list(captions[start : start + CAPTIONS_AT_ONCE])
+            for tokenizer in self._tokenizers:
+                encoded = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)
+                part = counts[start : start + len(some)]
+                np.maximum(part, [len(ids) for ids in encoded.input_ids], out=part)
+        return counts
 
 
 def _each(configs: Sequence[Any], name: str) -> list[int]:

@@ -1,5 +1,7 @@
 """Stable Diffusion XL base."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -15,21 +17,23 @@ class StableDiffusionXL(Family):
     default_validation_epochs = 1
     text_encoder_names = ("text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
+    prompt_argument_names: ClassVar = {
+        "encoder_hidden_states": "prompt_embeds",
+        "text_embeds": "pooled_prompt_embeds",
+    }
 
-    def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
-        """States of [B, 2, tokens] input ids; of dropped captions zeros, where inference has them without a prompt.
+    @property
+    def has_zeros_without_prompt(self) -> bool:
+        """As the pipeline's config says."""
+        return self.pipeline.config.force_zeros_for_empty_prompt
+
+    def _encode_chunks(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
+        """States of [N, 2, tokens] input ids.
 
         Returns:
-            "encoder_hidden_states" [B, tokens, sum of widths], the layers before the last, unnormed, side by side; and
-            "text_embeds" [B, projection], the second encoder's pooled state.
+            "encoder_hidden_states" [N, tokens, sum of widths], the layers before the last, unnormed, side by side; and
+            "text_embeds" [N, projection], the second encoder's pooled state.
         """
-        states = self._states(input_ids, dropped)
-        if not self.pipeline.config.force_zeros_for_empty_prompt:
-            return states
-        return {name: state.masked_fill(dropped.view(-1, *[1] * (state.ndim - 1)), 0) for name, state in states.items()}
-
-    def _states(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
-        """The states; clip_skip spares the samples where `unskipped`, [B] bool."""
         skip = self.source.options.clip_skip
         outputs = [
             encoder(input_ids[:, index], output_hidden_states=True) for index, encoder in enumerate(self.text_encoders)
@@ -47,6 +51,7 @@ class StableDiffusionXL(Family):
             noisy,
             timesteps,
             encoder_hidden_states=states["encoder_hidden_states"],
+            encoder_attention_mask=states.get("encoder_attention_mask"),
             added_cond_kwargs=conditions,
         ).sample
 
@@ -59,18 +64,3 @@ class StableDiffusionXL(Family):
             is_in_read_layers(name, layers - 1 - (self.source.options.clip_skip or 0))
             and "final_layer_norm" not in name
         )
-
-    def prompt_arguments(self, prompt: str, negative_prompt: str | None) -> dict[str, Tensor]:
-        """The embeddings and pooled embeddings of both prompts; without a negative prompt as the pipeline has it."""
-        device = self.unet.device
-        ids = self.tokenizer()([prompt, negative_prompt or ""]).to(device)
-        none, every = torch.tensor([False], device=device), torch.tensor([True], device=device)
-        # one by one, as the pipeline encodes them; like it, without clip_skip for the negative prompt
-        states = self._states(ids[:1], none)
-        negative = self.encode_text(ids[1:], every) if negative_prompt is None else self._states(ids[1:], every)
-        return {
-            "prompt_embeds": states["encoder_hidden_states"],
-            "pooled_prompt_embeds": states["text_embeds"],
-            "negative_prompt_embeds": negative["encoder_hidden_states"],
-            "negative_pooled_prompt_embeds": negative["text_embeds"],
-        }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+CHUNK_TOKENS = 75  # of a caption, in one pass of a CLIP text encoder: its 77 less the beginning and the end
 XFORMERS_MISSING = "--enable_xformers_memory_efficient_attention: its kernels do not load here"
 XFORMERS_CURE = "leave the flag out, PyTorch's attention is as fast, or install the xformers wheel of this torch"
 
@@ -35,6 +36,9 @@ class ModelOptions:
     variant: str | None = option(None, "variant of the weight files, such as fp16")
     non_ema_revision: str | None = option(None, "revision of the UNet, where it differs")
     clip_skip: int | None = option(None, "last layers of the text encoders to leave out, as the pipelines' clip_skip")
+    max_token_length: int = option(
+        CHUNK_TOKENS, "tokens of a caption that are read, in chunks of 75; kohya's 150 and 225"
+    )
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
     enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
     enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
@@ -45,10 +49,24 @@ class ModelOptions:
             raise UserError("--pretrained_model is missing; give a pipeline folder, a Hub name or a .safetensors file")
         if self.unet_config is not None:
             require(Path(self.unet_config).is_file(), "unet_config", self.unet_config, "be a JSON file that exists")
+        length, below = self.max_token_length, self.num_chunks * CHUNK_TOKENS
+        cure = f"try {below} or {below + CHUNK_TOKENS}" if below > 0 else f"try {CHUNK_TOKENS}"
+        fits = length == below > 0
+        require(fits, "max_token_length", length, f"be a positive multiple of {CHUNK_TOKENS}", cure)
+        if self.enable_xformers_memory_efficient_attention and self.num_chunks > 1:
+            raise UserError(
+                "--enable_xformers_memory_efficient_attention takes no mask, which --max_token_length "
+                f"{length} needs; leave it out, PyTorch's attention is as fast"
+            )
         if self.enable_xformers_memory_efficient_attention and find_spec("xformers") is None:
             raise UserError(f"{XFORMERS_MISSING} (it is not installed); {XFORMERS_CURE}")
         if self.non_ema_revision is not None and self.pretrained_model_name_or_path.endswith(".safetensors"):
             raise UserError("--non_ema_revision is of a pipeline on the Hub, not of a single file; leave it out")
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks in which a caption is read, each in a pass of its own."""
+        return self.max_token_length // CHUNK_TOKENS
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ class LatentSpace:
         self._mean = getattr(config, "latents_mean", None)
         self._std = getattr(config, "latents_std", None)
 
-    def shape(self, resolution: int) -> tuple[int, int, int]:
-        """[C, h, w] of the latents of a square image with edges of `resolution` pixels."""
-        return self.channels, resolution // self.factor, resolution // self.factor
+    def shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """[C, h, w] of the latents of an image of this width and height in pixels."""
+        width, height = size
+        return self.channels, height // self.factor, width // self.factor
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

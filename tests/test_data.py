@@ -1,0 +1,769 @@
+"""The way of the data, from files to batches, against what is known of it."""
+
+import csv
+import io
+import json
+import math
+import tarfile
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from tests import tiny
+from utils.data.buckets import NONE, BucketOptions, area_buckets, plan_buckets
+from utils.data.captions import CaptionOptions, compose, folder_caption
+from utils.data.headers import survey
+from utils.data.images import ImageOptions, make_cut, open_image, plan_cut, read_header, read_rgb
+from utils.data.sampler import GlobalBatches, Pieces
+from utils.data.selection import PlannedImages, SelectionOptions, plan_images
+from utils.data.sources import DataOptions, Records, SourceOptions, read_records
+from utils.options import UserError
+from utils.records import RecordPass
+
+
+def records_of(folder: Path | None = None, captions: CaptionOptions | None = None, **options) -> Records:
+    """The records of a folder, or of the sources that the options name."""
+    data = DataOptions(dataset_file=options.pop("dataset_file", None))
+    if folder is not None:
+        options["train_data_dir"] = str(folder)
+    return read_records(data, SourceOptions(**options), captions or CaptionOptions(), 0)
+
+
+def plan(
+    folder: Path,
+    resolution: int,
+    buckets: BucketOptions | None = None,
+    group_size: int = 1,
+    memory: Path = Path("/nowhere"),
+    selection: SelectionOptions | None = None,
+    **options,
+) -> PlannedImages:
+    """A folder's images, planned."""
+    records = records_of(folder, **options)
+    known = survey(records, memory)
+    selection = selection or SelectionOptions()
+    return plan_images(
+        records, known, resolution, group_size, buckets or BucketOptions(), selection, lambda count, bad: None
+    )
+
+
+def uses(batches: GlobalBatches, steps: int, count: int) -> np.ndarray:
+    """How often each record is drawn in the first steps."""
+    drawn = Counter(batches.draw(step, slot).record for step in range(steps) for slot in range(batches.size))
+    return np.array([drawn[record] for record in range(count)])
+
+
+def one_source(bucket_of: np.ndarray, size: int, group_size: int, seed: int = 0) -> GlobalBatches:
+    return GlobalBatches(bucket_of, np.zeros(len(bucket_of), int), [Fraction(1)], size, group_size, seed)
+
+
+class TestSampler:
+    @pytest.mark.parametrize(("num_records", "size"), [(6, 4), (5, 8), (100, 7), (3, 3)])
+    def test_each_record_is_drawn_once_a_pass(self, num_records, size):
+        batches = one_source(np.zeros(num_records, int), size, 1, seed=3)
+        steps = batches.steps_in(epochs=size)
+        drawn = [batches.draw(step, slot)[:2] for step in range(steps) for slot in range(size)]
+        assert Counter(drawn) == Counter({(r, p): 1 for r in range(num_records) for p in range(size)})
+        assert batches.epochs_before(steps) == size
+
+    @pytest.mark.parametrize("seed", range(8))
+    @pytest.mark.parametrize("epochs", [1, 3])
+    def test_in_buckets_each_image_is_used_once_an_epoch_give_or_take_one(self, seed, epochs):
+        random = np.random.default_rng(seed)
+        group = int(random.choice([1, 2, 4, 8]))
+        counts = random.integers(group, 120, 12)
+        bucket_of = np.repeat(np.arange(12), counts)
+        batches = one_source(bucket_of, group * int(random.integers(1, 6)), group, seed)
+        steps = batches.steps_in(epochs)
+        assert np.abs(uses(batches, steps, len(bucket_of)) - epochs).max() <= 1
+        assert batches.epochs_before(steps) == epochs
+        for step in range(steps):  # a group is of one bucket
+            buckets = [batches.draw(step, slot).bucket for slot in range(batches.size)]
+            assert all(len(set(buckets[at : at + group])) == 1 for at in range(0, batches.size, group))
+
+    def test_any_step_can_be_asked_for_first(self):
+        bucket_of = np.repeat(np.arange(3), [10, 20, 7])
+        in_order = one_source(bucket_of, 8, 2)
+        drawn = {(step, slot): in_order.draw(step, slot) for step in range(40) for slot in range(8)}
+        for step, slot in [(39, 7), (0, 0), (20, 3), (3, 1)]:
+            assert one_source(bucket_of, 8, 2).draw(step, slot) == drawn[step, slot]
+
+    def test_repeats_and_weights(self):
+        source_of, bucket_of = np.repeat([0, 1], [30, 300]), np.arange(330) % 3
+        repeated = GlobalBatches(bucket_of, source_of, [Fraction(10), Fraction(1)], 16, 4, 0)
+        used = uses(repeated, repeated.steps_in(4), 330)
+        assert repeated.samples_per_epoch == 600
+        assert set(used[:30]) <= {39, 40, 41}
+        assert set(used[30:]) <= {3, 4, 5}
+        halves = GlobalBatches(bucket_of, source_of, [Fraction(330, 60), Fraction(330, 600)], 16, 4, 0)
+        used = uses(halves, 200, 330)
+        assert abs(used[:30].sum() - 1600) <= 16
+
+    @pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
+    @pytest.mark.parametrize("num_buckets", [1, 2])
+    def test_processes_share_the_slots(self, num_processes, num_buckets):
+        batches = one_source(np.arange(20) % num_buckets, 10, 5)
+        pieces = [
+            piece
+            for rank in range(num_processes)
+            for piece in Pieces(batches, 3, rank, num_processes, first_step=5, last_step=6)
+        ]
+        assert [slot for piece in pieces for slot in piece.slots] == list(range(10))
+        assert all(len({batches.draw(5, slot).bucket for slot in piece.slots}) == 1 for piece in pieces)
+
+
+class TestBuckets:
+    def test_all_sizes_of_the_area(self):
+        sizes = area_buckets(512 * 512, 64, 256, 1024)
+        assert {(512, 512), (1024, 256), (256, 1024), (576, 448), (448, 576), (704, 320)} <= set(sizes)
+        assert all(width * height <= 512 * 512 and width % 64 == height % 64 == 0 for width, height in sizes)
+        assert {(height, width) for width, height in sizes} == set(sizes)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_the_nearest_by_the_logarithm_of_the_aspect_ratio(self, seed):
+        random = np.random.default_rng(seed)
+        shapes = random.integers(40, 4000, (300, 2))
+        options = BucketOptions(use_aspect_ratio_buckets=True)
+        planned = plan_buckets(shapes, 512, options, np.ones(300), 1)
+        everywhere = options.sizes(512)
+        for (width, height), number in zip(shapes, planned.bucket_of, strict=True):
+            best = min(abs(math.log(width / height) - math.log(w / h)) for w, h in everywhere)
+            w, h = planned.sizes[number]
+            assert abs(abs(math.log(width / height) - math.log(w / h)) - best) < 1e-8
+
+    def test_small_buckets_are_merged_and_reported(self):
+        shapes = np.array([(512, 512)] * 10 + [(1024, 256)] * 3 + [(256, 1024)] * 4)
+        planned = plan_buckets(shapes, 512, BucketOptions(use_aspect_ratio_buckets=True), np.ones(17), 4)
+        assert sorted(planned.sizes) == [(256, 1024), (512, 512)]
+        assert planned.merged == [((1024, 256), 3, [(512, 512)])]
+        assert np.bincount(planned.bucket_of).min() == 4
+
+    def test_no_upscale(self):
+        shapes = np.array([(300, 400), (2000, 1000), (100, 400), (512, 512), (520, 300)])
+        options = BucketOptions(use_aspect_ratio_buckets=True, no_upscale=True)
+        planned = plan_buckets(shapes, 512, options, np.ones(5), 1)
+        assert planned.bucket_of[2] == NONE  # its shorter edge is under the least
+        sizes = [planned.sizes[number] if number != NONE else None for number in planned.bucket_of]
+        assert sizes[0] == (256, 384)
+        assert sizes[3] == (512, 512)
+        assert sizes[4] == (512, 256)
+        for size, shape in zip(sizes, shapes, strict=True):
+            assert size is None or (size[0] <= shape[0] and size[1] <= shape[1])
+
+    def test_an_explicit_list(self):
+        options = BucketOptions(use_aspect_ratio_buckets=True, buckets=["512x512", "768x512"])
+        planned = plan_buckets(np.array([(900, 600), (500, 500), (100, 400)]), 512, options, np.ones(3), 1)
+        assert [planned.sizes[number] for number in planned.bucket_of] == [(768, 512), (512, 512), (512, 512)]
+
+    @pytest.mark.parametrize(
+        ("options", "named"),
+        [
+            ({"buckets": ["512"]}, "--use_aspect_ratio_buckets"),
+            ({"use_aspect_ratio_buckets": True, "buckets": ["512"]}, "--buckets"),
+            ({"use_aspect_ratio_buckets": True, "buckets": ["511x512"]}, "divisible by 8"),
+            ({"use_aspect_ratio_buckets": True, "bucket_step": 12}, "--bucket_step"),
+            ({"no_upscale": True}, "--no_upscale"),
+        ],
+    )
+    def test_bad_options(self, options, named):
+        with pytest.raises(UserError, match=named):
+            BucketOptions(**options)
+
+
+def painted(width: int, height: int) -> Image.Image:
+    """An image whose red and green say the column, and whose blue says the row, both as a share of the whole."""
+    columns, rows = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    pixels = np.stack([columns * 255, columns * 255, rows * 255], axis=-1)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+class TestImages:
+    @pytest.mark.parametrize("size", [(640, 400), (300, 700), (500, 500), (200, 100)])
+    @pytest.mark.parametrize("target", [(256, 256), (320, 192), (128, 448)])
+    @pytest.mark.parametrize("degrees", [0.0, 10.0])
+    def test_the_crop_says_what_was_cut(self, size, target, degrees):
+        """The painted coordinates are those that SDXL's conditioning states."""
+        options = ImageOptions(random_flip=True, random_rotation=degrees)
+        scale = max(target[0] / size[0], target[1] / size[1])
+        for number in range(6):
+            cut = plan_cut(size, target, options, 0, RecordPass(number, 0))
+            pixels = make_cut(painted(*size), cut, options).astype(float)
+            crop = cut.crop
+            assert pixels.shape == (3, target[1], target[0])
+            assert (crop.original_width, crop.original_height, crop.width, crop.height) == (*size, *target)
+            if degrees:  # the middle stays in place, and what is seen is somewhat enlarged
+                scale = (cut.box[2] - cut.box[0]) ** -1 * target[0]
+            seen_x = pixels[0, target[1] // 2, target[0] // 2] / 255 * size[0] * scale
+            seen_y = pixels[2, target[1] // 2, target[0] // 2] / 255 * size[1] * scale
+            if cut.mirrored:
+                seen_x = size[0] * scale - seen_x
+            tolerance = (1 + degrees) * max(size) * scale / 100 + 2
+            assert abs(seen_x - (crop.left + target[0] / 2)) < tolerance
+            assert abs(seen_y - (crop.top + target[1] / 2)) < tolerance
+
+    @pytest.mark.parametrize("size", [(640, 400), (401, 700), (37, 31), (1, 1), (33, 1000)])
+    @pytest.mark.parametrize("interpolation", ["lanczos", "bilinear", "nearest"])
+    def test_only_what_is_kept_is_resized_to_the_same_pixels(self, size, interpolation):
+        noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        image = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(2))  # PIL may clip between its passes
+        options = ImageOptions(image_interpolation_mode=interpolation)
+        cut = plan_cut(size, (64, 48), options, 0, RecordPass(5, 0))
+        scale = max(64 / size[0], 48 / size[1])
+        whole = (max(64, int(size[0] * scale + 1e-9)), max(48, int(size[1] * scale + 1e-9)))
+        resized = image.resize(whole, getattr(Image.Resampling, interpolation.upper()))
+        left, top = cut.crop.left, cut.crop.top
+        expected = np.asarray(resized.crop((left, top, left + 64, top + 48))).transpose(2, 0, 1)
+        assert np.abs(make_cut(image, cut, options).astype(int) - expected).max() <= 2
+
+    def test_a_very_long_image_takes_no_memory_for_what_is_cropped_away(self):
+        image = Image.new("RGB", (60_000, 4), "red")
+        options = ImageOptions()
+        cut = plan_cut(image.size, (512, 512), options, 0, RecordPass(1, 0))
+        assert make_cut(image, cut, options).shape == (3, 512, 512)
+        assert cut.crop.left > 0
+
+    def test_the_whole_range_is_cropped_and_half_is_mirrored(self):
+        options = ImageOptions(random_flip=True)
+        cuts = [plan_cut((40, 32), (32, 32), options, 0, RecordPass(number, 0)) for number in range(400)]
+        assert {cut.crop.left for cut in cuts} == set(range(9))
+        assert 150 < sum(cut.mirrored for cut in cuts) < 250
+
+    def test_centre(self):
+        options = ImageOptions(center_crop=True)
+        cut = plan_cut((41, 32), (32, 32), options, 0, RecordPass(0, 0))
+        assert (cut.crop.top, cut.crop.left) == (0, 4)
+        assert cut == plan_cut((41, 32), (32, 32), options, 0, RecordPass(0, 1))
+
+    def test_a_rotated_image_shows_no_corner(self):
+        options = ImageOptions(random_rotation=30)
+        image = Image.new("RGB", (300, 200), "white")
+        for number in range(10):
+            cut = plan_cut(image.size, (64, 64), options, 0, RecordPass(number, 0))
+            assert cut.degrees != 0
+            assert make_cut(image, cut, options).min() > 240  # but for the filters' ringing
+
+    def test_color_jitter(self):
+        grey = Image.new("RGB", (64, 64), (100, 100, 100))
+        options = ImageOptions(color_jitter=0.3)
+        means = [
+            make_cut(grey, plan_cut((64, 64), (64, 64), options, 0, RecordPass(n, 0)), options).mean()
+            for n in range(50)
+        ]
+        assert 69 <= min(means) < 80
+        assert 120 < max(means) <= 131
+        same = make_cut(grey, plan_cut((64, 64), (64, 64), ImageOptions(), 0, RecordPass(0, 0)), ImageOptions())
+        assert same.min() == same.max() == 100
+
+    def test_exif_orientation_is_applied(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        for kind in ("JPEG", "PNG", "WEBP"):
+            file = io.BytesIO()
+            painted(20, 10).save(file, kind, exif=exif)
+            assert read_rgb(file.getvalue()).size == (10, 20)
+            header = read_header(file.getvalue())
+            assert (header.width, header.height) == (10, 20)
+            assert "turned by EXIF" in header.oddities
+
+    @pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "1", "LA", "RGBA", "I;16", "F"])
+    def test_modes(self, mode):
+        image = Image.new("RGB", (9, 7), (200, 100, 50))
+        if mode == "I;16":
+            image = Image.fromarray(np.full((7, 9), 40000, np.uint16))
+        file = io.BytesIO()
+        image.convert(mode).save(file, "TIFF") if mode != "I;16" else image.save(file, "PNG")
+        read = read_rgb(file.getvalue())
+        assert (read.mode, read.size) == ("RGB", (9, 7))
+        assert read_header(file.getvalue()).width == 9
+        if mode == "I;16":
+            assert np.asarray(read)[0, 0].tolist() == [156, 156, 156]
+
+    def test_transparency_is_laid_on_white_or_a_chosen_colour(self):
+        file = io.BytesIO()
+        Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(file, "PNG")
+        assert np.asarray(read_rgb(file.getvalue())).min() == 255
+        assert np.asarray(read_rgb(file.getvalue(), "#102030"))[0, 0].tolist() == [16, 32, 48]
+        with pytest.raises(UserError, match="--transparency_color must be a colour"):
+            ImageOptions(transparency_color="no colour")
+
+    def test_an_animation_gives_its_first_frame(self):
+        file = io.BytesIO()
+        frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+        assert np.asarray(read_rgb(file.getvalue()))[0, 0].tolist() == [255, 0, 0]
+        assert "animated, first frame taken" in read_header(file.getvalue()).oddities
+
+    def test_what_cannot_be_read_raises(self, monkeypatch):
+        for source in (b"", b"text", "/nowhere.png"):
+            with pytest.raises(OSError):
+                open_image(source)
+        file = io.BytesIO()
+        Image.new("L", (100, 100)).save(file, "PNG")
+        for limit in (40, 9000):  # over PIL's own error, and between its warning and its error
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+            with pytest.raises(ValueError, match="pixels"):
+                open_image(file.getvalue())
+
+
+class TestCaptions:
+    TAGS = "one, two, three, four, five, six"
+
+    def composed(self, caption: str, count: int = 1, **options) -> list[str]:
+        made = CaptionOptions(**options)
+        return [compose(caption, made, 0, RecordPass(7, variant)) for variant in range(count)]
+
+    def test_nothing_asked_nothing_changed(self):
+        assert self.composed("a , strange,, caption") == ["a , strange,, caption"]
+
+    def test_prefix_suffix_and_trigger(self):
+        assert self.composed("a dog", caption_prefix="photo of", caption_suffix="in snow") == ["photo of a dog in snow"]
+        assert self.composed("a dog", trigger_word="sks") == ["sks, a dog"]
+        assert self.composed("a sks dog", trigger_word="sks") == ["a sks dog"]
+        assert self.composed("", trigger_word="sks") == ["sks"]
+
+    def test_shuffled_tags_keep_the_first(self):
+        texts = self.composed(self.TAGS, 50, shuffle_tags=True, keep_tokens=2)
+        assert all(text.startswith("one, two, ") for text in texts)
+        assert all(sorted(text.split(", ")) == sorted(self.TAGS.split(", ")) for text in texts)
+        assert len(set(texts)) > 15
+
+    def test_dropped_tags(self):
+        texts = self.composed(self.TAGS, 400, tag_dropout=0.5, keep_tokens=1)
+        kept = Counter(tag for text in texts for tag in text.split(", "))
+        assert kept["one"] == 400
+        assert all(150 < kept[tag] < 250 for tag in ("two", "six"))
+
+    def test_folder_names(self):
+        assert folder_caption("10_sks dog/a.png", "/data") == "sks dog"
+        assert folder_caption("a.png", "/data/cats") == "cats"
+
+
+def make_picture(file: Path, size: tuple[int, int] = (48, 40), colour: object = "red") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(file)
+    return file
+
+
+def found(records: Records) -> dict[str, tuple[str, ...]]:
+    """Captions by key."""
+    return {records.key(index): records.captions(index) for index in range(len(records))}
+
+
+class TestSources:
+    def test_metadata_lists_and_missing_captions(self, tmp_path):
+        for index in range(3):
+            make_picture(tmp_path / f"{index}.png")
+        lines = [{"file_name": "0.png", "text": ["a", "b"]}, {"file_name": "1.png", "text": None}]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        records = records_of(tmp_path)
+        assert found(records) == {"0.png": ("a", "b"), "1.png": ("",)}
+        assert records.sources[0].table.num_left_out == 1
+
+    def test_metadata_csv_in_subfolders(self, tmp_path):
+        for name in ("x", "y"):
+            make_picture(tmp_path / name / "a.png")
+            with open(tmp_path / name / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([["file_name", "words"], ["a.png", f"a {name}, with a comma"]])
+        records = records_of(tmp_path, caption_column="words")
+        assert found(records) == {"x/a.png": ("a x, with a comma",), "y/a.png": ("a y, with a comma",)}
+        with pytest.raises(UserError, match=r"--caption_column text is not a column.*words"):
+            records_of(tmp_path)
+
+    def test_a_file_name_that_leaves_the_folder_is_refused(self, tmp_path):
+        make_picture(tmp_path / "secret.png")
+        make_picture(tmp_path / "data" / "a.png")
+        names = ["../secret.png", str(tmp_path / "secret.png"), "a.png", "gone.png", "sub/../../secret.png"]
+        lines = [json.dumps({"file_name": name, "text": "x"}) for name in names]
+        (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
+        records = records_of(tmp_path / "data")
+        assert list(found(records)) == ["a.png"]
+        reasons = dict(records.refused)
+        assert [("leaves the folder" in reasons[name]) for name in names if name != "a.png"] == [
+            True,
+            True,
+            False,
+            True,
+        ]
+        assert reasons["gone.png"] == "is listed but not there"
+
+    def test_pairs(self, tmp_path):
+        for name in ("a.jpg", "b.png", "c.webp", "d.png", "10_cat/e.png"):
+            make_picture(tmp_path / name)
+        (tmp_path / "a.txt").write_text("first\n\nsecond\n", encoding="utf-8")
+        (tmp_path / "b.caption").write_text("ein Käfer", encoding="utf-16")
+        (tmp_path / "c.json").write_text(json.dumps({"caption": ["x", "y"], "width": 3}))
+        assert found(records_of(tmp_path)) == {
+            "a.jpg": ("first", "second"),
+            "b.png": ("ein Käfer",),
+            "c.webp": ("x", "y"),
+            "d.png": ("",),
+            "10_cat/e.png": ("",),
+        }
+        by_folder = found(records_of(tmp_path, CaptionOptions(on_missing_caption="folder")))
+        assert by_folder["10_cat/e.png"] == ("cat",)
+        assert by_folder["d.png"] == (tmp_path.name,)
+        (tmp_path / "d.json").write_text("{broken")
+        assert dict(records_of(tmp_path).refused).keys() == {"d.png"}
+
+    @pytest.mark.parametrize("layout", ["beside", "split folders", "images by split", "keys by split"])
+    def test_captions_json(self, tmp_path, layout):
+        root = tmp_path / "train" if layout == "split folders" else tmp_path
+        within = "images/train" if layout == "images by split" else "images"
+        for name in ("a.png", "b.png", "c.png"):
+            make_picture(root / within / name)
+        captions = {"a.png": "one", "b.png": ["two", "three"]}
+        if layout == "images by split":
+            make_picture(root / "images/validation/v.png")
+            captions["v.png"] = "not this"
+        if layout == "keys by split":
+            make_picture(root / "images/v.png")
+            captions = {"train": captions | {"c.png": ""}, "validation": {"v.png": "not this"}}
+        (root / "captions.json").write_text(json.dumps(captions))
+        listed = {Path(key).name: value for key, value in found(records_of(tmp_path)).items()}
+        assert listed == {"a.png": ("one",), "b.png": ("two", "three"), "c.png": ("",)}
+
+    def test_a_saved_dataset_and_a_subset(self, tmp_path):
+        from datasets import Dataset
+
+        pixels = [Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(9)]
+        Dataset.from_dict({"picture": pixels, "words": [f"caption {index}" for index in range(9)]}).save_to_disk(
+            tmp_path
+        )
+        options = {"dataset_name": str(tmp_path), "image_column": "picture", "caption_column": "words"}
+        assert len(records_of(**options)) == 9
+        some = records_of(**options, max_train_samples=4)
+        assert len(some) == 4
+        assert found(some) == found(records_of(**options, max_train_samples=4))
+        assert read_rgb(some.image(0)).size == (8, 8)
+
+    def test_parquet_with_image_bytes(self, tmp_path):
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        file = io.BytesIO()
+        Image.new("RGB", (12, 8), "blue").save(file, "PNG")
+        for number in range(2):
+            columns = {"image": [file.getvalue()] * 2, "text": [f"{number}", None], "width": [12, 12], "height": [8, 8]}
+            pyarrow.parquet.write_table(pa.table(columns), tmp_path / f"part-{number}.parquet")
+        records = records_of(tmp_path)
+        assert [records.captions(index) for index in range(4)] == [("0",), ("",), ("1",), ("",)]
+        assert read_rgb(records.image(3)).size == (12, 8)
+        assert survey(records, tmp_path / "memory").sizes.tolist() == [[12, 8]] * 4
+
+    def test_tar_shards(self, tmp_path):
+        for shard in range(2):
+            with tarfile.open(tmp_path / f"{shard:03d}.tar", "w") as archive:
+                for number in range(3):
+                    picture = make_picture(tmp_path / "x.png", (30 + shard, 20 + number))
+                    archive.add(picture, f"d/{number}.png")
+                    if number < 2:
+                        (tmp_path / "x.txt").write_text(f"caption {shard} {number}")
+                        archive.add(tmp_path / "x.txt", f"d/{number}.txt")
+        for name in ("x.png", "x.txt"):
+            (tmp_path / name).unlink()
+        records = records_of(tmp_path)
+        assert found(records)["001.tar/d/1.png"] == ("caption 1 1",)
+        assert found(records)["001.tar/d/2.png"] == ("",)
+        assert [read_rgb(records.image(index)).size for index in (0, 5)] == [(30, 20), (31, 22)]
+        whole = (tmp_path / "001.tar").read_bytes()
+        (tmp_path / "001.tar").write_bytes(whole[:2000])
+        cut = records_of(tmp_path)
+        assert 3 <= len(cut) < 6
+        assert "broken" in cut.refused[0][1] or survey(cut, tmp_path / "m").reasons
+
+    def test_a_caption_column_of_numbers_is_refused(self, tmp_path):
+        from datasets import Dataset
+
+        Dataset.from_dict({"image": [Image.new("RGB", (8, 8))], "text": [3]}).save_to_disk(tmp_path)
+        with pytest.raises(UserError, match="--caption_column text must hold strings"):
+            records_of(dataset_name=str(tmp_path))
+
+    def test_several_sources(self, tmp_path):
+        for name, count in (("dogs", 2), ("cats", 6)):
+            for number in range(count):
+                make_picture(tmp_path / name / f"{number}.png")
+        file = tmp_path / "data.yaml"
+        file.write_text(
+            "sources:\n"
+            "- {train_data_dir: dogs, repeats: 3, trigger_word: sks, on_missing_caption: folder}\n"
+            "- {train_data_dir: cats, name: other, caption_dropout: 1}\n"
+        )
+        records = records_of(dataset_file=str(file))
+        assert [records.key(index) for index in (0, 2)] == ["dogs/0.png", "other/0.png"]
+        assert records.captions(0) == ("dogs",)
+        assert records.source(0).captions.trigger_word == "sks"
+        assert records.source(2).captions.caption_dropout == 1
+        assert records.repeats() == [3, 1]
+        file.write_text("- {train_data_dir: dogs, weight: 1}\n- {train_data_dir: cats, weight: 3}\n")
+        assert records_of(dataset_file=str(file)).repeats() == [1, 1]
+        file.write_text("- {train_data_dir: dogs, weight: 0.5}\n- {train_data_dir: cats, weight: 0.5}\n")
+        assert records_of(dataset_file=str(file)).repeats() == [2, Fraction(2, 3)]
+
+    @pytest.mark.parametrize(
+        ("text", "named"),
+        [
+            ("- {train_data_dir: dogs, repeat: 3}", "source 1: repeat is unknown; did you mean repeats"),
+            ("- {train_data_dir: dogs, repeats: 0}", "source 1: repeats must be a number above 0"),
+            ("- {train_data_dir: dogs, repeats: 1, weight: 1}", "give one"),
+            ("- {train_data_dir: dogs, shuffle_tags: 3}", "shuffle_tags must be bool, got 3"),
+            ("- {train_data_dir: dogs, caption_dropout: 3}", "source 1: --caption_dropout must be between"),
+            ("- {train_data_dir: nowhere}", "source 1: --train_data_dir must be a folder"),
+            ("- {repeats: 1}", "has neither dataset_name nor train_data_dir"),
+            ("- {train_data_dir: dogs, weight: 1}\n- {train_data_dir: dogs}", "give all sources a weight, or none"),
+            ("nothing", "must hold a list of sources"),
+            ("{sources: [], more: 1}", "must hold a list of sources"),
+            ("- {", "can't be read"),
+        ],
+    )
+    def test_bad_dataset_files(self, tmp_path, text, named):
+        make_picture(tmp_path / "dogs" / "a.png")
+        (tmp_path / "data.yaml").write_text(text)
+        with pytest.raises(UserError, match=named):
+            records_of(dataset_file=str(tmp_path / "data.yaml"))
+
+
+class TestSurvey:
+    def test_headers_are_read_once(self, tmp_path, monkeypatch):
+        folder = tmp_path / "data"
+        for number in range(4):
+            make_picture(folder / f"{number}.png", (30 + number, 20))
+        monkeypatch.setattr("utils.data.headers.SETTLED_NANOSECONDS", 0)
+        first = survey(records_of(folder), tmp_path / "memory")
+        make_picture(folder / "2.png", (77, 55))
+        make_picture(folder / "new.png", (11, 12))
+        read = []
+        original = read_header
+        monkeypatch.setattr("utils.data.headers.read_header", lambda image: read.append(image) or original(image))
+        second = survey(records_of(folder), tmp_path / "memory")
+        assert sorted(Path(path).name for path in read) == ["2.png", "new.png"]
+        assert first.sizes.tolist() == [[30, 20], [31, 20], [32, 20], [33, 20]]
+        assert second.sizes.tolist() == [[30, 20], [31, 20], [77, 55], [33, 20], [11, 12]]
+
+    def test_a_file_that_was_just_changed_is_not_remembered(self, tmp_path):
+        make_picture(tmp_path / "data" / "a.png", (30, 20))
+        survey(records_of(tmp_path / "data"), tmp_path / "memory")
+        make_picture(tmp_path / "data" / "a.png", (20, 30))
+        assert survey(records_of(tmp_path / "data"), tmp_path / "memory").sizes.tolist() == [[20, 30]]
+
+    def test_filters_and_their_counts(self, tmp_path):
+        for number, size in enumerate([(100, 100), (20, 100), (400, 40), (30, 30), (900, 800)]):
+            make_picture(tmp_path / f"{number}.png", size)
+        chosen = {"min_image_size": 25, "max_aspect_ratio": 3.0, "max_upscale": 2.0, "max_image_size": 850}
+        planned = plan(tmp_path, 64, selection=SelectionOptions(**chosen))
+        assert [planned.records.key(index) for index in range(len(planned.records))] == ["0.png"]
+        assert list(planned.filtered.values()) == [1, 1, 1, 1]
+        with pytest.raises(UserError, match="no image is left to train on; shorter edge under 1000: 5 images"):
+            plan(tmp_path, 64, selection=SelectionOptions(min_image_size=1000))
+
+
+def test_a_thousand_images_of_two_hundred_shapes_over_three_ranks(tmp_path):
+    random = np.random.default_rng(0)
+    shapes = random.integers(24, 90, (200, 2))
+    for number in range(1000):
+        make_picture(tmp_path / f"{number:04d}.png", tuple(int(edge) for edge in shapes[number % 200]))
+    buckets = BucketOptions(use_aspect_ratio_buckets=True, bucket_step=8)
+    planned = plan(tmp_path, 64, buckets, group_size=4)
+    assert len(planned.plan.sizes) > 5
+    epochs, seen = 3, {}
+    for num_processes in (1, 2, 3):
+        batches = planned.batches(12, 4, seed=1)
+        counts, composition = Counter(), {}
+        for rank in range(num_processes):
+            pieces = Pieces(batches, 12 // num_processes, rank, num_processes, 0, batches.steps_in(epochs))
+            for piece in pieces:
+                for slot in piece.slots:
+                    composition[piece.step, slot] = batches.draw(piece.step, slot)
+                    counts[composition[piece.step, slot].record] += 1
+        assert set(counts) == set(range(1000))
+        assert max(abs(count - epochs) for count in counts.values()) <= 1
+        seen[num_processes] = composition
+    assert seen[1] == seen[2] == seen[3]
+
+
+def test_odd_files_are_trained_on_and_bad_ones_named(train, tmp_path):
+    folder = tiny.make_images(tmp_path / "data", 12)
+    (folder / "metadata.jsonl").unlink()
+    picture = Image.new("RGB", (50, 60), (200, 30, 30))
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.convert("P").save(folder / "palette.png")
+    picture.convert("LA").save(folder / "grey alpha.png")
+    Image.fromarray(np.full((40, 50), 40000, np.uint16)).save(folder / "deep.png")
+    Image.new("RGB", (1, 1), "blue").save(folder / "one.png")
+    Image.new("RGB", (50, 40), "blue").save(folder / "蝶.png")
+    Image.new("RGB", (4000, 9), "blue").save(folder / "long.png")
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    picture.save(folder / "turned.jpg", exif=exif)
+    good = len(list(folder.iterdir()))
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.png").write_text("not an image")
+    whole = (folder / "000.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    bomb = io.BytesIO()
+    Image.new("1", (20000, 10000)).save(bomb, "PNG")
+    (folder / "bomb.png").write_bytes(bomb.getvalue())
+    flags = ["--max_train_steps", good, "--train_batch_size", 2, "--max_bad_fraction", 0.5]
+    out = train("sdxl", *flags, "--use_aspect_ratio_buckets", "--bucket_step", 8, data=folder)
+    report = json.loads((out / "data_report.json").read_text())
+    assert report["unreadable"].keys() == {"empty.jpg", "text.png", "cut.png", "gone.png", "bomb.png"}
+    assert report["unreadable"]["empty.jpg"] == "the file is empty"
+    assert report["trained"] == good + 1  # the cut one's header can be read
+    assert report["missing_captions"] == report["trained"]
+    odd = ("CMYK", "palette", "16-bit or more", "transparent", "turned by EXIF", "non-ASCII name")
+    assert all(report["converted"][name] >= 1 for name in odd)
+    assert (folder / "empty.jpg").exists()  # nothing of the user's is removed
+    train("sdxl", *flags, "--on_bad_image", "error", data=folder, out="other", expect=2)
+
+
+class TestStream:
+    @pytest.fixture
+    def shards(self, tmp_path: Path) -> Path:
+        """Four Parquet shards of ten images each in two shapes; one image is cut off, one empty."""
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        for shard in range(4):
+            rows = {"image": [], "text": [], "width": [], "height": []}
+            for number in range(10):
+                size = (40, 64) if number % 2 else (64, 40)
+                file = io.BytesIO()
+                Image.new("RGB", size, (60 * shard, 20 * number, 0)).save(file, "PNG")
+                content = file.getvalue()
+                if (shard, number) in ((1, 3), (2, 4)):
+                    content = content[:60] if shard == 1 else b""
+                for column, value in zip(rows, (content, f"{shard} {number}", *size), strict=True):
+                    rows[column].append(value)
+            pyarrow.parquet.write_table(pa.table(rows), tmp_path / f"{shard}.parquet")
+        return tmp_path
+
+    def pieces(self, shards: Path, rank: int = 0, num_processes: int = 1, first_step: int = 0, last_step: int = 10):
+        from utils.data.stream import open_stream
+
+        buckets = BucketOptions(use_aspect_ratio_buckets=True, bucket_step=8)
+        data = DataOptions(streaming=True, shuffle_buffer_size=8)
+        stream = open_stream(data, SourceOptions(train_data_dir=str(shards)), CaptionOptions(), 64, buckets)
+        batches = stream.batches(8, 2, seed=3)
+        return list(stream.pieces(batches, 2, rank, num_processes, first_step, last_step))
+
+    def contents(self, pieces) -> dict[tuple[int, int], tuple[str, ...]]:
+        return {
+            (piece.step, slot): piece.streamed.captions(place)
+            for piece in pieces
+            for place, slot in enumerate(piece.slots)
+        }
+
+    def test_the_same_batches_on_any_number_of_processes_and_after_a_resume(self, shards):
+        alone = self.pieces(shards)
+        contents = self.contents(alone)
+        assert len(contents) == 80
+        for piece in alone:
+            assert len({sample.bucket for sample in piece.streamed.samples}) == 1
+        for num_processes in (2, 4):
+            shared = [piece for rank in range(num_processes) for piece in self.pieces(shards, rank, num_processes)]
+            assert self.contents(shared) == contents
+        resumed = self.contents(self.pieces(shards, first_step=6))
+        assert resumed == {place: captions for place, captions in contents.items() if place[0] >= 6}
+
+    def test_each_image_comes_once_a_pass_in_another_order(self, shards):
+        counts = Counter(self.contents(self.pieces(shards)).values())
+        assert len(counts) == 39  # the empty one is passed over, the cut one seen when it is decoded
+        assert max(counts.values()) <= 3
+
+    @pytest.mark.parametrize("micro_batch", [1, 2])
+    def test_a_run(self, train, shards, micro_batch):
+        flags = ["--streaming", "--max_train_steps", 12, "--train_batch_size", micro_batch, "--random_flip"]
+        whole = train("sd", *flags, "--dataloader_num_workers", 1, data=shards, out="whole")
+        report = json.loads((whole / "data_report.json").read_text())
+        assert sorted(report["unreadable"].values())[0].startswith("image file is truncated") or micro_batch == 1
+        train("sd", *flags[:2], 5, *flags[3:], data=shards, out="parts")
+        parts = train("sd", *flags, "--resume_from_checkpoint", "latest", data=shards, out="parts")
+        lines = [(out / "metrics.jsonl").read_text().splitlines() for out in (whole, parts)]
+        assert [json.loads(line)["train_loss"] for line in lines[0]] == [
+            json.loads(line)["train_loss"] for line in lines[1]
+        ]
+
+    def test_what_does_not_go(self, train, shards, capsys, tmp_path):
+        train("sd", "--streaming", data=shards, expect=2)
+        assert "--max_train_steps" in capsys.readouterr().err
+        flags = ["--streaming", "--max_train_steps", 2, "--use_aspect_ratio_buckets", "--bucket_step", 8]
+        train("sd", *flags, "--width_column", "w", data=shards, expect=2)
+        assert "needs the images' sizes in the rows" in capsys.readouterr().err
+        make_picture(tmp_path / "pictures" / "a.png")
+        train("sd", *flags[:3], data=tmp_path / "pictures", expect=2)
+        assert "a folder of images needs no stream" in capsys.readouterr().err
+
+
+def test_the_doctor(train, tmp_path, capsys):
+    folder = tiny.make_images(tmp_path / "data", 12)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "001.png").write_bytes((folder / "000.png").read_bytes())
+    whole = (folder / "002.png").read_bytes()
+    (folder / "002.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "003.txt").write_text("word " * 90)
+    Image.new("RGB", (16, 16)).save(folder / "small.png")
+    flags = ["--dry_run", "--use_aspect_ratio_buckets", "--bucket_step", 8, "--train_batch_size", 4]
+    out = train("sdxl", *flags, "--cache_latents", data=folder)
+    said = capsys.readouterr().out
+    for words in (
+        "13 of 13 listed",
+        "000.png = 001.png",
+        "002.png: ",
+        "captions       2 distinct, 12 images without one",
+    ):
+        assert words in said
+    assert "1 have over 75 tokens" in said
+    assert "at most 2.00 times (small.png)" in said
+    report = json.loads((out / "dry_run_report.json").read_text())
+    assert report["duplicates"] == [["000.png", "001.png"]]
+    assert report["unreadable"].keys() == {"002.png"}
+    assert sum(report["buckets"].values()) == 13
+    assert report["steps_per_epoch"] == 13 / 4
+    sheet = np.asarray(Image.open(out / "contact_sheet.png"))
+    assert (sheet != 255).any(axis=2).mean() > 0.2
+    cached = train(
+        "sdxl", *flags[1:], "--cache_latents", "--cache_text_embeddings", "--cache_only", data=folder, out="c", expect=2
+    )  # one in thirteen is too many
+    assert not (cached / "model_index.json").exists()
+    sizes = {"latents": 0, "text states": 0}
+    from tests.test_cache import entries
+
+    flags += ["--max_bad_fraction", 0.1, "--cache_latents", "--cache_text_embeddings", "--cache_only"]
+    train("sdxl", *flags[1:], "--encoding_cache_dir", tmp_path / "cache", data=folder, out="d")
+    for entry in entries(tmp_path / "cache" / "text").values():
+        sizes["text states"] += sum(tensor.nbytes for tensor in entry.values())
+    assert report["cache_bytes"]["text states"] == sizes["text states"]
+    latents = [entry["moments"].nbytes for entry in entries(tmp_path / "cache" / "latents").values()]
+    assert report["cache_bytes"]["latents"] * 11 // 13 == pytest.approx(sum(latents), rel=0.1)
+
+
+def test_what_is_asked_of_captions_reaches_the_batches(train, pipelines, tmp_path):
+    """Prefix, trigger word and dropout, source by source, as the tokens that a batch carries."""
+    from utils.data.dataset import text_of
+
+    for name in ("dogs", "cats"):
+        for number in range(4):
+            make_picture(tmp_path / name / f"{number}.png").with_suffix(".txt").write_text("one, two, three")
+    file = tmp_path / "data.yaml"
+    file.write_text(
+        "- {train_data_dir: dogs, trigger_word: sks, shuffle_tags: true, caption_suffix: end}\n"
+        "- {train_data_dir: cats, caption_dropout: 0.5}\n"
+    )
+    records = records_of(dataset_file=str(file))
+    batches = GlobalBatches(np.zeros(8, int), records.source_numbers, records.repeats(), 8, 1, 0)
+    texts = {"dogs": Counter(), "cats": Counter()}
+    for step in range(100):
+        for slot in range(8):
+            draw = batches.draw(step, slot)
+            texts[records.key(draw.record)[:4]][text_of(records, draw, 0, step, slot, None)] += 1
+    assert all(text.startswith("sks, ") and text.endswith(" end") and not drop for text, drop in texts["dogs"])
+    assert len(texts["dogs"]) == 6
+    assert 150 < texts["cats"]["one, two, three", True] < 250
+    out = train("sd", "--max_train_steps", 2, "--train_batch_size", 4, data=tmp_path / "dogs")
+    assert (out / "model_index.json").exists()

@@ -1,0 +1,176 @@
+"""Aspect-ratio buckets: which few sizes the images are trained at, and which image goes to which."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from utils.options import UserError, option, require, require_positive
+
+
+@dataclass(frozen=True)
+class BucketOptions:
+    use_aspect_ratio_buckets: bool = option(
+        False, "train each image near its own aspect ratio, at the area of --resolution, instead of on square crops"
+    )
+    bucket_step: int | None = option(None, "edges of the buckets are multiples of this; by default 64")
+    min_bucket_size: int | None = option(None, "shortest edge of a bucket; by default half of --resolution")
+    max_bucket_size: int | None = option(None, "longest edge of a bucket; by default twice --resolution")
+    buckets: list[str] | None = option(None, "the buckets themselves, as WIDTHxHEIGHT, instead of all of that area")
+    no_upscale: bool = option(False, "enlarge no image: small ones get buckets of their own size, down to the minimum")
+    bucket_group_size: int | None = option(
+        None, "samples of one bucket that stand together; by default --train_batch_size"
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "bucket_step", "min_bucket_size", "max_bucket_size", "bucket_group_size")
+        if self.bucket_step is not None:
+            require(self.bucket_step % 8 == 0, "bucket_step", self.bucket_step, "be divisible by 8", "try 64")
+        if not self.use_aspect_ratio_buckets:
+            names = ("bucket_step", "min_bucket_size", "max_bucket_size", "buckets", "bucket_group_size")
+            given = [name for name in names if getattr(self, name) is not None] + ["no_upscale"] * self.no_upscale
+            if given:
+                raise UserError(f"--{given[0]} goes with --use_aspect_ratio_buckets; give both or neither")
+        for text in self.buckets or ():
+            _parse(text)
+
+    def sizes(self, resolution: int) -> list[tuple[int, int]]:
+        """Width and height of each bucket: of the square alone, of a given list, or all of the resolution's area."""
+        if not self.use_aspect_ratio_buckets:
+            return [(resolution, resolution)]
+        if self.buckets is not None:
+            return sorted({_parse(text) for text in self.buckets})
+        step, least, most = self.step, self.least(resolution), self.most(resolution)
+        cure = "set --bucket_step, --min_bucket_size and --max_bucket_size to multiples that --resolution lies between"
+        if not (least <= resolution <= most):
+            raise UserError(f"no bucket fits: edges from {least} to {most}, resolution {resolution}; {cure}")
+        return area_buckets(resolution * resolution, step, least, most)
+
+    @property
+    def step(self) -> int:
+        """What the buckets' edges are multiples of."""
+        return self.bucket_step or 64
+
+    def least(self, resolution: int) -> int:
+        """The shortest edge, a multiple of the step."""
+        least = self.min_bucket_size or resolution // 2
+        return max(self.step, -(-least // self.step) * self.step)
+
+    def most(self, resolution: int) -> int:
+        """The longest edge, a multiple of the step."""
+        return (self.max_bucket_size or 2 * resolution) // self.step * self.step
+
+
+def _parse(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    is_size = width.isdigit() and height.isdigit() and int(width) > 0 and int(height) > 0
+    require(is_size, "buckets", text, "be sizes such as 512x768")
+    require(int(width) % 8 == 0 and int(height) % 8 == 0, "buckets", text, "have edges divisible by 8")
+    return int(width), int(height)
+
+
+def area_buckets(area: int, step: int, least: int, most: int) -> list[tuple[int, int]]:
+    """For each edge, a multiple of the step, the longest other edge within the area; both ways round."""
+    found = set()
+    for edge in range(least, most + 1, step):
+        other = min(most, area // edge // step * step)
+        if other >= least:
+            found |= {(edge, other), (other, edge)}
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """Which image is trained at which size.
+
+    Attributes:
+        sizes: [K] width and height of each bucket that has images.
+        bucket_of: [N] uint16 number of each image's bucket, or `NONE`.
+        merged: (size, images, sizes they went to) of each bucket that had fewer images than a group.
+    """
+
+    sizes: list[tuple[int, int]]
+    bucket_of: np.ndarray = field(repr=False)
+    merged: list[tuple[tuple[int, int], int, list[tuple[int, int]]]]
+
+
+NONE = np.iinfo(np.uint16).max
+
+
+def plan_buckets(
+    image_sizes: np.ndarray, resolution: int, options: BucketOptions, uses: np.ndarray, group_size: int
+) -> BucketPlan:
+    """The bucket of each image: the one nearest by the logarithm of the aspect ratio.
+
+    Under `no_upscale` it must not be larger than the image; an image smaller than all of them gets a bucket of its own
+    size, in steps, and none if that is under the minimum.
+
+    Args:
+        image_sizes: [N, 2] widths and heights.
+        uses: [N] how often an image is used an epoch; buckets with fewer uses than `group_size` are merged.
+    """
+    sizes = options.sizes(resolution)
+    if len(sizes) == 1 and not options.no_upscale:
+        return BucketPlan(sizes, np.zeros(len(image_sizes), np.uint16), [])
+    shapes, shape_of = np.unique(image_sizes, axis=0, return_inverse=True)  # many images share a shape
+    shape_of = shape_of.reshape(-1)
+    nearest = _nearest(shapes, sizes, options.no_upscale)
+    if options.no_upscale and options.buckets is None:
+        sizes, nearest = _own_buckets(shapes, sizes, nearest, options, resolution)
+    bucket_of = nearest[shape_of]
+    counts = np.bincount(bucket_of[bucket_of >= 0], uses[bucket_of >= 0], len(sizes))
+    merged, kept = [], [number for number in range(len(sizes)) if counts[number] > 0]
+    for number in sorted(kept, key=lambda number: (counts[number], number)):
+        if len(kept) == 1 or counts[number] >= group_size:
+            continue
+        kept.remove(number)
+        members = np.flatnonzero(bucket_of == number)
+        others = [sizes[other] for other in kept]
+        moved = _nearest(image_sizes[members], others, options.no_upscale)
+        fallback = _nearest(image_sizes[members], others, False)  # enlarging a little is better than losing an image
+        goals = np.array(kept)[np.where(moved >= 0, moved, fallback)]
+        bucket_of[members] = goals
+        counts += np.bincount(goals, uses[members], len(sizes))
+        merged.append((sizes[number], len(members), [sizes[goal] for goal in np.unique(goals)]))
+    renumbered = np.full(len(sizes) + 1, NONE, np.uint16)
+    renumbered[kept] = np.arange(len(kept))
+    return BucketPlan([sizes[number] for number in kept], renumbered[bucket_of], merged)
+
+
+def _nearest(shapes: np.ndarray, sizes: Sequence[tuple[int, int]], must_fit: bool) -> np.ndarray:
+    """[N] the number of the bucket nearest in aspect ratio, of several the largest; -1 if none fits."""
+    buckets = np.array(sizes, np.float64)
+    ratios = np.log(buckets[:, 0] / buckets[:, 1])
+    areas = buckets.prod(1)
+    found = np.empty(len(shapes), np.int64)
+    for begin in range(0, len(shapes), 65536):
+        part = shapes[begin : begin + 65536].astype(np.float64)
+        distance = np.abs(np.log(part[:, 0] / part[:, 1])[:, None] - ratios)
+        distance = distance.round(9) - 1e-10 * areas / areas.max()  # among equals the largest
+        if must_fit:
+            distance[(part[:, None, :] < buckets).any(2)] = np.inf
+        best = distance.argmin(1)
+        found[begin : begin + len(part)] = np.where(np.isinf(distance.min(1)), -1, best)
+    return found
+
+
+def _own_buckets(
+    shapes: np.ndarray, sizes: list[tuple[int, int]], nearest: np.ndarray, options: BucketOptions, resolution: int
+) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """Adds buckets for the shapes that an enlargement-free choice would crop more than a step: their own size."""
+    step, least, most = options.step, options.least(resolution), options.most(resolution)
+    area = resolution * resolution
+    own = np.minimum(shapes // step * step, most)
+    is_small = (shapes.prod(1) < area) | (nearest < 0)
+    too_large = own.prod(1) > area  # a long image: its bucket is of the area
+    usable = is_small & ~too_large & (own >= least).all(1)
+    sizes = list(sizes)
+    numbers = {size: number for number, size in enumerate(sizes)}
+    nearest = np.where(is_small & ~usable & (own < least).any(1), -1, nearest)
+    for place in np.flatnonzero(usable):
+        size = (int(own[place, 0]), int(own[place, 1]))
+        if size not in numbers:
+            numbers[size] = len(sizes)
+            sizes.append(size)
+        nearest[place] = numbers[size]
+    return sizes, nearest

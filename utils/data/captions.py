@@ -1,0 +1,74 @@
+"""From an image's captions to the one that a step trains on."""
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from utils.options import option, require_fraction, require_not_negative
+from utils.records import RecordPass
+from utils.seeding import Stream, generator
+
+FOLDER_REPEATS = re.compile(r"^\d+_")
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    trigger_word: str | None = option(None, "word put in front of each caption that does not hold it")
+    caption_prefix: str | None = option(None, "words before each caption")
+    caption_suffix: str | None = option(None, "words behind each caption")
+    tag_separator: str = option(",", "what stands between the tags of a caption")
+    shuffle_tags: bool = option(False, "put the tags of a caption in another order each time")
+    keep_tokens: int = option(0, "first tags of a caption that are neither shuffled nor dropped")
+    tag_dropout: float = option(0.0, "portion of the tags that are left out each time")
+    caption_dropout: float = option(
+        0.0,
+        "portion of the samples that train without a caption, for classifier-free guidance",
+        aliases=["--proportion_empty_prompts"],
+    )
+    on_missing_caption: str = option(
+        "empty",
+        "images without a caption: train on an empty one, on the name of their folder, or end the run",
+        choices=["empty", "folder", "error"],
+    )
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "keep_tokens")
+        require_fraction(self, "tag_dropout", "caption_dropout")
+
+    @property
+    def varies(self) -> bool:
+        """Whether the same caption is another text each time."""
+        return self.shuffle_tags or self.tag_dropout > 0
+
+
+def folder_caption(key: str, source: str) -> str:
+    """The name of an image's folder, or of its source if it lies at its top; kohya's `10_name` is `name`."""
+    parent = PurePosixPath(key).parent.name or PurePosixPath(source).name
+    return FOLDER_REPEATS.sub("", parent).strip()
+
+
+def compose(caption: str, options: CaptionOptions, seed: int, passing: RecordPass) -> str:
+    """The text that trains: tags shuffled and dropped, the trigger word in front, between prefix and suffix.
+
+    Args:
+        passing: whose number over the record decides on order and dropout, so that a cached variant is the live one.
+    """
+    if options.varies:
+        caption = _vary(caption, options, seed, passing)
+    trigger = options.trigger_word
+    if trigger and trigger not in caption:
+        caption = f"{trigger}{options.tag_separator} {caption}" if caption else trigger
+    return " ".join(filter(None, [options.caption_prefix, caption, options.caption_suffix]))
+
+
+def _vary(caption: str, options: CaptionOptions, seed: int, passing: RecordPass) -> str:
+    tags = [tag.strip() for tag in caption.split(options.tag_separator)]
+    tags = [tag for tag in tags if tag]
+    kept, free = tags[: options.keep_tokens], tags[options.keep_tokens :]
+    if options.tag_dropout:
+        dropped = generator(seed, passing.identity, passing.variant, Stream.TAG_DROPOUT).random(len(free))
+        free = [tag for tag, drawn in zip(free, dropped, strict=True) if drawn >= options.tag_dropout]
+    if options.shuffle_tags:
+        order = generator(seed, passing.identity, passing.variant, Stream.TAG_ORDER).permutation(len(free))
+        free = [free[place] for place in order]
+    return f"{options.tag_separator} ".join(kept + free)

@@ -1,0 +1,251 @@
+"""What image files say before their pixels, read once, by several processes, and remembered."""
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
+from tqdm import tqdm
+
+from utils.data.images import ODDITIES, read_header
+from utils.data.sources import Records
+from utils.data.tables import ImageTable
+from utils.options import first_line
+
+logger = logging.getLogger(__name__)
+DIGEST_SIZE = 16
+SETTLED_NANOSECONDS = 2_000_000_000
+MANY = 5_000  # images from which on several processes read
+CHUNK = 500
+
+
+class Facts(NamedTuple):
+    """One image's: upright size, bit mask of `ODDITIES`, length of the file, digest if wanted, and why it is bad."""
+
+    width: int
+    height: int
+    oddities: int
+    num_bytes: int
+    digest: bytes
+    reason: str
+
+
+@dataclass
+class Survey:
+    """What is known of the images of a run.
+
+    Attributes:
+        sizes: [N, 2] int32 upright widths and heights; 0 of images that can't be read.
+        oddities: [N] uint16 bit masks of `ODDITIES`.
+        num_bytes: [N] int64 lengths of the files, -1 where unknown.
+        digests: [N] of the files' bytes, 16 bytes each; b"" where unknown.
+        reasons: why an image can't be read, by its number.
+    """
+
+    sizes: np.ndarray
+    oddities: np.ndarray
+    num_bytes: np.ndarray
+    digests: np.ndarray = field(repr=False)
+    reasons: dict[int, str]
+
+    def oddity_counts(self) -> dict[str, int]:
+        """How many images have each oddity."""
+        counts = Counter({name: int((self.oddities >> bit & 1).sum()) for bit, name in enumerate(ODDITIES)})
+        return {name: count for name, count in counts.items() if count}
+
+    def take(self, indices: np.ndarray) -> "Survey":
+        """Some of the images, in their order."""
+        arrays = (array[indices] for array in (self.sizes, self.oddities, self.num_bytes, self.digests))
+        places = {int(index): place for place, index in enumerate(indices)} if self.reasons else {}
+        reasons = {places[index]: reason for index, reason in self.reasons.items() if index in places}
+        return Survey(*arrays, reasons)
+
+
+def survey(records: Records, folder: Path, show_progress: bool = False) -> Survey:
+    """The facts of all images, of which only headers are read, and those only once: `folder` remembers them."""
+    return _survey(records, folder, np.zeros(len(records), bool), show_progress)
+
+
+def add_digests(known: Survey, records: Records, wanted: np.ndarray, folder: Path, show_progress: bool = False) -> None:
+    """Adds the digests of the images where `wanted`, [N] bool: they are read whole, once."""
+    missing = wanted & (known.digests == b"")
+    if missing.any():
+        found = _survey(records.take(np.flatnonzero(missing)), folder, np.ones(missing.sum(), bool), show_progress)
+        known.digests[missing] = found.digests
+        numbers = np.flatnonzero(missing)
+        known.reasons |= {int(numbers[place]): reason for place, reason in found.reasons.items()}
+
+
+def _survey(records: Records, folder: Path, with_digest: np.ndarray, show_progress: bool) -> Survey:
+    count = len(records)
+    found = Survey(
+        np.zeros((count, 2), np.int32),
+        np.zeros(count, np.uint16),
+        np.full(count, -1, np.int64),
+        np.full(count, b"", f"S{DIGEST_SIZE + 1}").astype(object),
+        {},
+    )
+    for number, source in enumerate(records.sources):
+        places = np.flatnonzero(records.source_numbers == number)
+        if len(places):
+            _survey_table(source.table, records.rows[places], places, found, folder, with_digest[places], show_progress)
+    return found
+
+
+def _survey_table(
+    table: ImageTable,
+    rows: np.ndarray,
+    places: np.ndarray,
+    found: Survey,
+    folder: Path,
+    with_digest: np.ndarray,
+    show_progress: bool,
+) -> None:
+    """Fills in the facts of some rows of a table, at their places."""
+    memory = _Memory(folder, table.name)
+    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
+        keys = [table.key(int(row)) for row in rows]
+        stamps = list(pool.map(table.stamp, (int(row) for row in rows), chunksize=CHUNK))
+    known = memory.find(keys, stamps)
+    is_known = known >= 0
+    if is_known.any():
+        at = known[is_known]
+        found.sizes[places[is_known], 0] = memory.column("width")[at]
+        found.sizes[places[is_known], 1] = memory.column("height")[at]
+        found.oddities[places[is_known]] = memory.column("oddities")[at]
+        found.num_bytes[places[is_known]] = memory.column("num_bytes")[at]
+        found.digests[places[is_known]] = memory.column("digest")[at]
+        is_known &= ~with_digest | (found.digests[places] != b"")
+    unread = np.flatnonzero(~is_known)
+    work = [(int(rows[place]), bool(with_digest[place])) for place in unread]
+    for place, facts in zip(unread, read_facts(table, work, show_progress), strict=True):
+        index = int(places[place])
+        found.sizes[index] = facts.width, facts.height
+        found.oddities[index] = facts.oddities
+        found.num_bytes[index] = facts.num_bytes
+        found.digests[index] = facts.digest
+        if facts.reason:
+            found.reasons[index] = facts.reason
+    if len(unread):
+        memory.remember(keys, stamps, found, places)
+
+
+def read_facts(table: ImageTable, work: Sequence[tuple[int, bool]], show_progress: bool) -> Iterator[Facts]:
+    """The facts of rows, with the digest where the second value says so, in order."""
+    chunks = [work[begin : begin + CHUNK] for begin in range(0, len(work), CHUNK)]
+    what = "reading images" if any(with_digest for _, with_digest in work) else "reading headers"
+    progress = tqdm(total=len(work), desc=what, disable=not show_progress or len(work) < MANY, leave=False)
+    with executor(len(work)) as pool, progress:
+        for facts in pool.map(partial(_read_chunk, table), chunks):
+            progress.update(len(facts))
+            yield from facts
+
+
+def executor(count: int) -> Executor:
+    """Processes where there is much to read, since Python reads a header; threads else."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if count < MANY or cores == 1 or "fork" not in multiprocessing.get_all_start_methods():
+        return ThreadPoolExecutor(4 * cores)
+    return ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork"))
+
+
+def _read_chunk(table: ImageTable, work: Sequence[tuple[int, bool]]) -> list[Facts]:
+    return [_read(table, row, with_digest) for row, with_digest in work]
+
+
+def _read(table: ImageTable, row: int, with_digest: bool) -> Facts:
+    declared = table.declared_size(row)
+    if declared is not None and not with_digest:
+        return Facts(*declared, 0, -1, b"", "")
+    try:
+        image = table.image(row)
+        if with_digest and isinstance(image, str):
+            image = Path(image).read_bytes()
+        header = read_header(image)
+        num_bytes = len(image) if isinstance(image, bytes) else os.stat(image).st_size
+    except (OSError, ValueError) as error:
+        return Facts(0, 0, 0, -1, b"", _reason(error))
+    names = set(header.oddities) | ({"non-ASCII name"} if not table.key(row).isascii() else set())
+    oddities = sum(1 << bit for bit, name in enumerate(ODDITIES) if name in names)
+    digest = hashlib.blake2b(image, digest_size=DIGEST_SIZE).digest() if with_digest else b""
+    return Facts(header.width, header.height, oddities, num_bytes, digest, "")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file is not there"
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+class _Memory:
+    """The remembered facts of one table, a Parquet file; readable images alone, by key and stamp."""
+
+    def __init__(self, folder: Path, name: str):
+        self._path = folder / "headers" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.parquet"
+        self._table: pa.Table | None = None
+        try:
+            self._table = pyarrow.parquet.read_table(self._path)
+        except (OSError, pa.ArrowException):
+            return
+
+    def find(self, keys: list[str], stamps: list[str]) -> np.ndarray:
+        """[n] where each is remembered as it is now, else -1."""
+        if self._table is None or not len(self._table) or not keys:
+            return np.full(len(keys), -1)
+        at = pa.compute.index_in(pa.array(keys, pa.large_string()), value_set=self._table["key"].combine_chunks())
+        at = at.fill_null(-1).to_numpy(zero_copy_only=False)
+        remembered = self._table["stamp"].to_pandas().to_numpy()
+        return np.where((at >= 0) & (remembered[at] == np.array(stamps, object)), at, -1)
+
+    def column(self, name: str) -> np.ndarray:
+        """The values of all remembered images."""
+        return np.array(self._table[name].to_pylist(), object) if name == "digest" else self._table[name].to_numpy()
+
+    def remember(self, keys: list[str], stamps: list[str], found: Survey, places: np.ndarray) -> None:
+        """Adds facts, but not of files that were changed a moment ago: another change might leave the stamp alike."""
+        now = time.time_ns()
+        chosen = [
+            number
+            for number, (place, stamp) in enumerate(zip(places, stamps, strict=True))
+            if found.sizes[place, 0] > 0 and found.num_bytes[place] >= 0 and _is_settled(stamp, now)
+        ]
+        at = places[chosen]
+        new = pa.table(
+            {
+                "key": pa.array([keys[number] for number in chosen], pa.large_string()),
+                "stamp": pa.array([stamps[number] for number in chosen], pa.large_string()),
+                "width": found.sizes[at, 0],
+                "height": found.sizes[at, 1],
+                "oddities": found.oddities[at],
+                "num_bytes": found.num_bytes[at],
+                "digest": pa.array(list(found.digests[at]), pa.binary()),
+            }
+        )
+        if self._table is not None and len(self._table):
+            renewed = pa.compute.is_in(self._table["key"], value_set=new["key"].combine_chunks())
+            new = pa.concat_tables([self._table.filter(pa.compute.invert(renewed)), new.cast(self._table.schema)])
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_name(f".tmp-{os.getpid()}-{self._path.name}")
+            pyarrow.parquet.write_table(new, temporary)
+            os.replace(temporary, self._path)
+        except OSError as error:
+            logger.warning("%s can't be written, headers will be read again next time: %s", self._path, error)
+
+
+def _is_settled(stamp: str, now: int) -> bool:
+    """Whether the file was last changed long enough ago for its times to tell the next change."""
+    times = stamp.split(":")[1:]
+    return all(int(time_) + SETTLED_NANOSECONDS < now for time_ in times)

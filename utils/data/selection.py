@@ -1,0 +1,199 @@
+"""Which of the listed images are trained on, at which size, and what became of the others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from utils.data.buckets import NONE, BucketOptions, BucketPlan, plan_buckets
+from utils.data.headers import Survey
+from utils.data.sampler import GlobalBatches, Pieces
+from utils.data.sources import Records
+from utils.options import UserError, option, require, require_fraction, require_positive
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    on_bad_image: str = option(
+        "skip", "images that can't be read: train without them, or end the run", choices=["skip", "error"]
+    )
+    max_bad_fraction: float = option(0.05, "portion of the images from which on bad ones end the run in any case")
+    min_image_size: int | None = option(None, "leave out images whose shorter edge has fewer pixels")
+    max_image_size: int | None = option(None, "leave out images whose longer edge has more pixels")
+    max_aspect_ratio: float | None = option(None, "leave out images whose longer edge is more times the shorter one")
+    max_upscale: float | None = option(None, "leave out images that would be enlarged by more than this factor")
+
+    def __post_init__(self) -> None:
+        require_fraction(self, "max_bad_fraction")
+        require_positive(self, "min_image_size", "max_image_size", "max_aspect_ratio", "max_upscale")
+        ratio = self.max_aspect_ratio
+        require(ratio is None or ratio >= 1, "max_aspect_ratio", ratio, "be 1 or more: the longer edge by the shorter")
+
+
+@dataclass(frozen=True)
+class PlannedImages:
+    """The images to train on.
+
+    Attributes:
+        records, survey, plan: of these images alone, in one order.
+        num_listed: images that the sources list.
+        bad: why an image can't be trained on, by its name.
+        filtered: how many were left out, by the reason.
+        missing_captions: how many have none.
+    """
+
+    records: Records = field(repr=False)
+    survey: Survey = field(repr=False)
+    plan: BucketPlan
+    num_listed: int
+    bad: dict[str, str]
+    filtered: dict[str, int]
+    missing_captions: int
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of an upright image."""
+        width, height = self.survey.sizes[index]
+        return int(width), int(height)
+
+    def target(self, index: int) -> tuple[int, int]:
+        """Width and height of what the model sees of an image."""
+        return self.plan.sizes[int(self.plan.bucket_of[index])]
+
+    def describe(self) -> str:
+        """How many images there are, in words."""
+        return f"{len(self.records):,} images, {len(self.bad)} unreadable ones left out"
+
+    def pieces(
+        self, batches: GlobalBatches, micro_batch: int, rank: int, num_processes: int, first_step: int, last_step: int
+    ) -> Pieces:
+        """The micro-batches of one process."""
+        return Pieces(batches, micro_batch, rank, num_processes, first_step, last_step)
+
+    def batches(self, size: int, group_size: int, seed: int) -> GlobalBatches:
+        """The stream of global batches of `size` over them."""
+        records = self.records
+        return GlobalBatches(self.plan.bucket_of, records.source_numbers, records.repeats(), size, group_size, seed)
+
+    def report(self) -> dict[str, object]:
+        """What `data_report.json` says of them."""
+        counts = np.bincount(self.plan.bucket_of, minlength=len(self.plan.sizes))
+        return {
+            "images": self.num_listed,
+            "trained": len(self.records),
+            "missing_captions": self.missing_captions,
+            "converted": self.survey.oddity_counts(),
+            "filtered": self.filtered,
+            "not_in_metadata": sum(source.table.num_left_out for source in self.records.sources),
+            "buckets": {_name(size): int(count) for size, count in zip(self.plan.sizes, counts, strict=True)},
+            "merged_buckets": {_name(size): [_name(goal) for goal in goals] for size, _, goals in self.plan.merged},
+            "unreadable": dict(sorted(self.bad.items())),
+        }
+
+
+def _name(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def plan_images(
+    records: Records,
+    survey: Survey,
+    resolution: int,
+    group_size: int,
+    buckets: BucketOptions,
+    options: SelectionOptions,
+    report: Callable[[int, dict[str, str]], None],
+) -> PlannedImages:
+    """Leaves out bad images and those that the filters name, and plans the buckets of the others.
+
+    Args:
+        report: is given how many images are listed, and the bad ones before they end the run.
+
+    Raises:
+        UserError: for bad images as the options have it, for missing captions where they are an error, or if no image
+            is left.
+    """
+    bad = dict(records.refused) | {records.key(index): reason for index, reason in survey.reasons.items()}
+    num_listed = len(records) + len(records.refused)
+    report(num_listed, bad)
+    check_bad(bad, num_listed, options)
+    is_kept = np.ones(len(records), bool)
+    is_kept[list(survey.reasons)] = False
+    filtered = {}
+
+    def leave_out(reason: str, chosen: np.ndarray) -> None:
+        count = int((is_kept & chosen).sum())
+        if count:
+            filtered[reason] = count
+        is_kept[chosen] = False
+
+    shorter, longer = survey.sizes.min(1), survey.sizes.max(1)
+    if options.min_image_size is not None:
+        leave_out(f"shorter edge under {options.min_image_size}", shorter < options.min_image_size)
+    if options.max_image_size is not None:
+        leave_out(f"longer edge over {options.max_image_size}", longer > options.max_image_size)
+    if options.max_aspect_ratio is not None:
+        leave_out(f"aspect ratio over {options.max_aspect_ratio:g}", longer > options.max_aspect_ratio * shorter)
+    uses = np.array([float(repeat) for repeat in records.repeats()])[records.source_numbers]
+    good = np.flatnonzero(is_kept)
+    if len(good):
+        first = plan_buckets(survey.sizes[good], resolution, buckets, uses[good], 1)
+        leave_out("too small for a bucket without enlarging", _spread(first.bucket_of == NONE, good, len(records)))
+        if options.max_upscale is not None:
+            factors = upscaling(survey.sizes[good], first)
+            too_far = _spread(factors > options.max_upscale, good, len(records))
+            leave_out(f"enlarged by more than {options.max_upscale:g}", too_far)
+    kept = np.flatnonzero(is_kept)
+    if not len(kept):
+        reasons = [f"{name}: {reason}" for name, reason in list(bad.items())[:1]]
+        reasons += [f"{reason}: {count} images" for reason, count in filtered.items()]
+        raise UserError(f"no image is left to train on; {'; '.join(reasons)}")
+    plan = plan_buckets(survey.sizes[kept], resolution, buckets, uses[kept], group_size)
+    chosen = records if len(kept) == len(records) else records.take(kept)
+    missing = check_captions(chosen)
+    return PlannedImages(chosen, survey.take(kept), plan, num_listed, bad, filtered, missing)
+
+
+def _spread(values: np.ndarray, indices: np.ndarray, length: int) -> np.ndarray:
+    spread = np.zeros(length, bool)
+    spread[indices] = values
+    return spread
+
+
+def upscaling(image_sizes: np.ndarray, plan: BucketPlan) -> np.ndarray:
+    """[N] the factor by which each image is enlarged (over 1) or reduced to cover its bucket; 0 without a bucket."""
+    targets = np.array([*plan.sizes, (0, 0)])
+    numbers = np.where(plan.bucket_of == NONE, len(plan.sizes), plan.bucket_of)
+    return (targets[numbers] / image_sizes).max(1)
+
+
+def check_bad(bad: dict[str, str], num_listed: int | None, options: SelectionOptions) -> None:
+    """Ends the run where there are more bad images than the options allow; a stream's length may not be known.
+
+    Raises:
+        UserError: which names the first of them.
+    """
+    if not bad:
+        return
+    shown = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[:20])
+    shown += "" if len(bad) <= 20 else f"; and {len(bad) - 20} more in data_report.json"
+    if options.on_bad_image == "error":
+        raise UserError(f"{len(bad)} images can't be read (--on_bad_image error): {shown}")
+    if num_listed is not None and len(bad) > options.max_bad_fraction * num_listed:
+        raise UserError(
+            f"{len(bad)} of {num_listed} images can't be read, more than --max_bad_fraction "
+            f"{options.max_bad_fraction:g} allows; mend or remove them, or raise it: {shown}"
+        )
+
+
+def check_captions(records: Records) -> int:
+    """How many images have no caption.
+
+    Raises:
+        UserError: if a source has `on_missing_caption` set to error, and images without one.
+    """
+    places = [index for index, captions in enumerate(records.all_captions()) if not captions]
+    refusing = [index for index in places if records.source(index).captions.on_missing_caption == "error"]
+    if refusing:
+        names = ", ".join(records.key(index) for index in refusing[:10])
+        raise UserError(f"{len(refusing)} images have no caption (--on_missing_caption error), such as {names}")
+    return len(places)

@@ -1,0 +1,405 @@
+"""Datasets that are read as a stream: never whole on the disk, and of no length that is known for certain.
+
+The shards of the dataset are dealt out to lanes, and each lane fills the same slots of every global batch. How many
+lanes there are follows from the shards and the global batch alone, so the batches are the same on any number of
+processes, each of which reads only the lanes of its own slots. A resumed run reads over what was used before it.
+"""
+
+import hashlib
+import itertools
+import logging
+import math
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from utils.data.buckets import BucketOptions, BucketPlan, plan_buckets
+from utils.data.captions import CaptionOptions, folder_caption
+from utils.data.images import read_header
+from utils.data.sampler import Draw, Piece
+from utils.data.sources import DataOptions, SourceOptions, check_columns, files_of, is_saved_dataset
+from utils.data.tables import captions_of, declared, image_of
+from utils.options import UserError, first_line
+from utils.records import ImageRecord
+from utils.seeding import Stream, generator
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+logger = logging.getLogger(__name__)
+PIECES_AHEAD = 8
+SAVED_SHARDS = 64
+
+
+class StreamedSample(NamedTuple):
+    """An image of a stream, its header readable, with what its crop is drawn by.
+
+    The first of a group has a spare, the image before it of its bucket, lest it can't be decoded.
+    """
+
+    record: ImageRecord
+    identity: int
+    bucket: int
+    passing: int
+    spare: "StreamedSample | None" = None
+
+
+@dataclass(frozen=True)
+class StreamedRecords:
+    """The few images of one micro-batch and some spare ones, to be asked as all of a run's records are.
+
+    Attributes:
+        bad: (name, reason) of images that were passed over on the way to these.
+    """
+
+    samples: list[StreamedSample] = field(repr=False)
+    options: CaptionOptions
+    bad: list[tuple[str, str]]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def draw(self, place: int) -> Draw:
+        """The draw of the sample at a place of the micro-batch."""
+        return Draw(place, self.samples[place].passing, self.samples[place].bucket)
+
+    def key(self, index: int) -> str:
+        """The name by which an image is reported."""
+        return self.samples[index].record.key
+
+    def image(self, index: int) -> str | bytes:
+        """An image's path or bytes."""
+        return self.samples[index].record.source
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """An image's captions, at least one."""
+        return self.samples[index].record.captions
+
+    def caption_options(self, index: int) -> CaptionOptions:
+        """How its captions are used."""
+        return self.options
+
+    def identity(self, index: int) -> int:
+        """What its draws are keyed by."""
+        return self.samples[index].identity
+
+
+class StreamedBatches:
+    """The global batches of a stream, of which only the length is known beforehand, if at all."""
+
+    def __init__(self, size: int, group_size: int, seed: int, num_images: int | None):
+        self.size = size
+        self.group_size = group_size
+        self.seed = seed
+        self.samples_per_epoch = math.inf if num_images is None else num_images
+
+    def steps_in(self, epochs: int) -> int:
+        """Optimizer steps of as many samples as the dataset has, `epochs` times.
+
+        Raises:
+            UserError: if the dataset does not say how many it has.
+        """
+        if self.samples_per_epoch == math.inf:
+            raise UserError("a stream does not say how long it is; give --max_train_steps with --streaming")
+        return -(-epochs * self.samples_per_epoch // self.size)
+
+    def epochs_before(self, step: int) -> int:
+        """Whole epochs in the first `step` optimizer steps; 0 where that is not known."""
+        return int(step * self.size // self.samples_per_epoch)
+
+
+@dataclass(frozen=True)
+class StreamedImages:
+    """A stream to train on.
+
+    Attributes:
+        num_listed: images, where the dataset says it.
+        bad: why an image could not be trained on, by its name.
+    """
+
+    dataset: "IterableDataset" = field(repr=False)
+    source: SourceOptions
+    captions: CaptionOptions
+    resolution: int
+    buckets: BucketOptions
+    num_listed: int | None
+    bad: dict[str, str]
+    shuffle_buffer_size: int
+
+    @property
+    def plan(self) -> BucketPlan:
+        """All buckets that an image may come to."""
+        return BucketPlan(self.buckets.sizes(self.resolution), np.zeros(0, np.uint16), [])
+
+    def describe(self) -> str:
+        """How many images there are, in words."""
+        count = "of unknown length" if self.num_listed is None else f"of {self.num_listed:,} images"
+        return f"a stream {count} in {self.dataset.num_shards} shards"
+
+    def batches(self, size: int, group_size: int, seed: int) -> StreamedBatches:
+        """Its global batches of `size`."""
+        return StreamedBatches(size, group_size if self.buckets.use_aspect_ratio_buckets else 1, seed, self.num_listed)
+
+    def pieces(
+        self, batches: StreamedBatches, micro_batch: int, rank: int, num_processes: int, first_step: int, last_step: int
+    ) -> "StreamedPieces":
+        """The micro-batches of one process."""
+        return StreamedPieces(self, batches, micro_batch, rank, num_processes, first_step, last_step)
+
+    def report(self) -> dict[str, object]:
+        """What `data_report.json` says of it."""
+        return {"images": self.num_listed, "streamed": True, "unreadable": dict(sorted(self.bad.items()))}
+
+
+def open_stream(
+    data: DataOptions, source: SourceOptions, captions: CaptionOptions, resolution: int, buckets: BucketOptions
+) -> StreamedImages:
+    """Opens a dataset as a stream; none of its images is read.
+
+    Raises:
+        UserError: if it can't be opened, lacks a column, or is to fill buckets without saying its images' sizes.
+    """
+    import datasets
+
+    if source.max_train_samples is not None:
+        raise UserError("--max_train_samples is drawn from all images, which a stream does not know; leave one out")
+    try:
+        loaded = _load(source, data.cache_dir)
+        dataset = loaded[source.dataset_split] if isinstance(loaded, dict) else loaded
+    except KeyError as error:
+        raise UserError(
+            f"--dataset_split {source.dataset_split} is not in the data, which has {list(loaded)}"
+        ) from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"the stream can't be opened: {first_line(error)}") from error
+    columns = dataset.column_names or list(next(iter(dataset)))
+    source = _webdataset_columns(source, columns)
+    check_columns(columns, source)
+    sizes = (source.width_column, source.height_column)
+    if buckets.use_aspect_ratio_buckets and not set(sizes) <= set(columns):
+        raise UserError(
+            f"--streaming with --use_aspect_ratio_buckets needs the images' sizes in the rows, in the columns "
+            f"{sizes[0]} and {sizes[1]} (--width_column, --height_column); there are {', '.join(columns)}"
+        )
+    wanted = [source.image_column, source.caption_column, *(name for name in sizes if name in columns)]
+    dataset = dataset.select_columns(wanted).cast_column(source.image_column, datasets.Image(decode=False))
+    split = dataset.info.splits.get(source.dataset_split) if dataset.info.splits else None
+    count = split.num_examples if split is not None and split.num_examples else None
+    return StreamedImages(dataset, source, captions, resolution, buckets, count, {}, data.shuffle_buffer_size)
+
+
+def _load(source: SourceOptions, cache_dir: str | None):
+    import datasets
+
+    if source.dataset_name is not None and is_saved_dataset(Path(source.dataset_name)):
+        saved = datasets.load_from_disk(source.dataset_name)
+        splits = saved if isinstance(saved, dict) else {source.dataset_split: saved}
+        return {name: each.to_iterable_dataset(min(SAVED_SHARDS, len(each))) for name, each in splits.items()}
+    if source.dataset_name is not None:
+        return datasets.load_dataset(
+            source.dataset_name,
+            source.dataset_config_name,
+            cache_dir=cache_dir,
+            data_dir=source.train_data_dir,
+            streaming=True,
+        )
+    for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
+        try:
+            files = files_of(source.train_data_dir, suffix)
+        except UserError:
+            continue
+        return datasets.load_dataset(builder, data_files={source.dataset_split: files}, streaming=True)
+    raise UserError(
+        f"--streaming reads parquet files, tar shards or a --dataset_name; {source.train_data_dir} holds none of "
+        "them, and a folder of images needs no stream"
+    )
+
+
+def _webdataset_columns(source: SourceOptions, columns: list[str]) -> SourceOptions:
+    """The columns under the names that tar shards give them: their members' endings."""
+    if "__key__" not in columns:
+        return source
+    image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in columns), source.image_column)
+    caption = next((name for name in ("txt", "caption") if name in columns), source.caption_column)
+    return replace(
+        source,
+        image_column=source.image_column if source.image_column in columns else image,
+        caption_column=source.caption_column if source.caption_column in columns else caption,
+    )
+
+
+class Lane:
+    """Some shards of a stream, pass after pass in a seeded order, as groups of one bucket."""
+
+    def __init__(self, images: StreamedImages, number: int, num_lanes: int, group_size: int, seed: int):
+        self._images = images
+        self._number = number
+        self._group_size = group_size
+        self._seed = seed
+        self._shards = np.arange(number, images.dataset.num_shards, num_lanes)
+        self._buffer_size = max(1, images.shuffle_buffer_size // num_lanes)
+        self.bad: list[tuple[str, str]] = []
+
+    def groups(self) -> Iterator[list[StreamedSample]]:
+        """Groups without end."""
+        waiting: dict[int, list[StreamedSample]] = defaultdict(list)
+        last: dict[int, StreamedSample] = {}
+        for passing in itertools.count():
+            any_found = False
+            for number, row in enumerate(self._rows(passing)):
+                sample = self._sample(row, number, passing)
+                if sample is None:
+                    continue
+                any_found = True
+                waiting[sample.bucket].append(sample)
+                if len(waiting[sample.bucket]) == self._group_size:
+                    first, *others = waiting.pop(sample.bucket)
+                    yield [first._replace(spare=last.get(sample.bucket)), *others]
+                    last[sample.bucket] = sample
+            if not any_found:
+                raise UserError(f"no image of the stream can be read; {self.bad[-1:] or 'it is empty'}")
+
+    def _rows(self, passing: int) -> Iterator[dict]:
+        """The rows of one pass: shards in a seeded order, and each row drawn from a buffer of those that come next."""
+        draws = generator(self._seed, passing, self._number, Stream.SHARD_ORDER)
+        dataset, buffer = self._images.dataset, []
+        for shard in draws.permutation(self._shards):
+            for row in dataset.shard(num_shards=dataset.num_shards, index=int(shard)):
+                buffer.append(row)
+                if len(buffer) >= self._buffer_size:
+                    place = int(draws.integers(len(buffer)))
+                    buffer[place], buffer[-1] = buffer[-1], buffer[place]
+                    yield buffer.pop()
+        for place in draws.permutation(len(buffer)):
+            yield buffer[place]
+
+    def _sample(self, row: dict, number: int, passing: int) -> StreamedSample | None:
+        """The sample of a row, or None if its image's header can't be read."""
+        source, images = self._images.source, self._images
+        value = row[source.image_column]
+        key = (value or {}).get("path") or f"lane {self._number}, pass {passing}, row {number}"
+        try:
+            read_header(image_of(value))
+        except (OSError, ValueError) as error:
+            self.bad.append((key, first_line(error)))
+            return None
+        captions = captions_of(row[source.caption_column], source.caption_column)
+        if not captions:
+            if images.captions.on_missing_caption == "error":
+                raise UserError(f"{key} has no caption (--on_missing_caption error)")
+            by_folder = images.captions.on_missing_caption == "folder"
+            captions = (folder_caption(key, "") if by_folder else "",)
+        place = f"{self._number} {passing} {number}".encode()
+        identity = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
+        record = ImageRecord(key, image_of(value), captions)
+        return StreamedSample(record, identity, self._bucket(row, key), passing)
+
+    def _bucket(self, row: dict, key: str) -> int:
+        images = self._images
+        if not images.buckets.use_aspect_ratio_buckets:
+            return 0
+        size = declared(row, (images.source.width_column, images.source.height_column))
+        if size is None:
+            raise UserError(f"{key} has no size in its row, which --use_aspect_ratio_buckets needs under --streaming")
+        options = images.buckets
+        sizes = options.sizes(images.resolution)
+        planned = plan_buckets(np.array([size]), images.resolution, options, np.ones(1), 1)
+        return sizes.index(planned.sizes[int(planned.bucket_of[0])])
+
+
+class StreamedPieces:
+    """The micro-batches of one process, read by a thread ahead of the training; a DataLoader's sampler."""
+
+    def __init__(
+        self,
+        images: StreamedImages,
+        batches: StreamedBatches,
+        micro_batch: int,
+        rank: int,
+        num_processes: int,
+        first_step: int,
+        last_step: int,
+    ):
+        size, group = batches.size, batches.group_size
+        self._images, self._batches = images, batches
+        self._num_lanes = num_lanes(size, group, images.dataset.num_shards)
+        begin, end = rank * size // num_processes, (rank + 1) * size // num_processes
+        self.slots: list[tuple[int, ...]] = []
+        while begin < end:
+            until = min(begin + micro_batch, end)
+            if images.buckets.use_aspect_ratio_buckets:
+                until = min(until, (begin // group + 1) * group)
+            self.slots.append(tuple(range(begin, until)))
+            begin = until
+        self.steps = range(first_step, last_step)
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.slots)
+
+    def __iter__(self) -> Iterator[Piece]:
+        ahead: queue.Queue = queue.Queue(PIECES_AHEAD)
+        stopped = threading.Event()
+
+        def put(item: object) -> bool:
+            while not stopped.is_set():
+                try:
+                    ahead.put(item, timeout=0.2)
+                except queue.Full:
+                    continue
+                return True
+            return False
+
+        def read() -> None:
+            try:
+                for piece in self._read():
+                    if not put(piece):
+                        return
+                put(None)
+            except BaseException as error:  # noqa: BLE001  it is raised where the pieces are taken
+                put(error)
+
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        try:
+            while (item := ahead.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+
+    def _read(self) -> Iterator[Piece]:
+        batches, per_lane = self._batches, self._batches.size // self._num_lanes
+        mine = sorted({slot // per_lane for slots in self.slots for slot in slots})
+        seed = batches.seed
+        lanes = {number: Lane(self._images, number, self._num_lanes, batches.group_size, seed) for number in mine}
+        groups = {number: lane.groups() for number, lane in lanes.items()}
+        a_step = per_lane // batches.group_size
+        if self.steps.start:
+            logger.info("reading over the %d samples that were used before", self.steps.start * batches.size)
+        for stream in groups.values():
+            next(itertools.islice(stream, self.steps.start * a_step, self.steps.start * a_step), None)
+        for step in self.steps:
+            samples: dict[int, StreamedSample] = {}
+            for number, stream in groups.items():
+                found = [sample for group in itertools.islice(stream, a_step) for sample in group]
+                samples |= {number * per_lane + place: sample for place, sample in enumerate(found)}
+            for slots in self.slots:
+                bad = [entry for lane in lanes.values() for entry in lane.bad]
+                for lane in lanes.values():
+                    lane.bad.clear()
+                chosen = [samples[slot] for slot in slots]
+                spares = [sample.spare for sample in chosen if sample.spare is not None]
+                yield Piece(step, slots, StreamedRecords(chosen + spares, self._images.captions, bad))
+
+
+def num_lanes(size: int, group_size: int, num_shards: int) -> int:
+    """The most lanes, at most one a shard, that share a global batch evenly in whole groups."""
+    groups = size // group_size
+    return max(count for count in range(1, groups + 1) if groups % count == 0 and (count <= num_shards or count == 1))

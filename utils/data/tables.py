@@ -1,0 +1,180 @@
+"""The images of one source, listed but not read: what every kind of source gives."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from utils.options import UserError
+from utils.records import ImageRecord
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class ImageTable(ABC):
+    """The images of one source in a fixed order; a row is read when it is asked for. It goes to loader workers.
+
+    Attributes:
+        name: what the source is called between runs: what is known of its images is remembered under it.
+        refused: (key, reason) of each image that the source lists but that can't be had.
+        num_left_out: images that are there but that the source's list does not name.
+    """
+
+    name: str
+    refused: Sequence[tuple[str, str]] = ()
+    num_left_out: int = 0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def key(self, row: int) -> str:
+        """The name of an image within its source: a path or a number."""
+
+    @abstractmethod
+    def image(self, row: int) -> str | bytes:
+        """An image's path, or its bytes; of one that is not there empty bytes."""
+
+    @abstractmethod
+    def captions(self, row: int) -> tuple[str, ...]:
+        """An image's captions, none where it has none."""
+
+    def all_captions(self) -> Iterator[tuple[str, ...]]:
+        """The captions of each image, in order, without reading images."""
+        return (self.captions(row) for row in range(len(self)))
+
+    def stamp(self, row: int) -> str:
+        """What is known, without reading it, to change with an image's bytes; "" where `name` says it already."""
+        return ""
+
+    def declared_size(self, row: int) -> tuple[int, int] | None:
+        """Width and height, where the source says them beside the image."""
+        return None
+
+    def record(self, row: int) -> ImageRecord:
+        """All of it."""
+        return ImageRecord(self.key(row), self.image(row), self.captions(row))
+
+
+class FileTable(ImageTable):
+    """Images that are files of a folder."""
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        captions: Sequence[Sequence[str]],
+        refused: Sequence[tuple[str, str]] = (),
+        num_left_out: int = 0,
+    ):
+        self.root = root
+        self.name = str(root.resolve())
+        self.refused = list(refused)
+        self.num_left_out = num_left_out
+        # Arrow's arrays and not lists: a million of them cost what their letters cost, and forked workers share them
+        self._names = pa.array(names, pa.large_string())
+        self._captions = pa.array(captions, pa.list_(pa.large_string()))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def key(self, row: int) -> str:
+        """The path within the folder."""
+        return self._names[row].as_py()
+
+    def image(self, row: int) -> str:
+        """The file's path."""
+        return str(self.root / self.key(row))
+
+    def captions(self, row: int) -> tuple[str, ...]:
+        """Those that were found beside the image or in the folder's list."""
+        return tuple(self._captions[row].as_py())
+
+    def stamp(self, row: int) -> str:
+        """Size and times of the file; the second time can't be set back."""
+        try:
+            facts = os.stat(self.image(row))
+        except OSError:
+            return "missing"
+        return f"{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"
+
+
+class RowTable(ImageTable):
+    """Images that are rows of a dataset of the `datasets` library, whose image column is not decoded."""
+
+    def __init__(self, dataset: "Dataset", image_column: str, caption_column: str, size_columns: tuple[str, str]):
+        self.name = f"dataset {dataset._fingerprint}"
+        self._dataset = dataset
+        self._image_column = image_column
+        self._captions = dataset.select_columns([caption_column])
+        self._caption_column = caption_column
+        self._size_columns = size_columns
+        self._sizes = None
+        if set(size_columns) <= set(dataset.column_names):
+            self._sizes = dataset.select_columns(list(size_columns))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def key(self, row: int) -> str:
+        """`row N`: paths in datasets need not be distinct."""
+        return f"row {row}"
+
+    def image(self, row: int) -> str | bytes:
+        """The bytes, or the path where the row holds only that."""
+        return image_of(self._dataset[row][self._image_column])
+
+    def captions(self, row: int) -> tuple[str, ...]:
+        """Those of the caption column."""
+        return captions_of(self._captions[row][self._caption_column], self._caption_column)
+
+    def all_captions(self) -> Iterator[tuple[str, ...]]:
+        """The captions of each image, in order, read a thousand at a time."""
+        for batch in self._captions.iter(1000):
+            for value in batch[self._caption_column]:
+                yield captions_of(value, self._caption_column)
+
+    def declared_size(self, row: int) -> tuple[int, int] | None:
+        """From the size columns, where the dataset has them."""
+        if self._sizes is None:
+            return None
+        sizes = self._sizes[row]
+        return declared(sizes, self._size_columns)
+
+    def record(self, row: int) -> ImageRecord:
+        """All of it, read at once."""
+        values = self._dataset[row]
+        captions = captions_of(values[self._caption_column], self._caption_column)
+        return ImageRecord(self.key(row), image_of(values[self._image_column]), captions)
+
+
+def declared(values: dict, size_columns: tuple[str, str]) -> tuple[int, int] | None:
+    """Width and height from a row's two columns, if both hold a number above 0."""
+    width, height = (values.get(column) for column in size_columns)
+    return (int(width), int(height)) if width and height and width > 0 and height > 0 else None
+
+
+def image_of(value: dict | None) -> str | bytes:
+    """The path or bytes of an undecoded image of the `datasets` library."""
+    if value is None:
+        return b""
+    return value["bytes"] if value["bytes"] is not None else value["path"] or b""
+
+
+def captions_of(value: object, where: str) -> tuple[str, ...]:
+    """The captions in a string, a list of strings, or nothing; blank ones are none.
+
+    Raises:
+        UserError: for anything else, naming `where` it stands.
+    """
+    if value is None:
+        return ()
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, Sequence) or not all(isinstance(caption, str | None) for caption in found):
+        raise UserError(f"{where} must hold a string or a list of strings, got {value!r:.80}")
+    return tuple(caption.strip() for caption in found if caption and caption.strip())

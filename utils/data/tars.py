@@ -1,0 +1,127 @@
+"""WebDataset tar shards on a disk, read in any order: the place of each image within its shard is listed once."""
+
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+
+from utils.data.folders import PAIR_SUFFIXES, captions_in, is_image
+from utils.data.tables import ImageTable
+from utils.options import UserError, first_line
+
+
+class TarTable(ImageTable):
+    """Images that are members of tar files."""
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        keys: Sequence[str],
+        places: np.ndarray,
+        captions: Sequence[Sequence[str]],
+        refused: Sequence[tuple[str, str]],
+    ):
+        """`places` is [N, 3] int64: the number of the shard, and where in it the bytes begin and how many they are."""
+        self.name = f"tar {shards[0].resolve()}"
+        self.refused = refused
+        self._shards = [str(shard) for shard in shards]
+        self._stamps = [_stamp(shard) for shard in shards]
+        self._keys = pa.array(keys, pa.large_string())
+        self._places = places
+        self._captions = pa.array(captions, pa.list_(pa.large_string()))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def key(self, row: int) -> str:
+        """`shard.tar/member`."""
+        return self._keys[row].as_py()
+
+    def image(self, row: int) -> bytes:
+        """The member's bytes.
+
+        Raises:
+            OSError: if the shard has gone.
+        """
+        shard, begin, length = (int(value) for value in self._places[row])
+        with open(self._shards[shard], "rb") as file:
+            file.seek(begin)
+            return file.read(length)
+
+    def captions(self, row: int) -> tuple[str, ...]:
+        """Those of the member's sample."""
+        return tuple(self._captions[row].as_py())
+
+    def stamp(self, row: int) -> str:
+        """The shard's size and times."""
+        return self._stamps[int(self._places[row, 0])]
+
+
+def read_tars(shards: Sequence[Path]) -> TarTable:
+    """Lists tar shards, whose members of one name (up to the first dot) are a sample: `a.jpg` with `a.txt` or `a.json`.
+
+    Raises:
+        UserError: for a shard that is compressed, or no tar file at all.
+    """
+    keys, places, captions, refused = [], [], [], []
+    for number, shard in enumerate(shards):
+        images: dict[str, tuple[str, int, int]] = {}
+        texts: dict[str, tuple[str, tuple[str, ...]]] = {}
+        broken: dict[str, str] = {}
+        for sample, member, begin, length, content in _members(shard, refused):
+            if is_image(member) and sample not in images:
+                images[sample] = (member, begin, length)
+            elif content is not None and _comes_first(member, texts.get(sample)):
+                try:
+                    texts[sample] = (member, captions_in(member, content))
+                except ValueError as error:
+                    broken[sample] = str(error)
+        for sample, (member, begin, length) in images.items():
+            key = f"{shard.name}/{member}"
+            if sample in broken:
+                refused.append((key, broken[sample]))
+                continue
+            keys.append(key)
+            places.append((number, begin, length))
+            captions.append(texts.get(sample, ("", ()))[1])
+    return TarTable(shards, keys, np.array(places, np.int64).reshape(-1, 3), captions, refused)
+
+
+def _members(shard: Path, refused: list[tuple[str, str]]) -> Iterator[tuple[str, str, int, int, bytes | None]]:
+    """(sample, name, begin, length, content if it is a caption's) of each file in a shard; images are not read.
+
+    What lies behind a broken place is refused.
+    """
+    any_found = False
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                path = PurePosixPath(member.name)
+                if not member.isfile() or path.name.startswith("."):
+                    continue
+                content = None
+                if path.suffix in PAIR_SUFFIXES:
+                    content = archive.extractfile(member).read()
+                sample = str(path.parent / path.name.partition(".")[0])
+                any_found = True
+                yield sample, member.name, member.offset_data, member.size, content
+    except (OSError, tarfile.TarError) as error:
+        if any_found:
+            refused.append((shard.name, f"the shard is broken, what follows in it is left out: {first_line(error)}"))
+            return
+        cure = "; unpack it, or gunzip it to a plain .tar" if shard.suffix != ".tar" else ""
+        raise UserError(f"{shard} can't be read as a tar file: {first_line(error)}{cure}") from error
+
+
+def _comes_first(name: str, held: tuple[str, tuple[str, ...]] | None) -> bool:
+    """Whether a caption file goes before the one that is held."""
+    order = [PurePosixPath(each).suffix for each in (name, held[0])] if held else []
+    return not held or PAIR_SUFFIXES.index(order[0]) < PAIR_SUFFIXES.index(order[1])
+
+
+def _stamp(shard: Path) -> str:
+    facts = os.stat(shard)
+    return f"{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"

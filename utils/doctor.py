@@ -1,0 +1,252 @@
+"""The dataset doctor: what a dry run says of the data, and a sheet of what the model will really see."""
+
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from utils.data.buckets import BucketPlan
+from utils.data.dataset import pass_of, text_of
+from utils.data.headers import add_digests, executor
+from utils.data.images import ImageOptions, make_cut, plan_cut, read_rgb
+from utils.data.sampler import GlobalBatches
+from utils.data.selection import PlannedImages, upscaling
+from utils.data.sources import Records
+from utils.options import first_line
+
+MOST_DECODED = 20_000
+TILE = 192
+CAPTION_LINES = 4
+SHEET_TILES = 24
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a dry run found in the data.
+
+    Attributes:
+        num_decoded: images that were decoded whole to find broken ones.
+        broken: why an image can't be decoded though its header can be read, by its name.
+        duplicates: names of images of the same bytes, a list each.
+        token_counts: [texts] tokens of each distinct caption.
+        cut_captions: some of those that are longer than what the model reads.
+        cropped: [N] share of each image's area that is cropped away.
+        enlarged: [N] factor by which each image is enlarged; under 1 it is reduced.
+        cache_bytes: what `--cache_latents` and `--cache_text_embeddings` would take, by kind.
+    """
+
+    images: PlannedImages = field(repr=False)
+    num_decoded: int
+    broken: dict[str, str]
+    duplicates: list[list[str]]
+    token_counts: np.ndarray
+    max_tokens: int
+    cut_captions: list[str]
+    cropped: np.ndarray
+    enlarged: np.ndarray
+    steps_per_epoch: float
+    cache_bytes: dict[str, int]
+
+    def lines(self) -> list[str]:
+        """The diagnosis in words, a finding a line."""
+        images = self.images
+        bad = images.bad | self.broken
+        sizes = images.survey.sizes
+        shown = [
+            f"images         {len(images.records):,} of {images.num_listed:,} listed",
+            f"sizes          {_span(sizes[:, 0])} wide, {_span(sizes[:, 1])} high",
+            *self._bucket_lines(),
+            f"cropped away   {self.cropped.mean():.1%} of an image's area on average; over 20 % of "
+            f"{int((self.cropped > 0.2).sum()):,} images; {self._worst(self.cropped, '{:.0%}')}",
+            f"enlarged       {int((self.enlarged > 1).sum()):,} images; {self._worst(self.enlarged, '{:.2f} times')}",
+            f"captions       {len(self.token_counts):,} distinct, {images.missing_captions:,} images without one; "
+            f"{_span(self.token_counts)} tokens",
+            f"cut captions   {int((self.token_counts > self.max_tokens).sum()):,} have over {self.max_tokens} tokens"
+            + (", see --max_token_length" if len(self.cut_captions) else ""),
+            *(f"               {textwrap.shorten(caption, 100)}" for caption in self.cut_captions[:3]),
+            f"duplicates     {sum(len(names) - 1 for names in self.duplicates):,} images have the bytes of another",
+            *(f"               {' = '.join(names[:4])}" for names in self.duplicates[:5]),
+            f"bad files      {len(bad):,}; {self.num_decoded:,} images were decoded to find them",
+            *(f"               {name}: {reason}" for name, reason in list(bad.items())[:20]),
+            *(f"left out       {count:,}: {reason}" for reason, count in images.filtered.items()),
+            *(f"converted      {count:,}: {name}" for name, count in images.survey.oddity_counts().items()),
+            f"epoch          {self.steps_per_epoch:,.1f} optimizer steps",
+            *(f"cache          {_bytes(count)} of {kind}" for kind, count in self.cache_bytes.items()),
+        ]
+        return [f"  {line}" for line in shown]
+
+    def record(self) -> dict[str, object]:
+        """The diagnosis as JSON-ready values, complete."""
+        return self.images.report() | {
+            "unreadable": dict(sorted((self.images.bad | self.broken).items())),
+            "decoded": self.num_decoded,
+            "duplicates": self.duplicates,
+            "distinct_captions": len(self.token_counts),
+            "cut_captions": int((self.token_counts > self.max_tokens).sum()),
+            "mean_cropped_away": float(self.cropped.mean()),
+            "enlarged": int((self.enlarged > 1).sum()),
+            "steps_per_epoch": self.steps_per_epoch,
+            "cache_bytes": self.cache_bytes,
+        }
+
+    def _bucket_lines(self) -> list[str]:
+        plan = self.images.plan
+        counts = np.bincount(plan.bucket_of, minlength=len(plan.sizes))
+        lines = []
+        for number, (width, height) in enumerate(plan.sizes):
+            head = "buckets        " if not lines else " " * 15
+            cropped = self.cropped[plan.bucket_of == number].mean()
+            lines.append(f"{head}{width:>5} x {height:<5}{counts[number]:>9,} images, {cropped:6.1%} cropped away")
+        for (width, height), count, goals in plan.merged:
+            others = ", ".join(f"{goal[0]}x{goal[1]}" for goal in goals)
+            lines.append(f"{' ' * 15}{width:>5} x {height:<5}{count:>9,} images moved to {others}: under a group")
+        return lines
+
+    def _worst(self, values: np.ndarray, form: str) -> str:
+        worst = int(values.argmax())
+        return f"at most {form.format(float(values[worst]))} ({self.images.records.key(worst)})"
+
+
+def examine(
+    images: PlannedImages,
+    batches: GlobalBatches,
+    texts: Sequence[str],
+    token_counts: Iterable[int],
+    max_tokens: int,
+    cache_bytes: dict[str, int],
+    folder: Path,
+) -> Diagnosis:
+    """Decodes the images, compares those of equal length, and measures what the buckets cost.
+
+    Args:
+        folder: where the facts of files are remembered.
+    """
+    counts = np.fromiter(token_counts, np.int64, len(texts))
+    long = [texts[index] for index in np.argsort(-counts, kind="stable")[:3] if counts[index] > max_tokens]
+    num_decoded, broken = decode_all(images.records)
+    return Diagnosis(
+        images=images,
+        num_decoded=num_decoded,
+        broken=broken,
+        duplicates=find_duplicates(images, folder),
+        token_counts=counts,
+        max_tokens=max_tokens,
+        cut_captions=long,
+        cropped=cropped_away(images.survey.sizes, images.plan),
+        enlarged=upscaling(images.survey.sizes, images.plan),
+        steps_per_epoch=float(batches.samples_per_epoch / batches.size),
+        cache_bytes=cache_bytes,
+    )
+
+
+def decode_all(records: Records) -> tuple[int, dict[str, str]]:
+    """(how many images were decoded, why some can't be, by name); of very many, evenly spread ones."""
+    chosen = np.unique(np.linspace(0, len(records) - 1, min(len(records), MOST_DECODED)).astype(int))
+    chunks = [chosen[begin : begin + 50] for begin in range(0, len(chosen), 50)]
+    broken: dict[str, str] = {}
+    with executor(100 * len(chosen)) as pool, tqdm(total=len(chosen), desc="decoding images", leave=False) as progress:
+        for chunk, found in zip(chunks, pool.map(partial(_decode, records), chunks), strict=True):
+            broken |= found
+            progress.update(len(chunk))
+    return len(chosen), broken
+
+
+def _decode(records: Records, indices: np.ndarray) -> dict[str, str]:
+    broken = {}
+    for index in indices:
+        try:
+            read_rgb(records.image(int(index)))
+        except (OSError, ValueError) as error:
+            broken[records.key(int(index))] = first_line(error)
+    return broken
+
+
+def find_duplicates(images: PlannedImages, folder: Path) -> list[list[str]]:
+    """Names of images of the same bytes; only those of equal length are read."""
+    lengths = images.survey.num_bytes
+    values, counts = np.unique(lengths[lengths >= 0], return_counts=True)
+    add_digests(images.survey, images.records, np.isin(lengths, values[counts > 1]), folder, show_progress=True)
+    names = defaultdict(list)
+    for index in np.flatnonzero(images.survey.digests != b""):
+        names[images.survey.digests[index]].append(images.records.key(int(index)))
+    return [same for same in names.values() if len(same) > 1]
+
+
+def cropped_away(sizes: np.ndarray, plan: BucketPlan) -> np.ndarray:
+    """[N] the share of each image's area that its bucket does not show."""
+    targets = np.array(plan.sizes)[plan.bucket_of]
+    scale = (targets / sizes).max(1)
+    return 1 - targets.prod(1) / (sizes.astype(np.float64).prod(1) * scale**2)
+
+
+def draw_sheet(
+    images: PlannedImages,
+    batches: GlobalBatches,
+    options: ImageOptions,
+    cut_variants: int | None,
+    text_variants: int | None,
+    file: Path,
+) -> None:
+    """Draws a PNG of what the model will see in its first steps, cut and mirrored as it will be, captions below.
+
+    Args:
+        cut_variants, text_variants: passes after which crops, and orders of tags, come again; or None.
+    """
+    tiles = []
+    for number in range(min(SHEET_TILES, 4 * len(images.records))):
+        step, slot = divmod(number, batches.size)
+        draw = batches.draw(step, slot)
+        text, dropped = text_of(images.records, draw, batches.seed, step, slot, text_variants)
+        try:
+            image = read_rgb(images.records.image(draw.record), options.transparency_color)
+        except (OSError, ValueError):
+            continue
+        passing = pass_of(images.records, draw, cut_variants)
+        cut = plan_cut(image.size, images.plan.sizes[draw.bucket], options, batches.seed, passing)
+        pixels = Image.fromarray(make_cut(image, cut, options).transpose(1, 2, 0))
+        caption = "(caption dropped)" if dropped else text or "(no caption)"
+        tiles.append(_tile(pixels, f"{cut.crop.width}x{cut.crop.height}", caption))
+    columns = min(6, max(1, len(tiles)))
+    rows = -(-len(tiles) // columns)
+    width, height = TILE + 16, TILE + 16 + 14 * (CAPTION_LINES + 1)
+    sheet = Image.new("RGB", (columns * width, max(1, rows) * height), "white")
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (number % columns * width, number // columns * height))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file)
+
+
+def _tile(image: Image.Image, size: str, text: str) -> Image.Image:
+    tile = Image.new("RGB", (TILE + 16, TILE + 16 + 14 * (CAPTION_LINES + 1)), "white")
+    scale = TILE / max(image.size)
+    small = image.resize([max(1, round(edge * scale)) for edge in image.size], Image.Resampling.LANCZOS)
+    tile.paste(small, (8 + (TILE - small.width) // 2, 8 + (TILE - small.height) // 2))
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default()
+    draw.text((8, TILE + 10), size, fill="grey", font=font)
+    lines = textwrap.wrap(text, 34, max_lines=CAPTION_LINES, placeholder=" ...")
+    for number, line in enumerate(lines, start=1):
+        try:
+            draw.text((8, TILE + 10 + 14 * number), line, fill="black", font=font)
+        except UnicodeError:  # PIL's built-in font without FreeType knows Latin letters alone
+            draw.text((8, TILE + 10 + 14 * number), line.encode("ascii", "replace").decode(), fill="black", font=font)
+    return tile
+
+
+def _span(values: np.ndarray) -> str:
+    """Smallest, median and largest."""
+    return f"{int(values.min()):,} to {int(values.max()):,} (median {int(np.median(values)):,})"
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

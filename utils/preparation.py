@@ -1,0 +1,199 @@
+"""What a run does with its data before the first step: images chosen, the cache filled; and what is said of them."""
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.data.buckets import BucketOptions
+from utils.data.cache import CACHE_DTYPES, CacheOptions, EntryStore
+from utils.data.cached import CachedLatents, CachedTexts, LatentPlan, texts_of
+from utils.data.captions import CaptionOptions
+from utils.data.headers import Survey, add_digests, survey
+from utils.data.images import ImageOptions
+from utils.data.selection import PlannedImages, SelectionOptions, check_bad, plan_images
+from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
+from utils.data.stream import StreamedImages, open_stream
+from utils.encoding import CacheFiller, Verification, verify_latents, verify_texts
+from utils.families.base import Family
+from utils.options import ProcessError, UserError
+from utils.runtime import write_json
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+REPORT = "data_report.json"
+
+
+@dataclass(frozen=True)
+class DataPreparation:
+    """The data of a run, as its options have it.
+
+    Attributes:
+        report_folder: where `data_report.json` is written; None on a dry run.
+    """
+
+    accelerator: "Accelerator"
+    data: DataOptions
+    source: SourceOptions
+    captions: CaptionOptions
+    selection: SelectionOptions
+    image: ImageOptions
+    buckets: BucketOptions
+    cache: CacheOptions
+    seed: int
+    report_folder: Path | None
+
+    def choose_images(self, resolution: int, group_size: int) -> PlannedImages | StreamedImages:
+        """The images to train on and their buckets; the main process reads headers, and tells the others.
+
+        Raises:
+            UserError: as `read_records` and `plan_images`.
+        """
+        if self.data.streaming:
+            (entry,) = source_entries(self.data, self.source, self.captions)
+            return open_stream(self.data, entry.source, entry.captions, resolution, self.buckets)
+        with self.accelerator.main_process_first():  # which fills `datasets`' cache for all
+            records = read_records(self.data, self.source, self.captions, self.seed)
+        known = self._survey(records)
+        images = plan_images(records, known, resolution, group_size, self.buckets, self.selection, self._report_bad)
+        say_what_was_left_out(images, group_size)
+        return images
+
+    def _survey(self, records: Records) -> Survey:
+        from accelerate.utils import broadcast_object_list
+
+        known = None
+        if self.accelerator.is_main_process:
+            known = survey(records, self.cache.folder, show_progress=True)
+            if self.cache.cache_latents and self.report_folder is not None:
+                add_digests(known, records, known.sizes[:, 0] > 0, self.cache.folder, show_progress=True)
+        return broadcast_object_list([known])[0]
+
+    def _report_bad(self, num_listed: int, bad: dict[str, str]) -> None:
+        """Names the bad images before they may end the run."""
+        if self.report_folder is not None and self.accelerator.is_main_process and bad:
+            write_json(self.report_folder / REPORT, {"images": num_listed, "unreadable": bad})
+
+    def fill_cache(
+        self, family: Family, images: PlannedImages, num_workers: int
+    ) -> tuple[CachedLatents | None, CachedTexts | None]:
+        """Encodes what is not in the cache yet; the encoders that are done leave the device."""
+        cache = self.cache
+        filler = self._filler(family, num_workers)
+        latents = texts = None
+        if cache.cache_latents:
+            plan = LatentPlan(images, self.image, self.seed, self.num_crops, filler.vae_fingerprint())
+            latents = filler.latents(plan, EntryStore(cache.folder / "latents"))
+            unreadable = [(images.records.key(index), reason) for index, reason in latents.bad.items()]
+            note_unreadable(unreadable, images, self.selection)
+            num_crops = latents.places[:, :, 0].size
+            logger.info("%d crops of %d images are in %s", num_crops, len(images.records), cache.folder)
+            if cache.verify_cache:
+                report_verification("images", verify_latents(filler, plan, latents))
+        if cache.cache_text_embeddings:
+            distinct = self.texts(images)
+            texts = filler.texts(distinct, filler.text_fingerprint(), EntryStore(cache.folder / "text"))
+            logger.info("%d captions are in %s", len(distinct), cache.folder)
+            if cache.verify_cache:
+                report_verification("captions", verify_texts(filler, distinct, texts))
+        family.rest(self.accelerator.device, vae=cache.cache_latents, text_encoders=cache.cache_text_embeddings)
+        return latents, texts
+
+    def texts(self, images: PlannedImages) -> list[str]:
+        """Each distinct text that the images train on; of tags that come in ever new orders one a caption."""
+        return list(texts_of(images, self.seed, self.cache.text_variants))
+
+    def cache_bytes(self, family: Family, images: PlannedImages, num_texts: int) -> dict[str, int]:
+        """What the cache would take, by kind."""
+        filler = self._filler(family, 0)
+        moments = [2 * math.prod(family.latent_space.shape(size)) for size in images.plan.sizes]
+        counts = np.bincount(images.plan.bucket_of, minlength=len(moments))
+        values = int(sum(int(count) * size for count, size in zip(counts, moments, strict=True)))
+        states = filler.states([("", True)])
+        return {
+            "latents": values
+            * (self.cache.cut_variants or 1 if self.image.varies else 1)
+            * filler.latent_dtype.itemsize,
+            "text states": (num_texts + 1) * sum(state.nbytes for state in states.values()),
+        }
+
+    def _filler(self, family: Family, num_workers: int) -> CacheFiller:
+        dtype = None if self.cache.cache_dtype is None else CACHE_DTYPES[self.cache.cache_dtype]
+        return CacheFiller(self.accelerator, family, dtype, self.cache.cache_batch_size, num_workers)
+
+    @property
+    def num_crops(self) -> int:
+        """Crops of an image that are cached."""
+        return self.cache.cut_variants if self.image.varies else 1
+
+    def write_report(self, images: PlannedImages | StreamedImages) -> None:
+        """Writes `data_report.json`: how many images are trained on and how, and each that could not be read."""
+        from accelerate.utils import gather_object
+
+        images.bad.update(gather_object(list(images.bad.items())))
+        if self.accelerator.is_main_process:
+            write_json(self.report_folder / REPORT, images.report())
+            if images.bad:
+                path = self.report_folder / REPORT
+                logger.warning("%d images could not be read; %s names them", len(images.bad), path)
+
+
+def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
+    """Logs what became of images that are not trained on as they are."""
+    for name, reason in list(images.bad.items())[:20]:
+        logger.warning("left out %s: %s", name, reason)
+    if images.bad:
+        logger.warning("%d unreadable images are left out of the training", len(images.bad))
+    for reason, count in images.filtered.items():
+        logger.warning("%d images are left out: %s", count, reason)
+    if images.missing_captions:
+        policies = {source.captions.on_missing_caption for source in images.records.sources}
+        instead = "the name of their folder" if policies == {"folder"} else "an empty one (see --on_missing_caption)"
+        logger.warning("%d images have no caption and train on %s", images.missing_captions, instead)
+    for (width, height), count, goals in images.plan.merged:
+        others = ", ".join(f"{goal[0]}x{goal[1]}" for goal in goals)
+        reason = f"under a group of {group_size}"
+        logger.info("the bucket %dx%d has %d images, %s: moved to %s", width, height, count, reason, others)
+
+
+def report_verification(what: str, found: Verification) -> None:
+    """Says what comparing the cache has shown.
+
+    Raises:
+        UserError: if an entry is not what the encoders say now.
+    """
+    quality = ""
+    if found.peak_signal_to_noise is not None:
+        quality = f"; decoded they are within {found.peak_signal_to_noise:.1f} dB (PSNR) of their pixels"
+    if found.different:
+        names = ", ".join(found.different[:10])
+        raise UserError(
+            f"--verify_cache: {len(found.different)} of {found.num_entries} {what} differ from what is cached, such as "
+            f"{names}; remove the folder of --encoding_cache_dir and fill it again"
+        )
+    logger.info("verified %d cached %s: off by at most %.1e%s", found.num_entries, what, found.worst, quality)
+
+
+def note_unreadable(
+    found: Iterable[tuple[str, str]], images: PlannedImages | StreamedImages, options: SelectionOptions
+) -> None:
+    """Remembers images that turned out to be broken when they were decoded, and names each once.
+
+    Raises:
+        ProcessError: if there are more than the options allow.
+    """
+    new = {key: reason for key, reason in found if key not in images.bad}
+    for key, reason in new.items():
+        images.bad[key] = reason
+        logger.warning("left out %s: %s", key, reason)
+    if new:
+        try:
+            check_bad(images.bad, images.num_listed, options)
+        except UserError as error:
+            raise ProcessError(str(error)) from error
