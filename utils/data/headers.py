@@ -115,9 +115,10 @@ def _survey_table(
 ) -> None:
     """Fills in the facts of some rows of a table, at their places."""
     memory = _Memory(folder, table.name)
+    keys = [table.key(int(row)) for row in rows]
+    chunks = [rows[begin : begin + CHUNK] for begin in range(0, len(rows), CHUNK)]
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-        keys = [table.key(int(row)) for row in rows]
-        stamps = list(pool.map(table.stamp, (int(row) for row in rows), chunksize=CHUNK))
+        stamps = [stamp for found in pool.map(partial(_stamp_chunk, table), chunks) for stamp in found]
     known = memory.find(keys, stamps)
     is_known = known >= 0
     if is_known.any():
@@ -140,6 +141,10 @@ def _survey_table(
             found.reasons[index] = facts.reason
     if len(unread):
         memory.remember(keys, stamps, found, places)
+
+
+def _stamp_chunk(table: ImageTable, rows: np.ndarray) -> list[str]:
+    return [table.stamp(int(row)) for row in rows]
 
 
 def read_facts(table: ImageTable, work: Sequence[tuple[int, bool]], show_progress: bool) -> Iterator[Facts]:
