@@ -39,7 +39,14 @@ from utils.families.source import ModelOptions, PipelineSource
 from utils.losses import LossOptions
 from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
 from utils.objective import Objective
-from utils.optim import OptimizerOptions, ScheduleOptions, build_optimizer, rate_factor, set_learning_rate
+from utils.optim import (
+    OPTIMIZER_PACKAGES,
+    OptimizerOptions,
+    ScheduleOptions,
+    build_optimizer,
+    rate_factor,
+    set_learning_rate,
+)
 from utils.options import (
     UserError,
     as_record,
@@ -112,7 +119,7 @@ class Options:
     @property
     def structure(self) -> dict[str, object]:
         """What a checkpoint can only be resumed with, by flag."""
-        optimizer = {"seed": self.runtime.seed, "optimizer": self.optimizer.optimizer}
+        optimizer = {"seed": self.runtime.seed, "optimizer": self.optimizer.name}
         return optimizer | self.adaptation.structure
 
 
@@ -230,10 +237,10 @@ def run(argv: Sequence[str] | None) -> None:
                     with log.paused():
                         on_main_process(accelerator, partial(checkpoints.save, done, partial(state.save, step=done)))
                 if done < total_steps and is_validation_due(options, family, batches, done):
-                    with log.paused(), evaluating(adaptation, average):
+                    with log.paused(), evaluating(adaptation, average, optimizer):
                         log.images(sampler.draw(f"step-{done}"), done, "validation")
 
-        with evaluating(adaptation, average):
+        with evaluating(adaptation, average, optimizer):
             on_main_process(accelerator, lambda: adaptation.export(folder.path))
             samples = sampler.draw("final")
         log.images(samples, total_steps, "test")
@@ -262,15 +269,14 @@ def check_together(options: Options) -> None:
     text_rates = (options.optimizer.text_encoder_lr, options.optimizer.text_encoder_2_lr)
     if any(rate is not None for rate in text_rates) and not options.adaptation.train_text_encoder:
         raise UserError("--text_encoder_lr goes with --train_text_encoder; give both or neither")
-    if options.schedule.lr_scheduler == "constant" and options.schedule.lr_warmup_steps not in (0, 500):
-        logger.warning("--lr_warmup_steps is ignored by --lr_scheduler constant; constant_with_warmup heeds it")
+    if options.schedule.lr_scheduler in ("constant", "one_cycle") and options.schedule.lr_warmup_steps not in (0, 500):
+        logger.warning("--lr_warmup_steps is ignored by --lr_scheduler %s", options.schedule.lr_scheduler)
     if options.hub.hub_token is not None and {"wandb", "comet_ml"} & set(options.tracking.trackers):
         raise UserError(
             f"--report_to {options.tracking.report_to} would record the command with its --hub_token; "
             "log in by `hf auth login` instead"
         )
-    if options.optimizer.use_8bit_adam and find_spec("bitsandbytes") is None:
-        raise UserError("--use_8bit_adam needs bitsandbytes; pip install bitsandbytes")
+    check_optimizer(options)
     if options.ema.offload_ema and not options.ema.use_ema:
         raise UserError("--offload_ema goes with --use_ema; give both or neither")
     if options.data.streaming and (options.cache.cache_latents or options.cache.cache_text_embeddings):
@@ -281,6 +287,22 @@ def check_together(options: Options) -> None:
         )
     if options.adaptation.train_text_encoder and options.model.clip_skip and options.adaptation.adaptation == "full":
         logger.warning("--clip_skip %d: the layers left out stay as they are", options.model.clip_skip)
+
+
+def check_optimizer(options: Options) -> None:
+    """Refuses an optimizer whose package is missing, or that does not go with the schedule."""
+    name, schedule = options.optimizer.name, options.schedule.lr_scheduler
+    package = OPTIMIZER_PACKAGES.get(name)
+    if package is not None and find_spec(package) is None:
+        flag = "--use_8bit_adam" if options.optimizer.use_8bit_adam else f"--optimizer {name}"
+        raise UserError(f"{flag} needs {package}; pip install {package}")
+    if name == "schedule_free_adamw" and schedule not in ("constant", "constant_with_warmup"):
+        raise UserError(
+            f"--optimizer {name} needs no schedule; --lr_scheduler must be constant or constant_with_warmup"
+        )
+    if name == "prodigy" and options.optimizer.learning_rate < 0.1:
+        rate = options.optimizer.learning_rate
+        logger.warning("--optimizer prodigy finds its rate itself: --learning_rate %g is a factor on it, try 1", rate)
 
 
 def check_before_loading(
@@ -391,7 +413,7 @@ def describe(
         "resolution": ", ".join(f"{width}x{height}" for width, height in images.plan.sizes),
         "global batch": f"{batches.size} = {sizes} x {accelerator.num_processes} processes",
         "length": f"{total_steps:,} optimizer steps = {epochs:.2f} epochs",
-        "optimizer": f"{options.optimizer.optimizer}, {options.schedule.lr_scheduler} at {peak_rate:g}",
+        "optimizer": f"{options.optimizer.name}, {options.schedule.lr_scheduler} at {peak_rate:g}",
     }
     return "\n".join(f"  {name:<14} {fact}" for name, fact in facts.items())
 

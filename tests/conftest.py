@@ -58,6 +58,7 @@ def train(pipelines: dict[str, Path], images: Path, tmp_path: Path) -> Callable[
         assert status == expect
         return tmp_path / out
 
+    run.pipelines = pipelines
     return run
 
 

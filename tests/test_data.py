@@ -507,6 +507,7 @@ class TestSources:
         ("text", "named"),
         [
             ("- {train_data_dir: dogs, repeat: 3}", "source 1: repeat is unknown; did you mean repeats"),
+            ("- {train_data_dir: dogs, loss_weight: -1}", "source 1: loss_weight must be a number above 0"),
             ("- {train_data_dir: dogs, repeats: 0}", "source 1: repeats must be a number above 0"),
             ("- {train_data_dir: dogs, repeats: 1, weight: 1}", "give one"),
             ("- {train_data_dir: dogs, shuffle_tags: 3}", "shuffle_tags must be bool, got 3"),
@@ -766,3 +767,26 @@ def test_what_is_asked_of_captions_reaches_the_batches(train, pipelines, tmp_pat
     assert 150 < texts["cats"]["one, two, three", True] < 250
     out = train("sd", "--max_train_steps", 2, "--train_batch_size", 4, data=tmp_path / "dogs")
     assert (out / "model_index.json").exists()
+
+
+def test_the_loss_weight_of_a_source(train, tmp_path):
+    """One step on one image of each of two sources: the loss is the weighted mean of what each gives alone."""
+    for name, colour in (("dogs", "red"), ("cats", "blue")):
+        make_picture(tmp_path / name / "a.png", colour=colour)
+    flags = ["--max_train_steps", 1, "--train_batch_size", 2, "--center_crop", "--debug_loss", "--report_to", "none"]
+
+    def loss(first: float, second: float) -> float:
+        file = tmp_path / "data.yaml"
+        file.write_text(
+            f"- {{train_data_dir: dogs, loss_weight: {first}}}\n- {{train_data_dir: cats, loss_weight: {second}}}\n"
+        )
+        from tests.conftest import reset_accelerate
+        from train_text_to_image import main
+
+        reset_accelerate()
+        out = tmp_path / f"{first}-{second}"
+        argv = ["--pretrained_model", train.pipelines["sd"], "--dataset_file", file, "--output_dir", out, *flags]
+        assert main([str(word) for word in [*argv, "--resolution", 32]]) == 0
+        return json.loads((out / "metrics.jsonl").read_text())["train_loss"]
+
+    assert loss(0.5, 3) == pytest.approx(0.5 * (loss(1, 1e-9)) + 3 * loss(1e-9, 1), rel=1e-4)

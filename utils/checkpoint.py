@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
+OWN_GROUP_OPTIONS = ("lr", "peak_lr", "weight_decay", "eps")  # a resumed run's own, not its checkpoint's
 
 
 @dataclass(frozen=True)
@@ -172,13 +174,22 @@ def write_state(
             else:
                 numbers.setdefault(name, {})[key] = value
     save_file(tensors, folder / OPTIMIZER)
-    write_json(folder / STATE, vars(state) | {"optimizer": numbers})
+    write_json(folder / STATE, vars(state) | {"optimizer": numbers, "optimizer_groups": _group_numbers(optimizer)})
+
+
+def _group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float | int | bool]]:
+    """What some optimizers keep by group, such as the rate that Prodigy has found; as JSON keeps floats exactly."""
+    return [
+        {name: value for name, value in group.items() if isinstance(value, bool | int | float) and math.isfinite(value)}
+        for group in optimizer.param_groups
+    ]
 
 
 def read_state(folder: Path) -> TrainingState:
     """The training state of a checkpoint."""
     values = json.loads((folder / STATE).read_text(encoding="utf-8"))
     del values["optimizer"]
+    values.pop("optimizer_groups", None)
     return TrainingState(**values)
 
 
@@ -197,7 +208,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, parameters: l
     Raises:
         UserError: if the checkpoint's parameters are others than these.
     """
-    saved: dict[str, dict[str, Any]] = json.loads((folder / STATE).read_text(encoding="utf-8"))["optimizer"]
+    values = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    saved: dict[str, dict[str, Any]] = values["optimizer"]
     for name, tensor in load_file(folder / OPTIMIZER).items():
         parameter_name, _, key = name.rpartition("/")
         saved.setdefault(parameter_name, {})[key] = tensor
@@ -208,6 +220,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, parameters: l
     current = optimizer.state_dict()
     order = [numbered[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     current["state"] = {index: saved[name] for index, name in enumerate(order) if name in saved}
+    for group, numbers in zip(current["param_groups"], values.get("optimizer_groups", ()), strict=False):
+        group |= {name: value for name, value in numbers.items() if name in group and name not in OWN_GROUP_OPTIONS}
     optimizer.load_state_dict(current)
 
 

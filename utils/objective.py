@@ -40,4 +40,5 @@ class Objective(nn.Module):
                 estimate = family.predict(self.trained["unet"], noised.noisy, noised.timesteps, states, batch.crops)
             noised = rectify(noised, estimate, self._noise_options.dream_detail_preservation)
         prediction = family.predict(self.trained["unet"], noised.noisy, noised.timesteps, states, batch.crops)
-        return weighted_loss(prediction, noised, self._process.prediction_type, self._loss_options)
+        losses = weighted_loss(prediction, noised, self._process.prediction_type, self._loss_options)
+        return losses * batch.loss_weights

@@ -1,7 +1,10 @@
 """Optimizers, their parameter groups, and the learning rate of each step."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -17,7 +20,12 @@ SCHEDULES = (
     "cosine_with_restarts",
     "polynomial",
     "piecewise_constant",
+    "cosine_warm_restarts",
+    "step",
+    "one_cycle",
 )
+ONE_CYCLE_START = 25.0  # torch's OneCycleLR: the rate begins at 1/25 of its peak and ends at 1/10,000 of that
+ONE_CYCLE_END = 1e4
 
 
 @dataclass(frozen=True)
@@ -28,9 +36,15 @@ class OptimizerOptions:
     )
     text_encoder_2_lr: float | None = option(None, "peak learning rate of the second; by default the first's")
     scale_lr: bool = option(False, "multiply the learning rates by batch size, accumulation and processes")
-    use_8bit_adam: bool = option(False, "AdamW with 8-bit state (bitsandbytes)")
+    optimizer: str | None = option(
+        None,
+        "adamw by default, fused where the device has it; adamw8bit, paged_adamw8bit and lion are bitsandbytes', "
+        "adafactor and muon (for the matrices; AdamW for the rest) torch's, prodigy finds its rate itself",
+    )
+    use_8bit_adam: bool = option(False, "the same as --optimizer adamw8bit")
     adam_beta1: float = option(0.9, "decay of the mean gradient")
-    adam_beta2: float = option(0.999, "decay of the mean squared gradient")
+    adam_beta2: float | None = option(None, "decay of the mean squared gradient; by default 0.999, of lion 0.99")
+    muon_momentum: float = option(0.95, "decay of muon's mean gradient")
     adam_weight_decay: float = option(1e-2, "decoupled weight decay, of all but biases and norms")
     adam_epsilon: float = option(1e-8, "term in AdamW's denominator")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them as they are")
@@ -38,13 +52,27 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         require_positive(self, "learning_rate", "text_encoder_lr", "text_encoder_2_lr", "adam_epsilon")
         require_not_negative(self, "adam_weight_decay", "max_grad_norm")
-        for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "be in [0, 1)")
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 1, name, value, "be in [0, 1)")
+        if self.optimizer is not None:
+            require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"be one of {', '.join(OPTIMIZERS)}")
+        if self.use_8bit_adam and self.optimizer not in (None, "adamw8bit"):
+            raise UserError(f"--use_8bit_adam is --optimizer adamw8bit, got --optimizer {self.optimizer}; give one")
+        text_rates = {self.rate_of(name) for name in ("text_encoder", "text_encoder_2")}
+        if self.optimizer == "prodigy" and text_rates != {self.learning_rate}:
+            raise UserError("--optimizer prodigy has one rate for all it trains; leave out --text_encoder_lr")
 
     @property
-    def optimizer(self) -> str:
+    def name(self) -> str:
         """The name of the optimizer in `OPTIMIZERS`."""
-        return "adamw8bit" if self.use_8bit_adam else "adamw"
+        return self.optimizer or ("adamw8bit" if self.use_8bit_adam else "adamw")
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Decay of the mean gradient and of the mean squared gradient."""
+        default = 0.99 if self.name == "lion" else 0.999
+        return self.adam_beta1, default if self.adam_beta2 is None else self.adam_beta2
 
     def rate_of(self, module: str) -> float:
         """The peak learning rate of a trained module by its name, before scaling."""
@@ -59,11 +87,20 @@ class ScheduleOptions:
     lr_warmup_steps: int = option(500, "optimizer steps over which the rate rises from 0; ignored by constant")
     lr_num_cycles: int = option(1, "hard restarts of cosine_with_restarts")
     lr_power: float = option(1.0, "power of the polynomial schedule")
+    lr_t_0: int | None = option(None, "optimizer steps of the first cycle of cosine_warm_restarts")
+    lr_t_mult: int = option(1, "how many times as long each next cycle of cosine_warm_restarts is")
+    lr_step_size: int | None = option(None, "optimizer steps after which step multiplies the rate by --lr_gamma")
+    lr_gamma: float = option(0.1, "factor of step")
+    lr_pct_start: float = option(0.3, "portion of the run in which one_cycle rises")
     lr_step_rules: str | None = option(None, "rules of piecewise_constant: 1:10,0.1:20,0.01 is 1 to step 10, 0.1 to 20")
 
     def __post_init__(self) -> None:
         require_not_negative(self, "lr_warmup_steps")
-        require_positive(self, "lr_num_cycles", "lr_power")
+        require_positive(self, "lr_num_cycles", "lr_power", "lr_t_0", "lr_t_mult", "lr_step_size", "lr_gamma")
+        require(0 < self.lr_pct_start < 1, "lr_pct_start", self.lr_pct_start, "be between 0 and 1")
+        for schedule, name in (("cosine_warm_restarts", "lr_t_0"), ("step", "lr_step_size")):
+            if (self.lr_scheduler == schedule) != (getattr(self, name) is not None):
+                raise UserError(f"--lr_scheduler {schedule} and --{name} go together; give both or neither")
         if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):
             raise UserError("--lr_scheduler piecewise_constant and --lr_step_rules go together; give both or neither")
 
@@ -88,35 +125,167 @@ def parameter_groups(parameters: list[NamedParameter], weight_decay: float) -> l
 
 def _adamw(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
     on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(
-        groups,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        fused=True if on_cuda else None,
-    )
+    return torch.optim.AdamW(groups, betas=options.betas, eps=options.adam_epsilon, fused=True if on_cuda else None)
 
 
 def _adamw_8bit(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
+    return _package("bitsandbytes", options).optim.AdamW8bit(groups, betas=options.betas, eps=options.adam_epsilon)
+
+
+def _paged_adamw_8bit(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
+    """Its state moves to the host's memory where the device's is short (Dettmers et al. 2023, section 3)."""
+    bitsandbytes = _package("bitsandbytes", options)
+    return bitsandbytes.optim.PagedAdamW8bit(groups, betas=options.betas, eps=options.adam_epsilon)
+
+
+def _lion(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
+    """The sign of an average of gradients (Chen et al. 2023, algorithm 2); wants a tenth of AdamW's rate."""
+    return _package("bitsandbytes", options).optim.Lion(groups, betas=options.betas)
+
+
+def _adafactor(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
+    """Row and column means for the mean squared gradient (Shazeer and Stern 2018), at the rate that is given."""
+    return torch.optim.Adafactor(groups)
+
+
+def _prodigy(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
+    """Finds the rate itself (Mishchenko and Defazio 2023); the learning rate is a factor on it."""
+    return _package("prodigyopt", options).Prodigy(
+        groups, betas=options.betas, eps=options.adam_epsilon, use_bias_correction=True, safeguard_warmup=True
+    )
+
+
+def _schedule_free_adamw(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
+    """Averages its own steps in place of a schedule (Defazio et al. 2024); evaluated at the average."""
+    optimizer = _package("schedulefree", options).AdamWScheduleFree(
+        groups, betas=options.betas, eps=options.adam_epsilon
+    )
+    optimizer.train()
+    return optimizer
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the matrices, AdamW for all else, as one optimizer.
+
+    Muon's steps are scaled to the size of AdamW's (Liu et al. 2025, equation 4), so that one rate serves both.
+    """
+
+    def __init__(self, groups: list[dict], options: OptimizerOptions):
+        matrices = [_only(group, lambda parameter: parameter.ndim == 2) for group in groups]
+        others = [_only(group, lambda parameter: parameter.ndim != 2) for group in groups]
+        matrices, others = ([group for group in part if group["params"]] for part in (matrices, others))
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            momentum, scale = options.muon_momentum, "match_rms_adamw"
+            self._parts.append(torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn=scale))
+        if others:
+            self._parts.append(_adamw(others, options))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Has the parts work on this optimizer's own groups and state."""
+        begin = 0
+        for part in self._parts:
+            end = begin + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[begin:end], self.state
+            begin = end
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As every optimizer's."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """A step of both."""
+        for part in self._parts:
+            part.step()
+
+
+def _only(group: dict, chosen: Callable[[nn.Parameter], bool]) -> dict:
+    return group | {"params": [parameter for parameter in group["params"] if chosen(parameter)]}
+
+
+def _package(name: str, options: OptimizerOptions):
+    """A package that only some optimizers need."""
     try:
-        from bitsandbytes.optim import AdamW8bit
+        return import_module(name)
     except ImportError as error:
-        raise UserError("--use_8bit_adam needs bitsandbytes; pip install bitsandbytes") from error
-    return AdamW8bit(groups, betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon)
+        flag = "--use_8bit_adam" if options.use_8bit_adam else f"--optimizer {options.name}"
+        raise UserError(f"{flag} needs {name}; pip install {name}") from error
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict], OptimizerOptions], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw_8bit,
+    "paged_adamw8bit": _paged_adamw_8bit,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "prodigy": _prodigy,
+    "schedule_free_adamw": _schedule_free_adamw,
+    "muon": Muon,
+}
+OPTIMIZER_PACKAGES = {
+    "adamw8bit": "bitsandbytes",
+    "paged_adamw8bit": "bitsandbytes",
+    "lion": "bitsandbytes",
+    "prodigy": "prodigyopt",
+    "schedule_free_adamw": "schedulefree",
 }
 
 
 def build_optimizer(parameters: list[NamedParameter], options: OptimizerOptions) -> torch.optim.Optimizer:
     """The optimizer of `--optimizer` over the parameters, which must be on their device."""
-    return OPTIMIZERS[options.optimizer](parameter_groups(parameters, options.adam_weight_decay), options)
+    return OPTIMIZERS[options.name](parameter_groups(parameters, options.adam_weight_decay), options)
+
+
+def _cosine_warm_restarts(options: ScheduleOptions, total_steps: int, step: int) -> float:
+    """Half a cosine in each cycle, each `lr_t_mult` times as long (Loshchilov and Hutter 2017, equation 5)."""
+    step, length = max(0, step - options.lr_warmup_steps), options.lr_t_0
+    if options.lr_t_mult > 1:
+        cycle = int(math.log(step / length * (options.lr_t_mult - 1) + 1, options.lr_t_mult))
+        while (
+            length * (options.lr_t_mult ** (cycle + 1) - 1) // (options.lr_t_mult - 1) <= step
+        ):  # lest log rounds down
+            cycle += 1
+        begin = length * (options.lr_t_mult**cycle - 1) // (options.lr_t_mult - 1)
+        step, length = step - begin, length * options.lr_t_mult**cycle
+    return _cosine(1.0, 0.0, step % length / length)
+
+
+def _step(options: ScheduleOptions, total_steps: int, step: int) -> float:
+    return options.lr_gamma ** (max(0, step - options.lr_warmup_steps) // options.lr_step_size)
+
+
+def _one_cycle(options: ScheduleOptions, total_steps: int, step: int) -> float:
+    """Up and down again along cosines (Smith and Topin 2018), as torch's OneCycleLR."""
+    rise = options.lr_pct_start * total_steps - 1
+    begin, end = 1 / ONE_CYCLE_START, 1 / (ONE_CYCLE_START * ONE_CYCLE_END)
+    if step <= rise:
+        return _cosine(begin, 1.0, step / rise)
+    return _cosine(1.0, end, min(1.0, (step - rise) / max(total_steps - 1 - rise, 1e-9)))
+
+
+def _cosine(begin: float, end: float, portion: float) -> float:
+    return end + (begin - end) / 2 * (1 + math.cos(math.pi * portion))
+
+
+def _warmed_up(factor: Callable, options: ScheduleOptions, total_steps: int, step: int) -> float:
+    """A factor after a linear rise from 0."""
+    rise = 1.0 if step >= options.lr_warmup_steps else step / options.lr_warmup_steps
+    return factor(options, total_steps, step) * rise
+
+
+OWN_FACTORS: dict[str, Callable[[ScheduleOptions, int, int], float]] = {
+    "cosine_warm_restarts": partial(_warmed_up, _cosine_warm_restarts),
+    "step": partial(_warmed_up, _step),
+    "one_cycle": _one_cycle,
+}
 
 
 def rate_factor(options: ScheduleOptions, peak_rate: float, total_steps: int) -> Callable[[int], float]:
-    """The factor on the peak learning rate as a function of the optimizer step, from 0: a diffusers schedule.
+    """The factor on the peak learning rate as a function of the optimizer step, from 0.
 
     The rate is computed from the step, so a resumed run has no schedule state to restore.
 
@@ -125,6 +294,8 @@ def rate_factor(options: ScheduleOptions, peak_rate: float, total_steps: int) ->
     """
     from diffusers.optimization import get_scheduler
 
+    if options.lr_scheduler in OWN_FACTORS:
+        return partial(OWN_FACTORS[options.lr_scheduler], options, total_steps)
     stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak_rate)
     try:
         schedule = get_scheduler(

@@ -66,6 +66,7 @@ class Batch:
         states: text states by the family's names for them, or None.
         caption_dropped: [B] bool, where the caption was replaced by none.
         crops: [B, 6] float32, the rows of `Crop`.
+        loss_weights: [B] float32, factors on the samples' losses, by their sources.
         posterior_noise: [B, C, h, w] float32, standard normal, for the sample from the VAE's posterior.
         noise: [B, C, h, w] float32, standard normal, noise offset included.
         input_perturbation: [B, C, h, w] float32, standard normal, or None.
@@ -82,6 +83,7 @@ class Batch:
     states: dict[str, Tensor] | None
     caption_dropped: Tensor
     crops: Tensor
+    loss_weights: Tensor
     posterior_noise: Tensor
     noise: Tensor
     input_perturbation: Tensor | None

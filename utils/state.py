@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,11 +95,37 @@ class RunState:
 
 
 @contextmanager
-def evaluating(adaptation: Adaptation, average: MovingAverage | None) -> Iterator[None]:
-    """Within it the trained modules are in evaluation mode and hold the averages, where there are any."""
+def evaluating(
+    adaptation: Adaptation, average: MovingAverage | None, optimizer: torch.optim.Optimizer
+) -> Iterator[None]:
+    """Within it the trained modules are in evaluation mode and hold the averages, where there are any.
+
+    Without a moving average, the weights of an optimizer that averages its steps itself are that average.
+    """
     adaptation.evaluation_mode()
     try:
-        with nullcontext() if average is None else average.in_place():
+        with averaged_by(optimizer) if average is None else average.in_place():
             yield
     finally:
         adaptation.train_mode()
+
+
+@contextmanager
+def averaged_by(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within it the weights are those that a schedule-free optimizer is evaluated at; of others they stay.
+
+    They are put back bit for bit, which the optimizer's own way back would not do.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not callable(getattr(inner, "eval", None)):
+        yield
+        return
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    weights = [parameter.detach().clone() for parameter in parameters]
+    inner.eval()
+    try:
+        yield
+    finally:
+        inner.train()
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.data.copy_(weight)

@@ -98,10 +98,11 @@ class TrainingDataset(Dataset):
     def __getitem__(self, piece: Piece) -> Batch:
         records = piece.streamed or self.images.records
         unreadable = [] if piece.streamed is None else list(piece.streamed.bad)
-        keys, seen, texts, dropped, draws = [], [], [], [], []
+        chosen, keys, seen, texts, dropped, draws = [], [], [], [], [], []
         for slot in piece.slots:
             draw, sight = self._look(piece, slot, unreadable)
             text, drop = text_of(records, draw, self.seed, piece.step, slot, self.spec.text_variants)
+            chosen.append(draw.record)
             keys.append(records.key(draw.record))
             seen.append(sight)
             texts.append(text)
@@ -125,6 +126,7 @@ class TrainingDataset(Dataset):
             states=states,
             caption_dropped=torch.tensor(dropped),
             crops=torch.stack([sight.crop for sight in seen]),
+            loss_weights=torch.tensor([records.loss_weight(index) for index in chosen]),
             unreadable=tuple(unreadable),
             **stack_draws(draws),
         )

@@ -90,6 +90,7 @@ class Source:
         name: by which its images are reported where there are several sources.
         repeats: times an epoch that each of its images is used.
         weight: its share of the samples relative to the other sources', whatever its size; instead of repeats.
+        loss_weight: factor on its samples' loss.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Source:
     captions: CaptionOptions
     repeats: Fraction = Fraction(1)
     weight: Fraction | None = None
+    loss_weight: float = 1.0
 
 
 class Records:
@@ -150,6 +152,10 @@ class Records:
         """How an image's captions are used."""
         return self.source(index).captions
 
+    def loss_weight(self, index: int) -> float:
+        """The factor on an image's loss."""
+        return self.source(index).loss_weight
+
     def identity(self, index: int) -> int:
         """64 bits that stay an image's own when others are added or the folder moves; its draws are keyed by them."""
         key = self.source(index).table.key(int(self.rows[index]))
@@ -201,7 +207,7 @@ def read_records(data: DataOptions, source: SourceOptions, captions: CaptionOpti
     sources, rows = [], []
     for entry in source_entries(data, source, captions):
         table = read_table(entry.source, data.cache_dir)
-        sources.append(Source(entry.name, table, entry.captions, entry.repeats, entry.weight))
+        sources.append(Source(entry.name, table, *entry[2:]))
         rows.append(_subset(table, entry.source, seed))
     numbers = [np.full(len(each), number, np.uint16) for number, each in enumerate(rows)]
     return Records(sources, np.concatenate(numbers), np.concatenate(rows))
@@ -215,6 +221,7 @@ class SourceEntry(NamedTuple):
     captions: CaptionOptions
     repeats: Fraction
     weight: Fraction | None
+    loss_weight: float
 
 
 def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionOptions) -> list[SourceEntry]:
@@ -227,7 +234,7 @@ def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionO
         if options.dataset_name is None and options.train_data_dir is None:
             raise UserError("no data to train on; give --dataset_name, --train_data_dir or --dataset_file")
         name = options.dataset_name or Path(options.train_data_dir).name
-        return [SourceEntry(name, options, captions, Fraction(1), None)]
+        return [SourceEntry(name, options, captions, Fraction(1), None, 1.0)]
     if options.dataset_name is not None or options.train_data_dir is not None:
         raise UserError("--dataset_file names the sources; leave out --dataset_name and --train_data_dir")
     found = []
@@ -238,7 +245,8 @@ def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionO
         name = str(entry.get("name") or Path(source.dataset_name or source.train_data_dir).name)
         repeats = _fraction(entry, "repeats", where) or Fraction(1)
         weight = _fraction(entry, "weight", where)
-        found.append(SourceEntry(name, source, with_values(captions, entry, where), repeats, weight))
+        loss_weight = float(_fraction(entry, "loss_weight", where) or 1)
+        found.append(SourceEntry(name, source, with_values(captions, entry, where), repeats, weight, loss_weight))
     if len({entry.weight is None for entry in found}) > 1:
         raise UserError(f"{data.dataset_file}: give all sources a weight, or none (repeats then)")
     names = [entry.name for entry in found]
@@ -259,7 +267,14 @@ def _entries(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
     if isinstance(content, dict) and len(content) > 1:
         extra = next(key for key in content if key != "sources")
         raise UserError(f"--dataset_file {file}: {extra} is unknown beside sources")
-    known = {"name", "repeats", "weight", *SourceOptions.__dataclass_fields__, *CaptionOptions.__dataclass_fields__}
+    known = {
+        "name",
+        "repeats",
+        "weight",
+        "loss_weight",
+        *SourceOptions.__dataclass_fields__,
+        *CaptionOptions.__dataclass_fields__,
+    }
     for number, entry in enumerate(entries, start=1):
         where = f"{file}, source {number}"
         for key in entry:

@@ -85,6 +85,10 @@ class StreamedRecords:
         """How its captions are used."""
         return self.options
 
+    def loss_weight(self, index: int) -> float:
+        """The factor on an image's loss: 1, there is one source."""
+        return 1.0
+
     def identity(self, index: int) -> int:
         """What its draws are keyed by."""
         return self.samples[index].identity

@@ -1,0 +1,214 @@
+"""Each optimizer and schedule of the tables against its formula or its package's own result."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.test_equivalences import assert_same_bits, losses
+from utils.optim import OPTIMIZERS, NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer, rate_factor
+from utils.options import UserError
+
+STEPS = 4
+RATE = 1e-2
+
+
+def gradients() -> list[dict[str, torch.Tensor]]:
+    """The gradients of a matrix, a convolution and a bias in a few steps."""
+    torch.manual_seed(1)
+    shapes = {"matrix": (96, 64), "convolution": (16, 16, 3, 3), "bias": (16,)}
+    return [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(STEPS)]
+
+
+def start() -> dict[str, nn.Parameter]:
+    torch.manual_seed(0)
+    return {name: nn.Parameter(torch.randn_like(gradient)) for name, gradient in gradients()[0].items()}
+
+
+def moved(make) -> dict[str, torch.Tensor]:
+    """Where an optimizer, made of the named parameters, moves them."""
+    parameters = start()
+    optimizer = make(parameters)
+    for gradient in gradients():
+        for name, parameter in parameters.items():
+            parameter.grad = gradient[name].clone()
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def ours(name: str, **options: float) -> dict[str, torch.Tensor]:
+    made = OptimizerOptions(optimizer=name, learning_rate=RATE, **options)
+    return moved(lambda named: build_optimizer([NamedParameter(key, each, RATE) for key, each in named.items()], made))
+
+
+def groups(parameters: dict[str, nn.Parameter]) -> list[dict]:
+    """Weight decay on all but the bias."""
+    bias = parameters["bias"]
+    others = [parameter for parameter in parameters.values() if parameter is not bias]
+    return [{"params": others, "weight_decay": 0.01}, {"params": [bias], "weight_decay": 0.0}]
+
+
+def orthogonalized(update: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz as Jordan et al. (2024) have it, in bfloat16."""
+    a, b, c = 3.4445, -4.775, 2.0315
+    x = update.bfloat16()
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.T if is_tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if is_tall else x).float()
+
+
+class TestOptimizers:
+    def check(self, name: str, expected: dict[str, torch.Tensor], tolerance: float = 1e-6) -> None:
+        for key, value in ours(name).items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=tolerance, msg=key)
+
+    def test_adamw(self):
+        expected = {}
+        for name, parameter in start().items():
+            weight, mean, square = parameter.detach().double(), 0.0, 0.0
+            for step, gradient in enumerate(gradients(), start=1):
+                gradient = gradient[name].double()
+                mean = 0.9 * mean + 0.1 * gradient
+                square = 0.999 * square + 0.001 * gradient**2
+                weight = weight * (1 - RATE * (0.0 if name == "bias" else 0.01))
+                weight = weight - RATE * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+            expected[name] = weight.float()
+        self.check("adamw", expected)
+
+    def test_lion(self):
+        expected = {}
+        for name, parameter in start().items():
+            weight, mean = parameter.detach().clone(), torch.zeros_like(parameter)
+            for gradient in gradients():
+                weight = weight * (1 - RATE * (0.0 if name == "bias" else 0.01))
+                weight = weight - RATE * (0.9 * mean + 0.1 * gradient[name]).sign()
+                mean = 0.99 * mean + 0.01 * gradient[name]
+            expected[name] = weight
+        self.check("lion", expected)
+
+    def test_muon_for_matrices_and_adamw_for_the_rest(self):
+        weight, momentum = start()["matrix"].detach().clone(), torch.zeros(96, 64)
+        for gradient in gradients():
+            momentum = 0.95 * momentum + 0.05 * gradient["matrix"]
+            update = orthogonalized(0.95 * momentum + 0.05 * gradient["matrix"])
+            weight = weight * (1 - RATE * 0.01) - RATE * 0.2 * math.sqrt(96) * update
+        adamw = ours("adamw")
+        self.check("muon", {"matrix": weight, "convolution": adamw["convolution"], "bias": adamw["bias"]}, 2e-3)
+
+    def test_adafactor(self):
+        """The matrix by Shazeer and Stern (2018), algorithm 4, at a given rate with relative step and clipping."""
+        weight, rows, columns = start()["matrix"].detach().double(), 0.0, 0.0
+        for step, gradient in enumerate(gradients(), start=1):
+            gradient = gradient["matrix"].double()
+            decay = 1 - step**-0.8
+            rows = decay * rows + (1 - decay) * gradient.square().mean(1, keepdim=True)
+            columns = decay * columns + (1 - decay) * gradient.square().mean(0, keepdim=True)
+            update = gradient / (rows @ columns / rows.mean()).sqrt()
+            scale = min(RATE, step**-0.5) * max(1e-3, float(weight.square().mean().sqrt()))
+            weight = weight * (1 - RATE * 0.01)
+            weight = weight - scale * update / max(1.0, float(update.square().mean().sqrt()))
+        torch.testing.assert_close(ours("adafactor")["matrix"], weight.float(), rtol=0, atol=1e-4)
+
+    def test_prodigy_and_schedule_free_are_their_packages(self):
+        from prodigyopt import Prodigy
+        from schedulefree import AdamWScheduleFree
+
+        prodigy = {"use_bias_correction": True, "safeguard_warmup": True}
+        self.check("prodigy", moved(lambda named: Prodigy(groups(named), lr=RATE, **prodigy)), 1e-7)
+
+        def schedule_free(named):
+            optimizer = AdamWScheduleFree(groups(named), lr=RATE)
+            optimizer.train()
+            return optimizer
+
+        self.check("schedule_free_adamw", moved(schedule_free), 1e-7)
+
+    def test_paged_is_8_bit(self):
+        self.check("paged_adamw8bit", ours("adamw8bit"), 0.0)
+
+    def test_refusals(self):
+        with pytest.raises(UserError, match="--optimizer must be one of adamw, "):
+            OptimizerOptions(optimizer="adam")
+        with pytest.raises(UserError, match="give one"):
+            OptimizerOptions(optimizer="lion", use_8bit_adam=True)
+        with pytest.raises(UserError, match="leave out --text_encoder_lr"):
+            OptimizerOptions(optimizer="prodigy", learning_rate=1.0, text_encoder_lr=0.5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_learns_and_resumes_bit_by_bit(train, name):
+    rate = {"prodigy": 1.0, "lion": 1e-3, "schedule_free_adamw": 1e-2}.get(name, 3e-3)
+    flags = ["--optimizer", name, "--learning_rate", rate, "--train_batch_size", 2, "--train_text_encoder"]
+    whole = train("sd", *flags, "--max_train_steps", 8, out="whole")
+    train("sd", *flags, "--max_train_steps", 4, out="parts")
+    parts = train("sd", *flags, "--max_train_steps", 8, "--resume_from_checkpoint", "latest", out="parts")
+    assert losses(whole) == losses(parts)
+    for file in sorted((whole / "checkpoint-8").rglob("*.safetensors")):
+        assert_same_bits(load_file(file), load_file(parts / file.relative_to(whole)))
+    assert_same_bits(
+        load_file(whole / "unet" / "diffusion_pytorch_model.safetensors"),
+        load_file(parts / "unet" / "diffusion_pytorch_model.safetensors"),
+    )
+    assert sum(losses(whole)[-3:]) < sum(losses(whole)[:3]) + 0.3
+
+
+def test_schedule_free_exports_the_average(train, capsys):
+    flags = ["--optimizer", "schedule_free_adamw", "--learning_rate", 1e-2, "--max_train_steps", 6]
+    out = train("sd", *flags, "--train_batch_size", 2)
+    name = "diffusion_pytorch_model.safetensors"
+    exported, trained = load_file(out / "unet" / name), load_file(out / "checkpoint-6" / "unet" / name)
+    state = load_file(out / "checkpoint-6" / "optimizer.safetensors")
+    key = "conv_in.weight"
+    z = next(tensor for saved, tensor in state.items() if saved.endswith(f"{key}/z"))
+    torch.testing.assert_close(exported[key], (trained[key] - 0.1 * z) / 0.9, rtol=1e-4, atol=1e-6)
+    train("sd", *flags, "--lr_scheduler", "cosine", out="other", expect=2)
+    assert "--lr_scheduler must be constant" in capsys.readouterr().err
+
+
+class TestSchedules:
+    def rates(self, total: int, **options: object) -> list[float]:
+        factor = rate_factor(ScheduleOptions(**options), 1.0, total)
+        return [factor(step) for step in range(total)]
+
+    def theirs(self, total: int, make) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = make(optimizer)
+        rates = []
+        for _ in range(total):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return rates
+
+    @pytest.mark.parametrize(("t_0", "t_mult"), [(7, 1), (3, 2), (5, 3)])
+    def test_cosine_warm_restarts(self, t_0, t_mult):
+        mine = self.rates(100, lr_scheduler="cosine_warm_restarts", lr_t_0=t_0, lr_t_mult=t_mult, lr_warmup_steps=0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts
+        assert mine == pytest.approx(self.theirs(100, lambda optimizer: schedule(optimizer, t_0, t_mult)), abs=1e-9)
+
+    def test_step(self):
+        mine = self.rates(50, lr_scheduler="step", lr_step_size=8, lr_gamma=0.5, lr_warmup_steps=0)
+        schedule = torch.optim.lr_scheduler.StepLR
+        assert mine == pytest.approx(self.theirs(50, lambda optimizer: schedule(optimizer, 8, 0.5)))
+        warmed = self.rates(50, lr_scheduler="step", lr_step_size=8, lr_gamma=0.5, lr_warmup_steps=5)
+        assert warmed[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+        assert warmed[5:] == pytest.approx(mine[:45])
+
+    @pytest.mark.parametrize(("total", "start"), [(50, 0.3), (20, 0.5), (101, 0.1)])
+    def test_one_cycle(self, total, start):
+        mine = self.rates(total, lr_scheduler="one_cycle", lr_pct_start=start)
+        schedule = torch.optim.lr_scheduler.OneCycleLR
+        reference = self.theirs(total, lambda optimizer: schedule(optimizer, 1.0, total, pct_start=start))
+        assert mine == pytest.approx(reference, abs=1e-9)
+
+    def test_what_goes_together(self):
+        with pytest.raises(UserError, match="--lr_t_0 go together"):
+            ScheduleOptions(lr_scheduler="cosine_warm_restarts")
+        with pytest.raises(UserError, match="--lr_step_size go together"):
+            ScheduleOptions(lr_step_size=3)
