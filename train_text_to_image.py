@@ -26,7 +26,7 @@ from utils.data.captions import CaptionOptions
 from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, batches_by_step
 from utils.data.images import ImageOptions
 from utils.data.sampler import GlobalBatches
-from utils.data.selection import PlannedImages, SelectionOptions
+from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions
 from utils.data.sources import DataOptions, SourceOptions, source_entries
 from utils.data.stream import StreamedBatches, StreamedImages
 from utils.doctor import draw_sheet, examine
@@ -36,6 +36,7 @@ from utils.export import CardFacts, HubOptions, upload, write_card
 from utils.families.base import Family
 from utils.families.registry import pick_family
 from utils.families.source import ModelOptions, PipelineSource
+from utils.held_out import EarlyStoppingOptions, HeldOut, History, measurement_of
 from utils.losses import LossOptions
 from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
 from utils.objective import Objective
@@ -110,7 +111,9 @@ class Options:
     loss: LossOptions
     noise: NoiseOptions
     ema: EmaOptions
+    held_out: HeldOutOptions
     validation: ValidationOptions
+    stopping: EarlyStoppingOptions
     checkpoint: CheckpointOptions
     runtime: RuntimeOptions
     tracking: TrackingOptions
@@ -157,6 +160,7 @@ def run(argv: Sequence[str] | None) -> None:
             on_main_process(accelerator, lambda: claim(folder, checkpoints, start, options))
         preparation = prepare_data(options, accelerator, folder)
         images = preparation.choose_images(resolution, group_size)
+        held_out_images = preparation.choose_held_out(resolution)
         batches = images.batches(global_batch_size(options, accelerator), group_size, seed)
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
         rates = scaled_rates(options.optimizer, batches.size)
@@ -171,7 +175,7 @@ def run(argv: Sequence[str] | None) -> None:
         family.use_attention()
         process = forward_process(options.noise, family.pipeline.scheduler.config)
         named = adaptation.named_parameters(rates)
-        plan = describe(options, accelerator, family, adaptation, images, batches, total_steps)
+        plan = describe(options, accelerator, family, adaptation, images, held_out_images, batches, total_steps)
         if options.runtime.dry_run:
             if accelerator.is_main_process:
                 print(plan)
@@ -183,6 +187,7 @@ def run(argv: Sequence[str] | None) -> None:
             family.use_gradient_checkpointing(options.adaptation.train_text_encoder)
         parameters = [parameter for _, parameter, _ in named]
         num_workers = options.loader.num_workers(accelerator.num_processes)
+        held_out = measure_on(options, accelerator, family, held_out_images)
         latents, texts = preparation.fill_cache(family, images, num_workers)
         if options.cache.cache_only or options.cache.verify_cache:
             return
@@ -205,12 +210,16 @@ def run(argv: Sequence[str] | None) -> None:
         sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed)
         open_records(options, accelerator, folder)
         logger.info("training\n%s", plan)
+        history = History(folder.path, first_step, options.stopping)
+        if held_out is not None and not history.measurements and first_step == 0:
+            measure(held_out, history, objective, adaptation, None, optimizer, 0)
         loss_scale = num_processes * accelerator.gradient_accumulation_steps / batches.size
 
         adaptation.train_mode()
         with RunLog(accelerator, folder.path, first_step, total_steps, batches.size) as log:
             for step, micro_batches in loader:
-                set_learning_rate(optimizer, factor(step))
+                rate_now = factor(step) * plateau_factor(options.schedule, history)
+                set_learning_rate(optimizer, rate_now)
                 loss, keys, loss_by_key = torch.zeros((), device=accelerator.device), [], []
                 for number, batch in enumerate(micro_batches, start=1):
                     torch.manual_seed(model_seed(seed, step, int(batch.slots[0])))  # dropout, where the model has any
@@ -230,13 +239,24 @@ def run(argv: Sequence[str] | None) -> None:
                 done = step + 1
                 mean_loss = accelerator.reduce(loss) / batches.size
                 epoch = float(done * batches.size / batches.samples_per_epoch)
-                rate = rates.learning_rate * factor(step)
+                rate = rates.learning_rate * rate_now
                 log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rate, keys, loss_by_key))
                 stop_if_diverged(log, options.tracking.max_skipped_steps, checkpoints)
+                is_due = done == total_steps or is_validation_due(options, family, batches, done)
+                if held_out is not None and is_due:
+                    with log.paused():
+                        found = measure(held_out, history, objective, adaptation, average, optimizer, done)
+                        log.values(found, done)
+                        if history.best() is history.measurements[-1]:
+                            with evaluating(adaptation, average, optimizer):
+                                on_main_process(accelerator, lambda: folder.replace("best", adaptation.export))
+                        total_steps = done if history.is_over() else total_steps
                 if options.checkpoint.is_due(done, total_steps):
                     with log.paused():
                         on_main_process(accelerator, partial(checkpoints.save, done, partial(state.save, step=done)))
-                if done < total_steps and is_validation_due(options, family, batches, done):
+                if done == total_steps:
+                    break
+                if is_due:
                     with log.paused(), evaluating(adaptation, average, optimizer):
                         log.images(sampler.draw(f"step-{done}"), done, "validation")
 
@@ -249,6 +269,48 @@ def run(argv: Sequence[str] | None) -> None:
             publish(options, folder, family, samples, total_steps, batches.size)
         del model
         logger.info("the result is in %s", folder.path)
+
+
+def measure_on(
+    options: Options, accelerator: "Accelerator", family: Family, images: PlannedImages | None
+) -> HeldOut | None:
+    """The held-out images, encoded."""
+    if images is None:
+        return None
+    text_encoders_train = options.adaptation.train_text_encoder
+    seed = options.runtime.seed
+    return HeldOut(accelerator, family, images, options.stopping, options.image, seed, text_encoders_train)
+
+
+def measure(
+    held_out: HeldOut,
+    history: History,
+    objective: Objective,
+    adaptation: Adaptation,
+    average: MovingAverage | None,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+) -> dict[str, float]:
+    """Measures the validation loss of the weights and of their average; gives what is logged of it."""
+    with evaluating(adaptation, None, optimizer):
+        curve = held_out.losses(objective)
+    averaged = None
+    if average is not None:
+        with evaluating(adaptation, average, optimizer):
+            averaged = held_out.losses(objective)
+    measurement = measurement_of(step, curve, averaged)
+    history.add(measurement, write=held_out.is_main_process)
+    if history.is_over():
+        best = history.best()
+        logger.info("no lower validation loss since step %d (%.5f): the run ends", best.step, best.decisive)
+    return history.logged(measurement)
+
+
+def plateau_factor(options: ScheduleOptions, history: History) -> float:
+    """What `reduce_on_plateau` multiplies the learning rate by; 1 under other schedules."""
+    if options.lr_scheduler != "reduce_on_plateau":
+        return 1.0
+    return options.lr_gamma ** history.reductions(options.lr_patience)
 
 
 def stop_if_diverged(log: RunLog, limit: int, checkpoints: Checkpoints) -> None:
@@ -277,6 +339,20 @@ def check_together(options: Options) -> None:
             "log in by `hf auth login` instead"
         )
     check_optimizer(options)
+    needs_loss = {
+        "--early_stopping_patience": options.stopping.early_stopping_patience is not None,
+        "--lr_scheduler reduce_on_plateau": options.schedule.lr_scheduler == "reduce_on_plateau",
+    }
+    if any(needs_loss.values()) and not options.held_out.is_asked:
+        flag = next(flag for flag, is_given in needs_loss.items() if is_given)
+        raise UserError(f"{flag} goes by the validation loss; give --validation_split or --validation_data_dir")
+    named_split = options.held_out.validation_split is not None and options.held_out.fraction is None
+    if (named_split and options.data.dataset_file) or (
+        options.held_out.fraction is not None and options.data.streaming
+    ):
+        raise UserError(
+            "--validation_split goes with neither --dataset_file nor --streaming; give --validation_data_dir"
+        )
     if options.ema.offload_ema and not options.ema.use_ema:
         raise UserError("--offload_ema goes with --use_ema; give both or neither")
     if options.data.streaming and (options.cache.cache_latents or options.cache.cache_text_embeddings):
@@ -359,6 +435,7 @@ def prepare_data(options: Options, accelerator: "Accelerator", folder: OutputFol
         options.image,
         options.buckets,
         options.cache,
+        options.held_out,
         options.runtime.seed,
         None if options.runtime.dry_run else folder.path,
     )
@@ -392,6 +469,7 @@ def describe(
     family: Family,
     adaptation: Adaptation,
     images: PlannedImages | StreamedImages,
+    held_out: PlannedImages | None,
     batches: GlobalBatches | StreamedBatches,
     total_steps: int,
 ) -> str:
@@ -409,7 +487,7 @@ def describe(
         "model": f"{options.model.pretrained_model_name_or_path} ({family.pipeline_class_name})",
         "adaptation": f"{options.adaptation.adaptation}, {sum(trained.values()):,} parameters train: {parts}",
         "precision": f"{accelerator.mixed_precision} on {accelerator.num_processes} x {accelerator.device.type}",
-        "data": images.describe(),
+        "data": images.describe() + ("" if held_out is None else f"; {len(held_out.records):,} held out"),
         "resolution": ", ".join(f"{width}x{height}" for width, height in images.plan.sizes),
         "global batch": f"{batches.size} = {sizes} x {accelerator.num_processes} processes",
         "length": f"{total_steps:,} optimizer steps = {epochs:.2f} epochs",

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import tarfile
 from collections import Counter
 from fractions import Fraction
@@ -38,7 +39,7 @@ def plan(
     resolution: int,
     buckets: BucketOptions | None = None,
     group_size: int = 1,
-    memory: Path = Path("/nowhere"),
+    memory: Path = Path(os.environ["HF_HOME"]),
     selection: SelectionOptions | None = None,
     **options,
 ) -> PlannedImages:

@@ -23,6 +23,7 @@ SCHEDULES = (
     "cosine_warm_restarts",
     "step",
     "one_cycle",
+    "reduce_on_plateau",
 )
 ONE_CYCLE_START = 25.0  # torch's OneCycleLR: the rate begins at 1/25 of its peak and ends at 1/10,000 of that
 ONE_CYCLE_END = 1e4
@@ -90,12 +91,16 @@ class ScheduleOptions:
     lr_t_0: int | None = option(None, "optimizer steps of the first cycle of cosine_warm_restarts")
     lr_t_mult: int = option(1, "how many times as long each next cycle of cosine_warm_restarts is")
     lr_step_size: int | None = option(None, "optimizer steps after which step multiplies the rate by --lr_gamma")
-    lr_gamma: float = option(0.1, "factor of step")
+    lr_gamma: float = option(0.1, "factor of step and reduce_on_plateau")
+    lr_patience: int = option(
+        5,
+        "measurements without a lower validation loss after which reduce_on_plateau multiplies the rate by --lr_gamma",
+    )
     lr_pct_start: float = option(0.3, "portion of the run in which one_cycle rises")
     lr_step_rules: str | None = option(None, "rules of piecewise_constant: 1:10,0.1:20,0.01 is 1 to step 10, 0.1 to 20")
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "lr_warmup_steps")
+        require_not_negative(self, "lr_warmup_steps", "lr_patience")
         require_positive(self, "lr_num_cycles", "lr_power", "lr_t_0", "lr_t_mult", "lr_step_size", "lr_gamma")
         require(0 < self.lr_pct_start < 1, "lr_pct_start", self.lr_pct_start, "be between 0 and 1")
         for schedule, name in (("cosine_warm_restarts", "lr_t_0"), ("step", "lr_step_size")):
@@ -258,6 +263,10 @@ def _step(options: ScheduleOptions, total_steps: int, step: int) -> float:
     return options.lr_gamma ** (max(0, step - options.lr_warmup_steps) // options.lr_step_size)
 
 
+def _constant(options: ScheduleOptions, total_steps: int, step: int) -> float:
+    return 1.0
+
+
 def _one_cycle(options: ScheduleOptions, total_steps: int, step: int) -> float:
     """Up and down again along cosines (Smith and Topin 2018), as torch's OneCycleLR."""
     rise = options.lr_pct_start * total_steps - 1
@@ -281,6 +290,7 @@ OWN_FACTORS: dict[str, Callable[[ScheduleOptions, int, int], float]] = {
     "cosine_warm_restarts": partial(_warmed_up, _cosine_warm_restarts),
     "step": partial(_warmed_up, _step),
     "one_cycle": _one_cycle,
+    "reduce_on_plateau": partial(_warmed_up, _constant),  # times what the measurements so far say
 }
 
 

@@ -124,6 +124,14 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
     return options(**dict(zip(groups, values, strict=True)))
 
 
+def as_number(value: object) -> object:
+    """The number in a string such as 1e-4, which YAML does not take for one; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def with_values(group: typing.Any, values: Mapping[str, typing.Any], where: str) -> typing.Any:
     """A group with some options replaced by those of a mapping, such as a file's; others' names are left alone.
 
@@ -135,8 +143,8 @@ def with_values(group: typing.Any, values: Mapping[str, typing.Any], where: str)
         if field.name not in values:
             continue
         value, known = values[field.name], typing.get_args(hints[field.name]) or (hints[field.name],)
-        if float in known and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+        if float in known and type(as_number(value)) in (int, float):
+            value = float(as_number(value))
         names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in known)
         if type(value) not in known:
             raise UserError(f"{where}: {field.name} must be {names}, got {value!r}")

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +15,14 @@ from utils.data.cached import CachedLatents, CachedTexts, LatentPlan, texts_of
 from utils.data.captions import CaptionOptions
 from utils.data.headers import Survey, add_digests, survey
 from utils.data.images import ImageOptions
-from utils.data.selection import PlannedImages, SelectionOptions, check_bad, plan_images
+from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions, check_bad, hold_out, plan_images
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
 from utils.data.stream import StreamedImages, open_stream
 from utils.encoding import CacheFiller, Verification, verify_latents, verify_texts
 from utils.families.base import Family
 from utils.options import ProcessError, UserError
 from utils.runtime import write_json
+from utils.seeding import Stream, generator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,6 +47,7 @@ class DataPreparation:
     image: ImageOptions
     buckets: BucketOptions
     cache: CacheOptions
+    held_out: HeldOutOptions
     seed: int
     report_folder: Path | None
 
@@ -60,10 +62,33 @@ class DataPreparation:
             return open_stream(self.data, entry.source, entry.captions, resolution, self.buckets)
         with self.accelerator.main_process_first():  # which fills `datasets`' cache for all
             records = read_records(self.data, self.source, self.captions, self.seed)
+        if self.held_out.fraction is not None:
+            records, _ = hold_out(records, self.held_out.fraction, self.seed)
         known = self._survey(records)
         images = plan_images(records, known, resolution, group_size, self.buckets, self.selection, self._report_bad)
         say_what_was_left_out(images, group_size)
         return images
+
+    def choose_held_out(self, resolution: int) -> PlannedImages | None:
+        """The images on which the validation loss is measured, if that was asked for."""
+        options, data, source = self.held_out, self.data, self.source
+        if not options.is_asked:
+            return None
+        if options.validation_data_dir is not None:
+            data = replace(data, dataset_file=None)
+            source = replace(source, dataset_name=None, train_data_dir=options.validation_data_dir)
+        elif options.fraction is None:
+            source = replace(source, dataset_split=options.validation_split)
+        with self.accelerator.main_process_first():
+            records = read_records(data, source, self.captions, self.seed)
+        if options.fraction is not None:
+            _, records = hold_out(records, options.fraction, self.seed)
+        limit = options.max_validation_samples
+        if limit is not None and limit < len(records):
+            order = generator(self.seed, 0, 0, Stream.HELD_OUT_SPLIT).permutation(len(records))
+            records = records.take(np.sort(order[:limit]))
+        buckets, selection = self.buckets, replace(self.selection, max_bad_fraction=1.0)
+        return plan_images(records, self._survey(records), resolution, 1, buckets, selection, lambda count, bad: None)
 
     def _survey(self, records: Records) -> Survey:
         from accelerate.utils import broadcast_object_list

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,6 +159,21 @@ class OutputFolder:
         found = [name for name in names if (self.path / name).exists()]
         found += sorted(path.name for path in self.path.glob("checkpoint-*") if path.is_dir())
         return found[0] if found else ""
+
+    def replace(self, name: str, write: Callable[[Path], None]) -> None:
+        """Has `write` fill a folder aside, which then becomes `name` in place of what was there."""
+        aside, old = self.path / f".tmp-{name}", self.path / f".tmp-{name}-replaced"
+        for path in (aside, old):
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            aside.mkdir()
+            write(aside)
+            if (self.path / name).exists():
+                os.replace(self.path / name, old)
+            os.replace(aside, self.path / name)
+        except OSError as error:
+            raise UserError(f"{self.path / name} can't be written: {error}") from error
+        shutil.rmtree(old, ignore_errors=True)
 
     def record(self, options: dict, versions: dict[str, str], command: list[str]) -> None:
         """Writes what the run was made with to `run.json`."""

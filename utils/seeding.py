@@ -37,6 +37,9 @@ class Stream(IntEnum):
     GROUP_ORDER = 20
     SOURCE_ORDER = 21
     SHARD_ORDER = 22
+    HELD_OUT_SPLIT = 23
+    HELD_OUT_POSTERIOR = 24
+    HELD_OUT_NOISE = 25
 
 
 def generator(seed: int, position: int, place: int, stream: Stream) -> np.random.Generator:

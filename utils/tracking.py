@@ -183,6 +183,12 @@ class RunLog:
         message = "step %d was skipped: loss %s, gradient norm %s; its images: %s"
         logger.warning(message, metrics.step, loss, grad_norm, ", ".join(keys[:64]))
 
+    def values(self, values: dict[str, float], step: int) -> None:
+        """Sends what was measured between steps to the trackers, and to the bar's line."""
+        self._accelerator.log(values, step=step)
+        if "validation_loss" in values and self._accelerator.is_main_process:
+            logger.info("step %d: %s", step, ", ".join(f"{k} {v:.5f}" for k, v in values.items() if "/" not in k))
+
     def images(self, samples: Sequence[Sample], step: int, tag: str) -> None:
         """Sends samples to the trackers, under `tag`."""
         if not samples:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -9,7 +10,8 @@ from utils.data.buckets import NONE, BucketOptions, BucketPlan, plan_buckets
 from utils.data.headers import Survey
 from utils.data.sampler import GlobalBatches, Pieces
 from utils.data.sources import Records
-from utils.options import UserError, option, require, require_fraction, require_positive
+from utils.options import UserError, as_number, option, require, require_fraction, require_positive
+from utils.seeding import Stream, generator
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,53 @@ class SelectionOptions:
         require_positive(self, "min_image_size", "max_image_size", "max_aspect_ratio", "max_upscale")
         ratio = self.max_aspect_ratio
         require(ratio is None or ratio >= 1, "max_aspect_ratio", ratio, "be 1 or more: the longer edge by the shorter")
+
+
+@dataclass(frozen=True)
+class HeldOutOptions:
+    validation_split: str | None = option(
+        None, "measure the loss on images that are not trained on: a portion of them, such as 0.05, or a split's name"
+    )
+    validation_data_dir: str | None = option(None, "or on those of another folder")
+    max_validation_samples: int | None = option(None, "at most this many of them, drawn by the seed")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_validation_samples")
+        if self.validation_split is not None and self.validation_data_dir is not None:
+            raise UserError("--validation_split and --validation_data_dir are two ways to say the same; give one")
+        fraction = self.fraction
+        if fraction is not None:
+            require(
+                0 < fraction < 1, "validation_split", self.validation_split, "be between 0 and 1, or a split's name"
+            )
+        folder = self.validation_data_dir
+        require(folder is None or Path(folder).exists(), "validation_data_dir", folder, "be a folder that exists")
+
+    @property
+    def fraction(self) -> float | None:
+        """The portion of the images that is held out, if it was given so."""
+        value = as_number(self.validation_split)
+        return value if isinstance(value, float) else None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether any image is held out."""
+        return self.validation_split is not None or self.validation_data_dir is not None
+
+
+def hold_out(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
+    """(those to train on, those held out): each image is drawn by its name, whatever others there are.
+
+    Raises:
+        UserError: if there are fewer than two.
+    """
+    if len(records) < 2:
+        raise UserError(f"--validation_split {fraction:g} needs at least two images, there is {len(records)}")
+    drawn = np.array(
+        [generator(seed, records.identity(index), 0, Stream.HELD_OUT_SPLIT).random() for index in range(len(records))]
+    )
+    threshold = np.clip(fraction, np.sort(drawn)[0], np.sort(drawn)[-2])  # at least one of each
+    return records.take(np.flatnonzero(drawn > threshold)), records.take(np.flatnonzero(drawn <= threshold))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from utils.data.folders import (
 )
 from utils.data.tables import ImageTable, RowTable
 from utils.data.tars import read_tars
-from utils.options import UserError, first_line, nearest, option, require, require_positive, with_values
+from utils.options import UserError, as_number, first_line, nearest, option, require, require_positive, with_values
 from utils.records import ImageRecord
 from utils.seeding import Stream, generator
 
@@ -291,7 +291,7 @@ def _entries(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _fraction(entry: dict[str, Any], key: str, where: str) -> Fraction | None:
-    value = entry.get(key)
+    value = as_number(entry.get(key))
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):

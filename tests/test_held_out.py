@@ -1,0 +1,189 @@
+"""The validation loss, early stopping and the best weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from tests.conftest import reset_accelerate
+from tests.test_equivalences import assert_same_bits, weights
+from utils.held_out import EarlyStoppingOptions, History, Measurement, measurement_of, relative_loss
+
+
+def measured(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+
+
+COMMON = ["--validation_split", 0.3, "--validation_steps", 2, "--train_batch_size", 2, "--learning_rate", 1e-3]
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd2"])
+def test_the_loss_before_the_first_step_is_that_of_an_independent_computation(train, pipelines, tmp_path, name):
+    from diffusers import DDPMScheduler, DiffusionPipeline
+    from PIL import Image
+
+    from utils.seeding import Stream, generator
+
+    data = tmp_path / "held"
+    data.mkdir()
+    Image.new("RGB", (32, 32), (200, 50, 30)).save(data / "a.png")
+    (data / "a.txt").write_text("a red square")
+    flags = ["--validation_data_dir", data, "--num_validation_timesteps", 4, "--max_train_steps", 1]
+    out = train(name, *flags, "--train_batch_size", 1, "--snr_gamma", 5, "--loss", "l1")
+    pipe = DiffusionPipeline.from_pretrained(pipelines[name])
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    pixels = torch.from_numpy(np.asarray(Image.open(data / "a.png")).copy()).permute(2, 0, 1)[None]
+    curve = []
+    with torch.no_grad():
+        moments = pipe.vae.encode(pixels / 127.5 - 1).latent_dist
+        for place, timestep in enumerate((125, 375, 625, 875)):
+
+            def noise(stream, place=place):
+                drawn = generator(0, 0, place, stream).standard_normal((4, 16, 16), dtype=np.float32)
+                return torch.from_numpy(drawn)[None]
+
+            latents = moments.mean + moments.std * noise(Stream.HELD_OUT_POSTERIOR)
+            latents = latents * pipe.vae.config.scaling_factor
+            at, drawn = torch.tensor([timestep]), noise(Stream.HELD_OUT_NOISE)
+            ids = pipe.tokenizer(["a red square"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+            added = {}
+            if name == "sdxl":
+                one = pipe.text_encoder(ids, output_hidden_states=True)
+                two = pipe.text_encoder_2(ids, output_hidden_states=True)
+                hidden = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+                sizes = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
+                added = {"added_cond_kwargs": {"text_embeds": two[0], "time_ids": sizes}}
+            else:
+                hidden = pipe.text_encoder(ids)[0]
+            noisy = scheduler.add_noise(latents, drawn, at)
+            target = scheduler.get_velocity(latents, drawn, at) if name == "sd2" else drawn
+            curve.append(float((pipe.unet(noisy, at, hidden, **added).sample - target).square().mean()))
+    assert measured(out)[0]["curve"] == pytest.approx(curve, rel=1e-4)
+
+
+def test_the_same_number_twice_and_measuring_changes_nothing(train, tmp_path):
+    data = tiny.make_images(tmp_path / "data", 10)
+    flags = [*COMMON, "--max_train_steps", 6, "--use_ema", "--random_flip"]
+    one, other = train("sd", *flags, data=data, out="one"), train("sd", *flags, data=data, out="other")
+    assert measured(one) == measured(other)
+    assert [line["step"] for line in measured(one)] == [0, 2, 4, 6]
+    assert measured(one)[0]["relative_loss"] == 0
+    flags[3] = 100
+    rarely = train("sd", *flags, data=data, out="rarely")
+    assert_same_bits(weights(one), weights(rarely))
+    assert measured(rarely)[-1] == measured(one)[-1]
+
+
+def test_two_processes_measure_what_one_does(pipelines, tmp_path):
+    import subprocess
+    import sys
+
+    data = tiny.make_images(tmp_path / "data", 10)
+    root = Path(__file__).parent.parent
+    flags = ["--pretrained_model", pipelines["sd"], "--train_data_dir", data, "--resolution", 32, "--report_to", "none"]
+    flags += ["--validation_split", 0.4, "--max_train_steps", 1, "--lr_warmup_steps", 0]
+    script = str(root / "train_text_to_image.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29623"]
+    commands = {
+        "one": [sys.executable, script, *flags, "--train_batch_size", 2],
+        "two": [*launch, script, *flags, "--train_batch_size", 1],
+    }
+    for name, command in commands.items():
+        command += ["--output_dir", tmp_path / name]
+        subprocess.run([str(word) for word in command], check=True, capture_output=True, cwd=root)
+    first, second = measured(tmp_path / "one"), measured(tmp_path / "two")
+    assert first[0] == second[0]
+    assert first[1]["loss"] == pytest.approx(second[1]["loss"], rel=1e-4)
+
+
+def test_early_stopping_on_a_run_that_overfits(train, tmp_path, pipelines):
+    """A rate that is far too high: the loss rises, the run ends, and best/ holds the weights of the lowest loss."""
+    from diffusers import DiffusionPipeline
+
+    data = tiny.make_images(tmp_path / "data", 8)
+    flags = ["--validation_split", 0.3, "--validation_steps", 1, "--train_batch_size", 2, "--learning_rate", 0.03]
+    flags += ["--early_stopping_patience", 3, "--max_train_steps", 60, "--checkpointing_steps", 1]
+    out = train("sd", *flags, data=data)
+    lines = measured(out)
+    losses = [line["loss"] for line in lines if line["step"]]
+    best = 1 + losses.index(min(losses))
+    assert len(losses) < 60
+    assert lines[-1]["step"] == best + 3
+    assert_same_bits(weights(out / "best"), weights(out / f"checkpoint-{best}"))
+    DiffusionPipeline.from_pretrained(out / "best")
+    assert_same_bits(weights(out), weights(out / f"checkpoint-{best + 3}"))
+    longer = train("sd", *flags, "--resume_from_checkpoint", f"checkpoint-{best}", data=data)
+    assert measured(longer) == lines
+
+
+def test_the_best_of_a_lora_loads(train, tmp_path, pipelines):
+    from diffusers import DiffusionPipeline
+
+    data = tiny.make_images(tmp_path / "data", 8)
+    out = train("sdxl", *COMMON, "--adaptation", "lora", "--max_train_steps", 4, "--cache_latents",
+                "--cache_text_embeddings", data=data)  # fmt: skip
+    pipeline = DiffusionPipeline.from_pretrained(pipelines["sdxl"])
+    pipeline.load_lora_weights(out / "best")
+    assert pipeline.get_list_adapters()
+
+
+def test_the_held_out_images_are_not_trained_on(train, tmp_path):
+    data = tiny.make_images(tmp_path / "data", 20)
+    out = train("sd", *COMMON, "--max_train_steps", 2, data=data)
+    report = json.loads((out / "data_report.json").read_text())
+    assert 0 < report["trained"] < 20
+    more = tiny.make_images(tmp_path / "more", 30)  # the same images and ten others
+    from tests.test_data import records_of
+    from utils.data.selection import hold_out
+
+    few, many = (hold_out(records_of(folder), 0.3, 0)[1] for folder in (data, more))
+    names = [{records.key(index) for index in range(len(records))} for records in (few, many)]
+    assert names[0] <= names[1]
+    assert len(few) == 20 - report["trained"]
+
+
+def test_relative_loss_and_history(tmp_path):
+    assert relative_loss([1.0, 2.0], [2.0, 1.0]) == pytest.approx(0)
+    assert relative_loss([1.0, 1.0], [2.0, 2.0]) == pytest.approx(-np.log(2))
+    history = History(tmp_path, 0, EarlyStoppingOptions(early_stopping_patience=2, early_stopping_threshold=0.05))
+    over = []
+    for step, loss in enumerate([9.0, 1.0, 0.97, 0.94, 0.93, 0.92, 0.91]):
+        history.add(measurement_of(step, np.array([loss, loss]), None), write=True)
+        over.append(history.is_over())
+    assert history.best().step == 3
+    assert over == [False, False, False, False, False, True, True]
+    resumed = History(tmp_path, 4, EarlyStoppingOptions())
+    assert resumed.measurements == [
+        Measurement(step, loss, [loss, loss]) for step, loss in enumerate([9.0, 1.0, 0.97, 0.94, 0.93])
+    ]
+
+
+def test_reduce_on_plateau_against_torch(tmp_path):
+    losses = [5.0, 4.0, 4.5, 4.2, 4.1, 3.0, 3.5, 3.4, 3.3, 3.2, 3.1, 3.05, 2.0]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2, threshold=0)
+    history = History(tmp_path, 0, EarlyStoppingOptions())
+    for step, loss in enumerate(losses):
+        history.add(measurement_of(step, np.array([loss]), None), write=False)
+        scheduler.step(loss)
+        assert 0.5 ** history.reductions(2) == optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--validation_split", 0], "--validation_split must be between 0 and 1"),
+        (["--validation_split", 0.1, "--validation_data_dir", "x"], "give one"),
+        (["--validation_data_dir", "/nowhere"], "--validation_data_dir must be a folder that exists"),
+        (["--early_stopping_patience", 3], "give --validation_split"),
+        (["--lr_scheduler", "reduce_on_plateau"], "give --validation_split"),
+        (["--validation_split", 0.1, "--streaming"], "--validation_data_dir"),
+    ],
+)
+def test_what_does_not_go(train, capsys, flags, named):
+    reset_accelerate()
+    train("sd", *flags, expect=2)
+    assert named in capsys.readouterr().err
