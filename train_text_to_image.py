@@ -23,7 +23,7 @@ from utils.checkpoint import CheckpointOptions, Checkpoints, check_structure, re
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CacheOptions
 from utils.data.captions import CaptionOptions
-from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, batches_by_step
+from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
 from utils.data.images import ImageOptions
 from utils.data.sampler import GlobalBatches
 from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions
@@ -206,7 +206,8 @@ def run(argv: Sequence[str] | None) -> None:
         rank, num_processes = accelerator.process_index, accelerator.num_processes
         micro_batch = options.loader.train_batch_size
         pieces = images.pieces(batches, micro_batch, rank, num_processes, first_step, total_steps)
-        loader = batches_by_step(dataset, pieces, num_workers, pin_memory=accelerator.device.type == "cuda")
+        waiting = Waiting()
+        loader = batches_by_step(dataset, pieces, num_workers, accelerator.device.type == "cuda", waiting)
         sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed)
         open_records(options, accelerator, folder)
         logger.info("training\n%s", plan)
@@ -233,6 +234,7 @@ def run(argv: Sequence[str] | None) -> None:
                     if options.tracking.debug_loss:
                         loss_by_key += zip(batch.keys, losses.detach(), strict=True)
                     note_unreadable(batch.unreadable, images, options.selection)
+                log.layers(((name, parameter) for name, parameter, _ in named), step + 1, options.tracking)
                 grad_norm = accelerator.clip_grad_norm_(parameters, rates.max_grad_norm or float("inf"))
                 state.step(grad_norm)
 
@@ -240,7 +242,7 @@ def run(argv: Sequence[str] | None) -> None:
                 mean_loss = accelerator.reduce(loss) / batches.size
                 epoch = float(done * batches.size / batches.samples_per_epoch)
                 rate = rates.learning_rate * rate_now
-                log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rate, keys, loss_by_key))
+                log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rate, keys, loss_by_key, waiting.seconds))
                 stop_if_diverged(log, options.tracking.max_skipped_steps, checkpoints)
                 is_due = done == total_steps or is_validation_due(options, family, batches, done)
                 if held_out is not None and is_due:

@@ -1,6 +1,7 @@
 """The loader: from a step's number to its batches, everything random drawn on the way."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -178,8 +179,29 @@ def text_of(
     return text, bool(generator(seed, step, slot, Stream.CAPTION_DROPOUT).random() < options.caption_dropout)
 
 
+class Waiting:
+    """How long the training thread waited for data in the step that goes on."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch.
+
+        Raises:
+            ProcessError: as the loader's workers, their traceback left out.
+        """
+        began = time.perf_counter()
+        try:
+            return next(batches)
+        except ProcessError as error:  # of a worker: its traceback's last line is the message
+            raise ProcessError(str(error).strip().splitlines()[-1].rpartition("ProcessError: ")[2]) from error
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
 def batches_by_step(
-    dataset: TrainingDataset, pieces: Pieces | StreamedPieces, num_workers: int, pin_memory: bool
+    dataset: TrainingDataset, pieces: Pieces | StreamedPieces, num_workers: int, pin_memory: bool, waiting: Waiting
 ) -> Iterator[tuple[int, Iterator[Batch]]]:
     """(step, this process's micro-batches of that step), step by step; micro-batches come as they are loaded."""
     if num_workers > 0:
@@ -194,11 +216,5 @@ def batches_by_step(
     )
     batches = iter(loader)
     for step in pieces.steps:
-        yield step, (_next(batches) for _ in pieces.slots)
-
-
-def _next(batches: Iterator[Batch]) -> Batch:
-    try:
-        return next(batches)
-    except ProcessError as error:  # of a worker it holds the worker's traceback, of which the last line is the message
-        raise ProcessError(str(error).strip().splitlines()[-1].rpartition("ProcessError: ")[2]) from error
+        waiting.seconds = 0.0
+        yield step, (waiting.next(batches) for _ in pieces.slots)

@@ -1,0 +1,60 @@
+"""What a run says of itself: epochs, layers, histograms, and what is out of the ordinary."""
+
+import json
+import logging
+
+import torch
+from torch import nn
+
+from utils.tracking import EpochLosses, LayerNorms
+
+
+def test_numbers_of_epochs_and_a_loss_that_leaves_them(caplog):
+    losses = EpochLosses()
+    ended = [losses.add(step, (step + 1) // 30, 1 + 0.01 * (step % 5)) for step in range(30)]
+    assert ended[-1] == {
+        "step": 29,
+        "epoch": 1,
+        "min": 1.0,
+        "max": 1.04,
+        "mean": sum(1 + 0.01 * (n % 5) for n in range(30)) / 30,
+    }
+    assert ended[:-1] == [None] * 29
+    with caplog.at_level(logging.WARNING):
+        losses.add(30, 1, 1.05)
+        assert not caplog.records
+        losses.add(31, 1, 1.5)
+    assert "loss 1.5000 is far over the last epoch's, which were 1.0000 to 1.0400" in caplog.text
+
+
+def test_an_outlier_among_layers_is_named():
+    norms, layer = LayerNorms(), nn.Linear(3, 2)
+    for _ in range(4):
+        for parameter in layer.parameters():
+            parameter.grad = torch.full_like(parameter, 2.0)
+        norms.remember(norms.measure(list(layer.named_parameters()), 2.0))
+    layer.weight.grad *= 11
+    found = norms.outliers(norms.measure(list(layer.named_parameters()), 2.0))
+    assert found.keys() == {"weight"}
+    torch.testing.assert_close(torch.tensor(found["weight"]), torch.tensor([11.0, 1.0]) * 6**0.5)
+
+
+def test_layers_and_histograms_of_a_run(train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--max_train_steps", 4, "--train_batch_size", 3, "--max_grad_norm", 0, "--report_to", "tensorboard"]
+    out = train("sd", *flags, "--layer_norm_steps", 2, "--histogram_steps", 4)
+    layers = [json.loads(line) for line in (out / "layers.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in layers] == [2, 4]
+    for line in layers:  # the norms of the layers make that of all
+        total = sum(norm**2 for norm in line["grad_norms"].values()) ** 0.5
+        assert abs(total / metrics[line["step"] - 1]["grad_norm"] - 1) < 1e-4
+    assert all(0 <= line["data_wait"] <= 1 for line in metrics)
+    epochs = [json.loads(line) for line in (out / "epochs.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    assert epochs[0]["min"] == min(line["train_loss"] for line in metrics[:2])
+    events = EventAccumulator(str(next((out / "logs").rglob("events*")).parent), size_guidance={"histograms": 0})
+    events.Reload()
+    names = events.Tags()["histograms"]
+    assert {"weights/unet.conv_in.weight", "gradients/unet.conv_in.weight"} <= set(names)
