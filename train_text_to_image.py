@@ -328,8 +328,8 @@ def stop_if_diverged(log: RunLog, limit: int, checkpoints: Checkpoints) -> None:
 def check_together(options: Options) -> None:
     """Refuses options that don't go together, and warns of those that have no effect."""
     source_entries(options.data, options.source, options.captions)
-    if options.model.unet_config is not None and options.adaptation.adaptation == "lora":
-        raise UserError("--unet_config trains a fresh UNet, which --adaptation lora would leave random; leave one out")
+    if options.model.unet_config is not None and options.adaptation.adaptation != "full":
+        raise UserError("--unet_config trains a fresh UNet, which adapters would leave random; leave one out")
     text_rates = (options.optimizer.text_encoder_lr, options.optimizer.text_encoder_2_lr)
     if any(rate is not None for rate in text_rates) and not options.adaptation.train_text_encoder:
         raise UserError("--text_encoder_lr goes with --train_text_encoder; give both or neither")
@@ -404,7 +404,8 @@ def forward_process(options: NoiseOptions, scheduler_config: Mapping) -> Forward
 
 def default_output_dir(options: Options, family_class: type[Family]) -> str:
     """The diffusers examples' output folder for this family and adaptation."""
-    return "sd-model-finetuned-lora" if options.adaptation.adaptation == "lora" else family_class.default_output_dir
+    adaptation = options.adaptation.adaptation
+    return family_class.default_output_dir if adaptation == "full" else f"sd-model-finetuned-{adaptation}"
 
 
 def claim(folder: OutputFolder, checkpoints: Checkpoints, start: Path | None, options: Options) -> None:
@@ -460,7 +461,7 @@ def scaled_rates(options: OptimizerOptions, factor: int) -> OptimizerOptions:
 
 def is_validation_due(options: Options, family: Family, batches: GlobalBatches | StreamedBatches, done: int) -> bool:
     """Whether samples are drawn after optimizer step number `done`, from 1."""
-    default_epochs = 1 if options.adaptation.adaptation == "lora" else family.default_validation_epochs
+    default_epochs = 1 if options.adaptation.adaptation != "full" else family.default_validation_epochs
     before, after = batches.epochs_before(done - 1), batches.epochs_before(done)
     return options.validation.is_due(done, before, after, default_epochs)
 

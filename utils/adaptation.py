@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils.ema import MovingAverage
@@ -19,33 +19,33 @@ from utils.options import UserError, first_line, option, require, require_positi
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from peft import PeftConfig
 
 ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"
-LORA_ONLY = (
-    "rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "use_dora",
-    "use_rslora",
-    "lora_weights",
-    "export_fused",
-)
+PEFT_FILE = "adapter_model.safetensors"
+WRAPPED = "base_model.model."  # what a PeftModel puts in front of the names of the model that it wraps
+ADAPTER_ONLY = ("rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+LORA_ONLY = ("use_dora", "use_rslora", "lora_weights", "export_fused")
 
 
 @dataclass(frozen=True)
 class AdaptationOptions:
-    adaptation: str = option("full", "what trains: all weights, or low-rank adapters", choices=("full", "lora"))
+    adaptation: str = option(
+        "full",
+        "what trains: all weights, or adapters: lora, loha (https://arxiv.org/abs/2108.06098), "
+        "lokr (https://arxiv.org/abs/2212.10650)",
+        choices=("full", "lora", "loha", "lokr"),
+    )
     train_layers: str | None = option(
         None, "regular expression that the names of the weights to train must hold, such as attn2 for cross-attention"
     )
     train_text_encoder: bool = option(False, "train the text encoders too")
-    rank: int | None = option(None, "rank of the LoRA matrices, 4 by default")
-    lora_alpha: float | None = option(None, "scale of the LoRA update times the rank; by default the rank")
-    lora_dropout: float = option(0.0, "dropout of the LoRA layers' input")
+    rank: int | None = option(None, "rank of the adapters' matrices, 4 by default")
+    lora_alpha: float | None = option(None, "scale of the adapters' update times the rank; by default the rank")
+    lora_dropout: float = option(0.0, "dropout of the LoRA layers' input, or of the ranks of LoHa and LoKr")
     lora_target_modules: list[str] | None = option(
-        None, "ends of the names of the UNet layers that LoRA adapts; by default to_k to_q to_v to_out.0"
+        None, "ends of the names of the UNet layers that are adapted; by default to_k to_q to_v to_out.0"
     )
     use_dora: bool = option(False, "weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)")
@@ -56,17 +56,17 @@ class AdaptationOptions:
         require_positive(self, "rank", "lora_alpha")
         if self.train_layers is not None:
             if self.adaptation != "full":
-                raise UserError("--train_layers goes with --adaptation full; LoRA has --lora_target_modules")
+                raise UserError("--train_layers goes with --adaptation full; adapters have --lora_target_modules")
             try:
                 re.compile(self.train_layers)
             except re.error as error:
                 raise UserError(f"--train_layers {self.train_layers} is no regular expression: {error}") from error
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "be in [0, 1)")
-        if self.adaptation != "lora":
-            for name in LORA_ONLY:
-                value = getattr(self, name)
-                if value not in (None, False, 0.0):
-                    raise UserError(f"--{name} {value} goes with --adaptation lora, got --adaptation {self.adaptation}")
+        refused = {"lora": (), "full": ADAPTER_ONLY + LORA_ONLY}.get(self.adaptation, LORA_ONLY)
+        for name in refused:
+            value = getattr(self, name)
+            if value not in (None, False, 0.0):
+                raise UserError(f"--{name} {value} goes with --adaptation lora, got --adaptation {self.adaptation}")
         if self.lora_weights is not None:
             require(
                 Path(self.lora_weights).exists(), "lora_weights", self.lora_weights, "be a file or folder that exists"
@@ -87,15 +87,16 @@ class AdaptationOptions:
         """What a checkpoint can only be resumed with, by flag."""
         names = ("adaptation", "train_text_encoder", "train_layers")
         shared = {name: getattr(self, name) for name in names}
-        if self.adaptation != "lora" or self.lora_weights is not None:
+        if self.adaptation == "full" or self.lora_weights is not None:
             return shared
-        return shared | {
+        adapters = {
             "rank": self.lora_rank,
             "lora_alpha": self.lora_alpha or self.lora_rank,
             "lora_target_modules": self.targets,
-            "use_dora": self.use_dora,
-            "use_rslora": self.use_rslora,
         }
+        if self.adaptation == "lora":
+            adapters |= {"use_dora": self.use_dora, "use_rslora": self.use_rslora}
+        return shared | adapters
 
     @property
     def targets(self) -> list[str] | None:
@@ -222,46 +223,158 @@ class FullFineTuning(Adaptation):
         self.family.float32_pipeline(**self.modules).save_pretrained(folder)
 
 
-class LowRankAdaptation(Adaptation):
-    """LoRA (Hu et al. 2021) or DoRA matrices train, in float32; the pipeline's weights stay as they are."""
+class AdapterTuning(Adaptation):
+    """Adapters of peft train, in float32; the pipeline's weights stay as they are."""
 
     trains_base = False
+    prefix: str  # of the names of an adapter's own parameters
 
     def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
         super().__init__(family, options, start)
-        source = start if start is not None else Path(options.lora_weights) if options.lora_weights else None
-        if source is None:
-            self._add_adapters()
-        else:
-            self._load_adapters(source)
+        self._make_adapters(start)
         for module in self.modules.values():
             for name, parameter in module.named_parameters():
-                if "lora_" in name:
+                if self.prefix in name:
                     parameter.data = parameter.data.float()
-                parameter.requires_grad_("lora_" in name)
+                parameter.requires_grad_(self.prefix in name)
         self._freeze_unread()
         if start is not None:
             for tensor, saved in self._tensors_with_saved(start):
                 tensor.copy_(saved)
 
-    def _add_adapters(self) -> None:
-        from peft import LoraConfig
-
+    def _make_adapters(self, start: Path | None) -> None:
         for name, module in self.modules.items():
             default = self.family.unet_lora_targets if name == "unet" else self.family.text_encoder_lora_targets
-            config = LoraConfig(
-                r=self.options.lora_rank,
-                lora_alpha=self.options.lora_alpha or self.options.lora_rank,
-                lora_dropout=self.options.lora_dropout,
-                target_modules=(self.options.targets if name == "unet" else None) or list(default),
-                init_lora_weights="gaussian",
-                use_dora=self.options.use_dora,
-                use_rslora=self.options.use_rslora,
-            )
+            targets = (self.options.targets if name == "unet" else None) or list(default)
             try:
-                module.add_adapter(config, adapter_name=ADAPTER)
+                module.add_adapter(self._config(targets), adapter_name=ADAPTER)
             except ValueError as error:
                 raise UserError(f"--lora_target_modules {' '.join(self.options.targets or [])}: {error}") from error
+
+    @abstractmethod
+    def _config(self, targets: list[str]) -> "PeftConfig":
+        """The adapters' config."""
+
+    @abstractmethod
+    def _saved(self, folder: Path, average: bool) -> dict[str, Tensor]:
+        """What `save` wrote, of the adapters or of their averages, by the names of `_named_tensors`."""
+
+    @abstractmethod
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """All adapters' tensors, which share the parameters' storage, by their names in a file."""
+
+    def _tensors_with_saved(self, folder: Path, average: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """Each trained parameter's tensor, in order, with what was saved of it."""
+        saved = self._saved(folder, average)
+        by_address = {tensor.data_ptr(): saved[name] for name, tensor in self._named_tensors().items()}
+        return [
+            (parameter.data, by_address[parameter.data_ptr()])
+            for module in self.modules.values()
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        ]
+
+    def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
+        """Goes on from the averages beside the adapters."""
+        average.load([saved for _, saved in self._tensors_with_saved(folder, average=True)], num_updates)
+
+
+class PeftAdaptation(AdapterTuning):
+    """Adapters that diffusers has no file format for: saved as PEFT adapter folders, and fused into a pipeline."""
+
+    def _saved(self, folder: Path, average: bool) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key.removeprefix(WRAPPED)}": tensor
+            for name in self.modules
+            for key, tensor in load_file(folder / (f"{name}_ema" if average else name) / PEFT_FILE).items()
+        }
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        from peft.utils import get_peft_model_state_dict
+
+        return {
+            f"{name}.{key}": tensor
+            for name, module in self.modules.items()
+            for key, tensor in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()
+        }
+
+    def save(self, folder: Path, average: MovingAverage | None) -> None:
+        """Writes the adapter folders `unet/` (and the text encoders'), and `unet_ema/` with the averages."""
+        self._write(folder, "")
+        if average is not None:
+            with average.in_place():
+                self._write(folder, "_ema")
+
+    def _write(self, folder: Path, ending: str) -> None:
+        tensors = self._named_tensors()
+        for name, module in self.modules.items():
+            target = folder / f"{name}{ending}"
+            module.peft_config[ADAPTER].save_pretrained(target)
+            own = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
+            save_file({WRAPPED + key: each.contiguous() for key, each in own.items()}, target / PEFT_FILE)
+
+    def export(self, folder: Path) -> None:
+        """Writes the adapter folders, and in `fused/` the pipeline with them merged in."""
+        self._write(folder, "")
+        from peft import PeftModel
+
+        pipeline = self.family.float32_pipeline()
+        for name in self.modules:
+            PeftModel.from_pretrained(getattr(pipeline, name), folder / name).merge_and_unload()
+        pipeline.save_pretrained(folder / "fused")
+
+
+class HadamardAdaptation(PeftAdaptation):
+    """LoHa: the Hadamard product of two low-rank updates (Hyeon-Woo et al. 2022, FedPara)."""
+
+    prefix = "hada_"
+
+    def _config(self, targets: list[str]) -> "PeftConfig":
+        from peft import LoHaConfig
+
+        options = self.options
+        alpha = options.lora_alpha or options.lora_rank
+        return LoHaConfig(r=options.lora_rank, alpha=alpha, rank_dropout=options.lora_dropout, target_modules=targets)
+
+
+class KroneckerAdaptation(PeftAdaptation):
+    """LoKr: the Kronecker product of a small and a low-rank matrix (Edalati et al. 2022, KronA)."""
+
+    prefix = "lokr_"
+
+    def _config(self, targets: list[str]) -> "PeftConfig":
+        from peft import LoKrConfig
+
+        options = self.options
+        alpha = options.lora_alpha or options.lora_rank
+        return LoKrConfig(r=options.lora_rank, alpha=alpha, rank_dropout=options.lora_dropout, target_modules=targets)
+
+
+class LowRankAdaptation(AdapterTuning):
+    """LoRA (Hu et al. 2021) or DoRA matrices train."""
+
+    prefix = "lora_"
+
+    def _make_adapters(self, start: Path | None) -> None:
+        given = self.options.lora_weights
+        source = start if start is not None else Path(given) if given else None
+        if source is None:
+            super()._make_adapters(start)
+        else:
+            self._load_adapters(source)
+
+    def _config(self, targets: list[str]) -> "PeftConfig":
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.options.lora_rank,
+            lora_alpha=self.options.lora_alpha or self.options.lora_rank,
+            lora_dropout=self.options.lora_dropout,
+            target_modules=targets,
+            init_lora_weights="gaussian",
+            use_dora=self.options.use_dora,
+            use_rslora=self.options.use_rslora,
+        )
 
     def _load_adapters(self, source: Path) -> None:
         """Makes the adapters of a LoRA file, of either key style, with its ranks and alphas."""
@@ -302,20 +415,11 @@ class LowRankAdaptation(Adaptation):
             return layers
         return {f"text_model.{key}": value for key, value in layers.items()}  # the prefix that other tools expect
 
-    def _tensors_with_saved(self, folder: Path) -> list[tuple[Tensor, Tensor]]:
-        """Each trained parameter's tensor, in order, with what a LoRA file that `save` wrote holds for it."""
-        saved = load_file(folder / LORA_FILE)
-        by_address = {
-            tensor.data_ptr(): saved[f"{name}.{key}"]
-            for name in self.modules
-            for key, tensor in self._layers(name).items()
-        }
-        return [
-            (parameter.data, by_address[parameter.data_ptr()])
-            for module in self.modules.values()
-            for parameter in module.parameters()
-            if parameter.requires_grad
-        ]
+    def _saved(self, folder: Path, average: bool) -> dict[str, Tensor]:
+        return load_file((folder / "unet_ema" if average else folder) / LORA_FILE)
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        return {f"{name}.{key}": tensor for name in self.modules for key, tensor in self._layers(name).items()}
 
     def _write(self, folder: Path) -> None:
         arguments: dict[str, dict] = {}
@@ -330,10 +434,6 @@ class LowRankAdaptation(Adaptation):
         if average is not None:
             with average.in_place():
                 self._write(folder / "unet_ema")
-
-    def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
-        """Goes on from the LoRA file in `unet_ema/`."""
-        average.load([saved for _, saved in self._tensors_with_saved(folder / "unet_ema")], num_updates)
 
     def export(self, folder: Path) -> None:
         """Writes the LoRA file with its metadata, and if asked the fused pipeline."""
@@ -356,4 +456,9 @@ def _saved_like(module: nn.Module, folder: Path) -> nn.Module:
     return type(module).from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
 
 
-ADAPTATIONS: dict[str, type[Adaptation]] = {"full": FullFineTuning, "lora": LowRankAdaptation}
+ADAPTATIONS: dict[str, type[Adaptation]] = {
+    "full": FullFineTuning,
+    "lora": LowRankAdaptation,
+    "loha": HadamardAdaptation,
+    "lokr": KroneckerAdaptation,
+}

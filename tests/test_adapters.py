@@ -1,0 +1,50 @@
+"""LoHa and LoKr: what is exported is what was trained, and loads by peft and by diffusers."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.test_equivalences import assert_same_bits, losses
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("adaptation", ["loha", "lokr"])
+def test_the_adapter_folder_and_the_fused_pipeline_are_the_same_model(train, pipelines, adaptation, name):
+    from diffusers import DiffusionPipeline
+    from peft import PeftModel
+
+    flags = ["--adaptation", adaptation, "--rank", 3, "--lora_alpha", 5, "--max_train_steps", 6, "--use_ema"]
+    out = train(name, *flags, "--learning_rate", 1e-2, "--train_batch_size", 2, "--train_text_encoder")
+    base, fused = DiffusionPipeline.from_pretrained(pipelines[name]), DiffusionPipeline.from_pretrained(out / "fused")
+    before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
+    merged = PeftModel.from_pretrained(base.unet, out / "unet").merge_and_unload()
+    for key, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, fused.unet.state_dict()[key], msg=key)
+    moved = [key for key, tensor in fused.unet.state_dict().items() if not torch.equal(tensor, before[key])]
+    assert moved
+    assert all(".attn" in key for key in moved)
+    assert (out / "text_encoder" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("adaptation", ["loha", "lokr"])
+def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(train, adaptation):
+    flags = ["--adaptation", adaptation, "--learning_rate", 1e-2, "--train_batch_size", 2, "--use_ema"]
+    flags += ["--lora_dropout", 0.2]
+    whole = train("sd", *flags, "--max_train_steps", 6, out="whole")
+    train("sd", *flags, "--max_train_steps", 3, out="parts")
+    parts = train("sd", *flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest", out="parts")
+    assert losses(whole) == losses(parts)
+    for file in sorted((whole / "checkpoint-6").rglob("*.safetensors")):
+        assert_same_bits(load_file(file), load_file(parts / file.relative_to(whole)))
+
+
+def test_at_the_first_step_nothing_has_moved(train, pipelines):
+    out = {
+        name: train("sd", "--adaptation", name, "--max_train_steps", 1, out=name) for name in ("loha", "lokr", "lora")
+    }
+    assert losses(out["loha"]) == losses(out["lokr"]) == losses(out["lora"])
+
+
+def test_what_does_not_go(train, capsys):
+    train("sd", "--adaptation", "lokr", "--use_dora", expect=2)
+    assert "--use_dora True goes with --adaptation lora, got --adaptation lokr" in capsys.readouterr().err
