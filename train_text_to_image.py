@@ -171,8 +171,11 @@ def run(argv: Sequence[str] | None) -> None:
         dtypes = adaptation_class.dtypes(options.adaptation, weight_dtype(accelerator))
         family = family_class(source, dtypes, options.noise.scheduler_changes)
         family.check_sizes(images.plan.sizes, family.pipeline.vae.config)
+        if options.adaptation.quantize_base is not None:
+            family.quantize_unet(options.adaptation.quantize_base, accelerator.device)
         adaptation = adaptation_class(family, options.adaptation, start)
         family.use_attention()
+        family.save_memory()
         process = forward_process(options.noise, family.pipeline.scheduler.config)
         named = adaptation.named_parameters(rates)
         plan = describe(options, accelerator, family, adaptation, images, held_out_images, batches, total_steps)

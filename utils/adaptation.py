@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from utils.ema import MovingAverage
 from utils.families.base import Family
+from utils.families.quantization import QUANTIZATIONS, check_quantization
 from utils.families.source import LOADING_ERRORS, ComponentDtypes
 from utils.optim import NamedParameter, OptimizerOptions
 from utils.options import UserError, first_line, option, require, require_positive
@@ -26,7 +27,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 WRAPPED = "base_model.model."  # what a PeftModel puts in front of the names of the model that it wraps
 ADAPTER_ONLY = ("rank", "lora_alpha", "lora_dropout", "lora_target_modules")
-LORA_ONLY = ("use_dora", "use_rslora", "lora_weights", "export_fused")
+LORA_ONLY = ("use_dora", "use_rslora", "lora_weights", "export_fused", "quantize_base")
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,15 @@ class AdaptationOptions:
     )
     use_dora: bool = option(False, "weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)")
+    quantize_base: str | None = option(
+        None, "keep the frozen UNet under the LoRA in nf4 (4 bits) or int8, by bitsandbytes", choices=QUANTIZATIONS
+    )
     lora_weights: str | None = option(None, "LoRA file, or a folder that holds one, to go on from")
     export_fused: bool = option(False, "also save the pipeline with the LoRA fused in, in output_dir/fused")
 
     def __post_init__(self) -> None:
         require_positive(self, "rank", "lora_alpha")
+        check_quantization(self.quantize_base)
         if self.train_layers is not None:
             if self.adaptation != "full":
                 raise UserError("--train_layers goes with --adaptation full; adapters have --lora_target_modules")
@@ -95,7 +100,8 @@ class AdaptationOptions:
             "lora_target_modules": self.targets,
         }
         if self.adaptation == "lora":
-            adapters |= {"use_dora": self.use_dora, "use_rslora": self.use_rslora}
+            names = ("use_dora", "use_rslora", "quantize_base")
+            adapters |= {name: getattr(self, name) for name in names}
         return shared | adapters
 
     @property

@@ -127,7 +127,7 @@ class CacheFiller:
     def vae_fingerprint(self) -> str:
         """Of the VAE, the dtype it computes in and the dtype that is stored."""
         vae = self.family.pipeline.vae
-        return fingerprint([vae], str(vae.dtype), str(self.latent_dtype))
+        return fingerprint([vae], str(vae.dtype), str(self.latent_dtype), vae.use_tiling)
 
     def text_fingerprint(self) -> str:
         """Of the text encoders, the tokenizers, how they are used and the dtype that is stored."""

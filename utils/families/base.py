@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.families.quantization import quantize_linears
 from utils.families.source import XFORMERS_CURE, XFORMERS_MISSING, ComponentDtypes, PipelineSource
 from utils.families.vae import LatentSpace
 from utils.options import UserError, first_line, require
@@ -284,6 +285,20 @@ class Family(ABC):
                 self.unet.enable_npu_flash_attention()
             except (ImportError, RuntimeError, AttributeError) as error:
                 raise UserError(f"--enable_npu_flash_attention needs an Ascend NPU and torch_npu: {error}") from error
+
+    def save_memory(self) -> None:
+        """Switches on what computes one part after the other, as the options ask."""
+        options = self.source.options
+        if options.attention_slicing:
+            self.unet.set_attention_slice("max")
+        if options.vae_slicing:
+            self.pipeline.vae.enable_slicing()
+        if options.vae_tiling:
+            self.pipeline.vae.enable_tiling()
+
+    def quantize_unet(self, kind: str, device: torch.device) -> None:
+        """Keeps the frozen UNet's linear layers in 4 or 8 bits, on the device."""
+        quantize_linears(self.unet, kind, device)
 
     def use_gradient_checkpointing(self, text_encoders: bool) -> None:
         """Computes activations again in the backward pass, in the denoiser and if asked in the text encoders."""

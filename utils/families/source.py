@@ -40,6 +40,9 @@ class ModelOptions:
         CHUNK_TOKENS, "tokens of a caption that are read, in chunks of 75; kohya's 150 and 225"
     )
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
+    attention_slicing: bool = option(False, "compute attention one head after the other: less memory, slower")
+    vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
+    vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
     enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
     enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
 
@@ -58,6 +61,8 @@ class ModelOptions:
                 "--enable_xformers_memory_efficient_attention takes no mask, which --max_token_length "
                 f"{length} needs; leave it out, PyTorch's attention is as fast"
             )
+        if self.attention_slicing and self.enable_xformers_memory_efficient_attention:
+            raise UserError("--attention_slicing would replace xformers' attention; leave one out")
         if self.enable_xformers_memory_efficient_attention and find_spec("xformers") is None:
             raise UserError(f"{XFORMERS_MISSING} (it is not installed); {XFORMERS_CURE}")
         if self.non_ema_revision is not None and self.pretrained_model_name_or_path.endswith(".safetensors"):
