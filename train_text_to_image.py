@@ -42,6 +42,7 @@ from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weigh
 from utils.objective import Objective
 from utils.optim import (
     OPTIMIZER_PACKAGES,
+    NamedParameter,
     OptimizerOptions,
     ScheduleOptions,
     build_optimizer,
@@ -72,6 +73,7 @@ from utils.runtime import (
 )
 from utils.seeding import model_seed
 from utils.state import RunState, evaluating
+from utils.stepping import PerParameter
 from utils.tracking import RunLog, Sample, StepMetrics, TrackingOptions, start_trackers
 from utils.validation import Sampler, ValidationOptions
 
@@ -148,6 +150,7 @@ def run(argv: Sequence[str] | None) -> None:
         folder.path,
         options.tracking.logging_dir,
     )
+    check_stepping(options, accelerator)
     with ending(accelerator, folder):
         checkpoints = Checkpoints(folder.path, options.checkpoint.checkpoints_total_limit)
         start = checkpoints.resolve(options.checkpoint.resume_from_checkpoint)
@@ -197,7 +200,7 @@ def run(argv: Sequence[str] | None) -> None:
         average = MovingAverage(parameters, options.ema) if options.ema.use_ema else None
         encoder = Encoder(family, options.adaptation.train_text_encoder)
         objective = Objective(family, adaptation.modules, process, options.noise, options.loss)
-        model, optimizer = accelerator.prepare(objective, build_optimizer(named, rates))
+        model, optimizer = accelerator.prepare(objective, make_optimizer(options, named, rates))
         state = RunState(accelerator, adaptation, average, optimizer, named, structure, batches.size)
         first_step = 0 if start is None else state.load(start)
 
@@ -238,7 +241,7 @@ def run(argv: Sequence[str] | None) -> None:
                         loss_by_key += zip(batch.keys, losses.detach(), strict=True)
                     note_unreadable(batch.unreadable, images, options.selection)
                 log.layers(((name, parameter) for name, parameter, _ in named), step + 1, options.tracking)
-                grad_norm = accelerator.clip_grad_norm_(parameters, rates.max_grad_norm or float("inf"))
+                grad_norm = state.clip(rates.clip_norm)
                 state.step(grad_norm)
 
                 done = step + 1
@@ -384,6 +387,32 @@ def check_optimizer(options: Options) -> None:
     if name == "prodigy" and options.optimizer.learning_rate < 0.1:
         rate = options.optimizer.learning_rate
         logger.warning("--optimizer prodigy finds its rate itself: --learning_rate %g is a factor on it, try 1", rate)
+
+
+def make_optimizer(options: Options, named: list[NamedParameter], rates: OptimizerOptions) -> torch.optim.Optimizer:
+    """The optimizer, which steps parameter by parameter where that was asked for."""
+    if options.adaptation.pure_bf16 or rates.optimizer_in_backward:
+        return PerParameter(named, rates, rates.optimizer_in_backward, options.runtime.seed)
+    return build_optimizer(named, rates)
+
+
+def check_stepping(options: Options, accelerator: "Accelerator") -> None:
+    """Refuses what steps parameter by parameter can't do."""
+    if options.adaptation.pure_bf16 and accelerator.mixed_precision != "bf16":
+        raise UserError(f"--pure_bf16 needs --mixed_precision bf16, got {accelerator.mixed_precision}")
+    if options.adaptation.pure_bf16 and options.optimizer.name == "prodigy":
+        raise UserError("--optimizer prodigy finds one rate from all gradients; leave out --pure_bf16")
+    if not options.optimizer.optimizer_in_backward:
+        return
+    steps, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+    if steps > 1:
+        raise UserError(f"--optimizer_in_backward steps after each batch; --gradient_accumulation_steps is {steps}")
+    if processes > 1:
+        raise UserError(f"--optimizer_in_backward steps before processes share their gradients; there are {processes}")
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("--optimizer_in_backward would step by scaled gradients; use --mixed_precision bf16 or no")
+    if options.tracking.layer_norm_steps is not None or options.tracking.histogram_steps is not None:
+        raise UserError("--optimizer_in_backward leaves no gradients for --layer_norm_steps and --histogram_steps")
 
 
 def check_before_loading(

@@ -59,3 +59,63 @@ def test_slices_and_tiles(train, capsys):
     assert_same_bits(weights(tiled), weights(plain))  # smaller than a tile
     train("sd", "--quantize_base", "nf4", out="full", expect=2)
     assert "--quantize_base nf4 goes with --adaptation lora" in capsys.readouterr().err
+
+
+def test_stochastic_rounding_has_the_value_for_its_mean():
+    from utils.stepping import round_stochastically
+
+    values = torch.tensor([1.0, 1.001, -3.14159, 1e-20, 0.0, 65504.0, float("inf")])
+    random = torch.Generator().manual_seed(0)
+    rounded = torch.stack([round_stochastically(values, random).float() for _ in range(20000)])
+    torch.testing.assert_close(rounded.mean(0)[:-1], values[:-1], rtol=2e-4, atol=0)
+    assert torch.isinf(rounded[:, -1]).all()
+    assert set(rounded[:, 0].tolist()) == {1.0}  # what bfloat16 holds stays
+    assert len(set(rounded[:, 1].tolist())) == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "muon", "schedule_free_adamw"])
+def test_steps_in_the_backward_pass_are_the_steps_after_it(train, optimizer):
+    flags = ["--optimizer", optimizer, "--max_train_steps", 5, "--train_batch_size", 2, "--learning_rate", 1e-3]
+    plain = train("sd", *flags, "--max_grad_norm", 0, out="plain")
+    backward = train("sd", *flags, "--optimizer_in_backward", out="backward")
+    assert losses(backward) == pytest.approx(losses(plain), rel=1e-4 if optimizer != "muon" else 2e-2)
+    import json
+
+    norms = [
+        [json.loads(line)["grad_norm"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (plain, backward)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("more", [(), ("--optimizer_in_backward",), ("--optimizer", "adamw8bit", "--use_ema")])
+def test_bfloat16_weights_learn_and_resume_bit_by_bit(train, more):
+    from safetensors.torch import load_file
+
+    flags = ["--pure_bf16", "--mixed_precision", "bf16", "--train_batch_size", 2, "--learning_rate", 1e-3, *more]
+    whole = train("sd", *flags, "--max_train_steps", 8, out="whole")
+    train("sd", *flags, "--max_train_steps", 4, out="parts")
+    parts = train("sd", *flags, "--max_train_steps", 8, "--resume_from_checkpoint", "latest", out="parts")
+    assert losses(whole) == losses(parts)
+    for file in sorted((whole / "checkpoint-8").rglob("*.safetensors")):
+        assert_same_bits(load_file(file), load_file(parts / file.relative_to(whole)))
+    assert {tensor.dtype for tensor in weights(whole / "checkpoint-8").values()} == {torch.bfloat16}
+    exact = train("sd", *flags[1:], "--max_train_steps", 8, out="exact")
+    assert losses(whole) == pytest.approx(losses(exact), rel=0.03)
+    moved = weights(whole)["conv_in.weight"].float() - weights(exact)["conv_in.weight"].float()
+    assert float(moved.abs().mean()) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--optimizer_in_backward", "--gradient_accumulation_steps", 2], "--gradient_accumulation_steps is 2"),
+        (["--optimizer_in_backward", "--max_grad_norm", 1], "--max_grad_norm"),
+        (["--optimizer_in_backward", "--layer_norm_steps", 1], "--layer_norm_steps"),
+        (["--pure_bf16"], "--pure_bf16 needs --mixed_precision bf16, got no"),
+        (["--pure_bf16", "--adaptation", "lora"], "--pure_bf16 is for --adaptation full"),
+    ],
+)
+def test_what_does_not_go(train, capsys, flags, named):
+    train("sd", *flags, expect=2)
+    assert named in capsys.readouterr().err

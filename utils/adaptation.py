@@ -42,6 +42,9 @@ class AdaptationOptions:
         None, "regular expression that the names of the weights to train must hold, such as attn2 for cross-attention"
     )
     train_text_encoder: bool = option(False, "train the text encoders too")
+    pure_bf16: bool = option(
+        False, "keep the weights that train in bfloat16 alone, stepped in float32 and rounded stochastically"
+    )
     rank: int | None = option(None, "rank of the adapters' matrices, 4 by default")
     lora_alpha: float | None = option(None, "scale of the adapters' update times the rank; by default the rank")
     lora_dropout: float = option(0.0, "dropout of the LoRA layers' input, or of the ranks of LoHa and LoKr")
@@ -67,6 +70,8 @@ class AdaptationOptions:
             except re.error as error:
                 raise UserError(f"--train_layers {self.train_layers} is no regular expression: {error}") from error
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "be in [0, 1)")
+        if self.pure_bf16 and self.adaptation != "full":
+            raise UserError("--pure_bf16 is for --adaptation full: adapters are small, and train in float32")
         refused = {"lora": (), "full": ADAPTER_ONLY + LORA_ONLY}.get(self.adaptation, LORA_ONLY)
         for name in refused:
             value = getattr(self, name)
@@ -90,7 +95,7 @@ class AdaptationOptions:
     @property
     def structure(self) -> dict[str, object]:
         """What a checkpoint can only be resumed with, by flag."""
-        names = ("adaptation", "train_text_encoder", "train_layers")
+        names = ("adaptation", "train_text_encoder", "train_layers", "pure_bf16")
         shared = {name: getattr(self, name) for name in names}
         if self.adaptation == "full" or self.lora_weights is not None:
             return shared
@@ -134,8 +139,9 @@ class Adaptation(ABC):
     @classmethod
     def dtypes(cls, options: AdaptationOptions, frozen: torch.dtype) -> ComponentDtypes:
         """The dtypes to load weights in: float32 where they train, the mixed precision's where they are frozen."""
-        unet = torch.float32 if cls.trains_base else frozen
-        text_encoders = torch.float32 if cls.trains_base and options.train_text_encoder else frozen
+        trained = torch.bfloat16 if options.pure_bf16 else torch.float32
+        unet = trained if cls.trains_base else frozen
+        text_encoders = trained if cls.trains_base and options.train_text_encoder else frozen
         return ComponentDtypes(unet, text_encoders, frozen)
 
     def named_parameters(self, rates: OptimizerOptions) -> list[NamedParameter]:

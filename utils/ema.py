@@ -43,7 +43,8 @@ class MovingAverage:
             inv_gamma=options.ema_inv_gamma,
             power=options.ema_power,
         )
-        self.averages = [self._at_home(parameter.detach().clone()) for parameter in self._parameters]
+        # in float32 also of bfloat16 weights, in which an average would stand still
+        self.averages = [self._at_home(parameter.detach().float().clone()) for parameter in self._parameters]
 
     def _at_home(self, tensor: Tensor) -> Tensor:
         if not self._options.offload_ema:
@@ -72,7 +73,7 @@ class MovingAverage:
         """average += (1 - decay) * (weight - average), for all weights."""
         self._schedule.optimization_step += 1
         weight = 1 - self._schedule.get_decay(self._schedule.optimization_step)
-        values = [parameter.detach() for parameter in self._parameters]
+        values = [parameter.detach().float() for parameter in self._parameters]
         if self._options.offload_ema:
             values = [value.to("cpu") for value in values]
         if self._options.foreach_ema:

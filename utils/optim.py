@@ -48,11 +48,22 @@ class OptimizerOptions:
     muon_momentum: float = option(0.95, "decay of muon's mean gradient")
     adam_weight_decay: float = option(1e-2, "decoupled weight decay, of all but biases and norms")
     adam_epsilon: float = option(1e-8, "term in AdamW's denominator")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them as they are")
+    max_grad_norm: float | None = option(
+        None, "gradients are scaled down to this norm, by default 1; 0 leaves them as they are"
+    )
+    optimizer_in_backward: bool = option(
+        False, "step each weight as soon as its gradient is there, and free that: less memory, no clipping"
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "learning_rate", "text_encoder_lr", "text_encoder_2_lr", "adam_epsilon")
         require_not_negative(self, "adam_weight_decay", "max_grad_norm")
+        if self.optimizer_in_backward and self.max_grad_norm:
+            raise UserError(
+                "--optimizer_in_backward never has all gradients at once, for --max_grad_norm; leave one out"
+            )
+        if self.optimizer_in_backward and self.optimizer == "prodigy":
+            raise UserError("--optimizer prodigy finds one rate from all gradients; leave out --optimizer_in_backward")
         for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             value = getattr(self, name)
             require(value is None or 0 <= value < 1, name, value, "be in [0, 1)")
@@ -68,6 +79,13 @@ class OptimizerOptions:
     def name(self) -> str:
         """The name of the optimizer in `OPTIMIZERS`."""
         return self.optimizer or ("adamw8bit" if self.use_8bit_adam else "adamw")
+
+    @property
+    def clip_norm(self) -> float:
+        """The norm that gradients are scaled down to; infinite to leave them as they are."""
+        if self.max_grad_norm is None:
+            return math.inf if self.optimizer_in_backward else 1.0
+        return self.max_grad_norm or math.inf
 
     @property
     def betas(self) -> tuple[float, float]:

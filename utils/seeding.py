@@ -40,6 +40,7 @@ class Stream(IntEnum):
     HELD_OUT_SPLIT = 23
     HELD_OUT_POSTERIOR = 24
     HELD_OUT_NOISE = 25
+    ROUNDING = 26
 
 
 def generator(seed: int, position: int, place: int, stream: Stream) -> np.random.Generator:

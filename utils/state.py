@@ -14,6 +14,7 @@ from utils.adaptation import Adaptation
 from utils.checkpoint import TrainingState, load_optimizer, read_state, write_state
 from utils.ema import MovingAverage
 from utils.optim import NamedParameter
+from utils.stepping import PerParameter
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,6 +39,20 @@ class RunState:
     structure: dict[str, object]
     global_batch: int
 
+    def clip(self, max_norm: float) -> Tensor:
+        """Scales the gradients down to a norm; gives the norm they had, also of those that are used up already."""
+        if self._steps_in_backward:
+            return self._inner.grad_norm().to(self.accelerator.device)
+        return self.accelerator.clip_grad_norm_([named.parameter for named in self.parameters], max_norm)
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
+    def _steps_in_backward(self) -> bool:
+        return isinstance(self._inner, PerParameter) and self._inner.in_backward
+
     def step(self, grad_norm: Tensor) -> None:
         """An optimizer step, and the average after it, unless the gradients are not finite.
 
@@ -47,7 +62,7 @@ class RunState:
         Args:
             grad_norm: norm of the gradients before clipping, a scalar.
         """
-        scaler, inner = self.accelerator.scaler, getattr(self.optimizer, "optimizer", self.optimizer)
+        scaler, inner = self.accelerator.scaler, self._inner
         scale, was_skipped = 0.0 if scaler is None else scaler.get_scale(), False
         if scaler is None and getattr(inner, "_step_supports_amp_scaling", False):
             inner.grad_scale, inner.found_inf = None, (~torch.isfinite(grad_norm)).float()
