@@ -59,7 +59,7 @@ from utils.options import (
     run_script,
     without_secrets,
 )
-from utils.preparation import DataPreparation, note_unreadable
+from utils.preparation import DataPreparation
 from utils.runtime import (
     OutputFolder,
     RuntimeOptions,
@@ -196,6 +196,7 @@ def run(argv: Sequence[str] | None) -> None:
         held_out = measure_on(options, accelerator, family, held_out_images)
         latents, texts = preparation.fill_cache(family, images, num_workers)
         if options.cache.cache_only or options.cache.verify_cache:
+            preparation.write_report(images)
             return
         average = MovingAverage(parameters, options.ema) if options.ema.use_ema else None
         encoder = Encoder(family, options.adaptation.train_text_encoder)
@@ -222,12 +223,16 @@ def run(argv: Sequence[str] | None) -> None:
             measure(held_out, history, objective, adaptation, None, optimizer, 0)
         loss_scale = num_processes * accelerator.gradient_accumulation_steps / batches.size
 
+        preparation.write_report(images)
+        unreadable: dict[str, str] = {}  # found by this process and not yet told to the others
+
         adaptation.train_mode()
         with RunLog(accelerator, folder.path, first_step, total_steps, batches.size) as log:
             for step, micro_batches in loader:
                 rate_now = factor(step) * plateau_factor(options.schedule, history)
                 set_learning_rate(optimizer, rate_now)
                 loss, keys, loss_by_key = torch.zeros((), device=accelerator.device), [], []
+                num_known = len(unreadable)
                 for number, batch in enumerate(micro_batches, start=1):
                     torch.manual_seed(model_seed(seed, step, int(batch.slots[0])))  # dropout, where the model has any
                     encoded = encoder.encode(batch.to(accelerator.device))
@@ -239,16 +244,23 @@ def run(argv: Sequence[str] | None) -> None:
                     keys += batch.keys
                     if options.tracking.debug_loss:
                         loss_by_key += zip(batch.keys, losses.detach(), strict=True)
-                    note_unreadable(batch.unreadable, images, options.selection)
+                    unreadable |= {key: why for key, why in batch.unreadable if key not in images.bad}
                 log.layers(((name, parameter) for name, parameter, _ in named), step + 1, options.tracking)
                 grad_norm = state.clip(rates.clip_norm)
                 state.step(grad_norm)
 
                 done = step + 1
-                mean_loss = accelerator.reduce(loss) / batches.size
+                num_new = torch.tensor(float(len(unreadable) - num_known), device=accelerator.device)
+                total_loss, num_new = accelerator.reduce(torch.stack([loss, num_new])).unbind()
                 epoch = float(done * batches.size / batches.samples_per_epoch)
                 rate = rates.learning_rate * rate_now
-                log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rate, keys, loss_by_key, waiting.seconds))
+                mean_loss = total_loss / batches.size
+                metrics = StepMetrics(
+                    done, epoch, mean_loss, grad_norm, rate, keys, loss_by_key, waiting.seconds, num_new
+                )
+                log.step(metrics)
+                if log.has_unreadable:
+                    preparation.share_unreadable(unreadable, images)
                 stop_if_diverged(log, options.tracking.max_skipped_steps, checkpoints)
                 is_due = done == total_steps or is_validation_due(options, family, batches, done)
                 if held_out is not None and is_due:
@@ -272,6 +284,7 @@ def run(argv: Sequence[str] | None) -> None:
             on_main_process(accelerator, lambda: adaptation.export(folder.path))
             samples = sampler.draw("final")
         log.images(samples, total_steps, "test")
+        preparation.share_unreadable(unreadable, images)
         preparation.write_report(images)
         if accelerator.is_main_process:
             publish(options, folder, family, samples, total_steps, batches.size)
@@ -365,6 +378,13 @@ def check_together(options: Options) -> None:
         raise UserError("--offload_ema goes with --use_ema; give both or neither")
     if options.data.streaming and (options.cache.cache_latents or options.cache.cache_text_embeddings):
         raise UserError("--streaming does not know its images beforehand, so it has no cache; leave one out")
+    frozen = {
+        "crop and flip": options.cache.cache_latents and options.image.varies,
+        "order of tags": options.cache.cache_text_embeddings and options.captions.varies,
+    }
+    if options.cache.cache_variants is None and any(frozen.values()):
+        what = " and ".join(name for name, is_frozen in frozen.items() if is_frozen)
+        logger.warning("each image keeps one %s in the cache; --cache_variants 4 gives it four in turn", what)
     if options.cache.cache_text_embeddings and options.adaptation.train_text_encoder:
         raise UserError(
             "--cache_text_embeddings would keep text states that --train_text_encoder changes; leave one out"

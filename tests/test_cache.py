@@ -271,3 +271,46 @@ def test_two_processes_fill_what_one_does(pipelines, tmp_path):
     command = fill_command(pipelines["sdxl"], data, two, tmp_path / "b")
     subprocess.run([*launch, script, *command], check=True, capture_output=True)
     assert files(one) == files(two)
+
+
+def test_foreign_and_broken_files_in_the_cache_folder(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"numbers": torch.arange(3)}, tmp_path / "foreign.safetensors")
+    save_file({"values": torch.ones(3)}, tmp_path / "other.safetensors")
+    (tmp_path / "list.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+    store = EntryStore(tmp_path)
+    store.open()
+    assert len(store) == 0
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3  # what is not ours stays
+
+
+def test_verifying_finds_what_is_not_finite():
+    from utils.encoding import relative_error
+
+    assert relative_error(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2.0])) == float("inf")
+
+
+def test_the_report_is_there_when_a_cache_fill_or_a_run_ends_early(train, tmp_path):
+    data = tiny.make_images(tmp_path / "data", 24)
+    for name in ("003.png", "011.png"):
+        whole = (data / name).read_bytes()
+        (data / name).write_bytes(whole[: len(whole) // 2])
+    flags = ["--encoding_cache_dir", tmp_path / "cache", "--train_batch_size", 4]
+    out = train("sd", *flags, "--cache_latents", "--cache_only", "--max_bad_fraction", 0.1, data=data, out="a")
+    assert json.loads((out / "data_report.json").read_text())["unreadable"].keys() == {"003.png", "011.png"}
+    for number, more in enumerate(
+        ([], ["--cache_latents"], ["--dataloader_num_workers", 1], ["--on_bad_image", "error"])
+    ):
+        out = train("sd", *flags, *more, "--max_train_steps", 12, data=data, out=f"b{number}", expect=2)
+        assert json.loads((out / "data_report.json").read_text())["unreadable"].keys() & {"003.png", "011.png"}
+
+
+def test_a_frozen_crop_is_warned_of(train, caplog, tmp_path):
+    flags = ["--cache_latents", "--encoding_cache_dir", tmp_path / "cache", "--cache_only"]
+    train("sd", *flags, out="a")
+    assert "each image keeps one crop and flip in the cache" in caplog.text
+    caplog.clear()
+    train("sd", *flags, "--cache_variants", 2, out="b")
+    train("sd", *flags, "--center_crop", out="c")
+    assert "each image keeps one" not in caplog.text

@@ -4,7 +4,6 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,11 @@ from tqdm import tqdm
 
 from utils.data.buckets import BucketPlan
 from utils.data.dataset import pass_of, text_of
-from utils.data.headers import add_digests, executor
-from utils.data.images import ImageOptions, make_cut, plan_cut, read_rgb
+from utils.data.headers import add_digests, map_chunks
+from utils.data.images import ImageOptions, make_cut, plan_cut, read_rgb, reason_of
 from utils.data.sampler import GlobalBatches
 from utils.data.selection import PlannedImages, upscaling
 from utils.data.sources import Records
-from utils.options import first_line
 
 MOST_DECODED = 20_000
 TILE = 192
@@ -148,12 +146,11 @@ def examine(
 def decode_all(records: Records) -> tuple[int, dict[str, str]]:
     """(how many images were decoded, why some can't be, by name); of very many, evenly spread ones."""
     chosen = np.unique(np.linspace(0, len(records) - 1, min(len(records), MOST_DECODED)).astype(int))
-    chunks = [chosen[begin : begin + 50] for begin in range(0, len(chosen), 50)]
     broken: dict[str, str] = {}
-    with executor(100 * len(chosen)) as pool, tqdm(total=len(chosen), desc="decoding images", leave=False) as progress:
-        for chunk, found in zip(chunks, pool.map(partial(_decode, records), chunks), strict=True):
+    with tqdm(total=len(chosen), desc="decoding images", leave=False) as progress:
+        for found in map_chunks(_decode, records, chosen, many=50, size=20):
             broken |= found
-            progress.update(len(chunk))
+            progress.update(min(20, len(chosen) - progress.n))
     return len(chosen), broken
 
 
@@ -163,7 +160,7 @@ def _decode(records: Records, indices: np.ndarray) -> dict[str, str]:
         try:
             read_rgb(records.image(int(index)))
         except (OSError, ValueError) as error:
-            broken[records.key(int(index))] = first_line(error)
+            broken[records.key(int(index))] = reason_of(error)
     return broken
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+MANY_IMAGES = 20_000
 HALF_LIMIT = torch.finfo(torch.float16).max
 
 
@@ -136,9 +137,9 @@ class CacheFiller:
 
     def latents(self, plan: LatentPlan, store: EntryStore) -> CachedLatents:
         """Encodes the crops of a plan that are not in the store yet."""
-        keys = plan.keys()
+        keys = self._of_main(lambda: plan.keys(show_progress=len(plan.images.records) > MANY_IMAGES))
         store.open()
-        missing = first_of_each(keys, np.flatnonzero(store.find(keys)[:, 0] < 0))
+        missing = self._of_main(lambda: first_of_each(keys, np.flatnonzero(store.find(keys)[:, 0] < 0)))
         buckets = plan.images.plan.bucket_of[missing // plan.num_variants]
         missing = missing[np.argsort(buckets, kind="stable")]
         shards = list(in_shards(missing, np.sort(buckets)))
@@ -155,7 +156,7 @@ class CacheFiller:
         keys = [text_key(text_fingerprint, text, dropped) for text, dropped in wanted]
         table = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
         store.open()
-        missing = np.flatnonzero(store.find(table)[:, 0] < 0)
+        missing = self._of_main(lambda: np.flatnonzero(store.find(table)[:, 0] < 0))
         shards = list(in_shards(missing, np.zeros(len(missing), np.uint8)))
         self._encode_texts(wanted, keys, store, self._share(shards))
         self._gather({})
@@ -175,6 +176,12 @@ class CacheFiller:
         with torch.no_grad():
             states = self.family.encode_text(ids, dropped)
         return {name: stored(state.cpu(), self.dtype) for name, state in states.items()}
+
+    def _of_main(self, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """What the main process computes, on all: of a folder that others write to each might see something else."""
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([compute() if self.accelerator.is_main_process else None])[0]
 
     def _share(self, shards: list) -> list:
         return shards[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -219,6 +226,7 @@ class CacheFiller:
                     parts.append(self.states(batch))
                     progress.update(len(batch))
                 states = {name: joined([row for part in parts for row in part[name]]) for name in parts[0]}
+                _refuse_not_finite(states, [wanted[number][0] for number in shard])
                 writer.write([keys[number] for number in shard], states)
 
     def _progress(self, total: int, what: str) -> tqdm:
@@ -275,6 +283,15 @@ def _finite(
     return entries
 
 
+def _refuse_not_finite(states: Mapping[str, Tensor], texts: Sequence[str]) -> None:
+    """Raises `UserError` that names a caption whose states are not finite."""
+    for state in states.values():
+        is_finite = torch.isfinite(state.float()).flatten(1).all(1)
+        if not is_finite.all():
+            text = texts[int((~is_finite).nonzero()[0])]
+            raise UserError(f"the text encoders' states of {text!r} are not finite; try --mixed_precision bf16 or no")
+
+
 class ShardWriter:
     """Writes shards on a thread, one behind the other, while the next is encoded."""
 
@@ -325,11 +342,15 @@ def verify_latents(filler: CacheFiller, plan: LatentPlan, cached: CachedLatents)
         if cached.places[index, variant, 0] < 0:
             continue
         moments, crop = cached.read(index, variant)
-        pixels, crop_now = plan.read(index, variant)
+        try:
+            pixels, crop_now = plan.read(index, variant)
+        except (OSError, ValueError):
+            different.append(plan.images.records.key(index))
+            continue
         now = filler.moments(torch.from_numpy(pixels)[None])[0]
         error = relative_error(moments, now)
         worst, num_entries = max(worst, error), num_entries + 1
-        if error > TOLERANCES[moments.dtype] or crop.tolist() != crop_now:
+        if not error <= TOLERANCES[moments.dtype] or crop.tolist() != crop_now:
             different.append(plan.images.records.key(index))
         decibels.append(_decibels(filler, moments[0].float(), torch.from_numpy(pixels)))
     return _together(different, worst, num_entries, decibels)
@@ -344,7 +365,7 @@ def verify_texts(filler: CacheFiller, texts: Sequence[str], cached: CachedTexts)
         now, then = filler.states([(text, dropped)]), cached.read(text, dropped)
         errors = [(relative_error(then[name], now[name][0]), TOLERANCES.get(then[name].dtype, 0.0)) for name in then]
         worst = max(worst, *(error for error, _ in errors))
-        if any(error > tolerance for error, tolerance in errors):
+        if not all(error <= tolerance for error, tolerance in errors):
             different.append(repr(text))
     return _together(different, worst, len(wanted), [])
 
@@ -354,8 +375,10 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 4e-2}
 
 
 def relative_error(one: Tensor, other: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
+    """The largest difference, as a share of the largest value; infinite where a value is not finite."""
     one, other = one.double(), other.double()
+    if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
+        return math.inf
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from utils.data.sources import DataOptions, Records, SourceOptions, read_records
 from utils.data.stream import StreamedImages, open_stream
 from utils.encoding import CacheFiller, Verification, verify_latents, verify_texts
 from utils.families.base import Family
-from utils.options import ProcessError, UserError
+from utils.options import UserError
 from utils.runtime import write_json
 from utils.seeding import Stream, generator
 
@@ -115,9 +114,8 @@ class DataPreparation:
         if cache.cache_latents:
             plan = LatentPlan(images, self.image, self.seed, self.num_crops, filler.vae_fingerprint())
             latents = filler.latents(plan, EntryStore(cache.folder / "latents"))
-            unreadable = [(images.records.key(index), reason) for index, reason in latents.bad.items()]
-            note_unreadable(unreadable, images, self.selection)
-            num_crops = latents.places[:, :, 0].size
+            self.share_unreadable({images.records.key(index): why for index, why in latents.bad.items()}, images)
+            num_crops = int((latents.places[:, :, 0] >= 0).sum())
             logger.info("%d crops of %d images are in %s", num_crops, len(images.records), cache.folder)
             if cache.verify_cache:
                 report_verification("images", verify_latents(filler, plan, latents))
@@ -159,14 +157,29 @@ class DataPreparation:
 
     def write_report(self, images: PlannedImages | StreamedImages) -> None:
         """Writes `data_report.json`: how many images are trained on and how, and each that could not be read."""
-        from accelerate.utils import gather_object
-
-        images.bad.update(gather_object(list(images.bad.items())))
         if self.accelerator.is_main_process:
             write_json(self.report_folder / REPORT, images.report())
-            if images.bad:
-                path = self.report_folder / REPORT
-                logger.warning("%d images could not be read; %s names them", len(images.bad), path)
+
+    def share_unreadable(self, found: dict[str, str], images: PlannedImages | StreamedImages) -> None:
+        """Tells all processes of images that one could not decode, names each once, and writes the report.
+
+        Args:
+            found: why not, by their names; emptied.
+
+        Raises:
+            UserError: on all processes, if there are more than the options allow.
+        """
+        from accelerate.utils import gather_object
+
+        together = dict(gather_object(list(found.items())))
+        found.clear()
+        new = {key: reason for key, reason in together.items() if key not in images.bad}
+        for key, reason in new.items():
+            logger.warning("left out %s: %s", key, reason)
+        images.bad.update(new)
+        if new:
+            self.write_report(images)
+            check_bad(images.bad, images.num_known, self.selection)
 
 
 def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
@@ -195,7 +208,7 @@ def report_verification(what: str, found: Verification) -> None:
     """
     quality = ""
     if found.peak_signal_to_noise is not None:
-        quality = f"; decoded they are within {found.peak_signal_to_noise:.1f} dB (PSNR) of their pixels"
+        quality = f"; decoded, their PSNR against the pixels is {found.peak_signal_to_noise:.1f} dB"
     if found.different:
         names = ", ".join(found.different[:10])
         raise UserError(
@@ -203,22 +216,3 @@ def report_verification(what: str, found: Verification) -> None:
             f"{names}; remove the folder of --encoding_cache_dir and fill it again"
         )
     logger.info("verified %d cached %s: off by at most %.1e%s", found.num_entries, what, found.worst, quality)
-
-
-def note_unreadable(
-    found: Iterable[tuple[str, str]], images: PlannedImages | StreamedImages, options: SelectionOptions
-) -> None:
-    """Remembers images that turned out to be broken when they were decoded, and names each once.
-
-    Raises:
-        ProcessError: if there are more than the options allow.
-    """
-    new = {key: reason for key, reason in found if key not in images.bad}
-    for key, reason in new.items():
-        images.bad[key] = reason
-        logger.warning("left out %s: %s", key, reason)
-    if new:
-        try:
-            check_bad(images.bad, images.num_listed, options)
-        except UserError as error:
-            raise ProcessError(str(error)) from error

@@ -49,7 +49,8 @@ class Crop:
 
     def row(self) -> list[float]:
         """The six numbers in the order of SDXL's size and crop conditioning (Podell et al. 2023, section 2.2)."""
-        return [float(value) for value in dataclasses.astuple(self)]
+        sizes = (self.original_height, self.original_width, self.top, self.left, self.height, self.width)
+        return [float(value) for value in sizes]
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,10 @@ class RuntimeOptions:
     )
     allow_tf32: bool = option(False, "matrix products in TF32 on Ampere and later GPUs")
     local_rank: int = option(-1, "ignored: the launcher says it by the environment")
-    dry_run: bool = option(False, "print what would be trained on what, for how many steps, and stop")
+    dry_run: bool = option(
+        False,
+        "examine the data, draw what the model will see, print what would be trained for how many steps, and stop",
+    )
 
     def __post_init__(self) -> None:
         require_not_negative(self, "seed")
@@ -187,7 +190,8 @@ class OutputFolder:
 def write_json(path: Path, value: object) -> None:
     """Writes JSON so that the file is at any moment either the old or the new one."""
     temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files need not be Unicode
     os.replace(temporary, path)
 
 

@@ -1,5 +1,6 @@
 """Aspect-ratio buckets: which few sizes the images are trained at, and which image goes to which."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -103,7 +104,8 @@ def plan_buckets(
     """The bucket of each image: the one nearest by the logarithm of the aspect ratio.
 
     Under `no_upscale` it must not be larger than the image; an image smaller than all of them gets a bucket of its own
-    size, in steps, and none if that is under the minimum.
+    size, in steps, and none if that is under the minimum. A bucket whose images fit no other is not merged: in its
+    groups an image may come twice.
 
     Args:
         image_sizes: [N, 2] widths and heights.
@@ -118,23 +120,34 @@ def plan_buckets(
     if options.no_upscale and options.buckets is None:
         sizes, nearest = _own_buckets(shapes, sizes, nearest, options, resolution)
     bucket_of = nearest[shape_of]
-    counts = np.bincount(bucket_of[bucket_of >= 0], uses[bucket_of >= 0], len(sizes))
+    is_in = bucket_of >= 0
+    counts = np.bincount(bucket_of[is_in], uses[is_in], len(sizes))
     merged, kept = [], [number for number in range(len(sizes)) if counts[number] > 0]
-    for number in sorted(kept, key=lambda number: (counts[number], number)):
-        if len(kept) == 1 or counts[number] >= group_size:
-            continue
-        kept.remove(number)
+    stuck: set[int] = set()  # whose images would have to be enlarged
+    while small := [number for number in kept if counts[number] < group_size and number not in stuck]:
+        # of the smallest the one farthest from a square, which is where the others would go
+        number = min(small, key=lambda number: (counts[number], -_distance_from_square(sizes[number])))
+        others = [other for other in kept if other != number]
         members = np.flatnonzero(bucket_of == number)
-        others = [sizes[other] for other in kept]
-        moved = _nearest(image_sizes[members], others, options.no_upscale)
-        fallback = _nearest(image_sizes[members], others, False)  # enlarging a little is better than losing an image
-        goals = np.array(kept)[np.where(moved >= 0, moved, fallback)]
+        if not others:
+            break
+        nearest = _nearest(image_sizes[members], [sizes[other] for other in others], options.no_upscale)
+        if (nearest < 0).any():
+            stuck.add(number)
+            continue
+        goals = np.array(others)[nearest]
         bucket_of[members] = goals
         counts += np.bincount(goals, uses[members], len(sizes))
+        counts[number] = 0
+        kept = others
         merged.append((sizes[number], len(members), [sizes[goal] for goal in np.unique(goals)]))
     renumbered = np.full(len(sizes) + 1, NONE, np.uint16)
     renumbered[kept] = np.arange(len(kept))
     return BucketPlan([sizes[number] for number in kept], renumbered[bucket_of], merged)
+
+
+def _distance_from_square(size: tuple[int, int]) -> float:
+    return abs(math.log(size[0] / size[1]))
 
 
 def _nearest(shapes: np.ndarray, sizes: Sequence[tuple[int, int]], must_fit: bool) -> np.ndarray:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from utils.options import UserError, option, require_positive
 logger = logging.getLogger(__name__)
 KEY_SIZE = 16
 SHARD_ENTRIES = 256
+SHARD_NAME = re.compile(r"[0-9a-f]{24}\.safetensors")
 STALE_SECONDS = 24 * 3600
 DTYPES = {
     "F64": torch.float64,
@@ -123,11 +125,14 @@ class EntryStore:
         for path in sorted(self.folder.glob("[!.]*.safetensors")):
             try:
                 shard = map_tensors(path)
+                if shard.get("keys", torch.zeros(0)).shape[1:] != (KEY_SIZE,):
+                    raise ValueError(f"{path} holds no keys")
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
-                logger.warning("removed a damaged cache file, its entries are encoded again: %s", error)
-                path.unlink(missing_ok=True)
+                logger.warning("left aside a damaged cache file, its entries are encoded again: %s", error)
+                if SHARD_NAME.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
                 continue
             keys.append(shard["keys"].numpy().copy())
             names.append(path.name)
@@ -202,7 +207,11 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         if not 0 < length <= size - 8:
             raise ValueError(f"{path} is no whole safetensors file")
         header = json.loads(file.read(length))
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise ValueError(f"{path} is no safetensors file")
     header.pop("__metadata__", None)
+    if not all(entry.get("dtype") in DTYPES and "data_offsets" in entry for entry in header.values()):
+        raise ValueError(f"{path} holds what no cache does")
     if not header or size != 8 + length + max(entry["data_offsets"][1] for entry in header.values()):
         raise ValueError(f"{path} is cut off")
     content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]

@@ -1,15 +1,20 @@
 """What of the data is encoded once: which crops of which images, which texts, and where they lie in the cache."""
 
+import hashlib
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from utils.data.cache import KEY_SIZE, EntryStore, make_key
 from utils.data.captions import compose
+from utils.data.headers import map_chunks
 from utils.data.images import Cut, ImageOptions, make_cut, plan_cut, read_rgb
 from utils.data.selection import PlannedImages
 from utils.options import first_line
@@ -37,20 +42,30 @@ class LatentPlan:
         passing = RecordPass(images.records.identity(index), variant)
         return plan_cut(size or images.size(index), images.target(index), self.options, self.seed, passing)
 
-    def key(self, index: int, variant: int) -> bytes:
-        """Made of all that changes the moments: the image's bytes, how it is cut, and the VAE."""
-        cut, options = self.cut(index, variant), self.options
-        how = (cut.degrees, cut.box, cut.mirrored, cut.brightness, cut.contrast, cut.saturation, cut.crop.row())
-        digest = self.images.survey.digests[index].hex()
-        return make_key(
-            "latents 1", self.fingerprint, digest, how, options.image_interpolation_mode, options.transparency_color
-        )
+    @cached_property
+    def _common(self) -> bytes:
+        """What the keys of all crops are made of: the VAE, and how any image is read and resized."""
+        options = self.options
+        facts = (self.fingerprint, options.image_interpolation_mode, options.transparency_color)
+        return make_key("latents 1", *facts)
 
-    def keys(self) -> np.ndarray:
+    def key(self, index: int, variant: int) -> bytes:
+        """Made of all that changes the moments: the image's bytes, how it is cut, and what is common."""
+        cut = self.cut(index, variant)
+        how = (cut.degrees, *cut.box, cut.mirrored, cut.brightness, cut.contrast, cut.saturation, *cut.crop.row())
+        content = self._common + self.images.survey.digests[index] + CUT_FACTS.pack(*how)
+        return hashlib.blake2b(content, digest_size=KEY_SIZE).digest()
+
+    def keys(self, show_progress: bool = False) -> np.ndarray:
         """[N * K, 16] uint8; an image's variants stand together."""
-        count = len(self.images.records)
-        found = b"".join(self.key(index, variant) for index in range(count) for variant in range(self.num_variants))
-        return np.frombuffer(found, np.uint8).reshape(-1, KEY_SIZE)
+        indices = np.arange(len(self.images.records))
+        progress = tqdm(total=len(indices), desc="planning crops", disable=not show_progress, leave=False)
+        found = []
+        with progress:
+            for keys in map_chunks(_keys_of, self, indices, many=20_000):
+                found.append(keys)
+                progress.update(len(keys) // (KEY_SIZE * self.num_variants))
+        return np.frombuffer(b"".join(found), np.uint8).reshape(-1, KEY_SIZE)
 
     def read(self, index: int, variant: int) -> tuple[np.ndarray, list[float]]:
         """([3, H, W] uint8 pixels, the crop's row) of a variant.
@@ -61,6 +76,13 @@ class LatentPlan:
         image = read_rgb(self.images.records.image(index), self.options.transparency_color)
         cut = self.cut(index, variant, image.size)
         return make_cut(image, cut, self.options), cut.crop.row()
+
+
+CUT_FACTS = struct.Struct("<15d")
+
+
+def _keys_of(plan: LatentPlan, indices: np.ndarray) -> bytes:
+    return b"".join(plan.key(int(index), variant) for index in indices for variant in range(plan.num_variants))
 
 
 @dataclass(frozen=True)
@@ -165,11 +187,11 @@ def texts_of(images: PlannedImages, seed: int, num_variants: int | None) -> Iter
     """
     seen: set[str] = set()
     records = images.records
-    for index in range(len(records)):
+    for index, captions in enumerate(records.all_captions()):
         options = records.caption_options(index)
         identity = records.identity(index) if options.varies else 0
         variants = range(num_variants or 1) if options.varies else (0,)
-        for caption in records.captions(index):
+        for caption in captions or records.captions(index):
             for variant in variants:
                 text = compose(caption, options, seed, RecordPass(identity, variant))
                 if text not in seen:

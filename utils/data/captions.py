@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from utils.options import option, require_fraction, require_not_negative
+from utils.options import option, require, require_fraction, require_not_negative
 from utils.records import RecordPass
 from utils.seeding import Stream, generator
 
@@ -34,6 +34,13 @@ class CaptionOptions:
     def __post_init__(self) -> None:
         require_not_negative(self, "keep_tokens")
         require_fraction(self, "tag_dropout", "caption_dropout")
+        require(self.tag_separator != "", "tag_separator", "''", "not be empty", "the usual one is a comma")
+
+    @property
+    def joiner(self) -> str:
+        """What tags are joined by: a single mark is followed by a space."""
+        separator = self.tag_separator
+        return f"{separator} " if len(separator) == 1 and not separator.isspace() else separator
 
     @property
     def varies(self) -> bool:
@@ -43,8 +50,10 @@ class CaptionOptions:
 
 def folder_caption(key: str, source: str) -> str:
     """The name of an image's folder, or of its source if it lies at its top; kohya's `10_name` is `name`."""
-    parent = PurePosixPath(key).parent.name or PurePosixPath(source).name
-    return FOLDER_REPEATS.sub("", parent).strip()
+    folders = [*PurePosixPath(source).parts[-1:], *PurePosixPath(key).parent.parts]
+    names = [name for name in folders if name not in ("", "images") and not name.endswith(".tar")]
+    name = names[-1] if names else ""
+    return FOLDER_REPEATS.sub("", name).strip() or name
 
 
 def compose(caption: str, options: CaptionOptions, seed: int, passing: RecordPass) -> str:
@@ -56,8 +65,8 @@ def compose(caption: str, options: CaptionOptions, seed: int, passing: RecordPas
     if options.varies:
         caption = _vary(caption, options, seed, passing)
     trigger = options.trigger_word
-    if trigger and trigger not in caption:
-        caption = f"{trigger}{options.tag_separator} {caption}" if caption else trigger
+    if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
+        caption = f"{trigger}{options.joiner}{caption}" if caption else trigger
     return " ".join(filter(None, [options.caption_prefix, caption, options.caption_suffix]))
 
 
@@ -71,4 +80,4 @@ def _vary(caption: str, options: CaptionOptions, seed: int, passing: RecordPass)
     if options.shuffle_tags:
         order = generator(seed, passing.identity, passing.variant, Stream.TAG_ORDER).permutation(len(free))
         free = [free[place] for place in order]
-    return f"{options.tag_separator} ".join(kept + free)
+    return options.joiner.join(kept + free)

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.data.cached import CachedLatents, CachedTexts
 from utils.data.captions import compose
-from utils.data.images import ImageOptions, make_cut, plan_cut, read_rgb
+from utils.data.images import ImageOptions, make_cut, plan_cut, read_rgb, reason_of
 from utils.data.sampler import Draw, GlobalBatches, Piece, Pieces
 from utils.data.selection import PlannedImages
 from utils.data.sources import Records
 from utils.data.stream import StreamedBatches, StreamedImages, StreamedPieces, StreamedRecords
 from utils.noise import NoiseDraws, stack_draws
-from utils.options import ProcessError, first_line, option, require_not_negative, require_positive
+from utils.options import ProcessError, option, require_not_negative, require_positive
 from utils.records import Batch, RecordPass
 from utils.seeding import Stream, generator
 
@@ -94,7 +94,7 @@ class TrainingDataset(Dataset):
         self.latents = latents
         self.texts = texts
         self.seed = batches.seed
-        self._members: dict[int, np.ndarray] = {}
+        self._members: dict[tuple[int, int], np.ndarray] = {}
 
     def __getitem__(self, piece: Piece) -> Batch:
         records = piece.streamed or self.images.records
@@ -138,15 +138,26 @@ class TrainingDataset(Dataset):
             records, draw = self.images.records, self.batches.draw(piece.step, slot)
         else:
             records, draw = piece.streamed, piece.streamed.draw(slot - piece.slots[0])
-        replacements = generator(self.seed, piece.step, slot, Stream.REPLACEMENT)
-        for _ in range(MAX_REPLACEMENTS):
+        before = len(unreadable)
+        for number in self._candidates(piece, slot, draw):
+            draw = draw._replace(record=number)
             try:
                 return draw, self._see(records, draw)
             except (OSError, ValueError) as error:
-                unreadable.append((records.key(draw.record), first_line(error)))
-                members = self._bucket(draw.bucket) if piece.streamed is None else np.arange(len(records))
-                draw = draw._replace(record=int(members[replacements.integers(len(members))]))
-        raise ProcessError(f"{MAX_REPLACEMENTS} images in a row can't be read, the last is {unreadable[-1][0]}")
+                unreadable.append((records.key(number), reason_of(error)))
+        tried = len(unreadable) - before
+        raise ProcessError(f"{tried} images in a row can't be read, the last is {unreadable[-1][0]}")
+
+    def _candidates(self, piece: Piece, slot: int, draw: Draw) -> Iterator[int]:
+        """The slot's record, and those that stand for it where it can't be read."""
+        yield draw.record
+        if piece.streamed is not None:
+            yield from piece.streamed.instead(draw.record)
+            return
+        replacements = generator(self.seed, piece.step, slot, Stream.REPLACEMENT)
+        members = self._members_like(draw)
+        for _ in range(MAX_REPLACEMENTS - 1):
+            yield int(members[replacements.integers(len(members))])
 
     def _see(self, records: Records | StreamedRecords, draw: Draw) -> Sight:
         if self.latents is not None:
@@ -156,10 +167,13 @@ class TrainingDataset(Dataset):
         cut = plan_cut(image.size, self.sizes[draw.bucket], self.image_options, self.seed, passing)
         return Sight(make_cut(image, cut, self.image_options), None, torch.tensor(cut.crop.row()))
 
-    def _bucket(self, bucket: int) -> np.ndarray:
-        if bucket not in self._members:
-            self._members[bucket] = np.flatnonzero(self.images.plan.bucket_of == bucket)
-        return self._members[bucket]
+    def _members_like(self, draw: Draw) -> np.ndarray:
+        """The records of the same bucket and source."""
+        sources = self.images.records.source_numbers
+        key = draw.bucket, int(sources[draw.record])
+        if key not in self._members:
+            self._members[key] = np.flatnonzero((self.images.plan.bucket_of == key[0]) & (sources == key[1]))
+        return self._members[key]
 
 
 def pass_of(records: Records | StreamedRecords, draw: Draw, variants: int | None) -> RecordPass:

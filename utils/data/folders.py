@@ -3,7 +3,9 @@
 import csv
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +17,12 @@ from utils.options import UserError, first_line, nearest
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 CAPTION_FILE = "captions.json"
 PAIR_SUFFIXES = (".txt", ".caption", ".json")
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+ALL_SPLIT_WORDS = frozenset(word for words in SPLIT_WORDS.values() for word in words)
 CAPTION_FIELDS = ("caption", "captions", "text", "prompt", "tags")
 UNREADABLE_FORMATS = {"PDF", "MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS", "PSD", "FITS"}
 
@@ -42,7 +50,7 @@ def list_files(folder: Path) -> list[str]:
                     continue
                 if entry.is_dir():
                     walk(Path(entry.path), f"{prefix}{entry.name}/")
-                else:
+                elif entry.is_file() or entry.is_symlink():  # a link to nothing is reported, a pipe would never end
                     found.append(prefix + entry.name)
 
     try:
@@ -57,7 +65,7 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
-def read_metadata_folder(folder: Path, names: list[str], caption_column: str) -> FileTable:
+def read_metadata_folder(folder: Path, names: list[str], caption_column: str, split: str) -> FileTable:
     """A folder with `metadata.jsonl` or `metadata.csv`, at its top or below, whose rows are the images to take.
 
     Args:
@@ -66,15 +74,19 @@ def read_metadata_folder(folder: Path, names: list[str], caption_column: str) ->
     Raises:
         UserError: for metadata that can't be read, or without the columns `file_name` and `caption_column`.
     """
+    names, num_of_none = of_split(names, split)
     images = {name for name in names if is_image(name)}
     listed: dict[str, tuple[str, ...]] = {}
     refused: list[tuple[str, str]] = []
     for metadata in (name for name in names if PurePosixPath(name).name in METADATA_NAMES):
-        for place, row in _metadata_rows(folder / metadata):
+        known: set[str] = set()
+        for place, row, reason in _metadata_rows(folder / metadata):
             name = row.get("file_name")
-            if not isinstance(name, str) or not name:
-                raise UserError(f"{place} has no file_name")
-            if caption_column not in row:
+            if reason or not isinstance(name, str) or not name:
+                refused.append((place, reason or "has no file_name"))
+                continue
+            known |= row.keys()
+            if caption_column not in known:
                 there = [key for key in row if key != "file_name"]
                 hint = nearest(caption_column, there)
                 raise UserError(
@@ -82,29 +94,37 @@ def read_metadata_folder(folder: Path, names: list[str], caption_column: str) ->
                     f"{', '.join(there) or 'none beside file_name'}; "
                     + (f"did you mean --caption_column {hint}?" if hint else "name one with --caption_column")
                 )
-            captions = captions_of(row[caption_column], f"--caption_column {caption_column}: {place}")
+            captions = captions_of(row.get(caption_column), f"--caption_column {caption_column}: {place}")
             path, reason = _resolve(PurePosixPath(metadata).parent, name, folder, images)
             if reason:
                 refused.append((name, reason))
             else:
                 listed[path] = listed.get(path, ()) + captions
-    return FileTable(folder, list(listed), list(listed.values()), refused, len(images - listed.keys()))
+    return FileTable(folder, list(listed), list(listed.values()), refused, len(images - listed.keys()) + num_of_none)
 
 
-def _metadata_rows(file: Path) -> Iterator[tuple[str, dict]]:
-    """(where it stands, the row) of each row of a metadata file."""
+def _metadata_rows(file: Path) -> Iterator[tuple[str, dict, str]]:
+    """(where it stands, the row, why it can't be read) of each row of a metadata file."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             if file.suffix == ".csv":
                 for number, row in enumerate(csv.DictReader(lines), start=2):
-                    yield f"{file}, line {number}", {name: value or None for name, value in row.items() if name}
+                    yield (
+                        f"{file.name}, line {number}",
+                        {name: value or None for name, value in row.items() if name},
+                        "",
+                    )
                 return
             for number, line in enumerate(lines, start=1):
-                if line.strip():
+                if not line.strip():
+                    continue
+                place = f"{file.name}, line {number}"
+                try:
                     row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"line {number} is no JSON object")
-                    yield f"{file}, line {number}", row
+                except ValueError as error:
+                    yield place, {}, f"is no JSON: {first_line(error)}"
+                    continue
+                yield place, row if isinstance(row, dict) else {}, "" if isinstance(row, dict) else "is no JSON object"
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file} can't be read: {first_line(error)}") from error
 
@@ -117,65 +137,127 @@ def _resolve(base: PurePosixPath, name: str, folder: Path, images: set[str]) -> 
         return "", "its file_name leaves the folder, which is refused"
     if str(inside) in images:
         return str(inside), ""
-    if (folder / inside).is_file():
-        return str(inside), ""  # hidden, or named as no image is: its bytes decide
-    return "", "is listed but not there"
+    try:
+        is_there = (folder / inside).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        is_there = False
+    return (str(inside), "") if is_there else ("", "is listed but not there")  # named as no image is: its bytes decide
 
 
-def read_caption_file_folder(folder: Path, split: str) -> FileTable:
-    """`captions.json`, which maps file names to a string or a list, beside `images/`; with splits in one of three ways.
+def split_of(part: str) -> str | None:
+    """The split that a folder's or a file's name says: `train`, `val-00000-of-00002.parquet`, `test_1`; else None."""
+    match = re.match(r"([a-z]+)(?![a-z])", part.lower())
+    word = match[1] if match else ""
+    return next((split for split, words in SPLIT_WORDS.items() if word in words), None)
 
-    `{split}/captions.json` and `{split}/images/`; `images/{split}/`; or the split's name as a key of `captions.json`.
+
+def of_split(names: Sequence[str], split: str, *, by_file_name: bool = False) -> tuple[list[str], int]:
+    """(the names of one split, how many are of none) where folders, or the files' own names, say splits; else all.
 
     Raises:
-        UserError: if it can't be read or maps to something else.
+        UserError: if there are splits, but not this one.
     """
-    root = folder / split if (folder / split / CAPTION_FILE).is_file() else folder
-    file = root / CAPTION_FILE
+    found: dict[str | None, list[str]] = defaultdict(list)
+    for name in names:
+        *folders, last = name.split("/")
+        parts = [part for part in folders if part.lower() in ALL_SPLIT_WORDS] + ([last] if by_file_name else [])
+        said = next((each for part in parts if (each := split_of(part))), None)
+        found[said].append(name)
+    wanted = split_of(split) if split.lower() in ALL_SPLIT_WORDS else None
+    if wanted in found and wanted is not None:
+        return found[wanted], len(found.get(None, ()))
+    splits = [name for name in found if name is not None]
+    if split == "train" and "train" not in splits:  # folders of classes may be called so
+        return list(names), 0
+    if not splits and split == "train":
+        return list(names), 0
+    there = ", ".join(splits) or "no splits"
+    raise UserError(f"--dataset_split {split} is not in the data, which has {there}")
+
+
+def read_caption_file_folder(folder: Path, names: list[str], split: str) -> FileTable:
+    """`captions.json`, which maps file names to a string or a list, beside images or their folder `images/`.
+
+    Splits may be folders (`train/images/`, `images/train/`), have a `captions.json` each (`train/captions.json`), or be
+    the keys of a single one.
+
+    Args:
+        names: the folder's files.
+
+    Raises:
+        UserError: if it can't be read or maps to something else, or has not the split.
+    """
+    own = [name for name in names if name.endswith(f"/{CAPTION_FILE}") and split_of(name.split("/")[0])]
+    chosen = [name for name in own if split_of(name.split("/")[0]) == split_of(split)]
+    if own and not chosen and CAPTION_FILE not in names:
+        there = ", ".join(name.split("/")[0] for name in own)
+        raise UserError(f"--dataset_split {split} is not in {folder}, which has {there}")
+    file = folder / (chosen[0] if chosen else CAPTION_FILE)
+    mapping, is_of_split = _read_caption_file(file, split)
+    is_of_split |= bool(chosen)
+    images = [name for name in names if is_image(name)]
+    if any(name.split("/")[0] == "images" or "/images/" in name for name in images):
+        images = [name for name in images if "images" in name.split("/")[:-1]]
+    has_split_folders = any(part.lower() in ALL_SPLIT_WORDS for name in images for part in name.split("/")[:-1])
+    pool = of_split(images, split)[0] if has_split_folders else images
+    by_ending = _by_ending(pool)
+    elsewhere = _by_ending(images)
+    captions: dict[str, tuple[str, ...]] = {}
+    refused = []
+    for name, value in mapping.items():
+        found = captions_of(_caption_field(value), f"{file}: {name}")
+        plain = name.replace("\\", "/")
+        path = by_ending.get(plain)
+        if plain.startswith("/") or ".." in PurePosixPath(plain).parts:
+            refused.append((name, "its file_name leaves the folder, which is refused"))
+        elif path is not None:
+            captions[path] = found
+        elif plain not in elsewhere:  # else it is of another split
+            refused.append((name, "is listed but not there"))
+    if is_of_split and not has_split_folders:  # there the list says which images are of the split
+        pool = [name for name in pool if name in captions]
+    return FileTable(folder, pool, [captions.get(name, ()) for name in pool], refused)
+
+
+def _read_caption_file(file: Path, split: str) -> tuple[dict, bool]:
+    """(the mapping, whether it is of one split alone)."""
     try:
         mapping = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read: {first_line(error)}") from error
     if not isinstance(mapping, dict):
         raise UserError(f"{file} must map file names to captions, got a {type(mapping).__name__}")
-    splits = ("train", "validation", "test", "val")
-    if mapping and all(name in splits and isinstance(value, dict) for name, value in mapping.items()):
-        if split not in mapping:
-            raise UserError(f"--dataset_split {split} is not in {file}, which has {', '.join(mapping)}")
-        mapping, is_split = mapping[split], True
-    else:
-        is_split = False
-    images_dir = root / "images" if (root / "images").is_dir() else root
-    prefix = f"{images_dir.relative_to(root)}/" if images_dir != root else ""
-    names = [name for name in list_files(root) if is_image(name) and name.startswith(prefix)]
-    within = [name for name in names if name.startswith(f"{prefix}{split}/")]
-    has_split_folders = any(name.startswith(f"{prefix}{other}/") for name in names for other in splits)
-    if has_split_folders:
-        names = within
-    captions: dict[str, tuple[str, ...]] = {}
-    refused = []
-    known = set(names)
-    for name, value in mapping.items():
-        found = captions_of(_caption_field(value), f"{file}: {name}")
-        tried = (f"{prefix}{name}", f"{prefix}{split}/{name}", name)
-        path = next((path for path in tried if path in known), None)
-        if path is not None:
-            captions[path] = found
-        elif name.startswith("/") or ".." in PurePosixPath(name.replace("\\", "/")).parts:
-            refused.append((name, "its file_name leaves the folder, which is refused"))
-        elif not any((root / path).is_file() for path in tried):  # else it is of another split
-            refused.append((name, "is listed but not there"))
-    if is_split and not has_split_folders:  # there the list says which images are of the split
-        names = [name for name in names if name in captions]
-    return FileTable(root, names, [captions.get(name, ()) for name in names], refused)
+    is_by_split = mapping and all(
+        name in ALL_SPLIT_WORDS and isinstance(value, dict) for name, value in mapping.items()
+    )
+    if not is_by_split:
+        return mapping, False
+    key = next((name for name in mapping if split_of(name) == split_of(split)), None)
+    if key is None:
+        raise UserError(f"--dataset_split {split} is not in {file}, which has {', '.join(mapping)}")
+    return mapping[key], True
 
 
-def read_pairs_folder(folder: Path, names: list[str]) -> FileTable:
+def _by_ending(names: Sequence[str]) -> dict[str, str]:
+    """Names by themselves, and by what of them stands behind `images/`, a split's folder, or both."""
+    found: dict[str, str] = {}
+    for name in names:
+        parts = name.split("/")
+        begin = 0
+        while begin < len(parts) - 1 and (parts[begin] == "images" or parts[begin].lower() in ALL_SPLIT_WORDS):
+            begin += 1
+        for start in range(begin + 1):
+            found.setdefault("/".join(parts[start:]), name)
+    return found
+
+
+def read_pairs_folder(folder: Path, names: list[str], split: str) -> FileTable:
     """Images with captions in files of the same name: `a.txt`, `a.caption` or `a.json` beside `a.jpg`.
 
     Each line of a text is a caption; of JSON a string, a list, or an object's field such as "caption" is.
     """
-    there = set(names)
+    names, num_of_none = of_split(names, split)
+    there = {os.path.splitext(name)[0] + os.path.splitext(name)[1].lower(): name for name in names}
     images, captions, refused = [], [], []
     for name in filter(is_image, names):
         try:
@@ -183,15 +265,15 @@ def read_pairs_folder(folder: Path, names: list[str]) -> FileTable:
             images.append(name)
         except ValueError as error:
             refused.append((name, str(error)))
-    return FileTable(folder, images, captions, refused)
+    return FileTable(folder, images, captions, refused, num_of_none)
 
 
-def _paired_captions(folder: Path, name: str, there: set[str]) -> tuple[str, ...]:
+def _paired_captions(folder: Path, name: str, there: Mapping[str, str]) -> tuple[str, ...]:
     stem = os.path.splitext(name)[0]
     for pair in (beside + suffix for suffix in PAIR_SUFFIXES for beside in (stem, name)):
         if pair in there:
             try:
-                return captions_in(pair, (folder / pair).read_bytes())
+                return captions_in(there[pair], (folder / there[pair]).read_bytes())
             except OSError as error:
                 raise ValueError(f"its caption file {pair} can't be read: {first_line(error)}") from error
     return ()
@@ -203,18 +285,30 @@ def captions_in(name: str, content: bytes) -> tuple[str, ...]:
     Raises:
         ValueError: if it is no such file.
     """
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        text = content.decode(encoding)
-        if not name.endswith(".json"):
+        text = _decoded(content)
+        if not name.lower().endswith(".json"):
             return tuple(line.strip() for line in text.splitlines() if line.strip())
         return captions_of(_caption_field(json.loads(text)), "the caption")
     except (ValueError, UserError) as error:
         raise ValueError(f"its caption file {name} can't be read: {first_line(error)}") from error
 
 
+def _decoded(content: bytes) -> str:
+    """Text in UTF-8, in UTF-16 by its mark, or else in the Latin letters of old Windows files."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", "replace")
+
+
 def _caption_field(value: object) -> object:
     """What a JSON object says of the caption; anything else as it is."""
     if not isinstance(value, dict):
         return value
-    return next((value[field] for field in CAPTION_FIELDS if value.get(field)), None)
+    found = next((field for field in CAPTION_FIELDS if value.get(field)), None)
+    if found == "tags" and isinstance(value[found], list):  # one caption of all of them
+        return ", ".join(str(tag) for tag in value[found])
+    return value[found] if found else None

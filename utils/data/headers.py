@@ -1,17 +1,18 @@
 """What image files say before their pixels, read once, by several processes, and remembered."""
 
 import hashlib
+import itertools
 import logging
 import multiprocessing
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,16 +20,17 @@ import pyarrow.compute
 import pyarrow.parquet
 from tqdm import tqdm
 
-from utils.data.images import ODDITIES, read_header
+from utils.data.images import ODDITIES, read_header, reason_of
 from utils.data.sources import Records
 from utils.data.tables import ImageTable
-from utils.options import first_line
 
 logger = logging.getLogger(__name__)
 DIGEST_SIZE = 16
 SETTLED_NANOSECONDS = 2_000_000_000
 MANY = 5_000  # images from which on several processes read
 CHUNK = 500
+CHUNKS_AHEAD = 256
+Result = TypeVar("Result")
 
 
 class Facts(NamedTuple):
@@ -149,19 +151,50 @@ def _stamp_chunk(table: ImageTable, rows: np.ndarray) -> list[str]:
 
 def read_facts(table: ImageTable, work: Sequence[tuple[int, bool]], show_progress: bool) -> Iterator[Facts]:
     """The facts of rows, with the digest where the second value says so, in order."""
-    chunks = [work[begin : begin + CHUNK] for begin in range(0, len(work), CHUNK)]
     what = "reading images" if any(with_digest for _, with_digest in work) else "reading headers"
     progress = tqdm(total=len(work), desc=what, disable=not show_progress or len(work) < MANY, leave=False)
-    with executor(len(work)) as pool, progress:
-        for facts in pool.map(partial(_read_chunk, table), chunks):
+    with progress:
+        for facts in map_chunks(_read_chunk, table, work, many=MANY):
             progress.update(len(facts))
             yield from facts
 
 
-def executor(count: int) -> Executor:
-    """Processes where there is much to read, since Python reads a header; threads else."""
+_shared: dict[int, object] = {}
+_numbers = itertools.count()
+
+
+def map_chunks(
+    function: Callable[[Any, Sequence], Result], shared: object, work: Sequence, many: int, size: int = CHUNK
+) -> Iterator[Result]:
+    """function(shared, chunk) of each chunk of the work, in order, on several cores.
+
+    Processes are forked where there is `many` or more to do: they inherit `shared`, which is large, and are sent only
+    the chunks. Threads else.
+    """
+    number = next(_numbers)
+    _shared[number] = shared
+    try:
+        with executor(len(work), many) as pool:
+            chunks = (work[begin : begin + size] for begin in range(0, len(work), size))
+            waiting: deque = deque()
+            for chunk in chunks:
+                waiting.append(pool.submit(_on_shared, function, number, chunk))
+                if len(waiting) > CHUNKS_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        del _shared[number]
+
+
+def _on_shared(function: Callable[[Any, Sequence], Result], number: int, chunk: Sequence) -> Result:
+    return function(_shared[number], chunk)
+
+
+def executor(count: int, many: int) -> Executor:
+    """Processes, forked at the first use, where there is much to do for Python; threads else."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if count < MANY or cores == 1 or "fork" not in multiprocessing.get_all_start_methods():
+    if count < many or cores == 1 or "fork" not in multiprocessing.get_all_start_methods():
         return ThreadPoolExecutor(4 * cores)
     return ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork"))
 
@@ -171,9 +204,6 @@ def _read_chunk(table: ImageTable, work: Sequence[tuple[int, bool]]) -> list[Fac
 
 
 def _read(table: ImageTable, row: int, with_digest: bool) -> Facts:
-    declared = table.declared_size(row)
-    if declared is not None and not with_digest:
-        return Facts(*declared, 0, -1, b"", "")
     try:
         image = table.image(row)
         if with_digest and isinstance(image, str):
@@ -181,17 +211,11 @@ def _read(table: ImageTable, row: int, with_digest: bool) -> Facts:
         header = read_header(image)
         num_bytes = len(image) if isinstance(image, bytes) else os.stat(image).st_size
     except (OSError, ValueError) as error:
-        return Facts(0, 0, 0, -1, b"", _reason(error))
+        return Facts(0, 0, 0, -1, b"", reason_of(error))
     names = set(header.oddities) | ({"non-ASCII name"} if not table.key(row).isascii() else set())
     oddities = sum(1 << bit for bit, name in enumerate(ODDITIES) if name in names)
     digest = hashlib.blake2b(image, digest_size=DIGEST_SIZE).digest() if with_digest else b""
     return Facts(header.width, header.height, oddities, num_bytes, digest, "")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "the file is not there"
-    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 class _Memory:
@@ -209,7 +233,7 @@ class _Memory:
         """[n] where each is remembered as it is now, else -1."""
         if self._table is None or not len(self._table) or not keys:
             return np.full(len(keys), -1)
-        at = pa.compute.index_in(pa.array(keys, pa.large_string()), value_set=self._table["key"].combine_chunks())
+        at = pa.compute.index_in(encoded(keys), value_set=self._table["key"].combine_chunks())
         at = at.fill_null(-1).to_numpy(zero_copy_only=False)
         remembered = self._table["stamp"].to_pandas().to_numpy()
         return np.where((at >= 0) & (remembered[at] == np.array(stamps, object)), at, -1)
@@ -229,7 +253,7 @@ class _Memory:
         at = places[chosen]
         new = pa.table(
             {
-                "key": pa.array([keys[number] for number in chosen], pa.large_string()),
+                "key": encoded([keys[number] for number in chosen]),
                 "stamp": pa.array([stamps[number] for number in chosen], pa.large_string()),
                 "width": found.sizes[at, 0],
                 "height": found.sizes[at, 1],
@@ -248,6 +272,11 @@ class _Memory:
             os.replace(temporary, self._path)
         except OSError as error:
             logger.warning("%s can't be written, headers will be read again next time: %s", self._path, error)
+
+
+def encoded(keys: Sequence[str]) -> pa.Array:
+    """Names as bytes: those of files need not be Unicode."""
+    return pa.array([os.fsencode(key) for key in keys], pa.large_binary())
 
 
 def _is_settled(stamp: str, now: int) -> bool:

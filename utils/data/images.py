@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageColor, ImageEnhance, ImageOps
 
-from utils.options import UserError, option, require, require_fraction, require_positive
+from utils.options import UserError, first_line, option, require, require_fraction, require_positive
 from utils.records import Crop, RecordPass
 from utils.seeding import Stream, generator
 
@@ -22,7 +22,19 @@ INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "nearest_exact": Image.Resampling.NEAREST,
 }
-BROKEN_FILE_ERRORS = (SyntaxError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)  # beside OSError
+BROKEN_FILE_ERRORS = (  # beside OSError and ValueError
+    SyntaxError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
 ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 TURNED_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations
 
@@ -113,6 +125,26 @@ def open_image(source: str | bytes) -> Image.Image:
     return image
 
 
+def reason_of(error: Exception) -> str:
+    """Why an image can't be read, in words."""
+    if isinstance(error, FileNotFoundError):
+        return "the file is not there"
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+def check_whole(content: str | bytes) -> None:
+    """Raises `OSError` if an image's bytes are cut off, as far as their end says it: without decoding them."""
+    if not isinstance(content, bytes):
+        return
+    ends = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
+    end = next((end for begin, end in ends.items() if content.startswith(begin)), b"")
+    is_cut = end not in content[-4096:]
+    if content[:4] == b"RIFF":
+        is_cut = int.from_bytes(content[4:8], "little") + 8 > len(content)
+    if is_cut:
+        raise OSError("the image is cut off")
+
+
 def is_empty_file(path: str) -> bool:
     """Whether a file has no bytes."""
     with open(path, "rb") as file:
@@ -128,7 +160,8 @@ def read_header(source: str | bytes) -> Header:
     try:
         with open_image(source) as image:
             orientation = _orientation(image)
-            width, height = image.size[::-1] if orientation in TURNED_ON_ITS_SIDE else image.size
+            is_turned = orientation in TURNED_ON_ITS_SIDE and image.format != "TIFF"  # whose size PIL says upright
+            width, height = image.size[::-1] if is_turned else image.size
             return Header(width, height, _oddities(image, orientation))
     except BROKEN_FILE_ERRORS as error:
         raise OSError(f"broken image: {error}") from error
@@ -173,6 +206,10 @@ def read_rgb(source: str | bytes, transparency_color: str = "white") -> Image.Im
         raise OSError(f"broken image: {error}") from error
     if image.mode.startswith("I;16") or image.mode == "I":
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":  # of TIFF: from 0 to 1, or as many steps as integers have
+        values = np.nan_to_num(np.asarray(image))
+        scale = 255 if values.max() <= 1 else 1 if values.max() <= 255 else 1 / 257
+        return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         rgba = image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, transparency_color)

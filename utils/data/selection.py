@@ -108,6 +108,11 @@ class PlannedImages:
         """Width and height of what the model sees of an image."""
         return self.plan.sizes[int(self.plan.bucket_of[index])]
 
+    @property
+    def num_known(self) -> int:
+        """Images to which a number of bad ones compares."""
+        return self.num_listed
+
     def describe(self) -> str:
         """How many images there are, in words."""
         return f"{len(self.records):,} images, {len(self.bad)} unreadable ones left out"
@@ -128,7 +133,7 @@ class PlannedImages:
         counts = np.bincount(self.plan.bucket_of, minlength=len(self.plan.sizes))
         return {
             "images": self.num_listed,
-            "trained": len(self.records),
+            "trained": self.num_listed - len(self.bad) - sum(self.filtered.values()),
             "missing_captions": self.missing_captions,
             "converted": self.survey.oddity_counts(),
             "filtered": self.filtered,
@@ -215,8 +220,8 @@ def upscaling(image_sizes: np.ndarray, plan: BucketPlan) -> np.ndarray:
     return (targets[numbers] / image_sizes).max(1)
 
 
-def check_bad(bad: dict[str, str], num_listed: int | None, options: SelectionOptions) -> None:
-    """Ends the run where there are more bad images than the options allow; a stream's length may not be known.
+def check_bad(bad: dict[str, str], num_listed: int, options: SelectionOptions) -> None:
+    """Ends the run where there are more bad images than the options allow.
 
     Raises:
         UserError: which names the first of them.
@@ -227,7 +232,7 @@ def check_bad(bad: dict[str, str], num_listed: int | None, options: SelectionOpt
     shown += "" if len(bad) <= 20 else f"; and {len(bad) - 20} more in data_report.json"
     if options.on_bad_image == "error":
         raise UserError(f"{len(bad)} images can't be read (--on_bad_image error): {shown}")
-    if num_listed is not None and len(bad) > options.max_bad_fraction * num_listed:
+    if len(bad) > options.max_bad_fraction * num_listed:
         raise UserError(
             f"{len(bad)} of {num_listed} images can't be read, more than --max_bad_fraction "
             f"{options.max_bad_fraction:g} allows; mend or remove them, or raise it: {shown}"

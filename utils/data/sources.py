@@ -1,6 +1,7 @@
 """Where images and captions come from: one table of the kinds of sources, and several sources in one run."""
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from utils.data.folders import (
     METADATA_NAMES,
     is_image,
     list_files,
+    of_split,
     read_caption_file_folder,
     read_metadata_folder,
     read_pairs_folder,
@@ -47,11 +49,12 @@ class SourceOptions:
     )
     data_format: str | None = option(
         None,
-        "what the folder is: imagefolder, pairs, captions_json, parquet or webdataset; by default seen from its files",
+        "what the folder is, where its files don't say it",
+        choices=("imagefolder", "pairs", "captions_json", "parquet", "webdataset"),
     )
     image_column: str = option("image", "column of the images")
     caption_column: str = option("text", "column of the captions: a string, or a list of strings of which one is drawn")
-    width_column: str = option("width", "column of the images' widths, which spares reading headers")
+    width_column: str = option("width", "column of the images' widths, by which a stream fills buckets")
     height_column: str = option("height", "column of the images' heights")
     max_train_samples: int | None = option(None, "train on this many images of a source, drawn by the seed")
 
@@ -60,9 +63,8 @@ class SourceOptions:
         folder = self.train_data_dir
         if folder is not None and self.dataset_name is None and not Path(folder).exists():
             require(False, "train_data_dir", folder, "be a folder", "it does not exist here")
-        if self.data_format is not None:
-            known = ", ".join(SOURCES)
-            require(self.data_format in SOURCES, "data_format", self.data_format, f"be one of {known}")
+        if self.data_format is not None and (self.dataset_name is not None or self.train_data_dir is None):
+            raise UserError(f"--data_format {self.data_format} says what --train_data_dir is; give that alone")
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,12 @@ class Records:
         """The captions of each image in order; none where it has none."""
         for number, source in enumerate(self.sources):  # the images of a source stand together and in order
             rows = self.rows[self.source_numbers == number]
-            if len(rows) == len(source.table):
-                yield from source.table.all_captions()
-            else:
+            if len(rows) * 2 < len(source.table):
                 yield from (source.table.captions(int(row)) for row in rows)
+                continue
+            is_taken = np.zeros(len(source.table), bool)
+            is_taken[rows] = True
+            yield from itertools.compress(source.table.all_captions(), is_taken)
 
     def take(self, indices: np.ndarray) -> "Records":
         """Some of the records, in their order."""
@@ -294,9 +298,9 @@ def _fraction(entry: dict[str, Any], key: str, where: str) -> Fraction | None:
     value = as_number(entry.get(key))
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise UserError(f"{where}: {key} must be a number above 0, got {value!r}")
-    return Fraction(str(value))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e6:
+        raise UserError(f"{where}: {key} must be a number from 1e-6 to 1e6, got {value!r}")
+    return Fraction(str(value)).limit_denominator(10**6)
 
 
 def _subset(table: ImageTable, options: SourceOptions, seed: int) -> np.ndarray:
@@ -336,9 +340,9 @@ def detect(options: SourceOptions) -> str:
         kind = {".tar": "webdataset", ".parquet": "parquet"}.get(folder.suffix)
         require(kind is not None, "train_data_dir", folder, "be a folder, a .tar or a .parquet file")
         return kind
-    if (folder / CAPTION_FILE).is_file() or (folder / options.dataset_split / CAPTION_FILE).is_file():
-        return "captions_json"
     names = list_files(folder)
+    if any(name.split("/")[-1] == CAPTION_FILE and name.count("/") < 2 for name in names):
+        return "captions_json"
     if any(name.rpartition("/")[2] in METADATA_NAMES for name in names):
         return "imagefolder"
     if any(is_image(name) for name in names):
@@ -368,28 +372,29 @@ def _read_parquet(options: SourceOptions, cache_dir: str | None) -> RowTable:
     """Parquet files whose image column holds bytes, by `datasets`."""
     import datasets
 
-    files = files_of(options.train_data_dir, ".parquet")
-    return _rows(options, lambda: datasets.load_dataset("parquet", data_files={"train": files}, cache_dir=cache_dir))
+    files = {options.dataset_split: files_of(options, ".parquet")}
+    return _rows(options, lambda: datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir))
 
 
 def _read_imagefolder(options: SourceOptions, cache_dir: str | None) -> ImageTable:
     folder = Path(options.train_data_dir)
     if options.image_column != "image":
         raise UserError(f"--image_column {options.image_column} is not a column of a folder of images; leave it out")
-    return read_metadata_folder(folder, list_files(folder), options.caption_column)
+    return read_metadata_folder(folder, list_files(folder), options.caption_column, options.dataset_split)
 
 
 def _read_pairs(options: SourceOptions, cache_dir: str | None) -> ImageTable:
     folder = Path(options.train_data_dir)
-    return read_pairs_folder(folder, list_files(folder))
+    return read_pairs_folder(folder, list_files(folder), options.dataset_split)
 
 
 def _read_captions_json(options: SourceOptions, cache_dir: str | None) -> ImageTable:
-    return read_caption_file_folder(Path(options.train_data_dir), options.dataset_split)
+    folder = Path(options.train_data_dir)
+    return read_caption_file_folder(folder, list_files(folder), options.dataset_split)
 
 
 def _read_webdataset(options: SourceOptions, cache_dir: str | None) -> ImageTable:
-    return read_tars([Path(file) for file in files_of(options.train_data_dir, ".tar")])
+    return read_tars([Path(file) for file in files_of(options, ".tar")])
 
 
 SOURCES = {
@@ -402,17 +407,18 @@ SOURCES = {
 }
 
 
-def files_of(path: str, suffix: str) -> list[str]:
-    """The file itself, or a folder's files with this ending, in order.
+def files_of(options: SourceOptions, suffix: str) -> list[str]:
+    """The file itself, or a folder's files with this ending that are of the split, in order.
 
     Raises:
         UserError: if there is none.
     """
+    path = options.train_data_dir
     if Path(path).is_file():
         return [path]
-    files = [str(Path(path, name)) for name in list_files(Path(path)) if name.endswith(suffix)]
-    require(bool(files), "train_data_dir", path, f"hold {suffix} files")
-    return files
+    names = [name for name in list_files(Path(path)) if name.endswith(suffix)]
+    require(bool(names), "train_data_dir", path, f"hold {suffix} files")
+    return [str(Path(path, name)) for name in of_split(names, options.dataset_split, by_file_name=True)[0]]
 
 
 def _rows(options: SourceOptions, load) -> RowTable:
@@ -431,16 +437,16 @@ def _rows(options: SourceOptions, load) -> RowTable:
         if split not in loaded:
             raise UserError(f"the dataset has no {split} split; it has {', '.join(loaded)}; name one: --dataset_split")
         loaded = loaded[split]
+    elif options.dataset_split not in ("train", str(loaded.split)):
+        raise UserError(f"--dataset_split {options.dataset_split} is not in the data, which has one split")
     check_columns(loaded.column_names, options)
     check_caption_feature(loaded, options.caption_column)
-    sizes = (options.width_column, options.height_column)
     columns = [options.image_column, options.caption_column]
-    columns += [name for name in sizes if name in loaded.column_names and name not in columns]
     try:
         loaded = loaded.select_columns(columns).cast_column(options.image_column, datasets.Image(decode=False))
     except (DatasetGenerationError, TypeError, ValueError) as error:
         raise UserError(f"--image_column {options.image_column} does not hold images: {first_line(error)}") from error
-    return RowTable(loaded, options.image_column, options.caption_column, sizes)
+    return RowTable(loaded, options.image_column, options.caption_column)
 
 
 def check_columns(columns: Sequence[str], options: SourceOptions) -> None:

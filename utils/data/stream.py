@@ -10,18 +10,20 @@ import itertools
 import logging
 import math
 import queue
+import tarfile
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from utils.data.buckets import BucketOptions, BucketPlan, plan_buckets
 from utils.data.captions import CaptionOptions, folder_caption
-from utils.data.images import read_header
+from utils.data.images import check_whole, read_header, reason_of
 from utils.data.sampler import Draw, Piece
 from utils.data.sources import DataOptions, SourceOptions, check_columns, files_of, is_saved_dataset
 from utils.data.tables import captions_of, declared, image_of
@@ -34,13 +36,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PIECES_AHEAD = 8
+ENOUGH_READ = 1000  # images of a stream, under which a few bad ones say nothing of the portion
+SHARD_ERRORS = (OSError, ValueError, EOFError, RuntimeError, tarfile.TarError, pa.ArrowException)
 SAVED_SHARDS = 64
 
 
 class StreamedSample(NamedTuple):
     """An image of a stream, its header readable, with what its crop is drawn by.
 
-    The first of a group has a spare, the image before it of its bucket, lest it can't be decoded.
+    All of a group have the same spare, the image before it of their bucket, lest one can't be decoded.
     """
 
     record: ImageRecord
@@ -56,14 +60,22 @@ class StreamedRecords:
 
     Attributes:
         bad: (name, reason) of images that were passed over on the way to these.
+        spares: of each sample of the micro-batch the number of its spare one among those behind them, or None.
     """
 
     samples: list[StreamedSample] = field(repr=False)
     options: CaptionOptions
     bad: list[tuple[str, str]]
+    spares: list[int | None]
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def instead(self, place: int) -> list[int]:
+        """What may stand for a sample that can't be decoded: its spare, else others of the micro-batch."""
+        count, spare = len(self.spares), self.spares[place]
+        others = [index for index in range(count) if index != place]
+        return ([] if spare is None else [count + spare]) + others
 
     def draw(self, place: int) -> Draw:
         """The draw of the sample at a place of the micro-batch."""
@@ -125,6 +137,7 @@ class StreamedImages:
     Attributes:
         num_listed: images, where the dataset says it.
         bad: why an image could not be trained on, by its name.
+        counts: of the images that were read: all, and those without a caption.
     """
 
     dataset: "IterableDataset" = field(repr=False)
@@ -135,6 +148,19 @@ class StreamedImages:
     num_listed: int | None
     bad: dict[str, str]
     shuffle_buffer_size: int
+    counts: Counter = field(default_factory=Counter, repr=False)
+
+    def note_missing_caption(self, key: str) -> None:
+        """Counts an image without a caption, and warns of the first."""
+        self.counts["missing_captions"] += 1
+        if self.counts["missing_captions"] == 1:
+            instead = "the name of its folder" if self.captions.on_missing_caption == "folder" else "an empty one"
+            logger.warning("%s has no caption and trains on %s, as all others without one will", key, instead)
+
+    @property
+    def num_known(self) -> int:
+        """Images to which a number of bad ones compares: all, or as many as were read so far."""
+        return self.num_listed or max(self.counts["read"], ENOUGH_READ)
 
     @property
     def plan(self) -> BucketPlan:
@@ -158,7 +184,13 @@ class StreamedImages:
 
     def report(self) -> dict[str, object]:
         """What `data_report.json` says of it."""
-        return {"images": self.num_listed, "streamed": True, "unreadable": dict(sorted(self.bad.items()))}
+        return {
+            "images": self.num_listed,
+            "streamed": True,
+            "read": self.counts["read"],
+            "missing_captions": self.counts["missing_captions"],
+            "unreadable": dict(sorted(self.bad.items())),
+        }
 
 
 def open_stream(
@@ -215,7 +247,7 @@ def _load(source: SourceOptions, cache_dir: str | None):
         )
     for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
         try:
-            files = files_of(source.train_data_dir, suffix)
+            files = files_of(source, suffix)
         except UserError:
             continue
         return datasets.load_dataset(builder, data_files={source.dataset_split: files}, streaming=True)
@@ -261,10 +293,11 @@ class Lane:
                 if sample is None:
                     continue
                 any_found = True
+                self._images.counts["read"] += 1
                 waiting[sample.bucket].append(sample)
                 if len(waiting[sample.bucket]) == self._group_size:
-                    first, *others = waiting.pop(sample.bucket)
-                    yield [first._replace(spare=last.get(sample.bucket)), *others]
+                    spare = last.get(sample.bucket)
+                    yield [each._replace(spare=spare) for each in waiting.pop(sample.bucket)]
                     last[sample.bucket] = sample
             if not any_found:
                 raise UserError(f"no image of the stream can be read; {self.bad[-1:] or 'it is empty'}")
@@ -272,9 +305,9 @@ class Lane:
     def _rows(self, passing: int) -> Iterator[dict]:
         """The rows of one pass: shards in a seeded order, and each row drawn from a buffer of those that come next."""
         draws = generator(self._seed, passing, self._number, Stream.SHARD_ORDER)
-        dataset, buffer = self._images.dataset, []
+        buffer: list[dict] = []
         for shard in draws.permutation(self._shards):
-            for row in dataset.shard(num_shards=dataset.num_shards, index=int(shard)):
+            for row in self._shard(int(shard)):
                 buffer.append(row)
                 if len(buffer) >= self._buffer_size:
                     place = int(draws.integers(len(buffer)))
@@ -283,6 +316,15 @@ class Lane:
         for place in draws.permutation(len(buffer)):
             yield buffer[place]
 
+    def _shard(self, number: int) -> Iterator[dict]:
+        """The rows of a shard, up to a place where it is broken."""
+        dataset = self._images.dataset
+        try:
+            yield from dataset.shard(num_shards=dataset.num_shards, index=number)
+        except SHARD_ERRORS as error:
+            reason = f"the shard is broken, what follows in it is left out: {first_line(error)}"
+            self.bad.append((f"shard {number}", reason))
+
     def _sample(self, row: dict, number: int, passing: int) -> StreamedSample | None:
         """The sample of a row, or None if its image's header can't be read."""
         source, images = self._images.source, self._images
@@ -290,13 +332,15 @@ class Lane:
         key = (value or {}).get("path") or f"lane {self._number}, pass {passing}, row {number}"
         try:
             read_header(image_of(value))
+            check_whole(image_of(value))
         except (OSError, ValueError) as error:
-            self.bad.append((key, first_line(error)))
+            self.bad.append((key, reason_of(error)))
             return None
         captions = captions_of(row[source.caption_column], source.caption_column)
         if not captions:
             if images.captions.on_missing_caption == "error":
                 raise UserError(f"{key} has no caption (--on_missing_caption error)")
+            images.note_missing_caption(key)
             by_folder = images.captions.on_missing_caption == "folder"
             captions = (folder_caption(key, "") if by_folder else "",)
         place = f"{self._number} {passing} {number}".encode()
@@ -399,8 +443,11 @@ class StreamedPieces:
                 for lane in lanes.values():
                     lane.bad.clear()
                 chosen = [samples[slot] for slot in slots]
-                spares = [sample.spare for sample in chosen if sample.spare is not None]
-                yield Piece(step, slots, StreamedRecords(chosen + spares, self._images.captions, bad))
+                spares = {sample.spare.identity: sample.spare for sample in chosen if sample.spare is not None}
+                bare = [sample._replace(spare=None) for sample in chosen]
+                own = [list(spares).index(each.spare.identity) if each.spare else None for each in chosen]
+                records = StreamedRecords([*bare, *spares.values()], self._images.captions, bad, own)
+                yield Piece(step, slots, records)
 
 
 def num_lanes(size: int, group_size: int, num_shards: int) -> int:

@@ -52,10 +52,6 @@ class ImageTable(ABC):
         """What is known, without reading it, to change with an image's bytes; "" where `name` says it already."""
         return ""
 
-    def declared_size(self, row: int) -> tuple[int, int] | None:
-        """Width and height, where the source says them beside the image."""
-        return None
-
     def record(self, row: int) -> ImageRecord:
         """All of it."""
         return ImageRecord(self.key(row), self.image(row), self.captions(row))
@@ -77,7 +73,7 @@ class FileTable(ImageTable):
         self.refused = list(refused)
         self.num_left_out = num_left_out
         # Arrow's arrays and not lists: a million of them cost what their letters cost, and forked workers share them
-        self._names = pa.array(names, pa.large_string())
+        self._names = pa.array([os.fsencode(name) for name in names], pa.large_binary())  # need not be Unicode
         self._captions = pa.array(captions, pa.list_(pa.large_string()))
 
     def __len__(self) -> int:
@@ -85,7 +81,7 @@ class FileTable(ImageTable):
 
     def key(self, row: int) -> str:
         """The path within the folder."""
-        return self._names[row].as_py()
+        return os.fsdecode(self._names[row].as_py())
 
     def image(self, row: int) -> str:
         """The file's path."""
@@ -97,26 +93,29 @@ class FileTable(ImageTable):
 
     def stamp(self, row: int) -> str:
         """Size and times of the file; the second time can't be set back."""
-        try:
-            facts = os.stat(self.image(row))
-        except OSError:
-            return "missing"
-        return f"{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"
+        return stamp_of(self.image(row))
+
+
+def stamp_of(path: str | Path) -> str:
+    """A file's size and times, of which the last can't be set back."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return "missing"
+    return f"{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"
 
 
 class RowTable(ImageTable):
     """Images that are rows of a dataset of the `datasets` library, whose image column is not decoded."""
 
-    def __init__(self, dataset: "Dataset", image_column: str, caption_column: str, size_columns: tuple[str, str]):
+    def __init__(self, dataset: "Dataset", image_column: str, caption_column: str):
         self.name = f"dataset {dataset._fingerprint}"
         self._dataset = dataset
         self._image_column = image_column
         self._captions = dataset.select_columns([caption_column])
         self._caption_column = caption_column
-        self._size_columns = size_columns
-        self._sizes = None
-        if set(size_columns) <= set(dataset.column_names):
-            self._sizes = dataset.select_columns(list(size_columns))
+        first = dataset[0][image_column] if len(dataset) else None
+        self._has_paths = isinstance(image_of(first), str)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -139,12 +138,9 @@ class RowTable(ImageTable):
             for value in batch[self._caption_column]:
                 yield captions_of(value, self._caption_column)
 
-    def declared_size(self, row: int) -> tuple[int, int] | None:
-        """From the size columns, where the dataset has them."""
-        if self._sizes is None:
-            return None
-        sizes = self._sizes[row]
-        return declared(sizes, self._size_columns)
+    def stamp(self, row: int) -> str:
+        """That of the file where rows name files; bytes in the rows change with the dataset's own name."""
+        return stamp_of(self.image(row)) if self._has_paths else ""
 
     def record(self, row: int) -> ImageRecord:
         """All of it, read at once."""
@@ -155,8 +151,9 @@ class RowTable(ImageTable):
 
 def declared(values: dict, size_columns: tuple[str, str]) -> tuple[int, int] | None:
     """Width and height from a row's two columns, if both hold a number above 0."""
-    width, height = (values.get(column) for column in size_columns)
-    return (int(width), int(height)) if width and height and width > 0 and height > 0 else None
+    sizes = [values.get(column) for column in size_columns]
+    is_size = all(isinstance(size, int | float) and size >= 1 for size in sizes)
+    return (int(sizes[0]), int(sizes[1])) if is_size else None
 
 
 def image_of(value: dict | None) -> str | bytes:
@@ -172,9 +169,14 @@ def captions_of(value: object, where: str) -> tuple[str, ...]:
     Raises:
         UserError: for anything else, naming `where` it stands.
     """
-    if value is None:
+    if value is None or value != value:  # pandas writes NaN for nothing
         return ()
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, Sequence) or not all(isinstance(caption, str | None) for caption in found):
         raise UserError(f"{where} must hold a string or a list of strings, got {value!r:.80}")
-    return tuple(caption.strip() for caption in found if caption and caption.strip())
+    return tuple(_whole(caption.strip()) for caption in found if caption and caption.strip())
+
+
+def _whole(text: str) -> str:
+    """The text without halves of characters, which JSON can hold but no file."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.data.folders import PAIR_SUFFIXES, captions_in, is_image
-from utils.data.tables import ImageTable
+from utils.data.tables import ImageTable, stamp_of
 from utils.options import UserError, first_line
 
 
@@ -28,8 +28,8 @@ class TarTable(ImageTable):
         self.name = f"tar {shards[0].resolve()}"
         self.refused = refused
         self._shards = [str(shard) for shard in shards]
-        self._stamps = [_stamp(shard) for shard in shards]
-        self._keys = pa.array(keys, pa.large_string())
+        self._stamps = [stamp_of(shard) for shard in shards]
+        self._keys = pa.array([os.fsencode(key) for key in keys], pa.large_binary())
         self._places = places
         self._captions = pa.array(captions, pa.list_(pa.large_string()))
 
@@ -38,7 +38,7 @@ class TarTable(ImageTable):
 
     def key(self, row: int) -> str:
         """`shard.tar/member`."""
-        return self._keys[row].as_py()
+        return os.fsdecode(self._keys[row].as_py())
 
     def image(self, row: int) -> bytes:
         """The member's bytes.
@@ -64,30 +64,37 @@ def read_tars(shards: Sequence[Path]) -> TarTable:
     """Lists tar shards, whose members of one name (up to the first dot) are a sample: `a.jpg` with `a.txt` or `a.json`.
 
     Raises:
-        UserError: for a shard that is compressed, or no tar file at all.
+        UserError: if none of them can be read; they must not be compressed.
     """
     keys, places, captions, refused = [], [], [], []
+    num_left_out = 0
+    root = Path(os.path.commonpath([shard.parent for shard in shards]))
     for number, shard in enumerate(shards):
         images: dict[str, tuple[str, int, int]] = {}
         texts: dict[str, tuple[str, tuple[str, ...]]] = {}
         broken: dict[str, str] = {}
         for sample, member, begin, length, content in _members(shard, refused):
-            if is_image(member) and sample not in images:
-                images[sample] = (member, begin, length)
+            if is_image(member):
+                num_left_out += sample in images
+                images.setdefault(sample, (member, begin, length))
             elif content is not None and _comes_first(member, texts.get(sample)):
                 try:
                     texts[sample] = (member, captions_in(member, content))
                 except ValueError as error:
                     broken[sample] = str(error)
         for sample, (member, begin, length) in images.items():
-            key = f"{shard.name}/{member}"
+            key = f"{shard.relative_to(root)}/{member}"
             if sample in broken:
                 refused.append((key, broken[sample]))
                 continue
             keys.append(key)
             places.append((number, begin, length))
             captions.append(texts.get(sample, ("", ()))[1])
-    return TarTable(shards, keys, np.array(places, np.int64).reshape(-1, 3), captions, refused)
+    if shards and not keys and refused:
+        raise UserError(f"no image can be read from {len(shards)} tar shards; {': '.join(refused[0])}")
+    table = TarTable(shards, keys, np.array(places, np.int64).reshape(-1, 3), captions, refused)
+    table.num_left_out = num_left_out
+    return table
 
 
 def _members(shard: Path, refused: list[tuple[str, str]]) -> Iterator[tuple[str, str, int, int, bytes | None]]:
@@ -95,7 +102,6 @@ def _members(shard: Path, refused: list[tuple[str, str]]) -> Iterator[tuple[str,
 
     What lies behind a broken place is refused.
     """
-    any_found = False
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
@@ -105,23 +111,13 @@ def _members(shard: Path, refused: list[tuple[str, str]]) -> Iterator[tuple[str,
                 content = None
                 if path.suffix in PAIR_SUFFIXES:
                     content = archive.extractfile(member).read()
-                sample = str(path.parent / path.name.partition(".")[0])
-                any_found = True
+                sample = str(path.parent / path.name.partition(".")[0])  # WebDataset's rule: up to the first dot
                 yield sample, member.name, member.offset_data, member.size, content
     except (OSError, tarfile.TarError) as error:
-        if any_found:
-            refused.append((shard.name, f"the shard is broken, what follows in it is left out: {first_line(error)}"))
-            return
-        cure = "; unpack it, or gunzip it to a plain .tar" if shard.suffix != ".tar" else ""
-        raise UserError(f"{shard} can't be read as a tar file: {first_line(error)}{cure}") from error
+        refused.append((shard.name, f"the shard is broken, what follows in it is left out: {first_line(error)}"))
 
 
 def _comes_first(name: str, held: tuple[str, tuple[str, ...]] | None) -> bool:
     """Whether a caption file goes before the one that is held."""
     order = [PurePosixPath(each).suffix for each in (name, held[0])] if held else []
     return not held or PAIR_SUFFIXES.index(order[0]) < PAIR_SUFFIXES.index(order[1])
-
-
-def _stamp(shard: Path) -> str:
-    facts = os.stat(shard)
-    return f"{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"
