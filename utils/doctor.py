@@ -70,7 +70,7 @@ class Diagnosis:
             *(f"               {textwrap.shorten(caption, 100)}" for caption in self.cut_captions[:3]),
             f"duplicates     {sum(len(names) - 1 for names in self.duplicates):,} images have the bytes of another",
             *(f"               {' = '.join(names[:4])}" for names in self.duplicates[:5]),
-            f"bad files      {len(bad):,}; {self.num_decoded:,} images were decoded to find them",
+            f"bad files      {len(bad):,} of {images.num_listed:,}; {self.num_decoded:,} images were decoded for it",
             *(f"               {name}: {reason}" for name, reason in list(bad.items())[:20]),
             *(f"left out       {count:,}: {reason}" for reason, count in images.filtered.items()),
             *(f"converted      {count:,}: {name}" for name, count in images.survey.oddity_counts().items()),

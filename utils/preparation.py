@@ -64,7 +64,10 @@ class DataPreparation:
         if self.held_out.fraction is not None:
             records, _ = hold_out(records, self.held_out.fraction, self.seed)
         known = self._survey(records)
-        images = plan_images(records, known, resolution, group_size, self.buckets, self.selection, self._report_bad)
+        selection = self.selection
+        if self.report_folder is None:  # a dry run names all that is wrong, where a run would end
+            selection = replace(selection, max_bad_fraction=1.0, on_bad_image="skip")
+        images = plan_images(records, known, resolution, group_size, self.buckets, selection, self._report_bad)
         say_what_was_left_out(images, group_size)
         return images
 
