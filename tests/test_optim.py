@@ -212,3 +212,22 @@ class TestSchedules:
             ScheduleOptions(lr_scheduler="cosine_warm_restarts")
         with pytest.raises(UserError, match="--lr_step_size go together"):
             ScheduleOptions(lr_step_size=3)
+
+
+def test_layer_rates(train, pipelines, capsys):
+    """With factors of 0 and 2, SGD-like small steps of Adam: what has 0 stays, what has 2 moves twice as far."""
+    from diffusers import DiffusionPipeline
+
+    from tests.test_equivalences import weights
+
+    flags = ["--max_train_steps", 1, "--train_batch_size", 2, "--learning_rate", 1e-4, "--adam_weight_decay", 0]
+    plain = weights(train("sd", *flags, out="plain"))
+    layered = weights(train("sd", *flags, "--layer_rates", "mid_block=2", "up_blocks.0=0", out="layered"))
+    before = DiffusionPipeline.from_pretrained(pipelines["sd"]).unet.state_dict()
+    for name, tensor in plain.items():
+        factor = 2 if "mid_block" in name else 0 if "up_blocks.0" in name else 1
+        moved = layered[name] - before[name]
+        torch.testing.assert_close(moved, factor * (tensor - before[name]), rtol=0.01, atol=2e-7, msg=name)
+    for rule, named in (("mid_block", "be REGULAR-EXPRESSION=FACTOR"), ("nowhere=2", "is in the name of no weight")):
+        train("sd", *flags, "--layer_rates", rule, out="bad", expect=2)
+        assert named in capsys.readouterr().err

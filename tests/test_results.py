@@ -287,12 +287,13 @@ def test_gradient_checkpointing_changes_nothing(train):
         torch.testing.assert_close(tensor, weights(other)[key], rtol=1e-5, atol=1e-7)
 
 
-def test_dry_run_writes_nothing(train, capsys):
+def test_dry_run_writes_only_what_it_found(train, capsys):
     out = train("sdxl", *SHORT, "--adaptation", "lora", "--dry_run")
     printed = capsys.readouterr().out
     assert "StableDiffusionXLPipeline" in printed
     assert "2 optimizer steps" in printed
-    assert not out.exists()
+    assert sorted(path.name for path in out.iterdir()) == ["contact_sheet.png", "dry_run_report.json"]
+    train("sdxl", *SHORT, "--adaptation", "lora")  # which does not refuse the folder
 
 
 def test_debug_loss_and_trackers(train):

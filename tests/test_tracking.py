@@ -20,7 +20,7 @@ def test_numbers_of_epochs_and_a_loss_that_leaves_them(caplog):
         "mean": sum(1 + 0.01 * (n % 5) for n in range(30)) / 30,
     }
     assert ended[:-1] == [None] * 29
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="utils.tracking"):
         losses.add(30, 1, 1.05)
         assert not caplog.records
         losses.add(31, 1, 1.5)

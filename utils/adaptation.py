@@ -146,12 +146,16 @@ class Adaptation(ABC):
 
     def named_parameters(self, rates: OptimizerOptions) -> list[NamedParameter]:
         """The trained parameters, in a fixed order, named `unet.conv_in.weight`."""
-        return [
-            NamedParameter(f"{module_name}.{name}", parameter, rates.rate_of(module_name))
+        found = [
+            (f"{module_name}.{name}", parameter, rates.rate_of(module_name))
             for module_name, module in self.modules.items()
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         ]
+        for rule in rates.layer_rates or ():
+            if not any(re.search(rule.rpartition("=")[0], name) for name, _, _ in found):
+                raise UserError(f"--layer_rates {rule} is in the name of no weight that trains, such as {found[0][0]}")
+        return [NamedParameter(name, parameter, rate * rates.factor_of(name)) for name, parameter, rate in found]
 
     def train_mode(self) -> None:
         """Puts the trained modules in training mode."""

@@ -1,6 +1,7 @@
 """Optimizers, their parameter groups, and the learning rate of each step."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from utils.options import UserError, option, require, require_not_negative, require_positive
+from utils.options import UserError, as_number, option, require, require_not_negative, require_positive
 
 SCHEDULES = (
     "constant",
@@ -36,6 +37,9 @@ class OptimizerOptions:
         None, "peak learning rate of the (first) text encoder; by default the UNet's"
     )
     text_encoder_2_lr: float | None = option(None, "peak learning rate of the second; by default the first's")
+    layer_rates: list[str] | None = option(
+        None, "factors on the rate of the weights whose names hold a regular expression, such as mid_block=2 attn2=0.5"
+    )
     scale_lr: bool = option(False, "multiply the learning rates by batch size, accumulation and processes")
     optimizer: str | None = option(
         None,
@@ -58,6 +62,17 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         require_positive(self, "learning_rate", "text_encoder_lr", "text_encoder_2_lr", "adam_epsilon")
         require_not_negative(self, "adam_weight_decay", "max_grad_norm")
+        for rule in self.layer_rates or ():
+            pattern, separator, factor = rule.rpartition("=")
+            must = "be REGULAR-EXPRESSION=FACTOR, such as mid_block=2"
+            is_number = isinstance(as_number(factor), float) and 0 <= as_number(factor) < math.inf
+            require(bool(separator and pattern) and is_number, "layer_rates", rule, must)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"--layer_rates {pattern} is no regular expression: {error}") from error
+        if self.layer_rates and self.optimizer == "prodigy":
+            raise UserError("--optimizer prodigy has one rate for all it trains; leave out --layer_rates")
         if self.optimizer_in_backward and self.max_grad_norm:
             raise UserError(
                 "--optimizer_in_backward never has all gradients at once, for --max_grad_norm; leave one out"
@@ -92,6 +107,14 @@ class OptimizerOptions:
         """Decay of the mean gradient and of the mean squared gradient."""
         default = 0.99 if self.name == "lion" else 0.999
         return self.adam_beta1, default if self.adam_beta2 is None else self.adam_beta2
+
+    def factor_of(self, name: str) -> float:
+        """The factor on the rate of a weight by its name: that of the first of the rules that it holds."""
+        for rule in self.layer_rates or ():
+            pattern, _, factor = rule.rpartition("=")
+            if re.search(pattern, name):
+                return float(factor)
+        return 1.0
 
     def rate_of(self, module: str) -> float:
         """The peak learning rate of a trained module by its name, before scaling."""

@@ -137,7 +137,7 @@ class PlannedImages:
             "missing_captions": self.missing_captions,
             "converted": self.survey.oddity_counts(),
             "filtered": self.filtered,
-            "not_in_metadata": sum(source.table.num_left_out for source in self.records.sources),
+            "unlisted": sum(source.table.num_left_out for source in self.records.sources),
             "buckets": {_name(size): int(count) for size, count in zip(self.plan.sizes, counts, strict=True)},
             "merged_buckets": {_name(size): [_name(goal) for goal in goals] for size, _, goals in self.plan.merged},
             "unreadable": dict(sorted(self.bad.items())),

@@ -159,7 +159,9 @@ class Records:
         return self.source(index).loss_weight
 
     def identity(self, index: int) -> int:
-        """64 bits that stay an image's own when others are added or the folder moves; its draws are keyed by them."""
+        """64 bits that its draws are keyed by: of its path, so that they stay its own when others are added or the
+        folder moves; of a dataset's row its number.
+        """
         key = self.source(index).table.key(int(self.rows[index]))
         return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
@@ -321,7 +323,7 @@ def read_table(options: SourceOptions, cache_dir: str | None) -> ImageTable:
     kind = options.data_format or detect(options)
     table = SOURCES[kind](options, cache_dir)
     if table.num_left_out:
-        logger.warning("%d images in %s are not in its metadata and left out", table.num_left_out, table.name)
+        logger.warning("%d images in %s are in no list or split of it and left out", table.num_left_out, table.name)
     if len(table) == 0:
         where = f"--dataset_name {options.dataset_name}" if options.dataset_name else f"{options.train_data_dir}"
         reason = f"; the first of {len(table.refused)} says: {': '.join(table.refused[0])}" if table.refused else ""
