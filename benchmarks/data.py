@@ -3,19 +3,30 @@
     python benchmarks/data.py [--parts live peer files workers records headers] [--peer_script PATH] [--live_sd 3]
 
 Times differ between machines and minutes, so what counts are the ratios: each contestant has a turn in every round, and
-the median over the rounds is printed with its range. The files are warm: what a disk costs is not measured.
+the median over the rounds is printed with its range. The files are warm: what a disk costs is not measured. torch has
+one thread, as in a loader's worker, but for encoders of true size.
 """
 
+import argparse
+import ast
+import itertools
 import json
+import multiprocessing
 import os
+import platform
+import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,16 +35,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 from tests import tiny  # noqa: E402
 from utils.data.buckets import BucketOptions  # noqa: E402
 from utils.data.cache import KEY_SIZE, EntryStore, in_shards, make_key  # noqa: E402
-from utils.data.cached import CachedLatents, CachedTexts, text_key, texts_of  # noqa: E402
+from utils.data.cached import CachedLatents, CachedTexts, LatentPlan, text_key, texts_of  # noqa: E402
 from utils.data.captions import CaptionOptions  # noqa: E402
-from utils.data.dataset import SampleSpec, TrainingDataset, batches_by_step  # noqa: E402
-from utils.data.headers import Survey, survey  # noqa: E402
+from utils.data.dataset import SampleSpec, TrainingDataset, Waiting, batches_by_step  # noqa: E402
+from utils.data.headers import Survey, add_digests, survey  # noqa: E402
 from utils.data.images import ImageOptions  # noqa: E402
+from utils.data.sampler import GlobalBatches  # noqa: E402
 from utils.data.selection import PlannedImages, SelectionOptions, plan_images  # noqa: E402
 from utils.data.sources import DataOptions, Records, Source, SourceOptions, read_records  # noqa: E402
 from utils.data.tables import ImageTable  # noqa: E402
@@ -48,6 +62,7 @@ PICTURE_SIZE = (1280, 1024)
 SMALL_SIZE = (96, 64)
 SETTLING_SECONDS = 2.5  # files younger than this are not remembered by the survey
 FINGERPRINT = "random entries"
+PACKAGES = ("torch", "numpy", "pillow", "safetensors", "datasets", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -141,23 +156,35 @@ class SyntheticTable(ImageTable):
         return (f"a photograph of something, number {row}",)
 
 
-def plan_synthetic(count: int, resolution: int, buckets: BucketOptions, group_size: int) -> PlannedImages:
-    """Records of no files, in sizes from 512 to 2047 pixels, planned."""
-    records = Records(
-        [Source("synthetic", SyntheticTable(count), CaptionOptions())], np.zeros(count, np.uint16), np.arange(count)
-    )
+def synthetic_records(count: int) -> tuple[Records, Survey]:
+    """Records of no files, and what would be known of them: sizes from 512 to 2047 pixels, distinct digests."""
+    source = Source("synthetic", SyntheticTable(count), CaptionOptions())
+    records = Records([source], np.zeros(count, np.uint16), np.arange(count))
     sizes = np.random.default_rng(SEED).integers(512, 2048, (count, 2), dtype=np.int32)
     digests = np.empty(count, object)
     digests[:] = [row.to_bytes(16, "little") for row in range(count)]
-    known = Survey(sizes, np.zeros(count, np.uint16), np.zeros(count, np.int64), digests, {})
-    return plan_images(records, known, resolution, group_size, buckets, SelectionOptions(), lambda *_: None)
+    return records, Survey(sizes, np.zeros(count, np.uint16), np.zeros(count, np.int64), digests, {})
+
+
+def planned(
+    records: Records, known: Survey, resolution: int, buckets: BucketOptions | None = None, group_size: int = 1
+) -> PlannedImages:
+    """The images of records, in squares unless buckets are given."""
+    options = buckets or BucketOptions()
+    return plan_images(records, known, resolution, group_size, options, SelectionOptions(), lambda *_: None)
 
 
 def plan_folder(folder: Path, resolution: int, memory: Path) -> PlannedImages:
-    """The images of a folder, planned in squares."""
-    records = read_records(DataOptions(), SourceOptions(train_data_dir=str(folder)), CaptionOptions(), SEED)
+    """The images of a folder, planned in squares, with their digests."""
+    records = folder_records(folder)
     known = survey(records, memory)
-    return plan_images(records, known, resolution, 1, BucketOptions(), SelectionOptions(), lambda *_: None)
+    add_digests(known, records, np.ones(len(records), bool), memory)
+    return planned(records, known, resolution)
+
+
+def folder_records(folder: Path) -> Records:
+    """The images of a folder, listed."""
+    return read_records(DataOptions(), SourceOptions(train_data_dir=str(folder)), CaptionOptions(), SEED)
 
 
 def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
@@ -184,11 +211,11 @@ class Entries:
 
     def __init__(self, shape: Shape, count: int, folder: Path):
         self.shape = shape
-        self.images = plan_synthetic(count, shape.resolution, BucketOptions(), 1)
+        self.images = planned(*synthetic_records(count), shape.resolution)
         self.moments = random_values(count, (2, *shape.latents))
         self.states = {name: random_values(count + 1, each) for name, each in shape.states.items()}
         crops = torch.tensor([0, 0, 0, 0, shape.resolution, shape.resolution]).float().repeat(count, 1)
-        texts = [text for text in texts_of(self.images, SEED, 1)]
+        texts = list(texts_of(self.images, SEED, 1))
         latent_keys = [make_key(number) for number in range(count)]
         text_keys = [text_key(FINGERPRINT, text, False) for text in texts] + [text_key(FINGERPRINT, "", True)]
         latents = write_entries(folder / "latents", latent_keys, {"moments": self.moments, "crops": crops})
@@ -245,23 +272,503 @@ def live_dataset(images: PlannedImages, shape: Shape, batch_size: int) -> Traini
     return TrainingDataset(images, batches, spec, ImageOptions(), noise_draws(batch_size))
 
 
-@contextmanager
-def endless(
-    dataset: TrainingDataset, num_workers: int = 0, micro_batch: int | None = None
-) -> Iterator[Iterator[Batch]]:
-    """The loader's batches, from step 0 on; within it its workers live."""
-    pieces = dataset.images.pieces(dataset.batches, micro_batch or dataset.batches.size, 0, 1, 0, 10**9)
-    steps = batches_by_step(dataset, pieces, num_workers, pin_memory=False)
-    yield (batch for _, batches in steps for batch in batches)
-    steps.close()
+def endless(dataset: TrainingDataset, num_workers: int = 0) -> Iterator[Batch]:
+    """The loader's batches, each a global batch, from step 0 on; closing it ends its workers."""
+    pieces = dataset.images.pieces(dataset.batches, dataset.batches.size, 0, 1, 0, 10**9)
+    for _, batches in batches_by_step(dataset, pieces, num_workers, pin_memory=False, waiting=Waiting()):
+        yield from batches
 
 
 def loading(dataset: TrainingDataset) -> Contestant:
-    """Loads batches, in this process."""
-    return partial(turn, (len(batch) for batch in endless_here(dataset)))
+    """Loads batches in this process."""
+    return partial(turn, (len(batch) for batch in endless(dataset)))
 
 
-def endless_here(dataset: TrainingDataset) -> Iterator[Batch]:
-    """The loader's batches without workers."""
-    with endless(dataset) as batches:
-        yield from batches
+# 1. The cache against encoding live
+
+
+def run_live(args: argparse.Namespace, folder: Path) -> None:
+    """A warm cache against decoding, cropping and encoding each time."""
+    for name, make in (("SD", tiny.make_sd), ("SDXL", tiny.make_sdxl)):
+        times = take_turns(tiny_contestants(make(folder / f"tiny-{name}"), folder / name), args.rounds, args.seconds)
+        print_times(f"1. Cached and live: tiny {name} pipeline, {tiny.RESOLUTION} px, through the encoder", times)
+    pictures = write_pictures(folder / "pictures", min(args.samples, 64), PICTURE_SIZE)
+    for shape in (SD, SDXL):
+        entries = Entries(shape, args.samples, folder / f"entries-{shape.name}")
+        images = plan_folder(pictures, shape.resolution, folder / "memory")
+        contestants = {
+            "cached, with noise": loading(entries.dataset(args.batch_size)),
+            "cached, without noise": loading(entries.dataset(args.batch_size, with_noise=False)),
+            "live, decoded and cropped alone, with noise": loading(live_dataset(images, shape, args.batch_size)),
+        }
+        times = take_turns(contestants, args.rounds, args.seconds)
+        print_times(f"1. Cached and live: {shape.name}'s shape, 0 workers, batches of {args.batch_size}", times)
+        if shape is SD and args.live_sd:
+            contestants = {
+                "cached, with noise": contestants["cached, with noise"],
+                "live, with SD's VAE and text encoder in float32": partial(turn, encoded_live(images)),
+            }
+            times = take_turns(contestants, args.live_sd, args.seconds)
+            print_times("1. Cached and live: SD's shape, encoders of SD's architecture on this CPU", times)
+    if not args.live_sd:
+        print("\nEncoders of SD's true size were not run: --live_sd 3 does, with 4 images.")
+
+
+def tiny_contestants(pipeline: Path, folder: Path) -> dict[str, Contestant]:
+    """A tiny pipeline's encodings, read and computed; both must be the same."""
+    from accelerate import Accelerator
+
+    from utils.encoding import CacheFiller, Encoder
+    from utils.families.registry import pick_family
+    from utils.families.source import ComponentDtypes, ModelOptions, PipelineSource
+
+    source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipeline)))
+    family = pick_family(source)(source, ComponentDtypes(*[torch.float32] * 3), {})
+    images = plan_folder(tiny.make_images(folder / "images", 64), tiny.RESOLUTION, folder / "memory")
+    filler = CacheFiller(Accelerator(cpu=True), family, None, 8, 0)
+    plan = LatentPlan(images, ImageOptions(), SEED, 1, filler.vae_fingerprint())
+    latents = filler.latents(plan, EntryStore(folder / "latents"))
+    texts = filler.texts(list(texts_of(images, SEED, 1)), filler.text_fingerprint(), EntryStore(folder / "text"))
+    spec = SampleSpec(family.latent_space.shape, family.tokenizer(), 1, 1)
+    facts = (images, images.batches(16, 16, SEED), spec, ImageOptions(), noise_draws(16))
+    encoder = Encoder(family, text_encoders_train=False)
+    datasets = {"cached": TrainingDataset(*facts, latents, texts), "live": TrainingDataset(*facts)}
+    cached, live = (encoder.encode(next(endless(dataset))) for dataset in datasets.values())
+    torch.testing.assert_close(cached.mean, live.mean)
+    torch.testing.assert_close(cached.states, live.states)
+    return {
+        name: partial(turn, (len(encoder.encode(batch).batch) for batch in endless(dataset)))
+        for name, dataset in datasets.items()
+    }
+
+
+@torch.no_grad()
+def encoded_live(images: PlannedImages) -> Iterator[int]:
+    """Decodes, crops and encodes one image after the other, by encoders of SD's architecture with random weights."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from utils.families.vae import LatentSpace
+
+    vae = AutoencoderKL(
+        block_out_channels=[128, 256, 512, 512],
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    space, text_encoder = LatentSpace(vae.eval()), CLIPTextModel(clip).eval()
+    for batch in endless(live_dataset(images, SD, 1)):
+        torch.set_num_threads(os.cpu_count() or 1)
+        mean, _ = space.moments(batch.pixels)
+        states = text_encoder(batch.input_ids[:, 0]).last_hidden_state
+        torch.set_num_threads(1)
+        assert (mean.shape[1:], states.shape[1:]) == (SD.latents, SD.states["encoder_hidden_states"])
+        yield len(batch)
+
+
+# 2. The cache against the precomputed columns of the diffusers SDXL script
+
+
+def run_peer(args: argparse.Namespace, folder: Path) -> None:
+    """Our loader against the loader that the peer's script trains from, after its own precomputation."""
+    if args.peer_script is None:
+        print("\n2. The diffusers SDXL script was not run: give its train_text_to_image_sdxl.py as --peer_script.")
+        return
+    pictures = write_pictures(folder / "peer-pictures", args.samples, PICTURE_SIZE)
+    loader = peer_loader(args.peer_script, pictures, folder / "peer", args.batch_size)
+    entries = Entries(SDXL, args.samples, folder / "peer-entries")
+    theirs, ours = next(iter(loader)), next(endless(entries.dataset(args.batch_size)))
+    assert theirs["model_input"].shape == ours.moments[:, 0].shape
+    assert theirs["prompt_embeds"].shape == ours.states["encoder_hidden_states"].shape
+    assert theirs["pooled_prompt_embeds"].shape == ours.states["text_embeds"].shape
+    contestants = {
+        "ours, cached, without noise": loading(entries.dataset(args.batch_size, with_noise=False)),
+        "ours, cached, with noise": loading(entries.dataset(args.batch_size)),
+        "the peer's precomputed dataset, without noise": partial(turn, passes(loader)),
+    }
+    times = take_turns(contestants, args.rounds, args.seconds)
+    print_times(f"2. The diffusers SDXL script's loader: 0 workers, batches of {args.batch_size}, 1024 px", times)
+    _, with_noise, theirs = times.values()
+    ratios = [other / own for other, own in zip(theirs, with_noise, strict=True)]
+    print(
+        f"\nThe peer draws its noise later, on the GPU; beside ours with noise it takes {spread(ratios)} times as long."
+    )
+
+
+def passes(loader: DataLoader) -> Iterator[int]:
+    """Sizes of a peer's batches, pass after pass."""
+    while True:
+        for batch in loader:
+            yield len(batch["model_input"])
+
+
+def peer_loader(script: Path, pictures: Path, folder: Path, batch_size: int) -> DataLoader:
+    """What the peer's own code makes of a folder of images: executed are its functions, and of its `main` what lies
+    between loading the dataset and the finished loader. Encoders that return noise stand for its own.
+    """
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.Assign)
+    parts = [node for node in tree.body if isinstance(node, kinds)]
+    main = next(node for node in parts if isinstance(node, ast.FunctionDef) and node.name == "main")
+    first, last = (
+        next(place for place, node in enumerate(main.body) if ast.unparse(node).startswith(beginning))
+        for beginning in ("if args.dataset_name is not None", "train_dataloader = ")
+    )
+    names: dict = {"__name__": "peer"}
+    exec(compile(ast.Module(parts, []), str(script), "exec"), names)
+    flags = ["--pretrained_model_name_or_path", "none", "--train_data_dir", pictures, "--cache_dir", folder / "cache"]
+    flags += ["--output_dir", folder / "out", "--train_batch_size", batch_size, "--resolution", SDXL.resolution]
+    names["args"] = names["parse_args"]([str(flag) for flag in flags])
+    names["accelerator"] = SimpleNamespace(main_process_first=nullcontext)
+    names |= {"vae": NoiseVae(), "vae_path": "none", "tokenizer_one": NoIds(), "tokenizer_two": NoIds()}
+    names |= {"text_encoder_one": NoiseEncoder(768), "text_encoder_two": NoiseEncoder(1280)}
+    exec(compile(ast.Module(main.body[first : last + 1], []), str(script), "exec"), names)
+    return names["train_dataloader"]
+
+
+def import_torchvision() -> None:
+    """Imports torchvision, also one built for another torch: the peer needs only what is written in Python."""
+    register = torch.library.register_fake
+
+    def register_others(name: object, *rest: object, **more: object) -> Callable:
+        if str(name).startswith("torchvision::"):
+            return lambda function: function
+        return register(name, *rest, **more)
+
+    torch.library.register_fake = register_others
+    try:
+        import torchvision  # noqa: F401
+    finally:
+        torch.library.register_fake = register
+
+
+class NoIds:
+    """In the place of a peer's tokenizer."""
+
+    model_max_length = 77
+
+    def __call__(self, captions: list[str], **_: object) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=torch.zeros(len(captions), 77, dtype=torch.int64))
+
+
+class NoiseEncoder:
+    """In the place of a peer's text encoder, which runs in bfloat16."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, width: int):
+        self._width = width
+
+    def __call__(self, input_ids: Tensor, **_: object) -> tuple[Tensor, tuple[Tensor, ...]]:
+        hidden = torch.randn(*input_ids.shape, self._width).bfloat16()
+        return hidden[:, 0], (hidden, hidden)
+
+
+class NoiseVae:
+    """In the place of a peer's VAE, which runs in float32."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+    config = SimpleNamespace(scaling_factor=0.13025)
+
+    def encode(self, pixels: Tensor) -> SimpleNamespace:
+        """A posterior to sample from."""
+        shape = (len(pixels), 4, pixels.shape[2] // 8, pixels.shape[3] // 8)
+        return SimpleNamespace(latent_dist=SimpleNamespace(sample=partial(torch.randn, shape)))
+
+
+# 3. Shards against a file for each image
+
+
+def run_files(args: argparse.Namespace, folder: Path) -> None:
+    """The same entries in memory-mapped shards, and in a file for each sample, all in random order."""
+    for shape in (SD, SDXL):
+        entries = Entries(shape, args.samples, folder / f"sharded-{shape.name}")
+        kinds = {"safetensors": (write_safetensors, load_file), "npz": (write_npz, read_npz)}
+        contestants = {
+            "ours, without noise": loading(entries.dataset(args.batch_size, with_noise=False)),
+            "ours, with noise": loading(entries.dataset(args.batch_size)),
+        }
+        for kind, (write, read) in kinds.items():
+            files = [folder / f"{shape.name}-{number}.{kind}" for number in range(args.samples)]
+            for number, file in enumerate(files):
+                write(entries.sample(number), file)
+            found = read(files[1])["moments"]
+            assert torch.equal(found, entries.sample(1)["moments"].to(found.dtype))
+            loader = DataLoader(FilePerSample(files, read), args.batch_size, shuffle=True, collate_fn=stack)
+            contestants[f"a .{kind} for each sample, without noise"] = partial(turn, sizes_of(loader))
+        times = take_turns(contestants, args.rounds, args.seconds)
+        print_times(f"3. A file for each sample: {shape.name}'s shape, 0 workers, batches of {args.batch_size}", times)
+
+
+class FilePerSample(Dataset):
+    """Samples that are files."""
+
+    def __init__(self, files: Sequence[Path], read: Callable[[Path], dict[str, Tensor]]):
+        self._files = files
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return self._read(self._files[number])
+
+
+def stack(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of samples."""
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def sizes_of(loader: DataLoader) -> Iterator[int]:
+    """Sizes of a loader's batches, pass after pass."""
+    while True:
+        for batch in loader:
+            yield len(batch["moments"])
+
+
+def write_safetensors(sample: dict[str, Tensor], file: Path) -> None:
+    """One sample's file."""
+    save_file({name: tensor.contiguous() for name, tensor in sample.items()}, file)
+
+
+def write_npz(sample: dict[str, Tensor], file: Path) -> None:
+    """One sample's file; numpy has no bfloat16, float16 is as large."""
+    np.savez(file, **{name: tensor.to(torch.float16).numpy() for name, tensor in sample.items()})
+
+
+def read_npz(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file."""
+    with np.load(file) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+# 4. Loader processes; 6. how long a GPU would wait
+
+
+def run_workers(args: argparse.Namespace, folder: Path) -> None:
+    """The loader with 0, 1 and 2 workers, as far as there are cores; and what that means for a given GPU."""
+    counts = [count for count in (0, 1, 2) if count <= (os.cpu_count() or 1)]
+    pictures = plan_folder(write_pictures(folder / "pictures-4", 64, PICTURE_SIZE), 1024, folder / "memory")
+    datasets = {
+        "cached, SD's shape": Entries(SD, args.samples, folder / "workers-SD").dataset(args.batch_size),
+        "cached, SDXL's shape": Entries(SDXL, args.samples, folder / "workers-SDXL").dataset(args.batch_size),
+        "live, 1280x1024 JPEG to 1024x1024 pixels": live_dataset(pictures, SDXL, 4),
+    }
+    rates = {}
+    for name, dataset in datasets.items():
+        contestants = {f"{count} workers": partial(worker_turn, dataset, count) for count in counts}
+        times = take_turns(contestants, args.rounds, args.seconds)
+        reference = times["0 workers"]
+        rows = []
+        for label, each in times.items():
+            ratios = [own / other for own, other in zip(reference, each, strict=True)]
+            rows.append([label, f"{1 / statistics.median(each):.4g}", spread(ratios)])
+        print_table(
+            f"4. Loader workers: {name}", ["", "samples/s", "throughput by that of 0 workers: median (range)"], rows
+        )
+        rates[name] = {count: 1 / statistics.median(times[f"{count} workers"]) for count in counts}
+    print_waiting(rates["cached, SD's shape"], args.images_per_second)
+
+
+def worker_turn(dataset: TrainingDataset, num_workers: int, seconds: float) -> float:
+    """A fresh loader's seconds a sample, after what its workers fetch beforehand."""
+    loader = endless(dataset, num_workers)
+    for _ in range(2 * num_workers + 2):
+        next(loader)
+    taken = turn((len(batch) for batch in loader), seconds)
+    loader.close()
+    return taken
+
+
+def print_waiting(rates: Mapping[int, float], images_per_second: float) -> None:
+    """The share of the time that a GPU would wait for data: arithmetic, no GPU took part."""
+    step, rows = 1 / images_per_second, []
+    for workers, rate in rates.items():
+        load = 1 / rate
+        share = max(0.0, 1 - step / load) if workers else load / (load + step)  # workers load while the GPU computes
+        rows.append([str(workers), f"{rate:.4g}", f"{share:.1%}"])
+    title = (
+        f"6. Arithmetic, not measured on a GPU: one that trains SD at {images_per_second:g} images/s, from the cache"
+    )
+    print_table(title, ["workers", "samples/s, from 4", "share of the time that it would wait for data"], rows)
+
+
+# 5. Many records, many files
+
+
+def run_records(args: argparse.Namespace, folder: Path) -> None:
+    """What planning and the cache's keys cost by the number of records."""
+    rows = [
+        [f"{count:,}", str(num_buckets), *in_fresh_process(planning_cost, count, num_buckets)]
+        for count, num_buckets in itertools.product(args.records, (1, 20))
+    ]
+    head = [
+        "records",
+        "buckets",
+        "plan_images, s",
+        "GlobalBatches and first draw, s",
+        "a draw, us: median (10 to 90 %)",
+    ]
+    head += ["first draw of another epoch, ms", "peak memory above imports, MB"]
+    print_table("5. Planning records that are listed and not there", head, rows)
+    rows = [[f"{count:,}", *in_fresh_process(key_cost, count)] for count in args.records]
+    print_table("5. LatentPlan.keys of the same", ["records", "s", "peak memory above imports, MB"], rows)
+
+
+def in_fresh_process(work: Callable[..., list[str]], *arguments: object) -> list[str]:
+    """The result of work in a new process, whose memory holds nothing but imports."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def planning_cost(count: int, num_buckets: int) -> list[str]:
+    """Seconds, microseconds, milliseconds and megabytes, as the table has them."""
+    sizes = [(1024 + 64 * step, 1024 - 32 * step) for step in range(num_buckets // 2)]
+    names = [f"{width}x{height}" for size in sizes for width, height in (size, size[::-1])]
+    buckets = BucketOptions(use_aspect_ratio_buckets=True, buckets=names) if names else BucketOptions()
+    before = reset_peak_memory()
+    listed = synthetic_records(count)
+    images, planning = timed(lambda: planned(*listed, 1024, buckets, 16))
+    batches, drawing = timed(lambda: first_draw(images.batches(64, 16, SEED)))
+    draws = draw_microseconds(batches, 0, 5000)
+    others = [draw_microseconds(batches, epoch, 1)[0] / 1e3 for epoch in (3, 7, 11)]
+    low, high = np.quantile(draws, [0.1, 0.9])
+    return [
+        f"{planning:.3g}",
+        f"{drawing:.3g}",
+        f"{statistics.median(draws):.3g} ({low:.3g} to {high:.3g})",
+        f"{statistics.median(others):.3g}",
+        f"{(peak_memory() - before) / 1e6:.4g}",
+    ]
+
+
+def key_cost(count: int) -> list[str]:
+    """Seconds and megabytes."""
+    before = reset_peak_memory()
+    plan = LatentPlan(planned(*synthetic_records(count), 1024), ImageOptions(), SEED, 1, FINGERPRINT)
+    _, seconds = timed(plan.keys)
+    return [f"{seconds:.3g}", f"{(peak_memory() - before) / 1e6:.4g}"]
+
+
+def timed(work: Callable[[], object]) -> tuple:
+    """(result, seconds)."""
+    began = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - began
+
+
+def first_draw(batches: GlobalBatches) -> GlobalBatches:
+    """The same, after its first draw."""
+    batches.draw(0, 0)
+    return batches
+
+
+def draw_microseconds(batches: GlobalBatches, epoch: int, count: int) -> list[float]:
+    """What each of `count` draws takes, at random places of an epoch."""
+    random, steps = np.random.default_rng(SEED), int(batches.samples_per_epoch) // batches.size
+    found = []
+    for _ in range(count):
+        step = epoch * steps + int(random.integers(steps // 8, steps * 7 // 8))
+        slot = int(random.integers(batches.size))
+        began = time.perf_counter_ns()
+        batches.draw(step, slot)
+        found.append((time.perf_counter_ns() - began) / 1e3)
+    return found
+
+
+def reset_peak_memory() -> int:
+    """Has the peak begin anew where Linux can do it; gives it, in bytes."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
+def peak_memory() -> int:
+    """Bytes that were resident at most: Linux's VmHWM, for `ru_maxrss` of a child begins with its parent's."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def run_headers(args: argparse.Namespace, folder: Path) -> None:
+    """Headers of small files, read, and remembered from an earlier run."""
+    records = folder_records(write_pictures(folder / "small", args.header_files, SMALL_SIZE))
+    time.sleep(SETTLING_SECONDS)
+    memories = (folder / f"memory-{number}" for number in itertools.count())
+    survey(records, folder / "memory")
+    contestants = {
+        "remembered": partial(turn, surveys(records, itertools.repeat(folder / "memory"))),
+        "read": partial(turn, surveys(records, memories)),
+    }
+    times = take_turns(contestants, args.rounds, args.seconds)
+    print_times(f"5. Headers of {len(records):,} JPEG files of {SMALL_SIZE[0]}x{SMALL_SIZE[1]} pixels", times)
+    read, remembered = (statistics.median(times[name]) * 1e6 for name in ("read", "remembered"))
+    print(f"\nEstimated from this for a million files: {read:.3g} s to read, {remembered:.3g} s remembered.")
+
+
+def surveys(records: Records, memories: Iterable[Path]) -> Iterator[int]:
+    """Surveys the records by one memory after the other."""
+    for memory in memories:
+        survey(records, memory)
+        yield len(records)
+
+
+PARTS = {
+    "live": run_live,
+    "peer": run_peer,
+    "files": run_files,
+    "workers": run_workers,
+    "records": run_records,
+    "headers": run_headers,
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = partial(parser.add_argument, metavar="")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help=f"of {', '.join(PARTS)}; by default all")
+    add("--peer_script", type=Path, help="diffusers' train_text_to_image_sdxl.py, with torchvision installed")
+    add("--live_sd", type=int, default=0, help="images of SD's size that are encoded live, some 10 s each")
+    add("--samples", type=int, default=256, help="entries and pictures")
+    add("--batch_size", type=int, default=16)
+    add("--rounds", type=int, default=5, help="turns of each contestant")
+    add("--seconds", type=float, default=1.0, help="least length of a turn")
+    add("--records", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    add("--header_files", type=int, default=5000, help="files whose headers are read")
+    add("--images_per_second", type=float, default=150.0, help="what a GPU trains on, for the arithmetic of waiting")
+    return parser.parse_args()
+
+
+def print_machine() -> None:
+    """What ran it."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    print(
+        f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB of memory; Python {platform.python_version()}, ", end=""
+    )
+    print(", ".join(f"{package} {version(package)}" for package in PACKAGES))
+
+
+def main() -> None:
+    """Runs the parts, each in a temporary folder."""
+    args = parse_arguments()
+    torch.set_num_threads(1)
+    if args.peer_script is not None:
+        import_torchvision()  # before diffusers does
+    print_machine()
+    for name in args.parts:
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+            PARTS[name](args, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -342,3 +342,15 @@ def test_a_process_that_trains_apart_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes were started"):
         start_processes(RuntimeOptions(), 1, [], tmp_path, "logs")
+
+
+def test_each_of_two_to_the_64_positions_has_numbers_of_its_own():
+    """Against numpy's Philox with the key as it is; a list of such numbers would become float64, and be rounded."""
+    import numpy as np
+
+    for seed, position, place in [(0, 0, 0), (3, 2**63 + 1, 2), (3, 2**63 + 2, 2), (2**62, 2**64 - 1, 5)]:
+        key, counter = np.array([seed, position], np.uint64), np.array([0, 0, place, Stream.CROP], np.uint64)
+        expected = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(4)
+        assert generator(seed, position, place, Stream.CROP).random(4).tolist() == expected.tolist()
+    drawn = {generator(0, 2**63 + number, 0, Stream.FLIP).random() for number in range(3000)}
+    assert len(drawn) == 3000

@@ -9,6 +9,7 @@ keep 32 bits of its seed, and among two million samples some 500 would share ano
 from enum import IntEnum
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 
 class Stream(IntEnum):
@@ -43,6 +44,17 @@ class Stream(IntEnum):
     ROUNDING = 26
 
 
+class _Key(ISeedSequence):
+    """Gives Philox its key as it is; by its argument of that name numpy would first ask the system for random bits."""
+
+    def __init__(self, seed: int, position: int):
+        self._key = np.array([seed, position], np.uint64)
+
+    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
+        """The key: two words of 64 bits, which is what Philox asks for."""
+        return self._key
+
+
 def generator(seed: int, position: int, place: int, stream: Stream) -> np.random.Generator:
     """The generator of one draw.
 
@@ -51,7 +63,8 @@ def generator(seed: int, position: int, place: int, stream: Stream) -> np.random
         position: the optimizer step, or for what precedes encoding the record's identity.
         place: the slot in the global batch, or for what precedes encoding the pass over the record.
     """
-    return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, place, stream]))
+    counter = np.array([0, 0, place, stream], np.uint64)
+    return np.random.Generator(np.random.Philox(_Key(seed, position), counter=counter))
 
 
 def model_seed(seed: int, step: int, first_slot: int) -> int:

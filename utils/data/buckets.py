@@ -114,8 +114,9 @@ def plan_buckets(
     sizes = options.sizes(resolution)
     if len(sizes) == 1 and not options.no_upscale:
         return BucketPlan(sizes, np.zeros(len(image_sizes), np.uint16), [])
-    shapes, shape_of = np.unique(image_sizes, axis=0, return_inverse=True)  # many images share a shape
-    shape_of = shape_of.reshape(-1)
+    packed = image_sizes[:, 0].astype(np.int64) << 32 | image_sizes[:, 1].astype(np.int64)
+    distinct, shape_of = np.unique(packed, return_inverse=True)  # many images share a shape
+    shapes = np.stack([distinct >> 32, distinct & 0xFFFFFFFF], axis=1)
     nearest = _nearest(shapes, sizes, options.no_upscale)
     if options.no_upscale and options.buckets is None:
         sizes, nearest = _own_buckets(shapes, sizes, nearest, options, resolution)

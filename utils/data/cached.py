@@ -61,8 +61,10 @@ class LatentPlan:
         indices = np.arange(len(self.images.records))
         progress = tqdm(total=len(indices), desc="planning crops", disable=not show_progress, leave=False)
         found = []
+        if len(indices) < FEW_KEYS:
+            return np.frombuffer(_keys_of(self, indices), np.uint8).reshape(-1, KEY_SIZE)
         with progress:
-            for keys in map_chunks(_keys_of, self, indices, many=20_000):
+            for keys in map_chunks(_keys_of, self, indices, many=FEW_KEYS):
                 found.append(keys)
                 progress.update(len(keys) // (KEY_SIZE * self.num_variants))
         return np.frombuffer(b"".join(found), np.uint8).reshape(-1, KEY_SIZE)
@@ -78,6 +80,7 @@ class LatentPlan:
         return make_cut(image, cut, self.options), cut.crop.row()
 
 
+FEW_KEYS = 20_000  # of which processes would cost more than they save
 CUT_FACTS = struct.Struct("<15d")
 
 
@@ -176,7 +179,8 @@ class CachedTexts:
 
 def text_key(fingerprint: str, text: str, dropped: bool) -> bytes:
     """Made of all that changes a caption's states."""
-    return make_key("text 1", fingerprint, "" if dropped else text, dropped)
+    content = f"text 1 {fingerprint} {int(dropped)} {'' if dropped else text}"
+    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=KEY_SIZE).digest()
 
 
 def texts_of(images: PlannedImages, seed: int, num_variants: int | None) -> Iterator[str]:
