@@ -29,7 +29,15 @@ from utils.data.sampler import GlobalBatches
 from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions
 from utils.data.sources import DataOptions, SourceOptions, source_entries
 from utils.data.stream import StreamedBatches, StreamedImages
-from utils.doctor import draw_sheet, examine
+from utils.doctor import (
+    SHEET_TILES,
+    STREAMED_SAMPLES,
+    draw_sheet,
+    examine,
+    examine_stream,
+    first_seen,
+    first_streamed,
+)
 from utils.ema import EmaOptions, MovingAverage
 from utils.encoding import Encoder
 from utils.export import CardFacts, HubOptions, upload, write_card
@@ -560,14 +568,20 @@ def examine_data(
     folder: Path,
 ) -> str:
     """What the dataset doctor finds, a fact a line; what the model will see is drawn, and all of it written down."""
+    sheet, report = folder / "contact_sheet.png", folder / "dry_run_report.json"
+    cache, tokenize = options.cache, family.tokenizer()
+    variants = cache.cut_variants, cache.text_variants
     if isinstance(images, StreamedImages):
-        return "data\n  a stream is not examined: that would read all of it"
-    texts, tokenize = preparation.texts(images), family.tokenizer()
+        samples = list(first_streamed(images, batches, STREAMED_SAMPLES))
+        draw_sheet(samples, images.plan.sizes, options.image, batches.seed, variants, sheet)
+        lines = examine_stream(images, samples, tokenize.num_tokens, tokenize.max_tokens)
+        return "\n".join(["data", *lines, f"  seen by the model: {sheet}"])
+    texts = preparation.texts(images)
     cache_bytes = preparation.cache_bytes(family, images, len(texts))
     counts = tokenize.num_tokens(texts)
-    found = examine(images, batches, texts, counts, tokenize.max_tokens, cache_bytes, options.cache.folder)
-    sheet, report = folder / "contact_sheet.png", folder / "dry_run_report.json"
-    draw_sheet(images, batches, options.image, options.cache.cut_variants, options.cache.text_variants, sheet)
+    found = examine(images, batches, texts, counts, tokenize.max_tokens, cache_bytes, cache.folder)
+    samples = first_seen(images, batches, SHEET_TILES)
+    draw_sheet(samples, images.plan.sizes, options.image, batches.seed, variants, sheet)
     write_json(report, found.record())
     return "\n".join(["data", *found.lines(), f"  seen by the model: {sheet}; all of this: {report}"])
 

@@ -690,6 +690,16 @@ class TestStream:
             json.loads(line)["train_loss"] for line in lines[1]
         ]
 
+    def test_a_dry_run_examines_the_first(self, train, shards, capsys):
+        flags = ["--streaming", "--max_train_steps", 2, "--use_aspect_ratio_buckets", "--bucket_step", 8, "--dry_run"]
+        out = train("sd", *flags, "--resolution", 64, "--train_batch_size", 4, data=shards)
+        said = capsys.readouterr().out
+        assert "38 distinct" in said
+        assert "the file is empty" in said
+        assert "the image is cut off" in said
+        sheet = np.asarray(Image.open(out / "contact_sheet.png"))
+        assert (sheet != 255).any(axis=2).mean() > 0.2
+
     def test_what_does_not_go(self, train, shards, capsys, tmp_path):
         train("sd", "--streaming", data=shards, expect=2)
         assert "--max_train_steps" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 """The dataset doctor: what a dry run says of the data, and a sheet of what the model will really see."""
 
+import itertools
 import textwrap
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,14 +16,16 @@ from utils.data.buckets import BucketPlan
 from utils.data.dataset import pass_of, text_of
 from utils.data.headers import add_digests, map_chunks
 from utils.data.images import ImageOptions, make_cut, plan_cut, read_rgb, reason_of
-from utils.data.sampler import GlobalBatches
+from utils.data.sampler import Draw, GlobalBatches
 from utils.data.selection import PlannedImages, upscaling
 from utils.data.sources import Records
+from utils.data.stream import StreamedBatches, StreamedImages, StreamedRecords
 
 MOST_DECODED = 20_000
 TILE = 192
 CAPTION_LINES = 4
 SHEET_TILES = 24
+STREAMED_SAMPLES = 200  # of a stream, which are examined
 
 
 @dataclass(frozen=True)
@@ -182,30 +186,76 @@ def cropped_away(sizes: np.ndarray, plan: BucketPlan) -> np.ndarray:
     return 1 - targets.prod(1) / (sizes.astype(np.float64).prod(1) * scale**2)
 
 
+class Seen(NamedTuple):
+    """A sample of the first steps: where it stands, and the records that its draw is of."""
+
+    records: Records | StreamedRecords
+    draw: Draw
+    step: int
+    slot: int
+
+
+def first_seen(images: PlannedImages, batches: GlobalBatches, count: int) -> Iterator[Seen]:
+    """The samples of the first steps."""
+    for number in range(min(count, 4 * len(images.records))):
+        step, slot = divmod(number, batches.size)
+        yield Seen(images.records, batches.draw(step, slot), step, slot)
+
+
+def first_streamed(images: StreamedImages, batches: StreamedBatches, count: int) -> Iterator[Seen]:
+    """The samples of a stream's first steps, which are read for it."""
+    pieces = images.pieces(batches, batches.group_size, 0, 1, 0, -(-count // batches.size))
+    for piece in pieces:
+        for place, slot in enumerate(piece.slots):
+            yield Seen(piece.streamed, piece.streamed.draw(place), piece.step, slot)
+
+
+def examine_stream(
+    images: StreamedImages, samples: Sequence[Seen], count_tokens: Callable[[list[str]], np.ndarray], max_tokens: int
+) -> list[str]:
+    """What the first samples of a stream are like, a finding a line."""
+    texts = sorted({caption for seen in samples for caption in seen.records.captions(seen.draw.record)})
+    tokens, broken = count_tokens(texts), {}
+    buckets: Counter[tuple[int, int]] = Counter()
+    for records, draw, _, _ in samples:
+        buckets[images.plan.sizes[draw.bucket]] += 1
+        try:
+            read_rgb(records.image(draw.record))
+        except (OSError, ValueError) as error:
+            broken[records.key(draw.record)] = reason_of(error)
+    bad = dict(bad for seen in samples for bad in seen.records.bad) | broken
+    return [
+        f"  the first {len(samples)} of {images.describe()}, as they come",
+        *(f"  buckets        {width:>5} x {height:<5}{count:>6}" for (width, height), count in sorted(buckets.items())),
+        f"  captions       {len(texts):,} distinct; {_span(tokens)} tokens; {int((tokens > max_tokens).sum())} are cut",
+        f"  no caption     {images.counts['missing_captions']:,} of {images.counts['read']:,} that were read",
+        f"  bad files      {len(bad):,}",
+        *(f"                 {name}: {reason}" for name, reason in list(bad.items())[:20]),
+    ]
+
+
 def draw_sheet(
-    images: PlannedImages,
-    batches: GlobalBatches,
+    samples: Iterable[Seen],
+    sizes: Sequence[tuple[int, int]],
     options: ImageOptions,
-    cut_variants: int | None,
-    text_variants: int | None,
+    seed: int,
+    variants: tuple[int | None, int | None],
     file: Path,
 ) -> None:
     """Draws a PNG of what the model will see in its first steps, cut and mirrored as it will be, captions below.
 
     Args:
-        cut_variants, text_variants: passes after which crops, and orders of tags, come again; or None.
+        sizes: widths and heights of the buckets.
+        variants: passes after which crops, and orders of tags, come again; or None.
     """
     tiles = []
-    for number in range(min(SHEET_TILES, 4 * len(images.records))):
-        step, slot = divmod(number, batches.size)
-        draw = batches.draw(step, slot)
-        text, dropped = text_of(images.records, draw, batches.seed, step, slot, text_variants)
+    for records, draw, step, slot in itertools.islice(samples, SHEET_TILES):
+        text, dropped = text_of(records, draw, seed, step, slot, variants[1])
         try:
-            image = read_rgb(images.records.image(draw.record), options.transparency_color)
+            image = read_rgb(records.image(draw.record), options.transparency_color)
         except (OSError, ValueError):
             continue
-        passing = pass_of(images.records, draw, cut_variants)
-        cut = plan_cut(image.size, images.plan.sizes[draw.bucket], options, batches.seed, passing)
+        cut = plan_cut(image.size, sizes[draw.bucket], options, seed, pass_of(records, draw, variants[0]))
         pixels = Image.fromarray(make_cut(image, cut, options).transpose(1, 2, 0))
         caption = "(caption dropped)" if dropped else text or "(no caption)"
         tiles.append(_tile(pixels, f"{cut.crop.width}x{cut.crop.height}", caption))
