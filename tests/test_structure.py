@@ -1,6 +1,8 @@
 """The floors of the house hold, and every room is on the plan."""
 
 import pkgutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -9,11 +11,11 @@ import utils
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_floors_hold(monkeypatch):
-    from importlinter.cli import lint_imports
-
-    monkeypatch.chdir(ROOT)
-    assert lint_imports() == 0
+def test_the_floors_hold():
+    code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    )  # in here it would silence all loggers
 
 
 def test_the_declared_modules_are_those_on_disk():
