@@ -27,7 +27,7 @@ BOTH = ("--cache_latents", "--cache_text_embeddings")
 def entries(folder: Path) -> dict[bytes, dict[str, torch.Tensor]]:
     """All that is in a cache, by key."""
     found = {}
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in sorted(folder.rglob("[!.]*.safetensors")):
         tensors = load_file(file)
         keys = tensors.pop("keys")
         for row, key in enumerate(keys):
@@ -37,7 +37,7 @@ def entries(folder: Path) -> dict[bytes, dict[str, torch.Tensor]]:
 
 def files(folder: Path) -> dict[str, bytes]:
     """The shards of a cache, by their names."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("[!.]*.safetensors"))}
 
 
 class TestStore:
