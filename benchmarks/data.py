@@ -471,7 +471,7 @@ class NoiseVae:
 
     device = torch.device("cpu")
     dtype = torch.float32
-    config = SimpleNamespace(scaling_factor=0.13025)
+    config = SimpleNamespace(scaling_factor=0.13025)  # SDXL's, for there is no VAE here whose config would say it
 
     def encode(self, pixels: Tensor) -> SimpleNamespace:
         """A posterior to sample from."""

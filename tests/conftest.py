@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait for each other
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -60,6 +60,25 @@ def train(pipelines: dict[str, Path], images: Path, tmp_path: Path) -> Callable[
 
     run.pipelines = pipelines
     return run
+
+
+@pytest.fixture
+def refused(train: Callable[..., Path], capsys: pytest.CaptureFixture) -> Callable[..., None]:
+    """refused(["--rank", 4], "--adaptation lora") holds that train_text_to_image.py ends in an error that says so."""
+
+    def check(flags: Sequence[object], *named: str, **arguments: object) -> None:
+        train("sd", *flags, expect=2, **arguments)
+        line = message(capsys)
+        assert all(part in line for part in named), line
+
+    return check
+
+
+def message(capsys: pytest.CaptureFixture) -> str:
+    """The error's line, which must be the only one of its kind."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
 
 
 def reset_accelerate() -> None:

@@ -298,6 +298,19 @@ class AdapterTuning(Adaptation):
 class PeftAdaptation(AdapterTuning):
     """Adapters that diffusers has no file format for: saved as PEFT adapter folders, and fused into a pipeline."""
 
+    config_class_name: str  # in peft
+
+    def _config(self, targets: list[str]) -> "PeftConfig":
+        import peft
+
+        options = self.options
+        return getattr(peft, self.config_class_name)(
+            r=options.lora_rank,
+            alpha=options.lora_alpha or options.lora_rank,
+            rank_dropout=options.lora_dropout,
+            target_modules=targets,
+        )
+
     def _saved(self, folder: Path, average: bool) -> dict[str, Tensor]:
         return {
             f"{name}.{key.removeprefix(WRAPPED)}": tensor
@@ -331,9 +344,9 @@ class PeftAdaptation(AdapterTuning):
 
     def export(self, folder: Path) -> None:
         """Writes the adapter folders, and in `fused/` the pipeline with them merged in."""
-        self._write(folder, "")
         from peft import PeftModel
 
+        self._write(folder, "")
         pipeline = self.family.float32_pipeline()
         for name in self.modules:
             PeftModel.from_pretrained(getattr(pipeline, name), folder / name).merge_and_unload()
@@ -344,26 +357,14 @@ class HadamardAdaptation(PeftAdaptation):
     """LoHa: the Hadamard product of two low-rank updates (Hyeon-Woo et al. 2022, FedPara)."""
 
     prefix = "hada_"
-
-    def _config(self, targets: list[str]) -> "PeftConfig":
-        from peft import LoHaConfig
-
-        options = self.options
-        alpha = options.lora_alpha or options.lora_rank
-        return LoHaConfig(r=options.lora_rank, alpha=alpha, rank_dropout=options.lora_dropout, target_modules=targets)
+    config_class_name = "LoHaConfig"
 
 
 class KroneckerAdaptation(PeftAdaptation):
     """LoKr: the Kronecker product of a small and a low-rank matrix (Edalati et al. 2022, KronA)."""
 
     prefix = "lokr_"
-
-    def _config(self, targets: list[str]) -> "PeftConfig":
-        from peft import LoKrConfig
-
-        options = self.options
-        alpha = options.lora_alpha or options.lora_rank
-        return LoKrConfig(r=options.lora_rank, alpha=alpha, rank_dropout=options.lora_dropout, target_modules=targets)
+    config_class_name = "LoKrConfig"
 
 
 class LowRankAdaptation(AdapterTuning):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from utils.disk import sync_folder
 from utils.optim import NamedParameter
 from utils.options import UserError, option, require_positive
 from utils.runtime import write_json
@@ -123,7 +124,7 @@ class Checkpoints:
         if target.exists():  # not whole, or of a run that went further before it was resumed from an earlier step
             os.replace(target, replaced)
         os.replace(aside, target)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
         self._prune()
         return target
@@ -232,12 +233,4 @@ def _sync(folder: Path) -> None:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        _sync_folder(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_folder(path)

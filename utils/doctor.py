@@ -214,6 +214,8 @@ def examine_stream(
     images: StreamedImages, samples: Sequence[Seen], count_tokens: Callable[[list[str]], np.ndarray], max_tokens: int
 ) -> list[str]:
     """What the first samples of a stream are like, a finding a line."""
+    if not samples:
+        return [f"  none came of {images.describe()}"]
     texts = sorted({caption for seen in samples for caption in seen.records.captions(seen.draw.record)})
     tokens, broken = count_tokens(texts), {}
     buckets: Counter[tuple[int, int]] = Counter()

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from utils.disk import sync_folder
 from utils.options import UserError, option, require_positive
 
 logger = logging.getLogger(__name__)
@@ -220,15 +221,6 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         begin, end = entry["data_offsets"]
         tensors[name] = content[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
-
-
-def sync_folder(folder: Path) -> None:
-    """Has the disk keep the names in a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_stale(folder: Path) -> None:
