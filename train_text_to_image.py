@@ -67,6 +67,7 @@ from utils.options import (
     run_script,
     without_secrets,
 )
+from utils.perceptual import PerceptualLoss, PerceptualOptions
 from utils.preparation import DataPreparation
 from utils.runtime import (
     OutputFolder,
@@ -82,6 +83,7 @@ from utils.runtime import (
 from utils.seeding import model_seed
 from utils.state import RunState, evaluating
 from utils.stepping import PerParameter
+from utils.terms import LossTerm, TermFacts, TermOptions, load_term
 from utils.tracking import RunLog, Sample, StepMetrics, TrackingOptions, start_trackers
 from utils.validation import Sampler, ValidationOptions
 
@@ -119,6 +121,8 @@ class Options:
     optimizer: OptimizerOptions
     schedule: ScheduleOptions
     loss: LossOptions
+    perceptual: PerceptualOptions
+    term: TermOptions
     noise: NoiseOptions
     ema: EmaOptions
     held_out: HeldOutOptions
@@ -132,8 +136,9 @@ class Options:
     @property
     def structure(self) -> dict[str, object]:
         """What a checkpoint can only be resumed with, by flag."""
-        optimizer = {"seed": self.runtime.seed, "optimizer": self.optimizer.name}
-        return optimizer | self.adaptation.structure
+        term = None if self.term.loss_module is None else Path(self.term.loss_module).name
+        shared = {"seed": self.runtime.seed, "optimizer": self.optimizer.name, "loss_module": term}
+        return shared | self.adaptation.structure
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -141,7 +146,8 @@ def run(argv: Sequence[str] | None) -> None:
     set_up_logging()
     options: Options = parse(Options, argv, __doc__.splitlines()[0])
     check_together(options)
-    names = (options.model.pretrained_model_name_or_path, options.source.dataset_name)
+    network = options.perceptual.perceptual_network
+    names = (options.model.pretrained_model_name_or_path, options.source.dataset_name, network)
     if not all(name is None or Path(name).exists() for name in names):
         use_hub_cache_if_offline()
     source = PipelineSource(options.model)
@@ -188,7 +194,9 @@ def run(argv: Sequence[str] | None) -> None:
         family.use_attention()
         family.save_memory()
         process = forward_process(options.noise, family.pipeline.scheduler.config)
+        terms = loss_terms(options, family, process)
         named = adaptation.named_parameters(rates)
+        own = own_parameters(options.term, terms, rates)
         plan = describe(options, accelerator, family, adaptation, images, held_out_images, batches, total_steps)
         if options.runtime.dry_run:
             if accelerator.is_main_process:
@@ -196,28 +204,28 @@ def run(argv: Sequence[str] | None) -> None:
                 print(examine_data(options, preparation, family, images, batches, folder.path))
             return
 
-        family.to(accelerator.device)
+        for part in (family, *terms):
+            part.to(accelerator.device)
         if options.model.gradient_checkpointing:
-            family.use_gradient_checkpointing(options.adaptation.train_text_encoder)
-        parameters = [parameter for _, parameter, _ in named]
+            family.use_gradient_checkpointing(options.adaptation.train_text_encoder, vae=bool(terms))
         num_workers = options.loader.num_workers(accelerator.num_processes)
         held_out = measure_on(options, accelerator, family, held_out_images)
-        latents, texts = preparation.fill_cache(family, images, num_workers)
+        encodings = preparation.fill_cache(family, images, num_workers, keep_vae=bool(terms))
         if options.cache.cache_only or options.cache.verify_cache:
             preparation.write_report(images)
             return
-        average = MovingAverage(parameters, options.ema) if options.ema.use_ema else None
+        average = MovingAverage([each.parameter for each in named], options.ema) if options.ema.use_ema else None
         encoder = Encoder(family, options.adaptation.train_text_encoder)
-        objective = Objective(family, adaptation.modules, process, options.noise, options.loss)
-        model, optimizer = accelerator.prepare(objective, make_optimizer(options, named, rates))
-        state = RunState(accelerator, adaptation, average, optimizer, named, structure, batches.size)
+        objective = Objective(family, adaptation.modules, process, options.noise, options.loss, terms)
+        model, optimizer = accelerator.prepare(objective, make_optimizer(options, named + own, rates))
+        state = RunState(accelerator, adaptation, average, optimizer, named, own, structure, batches.size)
         first_step = 0 if start is None else state.load(start)
 
         spec = SampleSpec(
             family.latent_space.shape, family.tokenizer(), options.cache.cut_variants, options.cache.text_variants
         )
         draws = NoiseDraws(options.noise, process, seed, batches.size)
-        dataset = TrainingDataset(images, batches, spec, options.image, draws, latents, texts)
+        dataset = TrainingDataset(images, batches, spec, options.image, draws, encodings)
         rank, num_processes = accelerator.process_index, accelerator.num_processes
         micro_batch = options.loader.train_batch_size
         pieces = images.pieces(batches, micro_batch, rank, num_processes, first_step, total_steps)
@@ -300,6 +308,29 @@ def run(argv: Sequence[str] | None) -> None:
         logger.info("the result is in %s", folder.path)
 
 
+def loss_terms(options: Options, family: Family, process: ForwardProcess) -> list[LossTerm]:
+    """What is added to the loss, as the options ask."""
+    space = family.latent_space
+    facts = TermFacts(space.channels, process.num_timesteps, space.decode)
+    terms: list[LossTerm] = []
+    if options.perceptual.perceptual_weight is not None:
+        terms.append(PerceptualLoss(facts, options.perceptual))
+    if options.term.loss_module is not None:
+        terms.append(load_term(options.term, facts))
+    return terms
+
+
+def own_parameters(options: TermOptions, terms: Sequence[LossTerm], rates: OptimizerOptions) -> list[NamedParameter]:
+    """What the terms themselves train."""
+    rate = options.loss_module_lr or rates.learning_rate
+    return [
+        NamedParameter(f"loss_module.{name}", parameter, rate)
+        for term in terms
+        for name, parameter in term.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
 def measure_on(
     options: Options, accelerator: "Accelerator", family: Family, images: PlannedImages | None
 ) -> HeldOut | None:
@@ -368,6 +399,7 @@ def check_together(options: Options) -> None:
             "log in by `hf auth login` instead"
         )
     check_optimizer(options)
+    check_masks(options)
     needs_loss = {
         "--early_stopping_patience": options.stopping.early_stopping_patience is not None,
         "--lr_scheduler reduce_on_plateau": options.schedule.lr_scheduler == "reduce_on_plateau",
@@ -401,6 +433,18 @@ def check_together(options: Options) -> None:
         logger.warning("--clip_skip %d: the layers left out stay as they are", options.model.clip_skip)
 
 
+def check_masks(options: Options) -> None:
+    """Refuses what is said of masks where no source has them."""
+    asked = {
+        "--unmasked_weight": options.loss.unmasked_weight > 0,
+        "--normalize_masked_loss": options.loss.normalize_masked_loss,
+    }
+    entries = source_entries(options.data, options.source, options.captions)
+    if any(asked.values()) and not any(entry.source.has_masks for entry in entries):
+        flag = next(flag for flag, is_given in asked.items() if is_given)
+        raise UserError(f"{flag} is for images with masks; give --alpha_mask, --mask_dir or --mask_column")
+
+
 def check_optimizer(options: Options) -> None:
     """Refuses an optimizer whose package is missing, or that does not go with the schedule."""
     name, schedule = options.optimizer.name, options.schedule.lr_scheduler
@@ -412,6 +456,8 @@ def check_optimizer(options: Options) -> None:
         raise UserError(
             f"--optimizer {name} needs no schedule; --lr_scheduler must be constant or constant_with_warmup"
         )
+    if name == "prodigy" and options.term.loss_module_lr not in (None, options.optimizer.learning_rate):
+        raise UserError("--optimizer prodigy has one rate for all it trains; leave out --loss_module_lr")
     if name == "prodigy" and options.optimizer.learning_rate < 0.1:
         rate = options.optimizer.learning_rate
         logger.warning("--optimizer prodigy finds its rate itself: --learning_rate %g is a factor on it, try 1", rate)

@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from tests import tiny  # noqa: E402
 from utils.data.buckets import BucketOptions  # noqa: E402
 from utils.data.cache import KEY_SIZE, EntryStore, in_shards, make_key  # noqa: E402
-from utils.data.cached import CachedLatents, CachedTexts, LatentPlan, text_key, texts_of  # noqa: E402
+from utils.data.cached import CachedCuts, CachedTexts, Encodings, LatentPlan, text_key, texts_of  # noqa: E402
 from utils.data.captions import CaptionOptions  # noqa: E402
 from utils.data.dataset import SampleSpec, TrainingDataset, Waiting, batches_by_step  # noqa: E402
 from utils.data.headers import Survey, add_digests, survey  # noqa: E402
@@ -220,7 +220,7 @@ class Entries:
         text_keys = [text_key(FINGERPRINT, text, False) for text in texts] + [text_key(FINGERPRINT, "", True)]
         latents = write_entries(folder / "latents", latent_keys, {"moments": self.moments, "crops": crops})
         places = latents.find(np.frombuffer(b"".join(latent_keys), np.uint8).reshape(-1, KEY_SIZE))
-        self.latents = CachedLatents(latents, places[:, None], {})
+        self.latents = CachedCuts(latents, places[:, None], {})
         self.texts = CachedTexts(write_entries(folder / "text", text_keys, self.states), FINGERPRINT)
 
     def sample(self, number: int) -> dict[str, Tensor]:
@@ -232,7 +232,9 @@ class Entries:
         draws = noise_draws(batch_size) if with_noise else NoDraws()
         batches = self.images.batches(batch_size, batch_size, SEED)
         spec = SampleSpec(lambda _: self.shape.latents, no_tokens, 1, 1)
-        return TrainingDataset(self.images, batches, spec, ImageOptions(), draws, self.latents, self.texts)
+        return TrainingDataset(
+            self.images, batches, spec, ImageOptions(), draws, Encodings(self.latents, None, self.texts)
+        )
 
 
 def write_entries(folder: Path, keys: Sequence[bytes], tensors: Mapping[str, Tensor]) -> EntryStore:
@@ -332,7 +334,7 @@ def tiny_contestants(pipeline: Path, folder: Path) -> dict[str, Contestant]:
     spec = SampleSpec(family.latent_space.shape, family.tokenizer(), 1, 1)
     facts = (images, images.batches(16, 16, SEED), spec, ImageOptions(), noise_draws(16))
     encoder = Encoder(family, text_encoders_train=False)
-    datasets = {"cached": TrainingDataset(*facts, latents, texts), "live": TrainingDataset(*facts)}
+    datasets = {"cached": TrainingDataset(*facts, Encodings(latents, None, texts)), "live": TrainingDataset(*facts)}
     cached, live = (encoder.encode(next(endless(dataset))) for dataset in datasets.values())
     torch.testing.assert_close(cached.mean, live.mean)
     torch.testing.assert_close(cached.states, live.states)

@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from utils.data.buckets import BucketPlan
+from utils.data.cutting import cut_out
 from utils.data.dataset import pass_of, text_of
 from utils.data.headers import add_digests, map_chunks
-from utils.data.images import ImageOptions, make_cut, plan_cut, read_rgb, reason_of
+from utils.data.images import ImageOptions, read_rgb, reason_of
 from utils.data.sampler import Draw, GlobalBatches
 from utils.data.selection import PlannedImages, upscaling
 from utils.data.sources import Records
@@ -24,6 +25,7 @@ from utils.data.stream import StreamedBatches, StreamedImages, StreamedRecords
 MOST_DECODED = 20_000
 TILE = 192
 CAPTION_LINES = 4
+DIMMED = 0.25  # brightness of what a mask leaves out
 SHEET_TILES = 24
 STREAMED_SAMPLES = 200  # of a stream, which are examined
 
@@ -246,6 +248,8 @@ def draw_sheet(
 ) -> None:
     """Draws a PNG of what the model will see in its first steps, cut and mirrored as it will be, captions below.
 
+    What a mask leaves out is dark.
+
     Args:
         sizes: widths and heights of the buckets.
         variants: passes after which crops, and orders of tags, come again; or None.
@@ -253,14 +257,22 @@ def draw_sheet(
     tiles = []
     for records, draw, step, slot in itertools.islice(samples, SHEET_TILES):
         text, dropped = text_of(records, draw, seed, step, slot, variants[1])
+        width, height = size = sizes[draw.bucket]
+        image, mask, passing = (
+            records.image(draw.record),
+            records.mask(draw.record),
+            pass_of(records, draw, variants[0]),
+        )
         try:
-            image = read_rgb(records.image(draw.record), options.transparency_color)
+            found = cut_out(image, mask, size, options, seed, passing, (height, width) if records.has_masks else None)
         except (OSError, ValueError):
             continue
-        cut = plan_cut(image.size, sizes[draw.bucket], options, seed, pass_of(records, draw, variants[0]))
-        pixels = Image.fromarray(make_cut(image, cut, options).transpose(1, 2, 0))
+        pixels = Image.fromarray(found.pixels.transpose(1, 2, 0))
+        if found.mask is not None:  # where the loss does not count, it is dark
+            counted = found.mask / 255 * (1 - DIMMED) + DIMMED
+            pixels = Image.fromarray((found.pixels * counted).astype(np.uint8).transpose(1, 2, 0))
         caption = "(caption dropped)" if dropped else text or "(no caption)"
-        tiles.append(_tile(pixels, f"{cut.crop.width}x{cut.crop.height}", caption))
+        tiles.append(_tile(pixels, f"{width}x{height}", caption))
     columns = min(6, max(1, len(tiles)))
     rows = -(-len(tiles) // columns)
     width, height = TILE + 16, TILE + 16 + 14 * (CAPTION_LINES + 1)

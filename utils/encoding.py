@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from utils.data.cache import EntryStore, in_shards
 from utils.data.cached import (
-    CachedLatents,
+    CachedCuts,
     CachedTexts,
+    CutPlan,
     EncodedImages,
     ImagesToEncode,
     LatentPlan,
+    MaskPlan,
     text_key,
 )
 from utils.families.base import Family, TextStates
@@ -135,20 +137,27 @@ class CacheFiller:
         family = self.family
         return fingerprint(family.text_encoders, *family.text_facts(), str(family.text_dtype), str(self.dtype))
 
-    def latents(self, plan: LatentPlan, store: EntryStore) -> CachedLatents:
+    def latents(self, plan: LatentPlan, store: EntryStore) -> CachedCuts:
         """Encodes the crops of a plan that are not in the store yet."""
+        return self._cuts(plan, store, "moments", self.moments)
+
+    def masks(self, plan: MaskPlan, store: EntryStore) -> CachedCuts:
+        """Cuts the masks of a plan that are not in the store yet."""
+        return self._cuts(plan, store, "masks", lambda masks: masks)
+
+    def _cuts(self, plan: CutPlan, store: EntryStore, name: str, encode: Callable[[Tensor], Tensor]) -> CachedCuts:
         keys = self._of_main(lambda: plan.keys(show_progress=len(plan.images.records) > MANY_IMAGES))
         store.open()
         missing = self._of_main(lambda: first_of_each(keys, np.flatnonzero(store.find(keys)[:, 0] < 0)))
         buckets = plan.images.plan.bucket_of[missing // plan.num_variants]
         missing = missing[np.argsort(buckets, kind="stable")]
         shards = list(in_shards(missing, np.sort(buckets)))
-        bad = self._gather(self._encode_images(plan, keys, store, self._share(shards)))
+        bad = self._gather(self._encode_images(plan, keys, store, self._share(shards), name, encode))
         store.refresh()
         places = store.find(keys).reshape(-1, plan.num_variants, 2)
         lost = set(np.flatnonzero((places[:, :, 0] < 0).any(1)).tolist()) - bad.keys()
         self._check_shared(len(lost), store)
-        return CachedLatents(store, places, bad)
+        return CachedCuts(store, places, bad)
 
     def texts(self, texts: Sequence[str], text_fingerprint: str, store: EntryStore) -> CachedTexts:
         """Encodes the texts that are not in the store yet, and what stands for a dropped caption."""
@@ -187,7 +196,13 @@ class CacheFiller:
         return shards[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _encode_images(
-        self, plan: LatentPlan, keys: np.ndarray, store: EntryStore, shards: list[np.ndarray]
+        self,
+        plan: CutPlan,
+        keys: np.ndarray,
+        store: EntryStore,
+        shards: list[np.ndarray],
+        name: str,
+        encode: Callable[[Tensor], Tensor],
     ) -> dict[int, str]:
         """Writes this process's shards; gives the images that can't be read."""
         size = self.batch_size
@@ -198,7 +213,7 @@ class CacheFiller:
             num_workers=self.num_workers if len(shards) else 0,
         )
         encoded, bad = iter(loader), {}
-        with ShardWriter(store) as writer, self._progress(sum(map(len, shards)), "encoding images") as progress:
+        with ShardWriter(store) as writer, self._progress(sum(map(len, shards)), f"encoding {name}") as progress:
             for batches in cuts:
                 parts: list[tuple[EncodedImages, Tensor]] = []
                 for _ in batches:
@@ -206,13 +221,13 @@ class CacheFiller:
                     bad |= batch.bad
                     progress.update(len(batch.places) + len(batch.bad))
                     if batch.places:
-                        parts.append((batch, self.moments(batch.pixels)))
+                        parts.append((batch, encode(batch.pixels)))
                 entries = _finite(parts, plan, bad)
                 if entries:
                     places = [place for place, _, _ in entries]
-                    moments = joined([moments for _, moments, _ in entries])
+                    values = joined([value for _, value, _ in entries])
                     crops = torch.stack([crop for _, _, crop in entries])
-                    writer.write([keys[place].tobytes() for place in places], {"moments": moments, "crops": crops})
+                    writer.write([keys[place].tobytes() for place in places], {name: values, "crops": crops})
         return bad
 
     def _encode_texts(
@@ -270,14 +285,14 @@ def joined(rows: Sequence[Tensor]) -> Tensor:
 
 
 def _finite(
-    parts: list[tuple[EncodedImages, Tensor]], plan: LatentPlan, bad: dict[int, str]
+    parts: list[tuple[EncodedImages, Tensor]], plan: CutPlan, bad: dict[int, str]
 ) -> list[tuple[int, Tensor, Tensor]]:
-    """(place, moments, crop) of each crop whose moments are finite; the others' images are bad."""
+    """(place, value, crop) of each crop whose value is finite; the others' images are bad."""
     entries = []
-    for batch, moments in parts:
-        for place, moment, crop in zip(batch.places, moments, batch.crops, strict=True):
-            if torch.isfinite(moment).all():
-                entries.append((place, moment, crop))
+    for batch, values in parts:
+        for place, value, crop in zip(batch.places, values, batch.crops, strict=True):
+            if torch.isfinite(value).all():
+                entries.append((place, value, crop))
             else:
                 bad[place // plan.num_variants] = "the VAE's encoding of it is not finite"
     return entries
@@ -332,7 +347,7 @@ class Verification:
     peak_signal_to_noise: float | None
 
 
-def verify_latents(filler: CacheFiller, plan: LatentPlan, cached: CachedLatents) -> Verification:
+def verify_latents(filler: CacheFiller, plan: LatentPlan, cached: CachedCuts) -> Verification:
     """Encodes every cached crop again, compares, and decodes it beside its pixels; each process all of its share."""
     count = len(cached.places) * plan.num_variants
     mine = np.arange(count)[filler.accelerator.process_index :: filler.accelerator.num_processes]
@@ -341,7 +356,8 @@ def verify_latents(filler: CacheFiller, plan: LatentPlan, cached: CachedLatents)
         index, variant = divmod(int(place), plan.num_variants)
         if cached.places[index, variant, 0] < 0:
             continue
-        moments, crop = cached.read(index, variant)
+        entry = cached.read(index, variant)
+        moments, crop = entry["moments"], entry["crops"]
         try:
             pixels, crop_now = plan.read(index, variant)
         except (OSError, ValueError):
@@ -350,7 +366,7 @@ def verify_latents(filler: CacheFiller, plan: LatentPlan, cached: CachedLatents)
         now = filler.moments(torch.from_numpy(pixels)[None])[0]
         error = relative_error(moments, now)
         worst, num_entries = max(worst, error), num_entries + 1
-        if not error <= TOLERANCES[moments.dtype] or crop.tolist() != crop_now:
+        if not error <= TOLERANCES[moments.dtype] or crop.tolist() != crop_now.row():
             different.append(plan.images.records.key(index))
         decibels.append(_decibels(filler, moments[0].float(), torch.from_numpy(pixels)))
     return _together(different, worst, num_entries, decibels)
@@ -385,7 +401,8 @@ def relative_error(one: Tensor, other: Tensor) -> float:
 def _decibels(filler: CacheFiller, mean: Tensor, pixels: Tensor) -> float:
     """Peak signal-to-noise ratio of the decoded mean [C, h, w] against its pixels [3, H, W] uint8."""
     space, none = filler.family.latent_space, torch.zeros_like(mean)[None].to(filler.accelerator.device)
-    decoded = space.decode(space.latents(mean[None].to(none.device), none, none))[0].cpu().clamp(-1, 1)
+    with torch.no_grad():
+        decoded = space.decode(space.latents(mean[None].to(none.device), none, none))[0].cpu().clamp(-1, 1)
     error = float((decoded - (pixels.float() / 127.5 - 1)).square().mean())
     return 10 * math.log10(4 / max(error, 1e-12))
 

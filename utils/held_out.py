@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from utils.data.captions import compose
-from utils.data.images import ImageOptions, make_cut, plan_cut, read_rgb
+from utils.data.cutting import cut_out
+from utils.data.images import ImageOptions
 from utils.data.selection import PlannedImages
 from utils.encoding import EncodedBatch
 from utils.families.base import Family, TextStates
@@ -162,6 +163,7 @@ class HeldOutSample:
         number: its place among the held-out images, by which its noise is drawn.
         moments: [1, 2, C, h, w] of the VAE's posterior.
         states: text states, or None where the text encoders train.
+        mask: [1, 1, h, w] uint8, or None without masks.
     """
 
     number: int
@@ -169,6 +171,7 @@ class HeldOutSample:
     crop: Tensor
     input_ids: Tensor
     states: TextStates | None
+    mask: Tensor | None
 
 
 class HeldOut:
@@ -245,6 +248,7 @@ class HeldOut:
             noise=noise(Stream.HELD_OUT_NOISE),
             input_perturbation=None,
             timesteps=self._timesteps,
+            masks=None if sample.mask is None else repeated(sample.mask),
         )
 
 
@@ -259,14 +263,14 @@ def _encode(
 ) -> HeldOutSample | None:
     """An image with its first caption; None if it can't be read."""
     records, passing = images.records, RecordPass(images.records.identity(number), 0)
+    target = images.target(number)
+    shape = family.latent_space.shape(target)[1:] if records.has_masks else None
     try:
-        image = read_rgb(records.image(number), options.transparency_color)
+        found = cut_out(records.image(number), records.mask(number), target, options, 0, passing, shape)
     except (OSError, ValueError) as error:
         logger.warning("left out of the validation %s: %s", records.key(number), first_line(error))
         return None
-    cut = plan_cut(image.size, images.target(number), options, 0, passing)
-    pixels = torch.from_numpy(make_cut(image, cut, options))[None]
-    mean, std = family.latent_space.moments(pixels.to(device))
+    mean, std = family.latent_space.moments(torch.from_numpy(found.pixels)[None].to(device))
     plain = replace(records.caption_options(number), shuffle_tags=False, tag_dropout=0.0)
     input_ids = family.tokenizer()([compose(records.captions(number)[0], plain, 0, passing)])
     states = None
@@ -274,4 +278,5 @@ def _encode(
         encoded = family.encode_text(input_ids.to(device), torch.tensor([False], device=device))
         states = {name: state.cpu() for name, state in encoded.items()}
     moments = torch.stack([mean, std], dim=1).cpu()
-    return HeldOutSample(number, moments, torch.tensor([cut.crop.row()]), input_ids, states)
+    mask = None if found.mask is None else torch.from_numpy(found.mask)[None, None]
+    return HeldOutSample(number, moments, torch.tensor([found.crop.row()]), input_ids, states, mask)

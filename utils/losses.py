@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.options import UserError, option, require_not_negative, require_positive
+from utils.options import UserError, option, require_fraction, require_not_negative, require_positive
 from utils.records import Noised
 
 HUBER_SCHEDULES = ("snr", "exponential", "constant")
@@ -115,10 +115,15 @@ class LossOptions:
     )
     p2_gamma: float = option(1.0, "gamma of p2 (https://arxiv.org/abs/2204.00227)")
     p2_k: float = option(1.0, "k of p2")
+    unmasked_weight: float = option(0.0, "what the loss counts at least, where an image's mask is black")
+    normalize_masked_loss: bool = option(
+        False, "divide an image's loss by the mean of its mask, so that small ones count as much"
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "snr_gamma", "huber_c", "p2_k")
         require_not_negative(self, "p2_gamma")
+        require_fraction(self, "unmasked_weight")
         if self.snr_gamma is not None and self.weighting not in (None, "min_snr"):
             raise UserError(f"--snr_gamma goes with --weighting min_snr, got --weighting {self.weighting}; give one")
 
@@ -140,14 +145,35 @@ def loss_weights(snr: Tensor, prediction_type: str, options: LossOptions) -> Ten
     return WEIGHTINGS[options.weighting_name](snr, prediction_type, options)
 
 
-def weighted_loss(prediction: Tensor, noised: Noised, prediction_type: str, options: LossOptions) -> Tensor:
+SMALLEST_MASK = 1e-3  # mean of a mask under which its loss is not enlarged further
+
+
+def mask_weights(masks: Tensor, options: LossOptions) -> Tensor:
+    """[B, 1, h, w] float32, what each place's loss counts, of uint8 masks of that shape."""
+    weights = (masks.float() / 255).clamp(min=options.unmasked_weight)
+    if options.normalize_masked_loss:
+        weights = weights / weights.mean((1, 2, 3), keepdim=True).clamp(min=SMALLEST_MASK)
+    return weights
+
+
+def masked_mean(values: Tensor, masks: Tensor | None, options: LossOptions) -> Tensor:
+    """[B] the mean of each sample's [B, C, h, w] values, weighted by its mask where there are masks."""
+    if masks is not None:
+        values = values * mask_weights(masks, options)
+    return values.flatten(1).mean(1)
+
+
+def weighted_loss(
+    prediction: Tensor, noised: Noised, prediction_type: str, options: LossOptions, masks: Tensor | None = None
+) -> Tensor:
     """[B] the weighted loss of each sample, a mean over all its values, in float32.
 
     Args:
-        prediction: [B, ...] of the target that `noised` holds.
+        prediction: [B, C, h, w] of the target that `noised` holds.
         prediction_type: what is predicted: epsilon, v_prediction or sample.
+        masks: [B, 1, h, w] uint8, 255 where the loss counts, or None.
     """
     difference = prediction.float() - noised.target.float()
     c = huber_threshold(options, noised).view(-1, *[1] * (difference.ndim - 1))
-    losses = LOSSES[options.loss](difference, c).flatten(1).mean(1)
+    losses = masked_mean(LOSSES[options.loss](difference, c), masks, options)
     return loss_weights(noised.snr, prediction_type, options) * losses

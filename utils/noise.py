@@ -142,6 +142,16 @@ class ForwardProcess:
         self._snr = self._snr.to(latents.device)
         return Noised(noisy, target, timesteps, self._snr[timesteps], self.num_timesteps)
 
+    def estimate(self, noised: Noised, prediction: Tensor) -> Tensor:
+        """[B, C, h, w] float32 the clean latents that a prediction says (Salimans and Ho 2022, appendix D)."""
+        snr = noised.snr.view(-1, 1, 1, 1)
+        signal, spread = (snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt()  # sqrt(alpha_bar), sqrt(1 - alpha_bar)
+        if self.prediction_type == "epsilon":
+            return (noised.noisy - spread * prediction.float()) / signal
+        if self.prediction_type == "v_prediction":
+            return signal * noised.noisy - spread * prediction.float()
+        return prediction.float()
+
 
 def rectify(noised: Noised, estimate: Tensor, detail_preservation: float) -> Noised:
     """Moves input and target towards what the model makes of them (DREAM, Zhou et al. 2023, algorithm 1).

@@ -10,9 +10,9 @@ import numpy as np
 
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CACHE_DTYPES, CacheOptions, EntryStore
-from utils.data.cached import CachedLatents, CachedTexts, LatentPlan, texts_of
+from utils.data.cached import Encodings, LatentPlan, MaskPlan, texts_of
 from utils.data.captions import CaptionOptions
-from utils.data.headers import Survey, add_digests, survey
+from utils.data.headers import Survey, add_digests, survey, survey_masks
 from utils.data.images import ImageOptions
 from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions, check_bad, hold_out, plan_images
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
@@ -78,7 +78,7 @@ class DataPreparation:
             return None
         if options.validation_data_dir is not None:
             data = replace(data, dataset_file=None)
-            source = replace(source, dataset_name=None, train_data_dir=options.validation_data_dir)
+            source = replace(source, dataset_name=None, train_data_dir=options.validation_data_dir, mask_dir=None)
         elif options.fraction is None:
             source = replace(source, dataset_split=options.validation_split)
         with self.accelerator.main_process_first():
@@ -98,8 +98,11 @@ class DataPreparation:
         known = None
         if self.accelerator.is_main_process:
             known = survey(records, self.cache.folder, show_progress=True)
-            if self.cache.cache_latents and self.report_folder is not None:
+            is_cached = self.cache.cache_latents and self.report_folder is not None
+            if is_cached:
                 add_digests(known, records, known.sizes[:, 0] > 0, self.cache.folder, show_progress=True)
+            if records.has_masks:
+                survey_masks(known, records, self.cache.folder, is_cached, show_progress=True)
         return broadcast_object_list([known])[0]
 
     def _report_bad(self, num_listed: int, bad: dict[str, str]) -> None:
@@ -108,16 +111,25 @@ class DataPreparation:
             write_json(self.report_folder / REPORT, {"images": num_listed, "unreadable": bad})
 
     def fill_cache(
-        self, family: Family, images: PlannedImages, num_workers: int
-    ) -> tuple[CachedLatents | None, CachedTexts | None]:
-        """Encodes what is not in the cache yet; the encoders that are done leave the device."""
+        self, family: Family, images: PlannedImages | StreamedImages, num_workers: int, keep_vae: bool
+    ) -> Encodings:
+        """Encodes what is not in the cache yet; the encoders that are done leave the device.
+
+        Args:
+            keep_vae: whether the VAE stays all the same.
+        """
         cache = self.cache
         filler = self._filler(family, num_workers)
-        latents = texts = None
+        latents = masks = texts = None
         if cache.cache_latents:
-            plan = LatentPlan(images, self.image, self.seed, self.num_crops, filler.vae_fingerprint())
+            cuts = (images, self.image, self.seed, self.num_crops)
+            plan = LatentPlan(*cuts, filler.vae_fingerprint())
             latents = filler.latents(plan, EntryStore(cache.folder / "latents"))
-            self.share_unreadable({images.records.key(index): why for index, why in latents.bad.items()}, images)
+            bad = latents.bad
+            if images.records.has_masks:
+                masks = filler.masks(MaskPlan(*cuts, family.latent_space.shape), EntryStore(cache.folder / "masks"))
+                bad = masks.bad | bad
+            self.share_unreadable({images.records.key(index): why for index, why in bad.items()}, images)
             num_crops = int((latents.places[:, :, 0] >= 0).sum())
             logger.info("%d crops of %d images are in %s", num_crops, len(images.records), cache.folder)
             if cache.verify_cache:
@@ -128,8 +140,9 @@ class DataPreparation:
             logger.info("%d captions are in %s", len(distinct), cache.folder)
             if cache.verify_cache:
                 report_verification("captions", verify_texts(filler, distinct, texts))
-        family.rest(self.accelerator.device, vae=cache.cache_latents, text_encoders=cache.cache_text_embeddings)
-        return latents, texts
+        vae_is_done = cache.cache_latents and not keep_vae
+        family.rest(self.accelerator.device, vae=vae_is_done, text_encoders=cache.cache_text_embeddings)
+        return Encodings(latents, masks, texts)
 
     def texts(self, images: PlannedImages) -> list[str]:
         """Each distinct text that the images train on; of tags that come in ever new orders one a caption."""
@@ -197,6 +210,9 @@ def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
         policies = {source.captions.on_missing_caption for source in images.records.sources}
         instead = "the name of their folder" if policies == {"folder"} else "an empty one (see --on_missing_caption)"
         logger.warning("%d images have no caption and train on %s", images.missing_captions, instead)
+    num_whole = int((~images.survey.is_masked).sum()) if images.records.has_masks else 0
+    if num_whole:
+        logger.warning("%d images have no mask: in them the loss counts everywhere", num_whole)
     for (width, height), count, goals in images.plan.merged:
         others = ", ".join(f"{goal[0]}x{goal[1]}" for goal in goals)
         reason = f"under a group of {group_size}"

@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 
 
+class MaskFile(NamedTuple):
+    """What says where in an image the loss counts.
+
+    Attributes:
+        source: the path of an image file, or its bytes, white where it counts; b"" if the image says it itself.
+        is_alpha: whether the image's alpha channel says it.
+    """
+
+    source: str | bytes
+    is_alpha: bool
+
+
 @dataclass(frozen=True)
 class ImageRecord:
     """One image of the data, not yet decoded.
@@ -16,11 +28,13 @@ class ImageRecord:
         key: the name under which it is reported, a path or a row number.
         source: the path of the file, or its bytes.
         captions: of several one is drawn at each step.
+        mask: where the loss counts; None for all of it.
     """
 
     key: str
     source: str | bytes
     captions: tuple[str, ...]
+    mask: MaskFile | None = None
 
 
 class RecordPass(NamedTuple):
@@ -73,6 +87,7 @@ class Batch:
         input_perturbation: [B, C, h, w] float32, standard normal, or None.
         timesteps: [B] int64.
         unreadable: names and reasons of the images that could not be read and were replaced.
+        masks: [B, 1, h, w] uint8, 255 where the loss counts, or None where it counts everywhere.
     """
 
     step: int
@@ -90,6 +105,7 @@ class Batch:
     input_perturbation: Tensor | None
     timesteps: Tensor
     unreadable: tuple[tuple[str, str], ...] = ()
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -108,6 +124,34 @@ class Batch:
     def pin_memory(self) -> Self:
         """The same batch in page-locked memory; a DataLoader calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model said of a batch, for what else is to be made of it; the first axis of each tensor is the sample.
+
+    Attributes:
+        estimate: [B, C, h, w] float32, the clean latents by the model's prediction; gradients flow through it.
+        latents: [B, C, h, w] float32, the clean latents.
+        prediction: [B, C, h, w] float32, of the target that `noised` holds.
+        states: text states, as the model reads them.
+        crops: [B, 6] float32, the rows of `Crop`.
+        masks: [B, 1, h, w] uint8, 255 where the loss counts, or None.
+    """
+
+    estimate: Tensor
+    latents: Tensor
+    prediction: Tensor
+    noised: "Noised"
+    states: dict[str, Tensor]
+    crops: Tensor
+    masks: Tensor | None
+
+    def detached(self) -> Self:
+        """The same, without gradients to the model."""
+        states = {name: state.detach() for name, state in self.states.items()}
+        estimate, prediction = self.estimate.detach(), self.prediction.detach()
+        return dataclasses.replace(self, estimate=estimate, prediction=prediction, states=states)
 
 
 @dataclass(frozen=True)

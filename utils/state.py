@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from utils.adaptation import Adaptation
 from utils.checkpoint import TrainingState, load_optimizer, read_state, write_state
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+OWN_PARAMETERS = "loss_module.safetensors"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class RunState:
     """The trained weights, their moving average, the optimizer and fp16's gradient scaler.
 
     Attributes:
+        parameters: the trained ones of the pipeline.
+        own_parameters: those of loss terms.
         structure: the options that a resumed run must share.
         global_batch: samples an optimizer step.
     """
@@ -36,14 +40,23 @@ class RunState:
     average: MovingAverage | None
     optimizer: torch.optim.Optimizer
     parameters: list[NamedParameter]
+    own_parameters: list[NamedParameter]
     structure: dict[str, object]
     global_batch: int
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scales the gradients down to a norm; gives the norm they had, also of those that are used up already."""
+        """Scales the gradients down to a norm; gives the norm they had, also of those that are used up already.
+
+        The gradients of loss terms are scaled apart: however large, they leave the pipeline's as they are. Where they
+        are not finite, the norm is not.
+        """
         if self._steps_in_backward:
             return self._inner.grad_norm().to(self.accelerator.device)
-        return self.accelerator.clip_grad_norm_([named.parameter for named in self.parameters], max_norm)
+        norm = self.accelerator.clip_grad_norm_([named.parameter for named in self.parameters], max_norm)
+        if not self.own_parameters:
+            return norm
+        own_norm = nn.utils.clip_grad_norm_([named.parameter for named in self.own_parameters], max_norm)
+        return torch.where(torch.isfinite(own_norm), norm, own_norm)
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -86,11 +99,14 @@ class RunState:
             ema_updates=None if self.average is None else self.average.num_updates,
             scaler=None if scaler is None else scaler.state_dict(),
         )
-        write_state(folder, state, self.optimizer, self.parameters)
+        write_state(folder, state, self.optimizer, self.parameters + self.own_parameters)
         self.adaptation.save(folder, self.average)
+        if self.own_parameters:
+            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter, _ in self.own_parameters}
+            save_file(tensors, folder / OWN_PARAMETERS)
 
     def load(self, folder: Path) -> int:
-        """Restores the optimizer, the average and the scaler; the weights were loaded when the adaptation was made.
+        """Restores the optimizer, the average, loss terms and the scaler; the adaptation loaded the pipeline's weights.
 
         Returns:
             The optimizer steps done.
@@ -99,7 +115,11 @@ class RunState:
         if saved.global_batch != self.global_batch:
             message = "%s has a global batch of %d, this run one of %d: other images come than would have come"
             logger.warning(message, folder, saved.global_batch, self.global_batch)
-        load_optimizer(folder, self.optimizer, self.parameters)
+        load_optimizer(folder, self.optimizer, self.parameters + self.own_parameters)
+        if self.own_parameters:
+            own = load_file(folder / OWN_PARAMETERS)
+            for name, parameter, _ in self.own_parameters:
+                parameter.data.copy_(own[name])
         if self.average is not None and saved.ema_updates is None:
             logger.warning("%s has no moving average; it starts from the weights", folder)
         elif self.average is not None:

@@ -2,7 +2,8 @@
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,77 +15,130 @@ from tqdm import tqdm
 
 from utils.data.cache import KEY_SIZE, EntryStore, make_key
 from utils.data.captions import compose
+from utils.data.cutting import cut_out
 from utils.data.headers import map_chunks
-from utils.data.images import Cut, ImageOptions, make_cut, plan_cut, read_rgb
+from utils.data.images import ImageOptions, plan_cut
 from utils.data.selection import PlannedImages
 from utils.options import first_line
-from utils.records import RecordPass
+from utils.records import Crop, RecordPass
 
 
 @dataclass(frozen=True)
-class LatentPlan:
-    """The crops whose moments are cached: of each image in each of its variants.
+class CutPlan(ABC):
+    """The crops of which something is cached: of each image in each of its variants.
 
     Attributes:
         num_variants: K, 1 where every pass cuts alike.
-        fingerprint: of the VAE and of how its moments are stored.
     """
 
     images: PlannedImages = field(repr=False)
     options: ImageOptions
     seed: int
     num_variants: int
-    fingerprint: str
 
-    def cut(self, index: int, variant: int, size: tuple[int, int] | None = None) -> Cut:
-        """How an image is cut in a variant; `size` where it turned out to be another than its header says."""
-        images = self.images
-        passing = RecordPass(images.records.identity(index), variant)
-        return plan_cut(size or images.size(index), images.target(index), self.options, self.seed, passing)
+    def passing(self, index: int, variant: int) -> RecordPass:
+        """What the cut of an image in a variant is drawn by."""
+        return RecordPass(self.images.records.identity(index), variant)
 
-    @cached_property
+    @property
+    @abstractmethod
     def _common(self) -> bytes:
-        """What the keys of all crops are made of: the VAE, and how any image is read and resized."""
-        options = self.options
-        facts = (self.fingerprint, options.image_interpolation_mode, options.transparency_color)
-        return make_key("latents 1", *facts)
+        """What the keys of all crops are made of."""
+
+    @abstractmethod
+    def _content(self, index: int) -> bytes:
+        """What of the image's files the value is made of."""
+
+    @abstractmethod
+    def read(self, index: int, variant: int) -> tuple[np.ndarray, Crop]:
+        """([C, H, W] uint8 of which the value is made, the crop) of a variant.
+
+        Raises:
+            OSError, ValueError: if the image can't be read.
+        """
 
     def key(self, index: int, variant: int) -> bytes:
-        """Made of all that changes the moments: the image's bytes, how it is cut, and what is common."""
-        cut = self.cut(index, variant)
+        """Made of all that changes the value: the bytes that are read, how they are cut, and what is common."""
+        images = self.images
+        size, target = images.size(index), images.target(index)
+        cut = plan_cut(size, target, self.options, self.seed, self.passing(index, variant))
         how = (cut.degrees, *cut.box, cut.mirrored, cut.brightness, cut.contrast, cut.saturation, *cut.crop.row())
-        content = self._common + self.images.survey.digests[index] + CUT_FACTS.pack(*how)
+        content = self._common + self._content(index) + CUT_FACTS.pack(*how)
         return hashlib.blake2b(content, digest_size=KEY_SIZE).digest()
 
     def keys(self, show_progress: bool = False) -> np.ndarray:
         """[N * K, 16] uint8; an image's variants stand together."""
         indices = np.arange(len(self.images.records))
-        progress = tqdm(total=len(indices), desc="planning crops", disable=not show_progress, leave=False)
-        found = []
         if len(indices) < FEW_KEYS:
             return np.frombuffer(_keys_of(self, indices), np.uint8).reshape(-1, KEY_SIZE)
-        with progress:
+        found = []
+        with tqdm(total=len(indices), desc="planning crops", disable=not show_progress, leave=False) as progress:
             for keys in map_chunks(_keys_of, self, indices, many=FEW_KEYS):
                 found.append(keys)
                 progress.update(len(keys) // (KEY_SIZE * self.num_variants))
         return np.frombuffer(b"".join(found), np.uint8).reshape(-1, KEY_SIZE)
 
-    def read(self, index: int, variant: int) -> tuple[np.ndarray, list[float]]:
-        """([3, H, W] uint8 pixels, the crop's row) of a variant.
 
-        Raises:
-            OSError, ValueError: if the image can't be read.
-        """
-        image = read_rgb(self.images.records.image(index), self.options.transparency_color)
-        cut = self.cut(index, variant, image.size)
-        return make_cut(image, cut, self.options), cut.crop.row()
+@dataclass(frozen=True)
+class LatentPlan(CutPlan):
+    """The crops whose moments are cached.
+
+    Attributes:
+        fingerprint: of the VAE and of how its moments are stored.
+    """
+
+    fingerprint: str
+
+    @cached_property
+    def _common(self) -> bytes:
+        """The VAE, and how any image is read and resized."""
+        options = self.options
+        facts = (self.fingerprint, options.image_interpolation_mode, options.transparency_color)
+        return make_key("latents 1", *facts)
+
+    def _content(self, index: int) -> bytes:
+        return self.images.survey.digests[index]
+
+    def read(self, index: int, variant: int) -> tuple[np.ndarray, Crop]:
+        """([3, H, W] uint8 pixels, the crop)."""
+        image, target = self.images.records.image(index), self.images.target(index)
+        found = cut_out(image, None, target, self.options, self.seed, self.passing(index, variant))
+        return found.pixels, found.crop
+
+
+@dataclass(frozen=True)
+class MaskPlan(CutPlan):
+    """The crops whose masks are cached.
+
+    Attributes:
+        latent_shape: of pixels' (width, height) the [C, h, w] of their latents.
+    """
+
+    latent_shape: Callable[[tuple[int, int]], tuple[int, int, int]] = field(repr=False)
+
+    @cached_property
+    def _common(self) -> bytes:
+        return make_key("masks 1", self.latent_shape((1024, 1024))[1:])
+
+    def _content(self, index: int) -> bytes:
+        survey, mask = self.images.survey, self.images.records.mask(index)
+        if mask is None:
+            return b"everywhere"
+        return b"alpha" + survey.digests[index] if mask.is_alpha else survey.mask_digests[index]
+
+    def read(self, index: int, variant: int) -> tuple[np.ndarray, Crop]:
+        """([1, h, w] uint8 the mask of the latents, the crop)."""
+        records, target = self.images.records, self.images.target(index)
+        passing, shape = self.passing(index, variant), self.latent_shape(target)[1:]
+        found = cut_out(records.image(index), records.mask(index), target, self.options, self.seed, passing, shape)
+        return found.mask[None], found.crop
 
 
 FEW_KEYS = 20_000  # of which processes would cost more than they save
 CUT_FACTS = struct.Struct("<15d")
 
 
-def _keys_of(plan: LatentPlan, indices: np.ndarray) -> bytes:
+def _keys_of(plan: CutPlan, indices: np.ndarray) -> bytes:
     return b"".join(plan.key(int(index), variant) for index in indices for variant in range(plan.num_variants))
 
 
@@ -94,7 +148,7 @@ class EncodedImages:
 
     Attributes:
         places: of the crops that could be read, their numbers in the plan (image * K + variant).
-        pixels: [B, 3, H, W] uint8.
+        pixels: [B, C, H, W] uint8.
         crops: [B, 6] float32.
         bad: why an image could not be read, by its number.
     """
@@ -108,7 +162,7 @@ class EncodedImages:
 class ImagesToEncode(Dataset):
     """Maps a list of a plan's places, all of one bucket, to what the VAE takes; for a DataLoader's workers."""
 
-    def __init__(self, plan: LatentPlan, batches: Sequence[Sequence[int]]):
+    def __init__(self, plan: CutPlan, batches: Sequence[Sequence[int]]):
         self._plan = plan
         self._batches = batches
 
@@ -126,14 +180,14 @@ class ImagesToEncode(Dataset):
                 continue
             places.append(int(place))
             pixels.append(cut_pixels)
-            crops.append(crop)
+            crops.append(crop.row())
         stacked = torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, dtype=torch.uint8)
         return EncodedImages(places, stacked, torch.tensor(crops, dtype=torch.float32), bad)
 
 
 @dataclass(frozen=True)
-class CachedLatents:
-    """Where each image's moments lie.
+class CachedCuts:
+    """Where what is kept of each image's crops lies.
 
     Attributes:
         places: [N, K, 2] int32 shard and row; -1 of an image that could not be read.
@@ -144,8 +198,8 @@ class CachedLatents:
     places: np.ndarray = field(repr=False)
     bad: dict[int, str]
 
-    def read(self, index: int, passing: int) -> tuple[Tensor, Tensor]:
-        """([2, C, h, w] moments, [6] crop) of an image in one of its passes.
+    def read(self, index: int, passing: int) -> dict[str, Tensor]:
+        """Of an image in one of its passes: "moments" [2, C, h, w] or "masks" [1, h, w], and "crops" [6].
 
         Raises:
             OSError: if it could not be read.
@@ -153,8 +207,7 @@ class CachedLatents:
         place = self.places[index, passing % self.places.shape[1]]
         if place[0] < 0:
             raise OSError(self.bad.get(index, "it is not in the cache"))
-        entry = self.store.read(place)
-        return entry["moments"], entry["crops"]
+        return self.store.read(place)
 
 
 @dataclass(frozen=True)
@@ -175,6 +228,15 @@ class CachedTexts:
         if place[0] < 0:
             raise KeyError(f"the caption {text!r} is not in the cache")
         return self.store.read(place)
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """What of the data is in the cache; the rest is read and encoded when it is needed."""
+
+    latents: CachedCuts | None = None
+    masks: CachedCuts | None = None
+    texts: CachedTexts | None = None
 
 
 def text_key(fingerprint: str, text: str, dropped: bool) -> bytes:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.data.cached import CachedLatents, CachedTexts
+from utils.data.cached import Encodings
 from utils.data.captions import compose
-from utils.data.images import ImageOptions, make_cut, plan_cut, read_rgb, reason_of
+from utils.data.cutting import cut_out
+from utils.data.images import ImageOptions, reason_of
 from utils.data.sampler import Draw, GlobalBatches, Piece, Pieces
 from utils.data.selection import PlannedImages
 from utils.data.sources import Records
@@ -65,11 +66,17 @@ class SampleSpec:
 
 
 class Sight(NamedTuple):
-    """What a model sees of an image: pixels [3, H, W], or from the cache moments [2, C, h, w]; and the crop's row."""
+    """What a model sees of an image.
 
-    pixels: np.ndarray | None
-    moments: Tensor | None
+    Attributes:
+        values: pixels [3, H, W] uint8, or from the cache moments [2, C, h, w].
+        crop: [6] its row.
+        mask: [1, h, w] uint8, or None without masks.
+    """
+
+    values: Tensor
     crop: Tensor
+    mask: Tensor | None
 
 
 class TrainingDataset(Dataset):
@@ -82,8 +89,7 @@ class TrainingDataset(Dataset):
         spec: SampleSpec,
         image_options: ImageOptions,
         noise_draws: NoiseDraws,
-        latents: CachedLatents | None = None,
-        texts: CachedTexts | None = None,
+        encodings: Encodings | None = None,
     ):
         self.images = images
         self.sizes = images.plan.sizes
@@ -91,8 +97,7 @@ class TrainingDataset(Dataset):
         self.spec = spec
         self.image_options = image_options
         self.noise_draws = noise_draws
-        self.latents = latents
-        self.texts = texts
+        self.encodings = encodings or Encodings()
         self.seed = batches.seed
         self._members: dict[tuple[int, int], np.ndarray] = {}
 
@@ -111,24 +116,26 @@ class TrainingDataset(Dataset):
             shape = self.spec.latent_shape(self.sizes[draw.bucket])
             draws.append(self.noise_draws.draw(piece.step, slot, shape))
         states = input_ids = None
-        if self.texts is None:
+        if self.encodings.texts is None:
             input_ids = self.spec.tokenize(["" if drop else text for text, drop in zip(texts, dropped, strict=True)])
         else:
-            entries = [self.texts.read(text, drop) for text, drop in zip(texts, dropped, strict=True)]
+            entries = [self.encodings.texts.read(text, drop) for text, drop in zip(texts, dropped, strict=True)]
             states = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
-        is_live = self.latents is None
+        is_live = self.encodings.latents is None
+        values = torch.stack([sight.values for sight in seen])
         return Batch(
             step=piece.step,
             slots=torch.tensor(piece.slots),
             keys=tuple(keys),
-            pixels=torch.from_numpy(np.stack([sight.pixels for sight in seen])) if is_live else None,
-            moments=None if is_live else torch.stack([sight.moments for sight in seen]),
+            pixels=values if is_live else None,
+            moments=None if is_live else values,
             input_ids=input_ids,
             states=states,
             caption_dropped=torch.tensor(dropped),
             crops=torch.stack([sight.crop for sight in seen]),
             loss_weights=torch.tensor([records.loss_weight(index) for index in chosen]),
             unreadable=tuple(unreadable),
+            masks=torch.stack([sight.mask for sight in seen]) if records.has_masks else None,
             **stack_draws(draws),
         )
 
@@ -160,12 +167,17 @@ class TrainingDataset(Dataset):
             yield int(members[replacements.integers(len(members))])
 
     def _see(self, records: Records | StreamedRecords, draw: Draw) -> Sight:
-        if self.latents is not None:
-            return Sight(None, *self.latents.read(draw.record, draw.passing))
-        image = read_rgb(records.image(draw.record), self.image_options.transparency_color)
-        passing = pass_of(records, draw, self.spec.cut_variants)
-        cut = plan_cut(image.size, self.sizes[draw.bucket], self.image_options, self.seed, passing)
-        return Sight(make_cut(image, cut, self.image_options), None, torch.tensor(cut.crop.row()))
+        latents, masks = self.encodings.latents, self.encodings.masks
+        if latents is not None:
+            entry = latents.read(draw.record, draw.passing)
+            mask = None if masks is None else masks.read(draw.record, draw.passing)["masks"]
+            return Sight(entry["moments"], entry["crops"], mask)
+        size, passing = self.sizes[draw.bucket], pass_of(records, draw, self.spec.cut_variants)
+        shape = self.spec.latent_shape(size)[1:] if records.has_masks else None
+        image, mask = records.image(draw.record), records.mask(draw.record)
+        found = cut_out(image, mask, size, self.image_options, self.seed, passing, shape)
+        mask = None if found.mask is None else torch.from_numpy(found.mask)[None]
+        return Sight(torch.from_numpy(found.pixels), torch.tensor(found.crop.row()), mask)
 
     def _members_like(self, draw: Draw) -> np.ndarray:
         """The records of the same bucket and source."""

@@ -65,7 +65,9 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
-def read_metadata_folder(folder: Path, names: list[str], caption_column: str, split: str) -> FileTable:
+def read_metadata_folder(
+    folder: Path, names: list[str], caption_column: str, mask_column: str | None, split: str
+) -> FileTable:
     """A folder with `metadata.jsonl` or `metadata.csv`, at its top or below, whose rows are the images to take.
 
     Args:
@@ -77,6 +79,7 @@ def read_metadata_folder(folder: Path, names: list[str], caption_column: str, sp
     names, num_of_none = of_split(names, split)
     images = {name for name in names if is_image(name)}
     listed: dict[str, tuple[str, ...]] = {}
+    masks: dict[str, str] = {}
     refused: list[tuple[str, str]] = []
     for metadata in (name for name in names if PurePosixPath(name).name in METADATA_NAMES):
         known: set[str] = set()
@@ -86,21 +89,36 @@ def read_metadata_folder(folder: Path, names: list[str], caption_column: str, sp
                 refused.append((place, reason or "has no file_name"))
                 continue
             known |= row.keys()
-            if caption_column not in known:
-                there = [key for key in row if key != "file_name"]
-                hint = nearest(caption_column, there)
-                raise UserError(
-                    f"--caption_column {caption_column} is not a column of the data: {place} has "
-                    f"{', '.join(there) or 'none beside file_name'}; "
-                    + (f"did you mean --caption_column {hint}?" if hint else "name one with --caption_column")
-                )
+            _check_metadata_column("caption_column", caption_column, known, place)
             captions = captions_of(row.get(caption_column), f"--caption_column {caption_column}: {place}")
-            path, reason = _resolve(PurePosixPath(metadata).parent, name, folder, images)
-            if reason:
-                refused.append((name, reason))
-            else:
-                listed[path] = listed.get(path, ()) + captions
-    return FileTable(folder, list(listed), list(listed.values()), refused, len(images - listed.keys()) + num_of_none)
+            parent = PurePosixPath(metadata).parent
+            path, reason = _resolve(parent, name, folder, images)
+            mask, mask_reason = "", ""
+            if mask_column is not None and row.get(mask_column):
+                mask, mask_reason = _resolve(parent, str(row[mask_column]), folder, images)
+            if reason or mask_reason:
+                refused.append((name, reason or f"its mask {row[mask_column]}: {mask_reason}"))
+                continue
+            listed[path] = listed.get(path, ()) + captions
+            if mask:
+                masks[path] = mask
+        if mask_column is not None and known:
+            _check_metadata_column("mask_column", mask_column, known, metadata)
+    num_left_out = len(images - listed.keys() - set(masks.values())) + num_of_none
+    by_image = None if mask_column is None else [masks.get(name) for name in listed]
+    return FileTable(folder, list(listed), list(listed.values()), refused, num_left_out, by_image)
+
+
+def _check_metadata_column(flag: str, column: str, known: set[str], place: str) -> None:
+    """Refuses metadata without a column."""
+    if column in known:
+        return
+    there = sorted(known - {"file_name"})
+    hint = nearest(column, there)
+    raise UserError(
+        f"--{flag} {column} is not a column of the data: {place} has {', '.join(there) or 'none beside file_name'}; "
+        + (f"did you mean --{flag} {hint}?" if hint else f"name one with --{flag}")
+    )
 
 
 def _metadata_rows(file: Path) -> Iterator[tuple[str, dict, str]]:
@@ -168,8 +186,6 @@ def of_split(names: Sequence[str], split: str, *, by_file_name: bool = False) ->
         return found[wanted], len(found.get(None, ()))
     splits = [name for name in found if name is not None]
     if split == "train" and "train" not in splits:  # folders of classes may be called so
-        return list(names), 0
-    if not splits and split == "train":
         return list(names), 0
     there = ", ".join(splits) or "no splits"
     raise UserError(f"--dataset_split {split} is not in the data, which has {there}")

@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,8 +21,9 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from utils.data.images import ODDITIES, read_header, reason_of
-from utils.data.sources import Records
-from utils.data.tables import ImageTable
+from utils.data.masks import check_same_shape
+from utils.data.sources import Records, Source
+from utils.data.tables import ImageTable, stamp_of
 
 logger = logging.getLogger(__name__)
 DIGEST_SIZE = 16
@@ -54,6 +55,8 @@ class Survey:
         num_bytes: [N] int64 lengths of the files, -1 where unknown.
         digests: [N] of the files' bytes, 16 bytes each; b"" where unknown.
         reasons: why an image can't be read, by its number.
+        mask_digests: [N] of the bytes of the images' mask files; b"" where unknown, or without one.
+        is_masked: [N] bool, whether the image has a mask.
     """
 
     sizes: np.ndarray
@@ -61,6 +64,8 @@ class Survey:
     num_bytes: np.ndarray
     digests: np.ndarray = field(repr=False)
     reasons: dict[int, str]
+    mask_digests: np.ndarray = field(repr=False)
+    is_masked: np.ndarray = field(repr=False)
 
     def oddity_counts(self) -> dict[str, int]:
         """How many images have each oddity."""
@@ -72,7 +77,7 @@ class Survey:
         arrays = (array[indices] for array in (self.sizes, self.oddities, self.num_bytes, self.digests))
         places = {int(index): place for place, index in enumerate(indices)} if self.reasons else {}
         reasons = {places[index]: reason for index, reason in self.reasons.items() if index in places}
-        return Survey(*arrays, reasons)
+        return Survey(*arrays, reasons, self.mask_digests[indices], self.is_masked[indices])
 
 
 def survey(records: Records, folder: Path, show_progress: bool = False) -> Survey:
@@ -90,15 +95,61 @@ def add_digests(known: Survey, records: Records, wanted: np.ndarray, folder: Pat
         known.reasons |= {int(numbers[place]): reason for place, reason in found.reasons.items()}
 
 
+def survey_masks(
+    known: Survey, records: Records, folder: Path, with_digests: bool, show_progress: bool = False
+) -> None:
+    """Adds what the headers of mask files say; an image whose mask can't be read or is of another shape is bad."""
+    masks = [records.mask(index) for index in range(len(records))]
+    in_files = np.flatnonzero([mask is not None and not mask.is_alpha for mask in masks])
+    tables = [replace(source, table=MaskTable(source)) for source in records.sources]
+    of_masks = Records(tables, records.source_numbers[in_files], records.rows[in_files])
+    found = _survey(of_masks, folder, np.full(len(in_files), with_digests), show_progress)
+    known.mask_digests[in_files] = found.digests
+    known.is_masked[:] = [mask is not None for mask in masks]
+    for place, index in enumerate(in_files.tolist()):
+        reason = found.reasons.get(place)
+        if reason is None and known.sizes[index].all():
+            try:
+                check_same_shape(found.sizes[place].tolist(), known.sizes[index].tolist())
+            except ValueError as error:
+                known.reasons[index] = str(error)
+        elif reason is not None:
+            known.reasons.setdefault(index, f"its mask can't be read: {reason}")
+
+
+class MaskTable(ImageTable):
+    """The mask files of a source's images, as images."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self.name = f"masks of {source.table.name}"
+
+    def __len__(self) -> int:
+        return len(self._source.table)
+
+    def key(self, row: int) -> str:
+        """That of the image."""
+        return self._source.table.key(row)
+
+    def image(self, row: int) -> str | bytes:
+        """The mask's path or bytes."""
+        return self._source.masks.of(self._source.table, row).source
+
+    def captions(self, row: int) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def stamp(self, row: int) -> str:
+        """That of the mask's file; bytes lie in what the image's stamp tells of."""
+        mask = self.image(row)
+        return stamp_of(mask) if isinstance(mask, str) else self._source.table.stamp(row)
+
+
 def _survey(records: Records, folder: Path, with_digest: np.ndarray, show_progress: bool) -> Survey:
     count = len(records)
-    found = Survey(
-        np.zeros((count, 2), np.int32),
-        np.zeros(count, np.uint16),
-        np.full(count, -1, np.int64),
-        np.full(count, b"", f"S{DIGEST_SIZE + 1}").astype(object),
-        {},
-    )
+    unknown = np.full(count, b"", f"S{DIGEST_SIZE + 1}").astype(object)
+    sizes, oddities = np.zeros((count, 2), np.int32), np.zeros(count, np.uint16)
+    found = Survey(sizes, oddities, np.full(count, -1, np.int64), unknown, {}, unknown.copy(), np.zeros(count, bool))
     for number, source in enumerate(records.sources):
         places = np.flatnonzero(records.source_numbers == number)
         if len(places):

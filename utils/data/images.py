@@ -198,6 +198,11 @@ def read_rgb(source: str | bytes, transparency_color: str = "white") -> Image.Im
     Raises:
         OSError, ValueError: as `open_image`, and if the file is truncated or broken.
     """
+    return read_layers(source, transparency_color)[0]
+
+
+def read_layers(source: str | bytes, transparency_color: str) -> tuple[Image.Image, Image.Image | None]:
+    """(what `read_rgb` gives, the alpha channel, "L", or None of an opaque image)."""
     try:
         with open_image(source) as opened:
             image = ImageOps.exif_transpose(opened)
@@ -205,16 +210,17 @@ def read_rgb(source: str | bytes, transparency_color: str = "white") -> Image.Im
     except BROKEN_FILE_ERRORS as error:
         raise OSError(f"broken image: {error}") from error
     if image.mode.startswith("I;16") or image.mode == "I":
-        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+        grey = (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB"), None
     if image.mode == "F":  # of TIFF: from 0 to 1, or as many steps as integers have
         values = np.nan_to_num(np.asarray(image))
         scale = 255 if values.max() <= 1 else 1 if values.max() <= 255 else 1 / 257
-        return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8)).convert("RGB"), None
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         rgba = image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, transparency_color)
-        return Image.alpha_composite(ground, rgba).convert("RGB")
-    return image.convert("RGB")
+        return Image.alpha_composite(ground, rgba).convert("RGB"), rgba.getchannel("A")
+    return image.convert("RGB"), None
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,7 @@ class PlannedImages:
             "images": self.num_listed,
             "trained": self.num_listed - len(self.bad) - sum(self.filtered.values()),
             "missing_captions": self.missing_captions,
+            **({"masked": int(self.survey.is_masked.sum())} if self.records.has_masks else {}),
             "converted": self.survey.oddity_counts(),
             "filtered": self.filtered,
             "unlisted": sum(source.table.num_left_out for source in self.records.sources),
@@ -201,6 +202,8 @@ def plan_images(
         reasons = [f"{name}: {reason}" for name, reason in list(bad.items())[:1]]
         reasons += [f"{reason}: {count} images" for reason, count in filtered.items()]
         raise UserError(f"no image is left to train on; {'; '.join(reasons)}")
+    if records.has_masks and not survey.is_masked[kept].any():
+        raise UserError("no image has a mask; those of --mask_dir are found by the images' paths within their folder")
     plan = plan_buckets(survey.sizes[kept], resolution, buckets, uses[kept], group_size)
     chosen = records if len(kept) == len(records) else records.take(kept)
     missing = check_captions(chosen)

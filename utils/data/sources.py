@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,10 +23,11 @@ from utils.data.folders import (
     read_metadata_folder,
     read_pairs_folder,
 )
+from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
 from utils.data.tables import ImageTable, RowTable
 from utils.data.tars import read_tars
 from utils.options import UserError, as_number, first_line, nearest, option, require, require_positive, with_values
-from utils.records import ImageRecord
+from utils.records import MaskFile
 from utils.seeding import Stream, generator
 
 if TYPE_CHECKING:
@@ -57,14 +58,41 @@ class SourceOptions:
     width_column: str = option("width", "column of the images' widths, by which a stream fills buckets")
     height_column: str = option("height", "column of the images' heights")
     max_train_samples: int | None = option(None, "train on this many images of a source, drawn by the seed")
+    alpha_mask: bool = option(False, "weigh the loss by the images' alpha channel: what is transparent does not count")
+    mask_dir: str | None = option(None, "folder of masks under the images' names: the loss counts where they are white")
+    mask_column: str | None = option(
+        None, "column of the masks: of a dataset images, of metadata file names, of tar shards the members' ending"
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "max_train_samples")
+        given = [name for name in ("alpha_mask", "mask_dir", "mask_column") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"--{given[0]} and --{given[1]} both say where the loss counts; give one")
+        require(
+            self.mask_dir is None or Path(self.mask_dir).is_dir(), "mask_dir", self.mask_dir, "be a folder that exists"
+        )
         folder = self.train_data_dir
         if folder is not None and self.dataset_name is None and not Path(folder).exists():
             require(False, "train_data_dir", folder, "be a folder", "it does not exist here")
         if self.data_format is not None and (self.dataset_name is not None or self.train_data_dir is None):
             raise UserError(f"--data_format {self.data_format} says what --train_data_dir is; give that alone")
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether images have masks."""
+        return self.alpha_mask or self.mask_dir is not None or self.mask_column is not None
+
+    def files(self) -> list[str]:
+        """The files in the folder of images, but for the masks."""
+        folder = Path(self.train_data_dir)
+        return without_masks(list_files(folder), folder, None if self.mask_dir is None else Path(self.mask_dir))
+
+    def masks(self) -> Masks | None:
+        """Where the images' masks are found, None if they have none."""
+        if self.mask_dir is not None:
+            return FolderMasks(Path(self.mask_dir))
+        return AlphaMasks() if self.alpha_mask else ColumnMasks() if self.mask_column is not None else None
 
 
 @dataclass(frozen=True)
@@ -93,6 +121,7 @@ class Source:
         repeats: times an epoch that each of its images is used.
         weight: its share of the samples relative to the other sources', whatever its size; instead of repeats.
         loss_weight: factor on its samples' loss.
+        masks: where in its images the loss counts; None for everywhere.
     """
 
     name: str
@@ -101,6 +130,7 @@ class Source:
     repeats: Fraction = Fraction(1)
     weight: Fraction | None = None
     loss_weight: float = 1.0
+    masks: Masks | None = field(default=None, repr=False)
 
 
 class Records:
@@ -126,12 +156,6 @@ class Records:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> ImageRecord:
-        number, row = int(self.source_numbers[index]), int(self.rows[index])
-        record = self.sources[number].table.record(row)
-        captions = self._present(record.captions, number, row)
-        return replace(record, key=self._name(number, record.key), captions=captions)
-
     def key(self, index: int) -> str:
         """The name by which an image is reported."""
         number = int(self.source_numbers[index])
@@ -140,6 +164,16 @@ class Records:
     def image(self, index: int) -> str | bytes:
         """An image's path or bytes."""
         return self.source(index).table.image(int(self.rows[index]))
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the loss counts only in parts of some images."""
+        return any(source.masks is not None for source in self.sources)
+
+    def mask(self, index: int) -> MaskFile | None:
+        """Where in an image the loss counts; None for everywhere."""
+        source = self.source(index)
+        return None if source.masks is None else source.masks.of(source.table, int(self.rows[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """An image's captions, at least one."""
@@ -213,7 +247,7 @@ def read_records(data: DataOptions, source: SourceOptions, captions: CaptionOpti
     sources, rows = [], []
     for entry in source_entries(data, source, captions):
         table = read_table(entry.source, data.cache_dir)
-        sources.append(Source(entry.name, table, *entry[2:]))
+        sources.append(Source(entry.name, table, *entry[2:], entry.source.masks()))
         rows.append(_subset(table, entry.source, seed))
     numbers = [np.full(len(each), number, np.uint16) for number, each in enumerate(rows)]
     return Records(sources, np.concatenate(numbers), np.concatenate(rows))
@@ -290,7 +324,7 @@ def _entries(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if {"repeats", "weight"} <= entry.keys():
             raise UserError(f"{where}: repeats and weight are two ways to say how often; give one")
         entry = dict(entry)
-        for key in ("train_data_dir", "dataset_name"):
+        for key in ("train_data_dir", "dataset_name", "mask_dir"):
             if isinstance(entry.get(key), str) and (file.parent / entry[key]).exists():
                 entry[key] = str(file.parent / entry[key])
         yield entry, where
@@ -342,7 +376,7 @@ def detect(options: SourceOptions) -> str:
         kind = {".tar": "webdataset", ".parquet": "parquet"}.get(folder.suffix)
         require(kind is not None, "train_data_dir", folder, "be a folder, a .tar or a .parquet file")
         return kind
-    names = list_files(folder)
+    names = options.files()
     if any(name.split("/")[-1] == CAPTION_FILE and name.count("/") < 2 for name in names):
         return "captions_json"
     if any(name.rpartition("/")[2] in METADATA_NAMES for name in names):
@@ -382,21 +416,30 @@ def _read_imagefolder(options: SourceOptions, cache_dir: str | None) -> ImageTab
     folder = Path(options.train_data_dir)
     if options.image_column != "image":
         raise UserError(f"--image_column {options.image_column} is not a column of a folder of images; leave it out")
-    return read_metadata_folder(folder, list_files(folder), options.caption_column, options.dataset_split)
+    columns = (options.caption_column, options.mask_column)
+    return read_metadata_folder(folder, options.files(), *columns, options.dataset_split)
 
 
 def _read_pairs(options: SourceOptions, cache_dir: str | None) -> ImageTable:
-    folder = Path(options.train_data_dir)
-    return read_pairs_folder(folder, list_files(folder), options.dataset_split)
+    _refuse_mask_column(options)
+    return read_pairs_folder(Path(options.train_data_dir), options.files(), options.dataset_split)
 
 
 def _read_captions_json(options: SourceOptions, cache_dir: str | None) -> ImageTable:
-    folder = Path(options.train_data_dir)
-    return read_caption_file_folder(folder, list_files(folder), options.dataset_split)
+    _refuse_mask_column(options)
+    return read_caption_file_folder(Path(options.train_data_dir), options.files(), options.dataset_split)
+
+
+def _refuse_mask_column(options: SourceOptions) -> None:
+    if options.mask_column is not None:
+        raise UserError(
+            f"--mask_column {options.mask_column} is not in {options.train_data_dir}, which has no columns; "
+            "give --mask_dir or --alpha_mask"
+        )
 
 
 def _read_webdataset(options: SourceOptions, cache_dir: str | None) -> ImageTable:
-    return read_tars([Path(file) for file in files_of(options, ".tar")])
+    return read_tars([Path(file) for file in files_of(options, ".tar")], options.mask_column)
 
 
 SOURCES = {
@@ -417,6 +460,7 @@ def files_of(options: SourceOptions, suffix: str) -> list[str]:
     """
     path = options.train_data_dir
     if Path(path).is_file():
+        require(path.endswith(suffix), "train_data_dir", path, f"be a {suffix} file")
         return [path]
     names = [name for name in list_files(Path(path)) if name.endswith(suffix)]
     require(bool(names), "train_data_dir", path, f"hold {suffix} files")
@@ -443,18 +487,22 @@ def _rows(options: SourceOptions, load) -> RowTable:
         raise UserError(f"--dataset_split {options.dataset_split} is not in the data, which has one split")
     check_columns(loaded.column_names, options)
     check_caption_feature(loaded, options.caption_column)
-    columns = [options.image_column, options.caption_column]
-    try:
-        loaded = loaded.select_columns(columns).cast_column(options.image_column, datasets.Image(decode=False))
-    except (DatasetGenerationError, TypeError, ValueError) as error:
-        raise UserError(f"--image_column {options.image_column} does not hold images: {first_line(error)}") from error
-    return RowTable(loaded, options.image_column, options.caption_column)
+    columns = {"image_column": options.image_column, "mask_column": options.mask_column}
+    images = {flag: column for flag, column in columns.items() if column is not None}
+    loaded = loaded.select_columns([*images.values(), options.caption_column])
+    for flag, column in images.items():
+        try:
+            loaded = loaded.cast_column(column, datasets.Image(decode=False))
+        except (DatasetGenerationError, TypeError, ValueError) as error:
+            raise UserError(f"--{flag} {column} does not hold images: {first_line(error)}") from error
+    return RowTable(loaded, options.image_column, options.caption_column, options.mask_column)
 
 
 def check_columns(columns: Sequence[str], options: SourceOptions) -> None:
-    """Refuses data without the image or the caption column, naming what there is."""
-    for flag, column in (("image_column", options.image_column), ("caption_column", options.caption_column)):
-        if column in columns:
+    """Refuses data without the image, caption or mask column, naming what there is."""
+    for flag in ("image_column", "caption_column", "mask_column"):
+        column = getattr(options, flag)
+        if column is None or column in columns:
             continue
         hint = nearest(column, columns)
         raise UserError(

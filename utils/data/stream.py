@@ -24,11 +24,12 @@ import pyarrow as pa
 from utils.data.buckets import BucketOptions, BucketPlan, plan_buckets
 from utils.data.captions import CaptionOptions, folder_caption
 from utils.data.images import check_whole, read_header, reason_of
+from utils.data.masks import FolderMasks
 from utils.data.sampler import Draw, Piece
 from utils.data.sources import DataOptions, SourceOptions, check_columns, files_of, is_saved_dataset
 from utils.data.tables import captions_of, declared, image_of
 from utils.options import UserError, first_line
-from utils.records import ImageRecord
+from utils.records import ImageRecord, MaskFile
 from utils.seeding import Stream, generator
 
 if TYPE_CHECKING:
@@ -61,12 +62,14 @@ class StreamedRecords:
     Attributes:
         bad: (name, reason) of images that were passed over on the way to these.
         spares: of each sample of the micro-batch the number of its spare one among those behind them, or None.
+        has_masks: whether the loss counts only in parts of some images.
     """
 
     samples: list[StreamedSample] = field(repr=False)
     options: CaptionOptions
     bad: list[tuple[str, str]]
     spares: list[int | None]
+    has_masks: bool
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -88,6 +91,10 @@ class StreamedRecords:
     def image(self, index: int) -> str | bytes:
         """An image's path or bytes."""
         return self.samples[index].record.source
+
+    def mask(self, index: int) -> MaskFile | None:
+        """Where in an image the loss counts; None for everywhere."""
+        return self.samples[index].record.mask
 
     def captions(self, index: int) -> tuple[str, ...]:
         """An image's captions, at least one."""
@@ -136,6 +143,7 @@ class StreamedImages:
 
     Attributes:
         num_listed: images, where the dataset says it.
+        masks: those that lie in a folder, if there is one.
         bad: why an image could not be trained on, by its name.
         counts: of the images that were read: all, and those without a caption.
     """
@@ -148,6 +156,7 @@ class StreamedImages:
     num_listed: int | None
     bad: dict[str, str]
     shuffle_buffer_size: int
+    masks: FolderMasks | None = None
     counts: Counter = field(default_factory=Counter, repr=False)
 
     def note_missing_caption(self, key: str) -> None:
@@ -223,11 +232,14 @@ def open_stream(
             f"--streaming with --use_aspect_ratio_buckets needs the images' sizes in the rows, in the columns "
             f"{sizes[0]} and {sizes[1]} (--width_column, --height_column); there are {', '.join(columns)}"
         )
-    wanted = [source.image_column, source.caption_column, *(name for name in sizes if name in columns)]
-    dataset = dataset.select_columns(wanted).cast_column(source.image_column, datasets.Image(decode=False))
+    images = [column for column in (source.image_column, source.mask_column) if column is not None]
+    dataset = dataset.select_columns([*images, source.caption_column, *(name for name in sizes if name in columns)])
+    for column in images:
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
     split = dataset.info.splits.get(source.dataset_split) if dataset.info.splits else None
     count = split.num_examples if split is not None and split.num_examples else None
-    return StreamedImages(dataset, source, captions, resolution, buckets, count, {}, data.shuffle_buffer_size)
+    masks = None if source.mask_dir is None else FolderMasks(Path(source.mask_dir))
+    return StreamedImages(dataset, source, captions, resolution, buckets, count, {}, data.shuffle_buffer_size, masks)
 
 
 def _load(source: SourceOptions, cache_dir: str | None):
@@ -345,8 +357,17 @@ class Lane:
             captions = (folder_caption(key, "") if by_folder else "",)
         place = f"{self._number} {passing} {number}".encode()
         identity = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
-        record = ImageRecord(key, image_of(value), captions)
+        record = ImageRecord(key, image_of(value), captions, self._mask(row, key))
         return StreamedSample(record, identity, self._bucket(row, key), passing)
+
+    def _mask(self, row: dict, key: str) -> MaskFile | None:
+        source, masks = self._images.source, self._images.masks
+        if source.alpha_mask:
+            return MaskFile(b"", is_alpha=True)
+        if masks is not None:
+            return masks.named(key)
+        mask = None if source.mask_column is None else image_of(row[source.mask_column])
+        return MaskFile(mask, is_alpha=False) if mask else None
 
     def _bucket(self, row: dict, key: str) -> int:
         images = self._images
@@ -446,7 +467,8 @@ class StreamedPieces:
                 spares = {sample.spare.identity: sample.spare for sample in chosen if sample.spare is not None}
                 bare = [sample._replace(spare=None) for sample in chosen]
                 own = [list(spares).index(each.spare.identity) if each.spare else None for each in chosen]
-                records = StreamedRecords([*bare, *spares.values()], self._images.captions, bad, own)
+                options, has_masks = self._images.captions, self._images.source.has_masks
+                records = StreamedRecords([*bare, *spares.values()], options, bad, own, has_masks)
                 yield Piece(step, slots, records)
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from utils.options import UserError
-from utils.records import ImageRecord
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,9 +51,9 @@ class ImageTable(ABC):
         """What is known, without reading it, to change with an image's bytes; "" where `name` says it already."""
         return ""
 
-    def record(self, row: int) -> ImageRecord:
-        """All of it."""
-        return ImageRecord(self.key(row), self.image(row), self.captions(row))
+    def mask(self, row: int) -> str | bytes | None:
+        """The path or bytes of the mask that the table has for an image."""
+        return None
 
 
 class FileTable(ImageTable):
@@ -67,7 +66,9 @@ class FileTable(ImageTable):
         captions: Sequence[Sequence[str]],
         refused: Sequence[tuple[str, str]] = (),
         num_left_out: int = 0,
+        masks: Sequence[str | None] | None = None,
     ):
+        """`names` and `masks` are paths within `root`."""
         self.root = root
         self.name = str(root.resolve())
         self.refused = list(refused)
@@ -75,6 +76,8 @@ class FileTable(ImageTable):
         # Arrow's arrays and not lists: a million of them cost what their letters cost, and forked workers share them
         self._names = pa.array([os.fsencode(name) for name in names], pa.large_binary())  # need not be Unicode
         self._captions = pa.array(captions, pa.list_(pa.large_string()))
+        encoded = [None if mask is None else os.fsencode(mask) for mask in masks or ()]
+        self._masks = None if masks is None else pa.array(encoded, pa.large_binary())
 
     def __len__(self) -> int:
         return len(self._names)
@@ -90,6 +93,11 @@ class FileTable(ImageTable):
     def captions(self, row: int) -> tuple[str, ...]:
         """Those that were found beside the image or in the folder's list."""
         return tuple(self._captions[row].as_py())
+
+    def mask(self, row: int) -> str | None:
+        """The path of the file that the folder's list names."""
+        name = None if self._masks is None else self._masks[row].as_py()
+        return None if name is None else str(self.root / os.fsdecode(name))
 
     def stamp(self, row: int) -> str:
         """Size and times of the file; the second time can't be set back."""
@@ -108,12 +116,14 @@ def stamp_of(path: str | Path) -> str:
 class RowTable(ImageTable):
     """Images that are rows of a dataset of the `datasets` library, whose image column is not decoded."""
 
-    def __init__(self, dataset: "Dataset", image_column: str, caption_column: str):
+    def __init__(self, dataset: "Dataset", image_column: str, caption_column: str, mask_column: str | None = None):
         self.name = f"dataset {dataset._fingerprint}"
         self._dataset = dataset
         self._image_column = image_column
         self._captions = dataset.select_columns([caption_column])
         self._caption_column = caption_column
+        self._masks = None if mask_column is None else dataset.select_columns([mask_column])
+        self._mask_column = mask_column
         first = dataset[0][image_column] if len(dataset) else None
         self._has_paths = isinstance(image_of(first), str)
 
@@ -128,6 +138,10 @@ class RowTable(ImageTable):
         """The bytes, or the path where the row holds only that."""
         return image_of(self._dataset[row][self._image_column])
 
+    def mask(self, row: int) -> str | bytes | None:
+        """That of the mask column."""
+        return None if self._masks is None else image_of(self._masks[row][self._mask_column]) or None
+
     def captions(self, row: int) -> tuple[str, ...]:
         """Those of the caption column."""
         return captions_of(self._captions[row][self._caption_column], self._caption_column)
@@ -141,12 +155,6 @@ class RowTable(ImageTable):
     def stamp(self, row: int) -> str:
         """That of the file where rows name files; bytes in the rows change with the dataset's own name."""
         return stamp_of(self.image(row)) if self._has_paths else ""
-
-    def record(self, row: int) -> ImageRecord:
-        """All of it, read at once."""
-        values = self._dataset[row]
-        captions = captions_of(values[self._caption_column], self._caption_column)
-        return ImageRecord(self.key(row), image_of(values[self._image_column]), captions)
 
 
 def declared(values: dict, size_columns: tuple[str, str]) -> tuple[int, int] | None:

@@ -23,14 +23,19 @@ class TarTable(ImageTable):
         places: np.ndarray,
         captions: Sequence[Sequence[str]],
         refused: Sequence[tuple[str, str]],
+        masks: np.ndarray,
     ):
-        """`places` is [N, 3] int64: the number of the shard, and where in it the bytes begin and how many they are."""
+        """`places` is [N, 3] int64: the number of the shard, and where in it the bytes begin and how many they are.
+
+        `masks` is alike, with no bytes where an image has none.
+        """
         self.name = f"tar {shards[0].resolve()}"
         self.refused = refused
         self._shards = [str(shard) for shard in shards]
         self._stamps = [stamp_of(shard) for shard in shards]
         self._keys = pa.array([os.fsencode(key) for key in keys], pa.large_binary())
         self._places = places
+        self._masks = masks
         self._captions = pa.array(captions, pa.list_(pa.large_string()))
 
     def __len__(self) -> int:
@@ -46,7 +51,14 @@ class TarTable(ImageTable):
         Raises:
             OSError: if the shard has gone.
         """
-        shard, begin, length = (int(value) for value in self._places[row])
+        return self._read(self._places[row])
+
+    def mask(self, row: int) -> bytes | None:
+        """The bytes of the member of the same sample that is its mask."""
+        return self._read(self._masks[row]) or None
+
+    def _read(self, place: np.ndarray) -> bytes:
+        shard, begin, length = (int(value) for value in place)
         with open(self._shards[shard], "rb") as file:
             file.seek(begin)
             return file.read(length)
@@ -60,21 +72,27 @@ class TarTable(ImageTable):
         return self._stamps[int(self._places[row, 0])]
 
 
-def read_tars(shards: Sequence[Path]) -> TarTable:
+def read_tars(shards: Sequence[Path], mask_ending: str | None = None) -> TarTable:
     """Lists tar shards, whose members of one name (up to the first dot) are a sample: `a.jpg` with `a.txt` or `a.json`.
 
+    Args:
+        mask_ending: what stands behind the first dot of a mask's name, such as mask.png.
+
     Raises:
-        UserError: if none of them can be read; they must not be compressed.
+        UserError: if none of them can be read or has the ending; they must not be compressed.
     """
-    keys, places, captions, refused = [], [], [], []
+    keys, places, masks, captions, refused = [], [], [], [], []
     num_left_out = 0
     root = Path(os.path.commonpath([shard.parent for shard in shards]))
     for number, shard in enumerate(shards):
         images: dict[str, tuple[str, int, int]] = {}
         texts: dict[str, tuple[str, tuple[str, ...]]] = {}
         broken: dict[str, str] = {}
+        masked: dict[str, tuple[int, int]] = {}
         for sample, member, begin, length, content in _members(shard, refused):
-            if is_image(member):
+            if mask_ending is not None and PurePosixPath(member).name.partition(".")[2] == mask_ending:
+                masked[sample] = (begin, length)
+            elif is_image(member):
                 num_left_out += sample in images
                 images.setdefault(sample, (member, begin, length))
             elif content is not None and _comes_first(member, texts.get(sample)):
@@ -89,12 +107,19 @@ def read_tars(shards: Sequence[Path]) -> TarTable:
                 continue
             keys.append(key)
             places.append((number, begin, length))
+            masks.append((number, *masked.get(sample, (0, 0))))
             captions.append(texts.get(sample, ("", ()))[1])
     if shards and not keys and refused:
         raise UserError(f"no image can be read from {len(shards)} tar shards; {': '.join(refused[0])}")
-    table = TarTable(shards, keys, np.array(places, np.int64).reshape(-1, 3), captions, refused)
+    if mask_ending is not None and not any(length for _, _, length in masks):
+        raise UserError(f"--mask_column {mask_ending} is the ending of no member of the {len(shards)} tar shards")
+    table = TarTable(shards, keys, _places(places), captions, refused, _places(masks))
     table.num_left_out = num_left_out
     return table
+
+
+def _places(rows: list[tuple[int, int, int]]) -> np.ndarray:
+    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def _members(shard: Path, refused: list[tuple[str, str]]) -> Iterator[tuple[str, str, int, int, bytes | None]]:

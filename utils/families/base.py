@@ -300,9 +300,11 @@ class Family(ABC):
         """Keeps the frozen UNet's linear layers in 4 or 8 bits, on the device."""
         quantize_linears(self.unet, kind, device)
 
-    def use_gradient_checkpointing(self, text_encoders: bool) -> None:
-        """Computes activations again in the backward pass, in the denoiser and if asked in the text encoders."""
+    def use_gradient_checkpointing(self, text_encoders: bool, vae: bool) -> None:
+        """Computes activations again in the backward pass, in the denoiser and in the encoders that are asked for."""
         self.unet.enable_gradient_checkpointing()
+        if vae:
+            self.pipeline.vae.enable_gradient_checkpointing()
         if text_encoders:
             for encoder in self.text_encoders:
                 encoder.gradient_checkpointing_enable()

@@ -47,9 +47,8 @@ class LatentSpace:
             sample = sample - self._shift
         return sample * self._scaling
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, H, W] float32 images, about [-1, 1], of scaled latents [B, C, h, w]."""
+        """[B, 3, H, W] float32 images, about [-1, 1], of scaled latents [B, C, h, w]; gradients flow through it."""
         sample = latents.to(self.vae.dtype) / self._scaling
         if self._mean is not None and self._std is not None:
             sample = sample * self._channels_like(self._std, sample) + self._channels_like(self._mean, sample)

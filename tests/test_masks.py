@@ -1,0 +1,268 @@
+"""Masked loss: masks found, cut as their images are, cached, and weighed."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.test_cache import files
+from tests.test_data import records_of
+from tests.test_equivalences import assert_same_bits, losses, weights
+from utils.data.cutting import cut_out
+from utils.data.images import ImageOptions
+from utils.losses import LossOptions, mask_weights, weighted_loss
+from utils.options import UserError
+from utils.records import MaskFile, Noised, RecordPass
+
+MASKED = (40, 20, 90, 70)  # left, top, right, bottom
+
+
+def mask_image(size: tuple[int, int] = (120, 90), box: tuple[int, int, int, int] = MASKED) -> Image.Image:
+    mask = Image.new("L", size, 0)
+    mask.paste(255, box)
+    return mask
+
+
+def masked_folder(folder: Path, count: int = 6, in_alpha: bool = False) -> Path:
+    """Images of which each has a mask, in its alpha channel or in `masks` beside the folder."""
+    random = np.random.default_rng(0)
+    masks = folder.parent / "masks"
+    folder.mkdir(parents=True)
+    masks.mkdir(exist_ok=True)
+    for number in range(count):
+        image = Image.fromarray(random.integers(0, 255, (90, 120, 3), np.uint8))
+        mask = mask_image(box=(10 * number, 20, 10 * number + 50, 70))
+        if in_alpha:
+            image.putalpha(mask)
+        else:
+            mask.save(masks / f"{number}.png")
+        image.save(folder / f"{number}.webp", lossless=True, exact=True)
+        (folder / f"{number}.txt").write_text(f"image {number}")
+    return folder
+
+
+class TestCut:
+    @pytest.mark.parametrize("degrees", [0.0, 20.0])
+    @pytest.mark.parametrize("scale", [1, 2])
+    def test_a_mask_is_cut_as_its_image_is(self, tmp_path, degrees, scale):
+        """The image is its own mask, painted: in every crop, mirrored or turned, both show the same."""
+        mask = mask_image()
+        mask.convert("RGB").save(tmp_path / "image.png")
+        mask.resize((120 * scale, 90 * scale), Image.Resampling.NEAREST).save(tmp_path / "mask.png")
+        options = ImageOptions(random_flip=True, random_rotation=degrees, color_jitter=0.0)
+        seen = set()
+        for identity in range(20):
+            file = MaskFile(str(tmp_path / "mask.png"), is_alpha=False)
+            image, passing = str(tmp_path / "image.png"), RecordPass(identity, 0)
+            found = cut_out(image, file, (48, 48), options, 0, passing, (24, 24))
+            means = found.pixels[0].astype(float).reshape(24, 2, 24, 2).mean((1, 3))
+            assert found.mask.shape == (24, 24)
+            assert np.abs(means - found.mask).mean() < 4
+            seen.add(found.mask.tobytes())
+        assert len(seen) > 2
+
+    def test_alpha_and_brightness(self, tmp_path):
+        image = Image.new("RGBA", (32, 32), (255, 0, 0, 255))
+        image.paste((0, 255, 0, 128), (0, 0, 16, 32))
+        image.save(tmp_path / "a.png")
+        arguments = (str(tmp_path / "a.png"), MaskFile(b"", is_alpha=True), (32, 32), ImageOptions(), 0)
+        mask = cut_out(*arguments, RecordPass(0, 0), (4, 4)).mask
+        assert mask.tolist() == [[128, 128, 255, 255]] * 4
+        Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
+        mask = cut_out(str(tmp_path / "b.png"), *arguments[1:], RecordPass(0, 0), (4, 4)).mask
+        assert (mask == 255).all()
+
+    def test_a_mask_of_another_shape_is_refused(self, tmp_path):
+        mask_image().save(tmp_path / "a.png")
+        mask_image().rotate(90, expand=True).save(tmp_path / "turned.png")
+        file = MaskFile(str(tmp_path / "turned.png"), is_alpha=False)
+        with pytest.raises(ValueError, match="its mask of 90x120 has not the shape of 120x90"):
+            cut_out(str(tmp_path / "a.png"), file, (32, 32), ImageOptions(), 0, RecordPass(0, 0), (4, 4))
+
+
+class TestLoss:
+    @pytest.mark.parametrize("unmasked", [0.0, 0.25])
+    @pytest.mark.parametrize("normalized", [False, True])
+    def test_against_a_sum_over_places(self, unmasked, normalized):
+        random = np.random.default_rng(0)
+        error, masks = random.standard_normal((3, 4, 5, 6)), random.integers(0, 256, (3, 1, 5, 6), np.uint8)
+        zeros = torch.zeros(3, 4, 5, 6)
+        noised = Noised(zeros, zeros, torch.zeros(3, dtype=torch.int64), torch.ones(3), 1000)
+        options = LossOptions(unmasked_weight=unmasked, normalize_masked_loss=normalized)
+        found = weighted_loss(torch.from_numpy(error), noised, "epsilon", options, torch.from_numpy(masks))
+        for sample in range(3):
+            share = np.maximum(masks[sample, 0] / 255, unmasked)
+            expected = (error[sample] ** 2 * share).sum() / error[sample].size
+            expected /= share.mean() if normalized else 1
+            assert float(found[sample]) == pytest.approx(expected, rel=1e-5)
+
+    def test_a_black_mask_stays_finite(self):
+        options = LossOptions(normalize_masked_loss=True)
+        assert torch.isfinite(mask_weights(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), options)).all()
+
+
+def masks_of(records) -> dict[str, str | bytes | None]:
+    """The mask of each image by its name: the name of its file, or its bytes."""
+    found = {}
+    for index in range(len(records)):
+        mask = records.mask(index)
+        is_path = mask is not None and isinstance(mask.source, str)
+        found[records.key(index)] = Path(mask.source).name if is_path else mask and mask.source
+    return found
+
+
+class TestSources:
+    def test_a_folder_of_masks(self, tmp_path):
+        data = masked_folder(tmp_path / "data", 3)
+        (tmp_path / "masks" / "1.png").rename(tmp_path / "masks" / "1-masklabel.png")
+        (tmp_path / "masks" / "2.png").unlink()
+        records = records_of(data, mask_dir=str(tmp_path / "masks"))
+        assert masks_of(records) == {"0.webp": "0.png", "1.webp": "1-masklabel.png", "2.webp": None}
+
+    @pytest.mark.parametrize("inside", ["masks", "."])
+    def test_masks_among_the_images_are_not_images(self, tmp_path, inside):
+        data = masked_folder(tmp_path / "data", 3)
+        for mask in sorted((tmp_path / "masks").iterdir()):
+            name = mask.name if inside == "masks" else f"{mask.stem}-masklabel.png"
+            (data / inside).mkdir(exist_ok=True)
+            shutil.move(mask, data / inside / name)
+        records = records_of(data, mask_dir=str(data / inside))
+        assert list(masks_of(records)) == ["0.webp", "1.webp", "2.webp"]
+        assert all(masks_of(records).values())
+
+    def test_a_column_of_metadata(self, tmp_path):
+        data = masked_folder(tmp_path / "data", 3)
+        shutil.move(tmp_path / "masks", data / "masks")
+        rows = [{"file_name": f"{number}.webp", "text": "x", "where": f"masks/{number}.png"} for number in range(2)]
+        rows.append({"file_name": "2.webp", "text": "y", "where": None})
+        (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        records = records_of(data, mask_column="where")
+        assert masks_of(records) == {"0.webp": "0.png", "1.webp": "1.png", "2.webp": None}
+        assert records.sources[0].table.num_left_out == 1  # the mask that no row names
+        with pytest.raises(UserError, match="did you mean --mask_column where"):
+            records_of(data, mask_column="wher")
+
+    def test_a_column_of_a_dataset_and_a_member_of_a_tar(self, tmp_path):
+        import datasets
+
+        data, masks = masked_folder(tmp_path / "data", 3), tmp_path / "masks"
+        rows = {
+            "image": [str(data / f"{number}.webp") for number in range(3)],
+            "mask": [str(masks / "0.png"), None, str(masks / "2.png")],
+            "text": ["a", "b", "c"],
+        }
+        rows = {
+            name: [{"path": None, "bytes": Path(v).read_bytes()} if v and v[0] == "/" else v for v in values]
+            for name, values in rows.items()
+        }
+        features = datasets.Features(
+            {"image": datasets.Image(), "mask": datasets.Image(), "text": datasets.Value("string")}
+        )
+        (tmp_path / "rows").mkdir()
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows" / "train.parquet")
+        found = masks_of(records_of(tmp_path / "rows", mask_column="mask"))
+        with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+            for number in range(3):
+                archive.add(data / f"{number}.webp", f"{number}.webp")
+                if number != 1:
+                    archive.add(masks / f"{number}.png", f"{number}.mask.png")
+        of_tar = masks_of(records_of(tmp_path / "shard.tar", mask_column="mask.png"))
+        for number in range(3):
+            expected = None if number == 1 else (masks / f"{number}.png").read_bytes()
+            assert found[f"row {number}"] == expected
+            assert of_tar[f"shard.tar/{number}.webp"] == expected
+        with pytest.raises(UserError, match=r"--mask_column masc is not a column.*did you mean --mask_column mask"):
+            records_of(tmp_path / "rows", mask_column="masc")
+        with pytest.raises(UserError, match=r"--mask_column m\.png is the ending of no member"):
+            records_of(tmp_path / "shard.tar", mask_column="m.png")
+
+
+STILL = ["--train_batch_size", 2, "--max_train_steps", 4, "--learning_rate", 1e-3, "--adam_weight_decay", 0]
+
+
+class TestRuns:
+    def test_what_is_masked_does_not_train(self, train, pipelines, tmp_path):
+        """Transparent images leave the weights as they are, and with a weight for them do not."""
+        data = tmp_path / "data"
+        data.mkdir()
+        for number in range(4):
+            Image.new("RGBA", (32, 32), (60 * number, 99, 0, 0)).save(data / f"{number}.png")
+        still = train("sd", *STILL, "--alpha_mask", data=data)
+        assert_same_bits(weights(still), weights(Path(pipelines["sd"])))
+        moved = train("sd", *STILL, "--alpha_mask", "--unmasked_weight", 0.5, data=data, out="moved")
+        plain = train("sd", *STILL, data=data, out="plain")
+        assert losses(moved)[0] == pytest.approx(0.5 * losses(plain)[0], rel=1e-5)
+
+    def test_a_cached_run_is_a_live_one_and_masks_encode_no_image_again(self, train, tmp_path):
+        data = masked_folder(tmp_path / "data")
+        cache = tmp_path / "cache"
+        flags = [*STILL, "--center_crop", "--encoding_cache_dir", cache]
+        plain = train("sd", *flags, "--cache_latents", data=data, out="plain")
+        before = files(cache / "latents")
+        masked = [*flags, "--mask_dir", tmp_path / "masks"]
+        live = train("sd", *masked, data=data, out="live")
+        cached = train("sd", *masked, "--cache_latents", data=data, out="cached")
+        assert files(cache / "latents") == before
+        assert losses(cached) == pytest.approx(losses(live), rel=1e-5)
+        assert losses(cached) != pytest.approx(losses(plain), rel=1e-2)
+        known = files(cache / "masks")
+        mask_image(box=(0, 0, 120, 90)).save(tmp_path / "masks" / "3.png")
+        changed = train("sd", *masked, "--cache_latents", data=data, out="changed")
+        assert known.items() <= files(cache / "masks").items()
+        assert len(files(cache / "masks")) == len(known) + 1
+        assert losses(changed) != losses(cached)
+
+    def test_alpha_and_a_stream_of_them(self, train, tmp_path):
+        data, alpha = masked_folder(tmp_path / "data"), masked_folder(tmp_path / "alpha", in_alpha=True)
+        flags = [*STILL, "--center_crop", "--validation_split", 0.3]
+        from_files = train("sd", *flags, "--mask_dir", tmp_path / "masks", data=data, out="files")
+        from_alpha = train("sd", *flags, "--alpha_mask", data=alpha, out="alpha")
+        shown = [json.loads((out / "data_report.json").read_text())["masked"] for out in (from_files, from_alpha)]
+        assert shown == [json.loads((from_files / "data_report.json").read_text())["trained"]] * 2
+        with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+            for number in range(6):
+                for file, name in (
+                    (data / f"{number}.webp", f"{number}.webp"),
+                    (data / f"{number}.txt", f"{number}.txt"),
+                ):
+                    archive.add(file, name)
+                content = (tmp_path / "masks" / f"{number}.png").read_bytes()
+                member = tarfile.TarInfo(f"{number}.mask.png")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        streamed = [*STILL, "--streaming", "--center_crop", "--shuffle_buffer_size", 1]
+        shard = tmp_path / "shard.tar"
+        masked = train("sd", *streamed, "--mask_column", "mask.png", data=shard, out="masked")
+        plain = train("sd", *streamed, data=shard, out="plain")
+        assert losses(masked)[0] < 0.8 * losses(plain)[0]
+
+    def test_bad_masks_are_named(self, train, tmp_path, capsys):
+        data = masked_folder(tmp_path / "data")
+        (tmp_path / "masks" / "1.png").write_bytes(b"no image")
+        mask_image((90, 120)).save(tmp_path / "masks" / "2.png")
+        flags = [*STILL, "--mask_dir", tmp_path / "masks"]
+        train("sd", *flags, data=data, expect=2)
+        error = capsys.readouterr().err
+        assert "1.webp: its mask can't be read" in error
+        assert "2.webp: its mask of 90x120 has not the shape of 120x90" in error
+        out = train("sd", *flags, "--max_bad_fraction", 0.5, data=data)
+        assert sorted(json.loads((out / "data_report.json").read_text())["unreadable"]) == ["1.webp", "2.webp"]
+
+    @pytest.mark.parametrize(
+        ("flags", "named"),
+        [
+            (["--alpha_mask", "--mask_dir", "."], "give one"),
+            (["--mask_dir", "/nowhere"], "--mask_dir must be a folder that exists"),
+            (["--mask_column", "mask"], "--mask_column mask is not a column of the data"),
+            (["--unmasked_weight", 0.5], "--unmasked_weight is for images with masks"),
+            (["--alpha_mask", "--unmasked_weight", 2], "--unmasked_weight must be"),
+        ],
+    )
+    def test_what_does_not_go(self, refused, flags, named):
+        refused(flags, named)

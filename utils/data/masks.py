@@ -1,0 +1,102 @@
+"""Where the loss counts in an image: by its alpha channel or by the mask that belongs to it, white for all of it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils.data.folders import is_image, list_files
+from utils.data.images import Cut
+from utils.data.tables import ImageTable
+from utils.options import require
+from utils.records import MaskFile
+
+MASK_LABEL = "-masklabel"  # what OneTrainer puts behind an image's name for that of its mask
+ASPECT_TOLERANCE = 0.02
+
+
+class AlphaMasks:
+    """Each image's own alpha channel; what is opaque counts."""
+
+    def of(self, table: ImageTable, row: int) -> MaskFile:
+        """The image itself."""
+        return MaskFile(b"", is_alpha=True)
+
+
+class ColumnMasks:
+    """The masks that a table has a column of."""
+
+    def of(self, table: ImageTable, row: int) -> MaskFile | None:
+        """The mask of a row, None where it has none."""
+        mask = table.mask(row)
+        return MaskFile(mask, is_alpha=False) if mask else None
+
+
+class FolderMasks:
+    """Masks in a folder under the names of their images, whatever their endings; `a-masklabel.png` is one of `a.jpg`.
+
+    Raises:
+        UserError: if it holds none.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        names = [name for name in list_files(folder) if is_image(name)]
+        self._names = {_stem(name).removesuffix(MASK_LABEL): name for name in sorted(names, key=_is_labelled)}
+        require(bool(names), "mask_dir", folder, "hold images, the masks")
+
+    def of(self, table: ImageTable, row: int) -> MaskFile | None:
+        """The mask under the image's name, None where there is none."""
+        return self.named(table.key(row))
+
+    def named(self, key: str) -> MaskFile | None:
+        """The mask of an image by its path."""
+        name = self._names.get(_stem(key))
+        return None if name is None else MaskFile(str(self._folder / name), is_alpha=False)
+
+
+Masks = AlphaMasks | ColumnMasks | FolderMasks
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _is_labelled(name: str) -> bool:
+    return _stem(name).endswith(MASK_LABEL)
+
+
+def without_masks(names: Sequence[str], folder: Path, mask_folder: Path | None) -> list[str]:
+    """The names of a folder's files but for the masks, which may lie among its images or in a folder in it."""
+    if mask_folder is None:
+        return list(names)
+    inside = Path(os.path.relpath(mask_folder.resolve(), folder.resolve())).as_posix()
+    if inside == ".":
+        return [name for name in names if not _is_labelled(name)]
+    return [name for name in names if not name.startswith(f"{inside}/")]
+
+
+def check_same_shape(mask_size: tuple[int, int], size: tuple[int, int]) -> None:
+    """Raises `ValueError` where a mask has not its image's proportions."""
+    ratio = mask_size[0] * size[1] / (mask_size[1] * size[0])
+    if not 1 - ASPECT_TOLERANCE < ratio < 1 + ASPECT_TOLERANCE:
+        raise ValueError("its mask of {}x{} has not the shape of {}x{}".format(*mask_size, *size))
+
+
+def cut_mask(mask: Image.Image, cut: Cut, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    """[h, w] uint8, what a cut takes of a mask, each value the mean of what its place covers.
+
+    Args:
+        size: width and height of the image, of which the mask may be an enlarged or reduced one.
+        shape: h and w.
+    """
+    check_same_shape(mask.size, size)
+    if cut.degrees:
+        mask = mask.rotate(cut.degrees, Image.Resampling.BILINEAR)
+    scale = mask.width / size[0], mask.height / size[1]
+    left, top, right, bottom = cut.box
+    box = (left * scale[0], top * scale[1], min(right * scale[0], mask.width), min(bottom * scale[1], mask.height))
+    taken = mask.resize(shape[::-1], Image.Resampling.BOX, box=box)
+    return np.array(ImageOps.mirror(taken) if cut.mirrored else taken)

@@ -1,0 +1,115 @@
+"""Further terms of the loss, of a user's own making too, with what they learn from."""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from utils.options import UserError, as_number, first_line, option, require, require_positive
+from utils.records import Predicted
+
+
+@dataclass(frozen=True)
+class TermFacts:
+    """What a term may need to know when it is made.
+
+    Attributes:
+        latent_channels: C of the latents.
+        num_timesteps: length of the noise schedule.
+        decode: latents [B, C, h, w] to images [B, 3, H, W], about [-1, 1]; gradients flow through it.
+    """
+
+    latent_channels: int
+    num_timesteps: int
+    decode: Callable[[Tensor], Tensor]
+
+
+class LossTerm(nn.Module):
+    """What is added to the loss of each sample.
+
+    A term may have parameters of its own, such as a discriminator's: they learn from `own_losses` alone, in the same
+    backward pass and by the same optimizer, and are kept in the checkpoints. A file given as `--loss_module` holds one
+    subclass, which is made with the facts and the words of `--loss_module_args`.
+    """
+
+    def __init__(self, facts: TermFacts):
+        super().__init__()
+
+    def forward(self, predicted: Predicted) -> Tensor:
+        """[B] what is added to the losses, its weight included. Its own parameters get no gradient from it."""
+        raise NotImplementedError
+
+    def own_losses(self, predicted: Predicted) -> Tensor | None:
+        """[B] what its own parameters learn from, if it has any; the model gets no gradient from it."""
+        return None
+
+
+@dataclass(frozen=True)
+class TermOptions:
+    loss_module: str | None = option(
+        None, "Python file with a loss term of your own, such as examples/adversarial_loss.py"
+    )
+    loss_module_args: list[str] | None = option(None, "its arguments, such as weight=0.1")
+    loss_module_lr: float | None = option(
+        None, "peak learning rate of the term's own parameters; by default --learning_rate"
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "loss_module_lr")
+        file = self.loss_module
+        require(
+            file is None or (Path(file).is_file() and file.endswith(".py")),
+            "loss_module",
+            file,
+            "be a Python file that exists",
+        )
+        for name in ("loss_module_args", "loss_module_lr"):
+            if getattr(self, name) is not None and file is None:
+                raise UserError(f"--{name} goes with --loss_module; give both or neither")
+        for word in self.loss_module_args or ():
+            require("=" in word, "loss_module_args", word, "be NAME=VALUE")
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """The words of `loss_module_args` by their names, numbers as such."""
+        pairs = (word.partition("=") for word in self.loss_module_args or ())
+        return {name: int(value) if value.lstrip("-").isdigit() else as_number(value) for name, _, value in pairs}
+
+
+def load_term(options: TermOptions, facts: TermFacts) -> LossTerm:
+    """The term in the file that `--loss_module` names.
+
+    Raises:
+        UserError: if the file can't be run, holds not one subclass of `LossTerm`, or refuses its arguments.
+    """
+    flag = f"--loss_module {options.loss_module}"
+    spec = importlib.util.spec_from_file_location(f"loss_module_{Path(options.loss_module).stem}", options.loss_module)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{flag} can't be run: {type(error).__name__}: {first_line(error)}") from error
+    found = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, LossTerm) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        names = ", ".join(term.__name__ for term in found) or "none"
+        raise UserError(f"{flag} must hold one subclass of utils.terms.LossTerm, it holds {names}")
+    try:
+        return found[0](facts, **options.arguments)
+    except TypeError as error:
+        raise UserError(f"{flag} with --loss_module_args: {first_line(error)}") from error
+
+
+def added_losses(term: LossTerm, predicted: Predicted) -> Tensor:
+    """[B] what a term adds. Its own losses add nothing to the value, but their gradient to its parameters."""
+    frozen = {name: parameter.detach() for name, parameter in term.named_parameters() if parameter.requires_grad}
+    losses = functional_call(term, frozen, (predicted,)) if frozen else term(predicted)
+    own = term.own_losses(predicted.detached()) if frozen else None
+    return losses if own is None else losses + (own - own.detach())
