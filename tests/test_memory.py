@@ -118,3 +118,31 @@ def test_bfloat16_weights_learn_and_resume_bit_by_bit(train, more):
 )
 def test_what_does_not_go(refused, flags, named):
     refused(flags, named)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("cached", [(), ("--cache_latents", "--cache_text_embeddings")])
+def test_samples_with_one_part_on_the_device_at_a_time(train, monkeypatch, name, cached):
+    """The same pixels and the same training, while each part is moved as it is needed (here from CPU to CPU)."""
+    import numpy as np
+    from PIL import Image
+
+    from utils.families.base import Family
+
+    flags = ["--max_train_steps", 3, "--train_batch_size", 2, "--validation_steps", 2, *cached]
+    flags += ["--validation_prompts", "a red square", "blue", "--validation_num_inference_steps", 2]
+    plain = train(name, *flags, out="plain")
+    moves = []
+
+    def record(self: Family, names: list[str], device: torch.device) -> None:
+        moves.extend((part, self.pipeline.components[part] is not None) for part in names)
+
+    monkeypatch.setattr(Family, "_move", record)
+    saved = train(name, *flags, "--sampling_cpu_offload", out="saved")
+    assert_same_bits(weights(plain), weights(saved))
+    for file in sorted((plain / "samples").rglob("*.png")):
+        other = Image.open(saved / "samples" / file.relative_to(plain / "samples"))
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(other))
+    encoders = [part for part, _ in moves if part.startswith("text_encoder")]
+    assert {part for part, _ in moves} == {"unet", "vae", *encoders}
+    assert all(is_there for _, is_there in moves)

@@ -1,5 +1,6 @@
 """Samples drawn from the prompts of a run, while it trains and at its end."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from utils.families.base import Family
 from utils.options import UserError, option, require_not_negative, require_positive
@@ -90,18 +92,30 @@ class Sampler:
         from accelerate.utils import gather_object
 
         rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
+        mine = dict(list(enumerate(self._requests))[rank::num_processes])
         drawn = []
         with self._family.awake() if self._requests else nullcontext():
-            for index in range(rank, len(self._requests), num_processes):
-                request = self._requests[index]
-                image = self._draw(request)
-                self._save(image, request, self._folder / name / f"{request.name}.png")
+            for index, image in zip(mine, self._draw(list(mine.values())), strict=True):
+                self._save(image, mine[index], self._folder / name / f"{mine[index].name}.png")
                 drawn.append((index, np.asarray(image)))
         shared = sorted(gather_object(drawn), key=lambda pair: pair[0])
         return [Sample(Image.fromarray(pixels), self._requests[index].prompt) for index, pixels in shared]
 
     @torch.no_grad()
-    def _draw(self, request: SampleRequest) -> Image.Image:
+    def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
+        """The images of some requests, by one part of the pipeline after the other."""
+        family, negative = self._family, self._options.validation_negative_prompt
+        processor = family.pipeline.image_processor
+        with family.alone(*family.text_encoder_names), self._accelerator.autocast():
+            prompts = [family.prompt_arguments(request.prompt, negative) for request in requests]
+        with family.alone("unet"):
+            latents = [self._denoise(*pair) for pair in zip(requests, prompts, strict=True)]
+        with family.alone("vae"):  # outside of autocast, in which it could overflow
+            decoded = (family.latent_space.decode(each) for each in latents)
+            return [processor.postprocess(each, output_type="pil")[0] for each in decoded]
+
+    def _denoise(self, request: SampleRequest, prompt: dict[str, Tensor]) -> Tensor:
+        """[1, C, h, w] the latents of a request."""
         pipeline, options = self._family.pipeline, self._options
         pipeline.set_progress_bar_config(disable=True)
         guidance = (
@@ -111,8 +125,8 @@ class Sampler:
         shape = self._family.latent_space.shape((self._resolution, self._resolution))
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(request.seed))
         with self._accelerator.autocast():
-            latents = pipeline(
-                **self._family.prompt_arguments(request.prompt, options.validation_negative_prompt),
+            return pipeline(
+                **prompt,
                 **guidance,
                 height=self._resolution,
                 width=self._resolution,
@@ -121,8 +135,6 @@ class Sampler:
                 generator=torch.Generator().manual_seed(request.seed),
                 output_type="latent",
             ).images
-        # outside of autocast, in which the VAE could overflow
-        return pipeline.image_processor.postprocess(self._family.latent_space.decode(latents), output_type="pil")[0]
 
     def _save(self, image: Image.Image, request: SampleRequest, path: Path) -> None:
         """Writes a PNG that says in its text what it was drawn from."""

@@ -53,6 +53,7 @@ class Family(ABC):
         self.pipeline.scheduler = changed_scheduler(self.pipeline.scheduler, scheduler_changes)
         self.latent_space = LatentSpace(self.pipeline.vae)
         self._resting: list[str] = []
+        self._is_quantized = False
         self._device: torch.device | None = None
         for name in self.tokenizer_names:
             if getattr(self.pipeline, name).model_max_length > MAX_TOKENS:
@@ -205,7 +206,7 @@ class Family(ABC):
         """
         ids = self.tokenizer()([prompt, negative_prompt or ""])
         chunks = self._chunks(ids)
-        ids = chunks[:, :, : int(self._filled(chunks).sum(dim=1).max())].flatten(2).to(self.unet.device)
+        ids = chunks[:, :, : int(self._filled(chunks).sum(dim=1).max())].flatten(2).to(self.text_encoders[0].device)
         none, every = torch.tensor([False], device=ids.device), torch.tensor([True], device=ids.device)
         # one by one, as the pipeline encodes them; like it, without clip_skip for the negative prompt
         states = self._encode(ids[:1], none)
@@ -246,16 +247,42 @@ class Family(ABC):
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Within it all parts are on the device."""
-        self._move(self._resting, self._device)
+        """Within it all parts are on the device, or those that `alone` says where sampling is to save memory."""
+        one_by_one = self.source.options.sampling_cpu_offload
+        parts = [*self.trainable_names(), "vae"]
+        if not one_by_one:
+            self._move(self._resting, self._device)
         try:
             yield
         finally:
+            if one_by_one:
+                self._move([name for name in parts if name not in self._resting], self._device)
             self._move(self._resting, torch.device("cpu"))
+
+    @contextmanager
+    def alone(self, *names: str) -> Iterator[None]:
+        """Within it, where sampling is to save memory, these parts are on the device, and the pipeline has no others.
+
+        So the pipeline takes that device for its own.
+        """
+        if not self.source.options.sampling_cpu_offload:
+            yield
+            return
+        others = {name: getattr(self.pipeline, name) for name in (*self.trainable_names(), "vae") if name not in names}
+        self._move(list(others), torch.device("cpu"))
+        self._move(names, self._device)
+        for name in others:
+            setattr(self.pipeline, name, None)
+        try:
+            yield
+        finally:
+            for name, part in others.items():
+                setattr(self.pipeline, name, part)
 
     def _move(self, names: Sequence[str], device: torch.device | None) -> None:
         for name in names:
-            getattr(self.pipeline, name).to(device)
+            if not (name == "unet" and self._is_quantized):  # whose packed weights stay where they were made
+                getattr(self.pipeline, name).to(device)
         if names and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -299,6 +326,7 @@ class Family(ABC):
     def quantize_unet(self, kind: str, device: torch.device) -> None:
         """Keeps the frozen UNet's linear layers in 4 or 8 bits, on the device."""
         quantize_linears(self.unet, kind, device)
+        self._is_quantized = True
 
     def use_gradient_checkpointing(self, text_encoders: bool, vae: bool) -> None:
         """Computes activations again in the backward pass, in the denoiser and in the encoders that are asked for."""

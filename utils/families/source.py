@@ -43,6 +43,9 @@ class ModelOptions:
     attention_slicing: bool = option(False, "compute attention one head after the other: less memory, slower")
     vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
     vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
+    sampling_cpu_offload: bool = option(
+        False, "while samples are drawn, keep on the device only the part of the pipeline that is at work"
+    )
     enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
     enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
 
