@@ -39,6 +39,7 @@ from utils.doctor import (
     first_streamed,
 )
 from utils.ema import EmaOptions, MovingAverage
+from utils.ema_lengths import AverageLengths, set_aside_snapshots
 from utils.encoding import Encoder
 from utils.export import CardFacts, HubOptions, upload, write_card
 from utils.families.base import Family
@@ -215,10 +216,11 @@ def run(argv: Sequence[str] | None) -> None:
             preparation.write_report(images)
             return
         average = MovingAverage([each.parameter for each in named], options.ema) if options.ema.use_ema else None
+        lengths = AverageLengths(named, options.ema, folder.path) if options.ema.ema_lengths else None
         encoder = Encoder(family, options.adaptation.train_text_encoder)
         objective = Objective(family, adaptation.modules, process, options.noise, options.loss, terms)
         model, optimizer = accelerator.prepare(objective, make_optimizer(options, named + own, rates))
-        state = RunState(accelerator, adaptation, average, optimizer, named, own, structure, batches.size)
+        state = RunState(accelerator, adaptation, average, lengths, optimizer, named, own, structure, batches.size)
         first_step = 0 if start is None else state.load(start)
 
         spec = SampleSpec(
@@ -290,12 +292,16 @@ def run(argv: Sequence[str] | None) -> None:
                 if options.checkpoint.is_due(done, total_steps):
                     with log.paused():
                         on_main_process(accelerator, partial(checkpoints.save, done, partial(state.save, step=done)))
+                if lengths is not None and is_snapshot_due(options, done, total_steps):
+                    on_main_process(accelerator, partial(lengths.snapshot, done))
                 if done == total_steps:
                     break
                 if is_due:
                     with log.paused(), evaluating(adaptation, average, optimizer):
                         log.images(sampler.draw(f"step-{done}"), done, "validation")
 
+        if lengths is not None:
+            average = choose_length(options.ema.ema_lengths, lengths, held_out, objective, adaptation, folder.path)
         with evaluating(adaptation, average, optimizer):
             on_main_process(accelerator, lambda: adaptation.export(folder.path))
             samples = sampler.draw("final")
@@ -366,6 +372,34 @@ def measure(
     return history.logged(measurement)
 
 
+def choose_length(
+    wanted: Sequence[float],
+    lengths: AverageLengths,
+    held_out: HeldOut | None,
+    objective: Objective,
+    adaptation: Adaptation,
+    folder: Path,
+) -> MovingAverage:
+    """The average of the length that has the lowest validation loss, all of which `ema_lengths.json` holds."""
+    if held_out is None:
+        return lengths.of_length(wanted[0])
+    measured = {}
+    for length in wanted:
+        with evaluating(adaptation, lengths.of_length(length), optimizer=None):
+            measured[length] = float(held_out.losses(objective).mean())
+    best = min(measured, key=measured.get)
+    logger.info("validation loss by length: %s", ", ".join(f"{name:g}: {loss:.5f}" for name, loss in measured.items()))
+    if held_out.is_main_process:
+        write_json(folder / "ema_lengths.json", {"chosen": best, "validation_loss": measured})
+    return lengths.of_length(best)
+
+
+def is_snapshot_due(options: Options, done: int, total_steps: int) -> bool:
+    """Whether the averages among which a length is chosen are written after optimizer step number `done`, from 1."""
+    interval = options.ema.ema_snapshot_steps or options.checkpoint.checkpointing_steps
+    return done % interval == 0 or done == total_steps
+
+
 def plateau_factor(options: ScheduleOptions, history: History) -> float:
     """What `reduce_on_plateau` multiplies the learning rate by; 1 under other schedules."""
     if options.lr_scheduler != "reduce_on_plateau":
@@ -414,8 +448,13 @@ def check_together(options: Options) -> None:
         raise UserError(
             "--validation_split goes with neither --dataset_file nor --streaming; give --validation_data_dir"
         )
-    if options.ema.offload_ema and not options.ema.use_ema:
-        raise UserError("--offload_ema goes with --use_ema; give both or neither")
+    if options.ema.offload_ema and not (options.ema.use_ema or options.ema.ema_lengths):
+        raise UserError("--offload_ema goes with --use_ema or --ema_lengths; give one, or leave it out")
+    if len(options.ema.ema_lengths or ()) > 1 and not options.held_out.is_asked:
+        raise UserError(
+            "--ema_lengths: among several the validation loss chooses; give --validation_split or "
+            "--validation_data_dir, or a single length"
+        )
     if options.data.streaming and (options.cache.cache_latents or options.cache.cache_text_embeddings):
         raise UserError("--streaming does not know its images beforehand, so it has no cache; leave one out")
     frozen = {
@@ -520,7 +559,9 @@ def claim(folder: OutputFolder, checkpoints: Checkpoints, start: Path | None, op
     resuming = is_inside or options.checkpoint.resume_from_checkpoint == "latest"
     folder.claim(resuming, options.runtime.overwrite_output_dir)
     checkpoints.clean()
-    checkpoints.set_aside_after(0 if start is None else read_state(start).step)
+    step = 0 if start is None else read_state(start).step
+    checkpoints.set_aside_after(step)
+    set_aside_snapshots(folder.path, step)
 
 
 def choose_group_size(options: Options, accelerator: "Accelerator", start: Path | None) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from utils.options import option, require, require_positive
+from utils.options import UserError, option, require, require_positive
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,24 @@ class EmaOptions:
     ema_power: float = option(0.75, "power of that rise; 2/3 for runs of a million steps, 3/4 for shorter ones")
     offload_ema: bool = option(False, "keep the average in host memory")
     foreach_ema: bool = option(True, "update the average of all weights by one call instead of one a weight")
+    ema_lengths: list[float] | None = option(
+        None,
+        "instead of --use_ema: export an average of this length, a portion of the training such as 0.1, made "
+        "afterwards of snapshots (https://arxiv.org/abs/2312.02696); of several that with the lowest validation loss",
+    )
+    ema_snapshot_steps: int | None = option(
+        None, "optimizer steps between these snapshots; by default --checkpointing_steps"
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "be in [0, 1)")
-        require_positive(self, "ema_inv_gamma", "ema_power")
+        require_positive(self, "ema_inv_gamma", "ema_power", "ema_snapshot_steps")
+        for length in self.ema_lengths or ():
+            require(0 < length <= 0.28, "ema_lengths", length, "be over 0 and at most 0.28, the longest there is")
+        if self.use_ema and self.ema_lengths:
+            raise UserError("--use_ema and --ema_lengths are two kinds of averages; give one")
+        if self.ema_snapshot_steps is not None and not self.ema_lengths:
+            raise UserError("--ema_snapshot_steps goes with --ema_lengths; give both or neither")
 
 
 class MovingAverage:
@@ -68,11 +82,15 @@ class MovingAverage:
             average.copy_(saved)
         self._schedule.optimization_step = num_updates
 
+    def decay(self, update: int) -> float:
+        """The decay at an update, from 1."""
+        return self._schedule.get_decay(update)
+
     @torch.no_grad()
     def update(self) -> None:
         """average += (1 - decay) * (weight - average), for all weights."""
         self._schedule.optimization_step += 1
-        weight = 1 - self._schedule.get_decay(self._schedule.optimization_step)
+        weight = 1 - self.decay(self._schedule.optimization_step)
         values = [parameter.detach().float() for parameter in self._parameters]
         if self._options.offload_ema:
             values = [value.to("cpu") for value in values]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from utils.adaptation import Adaptation
 from utils.checkpoint import TrainingState, load_optimizer, read_state, write_state
 from utils.ema import MovingAverage
+from utils.ema_lengths import AverageLengths
 from utils.optim import NamedParameter
 from utils.stepping import PerParameter
 
@@ -29,6 +30,7 @@ class RunState:
     """The trained weights, their moving average, the optimizer and fp16's gradient scaler.
 
     Attributes:
+        lengths: the averages among which a length is chosen at the end, if it is.
         parameters: the trained ones of the pipeline.
         own_parameters: those of loss terms.
         structure: the options that a resumed run must share.
@@ -38,6 +40,7 @@ class RunState:
     accelerator: "Accelerator"
     adaptation: Adaptation
     average: MovingAverage | None
+    lengths: AverageLengths | None
     optimizer: torch.optim.Optimizer
     parameters: list[NamedParameter]
     own_parameters: list[NamedParameter]
@@ -86,8 +89,9 @@ class RunState:
         self.optimizer.zero_grad()
         if scaler is not None:
             was_skipped = scaler.get_scale() < scale  # a fused optimizer does not say it itself
-        if self.average is not None and not was_skipped:
-            self.average.update()
+        for average in (self.average, self.lengths):
+            if average is not None and not was_skipped:
+                average.update()
 
     def save(self, folder: Path, step: int) -> None:
         """Writes all of it after `step` optimizer steps; for one process to call."""
@@ -101,6 +105,8 @@ class RunState:
         )
         write_state(folder, state, self.optimizer, self.parameters + self.own_parameters)
         self.adaptation.save(folder, self.average)
+        if self.lengths is not None:
+            self.lengths.save(folder)
         if self.own_parameters:
             tensors = {name: parameter.detach().cpu().contiguous() for name, parameter, _ in self.own_parameters}
             save_file(tensors, folder / OWN_PARAMETERS)
@@ -116,6 +122,8 @@ class RunState:
             message = "%s has a global batch of %d, this run one of %d: other images come than would have come"
             logger.warning(message, folder, saved.global_batch, self.global_batch)
         load_optimizer(folder, self.optimizer, self.parameters + self.own_parameters)
+        if self.lengths is not None and not self.lengths.load(folder):
+            logger.warning("%s has no averages to choose a length of; they start from its weights", folder)
         if self.own_parameters:
             own = load_file(folder / OWN_PARAMETERS)
             for name, parameter, _ in self.own_parameters:

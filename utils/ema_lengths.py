@@ -1,0 +1,154 @@
+"""Moving averages whose length is chosen after the training (Karras et al. 2024, "Analyzing and Improving the Training
+Dynamics of Diffusion Models", section 3).
+
+Two averages of fixed lengths are kept, and snapshots of both; an average of any other length is the sum of snapshots,
+each with a factor, that comes nearest to it.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from utils.ema import EmaOptions, MovingAverage
+from utils.optim import NamedParameter
+from utils.options import UserError
+
+KEPT_LENGTHS = (0.05, 0.10)
+FOLDER = "ema_snapshots"
+CHECKPOINT_FILE = "ema_lengths.safetensors"
+UPDATES = "updates"
+
+
+def gamma_of(length: float) -> float:
+    """The power of the profile tau^gamma whose standard deviation, as a share of the training, is the length.
+
+    That is (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^-1/2 (equation 123).
+    """
+    return float(np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max())
+
+
+class PowerAverage(MovingAverage):
+    """The average in which the weights after update t count as t^gamma: theta += (1 - beta) (weights - theta).
+
+    beta = (1 - 1/t)^(gamma + 1) (equation 127). It forgets where the training began as that goes on.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], options: EmaOptions, length: float):
+        super().__init__(parameters, options)
+        self.gamma = gamma_of(length)
+
+    def decay(self, update: int) -> float:
+        """beta at an update, from 1."""
+        return (1 - 1 / update) ** (self.gamma + 1)
+
+
+def overlap(time: np.ndarray, gamma: np.ndarray, other_time: np.ndarray, other_gamma: np.ndarray) -> np.ndarray:
+    """Inner products of profiles (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t] (equation 151)."""
+    ratio = time / other_time
+    power = np.where(time < other_time, other_gamma, -gamma)
+    latest = np.maximum(time, other_time)
+    return (gamma + 1) * (other_gamma + 1) * ratio**power / ((gamma + other_gamma + 1) * latest)
+
+
+def factors_of(times: np.ndarray, gammas: np.ndarray, time: float, gamma: float) -> np.ndarray:
+    """[n] factors with which n profiles come nearest, in the mean square, to one of `gamma` that ends at `time`."""
+    products = overlap(times[:, None], gammas[:, None], times[None], gammas[None])
+    wanted = overlap(times, gammas, np.float64(time), np.float64(gamma))
+    return np.linalg.lstsq(products, wanted, rcond=None)[0]
+
+
+class AverageLengths:
+    """The two averages of a run and their snapshots in `output_dir/ema_snapshots/`."""
+
+    def __init__(self, named: Sequence[NamedParameter], options: EmaOptions, folder: Path):
+        self._names = [each.name for each in named]
+        self._parameters = [each.parameter for each in named]
+        self._options = options
+        self._folder = folder / FOLDER
+        self._averages = [PowerAverage(self._parameters, options, length) for length in KEPT_LENGTHS]
+
+    def update(self) -> None:
+        """After each optimizer step."""
+        for average in self._averages:
+            average.update()
+
+    def save(self, folder: Path) -> None:
+        """Writes both into a checkpoint, in float32."""
+        self._write(folder / CHECKPOINT_FILE, torch.float32)
+
+    def snapshot(self, step: int) -> None:
+        """Writes both after so many optimizer steps, in float16."""
+        self._folder.mkdir(exist_ok=True)
+        file = self._folder / f"step-{step:08d}.safetensors"
+        temporary = file.with_name(f".tmp-{file.name}")
+        self._write(temporary, torch.float16)
+        os.replace(temporary, file)
+
+    def load(self, folder: Path) -> bool:
+        """Goes on from a checkpoint; gives whether it has the averages."""
+        file = folder / CHECKPOINT_FILE
+        if not file.exists():
+            return False
+        tensors, updates = load_file(file), _updates(file)
+        for number, average in enumerate(self._averages):
+            average.load([tensors[f"{number}/{name}"] for name in self._names], updates)
+        return True
+
+    def of_length(self, length: float) -> MovingAverage:
+        """The average of a length, as far as the snapshots give it.
+
+        Raises:
+            UserError: if there is no snapshot.
+        """
+        files = snapshots(self._folder)
+        if not files:
+            raise UserError(f"--ema_lengths needs snapshots, and {self._folder} has none")
+        kept = [average.gamma for average in self._averages]
+        times = np.repeat([float(_updates(file)) for file in files], len(kept))
+        factors = factors_of(times, np.tile(kept, len(files)), times[-1], gamma_of(length))
+        totals = [torch.zeros_like(parameter, dtype=torch.float32, device="cpu") for parameter in self._parameters]
+        for file, some in zip(files, factors.reshape(len(files), len(kept)), strict=True):
+            tensors = load_file(file)
+            for total, name in zip(totals, self._names, strict=True):
+                for number, factor in enumerate(some):
+                    total.add_(tensors[f"{number}/{name}"].float(), alpha=float(factor))
+        found = MovingAverage(self._parameters, self._options)
+        found.load(totals, int(times[-1]))
+        return found
+
+    def _write(self, file: Path, dtype: torch.dtype) -> None:
+        tensors: dict[str, Tensor] = {
+            f"{number}/{name}": _as(average, dtype)
+            for number, kept in enumerate(self._averages)
+            for name, average in zip(self._names, kept.averages, strict=True)
+        }
+        save_file(tensors, file, {UPDATES: str(self._averages[0].num_updates)})
+
+
+def snapshots(folder: Path) -> list[Path]:
+    """The snapshots in a folder, the oldest first."""
+    return sorted(folder.glob("step-*.safetensors"))
+
+
+def set_aside_snapshots(output_dir: Path, step: int) -> None:
+    """Renames the snapshots that a run which goes on after so many steps, or begins, did not make."""
+    for file in snapshots(output_dir / FOLDER):
+        if int(file.stem.removeprefix("step-")) > step:
+            file.rename(file.with_name(f"abandoned-{file.name}"))
+
+
+def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values on the CPU in a dtype, or in float32 where they are beyond it."""
+    host = values.detach().to("cpu")
+    return host if dtype == torch.float32 or host.abs().max() > torch.finfo(dtype).max else host.to(dtype)
+
+
+def _updates(file: Path) -> int:
+    with safe_open(file, "pt") as opened:
+        return int(opened.metadata()[UPDATES])
