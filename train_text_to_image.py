@@ -6,6 +6,8 @@ accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir
 
 import logging
 import platform
+import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -59,11 +61,13 @@ from utils.optim import (
     set_learning_rate,
 )
 from utils.options import (
+    Stopped,
     UserError,
     as_record,
     leave,
     option,
     parse,
+    require,
     require_positive,
     run_script,
     without_secrets,
@@ -84,6 +88,7 @@ from utils.runtime import (
 from utils.seeding import model_seed
 from utils.state import RunState, evaluating
 from utils.stepping import PerParameter
+from utils.stopping import StopRequests, agreed, stopped
 from utils.terms import LossTerm, TermFacts, TermOptions, load_term
 from utils.tracking import RunLog, Sample, StepMetrics, TrackingOptions, start_trackers
 from utils.validation import Sampler, ValidationOptions
@@ -99,9 +104,23 @@ PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "pef
 class LengthOptions:
     num_train_epochs: int = option(100, "passes over the data")
     max_train_steps: int | None = option(None, "optimizer steps, instead of --num_train_epochs")
+    max_train_time: str | None = option(
+        None, "HH:MM:SS after which the run saves its state and ends; --resume_from_checkpoint latest goes on"
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "num_train_epochs", "max_train_steps")
+        time = self.max_train_time
+        is_time = time is None or re.fullmatch(r"\d+:[0-5]\d:[0-5]\d", time)
+        require(bool(is_time), "max_train_time", time, "be HH:MM:SS, such as 11:45:00")
+
+    @property
+    def seconds(self) -> float | None:
+        """The time after which the run ends."""
+        if self.max_train_time is None:
+            return None
+        hours, minutes, seconds = (int(part) for part in self.max_train_time.split(":"))
+        return 3600.0 * hours + 60 * minutes + seconds
 
 
 @dataclass(frozen=True)
@@ -166,9 +185,11 @@ def run(argv: Sequence[str] | None) -> None:
         options.tracking.logging_dir,
     )
     check_stepping(options, accelerator)
-    with ending(accelerator, folder):
+    requests = StopRequests(folder.path, options.length.seconds)
+    with ending(accelerator, folder), requests.listening():
         checkpoints = Checkpoints(folder.path, options.checkpoint.checkpoints_total_limit)
-        start = checkpoints.resolve(options.checkpoint.resume_from_checkpoint)
+        asked_start = options.checkpoint.resume_from_checkpoint
+        start = on_main_process(accelerator, lambda: checkpoints.resolve(asked_start))
         group_size = choose_group_size(options, accelerator, start)
         structure = options.structure | {"pretrained_model": family_class.pipeline_class_name}
         structure["bucket_group_size"] = group_size if options.buckets.use_aspect_ratio_buckets else None
@@ -176,7 +197,8 @@ def run(argv: Sequence[str] | None) -> None:
             check_structure(start, structure)
         if not options.runtime.dry_run:
             on_main_process(accelerator, lambda: claim(folder, checkpoints, start, options))
-        preparation = prepare_data(options, accelerator, folder)
+            on_main_process(accelerator, requests.remove_files)
+        preparation = prepare_data(options, accelerator, folder, requests)
         images = preparation.choose_images(resolution, group_size)
         held_out_images = preparation.choose_held_out(resolution)
         batches = images.batches(global_batch_size(options, accelerator), group_size, seed)
@@ -210,7 +232,7 @@ def run(argv: Sequence[str] | None) -> None:
         if options.model.gradient_checkpointing:
             family.use_gradient_checkpointing(options.adaptation.train_text_encoder, vae=bool(terms))
         num_workers = options.loader.num_workers(accelerator.num_processes)
-        held_out = measure_on(options, accelerator, family, held_out_images)
+        requests.check()
         encodings = preparation.fill_cache(family, images, num_workers, keep_vae=bool(terms))
         if options.cache.cache_only or options.cache.verify_cache:
             preparation.write_report(images)
@@ -222,6 +244,13 @@ def run(argv: Sequence[str] | None) -> None:
         model, optimizer = accelerator.prepare(objective, make_optimizer(options, named + own, rates))
         state = RunState(accelerator, adaptation, average, lengths, optimizer, named, own, structure, batches.size)
         first_step = 0 if start is None else state.load(start)
+        held_out = measure_on(options, accelerator, family, held_out_images, requests)
+        history = History(folder.path, first_step, options.stopping)
+        validation = Validation(held_out, history, objective, state, folder)
+        is_due = first_step in (0, total_steps) or is_validation_due(options, family, batches, first_step)
+        if is_due:
+            validation.measure(first_step)  # of a resumed run, if a signal broke it off
+        total_steps = first_step if history.is_over() else total_steps
 
         spec = SampleSpec(
             family.latent_space.shape, family.tokenizer(), options.cache.cut_variants, options.cache.text_variants
@@ -233,12 +262,9 @@ def run(argv: Sequence[str] | None) -> None:
         pieces = images.pieces(batches, micro_batch, rank, num_processes, first_step, total_steps)
         waiting = Waiting()
         loader = batches_by_step(dataset, pieces, num_workers, accelerator.device.type == "cuda", waiting)
-        sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed)
+        sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed, requests)
         open_records(options, accelerator, folder)
         logger.info("training\n%s", plan)
-        history = History(folder.path, first_step, options.stopping)
-        if held_out is not None and not history.measurements and first_step == 0:
-            measure(held_out, history, objective, adaptation, None, optimizer, 0)
         loss_scale = num_processes * accelerator.gradient_accumulation_steps / batches.size
 
         preparation.write_report(images)
@@ -268,32 +294,30 @@ def run(argv: Sequence[str] | None) -> None:
                 state.step(grad_norm)
 
                 done = step + 1
-                num_new = torch.tensor(float(len(unreadable) - num_known), device=accelerator.device)
-                total_loss, num_new = accelerator.reduce(torch.stack([loss, num_new])).unbind()
+                asked = [float(len(unreadable) - num_known), *requests.asked(accelerator.is_main_process)]
+                sums = torch.cat([loss[None], torch.tensor(asked, device=accelerator.device)])
+                total_loss, sums = accelerator.reduce(sums).split([1, len(asked)])
                 epoch = float(done * batches.size / batches.samples_per_epoch)
-                rate = rates.learning_rate * rate_now
-                mean_loss = total_loss / batches.size
-                metrics = StepMetrics(
-                    done, epoch, mean_loss, grad_norm, rate, keys, loss_by_key, waiting.seconds, num_new
-                )
-                log.step(metrics)
-                if log.has_unreadable:
+                rate, mean_loss = rates.learning_rate * rate_now, total_loss[0] / batches.size
+                log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rate, keys, loss_by_key, waiting.seconds, sums))
+                if any(log.sums[:1]):
                     preparation.share_unreadable(unreadable, images)
                 stop_if_diverged(log, options.tracking.max_skipped_steps, checkpoints)
                 is_due = done == total_steps or is_validation_due(options, family, batches, done)
-                if held_out is not None and is_due:
+                if is_due:
                     with log.paused():
-                        found = measure(held_out, history, objective, adaptation, average, optimizer, done)
-                        log.values(found, done)
-                        if history.best() is history.measurements[-1]:
-                            with evaluating(adaptation, average, optimizer):
-                                on_main_process(accelerator, lambda: folder.replace("best", adaptation.export))
-                        total_steps = done if history.is_over() else total_steps
-                if options.checkpoint.is_due(done, total_steps):
+                        log.values(validation.measure(done), done)
+                    total_steps = done if history.is_over() else total_steps
+                wish = agreed(log.sums[1:] if num_processes > 1 else asked[1:])
+                if wish.saves or options.checkpoint.is_due(done, total_steps):
                     with log.paused():
                         on_main_process(accelerator, partial(checkpoints.save, done, partial(state.save, step=done)))
+                if wish.saves:
+                    on_main_process(accelerator, requests.remove_files)
                 if lengths is not None and is_snapshot_due(options, done, total_steps):
                     on_main_process(accelerator, partial(lengths.snapshot, done))
+                if wish.number or (wish.ends and done < total_steps):
+                    raise stopped(wish, done, folder.path)
                 if done == total_steps:
                     break
                 if is_due:
@@ -338,38 +362,53 @@ def own_parameters(options: TermOptions, terms: Sequence[LossTerm], rates: Optim
 
 
 def measure_on(
-    options: Options, accelerator: "Accelerator", family: Family, images: PlannedImages | None
+    options: Options,
+    accelerator: "Accelerator",
+    family: Family,
+    images: PlannedImages | None,
+    requests: StopRequests,
 ) -> HeldOut | None:
     """The held-out images, encoded."""
     if images is None:
         return None
     text_encoders_train = options.adaptation.train_text_encoder
     seed = options.runtime.seed
-    return HeldOut(accelerator, family, images, options.stopping, options.image, seed, text_encoders_train)
+    return HeldOut(accelerator, family, images, options.stopping, options.image, seed, text_encoders_train, requests)
 
 
-def measure(
-    held_out: HeldOut,
-    history: History,
-    objective: Objective,
-    adaptation: Adaptation,
-    average: MovingAverage | None,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-) -> dict[str, float]:
-    """Measures the validation loss of the weights and of their average; gives what is logged of it."""
-    with evaluating(adaptation, None, optimizer):
-        curve = held_out.losses(objective)
-    averaged = None
-    if average is not None:
-        with evaluating(adaptation, average, optimizer):
-            averaged = held_out.losses(objective)
-    measurement = measurement_of(step, curve, averaged)
-    history.add(measurement, write=held_out.is_main_process)
-    if history.is_over():
-        best = history.best()
-        logger.info("no lower validation loss since step %d (%.5f): the run ends", best.step, best.decisive)
-    return history.logged(measurement)
+@dataclass(frozen=True)
+class Validation:
+    """What is measured on the held-out images, if there are any, and kept in `best/`."""
+
+    held_out: HeldOut | None
+    history: History
+    objective: Objective
+    state: RunState
+    folder: OutputFolder
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Measures the validation loss of the weights and of their average; gives what is logged of it.
+
+        Nothing is measured twice, nor where a signal breaks it off: then the resumed run does it.
+        """
+        if self.held_out is None or any(each.step == step for each in self.history.measurements):
+            return {}
+        state, curves = self.state, []
+        for average in (None, state.average) if state.average is not None and step > 0 else (None,):
+            with evaluating(state.adaptation, average, state.optimizer):
+                curve = self.held_out.losses(self.objective)
+            if curve is None:
+                return {}
+            curves.append(curve)
+        measurement = measurement_of(step, *curves)
+        self.history.add(measurement, write=self.held_out.is_main_process)
+        if step > 0 and self.history.best() is measurement:
+            with evaluating(state.adaptation, state.average, state.optimizer):
+                on_main_process(state.accelerator, lambda: self.folder.replace("best", state.adaptation.export))
+        if self.history.is_over():
+            best = self.history.best()
+            logger.info("no lower validation loss since step %d (%.5f): the run ends", best.step, best.decisive)
+        return self.history.logged(measurement)
 
 
 def choose_length(
@@ -386,7 +425,10 @@ def choose_length(
     measured = {}
     for length in wanted:
         with evaluating(adaptation, lengths.of_length(length), optimizer=None):
-            measured[length] = float(held_out.losses(objective).mean())
+            curve = held_out.losses(objective)
+        if curve is None:
+            raise Stopped("stopped while the length of the average was chosen; the last step is saved", signal.SIGTERM)
+        measured[length] = float(curve.mean())
     best = min(measured, key=measured.get)
     logger.info("validation loss by length: %s", ", ".join(f"{name:g}: {loss:.5f}" for name, loss in measured.items()))
     if held_out.is_main_process:
@@ -574,7 +616,9 @@ def choose_group_size(options: Options, accelerator: "Accelerator", start: Path 
     return chosen
 
 
-def prepare_data(options: Options, accelerator: "Accelerator", folder: OutputFolder) -> DataPreparation:
+def prepare_data(
+    options: Options, accelerator: "Accelerator", folder: OutputFolder, requests: StopRequests
+) -> DataPreparation:
     """The options of the data, and what else its preparation needs."""
     return DataPreparation(
         accelerator,
@@ -588,6 +632,7 @@ def prepare_data(options: Options, accelerator: "Accelerator", folder: OutputFol
         options.held_out,
         options.runtime.seed,
         None if options.runtime.dry_run else folder.path,
+        requests,
     )
 
 

@@ -423,7 +423,7 @@ def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch):
     accelerator = Accelerator()
     accelerator.scaler = scaler
     average = MovingAverage([parameter], EmaOptions(use_ema=True))
-    state = RunState(accelerator, None, average, Scaled(), [], {}, 1)
+    state = RunState(accelerator, None, average, None, Scaled(), [], [], {}, 1)
     for value, updates in ((1.0, 1), (float("inf"), 1), (1.0, 2)):
         scaler.scale((parameter * value).sum()).backward()
         state.step(torch.tensor(1.0))
@@ -510,7 +510,7 @@ def test_a_fused_optimizer_skips_on_the_device():
     class Accelerator:
         scaler = None
 
-    state = RunState(Accelerator(), None, None, optimizer, [], {}, 1)
+    state = RunState(Accelerator(), None, None, None, optimizer, [], [], {}, 1)
     for value, moved in ((1.0, True), (float("nan"), False), (1.0, True)):
         before = parameter.detach().clone()
         parameter.grad = torch.full((4,), value)
@@ -536,3 +536,34 @@ def test_a_single_file_of_another_architecture_is_refused(train, pipelines, tmp_
     save_file(tensors, file)
     train(str(file), *SHORT, "--pretrained_model_config", pipelines["sd"], expect=2)
     assert "can't be loaded" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "said"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", "flip", "is not what was written (its sha256 differs)"),
+        ("optimizer.safetensors", "cut", "bytes, "),
+        ("training_state.json", "remove", "training_state.json is missing"),
+        ("manifest.json", "cut", "manifest.json can't be read"),
+        ("manifest.json", "remove", "manifest.json is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_or_refused(train, capsys, caplog, file, harm, said):
+    flags = ["--train_batch_size", 2, "--checkpointing_steps", 2]
+    out = train("sd", *flags, "--max_train_steps", 4)
+    path = out / "checkpoint-4" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if harm == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content if harm == "flip" else content[: len(content) // 2])
+    train("sd", *flags, "--max_train_steps", 6, "--resume_from_checkpoint", "checkpoint-4", expect=2)
+    error = capsys.readouterr().err
+    assert "--resume_from_checkpoint checkpoint-4 is damaged: " in error
+    assert said in error
+    train("sd", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    assert any(
+        "latest passes over checkpoint-4" in record.message and said in record.message for record in caplog.records
+    )
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4

@@ -1,5 +1,7 @@
 """Checkpoints: written whole or not at all, found again, and pruned."""
 
+import hashlib
+import itertools
 import json
 import logging
 import math
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from utils.disk import sync_folder
 from utils.optim import NamedParameter
-from utils.options import UserError, option, require_positive
+from utils.options import UserError, first_line, option, require_positive
 from utils.runtime import write_json
 
 logger = logging.getLogger(__name__)
@@ -72,28 +74,35 @@ class Checkpoints:
         self.folder = folder
         self.limit = limit
 
-    def found(self) -> list[Path]:
-        """The whole checkpoints, oldest first."""
+    def listed(self) -> list[Path]:
+        """The checkpoints by their names, oldest first."""
         steps = {
             int(match[1]): path
             for path in self.folder.glob("checkpoint-*")
-            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and is_whole(path)
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
         }
         return [steps[step] for step in sorted(steps)]
 
+    def found(self) -> list[Path]:
+        """Those whose files are all there, in their sizes, oldest first."""
+        return [path for path in self.listed() if not damage(path, by_content=False)]
+
     def resolve(self, asked: str | None) -> Path | None:
-        """The checkpoint that `--resume_from_checkpoint` names, or None to start anew.
+        """The checkpoint that `--resume_from_checkpoint` names, or None to start anew; it is read and checked whole.
 
         Raises:
-            UserError: if a named checkpoint is not there or not whole.
+            UserError: if a named checkpoint is not there or damaged.
         """
         if asked is None:
             return None
         if asked == "latest":
-            found = self.found()
-            if not found:
-                logger.warning("--resume_from_checkpoint latest: no checkpoint in %s, starting anew", self.folder)
-            return found[-1] if found else None
+            for path in reversed(self.listed()):
+                wrong = damage(path)
+                if not wrong:
+                    return path
+                logger.warning("--resume_from_checkpoint latest passes over %s: %s", path.name, wrong)
+            logger.warning("--resume_from_checkpoint latest: no checkpoint in %s, starting anew", self.folder)
+            return None
         inside, outside = self.folder / asked, Path(asked)
         path = inside if inside.is_dir() else outside
         if not path.is_dir():
@@ -101,8 +110,8 @@ class Checkpoints:
             raise UserError(
                 f"--resume_from_checkpoint {asked} is no folder in {self.folder}, nor elsewhere; there are: {there}"
             )
-        if not is_whole(path):
-            raise UserError(f"--resume_from_checkpoint {asked} is not a whole checkpoint: files are missing or cut off")
+        if wrong := damage(path):
+            raise UserError(f"--resume_from_checkpoint {asked} is damaged: {wrong}")
         return path
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
@@ -112,10 +121,11 @@ class Checkpoints:
         self.clean()
         try:
             write(aside)
-            sizes = {
-                str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()
+            files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+            facts = {
+                str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": _hash(path)} for path in files
             }
-            write_json(aside / MANIFEST, {"files": sizes})
+            write_json(aside / MANIFEST, {"files": facts})
             _sync(aside)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -141,8 +151,8 @@ class Checkpoints:
         """
         for path in self.found():
             if int(path.name.partition("-")[2]) > step:
-                aside = path.with_name(f"abandoned-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
+                names = (f"abandoned-{path.name}" + (f"-{number}" if number else "") for number in itertools.count())
+                aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
                 path.rename(aside)
                 logger.warning("%s is of a run that this one does not go on from; it is %s now", path.name, aside.name)
 
@@ -152,13 +162,28 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint's files are all there, in the sizes that were written."""
+def damage(path: Path, by_content: bool = True) -> str:
+    """What of a checkpoint is not as it was written, or ""; by the files' sizes, and by their content if asked."""
     try:
-        sizes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, facts in files.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["size"]:
+                return f"{name} has {file.stat().st_size} bytes, {facts['size']} were written"
+            if by_content and _hash(file) != facts["sha256"]:
+                return f"{name} is not what was written (its sha256 differs)"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} can't be read: {first_line(error)}"
+    return ""
+
+
+def _hash(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_state(

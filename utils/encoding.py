@@ -29,6 +29,7 @@ from utils.data.cached import (
 from utils.families.base import Family, TextStates
 from utils.options import UserError
 from utils.records import Batch
+from utils.stopping import ignore_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -114,6 +115,7 @@ class CacheFiller:
     Attributes:
         dtype: in which floating-point values are stored; None as they are computed.
         batch_size: images or captions encoded at once.
+        check: called before each batch; it may raise to end the work.
     """
 
     accelerator: "Accelerator"
@@ -121,6 +123,7 @@ class CacheFiller:
     dtype: torch.dtype | None
     batch_size: int
     num_workers: int
+    check: Callable[[], None] = lambda: None
 
     @property
     def latent_dtype(self) -> torch.dtype:
@@ -211,12 +214,14 @@ class CacheFiller:
             ImagesToEncode(plan, [batch for batches in cuts for batch in batches]),
             batch_size=None,
             num_workers=self.num_workers if len(shards) else 0,
+            worker_init_fn=ignore_signals,
         )
         encoded, bad = iter(loader), {}
         with ShardWriter(store) as writer, self._progress(sum(map(len, shards)), f"encoding {name}") as progress:
             for batches in cuts:
                 parts: list[tuple[EncodedImages, Tensor]] = []
                 for _ in batches:
+                    self.check()
                     batch = next(encoded)
                     bad |= batch.bad
                     progress.update(len(batch.places) + len(batch.bad))
@@ -237,6 +242,7 @@ class CacheFiller:
             for shard in shards:
                 parts = []
                 for at in range(0, len(shard), self.batch_size):
+                    self.check()
                     batch = [wanted[number] for number in shard[at : at + self.batch_size]]
                     parts.append(self.states(batch))
                     progress.update(len(batch))
@@ -354,6 +360,7 @@ def verify_latents(filler: CacheFiller, plan: LatentPlan, cached: CachedCuts) ->
     different, worst, decibels, num_entries = [], 0.0, [], 0
     for place in tqdm(mine, desc="verifying images", disable=not filler.accelerator.is_main_process, leave=False):
         index, variant = divmod(int(place), plan.num_variants)
+        filler.check()
         if cached.places[index, variant, 0] < 0:
             continue
         entry = cached.read(index, variant)

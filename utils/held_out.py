@@ -23,6 +23,7 @@ from utils.objective import Objective
 from utils.options import first_line, option, require_not_negative, require_positive
 from utils.records import Batch, RecordPass
 from utils.seeding import Stream, generator
+from utils.stopping import StopRequests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,7 +66,7 @@ class Measurement(NamedTuple):
         return self.loss if self.ema_loss is None else self.ema_loss
 
 
-def measurement_of(step: int, curve: np.ndarray, ema_curve: np.ndarray | None) -> Measurement:
+def measurement_of(step: int, curve: np.ndarray, ema_curve: np.ndarray | None = None) -> Measurement:
     """A measurement from the losses at each timestep."""
     averaged = () if ema_curve is None else (float(ema_curve.mean()), ema_curve.tolist())
     return Measurement(step, float(curve.mean()), curve.tolist(), *averaged)
@@ -186,7 +187,9 @@ class HeldOut:
         image_options: ImageOptions,
         seed: int,
         text_encoders_train: bool,
+        requests: StopRequests,
     ):
+        self._requests = requests
         self.is_main_process = accelerator.is_main_process
         self._accelerator = accelerator
         self._seed = seed
@@ -202,21 +205,28 @@ class HeldOut:
         ]
 
     @torch.no_grad()
-    def losses(self, objective: Objective) -> np.ndarray:
+    def losses(self, objective: Objective) -> np.ndarray | None:
         """[T] float64 mean squared error at each timestep, over the images of all processes.
 
-        Each image is a batch of its own, so that the number is the same on any number of processes.
+        Each image is a batch of its own, so that the number is the same on any number of processes. None if a signal
+        to any of them has broken it off.
         """
         from accelerate.utils import gather_object
 
         found = []
         for sample in self._samples:
+            if self._requests.is_asked:
+                break
             batch = self._batch(sample).to(self._accelerator.device)
             mean, std = batch.moments.float().unbind(1)
             with self._accelerator.autocast():
                 losses = objective.plain_losses(EncodedBatch(batch, mean, std, batch.states))
             found.append((sample.number, losses.double().cpu().numpy()))
-        return np.mean([losses for _, losses in sorted(gather_object(found), key=lambda pair: pair[0])], axis=0)
+        together = gather_object([(found, len(found) == len(self._samples))])
+        if not all(is_whole for _, is_whole in together):
+            return None
+        every = sorted((pair for some, _ in together for pair in some), key=lambda pair: pair[0])
+        return np.mean([losses for _, losses in every], axis=0)
 
     def _batch(self, sample: HeldOutSample) -> Batch:
         """The image at each timestep, each with noise of its own that never changes."""

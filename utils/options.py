@@ -28,6 +28,19 @@ class ProcessError(UserError):
     """A user's error that one process alone has met, and must say whatever its rank."""
 
 
+class Stopped(Exception):  # noqa: N818  no error, as KeyboardInterrupt is none
+    """A run was asked to end before its time, by a signal or as planned (0). Its state is saved."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """The exit status: 128 + the signal, 0 for a planned end."""
+        return 128 + self.number if self.number else 0
+
+
 def option(
     default: typing.Any,
     help: str,
@@ -178,9 +191,16 @@ def without_secrets(words: Sequence[str]) -> list[str]:
 
 
 def run_script(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Runs a script's body; a user's error becomes one line on stderr and exit status 2."""
+    """Runs a script's body; a user's error becomes one line on stderr and exit status 2.
+
+    A run that was stopped says so in a line, and has the status of what stopped it.
+    """
     try:
         run(argv)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr, flush=True)
+        return stopped.status
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from utils.families.base import Family
 from utils.options import UserError
 from utils.runtime import write_json
 from utils.seeding import Stream, generator
+from utils.stopping import StopRequests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,6 +37,7 @@ class DataPreparation:
 
     Attributes:
         report_folder: where `data_report.json` is written; None on a dry run.
+        requests: which may end it.
     """
 
     accelerator: "Accelerator"
@@ -49,6 +51,7 @@ class DataPreparation:
     held_out: HeldOutOptions
     seed: int
     report_folder: Path | None
+    requests: StopRequests
 
     def choose_images(self, resolution: int, group_size: int) -> PlannedImages | StreamedImages:
         """The images to train on and their buckets; the main process reads headers, and tells the others.
@@ -164,7 +167,8 @@ class DataPreparation:
 
     def _filler(self, family: Family, num_workers: int) -> CacheFiller:
         dtype = None if self.cache.cache_dtype is None else CACHE_DTYPES[self.cache.cache_dtype]
-        return CacheFiller(self.accelerator, family, dtype, self.cache.cache_batch_size, num_workers)
+        size, check = self.cache.cache_batch_size, self.requests.check
+        return CacheFiller(self.accelerator, family, dtype, size, num_workers, check)
 
     @property
     def num_crops(self) -> int:

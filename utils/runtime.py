@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -225,19 +226,23 @@ def use_hub_cache_if_offline() -> None:
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
-def on_main_process(accelerator: "Accelerator", action: Callable[[], None]) -> None:
-    """Runs `action` on the main process alone; a user's error there is raised on all, so that none waits for it."""
+def on_main_process(accelerator: "Accelerator", action: Callable[[], Result]) -> Result:
+    """Runs `action` on the main process alone, and gives on all what it gave.
+
+    A user's error there is raised on all, so that none waits for it.
+    """
     from accelerate.utils import broadcast_object_list
 
-    error = None
+    error = result = None
     if accelerator.is_main_process:
         try:
-            action()
+            result = action()
         except UserError as raised:
             error = raised
-    (message,) = broadcast_object_list([None if error is None else str(error)])
+    message, result = broadcast_object_list([None if error is None else str(error), result])
     if message is not None:
         raise UserError(message) from error
+    return result
 
 
 @contextmanager

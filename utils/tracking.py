@@ -82,7 +82,7 @@ class StepMetrics(NamedTuple):
         keys: names of this process's images, to be named if the step goes wrong.
         loss_by_key: with --debug_loss (name, loss) of this process's images.
         waited: seconds that the training thread waited for data.
-        num_unreadable: images of all processes that could not be decoded.
+        sums: [n] numbers of all processes together, which the loop wants to know a step late.
     """
 
     step: int
@@ -93,7 +93,7 @@ class StepMetrics(NamedTuple):
     keys: Sequence[str] = ()
     loss_by_key: Sequence[tuple[str, Tensor]] = ()
     waited: float = 0.0
-    num_unreadable: Tensor | None = None
+    sums: Tensor | None = None
 
 
 class RunLog:
@@ -104,7 +104,7 @@ class RunLog:
     there as null. `epochs.jsonl` has a line an epoch: the least, largest and mean loss of its steps.
 
     Attributes:
-        has_unreadable: whether any process met an image that it could not decode, in the last step that was read.
+        sums: those of the last step that was read; none before.
         skipped_in_a_row: steps without a finite loss and gradient, which were not taken, up to the last that was read.
     """
 
@@ -116,7 +116,7 @@ class RunLog:
         self._accelerator = accelerator
         self._images_per_step = images_per_step
         self.skipped_in_a_row = 0
-        self.has_unreadable = False
+        self.sums: list[float] = []
         self._epochs = EpochLosses()
         self._layers = LayerNorms()
         self._folder = folder
@@ -170,7 +170,7 @@ class RunLog:
         metrics, seconds = self._pending
         self._pending = None
         loss, grad_norm = metrics.loss.item(), metrics.grad_norm.item()
-        self.has_unreadable = metrics.num_unreadable is not None and metrics.num_unreadable.item() > 0
+        self.sums = [] if metrics.sums is None else metrics.sums.tolist()
         speed = self._images_per_step / seconds
         self._bar.set_postfix(
             loss=f"{loss:.4f}", lr=f"{metrics.learning_rate:.2e}", images_per_s=f"{speed:.1f}", refresh=False

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from utils.families.base import Family
 from utils.options import UserError, option, require_not_negative, require_positive
+from utils.stopping import StopRequests
 from utils.tracking import Sample
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ class Sampler:
         folder: Path,
         resolution: int,
         seed: int,
+        requests: StopRequests,
     ):
+        self._stop_requests = requests
         self._accelerator = accelerator
         self._family = family
         self._options = options
@@ -85,7 +88,7 @@ class Sampler:
         self._requests = options.requests(seed)
 
     def draw(self, name: str) -> list[Sample]:
-        """Draws all samples into `samples/{name}/`, and gives them, in order, to every process.
+        """Draws all samples, or those until a signal, into `samples/{name}/`; gives them, in order, to every process.
 
         The pipeline's parts must be in evaluation mode, and hold the weights to draw with.
         """
@@ -95,7 +98,7 @@ class Sampler:
         mine = dict(list(enumerate(self._requests))[rank::num_processes])
         drawn = []
         with self._family.awake() if self._requests else nullcontext():
-            for index, image in zip(mine, self._draw(list(mine.values())), strict=True):
+            for index, image in zip(mine, self._draw(list(mine.values())), strict=False):
                 self._save(image, mine[index], self._folder / name / f"{mine[index].name}.png")
                 drawn.append((index, np.asarray(image)))
         shared = sorted(gather_object(drawn), key=lambda pair: pair[0])
@@ -103,13 +106,17 @@ class Sampler:
 
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
-        """The images of some requests, by one part of the pipeline after the other."""
+        """The images of some requests, by one part of the pipeline after the other; the first of them, if stopped."""
         family, negative = self._family, self._options.validation_negative_prompt
         processor = family.pipeline.image_processor
         with family.alone(*family.text_encoder_names), self._accelerator.autocast():
             prompts = [family.prompt_arguments(request.prompt, negative) for request in requests]
         with family.alone("unet"):
-            latents = [self._denoise(*pair) for pair in zip(requests, prompts, strict=True)]
+            latents = []
+            for request, prompt in zip(requests, prompts, strict=True):
+                if self._stop_requests.is_asked:
+                    break
+                latents.append(self._denoise(request, prompt))
         with family.alone("vae"):  # outside of autocast, in which it could overflow
             decoded = (family.latent_space.decode(each) for each in latents)
             return [processor.postprocess(each, output_type="pil")[0] for each in decoded]

@@ -23,6 +23,7 @@ from utils.noise import NoiseDraws, stack_draws
 from utils.options import ProcessError, option, require_not_negative, require_positive
 from utils.records import Batch, RecordPass
 from utils.seeding import Stream, generator
+from utils.stopping import ignore_signals
 
 MAX_REPLACEMENTS = 100
 
@@ -239,6 +240,7 @@ def batches_by_step(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=ignore_signals,
     )
     batches = iter(loader)
     for step in pieces.steps:

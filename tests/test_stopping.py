@@ -1,0 +1,202 @@
+"""Runs that are asked to end before their time, and go on as if they had not been."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.test_equivalences import assert_same_bits, losses, weights
+from tests.test_held_out import measured
+from tests.test_launch import command, launcher
+from utils.encoding import CacheFiller, Encoder
+from utils.held_out import HeldOut
+from utils.state import RunState
+from utils.stopping import agreed, resume_command
+from utils.validation import Sampler
+
+FLAGS = ["--train_batch_size", 2, "--max_train_steps", 6, "--learning_rate", 1e-3, "--use_ema"]
+
+
+@pytest.fixture
+def signal_at(monkeypatch) -> Callable:
+    """signal_at(Encoder, "encode", 3) sends this process a SIGTERM when the method is called for the third time."""
+
+    def arrange(owner: type, name: str, call: int, number: int = signal.SIGTERM) -> None:
+        original, calls = getattr(owner, name), []
+
+        def wrapped(*arguments, **named):
+            calls.append(None)
+            if len(calls) == call:
+                signal.raise_signal(number)
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    return arrange
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_in_a_step(train, signal_at, monkeypatch, capsys, number):
+    """With two micro-batches a step: the step is finished, saved, and gone on from, bit by bit."""
+    flags = [*FLAGS, "--gradient_accumulation_steps", 2]
+    whole = train("sd", *flags, out="whole")
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    signal_at(Encoder, "encode", 5, number)
+    parts = train("sd", *flags, out="parts", expect=128 + number)
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"stopped {signal.Signals(number).name} after step 3, which is saved in {parts}; go on with")
+    assert said.endswith("--resume_from_checkpoint latest")
+    assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (parts / "model_index.json").exists()
+    monkeypatch.undo()
+    train("sd", *flags, "--resume_from_checkpoint", "latest", out="parts")
+    assert losses(whole) == losses(parts)
+    for name in ("unet", "unet_ema"):
+        assert_same_bits(weights(whole / "checkpoint-6", name), weights(parts / "checkpoint-6", name))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"), [(HeldOut, "_batch", 3), (RunState, "save", 1), (Sampler, "_denoise", 1)]
+)
+def test_a_signal_while_it_validates_or_saves(train, signal_at, monkeypatch, tmp_path, owner, name, call):
+    data = tiny.make_images(tmp_path / "data", 10)
+    flags = [*FLAGS, "--validation_split", 0.3, "--validation_steps", 2, "--checkpointing_steps", 2]
+    flags += ["--validation_prompts", "red", "--validation_num_inference_steps", 1]
+    whole = train("sd", *flags, data=data, out="whole")
+    signal_at(owner, name, call)
+    parts = train("sd", *flags, data=data, out="parts", expect=143)
+    assert len(losses(parts)) < 6
+    monkeypatch.undo()
+    train("sd", *flags, "--resume_from_checkpoint", "latest", data=data, out="parts")
+    assert losses(whole) == losses(parts)
+    assert measured(whole) == measured(parts)
+    assert_same_bits(weights(whole), weights(parts))
+    assert_same_bits(weights(whole / "best"), weights(parts / "best"))
+
+
+def test_a_signal_while_it_caches(train, signal_at, monkeypatch, tmp_path, capsys):
+    flags = [*FLAGS, "--cache_latents", "--cache_text_embeddings", "--encoding_cache_dir", tmp_path / "cache"]
+    flags += ["--cache_batch_size", 2]
+    signal_at(CacheFiller, "moments", 2)
+    out = train("sd", *flags, expect=143)
+    assert "stopped by SIGTERM before the first step" in capsys.readouterr().err
+    assert not list(out.glob("checkpoint-*"))
+    monkeypatch.undo()
+    train("sd", *flags, out="again")
+
+
+def test_a_time_limit_is_a_planned_end(train, capsys):
+    flags = ["--train_batch_size", 2, "--max_train_steps", 1000, "--max_train_time", "0:00:00"]
+    out = train("sd", *flags)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert "stopped as asked after step 1" in capsys.readouterr().err
+    train("sd", *flags, "--resume_from_checkpoint", "latest")
+    assert (out / "checkpoint-2").exists()
+
+
+def test_files_ask_too(train, monkeypatch, tmp_path):
+    monkeypatch.setattr("utils.stopping.LOOK_SECONDS", 0.0)
+    out = tmp_path / "out"
+
+    def ask() -> None:
+        for name in ("SAVE", "STOP"):
+            while not (out / "metrics.jsonl").exists() or len(list(out.glob("checkpoint-*"))) < (name == "STOP"):
+                time.sleep(0.01)
+            (out / name).touch()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    train("sd", "--train_batch_size", 1, "--max_train_steps", 2000)
+    asking.join()
+    assert len(list(out.glob("checkpoint-*"))) == 2
+    assert not (out / "SAVE").exists()
+    assert not (out / "STOP").exists()
+    assert not (out / "model_index.json").exists()
+
+
+def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(pipelines, images, tmp_path):
+    flags = ("--train_batch_size", 1, "--gradient_accumulation_steps", 40, "--checkpointing_steps", 1)
+    process = subprocess.Popen(
+        [sys.executable, *command(pipelines, images, tmp_path / "out", *flags)],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_for(lambda: (tmp_path / "out" / "checkpoint-1" / "manifest.json").exists())
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    from utils.checkpoint import Checkpoints
+
+    assert Checkpoints(tmp_path / "out", None).resolve("latest") is not None
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def descendants(process: int) -> list[int]:
+    """The processes below one, by /proc."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(child) for child in children] + [each for child in children for each in descendants(int(child))]
+
+
+LAUNCHERS = {
+    "accelerate with one process": (*launcher("accelerate.commands.launch"), "--num_processes", "1", "--cpu"),
+    "torchrun with two": (*launcher("torch.distributed.run"), "--nproc_per_node", "2", "--master_port", "29641"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launcher_that_is_ended_leaves_a_checkpoint_and_no_process(pipelines, images, tmp_path, name):
+    out, log = tmp_path / "out", tmp_path / "log"
+    flags = ("--train_batch_size", 1, "--max_train_steps", 5000, "--dataloader_num_workers", 1)
+    words = [*LAUNCHERS[name], *command(pipelines, images, out, *flags)]
+    with log.open("w") as stderr:
+        process = subprocess.Popen(words, stderr=stderr, start_new_session=True)
+        wait_for(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text()) > 500)
+        below = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) != 0
+    wait_for(lambda: not any(alive(each) for each in below), 30)
+    assert list(out.glob("checkpoint-*")), log.read_text()[-2000:]
+    assert "go on with: python" in log.read_text()
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_is_agreed():
+    assert agreed([]) == (False, False, 0)
+    assert agreed([0, 0, 0, 0, 0]) == (False, False, 0)
+    assert agreed([0, 0, 0, 0, 1]) == (True, False, 0)
+    assert agreed([0, 0, 0, 2, 0]) == (True, True, 0)
+    assert agreed([1, 0, 2, 0, 0]) == (True, True, signal.SIGTERM)
+    assert agreed([0, 0, 2, 1, 1]) == (True, True, signal.SIGUSR1)
+
+
+def test_the_resume_command_keeps_the_command_and_no_token():
+    assert resume_command(["a.py", "--x", "a b", "--hub_token", "s"]).endswith(
+        "--x 'a b' --hub_token '***' --resume_from_checkpoint latest"
+    )
+    words = ["a.py", "--resume_from_checkpoint", "latest"]
+    assert resume_command(words) == "python a.py --resume_from_checkpoint latest"
+
+
+@pytest.mark.parametrize("value", ["5", "1:2:3", "00:60:00", "x"])
+def test_a_time_that_is_none(refused, value):
+    refused(["--max_train_time", value], "--max_train_time must be HH:MM:SS")

@@ -1,0 +1,140 @@
+"""A run that is to end before its time: by a signal, a time limit, or a file that asks for it."""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.options import Stopped, without_secrets
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is Slurm's notice
+AGAIN_SECONDS = 1.0  # launchers send on what a terminal has sent to all: within this time it is the same signal
+LOOK_SECONDS = 1.0
+SAVE_FILE, STOP_FILE = "SAVE", "STOP"
+
+
+class Wish(NamedTuple):
+    """What all processes agree to do after a step: save, and end, by a signal or as planned (0)."""
+
+    saves: bool
+    ends: bool
+    number: int = 0
+
+
+class StopRequests:
+    """What asks this process's run to save or to end.
+
+    Attributes:
+        number: the signal that was received, 0 for none.
+    """
+
+    def __init__(self, folder: Path, seconds: float | None):
+        """Args:
+        folder: the run's, in which a file SAVE or STOP asks.
+        seconds: after which the run ends, counted from now.
+        """
+        self.number = 0
+        self._received_at = 0.0
+        self._folder = folder
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._looked_at = 0.0
+        self._was_heard = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it a signal sets `number`; a second one, at least a second later, ends the process at once.
+
+        A process that accelerate has launched alone takes the launcher's death for a SIGTERM: the launcher passes none
+        on.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        ended = threading.Event()
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:
+            threading.Thread(target=self._watch_parent, args=(os.getppid(), ended), daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if self.number:
+            if now - self._received_at >= AGAIN_SECONDS:
+                os._exit(128 + number)
+            return
+        self.number, self._received_at = number, now
+
+    def _watch_parent(self, parent: int, ended: threading.Event) -> None:
+        while not ended.wait(LOOK_SECONDS):
+            if os.getppid() != parent:
+                self.number = self.number or signal.SIGTERM
+                return
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a signal was received: what takes long and is no training should break off."""
+        return self.number != 0
+
+    def check(self) -> None:
+        """Raises `Stopped` if a signal was received; outside of the training, where nothing is to be saved."""
+        if self.number:
+            raise Stopped(f"stopped by {signal.Signals(self.number).name} before the first step", self.number)
+
+    def remove_files(self) -> None:
+        """Removes the files that ask, once they were heard, or before a run."""
+        for name in (SAVE_FILE, STOP_FILE):
+            (self._folder / name).unlink(missing_ok=True)
+        self._was_heard = False
+
+    def asked(self, is_main: bool) -> list[float]:
+        """What this process is asked for: each of the signals, a planned end, a checkpoint; 1 or 0."""
+        ends = saves = False
+        now = time.monotonic()
+        if is_main and not self._was_heard and now - self._looked_at >= LOOK_SECONDS:
+            self._looked_at = now
+            ends, saves = (self._folder / STOP_FILE).exists(), (self._folder / SAVE_FILE).exists()
+            self._was_heard = ends or saves
+        if is_main and self._deadline is not None:
+            ends |= now >= self._deadline
+        return [float(number == self.number) for number in SIGNALS] + [float(ends), float(saves)]
+
+
+def agreed(totals: Sequence[float]) -> Wish:
+    """What the sums over all processes of what they are asked for mean."""
+    if not totals:
+        return Wish(False, False)
+    *signals, ends, saves = totals
+    number = next((int(number) for number, count in zip(SIGNALS, signals, strict=True) if count), 0)
+    return Wish(bool(number or ends or saves), bool(number or ends), number)
+
+
+def resume_command(words: Sequence[str]) -> str:
+    """The command line that goes on with a run, from the one that it was started by."""
+    shown = without_secrets(words)
+    if not any(word.partition("=")[0] == "--resume_from_checkpoint" for word in shown):
+        shown += ["--resume_from_checkpoint", "latest"]
+    return shlex.join(["python", *shown])
+
+
+def stopped(wish: Wish, step: int, folder: Path) -> Stopped:
+    """The end that was wished for, after a checkpoint."""
+    why = signal.Signals(wish.number).name if wish.number else "as asked"
+    command = resume_command(sys.argv)
+    return Stopped(f"stopped {why} after step {step}, which is saved in {folder}; go on with: {command}", wish.number)
+
+
+def ignore_signals(_: int = 0) -> None:
+    """For the loader's processes, which end when the run does: signals to the whole group are for the run alone."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
