@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from utils.adaptation import ADAPTATIONS, Adaptation, AdaptationOptions
-from utils.checkpoint import CheckpointOptions, Checkpoints, check_structure, read_state
+from utils.checkpoint import CheckpointOptions, Checkpoints, RunFacts, check_structure, check_training, read_state
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CacheOptions
 from utils.data.captions import CaptionOptions
@@ -52,6 +52,7 @@ from utils.losses import LossOptions
 from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
 from utils.objective import Objective
 from utils.optim import (
+    LENGTH_SCHEDULES,
     OPTIMIZER_PACKAGES,
     NamedParameter,
     OptimizerOptions,
@@ -195,6 +196,7 @@ def run(argv: Sequence[str] | None) -> None:
         structure["bucket_group_size"] = group_size if options.buckets.use_aspect_ratio_buckets else None
         if start is not None:
             check_structure(start, structure)
+            check_training(start, training_options(options, accelerator), options.checkpoint.allow_changed_options)
         if not options.runtime.dry_run:
             on_main_process(accelerator, lambda: claim(folder, checkpoints, start, options))
             on_main_process(accelerator, requests.remove_files)
@@ -205,6 +207,11 @@ def run(argv: Sequence[str] | None) -> None:
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
         rates = scaled_rates(options.optimizer, batches.size)
         factor = rate_factor(options.schedule, rates.learning_rate, total_steps)
+        data = {"data": images.fingerprint()}
+        facts = RunFacts(structure, training_options(options, accelerator) | data, total_steps)
+        if start is not None:
+            check_training(start, data, options.checkpoint.allow_changed_options)
+            warn_of_length(start, options.schedule, total_steps)
 
         torch.manual_seed(model_seed(seed, 0, 0))  # LoRA's and a fresh UNet's first weights
         adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
@@ -242,7 +249,7 @@ def run(argv: Sequence[str] | None) -> None:
         encoder = Encoder(family, options.adaptation.train_text_encoder)
         objective = Objective(family, adaptation.modules, process, options.noise, options.loss, terms)
         model, optimizer = accelerator.prepare(objective, make_optimizer(options, named + own, rates))
-        state = RunState(accelerator, adaptation, average, lengths, optimizer, named, own, structure, batches.size)
+        state = RunState(accelerator, adaptation, average, lengths, optimizer, named, own, facts)
         first_step = 0 if start is None else state.load(start)
         held_out = measure_on(options, accelerator, family, held_out_images, requests)
         history = History(folder.path, first_step, options.stopping)
@@ -514,6 +521,35 @@ def check_together(options: Options) -> None:
         logger.warning("--clip_skip %d: the layers left out stay as they are", options.model.clip_skip)
 
 
+# what a resumed run may change: its length, intervals and logging, how it is spread, what only saves memory or time,
+# and where its data lie, which are compared themselves
+FREE_GROUPS = ("length", "checkpoint", "tracking", "hub", "validation", "stopping", "runtime", "loader")
+FREE_OPTIONS = {
+    *("dataset_name", "dataset_config_name", "train_data_dir", "dataset_file", "cache_dir", "mask_dir"),
+    *("validation_data_dir", "max_validation_samples", "encoding_cache_dir", "cache_batch_size", "cache_only"),
+    *("verify_cache", "use_ema", "offload_ema", "foreach_ema", "ema_lengths", "ema_snapshot_steps"),
+    *("gradient_checkpointing", "attention_slicing", "vae_slicing", "sampling_cpu_offload", "export_fused"),
+    *("on_bad_image", "max_bad_fraction", "bucket_group_size", "loss_module"),
+}
+
+
+def training_options(options: Options, accelerator: "Accelerator") -> dict[str, object]:
+    """The options that change what is trained, by flag, and the arithmetic and batch that they come to."""
+    groups = (field.name for field in fields(options) if field.name not in FREE_GROUPS)
+    record = {name: value for group in groups for name, value in asdict(getattr(options, group)).items()}
+    chosen = {name: value for name, value in record.items() if name not in FREE_OPTIONS}
+    precision, size = accelerator.mixed_precision, global_batch_size(options, accelerator)
+    return chosen | {"mixed_precision": precision, "global_batch": size}
+
+
+def warn_of_length(start: Path, options: ScheduleOptions, total_steps: int) -> None:
+    """Says so where the learning rate would have another course because the run has another length."""
+    before = read_state(start).facts.total_steps
+    if options.lr_scheduler in LENGTH_SCHEDULES and before != total_steps:
+        message = "--lr_scheduler %s depends on the run's length: it was %d steps and is %d, so the rate jumps"
+        logger.warning(message, options.lr_scheduler, before, total_steps)
+
+
 def check_masks(options: Options) -> None:
     """Refuses what is said of masks where no source has them."""
     asked = {
@@ -609,7 +645,7 @@ def claim(folder: OutputFolder, checkpoints: Checkpoints, start: Path | None, op
 def choose_group_size(options: Options, accelerator: "Accelerator", start: Path | None) -> int:
     """How many samples of one bucket stand together: as asked, as the run that goes on had it, or the micro-batch."""
     asked, size = options.buckets.bucket_group_size, global_batch_size(options, accelerator)
-    recorded = None if start is None else read_state(start).structure.get("bucket_group_size")
+    recorded = None if start is None else read_state(start).facts.structure.get("bucket_group_size")
     chosen = asked or recorded or options.loader.train_batch_size
     if size % chosen:
         raise UserError(f"--bucket_group_size must divide the global batch of {size}, got {chosen}")

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ class CheckpointOptions:
         None,
         "go on from latest, from checkpoint-N in output_dir, or from a path; latest without a checkpoint starts anew",
     )
+    allow_changed_options: bool = option(
+        False, "go on although options that change the training, or the data, are others than the checkpoint's"
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "checkpointing_steps", "checkpoints_total_limit")
@@ -49,20 +52,32 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True)
+class RunFacts:
+    """What a run that goes on is compared with.
+
+    Attributes:
+        structure: the options that it must share.
+        training: what else changes the training, which it may change if asked: options by flag, and the data.
+        total_steps: optimizer steps of the whole run, on which some learning rates depend.
+    """
+
+    structure: dict[str, object]
+    training: dict[str, object]
+    total_steps: int
+
+
+@dataclass(frozen=True)
 class TrainingState:
     """What a run goes on from, beside weights and optimizer. The data's position and the rates follow from the step.
 
     Attributes:
         step: optimizer steps done.
-        structure: the options that a resumed run must share.
-        global_batch: samples an optimizer step.
         ema_updates: updates of the moving average, or None without one.
         scaler: state of fp16's gradient scaler, or None.
     """
 
     step: int
-    structure: dict[str, object]
-    global_batch: int
+    facts: RunFacts
     ema_updates: int | None
     scaler: dict[str, float | int] | None
 
@@ -200,7 +215,8 @@ def write_state(
             else:
                 numbers.setdefault(name, {})[key] = value
     save_file(tensors, folder / OPTIMIZER)
-    write_json(folder / STATE, vars(state) | {"optimizer": numbers, "optimizer_groups": _group_numbers(optimizer)})
+    groups = _group_numbers(optimizer)
+    write_json(folder / STATE, asdict(state) | {"optimizer": numbers, "optimizer_groups": groups})
 
 
 def _group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float | int | bool]]:
@@ -214,18 +230,30 @@ def _group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float | i
 def read_state(folder: Path) -> TrainingState:
     """The training state of a checkpoint."""
     values = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    del values["optimizer"]
-    values.pop("optimizer_groups", None)
-    return TrainingState(**values)
+    del values["optimizer"], values["optimizer_groups"]
+    return TrainingState(**values | {"facts": RunFacts(**values["facts"])})
 
 
 def check_structure(folder: Path, structure: dict[str, object]) -> None:
     """Refuses a checkpoint that was made with other options than `structure`, each of which is named."""
-    saved = read_state(folder).structure
-    different = [name for name in structure if saved.get(name) != structure[name]]
-    if different:
-        changes = ", ".join(f"--{name} {structure[name]} (it was {saved.get(name)})" for name in different)
+    if changes := _changes(structure, read_state(folder).facts.structure):
         raise UserError(f"{folder} can't be gone on from with {changes}; give the options it was made with")
+
+
+def check_training(folder: Path, training: dict[str, object], may_change: bool) -> None:
+    """Refuses, or where it may change names, what else changes the training and is not as the checkpoint has it."""
+    changes = _changes(training, read_state(folder).facts.training)
+    if changes and not may_change:
+        cure = "give the options it was made with, or --allow_changed_options"
+        raise UserError(f"{folder} was made otherwise than with {changes}; {cure}")
+    if changes:
+        logger.warning("going on from %s with %s", folder, changes)
+
+
+def _changes(now: dict[str, object], then: dict[str, object]) -> str:
+    """The options that differ, each with its value now and then."""
+    now = json.loads(json.dumps(now))
+    return ", ".join(f"--{name} {now[name]} (it was {then.get(name)})" for name in now if then.get(name) != now[name])
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, parameters: list[NamedParameter]) -> None:

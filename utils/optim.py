@@ -26,6 +26,7 @@ SCHEDULES = (
     "one_cycle",
     "reduce_on_plateau",
 )
+LENGTH_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "one_cycle")  # reach to the run's end
 ONE_CYCLE_START = 25.0  # torch's OneCycleLR: the rate begins at 1/25 of its peak and ends at 1/10,000 of that
 ONE_CYCLE_END = 1e4
 

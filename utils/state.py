@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils.adaptation import Adaptation
-from utils.checkpoint import TrainingState, load_optimizer, read_state, write_state
+from utils.checkpoint import RunFacts, TrainingState, load_optimizer, read_state, write_state
 from utils.ema import MovingAverage
 from utils.ema_lengths import AverageLengths
 from utils.optim import NamedParameter
@@ -33,8 +33,7 @@ class RunState:
         lengths: the averages among which a length is chosen at the end, if it is.
         parameters: the trained ones of the pipeline.
         own_parameters: those of loss terms.
-        structure: the options that a resumed run must share.
-        global_batch: samples an optimizer step.
+        facts: what a resumed run is compared with.
     """
 
     accelerator: "Accelerator"
@@ -44,8 +43,7 @@ class RunState:
     optimizer: torch.optim.Optimizer
     parameters: list[NamedParameter]
     own_parameters: list[NamedParameter]
-    structure: dict[str, object]
-    global_batch: int
+    facts: RunFacts
 
     def clip(self, max_norm: float) -> Tensor:
         """Scales the gradients down to a norm; gives the norm they had, also of those that are used up already.
@@ -98,8 +96,7 @@ class RunState:
         scaler = self.accelerator.scaler
         state = TrainingState(
             step=step,
-            structure=self.structure,
-            global_batch=self.global_batch,
+            facts=self.facts,
             ema_updates=None if self.average is None else self.average.num_updates,
             scaler=None if scaler is None else scaler.state_dict(),
         )
@@ -118,9 +115,6 @@ class RunState:
             The optimizer steps done.
         """
         saved = read_state(folder)
-        if saved.global_batch != self.global_batch:
-            message = "%s has a global batch of %d, this run one of %d: other images come than would have come"
-            logger.warning(message, folder, saved.global_batch, self.global_batch)
         load_optimizer(folder, self.optimizer, self.parameters + self.own_parameters)
         if self.lengths is not None and not self.lengths.load(folder):
             logger.warning("%s has no averages to choose a length of; they start from its weights", folder)

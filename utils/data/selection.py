@@ -1,5 +1,6 @@
 """Which of the listed images are trained on, at which size, and what became of the others."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,17 @@ class PlannedImages:
     def num_known(self) -> int:
         """Images to which a number of bad ones compares."""
         return self.num_listed
+
+    def fingerprint(self) -> str:
+        """What changes with the images, their sources, their order or their buckets."""
+        digest = hashlib.blake2b(digest_size=8)
+        for array in (self.plan.bucket_of, self.records.source_numbers):
+            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        digest.update(
+            np.array([self.records.identity(index) for index in range(len(self.records))], np.uint64).tobytes()
+        )
+        digest.update(repr([self.plan.sizes, self.records.repeats()]).encode())
+        return f"{len(self.records)} images, {digest.hexdigest()}"
 
     def describe(self) -> str:
         """How many images there are, in words."""

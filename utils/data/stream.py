@@ -176,6 +176,10 @@ class StreamedImages:
         """All buckets that an image may come to."""
         return BucketPlan(self.buckets.sizes(self.resolution), np.zeros(0, np.uint16), [])
 
+    def fingerprint(self) -> str:
+        """What is known of the stream to change with its images."""
+        return f"a stream of {self.num_listed} images in {self.dataset.num_shards} shards"
+
     def describe(self) -> str:
         """How many images there are, in words."""
         count = "of unknown length" if self.num_listed is None else f"of {self.num_listed:,} images"
