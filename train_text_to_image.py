@@ -10,7 +10,6 @@ import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -27,10 +26,10 @@ from utils.data.cache import CacheOptions
 from utils.data.captions import CaptionOptions
 from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
 from utils.data.images import ImageOptions
-from utils.data.sampler import GlobalBatches
+from utils.data.sampler import GlobalBatches, Pieces
 from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions
 from utils.data.sources import DataOptions, SourceOptions, source_entries
-from utils.data.stream import StreamedBatches, StreamedImages
+from utils.data.stream import StreamedBatches, StreamedImages, StreamedPieces
 from utils.doctor import (
     SHEET_TILES,
     STREAMED_SAMPLES,
@@ -47,6 +46,7 @@ from utils.export import CardFacts, HubOptions, upload, write_card
 from utils.families.base import Family
 from utils.families.registry import pick_family
 from utils.families.source import ModelOptions, PipelineSource
+from utils.gradients import Gradients, setting
 from utils.held_out import EarlyStoppingOptions, HeldOut, History, measurement_of
 from utils.losses import LossOptions
 from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
@@ -265,14 +265,19 @@ def run(argv: Sequence[str] | None) -> None:
         draws = NoiseDraws(options.noise, process, seed, batches.size)
         dataset = TrainingDataset(images, batches, spec, options.image, draws, encodings)
         rank, num_processes = accelerator.process_index, accelerator.num_processes
-        micro_batch = options.loader.train_batch_size
-        pieces = images.pieces(batches, micro_batch, rank, num_processes, first_step, total_steps)
+        at_once = options.loader.train_batch_size
+        if options.loader.find_batch_size:
+            at_once *= options.loader.gradient_accumulation_steps
+        pieces = images.pieces(batches, at_once, rank, num_processes, first_step, total_steps)
         waiting = Waiting()
         loader = batches_by_step(dataset, pieces, num_workers, accelerator.device.type == "cuda", waiting)
         sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed, requests)
         open_records(options, accelerator, folder)
         logger.info("training\n%s", plan)
-        loss_scale = num_processes * accelerator.gradient_accumulation_steps / batches.size
+        gradients = make_gradients(options, accelerator, model, encoder, pieces, at_once, start)
+        gradients.rehearse(dataset.largest(at_once))
+        if options.loader.find_batch_size:
+            logger.info("--find_batch_size: keep %s", setting(gradients.size, gradients.num_samples))
 
         preparation.write_report(images)
         unreadable: dict[str, str] = {}  # found by this process and not yet told to the others
@@ -282,31 +287,23 @@ def run(argv: Sequence[str] | None) -> None:
             for step, micro_batches in loader:
                 rate_now = factor(step) * plateau_factor(options.schedule, history)
                 set_learning_rate(optimizer, rate_now)
-                loss, keys, loss_by_key = torch.zeros((), device=accelerator.device), [], []
-                num_known = len(unreadable)
-                for number, batch in enumerate(micro_batches, start=1):
-                    torch.manual_seed(model_seed(seed, step, int(batch.slots[0])))  # dropout, where the model has any
-                    encoded = encoder.encode(batch.to(accelerator.device))
-                    accelerator.sync_gradients = number == len(pieces.slots)
-                    with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-                        losses = model(encoded)
-                        accelerator.backward(losses.sum() * loss_scale)
-                    loss += losses.detach().sum()
-                    keys += batch.keys
-                    if options.tracking.debug_loss:
-                        loss_by_key += zip(batch.keys, losses.detach(), strict=True)
-                    unreadable |= {key: why for key, why in batch.unreadable if key not in images.bad}
+                found = gradients.add_up(step, micro_batches)
+                new = {key: why for key, why in found.unreadable.items() if key not in images.bad | unreadable}
+                unreadable |= new
                 log.layers(((name, parameter) for name, parameter, _ in named), step + 1, options.tracking)
                 grad_norm = state.clip(rates.clip_norm)
                 state.step(grad_norm)
 
                 done = step + 1
-                asked = [float(len(unreadable) - num_known), *requests.asked(accelerator.is_main_process)]
-                sums = torch.cat([loss[None], torch.tensor(asked, device=accelerator.device)])
+                asked = [float(len(new)), *requests.asked(accelerator.is_main_process)]
+                sums = torch.cat([found.loss[None], torch.tensor(asked, device=accelerator.device)])
                 total_loss, sums = accelerator.reduce(sums).split([1, len(asked)])
                 epoch = float(done * batches.size / batches.samples_per_epoch)
                 rate, mean_loss = rates.learning_rate * rate_now, total_loss[0] / batches.size
-                log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rate, keys, loss_by_key, waiting.seconds, sums))
+                by_key = found.loss_by_key if options.tracking.debug_loss else ()
+                log.step(
+                    StepMetrics(done, epoch, mean_loss, grad_norm, rate, found.keys, by_key, waiting.seconds, sums)
+                )
                 if any(log.sums[:1]):
                     preparation.share_unreadable(unreadable, images)
                 stop_if_diverged(log, options.tracking.max_skipped_steps, checkpoints)
@@ -318,7 +315,8 @@ def run(argv: Sequence[str] | None) -> None:
                 wish = agreed(log.sums[1:] if num_processes > 1 else asked[1:])
                 if wish.saves or options.checkpoint.is_due(done, total_steps):
                     with log.paused():
-                        on_main_process(accelerator, partial(checkpoints.save, done, partial(state.save, step=done)))
+                        write = partial(state.save, step=done, samples_at_once=gradients.shortened(at_once))
+                        on_main_process(accelerator, partial(checkpoints.save, done, write))
                 if wish.saves:
                     on_main_process(accelerator, requests.remove_files)
                 if lengths is not None and is_snapshot_due(options, done, total_steps):
@@ -341,8 +339,42 @@ def run(argv: Sequence[str] | None) -> None:
         preparation.write_report(images)
         if accelerator.is_main_process:
             publish(options, folder, family, samples, total_steps, batches.size)
-        del model
         logger.info("the result is in %s", folder.path)
+
+
+def make_gradients(
+    options: Options,
+    accelerator: "Accelerator",
+    model: torch.nn.Module,
+    encoder: Encoder,
+    pieces: Pieces | StreamedPieces,
+    at_once: int,
+    start: Path | None,
+) -> Gradients:
+    """What runs forward and backward; a run that goes on takes no more samples at once than memory allowed before."""
+    allowed = None if start is None else read_state(start).samples_at_once
+    size, batches = global_batch_size(options, accelerator), len(pieces.slots)
+    scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / size
+    saving = {
+        "--gradient_checkpointing": options.model.gradient_checkpointing,
+        "--cache_latents --cache_text_embeddings": options.cache.cache_latents and options.cache.cache_text_embeddings,
+        "--use_8bit_adam": options.optimizer.name != "adamw",
+        "--adaptation lora": options.adaptation.adaptation != "full",
+        "--quantize_base nf4": options.adaptation.adaptation != "lora" or options.adaptation.quantize_base is not None,
+    }
+    cures = [flag for flag, is_given in saving.items() if not is_given]
+    return Gradients(
+        accelerator,
+        model,
+        encoder,
+        options.runtime.seed,
+        batches,
+        sum(len(slots) for slots in pieces.slots),
+        scale,
+        min(at_once, allowed or at_once),
+        not options.optimizer.optimizer_in_backward,
+        cures,
+    )
 
 
 def loss_terms(options: Options, family: Family, process: ForwardProcess) -> list[LossTerm]:

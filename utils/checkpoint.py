@@ -74,12 +74,14 @@ class TrainingState:
         step: optimizer steps done.
         ema_updates: updates of the moving average, or None without one.
         scaler: state of fp16's gradient scaler, or None.
+        samples_at_once: what memory allowed, where it was short; else None.
     """
 
     step: int
     facts: RunFacts
     ema_updates: int | None
     scaler: dict[str, float | int] | None
+    samples_at_once: int | None = None
 
 
 class Checkpoints:

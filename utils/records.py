@@ -117,6 +117,11 @@ class Batch:
             changed["states"] = {name: change(state) for name, state in self.states.items()}
         return dataclasses.replace(self, **changed)
 
+    def part(self, begin: int, end: int) -> Self:
+        """Some of the samples; what could not be read is said by the first part."""
+        some = self._map(lambda tensor: tensor[begin:end])
+        return dataclasses.replace(some, keys=self.keys[begin:end], unreadable=() if begin else self.unreadable)
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         """The same batch on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

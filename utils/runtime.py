@@ -247,15 +247,16 @@ def on_main_process(accelerator: "Accelerator", action: Callable[[], Result]) ->
 
 @contextmanager
 def ending(accelerator: "Accelerator", folder: OutputFolder) -> Iterator[None]:
-    """Whatever happens within it, trackers are closed, the processes part, and the folder is unlocked.
+    """Whatever happens within it, trackers are closed and the folder is unlocked.
 
-    A model prepared for several processes must be let go of within it: its reducer holds the process group.
+    The process group is left to the process's end (`options.leave`): gloo's threads let go of a tensor under the
+    interpreter's lock, and tearing the group down holds that lock while it waits for them (seen with three processes).
     """
     try:
         yield
     finally:
         try:
-            accelerator.free_memory()
-            accelerator.end_training()
+            for tracker in accelerator.trackers:
+                tracker.finish()
         finally:
             folder.release()

@@ -91,14 +91,19 @@ class RunState:
             if average is not None and not was_skipped:
                 average.update()
 
-    def save(self, folder: Path, step: int) -> None:
-        """Writes all of it after `step` optimizer steps; for one process to call."""
+    def save(self, folder: Path, step: int, samples_at_once: int | None = None) -> None:
+        """Writes all of it after `step` optimizer steps; for one process to call.
+
+        Args:
+            samples_at_once: how many memory allowed, where it was short.
+        """
         scaler = self.accelerator.scaler
         state = TrainingState(
             step=step,
             facts=self.facts,
             ema_updates=None if self.average is None else self.average.num_updates,
             scaler=None if scaler is None else scaler.state_dict(),
+            samples_at_once=samples_at_once,
         )
         write_state(folder, state, self.optimizer, self.parameters + self.own_parameters)
         self.adaptation.save(folder, self.average)

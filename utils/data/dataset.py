@@ -32,6 +32,9 @@ MAX_REPLACEMENTS = 100
 class LoaderOptions:
     train_batch_size: int = option(16, "samples a process trains on at once")
     gradient_accumulation_steps: int = option(1, "batches whose gradients are added up to one optimizer step")
+    find_batch_size: bool = option(
+        False, "take all samples of a step at once, or as many as memory allows: half, a quarter, ...; and say how many"
+    )
     dataloader_num_workers: int | None = option(
         None, "processes that load and draw; by default up to 8 for each GPU, and 0 without one"
     )
@@ -138,6 +141,35 @@ class TrainingDataset(Dataset):
             unreadable=tuple(unreadable),
             masks=torch.stack([sight.mask for sight in seen]) if records.has_masks else None,
             **stack_draws(draws),
+        )
+
+    def largest(self, count: int) -> Batch:
+        """A batch of nothing, with the shapes of the largest that there can be: of the largest bucket, all empty."""
+        width, height = max(self.sizes, key=lambda size: size[0] * size[1])
+        latent = (count, *self.spec.latent_shape((width, height)))
+        zeros, encodings = torch.zeros(latent), self.encodings
+        states = None
+        if encodings.texts is not None:
+            states = {
+                name: state[None].repeat(count, *[1] * state.ndim)
+                for name, state in encodings.texts.read("", True).items()
+            }
+        return Batch(
+            step=0,
+            slots=torch.arange(count),
+            keys=("",) * count,
+            pixels=torch.zeros(count, 3, height, width, dtype=torch.uint8) if encodings.latents is None else None,
+            moments=None if encodings.latents is None else torch.zeros(count, 2, *latent[1:]),
+            input_ids=self.spec.tokenize([""] * count) if states is None else None,
+            states=states,
+            caption_dropped=torch.zeros(count, dtype=torch.bool),
+            crops=torch.tensor([[height, width, 0.0, 0.0, height, width]]).repeat(count, 1),
+            loss_weights=torch.ones(count),
+            posterior_noise=zeros,
+            noise=zeros,
+            input_perturbation=zeros if self.noise_draws.options.input_perturbation else None,
+            timesteps=torch.zeros(count, dtype=torch.int64),
+            masks=torch.full((count, 1, *latent[2:]), 255, dtype=torch.uint8) if self.images.has_masks else None,
         )
 
     def _look(self, piece: Piece, slot: int, unreadable: list) -> tuple[Draw, Sight]:

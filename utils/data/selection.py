@@ -110,6 +110,11 @@ class PlannedImages:
         return self.plan.sizes[int(self.plan.bucket_of[index])]
 
     @property
+    def has_masks(self) -> bool:
+        """Whether the loss counts only in parts of some images."""
+        return self.records.has_masks
+
+    @property
     def num_known(self) -> int:
         """Images to which a number of bad ones compares."""
         return self.num_listed

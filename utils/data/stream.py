@@ -167,6 +167,11 @@ class StreamedImages:
             logger.warning("%s has no caption and trains on %s, as all others without one will", key, instead)
 
     @property
+    def has_masks(self) -> bool:
+        """Whether the loss counts only in parts of some images."""
+        return self.source.has_masks
+
+    @property
     def num_known(self) -> int:
         """Images to which a number of bad ones compares: all, or as many as were read so far."""
         return self.num_listed or max(self.counts["read"], ENOUGH_READ)

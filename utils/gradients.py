@@ -1,0 +1,195 @@
+"""A step's gradients, added up over micro-batches that are as large as the device's memory allows."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils.encoding import Encoder
+from utils.options import ProcessError, UserError
+from utils.records import Batch
+from utils.seeding import model_seed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was short, in any of the words that libraries have for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+class StepSums(NamedTuple):
+    """What the micro-batches of a step came to.
+
+    Attributes:
+        loss: sum of the samples' losses, on the device.
+        batches: on the CPU, as the loader gave them.
+        losses: [B] each, those of the samples by batch and part.
+    """
+
+    loss: Tensor
+    batches: list[Batch]
+    losses: list[Tensor]
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of the images."""
+        return [key for batch in self.batches for key in batch.keys]
+
+    @property
+    def loss_by_key(self) -> list[tuple[str, Tensor]]:
+        """Each image's name with its loss."""
+        return list(zip(self.keys, torch.cat(self.losses), strict=True))
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Why images could not be read, by their names."""
+        return {key: why for batch in self.batches for key, why in batch.unreadable}
+
+
+@dataclass
+class Gradients:
+    """Runs forward and backward passes.
+
+    Attributes:
+        num_batches: micro-batches that the loader gives for a step.
+        num_samples: in them.
+        loss_scale: what the sum of losses is multiplied by, so that a step's gradients are of their mean.
+        size: samples at once, at most; halved where memory is short.
+        can_retry: whether a step can be begun again: not where weights step inside the backward pass.
+        cures: flags that save memory and are not given, in the order to try them.
+    """
+
+    accelerator: "Accelerator"
+    model: nn.Module
+    encoder: Encoder
+    seed: int
+    num_batches: int
+    num_samples: int
+    loss_scale: float
+    size: int
+    can_retry: bool
+    cures: Sequence[str]
+    _is_shared: bool = False  # whether the processes are sharing gradients now
+
+    def add_up(self, step: int, batches: Iterable[Batch]) -> StepSums:
+        """The gradients of a step, in the parameters; where memory is short it is begun again with smaller pieces.
+
+        Raises:
+            UserError: if one sample at a time is too much, or the processes were sharing gradients already.
+        """
+        held: list[Batch] = []
+        source = iter(batches)
+        while True:
+            try:
+                return self._over(step, _again(held, source))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self._is_shared or not self.can_retry:
+                    smaller = setting(max(1, self.size // 2), self.num_samples)
+                    raise ProcessError(
+                        f"out of memory in step {step + 1}, where it can't be begun again; go on from the last "
+                        f"checkpoint with {smaller}, or with {self._advice()}"
+                    ) from error
+            self._halve(f"step {step + 1}")
+
+    def rehearse(self, largest: Batch) -> None:
+        """Forward and backward of the largest batch there will be, before the first step, all gradients dropped.
+
+        On a CPU, where a process alone gains nothing by it, there is none, nor where weights step in the backward pass.
+        All processes halve together until it fits. Then one backward pass shares gradients: DistributedDataParallel
+        orders its sums anew after the first one, so that without it a resumed run would add up in another order.
+
+        Raises:
+            UserError: if one sample is too much.
+        """
+        is_alone = self.accelerator.num_processes == 1
+        if (self.accelerator.device.type == "cpu" and is_alone) or not self.can_retry:
+            return
+        while True:
+            failed = False
+            try:
+                self._backward(0, largest.part(0, self.size), shares=False)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = True
+            together = torch.tensor(float(failed), device=self.accelerator.device)
+            if not self.accelerator.reduce(together).item():
+                break
+            self._halve("the rehearsal of the largest batch")
+        self._drop()
+        if self.accelerator.num_processes > 1:
+            self._backward(0, largest.part(0, 1), shares=True)
+            self._drop()
+
+    def shortened(self, at_once: int) -> int | None:
+        """How many samples memory allows, if not so many."""
+        return self.size if self.size < at_once else None
+
+    def _over(self, step: int, batches: Iterator[Batch]) -> StepSums:
+        sums = StepSums(torch.zeros((), device=self.accelerator.device), [], [])
+        for number, batch in enumerate(batches, start=1):
+            parts = [batch.part(begin, begin + self.size) for begin in range(0, len(batch), self.size)]
+            for place, part in enumerate(parts, start=1):
+                is_last = number == self.num_batches and place == len(parts)
+                losses = self._backward(step, part, shares=is_last)
+                sums.loss.add_(losses.sum())
+                sums.losses.append(losses)
+            sums.batches.append(batch)
+        return sums
+
+    def _backward(self, step: int, part: Batch, shares: bool) -> Tensor:
+        """[B] the losses of a part; its gradients are added to those that are there, at the last part of all ranks."""
+        accelerator = self.accelerator
+        torch.manual_seed(model_seed(self.seed, step, int(part.slots[0])))  # dropout, where the model has any
+        encoded = self.encoder.encode(part.to(accelerator.device))
+        accelerator.sync_gradients = shares
+        with nullcontext() if shares else accelerator.no_sync(self.model):
+            losses = self.model(encoded)
+            self._is_shared = shares and accelerator.num_processes > 1
+            accelerator.backward(losses.sum() * self.loss_scale)
+        self._is_shared = False
+        return losses.detach()
+
+    def _drop(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _halve(self, where: str) -> None:
+        self._drop()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.size == 1:
+            raise UserError(f"out of memory in {where} with one sample at a time; try {self._advice()}")
+        self.size = -(-self.size // 2)
+        message = "out of memory in %s: going on as with %s, which trains the same; %s would avoid it"
+        logger.warning(message, where, setting(self.size, self.num_samples), self._advice())
+
+    def _advice(self) -> str:
+        return ", ".join(self.cures) or "a smaller --resolution or another GPU"
+
+
+def _again(held: list[Batch], source: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches that were taken before, and those still to come, which are held."""
+    yield from list(held)
+    for batch in source:
+        held.append(batch)
+        yield batch
+
+
+def setting(size: int, samples: int) -> str:
+    """The flags by which a process takes its samples of a step, at most so many at once."""
+    size = max(count for count in range(1, size + 1) if samples % count == 0)
+    return f"--train_batch_size {size} --gradient_accumulation_steps {samples // size}"
