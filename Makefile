@@ -7,13 +7,17 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 RUN = .venv/bin/python
 INSTALLED = .venv/installed-$(shell cat requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo demo-lora test check install base clean
+.PHONY: demo demo-lora compare test check install base clean
 
 demo: $(INSTALLED)
 	$(RUN) demo/run.py
 
 demo-lora: $(INSTALLED)
 	$(RUN) demo/run.py --adaptation lora
+
+# fine-tunes the demo with each loss, weighting, adaptation and optimizer, and writes the table in demo/README.md
+compare: $(INSTALLED)
+	$(RUN) demo/compare.py
 
 test: check
 	$(RUN) -m pytest -n 2 --dist worksteal

@@ -1,6 +1,6 @@
 """The demo's judge: which digit a picture shows, and whether its two colours are those asked for.
 
-It learns from the `judging` digits alone, which no other part of the demo sees.
+It learns from the `judging` digits alone, which no other part of the demo learns from.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """The demo's pictures: scikit-learn's real handwritten digits, enlarged, coloured and captioned.
 
-The 1,797 digits are split by image: `drawing` digits are for the VAE, the UNet and fine-tuning, `judging` digits for
-the classifier alone. Some wordings and some pairs of colours are held out of every training caption, to judge by.
+The 1,797 digits are split by image: `drawing` digits are for the VAE, the UNet and fine-tuning, `judging` digits to
+judge by: for the classifier, and the validation loss of the comparison. Some wordings and some pairs of colours are
+held out of every training caption, to judge by.
 """
 
 import itertools
@@ -229,6 +230,12 @@ def write_fine_tuning_folder(folder: Path, num_new: int = 1600, num_rehearsed: i
     drawing, _ = split_digits()
     parts = [(drawing.only(NEW_DIGITS), num_new), (drawing.only(PRETRAINED_DIGITS), num_rehearsed)]
     write_imagefolder(folder, parts, seed)
+
+
+def write_validation_folder(folder: Path, num_pictures: int = 128, seed: int = 4) -> None:
+    """The imagefolder to measure the validation loss on: 8 and 9 of the judging digits, which nothing is drawn from."""
+    _, judging = split_digits()
+    write_imagefolder(folder, [(judging.only(NEW_DIGITS), num_pictures)], seed)
 
 
 def evaluation_wishes(num_per_digit: int = 50, digits: Sequence[int] = range(10)) -> list[Wish]:
