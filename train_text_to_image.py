@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from utils.adaptation import ADAPTATIONS, Adaptation, AdaptationOptions
+from utils.background import BackgroundWriter
 from utils.checkpoint import CheckpointOptions, Checkpoints, RunFacts, check_structure, check_training, read_state
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CacheOptions
@@ -87,7 +88,7 @@ from utils.runtime import (
     write_json,
 )
 from utils.seeding import model_seed
-from utils.state import RunState, evaluating
+from utils.state import CheckpointSaver, RunState, evaluating
 from utils.stepping import PerParameter
 from utils.stopping import StopRequests, agreed, stopped
 from utils.terms import LossTerm, TermFacts, TermOptions, load_term
@@ -283,7 +284,9 @@ def run(argv: Sequence[str] | None) -> None:
         unreadable: dict[str, str] = {}  # found by this process and not yet told to the others
 
         adaptation.train_mode()
-        with RunLog(accelerator, folder.path, first_step, total_steps, batches.size) as log:
+        saver = CheckpointSaver(checkpoints, state, BackgroundWriter(options.checkpoint.async_checkpointing))
+        log = RunLog(accelerator, folder.path, first_step, total_steps, batches.size)
+        with saver.writer, log:
             for step, micro_batches in loader:
                 rate_now = factor(step) * plateau_factor(options.schedule, history)
                 set_learning_rate(optimizer, rate_now)
@@ -315,13 +318,13 @@ def run(argv: Sequence[str] | None) -> None:
                 wish = agreed(log.sums[1:] if num_processes > 1 else asked[1:])
                 if wish.saves or options.checkpoint.is_due(done, total_steps):
                     with log.paused():
-                        write = partial(state.save, step=done, samples_at_once=gradients.shortened(at_once))
-                        on_main_process(accelerator, partial(checkpoints.save, done, write))
+                        on_main_process(accelerator, partial(saver.save, done, gradients.shortened(at_once)))
                 if wish.saves:
                     on_main_process(accelerator, requests.remove_files)
                 if lengths is not None and is_snapshot_due(options, done, total_steps):
                     on_main_process(accelerator, partial(lengths.snapshot, done))
                 if wish.number or (wish.ends and done < total_steps):
+                    on_main_process(accelerator, saver.writer.join)
                     raise stopped(wish, done, folder.path)
                 if done == total_steps:
                     break
@@ -329,6 +332,7 @@ def run(argv: Sequence[str] | None) -> None:
                     with log.paused(), evaluating(adaptation, average, optimizer):
                         log.images(sampler.draw(f"step-{done}"), done, "validation")
 
+        on_main_process(accelerator, saver.writer.join)
         if lengths is not None:
             average = choose_length(options.ema.ema_lengths, lengths, held_out, objective, adaptation, folder.path)
         with evaluating(adaptation, average, optimizer):

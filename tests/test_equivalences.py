@@ -157,3 +157,14 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(train, case):
         relative = file.relative_to(whole)
         assert_same_bits(load_file(file), load_file(parts / relative))
     assert (whole / "checkpoint-8" / "optimizer.safetensors").exists()
+
+
+def test_deterministic_kernels_are_asked_for_and_train_the_same(train):
+    flags = ["--train_batch_size", 2, "--max_train_steps", 2]
+    plain = train("sd", *flags, out="plain")
+    try:
+        chosen = train("sd", *flags, "--deterministic", out="chosen")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_bits(weights(plain), weights(chosen))

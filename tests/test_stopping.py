@@ -16,7 +16,7 @@ from tests.test_held_out import measured
 from tests.test_launch import command, launcher
 from utils.encoding import CacheFiller, Encoder
 from utils.held_out import HeldOut
-from utils.state import RunState
+from utils.state import CheckpointSaver
 from utils.stopping import agreed, resume_command
 from utils.validation import Sampler
 
@@ -63,7 +63,7 @@ def test_a_signal_in_a_step(train, signal_at, monkeypatch, capsys, number):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "call"), [(HeldOut, "_batch", 3), (RunState, "save", 1), (Sampler, "_denoise", 1)]
+    ("owner", "name", "call"), [(HeldOut, "_batch", 3), (CheckpointSaver, "save", 1), (Sampler, "_denoise", 1)]
 )
 def test_a_signal_while_it_validates_or_saves(train, signal_at, monkeypatch, tmp_path, owner, name, call):
     data = tiny.make_images(tmp_path / "data", 10)

@@ -3,7 +3,9 @@
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from utils.background import HostBuffers
 from utils.ema import MovingAverage
 from utils.families.base import Family
 from utils.families.quantization import QUANTIZATIONS, check_quantization
@@ -172,6 +175,10 @@ class Adaptation(ABC):
         """Writes the trained weights, and beside them their average if there is one, each loadable on its own."""
 
     @abstractmethod
+    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> Callable[[Path], None]:
+        """What `save` would write now, copied, to be written later into the folder that it is given."""
+
+    @abstractmethod
     def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
         """Goes on from the average that `save` wrote, after so many updates."""
 
@@ -211,16 +218,21 @@ class FullFineTuning(Adaptation):
 
     def save(self, folder: Path, average: MovingAverage | None) -> None:
         """Writes `unet/` (and the trained text encoders) and `unet_ema/`, in diffusers' layout."""
-        for name, module in self.modules.items():
-            module.save_pretrained(folder / name)
-        if average is None:
-            return
-        with average.in_place():
-            for name, module in self.modules.items():
-                module.save_pretrained(folder / f"{name}_ema")
-                config_file = folder / f"{name}_ema" / "config.json"
-                config = json.loads(config_file.read_text(encoding="utf-8")) | average.state
-                config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_modules(self.modules, None, folder)
+        if average is not None:
+            with average.in_place():
+                _write_modules(self.modules, average.state, folder)
+
+    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> Callable[[Path], None]:
+        """The same of copies of the modules."""
+        jobs = [partial(_write_modules, self._copies(buffers, ""), None)]
+        if average is not None:
+            with average.in_place():
+                jobs.append(partial(_write_modules, self._copies(buffers, "_ema"), average.state))
+        return partial(_write_all, jobs)
+
+    def _copies(self, buffers: HostBuffers, ending: str) -> dict[str, nn.Module]:
+        return {name: _copied(module, buffers, name + ending) for name, module in self.modules.items()}
 
     def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
         """Goes on from `unet_ema/` and the text encoders' like."""
@@ -279,6 +291,29 @@ class AdapterTuning(Adaptation):
     def _named_tensors(self) -> dict[str, Tensor]:
         """All adapters' tensors, which share the parameters' storage, by their names in a file."""
 
+    @abstractmethod
+    def _write(self, tensors: dict[str, Tensor], is_average: bool, folder: Path) -> None:
+        """Writes all adapters' tensors, or their averages, by their names in a file."""
+
+    def save(self, folder: Path, average: MovingAverage | None) -> None:
+        """Writes the adapters, and in `unet_ema/` (and the text encoders' like) their averages."""
+        self._write(self._named_tensors(), False, folder)
+        if average is not None:
+            with average.in_place():
+                self._write(self._named_tensors(), True, folder)
+
+    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> Callable[[Path], None]:
+        """The same of copies of the tensors."""
+        jobs = [partial(self._write, self._copies(buffers, False), False)]
+        if average is not None:
+            with average.in_place():
+                jobs.append(partial(self._write, self._copies(buffers, True), True))
+        return partial(_write_all, jobs)
+
+    def _copies(self, buffers: HostBuffers, is_average: bool) -> dict[str, Tensor]:
+        tensors = self._named_tensors().items()
+        return {name: buffers.copy(f"{name} average" if is_average else name, tensor) for name, tensor in tensors}
+
     def _tensors_with_saved(self, folder: Path, average: bool = False) -> list[tuple[Tensor, Tensor]]:
         """Each trained parameter's tensor, in order, with what was saved of it."""
         saved = self._saved(folder, average)
@@ -327,17 +362,9 @@ class PeftAdaptation(AdapterTuning):
             for key, tensor in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()
         }
 
-    def save(self, folder: Path, average: MovingAverage | None) -> None:
-        """Writes the adapter folders `unet/` (and the text encoders'), and `unet_ema/` with the averages."""
-        self._write(folder, "")
-        if average is not None:
-            with average.in_place():
-                self._write(folder, "_ema")
-
-    def _write(self, folder: Path, ending: str) -> None:
-        tensors = self._named_tensors()
+    def _write(self, tensors: dict[str, Tensor], is_average: bool, folder: Path) -> None:
         for name, module in self.modules.items():
-            target = folder / f"{name}{ending}"
+            target = folder / (f"{name}_ema" if is_average else name)
             module.peft_config[ADAPTER].save_pretrained(target)
             own = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
             save_file({WRAPPED + key: each.contiguous() for key, each in own.items()}, target / PEFT_FILE)
@@ -346,7 +373,7 @@ class PeftAdaptation(AdapterTuning):
         """Writes the adapter folders, and in `fused/` the pipeline with them merged in."""
         from peft import PeftModel
 
-        self._write(folder, "")
+        self._write(self._named_tensors(), False, folder)
         pipeline = self.family.float32_pipeline()
         for name in self.modules:
             PeftModel.from_pretrained(getattr(pipeline, name), folder / name).merge_and_unload()
@@ -438,23 +465,18 @@ class LowRankAdaptation(AdapterTuning):
     def _named_tensors(self) -> dict[str, Tensor]:
         return {f"{name}.{key}": tensor for name in self.modules for key, tensor in self._layers(name).items()}
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, tensors: dict[str, Tensor], is_average: bool, folder: Path) -> None:
+        """Writes the LoRA file, that of the averages into `unet_ema/`."""
         arguments: dict[str, dict] = {}
         for name, module in self.modules.items():
-            arguments[f"{name}_lora_layers"] = self._layers(name)
+            own = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
+            arguments[f"{name}_lora_layers"] = own
             arguments[f"{name}_lora_adapter_metadata"] = module.peft_config[ADAPTER].to_dict()
-        self.family.pipeline_class().save_lora_weights(folder, **arguments)
-
-    def save(self, folder: Path, average: MovingAverage | None) -> None:
-        """Writes the LoRA file, and in `unet_ema/` that of the averages."""
-        self._write(folder)
-        if average is not None:
-            with average.in_place():
-                self._write(folder / "unet_ema")
+        self.family.pipeline_class().save_lora_weights(folder / "unet_ema" if is_average else folder, **arguments)
 
     def export(self, folder: Path) -> None:
         """Writes the LoRA file with its metadata, and if asked the fused pipeline."""
-        self._write(folder)
+        self._write(self._named_tensors(), False, folder)
         if self.options.export_fused:
             pipeline = self.family.float32_pipeline()
             fuse_lora(pipeline, folder)
@@ -466,6 +488,31 @@ def fuse_lora(pipeline: "DiffusionPipeline", folder: Path) -> None:
     pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
     pipeline.fuse_lora(components=pipeline.get_list_adapters().keys())
     pipeline.unload_lora_weights()
+
+
+def _write_all(jobs: Sequence[Callable[[Path], None]], folder: Path) -> None:
+    for job in jobs:
+        job(folder)
+
+
+def _write_modules(modules: dict[str, nn.Module], average: dict[str, object] | None, folder: Path) -> None:
+    """Writes modules in diffusers' layout; as averages, with their fields in the config, where those are given."""
+    for name, module in modules.items():
+        target = folder / (name if average is None else f"{name}_ema")
+        module.save_pretrained(target)
+        if average is not None:
+            config = json.loads((target / "config.json").read_text(encoding="utf-8")) | average
+            (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copied(module: nn.Module, buffers: HostBuffers, name: str) -> nn.Module:
+    """The module with copies of its weights for its own."""
+    make = getattr(type(module), "from_config", type(module))  # diffusers' and transformers' way
+    with torch.device("meta"):
+        copied = make(module.config)
+    tensors = {key: buffers.copy(f"{name} {key}", tensor) for key, tensor in module.state_dict().items()}
+    copied.load_state_dict(tensors, assign=True)
+    return copied
 
 
 def _saved_like(module: nn.Module, folder: Path) -> nn.Module:

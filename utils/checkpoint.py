@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from utils.background import HostBuffers
 from utils.disk import sync_folder
 from utils.optim import NamedParameter
 from utils.options import UserError, first_line, option, require_positive
@@ -39,6 +40,7 @@ class CheckpointOptions:
         None,
         "go on from latest, from checkpoint-N in output_dir, or from a path; latest without a checkpoint starts anew",
     )
+    async_checkpointing: bool = option(False, "write checkpoints from copies in host memory while the training goes on")
     allow_changed_options: bool = option(
         False, "go on although options that change the training, or the data, are others than the checkpoint's"
     )
@@ -203,22 +205,34 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def write_state(
-    folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer, parameters: list[NamedParameter]
-) -> None:
-    """Writes the training state as JSON and the optimizer's as safetensors, by the names of the parameters."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}
+class OptimizerContent(NamedTuple):
+    """An optimizer's state by the names of the parameters: tensors on the CPU, numbers, and those of its groups."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, dict[str, Any]]
+    groups: list[dict[str, float | int | bool]]
+
+
+def optimizer_content(
+    optimizer: torch.optim.Optimizer, parameters: list[NamedParameter], buffers: HostBuffers
+) -> OptimizerContent:
+    """The optimizer's state as it is now, copied."""
+    content = OptimizerContent({}, {}, _group_numbers(optimizer))
     for name, parameter, _ in parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
+                content.tensors[f"{name}/{key}"] = buffers.copy(f"optimizer {name}/{key}", value)
             else:
-                numbers.setdefault(name, {})[key] = value
-    save_file(tensors, folder / OPTIMIZER)
-    groups = _group_numbers(optimizer)
-    write_json(folder / STATE, asdict(state) | {"optimizer": numbers, "optimizer_groups": groups})
+                content.numbers.setdefault(name, {})[key] = value
+    return content
+
+
+def write_state(folder: Path, state: TrainingState, optimizer: OptimizerContent) -> None:
+    """Writes the training state as JSON and the optimizer's tensors as safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(optimizer.tensors, folder / OPTIMIZER)
+    numbers = {"optimizer": optimizer.numbers, "optimizer_groups": optimizer.groups}
+    write_json(folder / STATE, asdict(state) | numbers)
 
 
 def _group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float | int | bool]]:

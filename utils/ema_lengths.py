@@ -6,7 +6,8 @@ each with a factor, that comes nearest to it.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from utils.background import HostBuffers
 from utils.ema import EmaOptions, MovingAverage
 from utils.optim import NamedParameter
 from utils.options import UserError
@@ -78,16 +80,18 @@ class AverageLengths:
         for average in self._averages:
             average.update()
 
-    def save(self, folder: Path) -> None:
-        """Writes both into a checkpoint, in float32."""
-        self._write(folder / CHECKPOINT_FILE, torch.float32)
+    def saving(self, buffers: HostBuffers) -> Callable[[Path], None]:
+        """Both as they are now, copied, to be written into a checkpoint in float32."""
+        copies = {name: buffers.copy(f"ema_lengths {name}", tensor) for name, tensor in self._tensors().items()}
+        return partial(_write, copies, self._averages[0].num_updates, CHECKPOINT_FILE)
 
     def snapshot(self, step: int) -> None:
         """Writes both after so many optimizer steps, in float16."""
         self._folder.mkdir(exist_ok=True)
         file = self._folder / f"step-{step:08d}.safetensors"
         temporary = file.with_name(f".tmp-{file.name}")
-        self._write(temporary, torch.float16)
+        halves = {name: _halved(tensor.to("cpu")) for name, tensor in self._tensors().items()}
+        _write(halves, self._averages[0].num_updates, temporary.name, self._folder)
         os.replace(temporary, file)
 
     def load(self, folder: Path) -> bool:
@@ -122,13 +126,16 @@ class AverageLengths:
         found.load(totals, int(times[-1]))
         return found
 
-    def _write(self, file: Path, dtype: torch.dtype) -> None:
-        tensors: dict[str, Tensor] = {
-            f"{number}/{name}": _as(average, dtype)
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{number}/{name}": average
             for number, kept in enumerate(self._averages)
             for name, average in zip(self._names, kept.averages, strict=True)
         }
-        save_file(tensors, file, {UPDATES: str(self._averages[0].num_updates)})
+
+
+def _write(tensors: dict[str, Tensor], updates: int, name: str, folder: Path) -> None:
+    save_file(tensors, folder / name, {UPDATES: str(updates)})
 
 
 def snapshots(folder: Path) -> list[Path]:
@@ -143,10 +150,9 @@ def set_aside_snapshots(output_dir: Path, step: int) -> None:
             file.rename(file.with_name(f"abandoned-{file.name}"))
 
 
-def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values on the CPU in a dtype, or in float32 where they are beyond it."""
-    host = values.detach().to("cpu")
-    return host if dtype == torch.float32 or host.abs().max() > torch.finfo(dtype).max else host.to(dtype)
+def _halved(values: Tensor) -> Tensor:
+    """The values in float16, or in float32 where they are beyond it."""
+    return values if values.abs().max() > torch.finfo(torch.float16).max else values.half()
 
 
 def _updates(file: Path) -> int:

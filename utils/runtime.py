@@ -41,6 +41,9 @@ class RuntimeOptions:
         None, "arithmetic of forward and backward; by default what `accelerate launch` says", choices=tuple(DTYPES)
     )
     allow_tf32: bool = option(False, "matrix products in TF32 on Ampere and later GPUs")
+    deterministic: bool = option(
+        False, "choose kernels that give the same bits each time; on a GPU a resumed run is bit-exact only with it"
+    )
     local_rank: int = option(-1, "ignored: the launcher says it by the environment")
     dry_run: bool = option(
         False,
@@ -66,6 +69,10 @@ def start_processes(
     for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
             raise UserError(f"accelerate's {engine} is not built in yet; use DDP (accelerate launch --multi_gpu)")
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     on_cpu = not (torch.cuda.is_available() or _other_accelerator())
     try:
         accelerator = Accelerator(

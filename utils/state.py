@@ -1,9 +1,10 @@
 """All that an optimizer step changes, saved and restored as one."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils.adaptation import Adaptation
-from utils.checkpoint import RunFacts, TrainingState, load_optimizer, read_state, write_state
+from utils.background import BackgroundWriter, HostBuffers
+from utils.checkpoint import (
+    Checkpoints,
+    RunFacts,
+    TrainingState,
+    load_optimizer,
+    optimizer_content,
+    read_state,
+    write_state,
+)
 from utils.ema import MovingAverage
 from utils.ema_lengths import AverageLengths
 from utils.optim import NamedParameter
@@ -91,11 +101,14 @@ class RunState:
             if average is not None and not was_skipped:
                 average.update()
 
-    def save(self, folder: Path, step: int, samples_at_once: int | None = None) -> None:
-        """Writes all of it after `step` optimizer steps; for one process to call.
+    def saving(
+        self, step: int, samples_at_once: int | None, buffers: HostBuffers, is_copied: bool
+    ) -> Callable[[Path], None]:
+        """What writes all of it as it is after `step` optimizer steps into a folder; for one process to call.
 
         Args:
             samples_at_once: how many memory allowed, where it was short.
+            is_copied: whether the weights are copied too, so that it can be called later.
         """
         scaler = self.accelerator.scaler
         state = TrainingState(
@@ -105,13 +118,25 @@ class RunState:
             scaler=None if scaler is None else scaler.state_dict(),
             samples_at_once=samples_at_once,
         )
-        write_state(folder, state, self.optimizer, self.parameters + self.own_parameters)
-        self.adaptation.save(folder, self.average)
+        content = optimizer_content(self.optimizer, self.parameters + self.own_parameters, buffers)
+        jobs = [partial(write_state, state=state, optimizer=content)]
+        if is_copied:
+            jobs.append(self.adaptation.saving(self.average, buffers))
+        else:
+            jobs.append(partial(self.adaptation.save, average=self.average))
         if self.lengths is not None:
-            self.lengths.save(folder)
+            jobs.append(self.lengths.saving(buffers))
         if self.own_parameters:
-            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter, _ in self.own_parameters}
-            save_file(tensors, folder / OWN_PARAMETERS)
+            own = {name: buffers.copy(name, parameter) for name, parameter, _ in self.own_parameters}
+            jobs.append(partial(_write_own, own))
+        return partial(_write_all, jobs)
+
+    def tensors(self) -> list[Tensor]:
+        """All that a checkpoint holds copies of, about."""
+        trained = [named.parameter.detach() for named in self.parameters + self.own_parameters]
+        averages = [] if self.average is None else self.average.averages
+        state = [each for values in self.optimizer.state.values() for each in values.values()]
+        return [*trained, *averages, *(each for each in state if isinstance(each, Tensor))]
 
     def load(self, folder: Path) -> int:
         """Restores the optimizer, the average, loss terms and the scaler; the adaptation loaded the pipeline's weights.
@@ -134,6 +159,15 @@ class RunState:
         if self.accelerator.scaler is not None and saved.scaler:
             self.accelerator.scaler.load_state_dict(saved.scaler)
         return saved.step
+
+
+def _write_all(jobs: Sequence[Callable[[Path], None]], folder: Path) -> None:
+    for job in jobs:
+        job(folder)
+
+
+def _write_own(tensors: dict[str, Tensor], folder: Path) -> None:
+    save_file(tensors, folder / OWN_PARAMETERS)
 
 
 @contextmanager
@@ -171,3 +205,28 @@ def averaged_by(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         inner.train()
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.data.copy_(weight)
+
+
+class CheckpointSaver:
+    """Saves a run's state as checkpoints, at once or in the background."""
+
+    def __init__(self, checkpoints: Checkpoints, state: RunState, writer: BackgroundWriter):
+        self.writer = writer
+        self._checkpoints = checkpoints
+        self._state = state
+        self._buffers = HostBuffers()
+
+    def save(self, step: int, samples_at_once: int | None) -> None:
+        """Begins to save, once the checkpoint before is written, whose error is raised here; for one process to call.
+
+        Where host memory does not hold copies of all, it is saved at once.
+        """
+        self.writer.join()
+        is_copied = self.writer.is_on and self._buffers.have_room_for(self._state.tensors())
+        if self.writer.is_on and not is_copied:
+            logger.warning("--async_checkpointing: host memory is too small for copies, so the training waits")
+        buffers = self._buffers if is_copied else HostBuffers()  # which are let go of after the save
+        write = self._state.saving(step, samples_at_once, buffers, is_copied)
+        self.writer.run(partial(self._checkpoints.save, step, write))
+        if not is_copied:
+            self.writer.join()

@@ -1,0 +1,114 @@
+"""Checkpoints written while the training goes on: the same files, and no error lost."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.conftest import message
+from utils.background import BackgroundWriter, HostBuffers
+from utils.checkpoint import Checkpoints
+from utils.options import UserError
+
+ROOT = Path(__file__).parent.parent
+RUNS = {
+    "full": ("sd", "--use_ema", "--train_text_encoder"),
+    "8 bits": ("sdxl", "--use_8bit_adam", "--ema_lengths", 0.1),
+    "bfloat16": ("sd", "--pure_bf16", "--mixed_precision", "bf16", "--use_ema"),
+    "lora": ("sdxl", "--adaptation", "lora", "--train_text_encoder", "--use_ema", "--optimizer", "prodigy"),
+    "lokr": ("sd", "--adaptation", "lokr", "--rank", 2, "--use_ema", "--optimizer", "muon"),
+    "term": ("sd", "--loss_module", ROOT / "examples" / "adversarial_loss.py", "--loss_module_args", "channels=8"),
+}
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Of all files but the manifest; of tensors their bytes, for the order of a header's metadata is left to chance."""
+    found: dict[str, object] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"):
+        name = str(path.relative_to(folder))
+        found[name] = path.read_bytes()
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+                found[name] = (
+                    file.metadata(),
+                    {
+                        key: (each.dtype, each.reshape(-1).view(torch.uint8).numpy().tobytes())
+                        for key, each in tensors.items()
+                    },
+                )
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_same_files_as_when_the_training_waits(train, monkeypatch, name):
+    """Each is written slowly, while the next steps change the weights that it is of."""
+    pipeline, *flags = RUNS[name]
+    flags += ["--train_batch_size", 2, "--max_train_steps", 5, "--checkpointing_steps", 2, "--learning_rate", 1e-3]
+    waiting = train(pipeline, *flags, out="waiting")
+    save = Checkpoints.save
+
+    def slowly(self, step, write):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.5)
+        return save(self, step, write)
+
+    monkeypatch.setattr(Checkpoints, "save", slowly)
+    behind = train(pipeline, *flags, "--async_checkpointing", out="behind")
+    for step in (2, 4, 5):
+        assert contents(waiting / f"checkpoint-{step}") == contents(behind / f"checkpoint-{step}")
+        assert json.loads((behind / f"checkpoint-{step}" / "manifest.json").read_text())["files"]
+    train(pipeline, *flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest", out="behind")
+
+
+def test_an_error_behind_ends_the_run(train, monkeypatch, capsys):
+    save = Checkpoints.save
+
+    def fails(self, step, write):
+        if step == 4:
+            raise UserError("checkpoint-4 can't be written: No space left on device")
+        return save(self, step, write)
+
+    monkeypatch.setattr(Checkpoints, "save", fails)
+    flags = ["--train_batch_size", 2, "--max_train_steps", 8, "--checkpointing_steps", 2]
+    out = train("sd", *flags, "--async_checkpointing", expect=2)
+    assert "checkpoint-4 can't be written: No space left on device" in message(capsys)
+    assert [path.name for path in Checkpoints(out, None).found()] == ["checkpoint-2"]
+
+
+def test_buffers_are_kept_and_counted(monkeypatch, tmp_path):
+    buffers, tensor = HostBuffers(), torch.arange(4.0)
+    first = buffers.copy("a", tensor)
+    tensor += 1
+    assert first.tolist() == [0, 1, 2, 3]
+    assert buffers.copy("a", tensor) is first
+    assert buffers.copy("a", tensor.half()) is not first
+    facts = tmp_path / "meminfo"
+    facts.write_text("MemTotal:       100 kB\nMemAvailable:   10 kB\n")
+    monkeypatch.setattr("utils.background.MEMORY_FACTS", facts)
+    assert buffers.have_room_for([torch.zeros(1000)])
+    assert not buffers.have_room_for([torch.zeros(5000)])
+
+
+def test_without_room_the_training_waits(train, monkeypatch, caplog):
+    monkeypatch.setattr(HostBuffers, "have_room_for", lambda self, tensors: False)
+    out = train("sd", "--train_batch_size", 2, "--max_train_steps", 2, "--async_checkpointing")
+    assert (out / "checkpoint-2").exists()
+    assert any("host memory is too small" in record.message for record in caplog.records)
+
+
+def test_the_writer_raises_what_its_last_job_raised():
+    def fail() -> None:
+        raise UserError("no")
+
+    with BackgroundWriter(is_on=True) as writer:
+        writer.run(fail)
+        with pytest.raises(UserError, match="no"):
+            writer.join()
+        writer.join()
+    with pytest.raises(UserError, match="no"), BackgroundWriter(is_on=True) as writer:
+        writer.run(fail)

@@ -1,0 +1,68 @@
+"""Writing that goes on while the training does: from copies in host memory, on a thread."""
+
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+MEMORY_FACTS = Path("/proc/meminfo")
+
+
+class HostBuffers:
+    """Copies of tensors in host memory, which are kept: fresh memory costs thirty times as long as the copy itself."""
+
+    def __init__(self):
+        self._kept: dict[str, Tensor] = {}
+
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor's values as they are now, in the buffer of that name."""
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            pinned = tensor.is_cuda
+            kept = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return kept.copy_(tensor.detach())
+
+    def have_room_for(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether host memory holds copies of them all, beside what is held already; taken for granted if unknown."""
+        wanted = sum(tensor.nbytes for tensor in tensors) - sum(tensor.nbytes for tensor in self._kept.values())
+        if wanted <= 0 or not MEMORY_FACTS.exists():
+            return True
+        facts = dict(line.split(":") for line in MEMORY_FACTS.read_text(encoding="utf-8").splitlines())
+        return wanted < 0.9 * 1024 * int(facts["MemAvailable"].split()[0])
+
+
+class BackgroundWriter:
+    """Runs one job after the other, on a thread or, where that was not asked for (`is_on`), at once."""
+
+    def __init__(self, is_on: bool):
+        self.is_on = is_on
+        self._pool = ThreadPoolExecutor(1) if is_on else None
+        self._last: Future | None = None
+
+    def run(self, job: Callable[[], object]) -> None:
+        """Begins a job when the one before is done, whose error is raised here."""
+        self.join()
+        if self._pool is None:
+            job()
+        else:
+            self._last = self._pool.submit(job)
+
+    def join(self) -> None:
+        """Waits for the last job, and raises its error."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Waits for the last job; its error is raised if there is no other."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+        if kind is None:
+            self.join()
