@@ -41,13 +41,13 @@ from utils.doctor import (
     first_streamed,
 )
 from utils.ema import EmaOptions, MovingAverage
-from utils.ema_lengths import AverageLengths, set_aside_snapshots
+from utils.ema_lengths import AverageLengths, has_averages, set_aside_snapshots
 from utils.encoding import Encoder
 from utils.export import CardFacts, HubOptions, upload, write_card
 from utils.families.base import Family
 from utils.families.registry import pick_family
 from utils.families.source import ModelOptions, PipelineSource
-from utils.gradients import Gradients, setting
+from utils.gradients import FREE_CURE, Gradients, setting
 from utils.held_out import EarlyStoppingOptions, HeldOut, History, measurement_of
 from utils.losses import LossOptions
 from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
@@ -208,7 +208,7 @@ def run(argv: Sequence[str] | None) -> None:
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
         rates = scaled_rates(options.optimizer, batches.size)
         factor = rate_factor(options.schedule, rates.learning_rate, total_steps)
-        data = {"data": images.fingerprint()}
+        data = {"data": images.fingerprint(), **images.describe_sources()}
         facts = RunFacts(structure, training_options(options, accelerator) | data, total_steps)
         if start is not None:
             check_training(start, data, options.checkpoint.allow_changed_options)
@@ -224,10 +224,11 @@ def run(argv: Sequence[str] | None) -> None:
         adaptation = adaptation_class(family, options.adaptation, start)
         family.use_attention()
         family.save_memory()
+        requests.check()
         process = forward_process(options.noise, family.pipeline.scheduler.config)
         terms = loss_terms(options, family, process)
         named = adaptation.named_parameters(rates)
-        own = own_parameters(options.term, terms, rates)
+        own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
         plan = describe(options, accelerator, family, adaptation, images, held_out_images, batches, total_steps)
         if options.runtime.dry_run:
             if accelerator.is_main_process:
@@ -241,6 +242,7 @@ def run(argv: Sequence[str] | None) -> None:
             family.use_gradient_checkpointing(options.adaptation.train_text_encoder, vae=bool(terms))
         num_workers = options.loader.num_workers(accelerator.num_processes)
         requests.check()
+        held_out = measure_on(options, accelerator, family, held_out_images, requests)
         encodings = preparation.fill_cache(family, images, num_workers, keep_vae=bool(terms))
         if options.cache.cache_only or options.cache.verify_cache:
             preparation.write_report(images)
@@ -250,14 +252,13 @@ def run(argv: Sequence[str] | None) -> None:
         encoder = Encoder(family, options.adaptation.train_text_encoder)
         objective = Objective(family, adaptation.modules, process, options.noise, options.loss, terms)
         model, optimizer = accelerator.prepare(objective, make_optimizer(options, named + own, rates))
-        state = RunState(accelerator, adaptation, average, lengths, optimizer, named, own, facts)
+        state = RunState(accelerator, adaptation, average, lengths, optimizer, named, own, terms, facts)
         first_step = 0 if start is None else state.load(start)
-        held_out = measure_on(options, accelerator, family, held_out_images, requests)
         history = History(folder.path, first_step, options.stopping)
         validation = Validation(held_out, history, objective, state, folder)
         is_due = first_step in (0, total_steps) or is_validation_due(options, family, batches, first_step)
-        if is_due:
-            validation.measure(first_step)  # of a resumed run, if a signal broke it off
+        if is_due and validation.measure(first_step) is None:
+            raise Stopped(f"stopped before step {first_step + 1}", requests.number or signal.SIGTERM)
         total_steps = first_step if history.is_over() else total_steps
 
         spec = SampleSpec(
@@ -269,6 +270,7 @@ def run(argv: Sequence[str] | None) -> None:
         at_once = options.loader.train_batch_size
         if options.loader.find_batch_size:
             at_once *= options.loader.gradient_accumulation_steps
+            at_once = min(at_once, group_size) if options.buckets.use_aspect_ratio_buckets else at_once
         pieces = images.pieces(batches, at_once, rank, num_processes, first_step, total_steps)
         waiting = Waiting()
         loader = batches_by_step(dataset, pieces, num_workers, accelerator.device.type == "cuda", waiting)
@@ -276,9 +278,10 @@ def run(argv: Sequence[str] | None) -> None:
         open_records(options, accelerator, folder)
         logger.info("training\n%s", plan)
         gradients = make_gradients(options, accelerator, model, encoder, pieces, at_once, start)
-        gradients.rehearse(dataset.largest(at_once))
+        gradients.rehearse(dataset.largest(at_once, options.perceptual.perceptual_min_timestep))
         if options.loader.find_batch_size:
-            logger.info("--find_batch_size: keep %s", setting(gradients.size, gradients.num_samples))
+            groups = f" --bucket_group_size {group_size}" if options.buckets.use_aspect_ratio_buckets else ""
+            logger.info("--find_batch_size: keep %s%s", setting(gradients.size, gradients.num_samples), groups)
 
         preparation.write_report(images)
         unreadable: dict[str, str] = {}  # found by this process and not yet told to the others
@@ -311,18 +314,21 @@ def run(argv: Sequence[str] | None) -> None:
                     preparation.share_unreadable(unreadable, images)
                 stop_if_diverged(log, options.tracking.max_skipped_steps, checkpoints)
                 is_due = done == total_steps or is_validation_due(options, family, batches, done)
+                heard = log.sums[1:] if num_processes > 1 else asked[1:]
                 if is_due:
                     with log.paused():
-                        log.values(validation.measure(done), done)
+                        log.values(validation.measure(done) or {}, done)
+                        heard = hear_again(accelerator, requests, heard)  # a signal breaks a measurement off
                     total_steps = done if history.is_over() else total_steps
-                wish = agreed(log.sums[1:] if num_processes > 1 else asked[1:])
-                if wish.saves or options.checkpoint.is_due(done, total_steps):
-                    with log.paused():
-                        on_main_process(accelerator, partial(saver.save, done, gradients.shortened(at_once)))
-                if wish.saves:
-                    on_main_process(accelerator, requests.remove_files)
+                wish = agreed(heard)
                 if lengths is not None and is_snapshot_due(options, done, total_steps):
                     on_main_process(accelerator, partial(lengths.snapshot, done))
+                if wish.saves or options.checkpoint.is_due(done, total_steps):
+                    with log.paused():
+                        allowed = gradients.shortened(at_once)
+                        on_main_process(accelerator, partial(saver.save, done, allowed))
+                if wish.saves:
+                    on_main_process(accelerator, requests.remove_files)
                 if wish.number or (wish.ends and done < total_steps):
                     on_main_process(accelerator, saver.writer.join)
                     raise stopped(wish, done, folder.path)
@@ -334,10 +340,12 @@ def run(argv: Sequence[str] | None) -> None:
 
         on_main_process(accelerator, saver.writer.join)
         if lengths is not None:
-            average = choose_length(options.ema.ema_lengths, lengths, held_out, objective, adaptation, folder.path)
+            average = choose_length(options.ema.ema_lengths, lengths, validation, requests)
         with evaluating(adaptation, average, optimizer):
             on_main_process(accelerator, lambda: adaptation.export(folder.path))
             samples = sampler.draw("final")
+        if requests.is_asked:
+            logger.warning("a signal broke off the last samples; the result itself is whole")
         log.images(samples, total_steps, "test")
         preparation.share_unreadable(unreadable, images)
         preparation.write_report(images)
@@ -356,11 +364,11 @@ def make_gradients(
     start: Path | None,
 ) -> Gradients:
     """What runs forward and backward; a run that goes on takes no more samples at once than memory allowed before."""
-    allowed = None if start is None else read_state(start).samples_at_once
+    allowed = None if start is None or options.loader.find_batch_size else read_state(start).samples_at_once
     size, batches = global_batch_size(options, accelerator), len(pieces.slots)
     scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / size
     saving = {
-        "--gradient_checkpointing": options.model.gradient_checkpointing,
+        FREE_CURE: options.model.gradient_checkpointing,
         "--cache_latents --cache_text_embeddings": options.cache.cache_latents and options.cache.cache_text_embeddings,
         "--use_8bit_adam": options.optimizer.name != "adamw",
         "--adaptation lora": options.adaptation.adaptation != "full",
@@ -381,6 +389,13 @@ def make_gradients(
     )
 
 
+def hear_again(accelerator: "Accelerator", requests: StopRequests, heard: Sequence[float]) -> list[float]:
+    """What all processes were asked for, also since then."""
+    now = requests.asked(accelerator.is_main_process)
+    both = [float(one + other) for one, other in zip(now, heard or [0.0] * len(now), strict=True)]
+    return accelerator.reduce(torch.tensor(both, device=accelerator.device)).tolist()
+
+
 def loss_terms(options: Options, family: Family, process: ForwardProcess) -> list[LossTerm]:
     """What is added to the loss, as the options ask."""
     space = family.latent_space
@@ -393,9 +408,11 @@ def loss_terms(options: Options, family: Family, process: ForwardProcess) -> lis
     return terms
 
 
-def own_parameters(options: TermOptions, terms: Sequence[LossTerm], rates: OptimizerOptions) -> list[NamedParameter]:
-    """What the terms themselves train."""
-    rate = options.loss_module_lr or rates.learning_rate
+def own_parameters(
+    options: TermOptions, terms: Sequence[LossTerm], rates: OptimizerOptions, scale: float
+) -> list[NamedParameter]:
+    """What the terms themselves train; `scale` is what `--scale_lr` multiplies learning rates by."""
+    rate = rates.learning_rate if options.loss_module_lr is None else options.loss_module_lr * scale
     return [
         NamedParameter(f"loss_module.{name}", parameter, rate)
         for term in terms
@@ -429,10 +446,10 @@ class Validation:
     state: RunState
     folder: OutputFolder
 
-    def measure(self, step: int) -> dict[str, float]:
+    def measure(self, step: int) -> dict[str, float] | None:
         """Measures the validation loss of the weights and of their average; gives what is logged of it.
 
-        Nothing is measured twice, nor where a signal breaks it off: then the resumed run does it.
+        Nothing is measured twice. None where a signal to any process broke it off: the resumed run does it.
         """
         if self.held_out is None or any(each.step == step for each in self.history.measurements):
             return {}
@@ -441,7 +458,7 @@ class Validation:
             with evaluating(state.adaptation, average, state.optimizer):
                 curve = self.held_out.losses(self.objective)
             if curve is None:
-                return {}
+                return None
             curves.append(curve)
         measurement = measurement_of(step, *curves)
         self.history.add(measurement, write=self.held_out.is_main_process)
@@ -455,27 +472,23 @@ class Validation:
 
 
 def choose_length(
-    wanted: Sequence[float],
-    lengths: AverageLengths,
-    held_out: HeldOut | None,
-    objective: Objective,
-    adaptation: Adaptation,
-    folder: Path,
+    wanted: Sequence[float], lengths: AverageLengths, validation: Validation, requests: StopRequests
 ) -> MovingAverage:
     """The average of the length that has the lowest validation loss, all of which `ema_lengths.json` holds."""
+    held_out = validation.held_out
     if held_out is None:
         return lengths.of_length(wanted[0])
     measured = {}
     for length in wanted:
-        with evaluating(adaptation, lengths.of_length(length), optimizer=None):
-            curve = held_out.losses(objective)
+        with evaluating(validation.state.adaptation, lengths.of_length(length), optimizer=None):
+            curve = held_out.losses(validation.objective)
         if curve is None:
-            raise Stopped("stopped while the length of the average was chosen; the last step is saved", signal.SIGTERM)
+            raise Stopped("stopped while the length of the average was chosen", requests.number or signal.SIGTERM)
         measured[length] = float(curve.mean())
     best = min(measured, key=measured.get)
     logger.info("validation loss by length: %s", ", ".join(f"{name:g}: {loss:.5f}" for name, loss in measured.items()))
     if held_out.is_main_process:
-        write_json(folder / "ema_lengths.json", {"chosen": best, "validation_loss": measured})
+        write_json(validation.folder.path / "ema_lengths.json", {"chosen": best, "validation_loss": measured})
     return lengths.of_length(best)
 
 
@@ -675,7 +688,7 @@ def claim(folder: OutputFolder, checkpoints: Checkpoints, start: Path | None, op
     checkpoints.clean()
     step = 0 if start is None else read_state(start).step
     checkpoints.set_aside_after(step)
-    set_aside_snapshots(folder.path, step)
+    set_aside_snapshots(folder.path, step if start is not None and has_averages(start) else 0)
 
 
 def choose_group_size(options: Options, accelerator: "Accelerator", start: Path | None) -> int:

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import tiny
 from tests.test_cache import files
 from tests.test_data import records_of
 from tests.test_equivalences import assert_same_bits, losses, weights
@@ -241,6 +243,38 @@ class TestRuns:
         masked = train("sd", *streamed, "--mask_column", "mask.png", data=shard, out="masked")
         plain = train("sd", *streamed, data=shard, out="plain")
         assert losses(masked)[0] < 0.8 * losses(plain)[0]
+
+    def test_other_masks_of_the_same_shards_are_read_anew(self, train, tmp_path):
+        data = masked_folder(tmp_path / "data", 4)
+        black = io.BytesIO()
+        Image.new("L", (120, 90)).save(black, "PNG")
+        with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+            for number in range(4):
+                archive.add(data / f"{number}.webp", f"{number}.webp")
+                left = (tmp_path / "masks" / f"{number}.png").read_bytes()
+                for name, content in (("left", left), ("none", black.getvalue())):
+                    member = tarfile.TarInfo(f"{number}.{name}.png")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+        time.sleep(2.1)  # the facts of a newer file would not be remembered
+        flags = [*STILL, "--cache_latents", "--encoding_cache_dir", tmp_path / "cache"]
+        left = train("sd", *flags, "--mask_column", "left.png", data=tmp_path / "shard.tar", out="left")
+        none = train("sd", *flags, "--mask_column", "none.png", data=tmp_path / "shard.tar", out="none")
+        assert losses(left)[0] > 0
+        assert losses(none)[0] == 0
+
+    def test_a_run_that_goes_on_without_its_masks_is_refused(self, train, refused, tmp_path):
+        data = masked_folder(tmp_path / "data")
+        train("sd", *STILL, "--mask_dir", tmp_path / "masks", data=data)
+        resumed = [*STILL, "--max_train_steps", 5, "--resume_from_checkpoint", "latest"]
+        refused(resumed, "--masks none (it was folder)", "--allow_changed_options", data=data)
+
+    def test_where_no_image_has_one(self, refused, tmp_path):
+        data = tiny.make_images(tmp_path / "data", 4)
+        refused([*STILL, "--alpha_mask"], "no image has a mask", data=data)
+        (tmp_path / "others").mkdir()
+        mask_image().save(tmp_path / "others" / "x.png")
+        refused([*STILL, "--mask_dir", tmp_path / "others"], "no image has a mask", data=data)
 
     def test_bad_masks_are_named(self, train, tmp_path, capsys):
         data = masked_folder(tmp_path / "data")

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_parts import SD_SCHEDULE
 from utils.noise import ForwardProcess
+from utils.options import UserError
 from utils.perceptual import Features, PerceptualLoss, PerceptualOptions
 from utils.records import Noised, Predicted
 from utils.terms import LossTerm, TermFacts, TermOptions, added_losses, load_term
 
 ROOT = Path(__file__).parent.parent
+BACKWARDS = ("--perceptual_min_timestep", 5, "--perceptual_max_timestep", 5)
 EXAMPLE = ROOT / "examples" / "adversarial_loss.py"
 FACTS = TermFacts(
     latent_channels=4,
@@ -119,8 +121,9 @@ class TestPerceptual:
             (["--perceptual_weight", 1], "--perceptual_network go together"),
             (["--perceptual_weight", 1, "--perceptual_network", "/nowhere"], "--perceptual_network /nowhere can't be"),
             (["--perceptual_weight", 1, "--perceptual_network", "text"], "gives no hidden states of images"),
+            (["--perceptual_max_timestep", 5], "go with --perceptual_weight"),
             (
-                ["--perceptual_min_timestep", 5, "--perceptual_max_timestep", 5],
+                ["--perceptual_weight", 1, "--perceptual_network", "x", *BACKWARDS],
                 "--perceptual_max_timestep must be over",
             ),
         ],
@@ -158,6 +161,31 @@ class Constant(LossTerm):
 """
 
 
+RUNNING_TERM = """
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+from utils.terms import LossTerm
+
+@dataclass
+class Share:
+    value: float = 0.5
+
+class Running(LossTerm):
+    def __init__(self, facts):
+        super().__init__(facts)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, predicted):
+        self.mean.lerp_(predicted.estimate.detach().mean().float(), Share().value)
+        return self.mean.clone().expand(len(predicted.latents))
+
+    def own_losses(self, predicted):
+        return self.scale.square().expand(len(predicted.latents))
+"""
+
+
 class TestOwnTerm:
     def test_its_parameters_learn_from_its_own_losses_alone_and_the_model_from_the_other(self):
         term = Counting(FACTS)
@@ -168,6 +196,29 @@ class TestOwnTerm:
         torch.testing.assert_close(estimate.grad, 6 * estimate.detach() / 36)
         own = 2 * (3 - 1) * estimate.detach().mean((1, 2, 3)).abs().sum()
         torch.testing.assert_close(term.scale.grad, own)
+
+    def test_losses_of_another_shape_are_refused(self):
+        class Wrong(Counting):
+            def forward(self, predicted: Predicted) -> Tensor:
+                return super().forward(predicted)[:, None]
+
+        of = predicted(torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3), [1, 2])
+        with pytest.raises(UserError, match=r"Wrong must give one loss a sample, \[2\], it gave \[2, 1\]"):
+            added_losses(Wrong(FACTS), of)
+
+    def test_a_discriminator_that_steps_inside_the_backward_pass(self, train):
+        flags = ["--loss_module", EXAMPLE, "--loss_module_args", "channels=8", "--train_batch_size", 2]
+        plain = train("sd", *flags, "--max_train_steps", 3, "--max_grad_norm", 0, out="plain")
+        inside = train("sd", *flags, "--max_train_steps", 3, "--optimizer_in_backward", out="inside")
+        assert losses(inside) == pytest.approx(losses(plain), rel=1e-4)
+
+    def test_buffers_of_a_term_are_resumed_too(self, train, tmp_path):
+        (tmp_path / "own.py").write_text(RUNNING_TERM)
+        flags = ["--loss_module", tmp_path / "own.py", "--train_batch_size", 2, "--checkpointing_steps", 2]
+        whole = train("sd", *flags, "--max_train_steps", 4, out="whole")
+        train("sd", *flags, "--max_train_steps", 2, out="parts")
+        parts = train("sd", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", out="parts")
+        assert losses(whole) == losses(parts)
 
     def test_its_value_is_added(self, train, tmp_path):
         (tmp_path / "own.py").write_text(OWN_TERM)

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from utils.background import HostBuffers
+from utils.disk import sync_folder
 from utils.ema import EmaOptions, MovingAverage
 from utils.optim import NamedParameter
-from utils.options import UserError
+from utils.options import UserError, first_line
 
 KEPT_LENGTHS = (0.05, 0.10)
 FOLDER = "ema_snapshots"
@@ -87,17 +88,27 @@ class AverageLengths:
 
     def snapshot(self, step: int) -> None:
         """Writes both after so many optimizer steps, in float16."""
-        self._folder.mkdir(exist_ok=True)
+        updates = self._averages[0].num_updates
+        if not updates:  # no step was taken yet: there is nothing to average
+            return
         file = self._folder / f"step-{step:08d}.safetensors"
         temporary = file.with_name(f".tmp-{file.name}")
         halves = {name: _halved(tensor.to("cpu")) for name, tensor in self._tensors().items()}
-        _write(halves, self._averages[0].num_updates, temporary.name, self._folder)
-        os.replace(temporary, file)
+        try:
+            self._folder.mkdir(exist_ok=True)
+            _write(halves, updates, temporary.name, self._folder)
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, file)
+            sync_folder(self._folder)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"--ema_lengths: a snapshot can't be written to {self._folder}: {error}") from error
 
     def load(self, folder: Path) -> bool:
         """Goes on from a checkpoint; gives whether it has the averages."""
         file = folder / CHECKPOINT_FILE
-        if not file.exists():
+        if not has_averages(folder):
             return False
         tensors, updates = load_file(file), _updates(file)
         for number, average in enumerate(self._averages):
@@ -113,6 +124,12 @@ class AverageLengths:
         files = snapshots(self._folder)
         if not files:
             raise UserError(f"--ema_lengths needs snapshots, and {self._folder} has none")
+        try:
+            return self._of_files(files, length)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(f"--ema_lengths: a snapshot in {self._folder} is damaged: {first_line(error)}") from error
+
+    def _of_files(self, files: Sequence[Path], length: float) -> MovingAverage:
         kept = [average.gamma for average in self._averages]
         times = np.repeat([float(_updates(file)) for file in files], len(kept))
         factors = factors_of(times, np.tile(kept, len(files)), times[-1], gamma_of(length))
@@ -141,6 +158,11 @@ def _write(tensors: dict[str, Tensor], updates: int, name: str, folder: Path) ->
 def snapshots(folder: Path) -> list[Path]:
     """The snapshots in a folder, the oldest first."""
     return sorted(folder.glob("step-*.safetensors"))
+
+
+def has_averages(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds the two averages, so that its run's snapshots can be gone on with."""
+    return (checkpoint / CHECKPOINT_FILE).exists()
 
 
 def set_aside_snapshots(output_dir: Path, step: int) -> None:

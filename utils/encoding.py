@@ -54,6 +54,11 @@ class EncodedBatch:
     std: Tensor
     states: TextStates | None
 
+    def part(self, begin: int, end: int) -> "EncodedBatch":
+        """Some of the samples."""
+        states = None if self.states is None else {name: state[begin:end] for name, state in self.states.items()}
+        return EncodedBatch(self.batch.part(begin, end), self.mean[begin:end], self.std[begin:end], states)
+
 
 class Encoder:
     """Gives a batch its encodings: those that it carries from the cache, the others computed."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+FREE_CURE = "--gradient_checkpointing"  # which a run that goes on may add
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
@@ -97,10 +98,11 @@ class Gradients:
                 if not is_out_of_memory(error):
                     raise
                 if self._is_shared or not self.can_retry:
-                    smaller = setting(max(1, self.size // 2), self.num_samples)
+                    ways = [self.cures[0]] if self.cures[:1] == [FREE_CURE] else []
+                    ways += [setting(max(1, self.size // 2), self.num_samples)] if self.can_retry else []
                     raise ProcessError(
                         f"out of memory in step {step + 1}, where it can't be begun again; go on from the last "
-                        f"checkpoint with {smaller}, or with {self._advice()}"
+                        f"checkpoint with {' or '.join(ways) or 'more memory'}"
                     ) from error
             self._halve(f"step {step + 1}")
 
@@ -117,6 +119,7 @@ class Gradients:
         is_alone = self.accelerator.num_processes == 1
         if (self.accelerator.device.type == "cpu" and is_alone) or not self.can_retry:
             return
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         while True:
             failed = False
             try:
@@ -133,10 +136,13 @@ class Gradients:
         if self.accelerator.num_processes > 1:
             self._backward(0, largest.part(0, 1), shares=True)
             self._drop()
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
     def shortened(self, at_once: int) -> int | None:
-        """How many samples memory allows, if not so many."""
-        return self.size if self.size < at_once else None
+        """How many samples memory allows in every process, if not so many."""
+        size = int(self.accelerator.gather(torch.tensor([self.size], device=self.accelerator.device)).min())
+        return size if size < at_once else None
 
     def _over(self, step: int, batches: Iterator[Batch]) -> StepSums:
         sums = StepSums(torch.zeros((), device=self.accelerator.device), [], [])

@@ -19,6 +19,7 @@ from utils.data.images import ImageOptions
 from utils.data.selection import PlannedImages
 from utils.encoding import EncodedBatch
 from utils.families.base import Family, TextStates
+from utils.gradients import is_out_of_memory
 from utils.objective import Objective
 from utils.options import first_line, option, require_not_negative, require_positive
 from utils.records import Batch, RecordPass
@@ -219,14 +220,25 @@ class HeldOut:
                 break
             batch = self._batch(sample).to(self._accelerator.device)
             mean, std = batch.moments.float().unbind(1)
-            with self._accelerator.autocast():
-                losses = objective.plain_losses(EncodedBatch(batch, mean, std, batch.states))
-            found.append((sample.number, losses.double().cpu().numpy()))
+            encoded = EncodedBatch(batch, mean, std, batch.states)
+            found.append((sample.number, self._measured(objective, encoded).double().cpu().numpy()))
         together = gather_object([(found, len(found) == len(self._samples))])
         if not all(is_whole for _, is_whole in together):
             return None
         every = sorted((pair for some, _ in together for pair in some), key=lambda pair: pair[0])
         return np.mean([losses for _, losses in every], axis=0)
+
+    def _measured(self, objective: Objective, encoded: EncodedBatch) -> Tensor:
+        """[T] the losses; where memory is short of all timesteps at once, of one after the other."""
+        with self._accelerator.autocast():
+            try:
+                return objective.plain_losses(encoded)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            torch.cuda.empty_cache()
+            parts = (encoded.part(place, place + 1) for place in range(len(encoded.batch)))
+            return torch.cat([objective.plain_losses(part) for part in parts])
 
     def _batch(self, sample: HeldOutSample) -> Batch:
         """The image at each timestep, each with noise of its own that never changes."""

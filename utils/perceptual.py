@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from utils.families.source import LOADING_ERRORS
-from utils.options import UserError, first_line, option, require_not_negative, require_positive
+from utils.options import UserError, first_line, option, require, require_not_negative, require_positive
 from utils.records import Predicted
 from utils.terms import LossTerm, TermFacts
 
@@ -34,6 +34,8 @@ class PerceptualOptions:
         if (self.perceptual_weight is None) != (self.perceptual_network is None):
             raise UserError("--perceptual_weight and --perceptual_network go together; give both or neither")
         begin, end = self.perceptual_min_timestep, self.perceptual_max_timestep
+        if self.perceptual_weight is None and (begin or end is not None):
+            raise UserError("--perceptual_min_timestep and --perceptual_max_timestep go with --perceptual_weight")
         if end is not None and end <= begin:
             raise UserError(f"--perceptual_max_timestep must be over --perceptual_min_timestep {begin}, got {end}")
 
@@ -51,7 +53,7 @@ class Features(nn.Module):
 
         flag = f"--perceptual_network {name}"
         try:
-            model = AutoModel.from_pretrained(name, dtype=torch.float32)
+            model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
         except LOADING_ERRORS as error:
             raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
         try:
@@ -92,6 +94,8 @@ class PerceptualLoss(LossTerm):
         self._options = options
         self._decode = facts.decode
         self._end = options.perceptual_max_timestep or facts.num_timesteps
+        begin = options.perceptual_min_timestep
+        require(begin < facts.num_timesteps, "perceptual_min_timestep", begin, f"be below {facts.num_timesteps}")
         self.features = Features(options.perceptual_network)
 
     def forward(self, predicted: Predicted) -> Tensor:

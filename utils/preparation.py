@@ -71,6 +71,10 @@ class DataPreparation:
         if self.report_folder is None:  # a dry run names all that is wrong, where a run would end
             selection = replace(selection, max_bad_fraction=1.0, on_bad_image="skip")
         images = plan_images(records, known, resolution, group_size, self.buckets, selection, self._report_bad)
+        if records.has_masks and not images.survey.is_masked.any():
+            raise UserError(
+                "no image has a mask; those of --mask_dir are found by the images' paths within their folder"
+            )
         say_what_was_left_out(images, group_size)
         return images
 

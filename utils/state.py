@@ -26,7 +26,9 @@ from utils.checkpoint import (
 from utils.ema import MovingAverage
 from utils.ema_lengths import AverageLengths
 from utils.optim import NamedParameter
+from utils.options import UserError, first_line
 from utils.stepping import PerParameter
+from utils.terms import LossTerm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,6 +45,7 @@ class RunState:
         lengths: the averages among which a length is chosen at the end, if it is.
         parameters: the trained ones of the pipeline.
         own_parameters: those of loss terms.
+        terms: the loss terms.
         facts: what a resumed run is compared with.
     """
 
@@ -53,6 +56,7 @@ class RunState:
     optimizer: torch.optim.Optimizer
     parameters: list[NamedParameter]
     own_parameters: list[NamedParameter]
+    terms: list[LossTerm]
     facts: RunFacts
 
     def clip(self, max_norm: float) -> Tensor:
@@ -72,6 +76,11 @@ class RunState:
     @property
     def _inner(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
+    def _learning_terms(self) -> list[LossTerm]:
+        """The user's own term, if it learns: its buffers and frozen weights are kept with what it has learnt."""
+        return [term for term in self.terms if any(each.requires_grad for each in term.parameters())]
 
     @property
     def _steps_in_backward(self) -> bool:
@@ -126,8 +135,8 @@ class RunState:
             jobs.append(partial(self.adaptation.save, average=self.average))
         if self.lengths is not None:
             jobs.append(self.lengths.saving(buffers))
-        if self.own_parameters:
-            own = {name: buffers.copy(name, parameter) for name, parameter, _ in self.own_parameters}
+        for term in self._learning_terms:
+            own = {name: buffers.copy(f"loss_module {name}", each) for name, each in term.state_dict().items()}
             jobs.append(partial(_write_own, own))
         return partial(_write_all, jobs)
 
@@ -145,13 +154,14 @@ class RunState:
             The optimizer steps done.
         """
         saved = read_state(folder)
+        for term in self._learning_terms:
+            try:
+                term.load_state_dict(load_file(folder / OWN_PARAMETERS))
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"--loss_module is another than that of {folder}: {first_line(error)}") from error
         load_optimizer(folder, self.optimizer, self.parameters + self.own_parameters)
         if self.lengths is not None and not self.lengths.load(folder):
             logger.warning("%s has no averages to choose a length of; they start from its weights", folder)
-        if self.own_parameters:
-            own = load_file(folder / OWN_PARAMETERS)
-            for name, parameter, _ in self.own_parameters:
-                parameter.data.copy_(own[name])
         if self.average is not None and saved.ema_updates is None:
             logger.warning("%s has no moving average; it starts from the weights", folder)
         elif self.average is not None:

@@ -120,11 +120,22 @@ def agreed(totals: Sequence[float]) -> Wish:
 
 
 def resume_command(words: Sequence[str]) -> str:
-    """The command line that goes on with a run, from the one that it was started by."""
-    shown = without_secrets(words)
-    if not any(word.partition("=")[0] == "--resume_from_checkpoint" for word in shown):
-        shown += ["--resume_from_checkpoint", "latest"]
-    return shlex.join(["python", *shown])
+    """The command line that goes on with a run, from the one that it was started by, launcher and all."""
+    shown, is_value = [], False
+    for word in without_secrets(words):
+        if not is_value and word.partition("=")[0] != "--resume_from_checkpoint":
+            shown.append(word)
+        is_value = word == "--resume_from_checkpoint"
+    return shlex.join([*_launcher(), *shown, "--resume_from_checkpoint", "latest"])
+
+
+def _launcher() -> list[str]:
+    """What starts as many processes as there are."""
+    count, precision = os.environ.get("WORLD_SIZE", "1"), os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision is not None:
+        many = ["--multi_gpu"] if count != "1" else []
+        return ["accelerate", "launch", *many, "--num_processes", count, "--mixed_precision", precision]
+    return ["python"] if count == "1" else ["torchrun", "--nproc_per_node", count]
 
 
 def stopped(wish: Wish, step: int, folder: Path) -> Stopped:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def load_term(options: TermOptions, facts: TermFacts) -> LossTerm:
     """
     flag = f"--loss_module {options.loss_module}"
     spec = importlib.util.spec_from_file_location(f"loss_module_{Path(options.loss_module).stem}", options.loss_module)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError) as error:
@@ -103,13 +104,18 @@ def load_term(options: TermOptions, facts: TermFacts) -> LossTerm:
         raise UserError(f"{flag} must hold one subclass of utils.terms.LossTerm, it holds {names}")
     try:
         return found[0](facts, **options.arguments)
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{flag} with --loss_module_args: {first_line(error)}") from error
 
 
 def added_losses(term: LossTerm, predicted: Predicted) -> Tensor:
     """[B] what a term adds. Its own losses add nothing to the value, but their gradient to its parameters."""
-    frozen = {name: parameter.detach() for name, parameter in term.named_parameters() if parameter.requires_grad}
+    # copies: where weights step inside the backward pass, they change while what was computed with them is needed
+    frozen = {name: each.detach().clone() for name, each in term.named_parameters() if each.requires_grad}
     losses = functional_call(term, frozen, (predicted,)) if frozen else term(predicted)
     own = term.own_losses(predicted.detached()) if frozen else None
+    for found in (losses, own):
+        if found is not None and found.shape != predicted.latents.shape[:1]:
+            name, wanted = type(term).__name__, len(predicted.latents)
+            raise UserError(f"{name} must give one loss a sample, [{wanted}], it gave {list(found.shape)}")
     return losses if own is None else losses + (own - own.detach())

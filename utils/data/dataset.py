@@ -143,7 +143,7 @@ class TrainingDataset(Dataset):
             **stack_draws(draws),
         )
 
-    def largest(self, count: int) -> Batch:
+    def largest(self, count: int, timestep: int) -> Batch:
         """A batch of nothing, with the shapes of the largest that there can be: of the largest bucket, all empty."""
         width, height = max(self.sizes, key=lambda size: size[0] * size[1])
         latent = (count, *self.spec.latent_shape((width, height)))
@@ -168,7 +168,7 @@ class TrainingDataset(Dataset):
             posterior_noise=zeros,
             noise=zeros,
             input_perturbation=zeros if self.noise_draws.options.input_perturbation else None,
-            timesteps=torch.zeros(count, dtype=torch.int64),
+            timesteps=torch.full((count,), timestep),
             masks=torch.full((count, 1, *latent[2:]), 255, dtype=torch.uint8) if self.images.has_masks else None,
         )
 

@@ -105,7 +105,10 @@ def survey_masks(
     of_masks = Records(tables, records.source_numbers[in_files], records.rows[in_files])
     found = _survey(of_masks, folder, np.full(len(in_files), with_digests), show_progress)
     known.mask_digests[in_files] = found.digests
-    known.is_masked[:] = [mask is not None for mask in masks]
+    is_transparent = (known.oddities >> ODDITIES.index("transparent") & 1).astype(bool)
+    known.is_masked[:] = [
+        mask is not None and (not mask.is_alpha or clear) for mask, clear in zip(masks, is_transparent, strict=True)
+    ]
     for place, index in enumerate(in_files.tolist()):
         reason = found.reasons.get(place)
         if reason is None and known.sizes[index].all():
@@ -122,7 +125,7 @@ class MaskTable(ImageTable):
 
     def __init__(self, source: Source):
         self._source = source
-        self.name = f"masks of {source.table.name}"
+        self.name = f"masks of {source.table.name}, {source.masks.name if source.masks else ''}"
 
     def __len__(self) -> int:
         return len(self._source.table)

@@ -20,6 +20,8 @@ ASPECT_TOLERANCE = 0.02
 class AlphaMasks:
     """Each image's own alpha channel; what is opaque counts."""
 
+    name = "alpha"
+
     def of(self, table: ImageTable, row: int) -> MaskFile:
         """The image itself."""
         return MaskFile(b"", is_alpha=True)
@@ -27,6 +29,9 @@ class AlphaMasks:
 
 class ColumnMasks:
     """The masks that a table has a column of."""
+
+    def __init__(self, column: str):
+        self.name = f"column {column}"
 
     def of(self, table: ImageTable, row: int) -> MaskFile | None:
         """The mask of a row, None where it has none."""
@@ -42,6 +47,7 @@ class FolderMasks:
     """
 
     def __init__(self, folder: Path):
+        self.name = f"folder {folder.resolve()}"
         self._folder = folder
         names = [name for name in list_files(folder) if is_image(name)]
         self._names = {_stem(name).removesuffix(MASK_LABEL): name for name in sorted(names, key=_is_labelled)}

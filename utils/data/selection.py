@@ -130,6 +130,13 @@ class PlannedImages:
         digest.update(repr([self.plan.sizes, self.records.repeats()]).encode())
         return f"{len(self.records)} images, {digest.hexdigest()}"
 
+    def describe_sources(self) -> dict[str, str]:
+        """How each source's images are used, where there are several; one is described by the options."""
+        sources = self.records.sources
+        if len(sources) == 1:
+            return {"masks": sources[0].masks.name.partition(" ")[0] if sources[0].masks else "none"}
+        return {f"source {source.name}": source.use for source in sources}
+
     def describe(self) -> str:
         """How many images there are, in words."""
         return f"{len(self.records):,} images, {len(self.bad)} unreadable ones left out"
@@ -219,8 +226,6 @@ def plan_images(
         reasons = [f"{name}: {reason}" for name, reason in list(bad.items())[:1]]
         reasons += [f"{reason}: {count} images" for reason, count in filtered.items()]
         raise UserError(f"no image is left to train on; {'; '.join(reasons)}")
-    if records.has_masks and not survey.is_masked[kept].any():
-        raise UserError("no image has a mask; those of --mask_dir are found by the images' paths within their folder")
     plan = plan_buckets(survey.sizes[kept], resolution, buckets, uses[kept], group_size)
     chosen = records if len(kept) == len(records) else records.take(kept)
     missing = check_captions(chosen)

@@ -92,7 +92,7 @@ class SourceOptions:
         """Where the images' masks are found, None if they have none."""
         if self.mask_dir is not None:
             return FolderMasks(Path(self.mask_dir))
-        return AlphaMasks() if self.alpha_mask else ColumnMasks() if self.mask_column is not None else None
+        return AlphaMasks() if self.alpha_mask else ColumnMasks(self.mask_column) if self.mask_column else None
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,12 @@ class Source:
     weight: Fraction | None = None
     loss_weight: float = 1.0
     masks: Masks | None = field(default=None, repr=False)
+
+    @property
+    def use(self) -> str:
+        """How its images are used, but for how often."""
+        masks = self.masks.name.partition(" ")[0] if self.masks else "no"
+        return f"loss_weight {self.loss_weight:g}, {masks} masks, {self.captions}"
 
 
 class Records:

@@ -166,6 +166,16 @@ class StreamedImages:
             instead = "the name of its folder" if self.captions.on_missing_caption == "folder" else "an empty one"
             logger.warning("%s has no caption and trains on %s, as all others without one will", key, instead)
 
+    def note_mask(self, is_there: bool) -> None:
+        """Counts an image with a mask.
+
+        Raises:
+            UserError: if the first thousand have none, where masks were asked for.
+        """
+        self.counts["masked"] += is_there
+        if self.has_masks and self.counts["read"] >= ENOUGH_READ and not self.counts["masked"]:
+            raise UserError(f"none of the first {ENOUGH_READ} images of the stream has a mask")
+
     @property
     def has_masks(self) -> bool:
         """Whether the loss counts only in parts of some images."""
@@ -184,6 +194,10 @@ class StreamedImages:
     def fingerprint(self) -> str:
         """What is known of the stream to change with its images."""
         return f"a stream of {self.num_listed} images in {self.dataset.num_shards} shards"
+
+    def describe_sources(self) -> dict[str, str]:
+        """How its images are used, but for what the options say."""
+        return {"masks": "some" if self.has_masks else "none"}
 
     def describe(self) -> str:
         """How many images there are, in words."""
@@ -207,6 +221,7 @@ class StreamedImages:
             "streamed": True,
             "read": self.counts["read"],
             "missing_captions": self.counts["missing_captions"],
+            **({"masked": self.counts["masked"]} if self.has_masks else {}),
             "unreadable": dict(sorted(self.bad.items())),
         }
 
@@ -352,7 +367,7 @@ class Lane:
         value = row[source.image_column]
         key = (value or {}).get("path") or f"lane {self._number}, pass {passing}, row {number}"
         try:
-            read_header(image_of(value))
+            header = read_header(image_of(value))
             check_whole(image_of(value))
         except (OSError, ValueError) as error:
             self.bad.append((key, reason_of(error)))
@@ -366,7 +381,9 @@ class Lane:
             captions = (folder_caption(key, "") if by_folder else "",)
         place = f"{self._number} {passing} {number}".encode()
         identity = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
-        record = ImageRecord(key, image_of(value), captions, self._mask(row, key))
+        mask = self._mask(row, key)
+        images.note_mask(mask is not None and (not mask.is_alpha or "transparent" in header.oddities))
+        record = ImageRecord(key, image_of(value), captions, mask)
         return StreamedSample(record, identity, self._bucket(row, key), passing)
 
     def _mask(self, row: dict, key: str) -> MaskFile | None:

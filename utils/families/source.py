@@ -44,7 +44,9 @@ class ModelOptions:
     vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
     vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
     sampling_cpu_offload: bool = option(
-        False, "while samples are drawn, keep on the device only the part of the pipeline that is at work"
+        False,
+        "while samples are drawn, keep on the device only the part of the pipeline that is at work; with --use_ema the "
+        "weights that the average stands in for stay there",
     )
     enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
     enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
