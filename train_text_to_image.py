@@ -278,6 +278,7 @@ def run(argv: Sequence[str] | None) -> None:
         open_records(options, accelerator, folder)
         logger.info("training\n%s", plan)
         gradients = make_gradients(options, accelerator, model, encoder, pieces, at_once, start)
+        adaptation.train_mode()
         gradients.rehearse(dataset.largest(at_once, options.perceptual.perceptual_min_timestep))
         if options.loader.find_batch_size:
             groups = f" --bucket_group_size {group_size}" if options.buckets.use_aspect_ratio_buckets else ""
@@ -285,8 +286,6 @@ def run(argv: Sequence[str] | None) -> None:
 
         preparation.write_report(images)
         unreadable: dict[str, str] = {}  # found by this process and not yet told to the others
-
-        adaptation.train_mode()
         saver = CheckpointSaver(checkpoints, state, BackgroundWriter(options.checkpoint.async_checkpointing))
         log = RunLog(accelerator, folder.path, first_step, total_steps, batches.size)
         with saver.writer, log:
