@@ -1,0 +1,491 @@
+"""Says what each memory flag of train_text_to_image.py saves, and what it costs.
+
+    python benchmarks/memory.py [--models sd sdxl] [--rows 1 2 14]     counted, on any machine
+    python benchmarks/memory.py --measure [--folder FOLDER]            measured, on a GPU
+
+SD 1.5 at 512 px and SDXL at 1024 px, bfloat16 mixed precision, one image a step where a row does not say otherwise.
+
+Counted: an optimizer step by the script's own parts, on tensors that have a shape but no memory; their storages are
+added up while they live. Of each kind stands all that there is of it; the most at once is less than the sum, for
+gradients come as activations go. Where torch is built without CUDA such tensors can't be on a GPU, so they are on the
+CPU, with CUDA's rules in place of its own: norms and softmax in float32 under autocast, and flash attention. Left out
+are the CUDA context, the workspaces of cuDNN and cuBLAS, what the allocator rounds up, and the columns that int8 layers
+compute in half precision.
+
+Measured: for each row a short run of the script in a process of its own, on a pipeline of the same architecture with
+random weights; the memory is what the run itself logs. A run of SDXL writes 14 GB, which are removed after it. This
+part has not run on a GPU yet.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bitsandbytes.nn  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
+from torch.utils.flop_counter import flop_registry  # noqa: E402
+
+from benchmarks.data import print_table  # noqa: E402
+from tests import tiny  # noqa: E402
+from train_text_to_image import Options, make_optimizer  # noqa: E402
+from utils.adaptation import ADAPTATIONS  # noqa: E402
+from utils.ema import MovingAverage  # noqa: E402
+from utils.families.base import Family, TextStates  # noqa: E402
+from utils.families.sd import StableDiffusion  # noqa: E402
+from utils.families.sdxl import StableDiffusionXL  # noqa: E402
+from utils.families.source import ComponentDtypes, ModelOptions  # noqa: E402
+from utils.optim import NamedParameter  # noqa: E402
+from utils.options import UserError, parse, run_script  # noqa: E402
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
+TOKENS, BEGIN, END = 77, 512, 513  # of the tokenizer that stands in for CLIP's
+STEPS = 6
+
+
+class Row(NamedTuple):
+    """Flags, the number of the row that they are added to and compared with, and what they cost."""
+
+    base: int | None
+    flags: str
+    costs: str = ""
+
+
+SAMPLES = (
+    "--validation_prompt squares --num_validation_images 1 --validation_num_inference_steps 5 --validation_steps 3"
+)
+ROWS = {
+    1: Row(None, "--mixed_precision bf16 --train_batch_size 1"),
+    2: Row(1, "--gradient_checkpointing", "most of the forward pass again"),
+    3: Row(1, "--cache_latents --cache_text_embeddings", "disk; an image keeps its crops and flips"),
+    4: Row(1, "--optimizer adamw8bit", "state rounded to 8 bits"),
+    5: Row(1, "--optimizer adafactor", "another optimizer, without momentum"),
+    6: Row(1, "--pure_bf16", "weights rounded stochastically, stepped one after the other"),
+    7: Row(1, "--optimizer_in_backward", "no clipping, no accumulation, one process"),
+    8: Row(1, "--use_ema", "updated in each step"),
+    9: Row(8, "--offload_ema", "all weights cross to the host in each step"),
+    10: Row(1, "--attention_slicing", "time, and what PyTorch's attention does not keep"),
+    11: Row(2, "--optimizer_in_backward", "as 7"),
+    12: Row(11, "--cache_latents --cache_text_embeddings --pure_bf16 --optimizer adamw8bit", "as 3, 4, 6"),
+    13: Row(1, "--adaptation lora --rank 16", "learns matrices of rank 16 alone"),
+    14: Row(13, "--gradient_checkpointing", "as 2"),
+    15: Row(13, "--quantize_base nf4", "weights rounded to 4 bits, unpacked in each layer"),
+    16: Row(13, "--quantize_base int8", "weights and inputs rounded to 8 bits; each layer's input is kept"),
+    17: Row(14, "--quantize_base nf4", "as 15"),
+    18: Row(17, "--cache_latents --cache_text_embeddings", "as 3"),
+    19: Row(14, "--train_batch_size 4"),
+    20: Row(19, "--vae_slicing", "images are encoded one after the other"),
+    21: Row(14, "--resolution 1536"),
+    22: Row(21, "--vae_tiling", "tiles' seams change a little"),
+}
+MEASURED_ROWS = ROWS | {
+    23: Row(14, SAMPLES),
+    24: Row(23, "--attention_slicing", "time"),
+    25: Row(23, "--vae_slicing", "nothing: samples are decoded one by one"),
+    26: Row(23, "--vae_tiling", "as 22"),
+    27: Row(23, "--sampling_cpu_offload", "parts go to the device and back in each validation"),
+}
+
+
+def flags_of(number: int) -> list[str]:
+    """All flags of a row, after those of the row that they are added to."""
+    row = MEASURED_ROWS[number]
+    return [*(() if row.base is None else flags_of(row.base)), *row.flags.split()]
+
+
+def title_of(number: int) -> list[str]:
+    """A row's number and flags."""
+    row = MEASURED_ROWS[number]
+    return [str(number), f"full fine-tuning, `{row.flags}`" if row.base is None else f"{row.base} + `{row.flags}`"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A pipeline's family and the configs of its parts; of text encoders each with its class's name."""
+
+    family: type[Family]
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text_encoders: Sequence[tuple[str, Mapping[str, Any]]]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What has weights, by its name in the pipeline."""
+        import transformers
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+
+        tokens = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END}
+        made = {"unet": UNet2DConditionModel(**self.unet), "vae": AutoencoderKL(**self.vae)}
+        for name, (class_name, config) in zip(self.family.text_encoder_names, self.text_encoders, strict=True):
+            made[name] = getattr(transformers, class_name)(transformers.CLIPTextConfig(**config, **tokens))
+        return made
+
+    def save_pipeline(self, folder: Path) -> Path:
+        """Writes the pipeline with random weights in bfloat16, if it is not there yet."""
+        if not (folder / "model_index.json").exists():
+            torch.manual_seed(0)
+            parts: dict[str, Any] = {name: nn.Module.to(part, torch.bfloat16) for name, part in self.parts().items()}
+            parts |= dict.fromkeys(self.family.tokenizer_names, tiny.tokenizer(folder / "vocabulary"))
+            if self.family is StableDiffusion:
+                parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            self.family.pipeline_class()(scheduler=tiny.scheduler(), **parts).save_pretrained(folder)
+        return folder
+
+
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+MODELS = {
+    "sd": Architecture(
+        StableDiffusion,
+        {"sample_size": 64, "cross_attention_dim": 768},  # for the rest SD 1.5 has diffusers' defaults
+        VAE | {"sample_size": 512},
+        [("CLIPTextModel", CLIP_L)],
+    ),
+    "sdxl": Architecture(
+        StableDiffusionXL,
+        SDXL_UNET,
+        VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
+        [("CLIPTextModel", CLIP_L), ("CLIPTextModelWithProjection", CLIP_BIG_G | {"projection_dim": 1280})],
+    ),
+}
+
+
+# Counting
+
+
+class Live(TorchDispatchMode):
+    """Adds up the bytes of the storages that live, and the FLOPs of what is computed.
+
+    Attributes:
+        now, most: bytes that live, and the most of a step; `phase_of_most` is what was done then.
+        copies: bytes by storage of parameters in another dtype.
+        flops: of a step, 2 for each multiplication with its addition.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self.now = 0
+        self.begin("")
+
+    def begin(self, phase: str) -> None:
+        """Begins a step."""
+        self.phase = self.phase_of_most = phase
+        self.most, self.flops = self.now, 0
+        self.copies: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made, packet = function(*args, **(kwargs or {})), getattr(function, "_overloadpacket", None)
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=made)
+        elif str(packet) in ("bitsandbytes.gemm_4bit", "bitsandbytes.int8_scaled_mm"):
+            self.flops += 2 * args[0].numel() * made.shape[-1]
+        for storage in (each.untyped_storage() for each in tree_leaves(made) if isinstance(each, Tensor)):
+            key = storage._cdata
+            if key not in self._sizes:
+                self._sizes[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._remove, key)
+                if packet is torch.ops.aten._to_copy and isinstance(args[0], nn.Parameter):
+                    self.copies[key] = storage.nbytes()
+        if self.now > self.most:
+            self.most, self.phase_of_most = self.now, self.phase
+        return made
+
+    def _remove(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+        self.copies.pop(key, None)
+
+
+def in_float32(function: Callable) -> Callable:
+    """The function, computed in float32 under autocast."""
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """Attention of which inputs, output and a number a row are kept."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+def in_4_bits(data: Tensor, **options: Any) -> nn.Parameter:
+    """bitsandbytes' `Params4bit`, whose class can't be that of a tensor without memory."""
+    packed, state = bitsandbytes.functional.quantize_4bit(data, quant_type="nf4", compress_statistics=True)
+    made = nn.Parameter(packed, requires_grad=False)
+    made.quant_state, made.quant_type, made.compress_statistics = state, "nf4", True
+    return made
+
+
+def in_8_bits(data: Tensor, **options: Any) -> nn.Parameter:
+    """bitsandbytes' `Int8Params`, likewise."""
+    packed, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(data.half())
+    made = nn.Parameter(packed, requires_grad=False)
+    made.CB, made.SCB, made.has_fp16_weights = packed, scales, False
+    return made
+
+
+def apply_anew(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`Module._apply` with new parameters in place of changed ones, which those without memory can't be."""
+    for child in module.children():
+        child._apply(function)
+    for name, parameter in module._parameters.items():
+        if parameter is not None and (made := function(parameter.detach())).dtype != parameter.dtype:
+            module._parameters[name] = nn.Parameter(made, parameter.requires_grad)
+    return module
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Within it the CPU computes by CUDA's rules, and tensors without memory answer when asked for a value."""
+    changes = [
+        (F, "group_norm", in_float32(F.group_norm)),
+        (F, "layer_norm", in_float32(F.layer_norm)),
+        (Tensor, "softmax", in_float32(Tensor.softmax)),
+        (F, "scaled_dot_product_attention", flash_attention),
+        (nn.Module, "_apply", apply_anew),
+        (FakeTensor, "__bool__", lambda self: True),
+        (FakeTensor, "item", lambda self: 1.0),
+    ]
+    for place in (bitsandbytes.nn, bitsandbytes.nn.modules):
+        changes += [(place, "Params4bit", in_4_bits), (place, "Int8Params", in_8_bits)]
+    with ExitStack() as stack:
+        for place, name, change in changes:
+            stack.enter_context(patch.object(place, name, change, create=True))
+        yield
+
+
+@dataclass(frozen=True)
+class MadeSource:
+    """A `PipelineSource` of a pipeline that is made, not read."""
+
+    options: ModelOptions
+    architecture: Architecture
+
+    def load(self, pipeline_class: type, dtypes: ComponentDtypes, text_encoder_names: Sequence[str]) -> SimpleNamespace:
+        """What of the pipeline a training step needs."""
+        parts, by_name = self.architecture.parts(), {"unet": dtypes.unet, "vae": dtypes.frozen}
+        parts = {name: nn.Module.to(part, by_name.get(name, dtypes.text_encoders)) for name, part in parts.items()}
+        tokenizer = SimpleNamespace(model_max_length=TOKENS, eos_token_id=END)
+        config = SimpleNamespace(force_zeros_for_empty_prompt=True)
+        tokenizers = dict.fromkeys(self.architecture.family.tokenizer_names, tokenizer)
+        return SimpleNamespace(scheduler=None, config=config, **tokenizers, **parts)
+
+
+def prepared(architecture: Architecture, options: Options) -> tuple[Family, list[NamedParameter]]:
+    """The pipeline as the script prepares it, and what of it trains."""
+    adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
+    dtypes = adaptation_class.dtypes(options.adaptation, torch.bfloat16)
+    family = architecture.family(MadeSource(options.model, architecture), dtypes, {})
+    if options.adaptation.quantize_base is not None:
+        family.quantize_unet(options.adaptation.quantize_base, torch.device("cpu"))
+        for module in family.unet.modules():
+            if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+                module.state.threshold = 0.0  # which columns are over it is not known without values
+    adaptation = adaptation_class(family, options.adaptation, None)
+    family.save_memory()
+    if options.model.gradient_checkpointing:
+        family.use_gradient_checkpointing(text_encoders=False, vae=False)
+    if options.cache.cache_latents:
+        family.latent_space.vae = family.pipeline.vae = None
+        vars(family.pipeline).update(dict.fromkeys(family.text_encoder_names))
+    adaptation.train_mode()
+    return family, adaptation.named_parameters(options.optimizer)
+
+
+def encoded(family: Family, options: Options) -> tuple[Tensor, TextStates]:
+    """Noisy latents and text states, out of the encoders where they are not cached."""
+    batch, edge = options.loader.train_batch_size, options.image.resolution or family.default_resolution
+    if options.cache.cache_latents:
+        shapes = {"encoder_hidden_states": (TOKENS, family.unet.config.cross_attention_dim), "text_embeds": (1280,)}
+        states = {name: torch.empty(batch, *shapes[name]).bfloat16() for name in family.prompt_argument_names}
+        return torch.empty(batch, *family.latent_space.shape((edge, edge))), states
+    mean, std = family.latent_space.moments(torch.empty(batch, 3, edge, edge, dtype=torch.uint8))
+    ids = torch.zeros(batch, len(family.text_encoder_names), TOKENS, dtype=torch.long)
+    return mean + std, family.encode_text(ids, torch.zeros(batch, dtype=torch.bool))
+
+
+class Count(NamedTuple):
+    """Bytes by kind, the most of all kinds at once and the phase of the step in which that is, and the step's FLOPs."""
+
+    kinds: dict[str, int]
+    most: int
+    phase: str
+    flops: int
+
+
+def count(architecture: Architecture, flags: Sequence[str]) -> Count:
+    """Counts an optimizer step; a step before it, on the gradients of a mere sum, makes the optimizer's state."""
+    options: Options = parse(Options, ["--pretrained_model", "made", *flags], "")
+    live = Live()
+    with FakeTensorMode(allow_non_fake_inputs=True), live, as_on_cuda():
+        family, named = prepared(architecture, options)
+        parameters = [each.parameter for each in named]
+        sizes = [parameter.nbytes for parameter in parameters]
+        gradients = max(sizes) if options.optimizer.optimizer_in_backward else sum(sizes)
+        gc.collect()
+        kinds = {"weights": sum(sizes), "gradients": gradients, "frozen": live.now - sum(sizes)}
+        before = live.now
+        on_device = options.ema.use_ema and not options.ema.offload_ema
+        average = MovingAverage(parameters, options.ema) if on_device else None
+        kinds["average"], before = live.now - before, live.now
+        optimizer = make_optimizer(options, named, options.optimizer)
+        sum(parameter.sum() for parameter in parameters).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        kinds["optimizer"] = live.now - before
+        kinds |= backward_pass(live, family, options)
+        if not options.optimizer.optimizer_in_backward:
+            nn.utils.clip_grad_norm_(parameters, options.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if average is not None:
+            average.update()
+        return Count(kinds, live.most, live.phase_of_most, live.flops)
+
+
+def backward_pass(live: Live, family: Family, options: Options) -> dict[str, int]:
+    """Encoding, forward and backward pass of a step; gives the bytes that the forward pass leaves, by kind."""
+    live.begin("encoding")
+    with torch.no_grad():
+        noisy, states = encoded(family, options)
+    before, live.phase = live.now, "forward"
+    timesteps, crops = torch.zeros(len(noisy), dtype=torch.long), torch.zeros(len(noisy), 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = family.predict(family.unet, noisy, timesteps, states, crops).float().square().mean()
+    copies = sum(live.copies.values())
+    kept = {"activations": live.now - before - copies, "bf16 copies": copies}
+    live.phase = "backward"
+    loss.backward()
+    live.phase = "step"
+    return kept
+
+
+KINDS = ("weights", "gradients", "optimizer", "average", "frozen", "activations", "bf16 copies")
+COUNTED = ["", "flags", *KINDS, "most at once", "when", "saved", "TFLOPs", "costs"]
+
+
+def counted_rows(architecture: Architecture, numbers: Sequence[int]) -> Iterator[list[str]]:
+    """The cells of each row, in GB."""
+    counts: dict[int, Count] = {}
+    for number in numbers:
+        found = counts[number] = count(architecture, flags_of(number))
+        base = counts.get(ROWS[number].base)
+        sizes = [f"{size / 1e9:.2f}" for size in (*(found.kinds[kind] for kind in KINDS), found.most)]
+        saved = "" if base is None else f"{(base.most - found.most) / 1e9:z.2f}"
+        more = "" if base is None else f" ({found.flops / base.flops - 1:+.0%})"
+        flops = f"{found.flops / 1e12:.2f}{more}"
+        yield [*title_of(number), *sizes, found.phase, saved, flops, ROWS[number].costs]
+
+
+# Measuring
+
+
+def measure(pipeline: Path, images: Path, folder: Path, flags: Sequence[str]) -> tuple[float, float]:
+    """The most GB of device memory, not a number without a device, and seconds a step, of a short run of the script.
+
+    Raises:
+        UserError: with the last line that a run said which failed.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        command = [sys.executable, ROOT / "train_text_to_image.py", "--pretrained_model", pipeline]
+        command += ["--train_data_dir", images, "--output_dir", output, "--max_train_steps", STEPS]
+        command += ["--encoding_cache_dir", folder / "cache", "--cache_batch_size", 1]
+        command += ["--no_final_checkpoint", "--report_to", "none", *flags]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+        lines = Path(output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    images_per_second = statistics.median(step["images_per_second"] for step in steps[STEPS // 2 :])
+    batch_size = int(flags[len(flags) - flags[::-1].index("--train_batch_size")])
+    return steps[-1].get("device_memory_gb", float("nan")), batch_size / images_per_second
+
+
+MEASURED = ["", "flags", "most memory, GB", "saved, GB", "s/step", "times as long", "costs"]
+
+
+def measured_rows(architecture: Architecture, folder: Path, numbers: Sequence[int]) -> Iterator[list[str]]:
+    """The cells of each row; those of a run that failed say why."""
+    pipeline = architecture.save_pipeline(folder / architecture.family.__name__)
+    images = tiny.make_images(folder / "images")
+    found: dict[int, tuple[float, float]] = {}
+    for number in numbers:
+        row = MEASURED_ROWS[number]
+        try:
+            memory, seconds = found[number] = measure(pipeline, images, folder, flags_of(number))
+        except UserError as error:
+            yield [*title_of(number), "", "", "", "", str(error)]
+            continue
+        base_memory, base_seconds = found.get(row.base, (memory, seconds))
+        saved, ratio = f"{base_memory - memory:.2f}", f"{seconds / base_seconds:.3g}"
+        yield [*title_of(number), f"{memory:.2f}", saved, f"{seconds:.3g}", ratio, row.costs]
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Prints a table for each model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rows", nargs="+", type=int, choices=MEASURED_ROWS, help="by number; all by default")
+    parser.add_argument("--measure", action="store_true", help="run the script on the GPU instead of counting")
+    parser.add_argument("--folder", type=Path, default=Path("memory-benchmark"), help="what is measured, kept there")
+    args = parser.parse_args(argv)
+    if args.measure and not torch.cuda.is_available():
+        raise UserError("--measure needs a GPU with CUDA, and there is none; without --measure the figures are counted")
+    torch.set_num_threads(1)
+    print(", ".join(f"{package} {version(package)}" for package in PACKAGES))
+    for name in args.models:
+        architecture = MODELS[name]
+        numbers = args.rows or list(MEASURED_ROWS if args.measure else ROWS)
+        title = f"{name}, {architecture.family.default_resolution} px"
+        if args.measure:
+            rows = measured_rows(architecture, args.folder, numbers)
+            print_table(f"{title}: measured on {torch.cuda.get_device_name()}", MEASURED, rows)
+        else:
+            rows = counted_rows(architecture, [number for number in numbers if number in ROWS])
+            print_table(f"{title}: counted, in GB", COUNTED, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(run))
