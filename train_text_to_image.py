@@ -43,6 +43,7 @@ from utils.doctor import (
 from utils.ema import EmaOptions, MovingAverage
 from utils.ema_lengths import AverageLengths, has_averages, set_aside_snapshots
 from utils.encoding import Encoder
+from utils.engines import Engine, engine_of
 from utils.export import CardFacts, HubOptions, upload, write_card
 from utils.families.base import Family
 from utils.families.registry import pick_family
@@ -187,6 +188,8 @@ def run(argv: Sequence[str] | None) -> None:
         options.tracking.logging_dir,
     )
     check_stepping(options, accelerator)
+    engine = engine_of(accelerator)
+    engine.check_options(as_record(options), options.optimizer.name)
     requests = StopRequests(folder.path, options.length.seconds)
     with ending(accelerator, folder), requests.listening():
         checkpoints = Checkpoints(folder.path, options.checkpoint.checkpoints_total_limit)
@@ -238,7 +241,7 @@ def run(argv: Sequence[str] | None) -> None:
 
         for part in (family, *terms):
             part.to(accelerator.device)
-        if options.model.gradient_checkpointing:
+        if options.model.gradient_checkpointing or engine.checkpoints_activations:
             family.use_gradient_checkpointing(options.adaptation.train_text_encoder, vae=bool(terms))
         num_workers = options.loader.num_workers(accelerator.num_processes)
         requests.check()
@@ -247,12 +250,13 @@ def run(argv: Sequence[str] | None) -> None:
         if options.cache.cache_only or options.cache.verify_cache:
             preparation.write_report(images)
             return
-        average = MovingAverage([each.parameter for each in named], options.ema) if options.ema.use_ema else None
-        lengths = AverageLengths(named, options.ema, folder.path) if options.ema.ema_lengths else None
         encoder = Encoder(family, options.adaptation.train_text_encoder)
         objective = Objective(family, adaptation.modules, process, options.noise, options.loss, terms)
-        model, optimizer = accelerator.prepare(objective, make_optimizer(options, named + own, rates))
-        state = RunState(accelerator, adaptation, average, lengths, optimizer, named, own, terms, facts)
+        model, optimizer = engine.prepare(objective, make_optimizer(options, named + own, rates), rates.clip_norm)
+        named = adaptation.named_parameters(rates)  # an engine that spreads weights puts others in their place
+        average = MovingAverage([each.parameter for each in named], options.ema) if options.ema.use_ema else None
+        lengths = AverageLengths(named, options.ema, folder.path) if options.ema.ema_lengths else None
+        state = RunState(engine, adaptation, average, lengths, optimizer, named, own, terms, facts)
         first_step = 0 if start is None else state.load(start)
         history = History(folder.path, first_step, options.stopping)
         validation = Validation(held_out, history, objective, state, folder)
@@ -277,7 +281,7 @@ def run(argv: Sequence[str] | None) -> None:
         sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed, requests)
         open_records(options, accelerator, folder)
         logger.info("training\n%s", plan)
-        gradients = make_gradients(options, accelerator, model, encoder, pieces, at_once, start)
+        gradients = make_gradients(options, engine, model, encoder, pieces, at_once, start)
         adaptation.train_mode()
         gradients.rehearse(dataset.largest(at_once, options.perceptual.perceptual_min_timestep))
         if options.loader.find_batch_size:
@@ -287,6 +291,7 @@ def run(argv: Sequence[str] | None) -> None:
         preparation.write_report(images)
         unreadable: dict[str, str] = {}  # found by this process and not yet told to the others
         saver = CheckpointSaver(checkpoints, state, BackgroundWriter(options.checkpoint.async_checkpointing))
+        gradients.rescue = saver.rescue
         log = RunLog(accelerator, folder.path, first_step, total_steps, batches.size)
         with saver.writer, log:
             for step, micro_batches in loader:
@@ -324,12 +329,11 @@ def run(argv: Sequence[str] | None) -> None:
                     on_main_process(accelerator, partial(lengths.snapshot, done))
                 if wish.saves or options.checkpoint.is_due(done, total_steps):
                     with log.paused():
-                        allowed = gradients.shortened(at_once)
-                        on_main_process(accelerator, partial(saver.save, done, allowed))
+                        saver.save(done, gradients.shortened(at_once))
                 if wish.saves:
                     on_main_process(accelerator, requests.remove_files)
                 if wish.number or (wish.ends and done < total_steps):
-                    on_main_process(accelerator, saver.writer.join)
+                    saver.join()
                     raise stopped(wish, done, folder.path)
                 if done == total_steps:
                     break
@@ -337,11 +341,11 @@ def run(argv: Sequence[str] | None) -> None:
                     with log.paused(), evaluating(adaptation, average, optimizer):
                         log.images(sampler.draw(f"step-{done}"), done, "validation")
 
-        on_main_process(accelerator, saver.writer.join)
+        saver.join()
         if lengths is not None:
             average = choose_length(options.ema.ema_lengths, lengths, validation, requests)
         with evaluating(adaptation, average, optimizer):
-            on_main_process(accelerator, lambda: adaptation.export(folder.path))
+            state.export(folder.path)
             samples = sampler.draw("final")
         if requests.is_asked:
             logger.warning("a signal broke off the last samples; the result itself is whole")
@@ -355,7 +359,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def make_gradients(
     options: Options,
-    accelerator: "Accelerator",
+    engine: Engine,
     model: torch.nn.Module,
     encoder: Encoder,
     pieces: Pieces | StreamedPieces,
@@ -364,6 +368,7 @@ def make_gradients(
 ) -> Gradients:
     """What runs forward and backward; a run that goes on takes no more samples at once than memory allowed before."""
     allowed = None if start is None or options.loader.find_batch_size else read_state(start).samples_at_once
+    accelerator = engine.accelerator
     size, batches = global_batch_size(options, accelerator), len(pieces.slots)
     scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / size
     saving = {
@@ -375,7 +380,7 @@ def make_gradients(
     }
     cures = [flag for flag, is_given in saving.items() if not is_given]
     return Gradients(
-        accelerator,
+        engine,
         model,
         encoder,
         options.runtime.seed,
@@ -383,7 +388,7 @@ def make_gradients(
         sum(len(slots) for slots in pieces.slots),
         scale,
         min(at_once, allowed or at_once),
-        not options.optimizer.optimizer_in_backward,
+        engine.can_begin_again and not options.optimizer.optimizer_in_backward,
         cures,
     )
 
@@ -463,7 +468,8 @@ class Validation:
         self.history.add(measurement, write=self.held_out.is_main_process)
         if step > 0 and self.history.best() is measurement:
             with evaluating(state.adaptation, state.average, state.optimizer):
-                on_main_process(state.accelerator, lambda: self.folder.replace("best", state.adaptation.export))
+                write = state.exporting()
+                on_main_process(state.accelerator, lambda: self.folder.replace("best", write))
         if self.history.is_over():
             best = self.history.best()
             logger.info("no lower validation loss since step %d (%.5f): the run ends", best.step, best.decisive)

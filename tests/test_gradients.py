@@ -11,6 +11,7 @@ import torch
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_launch import command, launcher, run
+from utils.engines import Engine
 from utils.gradients import Gradients, is_out_of_memory, setting
 from utils.objective import Objective
 from utils.options import UserError
@@ -137,9 +138,10 @@ def test_the_rehearsal_halves_and_leaves_no_gradient():
         no_sync=lambda model: nullcontext(),
         backward=lambda loss: loss.backward(),
         reduce=lambda failed: failed + next(others),
+        mixed_precision="no",
     )
     model, encoder = Summing(4), SimpleNamespace(encode=lambda batch: batch.values)
-    gradients = Gradients(accelerator, model, encoder, 0, 1, 16, 1.0, 16, can_retry=True, cures=[])
+    gradients = Gradients(Engine(accelerator), model, encoder, 0, 1, 16, 1.0, 16, can_retry=True, cures=[])
     gradients.rehearse(Values(torch.ones(16)))
     assert model.seen == [16, 8, 4, 1]
     assert gradients.size == 4

@@ -20,6 +20,7 @@ from utils.families.quantization import QUANTIZATIONS, check_quantization
 from utils.families.source import LOADING_ERRORS, ComponentDtypes
 from utils.optim import NamedParameter, OptimizerOptions
 from utils.options import UserError, first_line, option, require, require_positive
+from utils.sharding import plain_class, sharded_parts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -183,8 +184,12 @@ class Adaptation(ABC):
         """Goes on from the average that `save` wrote, after so many updates."""
 
     @abstractmethod
-    def export(self, folder: Path) -> None:
-        """Writes the result: what `DiffusionPipeline.from_pretrained` or `load_lora_weights` takes."""
+    def exporting(self, buffers: HostBuffers) -> Callable[[Path], None]:
+        """What writes the result of the weights as they are: what `from_pretrained` or `load_lora_weights` takes.
+
+        It is for one process to run. Where weights are spread over the processes all must call this, which gathers
+        them in the buffers; else it copies nothing.
+        """
 
     def _freeze_unread(self) -> None:
         """Freezes the weights of text encoders that the pipeline never reads, which get no gradient."""
@@ -246,9 +251,13 @@ class FullFineTuning(Adaptation):
         ]
         average.load(averages, num_updates)
 
-    def export(self, folder: Path) -> None:
+    def exporting(self, buffers: HostBuffers) -> Callable[[Path], None]:
         """Writes a pipeline folder in float32."""
-        self.family.float32_pipeline(**self.modules).save_pretrained(folder)
+        is_spread = bool(sharded_parts(self.modules.values()))
+        return partial(self._export, self._copies(buffers, "") if is_spread else self.modules)
+
+    def _export(self, modules: dict[str, nn.Module], folder: Path) -> None:
+        self.family.float32_pipeline(**modules).save_pretrained(folder)
 
 
 class AdapterTuning(Adaptation):
@@ -266,9 +275,13 @@ class AdapterTuning(Adaptation):
                     parameter.data = parameter.data.float()
                 parameter.requires_grad_(self.prefix in name)
         self._freeze_unread()
+        named = {tensor.data_ptr(): name for name, tensor in self._named_tensors().items()}
+        trained = [each for module in self.modules.values() for each in module.parameters() if each.requires_grad]
+        self._names = [named[parameter.data_ptr()] for parameter in trained]  # in a file, by the parameters' order
         if start is not None:
-            for tensor, saved in self._tensors_with_saved(start):
-                tensor.copy_(saved)
+            saved = self._saved(start, False)
+            for parameter, name in zip(trained, self._names, strict=True):
+                parameter.data.copy_(saved[name])
 
     def _make_adapters(self, start: Path | None) -> None:
         for name, module in self.modules.items():
@@ -314,20 +327,19 @@ class AdapterTuning(Adaptation):
         tensors = self._named_tensors().items()
         return {name: buffers.copy(f"{name} average" if is_average else name, tensor) for name, tensor in tensors}
 
-    def _tensors_with_saved(self, folder: Path, average: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """Each trained parameter's tensor, in order, with what was saved of it."""
-        saved = self._saved(folder, average)
-        by_address = {tensor.data_ptr(): saved[name] for name, tensor in self._named_tensors().items()}
-        return [
-            (parameter.data, by_address[parameter.data_ptr()])
-            for module in self.modules.values()
-            for parameter in module.parameters()
-            if parameter.requires_grad
-        ]
-
     def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
         """Goes on from the averages beside the adapters."""
-        average.load([saved for _, saved in self._tensors_with_saved(folder, average=True)], num_updates)
+        saved = self._saved(folder, average=True)
+        average.load([saved[name] for name in self._names], num_updates)
+
+    def exporting(self, buffers: HostBuffers) -> Callable[[Path], None]:
+        """Writes the adapters, and the pipeline with them fused in where that is asked for."""
+        is_spread = bool(sharded_parts(self.modules.values()))
+        return partial(self._export, self._copies(buffers, False) if is_spread else self._named_tensors())
+
+    @abstractmethod
+    def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Writes the result of all adapters' tensors, by their names in a file."""
 
 
 class PeftAdaptation(AdapterTuning):
@@ -369,11 +381,11 @@ class PeftAdaptation(AdapterTuning):
             own = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
             save_file({WRAPPED + key: each.contiguous() for key, each in own.items()}, target / PEFT_FILE)
 
-    def export(self, folder: Path) -> None:
+    def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Writes the adapter folders, and in `fused/` the pipeline with them merged in."""
         from peft import PeftModel
 
-        self._write(self._named_tensors(), False, folder)
+        self._write(tensors, False, folder)
         pipeline = self.family.float32_pipeline()
         for name in self.modules:
             PeftModel.from_pretrained(getattr(pipeline, name), folder / name).merge_and_unload()
@@ -474,9 +486,9 @@ class LowRankAdaptation(AdapterTuning):
             arguments[f"{name}_lora_adapter_metadata"] = module.peft_config[ADAPTER].to_dict()
         self.family.pipeline_class().save_lora_weights(folder / "unet_ema" if is_average else folder, **arguments)
 
-    def export(self, folder: Path) -> None:
+    def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Writes the LoRA file with its metadata, and if asked the fused pipeline."""
-        self._write(self._named_tensors(), False, folder)
+        self._write(tensors, False, folder)
         if self.options.export_fused:
             pipeline = self.family.float32_pipeline()
             fuse_lora(pipeline, folder)
@@ -507,7 +519,8 @@ def _write_modules(modules: dict[str, nn.Module], average: dict[str, object] | N
 
 def _copied(module: nn.Module, buffers: HostBuffers, name: str) -> nn.Module:
     """The module with copies of its weights for its own."""
-    make = getattr(type(module), "from_config", type(module))  # diffusers' and transformers' way
+    kind = plain_class(module)
+    make = getattr(kind, "from_config", kind)  # diffusers' and transformers' way
     with torch.device("meta"):
         copied = make(module.config)
     tensors = {key: buffers.copy(f"{name} {key}", tensor) for key, tensor in module.state_dict().items()}
@@ -517,7 +530,7 @@ def _copied(module: nn.Module, buffers: HostBuffers, name: str) -> nn.Module:
 
 def _saved_like(module: nn.Module, folder: Path) -> nn.Module:
     """The saved model in a folder, of the class of `module`, in float32 on the CPU."""
-    return type(module).from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+    return plain_class(module).from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
 
 
 ADAPTATIONS: dict[str, type[Adaptation]] = {

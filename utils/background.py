@@ -8,23 +8,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.sharding import whole
+
 logger = logging.getLogger(__name__)
 MEMORY_FACTS = Path("/proc/meminfo")
 
 
 class HostBuffers:
-    """Copies of tensors in host memory, which are kept: fresh memory costs thirty times as long as the copy itself."""
+    """Copies of tensors in host memory, which are kept: fresh memory costs thirty times as long as the copy itself.
 
-    def __init__(self):
+    Where each process holds a part of a tensor, all must copy it, and one keeps what they come to.
+    """
+
+    def __init__(self, keeps: bool = True):
+        self._keeps = keeps
         self._kept: dict[str, Tensor] = {}
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor's values as they are now, in the buffer of that name."""
+        """The tensor's values as they are now, in the buffer of that name; without values where none are kept."""
+        tensor = whole(tensor.detach())
+        if not self._keeps:
+            return tensor.to("meta")
         kept = self._kept.get(name)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             pinned = tensor.is_cuda
             kept = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        return kept.copy_(tensor.detach())
+        return kept.copy_(tensor)
 
     def have_room_for(self, tensors: Iterable[Tensor]) -> bool:
         """Whether host memory holds copies of them all, beside what is held already; taken for granted if unknown."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from utils.background import HostBuffers
 from utils.disk import sync_folder
+from utils.engines import Engine
 from utils.optim import NamedParameter
 from utils.options import UserError, first_line, option, require_positive
 from utils.runtime import write_json
@@ -133,11 +134,15 @@ class Checkpoints:
             raise UserError(f"--resume_from_checkpoint {asked} is damaged: {wrong}")
         return path
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Has `write` fill a folder aside, makes it `checkpoint-{step}`, and then prunes the oldest."""
+    def save(self, step: int, write: Callable[[Path], None], is_alone: bool = False) -> Path:
+        """Has `write` fill a folder aside, makes it `checkpoint-{step}`, and then prunes the oldest.
+
+        Where `is_alone`, another process may be writing one too, whose files are left.
+        """
         target = self.folder / f"checkpoint-{step}"
-        aside = self.folder / f".tmp-checkpoint-{step}"
-        self.clean()
+        aside = self.folder / f".tmp-checkpoint-{step}-{os.getpid()}"
+        if not is_alone:
+            self.clean()
         try:
             write(aside)
             files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
@@ -149,7 +154,7 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"checkpoint-{step} can't be written to {self.folder}: {error}") from error
-        replaced = self.folder / f".tmp-checkpoint-{step}-replaced"
+        replaced = self.folder / f".tmp-checkpoint-{step}-replaced-{os.getpid()}"
         if target.exists():  # not whole, or of a run that went further before it was resumed from an earlier step
             os.replace(target, replaced)
         os.replace(aside, target)
@@ -214,12 +219,12 @@ class OptimizerContent(NamedTuple):
 
 
 def optimizer_content(
-    optimizer: torch.optim.Optimizer, parameters: list[NamedParameter], buffers: HostBuffers
+    engine: Engine, optimizer: torch.optim.Optimizer, parameters: list[NamedParameter], buffers: HostBuffers
 ) -> OptimizerContent:
-    """The optimizer's state as it is now, copied."""
+    """The optimizer's state as it is now, copied; for all to call where it is spread over the processes."""
     content = OptimizerContent({}, {}, _group_numbers(optimizer))
     for name, parameter, _ in parameters:
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in engine.optimizer_state(optimizer, parameter).items():
             if isinstance(value, Tensor):
                 content.tensors[f"{name}/{key}"] = buffers.copy(f"optimizer {name}/{key}", value)
             else:
@@ -272,7 +277,9 @@ def _changes(now: dict[str, object], then: dict[str, object]) -> str:
     return ", ".join(f"--{name} {now[name]} (it was {then.get(name)})" for name in now if then.get(name) != now[name])
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, parameters: list[NamedParameter]) -> None:
+def load_optimizer(
+    folder: Path, engine: Engine, optimizer: torch.optim.Optimizer, parameters: list[NamedParameter]
+) -> None:
     """Restores the optimizer's state from a checkpoint.
 
     Raises:
@@ -286,13 +293,12 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, parameters: l
     unknown = set(saved) - {name for name, _, _ in parameters}
     if unknown:
         raise UserError(f"{folder} trains {min(unknown)}, which this run does not; give the options it was made with")
-    numbered = {id(parameter): name for name, parameter, _ in parameters}
-    current = optimizer.state_dict()
-    order = [numbered[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    current["state"] = {index: saved[name] for index, name in enumerate(order) if name in saved}
-    for group, numbers in zip(current["param_groups"], values.get("optimizer_groups", ()), strict=False):
-        group |= {name: value for name, value in numbers.items() if name in group and name not in OWN_GROUP_OPTIONS}
-    optimizer.load_state_dict(current)
+    groups = [
+        {name: value for name, value in numbers.items() if name not in OWN_GROUP_OPTIONS}
+        for numbers in values.get("optimizer_groups", ())
+    ]
+    states = {parameter: saved[name] for name, parameter, _ in parameters if name in saved}
+    engine.load_optimizer_state(optimizer, states, groups)
 
 
 def _sync(folder: Path) -> None:

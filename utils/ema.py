@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.options import UserError, option, require, require_positive
+from utils.sharding import own_part, put_in_place, spread_like
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class MovingAverage:
         )
         # in float32 also of bfloat16 weights, in which an average would stand still
         self.averages = [self._at_home(parameter.detach().float().clone()) for parameter in self._parameters]
+        self._own = [own_part(average) for average in self.averages]
 
     def _at_home(self, tensor: Tensor) -> Tensor:
         if not self._options.offload_ema:
@@ -79,7 +81,7 @@ class MovingAverage:
     def load(self, averages: Sequence[Tensor], num_updates: int) -> None:
         """Goes on from saved averages, in the order of the parameters."""
         for average, saved in zip(self.averages, averages, strict=True):
-            average.copy_(saved)
+            average.copy_(spread_like(saved, average))
         self._schedule.optimization_step = num_updates
 
     def decay(self, update: int) -> float:
@@ -91,23 +93,23 @@ class MovingAverage:
         """average += (1 - decay) * (weight - average), for all weights."""
         self._schedule.optimization_step += 1
         weight = 1 - self.decay(self._schedule.optimization_step)
-        values = [parameter.detach().float() for parameter in self._parameters]
+        values = [own_part(parameter.detach()).float() for parameter in self._parameters]
         if self._options.offload_ema:
             values = [value.to("cpu") for value in values]
         if self._options.foreach_ema:
-            torch._foreach_lerp_(self.averages, values, weight)
+            torch._foreach_lerp_(self._own, values, weight)
             return
-        for average, value in zip(self.averages, values, strict=True):
+        for average, value in zip(self._own, values, strict=True):
             average.lerp_(value, weight)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the parameters hold the averages. Nothing is copied where both are on one device."""
-        weights = [parameter.data for parameter in self._parameters]
+        """Within it the parameters hold the averages."""
+        undo = []
         try:
             for parameter, average in zip(self._parameters, self.averages, strict=True):
-                parameter.data = average.to(parameter.device)
+                undo.append(put_in_place(parameter, average))
             yield
         finally:
-            for parameter, weight in zip(self._parameters, weights, strict=True):
-                parameter.data = weight
+            for put_back in undo:
+                put_back()

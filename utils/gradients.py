@@ -1,7 +1,7 @@
 """A step's gradients, added up over micro-batches that are as large as the device's memory allows."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.encoding import Encoder
+from utils.engines import Engine
 from utils.options import ProcessError, UserError
 from utils.records import Batch
 from utils.seeding import model_seed
@@ -67,11 +68,13 @@ class Gradients:
         num_samples: in them.
         loss_scale: what the sum of losses is multiplied by, so that a step's gradients are of their mean.
         size: samples at once, at most; halved where memory is short.
-        can_retry: whether a step can be begun again: not where weights step inside the backward pass.
+        can_retry: whether a step can be begun again: not where weights step inside the backward pass, or where the
+            engine can't.
         cures: flags that save memory and are not given, in the order to try them.
+        rescue: writes a checkpoint of the steps done, from this process alone, with how many samples to take at once.
     """
 
-    accelerator: "Accelerator"
+    engine: Engine
     model: nn.Module
     encoder: Encoder
     seed: int
@@ -81,7 +84,13 @@ class Gradients:
     size: int
     can_retry: bool
     cures: Sequence[str]
+    rescue: Callable[[int, int], None] | None = None
     _is_shared: bool = False  # whether the processes are sharing gradients now
+
+    @property
+    def accelerator(self) -> "Accelerator":
+        """The processes."""
+        return self.engine.accelerator
 
     def add_up(self, step: int, batches: Iterable[Batch]) -> StepSums:
         """The gradients of a step, in the parameters; where memory is short it is begun again with smaller pieces.
@@ -98,13 +107,24 @@ class Gradients:
                 if not is_out_of_memory(error):
                     raise
                 if self._is_shared or not self.can_retry:
-                    ways = [self.cures[0]] if self.cures[:1] == [FREE_CURE] else []
-                    ways += [setting(max(1, self.size // 2), self.num_samples)] if self.can_retry else []
-                    raise ProcessError(
-                        f"out of memory in step {step + 1}, where it can't be begun again; go on from the last "
-                        f"checkpoint with {' or '.join(ways) or 'more memory'}"
-                    ) from error
+                    raise self._end(step) from error
             self._halve(f"step {step + 1}")
+
+    def _end(self, step: int) -> ProcessError:
+        """What ends the run where a step can't be begun again: the others wait for this process's gradients.
+
+        Each of them has all weights, so this one can save what the steps before have come to.
+        """
+        self._drop()
+        where = f"out of memory in step {step + 1}, where it can't be begun again"
+        half = -(-self.size // 2)
+        ways = [self.cures[0]] if self.cures[:1] == [FREE_CURE] else []
+        if self.can_retry and self.size > 1 and self.rescue is not None:
+            self.rescue(step, half)
+            ways.insert(0, f"--resume_from_checkpoint latest, which takes {half} samples at once")
+            return ProcessError(f"{where}; the {step} steps before are saved, go on with {' or '.join(ways)}")
+        ways += [] if self.engine.can_begin_again and not self.can_retry else [setting(half, self.num_samples)]
+        return ProcessError(f"{where}; go on from the last checkpoint with {' or '.join(ways) or 'more memory'}")
 
     def rehearse(self, largest: Batch) -> None:
         """Forward and backward of the largest batch there will be, before the first step, all gradients dropped.
@@ -117,7 +137,12 @@ class Gradients:
             UserError: if one sample is too much.
         """
         is_alone = self.accelerator.num_processes == 1
-        if (self.accelerator.device.type == "cpu" and is_alone) or not self.can_retry:
+        if (self.accelerator.device.type == "cpu" and is_alone) or not self.engine.rehearses:
+            return
+        if not self.engine.can_begin_again:
+            self._try_together(largest)
+            return
+        if not self.can_retry:
             return
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         while True:
@@ -138,6 +163,18 @@ class Gradients:
             self._drop()
         for buffer, value in buffers:
             buffer.copy_(value)
+
+    def _try_together(self, largest: Batch) -> None:
+        try:
+            self._backward(0, largest.part(0, self.size), shares=True)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ProcessError(
+                f"out of memory in the rehearsal of the largest batch; try {self._advice()} or "
+                f"{setting(max(1, self.size // 2), self.num_samples)}"
+            ) from error
+        self._drop()
 
     def shortened(self, at_once: int) -> int | None:
         """How many samples memory allows in every process, if not so many."""
@@ -165,7 +202,7 @@ class Gradients:
         with nullcontext() if shares else accelerator.no_sync(self.model):
             losses = self.model(encoded)
             self._is_shared = shares and accelerator.num_processes > 1
-            accelerator.backward(losses.sum() * self.loss_scale)
+            self.engine.backward(losses.sum() * self.loss_scale)
         self._is_shared = False
         return losses.detach()
 

@@ -23,7 +23,9 @@ from utils.gradients import is_out_of_memory
 from utils.objective import Objective
 from utils.options import first_line, option, require_not_negative, require_positive
 from utils.records import Batch, RecordPass
+from utils.runtime import autocast
 from utils.seeding import Stream, generator
+from utils.sharding import unsharded
 from utils.stopping import StopRequests
 
 if TYPE_CHECKING:
@@ -215,13 +217,14 @@ class HeldOut:
         from accelerate.utils import gather_object
 
         found = []
-        for sample in self._samples:
-            if self._requests.is_asked:
-                break
-            batch = self._batch(sample).to(self._accelerator.device)
-            mean, std = batch.moments.float().unbind(1)
-            encoded = EncodedBatch(batch, mean, std, batch.states)
-            found.append((sample.number, self._measured(objective, encoded).double().cpu().numpy()))
+        with unsharded(objective.trained.values()):
+            for sample in self._samples:
+                if self._requests.is_asked:
+                    break
+                batch = self._batch(sample).to(self._accelerator.device)
+                mean, std = batch.moments.float().unbind(1)
+                encoded = EncodedBatch(batch, mean, std, batch.states)
+                found.append((sample.number, self._measured(objective, encoded).double().cpu().numpy()))
         together = gather_object([(found, len(found) == len(self._samples))])
         if not all(is_whole for _, is_whole in together):
             return None
@@ -230,7 +233,7 @@ class HeldOut:
 
     def _measured(self, objective: Objective, encoded: EncodedBatch) -> Tensor:
         """[T] the losses; where memory is short of all timesteps at once, of one after the other."""
-        with self._accelerator.autocast():
+        with autocast(self._accelerator):
             try:
                 return objective.plain_losses(encoded)
             except (RuntimeError, MemoryError) as error:

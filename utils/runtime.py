@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import torch
 from filelock import FileLock, Timeout
 
+from utils.engines import DTYPES, asked_engine, check_engine
 from utils.options import UserError, first_line, option, require, require_not_negative
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,16 @@ def start_processes(
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
-            raise UserError(f"accelerate's {engine} is not built in yet; use DDP (accelerate launch --multi_gpu)")
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     on_cpu = not (torch.cuda.is_available() or _other_accelerator())
+    check_engine(on_cpu, options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    handler = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    if asked_engine() == "DEEPSPEED" and on_cpu:
+        on_cpu = False  # with cpu=True accelerate passes over DeepSpeed in silence
+        handler.backend = "gloo"
     try:
         accelerator = Accelerator(
             cpu=on_cpu,
@@ -82,7 +84,7 @@ def start_processes(
             step_scheduler_with_optimizer=False,
             log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / logging_dir)),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            kwargs_handlers=[handler],
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"accelerate can't start with these settings: {first_line(error)}") from error
@@ -121,6 +123,14 @@ def _other_accelerator() -> bool:
 def weight_dtype(accelerator: "Accelerator") -> torch.dtype:
     """The dtype of frozen weights: that of the mixed precision, whoever asked for it."""
     return DTYPES[accelerator.mixed_precision]
+
+
+def autocast(accelerator: "Accelerator") -> AbstractContextManager:
+    """Arithmetic in the mixed precision, under any engine: accelerate's own leaves it out with DeepSpeed."""
+    precision = accelerator.mixed_precision
+    if precision == "no":
+        return nullcontext()
+    return torch.autocast(accelerator.device.type, DTYPES[precision])
 
 
 def set_up_logging() -> None:

@@ -25,8 +25,10 @@ from utils.checkpoint import (
 )
 from utils.ema import MovingAverage
 from utils.ema_lengths import AverageLengths
+from utils.engines import Engine
 from utils.optim import NamedParameter
 from utils.options import UserError, first_line
+from utils.runtime import on_main_process
 from utils.stepping import PerParameter
 from utils.terms import LossTerm
 
@@ -49,7 +51,7 @@ class RunState:
         facts: what a resumed run is compared with.
     """
 
-    accelerator: "Accelerator"
+    engine: Engine
     adaptation: Adaptation
     average: MovingAverage | None
     lengths: AverageLengths | None
@@ -67,11 +69,16 @@ class RunState:
         """
         if self._steps_in_backward:
             return self._inner.grad_norm().to(self.accelerator.device)
-        norm = self.accelerator.clip_grad_norm_([named.parameter for named in self.parameters], max_norm)
+        norm = self.engine.clip([named.parameter for named in self.parameters], max_norm)
         if not self.own_parameters:
             return norm
         own_norm = nn.utils.clip_grad_norm_([named.parameter for named in self.own_parameters], max_norm)
         return torch.where(torch.isfinite(own_norm), norm, own_norm)
+
+    @property
+    def accelerator(self) -> "Accelerator":
+        """The processes."""
+        return self.engine.accelerator
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -97,12 +104,13 @@ class RunState:
         """
         scaler, inner = self.accelerator.scaler, self._inner
         scale, was_skipped = 0.0 if scaler is None else scaler.get_scale(), False
-        if scaler is None and getattr(inner, "_step_supports_amp_scaling", False):
+        decides_on_device = self.engine.decides_on_device and getattr(inner, "_step_supports_amp_scaling", False)
+        if scaler is None and decides_on_device:
             inner.grad_scale, inner.found_inf = None, (~torch.isfinite(grad_norm)).float()
         elif scaler is None:
             was_skipped = not torch.isfinite(grad_norm)
         if not was_skipped:
-            self.optimizer.step()
+            self.engine.step(self.optimizer)
         self.optimizer.zero_grad()
         if scaler is not None:
             was_skipped = scaler.get_scale() < scale  # a fused optimizer does not say it itself
@@ -113,7 +121,9 @@ class RunState:
     def saving(
         self, step: int, samples_at_once: int | None, buffers: HostBuffers, is_copied: bool
     ) -> Callable[[Path], None]:
-        """What writes all of it as it is after `step` optimizer steps into a folder; for one process to call.
+        """What writes all of it as it is after `step` optimizer steps into a folder, for one process to run.
+
+        Where something is spread over the processes, all must call this.
 
         Args:
             samples_at_once: how many memory allowed, where it was short.
@@ -127,7 +137,7 @@ class RunState:
             scaler=None if scaler is None else scaler.state_dict(),
             samples_at_once=samples_at_once,
         )
-        content = optimizer_content(self.optimizer, self.parameters + self.own_parameters, buffers)
+        content = optimizer_content(self.engine, self.optimizer, self.parameters + self.own_parameters, buffers)
         jobs = [partial(write_state, state=state, optimizer=content)]
         if is_copied:
             jobs.append(self.adaptation.saving(self.average, buffers))
@@ -139,6 +149,15 @@ class RunState:
             own = {name: buffers.copy(f"loss_module {name}", each) for name, each in term.state_dict().items()}
             jobs.append(partial(_write_own, own))
         return partial(_write_all, jobs)
+
+    def exporting(self) -> Callable[[Path], None]:
+        """What writes the result of the weights as they are, for one process to run; all must call this."""
+        return self.adaptation.exporting(HostBuffers(keeps=self.accelerator.is_main_process))
+
+    def export(self, folder: Path) -> None:
+        """Writes the result; for all to call."""
+        write = self.exporting()
+        on_main_process(self.accelerator, partial(write, folder))
 
     def tensors(self) -> list[Tensor]:
         """All that a checkpoint holds copies of, about."""
@@ -159,7 +178,7 @@ class RunState:
                 term.load_state_dict(load_file(folder / OWN_PARAMETERS))
             except (OSError, RuntimeError) as error:
                 raise UserError(f"--loss_module is another than that of {folder}: {first_line(error)}") from error
-        load_optimizer(folder, self.optimizer, self.parameters + self.own_parameters)
+        load_optimizer(folder, self.engine, self.optimizer, self.parameters + self.own_parameters)
         if self.lengths is not None and not self.lengths.load(folder):
             logger.warning("%s has no averages to choose a length of; they start from its weights", folder)
         if self.average is not None and saved.ema_updates is None:
@@ -224,19 +243,38 @@ class CheckpointSaver:
         self.writer = writer
         self._checkpoints = checkpoints
         self._state = state
-        self._buffers = HostBuffers()
+        self._buffers = HostBuffers(keeps=state.accelerator.is_main_process)
 
     def save(self, step: int, samples_at_once: int | None) -> None:
-        """Begins to save, once the checkpoint before is written, whose error is raised here; for one process to call.
+        """Begins to save, once the checkpoint before is written, whose error is raised here; for all to call.
 
         Where host memory does not hold copies of all, it is saved at once.
         """
+        accelerator, engine = self._state.accelerator, self._state.engine
+        is_copied = on_main_process(accelerator, self._can_copy)
+        write = None
+        if engine.spreads or accelerator.is_main_process:
+            buffers = self._buffers if is_copied else HostBuffers(accelerator.is_main_process)  # let go of afterwards
+            write = self._state.saving(step, samples_at_once, buffers, is_copied or engine.spreads)
+        on_main_process(accelerator, lambda: self._write(step, write, waits=not is_copied))
+
+    def rescue(self, step: int, samples_at_once: int) -> None:
+        """Saves from a process that can go no further, whatever the others do; each has all of the state."""
+        write = self._state.saving(step, samples_at_once, HostBuffers(), is_copied=False)
+        self._checkpoints.save(step, write, is_alone=True)
+
+    def join(self) -> None:
+        """Waits until the last checkpoint is written, whose error is raised here; for all to call."""
+        on_main_process(self._state.accelerator, self.writer.join)
+
+    def _can_copy(self) -> bool:
         self.writer.join()
-        is_copied = self.writer.is_on and self._buffers.have_room_for(self._state.tensors())
-        if self.writer.is_on and not is_copied:
+        can = self.writer.is_on and self._buffers.have_room_for(self._state.tensors())
+        if self.writer.is_on and not can:
             logger.warning("--async_checkpointing: host memory is too small for copies, so the training waits")
-        buffers = self._buffers if is_copied else HostBuffers()  # which are let go of after the save
-        write = self._state.saving(step, samples_at_once, buffers, is_copied)
+        return can
+
+    def _write(self, step: int, write: Callable[[Path], None], waits: bool) -> None:
         self.writer.run(partial(self._checkpoints.save, step, write))
-        if not is_copied:
+        if waits:
             self.writer.join()

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.families.base import Family
 from utils.options import UserError, option, require_not_negative, require_positive
+from utils.runtime import autocast
+from utils.sharding import unsharded
 from utils.stopping import StopRequests
 from utils.tracking import Sample
 
@@ -97,7 +99,8 @@ class Sampler:
         rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
         mine = dict(list(enumerate(self._requests))[rank::num_processes])
         drawn = []
-        with self._family.awake() if self._requests else nullcontext():
+        parts = [part for part in self._family.pipeline.components.values() if isinstance(part, nn.Module)]
+        with self._family.awake() if self._requests else nullcontext(), unsharded(parts):
             for index, image in zip(mine, self._draw(list(mine.values())), strict=False):
                 self._save(image, mine[index], self._folder / name / f"{mine[index].name}.png")
                 drawn.append((index, np.asarray(image)))
@@ -109,7 +112,7 @@ class Sampler:
         """The images of some requests, by one part of the pipeline after the other; the first of them, if stopped."""
         family, negative = self._family, self._options.validation_negative_prompt
         processor = family.pipeline.image_processor
-        with family.alone(*family.text_encoder_names), self._accelerator.autocast():
+        with family.alone(*family.text_encoder_names), autocast(self._accelerator):
             prompts = [family.prompt_arguments(request.prompt, negative) for request in requests]
         with family.alone("unet"):
             latents = []
@@ -131,7 +134,7 @@ class Sampler:
         # the noise that the pipeline would draw, in float32, so that its scheduler computes in it under autocast too
         shape = self._family.latent_space.shape((self._resolution, self._resolution))
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(request.seed))
-        with self._accelerator.autocast():
+        with autocast(self._accelerator):
             return pipeline(
                 **prompt,
                 **guidance,

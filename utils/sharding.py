@@ -1,0 +1,86 @@
+"""Weights of which each process keeps a part (FSDP2): taken whole, put back, and used whole for a while.
+
+Tensors that are not spread pass through unchanged, so that nobody need ask.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of the tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; every process must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def spread_like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole value, which every process has, spread as the target is; numbers such as a step count stay whole."""
+    if not is_sharded(target) or value.shape != target.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def put_in_place(parameter: nn.Parameter, value: Tensor) -> Callable[[], None]:
+    """Has a parameter hold other values; gives what puts its own back.
+
+    Nothing is copied where they are on one device. Of spread weights the memory itself is what is computed with, so
+    their values are exchanged.
+    """
+    if not is_sharded(parameter):
+        kept = parameter.data
+        parameter.data = value.to(parameter.device)
+        return lambda: setattr(parameter, "data", kept)
+    held = own_part(parameter.data)
+    kept = held.clone()
+    held.copy_(own_part(value))
+    return lambda: held.copy_(kept)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class without what spreading its weights has made of it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    kind = type(module)
+    return kind.__mro__[2] if issubclass(kind, FSDPModule) else kind
+
+
+def sharded_parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The parts of modules whose weights are gathered together."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+@contextmanager
+def unsharded(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it every process has all weights, so that each may run the modules as often as it likes.
+
+    Every process must enter and leave it.
+    """
+    parts = sharded_parts(modules)
+    try:
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
