@@ -48,7 +48,7 @@ from torch.utils.flop_counter import flop_registry  # noqa: E402
 
 from benchmarks.data import print_table  # noqa: E402
 from tests import tiny  # noqa: E402
-from train_text_to_image import Options, make_optimizer  # noqa: E402
+from train_text_to_image import Options  # noqa: E402
 from utils.adaptation import ADAPTATIONS  # noqa: E402
 from utils.ema import MovingAverage  # noqa: E402
 from utils.families.base import Family, TextStates  # noqa: E402
@@ -57,6 +57,7 @@ from utils.families.sdxl import StableDiffusionXL  # noqa: E402
 from utils.families.source import ComponentDtypes, ModelOptions  # noqa: E402
 from utils.optim import NamedParameter  # noqa: E402
 from utils.options import UserError, parse, run_script  # noqa: E402
+from utils.starting import make_optimizer  # noqa: E402
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
 TOKENS, BEGIN, END = 77, 512, 513  # of the tokenizer that stands in for CLIP's
@@ -370,7 +371,7 @@ def count(architecture: Architecture, flags: Sequence[str]) -> Count:
         on_device = options.ema.use_ema and not options.ema.offload_ema
         average = MovingAverage(parameters, options.ema) if on_device else None
         kinds["average"], before = live.now - before, live.now
-        optimizer = make_optimizer(options, named, options.optimizer)
+        optimizer = make_optimizer(named, options.optimizer, options.adaptation.pure_bf16, options.runtime.seed)
         sum(parameter.sum() for parameter in parameters).backward()
         optimizer.step()
         optimizer.zero_grad()

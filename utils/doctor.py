@@ -21,6 +21,9 @@ from utils.data.sampler import Draw, GlobalBatches
 from utils.data.selection import PlannedImages, upscaling
 from utils.data.sources import Records
 from utils.data.stream import StreamedBatches, StreamedImages, StreamedRecords
+from utils.families.base import Family
+from utils.preparation import DataPreparation
+from utils.runtime import write_json
 
 MOST_DECODED = 20_000
 TILE = 192
@@ -236,6 +239,32 @@ def examine_stream(
         f"  bad files      {len(bad):,}",
         *(f"                 {name}: {reason}" for name, reason in list(bad.items())[:20]),
     ]
+
+
+def examine_data(
+    preparation: DataPreparation,
+    family: Family,
+    images: PlannedImages | StreamedImages,
+    batches: GlobalBatches | StreamedBatches,
+    folder: Path,
+) -> str:
+    """What the dataset doctor finds, a fact a line; what the model will see is drawn, and all of it written down."""
+    sheet, report = folder / "contact_sheet.png", folder / "dry_run_report.json"
+    cache, tokenize = preparation.cache, family.tokenizer()
+    variants = cache.cut_variants, cache.text_variants
+    if isinstance(images, StreamedImages):
+        samples = list(first_streamed(images, batches, STREAMED_SAMPLES))
+        draw_sheet(samples, images.plan.sizes, preparation.image, batches.seed, variants, sheet)
+        lines = examine_stream(images, samples, tokenize.num_tokens, tokenize.max_tokens)
+        return "\n".join(["data", *lines, f"  seen by the model: {sheet}"])
+    texts = preparation.texts(images)
+    cache_bytes = preparation.cache_bytes(family, images, len(texts))
+    counts = tokenize.num_tokens(texts)
+    found = examine(images, batches, texts, counts, tokenize.max_tokens, cache_bytes, cache.folder)
+    samples = first_seen(images, batches, SHEET_TILES)
+    draw_sheet(samples, images.plan.sizes, preparation.image, batches.seed, variants, sheet)
+    write_json(report, found.record())
+    return "\n".join(["data", *found.lines(), f"  seen by the model: {sheet}; all of this: {report}"])
 
 
 def draw_sheet(

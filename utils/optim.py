@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import NamedTuple
@@ -116,6 +116,15 @@ class OptimizerOptions:
             if re.search(pattern, name):
                 return float(factor)
         return 1.0
+
+    def scaled(self, factor: int) -> "OptimizerOptions":
+        """The options with all learning rates times the factor where `--scale_lr` asks for it."""
+        if not self.scale_lr:
+            return self
+        names = ("learning_rate", "text_encoder_lr", "text_encoder_2_lr")
+        return replace(
+            self, **{name: getattr(self, name) * factor for name in names if getattr(self, name) is not None}
+        )
 
     def rate_of(self, module: str) -> float:
         """The peak learning rate of a trained module by its name, before scaling."""

@@ -43,6 +43,10 @@ class LoaderOptions:
         require_positive(self, "train_batch_size", "gradient_accumulation_steps")
         require_not_negative(self, "dataloader_num_workers")
 
+    def global_batch(self, num_processes: int) -> int:
+        """Samples of an optimizer step, over all processes and accumulated batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
+
     def num_workers(self, num_processes: int) -> int:
         """Loader processes for this process, of `num_processes`, which may be on several machines."""
         num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))

@@ -1,0 +1,123 @@
+"""Which options don't go together, whatever is trained."""
+
+import logging
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from utils.data.cache import CacheOptions
+from utils.data.captions import CaptionOptions
+from utils.data.images import ImageOptions
+from utils.data.selection import HeldOutOptions
+from utils.data.sources import DataOptions, SourceEntry
+from utils.ema import EmaOptions
+from utils.export import HubOptions
+from utils.held_out import EarlyStoppingOptions
+from utils.losses import LossOptions
+from utils.optim import OPTIMIZER_PACKAGES, OptimizerOptions, ScheduleOptions
+from utils.options import UserError
+from utils.tracking import TrackingOptions
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+def check_optimizer(options: OptimizerOptions, schedule: ScheduleOptions, term_rate: float | None) -> None:
+    """Refuses an optimizer whose package is missing, or that does not go with the schedule or with a term's rate."""
+    name = options.name
+    package = OPTIMIZER_PACKAGES.get(name)
+    if package is not None and find_spec(package) is None:
+        flag = "--use_8bit_adam" if options.use_8bit_adam else f"--optimizer {name}"
+        raise UserError(f"{flag} needs {package}; pip install {package}")
+    if name == "schedule_free_adamw" and schedule.lr_scheduler not in ("constant", "constant_with_warmup"):
+        raise UserError(
+            f"--optimizer {name} needs no schedule; --lr_scheduler must be constant or constant_with_warmup"
+        )
+    if name == "prodigy" and term_rate not in (None, options.learning_rate):
+        raise UserError("--optimizer prodigy has one rate for all it trains; leave out --loss_module_lr")
+    if name == "prodigy" and options.learning_rate < 0.1:
+        rate = options.learning_rate
+        logger.warning("--optimizer prodigy finds its rate itself: --learning_rate %g is a factor on it, try 1", rate)
+    if schedule.lr_scheduler in ("constant", "one_cycle") and schedule.lr_warmup_steps not in (0, 500):
+        logger.warning("--lr_warmup_steps is ignored by --lr_scheduler %s", schedule.lr_scheduler)
+
+
+def check_stepping(
+    options: OptimizerOptions, tracking: TrackingOptions, pure_bf16: bool, accelerator: "Accelerator"
+) -> None:
+    """Refuses what steps parameter by parameter can't do."""
+    if pure_bf16 and accelerator.mixed_precision != "bf16":
+        raise UserError(f"--pure_bf16 needs --mixed_precision bf16, got {accelerator.mixed_precision}")
+    if pure_bf16 and options.name == "prodigy":
+        raise UserError("--optimizer prodigy finds one rate from all gradients; leave out --pure_bf16")
+    if not options.optimizer_in_backward:
+        return
+    steps, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+    if steps > 1:
+        raise UserError(f"--optimizer_in_backward steps after each batch; --gradient_accumulation_steps is {steps}")
+    if processes > 1:
+        raise UserError(f"--optimizer_in_backward steps before processes share their gradients; there are {processes}")
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("--optimizer_in_backward would step by scaled gradients; use --mixed_precision bf16 or no")
+    if tracking.layer_norm_steps is not None or tracking.histogram_steps is not None:
+        raise UserError("--optimizer_in_backward leaves no gradients for --layer_norm_steps and --histogram_steps")
+
+
+def check_token(hub: HubOptions, tracking: TrackingOptions) -> None:
+    """Refuses a token on the command line where a tracker would record that."""
+    if hub.hub_token is not None and {"wandb", "comet_ml"} & set(tracking.trackers):
+        raise UserError(
+            f"--report_to {tracking.report_to} would record the command with its --hub_token; "
+            "log in by `hf auth login` instead"
+        )
+
+
+def check_masks(options: LossOptions, entries: list[SourceEntry]) -> None:
+    """Refuses what is said of masks where no source has them."""
+    asked = {"--unmasked_weight": options.unmasked_weight > 0, "--normalize_masked_loss": options.normalize_masked_loss}
+    if any(asked.values()) and not any(entry.source.has_masks for entry in entries):
+        flag = next(flag for flag, is_given in asked.items() if is_given)
+        raise UserError(f"{flag} is for images with masks; give --alpha_mask, --mask_dir or --mask_column")
+
+
+def check_held_out(
+    options: HeldOutOptions,
+    data: DataOptions,
+    stopping: EarlyStoppingOptions,
+    schedule: ScheduleOptions,
+    ema: EmaOptions,
+) -> None:
+    """Refuses what goes by the validation loss without one, and images held out of what can't be split."""
+    needs_loss = {
+        "--early_stopping_patience": stopping.early_stopping_patience is not None,
+        "--lr_scheduler reduce_on_plateau": schedule.lr_scheduler == "reduce_on_plateau",
+    }
+    if any(needs_loss.values()) and not options.is_asked:
+        flag = next(flag for flag, is_given in needs_loss.items() if is_given)
+        raise UserError(f"{flag} goes by the validation loss; give --validation_split or --validation_data_dir")
+    named_split = options.validation_split is not None and options.fraction is None
+    if (named_split and data.dataset_file) or (options.fraction is not None and data.streaming):
+        raise UserError(
+            "--validation_split goes with neither --dataset_file nor --streaming; give --validation_data_dir"
+        )
+    if ema.offload_ema and not (ema.use_ema or ema.ema_lengths):
+        raise UserError("--offload_ema goes with --use_ema or --ema_lengths; give one, or leave it out")
+    if len(ema.ema_lengths or ()) > 1 and not options.is_asked:
+        raise UserError(
+            "--ema_lengths: among several the validation loss chooses; give --validation_split or "
+            "--validation_data_dir, or a single length"
+        )
+
+
+def check_cache(cache: CacheOptions, data: DataOptions, image: ImageOptions, captions: CaptionOptions) -> None:
+    """Refuses a cache of what is not known beforehand, and warns of what it keeps from varying."""
+    if data.streaming and (cache.cache_latents or cache.cache_text_embeddings):
+        raise UserError("--streaming does not know its images beforehand, so it has no cache; leave one out")
+    frozen = {
+        "crop and flip": cache.cache_latents and image.varies,
+        "order of tags": cache.cache_text_embeddings and captions.varies,
+    }
+    if cache.cache_variants is None and any(frozen.values()):
+        what = " and ".join(name for name, is_frozen in frozen.items() if is_frozen)
+        logger.warning("each image keeps one %s in the cache; --cache_variants 4 gives it four in turn", what)

@@ -1,0 +1,209 @@
+"""What follows each optimizer step: metrics, measurements, checkpoints, and whether the run goes on."""
+
+import logging
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from utils.checkpoint import CheckpointOptions, Checkpoints
+from utils.data.dataset import Waiting
+from utils.data.sampler import GlobalBatches
+from utils.data.selection import PlannedImages
+from utils.data.stream import StreamedBatches, StreamedImages
+from utils.ema import EmaOptions, MovingAverage
+from utils.ema_lengths import AverageLengths
+from utils.gradients import Gradients, StepSums
+from utils.held_out import HeldOut, History, measurement_of
+from utils.objective import Objective
+from utils.optim import OptimizerOptions, ScheduleOptions
+from utils.options import Stopped, UserError
+from utils.preparation import DataPreparation
+from utils.runtime import OutputFolder, on_main_process, write_json
+from utils.state import CheckpointSaver, RunState, evaluating
+from utils.stopping import StopRequests, agreed, stopped
+from utils.tracking import RunLog, StepMetrics, TrackingOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is measured on the held-out images, if there are any, and kept in `best/`."""
+
+    held_out: HeldOut | None
+    history: History
+    objective: Objective
+    state: RunState
+    folder: OutputFolder
+
+    def measure(self, step: int) -> dict[str, float] | None:
+        """Measures the validation loss of the weights and of their average; gives what is logged of it.
+
+        Nothing is measured twice. None where a signal to any process broke it off: the resumed run does it.
+        """
+        if self.held_out is None or any(each.step == step for each in self.history.measurements):
+            return {}
+        state, curves = self.state, []
+        for average in (None, state.average) if state.average is not None and step > 0 else (None,):
+            with evaluating(state.adaptation, average, state.optimizer):
+                curve = self.held_out.losses(self.objective)
+            if curve is None:
+                return None
+            curves.append(curve)
+        measurement = measurement_of(step, *curves)
+        self.history.add(measurement, write=self.held_out.is_main_process)
+        if step > 0 and self.history.best() is measurement:
+            with evaluating(state.adaptation, state.average, state.optimizer):
+                write = state.exporting()
+                on_main_process(state.accelerator, lambda: self.folder.replace("best", write))
+        if self.history.is_over():
+            best = self.history.best()
+            logger.info("no lower validation loss since step %d (%.5f): the run ends", best.step, best.decisive)
+        return self.history.logged(measurement)
+
+    def begin(self, step: int, requests: StopRequests) -> None:
+        """Measures before the first step of a run.
+
+        Raises:
+            Stopped: if a signal broke it off.
+        """
+        if self.measure(step) is None:
+            raise Stopped(f"stopped before step {step + 1}", requests.number or signal.SIGTERM)
+
+
+def choose_length(
+    wanted: Sequence[float], lengths: AverageLengths, validation: Validation, requests: StopRequests
+) -> MovingAverage:
+    """The average of the length that has the lowest validation loss, all of which `ema_lengths.json` holds."""
+    held_out = validation.held_out
+    if held_out is None:
+        return lengths.of_length(wanted[0])
+    measured = {}
+    for length in wanted:
+        with evaluating(validation.state.adaptation, lengths.of_length(length), optimizer=None):
+            curve = held_out.losses(validation.objective)
+        if curve is None:
+            raise Stopped("stopped while the length of the average was chosen", requests.number or signal.SIGTERM)
+        measured[length] = float(curve.mean())
+    best = min(measured, key=measured.get)
+    logger.info("validation loss by length: %s", ", ".join(f"{name:g}: {loss:.5f}" for name, loss in measured.items()))
+    if held_out.is_main_process:
+        write_json(validation.folder.path / "ema_lengths.json", {"chosen": best, "validation_loss": measured})
+    return lengths.of_length(best)
+
+
+@dataclass
+class Course:
+    """The parts of a run that an optimizer step concerns, and how far it goes.
+
+    Attributes:
+        at_once: samples that a process takes at once, where memory allows.
+        total_steps: after which the run ends; fewer, once the validation loss has said so.
+    """
+
+    state: RunState
+    validation: Validation
+    gradients: Gradients
+    saver: CheckpointSaver
+    checkpoints: Checkpoints
+    log: RunLog
+    requests: StopRequests
+    preparation: DataPreparation
+    images: PlannedImages | StreamedImages
+    batches: GlobalBatches | StreamedBatches
+    waiting: Waiting
+    rates: OptimizerOptions
+    schedule: ScheduleOptions
+    ema: EmaOptions
+    checkpoint: CheckpointOptions
+    tracking: TrackingOptions
+    at_once: int
+    total_steps: int
+    _unreadable: dict[str, str] = field(default_factory=dict)  # found by this process and not yet told to the others
+    _heard: Sequence[float] = ()
+
+    def rate_now(self, factor: float) -> float:
+        """The factor on the peak learning rate: that of the schedule, and of `reduce_on_plateau`."""
+        if self.schedule.lr_scheduler != "reduce_on_plateau":
+            return factor
+        return factor * self.schedule.lr_gamma ** self.validation.history.reductions(self.schedule.lr_patience)
+
+    def record(self, done: int, found: StepSums, grad_norm: Tensor, factor: float) -> None:
+        """Logs optimizer step number `done`, from 1, and hears, a step late, what all processes were asked for.
+
+        Raises:
+            UserError: if one step after the other had to be skipped, or more images than allowed can't be read.
+        """
+        accelerator, batches, log = self.state.accelerator, self.batches, self.log
+        new = {
+            key: why
+            for key, why in found.unreadable.items()
+            if key not in self.images.bad and key not in self._unreadable
+        }
+        self._unreadable |= new
+        asked = [float(len(new)), *self.requests.asked(accelerator.is_main_process)]
+        sums = torch.cat([found.loss[None], torch.tensor(asked, device=accelerator.device)])
+        total_loss, sums = accelerator.reduce(sums).split([1, len(asked)])
+        epoch = float(done * batches.size / batches.samples_per_epoch)
+        rate, mean_loss = self.rates.learning_rate * factor, total_loss[0] / batches.size
+        by_key = found.loss_by_key if self.tracking.debug_loss else ()
+        log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rate, found.keys, by_key, self.waiting.seconds, sums))
+        if any(log.sums[:1]):
+            self.share_unreadable()
+        self._stop_if_diverged()
+        self._heard = log.sums[1:] if accelerator.num_processes > 1 else asked[1:]
+
+    def share_unreadable(self) -> None:
+        """Tells all processes of images that one could not decode."""
+        self.preparation.share_unreadable(self._unreadable, self.images)
+
+    def _stop_if_diverged(self) -> None:
+        """Ends a run in which one step after the other had to be skipped."""
+        limit = self.tracking.max_skipped_steps
+        if self.log.skipped_in_a_row >= limit:
+            last = next((path.name for path in reversed(self.checkpoints.found())), "none was written")
+            raise UserError(
+                f"{limit} steps in a row had no finite loss and gradient (--max_skipped_steps); lower --learning_rate "
+                f"or look at the images named above; the last checkpoint: {last}"
+            )
+
+    def measure(self, done: int) -> None:
+        """Measures the validation loss after optimizer step number `done`, which may end the run."""
+        with self.log.paused():
+            self.log.values(self.validation.measure(done) or {}, done)
+            self._heard = self._hear_again()  # a signal breaks a measurement off
+        self.total_steps = done if self.validation.history.is_over() else self.total_steps
+
+    def _hear_again(self) -> list[float]:
+        """What all processes were asked for, also since then."""
+        accelerator = self.state.accelerator
+        now = self.requests.asked(accelerator.is_main_process)
+        both = [float(one + other) for one, other in zip(now, self._heard or [0.0] * len(now), strict=True)]
+        return accelerator.reduce(torch.tensor(both, device=accelerator.device)).tolist()
+
+    def save(self, done: int) -> None:
+        """Writes what is due after optimizer step number `done`: snapshots of averages, a checkpoint.
+
+        Raises:
+            Stopped: if the run was asked to end, its state saved.
+        """
+        accelerator, wish = self.state.accelerator, agreed(self._heard)
+        if self.state.lengths is not None and self._is_snapshot_due(done):
+            on_main_process(accelerator, partial(self.state.lengths.snapshot, done))
+        if wish.saves or self.checkpoint.is_due(done, self.total_steps):
+            with self.log.paused():
+                self.saver.save(done, self.gradients.shortened(self.at_once))
+        if wish.saves:
+            on_main_process(accelerator, self.requests.remove_files)
+        if wish.number or (wish.ends and done < self.total_steps):
+            self.saver.join()
+            raise stopped(wish, done, self.validation.folder.path)
+
+    def _is_snapshot_due(self, done: int) -> bool:
+        """Whether the averages among which a length is chosen are written."""
+        interval = self.ema.ema_snapshot_steps or self.checkpoint.checkpointing_steps
+        return done % interval == 0 or done == self.total_steps
