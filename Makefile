@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 RUN = .venv/bin/python
 INSTALLED = .venv/installed-$(shell cat requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo demo-lora compare chaos test check install base clean
+.PHONY: demo demo-lora compare chaos test test-slow check install base clean
 
 demo: $(INSTALLED)
 	$(RUN) demo/run.py
@@ -20,7 +20,11 @@ compare: $(INSTALLED)
 	$(RUN) demo/compare.py
 
 test: check
-	$(RUN) -m pytest -n 2 --dist worksteal
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow"
+
+# what takes several processes and minutes; continuous integration runs it after the others
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -n 2 --dist worksteal -m slow
 
 # kills runs at random moments, and compares what they come to with runs left alone: make chaos ROUNDS=100
 ROUNDS ?= 100

@@ -148,7 +148,7 @@ def run(argv: Sequence[str] | None) -> None:
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     global_batch = options.loader.global_batch(num_processes)
     requests = StopRequests(folder.path, options.length.seconds)
-    with ending(accelerator, folder), requests.listening():
+    with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening():
         checkpoints = Checkpoints(folder.path, options.checkpoint.checkpoints_total_limit)
         asked_start = options.checkpoint.resume_from_checkpoint
         start = on_main_process(accelerator, lambda: checkpoints.resolve(asked_start))

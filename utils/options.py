@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
@@ -18,6 +19,9 @@ from transformers.hf_argparser import HfArgumentParser
 
 SECRET_OPTIONS = ("hub_token",)
 NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own would take -1e-4 for a flag
+
+
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process has terminated")
 
 
 class UserError(Exception):
@@ -206,6 +210,23 @@ def run_script(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def end_at_once_on_errors() -> None:
+    """Has an error that nobody expected end this process without delay, so that the launcher ends the others.
+
+    Where the error says only that another process is gone, that one's is what matters.
+    """
+    show = sys.excepthook
+
+    def end(kind: type, error: BaseException, trace: types.TracebackType | None) -> None:
+        if any(words in str(error) for words in PEER_IS_GONE):
+            print("this process ends because another did; see that one's error", file=sys.stderr)
+        else:
+            show(kind, error, trace)
+        leave(1)
+
+    sys.excepthook = end
 
 
 def leave(status: int) -> NoReturn:

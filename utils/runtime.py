@@ -17,7 +17,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from utils.engines import DTYPES, asked_engine, check_engine
-from utils.options import UserError, first_line, option, require, require_not_negative
+from utils.heartbeat import watching
+from utils.options import UserError, end_at_once_on_errors, first_line, option, require, require_not_negative
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,6 +45,9 @@ class RuntimeOptions:
     deterministic: bool = option(
         False, "choose kernels that give the same bits each time; on a GPU a resumed run is bit-exact only with it"
     )
+    peer_timeout: float = option(
+        45.0, "seconds without a sign of life after which another process is taken for dead and the run ends; 0 never"
+    )
     local_rank: int = option(-1, "ignored: the launcher says it by the environment")
     dry_run: bool = option(
         False,
@@ -51,7 +55,8 @@ class RuntimeOptions:
     )
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "seed")
+        require_not_negative(self, "seed", "peer_timeout")
+        require(not 0 < self.peer_timeout < 10, "peer_timeout", self.peer_timeout, "be 0 or at least 10 seconds")
         require(self.seed < 2**63, "seed", self.seed, "be below 2**63")
 
 
@@ -88,6 +93,8 @@ def start_processes(
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"accelerate can't start with these settings: {first_line(error)}") from error
+    if accelerator.num_processes > 1:
+        end_at_once_on_errors()
     asked_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if asked_processes != accelerator.num_processes:
         raise UserError(
@@ -263,14 +270,15 @@ def on_main_process(accelerator: "Accelerator", action: Callable[[], Result]) ->
 
 
 @contextmanager
-def ending(accelerator: "Accelerator", folder: OutputFolder) -> Iterator[None]:
-    """Whatever happens within it, trackers are closed and the folder is unlocked.
+def ending(accelerator: "Accelerator", folder: OutputFolder, peer_timeout: float) -> Iterator[None]:
+    """Whatever happens within it, trackers are closed and the folder is unlocked; the processes watch each other.
 
     The process group is left to the process's end (`options.leave`): gloo's threads let go of a tensor under the
     interpreter's lock, and tearing the group down holds that lock while it waits for them (seen with three processes).
     """
     try:
-        yield
+        with watching(accelerator.process_index, accelerator.num_processes, peer_timeout):
+            yield
     finally:
         try:
             for tracker in accelerator.trackers:
