@@ -237,7 +237,9 @@ def run(argv: Sequence[str] | None) -> None:
         at_once = samples_at_once(options.buckets, options.loader, group_size)
         pieces = images.pieces(batches, at_once, rank, num_processes, first_step, total_steps)
         waiting = Waiting()
-        loader = batches_by_step(dataset, pieces, num_workers, accelerator.device.type == "cuda", waiting)
+        loader = batches_by_step(
+            dataset, pieces, num_workers, options.loader.dataloader_timeout, accelerator.device.type == "cuda", waiting
+        )
         sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed, requests)
         open_records(options, accelerator, folder, options.tracking)
         logger.info("training\n%s", plan)

@@ -277,7 +277,7 @@ def live_dataset(images: PlannedImages, shape: Shape, batch_size: int) -> Traini
 def endless(dataset: TrainingDataset, num_workers: int = 0) -> Iterator[Batch]:
     """The loader's batches, each a global batch, from step 0 on; closing it ends its workers."""
     pieces = dataset.images.pieces(dataset.batches, dataset.batches.size, 0, 1, 0, 10**9)
-    for _, batches in batches_by_step(dataset, pieces, num_workers, pin_memory=False, waiting=Waiting()):
+    for _, batches in batches_by_step(dataset, pieces, num_workers, timeout=0, pin_memory=False, waiting=Waiting()):
         yield from batches
 
 

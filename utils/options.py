@@ -6,6 +6,7 @@ fields are groups. Flags are flat: `ImageOptions.resolution` is `--resolution`.
 
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import re
@@ -21,6 +22,7 @@ SECRET_OPTIONS = ("hub_token",)
 NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own would take -1e-4 for a flag
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process has terminated")
 
 
@@ -208,6 +210,12 @@ def run_script(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error: the disk refuses{where}: {error.strerror}; checkpoints are as they were", file=sys.stderr)
         return 2
     return 0
 

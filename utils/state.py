@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -156,8 +157,7 @@ class RunState:
 
     def export(self, folder: Path) -> None:
         """Writes the result; for all to call."""
-        write = self.exporting()
-        on_main_process(self.accelerator, partial(write, folder))
+        on_main_process(self.accelerator, partial(_write_result, self.exporting(), folder))
 
     def tensors(self) -> list[Tensor]:
         """All that a checkpoint holds copies of, about."""
@@ -193,6 +193,16 @@ class RunState:
 def _write_all(jobs: Sequence[Callable[[Path], None]], folder: Path) -> None:
     for job in jobs:
         job(folder)
+
+
+def _write_result(write: Callable[[Path], None], folder: Path) -> None:
+    try:
+        write(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the result can't be written to {folder}: {first_line(error)}; checkpoints are as they were, go on with "
+            "--resume_from_checkpoint latest"
+        ) from error
 
 
 def _write_own(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -20,7 +20,7 @@ from utils.data.selection import PlannedImages
 from utils.data.sources import Records
 from utils.data.stream import StreamedBatches, StreamedImages, StreamedPieces, StreamedRecords
 from utils.noise import NoiseDraws, stack_draws
-from utils.options import ProcessError, option, require_not_negative, require_positive
+from utils.options import ProcessError, first_line, option, require_not_negative, require_positive
 from utils.records import Batch, RecordPass
 from utils.seeding import Stream, generator
 from utils.stopping import ignore_signals
@@ -38,10 +38,13 @@ class LoaderOptions:
     dataloader_num_workers: int | None = option(
         None, "processes that load and draw; by default up to 8 for each GPU, and 0 without one"
     )
+    dataloader_timeout: int = option(
+        0, "seconds to wait for a batch of these processes before the run ends, for disks that may hang; 0 waits on"
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "train_batch_size", "gradient_accumulation_steps")
-        require_not_negative(self, "dataloader_num_workers")
+        require_not_negative(self, "dataloader_num_workers", "dataloader_timeout")
 
     def global_batch(self, num_processes: int) -> int:
         """Samples of an optimizer step, over all processes and accumulated batches."""
@@ -259,12 +262,32 @@ class Waiting:
             return next(batches)
         except ProcessError as error:  # of a worker: its traceback's last line is the message
             raise ProcessError(str(error).strip().splitlines()[-1].rpartition("ProcessError: ")[2]) from error
+        except RuntimeError as error:
+            raise _explained(error) from error
         finally:
             self.seconds += time.perf_counter() - began
 
 
+def _explained(error: RuntimeError) -> Exception:
+    """What torch says of a loader process that is gone or silent, with the cure; other errors as they are."""
+    words = str(error)
+    if "DataLoader worker" in words and ("killed by signal" in words or "exited unexpectedly" in words):
+        return ProcessError(
+            "a process that loads data was killed, perhaps for memory (see dmesg), or /dev/shm is full; try fewer "
+            "--dataloader_num_workers"
+        )
+    if "timed out after" in words:
+        return ProcessError(f"no batch was loaded within --dataloader_timeout: {first_line(error)}; is a disk hanging?")
+    return error
+
+
 def batches_by_step(
-    dataset: TrainingDataset, pieces: Pieces | StreamedPieces, num_workers: int, pin_memory: bool, waiting: Waiting
+    dataset: TrainingDataset,
+    pieces: Pieces | StreamedPieces,
+    num_workers: int,
+    timeout: int,
+    pin_memory: bool,
+    waiting: Waiting,
 ) -> Iterator[tuple[int, Iterator[Batch]]]:
     """(step, this process's micro-batches of that step), step by step; micro-batches come as they are loaded."""
     if num_workers > 0:
@@ -276,6 +299,7 @@ def batches_by_step(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        timeout=timeout if num_workers > 0 else 0,
         worker_init_fn=ignore_signals,
     )
     batches = iter(loader)

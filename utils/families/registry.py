@@ -1,7 +1,9 @@
 """Which family a pipeline belongs to."""
 
+import pickle
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from utils.families.base import Family
@@ -14,6 +16,7 @@ FAMILIES: dict[str, type[Family]] = {
     family.pipeline_class_name: family for family in (StableDiffusion, StableDiffusionXL)
 }
 INDEX = "model_index.json"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 VAE_KEY = "first_stage_model.decoder.conv_in.weight"
 SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"
 
@@ -27,8 +30,10 @@ def pick_family(source: PipelineSource) -> type[Family]:
         UserError: if there is no such pipeline, or none of a supported class.
     """
     path = Path(source.path)
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise UserError(f"--pretrained_model {path} would need unpickling, which can run code; convert it first")
+    if path.suffix in PICKLES and not source.options.allow_pickle:
+        raise UserError(
+            f"--pretrained_model {path} would need unpickling, which can run code; convert it, or give --allow_pickle"
+        )
     if source.is_single_file:
         return _family_of_file(path)
     if not path.is_dir() and (path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1):
@@ -39,7 +44,7 @@ def pick_family(source: PipelineSource) -> type[Family]:
     name = index.get("_class_name")
     if name not in FAMILIES:
         raise UserError(f"--pretrained_model {path} is a {name}; supported are {', '.join(FAMILIES)}")
-    if path.is_dir():
+    if path.is_dir() and not source.options.allow_pickle:
         _refuse_pickles(source, index)
     return FAMILIES[name]
 
@@ -56,12 +61,22 @@ def _family_of_file(path: Path) -> type[Family]:
 
 
 def _names_of_weights(path: Path) -> set[str]:
-    """The names in a safetensors file's header."""
+    """The names in a safetensors file's header, or in a pickle, of which nothing but tensors is read."""
+    if path.suffix in PICKLES:
+        return _names_in_pickle(path)
     try:
         with safe_open(path, "pt") as file:
             return set(file.keys())
     except (OSError, SafetensorError) as error:
         raise UserError(f"--pretrained_model {path} can't be read as safetensors: {first_line(error)}") from error
+
+
+def _names_in_pickle(path: Path) -> set[str]:
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"--pretrained_model {path} can't be read as tensors alone: {first_line(error)}") from error
+    return set(held.get("state_dict", held))
 
 
 def _refuse_pickles(source: PipelineSource, index: dict) -> None:
@@ -75,5 +90,5 @@ def _refuse_pickles(source: PipelineSource, index: dict) -> None:
         if pickles and not list(folder.glob("*.safetensors")):
             raise UserError(
                 f"--pretrained_model {source.path}: {name}/{pickles[0]} would need unpickling, which can run code; "
-                "convert the pipeline with save_pretrained(..., safe_serialization=True)"
+                "convert the pipeline with save_pretrained(..., safe_serialization=True), or give --allow_pickle"
             )

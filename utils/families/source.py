@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from utils.options import UserError, first_line, option, require, require_positi
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError)
 CHUNK_TOKENS = 75  # of a caption, in one pass of a CLIP text encoder: its 77 less the beginning and the end
 XFORMERS_MISSING = "--enable_xformers_memory_efficient_attention: its kernels do not load here"
 XFORMERS_CURE = "leave the flag out, PyTorch's attention is as fast, or install the xformers wheel of this torch"
@@ -38,6 +39,9 @@ class ModelOptions:
     clip_skip: int | None = option(None, "last layers of the text encoders to leave out, as the pipelines' clip_skip")
     max_token_length: int = option(
         CHUNK_TOKENS, "tokens of a caption that are read, in chunks of 75; kohya's 150 and 225"
+    )
+    allow_pickle: bool = option(
+        False, "also load weights that are kept as pickles (.bin, .ckpt); of these too nothing but tensors is read"
     )
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
     attention_slicing: bool = option(False, "compute attention one head after the other: less memory, slower")
@@ -102,7 +106,12 @@ class PipelineSource:
     @property
     def is_single_file(self) -> bool:
         """Whether it is one file of weights."""
-        return self.path.endswith(".safetensors")
+        return Path(self.path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+    @property
+    def use_safetensors(self) -> bool | None:
+        """As diffusers and transformers take it: True, or None for pickles where there is nothing else."""
+        return None if self.options.allow_pickle else True
 
     def index(self) -> dict:
         """The pipeline's `model_index.json`."""
@@ -174,11 +183,11 @@ class PipelineSource:
             path = options.pretrained_vae_model_name_or_path
             subfolder = "vae" if (Path(path) / "vae" / "config.json").is_file() else None
             flag = f"--pretrained_vae_model_name_or_path {path}"
-            parts["vae"] = _component(AutoencoderKL, flag, path, dtypes.frozen, subfolder=subfolder)
+            parts["vae"] = self._component(AutoencoderKL, flag, path, dtypes.frozen, subfolder=subfolder)
         if with_unet and options.unet_config is not None:
             parts["unet"] = _fresh_unet(options.unet_config).to(dtypes.unet)
         elif with_unet and options.non_ema_revision is not None:
-            parts["unet"] = _component(
+            parts["unet"] = self._component(
                 UNet2DConditionModel,
                 f"--non_ema_revision {options.non_ema_revision}",
                 self.path,
@@ -194,11 +203,20 @@ class PipelineSource:
                 self.path,
                 revision=self.options.revision,
                 variant=self.options.variant,
-                use_safetensors=True,
+                use_safetensors=self.use_safetensors,
                 **arguments,
             )
         except LOADING_ERRORS as error:
             raise UserError(f"--pretrained_model {self.path} can't be loaded: {first_line(error)}") from error
+
+    def _component(
+        self, component_class: type, flag: str, path: str, dtype: torch.dtype, **arguments: Any
+    ) -> nn.Module:
+        """A part on its own; `flag` is the option and its value that name it."""
+        try:
+            return component_class.from_pretrained(path, use_safetensors=self.use_safetensors, dtype=dtype, **arguments)
+        except LOADING_ERRORS as error:
+            raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
 
     def _load_single_file(self, pipeline_class: "type[DiffusionPipeline]", parts: dict) -> "DiffusionPipeline":
         from diffusers.loaders.single_file_utils import SingleFileComponentError
@@ -209,14 +227,6 @@ class PipelineSource:
             return pipeline_class.from_single_file(self.path, config=self.options.pretrained_model_config, **given)
         except (*LOADING_ERRORS, SingleFileComponentError) as error:
             raise UserError(f"--pretrained_model {self.path} can't be loaded: {first_line(error)}") from error
-
-
-def _component(component_class: type, flag: str, path: str, dtype: torch.dtype, **arguments: Any) -> nn.Module:
-    """A part on its own; `flag` is the option and its value that name it."""
-    try:
-        return component_class.from_pretrained(path, use_safetensors=True, dtype=dtype, **arguments)
-    except LOADING_ERRORS as error:
-        raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
 
 
 def _read_config(file: Path, flag: str) -> dict:

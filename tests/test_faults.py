@@ -1,0 +1,283 @@
+"""What goes wrong around a run: disks, damaged folders, killed loaders, files that would run code."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.conftest import message
+from tests.test_equivalences import assert_same_bits, losses, weights
+from tests.test_launch import command
+from utils.checkpoint import Checkpoints
+from utils.data.dataset import TrainingDataset
+from utils.state import RunState
+
+FLAGS = ["--train_batch_size", 2, "--learning_rate", 1e-3, "--checkpointing_steps", 2]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """small_disk(64) makes a disk of so many KiB."""
+    mounted = []
+
+    def mount(kibibytes: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "none", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("disks can't be mounted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def size_of(folder: Path) -> int:
+    """KiB of all files, in whole pages."""
+    return sum(4 * -(-path.stat().st_size // 4096) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_disk_that_fills_while_it_saves(train, small_disk, capsys):
+    """The checkpoint before stays, nothing half written does, and with room the run goes on to the same end."""
+    whole = train("sd", *FLAGS, "--max_train_steps", 4, out="whole")
+    disk = small_disk(int(1.5 * size_of(whole / "checkpoint-2")) + 200)
+    out = train("sd", *FLAGS, "--max_train_steps", 4, out=disk / "out", expect=2)
+    said = message(capsys)
+    assert "checkpoint-4 can't be written to" in said
+    assert "No space left" in said
+    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert not list(out.glob(".tmp*"))
+    more = ["--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
+    subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+    train("sd", *FLAGS, *more, out=disk / "out")
+    assert_same_bits(weights(whole), weights(out))
+
+
+def test_a_disk_that_fills_while_it_exports(train, small_disk, capsys):
+    whole = train("sd", *FLAGS, "--max_train_steps", 2, out="whole")
+    disk = small_disk(size_of(whole / "checkpoint-2") + 300)
+    out = train("sd", *FLAGS, "--max_train_steps", 2, out=disk / "out", expect=2)
+    said = message(capsys)
+    assert "the result can't be written to" in said
+    assert "go on with --resume_from_checkpoint latest" in said
+    subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+    train("sd", *FLAGS, "--max_train_steps", 2, "--resume_from_checkpoint", "latest", out=disk / "out")
+    assert_same_bits(weights(whole), weights(out))
+
+
+def test_a_disk_that_is_full_before(train, small_disk, capsys):
+    disk = small_disk(64)
+    (disk / "filled").write_bytes(b"0" * 48 * 1024)
+    train("sd", *FLAGS, "--max_train_steps", 40, out=disk / "out", expect=2)
+    assert "No space left" in message(capsys)
+
+
+def test_a_disk_that_becomes_read_only(train, small_disk, capsys):
+    disk = small_disk(100_000)
+    out = train("sd", *FLAGS, "--max_train_steps", 2, out=disk / "out")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    more = ["--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
+    train("sd", *FLAGS, *more, out=disk / "out", expect=2)
+    assert "Read-only" in message(capsys)
+    assert not list(out.glob(".tmp*"))
+
+
+def test_an_image_that_vanishes(train, tmp_path, caplog, capsys):
+    """Between the survey and its use: replaced, named and counted; with error, the run ends with its name."""
+    data = tiny.make_images(tmp_path / "data", 8)
+    fetch = TrainingDataset.__getitem__
+
+    def vanish(self, piece):
+        (data / "003.png").unlink(missing_ok=True)
+        return fetch(self, piece)
+
+    flags = [*FLAGS, "--max_train_steps", 4]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingDataset, "__getitem__", vanish)
+        out = train("sd", *flags, "--max_bad_fraction", 0.2, data=data, out="skip")
+        report = json.loads((out / "data_report.json").read_text())
+        assert "003.png" in json.dumps(report)
+    data = tiny.make_images(tmp_path / "again", 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingDataset, "__getitem__", vanish)
+        train("sd", *flags, "--on_bad_image", "error", data=data, out="error", expect=2)
+    assert "003.png" in message(capsys)
+
+
+def test_a_save_that_was_killed_leaves_nothing_that_counts(train, monkeypatch):
+    """As kill -9 leaves it: whatever was written aside is passed over, and removed at the next start."""
+    whole = train("sd", *FLAGS, "--max_train_steps", 4, out="whole")
+    parts = train("sd", *FLAGS, "--max_train_steps", 2, out="parts")
+    aside = parts / ".tmp-checkpoint-4-123"
+    shutil.copytree(parts / "checkpoint-2", aside)
+    (aside / "manifest.json").unlink()
+    (parts / "checkpoint-4").mkdir()  # named, and empty
+    train("sd", *FLAGS, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", out="parts")
+    assert not aside.exists()
+    assert_same_bits(weights(whole), weights(parts))
+    assert losses(whole) == losses(parts)
+
+
+def test_what_is_no_checkpoint_is_passed_over(train, tmp_path):
+    out = train("sd", *FLAGS, "--max_train_steps", 2)
+    for name in ("checkpoint-20.tmp", "checkpoint-best", "checkpoint-", "my-checkpoint-9"):
+        (out / name).mkdir()
+    (out / "checkpoint-5").write_text("a file")
+    assert [path.name for path in Checkpoints(out, None).listed()] == ["checkpoint-2"]
+    train("sd", *FLAGS, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    assert len(losses(out)) == 3
+
+
+def test_a_length_that_is_behind_already(train):
+    out = train("sd", *FLAGS, "--max_train_steps", 4)
+    before = weights(out)
+    train("sd", *FLAGS, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    assert len(losses(out)) == 4
+    assert_same_bits(before, weights(out))
+
+
+def test_an_average_that_begins_with_a_resumed_run(train, caplog):
+    out = train("sd", *FLAGS, "--max_train_steps", 2)
+    train("sd", *FLAGS, "--max_train_steps", 2, "--use_ema", "--resume_from_checkpoint", "latest")
+    assert any("has no moving average; it starts from the weights" in record.message for record in caplog.records)
+    assert_same_bits(weights(out / "checkpoint-2"), weights(out))
+
+
+def test_a_loader_that_is_killed(train, monkeypatch, capsys):
+    def die(self, piece):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(TrainingDataset, "__getitem__", die)
+    train("sd", *FLAGS, "--max_train_steps", 2, "--dataloader_num_workers", 1, expect=2)
+    assert "a process that loads data was killed" in message(capsys)
+
+
+def test_a_loader_that_hangs(train, monkeypatch, capsys):
+    monkeypatch.setattr(TrainingDataset, "__getitem__", lambda self, piece: signal.pause())
+    flags = ["--dataloader_num_workers", 1, "--dataloader_timeout", 2]
+    train("sd", *FLAGS, "--max_train_steps", 2, *flags, expect=2)
+    assert "no batch was loaded within --dataloader_timeout" in message(capsys)
+
+
+def test_processes_that_would_train_apart(refused, monkeypatch):
+    """As accelerate does where the GPUs that it was launched for are not there."""
+    create = accelerate.Accelerator.__init__
+
+    def create_alone(self, *arguments, **named) -> None:
+        create(self, *arguments, **named)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+
+    monkeypatch.setattr(accelerate.Accelerator, "__init__", create_alone)
+    refused([], "2 processes were started but accelerate joined 1")
+
+
+class Payload:
+    """What writes a file where it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.touch, (self.marker,))
+
+
+@pytest.fixture
+def marker(tmp_path) -> Iterator[Path]:
+    path = tmp_path / "code-was-run"
+    yield path
+    assert not path.exists()
+
+
+def pickled(path: Path, marker: Path) -> None:
+    """Weights in torch's format, which write the marker where they are unpickled by plain pickle."""
+    torch.save({"weight": Payload(marker)}, path)
+    with zipfile.ZipFile(path) as file:
+        assert any(name.endswith("data.pkl") for name in file.namelist())
+
+
+@pytest.mark.parametrize("more", [(), ("--allow_pickle",)])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_would_run_code(train, capsys, pipelines, tmp_path, marker, part, more):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "pipeline")
+    name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    (folder / part / f"{name}.safetensors").unlink()
+    pickled(folder / part / ("pytorch_model.bin" if part == "text_encoder" else f"{name}.bin"), marker)
+    train(str(folder), *FLAGS, "--max_train_steps", 1, *more, expect=2)
+    said = message(capsys)
+    assert "can't be loaded" in said if more else "--allow_pickle" in said
+
+
+@pytest.mark.parametrize("more", [(), ("--allow_pickle",)])
+def test_a_single_file_that_would_run_code(train, capsys, tmp_path, marker, more):
+    pickled(tmp_path / "model.ckpt", marker)
+    train(str(tmp_path / "model.ckpt"), *FLAGS, *more, expect=2)
+    assert ("can't be read as tensors alone" if more else "--allow_pickle") in message(capsys)
+
+
+def test_pickles_of_tensors_alone_are_loaded_where_allowed(train, pipelines, tmp_path):
+    whole = train("sd", *FLAGS, "--max_train_steps", 1, out="whole")
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "pipeline")
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        file = folder / part / f"{name}.safetensors"
+        torch.save(load_file(file), file.with_name("pytorch_model.bin" if name == "model" else f"{name}.bin"))
+        file.unlink()
+    pickles = train(str(folder), *FLAGS, "--max_train_steps", 1, "--allow_pickle", out="pickles")
+    assert_same_bits(weights(whole), weights(pickles))
+
+
+def test_code_beside_a_pipeline_is_not_run(train, capsys, pipelines, tmp_path, marker):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "pipeline")
+    (folder / "pipeline.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    (folder / "unet" / "my_unet.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    train(str(folder), *FLAGS, "--max_train_steps", 1, out="beside")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["my_unet", "MyUNet"]}))
+    train(str(folder), *FLAGS, "--max_train_steps", 1, out="named", expect=2)
+    assert "can't be loaded" in message(capsys)
+
+
+def test_pickles_in_a_checkpoint_are_not_read(train, marker):
+    out = train("sd", *FLAGS, "--max_train_steps", 2)
+    for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin"):
+        (out / "checkpoint-2" / name).write_bytes(pickle.dumps(Payload(marker)))
+    train("sd", *FLAGS, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    assert len(losses(out)) == 3
+
+
+def test_pickled_arrays_in_parquet_and_npz_are_no_images(train, capsys, tmp_path, marker):
+    data = tiny.make_images(tmp_path / "data", 4)
+    np.savez(data / "001.npz", image=np.array([Payload(marker)], dtype=object))
+    train("sd", *FLAGS, "--max_train_steps", 1, data=data)
+
+
+def test_a_killed_runs_lock_does_not_block(train, pipelines, images, tmp_path):
+    words = [sys.executable, *command(pipelines, images, tmp_path / "out", *FLAGS, "--max_train_steps", 10_000)]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not (tmp_path / "out" / "checkpoint-2").is_dir():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "out" / ".lock").exists()
+    train("sd", *FLAGS, "--max_train_steps", 3, "--resume_from_checkpoint", "checkpoint-2")
+
+
+def test_an_unexpected_error_of_a_save_is_raised(train, monkeypatch):
+    """Nothing hides what nobody foresaw."""
+    monkeypatch.setattr(RunState, "saving", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train("sd", *FLAGS, "--max_train_steps", 2)
