@@ -13,13 +13,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 INTERVAL = 3.0  # seconds between signs
 ENDED = b"ended"
 
 
-class Heartbeat(threading.Thread):
+class Heartbeat:
     """Gives this process's signs of life, and watches those of the others.
+
+    One thread talks to the store, in which it may be stuck when a machine is cut off; another keeps the time.
 
     Args:
         address: host and port of the store that the processes share.
@@ -27,51 +33,56 @@ class Heartbeat(threading.Thread):
     """
 
     def __init__(self, address: tuple[str, int], rank: int, num_processes: int, patience: float):
-        super().__init__(name="heartbeat", daemon=True)
         self._address = address
         self._rank = rank
         self._others = [other for other in range(num_processes) if other != rank]
         self._patience = patience
         self._over = threading.Event()
-        self._store = None
+        now = time.monotonic()
+        self._heard = dict.fromkeys(self._others, (b"", now))  # the last sign of each, and when it came
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._talk, self._watch)]
 
-    def run(self) -> None:
-        """Until `end`: says that this process lives, and ends it when another does not any more."""
-        heard = dict.fromkeys(self._others, (b"", time.monotonic()))  # the last sign of each, and when it came
-        count = 0
-        while not self._over.wait(INTERVAL):
-            count += 1
-            try:
-                now = self._exchange(str(count).encode())
-            except (OSError, RuntimeError):  # the machine that keeps the store may be gone, or be back soon
-                self._store, now = None, {}
-            for other, (sign, since) in heard.items():
-                if now.get(other, sign) != sign:
-                    heard[other] = now[other], time.monotonic()
-                elif sign != ENDED and time.monotonic() - since > self._patience:
-                    self._give_up(other)
+    def start(self) -> None:
+        """Begins to talk and to watch."""
+        for thread in self._threads:
+            thread.start()
 
     def end(self) -> None:
         """Says that this process has done its part, and no longer watches."""
         self._over.set()
-        self.join()
-        try:
-            self._exchange(ENDED)
-        except (OSError, RuntimeError):
-            return  # the others are gone
+        self._threads[0].join(timeout=INTERVAL + 5)
 
-    def _exchange(self, sign: bytes) -> dict[int, bytes]:
-        """Leaves this process's sign; gives those of the others that have given one."""
+    def _talk(self) -> None:
+        store, count = None, 0
+        while True:
+            is_over = self._over.wait(INTERVAL)
+            count += 1
+            try:
+                store = store or self._connect()
+                self._exchange(store, ENDED if is_over else str(count).encode())
+            except (OSError, RuntimeError):  # the machine that keeps the store may be gone, or be back soon
+                store = None
+            if is_over:
+                return
+
+    def _connect(self) -> "TCPStore":
         from torch.distributed import TCPStore
 
-        if self._store is None:
-            self._store = TCPStore(
-                *self._address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5)
-            )
-        self._store.set(f"heartbeat/{self._rank}", sign)
-        return {
-            other: self._store.get(key) for other in self._others if self._store.check([key := f"heartbeat/{other}"])
-        }
+        return TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+
+    def _exchange(self, store: "TCPStore", sign: bytes) -> None:
+        """Leaves this process's sign, and hears those that are new of the others."""
+        store.set(f"heartbeat/{self._rank}", sign)
+        for other, (known, _) in self._heard.items():
+            key = f"heartbeat/{other}"
+            if store.check([key]) and (heard := store.get(key)) != known:
+                self._heard[other] = heard, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._over.wait(INTERVAL):
+            for other, (sign, since) in self._heard.items():
+                if sign != ENDED and time.monotonic() - since > self._patience:
+                    self._give_up(other)
 
     def _give_up(self, other: int) -> None:
         print(
