@@ -3,15 +3,16 @@
 python tests/chaos.py [--rounds 100] [--seed 0]
 
 Each round draws options and the phases of its two kills, and compares the last checkpoint, the exported result and the
-logged losses with those of the same command left alone.
+logged losses with those of the same command left alone. Runs are forked from this process, which has imported all they
+need: each is a process of its own, killed with what it has started.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,12 +23,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
+import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+import train_text_to_image  # noqa: E402
 from tests import tiny  # noqa: E402
 
 STEPS = 8
 PHASES = ("caching", "training", "saving", "exporting")  # in their order
+LONGEST = {"caching": 0.1, "training": 0.3, "saving": 0.03, "exporting": 0.05}  # seconds after its sign to the kill
 OPTIONS = (
     ("--use_ema",),
     ("--gradient_accumulation_steps", "2"),
@@ -74,7 +80,7 @@ def command(pipeline: Path, images: Path, out: Path, cache: Path, flags: Sequenc
     ]
     where += ["--max_train_steps", STEPS, "--checkpointing_steps", 2, "--train_batch_size", 2, "--report_to", "none"]
     where += ["--resume_from_checkpoint", "latest", "--lr_warmup_steps", 0, "--learning_rate", 1e-3]
-    return [sys.executable, str(ROOT / "train_text_to_image.py"), *map(str, where), *flags]
+    return [*map(str, where), *flags]
 
 
 def sign_of(phase: str, out: Path, cache: Path) -> Callable[[], bool]:
@@ -100,17 +106,46 @@ def is_newer(path: Path, begun: float) -> bool:
         return False
 
 
-def run_until(words: Sequence[str], sign: Callable[[], bool], delay: float) -> bool:
-    """Runs a command and kills it a moment after the sign; gives whether it was killed and had not ended before."""
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and not sign():
-        time.sleep(0.002)
+def start(argv: Sequence[str], log: Path) -> int:
+    """Begins a run in a process group of its own; gives its id."""
+    process = os.fork()
+    if process:
+        return process
+    os.setsid()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    status = 1
+    try:
+        status = train_text_to_image.main(argv)
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def has_ended(process: int) -> bool:
+    """Whether it has, looked at without waiting and without forgetting its status."""
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def run_until(argv: Sequence[str], log: Path, sign: Callable[[], bool], delay: float) -> bool:
+    """Begins a run and kills it a moment after the sign; gives whether it had not ended before."""
+    process = start(argv, log)
+    while not has_ended(process) and not sign():
+        time.sleep(0.001)
     time.sleep(delay)
-    was_alive = process.poll() is None
+    was_alive = not has_ended(process)
     if was_alive:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     return was_alive
+
+
+def run_in_peace(argv: Sequence[str], log: Path) -> None:
+    """Runs to the end, which must be a good one."""
+    _, status = os.waitpid(start(argv, log), 0)
+    if status:
+        raise SystemExit(f"a run ended with {os.waitstatus_to_exitcode(status)}:\n{log.read_text()[-4000:]}")
 
 
 def end_of(out: Path) -> dict[str, object]:
@@ -134,13 +169,16 @@ def round_of(number: int, seed: int, folder: Path, pipeline: Path, images: Path,
     peace, chaos = folder / f"{number}-peace", folder / f"{number}-chaos"
     for out in (peace, chaos):
         cache = out.with_name(f"{out.name}-cache")
-        words = command(pipeline, images, out, cache, flags)
+        argv, log = command(pipeline, images, out, cache, flags), out.with_name(f"{out.name}.log")
         if out is chaos:
             first = number % len(PHASES)
             for phase in (PHASES[first], drawn.choice(PHASES[max(1, first) :])):
-                kills[phase] += run_until(words, sign_of(phase, out, cache), drawn.uniform(0, 0.2))
-        subprocess.run(words, check=True, capture_output=True)
+                kills[phase] += run_until(argv, log, sign_of(phase, out, cache), drawn.uniform(0, LONGEST[phase]))
+        run_in_peace(argv, log)
     is_same = end_of(peace) == end_of(chaos)
+    if is_same:
+        for out in (peace, chaos):
+            shutil.rmtree(out)
     print(f"round {number}: {'the same bits' if is_same else 'NOT THE SAME'}: {' '.join(flags)}", flush=True)
     return is_same
 
@@ -150,6 +188,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
+    torch.set_num_threads(1)
     kills: Counter = Counter()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
