@@ -122,3 +122,58 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(pipelines, images, tmp_path)
     for name in ("unet", "unet_ema"):
         folder = f"checkpoint-{steps}"
         assert_same_bits(weights(tmp_path / "killed" / folder, name), weights(tmp_path / "peace" / folder, name))
+
+
+SLURM_COMMANDS = {
+    "scontrol": 'case "$1" in show) echo localhost;; requeue) touch "$REQUEUED";; esac',
+    # two tasks, each as a node would have it; a signal goes to both
+    "srun": """
+shift
+for rank in 0 1; do SLURM_PROCID=$rank "$@" & tasks="${tasks:-} $!"; done
+trap 'kill -TERM $tasks' TERM
+for task in $tasks; do wait $task; done
+for task in $tasks; do wait $task || status=1; done
+exit ${status:-0}
+""",
+    "accelerate": 'shift; exec "$PYTHON" -m accelerate.commands.launch "$@"',
+}
+
+
+@pytest.mark.slow
+def test_the_slurm_script(pipelines, images, tmp_path):
+    """Under stand-ins for Slurm's commands: its notice is passed on, the job begins again, and ends as if alone."""
+    for name, body in SLURM_COMMANDS.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    out, requeued = tmp_path / "out", tmp_path / "requeued"
+    environment = {"SLURM_SUBMIT_DIR": ROOT, "SLURM_JOB_NODELIST": "two", "SLURM_NNODES": 2, "SLURM_JOB_ID": 7}
+    environment |= {
+        "SLURM_GPUS_ON_NODE": 1,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+    }
+    environment = os.environ | {name: str(value) for name, value in (environment | {"REQUEUED": requeued}).items()}
+    flags = ("--mixed_precision", "no", "--train_batch_size", 2, "--learning_rate", 1e-3, "--adam_epsilon", 1e-5)
+    script = ["bash", str(ROOT / "accelerate_configs" / "slurm.sbatch")]
+    words = [*script, *command(pipelines, images, out, *flags, "--max_train_steps", 100_000)[1:]]
+    job = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (out / "metrics.jsonl").exists():
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=120)[1]
+    assert job.returncode == 0, said[-3000:]
+    assert requeued.exists()
+    assert "go on with" in said
+    steps = len(losses(out))
+    assert (out / f"checkpoint-{steps}").is_dir()
+    requeued.unlink()
+    words = [*script, *command(pipelines, images, out, *flags, "--max_train_steps", steps + 2)[1:]]
+    subprocess.run(words, env=environment, check=True, capture_output=True, timeout=200)
+    assert not requeued.exists()
+    alone = tmp_path / "alone"
+    flags = (*flags, "--train_batch_size", 4, "--max_train_steps", steps + 2)
+    run([sys.executable, *command(pipelines, images, alone, *flags)])
+    torch.testing.assert_close(losses(alone), losses(out), rtol=1e-4, atol=1e-5)
