@@ -1,0 +1,119 @@
+"""Interrupted after any step, under any two options: the bits that follow are those of the run left alone."""
+
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.test_equivalences import assert_same_bits, losses
+from utils.optim import OPTIMIZERS
+
+# what a run may have, by kind: each value of one kind meets each of every other in some run
+KINDS: dict[str, dict[str, tuple]] = {
+    "adaptation": {
+        "full": (),
+        "with text encoder": ("--train_text_encoder",),
+        "lora with dropout": ("--adaptation", "lora", "--lora_dropout", 0.2),
+        "lora and text encoder": ("--adaptation", "lora", "--lora_dropout", 0.2, "--train_text_encoder"),
+    },
+    "accumulation": {"1": (), "3": ("--gradient_accumulation_steps", 3)},
+    "loader": {"here": ("--dataloader_num_workers", 0), "workers": ("--dataloader_num_workers", 2)},
+    "images": {
+        "live": (),
+        "cached": ("--cache_latents", "--cache_variants", 2, "--random_flip"),
+        "buckets": ("--use_aspect_ratio_buckets", "--bucket_step", 8, "--min_bucket_size", 16),
+    },
+    "average": {"none": (), "ema": ("--use_ema",)},
+    "captions": {"kept": (), "dropped": ("--caption_dropout", 0.4)},
+    "precision": {"no": (), "bf16": ("--mixed_precision", "bf16")},
+    "between": {
+        "nothing": (),
+        "validation": (
+            *("--validation_split", 0.25, "--validation_steps", 1, "--validation_prompts", "red"),
+            *("--validation_num_inference_steps", 1),
+        ),
+        "background": ("--async_checkpointing",),
+    },
+}
+
+
+def covering() -> list[dict[str, str]]:
+    """Runs in which every pair of values of two kinds meets at least once, by greedy choice."""
+    open_pairs = {
+        frozenset({(one, value), (other, another)})
+        for one, other in itertools.combinations(KINDS, 2)
+        for value in KINDS[one]
+        for another in KINDS[other]
+    }
+    runs, drawn = [], random.Random(0)
+    while open_pairs:
+        candidates = [{kind: drawn.choice(list(values)) for kind, values in KINDS.items()} for _ in range(200)]
+        best = max(candidates, key=lambda run: len(pairs_of(run) & open_pairs))
+        if pairs_of(best) & open_pairs:
+            runs.append(best)
+            open_pairs -= pairs_of(best)
+    return runs
+
+
+def pairs_of(run: dict[str, str]) -> set[frozenset]:
+    return {frozenset(pair) for pair in itertools.combinations(run.items(), 2)}
+
+
+def everything(out: Path, steps: int) -> dict[str, object]:
+    """All tensors of the last checkpoint: weights, averages, the optimizer's state."""
+    folder = out / f"checkpoint-{steps}"
+    return {
+        f"{file.relative_to(folder)} {name}": tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_resumes(train: Callable[..., Path], data: Path, tmp_path: Path, flags: list[object], drawn: random.Random):
+    """Interrupted twice, after steps that are drawn."""
+    steps = 5
+    first, second = sorted(drawn.sample(range(1, steps), 2))
+    flags = ["--train_batch_size", 2, "--learning_rate", 1e-3, "--checkpointing_steps", 1, *flags]
+    flags += ["--encoding_cache_dir", tmp_path / "cache"]
+    whole = train("sd", *flags, "--max_train_steps", steps, data=data, out="whole")
+    parts = train("sd", *flags, "--max_train_steps", first, data=data, out="parts")
+    for until in (second, steps):
+        train("sd", *flags, "--max_train_steps", until, "--resume_from_checkpoint", "latest", data=data, out="parts")
+    assert losses(whole) == losses(parts)
+    assert_same_bits(everything(whole, steps), everything(parts, steps))
+
+
+RUNS = covering()
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return tiny.make_images(tmp_path / "data", 12)
+
+
+def test_every_pair_is_covered():
+    met = set().union(*(pairs_of(run) for run in RUNS))
+    for one, other in itertools.combinations(KINDS, 2):
+        assert all(frozenset({(one, a), (other, b)}) in met for a in KINDS[one] for b in KINDS[other])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(RUNS)))
+def test_pairs_of_options(train, data, tmp_path, number):
+    flags = [word for kind, value in RUNS[number].items() for word in KINDS[kind][value]]
+    assert_resumes(train, data, tmp_path, flags, random.Random(number))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_every_optimizer(train, data, tmp_path, optimizer, adaptation):
+    flags = ["--optimizer", optimizer, "--adaptation", adaptation, "--gradient_accumulation_steps", 2, "--use_ema"]
+    if optimizer == "schedule_free_adamw":
+        flags.remove("--use_ema")
+    rate = ["--learning_rate", 1] if optimizer == "prodigy" else []
+    assert_resumes(train, data, tmp_path, [*flags, *rate], random.Random(optimizer))
