@@ -31,9 +31,9 @@ from utils.ema import EmaOptions, MovingAverage
 from utils.ema_lengths import AverageLengths
 from utils.encoding import Encoder
 from utils.export import CardFacts, HubOptions, upload, write_card
-from utils.families.base import Family
 from utils.families.registry import pick_family
 from utils.families.source import ModelOptions, PipelineSource
+from utils.families.text import TextFamily
 from utils.gradients import FREE_CURE, setting
 from utils.held_out import EarlyStoppingOptions, HeldOut, History
 from utils.length import LengthOptions
@@ -302,7 +302,7 @@ def memory_savers(options: Options) -> dict[str, bool]:
 def measure_on(
     options: Options,
     accelerator: "Accelerator",
-    family: Family,
+    family: TextFamily,
     images: PlannedImages | None,
     requests: StopRequests,
 ) -> HeldOut | None:
@@ -336,7 +336,7 @@ def check_together(options: Options) -> None:
 
 
 def check_before_loading(
-    options: Options, source: PipelineSource, family_class: type[Family], sizes: Sequence[tuple[int, int]]
+    options: Options, source: PipelineSource, family_class: type[TextFamily], sizes: Sequence[tuple[int, int]]
 ) -> None:
     """Refuses what the pipeline's configs show not to go, before its weights are loaded."""
     family_class.check_before_loading(source, sizes)
@@ -354,7 +354,7 @@ def forward_process(options: NoiseOptions, scheduler_config: Mapping) -> Forward
     return process
 
 
-def default_output_dir(options: Options, family_class: type[Family]) -> str:
+def default_output_dir(options: Options, family_class: type[TextFamily]) -> str:
     """The diffusers examples' output folder for this family and adaptation."""
     adaptation = options.adaptation.adaptation
     return family_class.default_output_dir if adaptation == "full" else f"sd-model-finetuned-{adaptation}"
@@ -380,7 +380,9 @@ def prepare_data(
     )
 
 
-def is_validation_due(options: Options, family: Family, batches: GlobalBatches | StreamedBatches, done: int) -> bool:
+def is_validation_due(
+    options: Options, family: TextFamily, batches: GlobalBatches | StreamedBatches, done: int
+) -> bool:
     """Whether samples are drawn after optimizer step number `done`, from 1."""
     default_epochs = 1 if options.adaptation.adaptation != "full" else family.default_validation_epochs
     before, after = batches.epochs_before(done - 1), batches.epochs_before(done)
@@ -394,7 +396,12 @@ def data_name(options: Options) -> str:
 
 
 def publish(
-    options: Options, folder: OutputFolder, family: Family, samples: list[Sample], total_steps: int, global_batch: int
+    options: Options,
+    folder: OutputFolder,
+    family: TextFamily,
+    samples: list[Sample],
+    total_steps: int,
+    global_batch: int,
 ) -> None:
     """Writes the model card and uploads the result, where that was asked for."""
     if not options.hub.push_to_hub:
