@@ -41,8 +41,8 @@ ARGUMENTS = [
     "--model_size", "tiny", "--flow_matching",
     "--train_batch_size", "64", "--max_train_steps", "1000", "--learning_rate", "2e-3", "--lr_warmup_steps", "50",
     "--use_ema", "--ema_max_decay", "0.995",
-    "--num_inference_steps", "25", "--save_images_steps", "125", "--eval_batch_size", "16", "--save_model_epochs", "1000",
-    "--checkpointing_steps", "500", "--seed", "0",
+    "--num_inference_steps", "25", "--save_images_steps", "50", "--eval_batch_size", "16",
+    "--save_model_epochs", "1000", "--checkpointing_steps", "500", "--seed", "0",
 ]  # fmt: skip
 
 

@@ -142,14 +142,24 @@ def shift_of(scheduler_config: Mapping) -> float:
     return float(scheduler_config.get("shift", scheduler_config.get("flow_shift", 1.0)))
 
 
+def check_changes(options: ProcessOptions, scheduler: Any) -> None:
+    """Refuses what is to be otherwise in the noise of a pipeline that has no betas."""
+    flags = {
+        "--prediction_type": options.prediction_type is not None,
+        "--beta_schedule": options.beta_schedule is not None,
+        "--rescale_betas_zero_snr": options.rescale_betas_zero_snr,
+    }
+    name = type(scheduler).__name__
+    if any(flags.values()) and (is_flow(scheduler) or "SdeVe" in name):
+        flag = next(flag for flag, is_given in flags.items() if is_given)
+        raise UserError(f"{flag} is of noise by betas, which the pretrained pipeline's {name} has not; leave it out")
+
+
 def process_of(options: ProcessOptions, scheduler: Any) -> "ForwardProcess | FlowProcess | ScoreProcess":
     """The forward process of a diffusers scheduler, which and the options must go together."""
     name, scheduler_config = type(scheduler).__name__, scheduler.config
     own = FlowProcess if is_flow(scheduler) else ScoreProcess if "SdeVe" in name else None
     process = ForwardProcess(scheduler_config, options.scheduler_changes) if own is None else own(scheduler_config)
-    if own is not None and options.scheduler_changes:
-        flags = ", ".join(f"--{name}" for name in options.scheduler_changes)
-        raise UserError(f"{flags}: the pipeline's {name} has no such setting; leave it out")
     timestep_weights(options, process.alphas_cumprod.double().numpy(), process.default_distribution)
     if options.dream_training and (own is not None or process.prediction_type != "epsilon"):
         raise UserError(f"--dream_training is for epsilon prediction by betas, the pipeline has {name}")

@@ -321,7 +321,7 @@ def make_cut(image: Image.Image, cut: Cut, options: ImageOptions) -> np.ndarray:
         if factor != 1:
             taken = enhance(taken).enhance(factor)
     values = np.asarray(taken)
-    return np.ascontiguousarray(np.atleast_3d(values).transpose(2, 0, 1))
+    return np.array(np.atleast_3d(values).transpose(2, 0, 1), order="C")  # a copy: PIL lends its own memory
 
 
 def _cover(size: tuple[float, float], target: tuple[int, int]) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from utils.families.base import Family, TextStates, changed_scheduler
 from utils.families.denoisers import CLASS_SLOTS, ShapeOptions, make_denoiser, transformer_config, unet_config
 from utils.families.source import LOADING_ERRORS, read_config_file
 from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
-from utils.flow import ProcessOptions, is_flow, shift_of
+from utils.flow import ProcessOptions, check_changes, is_flow, shift_of
 from utils.options import UserError, first_line, option, require
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class UnconditionalFamily(Family):
             pipeline = load_pipeline(self.pipeline_class(), options)
             parts = {name: pipeline.components[name] for name in (self.denoiser_name, *self.coder_names)}
             self._resize(parts[self.denoiser_name], wanted)
+            check_changes(noise, pipeline.scheduler)
             scheduler = changed_scheduler(pipeline.scheduler, noise.scheduler_changes)
             if noise.flow_matching and not is_flow(scheduler):
                 scheduler = self._exported(fresh_scheduler(noise, clips=False), sampler)
@@ -345,6 +346,9 @@ class LabelledPixels(ClassLabelled, Pixels):
 
     def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
         return self.pipeline_class()(scheduler=scheduler, id2label=self.classes, **parts)
+
+    def _exported(self, scheduler: Any, sampler: str | None) -> Any:
+        return sampler_of(scheduler, "ddim") if sampler == "ddim" else scheduler
 
     def _numbered(self, names: Sequence[str], denoiser: nn.Module) -> dict[int, str]:
         slots = (denoiser.config.num_class_embeds or 1) - 1
@@ -585,6 +589,7 @@ def fresh_scheduler(noise: ProcessOptions, clips: bool) -> Any:
     if noise.flow_matching:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=count, shift=noise.flow_shift)
     settings = {"num_train_timesteps": count, "beta_schedule": "linear", "clip_sample": clips}
+    settings["timestep_spacing"] = "trailing"  # few steps begin at the noisiest timestep too (Lin et al. 2024)
     return DDPMScheduler(**settings | noise.scheduler_changes)
 
 
@@ -609,7 +614,8 @@ def sampler_of(scheduler: Any, name: str | None) -> Any:
     """
     import diffusers
 
-    config = scheduler.config
+    # values at their defaults too: after saving and loading they are the config's own, and no other class's default
+    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     if name is None:
         return type(scheduler).from_config(config)
     flows = is_flow(scheduler)
@@ -620,7 +626,7 @@ def sampler_of(scheduler: Any, name: str | None) -> Any:
     sampler_class = getattr(diffusers, table[name])
     known = inspect.signature(sampler_class.__init__).parameters
     if flows:
-        return sampler_class(num_train_timesteps=config.num_train_timesteps, shift=shift_of(config))
+        return sampler_class(num_train_timesteps=config["num_train_timesteps"], shift=shift_of(config))
     if name == "heun" and config.get("prediction_type") == "sample":
         raise UserError("--sampler heun knows no --prediction_type sample; try ddim or euler")
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
