@@ -354,6 +354,8 @@ def check_together(options: Options) -> None:
 
 def check_family(options: Options, family_class: type[UnconditionalFamily]) -> None:
     """Refuses what a model in pixels, or one of latents, can't do."""
+    if options.perceptual.perceptual_weight is not None and options.image.image_channels != 3:
+        raise UserError("--perceptual_weight compares colours, so --image_channels must be 3; leave one out")
     if family_class.coder_names:
         return
     asked = {

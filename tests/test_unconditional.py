@@ -482,11 +482,46 @@ def test_the_validation_loss_is_measured_and_the_best_is_kept(train):
     assert {path.name for path in (out / "samples").iterdir()} == {"step-2", "final", "film_strip.png"}
 
 
-def test_dry_run(train, capsys):
-    train("labelled latents", *SHORT, "--dry_run")
+@pytest.mark.parametrize("name", ["pixels", "labelled latents"])
+def test_dry_run(train, capsys, name):
+    out = train(name, *SHORT, "--dry_run")
     printed = capsys.readouterr().out
-    assert "DiTPipeline" in printed
-    assert "2 classes" in printed
+    assert {"pixels": "DDPMPipeline", "labelled latents": "DiTPipeline"}[name] in printed
+    assert {"pixels": "no classes", "labelled latents": "2 classes"}[name] in printed
+    assert "2 optimizer steps" in printed
+    assert sorted(path.name for path in out.iterdir()) == ["contact_sheet.png", "dry_run_report.json"]
+
+
+def test_a_run_that_is_ended_in_time_goes_on_bit_by_bit(train):
+    flags = ("--train_batch_size", 2, "--use_ema", "--max_train_steps", 3)
+    whole = train("labels", *flags, out="whole")
+    train("labels", *flags, "--max_train_time", "0:00:00", out="parts")
+    assert {path.name for path in (whole.parent / "parts").glob("checkpoint-*")} == {"checkpoint-1"}
+    parts = train("labels", *flags, "--resume_from_checkpoint", "latest", out="parts")
+    assert losses(whole) == losses(parts)
+    for name in ("unet", "unet_ema"):
+        assert_same_bits(weights(whole / "checkpoint-3", name), weights(parts / "checkpoint-3", name))
+    assert np.array_equal(samples(whole / "samples" / "final"), samples(parts / "samples" / "final"))
+
+
+def test_aspect_ratio_buckets(train):
+    flags = ("--use_aspect_ratio_buckets", "--bucket_step", 8, "--bucket_group_size", 1, "--random_flip")
+    out = train("pixels", *SHORT, *flags)
+    assert load(out).unet.config.sample_size == 32
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(train, images, tmp_path):
+    flags = ("--max_train_steps", 4, "--adam_epsilon", 1e-5, "--learning_rate", 1e-3)
+    alone = train("pixels", *flags, "--train_batch_size", 4)
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641"]
+    words += [ROOT / "train_unconditional.py", "--train_data_dir", images, "--output_dir", tmp_path / "two"]
+    words += [*tiny.UNCONDITIONAL["pixels"], *flags, "--resolution", 32, "--lr_warmup_steps", 0, "--report_to", "none"]
+    words += ["--train_batch_size", 1, "--gradient_accumulation_steps", 2]
+    subprocess.run([str(word) for word in words], check=True, capture_output=True)
+    for key, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(tmp_path / "two")[key], tensor, rtol=1e-4, atol=2e-6)
+    assert len(list((tmp_path / "two" / "samples" / "final").glob("0*.png"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -593,3 +628,51 @@ def test_training_through_the_script_lowers_the_loss(train):
     out = train("flow", "--max_train_steps", 60, "--train_batch_size", 6, "--learning_rate", 3e-3, "--center_crop")
     assert np.mean(losses(out)[-10:]) < 0.6 * np.mean(losses(out)[:5])
     assert_same_bits(weights(out), weights(out / "checkpoint-60"))
+
+
+def test_the_readmes_commands_parse(tmp_path):
+    import re
+    import shlex
+
+    from train_unconditional import Options
+    from utils.options import parse
+
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [line for line in lines if "train_unconditional.py " in line]
+    assert len(commands) >= 3
+    for command in commands:
+        words = shlex.split(command)
+        words = words[words.index("train_unconditional.py") + 1 :]
+        parse(Options, [str(tmp_path) if word == "path/to/images" else word for word in words], "")
+
+
+def test_the_demo_trains_draws_and_judges(tmp_path, monkeypatch, capsys):
+    import unconditional
+    from tests.conftest import reset_accelerate
+
+    reset_accelerate()
+    shortened = [*unconditional.ARGUMENTS, "--max_train_steps", "2", "--train_batch_size", "4"]
+    monkeypatch.setattr(unconditional, "ARGUMENTS", [*shortened, "--num_inference_steps", "2"])
+    monkeypatch.setattr(unconditional, "NUM_DRAWN", 12)
+    monkeypatch.setattr(unconditional, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr("sys.argv", ["unconditional.py", "--output_dir", str(tmp_path)])
+    unconditional.main()
+    assert "of which the classifier is sure" in capsys.readouterr().out
+    assert (tmp_path / "unconditional_grid.png").stat().st_size > 500
+    assert (tmp_path / "unconditional_film_strip.png").exists()
+
+
+def test_real_digits_of_another_half_are_what_the_judge_is_sure_of(tmp_path):
+    import classifier
+    import digits
+    import unconditional
+
+    drawing, _ = digits.split_digits()
+    few = digits.Digits(drawing.ink[:300], drawing.labels[:300])
+    unconditional.write_images(few, tmp_path / "few")
+    ink = unconditional.read_images(tmp_path / "few")
+    np.testing.assert_allclose(ink.numpy(), few.ink, atol=1 / 255)
+    said = unconditional.verdict(ink, classifier.train_classifier(), ink, ink[:50])
+    assert "10 of 10" in said
+    assert "0.000 of drawn ones" in said

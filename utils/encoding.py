@@ -133,7 +133,7 @@ class CacheFiller:
     @property
     def latent_dtype(self) -> torch.dtype:
         """The dtype that moments are stored in: as asked, or the VAE's own, which loses nothing."""
-        return self.dtype or self.family.latent_space.vae.dtype
+        return self.dtype or self.family.latent_space.dtype
 
     def vae_fingerprint(self) -> str:
         """Of the VAE, the dtype it computes in and the dtype that is stored."""

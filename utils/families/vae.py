@@ -1,5 +1,7 @@
 """The latent space of a pretrained VAE: its scaling is that of its own config, at encoding and at decoding."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,15 @@ class LatentSpace:
         """[C, h, w] of the latents of an image of this width and height in pixels."""
         width, height = size
         return self.channels, height // self.factor, width // self.factor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its moments are computed in."""
+        return self.vae.dtype
+
+    def num_cached(self, size: tuple[int, int]) -> int:
+        """How many numbers the moments of an image of this width and height are, where they can be cached."""
+        return 2 * math.prod(self.shape(size))
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,6 +110,15 @@ class PixelSpace(LatentSpace):
         self.channels = channels
         self.factor = 1
         self._low = low
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of images."""
+        return torch.float32
+
+    def num_cached(self, size: tuple[int, int]) -> int:
+        """None: pixels are not cached."""
+        return 0
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(the images [B, C, H, W] float32, zeros) of pixels from 0 to 255."""
