@@ -16,7 +16,7 @@ from utils.adaptation import FullFineTuning, TrainedOptions
 from utils.background import BackgroundWriter
 from utils.checkpoint import CheckpointOptions, Checkpoints, RunFacts, check_structure, check_training
 from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_stepping, check_token
-from utils.course import Course, Validation, choose_length
+from utils.course import Course, Feed, Settings, Validation, choose_length
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CacheOptions
 from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
@@ -289,10 +289,9 @@ def run(argv: Sequence[str] | None) -> None:
         preparation.write_report(images)
         saver = CheckpointSaver(checkpoints, state, BackgroundWriter(options.checkpoint.async_checkpointing))
         log = RunLog(accelerator, folder.path, first_step, total_steps, batches.size)
-        course = Course(
-            *(state, validation, gradients, saver, checkpoints, log, requests, preparation, images, batches, waiting),
-            *(rates, options.schedule, options.ema, options.checkpoint, options.tracking, at_once, total_steps),
-        )
+        feed = Feed(preparation, images, batches, waiting)
+        settings = Settings(rates, options.schedule, options.ema, options.checkpoint, options.tracking, at_once)
+        course = Course(state, validation, gradients, saver, checkpoints, log, requests, feed, settings, total_steps)
         with saver.writer, log:
             for step, micro_batches in loader:
                 done, rate_now = step + 1, course.rate_now(factor(step))

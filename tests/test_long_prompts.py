@@ -92,7 +92,7 @@ class TestTokenize:
         assert not caplog.records
 
     def test_many_captions_are_counted_piece_by_piece(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("utils.families.base.CAPTIONS_AT_ONCE", 3)
+        monkeypatch.setattr("utils.families.text.CAPTIONS_AT_ONCE", 3)
         captions = [LETTERS[:length] for length in range(11)]
         assert np.array_equal(Tokenize(self.tokenizers(tmp_path)).num_tokens(captions), np.arange(11))
 

@@ -18,10 +18,12 @@ class CaptionOptions:
 
     Attributes:
         word: what one is called.
+        refusal: the option by which an image without one may end the run.
         are_expected: whether an image without one is worth a word.
     """
 
     word: ClassVar[str] = "caption"
+    refusal: ClassVar[str] = "--on_missing_caption error"
     are_expected: ClassVar[bool] = True
 
     trigger_word: str | None = option(None, "word put in front of each caption that does not hold it")

@@ -41,6 +41,7 @@ class ColumnLabels(CaptionOptions):
     """Each image has the class that its column says."""
 
     word: ClassVar[str] = "label"
+    refusal: ClassVar[str] = "--label_column"
 
 
 @dataclass(frozen=True)

@@ -276,6 +276,6 @@ def check_captions(records: Records) -> int:
     refusing = [index for index in places if records.source(index).captions.on_missing_caption == "error"]
     if refusing:
         names = ", ".join(records.key(index) for index in refusing[:10])
-        word = records.source(refusing[0]).captions.word
-        raise UserError(f"{len(refusing)} images have no {word} (--on_missing_caption error), such as {names}")
+        captions = records.source(refusing[0]).captions
+        raise UserError(f"{len(refusing)} images have no {captions.word} ({captions.refusal}), such as {names}")
     return len(places)

@@ -115,6 +115,7 @@ class UnconditionalFamily(Family):
         sampler: the sampler that was asked for, which an exported pipeline keeps where it can.
         """
         self.measures_scaling = False
+        self._known: dict[str, int] = {}  # numbers of the classes that a pretrained pipeline draws
         self._coder_dtype = coder_dtype
         if options.pretrained_model_name_or_path is None:
             parts = self._fresh_parts(options, wanted)
@@ -166,10 +167,9 @@ class UnconditionalFamily(Family):
 
     def _numbered(self, names: Sequence[str], denoiser: nn.Module) -> dict[int, str]:
         """The classes' names by their numbers: those that a pretrained pipeline knows keep theirs."""
-        known = getattr(self, "_known", {})
-        if names and all(name in known for name in names):
-            return {known[name]: name for name in names}
-        if names and known:
+        if names and all(name in self._known for name in names):
+            return {self._known[name]: name for name in names}
+        if names and self._known:
             logger.warning("the pretrained pipeline does not know all classes of the data: they are numbered anew")
         return dict(enumerate(names))
 
