@@ -1,4 +1,5 @@
 # make demo   fine-tunes the small pipeline in demo/ and shows before | after
+# make demo-unconditional   trains a model of digits from scratch, and judges what it draws
 # make test   checks and tests
 # Both install what they need into .venv first.
 
@@ -7,13 +8,17 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 RUN = .venv/bin/python
 INSTALLED = .venv/installed-$(shell cat requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo demo-lora compare chaos test test-slow check install base clean
+.PHONY: demo demo-lora demo-unconditional compare chaos test test-slow check install base clean
 
 demo: $(INSTALLED)
 	$(RUN) demo/run.py
 
 demo-lora: $(INSTALLED)
 	$(RUN) demo/run.py --adaptation lora
+
+# a model of digits from scratch, drawn and judged
+demo-unconditional: $(INSTALLED)
+	$(RUN) demo/unconditional.py
 
 # fine-tunes the demo with each loss, weighting, adaptation and optimizer, and writes the table in demo/README.md
 compare: $(INSTALLED)

@@ -16,7 +16,7 @@ from utils.adaptation import ADAPTATIONS, AdaptationOptions
 from utils.background import BackgroundWriter
 from utils.checkpoint import CheckpointOptions, Checkpoints, RunFacts, check_structure, check_training
 from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_stepping, check_token
-from utils.course import Course, Validation, choose_length
+from utils.course import Course, Feed, Settings, Validation, choose_length
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CacheOptions
 from utils.data.captions import CaptionOptions
@@ -32,9 +32,9 @@ from utils.ema_lengths import AverageLengths
 from utils.encoding import Encoder
 from utils.engines import engine_of
 from utils.export import CardFacts, HubOptions, upload, write_card
-from utils.families.base import Family
 from utils.families.registry import pick_family
 from utils.families.source import ModelOptions, PipelineSource
+from utils.families.text import TextFamily
 from utils.gradients import FREE_CURE, setting
 from utils.held_out import EarlyStoppingOptions, HeldOut, History
 from utils.length import LengthOptions
@@ -257,10 +257,9 @@ def run(argv: Sequence[str] | None) -> None:
         saver = CheckpointSaver(checkpoints, state, BackgroundWriter(options.checkpoint.async_checkpointing))
         gradients.rescue = saver.rescue
         log = RunLog(accelerator, folder.path, first_step, total_steps, batches.size)
-        course = Course(
-            *(state, validation, gradients, saver, checkpoints, log, requests, preparation, images, batches, waiting),
-            *(rates, options.schedule, options.ema, options.checkpoint, options.tracking, at_once, total_steps),
-        )
+        feed = Feed(preparation, images, batches, waiting)
+        settings = Settings(rates, options.schedule, options.ema, options.checkpoint, options.tracking, at_once)
+        course = Course(state, validation, gradients, saver, checkpoints, log, requests, feed, settings, total_steps)
         with saver.writer, log:
             for step, micro_batches in loader:
                 done, rate_now = step + 1, course.rate_now(factor(step))
@@ -310,7 +309,7 @@ def memory_savers(options: Options) -> dict[str, bool]:
 def measure_on(
     options: Options,
     accelerator: "Accelerator",
-    family: Family,
+    family: TextFamily,
     images: PlannedImages | None,
     requests: StopRequests,
 ) -> HeldOut | None:
@@ -344,7 +343,7 @@ def check_together(options: Options) -> None:
 
 
 def check_before_loading(
-    options: Options, source: PipelineSource, family_class: type[Family], sizes: Sequence[tuple[int, int]]
+    options: Options, source: PipelineSource, family_class: type[TextFamily], sizes: Sequence[tuple[int, int]]
 ) -> None:
     """Refuses what the pipeline's configs show not to go, before its weights are loaded."""
     family_class.check_before_loading(source, sizes)
@@ -362,7 +361,7 @@ def forward_process(options: NoiseOptions, scheduler_config: Mapping) -> Forward
     return process
 
 
-def default_output_dir(options: Options, family_class: type[Family]) -> str:
+def default_output_dir(options: Options, family_class: type[TextFamily]) -> str:
     """The diffusers examples' output folder for this family and adaptation."""
     adaptation = options.adaptation.adaptation
     return family_class.default_output_dir if adaptation == "full" else f"sd-model-finetuned-{adaptation}"
@@ -388,7 +387,9 @@ def prepare_data(
     )
 
 
-def is_validation_due(options: Options, family: Family, batches: GlobalBatches | StreamedBatches, done: int) -> bool:
+def is_validation_due(
+    options: Options, family: TextFamily, batches: GlobalBatches | StreamedBatches, done: int
+) -> bool:
     """Whether samples are drawn after optimizer step number `done`, from 1."""
     default_epochs = 1 if options.adaptation.adaptation != "full" else family.default_validation_epochs
     before, after = batches.epochs_before(done - 1), batches.epochs_before(done)
@@ -402,7 +403,12 @@ def data_name(options: Options) -> str:
 
 
 def publish(
-    options: Options, folder: OutputFolder, family: Family, samples: list[Sample], total_steps: int, global_batch: int
+    options: Options,
+    folder: OutputFolder,
+    family: TextFamily,
+    samples: list[Sample],
+    total_steps: int,
+    global_batch: int,
 ) -> None:
     """Writes the model card and uploads the result, where that was asked for."""
     if not options.hub.push_to_hub:

@@ -51,10 +51,11 @@ from tests import tiny  # noqa: E402
 from train_text_to_image import Options  # noqa: E402
 from utils.adaptation import ADAPTATIONS  # noqa: E402
 from utils.ema import MovingAverage  # noqa: E402
-from utils.families.base import Family, TextStates  # noqa: E402
+from utils.families.base import TextStates  # noqa: E402
 from utils.families.sd import StableDiffusion  # noqa: E402
 from utils.families.sdxl import StableDiffusionXL  # noqa: E402
 from utils.families.source import ComponentDtypes, ModelOptions  # noqa: E402
+from utils.families.text import TextFamily  # noqa: E402
 from utils.optim import NamedParameter  # noqa: E402
 from utils.options import UserError, parse, run_script  # noqa: E402
 from utils.starting import make_optimizer  # noqa: E402
@@ -124,7 +125,7 @@ def title_of(number: int) -> list[str]:
 class Architecture:
     """A pipeline's family and the configs of its parts; of text encoders each with its class's name."""
 
-    family: type[Family]
+    family: type[TextFamily]
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
     text_encoders: Sequence[tuple[str, Mapping[str, Any]]]
@@ -314,7 +315,7 @@ class MadeSource:
         return SimpleNamespace(scheduler=None, config=config, **tokenizers, **parts)
 
 
-def prepared(architecture: Architecture, options: Options) -> tuple[Family, list[NamedParameter]]:
+def prepared(architecture: Architecture, options: Options) -> tuple[TextFamily, list[NamedParameter]]:
     """The pipeline as the script prepares it, and what of it trains."""
     adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
     dtypes = adaptation_class.dtypes(options.adaptation, torch.bfloat16)
@@ -335,7 +336,7 @@ def prepared(architecture: Architecture, options: Options) -> tuple[Family, list
     return family, adaptation.named_parameters(options.optimizer)
 
 
-def encoded(family: Family, options: Options) -> tuple[Tensor, TextStates]:
+def encoded(family: TextFamily, options: Options) -> tuple[Tensor, TextStates]:
     """Noisy latents and text states, out of the encoders where they are not cached."""
     batch, edge = options.loader.train_batch_size, options.image.resolution or family.default_resolution
     if options.cache.cache_latents:
@@ -386,7 +387,7 @@ def count(architecture: Architecture, flags: Sequence[str]) -> Count:
         return Count(kinds, live.most, live.phase_of_most, live.flops)
 
 
-def backward_pass(live: Live, family: Family, options: Options) -> dict[str, int]:
+def backward_pass(live: Live, family: TextFamily, options: Options) -> dict[str, int]:
     """Encoding, forward and backward pass of a step; gives the bytes that the forward pass leaves, by kind."""
     live.begin("encoding")
     with torch.no_grad():

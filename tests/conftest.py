@@ -27,6 +27,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "sd": tiny.make_sd(root / "sd"),
         "sd2": tiny.make_sd(root / "sd2", "v_prediction"),
         "sdxl": tiny.make_sdxl(root / "sdxl"),
+        "vae": tiny.make_vae(root / "vae"),
     }
 
 
@@ -34,6 +35,12 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imagefolder of six captioned images."""
     return tiny.make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def classes(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images in a folder for each of two classes."""
+    return tiny.make_classes(images, tmp_path_factory.mktemp("classes"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,14 +51,24 @@ def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture
-def train(pipelines: dict[str, Path], images: Path, tmp_path: Path) -> Callable[..., Path]:
-    """train("sd", "--rank", 4, out="a") runs train_text_to_image.py in this process and gives its output folder."""
+def train(pipelines: dict[str, Path], images: Path, classes: Path, tmp_path: Path) -> Callable[..., Path]:
+    """train("sd", "--rank", 4, out="a") runs train_text_to_image.py in this process and gives its output folder.
 
-    def run(pipeline: str, *flags: object, out: str = "out", data: Path = images, expect: int = 0) -> Path:
-        from train_text_to_image import main
+    train("pixels", ...), and what else `tiny.UNCONDITIONAL` names, runs train_unconditional.py.
+    """
 
+    def run(pipeline: str, *flags: object, out: str = "out", data: Path | None = None, expect: int = 0) -> Path:
         reset_accelerate()
-        argv = ["--pretrained_model", pipelines.get(pipeline, pipeline), "--train_data_dir", data]
+        if pipeline in tiny.UNCONDITIONAL:
+            from train_unconditional import main
+
+            has_classes = "--class_conditional" in tiny.UNCONDITIONAL[pipeline]
+            argv = ["--train_data_dir", data or (classes if has_classes else images)]
+            argv += [pipelines.get(word, word) for word in tiny.UNCONDITIONAL[pipeline]]
+        else:
+            from train_text_to_image import main
+
+            argv = ["--pretrained_model", pipelines.get(pipeline, pipeline), "--train_data_dir", data or images]
         argv += ["--resolution", tiny.RESOLUTION, "--output_dir", tmp_path / out, "--lr_warmup_steps", 0]
         argv += ["--report_to", "none", *flags]
         status = main([str(word) for word in argv])
@@ -59,6 +76,7 @@ def train(pipelines: dict[str, Path], images: Path, tmp_path: Path) -> Callable[
         return tmp_path / out
 
     run.pipelines = pipelines
+    run.images = images
     return run
 
 

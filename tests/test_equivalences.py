@@ -114,14 +114,24 @@ def test_loss_and_gradients_equal_an_independent_computation(pipelines, images, 
         torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-4, atol=1e-5 * max(scale, 1e-3), msg=key)
 
 
-@pytest.mark.parametrize("flags", [(), ("--adaptation", "lora")], ids=["full", "lora"])
-def test_batch_4_equals_batch_1_accumulated_4_times(train, flags):
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("sd", ()),
+        ("sd", ("--adaptation", "lora")),
+        ("pixels", ("--lr_scheduler", "constant")),
+        ("labelled latents", ()),
+    ],
+    ids=["full", "lora", "pixels", "labelled latents"],
+)
+def test_batch_4_equals_batch_1_accumulated_4_times(train, name, flags):
     common = [*flags, "--max_train_steps", 10, "--adam_epsilon", 1e-5, "--learning_rate", 1e-3, "--random_flip"]
-    whole = train("sd", *common, "--train_batch_size", 4, out="whole")
-    pieces = train("sd", *common, "--train_batch_size", 1, "--gradient_accumulation_steps", 4, out="pieces")
-    one, other = (lora(whole), lora(pieces)) if flags else (weights(whole), weights(pieces))
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=2e-6, msg=name)
+    whole = train(name, *common, "--train_batch_size", 4, out="whole")
+    pieces = train(name, *common, "--train_batch_size", 1, "--gradient_accumulation_steps", 4, out="pieces")
+    part = "transformer" if name == "labelled latents" else "unet"
+    one, other = (lora(whole), lora(pieces)) if "lora" in flags else (weights(whole, part), weights(pieces, part))
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=2e-6, msg=key)
     torch.testing.assert_close(losses(whole), losses(pieces), rtol=1e-5, atol=1e-6)
 
 
@@ -133,6 +143,12 @@ RESUMED = {
     "sdxl bf16": ("sdxl", "--mixed_precision", "bf16", "--snr_gamma", 5, "--dataloader_num_workers", 1),
     "lora bf16": ("sd2", "--adaptation", "lora", "--mixed_precision", "bf16", "--use_dora"),
     "8-bit": ("sd2", "--use_8bit_adam", "--lr_scheduler", "cosine"),
+    "pixels": ("pixels", "--use_ema", "--random_flip", "--lr_scheduler", "constant", "--dropout", 0.2),
+    "pixels cosine": ("pixels", "--lr_scheduler", "cosine", "--prediction_type", "v_prediction"),
+    "flow": ("flow", "--mixed_precision", "bf16", "--dataloader_num_workers", 1, "--lr_scheduler", "constant"),
+    "labels": ("labels", "--label_dropout", 0.5, "--gradient_accumulation_steps", 2, "--lr_scheduler", "constant"),
+    "latents": ("latents", "--cache_latents", "--use_ema", "--lr_scheduler", "constant"),
+    "labelled latents": ("labelled latents", "--pure_bf16", "--mixed_precision", "bf16", "--lr_scheduler", "constant"),
 }
 
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from tests import tiny
 from tests.test_equivalences import losses, weights
-from utils.families.base import Family, Tokenize
 from utils.families.registry import pick_family
 from utils.families.source import ComponentDtypes, ModelOptions, PipelineSource
+from utils.families.text import TextFamily, Tokenize
 from utils.options import UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"  # each is a token of the tiny tokenizer
@@ -22,14 +22,14 @@ PIECES = [" ".join(LONG.split()[:75]), " ".join(LONG.split()[75:])]
 ALTERED = " ".join("?" if index == 90 else letter for index, letter in enumerate(LONG.split()))
 
 
-def family(pipelines, name: str, **options) -> Family:
+def family(pipelines, name: str, **options) -> TextFamily:
     source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipelines[name]), **options))
     made = pick_family(source)(source, ComponentDtypes(*[torch.float32] * 3), {})
     made.freeze()
     return made
 
 
-def encode(made: Family, *captions: str):
+def encode(made: TextFamily, *captions: str):
     """The states of captions, of which empty ones count as dropped."""
     return made.encode_text(made.tokenizer()(list(captions)), torch.tensor([caption == "" for caption in captions]))
 
@@ -46,7 +46,7 @@ def by_encoders(pipeline, piece: str, clip_skip: int):
 
 
 @torch.no_grad()
-def predict(made: Family, *captions: str) -> torch.Tensor:
+def predict(made: TextFamily, *captions: str) -> torch.Tensor:
     """The UNet's predictions, of the same noise for all captions."""
     noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).expand(len(captions), -1, -1, -1)
     return made.predict(
@@ -92,7 +92,7 @@ class TestTokenize:
         assert not caplog.records
 
     def test_many_captions_are_counted_piece_by_piece(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("utils.families.base.CAPTIONS_AT_ONCE", 3)
+        monkeypatch.setattr("utils.families.text.CAPTIONS_AT_ONCE", 3)
         captions = [LETTERS[:length] for length in range(11)]
         assert np.array_equal(Tokenize(self.tokenizers(tmp_path)).num_tokens(captions), np.arange(11))
 

@@ -127,17 +127,17 @@ def test_samples_with_one_part_on_the_device_at_a_time(train, monkeypatch, name,
     import numpy as np
     from PIL import Image
 
-    from utils.families.base import Family
+    from utils.families.text import TextFamily
 
     flags = ["--max_train_steps", 3, "--train_batch_size", 2, "--validation_steps", 2, *cached]
     flags += ["--validation_prompts", "a red square", "blue", "--validation_num_inference_steps", 2]
     plain = train(name, *flags, out="plain")
     moves = []
 
-    def record(self: Family, names: list[str], device: torch.device) -> None:
+    def record(self: TextFamily, names: list[str], device: torch.device) -> None:
         moves.extend((part, self.pipeline.components[part] is not None) for part in names)
 
-    monkeypatch.setattr(Family, "_move", record)
+    monkeypatch.setattr(TextFamily, "_move", record)
     saved = train(name, *flags, "--sampling_cpu_offload", out="saved")
     assert_same_bits(weights(plain), weights(saved))
     for file in sorted((plain / "samples").rglob("*.png")):

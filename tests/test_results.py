@@ -186,11 +186,12 @@ def test_checkpoints_load_on_their_own_and_are_pruned(train, pipelines):
     }
 
 
-def test_a_finished_run_trains_no_further_step(train):
-    out = train("sd", *SHORT)
+@pytest.mark.parametrize("name", ["sd", "pixels"])
+def test_a_finished_run_trains_no_further_step(train, name):
+    out = train(name, *SHORT)
     before, lines = weights(out), (out / "metrics.jsonl").read_text()
     (out / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    train("sd", *SHORT, "--resume_from_checkpoint", "latest")
+    train(name, *SHORT, "--resume_from_checkpoint", "latest")
     assert_same_bits(before, weights(out))
     assert (out / "metrics.jsonl").read_text() == lines
 
@@ -237,9 +238,11 @@ def test_a_separate_vae_is_used_and_exported(train, tmp_path, pipelines):
     assert_same_bits(weights(tmp_path, "vae"), weights(out, "vae"))
 
 
-def test_the_token_is_in_no_file(train):
+@pytest.mark.parametrize("name", ["sd", "pixels"])
+def test_the_token_is_in_no_file(train, name):
     token = "hf_PlantedSecretPlantedSecretPlanted"
-    out = train("sd", *SHORT, "--push_to_hub", "--hub_token", token, "--report_to", "tensorboard", *VALIDATION)
+    validation = VALIDATION if name == "sd" else ()
+    out = train(name, *SHORT, "--push_to_hub", "--hub_token", token, "--report_to", "tensorboard", *validation)
     assert (out / "README.md").exists()
     files = [path for path in out.rglob("*") if path.is_file()]
     assert any("tfevents" in path.name for path in files)
@@ -476,10 +479,11 @@ def poison(monkeypatch, steps: range) -> None:
     )
 
 
-def test_a_poisoned_batch_is_skipped_and_named(train, monkeypatch, caplog):
+@pytest.mark.parametrize("name", ["sd", "pixels"])
+def test_a_poisoned_batch_is_skipped_and_named(train, monkeypatch, caplog, name):
     flags = ("--max_train_steps", 6, "--train_batch_size", 2, "--use_ema", "--checkpointing_steps", 1)
     poison(monkeypatch, range(4, 5))
-    out = train("sd", *flags)
+    out = train(name, *flags)
     four, five, six = (weights(out / f"checkpoint-{step}") for step in (4, 5, 6))
     assert_same_bits(four, five)
     assert not torch.equal(five["conv_in.weight"], six["conv_in.weight"])
@@ -491,10 +495,11 @@ def test_a_poisoned_batch_is_skipped_and_named(train, monkeypatch, caplog):
     assert named.count(".png") == 2
 
 
-def test_a_run_that_diverges_ends_with_its_last_checkpoint_named(train, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["sd", "flow"])
+def test_a_run_that_diverges_ends_with_its_last_checkpoint_named(train, monkeypatch, capsys, name):
     poison(monkeypatch, range(3, 100))
     flags = ("--train_batch_size", 2, "--checkpointing_steps", 2, "--max_skipped_steps", 3, "--max_train_steps", 50)
-    out = train("sd", *flags, expect=2)
+    out = train(name, *flags, expect=2)
     error = capsys.readouterr().err.splitlines()[-1]
     assert "3 steps in a row" in error
     assert "checkpoint-6" in error
@@ -548,9 +553,10 @@ def test_a_single_file_of_another_architecture_is_refused(train, pipelines, tmp_
         ("manifest.json", "remove", "manifest.json is missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_or_refused(train, capsys, caplog, file, harm, said):
-    flags = ["--train_batch_size", 2, "--checkpointing_steps", 2]
-    out = train("sd", *flags, "--max_train_steps", 4)
+@pytest.mark.parametrize("name", ["sd", "labels"])
+def test_a_damaged_checkpoint_is_passed_over_or_refused(train, capsys, caplog, file, harm, said, name):
+    flags = ["--train_batch_size", 2, "--checkpointing_steps", 2, "--lr_scheduler", "constant"]
+    out = train(name, *flags, "--max_train_steps", 4)
     path = out / "checkpoint-4" / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -558,11 +564,11 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(train, capsys, caplog, f
         path.unlink()
     else:
         path.write_bytes(content if harm == "flip" else content[: len(content) // 2])
-    train("sd", *flags, "--max_train_steps", 6, "--resume_from_checkpoint", "checkpoint-4", expect=2)
+    train(name, *flags, "--max_train_steps", 6, "--resume_from_checkpoint", "checkpoint-4", expect=2)
     error = capsys.readouterr().err
     assert "--resume_from_checkpoint checkpoint-4 is damaged: " in error
     assert said in error
-    train("sd", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    train(name, *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
     assert any(
         "latest passes over checkpoint-4" in record.message and said in record.message for record in caplog.records
     )

@@ -1,6 +1,7 @@
 """Tiny pipelines of the real classes, and small folders of images, made on the spot."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,37 @@ def make_sdxl(folder: Path) -> Path:
         unet=unet,
         scheduler=scheduler(),
     ).save_pretrained(folder)
+    return folder
+
+
+SMALL_UNET = ("--model_size", "tiny", "--model_channels", 8, "--channel_mult", 1, 2, "--attention_resolutions", 16)
+SMALL_DRAWING = ("--eval_batch_size", 2, "--num_inference_steps", 2)
+UNCONDITIONAL: dict[str, tuple[object, ...]] = {
+    "pixels": (*SMALL_UNET, *SMALL_DRAWING),
+    "flow": (*SMALL_UNET, *SMALL_DRAWING, "--flow_matching"),
+    "labels": (*SMALL_UNET, *SMALL_DRAWING, "--class_conditional", "--guidance_scale", 2),
+    "latents": (*SMALL_UNET, *SMALL_DRAWING, "--vae", "vae"),
+    "labelled latents": (
+        *("--model_size", "tiny", "--layers_per_block", 2, *SMALL_DRAWING),
+        *("--vae", "vae", "--class_conditional", "--guidance_scale", 2),
+    ),
+}
+"""Flags of train_unconditional.py by a name that `train` knows; "vae" stands for the folder of one."""
+
+
+def make_vae(folder: Path) -> Path:
+    """The folder of a VAE."""
+    torch.manual_seed(0)
+    vae().save_pretrained(folder)
+    return folder
+
+
+def make_classes(images: Path, folder: Path) -> Path:
+    """The images of a folder in turn in the folders `cat` and `dog`."""
+    for number, path in enumerate(sorted(images.glob("*.png"))):
+        target = folder / ("cat", "dog")[number % 2]
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     return folder
 
 

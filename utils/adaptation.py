@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,20 +35,44 @@ LORA_ONLY = ("use_dora", "use_rslora", "lora_weights", "export_fused", "quantize
 
 
 @dataclass(frozen=True)
-class AdaptationOptions:
+class TrainedOptions:
+    """Which weights train, and in which arithmetic, where all of them may.
+
+    Attributes:
+        train_text_encoder: whether text encoders train too.
+    """
+
+    train_text_encoder: ClassVar[bool] = False
+
+    train_layers: str | None = option(
+        None, "regular expression that the names of the weights to train must hold, such as attn2 for cross-attention"
+    )
+    pure_bf16: bool = option(
+        False, "keep the weights that train in bfloat16 alone, stepped in float32 and rounded stochastically"
+    )
+
+    def __post_init__(self) -> None:
+        if self.train_layers is not None:
+            try:
+                re.compile(self.train_layers)
+            except re.error as error:
+                raise UserError(f"--train_layers {self.train_layers} is no regular expression: {error}") from error
+
+    @property
+    def structure(self) -> dict[str, object]:
+        """What a checkpoint can only be resumed with, by flag."""
+        return {name: getattr(self, name) for name in ("train_text_encoder", "train_layers", "pure_bf16")}
+
+
+@dataclass(frozen=True)
+class AdaptationOptions(TrainedOptions):
     adaptation: str = option(
         "full",
         "what trains: all weights, or adapters: lora, loha (https://arxiv.org/abs/2108.06098), "
         "lokr (https://arxiv.org/abs/2212.10650)",
         choices=("full", "lora", "loha", "lokr"),
     )
-    train_layers: str | None = option(
-        None, "regular expression that the names of the weights to train must hold, such as attn2 for cross-attention"
-    )
     train_text_encoder: bool = option(False, "train the text encoders too")
-    pure_bf16: bool = option(
-        False, "keep the weights that train in bfloat16 alone, stepped in float32 and rounded stochastically"
-    )
     rank: int | None = option(None, "rank of the adapters' matrices, 4 by default")
     lora_alpha: float | None = option(None, "scale of the adapters' update times the rank; by default the rank")
     lora_dropout: float = option(0.0, "dropout of the LoRA layers' input, or of the ranks of LoHa and LoKr")
@@ -66,13 +90,9 @@ class AdaptationOptions:
     def __post_init__(self) -> None:
         require_positive(self, "rank", "lora_alpha")
         check_quantization(self.quantize_base)
-        if self.train_layers is not None:
-            if self.adaptation != "full":
-                raise UserError("--train_layers goes with --adaptation full; adapters have --lora_target_modules")
-            try:
-                re.compile(self.train_layers)
-            except re.error as error:
-                raise UserError(f"--train_layers {self.train_layers} is no regular expression: {error}") from error
+        super().__post_init__()
+        if self.train_layers is not None and self.adaptation != "full":
+            raise UserError("--train_layers goes with --adaptation full; adapters have --lora_target_modules")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "be in [0, 1)")
         if self.pure_bf16 and self.adaptation != "full":
             raise UserError("--pure_bf16 is for --adaptation full: adapters are small, and train in float32")
@@ -99,8 +119,7 @@ class AdaptationOptions:
     @property
     def structure(self) -> dict[str, object]:
         """What a checkpoint can only be resumed with, by flag."""
-        names = ("adaptation", "train_text_encoder", "train_layers", "pure_bf16")
-        shared = {name: getattr(self, name) for name in names}
+        shared = {"adaptation": self.adaptation} | super().structure
         if self.adaptation == "full" or self.lora_weights is not None:
             return shared
         adapters = {
@@ -136,7 +155,7 @@ class Adaptation(ABC):
         """
         self.family = family
         self.options = options
-        names = family.trainable_names() if options.train_text_encoder else ("unet",)
+        names = family.trainable_names() if options.train_text_encoder else family.trainable_names()[:1]
         self.modules = {name: getattr(family.pipeline, name) for name in names}
         family.freeze()
 
@@ -257,7 +276,7 @@ class FullFineTuning(Adaptation):
         return partial(self._export, self._copies(buffers, "") if is_spread else self.modules)
 
     def _export(self, modules: dict[str, nn.Module], folder: Path) -> None:
-        self.family.float32_pipeline(**modules).save_pretrained(folder)
+        self.family.save_pipeline(folder, **modules)
 
 
 class AdapterTuning(Adaptation):

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,12 +97,31 @@ def choose_length(
     return lengths.of_length(best)
 
 
+class Feed(NamedTuple):
+    """Where a run's samples come from."""
+
+    preparation: DataPreparation
+    images: PlannedImages | StreamedImages
+    batches: GlobalBatches | StreamedBatches
+    waiting: Waiting
+
+
+class Settings(NamedTuple):
+    """What the options say of a run's course; `at_once` samples are taken by a process, where memory allows."""
+
+    rates: OptimizerOptions
+    schedule: ScheduleOptions
+    ema: EmaOptions
+    checkpoint: CheckpointOptions
+    tracking: TrackingOptions
+    at_once: int
+
+
 @dataclass
 class Course:
     """The parts of a run that an optimizer step concerns, and how far it goes.
 
     Attributes:
-        at_once: samples that a process takes at once, where memory allows.
         total_steps: after which the run ends; fewer, once the validation loss has said so.
     """
 
@@ -112,25 +132,19 @@ class Course:
     checkpoints: Checkpoints
     log: RunLog
     requests: StopRequests
-    preparation: DataPreparation
-    images: PlannedImages | StreamedImages
-    batches: GlobalBatches | StreamedBatches
-    waiting: Waiting
-    rates: OptimizerOptions
-    schedule: ScheduleOptions
-    ema: EmaOptions
-    checkpoint: CheckpointOptions
-    tracking: TrackingOptions
-    at_once: int
+    feed: Feed
+    settings: Settings
     total_steps: int
     _unreadable: dict[str, str] = field(default_factory=dict)  # found by this process and not yet told to the others
     _heard: Sequence[float] = ()
 
     def rate_now(self, factor: float) -> float:
         """The factor on the peak learning rate: that of the schedule, and of `reduce_on_plateau`."""
-        if self.schedule.lr_scheduler != "reduce_on_plateau":
+        if self.settings.schedule.lr_scheduler != "reduce_on_plateau":
             return factor
-        return factor * self.schedule.lr_gamma ** self.validation.history.reductions(self.schedule.lr_patience)
+        return factor * self.settings.schedule.lr_gamma ** self.validation.history.reductions(
+            self.settings.schedule.lr_patience
+        )
 
     def record(self, done: int, found: StepSums, grad_norm: Tensor, factor: float) -> None:
         """Logs optimizer step number `done`, from 1, and hears, a step late, what all processes were asked for.
@@ -138,20 +152,22 @@ class Course:
         Raises:
             UserError: if one step after the other had to be skipped, or more images than allowed can't be read.
         """
-        accelerator, batches, log = self.state.accelerator, self.batches, self.log
+        accelerator, batches, log = self.state.accelerator, self.feed.batches, self.log
         new = {
             key: why
             for key, why in found.unreadable.items()
-            if key not in self.images.bad and key not in self._unreadable
+            if key not in self.feed.images.bad and key not in self._unreadable
         }
         self._unreadable |= new
         asked = [float(len(new)), *self.requests.asked(accelerator.is_main_process)]
         sums = torch.cat([found.loss[None], torch.tensor(asked, device=accelerator.device)])
         total_loss, sums = accelerator.reduce(sums).split([1, len(asked)])
         epoch = float(done * batches.size / batches.samples_per_epoch)
-        rate, mean_loss = self.rates.learning_rate * factor, total_loss[0] / batches.size
-        by_key = found.loss_by_key if self.tracking.debug_loss else ()
-        log.step(StepMetrics(done, epoch, mean_loss, grad_norm, rate, found.keys, by_key, self.waiting.seconds, sums))
+        rate, mean_loss = self.settings.rates.learning_rate * factor, total_loss[0] / batches.size
+        by_key = found.loss_by_key if self.settings.tracking.debug_loss else ()
+        log.step(
+            StepMetrics(done, epoch, mean_loss, grad_norm, rate, found.keys, by_key, self.feed.waiting.seconds, sums)
+        )
         if any(log.sums[:1]):
             self.share_unreadable()
         self._stop_if_diverged()
@@ -159,11 +175,11 @@ class Course:
 
     def share_unreadable(self) -> None:
         """Tells all processes of images that one could not decode."""
-        self.preparation.share_unreadable(self._unreadable, self.images)
+        self.feed.preparation.share_unreadable(self._unreadable, self.feed.images)
 
     def _stop_if_diverged(self) -> None:
         """Ends a run in which one step after the other had to be skipped."""
-        limit = self.tracking.max_skipped_steps
+        limit = self.settings.tracking.max_skipped_steps
         if self.log.skipped_in_a_row >= limit:
             last = next((path.name for path in reversed(self.checkpoints.found())), "none was written")
             raise UserError(
@@ -194,9 +210,9 @@ class Course:
         accelerator, wish = self.state.accelerator, agreed(self._heard)
         if self.state.lengths is not None and self._is_snapshot_due(done):
             on_main_process(accelerator, partial(self.state.lengths.snapshot, done))
-        if wish.saves or self.checkpoint.is_due(done, self.total_steps):
+        if wish.saves or self.settings.checkpoint.is_due(done, self.total_steps):
             with self.log.paused():
-                self.saver.save(done, self.gradients.shortened(self.at_once))
+                self.saver.save(done, self.gradients.shortened(self.settings.at_once))
         if wish.saves:
             on_main_process(accelerator, self.requests.remove_files)
         if wish.number or (wish.ends and done < self.total_steps):
@@ -205,5 +221,5 @@ class Course:
 
     def _is_snapshot_due(self, done: int) -> bool:
         """Whether the averages among which a length is chosen are written."""
-        interval = self.ema.ema_snapshot_steps or self.checkpoint.checkpointing_steps
+        interval = self.settings.ema.ema_snapshot_steps or self.settings.checkpoint.checkpointing_steps
         return done % interval == 0 or done == self.total_steps

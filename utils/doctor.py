@@ -296,10 +296,11 @@ def draw_sheet(
             found = cut_out(image, mask, size, options, seed, passing, (height, width) if records.has_masks else None)
         except (OSError, ValueError):
             continue
-        pixels = Image.fromarray(found.pixels.transpose(1, 2, 0))
+        counted = 1.0
         if found.mask is not None:  # where the loss does not count, it is dark
             counted = found.mask / 255 * (1 - DIMMED) + DIMMED
-            pixels = Image.fromarray((found.pixels * counted).astype(np.uint8).transpose(1, 2, 0))
+        shown = (found.pixels * counted).astype(np.uint8).transpose(1, 2, 0)
+        pixels = Image.fromarray(shown[:, :, 0] if shown.shape[2] == 1 else shown).convert("RGB")
         caption = "(caption dropped)" if dropped else text or "(no caption)"
         tiles.append(_tile(pixels, f"{width}x{height}", caption))
     columns = min(6, max(1, len(tiles)))

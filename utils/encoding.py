@@ -133,12 +133,12 @@ class CacheFiller:
     @property
     def latent_dtype(self) -> torch.dtype:
         """The dtype that moments are stored in: as asked, or the VAE's own, which loses nothing."""
-        return self.dtype or self.family.pipeline.vae.dtype
+        return self.dtype or self.family.latent_space.dtype
 
     def vae_fingerprint(self) -> str:
         """Of the VAE, the dtype it computes in and the dtype that is stored."""
-        vae = self.family.pipeline.vae
-        return fingerprint([vae], str(vae.dtype), str(self.latent_dtype), vae.use_tiling)
+        vae = self.family.latent_space.vae
+        return fingerprint([vae], str(vae.dtype), str(self.latent_dtype), getattr(vae, "use_tiling", False))
 
     def text_fingerprint(self) -> str:
         """Of the text encoders, the tokenizers, how they are used and the dtype that is stored."""

@@ -39,16 +39,20 @@ class CardFacts:
     """What a model card says.
 
     Attributes:
-        base_model: the pipeline that was trained from.
+        base_model: the pipeline that was trained from; None from scratch.
         data: the dataset's name or folder name.
         is_lora: whether the result is a LoRA file.
         settings: lines of the table of settings, (name, value).
+        call: how an image is drawn, in Python.
+        tag: the Hub's name for what the model does.
     """
 
-    base_model: str
+    base_model: str | None
     data: str
     is_lora: bool
     settings: Sequence[tuple[str, object]]
+    call: str = 'pipeline("a prompt")'
+    tag: str = "text-to-image"
 
 
 def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequence[Sample]) -> None:
@@ -57,8 +61,8 @@ def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequenc
     from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_card
     from huggingface_hub import ModelCard, ModelCardData
 
-    local = Path(facts.base_model).exists()
-    base_model = Path(facts.base_model).name if local else facts.base_model
+    local = facts.base_model is None or Path(facts.base_model).exists()
+    base_model = Path(facts.base_model).name if facts.base_model and local else facts.base_model
     shown = ""
     if samples:
         images: list[Image.Image] = [sample.image for sample in samples]
@@ -67,6 +71,8 @@ def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequenc
         shown = f"\nSamples of these prompts, in this order:\n\n{prompts}\n\n![samples](./{GRID})\n"
     table = "\n".join(f"| {name} | {_escaped(str(value))} |" for name, value in facts.settings)
     result = "LoRA weights for" if facts.is_lora else "This pipeline was fine-tuned from"
+    origin = f"{result} **{base_model}**" if base_model else "This pipeline was trained from scratch"
+    trained = ", trained" if facts.is_lora else ""
     usage = (
         f'pipeline = DiffusionPipeline.from_pretrained("{base_model}")\npipeline.load_lora_weights("{repository}")'
         if facts.is_lora
@@ -75,7 +81,7 @@ def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequenc
     description = f"""
 # {repository}
 
-{result} **{base_model}**{", trained" if facts.is_lora else ""} on **{_escaped(facts.data)}**.
+{origin}{trained} on **{_escaped(facts.data)}**.
 {shown}
 ## Usage
 
@@ -83,7 +89,7 @@ def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequenc
 from diffusers import DiffusionPipeline
 
 {usage}
-image = pipeline("a prompt").images[0]
+image = {facts.call}.images[0]
 ```
 
 ## Training
@@ -99,7 +105,7 @@ image = pipeline("a prompt").images[0]
         template_path=MODEL_CARD_TEMPLATE_PATH,
         model_description=description,
     )
-    tags = ["text-to-image", "diffusers", "diffusers-training", *(["lora"] if facts.is_lora else [])]
+    tags = [facts.tag, "diffusers", "diffusers-training", *(["lora"] if facts.is_lora else [])]
     populate_model_card(card, tags=tags).save(folder / CARD)
 
 
@@ -107,7 +113,7 @@ def result_files(folder: Path) -> list[str]:
     """Patterns of the files that are the result and its card: no checkpoints, logs or records of the run."""
     index = folder / "model_index.json"
     parts = [f"{name}/**" for name in json.loads(index.read_text(encoding="utf-8"))] if index.exists() else []
-    return ["model_index.json", *parts, "pytorch_lora_weights.safetensors", "fused/**", CARD, GRID]
+    return ["model_index.json", *parts, "pipeline.py", "pytorch_lora_weights.safetensors", "fused/**", CARD, GRID]
 
 
 def upload(folder: Path, repository: str, options: HubOptions) -> str | None:

@@ -47,10 +47,13 @@ def huber_threshold(options: "LossOptions", noised: Noised) -> Tensor:
 def _on_prediction(on_x0: Tensor, snr: Tensor, prediction_type: str) -> Tensor:
     """What a weight on the squared error of x0 is on that of the prediction.
 
-    The error of x0 is that of epsilon over sqrt(snr), and that of v over sqrt(snr + 1).
+    The error of x0 is that of epsilon over sqrt(snr), that of v over sqrt(snr + 1), and that of a flow's velocity times
+    sigma = 1 / (1 + sqrt(snr)).
     """
     if prediction_type == "epsilon":
         return on_x0 / snr
+    if prediction_type == "flow":
+        return on_x0 / (1 + snr.sqrt()).square()
     return on_x0 / (snr + 1) if prediction_type == "v_prediction" else on_x0
 
 
@@ -85,7 +88,13 @@ def _debiased(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tens
     The snr is taken for 1000 where it is more.
     """
     clipped = snr.clamp(max=LARGEST_SNR)
-    weights = {"epsilon": clipped.rsqrt(), "v_prediction": 1 / (clipped + 1), "sample": clipped.sqrt()}
+    flow = clipped.sqrt() / (1 + clipped.sqrt()).square()  # 1 / sqrt(snr) on epsilon, whose error is (1 - sigma) times
+    weights = {
+        "epsilon": clipped.rsqrt(),
+        "v_prediction": 1 / (clipped + 1),
+        "sample": clipped.sqrt(),
+        "flow": flow,
+    }
     return weights[prediction_type]
 
 
@@ -138,7 +147,7 @@ def loss_weights(snr: Tensor, prediction_type: str, options: LossOptions) -> Ten
 
     Args:
         snr: [B] signal-to-noise ratios, 0 or more; for epsilon 0 is taken for the smallest number.
-        prediction_type: what is predicted: epsilon, v_prediction or sample.
+        prediction_type: what is predicted: epsilon, v_prediction, sample or flow.
     """
     if prediction_type == "epsilon":
         snr = snr.clamp(min=torch.finfo(snr.dtype).tiny)

@@ -23,6 +23,7 @@ BETA_SCHEDULES = {
     "sigmoid": "sigmoid",
 }
 """Spellings of the noise schedules, and diffusers' names for them."""
+TIMESTEP_DISTRIBUTIONS = ("uniform", "log_normal", "logit_normal")
 TIMESTEP_BIASES = ("none", "earlier", "later", "range")
 
 
@@ -51,10 +52,12 @@ class NoiseOptions:
     timestep_bias_portion: float = option(0.25, "portion of the timesteps that the strategies earlier and later bias")
 
     timestep_distribution: str = option(
-        "uniform", "how timesteps are distributed, before the bias", choices=("uniform", "log_normal")
+        "uniform", "how timesteps are distributed, before the bias", choices=TIMESTEP_DISTRIBUTIONS
     )
     log_normal_mean: float = option(-1.2, "mean of the log of sigma = snr^(-1/2) under log_normal")
     log_normal_std: float = option(1.2, "standard deviation of the log of sigma under log_normal")
+    logit_mean: float = option(0.0, "mean of the logit of t / T under logit_normal; more is noisier")
+    logit_std: float = option(1.0, "standard deviation of the logit of t / T under logit_normal")
     timestep_sampling: str = option(
         "independent",
         "timesteps of a global batch: one by one, or one of each stratum",
@@ -74,7 +77,7 @@ class NoiseOptions:
     def __post_init__(self) -> None:
         require_not_negative(self, "noise_offset", "input_perturbation", "timestep_bias_begin", "min_timestep")
         require_not_negative(self, "multires_noise_iterations", "dream_detail_preservation")
-        require_positive(self, "log_normal_std", "max_timestep")
+        require_positive(self, "log_normal_std", "logit_std", "max_timestep")
         require_fraction(self, "multires_noise_discount")
         require_positive(self, "timestep_bias_multiplier")
         require(
@@ -95,7 +98,16 @@ class NoiseOptions:
 
 
 class ForwardProcess:
-    """q(x_t | x_0) of a diffusers noise scheduler, and the target of its prediction type, in float32."""
+    """q(x_t | x_0) of a diffusers noise scheduler, and the target of its prediction type, in float32.
+
+    Attributes:
+        prediction_type: what is predicted.
+        num_timesteps: T, the length of the schedule.
+        alphas_cumprod: [T] alpha_bar of each timestep: with snr = alpha_bar / (1 - alpha_bar).
+        default_distribution: how timesteps are drawn where nothing was asked for.
+    """
+
+    default_distribution = "uniform"
 
     def __init__(self, scheduler_config: Mapping, changes: Mapping[str, object]):
         """Args:
@@ -167,16 +179,20 @@ def rectify(noised: Noised, estimate: Tensor, detail_preservation: float) -> Noi
     return replace(noised, noisy=noised.noisy + spread * delta, target=noised.target + delta)
 
 
-def timestep_weights(options: NoiseOptions, alphas_cumprod: np.ndarray) -> np.ndarray:
+def timestep_weights(options: NoiseOptions, alphas_cumprod: np.ndarray, default: str = "uniform") -> np.ndarray:
     """[T] float64, how often each timestep is drawn relative to the others.
 
     Args:
         alphas_cumprod: [T] float64, alpha_bar of each timestep.
+        default: the distribution where the options name none.
     """
     num_timesteps = len(alphas_cumprod)
     weights = np.ones(num_timesteps)
-    if options.timestep_distribution == "log_normal":
+    distribution = options.timestep_distribution or default
+    if distribution == "log_normal":
         weights = _log_normal_weights(options, alphas_cumprod)
+    elif distribution == "logit_normal":
+        weights = _logit_normal_weights(options, num_timesteps)
     count = int(options.timestep_bias_portion * num_timesteps)
     if options.timestep_bias_strategy == "later":
         weights[num_timesteps - count :] *= options.timestep_bias_multiplier
@@ -205,6 +221,13 @@ def _log_normal_weights(options: NoiseOptions, alphas_cumprod: np.ndarray) -> np
     return np.diff([0.5 * math.erf(edge) for edge in scaled])
 
 
+def _logit_normal_weights(options: NoiseOptions, num_timesteps: int) -> np.ndarray:
+    """[T] the share of each timestep where the logit of t / T is normal (Esser et al. 2024, equation 19)."""
+    edges = np.linspace(0, 1, num_timesteps + 1)[1:-1]
+    scaled = (np.log(edges / (1 - edges)) - options.logit_mean) / (options.logit_std * math.sqrt(2))
+    return np.diff([-0.5, *(0.5 * math.erf(edge) for edge in scaled), 0.5])
+
+
 @dataclass(frozen=True)
 class SampleDraws:
     """What one sample's noising draws; arrays are [C, h, w] float32."""
@@ -222,7 +245,8 @@ class NoiseDraws:
         self.options = options
         self.seed = seed
         self.global_batch = global_batch
-        weights = timestep_weights(options, process.alphas_cumprod.double().numpy())
+        alphas = process.alphas_cumprod.double().cpu().numpy()
+        weights = timestep_weights(options, alphas, process.default_distribution)
         self._cumulative = np.cumsum(weights) / weights.sum()
         self._cumulative[np.flatnonzero(weights)[-1] :] = 1.0
 

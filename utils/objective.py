@@ -40,9 +40,13 @@ class Objective(nn.Module):
         noised, states = self._noised(batch, latents), self._states(encoded)
         if self._noise_options.dream_training:
             with torch.no_grad():
-                estimate = family.predict(self.trained["unet"], noised.noisy, noised.timesteps, states, batch.crops)
+                estimate = family.predict(
+                    self.trained[self._family.denoiser_name], noised.noisy, noised.timesteps, states, batch.crops
+                )
             noised = rectify(noised, estimate, self._noise_options.dream_detail_preservation)
-        prediction = family.predict(self.trained["unet"], noised.noisy, noised.timesteps, states, batch.crops)
+        prediction = family.predict(
+            self.trained[self._family.denoiser_name], noised.noisy, noised.timesteps, states, batch.crops
+        )
         losses = weighted_loss(prediction, noised, self._process.prediction_type, self._loss_options, batch.masks)
         if self.terms:
             estimate, prediction = self._process.estimate(noised, prediction), prediction.float()
@@ -55,7 +59,7 @@ class Objective(nn.Module):
 
         Masks count as they do in training.
         """
-        batch, unet = encoded.batch, self.trained["unet"]
+        batch, unet = encoded.batch, self.trained[self._family.denoiser_name]
         latents = self._family.latent_space.latents(encoded.mean, encoded.std, batch.posterior_noise)
         noised = self._noised(batch, latents)
         prediction = self._family.predict(unet, noised.noisy, noised.timesteps, self._states(encoded), batch.crops)

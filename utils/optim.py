@@ -56,6 +56,7 @@ class OptimizerOptions:
     max_grad_norm: float | None = option(
         None, "gradients are scaled down to this norm, by default 1; 0 leaves them as they are"
     )
+    fused_adamw: bool | None = option(None, "AdamW's step as one kernel; by default on a GPU")
     optimizer_in_backward: bool = option(
         False, "step each weight as soon as its gradient is there, and free that: less memory, no clipping"
     )
@@ -181,7 +182,8 @@ def parameter_groups(parameters: list[NamedParameter], weight_decay: float) -> l
 
 def _adamw(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
     on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, betas=options.betas, eps=options.adam_epsilon, fused=True if on_cuda else None)
+    fused = options.fused_adamw if options.fused_adamw is not None else True if on_cuda else None
+    return torch.optim.AdamW(groups, betas=options.betas, eps=options.adam_epsilon, fused=fused)
 
 
 def _adamw_8bit(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:

@@ -1,7 +1,6 @@
 """What a run does with its data before the first step: images chosen, the cache filled; and what is said of them."""
 
 import logging
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,7 +157,7 @@ class DataPreparation:
     def cache_bytes(self, family: Family, images: PlannedImages, num_texts: int) -> dict[str, int]:
         """What the cache would take, by kind."""
         filler = self._filler(family, 0)
-        moments = [2 * math.prod(family.latent_space.shape(size)) for size in images.plan.sizes]
+        moments = [family.latent_space.num_cached(size) for size in images.plan.sizes]
         counts = np.bincount(images.plan.bucket_of, minlength=len(moments))
         values = int(sum(int(count) * size for count, size in zip(counts, moments, strict=True)))
         states = filler.states([("", True)])

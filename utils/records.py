@@ -75,7 +75,7 @@ class Batch:
         step: optimizer step, from 0.
         slots: [B] position in the global batch of that step.
         keys: B names of the images.
-        pixels: [B, 3, H, W] uint8, or None where the moments come from the cache.
+        pixels: [B, C, H, W] from 0 to 255, uint8 or finer in float32, or None where the moments come from the cache.
         moments: [B, 2, C, h, w] mean and standard deviation of the VAE's posterior, raw, or None.
         input_ids: [B, text encoders, tokens] int64, or None where the text states come from the cache.
         states: text states by the family's names for them, or None.

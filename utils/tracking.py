@@ -249,7 +249,7 @@ class RunLog:
             return
         for tracker in self._accelerator.trackers:
             if tracker.name == "tensorboard":
-                pixels = np.stack([np.asarray(sample.image) for sample in samples])
+                pixels = np.stack([np.asarray(sample.image.convert("RGB")) for sample in samples])
                 tracker.writer.add_images(tag, pixels, step, dataformats="NHWC")
             elif tracker.name == "wandb":
                 import wandb

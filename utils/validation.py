@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from utils.families.base import Family
+from utils.families.text import TextFamily
 from utils.options import UserError, option, require_not_negative, require_positive
 from utils.runtime import autocast
 from utils.sharding import unsharded
@@ -74,7 +74,7 @@ class Sampler:
     def __init__(
         self,
         accelerator: "Accelerator",
-        family: Family,
+        family: TextFamily,
         options: ValidationOptions,
         folder: Path,
         resolution: int,

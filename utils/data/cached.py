@@ -92,9 +92,7 @@ class LatentPlan(CutPlan):
     @cached_property
     def _common(self) -> bytes:
         """The VAE, and how any image is read and resized."""
-        options = self.options
-        facts = (self.fingerprint, options.image_interpolation_mode, options.transparency_color)
-        return make_key("latents 1", *facts)
+        return make_key("latents 1", self.fingerprint, *self.options.reading)
 
     def _content(self, index: int) -> bytes:
         return self.images.survey.digests[index]

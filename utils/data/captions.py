@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import ClassVar
 
 from utils.options import option, require, require_fraction, require_not_negative
 from utils.records import RecordPass
@@ -13,6 +14,18 @@ FOLDER_REPEATS = re.compile(r"^\d+_")
 
 @dataclass(frozen=True)
 class CaptionOptions:
+    """How a source's captions are used.
+
+    Attributes:
+        word: what one is called.
+        refusal: the option by which an image without one may end the run.
+        are_expected: whether an image without one is worth a word.
+    """
+
+    word: ClassVar[str] = "caption"
+    refusal: ClassVar[str] = "--on_missing_caption error"
+    are_expected: ClassVar[bool] = True
+
     trigger_word: str | None = option(None, "word put in front of each caption that does not hold it")
     caption_prefix: str | None = option(None, "words before each caption")
     caption_suffix: str | None = option(None, "words behind each caption")
@@ -35,6 +48,10 @@ class CaptionOptions:
         require_not_negative(self, "keep_tokens")
         require_fraction(self, "tag_dropout", "caption_dropout")
         require(self.tag_separator != "", "tag_separator", "''", "not be empty", "the usual one is a comma")
+
+    def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of an image's captions that are used."""
+        return captions
 
     @property
     def joiner(self) -> str:

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.data.images import ImageOptions, make_cut, plan_cut, read_layers, read_rgb
+from utils.data.images import ImageOptions, make_cut, plan_cut, read_rgb
 from utils.data.masks import cut_mask
 from utils.records import Crop, MaskFile, RecordPass
 
 
 class CutOut(NamedTuple):
-    """[3, H, W] uint8 pixels, the crop that they are, and [h, w] uint8 the mask of their latents, if asked for."""
+    """Pixels [C, H, W] (uint8, or float32 from 0 to 255), their crop, and [h, w] uint8 the mask, if asked for."""
 
     pixels: np.ndarray
     crop: Crop
@@ -35,7 +35,7 @@ def cut_out(
     Raises:
         OSError, ValueError: if the image or its mask can't be read.
     """
-    rgb, alpha = read_layers(image, options.transparency_color)
+    rgb, alpha = options.layers(image)
     cut = plan_cut(rgb.size, target, options, seed, passing)
     pixels = make_cut(rgb, cut, options)
     if mask_shape is None:

@@ -155,6 +155,7 @@ class TrainingDataset(Dataset):
         width, height = max(self.sizes, key=lambda size: size[0] * size[1])
         latent = (count, *self.spec.latent_shape((width, height)))
         zeros, encodings = torch.zeros(latent), self.encodings
+        pixels = np.zeros((count, self.image_options.channels, height, width), self.image_options.pixel_type)
         states = None
         if encodings.texts is not None:
             states = {
@@ -165,7 +166,7 @@ class TrainingDataset(Dataset):
             step=0,
             slots=torch.arange(count),
             keys=("",) * count,
-            pixels=torch.zeros(count, 3, height, width, dtype=torch.uint8) if encodings.latents is None else None,
+            pixels=torch.from_numpy(pixels) if encodings.latents is None else None,
             moments=None if encodings.latents is None else torch.zeros(count, 2, *latent[1:]),
             input_ids=self.spec.tokenize([""] * count) if states is None else None,
             states=states,

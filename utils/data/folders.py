@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
 
@@ -66,12 +66,19 @@ def is_image(name: str) -> bool:
 
 
 def read_metadata_folder(
-    folder: Path, names: list[str], caption_column: str, mask_column: str | None, split: str
+    folder: Path,
+    names: list[str],
+    caption_column: str | None,
+    mask_column: str | None,
+    split: str,
+    read: Callable[[object, str], tuple[str, ...]] = captions_of,
 ) -> FileTable:
     """A folder with `metadata.jsonl` or `metadata.csv`, at its top or below, whose rows are the images to take.
 
     Args:
         names: the folder's files.
+        caption_column: None where nothing of the metadata but the names is wanted.
+        read: makes captions of what that column holds.
 
     Raises:
         UserError: for metadata that can't be read, or without the columns `file_name` and `caption_column`.
@@ -89,8 +96,10 @@ def read_metadata_folder(
                 refused.append((place, reason or "has no file_name"))
                 continue
             known |= row.keys()
-            _check_metadata_column("caption_column", caption_column, known, place)
-            captions = captions_of(row.get(caption_column), f"--caption_column {caption_column}: {place}")
+            captions: tuple[str, ...] = ()
+            if caption_column is not None:
+                _check_metadata_column("caption_column", caption_column, known, place)
+                captions = read(row.get(caption_column), f"--caption_column {caption_column}: {place}")
             parent = PurePosixPath(metadata).parent
             path, reason = _resolve(parent, name, folder, images)
             mask, mask_reason = "", ""

@@ -69,6 +69,25 @@ class ImageOptions:
         require(self.resolution % 8 == 0, "resolution", self.resolution, "be divisible by 8", cure)
 
     @property
+    def channels(self) -> int:
+        """Channels of what the model sees."""
+        return 3
+
+    @property
+    def reading(self) -> tuple[object, ...]:
+        """What, beside its bytes and its cut, decides on what is read of an image."""
+        return self.image_interpolation_mode, self.transparency_color
+
+    def layers(self, source: str | bytes) -> tuple["Image.Image", "Image.Image | None"]:
+        """(an image as the model sees its colours, its alpha channel or None)."""
+        return read_layers(source, self.transparency_color)
+
+    @property
+    def pixel_type(self) -> type:
+        """In which numbers pixels come, from 0 to 255."""
+        return np.uint8
+
+    @property
     def varies(self) -> bool:
         """Whether the same image is cut another way each time."""
         return not self.center_crop or self.random_flip or self.random_rotation > 0 or self.color_jitter > 0
@@ -286,14 +305,14 @@ def plan_cut(
 
 
 def make_cut(image: Image.Image, cut: Cut, options: ImageOptions) -> np.ndarray:
-    """[3, H, W] uint8, what the cut takes of an RGB image."""
+    """[C, H, W] what the cut takes of an image, in the numbers that the image has."""
     if cut.degrees:
         image = image.rotate(cut.degrees, Image.Resampling.BICUBIC)
     # only the part that is kept is computed: an image of 30,000 x 20 pixels would else be resized to gigabytes
     target = (cut.crop.width, cut.crop.height)
     taken = image.resize(target, INTERPOLATIONS[options.image_interpolation_mode], box=cut.box)
     if cut.mirrored:
-        taken = ImageOps.mirror(taken)
+        taken = taken.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for enhance, factor in (
         (ImageEnhance.Brightness, cut.brightness),
         (ImageEnhance.Contrast, cut.contrast),
@@ -301,7 +320,8 @@ def make_cut(image: Image.Image, cut: Cut, options: ImageOptions) -> np.ndarray:
     ):
         if factor != 1:
             taken = enhance(taken).enhance(factor)
-    return np.ascontiguousarray(np.asarray(taken).transpose(2, 0, 1))
+    values = np.asarray(taken)
+    return np.array(np.atleast_3d(values).transpose(2, 0, 1), order="C")  # a copy: PIL lends its own memory
 
 
 def _cover(size: tuple[float, float], target: tuple[int, int]) -> tuple[int, int]:

@@ -270,9 +270,12 @@ def check_captions(records: Records) -> int:
     Raises:
         UserError: if a source has `on_missing_caption` set to error, and images without one.
     """
+    if not any(source.captions.are_expected for source in records.sources):
+        return 0
     places = [index for index, captions in enumerate(records.all_captions()) if not captions]
     refusing = [index for index in places if records.source(index).captions.on_missing_caption == "error"]
     if refusing:
         names = ", ".join(records.key(index) for index in refusing[:10])
-        raise UserError(f"{len(refusing)} images have no caption (--on_missing_caption error), such as {names}")
+        captions = records.source(refusing[0]).captions
+        raise UserError(f"{len(refusing)} images have no {captions.word} ({captions.refusal}), such as {names}")
     return len(places)

@@ -3,11 +3,11 @@
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -24,14 +24,11 @@ from utils.data.folders import (
     read_pairs_folder,
 )
 from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
-from utils.data.tables import ImageTable, RowTable
+from utils.data.tables import ImageTable, RowTable, captions_of
 from utils.data.tars import read_tars
 from utils.options import UserError, as_number, first_line, nearest, option, require, require_positive, with_values
 from utils.records import MaskFile
 from utils.seeding import Stream, generator
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +51,9 @@ class SourceOptions:
         choices=("imagefolder", "pairs", "captions_json", "parquet", "webdataset"),
     )
     image_column: str = option("image", "column of the images")
-    caption_column: str = option("text", "column of the captions: a string, or a list of strings of which one is drawn")
+    caption_column: str | None = option(
+        "text", "column of the captions: a string, or a list of strings of which one is drawn"
+    )
     width_column: str = option("width", "column of the images' widths, by which a stream fills buckets")
     height_column: str = option("height", "column of the images' heights")
     max_train_samples: int | None = option(None, "train on this many images of a source, drawn by the seed")
@@ -82,6 +81,19 @@ class SourceOptions:
     def has_masks(self) -> bool:
         """Whether images have masks."""
         return self.alpha_mask or self.mask_dir is not None or self.mask_column is not None
+
+    def reader(self, feature: Any = None) -> Callable[[object, str], tuple[str, ...]]:
+        """What makes captions of what the caption column holds.
+
+        Args:
+            feature: what a dataset says of that column, where there is one.
+
+        Raises:
+            UserError: if it says that it holds no captions.
+        """
+        if feature is not None:
+            check_caption_feature(feature, self.caption_column)
+        return captions_of
 
     def files(self) -> list[str]:
         """The files in the folder of images, but for the masks."""
@@ -210,11 +222,11 @@ class Records:
         for number, source in enumerate(self.sources):  # the images of a source stand together and in order
             rows = self.rows[self.source_numbers == number]
             if len(rows) * 2 < len(source.table):
-                yield from (source.table.captions(int(row)) for row in rows)
+                yield from (source.captions.of(source.table.captions(int(row))) for row in rows)
                 continue
             is_taken = np.zeros(len(source.table), bool)
             is_taken[rows] = True
-            yield from itertools.compress(source.table.all_captions(), is_taken)
+            yield from map(source.captions.of, itertools.compress(source.table.all_captions(), is_taken))
 
     def take(self, indices: np.ndarray) -> "Records":
         """Some of the records, in their order."""
@@ -237,6 +249,7 @@ class Records:
 
     def _present(self, captions: tuple[str, ...], number: int, row: int) -> tuple[str, ...]:
         source = self.sources[number]
+        captions = source.captions.of(captions)
         if captions:
             return captions
         if source.captions.on_missing_caption == "folder":
@@ -423,7 +436,7 @@ def _read_imagefolder(options: SourceOptions, cache_dir: str | None) -> ImageTab
     if options.image_column != "image":
         raise UserError(f"--image_column {options.image_column} is not a column of a folder of images; leave it out")
     columns = (options.caption_column, options.mask_column)
-    return read_metadata_folder(folder, options.files(), *columns, options.dataset_split)
+    return read_metadata_folder(folder, options.files(), *columns, options.dataset_split, options.reader())
 
 
 def _read_pairs(options: SourceOptions, cache_dir: str | None) -> ImageTable:
@@ -492,16 +505,17 @@ def _rows(options: SourceOptions, load) -> RowTable:
     elif options.dataset_split not in ("train", str(loaded.split)):
         raise UserError(f"--dataset_split {options.dataset_split} is not in the data, which has one split")
     check_columns(loaded.column_names, options)
-    check_caption_feature(loaded, options.caption_column)
+    column = options.caption_column
+    read = None if column is None else options.reader(loaded.features[column])
     columns = {"image_column": options.image_column, "mask_column": options.mask_column}
     images = {flag: column for flag, column in columns.items() if column is not None}
-    loaded = loaded.select_columns([*images.values(), options.caption_column])
-    for flag, column in images.items():
+    loaded = loaded.select_columns([*images.values(), *([] if column is None else [column])])
+    for flag, name in images.items():
         try:
-            loaded = loaded.cast_column(column, datasets.Image(decode=False))
+            loaded = loaded.cast_column(name, datasets.Image(decode=False))
         except (DatasetGenerationError, TypeError, ValueError) as error:
-            raise UserError(f"--{flag} {column} does not hold images: {first_line(error)}") from error
-    return RowTable(loaded, options.image_column, options.caption_column, options.mask_column)
+            raise UserError(f"--{flag} {name} does not hold images: {first_line(error)}") from error
+    return RowTable(loaded, options.image_column, column, options.mask_column, read)
 
 
 def check_columns(columns: Sequence[str], options: SourceOptions) -> None:
@@ -517,11 +531,10 @@ def check_columns(columns: Sequence[str], options: SourceOptions) -> None:
         )
 
 
-def check_caption_feature(dataset: "Dataset", column: str) -> None:
+def check_caption_feature(feature: Any, column: str) -> None:
     """Refuses a caption column that holds neither strings nor lists of strings."""
     from datasets import List, Value
 
-    feature = dataset.features[column]
     inner = feature.feature if isinstance(feature, List) else feature
     if not (isinstance(inner, Value) and inner.dtype in ("string", "large_string", "string_view", "null")):
         raise UserError(f"--caption_column {column} must hold strings or lists of strings, got {inner}")

@@ -257,7 +257,8 @@ def open_stream(
             f"{sizes[0]} and {sizes[1]} (--width_column, --height_column); there are {', '.join(columns)}"
         )
     images = [column for column in (source.image_column, source.mask_column) if column is not None]
-    dataset = dataset.select_columns([*images, source.caption_column, *(name for name in sizes if name in columns)])
+    texts = [] if source.caption_column is None else [source.caption_column]
+    dataset = dataset.select_columns([*images, *texts, *(name for name in sizes if name in columns)])
     for column in images:
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
     split = dataset.info.splits.get(source.dataset_split) if dataset.info.splits else None
@@ -298,7 +299,8 @@ def _webdataset_columns(source: SourceOptions, columns: list[str]) -> SourceOpti
     if "__key__" not in columns:
         return source
     image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in columns), source.image_column)
-    caption = next((name for name in ("txt", "caption") if name in columns), source.caption_column)
+    is_wanted = source.caption_column is not None
+    caption = next((name for name in ("txt", "caption") if name in columns and is_wanted), source.caption_column)
     return replace(
         source,
         image_column=source.image_column if source.image_column in columns else image,
@@ -372,8 +374,9 @@ class Lane:
         except (OSError, ValueError) as error:
             self.bad.append((key, reason_of(error)))
             return None
-        captions = captions_of(row[source.caption_column], source.caption_column)
-        if not captions:
+        column = source.caption_column
+        captions = () if column is None else images.captions.of(captions_of(row[column], column))
+        if not captions and images.captions.are_expected:
             if images.captions.on_missing_caption == "error":
                 raise UserError(f"{key} has no caption (--on_missing_caption error)")
             images.note_missing_caption(key)

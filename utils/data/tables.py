@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,11 +116,20 @@ def stamp_of(path: str | Path) -> str:
 class RowTable(ImageTable):
     """Images that are rows of a dataset of the `datasets` library, whose image column is not decoded."""
 
-    def __init__(self, dataset: "Dataset", image_column: str, caption_column: str, mask_column: str | None = None):
+    def __init__(
+        self,
+        dataset: "Dataset",
+        image_column: str,
+        caption_column: str | None,
+        mask_column: str | None = None,
+        read: Callable[[object, str], tuple[str, ...]] | None = None,
+    ):
+        """`read` makes captions of what the caption column holds; without that column there are none."""
+        self._read = read or captions_of
         self.name = f"dataset {dataset._fingerprint}"
         self._dataset = dataset
         self._image_column = image_column
-        self._captions = dataset.select_columns([caption_column])
+        self._captions = None if caption_column is None else dataset.select_columns([caption_column])
         self._caption_column = caption_column
         self._masks = None if mask_column is None else dataset.select_columns([mask_column])
         self._mask_column = mask_column
@@ -144,13 +153,18 @@ class RowTable(ImageTable):
 
     def captions(self, row: int) -> tuple[str, ...]:
         """Those of the caption column."""
-        return captions_of(self._captions[row][self._caption_column], self._caption_column)
+        if self._captions is None:
+            return ()
+        return self._read(self._captions[row][self._caption_column], self._caption_column)
 
     def all_captions(self) -> Iterator[tuple[str, ...]]:
         """The captions of each image, in order, read a thousand at a time."""
+        if self._captions is None:
+            yield from (() for _ in range(len(self)))
+            return
         for batch in self._captions.iter(1000):
             for value in batch[self._caption_column]:
-                yield captions_of(value, self._caption_column)
+                yield self._read(value, self._caption_column)
 
     def stamp(self, row: int) -> str:
         """That of the file where rows name files; bytes in the rows change with the dataset's own name."""

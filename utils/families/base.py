@@ -1,31 +1,47 @@
-"""What the trainable pipelines have in common, and what a family must answer."""
+"""What all pipelines that are trained have in common, and what a family must answer."""
 
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from utils.families.quantization import quantize_linears
-from utils.families.source import XFORMERS_CURE, XFORMERS_MISSING, ComponentDtypes, PipelineSource
+from utils.families.source import XFORMERS_CURE, XFORMERS_MISSING
 from utils.families.vae import LatentSpace
 from utils.options import UserError, first_line, require
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MAX_TOKENS = 10_000  # a tokenizer that does not say its length says a number beyond all bounds
-CAPTIONS_AT_ONCE = 4096  # whose tokens are held in memory to be counted
 TextStates = dict[str, Tensor]
 """What a family's denoiser reads of a caption; the names are the UNet's, the first axis is the sample.
 
 "encoder_hidden_states" [B, chunks * tokens, width]; with several chunks "encoder_attention_mask" [B, chunks * tokens]
-bool, where the caption fills them; and what more the family has, of the first chunk.
+bool, where the caption fills them; and what more the family has, of the first chunk. A family without text encoders
+reads a class ("class_labels" [B] int64) or nothing.
 """
+
+
+class Words(Protocol):
+    """Makes numbers of captions, in the loader's workers.
+
+    Attributes:
+        max_tokens: tokens that are read of a caption.
+    """
+
+    max_tokens: int
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """[B, text encoders, tokens] int64 of B captions."""
+
+    def num_tokens(self, captions: Sequence[str]) -> np.ndarray:
+        """[B] int64, the tokens of each caption, uncut."""
 
 
 class Family(ABC):
@@ -33,73 +49,29 @@ class Family(ABC):
 
     Attributes:
         pipeline: the live diffusers pipeline; its parts are those that are trained.
-        latent_space: its VAE.
-        prompt_argument_names: the pipeline's argument for each text state of a prompt.
+        latent_space: where it is denoised: the latents of its VAE, or the pixels themselves.
+        options: those of the model, which say how its parts are to save memory.
+        denoiser_name: the pipeline's name for the denoiser.
+        coder_names: the pipeline's names for what makes latents of images, and images of latents, if it has that.
     """
 
     pipeline_class_name: str
     default_resolution: int
     default_output_dir: str
     default_validation_epochs: int
-    text_encoder_names: tuple[str, ...]
-    tokenizer_names: tuple[str, ...]
-    prompt_argument_names: Mapping[str, str]
+    denoiser_name = "unet"
+    coder_names: ClassVar[tuple[str, ...]] = ("vae",)
+    text_encoder_names: ClassVar[tuple[str, ...]] = ()
     unet_lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     text_encoder_lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
 
-    def __init__(self, source: PipelineSource, dtypes: ComponentDtypes, scheduler_changes: Mapping[str, object]):
-        self.source = source
-        self.pipeline = source.load(self.pipeline_class(), dtypes, self.text_encoder_names)
-        self.pipeline.scheduler = changed_scheduler(self.pipeline.scheduler, scheduler_changes)
-        self.latent_space = LatentSpace(self.pipeline.vae)
+    def __init__(self, pipeline: "DiffusionPipeline", latent_space: LatentSpace, options: Any):
+        self.pipeline = pipeline
+        self.latent_space = latent_space
+        self.options = options
         self._resting: list[str] = []
         self._is_quantized = False
         self._device: torch.device | None = None
-        for name in self.tokenizer_names:
-            if getattr(self.pipeline, name).model_max_length > MAX_TOKENS:
-                raise UserError(f"--pretrained_model {source.path}: its {name} is missing or has no model_max_length")
-        self.check(source, {name: getattr(self.pipeline, name).config for name in (*self.trainable_names(), "vae")})
-        if source.options.unet_config is not None:
-            self._probe_unet()
-
-    @classmethod
-    def check(cls, source: PipelineSource, configs: Mapping[str, Mapping]) -> None:
-        """Refuses parts that don't fit together, by their configs; what a config does not say is taken to fit."""
-        unet, encoders = configs["unet"], [configs[name] for name in cls.text_encoder_names]
-        in_channels, latent_channels = unet.get("in_channels", 4), configs["vae"].get("latent_channels", 4)
-        if in_channels != latent_channels:
-            raise UserError(
-                f"the UNet takes {in_channels} channels but the VAE's latents have {latent_channels}; "
-                "inpainting and depth models are not trained here"
-            )
-        expected, widths = unet.get("cross_attention_dim"), _each(encoders, "hidden_size")
-        if isinstance(expected, int) and widths and expected != sum(widths):
-            flag = f"--unet_config {source.options.unet_config}" if source.options.unet_config else "the UNet"
-            raise UserError(f"{flag} has cross_attention_dim {expected} but the text encoders give {sum(widths)}")
-        skip, layers = source.options.clip_skip, min(_each(encoders, "num_hidden_layers"), default=None)
-        if skip is not None and layers is not None:
-            require(skip < layers - 1, "clip_skip", skip, f"be below {layers - 1} for these text encoders")
-
-    def _probe_unet(self) -> None:
-        """Runs a fresh UNet once without memory or arithmetic, to refuse what would fail or not train."""
-        ids = self.tokenizer()([""])
-        with torch.no_grad():
-            states = self.encode_text(ids, torch.tensor([False]))
-        with torch.device("meta"):
-            unet = type(self.unet).from_config(self.unet.config)
-        size = 2 ** len(unet.config.block_out_channels)
-        noisy = torch.zeros(1, self.latent_space.channels, size, size, device="meta")
-        on_meta = {name: state.to("meta", unet.dtype) for name, state in states.items()}
-        flag = f"--unet_config {self.source.options.unet_config}"
-        try:
-            step, crops = torch.zeros(1, device="meta"), torch.zeros(1, 6, device="meta")
-            prediction = self.predict(unet, noisy, step, on_meta, crops)
-            (prediction - noisy).sum().backward()
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{flag} does not fit this pipeline: {first_line(error)}") from error
-        for name, parameter in unet.named_parameters():
-            if parameter.grad is None:
-                raise UserError(f"{flag} has {name}, which nothing in this pipeline reads")
 
     @classmethod
     def pipeline_class(cls) -> "type[DiffusionPipeline]":
@@ -111,7 +83,7 @@ class Family(ABC):
     @property
     def unet(self) -> nn.Module:
         """The denoiser."""
-        return self.pipeline.unet
+        return getattr(self.pipeline, self.denoiser_name)
 
     @property
     def text_encoders(self) -> list[nn.Module]:
@@ -128,128 +100,67 @@ class Family(ABC):
             flag = "resolution" if len(sizes) == 1 else "bucket_step"
             require(edge % factor == 0, flag, edge, f"be divisible by {factor} for this VAE", cure)
 
-    @property
-    def tokenizers(self) -> list[Any]:
-        """In the order of `tokenizer_names`."""
-        return [getattr(self.pipeline, name) for name in self.tokenizer_names]
-
-    def tokenizer(self) -> "Tokenize":
-        """A function for the loader's workers: B captions -> [B, text encoders, chunks * tokens] int64."""
-        return Tokenize(self.tokenizers, self.source.options.num_chunks)
-
-    def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
-        """The text states of [B, text encoders, chunks * tokens] input ids, each chunk encoded on its own.
-
-        A sample's states do not depend on how many chunks there are, but for those that its mask leaves out.
-
-        Args:
-            dropped: [B] bool, where the caption was dropped: there the states are those that inference has without a
-                prompt. The ids there are of "".
-        """
-        states = self._encode(input_ids, dropped)
-        if self.has_zeros_without_prompt:
-            states = {
-                name: state.masked_fill(dropped.view(-1, *[1] * (state.ndim - 1)), 0) for name, state in states.items()
-            }
-        chunks = self._chunks(input_ids)
-        if chunks.shape[2] > 1:
-            states["encoder_attention_mask"] = self._filled(chunks).repeat_interleave(chunks.shape[3], dim=1)
-        return states
-
-    def _chunks(self, input_ids: Tensor) -> Tensor:
-        """[B, text encoders, chunks, tokens] of [B, text encoders, chunks * tokens] input ids."""
-        return input_ids.unflatten(2, (-1, self.tokenizers[0].model_max_length))
-
-    def _filled(self, chunks: Tensor) -> Tensor:
-        """[B, chunks] bool, which chunks of [B, text encoders, chunks, tokens] hold a piece; the first one always does.
-
-        A chunk without a piece ends right after its beginning.
-        """
-        ends = [tokenizer.eos_token_id for tokenizer in self.tokenizers]  # numbers: a tensor would wait for the GPU
-        filled = torch.stack([chunks[:, index, :, 1] != end for index, end in enumerate(ends)]).any(dim=0)
-        filled[:, 0] = True
-        return filled
-
-    def _encode(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
-        """The states of all chunks, side by side; clip_skip spares the samples where `unskipped`, [B] bool."""
-        chunks = self._chunks(input_ids).transpose(1, 2)
-        num_samples, num_chunks = chunks.shape[:2]
-        states = self._encode_chunks(chunks.flatten(0, 1), unskipped.repeat_interleave(num_chunks))
-        by_sample = {name: state.unflatten(0, (num_samples, num_chunks)) for name, state in states.items()}
-        return {
-            name: state.flatten(1, 2) if name == "encoder_hidden_states" else state[:, 0]
-            for name, state in by_sample.items()
-        }
-
-    @abstractmethod
-    def _encode_chunks(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
-        """The states of chunks [N, text encoders, tokens]; clip_skip spares those where `unskipped`, [N] bool."""
-
-    @property
-    def has_zeros_without_prompt(self) -> bool:
-        """Whether inference has zeros for states where there is no prompt."""
-        return False
-
     @abstractmethod
     def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
         """The denoiser's prediction [B, C, h, w] of noisy latents, under text states and crops [B, 6]."""
 
     @abstractmethod
+    def tokenizer(self) -> Words:
+        """A function for the loader's workers: B captions -> [B, text encoders, tokens] int64."""
+
+    @abstractmethod
+    def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
+        """What the denoiser reads of the captions that the ids are of.
+
+        Args:
+            dropped: [B] bool, where the caption was dropped: there it is what inference has without a prompt.
+        """
+
+    @abstractmethod
     def reads_text_parameter(self, encoder: int, name: str) -> bool:
         """Whether the pipeline's text states depend on this parameter of a text encoder."""
 
-    def prompt_arguments(self, prompt: str, negative_prompt: str | None) -> dict[str, Tensor]:
-        """The keyword arguments by which the pipeline takes an encoded prompt and negative prompt.
-
-        Both have the chunks that the longer one fills, for the pipelines want one length, and take no mask. Without a
-        negative prompt its states are as the pipeline has them.
-        """
-        ids = self.tokenizer()([prompt, negative_prompt or ""])
-        chunks = self._chunks(ids)
-        ids = chunks[:, :, : int(self._filled(chunks).sum(dim=1).max())].flatten(2).to(self.text_encoders[0].device)
-        none, every = torch.tensor([False], device=ids.device), torch.tensor([True], device=ids.device)
-        # one by one, as the pipeline encodes them; like it, without clip_skip for the negative prompt
-        states = self._encode(ids[:1], none)
-        negative = self.encode_text(ids[1:], every) if negative_prompt is None else self._encode(ids[1:], every)
-        names = self.prompt_argument_names
-        return {argument: states[name] for name, argument in names.items()} | {
-            f"negative_{argument}": negative[name] for name, argument in names.items()
-        }
-
-    def trainable_names(self) -> tuple[str, ...]:
-        """The parts that can be trained, the denoiser first."""
-        return ("unet", *self.text_encoder_names)
-
-    def freeze(self) -> None:
-        """Freezes all parts and puts them in evaluation mode."""
-        for name in (*self.trainable_names(), "vae"):
-            getattr(self.pipeline, name).requires_grad_(False).eval()
-
     @property
+    @abstractmethod
     def text_dtype(self) -> torch.dtype:
         """The dtype of the text states."""
-        return self.text_encoders[0].dtype
 
     def text_facts(self) -> list[object]:
         """What text states depend on beside the encoders' weights: the tokenizers, and how both are used."""
-        options = self.source.options
-        tokenizers = [getattr(self.pipeline, name) for name in self.tokenizer_names]
-        vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
-        specials = [(tokenizer.model_max_length, tokenizer.special_tokens_map) for tokenizer in tokenizers]
-        zeros = self.pipeline.config.get("force_zeros_for_empty_prompt")
-        return [vocabularies, specials, options.clip_skip, options.max_token_length, zeros]
+        return []
+
+    @abstractmethod
+    def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
+        """The pipeline in float32 with some parts replaced: what is exported."""
+
+    def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
+        """Writes that pipeline into a folder."""
+        self.float32_pipeline(**parts).save_pretrained(folder)
+
+    def trainable_names(self) -> tuple[str, ...]:
+        """The parts that can be trained, the denoiser first."""
+        return (self.denoiser_name, *self.text_encoder_names)
+
+    @property
+    def _part_names(self) -> tuple[str, ...]:
+        return (*self.trainable_names(), *self.coder_names)
+
+    def freeze(self) -> None:
+        """Freezes all parts and puts them in evaluation mode."""
+        for name in self._part_names:
+            getattr(self.pipeline, name).requires_grad_(False).eval()
 
     def rest(self, device: torch.device, *, vae: bool, text_encoders: bool) -> None:
         """Moves encoders, whose work is done, from the device to the CPU until `awake` needs them."""
-        self._resting = ["vae"] * vae + list(self.text_encoder_names) * text_encoders
+        self._resting = list(self.coder_names) * vae + list(self.text_encoder_names) * text_encoders
         self._device = device
         self._move(self._resting, torch.device("cpu"))
 
     @contextmanager
     def awake(self) -> Iterator[None]:
         """Within it all parts are on the device, or those that `alone` says where sampling is to save memory."""
-        one_by_one = self.source.options.sampling_cpu_offload
-        parts = [*self.trainable_names(), "vae"]
+        one_by_one = self.options.sampling_cpu_offload
+        parts = self._part_names
         if not one_by_one:
             self._move(self._resting, self._device)
         try:
@@ -265,10 +176,10 @@ class Family(ABC):
 
         So the pipeline takes that device for its own.
         """
-        if not self.source.options.sampling_cpu_offload:
+        if not self.options.sampling_cpu_offload:
             yield
             return
-        others = {name: getattr(self.pipeline, name) for name in (*self.trainable_names(), "vae") if name not in names}
+        others = {name: getattr(self.pipeline, name) for name in self._part_names if name not in names}
         self._move(list(others), torch.device("cpu"))
         self._move(names, self._device)
         for name in others:
@@ -281,18 +192,20 @@ class Family(ABC):
 
     def _move(self, names: Sequence[str], device: torch.device | None) -> None:
         for name in names:
-            if not (name == "unet" and self._is_quantized):  # whose packed weights stay where they were made
+            if not (
+                name == self.denoiser_name and self._is_quantized
+            ):  # whose packed weights stay where they were made
                 getattr(self.pipeline, name).to(device)
         if names and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def to(self, device: torch.device) -> None:
         """Moves all parts to the device; an fp16 VAE that overflows runs in bf16 where that is had, else float32."""
-        vae = self.pipeline.vae
-        if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-            has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            vae.to(torch.bfloat16 if has_bfloat16 else torch.float32)
-        for name in (*self.trainable_names(), "vae"):
+        for vae in (getattr(self.pipeline, name) for name in self.coder_names):
+            if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+                has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+                vae.to(torch.bfloat16 if has_bfloat16 else torch.float32)
+        for name in self._part_names:
             getattr(self.pipeline, name).to(device)
 
     def use_attention(self) -> None:
@@ -301,7 +214,7 @@ class Family(ABC):
         Raises:
             UserError: if they don't load here.
         """
-        options = self.source.options
+        options = self.options
         if options.enable_xformers_memory_efficient_attention:
             try:
                 self.unet.enable_xformers_memory_efficient_attention()
@@ -315,13 +228,13 @@ class Family(ABC):
 
     def save_memory(self) -> None:
         """Switches on what computes one part after the other, as the options ask."""
-        options = self.source.options
+        options = self.options
         if options.attention_slicing:
             self.unet.set_attention_slice("max")
         if options.vae_slicing:
-            self.pipeline.vae.enable_slicing()
+            self.latent_space.vae.enable_slicing()
         if options.vae_tiling:
-            self.pipeline.vae.enable_tiling()
+            self.latent_space.vae.enable_tiling()
 
     def quantize_unet(self, kind: str, device: torch.device) -> None:
         """Keeps the frozen UNet's linear layers in 4 or 8 bits, on the device."""
@@ -332,71 +245,10 @@ class Family(ABC):
         """Computes activations again in the backward pass, in the denoiser and in the encoders that are asked for."""
         self.unet.enable_gradient_checkpointing()
         if vae:
-            self.pipeline.vae.enable_gradient_checkpointing()
+            self.latent_space.vae.enable_gradient_checkpointing()
         if text_encoders:
             for encoder in self.text_encoders:
                 encoder.gradient_checkpointing_enable()
-
-    def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
-        """The source's pipeline in float32 with some parts replaced: what is exported."""
-        return self.source.load_whole(self.pipeline_class(), scheduler=self.pipeline.scheduler, **parts)
-
-    @classmethod
-    def check_before_loading(cls, source: PipelineSource, sizes: Sequence[tuple[int, int]]) -> None:
-        """`check` and `check_sizes` from the configs alone, where they can be had without the weights."""
-        configs = {name: source.config(name) for name in ("unet", *cls.text_encoder_names, "vae")}
-        if None not in configs.values():
-            cls.check(source, configs)
-            cls.check_sizes(sizes, configs["vae"])
-
-
-class Tokenize:
-    """Tokenizes captions for each text encoder, in chunks of the length it takes, each with its beginning and end."""
-
-    def __init__(self, tokenizers: list, num_chunks: int = 1):
-        self._tokenizers = tokenizers
-        self._num_chunks = num_chunks
-
-    @property
-    def max_tokens(self) -> int:
-        """The tokens that are read of a caption, beginnings and ends not counted."""
-        return self._num_chunks * min(tokenizer.model_max_length - 2 for tokenizer in self._tokenizers)
-
-    def __call__(self, captions: list[str]) -> Tensor:
-        """[B, text encoders, chunks * tokens] int64; a chunk for which a caption is too short is that of ""."""
-        return torch.stack([self._ids(tokenizer, captions) for tokenizer in self._tokenizers], dim=1)
-
-    def _ids(self, tokenizer: Any, captions: list[str]) -> Tensor:
-        encoded = tokenizer(
-            [*captions, ""],
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_overflowing_tokens=True,
-            return_tensors="pt",
-        )
-        *by_caption, empty = encoded.input_ids.split(encoded.overflow_to_sample_mapping.bincount().tolist())
-        ids = empty.repeat(len(captions), self._num_chunks, 1)
-        for chunks, filled in zip(ids, by_caption, strict=True):
-            chunks[: len(filled)] = filled[: self._num_chunks]
-        return ids.flatten(1)
-
-    def num_tokens(self, captions: Sequence[str]) -> np.ndarray:
-        """[B] int64, the tokens of each caption, uncut, without beginning and end; by the tokenizer with the most."""
-        counts = np.zeros(len(captions), dtype=np.int64)
-        for start in range(0, len(captions), CAPTIONS_AT_ONCE):
-            some = list(captions[start : start + CAPTIONS_AT_ONCE])
-            for tokenizer in self._tokenizers:
-                encoded = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)
-                part = counts[start : start + len(some)]
-                np.maximum(part, [len(ids) for ids in encoded.input_ids], out=part)
-        return counts
-
-
-def _each(configs: Sequence[Any], name: str) -> list[int]:
-    """A number of each config, of a model's or read from JSON; none if one does not say it."""
-    values = [config.get(name) if isinstance(config, dict) else getattr(config, name) for config in configs]
-    return [] if None in values else values
 
 
 KNOW_SAMPLE = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
@@ -422,9 +274,3 @@ def changed_scheduler(scheduler: Any, changes: Mapping[str, object]) -> Any:
         changes["trained_betas"] = DDPMScheduler.from_config(scheduler.config, **plain).betas.tolist()
         del changes["beta_schedule"]
     return target.from_config(scheduler.config, **changes)
-
-
-def is_in_read_layers(name: str, num_read_layers: int) -> bool:
-    """Whether a parameter of a CLIP text encoder stands in one of its first layers, or before or behind them all."""
-    _, found, rest = name.partition("encoder.layers.")
-    return not found or int(rest.partition(".")[0]) < num_read_layers

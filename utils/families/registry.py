@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from utils.families.base import Family
 from utils.families.sd import StableDiffusion
 from utils.families.sdxl import StableDiffusionXL
 from utils.families.source import PipelineSource
+from utils.families.text import TextFamily
 from utils.options import UserError, first_line
 
-FAMILIES: dict[str, type[Family]] = {
+FAMILIES: dict[str, type[TextFamily]] = {
     family.pipeline_class_name: family for family in (StableDiffusion, StableDiffusionXL)
 }
 INDEX = "model_index.json"
@@ -21,7 +21,7 @@ VAE_KEY = "first_stage_model.decoder.conv_in.weight"
 SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"
 
 
-def pick_family(source: PipelineSource) -> type[Family]:
+def pick_family(source: PipelineSource) -> type[TextFamily]:
     """The family of a pipeline, by its `model_index.json` or, of a single file, by the names of its weights.
 
     Reads no weights, and checks that none would need unpickling.
@@ -49,7 +49,7 @@ def pick_family(source: PipelineSource) -> type[Family]:
     return FAMILIES[name]
 
 
-def _family_of_file(path: Path) -> type[Family]:
+def _family_of_file(path: Path) -> type[TextFamily]:
     names = _names_of_weights(path)
     missing = [name for name in ("model.diffusion_model.input_blocks.0.0.weight", VAE_KEY) if name not in names]
     if missing:

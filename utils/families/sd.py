@@ -5,10 +5,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from utils.families.base import Family, TextStates, is_in_read_layers
+from utils.families.base import TextStates
+from utils.families.text import TextFamily, is_in_read_layers
 
 
-class StableDiffusion(Family):
+class StableDiffusion(TextFamily):
     """One CLIP text encoder, whose last layer, normed, conditions the UNet (Rombach et al. 2022)."""
 
     pipeline_class_name = "StableDiffusionPipeline"

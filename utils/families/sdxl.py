@@ -5,10 +5,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from utils.families.base import Family, TextStates, is_in_read_layers
+from utils.families.base import TextStates
+from utils.families.text import TextFamily, is_in_read_layers
 
 
-class StableDiffusionXL(Family):
+class StableDiffusionXL(TextFamily):
     """Two text encoders, and conditioning on the image's size and crop (Podell et al. 2023)."""
 
     pipeline_class_name = "StableDiffusionXLPipeline"

@@ -115,10 +115,7 @@ class PipelineSource:
 
     def index(self) -> dict:
         """The pipeline's `model_index.json`."""
-        if Path(self.path).is_dir():
-            return _read_config(Path(self.path, "model_index.json"), "--pretrained_model")
-        file = _download(self.path, "model_index.json", self.options.revision, "--pretrained_model")
-        return _read_config(file, "--pretrained_model")
+        return read_config_file(self.path, "model_index.json", self.options.revision, "--pretrained_model")
 
     def config(self, part: str) -> dict | None:
         """The config of a part (unet, vae, scheduler, ...) without its weights; None for a single file's on the Hub.
@@ -227,6 +224,17 @@ class PipelineSource:
             return pipeline_class.from_single_file(self.path, config=self.options.pretrained_model_config, **given)
         except (*LOADING_ERRORS, SingleFileComponentError) as error:
             raise UserError(f"--pretrained_model {self.path} can't be loaded: {first_line(error)}") from error
+
+
+def read_config_file(name: str, file: str, revision: str | None, flag: str) -> dict:
+    """A JSON file of a folder, or of a repository on the Hub.
+
+    Raises:
+        UserError: naming the flag that named the folder, if it is not there or no config.
+    """
+    if Path(name).is_dir():
+        return _read_config(Path(name, file), flag)
+    return _read_config(_download(name, file, revision, flag), flag)
 
 
 def _read_config(file: Path, flag: str) -> dict:

@@ -1,5 +1,7 @@
 """The latent space of a pretrained VAE: its scaling is that of its own config, at encoding and at decoding."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,17 +28,28 @@ class LatentSpace:
         width, height = size
         return self.channels, height // self.factor, width // self.factor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its moments are computed in."""
+        return self.vae.dtype
+
+    def num_cached(self, size: tuple[int, int]) -> int:
+        """How many numbers the moments of an image of this width and height are, where they can be cached."""
+        return 2 * math.prod(self.shape(size))
+
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior, each [B, C, h, w] float32, raw.
 
         Args:
-            pixels: [B, 3, H, W] uint8.
+            pixels: [B, 3, H, W] from 0 to 255.
         """
         images = pixels.to(self.vae.device).float() / 127.5 - 1
         with torch.autocast(self.vae.device.type, enabled=False):
-            posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+            encoded = self.vae.encode(images.to(self.vae.dtype))
+        if "latents" in encoded:  # of a VQ model, before they are quantised
+            return encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)
+        return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
 
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """[B, C, h, w] float32 the scaled latents of a sample mean + std * noise of the posterior."""
@@ -49,7 +62,7 @@ class LatentSpace:
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 3, H, W] float32 images, about [-1, 1], of scaled latents [B, C, h, w]; gradients flow through it."""
-        sample = latents.to(self.vae.dtype) / self._scaling
+        sample = self._unscaled(latents.to(self.vae.dtype))
         if self._mean is not None and self._std is not None:
             sample = sample * self._channels_like(self._std, sample) + self._channels_like(self._mean, sample)
         elif self._shift is not None:
@@ -57,6 +70,69 @@ class LatentSpace:
         with torch.autocast(self.vae.device.type, enabled=False):
             return self.vae.decode(sample, return_dict=False)[0].float()
 
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        return latents / self._scaling
+
+    def describe(self) -> str:
+        """What it is, in words."""
+        return f"latents of {self.channels} channels, a {self.factor}th of the edges, times {self._scaling:g}"
+
     @staticmethod
     def _channels_like(values: list[float], latents: Tensor) -> Tensor:
         return torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+
+
+class ScaledSpace(LatentSpace):
+    """Latents as `LDMPipeline` and `DiTPipeline` have them: scaled alone, whatever else the VAE's config says."""
+
+    def __init__(self, vae: torch.nn.Module):
+        super().__init__(vae)
+        self._shift = self._mean = self._std = None
+
+    def rescale(self, factor: float) -> None:
+        """Scales by another factor, which the VAE's config says from now on."""
+        self.vae.register_to_config(scaling_factor=factor)
+        self._scaling = factor
+
+
+class ReciprocalSpace(ScaledSpace):
+    """As `DiTPipeline` unscales latents, to the last bit."""
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        return 1 / self._scaling * latents
+
+
+class PixelSpace(LatentSpace):
+    """Pixels themselves, from `low` to 1, in the place of latents."""
+
+    def __init__(self, channels: int, low: float = -1.0):
+        self.vae = None
+        self.channels = channels
+        self.factor = 1
+        self._low = low
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of images."""
+        return torch.float32
+
+    def num_cached(self, size: tuple[int, int]) -> int:
+        """None: pixels are not cached."""
+        return 0
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(the images [B, C, H, W] float32, zeros) of pixels from 0 to 255."""
+        images = pixels.float() / 255 * (1 - self._low) + self._low if self._low else pixels.float() / 255
+        return images, torch.zeros_like(images)
+
+    def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """The images."""
+        return mean
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, C, H, W] float32 images, about [-1, 1]."""
+        return latents.float() if self._low else latents.float() * 2 - 1
+
+    def describe(self) -> str:
+        """What it is, in words."""
+        return f"pixels of {self.channels} channels"

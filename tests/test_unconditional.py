@@ -1,0 +1,678 @@
+"""train_unconditional.py: what it computes against closed forms, what it exports against diffusers, what it refuses."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tests import tiny
+from tests.conftest import message
+from tests.test_equivalences import assert_same_bits, losses, weights
+from utils.families.unconditional import SAMPLERS, fresh_scheduler, sampler_of
+from utils.flow import ProcessOptions, ScoreProcess, process_of
+from utils.losses import LossOptions, loss_weights, weighted_loss
+from utils.noise import NoiseDraws, timestep_weights
+
+ROOT = Path(__file__).parent.parent
+SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--learning_rate", 1e-3)
+
+
+def betas_of(schedule: str, count: int) -> np.ndarray:
+    """[T] float64 a schedule's betas by its definition."""
+    first, last = 1e-4, 0.02
+    if schedule == "linear":
+        return np.linspace(first, last, count)
+    if schedule in ("scaled_linear", "quadratic"):
+        return np.linspace(first**0.5, last**0.5, count) ** 2
+    if schedule == "sigmoid":
+        return (last - first) / (1 + np.exp(-np.linspace(-6, 6, count))) + first
+    bar = [math.cos((step / count + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(count + 1)]
+    return np.array([min(1 - bar[step + 1] / bar[step], 0.999) for step in range(count)])
+
+
+def alphas_cumprod_of(schedule: str, count: int, zero_snr: bool) -> np.ndarray:
+    """[T] float64 alpha_bar; with zero terminal SNR as Lin et al. (2024), algorithm 1, have it."""
+    roots = np.sqrt(np.cumprod(1 - betas_of(schedule, count)))
+    if zero_snr:
+        roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    return roots**2
+
+
+@pytest.mark.parametrize("zero_snr", [False, True], ids=["", "zero snr"])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "scaled_linear", "quadratic", "sigmoid"])
+def test_the_forward_process_and_its_target(schedule, prediction, zero_snr):
+    if zero_snr and prediction == "epsilon":
+        pytest.skip("is refused")
+    options = ProcessOptions(
+        prediction_type=prediction, beta_schedule=schedule, ddpm_num_steps=500, rescale_betas_zero_snr=zero_snr
+    )
+    process = process_of(options, fresh_scheduler(options, clips=True))
+    random = np.random.default_rng(0)
+    clean, noise = random.standard_normal((2, 20, 3, 4, 4))
+    timesteps = random.integers(0, 500, 20)
+    timesteps[:2] = 0, 499
+    bar = alphas_cumprod_of(schedule, 500, zero_snr)[timesteps].reshape(-1, 1, 1, 1)
+    noisy = np.sqrt(bar) * clean + np.sqrt(1 - bar) * noise
+    target = {"epsilon": noise, "sample": clean, "v_prediction": np.sqrt(bar) * noise - np.sqrt(1 - bar) * clean}
+    found = process.apply(torch.tensor(clean).float(), torch.tensor(noise).float(), torch.from_numpy(timesteps), None)
+    np.testing.assert_allclose(found.noisy.numpy(), noisy, atol=2e-5)
+    np.testing.assert_allclose(found.target.numpy(), target[prediction], atol=2e-5)
+    np.testing.assert_allclose(found.snr.numpy(), (bar / (1 - bar)).ravel(), rtol=2e-3, atol=1e-6)
+    if bar.min() > 1e-3:
+        np.testing.assert_allclose(process.estimate(found, found.target).numpy(), clean, atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_is_a_straight_line(shift):
+    options = ProcessOptions(flow_matching=True, flow_shift=shift, ddpm_num_steps=500)
+    process = process_of(options, fresh_scheduler(options, clips=True))
+    random = np.random.default_rng(0)
+    clean, noise = random.standard_normal((2, 20, 3, 4, 4))
+    timesteps = random.integers(0, 500, 20)
+    timesteps[:2] = 0, 499
+    sigmas = (timesteps + 1) / 500
+    sigmas = (shift * sigmas / (1 + (shift - 1) * sigmas)).reshape(-1, 1, 1, 1)
+    found = process.apply(torch.tensor(clean).float(), torch.tensor(noise).float(), torch.from_numpy(timesteps), None)
+    np.testing.assert_allclose(found.noisy.numpy(), (1 - sigmas) * clean + sigmas * noise, atol=1e-5)
+    np.testing.assert_allclose(found.target.numpy(), noise - clean, atol=1e-6)
+    np.testing.assert_allclose(found.timesteps.numpy(), 500 * sigmas.ravel(), rtol=1e-6)
+    np.testing.assert_allclose(process.estimate(found, found.target).numpy(), clean, atol=1e-5)
+
+
+def test_a_score_process_adds_noise_alone():
+    process = ScoreProcess({"num_train_timesteps": 100, "sigma_min": 0.01, "sigma_max": 50.0})
+    clean, noise = torch.randn(2, 5, 3, 4, 4)
+    timesteps = torch.tensor([0, 20, 50, 80, 99])
+    sigmas = 0.01 * (50 / 0.01) ** (timesteps.double() / 99)
+    found = process.apply(clean, noise, timesteps, None)
+    torch.testing.assert_close(found.noisy, (clean + sigmas.view(-1, 1, 1, 1) * noise).float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.timesteps, sigmas.float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.target, -noise)
+
+
+def test_logit_normal_times_are_those_of_a_normal_logit():
+    options = ProcessOptions(flow_matching=True, logit_mean=0.4, logit_std=0.8)
+    process = process_of(options, fresh_scheduler(options, clips=True))
+    assert process.default_distribution == "logit_normal"
+    shares = timestep_weights(options, np.ones(1000) * 0.5, "logit_normal")
+    assert shares.sum() == pytest.approx(1)
+    drawn = 1 / (1 + np.exp(-np.random.default_rng(0).normal(0.4, 0.8, 400_000)))
+    counted = np.histogram(drawn, 20, (0, 1))[0] / len(drawn)
+    np.testing.assert_allclose(shares.reshape(20, 50).sum(1), counted, atol=3e-3)
+    draws = NoiseDraws(options, process, 0, 1)
+    times = [draws.draw(step, 0, (1, 1, 1)).timestep for step in range(2000)]
+    assert np.mean(times) == pytest.approx(1000 * drawn.mean(), abs=12)
+
+
+@pytest.mark.parametrize(("weighting", "on_x0"), [("min_snr", lambda snr: min(snr, 5)), ("snr", lambda snr: snr)])
+def test_weights_on_a_flow_are_those_on_its_clean_image(weighting, on_x0):
+    for sigma in (0.1, 0.3, 0.9):
+        snr = ((1 - sigma) / sigma) ** 2
+        found = loss_weights(torch.tensor([snr]), "flow", LossOptions(weighting=weighting))
+        assert float(found) == pytest.approx(on_x0(snr) * sigma**2, rel=1e-5)
+
+
+GAUSSIANS = {
+    "epsilon": ProcessOptions(prediction_type="epsilon", beta_schedule="linear"),
+    "sample": ProcessOptions(prediction_type="sample", beta_schedule="cosine"),
+    "v_prediction": ProcessOptions(
+        prediction_type="v_prediction", beta_schedule="sigmoid", rescale_betas_zero_snr=True
+    ),
+    "flow": ProcessOptions(flow_matching=True),
+}
+CENTRES = torch.tensor([[math.cos(angle), math.sin(angle)] for angle in np.arange(8) * math.pi / 4])
+WIDTH = 0.08
+
+
+def eight_gaussians(count: int, seed: int) -> torch.Tensor:
+    """[n, 2, 1, 1] points around the corners of an octagon of radius 1."""
+    random = torch.Generator().manual_seed(seed)
+    chosen = CENTRES[torch.randint(8, (count,), generator=random)]
+    return (chosen + WIDTH * torch.randn(count, 2, generator=random)).view(-1, 2, 1, 1)
+
+
+class Points(nn.Module):
+    """A denoiser of points."""
+
+    def __init__(self):
+        super().__init__()
+        hidden = [layer for _ in range(2) for layer in (nn.Linear(128, 128), nn.SiLU())]
+        self.layers = nn.Sequential(nn.Linear(18, 128), nn.SiLU(), *hidden, nn.Linear(128, 2))
+
+    def forward(self, points: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        angles = timesteps.float().view(-1, 1) * (math.pi / 1000) * 2.0 ** torch.arange(-1, 7)
+        return self.layers(torch.cat([points.flatten(1), angles.sin(), angles.cos()], dim=1)).view(-1, 2, 1, 1)
+
+
+def sliced_wasserstein(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The mean over 64 directions of the Wasserstein-1 distance of the projections of as many points."""
+    angles = torch.arange(64) * math.pi / 64
+    directions = torch.stack([angles.cos(), angles.sin()])
+    return float((((one @ directions).sort(0).values) - (other @ directions).sort(0).values).abs().mean())
+
+
+@pytest.mark.parametrize("kind", GAUSSIANS)
+def test_eight_gaussians_are_learnt(kind):
+    """Within 0.06 of the true density, whose own samples are 0.016 apart; noise is 0.23 away."""
+    options = GAUSSIANS[kind]
+    scheduler = fresh_scheduler(options, clips=False)
+    process, draws_of = process_of(options, scheduler), torch.Generator().manual_seed(0)
+    shares = timestep_weights(options, process.alphas_cumprod.double().numpy(), process.default_distribution)
+    torch.manual_seed(0)
+    model, loss_options = Points(), LossOptions()
+    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2500)
+    for step in range(2500):
+        clean = eight_gaussians(384, step)
+        timesteps = torch.multinomial(torch.from_numpy(shares), 384, True, generator=draws_of)
+        noised = process.apply(clean, torch.randn(clean.shape, generator=draws_of), timesteps, None)
+        prediction = model(noised.noisy, noised.timesteps)
+        weighted_loss(prediction, noised, process.prediction_type, loss_options).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    sampler = sampler_of(scheduler, "euler" if kind == "flow" else "ddim")
+    sampler.set_timesteps(100)
+    points = torch.randn(4000, 2, 1, 1, generator=draws_of) * getattr(sampler, "init_noise_sigma", 1.0)
+    with torch.no_grad():
+        for t in sampler.timesteps:
+            points = sampler.step(model(points, t.expand(4000)), t, points).prev_sample
+    points, true = points.flatten(1), eight_gaussians(4000, 10**6).flatten(1)
+    assert sliced_wasserstein(points, true) < 0.06
+    nearest = torch.cdist(points, CENTRES)
+    assert (nearest.min(1).values < 4 * WIDTH).float().mean() > 0.8
+    counts = nearest.argmin(1).bincount(minlength=8) / 4000
+    assert ((counts > 0.08) & (counts < 0.17)).all()
+
+
+EXPORTS = {
+    "ddpm": ("pixels",),
+    "ddpm v ema": ("pixels", "--prediction_type", "v_prediction", "--use_ema", "--rescale_betas_zero_snr"),
+    "ddpm sigmoid": ("pixels", "--beta_schedule", "sigmoid", "--prediction_type", "sample"),
+    "grey": ("pixels", "--image_channels", 1),
+    "transparent": ("pixels", "--image_channels", 4, "--preserve_input_precision"),
+    "ddim": ("pixels", "--sampler", "ddim", "--eta", 0.5),
+    "ddim sigmoid": ("pixels", "--sampler", "ddim", "--ddpm_beta_schedule", "sigmoid"),
+    "flow": ("flow", "--flow_shift", 2),
+    "labels": ("labels",),
+    "labels ddim": ("labels", "--sampler", "ddim", "--guidance_scale", 1),
+    "labels flow": ("labels", "--flow_matching"),
+    "latents": ("latents",),
+    "latents flow": ("latents", "--flow_matching"),
+    "labelled latents": ("labelled latents", "--use_ema"),
+    "labelled latents flow": ("labelled latents", "--flow_matching"),
+}
+
+
+def load(folder: Path):
+    from diffusers import DiffusionPipeline
+
+    more = {"custom_pipeline": str(folder), "trust_remote_code": True} if (folder / "pipeline.py").exists() else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **more)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawn(pipeline, seed: int, **more) -> np.ndarray:
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(2)]
+    return np.stack([np.asarray(each) for each in pipeline(generator=generators, num_inference_steps=3, **more).images])
+
+
+def samples(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(folder / f"{number:03d}.png")) for number in range(2)])
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_an_exported_folder_draws_the_runs_own_samples(train, case):
+    name, *flags = EXPORTS[case]
+    out = train(name, *SHORT, *flags, "--seed", 7, "--num_inference_steps", 3)
+    pipeline = load(out)
+    has_classes = "label" in name
+    more = {"class_labels": [0, 1], "guidance_scale": 1 if "--guidance_scale" in flags else 2} if has_classes else {}
+    more = more or {"batch_size": 2} | ({"eta": 0.5} if "--eta" in flags else {})
+    assert np.array_equal(drawn(pipeline, 7, **more), samples(out / "samples" / "final"))
+    if has_classes:
+        assert pipeline.labels == {"cat": 0, "dog": 1}
+        assert pipeline.get_label_ids(["dog", "cat"]) == [1, 0]
+    assert (out / "samples" / "final" / "grid.png").exists()
+    assert (out / "samples" / "film_strip.png").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("ddpm", "ddim")])
+def test_other_samplers_draw_from_the_same_model(train, name):
+    out = train("pixels", *SHORT, "--sampler", name, "--beta_schedule", "sigmoid", "--num_inference_steps", 3)
+    assert type(load(out).scheduler).__name__ == "DDPMScheduler"
+    from diffusers import UNet2DModel
+
+    unet, sampler = UNet2DModel.from_pretrained(out / "unet"), sampler_of(load(out).scheduler, name)
+    sampler.set_timesteps(3)
+    generators = [torch.Generator().manual_seed(number) for number in range(2)]
+    image = torch.cat([torch.randn(1, 3, 32, 32, generator=each) for each in generators]) * sampler.init_noise_sigma
+    with torch.no_grad():
+        for t in sampler.timesteps:
+            image = sampler.step(unet(sampler.scale_model_input(image, t), t).sample, t, image).prev_sample
+    pixels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    assert np.abs(pixels.astype(int) - samples(out / "samples" / "final")).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["pixels", "flow", "labels", "latents", "labelled latents"])
+def test_fine_tuning_begins_with_the_pretrained_weights(train, name, pipelines, images, classes, tmp_path):
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    first = train(name, *SHORT, out="first")
+    reset_accelerate()
+    is_labelled = "label" in name
+    argv = ["--pretrained_model", first, "--train_data_dir", classes if is_labelled else images, "--resolution", 32]
+    argv += ["--output_dir", tmp_path / "second", *SHORT, "--learning_rate", 1e-12, "--report_to", "none"]
+    argv += [*tiny.SMALL_DRAWING, *(["--class_conditional", "--guidance_scale", 2] if is_labelled else [])]
+    assert main([str(word) for word in argv]) == 0
+    part = "transformer" if name == "labelled latents" else "unet"
+    before, after = weights(first, part), weights(tmp_path / "second", part)
+    assert before.keys() == after.keys()
+    for key in before:
+        torch.testing.assert_close(before[key], after[key], rtol=0, atol=1e-8)
+    assert type(load(first).scheduler) is type(load(tmp_path / "second").scheduler)
+
+
+def test_a_score_pipeline_is_fine_tuned(images, tmp_path):
+    from diffusers import ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel
+
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        time_embedding_type="fourier",
+    )
+    scheduler = ScoreSdeVeScheduler(num_train_timesteps=50, sigma_max=20.0)
+    ScoreSdeVePipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path / "score")
+    reset_accelerate()
+    argv = ["--pretrained_model", tmp_path / "score", "--train_data_dir", images, "--output_dir", tmp_path / "out"]
+    argv += ["--max_train_steps", 30, "--train_batch_size", 4, "--learning_rate", 3e-3, "--lr_warmup_steps", 0]
+    argv += [*tiny.SMALL_DRAWING, "--num_inference_steps", 3, "--report_to", "none"]
+    assert main([str(word) for word in argv]) == 0
+    assert np.mean(losses(tmp_path / "out")[-5:]) < np.mean(losses(tmp_path / "out")[:5])
+    pipeline = load(tmp_path / "out")
+    assert np.array_equal(drawn(pipeline, 0, batch_size=2), samples(tmp_path / "out" / "samples" / "final"))
+
+
+def test_a_vae_without_a_scaling_has_one_measured(train, pipelines, monkeypatch, tmp_path):
+    folder = shutil.copytree(pipelines["vae"], tmp_path / "bare")
+    config = json.loads((folder / "config.json").read_text())
+    del config["scaling_factor"]
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = ("--vae", folder, "--lr_scheduler", "constant", "--train_batch_size", 2)
+    out = train("latents", *flags, "--max_train_steps", 2)
+    factor = json.loads((out / "latent_scaling.json").read_text())["scaling_factor"]
+    exported = load(out)
+    assert exported.vqvae.config.scaling_factor == factor
+    pixels = torch.stack([torch.from_numpy(np.asarray(_centre(path))) for path in sorted(train.images.glob("*.png"))])
+    with torch.no_grad():
+        posterior = exported.vqvae.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
+    assert factor * posterior.sample(torch.Generator().manual_seed(0)).std() == pytest.approx(1, rel=0.03)
+    (out / "latent_scaling.json").write_text(json.dumps({"scaling_factor": 0.5}))
+    train("latents", *flags, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    assert load(out).vqvae.config.scaling_factor == 0.5  # a run that goes on measures nothing anew
+
+
+def _centre(path: Path) -> Image.Image:
+    from utils.data.images import ImageOptions, make_cut, plan_cut
+    from utils.records import RecordPass
+
+    image, options = Image.open(path).convert("RGB"), ImageOptions(center_crop=True)
+    cut = plan_cut(image.size, (32, 32), options, 0, RecordPass(0, 0))
+    return Image.fromarray(make_cut(image, cut, options).transpose(1, 2, 0))
+
+
+def test_a_transformer_of_classes_has_the_slots_that_its_pipeline_expects(train):
+    out = train("labelled latents", *SHORT)
+    config = json.loads((out / "transformer" / "config.json").read_text())
+    assert config["num_embeds_ada_norm"] == 1000
+    tables = {key: value for key, value in weights(out, "transformer").items() if "embedding_table" in key}
+    assert tables
+    assert all(len(table) == 1001 for table in tables.values())
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["id2label"] == {"0": "cat", "1": "dog"}
+
+
+def test_dropped_labels_train_the_slot_of_no_class(train):
+    out = train("labels", *SHORT, "--label_dropout", 1.0, "--weight_init", "xavier_kaiming", "--adam_weight_decay", 0)
+    other = train(
+        "labels", *SHORT, "--label_dropout", 0.0, "--weight_init", "xavier_kaiming", "--adam_weight_decay", 0, out="b"
+    )
+    one, two = (weights(each)["class_embedding.weight"] for each in (out, other))
+    assert one.shape == (3, 32)
+    changed = (one != two).any(1)
+    assert changed[2]
+    assert changed[:2].any()
+
+
+@pytest.mark.parametrize("kind", ["names", "numbers", "class labels"])
+def test_labels_of_a_column(train, images, tmp_path, kind):
+    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    paths = [str(path) for path in sorted(images.glob("*.png"))]
+    labels = {"names": ["b", "a"], "numbers": [10, 9], "class labels": [1, 0]}[kind]
+    feature = {"names": Value("string"), "numbers": Value("int64"), "class labels": ClassLabel(names=["a", "b"])}[kind]
+    features = Features({"image": ImageFeature(), "kind": feature})
+    rows = {"image": paths, "kind": [labels[number % 2] for number in range(len(paths))]}
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    reset_accelerate()
+    words = ["--dataset_name", tmp_path / "data", "--label_column", "kind", "--output_dir", tmp_path / "out"]
+    words += [*tiny.UNCONDITIONAL["labels"], *SHORT, "--resolution", 32, "--report_to", "none"]
+    assert main([str(word) for word in words]) == 0
+    assert list(load(tmp_path / "out").labels) == (["9", "10"] if kind == "numbers" else ["a", "b"])
+
+
+def test_sixteen_bits_reach_the_model(tmp_path):
+    from utils.data.cutting import cut_out
+    from utils.data.pixels import PixelOptions
+    from utils.records import RecordPass
+
+    ramp = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    found = {}
+    for deep in (False, True):
+        options = PixelOptions(image_channels=1, center_crop=True, preserve_input_precision=deep)
+        pixels = cut_out(str(tmp_path / "ramp.png"), None, (64, 64), options, 0, RecordPass(0, 0)).pixels
+        assert pixels.shape == (1, 64, 64)
+        found[deep] = pixels
+    np.testing.assert_allclose(found[True][0], ramp / 257, atol=1e-3)
+    assert len(np.unique(found[True])) == 4096
+    assert len(np.unique(found[False])) <= 256
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("deep", [False, True])
+def test_channels_of_an_image(tmp_path, channels, deep):
+    from utils.data.cutting import cut_out
+    from utils.data.pixels import PixelOptions
+    from utils.records import RecordPass
+
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[..., 0], pixels[:, :4, 3] = 200, 255
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+    options = PixelOptions(image_channels=channels, preserve_input_precision=deep, center_crop=True)
+    found = cut_out(str(tmp_path / "half.png"), None, (8, 8), options, 0, RecordPass(0, 0)).pixels
+    assert found.dtype == (np.float32 if deep else np.uint8)
+    seen = {1: ([60], [255]), 3: ([200, 0, 0], [255, 255, 255]), 4: ([200, 0, 0, 255], None)}[channels]
+    np.testing.assert_allclose(found[:, 4, 0], seen[0], atol=1)
+    if seen[1] is not None:
+        np.testing.assert_allclose(found[:, 4, 7], seen[1], atol=1)
+    else:
+        assert found[3, 4, 7] == 0
+
+
+SIZES = {8: 2, 16: 3, 32: 4, 64: 5, 128: 6, 256: 6}
+
+
+@pytest.mark.parametrize("edge", SIZES)
+def test_a_built_in_size_has_no_level_under_4(edge):
+    from utils.families.denoisers import ShapeOptions, unet_config
+
+    config = unet_config(ShapeOptions(), edge, 3, None)
+    assert len(config["block_out_channels"]) == SIZES[edge]
+    assert edge // 2 ** (SIZES[edge] - 1) >= 4
+
+
+@pytest.mark.parametrize("init", ["default", "xavier_kaiming"])
+@pytest.mark.parametrize("name", ["UNet2DModel", "DiTTransformer2DModel"])
+def test_first_weights(name, init):
+    from utils.families.denoisers import ShapeOptions, make_denoiser, transformer_config, unet_config
+
+    torch.manual_seed(0)
+    options = ShapeOptions(model_size="tiny", weight_init=init)
+    config = unet_config(options, 16, 3, None) if name == "UNet2DModel" else transformer_config(options, 16, 3)
+    model = make_denoiser(name, config, init)
+    classes = {} if name == "UNet2DModel" else {"class_labels": torch.tensor([0])}
+    output = model(torch.randn(1, 3, 16, 16), torch.tensor([10]), **classes).sample
+    assert bool(output.any()) == (init != "default")  # zeroed last layers predict nothing
+    linear = next(module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.any())
+    if init == "xavier_kaiming":
+        bound = math.sqrt(6 / (linear.in_features + linear.out_features))
+        assert 0.9 * bound < float(linear.weight.detach().abs().max()) <= bound
+
+
+def test_a_config_file_says_the_shape(train, tmp_path):
+    first = train("pixels", *SHORT, out="first")
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    reset_accelerate()
+    words = ["--model_config_name_or_path", first, "--train_data_dir", train.images, "--output_dir", tmp_path / "out"]
+    words += [*SHORT, *tiny.SMALL_DRAWING, "--resolution", 16, "--report_to", "none"]
+    assert main([str(word) for word in words]) == 0
+    assert weights(first).keys() == weights(tmp_path / "out").keys()
+    assert load(tmp_path / "out").unet.config.sample_size == 16
+
+
+def test_the_cached_run_trains_what_the_live_one_does(train, tmp_path):
+    flags = (*SHORT, "--center_crop", "--encoding_cache_dir", tmp_path / "cache")
+    live, cached = train("latents", *flags, out="live"), train("latents", *flags, "--cache_latents", out="cached")
+    torch.testing.assert_close(losses(live), losses(cached), rtol=1e-5, atol=0)
+
+
+def test_the_validation_loss_is_measured_and_the_best_is_kept(train):
+    flags = ("--validation_split", 0.4, "--save_images_steps", 2, "--max_train_steps", 4, "--train_batch_size", 2)
+    out = train("labels", *flags, "--num_validation_timesteps", 4)
+    lines = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert len(lines[0]["curve"]) == 4
+    assert load(out / "best").unet
+    assert {path.name for path in (out / "samples").iterdir()} == {"step-2", "final", "film_strip.png"}
+
+
+@pytest.mark.parametrize("name", ["pixels", "labelled latents"])
+def test_dry_run(train, capsys, name):
+    out = train(name, *SHORT, "--dry_run")
+    printed = capsys.readouterr().out
+    assert {"pixels": "DDPMPipeline", "labelled latents": "DiTPipeline"}[name] in printed
+    assert {"pixels": "no classes", "labelled latents": "2 classes"}[name] in printed
+    assert "2 optimizer steps" in printed
+    assert sorted(path.name for path in out.iterdir()) == ["contact_sheet.png", "dry_run_report.json"]
+
+
+def test_a_run_that_is_ended_in_time_goes_on_bit_by_bit(train):
+    flags = ("--train_batch_size", 2, "--use_ema", "--max_train_steps", 3)
+    whole = train("labels", *flags, out="whole")
+    train("labels", *flags, "--max_train_time", "0:00:00", out="parts")
+    assert {path.name for path in (whole.parent / "parts").glob("checkpoint-*")} == {"checkpoint-1"}
+    parts = train("labels", *flags, "--resume_from_checkpoint", "latest", out="parts")
+    assert losses(whole) == losses(parts)
+    for name in ("unet", "unet_ema"):
+        assert_same_bits(weights(whole / "checkpoint-3", name), weights(parts / "checkpoint-3", name))
+    assert np.array_equal(samples(whole / "samples" / "final"), samples(parts / "samples" / "final"))
+
+
+def test_aspect_ratio_buckets(train):
+    flags = ("--use_aspect_ratio_buckets", "--bucket_step", 8, "--bucket_group_size", 1, "--random_flip")
+    out = train("pixels", *SHORT, *flags)
+    assert load(out).unet.config.sample_size == 32
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(train, images, tmp_path):
+    flags = ("--max_train_steps", 4, "--adam_epsilon", 1e-5, "--learning_rate", 1e-3)
+    alone = train("pixels", *flags, "--train_batch_size", 4)
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641"]
+    words += [ROOT / "train_unconditional.py", "--train_data_dir", images, "--output_dir", tmp_path / "two"]
+    words += [*tiny.UNCONDITIONAL["pixels"], *flags, "--resolution", 32, "--lr_warmup_steps", 0, "--report_to", "none"]
+    words += ["--train_batch_size", 1, "--gradient_accumulation_steps", 2]
+    subprocess.run([str(word) for word in words], check=True, capture_output=True)
+    for key, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(tmp_path / "two")[key], tensor, rtol=1e-4, atol=2e-6)
+    assert len(list((tmp_path / "two" / "samples" / "final").glob("0*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "parts"),
+    [
+        ("pixels", ["--channel_mult", 1, 2, 2, 2, 2], ["--channel_mult", "number 5, 2", "2x2", "4x4"]),
+        ("pixels", ["--attention_resolutions", 9], ["--attention_resolutions 9", "32, 16"]),
+        ("pixels", ["--cache_latents"], ["--cache_latents", "--vae"]),
+        ("pixels", ["--model_size", "huge"], ["--model_size", "huge"]),
+        ("pixels", ["--label_column", "x"], ["--label_column", "--class_conditional"]),
+        ("pixels", ["--guidance_scale", 3], ["--guidance_scale", "--class_conditional"]),
+        ("pixels", ["--class_conditional"], ["--class_conditional", "at least two classes"]),
+        ("pixels", ["--sampler", "heun", "--prediction_type", "sample"], ["--sampler heun", "sample"]),
+        ("pixels", ["--eta", 0.5], ["--eta", "--sampler ddim"]),
+        ("pixels", ["--rescale_betas_zero_snr"], ["--prediction_type", "zero terminal SNR"]),
+        ("pixels", ["--model_config_name_or_path", "/nowhere"], ["--model_config_name_or_path", "leave out"]),
+        ("pixels", ["--vae", "/nowhere"], ["--vae /nowhere"]),
+        ("pixels", ["--image_channels", 2], ["--image_channels", "2"]),
+        ("pixels", ["--dropout", 1], ["--dropout", "1"]),
+        ("pixels", ["--flow_shift", 3], ["--flow_shift", "--flow_matching"]),
+        ("pixels", ["--eval_metrics", "fid"], ["--eval_metrics"]),
+        ("pixels", ["--pretrained_model", "/nowhere"], ["--model_size", "--pretrained_model"]),
+        ("flow", ["--prediction_type", "epsilon"], ["--prediction_type", "--flow_matching"]),
+        ("flow", ["--sampler", "ddpm"], ["--sampler", "euler, heun", "ddpm"]),
+        ("latents", ["--image_channels", 1], ["--image_channels", "3"]),
+        ("latents", ["--resolution", 500], ["--resolution", "500"]),
+        ("labelled latents", ["--patch_size", 3], ["--patch_size", "3"]),
+        (
+            "labelled latents",
+            ["--use_aspect_ratio_buckets", "--bucket_step", 8, "--train_batch_size", 1],
+            ["--use_aspect_ratio_buckets", "squares"],
+        ),
+        ("labels", ["--streaming"], ["--class_conditional", "--streaming"]),
+    ],
+)
+def test_refused_options(train, capsys, name, flags, parts):
+    train(name, *SHORT, *flags, expect=2)
+    line = message(capsys)
+    assert all(part in line for part in parts), line
+
+
+def test_help_names_every_flag_of_the_diffusers_example():
+    words = [sys.executable, str(ROOT / "train_unconditional.py"), "--help"]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    flags = (ROOT / "tests" / "diffusers_unconditional_flags.txt").read_text().split()
+    assert not [flag for flag in flags if f" {flag} " not in shown and f" {flag}," not in shown]
+
+
+EXAMPLE = """--train_batch_size=1 --num_epochs=1 --gradient_accumulation_steps=1 --ddpm_num_inference_steps 2
+    --learning_rate=1e-3 --lr_warmup_steps=5"""
+
+
+def test_the_diffusers_examples_own_tests(train):
+    from tests.conftest import reset_accelerate
+
+    out = train("pixels", *EXAMPLE.split())
+    assert (out / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (out / "scheduler" / "scheduler_config.json").is_file()
+    flags = [*EXAMPLE.split(), "--checkpointing_steps=2"]
+    out = train("pixels", *flags, "--checkpoints_total_limit=2", out="limit")
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+    reset_accelerate()
+    out = train("pixels", *EXAMPLE.split(), "--checkpointing_steps=1", out="many")
+    assert {path.name for path in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in range(1, 7)}
+    more = ("--num_epochs=2", "--resume_from_checkpoint=checkpoint-6", "--checkpoints_total_limit=2")
+    train("pixels", *flags, *more, out="many")
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-12"}
+
+
+def test_overwriting_another_run(train, capsys):
+    train("pixels", *SHORT)
+    train("pixels", *SHORT, expect=2)
+    assert "--overwrite_output_dir" in message(capsys)
+    train("pixels", *SHORT, "--overwrite_output_dir")
+
+
+def test_the_pipeline_is_saved_while_it_trains(train, monkeypatch):
+    from utils.state import RunState
+
+    saved = []
+    export = RunState.export
+    monkeypatch.setattr(RunState, "export", lambda self, folder: (saved.append(folder), export(self, folder)))
+    train("pixels", "--num_epochs", 3, "--train_batch_size", 2, "--save_model_epochs", 1, "--save_images_epochs", 2)
+    assert len(saved) == 3
+
+
+def test_a_model_of_classes_goes_on_with_the_same_classes_alone(train, classes, tmp_path, capsys):
+    train("labels", *SHORT)
+    more = shutil.copytree(classes, tmp_path / "more")
+    shutil.copytree(more / "cat", more / "mouse")
+    train("labels", *SHORT, "--resume_from_checkpoint", "latest", data=more, expect=2)
+    assert "--classes" in message(capsys)
+
+
+def test_channels_last_and_fused_adamw_are_named_and_train_the_same(train, caplog):
+    plain = train("pixels", *SHORT, out="plain")
+    fast = train("pixels", *SHORT, "--channels_last", "--fused_adamw", "true", out="fast")
+    assert any("channels last, fused AdamW" in record.getMessage() for record in caplog.records)
+    for key, tensor in weights(plain).items():
+        torch.testing.assert_close(tensor, weights(fast)[key], rtol=1e-4, atol=3e-4)
+
+
+def test_training_through_the_script_lowers_the_loss(train):
+    out = train("flow", "--max_train_steps", 60, "--train_batch_size", 6, "--learning_rate", 3e-3, "--center_crop")
+    assert np.mean(losses(out)[-10:]) < 0.6 * np.mean(losses(out)[:5])
+    assert_same_bits(weights(out), weights(out / "checkpoint-60"))
+
+
+def test_the_readmes_commands_parse(tmp_path):
+    import re
+    import shlex
+
+    from train_unconditional import Options
+    from utils.options import parse
+
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [line for line in lines if "train_unconditional.py " in line]
+    assert len(commands) >= 3
+    for command in commands:
+        words = shlex.split(command)
+        words = words[words.index("train_unconditional.py") + 1 :]
+        parse(Options, [str(tmp_path) if word == "path/to/images" else word for word in words], "")
+
+
+def test_the_demo_trains_draws_and_judges(tmp_path, monkeypatch, capsys):
+    import unconditional
+    from tests.conftest import reset_accelerate
+
+    reset_accelerate()
+    shortened = [*unconditional.ARGUMENTS, "--max_train_steps", "2", "--train_batch_size", "4"]
+    monkeypatch.setattr(unconditional, "ARGUMENTS", [*shortened, "--num_inference_steps", "2"])
+    monkeypatch.setattr(unconditional, "NUM_DRAWN", 12)
+    monkeypatch.setattr(unconditional, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr("sys.argv", ["unconditional.py", "--output_dir", str(tmp_path)])
+    unconditional.main()
+    assert "of which the classifier is sure" in capsys.readouterr().out
+    assert (tmp_path / "unconditional_grid.png").stat().st_size > 500
+    assert (tmp_path / "unconditional_film_strip.png").exists()
+
+
+def test_real_digits_of_another_half_are_what_the_judge_is_sure_of(tmp_path):
+    import classifier
+    import digits
+    import unconditional
+
+    drawing, _ = digits.split_digits()
+    few = digits.Digits(drawing.ink[:300], drawing.labels[:300])
+    unconditional.write_images(few, tmp_path / "few")
+    ink = unconditional.read_images(tmp_path / "few")
+    np.testing.assert_allclose(ink.numpy(), few.ink, atol=1 / 255)
+    said = unconditional.verdict(ink, classifier.train_classifier(), ink, ink[:50])
+    assert "10 of 10" in said
+    assert "0.000 of drawn ones" in said

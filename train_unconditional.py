@@ -1,0 +1,515 @@
+#!/usr/bin/env python
+"""Trains a diffusion model that draws without words: from scratch or fine-tuned, in pixels or latents, of classes too.
+
+accelerate launch train_unconditional.py --train_data_dir ... --output_dir ...
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from utils.adaptation import FullFineTuning, TrainedOptions
+from utils.background import BackgroundWriter
+from utils.checkpoint import CheckpointOptions, Checkpoints, RunFacts, check_structure, check_training
+from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_stepping, check_token
+from utils.course import Course, Feed, Settings, Validation, choose_length
+from utils.data.buckets import BucketOptions
+from utils.data.cache import CacheOptions
+from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
+from utils.data.labels import LabelledSource, LabelOptions, in_order
+from utils.data.pixels import PixelOptions
+from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions
+from utils.data.sources import DataOptions, source_entries
+from utils.data.stream import StreamedImages
+from utils.doctor import examine_data
+from utils.ema import EmaOptions, MovingAverage
+from utils.ema_lengths import AverageLengths
+from utils.encoding import Encoder
+from utils.engines import engine_of
+from utils.export import CardFacts, HubOptions, upload, write_card
+from utils.families.unconditional import (
+    UnconditionalFamily,
+    UnconditionalModelOptions,
+    Wanted,
+    default_edge,
+    pick_unconditional,
+    sampler_of,
+)
+from utils.flow import ProcessOptions, process_of
+from utils.gradients import FREE_CURE, setting
+from utils.grids import GridSampler, SamplingOptions
+from utils.held_out import EarlyStoppingOptions, HeldOut, History
+from utils.length import LengthOptions
+from utils.losses import LossOptions
+from utils.noise import NoiseDraws
+from utils.objective import Objective
+from utils.optim import SCHEDULES, OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
+from utils.options import UserError, as_record, leave, option, parse, run_script
+from utils.perceptual import PerceptualOptions
+from utils.preparation import DataPreparation
+from utils.runtime import (
+    OutputFolder,
+    RuntimeOptions,
+    ending,
+    on_main_process,
+    set_up_logging,
+    start_processes,
+    use_hub_cache_if_offline,
+    weight_dtype,
+)
+from utils.scaling import known_scaling, measured_scaling, remember_scaling
+from utils.seeding import model_seed
+from utils.speed import SpeedOptions, hasten
+from utils.starting import (
+    choose_group_size,
+    claim,
+    describe_run,
+    loss_terms,
+    make_gradients,
+    make_optimizer,
+    open_records,
+    own_parameters,
+    samples_at_once,
+    training_options,
+    warn_of_length,
+)
+from utils.state import CheckpointSaver, RunState, evaluating
+from utils.stopping import StopRequests
+from utils.terms import TermOptions
+from utils.tracking import TRACKERS, RunLog, Sample, TrackingOptions
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger("utils.train_unconditional")
+
+
+@dataclass(frozen=True)
+class Length(LengthOptions):
+    num_train_epochs: int = option(100, "passes over the data", aliases=["--num_epochs"])
+
+
+@dataclass(frozen=True)
+class Optimizer(OptimizerOptions):
+    adam_beta1: float = option(0.95, "decay of the mean gradient")
+    adam_weight_decay: float = option(1e-6, "decoupled weight decay, of all but biases and norms")
+
+
+@dataclass(frozen=True)
+class Schedule(ScheduleOptions):
+    lr_scheduler: str = option("cosine", "course of the learning rate", choices=SCHEDULES)
+
+
+@dataclass(frozen=True)
+class Averages(EmaOptions):
+    ema_decay: float = option(0.9999, "the largest decay of the average", aliases=["--ema_max_decay"])
+    use_ema_warmup: bool = option(True, "let the decay rise as 1 - (1 + n / inv_gamma)^-power up to it")
+
+
+@dataclass(frozen=True)
+class Tracking(TrackingOptions):
+    report_to: str = option(
+        "tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"), aliases=["--logger"]
+    )
+    tracker_project_name: str = option("train_unconditional", "name of the project in the trackers")
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of this script, by group."""
+
+    model: UnconditionalModelOptions
+    trained: TrainedOptions
+    data: DataOptions
+    source: LabelledSource
+    labels: LabelOptions
+    selection: SelectionOptions
+    image: PixelOptions
+    buckets: BucketOptions
+    cache: CacheOptions
+    loader: LoaderOptions
+    length: Length
+    optimizer: Optimizer
+    schedule: Schedule
+    loss: LossOptions
+    perceptual: PerceptualOptions
+    term: TermOptions
+    noise: ProcessOptions
+    ema: Averages
+    held_out: HeldOutOptions
+    sampling: SamplingOptions
+    stopping: EarlyStoppingOptions
+    checkpoint: CheckpointOptions
+    runtime: RuntimeOptions
+    speed: SpeedOptions
+    tracking: Tracking
+    hub: HubOptions
+
+    @property
+    def structure(self) -> dict[str, object]:
+        """What a checkpoint can only be resumed with, by flag."""
+        term = None if self.term.loss_module is None else Path(self.term.loss_module).name
+        shared = {"seed": self.runtime.seed, "optimizer": self.optimizer.name, "loss_module": term}
+        return shared | self.trained.structure | self.model.structure
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Trains; every step of the way in its order."""
+    set_up_logging()
+    options: Options = parse(Options, argv, __doc__.splitlines()[0])
+    check_together(options)
+    model_options = options.model
+    names = (model_options.pretrained_model_name_or_path, model_options.vae, options.source.dataset_name)
+    if not all(name is None or Path(name).exists() for name in names):
+        use_hub_cache_if_offline()
+    family_class = pick_unconditional(model_options, options.labels.class_conditional, options.sampling.sampler)
+    check_family(options, family_class)
+    resolution = options.image.resolution or default_edge(model_options, family_class)
+    seed, pure_bf16 = options.runtime.seed, options.trained.pure_bf16
+    folder = OutputFolder(options.runtime.output_dir or family_class.default_output_dir)
+    accelerator = start_processes(
+        options.runtime,
+        options.loader.gradient_accumulation_steps,
+        options.tracking.trackers,
+        folder.path,
+        options.tracking.logging_dir,
+    )
+    check_stepping(options.optimizer, options.tracking, pure_bf16, accelerator)
+    engine = engine_of(accelerator)
+    engine.check_options(as_record(options), options.optimizer.name)
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    global_batch = options.loader.global_batch(num_processes)
+    requests = StopRequests(folder.path, options.length.seconds)
+    with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening():
+        checkpoints = Checkpoints(folder.path, options.checkpoint.checkpoints_total_limit)
+        asked_start = options.checkpoint.resume_from_checkpoint
+        start = on_main_process(accelerator, lambda: checkpoints.resolve(asked_start))
+        group_size = choose_group_size(options.buckets, options.loader, global_batch, start)
+        structure = options.structure | {"pretrained_model": family_class.pipeline_class_name}
+        structure["bucket_group_size"] = group_size if options.buckets.use_aspect_ratio_buckets else None
+        training = training_options(options, accelerator, global_batch)
+        if start is not None:
+            check_structure(start, structure)
+            check_training(start, training, options.checkpoint.allow_changed_options)
+        if not options.runtime.dry_run:
+            overwrite = options.runtime.overwrite_output_dir
+            on_main_process(accelerator, lambda: claim(folder, checkpoints, start, options.checkpoint, overwrite))
+            on_main_process(accelerator, requests.remove_files)
+        preparation = prepare_data(options, accelerator, folder, requests)
+        images = preparation.choose_images(resolution, group_size)
+        held_out_images = preparation.choose_held_out(resolution)
+        structure["classes"] = classes = class_names(options, preparation, images)
+        if start is not None:
+            check_structure(start, structure)
+        batches = images.batches(global_batch, group_size, seed)
+        total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
+        rates = options.optimizer.scaled(batches.size)
+        factor = rate_factor(options.schedule, rates.learning_rate, total_steps)
+        data = {"data": images.fingerprint(), **images.describe_sources()}
+        facts = RunFacts(structure, training | data, total_steps)
+        if start is not None:
+            check_training(start, data, options.checkpoint.allow_changed_options)
+            warn_of_length(start, options.schedule, total_steps)
+
+        torch.manual_seed(model_seed(seed, 0, 0))  # a fresh denoiser's first weights
+        dtypes = FullFineTuning.dtypes(options.trained, weight_dtype(accelerator))
+        wanted = Wanted(resolution, options.image.channels, tuple(classes), images.plan.sizes == [(resolution,) * 2])
+        family = family_class(
+            model_options, options.noise, wanted, dtypes.unet, dtypes.frozen, options.sampling.sampler
+        )
+        adaptation = FullFineTuning(family, options.trained, start)
+        family.use_attention()
+        family.save_memory()
+        requests.check()
+        process = process_of(options.noise, family.pipeline.scheduler)
+        sampler_of(family.pipeline.scheduler, options.sampling.sampler)
+        terms = loss_terms(options.perceptual, options.term, family.latent_space, process.num_timesteps)
+        named = adaptation.named_parameters(rates)
+        own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
+        model_name = f"{model_options.origin} ({family.pipeline_class_name}, {family.latent_space.describe()})"
+        how = f"{len(classes)} classes" if classes else "no classes"
+        counts = images, held_out_images, batches, total_steps
+        learning = options.loader, rates, options.schedule
+        plan = describe_run(model_name, how, adaptation.modules, accelerator, *counts, *learning)
+        if options.runtime.dry_run:
+            if accelerator.is_main_process:
+                print(plan)
+                print(examine_data(preparation, family, images, batches, folder.path))
+            return
+
+        for part in (family, *terms):
+            part.to(accelerator.device)
+        if family.measures_scaling:
+            settle_scaling(options, accelerator, family, images, start, folder)
+        if model_options.gradient_checkpointing or engine.checkpoints_activations:
+            family.use_gradient_checkpointing(text_encoders=False, vae=bool(terms) and bool(family.coder_names))
+        num_workers = options.loader.num_workers(num_processes)
+        requests.check()
+        held_out = measure_on(options, accelerator, family, held_out_images, requests)
+        encodings = preparation.fill_cache(family, images, num_workers, keep_vae=bool(terms))
+        if options.cache.cache_only or options.cache.verify_cache:
+            preparation.write_report(images)
+            return
+        hasten_denoiser(options.speed, accelerator, family, rates)
+        encoder = Encoder(family, text_encoders_train=False)
+        objective = Objective(family, adaptation.modules, process, options.noise, options.loss, terms)
+        optimizer = make_optimizer(named + own, rates, pure_bf16, seed)
+        model, optimizer = engine.prepare(objective, optimizer, rates.clip_norm)
+        named = adaptation.named_parameters(rates)  # an engine that spreads weights puts others in their place
+        average = MovingAverage([each.parameter for each in named], options.ema) if options.ema.use_ema else None
+        lengths = AverageLengths(named, options.ema, folder.path) if options.ema.ema_lengths else None
+        state = RunState(engine, adaptation, average, lengths, optimizer, named, own, terms, facts)
+        first_step = 0 if start is None else state.load(start)
+        history = History(folder.path, first_step, options.stopping)
+        validation = Validation(held_out, history, objective, state, folder)
+        ended = batches.epochs_before(first_step - 1) if first_step else 0, batches.epochs_before(first_step)
+        if first_step in (0, total_steps) or options.sampling.is_due(first_step, *ended):
+            validation.begin(first_step, requests)
+        total_steps = first_step if history.is_over() else total_steps
+
+        spec = SampleSpec(family.latent_space.shape, family.tokenizer(), options.cache.cut_variants)
+        draws = NoiseDraws(options.noise, process, seed, batches.size)
+        dataset = TrainingDataset(images, batches, spec, options.image, draws, encodings)
+        at_once = samples_at_once(options.buckets, options.loader, group_size)
+        pieces = images.pieces(batches, at_once, rank, num_processes, first_step, total_steps)
+        waiting = Waiting()
+        loader = batches_by_step(
+            dataset, pieces, num_workers, options.loader.dataloader_timeout, accelerator.device.type == "cuda", waiting
+        )
+        sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests)
+        open_records(options, accelerator, folder, options.tracking)
+        logger.info("training\n%s", plan)
+        steps_in_backward, saving = rates.optimizer_in_backward, memory_savers(options)
+        gradients = make_gradients(
+            engine, model, encoder, pieces, options.loader, at_once, start, seed, steps_in_backward, saving
+        )
+        adaptation.train_mode()
+        gradients.rehearse(dataset.largest(at_once, options.perceptual.perceptual_min_timestep))
+        if options.loader.find_batch_size:
+            groups = f" --bucket_group_size {group_size}" if options.buckets.use_aspect_ratio_buckets else ""
+            logger.info("--find_batch_size: keep %s%s", setting(gradients.size, gradients.num_samples), groups)
+
+        preparation.write_report(images)
+        saver = CheckpointSaver(checkpoints, state, BackgroundWriter(options.checkpoint.async_checkpointing))
+        gradients.rescue = saver.rescue
+        log = RunLog(accelerator, folder.path, first_step, total_steps, batches.size)
+        feed = Feed(preparation, images, batches, waiting)
+        settings = Settings(rates, options.schedule, options.ema, options.checkpoint, options.tracking, at_once)
+        course = Course(state, validation, gradients, saver, checkpoints, log, requests, feed, settings, total_steps)
+        with saver.writer, log:
+            for step, micro_batches in loader:
+                done, rate_now = step + 1, course.rate_now(factor(step))
+                set_learning_rate(optimizer, rate_now)
+                found = gradients.add_up(step, micro_batches)
+                log.layers(((name, parameter) for name, parameter, _ in named), done, options.tracking)
+                grad_norm = state.clip(rates.clip_norm)
+                state.step(grad_norm)
+                course.record(done, found, grad_norm, rate_now)
+                ended = batches.epochs_before(step), batches.epochs_before(done)
+                is_due = done == course.total_steps or options.sampling.is_due(done, *ended)
+                if is_due:
+                    course.measure(done)
+                course.save(done)
+                if done == course.total_steps:
+                    break
+                is_model_due = options.sampling.is_model_due(*ended)
+                if not (is_due or is_model_due):
+                    continue
+                with log.paused(), evaluating(adaptation, average, optimizer):
+                    if is_due:
+                        log.images(sampler.draw(f"step-{done}"), done, "test_samples")
+                    if is_model_due:
+                        state.export(folder.path)
+
+        saver.join()
+        if lengths is not None:
+            average = choose_length(options.ema.ema_lengths, lengths, validation, requests)
+        with evaluating(adaptation, average, optimizer):
+            state.export(folder.path)
+            samples = sampler.draw("final")
+        if requests.is_asked:
+            logger.warning("a signal broke off the last samples; the result itself is whole")
+        log.images(samples, course.total_steps, "test_samples")
+        course.share_unreadable()
+        preparation.write_report(images)
+        if accelerator.is_main_process:
+            publish(options, folder, family, samples, course.total_steps, batches.size, resolution)
+        logger.info("the result is in %s", folder.path)
+
+
+def check_together(options: Options) -> None:
+    """Refuses options that don't go together, and warns of those that have no effect."""
+    captions = options.labels.captions(options.source)
+    entries = source_entries(options.data, options.source, captions)
+    check_token(options.hub, options.tracking)
+    check_optimizer(options.optimizer, options.schedule, options.term.loss_module_lr)
+    check_masks(options.loss, entries)
+    check_held_out(options.held_out, options.data, options.stopping, options.schedule, options.ema)
+    check_cache(options.cache, options.data, options.image, captions)
+    if options.cache.cache_text_embeddings:
+        raise UserError("--cache_text_embeddings: there are no captions here; leave it out")
+    if options.optimizer.text_encoder_lr is not None or options.optimizer.text_encoder_2_lr is not None:
+        raise UserError("--text_encoder_lr: there are no text encoders here; leave it out")
+    if options.labels.class_conditional and options.data.streaming:
+        raise UserError("--class_conditional numbers all classes beforehand, which --streaming does not know")
+    if options.source.caption_column is not None and not options.labels.class_conditional:
+        raise UserError("--label_column goes with --class_conditional; give both or neither")
+    if options.sampling.guidance_scale > 1 and not options.labels.class_conditional:
+        raise UserError("--guidance_scale goes with --class_conditional; give both or neither")
+
+
+def check_family(options: Options, family_class: type[UnconditionalFamily]) -> None:
+    """Refuses what a model in pixels, or one of latents, can't do."""
+    if options.perceptual.perceptual_weight is not None and options.image.image_channels != 3:
+        raise UserError("--perceptual_weight compares colours, so --image_channels must be 3; leave one out")
+    if family_class.coder_names:
+        return
+    asked = {
+        "--cache_latents": options.cache.cache_latents,
+        "--vae_slicing": options.model.vae_slicing,
+        "--vae_tiling": options.model.vae_tiling,
+    }
+    flag = next((flag for flag, is_given in asked.items() if is_given), None)
+    if flag is not None:
+        raise UserError(f"{flag} is of the latents of a VAE, and this model has none; leave it out, or give --vae")
+
+
+def memory_savers(options: Options) -> dict[str, bool]:
+    """Flags that save memory, in the order to try them, and whether they are given."""
+    return {
+        FREE_CURE: options.model.gradient_checkpointing,
+        "--cache_latents": options.model.vae is None or options.cache.cache_latents,
+        "--use_8bit_adam": options.optimizer.name != "adamw",
+    }
+
+
+def prepare_data(
+    options: Options, accelerator: "Accelerator", folder: OutputFolder, requests: StopRequests
+) -> DataPreparation:
+    """The options of the data, and what else its preparation needs."""
+    return DataPreparation(
+        accelerator,
+        options.data,
+        options.source,
+        options.labels.captions(options.source),
+        options.selection,
+        options.image,
+        options.buckets,
+        options.cache,
+        options.held_out,
+        options.runtime.seed,
+        None if options.runtime.dry_run else folder.path,
+        requests,
+    )
+
+
+def class_names(options: Options, preparation: DataPreparation, images: PlannedImages | StreamedImages) -> list[str]:
+    """The names of the classes, in the order of their numbers; none without classes."""
+    if not options.labels.class_conditional:
+        return []
+    names = in_order([name for name in preparation.texts(images) if name])
+    if len(names) < 2:
+        found = f"one, {names[0]}" if names else "none"
+        raise UserError(
+            f"--class_conditional needs at least two classes, got {found}; put images into a folder for each, or name "
+            "a --label_column"
+        )
+    return names
+
+
+def settle_scaling(
+    options: Options,
+    accelerator: "Accelerator",
+    family: UnconditionalFamily,
+    images: PlannedImages,
+    start: Path | None,
+    folder: OutputFolder,
+) -> None:
+    """Scales latents whose VAE says no scaling by what was measured on the data, in this run or before."""
+
+    def settle() -> float:
+        known = None if start is None else known_scaling(start.parent)
+        factor = known or measured_scaling(family, images, options.image, accelerator.device, options.runtime.seed)
+        remember_scaling(folder.path, factor)
+        return factor
+
+    family.rescale(on_main_process(accelerator, settle))
+
+
+def measure_on(
+    options: Options,
+    accelerator: "Accelerator",
+    family: UnconditionalFamily,
+    images: PlannedImages | None,
+    requests: StopRequests,
+) -> HeldOut | None:
+    """The held-out images, encoded."""
+    if images is None:
+        return None
+    return HeldOut(accelerator, family, images, options.stopping, options.image, options.runtime.seed, False, requests)
+
+
+def hasten_denoiser(
+    options: SpeedOptions, accelerator: "Accelerator", family: UnconditionalFamily, rates: OptimizerOptions
+) -> None:
+    """Switches on what makes the denoiser faster, and names all that is active."""
+    device = accelerator.device
+    config, unet = family.unet.config, family.unet
+    edge = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+    random = torch.Generator().manual_seed(0)
+    noisy = torch.randn(2, config.in_channels, edge, edge, generator=random).to(device, unet.dtype)
+    states = family.encode_text(torch.zeros(2, 1, 1, dtype=torch.int64), torch.tensor([False, False]))
+    probe = {name: state.to(device) for name, state in states.items()}
+    probe |= {family.noisy_name: noisy, "timestep": torch.tensor([1, 500], device=device)}
+    active = hasten(unet, options, probe)
+    if rates.name == "adamw" and (rates.fused_adamw or (rates.fused_adamw is None and device.type == "cuda")):
+        active.append("fused AdamW")
+    if accelerator.mixed_precision != "no":
+        active.append(accelerator.mixed_precision)
+    logger.info("active for speed: %s", ", ".join(active) or "nothing")
+
+
+def publish(
+    options: Options,
+    folder: OutputFolder,
+    family: UnconditionalFamily,
+    samples: list[Sample],
+    total_steps: int,
+    global_batch: int,
+    resolution: int,
+) -> None:
+    """Writes the model card and uploads the result, where that was asked for."""
+    if not options.hub.push_to_hub:
+        return
+    repository = options.hub.hub_model_id or folder.path.resolve().name
+    source = options.source
+    facts = CardFacts(
+        base_model=options.model.pretrained_model_name_or_path,
+        data=source.dataset_name or Path(source.train_data_dir or options.data.dataset_file).name,
+        is_lora=False,
+        settings=[
+            ("optimizer steps", total_steps),
+            ("global batch", global_batch),
+            ("learning rate", options.optimizer.learning_rate),
+            ("resolution", resolution),
+            ("mixed precision", options.runtime.mixed_precision or "as launched"),
+            ("seed", options.runtime.seed),
+        ],
+        call=family.example_call(),
+        tag="unconditional-image-generation",
+    )
+    write_card(folder.path, repository, facts, samples)
+    upload(folder.path, repository, options.hub)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; gives its exit status."""
+    return run_script(run, argv)
+
+
+if __name__ == "__main__":
+    leave(main())

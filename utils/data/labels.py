@@ -1,0 +1,127 @@
+"""Classes in place of captions: from a column, or from the names of the images' folders."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.data.captions import CaptionOptions
+from utils.data.sources import SourceOptions
+from utils.data.tables import captions_of
+from utils.options import UserError, option, require_fraction
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    class_conditional: bool = option(
+        False, "train a model of classes: those of --label_column, or else the names of the images' folders"
+    )
+    label_dropout: float = option(
+        0.1, "portion of the samples that train without their class, for classifier-free guidance"
+    )
+
+    def __post_init__(self) -> None:
+        require_fraction(self, "label_dropout")
+
+    def captions(self, source: SourceOptions) -> CaptionOptions:
+        """How the labels of the data are used in the place of captions."""
+        if not self.class_conditional:
+            return NoLabels()
+        policy = "folder" if source.caption_column is None else "error"
+        used = FolderLabels if source.caption_column is None else ColumnLabels
+        return used(caption_dropout=self.label_dropout, on_missing_caption=policy)
+
+
+@dataclass(frozen=True)
+class ColumnLabels(CaptionOptions):
+    """Each image has the class that its column says."""
+
+    word: ClassVar[str] = "label"
+    refusal: ClassVar[str] = "--label_column"
+
+
+@dataclass(frozen=True)
+class NoLabels(CaptionOptions):
+    """Whatever stands beside the images is left alone."""
+
+    are_expected: ClassVar[bool] = False
+
+    def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+
+@dataclass(frozen=True)
+class FolderLabels(NoLabels):
+    """Each image has the name of its folder for its class."""
+
+
+@dataclass(frozen=True)
+class LabelledSource(SourceOptions):
+    """One source of images that may have labels."""
+
+    caption_column: str | None = option(
+        None,
+        "column of the classes, of names or numbers, for --class_conditional; by default the folders' names are",
+        aliases=["--label_column"],
+    )
+
+    def reader(self, feature: Any = None) -> Callable[[object, str], tuple[str, ...]]:
+        """What makes the name of a class of what the column holds: a name, or a number with or without one."""
+        from datasets import ClassLabel, Value
+
+        if isinstance(feature, ClassLabel):
+            return partial(_name_of, tuple(feature.names))
+        if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint")):
+            return labels_of
+        return super().reader(feature) if feature is not None else labels_of
+
+
+def _name_of(names: tuple[str, ...], value: object, where: str) -> tuple[str, ...]:
+    return () if value is None or value == -1 else (names[int(value)],)
+
+
+def labels_of(value: object, where: str) -> tuple[str, ...]:
+    """The name of a class that stands as a string or as a whole number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (str(value),)
+    return captions_of(value, where)
+
+
+def in_order(names: Sequence[str]) -> list[str]:
+    """Distinct names of classes: numbers by their size, else by the alphabet."""
+    distinct = sorted(set(names))
+    return sorted(distinct, key=int) if all(name.isdecimal() for name in distinct) else distinct
+
+
+class ClassNumbers:
+    """Maps names of classes to the numbers that a model knows them by; for the loader's workers.
+
+    Attributes:
+        none: the number that stands for no class, also that of "".
+    """
+
+    max_tokens = 1
+
+    def __init__(self, numbers: dict[str, int], none: int):
+        self._numbers = numbers
+        self.none = none
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """[B, 1, 1] int64.
+
+        Raises:
+            UserError: for a name that is none of the classes'.
+        """
+        unknown = next((name for name in captions if name and name not in self._numbers), None)
+        if unknown is not None:
+            raise UserError(f"the class {unknown} is none of those trained on: {', '.join(self._numbers)}")
+        return torch.tensor([self._numbers[name] if name else self.none for name in captions]).view(-1, 1, 1)
+
+    def num_tokens(self, captions: Sequence[str]) -> np.ndarray:
+        """[B] int64, one for a class and none without."""
+        return np.array([int(name != "") for name in captions], dtype=np.int64)

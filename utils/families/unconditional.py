@@ -1,0 +1,639 @@
+"""Pipelines that draw without words: from nothing or of a class, in pixels or in the latents of a VAE."""
+
+import inspect
+import logging
+import shutil
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from utils.data.labels import ClassNumbers
+from utils.families import conditional_ddpm
+from utils.families.base import Family, TextStates, changed_scheduler
+from utils.families.denoisers import CLASS_SLOTS, ShapeOptions, make_denoiser, transformer_config, unet_config
+from utils.families.source import LOADING_ERRORS, read_config_file
+from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
+from utils.flow import ProcessOptions, check_changes, is_flow, shift_of
+from utils.options import UserError, first_line, option, require
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+INDEX = "model_index.json"
+CODERS = ("AutoencoderKL", "VQModel")
+WEIGHT_ENDINGS = ("bin", "ckpt", "pt", "pth")
+
+
+@dataclass(frozen=True)
+class UnconditionalModelOptions(ShapeOptions):
+    """What is trained: a pretrained pipeline, or a denoiser from scratch."""
+
+    attention_slicing: ClassVar[bool] = False
+    sampling_cpu_offload: ClassVar[bool] = False
+
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        "folder or Hub name of a DDPM, DDIM, LDM, score, DiT or ConditionalDDPM pipeline to go on from",
+        aliases=["--pretrained_model"],
+    )
+    revision: str | None = option(None, "revision of that pipeline on the Hub")
+    variant: str | None = option(None, "variant of its weight files, such as fp16")
+    vae: str | None = option(
+        None, "folder or Hub name of a pretrained VAE in whose latents a denoiser from scratch is trained"
+    )
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
+    vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
+    vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
+    enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
+    enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pretrained_model_name_or_path is not None and self.given:
+            raise UserError(f"--{self.given[0]} is of a denoiser from scratch; --pretrained_model has its own")
+        if self.pretrained_model_name_or_path is not None and self.vae is not None:
+            raise UserError("--vae is for a denoiser from scratch; the pipeline of --pretrained_model has its own")
+
+    @property
+    def origin(self) -> str:
+        """What is trained from, in words."""
+        return self.pretrained_model_name_or_path or self.model_config_name_or_path or (self.model_size or "base")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a family is made for.
+
+    Attributes:
+        edge: of the square images in pixels; what the exported pipeline draws.
+        channels: of the images.
+        classes: their names, in the order of their numbers; none without classes.
+        is_square: whether all images that are trained on have that edge.
+    """
+
+    edge: int
+    channels: int
+    classes: tuple[str, ...] = ()
+    is_square: bool = True
+
+
+class UnconditionalFamily(Family):
+    """A pipeline that reads no words.
+
+    Attributes:
+        classes: names of the classes that it draws, by their numbers.
+        noisy_name: the denoiser's argument for what it denoises.
+        measures_scaling: whether the scaling of its latents is still to be measured on the data.
+    """
+
+    default_resolution = 64
+    default_output_dir = "ddpm-model-64"
+    default_validation_epochs = 10
+    noisy_name = "sample"
+    coder_names: ClassVar[tuple[str, ...]] = ()
+    has_classes = False
+
+    def __init__(
+        self,
+        options: UnconditionalModelOptions,
+        noise: ProcessOptions,
+        wanted: Wanted,
+        dtype: torch.dtype,
+        coder_dtype: torch.dtype,
+        sampler: str | None,
+    ):
+        """Args:
+        dtype: of the denoiser.
+        coder_dtype: of the VAE.
+        sampler: the sampler that was asked for, which an exported pipeline keeps where it can.
+        """
+        self.measures_scaling = False
+        self._known: dict[str, int] = {}  # numbers of the classes that a pretrained pipeline draws
+        self._coder_dtype = coder_dtype
+        if options.pretrained_model_name_or_path is None:
+            parts = self._fresh_parts(options, wanted)
+            scheduler = self._exported(fresh_scheduler(noise, clips=not self.coder_names), sampler)
+        else:
+            pipeline = load_pipeline(self.pipeline_class(), options)
+            parts = {name: pipeline.components[name] for name in (self.denoiser_name, *self.coder_names)}
+            self._resize(parts[self.denoiser_name], wanted)
+            check_changes(noise, pipeline.scheduler)
+            scheduler = changed_scheduler(pipeline.scheduler, noise.scheduler_changes)
+            if noise.flow_matching and not is_flow(scheduler):
+                scheduler = self._exported(fresh_scheduler(noise, clips=False), sampler)
+            self._known = dict(getattr(pipeline, "labels", {}))
+        self.classes = self._numbered(wanted.classes, parts[self.denoiser_name])
+        for name, part in parts.items():
+            wanted_dtype = dtype if name == self.denoiser_name else coder_dtype
+            if part.dtype != wanted_dtype:
+                part.to(wanted_dtype)
+        self._check(parts, wanted)
+        pipeline = self._pipeline(scheduler, **parts)
+        super().__init__(pipeline, self._space(parts), options)
+
+    @classmethod
+    def check_before_loading(cls, options: UnconditionalModelOptions, has_classes: bool) -> None:
+        """Refuses classes without a model of classes, and the other way round."""
+        name = options.pretrained_model_name_or_path
+        if has_classes and not cls.has_classes:
+            raise UserError(f"--class_conditional: {name} ({cls.pipeline_class_name}) draws no classes; leave one out")
+        if cls.has_classes and not has_classes:
+            raise UserError(f"{name} ({cls.pipeline_class_name}) draws classes; add --class_conditional")
+
+    @abstractmethod
+    def _space(self, parts: Mapping[str, nn.Module]) -> LatentSpace:
+        """Where it is denoised."""
+
+    def _fresh_parts(self, options: UnconditionalModelOptions, wanted: Wanted) -> dict[str, nn.Module]:
+        """The denoiser and what else the pipeline has, from scratch."""
+        config = unet_config(options, wanted.edge, wanted.channels, len(wanted.classes) if self.has_classes else None)
+        return {"unet": make_denoiser("UNet2DModel", config, options.weight_init)}
+
+    def _resize(self, denoiser: nn.Module, wanted: Wanted) -> None:
+        """Has a pretrained pipeline draw the images' size from now on."""
+        edge = wanted.edge
+        levels = len(denoiser.config.block_out_channels)
+        require(edge % 2 ** (levels - 1) == 0, "resolution", edge, f"be divisible by {2 ** (levels - 1)} for this UNet")
+        if denoiser.config.sample_size != edge:
+            logger.info("the pipeline drew edges of %s, the result will draw %d", denoiser.config.sample_size, edge)
+            denoiser.register_to_config(sample_size=edge)
+
+    def _numbered(self, names: Sequence[str], denoiser: nn.Module) -> dict[int, str]:
+        """The classes' names by their numbers: those that a pretrained pipeline knows keep theirs."""
+        if names and all(name in self._known for name in names):
+            return {self._known[name]: name for name in names}
+        if names and self._known:
+            logger.warning("the pretrained pipeline does not know all classes of the data: they are numbered anew")
+        return dict(enumerate(names))
+
+    def _check(self, parts: Mapping[str, nn.Module], wanted: Wanted) -> None:
+        """Refuses parts that don't fit the images."""
+        seen = parts[self.denoiser_name].config.in_channels
+        given = wanted.channels
+        require(seen == given, "image_channels", given, f"be {seen}, which this denoiser takes")
+
+    def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
+        return self.pipeline_class()(scheduler=scheduler, **parts)
+
+    def _exported(self, scheduler: Any, sampler: str | None) -> Any:
+        """The scheduler that the pipeline keeps."""
+        return scheduler
+
+    @classmethod
+    def pipeline_class(cls) -> "type[DiffusionPipeline]":
+        """The class of the pipeline."""
+        import diffusers
+
+        return getattr(diffusers, cls.pipeline_class_name)
+
+    def tokenizer(self) -> ClassNumbers:
+        """Maps names of classes to their numbers."""
+        return ClassNumbers({name: number for number, name in self.classes.items()}, self._no_class)
+
+    @property
+    def _no_class(self) -> int:
+        return 0
+
+    def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
+        """Nothing."""
+        return {}
+
+    def reads_text_parameter(self, encoder: int, name: str) -> bool:
+        """There are none."""
+        return False
+
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """There are no text states in floating point."""
+        return torch.float32
+
+    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
+        """The denoiser's prediction [B, C, h, w]; the crops condition nothing here."""
+        return unet(noisy, timesteps, **states).sample
+
+    def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
+        """The pipeline with some parts replaced, its VAE as it was loaded but in float32."""
+        coders = {name: self._float32_coder(name) for name in self.coder_names}
+        return self._pipeline(self.pipeline.scheduler, **coders, **parts)
+
+    def _float32_coder(self, name: str) -> nn.Module:
+        raise NotImplementedError  # of families with a VAE alone
+
+    def draw(
+        self, seeds: Sequence[int], labels: Sequence[int], scheduler: Any, steps: int, guidance: float, eta: float
+    ) -> list[Image.Image]:
+        """An image for each seed, as the exported pipeline draws it.
+
+        Args:
+            labels: a class for each, or none.
+            scheduler: which may be any that diffusers has for this prediction.
+            guidance: over 1 enlarges the difference that the class makes.
+        """
+        latents = self._denoise(seeds, labels, scheduler, steps, guidance, eta)
+        images = (self.latent_space.decode(latents) / 2 + 0.5).clamp(0, 1)
+        return self.pipeline.numpy_to_pil(images.float().cpu().permute(0, 2, 3, 1).numpy())
+
+    @torch.no_grad()
+    def _denoise(
+        self, seeds: Sequence[int], labels: Sequence[int], scheduler: Any, steps: int, guidance: float, eta: float
+    ) -> Tensor:
+        from diffusers.utils.torch_utils import randn_tensor
+
+        unet, edge = self.unet, self.unet.config.sample_size
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = (len(seeds), unet.config.in_channels, *((edge, edge) if isinstance(edge, int) else edge))
+        latents = randn_tensor(shape, generator=generators, device=unet.device, dtype=torch.float32)
+        scheduler.set_timesteps(steps, device=unet.device)
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+        states = self._states_of(labels, guidance, unet.device)
+        known = inspect.signature(scheduler.step).parameters
+        extra = {name: value for name, value in (("eta", eta), ("generator", generators)) if name in known}
+        for t in scheduler.timesteps:
+            seen = torch.cat([latents] * (2 if guidance > 1 and states else 1))
+            if hasattr(scheduler, "scale_model_input"):
+                seen = scheduler.scale_model_input(seen, t)
+            # as in the pipelines: a learned variance stands behind the prediction, and is not used
+            output = unet(seen, t.expand(len(seen)), **states).sample.float()[:, : shape[1]]
+            if guidance > 1 and states:
+                with_class, without = output.chunk(2)
+                output = without + guidance * (with_class - without)
+            latents = scheduler.step(output, t, latents, **extra).prev_sample
+        return latents
+
+    def _states_of(self, labels: Sequence[int], guidance: float, device: torch.device) -> TextStates:
+        return {}
+
+    def example_call(self) -> str:
+        """How the pipeline is called, in Python, for the model card."""
+        return "pipeline()"
+
+
+class Pixels(UnconditionalFamily):
+    """Ho et al. (2020): a UNet on pixels."""
+
+    pipeline_class_name = "DDPMPipeline"
+
+    def _space(self, parts: Mapping[str, nn.Module]) -> LatentSpace:
+        return PixelSpace(parts["unet"].config.in_channels)
+
+
+class ImplicitPixels(Pixels):
+    """The same, drawn by DDIM (Song et al. 2021)."""
+
+    pipeline_class_name = "DDIMPipeline"
+
+    def _exported(self, scheduler: Any, sampler: str | None) -> Any:
+        return changed_scheduler(sampler_of(scheduler, "ddim"), {})
+
+
+class Score(Pixels):
+    """A score model of noise that only grows (Song et al. 2021, section 3.4), on pixels in [0, 1]."""
+
+    pipeline_class_name = "ScoreSdeVePipeline"
+
+    def _space(self, parts: Mapping[str, nn.Module]) -> LatentSpace:
+        return PixelSpace(parts["unet"].config.in_channels, low=0.0)
+
+    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
+        """sigma times the score, which is about -epsilon, whatever sigma is; the timesteps are the sigmas."""
+        return unet(noisy, timesteps).sample * timesteps.view(-1, 1, 1, 1)
+
+    def draw(
+        self, seeds: Sequence[int], labels: Sequence[int], scheduler: Any, steps: int, guidance: float, eta: float
+    ) -> list[Image.Image]:
+        """By the pipeline's own predictor and corrector."""
+        self.pipeline.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return self.pipeline(batch_size=len(seeds), num_inference_steps=steps, generator=generators).images
+
+
+class ClassLabelled(UnconditionalFamily):
+    """A pipeline whose denoiser reads the number of a class, one of which stands for none."""
+
+    has_classes = True
+
+    def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
+        """{"class_labels": [B] int64}."""
+        return {"class_labels": torch.where(dropped, self._no_class, input_ids[:, 0, 0])}
+
+    def example_call(self) -> str:
+        """For an image of the first class."""
+        return f"pipeline([{min(self.classes)}])"
+
+    def _states_of(self, labels: Sequence[int], guidance: float, device: torch.device) -> TextStates:
+        numbers = torch.tensor(labels, device=device)
+        if guidance > 1:
+            numbers = torch.cat([numbers, torch.full_like(numbers, self._no_class)])
+        return {"class_labels": numbers}
+
+
+class LabelledPixels(ClassLabelled, Pixels):
+    """A UNet on pixels that reads a class."""
+
+    pipeline_class_name = "ConditionalDDPMPipeline"
+
+    @classmethod
+    def pipeline_class(cls) -> "type[DiffusionPipeline]":
+        """Ours, which is saved beside the weights."""
+        return conditional_ddpm.ConditionalDDPMPipeline
+
+    def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
+        return self.pipeline_class()(scheduler=scheduler, id2label=self.classes, **parts)
+
+    def _exported(self, scheduler: Any, sampler: str | None) -> Any:
+        return sampler_of(scheduler, "ddim") if sampler == "ddim" else scheduler
+
+    def _numbered(self, names: Sequence[str], denoiser: nn.Module) -> dict[int, str]:
+        slots = (denoiser.config.num_class_embeds or 1) - 1
+        if len(names) > slots:
+            raise UserError(f"the data has {len(names)} classes, the pretrained model room for {slots}")
+        return super()._numbered(names, denoiser)
+
+    @property
+    def _no_class(self) -> int:
+        return self.unet.config.num_class_embeds - 1
+
+    def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
+        """Writes the pipeline, and its code beside it."""
+        super().save_pipeline(folder, **parts)
+        shutil.copyfile(conditional_ddpm.__file__, Path(folder) / "pipeline.py")
+
+
+class Latents(UnconditionalFamily):
+    """Rombach et al. (2022): a UNet on the latents of a VAE."""
+
+    pipeline_class_name = "LDMPipeline"
+    coder_names: ClassVar[tuple[str, ...]] = ("vqvae",)
+
+    def _fresh_parts(self, options: UnconditionalModelOptions, wanted: Wanted) -> dict[str, nn.Module]:
+        coder = self._load_coder(options)
+        config = unet_config(options, self._latent_edge(coder, wanted), coder.config.latent_channels, None)
+        return {"unet": make_denoiser("UNet2DModel", config, options.weight_init), self.coder_names[0]: coder}
+
+    def _load_coder(self, options: UnconditionalModelOptions) -> nn.Module:
+        coder, has_scaling = load_coder(options.vae)
+        self.measures_scaling = not has_scaling
+        return coder
+
+    def _latent_edge(self, coder: nn.Module, wanted: Wanted) -> int:
+        factor = 2 ** (len(coder.config.block_out_channels) - 1)
+        below = wanted.edge - wanted.edge % factor
+        cure = f"try {below or factor} or {below + factor}"
+        require(wanted.edge % factor == 0, "resolution", wanted.edge, f"be divisible by {factor} for this VAE", cure)
+        return wanted.edge // factor
+
+    def _resize(self, denoiser: nn.Module, wanted: Wanted) -> None:
+        pass  # the edge of latents follows from the VAE, which `_check` has
+
+    def _check(self, parts: Mapping[str, nn.Module], wanted: Wanted) -> None:
+        denoiser, coder = parts[self.denoiser_name], parts[self.coder_names[0]]
+        require(wanted.channels == 3, "image_channels", wanted.channels, "be 3, which VAEs encode")
+        seen, given = denoiser.config.in_channels, coder.config.latent_channels
+        if seen != given:
+            raise UserError(f"the denoiser takes {seen} channels but the VAE's latents have {given}")
+        edge = self._latent_edge(coder, wanted)
+        if denoiser.config.sample_size != edge:
+            super()._resize(denoiser, Wanted(edge, given))
+
+    def _exported(self, scheduler: Any, sampler: str | None) -> Any:
+        """One that draws the same image each time: the pipeline gives its generator to no step.
+
+        diffusers' flow-match schedulers lack what the pipeline asks of one; DPM-Solver of order 1 takes the same steps.
+        """
+        from diffusers import DPMSolverMultistepScheduler
+
+        if not is_flow(scheduler):
+            return sampler_of(scheduler, "ddim")
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=scheduler.config.num_train_timesteps,
+            use_flow_sigmas=True,
+            prediction_type="flow_prediction",
+            flow_shift=shift_of(scheduler.config),
+            solver_order=1,
+        )
+
+    def _space(self, parts: Mapping[str, nn.Module]) -> LatentSpace:
+        return ScaledSpace(parts[self.coder_names[0]])
+
+    def rescale(self, factor: float) -> None:
+        """Takes the scaling of the latents that was measured."""
+        self.latent_space.rescale(factor)
+        self.measures_scaling = False
+
+    def _float32_coder(self, name: str) -> nn.Module:
+        if self._coder_dtype == torch.float32:
+            return getattr(self.pipeline, name)
+        options = self.options
+        if options.vae is not None:
+            coder, _ = load_coder(options.vae)
+        else:
+            coder = load_pipeline(self.pipeline_class(), options).components[name]
+        coder.register_to_config(scaling_factor=getattr(self.pipeline, name).config.scaling_factor)
+        return coder
+
+
+class LabelledLatents(ClassLabelled, Latents):
+    """Peebles and Xie (2023): a transformer on latents that reads a class (DiT)."""
+
+    pipeline_class_name = "DiTPipeline"
+    denoiser_name = "transformer"
+    noisy_name = "hidden_states"
+    coder_names: ClassVar[tuple[str, ...]] = ("vae",)
+
+    def _fresh_parts(self, options: UnconditionalModelOptions, wanted: Wanted) -> dict[str, nn.Module]:
+        coder = self._load_coder(options)
+        config = transformer_config(options, self._latent_edge(coder, wanted), coder.config.latent_channels)
+        return {"transformer": make_denoiser("DiTTransformer2DModel", config, options.weight_init), "vae": coder}
+
+    def _check(self, parts: Mapping[str, nn.Module], wanted: Wanted) -> None:
+        if not wanted.is_square:
+            raise UserError("--use_aspect_ratio_buckets: a DiT draws squares alone; leave it out")
+        edge, drawn = self._latent_edge(parts["vae"], wanted), parts["transformer"].config.sample_size
+        factor = wanted.edge // edge
+        require(
+            edge == drawn, "resolution", wanted.edge, f"be {drawn * factor}, the only one that this transformer draws"
+        )
+        super()._check(parts, wanted)
+        for module in parts["transformer"].modules():
+            if hasattr(module, "dropout_prob"):  # of labels, in each block apart: the loader drops them for all
+                module.dropout_prob = 0.0
+
+    def _numbered(self, names: Sequence[str], denoiser: nn.Module) -> dict[int, str]:
+        if len(names) > CLASS_SLOTS:
+            raise UserError(f"the data has {len(names)} classes, DiTPipeline knows {CLASS_SLOTS} at most")
+        return super()._numbered(names, denoiser)
+
+    def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
+        pipeline = super()._pipeline(scheduler, id2label=self.classes, **parts)
+        pipeline.register_to_config(id2label={str(number): name for number, name in self.classes.items()})
+        return pipeline
+
+    def _space(self, parts: Mapping[str, nn.Module]) -> LatentSpace:
+        return ReciprocalSpace(parts["vae"])
+
+    @property
+    def _no_class(self) -> int:
+        return CLASS_SLOTS
+
+
+FRESH_FAMILIES: dict[tuple[bool, bool], type[UnconditionalFamily]] = {
+    (False, False): Pixels,
+    (False, True): LabelledPixels,
+    (True, False): Latents,
+    (True, True): LabelledLatents,
+}
+"""The family of a model from scratch, by whether it has a VAE, and classes."""
+PRETRAINED_FAMILIES: dict[str, type[UnconditionalFamily]] = {
+    family.pipeline_class_name: family
+    for family in (Pixels, ImplicitPixels, Score, LabelledPixels, Latents, LabelledLatents)
+}
+
+
+def pick_unconditional(
+    options: UnconditionalModelOptions, has_classes: bool, sampler: str | None
+) -> type[UnconditionalFamily]:
+    """The family of what is to be trained, by the pretrained pipeline's `model_index.json` or by the options.
+
+    Raises:
+        UserError: if there is no such pipeline, or none of a supported class.
+    """
+    name = options.pretrained_model_name_or_path
+    if name is None:
+        family = FRESH_FAMILIES[options.vae is not None, has_classes]
+        return ImplicitPixels if family is Pixels and sampler == "ddim" else family
+    path = Path(name)
+    if path.is_dir() and not (path / INDEX).is_file():
+        raise UserError(f"--pretrained_model {name} is no pipeline folder: it has no {INDEX}")
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise UserError(f"--pretrained_model {name} does not exist; give a pipeline folder or a Hub name")
+    index = read_config_file(name, INDEX, options.revision, "--pretrained_model")
+    class_name = index.get("_class_name")
+    class_name = class_name[-1] if isinstance(class_name, list) else class_name
+    if class_name not in PRETRAINED_FAMILIES:
+        raise UserError(f"--pretrained_model {name} is a {class_name}; supported are {', '.join(PRETRAINED_FAMILIES)}")
+    refuse_pickles(path, index, "--pretrained_model")
+    PRETRAINED_FAMILIES[class_name].check_before_loading(options, has_classes)
+    return PRETRAINED_FAMILIES[class_name]
+
+
+def default_edge(options: UnconditionalModelOptions, family: type[UnconditionalFamily]) -> int:
+    """The edge of images where none was asked for: what a pretrained pipeline in pixels draws, else 64."""
+    name = options.pretrained_model_name_or_path
+    if name is None or family.coder_names:
+        return family.default_resolution
+    size = read_config_file(name, "unet/config.json", options.revision, "--pretrained_model").get("sample_size")
+    return size if isinstance(size, int) else family.default_resolution
+
+
+def refuse_pickles(folder: Path, index: Mapping, flag: str) -> None:
+    """Refuses a local pipeline of which a part has weights, but none as safetensors."""
+    for name, entry in index.items():
+        part = folder / name
+        if not isinstance(entry, list) or entry[0] is None or not part.is_dir():
+            continue
+        pickles = [file.name for suffix in WEIGHT_ENDINGS for file in part.glob(f"*.{suffix}")]
+        if pickles and not list(part.glob("*.safetensors")):
+            raise UserError(
+                f"{flag} {folder}: {name}/{pickles[0]} would need unpickling, which can run code; convert the pipeline "
+                "with save_pretrained(..., safe_serialization=True)"
+            )
+
+
+def load_pipeline(pipeline_class: "type[DiffusionPipeline]", options: UnconditionalModelOptions) -> "DiffusionPipeline":
+    """The pretrained pipeline in float32, on the CPU."""
+    name = options.pretrained_model_name_or_path
+    try:
+        return pipeline_class.from_pretrained(
+            name, revision=options.revision, variant=options.variant, use_safetensors=True, dtype=torch.float32
+        )
+    except LOADING_ERRORS as error:
+        raise UserError(f"--pretrained_model {name} can't be loaded: {first_line(error)}") from error
+
+
+def load_coder(name: str) -> tuple[nn.Module, bool]:
+    """(a VAE in float32, whether its config says by what its latents are scaled)."""
+    import diffusers
+
+    subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise UserError(f"--vae {name} does not exist; give the folder or Hub name of a VAE")
+    config = read_config_file(name, f"{subfolder}/config.json" if subfolder else "config.json", None, "--vae")
+    class_name = config.get("_class_name")
+    if class_name not in CODERS:
+        raise UserError(f"--vae {name} is a {class_name}; supported are {', '.join(CODERS)}")
+    try:
+        coder = getattr(diffusers, class_name).from_pretrained(
+            name, subfolder=subfolder, use_safetensors=True, dtype=torch.float32
+        )
+    except LOADING_ERRORS as error:
+        raise UserError(f"--vae {name} can't be loaded: {first_line(error)}") from error
+    return coder, config.get("scaling_factor") is not None
+
+
+def fresh_scheduler(noise: ProcessOptions, clips: bool) -> Any:
+    """The scheduler of a model from scratch.
+
+    Args:
+        clips: whether clean images are known to lie in [-1, 1], as pixels do and latents don't.
+    """
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+    count = noise.ddpm_num_steps or 1000
+    if noise.flow_matching:
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=count, shift=noise.flow_shift)
+    settings = {"num_train_timesteps": count, "beta_schedule": "linear", "clip_sample": clips}
+    settings["timestep_spacing"] = "trailing"  # few steps begin at the noisiest timestep too (Lin et al. 2024)
+    return DDPMScheduler(**settings | noise.scheduler_changes)
+
+
+SAMPLERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
+"""What samples can be drawn by, where the noise is by betas."""
+FLOW_SAMPLERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
+
+
+def sampler_of(scheduler: Any, name: str | None) -> Any:
+    """A fresh scheduler to draw with, by a sampler's name or like the given one, for the same noise and prediction.
+
+    What its class can't express goes as betas.
+
+    Raises:
+        UserError: for a sampler that does not go with them.
+    """
+    import diffusers
+
+    # values at their defaults too: after saving and loading they are the config's own, and no other class's default
+    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+    if name is None:
+        return type(scheduler).from_config(config)
+    flows = is_flow(scheduler)
+    table = FLOW_SAMPLERS if flows else SAMPLERS
+    if name not in table or "SdeVe" in type(scheduler).__name__:
+        cure = f"one of {', '.join(FLOW_SAMPLERS)}" if flows else "left out: a score pipeline has its own"
+        raise UserError(f"--sampler must be {cure} here, got {name}")
+    sampler_class = getattr(diffusers, table[name])
+    known = inspect.signature(sampler_class.__init__).parameters
+    if flows:
+        return sampler_class(num_train_timesteps=config["num_train_timesteps"], shift=shift_of(config))
+    if name == "heun" and config.get("prediction_type") == "sample":
+        raise UserError("--sampler heun knows no --prediction_type sample; try ddim or euler")
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
+        raise UserError(f"--sampler {name} can't begin at the noise alone that --rescale_betas_zero_snr ends with")
+    changes = {}
+    if config.get("beta_schedule") == "sigmoid" and name != "ddpm":
+        plain = {"rescale_betas_zero_snr": False} if config.get("rescale_betas_zero_snr") else {}
+        betas = diffusers.DDPMScheduler.from_config(config, **plain).betas
+        changes = {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
+    return sampler_class.from_config(config, **changes)

@@ -1,0 +1,178 @@
+"""Samples of a model without words, drawn from the same noise each time: pictures, a grid of them, a film strip."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from utils.families.unconditional import SAMPLERS, UnconditionalFamily, sampler_of
+from utils.options import option, require, require_not_negative, require_positive
+from utils.runtime import autocast
+from utils.sharding import unsharded
+from utils.stopping import StopRequests
+from utils.tracking import Sample
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+GRID, STRIP = "grid.png", "film_strip.png"
+GAP = 2  # pixels between the pictures of a grid
+LARGEST_PICTURE = 256
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    sampler: str | None = option(
+        None,
+        "what samples are drawn by; by default as the exported pipeline draws: DDPM in pixels, DDIM in latents, Euler "
+        "in flow matching",
+        choices=SAMPLERS,
+    )
+    ddpm_num_inference_steps: int = option(1000, "denoising steps of a sample", aliases=["--num_inference_steps"])
+    eta: float = option(0.0, "share of DDPM's noise that DDIM draws anew at each step")
+    guidance_scale: float = option(1.0, "classifier-free guidance of samples of classes; over 1 it is on")
+    num_samples: int | None = option(
+        None, "samples drawn each time, at least 1; by default --eval_batch_size, 0 for none"
+    )
+    eval_batch_size: int = option(16, "samples that a process draws at once")
+    save_images_epochs: int = option(10, "epochs between samples")
+    save_images_steps: int | None = option(None, "optimizer steps between samples, instead of --save_images_epochs")
+    save_model_epochs: int = option(10, "epochs between saves of the pipeline as it is then, in output_dir")
+    eval_metrics: list[str] | None = option(None, "not built yet: evaluate the finished pipeline instead")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "ddpm_num_inference_steps", "eval_batch_size", "save_images_epochs", "save_images_steps")
+        require_positive(self, "save_model_epochs")
+        require_not_negative(self, "num_samples", "guidance_scale")
+        require(0 <= self.eta <= 1, "eta", self.eta, "be from 0 to 1")
+        require(not self.eval_metrics, "eval_metrics", " ".join(self.eval_metrics or ()), "be left out for now")
+        require(self.eta == 0 or self.sampler == "ddim", "eta", self.eta, "be 0 without --sampler ddim")
+
+    @property
+    def count(self) -> int:
+        """Samples drawn each time."""
+        return self.eval_batch_size if self.num_samples is None else self.num_samples
+
+    def is_due(self, step: int, epochs_before: int, epochs_after: int) -> bool:
+        """Whether samples are drawn after optimizer step number `step`, from 1, which ended these epochs.
+
+        As in the diffusers examples, the first epoch is always followed by samples.
+        """
+        if self.save_images_steps is not None:
+            return step % self.save_images_steps == 0
+        return any(epoch % self.save_images_epochs == 0 for epoch in range(epochs_before, epochs_after))
+
+    def is_model_due(self, epochs_before: int, epochs_after: int) -> bool:
+        """Whether the pipeline is saved after a step that ended these epochs."""
+        return any((epoch + 1) % self.save_model_epochs == 0 for epoch in range(epochs_before, epochs_after))
+
+
+class GridSampler:
+    """Draws the samples of a run, each process its share, and keeps them in `output_dir/samples/`.
+
+    Sample n is drawn from the seed `seed + n`, and of class n modulo their number, at every time.
+    """
+
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        family: UnconditionalFamily,
+        options: SamplingOptions,
+        folder: Path,
+        seed: int,
+        requests: StopRequests,
+    ):
+        self._accelerator = accelerator
+        self._family = family
+        self._options = options
+        self._folder = folder / "samples"
+        self._requests = requests
+        self._seeds = [(seed + number) % 2**63 for number in range(options.count)]
+        classes = sorted(family.classes)
+        self._labels = [classes[number % len(classes)] for number in range(options.count)] if classes else []
+
+    def draw(self, name: str) -> list[Sample]:
+        """Draws all samples, or those until a signal, into `samples/{name}/`; gives them, in order, to every process.
+
+        The denoiser must be in evaluation mode, and hold the weights to draw with.
+        """
+        from accelerate.utils import gather_object
+
+        rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
+        mine = list(range(len(self._seeds)))[rank::num_processes]
+        drawn: list[tuple[int, np.ndarray]] = []
+        at_once = self._options.eval_batch_size
+        parts = [part for part in self._family.pipeline.components.values() if isinstance(part, nn.Module)]
+        with self._family.awake(), unsharded(parts):
+            for begin in range(0, len(mine), at_once):
+                if self._requests.is_asked:
+                    break
+                numbers = mine[begin : begin + at_once]
+                drawn += zip(numbers, map(np.asarray, self._draw(numbers)), strict=True)
+        shared = sorted(gather_object(drawn), key=lambda pair: pair[0])
+        images = [Image.fromarray(pixels) for _, pixels in shared]
+        if self._accelerator.is_main_process and images:
+            self._save(images, self._folder / name)
+        return [Sample(image, self._caption(number)) for image, (number, _) in zip(images, shared, strict=True)]
+
+    def _draw(self, numbers: Sequence[int]) -> list[Image.Image]:
+        options, family = self._options, self._family
+        scheduler = sampler_of(family.pipeline.scheduler, options.sampler)
+        seeds = [self._seeds[number] for number in numbers]
+        labels = [self._labels[number] for number in numbers] if self._labels else []
+        with autocast(self._accelerator):
+            return family.draw(
+                seeds, labels, scheduler, options.ddpm_num_inference_steps, options.guidance_scale, options.eta
+            )
+
+    def _caption(self, number: int) -> str:
+        return self._family.classes[self._labels[number]] if self._labels else f"sample {number}"
+
+    def _save(self, images: Sequence[Image.Image], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images):
+            image.save(folder / f"{number:03d}.png")
+        grid_of(images, math.ceil(math.sqrt(len(images)))).save(folder / GRID)
+        frames = film(self._folder)
+        grid_of(frames, len(frames)).save(self._folder / STRIP)
+
+
+def film(folder: Path) -> list[Image.Image]:
+    """The first sample at each time that samples were drawn, the last one at the end."""
+    found = {
+        math.inf if path.name == "final" else int(path.name.partition("-")[2]): path / "000.png"
+        for path in folder.iterdir()
+        if re.fullmatch(r"final|step-\d+", path.name) and (path / "000.png").is_file()
+    }
+    frames = []
+    for step in sorted(found):
+        with Image.open(found[step]) as image:
+            image.load()
+            frames.append(image)
+    return frames
+
+
+def grid_of(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of one size in rows, small ones enlarged without smoothing and large ones reduced."""
+    width, height = images[0].size
+    scale = (
+        max(1, 64 // max(width, height))
+        if max(width, height) <= LARGEST_PICTURE
+        else LARGEST_PICTURE / max(width, height)
+    )
+    width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    rows = math.ceil(len(images) / columns)
+    size = (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP)
+    sheet = Image.new("RGBA" if images[0].mode == "RGBA" else "RGB", size, "white")
+    for number, image in enumerate(images):
+        shown = image.convert(sheet.mode)
+        if shown.size != (width, height):
+            shown = shown.resize((width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+        sheet.paste(shown, (GAP + number % columns * (width + GAP), GAP + number // columns * (height + GAP)))
+    return sheet
