@@ -18,6 +18,10 @@ class NotComputable(Exception):  # noqa: N818  no error: the set is what it is
     """A score that a set of images does not have, and why."""
 
 
+class Failed(NotComputable):
+    """A score that there should have been: something broke, such as a feature that is not finite."""
+
+
 @dataclass(frozen=True)
 class Moments:
     """Mean [d] and unbiased covariance [d, d] of `count` features, in float64."""
@@ -47,7 +51,8 @@ def as_features(features: Array, least: int = 1) -> Array:
     """Features as float64 [N, d].
 
     Raises:
-        NotComputable: if there are fewer than `least`, or one is not finite.
+        NotComputable: if there are fewer than `least`.
+        Failed: if one is not finite.
     """
     rows = np.asarray(features, dtype=np.float64)
     if rows.ndim != 2:
@@ -56,7 +61,7 @@ def as_features(features: Array, least: int = 1) -> Array:
         raise NotComputable(f"{len(rows)} images are too few: at least {least} are needed")
     if not np.isfinite(rows).all():
         bad = int((~np.isfinite(rows).all(axis=1)).nonzero()[0][0])
-        raise NotComputable(f"the features of image {bad} are not finite")
+        raise Failed(f"the features of image {bad} are not finite")
     return rows
 
 
@@ -79,8 +84,8 @@ def _square_root(symmetric: Array) -> Array:
 def frechet_distance(first: Moments, second: Moments) -> float:
     """Squared Frechet distance of two Gaussians (Heusel et al. 2017, equation 6).
 
-    |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)); the last trace is the sum of the square roots of the eigenvalues
-    of S1^(1/2) S2 S1^(1/2), which is symmetric: no matrix square root of a product is needed.
+    |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)); the last trace is the sum of the square roots of the
+    eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: no matrix square root of a product is needed.
     """
     if first.mean.shape != second.mean.shape:
         raise NotComputable(f"features of {len(first.mean)} and {len(second.mean)} dimensions can't be compared")
@@ -94,8 +99,8 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 def frechet_infinity(features: Array, reference: Moments, seed: int = 0, num_points: int = 15) -> Estimate:
     """The Frechet distance extrapolated to infinitely many images (Chong and Forsyth 2020).
 
-    A line in 1/N is fitted to the distances of `num_points` random subsets of sizes from a third of the set to all of it, and
-    read at 0. The error is that of the line's intercept; the subsets overlap, so it is a lower bound.
+    A line in 1/N is fitted to the distances of `num_points` random subsets, of sizes from a third of the set to all of
+    it, and read at 0. The error is that of the line's intercept; the subsets overlap, so it is a lower bound.
     """
     rows = as_features(features, 30)
     sizes = np.linspace(max(len(rows) // 3, 10), len(rows), num_points).astype(int)
@@ -202,7 +207,7 @@ def jackknife_error(*without_one: Array) -> float:
 
 
 def subset_kid(first: Array, second: Array, size: int = 1000, num_subsets: int = 100, seed: int = 0) -> Estimate:
-    """The conventional KID: mean and deviation over random subsets. The deviation is no error bar: the subsets overlap."""
+    """The conventional KID: mean and deviation over random subsets, which overlap: it is no error bar."""
     x, y = as_features(first, size), as_features(second, size)
     if size < 2:
         raise NotComputable("subsets need 2 images")
@@ -366,7 +371,7 @@ def unit_rows(rows: Array) -> Array:
 
 
 def clip_scores(images: Array, texts: Array) -> Array:
-    """[N] 100 * max(cos, 0) of each image's and its own text's features [N, d] (Hessel et al. 2021, without their 2.5)."""
+    """[N] 100 * max(cos, 0) of each image's and its text's features [N, d] (Hessel et al. 2021, without their 2.5)."""
     cosines = (unit_rows(as_features(images)) * unit_rows(as_features(texts))).sum(1)
     return 100 * cosines.clip(0)
 

@@ -1,7 +1,7 @@
 """The Inception network of the FID, under the names of pytorch-fid's weight file, which it loads strictly.
 
-It is Szegedy et al.'s Inception v3 (2015) as TensorFlow had it in December 2015. Against the usual one: averages leave the padding
-out, the last block takes a maximum there, batch normalisation adds 1e-3, and there are 1008 classes.
+It is Szegedy et al.'s Inception v3 (2015) as TensorFlow had it in December 2015. Against the usual one: averages leave
+the padding out, the last block takes a maximum there, batch normalisation adds 1e-3, and there are 1008 classes.
 """
 
 import torch

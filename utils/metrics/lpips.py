@@ -1,8 +1,8 @@
 """LPIPS (Zhang et al. 2018, version 0.1) as a squared Euclidean distance of embeddings.
 
-Its heads are not negative, so sum_l mean_hw sum_c w_lc (x_lc - y_lc)^2 = |v(x) - v(y)|^2, where v(x) holds sqrt(w_lc / HW_l) x_lc of
-all layers, x_l scaled to length 1 over the channels at each place. The heads are those of the lpips package (BSD-2-Clause,
-Copyright (c) 2018, Richard Zhang, Phillip Isola, Alexei A. Efros, Eli Shechtman, Oliver Wang).
+Its heads are not negative, so sum_l mean_hw sum_c w_lc (x_lc - y_lc)^2 = |v(x) - v(y)|^2, where v(x) holds
+sqrt(w_lc / HW_l) x_lc of all layers, x_l scaled to length 1 over the channels at each place. The heads are those of the
+lpips package, whose license stands beside them.
 """
 
 import math
