@@ -42,6 +42,7 @@ class Stream(IntEnum):
     HELD_OUT_POSTERIOR = 24
     HELD_OUT_NOISE = 25
     ROUNDING = 26
+    EVALUATION = 40
 
 
 class _Key(ISeedSequence):

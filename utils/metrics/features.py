@@ -285,7 +285,7 @@ class InceptionFeatures(Network):
 
 
 class DinoFeatures(Network):
-    """DINOv2's class token behind the last norm, of images made 224 x 224 by PIL's bicubic, uncropped, as in dgm-eval."""
+    """DINOv2's class token behind the last norm, of images of 224 x 224 by PIL's bicubic, uncropped, as in dgm-eval."""
 
     name = "dinov2"
     settings = "PIL bicubic to 224 x 224, uncropped"
@@ -332,7 +332,7 @@ class ClipFeatures(Network):
         return self.module.visual_projection(self.module.vision_model(pixel_values=pixels).pooler_output)
 
     def texts(self, texts: Sequence[str], device: torch.device, batch_size: int = 64) -> tuple[np.ndarray, int]:
-        """([N, d] features, how many texts were too long). What is too long is cut before its end token, which stays."""
+        """([N, d] features, how many texts were too long). What is too long is cut before its end token."""
         length = self.module.config.text_config.max_position_embeddings
         found, num_cut = [], 0
         for start in range(0, len(texts), batch_size):
@@ -472,7 +472,7 @@ MAIN_FEATURES = NUM_FEATURES
 
 
 class Networks:
-    """The networks of an evaluation, each loaded when it is first asked for, and remembered, as is why one is not there."""
+    """The networks of an evaluation, each loaded when it is first asked for; why one is not there is remembered too."""
 
     def __init__(self, options: FeatureOptions, device: torch.device, table: dict[str, Callable] | None = None):
         self.options = options

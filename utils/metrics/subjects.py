@@ -277,8 +277,8 @@ class Statistics:
         if differing and not may_differ:
             name = differing[0]
             raise UserError(
-                f"--reference {self.source} was made with another {name}: {self.facts.get(name)}, not {ours[name]}; make it "
-                "anew from the images, or give --allow_stats_mismatch"
+                f"--reference {self.source} was made with another {name}: {self.facts.get(name)}, not {ours[name]}; "
+                "make it anew from the images, or give --allow_stats_mismatch"
             )
         if differing:
             logger.warning("--reference %s was made with another %s", self.source, ", ".join(differing))
