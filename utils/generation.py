@@ -72,10 +72,6 @@ class PipelineOptions:
     images: str | None = option(None, "score a folder of images already drawn, instead of drawing any")
 
     def __post_init__(self) -> None:
-        if (self.pipeline is None) == (self.images is None):
-            raise UserError(
-                "--pipeline PATH says what to draw from, or --images FOLDER what was drawn; give one of them"
-            )
         if self.images is not None:
             require(Path(self.images).is_dir(), "images", self.images, "be a folder that exists")
         if self.lora is not None and self.pipeline is None:
@@ -145,8 +141,8 @@ class PipelineSpec(NamedTuple):
     parts: Path | None = None
 
 
-def pipeline_class_name(spec: PipelineSpec) -> str:
-    """The name of a pipeline's class, read from its index alone.
+def read_index(spec: PipelineSpec) -> dict[str, Any]:
+    """A pipeline's `model_index.json`.
 
     Raises:
         UserError: if there is no such pipeline.
@@ -165,17 +161,20 @@ def pipeline_class_name(spec: PipelineSpec) -> str:
         except (HTTPError, OSError, ValueError) as error:
             raise UserError(f"{flag} is no folder here, and was not found on the Hub: {first_line(error)}") from error
     try:
-        name = json.loads(file.read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{flag}: model_index.json can't be read: {first_line(error)}") from error
-    return name[-1] if isinstance(name, list) else str(name)
+    if not isinstance(index, dict) or not index.get("_class_name"):
+        raise UserError(f"{flag}: model_index.json names no class of pipelines")
+    return index
 
 
 def pipeline_class(spec: PipelineSpec) -> type:
     """The class of a pipeline: one of ours, or one of diffusers; code that lies in the folder is never run."""
     import diffusers
 
-    name = pipeline_class_name(spec)
+    name = read_index(spec)["_class_name"]
+    name = str(name[-1] if isinstance(name, list) else name)  # a list names a file of code beside it
     if name in OWN_PIPELINES:
         try:
             return getattr(importlib.import_module(OWN_PIPELINES[name]), name)
@@ -216,8 +215,8 @@ def _checkpoint_parts(spec: PipelineSpec, dtype: torch.dtype) -> dict[str, Any]:
     import diffusers
     import transformers
 
-    parts, index = {}, json.loads(Path(spec.path, "model_index.json").read_text(encoding="utf-8"))
-    for name, entry in index.items():
+    parts = {}
+    for name, entry in read_index(spec).items():
         folders = [spec.parts / f"{name}_ema", spec.parts / name]
         folder = next((each for each in folders if (each / "config.json").is_file()), None)
         if folder is not None and isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
@@ -364,7 +363,7 @@ def state_of(pixels: np.ndarray) -> str:
         return "nan"
     if pixels.max() < 1 / 255:
         return "black"
-    return "constant" if pixels.max() - pixels.min() < 1 / 255 else "ok"
+    return "constant" if np.ptp(pixels, axis=(0, 1)).max() < 1 / 255 else "ok"
 
 
 class Drawer:

@@ -1,0 +1,385 @@
+"""evaluate_pipeline.py, run in this process: what it draws, scores, refuses and writes down."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import networks, tiny
+from tests.conftest import message, reset_accelerate
+from tests.test_generation import assert_same, images_in, unconditional
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ["a red square", "a blue square", "a green square"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "clip": networks.make_clip(root / "clip"),
+        "dino": networks.make_dino(root / "dino"),
+        "alex": networks.make_trunk(root / "alex.pth"),
+        "own": networks.make_own(root / "own.py"),
+    }
+
+
+@pytest.fixture(scope="module")
+def real_images(tmp_path_factory) -> Path:
+    return tiny.make_images(tmp_path_factory.mktemp("real"), 24)
+
+
+@pytest.fixture
+def flags(models) -> list:
+    """What gives every network, but for the preference models."""
+    return [
+        *("--feature_module", models["own"], "--clip_model", models["clip"], "--cmmd_model", models["clip"]),
+        *("--dino_model", models["dino"], "--lpips_weights", models["alex"], "--lpips_size", 64),
+    ]
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """evaluate("--pipeline", ..., out="a") runs the script and gives its results and its folder."""
+
+    def run(*flags, out="out", expect=0):
+        from evaluate_pipeline import main
+
+        reset_accelerate()
+        folder = tmp_path / out
+        assert main([str(word) for word in ["--output_dir", folder, "--num_inference_steps", 2, *flags]]) == expect
+        return json.loads((folder / "results.json").read_text()) if (
+            folder / "results.json"
+        ).is_file() else None, folder
+
+    return run
+
+
+def test_every_metric_is_computed_and_reported(evaluate, pipelines, flags, models, real_images, capsys):
+    found, folder = evaluate(
+        *("--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--images_per_prompt", 4, "--metrics", "all", *flags),
+        *("--reference", real_images, "--training_images", real_images, "--pickscore_model", models["clip"]),
+        *("--hpsv2_model", models["clip"], "--kid_subset_size", 8, "--export_geneval", folder_of(evaluate, "geneval")),
+    )
+    scores = found["entries"]["pipeline"]["scores"]
+    absent = {name: score["not_computed"] for name, score in scores.items() if score["value"] is None}
+    assert list(absent) == ["fid_infinity", "fd_dinov2_infinity"]  # of 12 images
+    assert scores["kid"]["images"] == 12
+    assert scores["kid"]["reference_images"] == 24
+    assert len(scores["kid"]["weights_sha256"]) == 64
+    assert scores["kid"]["settings"]["preparation"] == "resized to 32"
+    assert scores["kid"]["interval_95"][0] < scores["kid"]["value"] < scores["kid"]["interval_95"][1]
+    assert "not comparable" in scores["fid"]["remark"]
+    assert "12 images for 32 features" in scores["fd_dinov2"]["remark"]
+    assert scores["clip_score"]["interval_method"] == "bootstrap over prompts"
+    assert scores["memorisation"]["details"]["nearest_pairs"][0]["training_image"].endswith(".png")
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page
+    assert "http" not in page.replace("https://www.w3.org", "")
+    assert page.count("data:image") > 24
+    assert "Worst by CLIP score" in page
+    table = (folder / "report.md").read_text()
+    assert all(f"| {name} " in table for name in scores if scores[name]["value"] is not None)
+    assert table in capsys.readouterr().out
+    sample = folder.parent / "geneval" / "pipeline" / "00001"
+    assert json.loads((sample / "metadata.jsonl").read_text()) == {"prompt": PROMPTS[1]}
+    assert (sample / "samples" / "00003.png").read_bytes() == (
+        folder / "pipeline" / "images" / "00001_00003.png"
+    ).read_bytes()
+
+
+def folder_of(evaluate, name):
+    return Path(evaluate.__closure__[0].cell_contents) / name
+
+
+def test_a_baseline_is_drawn_of_the_same_seeds_and_differences_are_paired(evaluate, pipelines, flags, real_images):
+    shared = ["--prompts", *PROMPTS, "--images_per_prompt", 4, *flags, "--reference", real_images]
+    found, folder = evaluate("--pipeline", pipelines["sd"], "--baseline", pipelines["sd"], *shared)
+    assert_same(images_in(folder / "baseline" / "images"), images_in(folder / "pipeline" / "images"))
+    for name in ("kid", "clip_score", "lpips_within_prompts", "precision", "fid"):
+        assert abs(found["differences"][name]["difference"]) < 1e-3 * (1 + abs(found["differences"][name]["before"]))
+        assert found["differences"][name]["verdict"] == "no difference seen"
+    other, _ = evaluate("--pipeline", pipelines["sd2"], "--baseline", pipelines["sd"], *shared, out="other")
+    assert (
+        other["entries"]["baseline"]["scores"]["kid"]["value"] == found["entries"]["baseline"]["scores"]["kid"]["value"]
+    )
+    low, high = other["differences"]["clip_score"]["interval_95"]
+    assert low <= other["differences"]["clip_score"]["difference"] <= high
+
+
+def test_the_scores_do_not_depend_on_batch_size_or_processes(evaluate, pipelines, flags, real_images, tmp_path):
+    shared = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--num_images", 8, *flags]
+    shared += ["--reference", real_images, "--metrics", "kid", "clip_score", "lpips_diversity", "prdc"]
+    one, folder = evaluate(*shared, "--batch_size", 1, "--feature_batch_size", 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "evaluate_pipeline.py"]
+    two_folder = tmp_path / "two"
+    words = [*shared, "--num_inference_steps", 2, "--batch_size", 3, "--output_dir", two_folder]
+    done = subprocess.run(
+        [*command, *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same(images_in(folder / "pipeline" / "images"), images_in(two_folder / "pipeline" / "images"))
+    two = json.loads((two_folder / "results.json").read_text())
+    for name, score in one["entries"]["pipeline"]["scores"].items():
+        other = two["entries"]["pipeline"]["scores"][name]
+        if score["value"] is not None:
+            assert other["value"] == pytest.approx(score["value"], rel=0.02, abs=1e-3), name
+            assert other["images"] == 8
+
+
+def test_killed_while_drawing_and_started_again(evaluate, pipelines, tmp_path, monkeypatch):
+    """A process that dies after five images, without a chance to tidy."""
+    from utils import generation
+
+    shared = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--batch_size", 2, "--metrics", "none"]
+    _, whole = evaluate(*shared, out="whole")
+    save = generation.Drawer._save
+    counted = []
+
+    def dying(self, pixels, task, path):
+        counted.append(path)
+        if len(counted) == 6:
+            path.with_name(f".tmp-{path.name}").write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(self, pixels, task, path)
+
+    monkeypatch.setattr(generation.Drawer, "_save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*shared, out="half")
+    monkeypatch.undo()
+    assert len(images_in(tmp_path / "half" / "pipeline" / "images")) == 5
+    _, half = evaluate(*shared, out="half")
+    assert_same(images_in(whole / "pipeline" / "images"), images_in(half / "pipeline" / "images"))
+
+
+def test_another_setting_in_the_same_folder_is_refused(evaluate, pipelines, capsys):
+    shared = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--metrics", "none", "--images_per_prompt", 1]
+    evaluate(*shared)
+    evaluate(*shared, "--guidance_scale", 2, expect=2)
+    assert "drawn with another guidance_scale" in message(capsys)
+    evaluate(*shared, "--guidance_scale", 2, "--overwrite_output_dir")
+
+
+def test_checkpoints_are_scored_and_the_best_is_found(evaluate, train, flags, images, real_images, tmp_path):
+    training = train("sd", "--max_train_steps", 2, "--checkpointing_steps", 1, "--learning_rate", 1e-2, out="training")
+    (training / "checkpoint-7.tmp").mkdir()
+    found, folder = evaluate(
+        *("--checkpoints", training, "--captions_dir", images, "--max_prompts", 2, "--best_by", "kid", *flags),
+        *("--reference", real_images, "--metrics", "kid", "clip_score"),
+    )
+    assert list(found["entries"]) == ["base", "checkpoint-1", "checkpoint-2"]
+    values = {name: entry["scores"]["kid"]["value"] for name, entry in found["entries"].items()}
+    assert len(set(values.values())) == 3
+    best = min(("checkpoint-1", "checkpoint-2"), key=values.get)
+    assert found["best_checkpoint"] == {"score": "kid", "checkpoint": best}
+    assert "data:image/svg+xml" in (folder / "report.html").read_text()
+
+
+def test_lora_checkpoints_too(evaluate, train, flags, images):
+    training = train("sd", "--adaptation", "lora", "--max_train_steps", 1, "--checkpointing_steps", 1, out="training")
+    found, _ = evaluate("--checkpoints", training, "--prompts", "a", *flags, "--metrics", "clip_score")
+    assert list(found["entries"]) == ["base", "checkpoint-1"]
+
+
+def test_unconditional_pipelines_need_no_prompts(evaluate, flags, real_images, tmp_path):
+    found, folder = evaluate(
+        *("--pipeline", unconditional(tmp_path / "ddpm"), "--num_images", 8, *flags, "--reference", real_images)
+    )
+    scores = found["entries"]["pipeline"]["scores"]
+    assert len(images_in(folder / "pipeline" / "images")) == 8
+    assert scores["kid"]["value"] is not None
+    assert scores["clip_score"]["not_computed"] == "the images have no prompts"
+
+
+def test_images_already_drawn_are_scored(evaluate, flags, images, real_images):
+    found, _ = evaluate("--images", images, *flags, "--reference", real_images, "--metrics", "kid", "clip_score")
+    scores = found["entries"]["images"]["scores"]
+    assert scores["clip_score"]["value"] > 0
+    assert found["entries"]["images"]["images"] == 6
+
+
+def test_statistics_are_kept_and_read_again(evaluate, flags, real_images, tmp_path):
+    file, images = tmp_path / "reference.npz", tiny.make_images(tmp_path / "some", 12)
+    shared = ["--images", images, *flags, "--metrics", "kid", "fid", "prdc"]
+    first, _ = evaluate(*shared, "--reference", real_images, "--save_reference", file, out="first")
+    second, _ = evaluate(*shared, "--reference", file, out="second")
+    for name in ("kid", "fid", "precision", "coverage"):
+        values = [each["entries"]["images"]["scores"][name]["value"] for each in (first, second)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+    with np.load(file, allow_pickle=False) as kept:  # as pytorch-fid and clean-fid read them
+        assert kept["mu"].shape == (8,)
+        assert kept["sigma"].shape == (8, 8)
+        assert kept["mu"].dtype == np.float64
+        assert int(kept["n"]) == 24
+
+
+@pytest.fixture
+def statistics() -> dict[str, np.ndarray]:
+    return {"mu": np.zeros(8), "sigma": np.eye(8)}
+
+
+def test_bare_statistics_give_fid_alone(evaluate, images, flags, statistics, tmp_path):
+    np.savez(tmp_path / "bare.npz", **statistics)
+    found, _ = evaluate(
+        "--images", images, *flags, "--reference", tmp_path / "bare.npz", "--metrics", "kid", "fid", "cmmd"
+    )
+    scores = found["entries"]["images"]["scores"]
+    assert scores["fid"]["value"] > 0
+    assert "mu and sigma alone" in scores["kid"]["not_computed"]
+    assert "one network" in scores["cmmd"]["not_computed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"mu": None}, "holds no mu"),
+        ({"mu": np.zeros(7)}, "must be [d] and [d, d]"),
+        ({"mu": np.full(8, np.nan)}, "not finite"),
+        ({"sigma": np.triu(np.ones((8, 8)))}, "not symmetric"),
+        ({"sigma": -np.eye(8)}, "negative variance"),
+        ({"mu": np.zeros(16), "sigma": np.eye(16)}, "has 16 features, the network small has 8"),
+        ({"fingerprint": np.array('{"network": "small", "settings": "other", "weights": "x"}')}, "another settings"),
+        ({"mu": np.array([object()] * 8, dtype=object)}, "can't be read as statistics"),
+    ],
+)
+def test_bad_statistics_are_refused_before_anything_is_drawn(
+    evaluate, pipelines, flags, statistics, tmp_path, capsys, change, named
+):
+    changed = {name: value for name, value in (statistics | change).items() if value is not None}
+    np.savez(tmp_path / "bad.npz", **changed)
+    _, folder = evaluate(
+        "--pipeline", pipelines["sd"], "--prompts", "a", *flags, "--reference", tmp_path / "bad.npz", expect=2
+    )
+    assert named in message(capsys)
+    assert not list(folder.rglob("*.png"))
+
+
+def test_a_broken_image_in_the_reference_is_named_before_anything_is_drawn(
+    evaluate, pipelines, flags, real_images, tmp_path, capsys
+):
+    broken = tmp_path / "broken"
+    tiny.make_images(broken)
+    (broken / "003.png").write_bytes((broken / "003.png").read_bytes()[:80])
+    _, folder = evaluate("--pipeline", pipelines["sd"], "--prompts", "a", *flags, "--reference", broken, expect=2)
+    assert "003.png" in message(capsys)
+    assert not list(folder.rglob("*.png"))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_images_have_reasons_and_no_nans(evaluate, flags, real_images, tmp_path, count):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for index in range(count):
+        Image.new("RGB", (64, 64), (200, 30 * index, 5)).save(folder / f"{index}.png")
+    found, out = evaluate("--images", folder, *flags, "--reference", real_images, "--metrics", "all")
+    scores = found["entries"]["images"]["scores"]
+    text = (out / "results.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert all(score["value"] is not None or score["not_computed"] for score in scores.values())
+    assert "too few" in scores["kid"]["not_computed"]
+    assert "too few" in scores["prdc"]["not_computed"]
+    if count == 1:
+        assert "no pair" in scores["lpips_diversity"]["not_computed"]
+    assert found["entries"]["images"]["invalid_images"]["constant"]["count"] == count
+
+
+def test_a_nan_feature_names_its_image_and_the_others_are_saved(
+    evaluate, images, flags, real_images, models, tmp_path, capsys
+):
+    module = tmp_path / "nan.py"
+    text = models["own"].read_text()
+    module.write_text(
+        text.replace(
+            "return self.module(pixels)", "return self.module(pixels) / (pixels.mean((1, 2, 3)) > 0.42)[:, None]"
+        )
+    )
+    bright = tmp_path / "bright"
+    tiny.make_images(bright)
+    Image.new("RGB", (64, 64), "black").save(bright / "black.png")
+    (bright / "metadata.jsonl").unlink()
+    words = ["--images", bright, *flags[2:], "--feature_module", module, "--metrics", "vendi", "lpips_diversity"]
+    found, _ = evaluate(*words, expect=2)
+    scores = found["entries"]["images"]["scores"]
+    assert scores["vendi"]["failed"]
+    assert ".png that are not finite" in scores["vendi"]["not_computed"]
+    assert scores["lpips_diversity"]["value"] > 0
+    assert "failed: vendi" in message(capsys)
+
+
+def test_invalid_images_are_listed_and_can_fail(evaluate, flags, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, colour in enumerate(("black", "red", "black")):
+        image = Image.new("RGB", (64, 64), colour)
+        image.putpixel((3, 3), (9, 200, 9) if colour == "red" else (0, 0, 0))
+        image.save(folder / f"{index}.png")
+    found, out = evaluate("--images", folder, *flags, "--metrics", "vendi", "--fail_on_invalid", expect=2)
+    assert "2 images are NaN, black" in message(capsys)
+    assert found["entries"]["images"]["invalid_images"]["black"]["names"] == ["0.png", "2.png"]
+    assert "2 of 3 images are black" in (out / "report.html").read_text()
+
+
+def test_networks_that_are_not_there_are_listed_with_the_reason(evaluate, images, real_images, monkeypatch, tmp_path):
+    monkeypatch.setattr("utils.metrics.features.INCEPTION_URL", f"file://{tmp_path}/none-6726825d.pth")
+    monkeypatch.setitem(
+        __import__("utils.metrics.features", fromlist=["x"]).TRUNK_URLS, "alex", f"file://{tmp_path}/none-7be5be79.pth"
+    )
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    found, folder = evaluate("--images", images, "--reference", real_images)
+    scores = found["entries"]["images"]["scores"]
+    assert all(score["value"] is None for score in scores.values())
+    assert "can't be downloaded" in scores["kid"]["not_computed"]
+    assert "give --clip_model FOLDER" in scores["clip_score"]["not_computed"]
+    assert "Not computed" in (folder / "report.html").read_text()
+
+
+def test_texts_in_the_report_are_escaped(evaluate, pipelines, flags):
+    _, folder = evaluate(
+        *(
+            "--pipeline",
+            pipelines["sd"],
+            "--prompts",
+            "<img src=x onerror=alert(1)>",
+            "a | b",
+            *flags,
+            "--metrics",
+            "clip_score",
+        )
+    )
+    assert "<img src=x" not in (folder / "report.html").read_text()
+    assert {path.name for path in (folder / "pipeline" / "images").glob("*.png")} == {
+        f"{number:05d}_{sample:05d}.png" for number in range(2) for sample in range(4)
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "--pipeline PATH says what to draw from"),
+        (["--pipeline", "/nowhere"], "--pipeline must be a folder that exists"),
+        (["--pipeline", "{sd}"], "draws prompts; give --prompts"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--metrics", "fidd"], "--metrics"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--scheduler", "eulr"], "did you mean euler"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--strength", "0.5"], "--init_images"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--prompts_file", "x"], "give one"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--reference", "x.npz"], "--reference must be"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--inception_weights", "x.pth"], "--inception_weights must be"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--height", "60"], "--height must be divisible by 8"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--dynamic_thresholding", "0.995"], "be a percentile"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--clamp_start", "2"], "--clamp_start and --clamp_end"),
+        (["--checkpoints", "{sd}", "--prompts", "a"], "holds no checkpoint-N"),
+    ],
+)
+def test_bad_options_end_in_one_line(evaluate, pipelines, capsys, words, named):
+    evaluate(*[word.format(sd=pipelines["sd"]) for word in words], expect=2)
+    assert named in message(capsys)
