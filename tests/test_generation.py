@@ -88,7 +88,7 @@ def drawn(path, folder, prompts=(), batch_size=None, seed=7, scheduler=None, ord
 
 
 def images_in(folder):
-    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("[!.]*.png"))}
 
 
 def assert_same(first, second, most=CLOSE):

@@ -596,7 +596,7 @@ def claim_images(folder: Path, facts: dict[str, object], overwrite: bool) -> Non
     Raises:
         UserError: naming what differs.
     """
-    record, images = folder / RECORD, list(folder.glob("*.png"))
+    record, images = folder / RECORD, list(folder.glob("[!.]*.png"))
     known: dict[str, object] = {}
     if record.is_file():
         try:

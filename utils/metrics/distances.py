@@ -12,6 +12,7 @@ import numpy as np
 
 Array = np.ndarray
 BLOCK_ROWS = 1024
+SAME_IMAGE = 1e-5  # of the features' spread
 
 
 class NotComputable(Exception):  # noqa: N818  no error: the set is what it is
@@ -255,6 +256,16 @@ def neighbour_radii(rows: Array, k: int) -> Array:
     return radii
 
 
+def copies(rows: Array) -> Array:
+    """[N] bool, which rows are an earlier one again, but for the last bits, which differ between batches of a network."""
+    scale = math.sqrt(((rows - rows.mean(0)) ** 2).sum(1).mean())
+    found = np.zeros(len(rows), bool)
+    for start, distances in _distance_blocks(rows, rows):
+        earlier = np.arange(len(rows))[None] < np.arange(start, start + len(distances))[:, None]
+        found[start : start + len(distances)] = ((distances <= SAME_IMAGE * scale) & earlier).any(1)
+    return found
+
+
 def _distance_blocks(first: Array, second: Array) -> Iterator[tuple[int, Array]]:
     """(first row, distances [rows, M]) in blocks. In float64, and after centring, equal rows come out within 1e-7."""
     centre = second.mean(axis=0)
@@ -272,7 +283,7 @@ def manifolds(generated: Array, reference: Array, k_precision: int = 3, k_densit
     x, everything = as_features(generated, least), as_features(reference, least)
     if x.shape[1] != everything.shape[1]:
         raise NotComputable(f"features of {x.shape[1]} and {everything.shape[1]} dimensions can't be compared")
-    y = np.unique(everything, axis=0)
+    y = everything[~copies(everything)]
     if len(y) < least:
         raise NotComputable(f"the reference has {len(y)} different images, at least {least} are needed")
     radii, y_radii, y_narrow = (
