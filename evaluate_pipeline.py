@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -108,6 +108,7 @@ class ComparisonOptions:
     baseline: str | None = option(
         None, "pipeline to compare with, on the same prompts and seeds; with --images a folder of its images"
     )
+    labels: list[str] | None = option(None, "what the report calls the baseline and the pipeline, in this order")
     baseline_lora: str | None = option(None, "LoRA on top of the baseline")
     checkpoints: str | None = option(
         None, "output folder of a training: each of its checkpoints is scored, and the best one found"
@@ -119,6 +120,11 @@ class ComparisonOptions:
         require(folder is None or Path(folder).is_dir(), "checkpoints", folder, "be a folder that exists")
         if self.baseline is not None and self.checkpoints is not None:
             raise UserError("--baseline compares two pipelines and --checkpoints many; give one")
+        if self.labels is not None:
+            count = 1 if self.baseline is None else 2
+            fits = len(set(self.labels)) == len(self.labels) == count and self.checkpoints is None
+            must = "be two names with a --baseline, one without, none with --checkpoints"
+            require(fits, "labels", " ".join(self.labels), must)
         if self.baseline_lora is not None and self.baseline is None:
             raise UserError("--baseline_lora goes on top of a --baseline")
         if self.best_by is not None and self.checkpoints is None:
@@ -214,7 +220,7 @@ def hub_names(options: Options) -> list[str | None]:
     """What may have to be looked for on the Hub."""
     features = options.features
     models = (features.clip_model, features.dino_model, features.pickscore_model, features.hpsv2_model)
-    needed = [model for model in models if model is not None] if options.run.names else []
+    needed = [] if features.no_download else [model for model in models if model is not None]
     return [options.pipeline.pipeline, options.comparison.baseline, options.reference.reference, *needed]
 
 
@@ -406,6 +412,8 @@ def find_invalid(wanted: Wanted, images, folder: Path) -> dict[str, list[str]]:
 
 def conclude(options: Options, entries: list[Entry], training: Subject | None) -> Findings:
     """The differences, the best checkpoint, and what the run was."""
+    if options.comparison.labels is not None:
+        entries = [replace(each, name=name) for each, name in zip(entries, options.comparison.labels, strict=True)]
     compared = differences(entries[0].scores, entries[-1].scores) if options.comparison.baseline is not None else []
     record = {"options": as_record(options), "versions": versions(), "command": without_secrets(sys.argv)}
     title = options.run.title or "Evaluation of " + (

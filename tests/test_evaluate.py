@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests import networks, tiny
 from tests.conftest import message, reset_accelerate
 from tests.test_generation import assert_same, images_in, unconditional
+from utils.options import UserError
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a red square", "a blue square", "a green square"]
@@ -383,3 +385,87 @@ def test_texts_in_the_report_are_escaped(evaluate, pipelines, flags):
 def test_bad_options_end_in_one_line(evaluate, pipelines, capsys, words, named):
     evaluate(*[word.format(sd=pipelines["sd"]) for word in words], expect=2)
     assert named in message(capsys)
+
+
+# While training
+
+
+@pytest.fixture
+def in_training(pipelines, models, real_images, tmp_path):
+    """in_training(first_step=...) is a TrainingEvaluation and a pipeline that it draws from."""
+    from accelerate import Accelerator
+
+    from utils.generation import PipelineSpec, load_pipeline
+    from utils.metrics.features import FeatureOptions
+    from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
+
+    def make(first_step=0, **more):
+        reset_accelerate()
+        options = {"eval_metrics": ["kid", "clip_score"], "eval_steps": 2, "eval_num_images": 6} | more
+        options |= {"eval_reference": str(real_images), "eval_num_inference_steps": 2}
+        features = FeatureOptions(feature_module=str(models["own"]), clip_model=str(models["clip"]))
+        evaluation = TrainingEvaluation(
+            EvaluationOptions(**options), features, Accelerator(cpu=True), tmp_path, 3, PROMPTS, first_step
+        )
+        return evaluation, load_pipeline(PipelineSpec(str(pipelines["sd"])), torch.float32)
+
+    return make
+
+
+def test_training_is_scored_by_the_same_code(in_training, evaluate, pipelines, flags, real_images, tmp_path):
+    evaluation, pipeline = in_training()
+    assert [step for step in range(1, 8) if evaluation.is_due(step, 7)] == [2, 4, 6, 7]
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    found = evaluation.measure(pipeline, 2)
+    torch.testing.assert_close(torch.rand(3), expected)  # the training's randomness is left alone
+    results, _ = evaluate(
+        *("--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--num_images", 6, "--seed", 3, *flags),
+        *("--reference", real_images, "--metrics", "kid", "clip_score"),
+    )
+    scores = results["entries"]["pipeline"]["scores"]
+    assert set(found) == {"kid", "clip_score", "clip_score_hessel", "clip_r_precision"}
+    assert all(found[name] == pytest.approx(scores[name]["value"], rel=1e-3, abs=1e-4) for name in found)
+    with torch.no_grad():
+        for parameter in pipeline.unet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert evaluation.measure(pipeline, 4)["kid"] != found["kid"]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "evaluation" / "evaluation.jsonl").read_text().splitlines()
+    ]
+    assert steps == [2, 4]
+    in_training(first_step=2)
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "evaluation" / "evaluation.jsonl").read_text().splitlines()
+    ]
+    assert steps == [2]
+
+
+def test_under_autocast_the_vae_decodes_in_its_own_dtype(in_training, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    seen = []
+    decode = AutoencoderKL.decode
+
+    def watched(self, latents, *args, **kwargs):
+        seen.append((latents.dtype, torch.is_autocast_enabled("cpu")))
+        return decode(self, latents, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", watched)
+    evaluation, pipeline = in_training()
+    evaluation.measure(pipeline, 2, {"clip_skip": 1}, lambda: torch.autocast("cpu", torch.bfloat16))
+    assert set(seen) == {(torch.float32, False)}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"eval_metrics": None}, "--eval_steps is of --eval_metrics"),
+        ({"eval_steps": 0}, "--eval_steps must be"),
+        ({"eval_prompts_file": "/nowhere.txt"}, "--eval_prompts_file must be"),
+    ],
+)
+def test_bad_options_of_evaluation_in_training(in_training, options, named):
+    with pytest.raises(UserError, match=named):
+        in_training(**options)

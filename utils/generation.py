@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -378,13 +379,28 @@ class Drawer:
         device: torch.device,
         requests: StopRequests | None = None,
         starts_from_images: bool = False,
+        is_placed: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+        around: Callable[[], AbstractContextManager] = nullcontext,
     ):
+        """Args:
+        starts_from_images: whether the tasks' prompts have images to start from.
+        is_placed: whether the pipeline's parts are where they are to be.
+        arguments: further arguments of the pipeline's call.
+        around: a context to draw in, such as autocast; the VAE decodes outside of it, in its own dtype.
+
+        Raises:
+            UserError: if the pipeline does not take the options.
+        """
         self.pipeline = _for_init_images(pipeline) if starts_from_images else pipeline
         self._options = options
         self._controls = controls
         self._seed = seed
         self._device = device
         self._requests = requests
+        self._is_placed = is_placed
+        self._more = dict(arguments or {})
+        self._around = around
         self._takes = call_parameters(type(self.pipeline))
         self._batch_size = BatchSize(options.batch_size, device)
         self._check()
@@ -433,7 +449,8 @@ class Drawer:
 
         rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         left = [task for task in tasks[rank::count] if not is_whole(folder / f"{task.name}.png")]
-        self.pipeline.to(self._device)
+        if not self._is_placed:
+            self.pipeline.to(self._device)
         bar = tqdm(
             total=len(left),
             desc=f"drawing {folder.parent.name or folder.name}",
@@ -474,7 +491,7 @@ class Drawer:
         seeds = [image_seed(self._seed, task.number, task.sample) for task in batch]
         torch.manual_seed(seeds[0])
         before = _global_state(self._device)
-        with torch.no_grad(), self._controls.attached(self.pipeline):
+        with torch.no_grad(), self._controls.attached(self.pipeline), decoding_apart(self.pipeline), self._around():
             images = self.pipeline(**self._arguments(batch, seeds)).images
         drew = any(not torch.equal(*pair) for pair in zip(before, _global_state(self._device), strict=True))
         if drew and len(batch) > 1:
@@ -491,6 +508,7 @@ class Drawer:
         given: dict[str, Any] = {
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "output_type": "np",
+            **self._more,
         }
         for name in ("num_inference_steps", "guidance_scale", "guidance_rescale", "eta", "strength"):
             if getattr(options, name) is not None:
@@ -542,6 +560,26 @@ class Drawer:
             os.replace(aside, path)
         except OSError as error:
             raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def decoding_apart(pipeline: "DiffusionPipeline") -> Iterator[None]:
+    """Within it the VAE decodes in its own dtype whatever autocast there is, in which it could overflow."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        yield
+        return
+    own, device = vae.decode, pipeline.device.type
+
+    def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return own(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = decode
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 FREE_SETTINGS = ("batch_size", "fail_on_invalid", "scheduler")

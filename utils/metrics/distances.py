@@ -257,7 +257,7 @@ def neighbour_radii(rows: Array, k: int) -> Array:
 
 
 def copies(rows: Array) -> Array:
-    """[N] bool, which rows are an earlier one again, but for the last bits, which differ between batches of a network."""
+    """[N] bool, which rows are an earlier one again but for the last bits, which differ between a network's batches."""
     scale = math.sqrt(((rows - rows.mean(0)) ** 2).sum(1).mean())
     found = np.zeros(len(rows), bool)
     for start, distances in _distance_blocks(rows, rows):

@@ -81,6 +81,7 @@ class FeatureOptions:
         None, "PickScore's CLIP, such as yuvalkirstain/PickScore_v1: folder or Hub name"
     )
     hpsv2_model: str | None = option(None, "HPSv2's CLIP in the layout of transformers: folder or Hub name")
+    no_download: bool = option(False, "take no network that is not here already; its scores are listed as not computed")
     feature_batch_size: int = option(32, "images at once in a feature network")
 
     def __post_init__(self) -> None:
@@ -194,7 +195,7 @@ def load_weights(file: str) -> dict[str, Tensor]:
     return found
 
 
-def downloaded(url: str) -> str:
+def downloaded(url: str, may_download: bool) -> str:
     """The path of a file that is downloaded once; its name holds the beginning of its SHA-256, which is checked.
 
     Raises:
@@ -204,6 +205,8 @@ def downloaded(url: str) -> str:
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     if path.is_file():
         return str(path)
+    if not may_download:
+        raise NotComputable(f"{name} is not here, and --no_download leaves it there")
     try:
         with urllib.request.urlopen(url, timeout=10) as response:
             content = response.read()
@@ -256,7 +259,7 @@ class InceptionFeatures(Network):
     name = "inception"
 
     def __init__(self, options: FeatureOptions):
-        file = options.inception_weights or downloaded(INCEPTION_URL)
+        file = options.inception_weights or downloaded(INCEPTION_URL, not options.no_download)
         self._mode = options.fid_mode
         self.settings = f"{self._mode}: {FID_MODES[self._mode]}"
         with torch.device("meta"):
@@ -293,7 +296,7 @@ class DinoFeatures(Network):
     def __init__(self, options: FeatureOptions):
         from transformers import Dinov2Model
 
-        self.module = _pretrained(Dinov2Model, "dino_model", options.dino_model)
+        self.module = _pretrained(Dinov2Model, "dino_model", options.dino_model, options.no_download)
 
     def pixels(self, image: Image.Image) -> Tensor:
         return _normalised(image.resize((224, 224), Image.Resampling.BICUBIC), IMAGENET_MEAN, IMAGENET_STD)
@@ -307,20 +310,20 @@ class ClipFeatures(Network):
 
     name = "clip"
 
-    def __init__(self, flag: str, model: str):
+    def __init__(self, flag: str, model: str, is_local: bool = False):
         from transformers import AutoTokenizer, CLIPModel
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        self.module = _pretrained(CLIPModel, flag, model)
+        self.module = _pretrained(CLIPModel, flag, model, is_local)
         size = self.module.config.vision_config.image_size
         try:
-            self._processor = CLIPImageProcessorPil.from_pretrained(model)
+            self._processor = CLIPImageProcessorPil.from_pretrained(model, local_files_only=is_local)
         except OSError:
             self._processor = CLIPImageProcessorPil(
                 size={"shortest_edge": size}, crop_size={"height": size, "width": size}
             )
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model)
+            self._tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=is_local)
         except LOADING_ERRORS as error:
             raise _not_loaded(flag, model, error) from error
         self.settings = f"PIL bicubic to {size}, centre-cropped"
@@ -359,7 +362,7 @@ class CmmdFeatures(ClipFeatures):
     name = "cmmd_clip"
 
     def __init__(self, options: FeatureOptions):
-        super().__init__("cmmd_model", options.cmmd_model)
+        super().__init__("cmmd_model", options.cmmd_model, options.no_download)
         self._size = self.module.config.vision_config.image_size
         self.settings = f"centre square, PIL bicubic to {self._size}"
 
@@ -376,7 +379,7 @@ class LpipsFeatures(Network):
     name = "lpips"
 
     def __init__(self, options: FeatureOptions):
-        file = options.lpips_weights or downloaded(TRUNK_URLS[options.lpips_network])
+        file = options.lpips_weights or downloaded(TRUNK_URLS[options.lpips_network], not options.no_download)
         network = LpipsNetwork(options.lpips_network)
         try:
             network.load_trunk(load_weights(file))
@@ -408,11 +411,11 @@ def _not_loaded(flag: str, model: str, error: Exception) -> Exception:
     )
 
 
-def _pretrained(model_class: type, flag: str, model: str) -> nn.Module:
+def _pretrained(model_class: type, flag: str, model: str, is_local: bool) -> nn.Module:
     """A model of transformers from a folder or the Hub, in float32, of whose weights none is missing."""
     try:
         module, report = model_class.from_pretrained(
-            model, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            model, use_safetensors=True, dtype=torch.float32, local_files_only=is_local, output_loading_info=True
         )
     except LOADING_ERRORS as error:
         raise _not_loaded(flag, model, error) from error
@@ -456,13 +459,13 @@ def _preference(flag: str, options: FeatureOptions) -> Network:
     model = getattr(options, flag)
     if model is None:
         raise NotComputable(f"its model is not named; give --{flag}")
-    return ClipFeatures(flag, model)
+    return ClipFeatures(flag, model, options.no_download)
 
 
 NETWORKS: dict[str, Callable[[FeatureOptions], Network]] = {
     "main": _main_network,
     "dino": DinoFeatures,
-    "clip": lambda options: ClipFeatures("clip_model", options.clip_model),
+    "clip": lambda options: ClipFeatures("clip_model", options.clip_model, options.no_download),
     "cmmd": CmmdFeatures,
     "lpips": LpipsFeatures,
     "pickscore": lambda options: _preference("pickscore_model", options),
