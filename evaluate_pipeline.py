@@ -384,7 +384,7 @@ def obtain(
 
 def image_folder(folder: Path, wanted: Wanted) -> Path:
     """Where the images of a pipeline are kept."""
-    return folder / wanted.name / "images"
+    return folder / "images" / wanted.name
 
 
 def export_geneval(tasks: Sequence[Task], images: Path, folder: Path) -> None:

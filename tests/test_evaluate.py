@@ -91,7 +91,7 @@ def test_every_metric_is_computed_and_reported(evaluate, pipelines, flags, model
     sample = folder.parent / "geneval" / "pipeline" / "00001"
     assert json.loads((sample / "metadata.jsonl").read_text()) == {"prompt": PROMPTS[1]}
     assert (sample / "samples" / "00003.png").read_bytes() == (
-        folder / "pipeline" / "images" / "00001_00003.png"
+        folder / "images" / "pipeline" / "00001_00003.png"
     ).read_bytes()
 
 
@@ -102,7 +102,7 @@ def folder_of(evaluate, name):
 def test_a_baseline_is_drawn_of_the_same_seeds_and_differences_are_paired(evaluate, pipelines, flags, real_images):
     shared = ["--prompts", *PROMPTS, "--images_per_prompt", 4, *flags, "--reference", real_images]
     found, folder = evaluate("--pipeline", pipelines["sd"], "--baseline", pipelines["sd"], *shared)
-    assert_same(images_in(folder / "baseline" / "images"), images_in(folder / "pipeline" / "images"))
+    assert_same(images_in(folder / "images" / "baseline"), images_in(folder / "images" / "pipeline"))
     for name in ("kid", "clip_score", "lpips_within_prompts", "precision", "fid"):
         assert abs(found["differences"][name]["difference"]) < 1e-3 * (1 + abs(found["differences"][name]["before"]))
         assert found["differences"][name]["verdict"] == "no difference seen"
@@ -129,7 +129,7 @@ def test_the_scores_do_not_depend_on_batch_size_or_processes(evaluate, pipelines
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert_same(images_in(folder / "pipeline" / "images"), images_in(two_folder / "pipeline" / "images"))
+    assert_same(images_in(folder / "images" / "pipeline"), images_in(two_folder / "images" / "pipeline"))
     two = json.loads((two_folder / "results.json").read_text())
     for name, score in one["entries"]["pipeline"]["scores"].items():
         other = two["entries"]["pipeline"]["scores"][name]
@@ -158,9 +158,9 @@ def test_killed_while_drawing_and_started_again(evaluate, pipelines, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         evaluate(*shared, out="half")
     monkeypatch.undo()
-    assert len(images_in(tmp_path / "half" / "pipeline" / "images")) == 5
+    assert len(images_in(tmp_path / "half" / "images" / "pipeline")) == 5
     _, half = evaluate(*shared, out="half")
-    assert_same(images_in(whole / "pipeline" / "images"), images_in(half / "pipeline" / "images"))
+    assert_same(images_in(whole / "images" / "pipeline"), images_in(half / "images" / "pipeline"))
 
 
 def test_another_setting_in_the_same_folder_is_refused(evaluate, pipelines, capsys):
@@ -197,7 +197,7 @@ def test_unconditional_pipelines_need_no_prompts(evaluate, flags, real_images, t
         *("--pipeline", unconditional(tmp_path / "ddpm"), "--num_images", 8, *flags, "--reference", real_images)
     )
     scores = found["entries"]["pipeline"]["scores"]
-    assert len(images_in(folder / "pipeline" / "images")) == 8
+    assert len(images_in(folder / "images" / "pipeline")) == 8
     assert scores["kid"]["value"] is not None
     assert scores["clip_score"]["not_computed"] == "the images have no prompts"
 
@@ -359,7 +359,7 @@ def test_texts_in_the_report_are_escaped(evaluate, pipelines, flags):
         )
     )
     assert "<img src=x" not in (folder / "report.html").read_text()
-    assert {path.name for path in (folder / "pipeline" / "images").glob("*.png")} == {
+    assert {path.name for path in (folder / "images" / "pipeline").glob("*.png")} == {
         f"{number:05d}_{sample:05d}.png" for number in range(2) for sample in range(4)
     }
 
@@ -469,3 +469,24 @@ def test_under_autocast_the_vae_decodes_in_its_own_dtype(in_training, monkeypatc
 def test_bad_options_of_evaluation_in_training(in_training, options, named):
     with pytest.raises(UserError, match=named):
         in_training(**options)
+
+
+def test_a_signal_ends_the_drawing_and_the_same_command_goes_on(evaluate, pipelines, monkeypatch, capsys):
+    import signal
+
+    from utils import generation
+
+    shared = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--batch_size", 2, "--metrics", "none"]
+    save = generation.Drawer._save
+
+    def signalled(self, pixels, task, path):
+        save(self, pixels, task, path)
+        if task.name == "00000_00002":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(generation.Drawer, "_save", signalled)
+    _, folder = evaluate(*shared, expect=128 + signal.SIGTERM)
+    assert "stopped with 4 of 12 images drawn; the same command goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    evaluate(*shared)
+    assert len(images_in(folder / "images" / "pipeline")) == 12

@@ -453,7 +453,7 @@ class Drawer:
             self.pipeline.to(self._device)
         bar = tqdm(
             total=len(left),
-            desc=f"drawing {folder.parent.name or folder.name}",
+            desc=f"drawing {folder.name}",
             unit="image",
             dynamic_ncols=True,
             disable=rank != 0 or not left,

@@ -77,21 +77,25 @@ def moments(features: Array) -> Moments:
     return Moments(mean, centred.T @ centred / (len(rows) - 1), len(rows))
 
 
-def _square_root(symmetric: Array) -> Array:
+def square_root(symmetric: Array) -> Array:
+    """The square root of a covariance."""
     values, vectors = np.linalg.eigh(symmetric)
     return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
 
-def frechet_distance(first: Moments, second: Moments) -> float:
+def frechet_distance(first: Moments, second: Moments, root: Array | None = None) -> float:
     """Squared Frechet distance of two Gaussians (Heusel et al. 2017, equation 6).
 
     |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)); the last trace is the sum of the square roots of the
-    eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: no matrix square root of a product is needed.
+    eigenvalues of S2^(1/2) S1 S2^(1/2), which is symmetric: no matrix square root of a product is needed.
+
+    Args:
+        root: S2^(1/2), where it is known.
     """
     if first.mean.shape != second.mean.shape:
         raise NotComputable(f"features of {len(first.mean)} and {len(second.mean)} dimensions can't be compared")
-    root = _square_root(first.covariance)
-    product = root @ second.covariance @ root
+    root = square_root(second.covariance) if root is None else root
+    product = root @ first.covariance @ root
     cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0)).sum()
     difference = first.mean - second.mean
     return float(difference @ difference + np.trace(first.covariance) + np.trace(second.covariance) - 2 * cross)
@@ -106,7 +110,9 @@ def frechet_infinity(features: Array, reference: Moments, seed: int = 0, num_poi
     rows = as_features(features, 30)
     sizes = np.linspace(max(len(rows) // 3, 10), len(rows), num_points).astype(int)
     generator = np.random.default_rng(seed)
-    distances = [frechet_distance(moments(rows[generator.permutation(len(rows))[:size]]), reference) for size in sizes]
+    root = square_root(reference.covariance)
+    subsets = [rows[generator.permutation(len(rows))[:size]] for size in sizes]
+    distances = [frechet_distance(moments(subset), reference, root) for subset in subsets]
     x = 1 / sizes
     design = np.stack([np.ones_like(x), x], axis=1)
     coefficients, residual, _, _ = np.linalg.lstsq(design, np.array(distances), rcond=None)
@@ -117,8 +123,8 @@ def frechet_infinity(features: Array, reference: Moments, seed: int = 0, num_poi
 
 def frechet_by_group(features: Array, reference: Moments, groups: Array) -> Array:
     """The Frechet distances [G] of disjoint groups of the images, which `groups` [N] numbers."""
-    rows = as_features(features, 2)
-    return np.array([frechet_distance(moments(rows[groups == group]), reference) for group in np.unique(groups)])
+    rows, root = as_features(features, 2), square_root(reference.covariance)
+    return np.array([frechet_distance(moments(rows[groups == group]), reference, root) for group in np.unique(groups)])
 
 
 # Kernel distances
