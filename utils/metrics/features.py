@@ -325,7 +325,7 @@ class ClipFeatures(Network):
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=is_local)
         except LOADING_ERRORS as error:
-            raise _not_loaded(flag, model, error) from error
+            raise _not_loaded(flag, model, error, is_local) from error
         self.settings = f"PIL bicubic to {size}, centre-cropped"
 
     def pixels(self, image: Image.Image) -> Tensor:
@@ -402,10 +402,12 @@ class LpipsFeatures(Network):
         return self.module(pixels)
 
 
-def _not_loaded(flag: str, model: str, error: Exception) -> Exception:
+def _not_loaded(flag: str, model: str, error: Exception, is_local: bool) -> Exception:
     """What to raise for a model that can't be loaded: a local one was meant, one of the Hub may be out of reach."""
     if Path(model).is_dir():
         return UserError(f"--{flag} {model} can't be loaded: {first_line(error)}")
+    if is_local:
+        return NotComputable(f"{model} is not here, and --no_download leaves it there; --{flag} FOLDER gives another")
     return NotComputable(
         f"{model} is not here and was not found on the Hub ({first_line(error)}); give --{flag} FOLDER"
     )
@@ -418,7 +420,7 @@ def _pretrained(model_class: type, flag: str, model: str, is_local: bool) -> nn.
             model, use_safetensors=True, dtype=torch.float32, local_files_only=is_local, output_loading_info=True
         )
     except LOADING_ERRORS as error:
-        raise _not_loaded(flag, model, error) from error
+        raise _not_loaded(flag, model, error, is_local) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
