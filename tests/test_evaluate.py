@@ -224,6 +224,24 @@ def test_statistics_are_kept_and_read_again(evaluate, flags, real_images, tmp_pa
         assert int(kept["n"]) == 24
 
 
+def test_a_reference_may_be_a_dataset(evaluate, images, flags, real_images, tmp_path):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageColumn
+
+    files = sorted(str(path) for path in real_images.glob("*.png"))
+    rows = {"picture": files, "caption": ["x"] * len(files)}
+    features = Features({"picture": ImageColumn(), "caption": Value("string")})
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "dataset")
+    shared = ["--images", images, *flags, "--metrics", "kid", "--reference_resolution", 32]
+    columns = ["--reference_image_column", "picture", "--reference_caption_column", "caption"]
+    first, _ = evaluate(*shared, "--reference", tmp_path / "dataset", *columns, out="first")
+    second, _ = evaluate(*shared, "--reference", real_images, out="second")
+    third, _ = evaluate(*shared[:-2], "--reference", real_images, out="third")
+    values = [each["entries"]["images"]["scores"]["kid"]["value"] for each in (first, second, third)]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    assert values[2] != pytest.approx(values[1], rel=1e-4)
+
+
 @pytest.fixture
 def statistics() -> dict[str, np.ndarray]:
     return {"mu": np.zeros(8), "sigma": np.eye(8)}
@@ -328,6 +346,7 @@ def test_invalid_images_are_listed_and_can_fail(evaluate, flags, tmp_path, capsy
     found, out = evaluate("--images", folder, *flags, "--metrics", "vendi", "--fail_on_invalid", expect=2)
     assert "2 images are NaN, black" in message(capsys)
     assert found["entries"]["images"]["invalid_images"]["black"]["names"] == ["0.png", "2.png"]
+    assert "NaN, black or of one colour: images 2 of 3." in (out / "report.md").read_text()
     assert "2 of 3 images are black" in (out / "report.html").read_text()
 
 
@@ -454,8 +473,23 @@ def test_under_autocast_the_vae_decodes_in_its_own_dtype(in_training, monkeypatc
 
     monkeypatch.setattr(AutoencoderKL, "decode", watched)
     evaluation, pipeline = in_training()
-    evaluation.measure(pipeline, 2, {"clip_skip": 1}, lambda: torch.autocast("cpu", torch.bfloat16))
+    evaluation.measure(pipeline, 2, around=lambda: torch.autocast("cpu", torch.bfloat16))
     assert set(seen) == {(torch.float32, False)}
+
+
+def test_prompts_may_be_encoded_by_another(in_training, tmp_path):
+    """As a family does, which knows clip skip and long prompts; prompts of different lengths are drawn one by one."""
+    evaluation, pipeline = in_training()
+    expected = evaluation.measure(pipeline, 2)
+
+    def encode(text, longer=()):
+        states = pipeline.encode_prompt(text, torch.device("cpu"), 1, True)
+        states = [torch.cat([each, each[:, :3]], 1) if text in longer else each for each in states]
+        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), states, strict=True))
+
+    found = evaluation.measure(pipeline, 4, encode)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert evaluation.measure(pipeline, 6, lambda text: encode(text, PROMPTS[1:2]))["kid"] != expected["kid"]
 
 
 @pytest.mark.parametrize(

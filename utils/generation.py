@@ -381,12 +381,15 @@ class Drawer:
         starts_from_images: bool = False,
         is_placed: bool = False,
         arguments: Mapping[str, Any] | None = None,
+        encode: Callable[[str], Mapping[str, torch.Tensor]] | None = None,
         around: Callable[[], AbstractContextManager] = nullcontext,
     ):
         """Args:
         starts_from_images: whether the tasks' prompts have images to start from.
         is_placed: whether the pipeline's parts are where they are to be.
         arguments: further arguments of the pipeline's call.
+        encode: gives the arguments, tensors [1, ...], by which the pipeline takes an encoded prompt; by default the
+            pipeline encodes it.
         around: a context to draw in, such as autocast; the VAE decodes outside of it, in its own dtype.
 
         Raises:
@@ -400,6 +403,7 @@ class Drawer:
         self._requests = requests
         self._is_placed = is_placed
         self._more = dict(arguments or {})
+        self._encode = encode
         self._around = around
         self._takes = call_parameters(type(self.pipeline))
         self._batch_size = BatchSize(options.batch_size, device)
@@ -492,7 +496,11 @@ class Drawer:
         torch.manual_seed(seeds[0])
         before = _global_state(self._device)
         with torch.no_grad(), self._controls.attached(self.pipeline), decoding_apart(self.pipeline), self._around():
-            images = self.pipeline(**self._arguments(batch, seeds)).images
+            given = self._arguments(batch, seeds) | self._encoded(batch)
+            if None in given.values():
+                self._batch_size.alone()
+                return None
+            images = self.pipeline(**given).images
         drew = any(not torch.equal(*pair) for pair in zip(before, _global_state(self._device), strict=True))
         if drew and len(batch) > 1:
             logger.warning("%s draws from the global generator; one image at a time from now on", _names(self.pipeline))
@@ -515,6 +523,8 @@ class Drawer:
                 given[name] = getattr(options, name)
         if "class_labels" in takes:
             given["class_labels"] = [task.prompt.label for task in batch]
+        elif self._encode is not None:
+            pass
         elif "prompt" in takes:
             given["prompt"] = [task.prompt.text for task in batch]
             if options.negative_prompt is not None:
@@ -529,6 +539,16 @@ class Drawer:
                 name: getattr(options, name) for name in ("height", "width") if getattr(options, name) is not None
             }
         return given
+
+    def _encoded(self, batch: Sequence[Task]) -> dict[str, torch.Tensor | None]:
+        """The encoded prompts; None where they have different lengths, and can't be drawn at once."""
+        if self._encode is None:
+            return {}
+        each = [self._encode(task.prompt.text) for task in batch]
+        return {
+            name: torch.cat([one[name] for one in each]) if len({one[name].shape for one in each}) == 1 else None
+            for name in each[0]
+        }
 
     def _init_size(self) -> tuple[int, int]:
         """Width and height of what drawing starts from."""
@@ -665,7 +685,7 @@ def invalid_images(paths: Sequence[Path], note: Callable[[int], None] | None = N
     found: dict[str, list[str]] = {"nan": [], "black": [], "constant": []}
     for path in paths:
         with Image.open(path) as image:
-            state = getattr(image, "text", {}).get(STATE_KEY)
+            state = image.info.get(STATE_KEY)
             if state is None:
                 state = state_of(np.asarray(image.convert("RGB"), np.float32) / 255)
         if state in found:

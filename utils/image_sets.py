@@ -114,7 +114,7 @@ def _png_prompts(folder: Path, names: Sequence[str]) -> list[str] | None:
             return None
         try:
             with Image.open(folder / name) as image:
-                texts.append(getattr(image, "text", {}).get("prompt"))
+                texts.append(image.info.get("prompt"))
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"--images {folder / name} can't be read: {error}") from error
         if texts[-1] is None:

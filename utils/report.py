@@ -122,6 +122,14 @@ def notes(findings: Findings) -> list[str]:
     return found
 
 
+def invalid_counts(findings: Findings) -> str:
+    """How many images are NaN, black or of one colour, in a line, also if none is."""
+    counts = [
+        f"{entry.name} {sum(map(len, entry.invalid.values()))} of {len(entry.subject)}" for entry in findings.entries
+    ]
+    return f"Images that are NaN, black or of one colour: {', '.join(counts)}."
+
+
 def number(value: float | None) -> str:
     """A number as it is shown, of four digits that say something."""
     if value is None:
@@ -221,6 +229,7 @@ def markdown(findings: Findings) -> str:
         lines.append(
             "| " + " | ".join(_cell(each) for each in [row["name"] + row["arrow"], *cells, *extra, row["facts"]]) + " |"
         )
+    lines += ["", invalid_counts(findings)]
     absent = _missing(findings.entries)
     if absent:
         lines += ["", "Not computed:", ""] + [f"- {name}: {reason}" for name, reason in absent]
@@ -368,6 +377,7 @@ def html(findings: Findings, num_prompts: int = 24) -> str:
         entries=[entry.name for entry in entries],
         rows=_rows(findings),
         has_differences=bool(findings.differences),
+        invalid=invalid_counts(findings),
         missing=_missing(entries),
         curves=curves(entries),
         best="" if best is None else f"Best by {best[0]}: {best[1]}.",

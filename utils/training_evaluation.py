@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from utils.generation import Drawer, GenerationOptions, complete_prompts
 from utils.image_sets import ReferenceOptions, drawn_images, read_images
 from utils.metrics.case import Case, ScoreOptions
@@ -134,6 +136,7 @@ class TrainingEvaluation:
         self,
         pipeline: "DiffusionPipeline",
         step: int,
+        encode: Callable[[str], Mapping[str, Tensor]] | None = None,
         arguments: Mapping[str, Any] | None = None,
         around: Callable[[], AbstractContextManager] = nullcontext,
     ) -> dict[str, float]:
@@ -142,7 +145,8 @@ class TrainingEvaluation:
         A line with all that stands beside them goes to `evaluation.jsonl`, with what could not be computed, and why.
 
         Args:
-            arguments: further arguments of the pipeline's call, such as clip_skip.
+            encode: gives the arguments, tensors [1, ...], by which the pipeline takes a prompt, encoded as a family does.
+            arguments: further arguments of the pipeline's call.
             around: a context to draw in, such as the accelerator's autocast; the VAE decodes outside of it.
         """
         options = self._options
@@ -163,6 +167,7 @@ class TrainingEvaluation:
             self._accelerator.device,
             is_placed=True,
             arguments=arguments,
+            encode=encode,
             around=around,
         )
         drawer.draw(tasks, images, self._accelerator)

@@ -344,10 +344,10 @@ class ClipFeatures(Network):
             num_cut += sum(len(ids) > length for ids in plain)
             tokens = self._tokenizer(some, padding=True, truncation=True, max_length=length, return_tensors="pt")
             with torch.no_grad():
-                pooled = self.module.text_model(
+                ends = self.module.text_model(
                     input_ids=tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device)
                 ).pooler_output
-                found.append(self.module.text_projection(pooled).float().cpu())
+                found.append(self.module.text_projection(ends).float().cpu())
         return torch.cat(found).numpy(), num_cut
 
     @property
