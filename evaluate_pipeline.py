@@ -43,6 +43,7 @@ from utils.options import (
     UserError,
     as_record,
     leave,
+    nearest,
     option,
     parse,
     require,
@@ -209,11 +210,22 @@ def check_together(options: Options) -> None:
             raise UserError("--images are drawn already; leave out --init_images and --class_labels")
         if comparison.baseline is not None and not Path(comparison.baseline).is_dir():
             raise UserError(f"--baseline {comparison.baseline} must be a folder of images, as --images is")
+    check_best_by(comparison.best_by, options.run.names)
     if options.generation.strength is not None and prompts.init_images is None:
         raise UserError("--strength is how far --init_images are changed; give both or neither")
     size = (options.generation.height, options.generation.width)
     if (size[0] is None) != (size[1] is None):
         raise UserError("--height and --width go together; give both or neither")
+
+
+def check_best_by(name: str | None, metrics: Sequence[str]) -> None:
+    """Refuses to choose by a score that there is not, or that is not computed."""
+    of = {each: metric for metric, entry in METRICS.items() for each in entry.scores}
+    if name is None:
+        return
+    hint = nearest(name, of)
+    require(name in of, "best_by", name, f"be one of {', '.join(of)}", f"did you mean {hint}?" if hint else "")
+    require(of[name] in metrics, "best_by", name, "be computed", f"its metric is not among --metrics: add {of[name]}")
 
 
 def hub_names(options: Options) -> list[str | None]:
@@ -424,14 +436,13 @@ def conclude(options: Options, entries: list[Entry], training: Subject | None) -
 
 
 def best_checkpoint(options: Options, entries: Sequence[Entry]) -> tuple[str, str] | None:
-    """(score, the checkpoint that is best by it); None if no score says which is better."""
+    """(score, the checkpoint that is best by it); None if that score was not computed."""
     usable = [each for each in entries[-1].scores if each.value is not None and each.better]
     name = options.comparison.best_by or next((each.name for each in usable), None)
     known = {each.name: each.better for each in usable}
-    if name is None:
-        return None
     if name not in known:
-        raise UserError(f"--best_by {name} was not computed; there are {', '.join(known) or 'no scores'}")
+        logger.warning("no checkpoint is the best: %s was not computed", name or "a score")
+        return None
     found: list[tuple[float, str]] = []
     for entry in entries[1:]:
         value: Score | None = entry.score(name)

@@ -14,6 +14,7 @@ from PIL import Image
 from tests import networks, tiny
 from tests.conftest import message, reset_accelerate
 from tests.test_generation import assert_same, images_in, unconditional
+from utils.metrics.registry import METRICS
 from utils.options import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +72,7 @@ def test_every_metric_is_computed_and_reported(evaluate, pipelines, flags, model
     scores = found["entries"]["pipeline"]["scores"]
     absent = {name: score["not_computed"] for name, score in scores.items() if score["value"] is None}
     assert list(absent) == ["fid_infinity", "fd_dinov2_infinity"]  # of 12 images
+    assert set(scores) == {name for metric in METRICS.values() for name in metric.scores}
     assert scores["kid"]["images"] == 12
     assert scores["kid"]["reference_images"] == 24
     assert len(scores["kid"]["weights_sha256"]) == 64
@@ -114,6 +116,7 @@ def test_a_baseline_is_drawn_of_the_same_seeds_and_differences_are_paired(evalua
     assert low <= other["differences"]["clip_score"]["difference"] <= high
 
 
+@pytest.mark.slow
 def test_the_scores_do_not_depend_on_batch_size_or_processes(evaluate, pipelines, flags, real_images, tmp_path):
     shared = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--num_images", 8, *flags]
     shared += ["--reference", real_images, "--metrics", "kid", "clip_score", "lpips_diversity", "prdc"]
@@ -399,6 +402,8 @@ def test_texts_in_the_report_are_escaped(evaluate, pipelines, flags):
         (["--pipeline", "{sd}", "--prompts", "a", "--dynamic_thresholding", "0.995"], "be a percentile"),
         (["--pipeline", "{sd}", "--prompts", "a", "--clamp_start", "2"], "--clamp_start and --clamp_end"),
         (["--checkpoints", "{sd}", "--prompts", "a"], "holds no checkpoint-N"),
+        (["--checkpoints", "{sd}", "--prompts", "a", "--best_by", "kidd"], "did you mean kid"),
+        (["--checkpoints", "{sd}", "--prompts", "a", "--best_by", "vendi"], "its metric is not among --metrics"),
     ],
 )
 def test_bad_options_end_in_one_line(evaluate, pipelines, capsys, words, named):

@@ -140,6 +140,7 @@ def test_resizing_rounds_nothing_and_is_tensorflows():
     assert clean_resize(image, 64).min() >= 0
 
 
+@pytest.mark.slow
 def test_fid_of_worse_images_is_larger(inception_file):
     """The network is random, but of the true architecture: blurring and brightening must show."""
     from PIL import ImageFilter

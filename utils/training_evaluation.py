@@ -145,7 +145,7 @@ class TrainingEvaluation:
         A line with all that stands beside them goes to `evaluation.jsonl`, with what could not be computed, and why.
 
         Args:
-            encode: gives the arguments, tensors [1, ...], by which the pipeline takes a prompt, encoded as a family does.
+            encode: gives the arguments, tensors [1, ...], by which the pipeline takes a prompt that a family encodes.
             arguments: further arguments of the pipeline's call.
             around: a context to draw in, such as the accelerator's autocast; the VAE decodes outside of it.
         """
