@@ -252,18 +252,50 @@ def test_the_classes_of_pipelines_are_never_code_of_their_folder(more_pipelines,
         pipeline_class(PipelineSpec(str(tmp_path)))
 
 
-@pytest.mark.parametrize("own", [["conditional_ddpm", "ConditionalDDPMPipeline"], "ConditionalDDPMPipeline"])
-def test_our_own_pipelines_are_found_by_their_names(tmp_path, monkeypatch, own):
+@pytest.mark.parametrize("index_name", [["conditional_ddpm", "ConditionalDDPMPipeline"], "ConditionalDDPMPipeline"])
+def test_our_own_pipelines_are_assembled_and_the_code_beside_them_is_not_run(tmp_path, monkeypatch, index_name):
+    """The class of this name may not be built in yet: here one like it stands for it."""
     import sys
     from types import ModuleType
 
+    from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+    from diffusers.utils.torch_utils import randn_tensor
+
     from utils.generation import OWN_PIPELINES
 
+    class ConditionalDDPMPipeline(DiffusionPipeline):
+        def __init__(self, unet, scheduler, id2label=None):
+            super().__init__()
+            self.register_modules(unet=unet, scheduler=scheduler)
+            self.labels = {}
+
+        def __call__(self, class_labels, num_inference_steps=5, generator=None, output_type="pil"):
+            image = randn_tensor((len(class_labels), 3, 16, 16), generator=generator)
+            self.scheduler.set_timesteps(num_inference_steps)
+            for t in self.scheduler.timesteps:
+                output = self.unet(image, t, class_labels=torch.tensor(class_labels)).sample
+                image = self.scheduler.step(output, t, image, generator=generator).prev_sample
+            return ImagePipelineOutput(images=(image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
+
     module = ModuleType(OWN_PIPELINES["ConditionalDDPMPipeline"])
-    module.ConditionalDDPMPipeline = Prompt
+    module.ConditionalDDPMPipeline = ConditionalDDPMPipeline
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": own}))
-    assert pipeline_class(PipelineSpec(str(tmp_path))) is Prompt
+    folder, marker = tmp_path / "own", tmp_path / "ran"
+    unconditional(folder)
+    UNet2DModel.from_config(UNet2DModel.load_config(folder / "unet"), num_class_embeds=4).save_pretrained(
+        folder / "unet"
+    )
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": index_name, "id2label": {}}))
+    (folder / "conditional_ddpm.py").write_text(f"open({str(marker)!r}, 'w')")
+    assert pipeline_class(PipelineSpec(str(folder))) is ConditionalDDPMPipeline
+    pipeline = load_pipeline(PipelineSpec(str(folder)), torch.float32)
+    assert isinstance(pipeline.scheduler, DDPMScheduler)
+    drawer = Drawer(pipeline, GenerationOptions(num_inference_steps=3, batch_size=2), SamplingControls(), 0, CPU)
+    tasks = plan_tasks(complete_prompts(pipeline, [], None), PromptOptions(images_per_prompt=1))
+    drawer.draw(tasks, tmp_path / "images")
+    assert len(images_in(tmp_path / "images")) == 3  # the fourth embedding is that of no class
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(

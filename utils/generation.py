@@ -197,9 +197,12 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
     flag = f"--pipeline {spec.path}"
     try:
         parts = {} if spec.parts is None else _checkpoint_parts(spec, dtype)
-        pipeline = chosen.from_pretrained(
-            spec.path, use_safetensors=True, dtype=dtype, revision=spec.revision, variant=spec.variant, **parts
-        )
+        if chosen.__name__ in OWN_PIPELINES:
+            pipeline = _assemble(chosen, spec, dtype, parts)
+        else:
+            pipeline = chosen.from_pretrained(
+                spec.path, use_safetensors=True, dtype=dtype, revision=spec.revision, variant=spec.variant, **parts
+            )
     except (*LOADING_ERRORS, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
     lora = spec.lora
@@ -209,6 +212,29 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
         _add_lora(pipeline, lora, spec.lora_scale)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _assemble(chosen: type, spec: PipelineSpec, dtype: torch.dtype, parts: dict[str, Any]) -> "DiffusionPipeline":
+    """A pipeline of ours from its parts: diffusers would want to run the code that lies beside them."""
+    import diffusers
+
+    folder = Path(spec.path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors"]
+        folder = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
+    given = dict(parts)
+    for name, entry in read_index(spec).items():
+        if name in given or name not in inspect.signature(chosen.__init__).parameters:
+            continue
+        if not isinstance(entry, list):
+            given[name] = entry
+        elif entry[0] == "diffusers":
+            part = getattr(diffusers, entry[1])
+            weights = {"use_safetensors": True, "dtype": dtype} if issubclass(part, torch.nn.Module) else {}
+            given[name] = part.from_pretrained(folder / name, **weights)
+    return chosen(**given)
 
 
 def _checkpoint_parts(spec: PipelineSpec, dtype: torch.dtype) -> dict[str, Any]:
@@ -277,12 +303,13 @@ def class_names(pipeline: "DiffusionPipeline") -> dict[int, str | None]:
     """The classes of a class-conditional pipeline by number, with their names where it has them."""
     names = getattr(pipeline, "labels", None)  # DiT's, by name
     if isinstance(names, dict) and names:
-        return {int(label): str(text) for text, label in sorted(names.items(), key=lambda pair: int(pair[1]))}
+        first = {int(label): str(text) for text, label in reversed(names.items())}  # of synonyms the first
+        return dict(sorted(first.items()))
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     for key in ("num_embeds_ada_norm", "num_class_embeds"):
         count = denoiser.config.get(key)
-        if count:
-            return dict.fromkeys(range(count))
+        if count:  # the last embedding of a pipeline of ours stands for no class
+            return dict.fromkeys(range(count - (type(pipeline).__name__ in OWN_PIPELINES)))
     return {}
 
 
