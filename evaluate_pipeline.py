@@ -252,7 +252,7 @@ def everything_wanted(options: Options) -> list[Wanted]:
 
 
 def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) -> list[Wanted]:
-    """The base at step 0, then each checkpoint of a training in its order.
+    """The base, where there is one, at step 0, then each checkpoint of a training in its order.
 
     Raises:
         UserError: if there are none, or the base is not known.
@@ -269,11 +269,14 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) ->
             ]
         except (OSError, ValueError, KeyError, TypeError):
             base = None
+        if base is None and (folder / "model_index.json").is_file():
+            base = str(folder)  # trained from nothing: the result gives what checkpoints leave out
         if base is None:
             raise UserError(f"--checkpoints {folder} does not say what it was trained from; give --pipeline")
     spec = PipelineSpec(base, pipeline.lora, pipeline.lora_scale, **shared)
+    is_result = Path(base).is_dir() and Path(base).resolve() == folder.resolve()
     return [
-        Wanted("base", spec, step=0),
+        *([] if is_result else [Wanted("base", spec, step=0)]),
         *(Wanted(each.name, spec._replace(parts=each), step=step) for step, each in found),
     ]
 
@@ -444,7 +447,9 @@ def best_checkpoint(options: Options, entries: Sequence[Entry]) -> tuple[str, st
         logger.warning("no checkpoint is the best: %s was not computed", name or "a score")
         return None
     found: list[tuple[float, str]] = []
-    for entry in entries[1:]:
+    for entry in entries:
+        if entry.name == "base":
+            continue
         value: Score | None = entry.score(name)
         if value is not None and value.value is not None:
             found.append((value.value, entry.name))
