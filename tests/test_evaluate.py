@@ -63,11 +63,11 @@ def evaluate(tmp_path):
     return run
 
 
-def test_every_metric_is_computed_and_reported(evaluate, pipelines, flags, models, real_images, capsys):
+def test_every_metric_is_computed_and_reported(evaluate, pipelines, flags, models, real_images, tmp_path, capsys):
     found, folder = evaluate(
         *("--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--images_per_prompt", 4, "--metrics", "all", *flags),
         *("--reference", real_images, "--training_images", real_images, "--pickscore_model", models["clip"]),
-        *("--hpsv2_model", models["clip"], "--kid_subset_size", 8, "--export_geneval", folder_of(evaluate, "geneval")),
+        *("--hpsv2_model", models["clip"], "--kid_subset_size", 8, "--export_geneval", tmp_path / "geneval"),
     )
     scores = found["entries"]["pipeline"]["scores"]
     absent = {name: score["not_computed"] for name, score in scores.items() if score["value"] is None}
@@ -90,15 +90,11 @@ def test_every_metric_is_computed_and_reported(evaluate, pipelines, flags, model
     table = (folder / "report.md").read_text()
     assert all(f"| {name} " in table for name in scores if scores[name]["value"] is not None)
     assert table in capsys.readouterr().out
-    sample = folder.parent / "geneval" / "pipeline" / "00001"
+    sample = tmp_path / "geneval" / "pipeline" / "00001"
     assert json.loads((sample / "metadata.jsonl").read_text()) == {"prompt": PROMPTS[1]}
     assert (sample / "samples" / "00003.png").read_bytes() == (
         folder / "images" / "pipeline" / "00001_00003.png"
     ).read_bytes()
-
-
-def folder_of(evaluate, name):
-    return Path(evaluate.__closure__[0].cell_contents) / name
 
 
 def test_a_baseline_is_drawn_of_the_same_seeds_and_differences_are_paired(evaluate, pipelines, flags, real_images):
@@ -354,10 +350,10 @@ def test_invalid_images_are_listed_and_can_fail(evaluate, flags, tmp_path, capsy
 
 
 def test_networks_that_are_not_there_are_listed_with_the_reason(evaluate, images, real_images, monkeypatch, tmp_path):
-    monkeypatch.setattr("utils.metrics.features.INCEPTION_URL", f"file://{tmp_path}/none-6726825d.pth")
-    monkeypatch.setitem(
-        __import__("utils.metrics.features", fromlist=["x"]).TRUNK_URLS, "alex", f"file://{tmp_path}/none-7be5be79.pth"
-    )
+    from utils.metrics import features
+
+    monkeypatch.setattr(features, "INCEPTION_URL", f"file://{tmp_path}/none-6726825d.pth")
+    monkeypatch.setitem(features.TRUNK_URLS, "alex", f"file://{tmp_path}/none-7be5be79.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     found, folder = evaluate("--images", images, "--reference", real_images)
     scores = found["entries"]["images"]["scores"]
@@ -426,8 +422,8 @@ def in_training(pipelines, models, real_images, tmp_path):
     def make(first_step=0, **more):
         reset_accelerate()
         options = {"eval_metrics": ["kid", "clip_score"], "eval_steps": 2, "eval_num_images": 6} | more
-        options |= {"eval_reference": str(real_images), "eval_num_inference_steps": 2}
-        features = FeatureOptions(feature_module=str(models["own"]), clip_model=str(models["clip"]))
+        options = {"eval_reference": str(real_images), "eval_num_inference_steps": 2} | options
+        features = FeatureOptions(feature_module=str(models["own"]), clip_model=str(models["clip"]), no_download=True)
         evaluation = TrainingEvaluation(
             EvaluationOptions(**options), features, Accelerator(cpu=True), tmp_path, 3, PROMPTS, first_step
         )
@@ -503,11 +499,22 @@ def test_prompts_may_be_encoded_by_another(in_training, tmp_path):
         ({"eval_metrics": None}, "--eval_steps is of --eval_metrics"),
         ({"eval_steps": 0}, "--eval_steps must be"),
         ({"eval_prompts_file": "/nowhere.txt"}, "--eval_prompts_file must be"),
+        ({"eval_reference": None}, "--eval_metrics kid compares"),
+        ({"eval_reference": "/nowhere"}, "--eval_reference must be"),
+        ({"eval_metrics": ["lpips_diversity"]}, "--eval_metrics lpips_diversity: alexnet"),
     ],
 )
 def test_bad_options_of_evaluation_in_training(in_training, options, named):
     with pytest.raises(UserError, match=named):
         in_training(**options)
+
+
+def test_a_pipeline_without_prompts_is_refused_before_the_first_step(in_training, pipelines):
+    evaluation, pipeline = in_training()
+    evaluation.check(pipeline)
+    evaluation._prompts = []
+    with pytest.raises(UserError, match="give --prompts"):
+        evaluation.check(pipeline)
 
 
 def test_a_signal_ends_the_drawing_and_the_same_command_goes_on(evaluate, pipelines, monkeypatch, capsys):

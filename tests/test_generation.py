@@ -1,5 +1,6 @@
 """Drawing: each image depends on the seed, its prompt and its number alone, whatever is drawn beside it."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def test_batches_grow_and_shrink_with_the_memory(more_pipelines, tmp_path, monke
             raise RuntimeError("CUDA error: out of memory")
         return call(self, prompt=prompt, **arguments)
 
-    limited.__signature__ = __import__("inspect").signature(call)
+    limited.__signature__ = inspect.signature(call)
     expected = drawn(more_pipelines["sd"], tmp_path / "a", ["a"], 1, each=9)
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", limited)
     assert_same(expected, drawn(more_pipelines["sd"], tmp_path / "b", ["a"], None, each=9))

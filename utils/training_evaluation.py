@@ -57,6 +57,11 @@ class EvaluationOptions:
         for name in ("eval_steps", "eval_prompts_file", "eval_reference"):
             if getattr(self, name) is not None and not self.eval_metrics:
                 raise UserError(f"--{name} is of --eval_metrics; give both or neither")
+        for name in self.eval_metrics or ():
+            if METRICS[name].compares and self.eval_reference is None:
+                raise UserError(f"--eval_metrics {name} compares with real images; give --eval_reference")
+            if name == "memorisation":
+                raise UserError("--eval_metrics memorisation is evaluate_pipeline.py's; leave it out")
         try:
             ReferenceOptions(reference=self.eval_reference)
         except UserError as error:
@@ -102,8 +107,27 @@ class TrainingEvaluation:
         self._prompts = [Prompt(text) for text in prompts or ()]
         if options.eval_prompts_file is not None:
             self._prompts = read_prompts(PromptOptions(prompts_file=options.eval_prompts_file))
+        self._load_networks()
         self._reference = self._read_reference() if options.eval_metrics else None
         on_main_process(accelerator, partial(_keep_steps, self._folder / RECORD, first_step))
+
+    def _load_networks(self) -> None:
+        """So that one that is not there ends the run before its first step."""
+        for name in self._options.eval_metrics or ():
+            try:
+                self._networks.get(METRICS[name].network)
+            except NotComputable as reason:
+                raise UserError(f"--eval_metrics {name}: {reason}") from reason
+        self._networks.rest()
+
+    def check(self, pipeline: "DiffusionPipeline") -> None:
+        """Refuses a pipeline that does not go with the prompts, before anything is drawn from it.
+
+        Raises:
+            UserError: such as for a text-to-image pipeline without prompts.
+        """
+        if self._options.eval_metrics:
+            complete_prompts(pipeline, self._prompts, None)
 
     def _read_reference(self) -> Reference | None:
         name, chosen = self._options.eval_reference, ReferenceOptions(reference=self._options.eval_reference)
