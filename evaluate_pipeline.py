@@ -431,9 +431,8 @@ def conclude(options: Options, entries: list[Entry], training: Subject | None) -
         entries = [replace(each, name=name) for each, name in zip(entries, options.comparison.labels, strict=True)]
     compared = differences(entries[0].scores, entries[-1].scores) if options.comparison.baseline is not None else []
     record = {"options": as_record(options), "versions": versions(), "command": without_secrets(sys.argv)}
-    title = options.run.title or "Evaluation of " + (
-        options.pipeline.pipeline or options.pipeline.images or options.comparison.checkpoints
-    )
+    what = options.comparison.checkpoints or options.pipeline.pipeline or options.pipeline.images
+    title = options.run.title or f"Evaluation of {what}"
     best = best_checkpoint(options, entries) if options.comparison.checkpoints is not None else None
     return Findings(title, entries, compared, best, record, training)
 

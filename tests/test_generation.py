@@ -157,6 +157,19 @@ def test_an_interrupted_run_draws_what_is_missing_or_broken(more_pipelines, tmp_
             drawn(more_pipelines["sd"], half, **arguments)
 
 
+def test_what_images_depend_on_is_the_same_in_another_process(more_pipelines):
+    """diffusers keeps the names of defaults in the order of a set, which each process has its own of."""
+    found = []
+    for turn in (1, -1):
+        pipeline = load_pipeline(PipelineSpec(str(more_pipelines["sd"])), torch.float32)
+        set_scheduler(pipeline, "dpm++_2m")
+        names = sorted(pipeline.scheduler.config["_use_default_values"])
+        assert len(names) > 1
+        pipeline.scheduler.register_to_config(**{"_use_default_values": names[::turn]})
+        found.append(Drawer(pipeline, GenerationOptions(), SamplingControls(), 0, CPU).facts([Prompt("a")]))
+    assert found[0] == found[1]
+
+
 def test_batches_grow_and_shrink_with_the_memory(more_pipelines, tmp_path, monkeypatch):
     from diffusers import StableDiffusionPipeline
 

@@ -454,7 +454,8 @@ class Drawer:
         weights = {
             name: weights_hash(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
         }
-        text = json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str)
+        config = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+        text = json.dumps(config, sort_keys=True, default=str)
         settings = {name: value for name, value in asdict(self._options).items() if name not in FREE_SETTINGS}
         return {
             "pipeline": type(pipeline).__name__,

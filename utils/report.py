@@ -329,34 +329,32 @@ def _pairs(findings: Findings) -> list[dict]:
     ]
 
 
-def curves(entries: Sequence[Entry]) -> str:
-    """A figure of each score over the checkpoints, as a data URI; empty with fewer than two of them."""
+def curves(entries: Sequence[Entry]) -> list[dict[str, str]]:
+    """A figure of each score over the checkpoints, as data URIs; none with fewer than two of them."""
     points = [entry for entry in entries if entry.step is not None]
-    names = _names(points)
-    if len(points) < 2 or not names:
-        return ""
+    return [_curve(points, name) for name in _names(points)] if len(points) > 1 else []
+
+
+def _curve(points: Sequence[Entry], name: str) -> dict[str, str]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
-    for place, name in enumerate(names, start=1):
-        axes = figure.add_subplot(rows, columns, place)
-        known = [(entry.step, entry.score(name)) for entry in points]
-        known = [(step, score) for step, score in known if score is not None and score.value is not None]
-        steps = [step for step, _ in known]
-        axes.plot(steps, [score.value for _, score in known], marker="o", markersize=3.5, linewidth=1.4)
-        bounds = [(step, score.interval) for step, score in known if score.interval is not None]
-        if len(bounds) == len(known):
-            axes.fill_between(steps, [each.low for _, each in bounds], [each.high for _, each in bounds], alpha=0.18)
-        axes.set_title(f"{name}{ARROWS[known[0][1].better]}", fontsize=10)
-        axes.set_xlabel("optimizer steps", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
+    scores = [(entry.step, entry.score(name)) for entry in points]
+    known = [(step, score) for step, score in scores if score is not None and score.value is not None]
+    steps = [step for step, _ in known]
+    figure = Figure(figsize=(3.6, 2.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, [score.value for _, score in known], marker="o", markersize=3.5, linewidth=1.4)
+    bounds = [score.interval for _, score in known]
+    if None not in bounds:
+        axes.fill_between(steps, [each.low for each in bounds], [each.high for each in bounds], alpha=0.18)
+    axes.set_title(f"{name}{ARROWS[known[0][1].better]}", fontsize=10)
+    axes.set_xlabel("optimizer steps", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
     buffer = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"name": name, "picture": f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
 
 
 def html(findings: Findings, num_prompts: int = 24) -> str:
