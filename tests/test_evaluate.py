@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests import networks, tiny
 from tests.conftest import message, reset_accelerate
-from tests.test_generation import assert_same, images_in, unconditional
+from tests.test_generation import assert_same, class_conditional, images_in, unconditional
 from utils.metrics.registry import METRICS
 from utils.options import UserError
 
@@ -536,3 +536,35 @@ def test_a_signal_ends_the_drawing_and_the_same_command_goes_on(evaluate, pipeli
     monkeypatch.undo()
     evaluate(*shared)
     assert len(images_in(folder / "images" / "pipeline")) == 12
+
+
+def test_variations_and_classes_by_the_command(evaluate, pipelines, images, flags, tmp_path):
+    found, folder = evaluate(
+        *("--pipeline", pipelines["sd"], "--init_images", images, "--strength", 0.5, "--images_per_prompt", 1),
+        *(
+            "--prompts",
+            "a square",
+            "--scheduler",
+            "dpm++_2m",
+            "--initial_noise_scale",
+            0.9,
+            "--metrics",
+            "vendi",
+            *flags,
+        ),
+    )
+    assert len(images_in(folder / "images" / "pipeline")) == 6
+    assert found["entries"]["pipeline"]["drawn_with"]["strength"] == 0.5
+    assert found["entries"]["pipeline"]["drawn_with"]["controls"]["initial_noise_scale"] == 0.9
+    assert found["entries"]["pipeline"]["drawn_with"]["scheduler"] == "DPMSolverMultistepScheduler"
+    found, folder = evaluate(
+        *("--pipeline", class_conditional(tmp_path / "dit"), "--class_labels", 7, 3, "--images_per_prompt", 2),
+        *("--guidance_scale", 1.0, "--metrics", "lpips_diversity", "clip_score", *flags),
+        out="classes",
+    )
+    assert list(images_in(folder / "images" / "pipeline")) == [
+        f"{number:05d}_{sample:05d}.png" for number in range(2) for sample in range(2)
+    ]
+    scores = found["entries"]["pipeline"]["scores"]
+    assert scores["lpips_within_prompts"]["settings"]["prompts"] == 2
+    assert scores["clip_score"]["not_computed"] == "the images have no prompts"
