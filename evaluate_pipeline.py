@@ -429,12 +429,22 @@ def conclude(options: Options, entries: list[Entry], training: Subject | None) -
     """The differences, the best checkpoint, and what the run was."""
     if options.comparison.labels is not None:
         entries = [replace(each, name=name) for each, name in zip(entries, options.comparison.labels, strict=True)]
-    compared = differences(entries[0].scores, entries[-1].scores) if options.comparison.baseline is not None else []
+    compared, notes = [], []
+    if options.comparison.baseline is not None:
+        before, after = entries[0], entries[-1]
+        are_paired = before.subject.images.is_like(after.subject.images)
+        if options.pipeline.images is not None and after.subject.images.prompts is None:
+            are_paired = False  # nothing says that they are of the same prompts
+        if not are_paired:
+            notes = [
+                f"{before.name} and {after.name} are not known to be of the same prompts: differences have no intervals"
+            ]
+        compared = differences(before.scores, after.scores, are_paired)
     record = {"options": as_record(options), "versions": versions(), "command": without_secrets(sys.argv)}
     what = options.comparison.checkpoints or options.pipeline.pipeline or options.pipeline.images
     title = options.run.title or f"Evaluation of {what}"
     best = best_checkpoint(options, entries) if options.comparison.checkpoints is not None else None
-    return Findings(title, entries, compared, best, record, training)
+    return Findings(title, entries, compared, best, record, training, notes)
 
 
 def best_checkpoint(options: Options, entries: Sequence[Entry]) -> tuple[str, str] | None:

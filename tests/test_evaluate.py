@@ -208,6 +208,18 @@ def test_images_already_drawn_are_scored(evaluate, flags, images, real_images):
     assert found["entries"]["images"]["images"] == 6
 
 
+def test_folders_of_other_prompts_are_not_paired(evaluate, flags, real_images, tmp_path):
+    folders = [tiny.make_images(tmp_path / name, 8) for name in ("before", "after", "other")]
+    lines = (folders[2] / "metadata.jsonl").read_text()
+    (folders[2] / "metadata.jsonl").write_text(lines.replace("a red square", "a pink square"))
+    shared = ["--baseline", folders[0], *flags, "--reference", real_images, "--metrics", "kid"]
+    same, _ = evaluate("--images", folders[1], *shared, out="same")
+    other, out = evaluate("--images", folders[2], *shared, out="others")
+    assert same["differences"]["kid"]["interval_95"] == pytest.approx([0, 0], abs=1e-9)
+    assert other["differences"]["kid"]["interval_95"] is None
+    assert "not known to be of the same prompts" in (out / "report.md").read_text()
+
+
 def test_statistics_are_kept_and_read_again(evaluate, flags, real_images, tmp_path):
     file, images = tmp_path / "reference.npz", tiny.make_images(tmp_path / "some", 12)
     shared = ["--images", images, *flags, "--metrics", "kid", "fid", "prdc"]

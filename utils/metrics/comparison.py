@@ -40,17 +40,23 @@ class Difference:
         }
 
 
-def differences(before: Sequence[Score], after: Sequence[Score]) -> list[Difference]:
-    """The differences of the scores that both have."""
+def differences(before: Sequence[Score], after: Sequence[Score], are_paired: bool) -> list[Difference]:
+    """The differences of the scores that both have.
+
+    Args:
+        are_paired: whether image n of both is of the same prompt and seed; without, there are no intervals.
+    """
     earlier = {score.name: score for score in before if score.value is not None}
     return [
-        _difference(earlier[score.name], score) for score in after if score.value is not None and score.name in earlier
+        _difference(earlier[score.name], score, are_paired)
+        for score in after
+        if score.value is not None and score.name in earlier
     ]
 
 
-def _difference(before: Score, after: Score) -> Difference:
+def _difference(before: Score, after: Score, are_paired: bool) -> Difference:
     paired = None
-    if before.spread is not None and after.spread is not None:
+    if are_paired and before.spread is not None and after.spread is not None:
         paired = after.spread.difference(before.spread)
     value = after.value - before.value
     interval = None if paired is None else paired.interval

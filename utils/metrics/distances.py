@@ -435,7 +435,7 @@ class PairedDifference:
 
     value: float
     interval: Interval | None
-    share_higher: float
+    share_higher: float | None
     probability: float | None
 
 

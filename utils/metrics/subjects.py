@@ -50,6 +50,12 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def is_like(self, other: "ImageSet") -> bool:
+        """Whether image n of both is of the same prompt, and the same one of its images."""
+        if len(self) != len(other) or list(self.prompts or ()) != list(other.prompts or ()):
+            return False
+        return bool((self.clusters == other.clusters).all() and (self.samples == other.samples).all())
+
 
 class Workers:
     """The processes among which images are spread, and how many of them a network takes at once."""
