@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -580,3 +581,29 @@ def test_variations_and_classes_by_the_command(evaluate, pipelines, images, flag
     scores = found["entries"]["pipeline"]["scores"]
     assert scores["lpips_within_prompts"]["settings"]["prompts"] == 2
     assert scores["clip_score"]["not_computed"] == "the images have no prompts"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_report_fits_a_browsers_window(evaluate, pipelines, flags, real_images, tmp_path, width):
+    """In headless Chromium, where there is one: nothing is wider than the window, and every picture shows."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium here")
+    _, folder = evaluate(
+        *("--pipeline", pipelines["sd"], "--baseline", pipelines["sd2"], "--prompts", *PROMPTS, "a" * 300, *flags),
+        *("--reference", real_images),
+    )
+    script = """<script>addEventListener('load', () => {
+        const page = document.documentElement, images = [...document.images];
+        parent.postMessage(`wider by ${page.scrollWidth - page.clientWidth}, of ${page.clientWidth}, broken ` +
+            images.filter(image => !image.naturalWidth).length, '*');
+    })</script>"""
+    report = (folder / "report.html").read_text()
+    (tmp_path / "report.html").write_text(report.replace('loading="lazy"', "") + script)
+    page = tmp_path / "page.html"
+    frame = f"<iframe src='report.html' style='border: 0; width: {width}px; height: 20000px'></iframe>"
+    page.write_text(frame + "<script>addEventListener('message', e => document.title = e.data)</script>")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    done = subprocess.run([*command, f"file://{page}"], capture_output=True, text=True, timeout=120)
+    assert f"wider by 0, of {width}, broken 0" in done.stdout
