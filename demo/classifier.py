@@ -5,6 +5,7 @@ It learns from the `judging` digits alone, which no other part of the demo learn
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -111,6 +112,12 @@ def train_classifier(judging: Digits | None = None, seed: int = 0, num_epochs: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _fit(DigitNetwork(), inputs, labels, num_epochs)
+
+
+@cache
+def trained_classifier() -> DigitNetwork:
+    """The network as it is trained by default, once in a process."""
+    return train_classifier()
 
 
 def _fit(network: DigitNetwork, inputs: Tensor, labels: Tensor, num_epochs: int, batch_size: int = 128) -> DigitNetwork:

@@ -14,13 +14,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
-from classifier import Verdict, judge, train_classifier
-from digits import NEW_DIGITS, PRETRAINED_DIGITS, Wish, evaluation_wishes, write_fine_tuning_folder
+from classifier import Verdict, judge, trained_classifier
+from digits import (
+    NEW_DIGITS,
+    PRETRAINED_DIGITS,
+    Wish,
+    evaluation_wishes,
+    split_digits,
+    write_fine_tuning_folder,
+    write_imagefolder,
+)
 
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 
+from evaluate_pipeline import main as evaluate  # noqa: E402
 from train_text_to_image import main as train  # noqa: E402
 from utils.runtime import silence_libraries  # noqa: E402
 
@@ -34,6 +44,8 @@ DRAWING_BATCH = 100
 SAMPLING_STEPS = 10
 GUIDANCE = 2.0
 SEED = 1000
+NUM_REAL = 500
+METRICS = ("kid", "fid", "prdc", "inception_score", "vendi", "memorisation", "clip_score", "lpips_diversity")
 
 SHARED_ARGUMENTS = [
     "--resolution", "64",
@@ -148,6 +160,33 @@ def write_picture(path: Path, wishes: Sequence[Wish], before: Drawn, after: Draw
     side_by_side([wishes[index].prompt for index in shown], *rows).save(path)
 
 
+def write_drawn(folder: Path, wishes: Sequence[Wish], pictures: Sequence[Image.Image]) -> None:
+    """Keeps pictures as PNGs that say in their text what they were drawn from."""
+    folder.mkdir(parents=True)
+    for number, (wish, picture) in enumerate(zip(wishes, pictures, strict=True)):
+        text = PngInfo()
+        text.add_itxt("prompt", wish.prompt)
+        picture.save(folder / f"{number:05d}.png", pnginfo=text, compress_level=1)
+
+
+def report(folder: Path, training: Path, wishes: Sequence[Wish], before: Drawn, after: Drawn) -> None:
+    """Runs `evaluate_pipeline.py` on the pictures before and after, against real digits that both are to look like.
+
+    Its features are the digit classifier's. Networks that are not here are not fetched for it.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, drawn in (("before", before), ("after", after)):
+        write_drawn(folder / name, wishes, drawn.pictures)
+    write_imagefolder(folder / "real", [(split_digits()[0], NUM_REAL)], seed=5)
+    words = ["--images", folder / "after", "--baseline", folder / "before", "--labels", "before", "after"]
+    words += ["--reference", folder / "real", "--training_images", training, "--output_dir", folder]
+    words += ["--feature_module", DEMO / "digit_features.py", "--no_download", "--metrics", *METRICS]
+    words += ["--title", "The demo before and after its fine-tuning", "--report_prompts", 40]
+    status = evaluate([str(word) for word in words])
+    if status:
+        sys.exit(status)
+
+
 def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,7 +203,7 @@ def main() -> None:
     write_fine_tuning_folder(data)
     fine_tune(chosen.adaptation, data, folder)
 
-    wishes, network = evaluation_wishes(NUM_PER_DIGIT), train_classifier()
+    wishes, network = evaluation_wishes(NUM_PER_DIGIT), trained_classifier()
     drawn = []
     for pipeline in (StableDiffusionPipeline.from_pretrained(BASE), load_pipeline(chosen.adaptation, folder)):
         pictures = draw(pipeline, wishes)
@@ -174,7 +213,8 @@ def main() -> None:
     picture = chosen.output_dir / "before_after.png"
     write_picture(picture, wishes, before, after)
     print(table(wishes, before.verdict, after.verdict))
-    print(f"\nresult: {folder}\npicture: {picture}")
+    print(f"\nresult: {folder}\npicture: {picture}\n", flush=True)
+    report(chosen.output_dir / "evaluation", data, wishes, before, after)
 
 
 if __name__ == "__main__":

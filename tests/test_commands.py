@@ -66,3 +66,22 @@ def test_the_readmes_commands_parse(tmp_path):
         words = words[words.index("train_text_to_image.py") + 1 :]
         words = [str(tmp_path) if word == "path/to/images" else word for word in words]
         parse(Options, words, "")
+
+
+def test_the_readmes_evaluations_parse(tmp_path):
+    from evaluate_pipeline import Options
+    from utils.metrics.registry import METRICS
+    from utils.options import parse
+
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", readme, flags=re.S)
+    commands = [block.replace("\\\n", " ") for block in blocks if "evaluate_pipeline.py \\" in block]
+    assert commands
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    for command in commands:
+        words = shlex.split(command)
+        words = words[words.index("evaluate_pipeline.py") + 1 :]
+        known = {"path/to/images": str(tmp_path), "prompts.txt": str(tmp_path / "prompts.txt")}
+        parse(Options, [known.get(word, word) for word in words], "")
+    table = readme.partition("| `--metrics` | default")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`([a-z_0-9]+)`", table)) >= set(METRICS)

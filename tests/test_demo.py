@@ -80,12 +80,24 @@ def test_a_short_demo(monkeypatch, tmp_path, capsys, adaptation):
     monkeypatch.setitem(run.ARGUMENTS, adaptation, shortened)
     monkeypatch.setattr(run, "NUM_PER_DIGIT", 3)
     monkeypatch.setattr(run, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(run, "NUM_REAL", 40)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["run.py", "--adaptation", adaptation, "--output_dir", str(tmp_path)])
     torch.manual_seed(0)
     run.main()
     printed = capsys.readouterr().out
     assert "new digits (8, 9) recognised" in printed
     assert (tmp_path / "before_after.png").stat().st_size > 1000
+    found = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert list(found["entries"]) == ["before", "after"]
+    scores = found["entries"]["after"]["scores"]
+    computed = {name for name, score in scores.items() if score["value"] is not None}
+    assert computed >= {"kid", "fid", "precision", "recall", "density", "coverage", "inception_score", "memorisation"}
+    assert all(scores[name]["network"] == "digit classifier" for name in computed)
+    assert "--no_download" in scores["lpips_diversity"]["not_computed"]
+    assert scores["clip_score"]["not_computed"]
+    assert found["differences"]["kid"]["interval_95"]
+    assert (tmp_path / "evaluation" / "report.html").read_text().count("data:image/png") > 40
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ class Stream(IntEnum):
     HELD_OUT_NOISE = 25
     ROUNDING = 26
     SCALING = 27
+    EVALUATION = 40
 
 
 class _Key(ISeedSequence):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from utils.families.text import TextFamily
 from utils.options import UserError, option, require_not_negative, require_positive
 from utils.runtime import autocast
+from utils.sampling_controls import SamplingControls
 from utils.sharding import unsharded
 from utils.stopping import StopRequests
 from utils.tracking import Sample
@@ -80,7 +81,9 @@ class Sampler:
         resolution: int,
         seed: int,
         requests: StopRequests,
+        controls: SamplingControls | None = None,
     ):
+        self._controls = controls or SamplingControls()
         self._stop_requests = requests
         self._accelerator = accelerator
         self._family = family
@@ -134,7 +137,7 @@ class Sampler:
         # the noise that the pipeline would draw, in float32, so that its scheduler computes in it under autocast too
         shape = self._family.latent_space.shape((self._resolution, self._resolution))
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(request.seed))
-        with autocast(self._accelerator):
+        with autocast(self._accelerator), self._controls.attached(pipeline):
             return pipeline(
                 **prompt,
                 **guidance,

@@ -1,0 +1,505 @@
+#!/usr/bin/env python
+"""Draws images from any diffusers pipeline, on one GPU or many, scores them, and writes a report.
+
+accelerate launch evaluate_pipeline.py --pipeline ... --prompts_file ... --reference ... --output_dir ...
+"""
+
+import json
+import logging
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from utils.generation import (
+    Drawer,
+    GenerationOptions,
+    PipelineOptions,
+    PipelineSpec,
+    call_parameters,
+    claim_images,
+    complete_prompts,
+    invalid_images,
+    load_pipeline,
+    pipeline_class,
+    set_scheduler,
+)
+from utils.image_sets import ReferenceOptions, drawn_images, folder_images, read_images
+from utils.metrics.case import Case, ScoreOptions
+from utils.metrics.comparison import differences
+from utils.metrics.distances import NotComputable
+from utils.metrics.features import FeatureOptions, Networks
+from utils.metrics.registry import DEFAULT_METRICS, METRICS, score
+from utils.metrics.scores import Score
+from utils.metrics.subjects import Reference, Statistics, Subject, Workers, write_statistics
+from utils.options import (
+    Stopped,
+    UserError,
+    as_record,
+    leave,
+    nearest,
+    option,
+    parse,
+    require,
+    require_positive,
+    run_script,
+    without_secrets,
+)
+from utils.prompts import Prompt, PromptOptions, Task, plan_tasks, read_prompts
+from utils.report import Entry, Findings, write_report
+from utils.runtime import (
+    DTYPES,
+    OutputFolder,
+    RuntimeOptions,
+    ending,
+    on_main_process,
+    set_up_logging,
+    start_processes,
+    use_hub_cache_if_offline,
+    weight_dtype,
+)
+from utils.sampling_controls import SamplingControlOptions, SamplingControls
+from utils.stopping import StopRequests
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger("utils.evaluate_pipeline")
+PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    output_dir: str = option("evaluation", "folder of the images and the report; a run there that was stopped goes on")
+    overwrite_output_dir: bool = option(False, "replace images there that were drawn with other settings")
+    metrics: list[str] | None = option(
+        None,
+        f"what is computed, by default {', '.join(DEFAULT_METRICS)}; or all, or none",
+        choices=(*METRICS, "all", "none"),
+    )
+    seed: int = option(0, "every image follows from it, its prompt's number and its own")
+    mixed_precision: str | None = option(
+        None, "arithmetic of the pipeline; by default what `accelerate launch` says", choices=tuple(DTYPES)
+    )
+    allow_tf32: bool = option(False, "matrix products in TF32 on Ampere and later GPUs")
+    title: str | None = option(None, "the report's")
+    report_prompts: int = option(24, "prompts whose images the report shows")
+    export_geneval: str | None = option(None, "folder to write the images to in GenEval's layout, for its own tool")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "be from 0 to 2**63 - 1")
+        require_positive(self, "report_prompts")
+
+    @property
+    def names(self) -> list[str]:
+        """The metrics to compute, each once."""
+        asked = list(dict.fromkeys(DEFAULT_METRICS if self.metrics is None else self.metrics))
+        return list(METRICS) if "all" in asked else [name for name in asked if name != "none"]
+
+
+@dataclass(frozen=True)
+class ComparisonOptions:
+    baseline: str | None = option(
+        None, "pipeline to compare with, on the same prompts and seeds; with --images a folder of its images"
+    )
+    labels: list[str] | None = option(None, "what the report calls the baseline and the pipeline, in this order")
+    baseline_lora: str | None = option(None, "LoRA on top of the baseline")
+    checkpoints: str | None = option(
+        None, "output folder of a training: each of its checkpoints is scored, and the best one found"
+    )
+    best_by: str | None = option(None, "score by which the best checkpoint is chosen; by default the first computed")
+
+    def __post_init__(self) -> None:
+        folder = self.checkpoints
+        require(folder is None or Path(folder).is_dir(), "checkpoints", folder, "be a folder that exists")
+        if self.baseline is not None and self.checkpoints is not None:
+            raise UserError("--baseline compares two pipelines and --checkpoints many; give one")
+        if self.labels is not None:
+            count = 1 if self.baseline is None else 2
+            fits = len(set(self.labels)) == len(self.labels) == count and self.checkpoints is None
+            must = "be two names with a --baseline, one without, none with --checkpoints"
+            require(fits, "labels", " ".join(self.labels), must)
+        if self.baseline_lora is not None and self.baseline is None:
+            raise UserError("--baseline_lora goes on top of a --baseline")
+        if self.best_by is not None and self.checkpoints is None:
+            raise UserError("--best_by chooses among --checkpoints; give both or neither")
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of this script, by group."""
+
+    pipeline: PipelineOptions
+    prompts: PromptOptions
+    generation: GenerationOptions
+    controls: SamplingControlOptions
+    reference: ReferenceOptions
+    features: FeatureOptions
+    scores: ScoreOptions
+    comparison: ComparisonOptions
+    run: RunOptions
+
+
+class Wanted(NamedTuple):
+    """What is to be scored: a pipeline to draw from, or a folder of images."""
+
+    name: str
+    spec: PipelineSpec | None
+    images: Path | None = None
+    step: int | None = None
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Evaluates; every step of the way in its order."""
+    set_up_logging()
+    options: Options = parse(Options, argv, __doc__.splitlines()[0])
+    check_together(options)
+    if not all(name is None or Path(name).exists() for name in hub_names(options)):
+        use_hub_cache_if_offline()
+    wanted = everything_wanted(options)
+    prompts = check_before_loading(options, wanted)
+    folder = OutputFolder(options.run.output_dir)
+    runtime = RuntimeOptions(
+        output_dir=options.run.output_dir,
+        mixed_precision=options.run.mixed_precision,
+        allow_tf32=options.run.allow_tf32,
+    )
+    accelerator = start_processes(runtime, 1, [], folder.path, "logs")
+    requests = StopRequests(folder.path, None)
+    with ending(accelerator, folder), requests.listening():
+        on_main_process(accelerator, lambda: folder.claim(True, False))
+        networks = Networks(options.features, accelerator.device)
+        workers = Workers(accelerator, options.features.feature_batch_size)
+        reference = prepare_reference(options, accelerator, networks, workers)
+        training = prepare_training(options, networks, workers)
+        networks.rest()
+        entries = []
+        for each in wanted:
+            images, facts, seconds = obtain(each, options, prompts, folder.path, accelerator, requests)
+            subject = Subject(images, networks, workers)
+            scores = score(Case(subject, reference, training, options.scores), options.run.names)
+            networks.rest()
+            invalid = on_main_process(
+                accelerator, lambda each=each, images=images: find_invalid(each, images, folder.path)
+            )
+            entries.append(Entry(each.name, subject, scores, facts, invalid, seconds, each.step))
+        findings = conclude(options, entries, training)
+        on_main_process(accelerator, lambda: write_down(options, findings, folder.path, wanted))
+        check_outcome(options, entries)
+
+
+def check_together(options: Options) -> None:
+    """Refuses options that do not go together."""
+    pipeline, comparison, prompts = options.pipeline, options.comparison, options.prompts
+    given = [
+        name for name, value in (("pipeline", pipeline.pipeline), ("images", pipeline.images)) if value is not None
+    ]
+    if len(given) != 1 and not (comparison.checkpoints is not None and not given):
+        raise UserError("--pipeline PATH says what to draw from, or --images FOLDER what was drawn; give one of them")
+    if pipeline.images is not None:
+        if comparison.checkpoints is not None:
+            raise UserError("--checkpoints are drawn from; leave out --images")
+        if prompts.init_images is not None or prompts.class_labels is not None:
+            raise UserError("--images are drawn already; leave out --init_images and --class_labels")
+        if comparison.baseline is not None and not Path(comparison.baseline).is_dir():
+            raise UserError(f"--baseline {comparison.baseline} must be a folder of images, as --images is")
+    check_best_by(comparison.best_by, options.run.names)
+    if options.generation.strength is not None and prompts.init_images is None:
+        raise UserError("--strength is how far --init_images are changed; give both or neither")
+    size = (options.generation.height, options.generation.width)
+    if (size[0] is None) != (size[1] is None):
+        raise UserError("--height and --width go together; give both or neither")
+
+
+def check_best_by(name: str | None, metrics: Sequence[str]) -> None:
+    """Refuses to choose by a score that there is not, or that is not computed."""
+    of = {each: metric for metric, entry in METRICS.items() for each in entry.scores}
+    if name is None:
+        return
+    hint = nearest(name, of)
+    require(name in of, "best_by", name, f"be one of {', '.join(of)}", f"did you mean {hint}?" if hint else "")
+    require(of[name] in metrics, "best_by", name, "be computed", f"its metric is not among --metrics: add {of[name]}")
+
+
+def hub_names(options: Options) -> list[str | None]:
+    """What may have to be looked for on the Hub."""
+    features = options.features
+    models = (features.clip_model, features.dino_model, features.pickscore_model, features.hpsv2_model)
+    needed = [] if features.no_download else [model for model in models if model is not None]
+    return [options.pipeline.pipeline, options.comparison.baseline, options.reference.reference, *needed]
+
+
+def everything_wanted(options: Options) -> list[Wanted]:
+    """What is scored, the baseline or the earliest checkpoint first."""
+    pipeline, comparison = options.pipeline, options.comparison
+    if pipeline.images is not None:
+        own = Wanted("images", None, Path(pipeline.images))
+        return [own] if comparison.baseline is None else [Wanted("baseline", None, Path(comparison.baseline)), own]
+    shared = {"revision": pipeline.revision, "variant": pipeline.variant}
+    if comparison.checkpoints is not None:
+        return checkpoints_wanted(Path(comparison.checkpoints), pipeline, shared)
+    own = Wanted("pipeline", PipelineSpec(pipeline.pipeline, pipeline.lora, pipeline.lora_scale, **shared))
+    if comparison.baseline is None:
+        return [own]
+    return [Wanted("baseline", PipelineSpec(comparison.baseline, comparison.baseline_lora)), own]
+
+
+def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) -> list[Wanted]:
+    """The base, where there is one, at step 0, then each checkpoint of a training in its order.
+
+    Raises:
+        UserError: if there are none, or the base is not known.
+    """
+    found = sorted((int(match[1]), each) for each in folder.iterdir() if (match := CHECKPOINT.fullmatch(each.name)))
+    found = [(step, each) for step, each in found if each.is_dir()]
+    if not found:
+        raise UserError(f"--checkpoints {folder} holds no checkpoint-N")
+    base = pipeline.pipeline
+    if base is None:
+        try:
+            base = json.loads((folder / "run.json").read_text(encoding="utf-8"))["options"][
+                "pretrained_model_name_or_path"
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            base = None
+        if base is None and (folder / "model_index.json").is_file():
+            base = str(folder)  # trained from nothing: the result gives what checkpoints leave out
+        if base is None:
+            raise UserError(f"--checkpoints {folder} does not say what it was trained from; give --pipeline")
+    spec = PipelineSpec(base, pipeline.lora, pipeline.lora_scale, **shared)
+    is_result = Path(base).is_dir() and Path(base).resolve() == folder.resolve()
+    return [
+        *([] if is_result else [Wanted("base", spec, step=0)]),
+        *(Wanted(each.name, spec._replace(parts=each), step=step) for step, each in found),
+    ]
+
+
+def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> list[Prompt]:
+    """Reads the prompts, and refuses pipelines that do not take them, before any weights are loaded."""
+    prompts = read_prompts(options.prompts)
+    for each in wanted:
+        if each.spec is None:
+            continue
+        chosen = pipeline_class(each.spec)
+        takes = call_parameters(chosen)
+        if "prompt" in takes and not prompts:
+            raise UserError(
+                f"a {chosen.__name__} draws prompts; give --prompts, --prompts_file, --prompts_dataset or "
+                "--captions_dir"
+            )
+        if "prompt" not in takes and prompts:
+            what = "classes: give --class_labels" if "class_labels" in takes else "images of no prompt: leave them out"
+            raise UserError(f"a {chosen.__name__} draws {what}")
+    return prompts
+
+
+def prepare_reference(
+    options: Options, accelerator: "Accelerator", networks: Networks, workers: Workers
+) -> Reference | None:
+    """The reference, looked through before anything is drawn: its statistics checked, or its features computed.
+
+    Raises:
+        UserError: if it is a bad one.
+    """
+    chosen = options.reference
+    if chosen.reference is None:
+        return None
+    if chosen.is_statistics:
+        statistics = Statistics.read(Path(chosen.reference))
+        try:
+            network = networks.get("main")
+        except NotComputable as reason:
+            logger.warning("--reference %s can't be checked: %s", chosen.reference, reason)
+            return statistics
+        size = None if network.class_weights is None else network.class_weights.shape[1]
+        statistics.check(network, size, chosen.allow_stats_mismatch)
+        return statistics
+    images = read_images("reference", chosen.reference, chosen, options.run.seed)
+    reference = Subject(images, networks, workers)
+    needed = [METRICS[name].network for name in options.run.names if METRICS[name].compares]
+    for network in dict.fromkeys(needed):
+        try:
+            networks.get(network)
+        except NotComputable:
+            continue  # the metrics will say so
+        try:
+            reference.features(network)
+        except NotComputable as reason:
+            raise UserError(f"--reference {chosen.reference}: {reason}") from reason
+    if chosen.save_reference is not None:
+        file = Path(chosen.save_reference)
+        try:
+            reference.features("main")
+        except NotComputable as reason:
+            raise UserError(f"--save_reference {file}: {reason}") from reason
+        on_main_process(accelerator, lambda: write_statistics(file, reference, "main"))
+    return reference
+
+
+def prepare_training(options: Options, networks: Networks, workers: Workers) -> Subject | None:
+    """The images that were trained on, where they are named."""
+    name = options.reference.training_images
+    if name is None:
+        return None
+    return Subject(read_images("training_images", name, options.reference, options.run.seed), networks, workers)
+
+
+def obtain(
+    wanted: Wanted,
+    options: Options,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    accelerator: "Accelerator",
+    requests: StopRequests,
+) -> tuple:
+    """(the images, what they were drawn with, the seconds that it took): drawn, or read from a folder.
+
+    Raises:
+        Stopped: if a signal came; what is drawn stays.
+    """
+    from accelerate.utils import gather_object
+
+    started = time.monotonic()
+    if wanted.images is not None:
+        texts = [prompt.text for prompt in prompts] or None
+        return folder_images(wanted.images, texts), {"images": str(wanted.images)}, 0.0
+    pipeline = load_pipeline(wanted.spec, weight_dtype(accelerator))
+    set_scheduler(pipeline, options.generation.scheduler)
+    complete = complete_prompts(pipeline, prompts, options.prompts.class_labels)
+    tasks = plan_tasks(complete, options.prompts)
+    drawer = Drawer(
+        pipeline,
+        options.generation,
+        SamplingControls(options.controls),
+        options.run.seed,
+        accelerator.device,
+        requests,
+        starts_from_images=options.prompts.init_images is not None,
+    )
+    images = image_folder(folder, wanted)
+    facts = on_main_process(accelerator, lambda: drawer.facts(complete))
+    on_main_process(accelerator, lambda: claim_images(images, facts, options.run.overwrite_output_dir))
+    drawer.draw(tasks, images, accelerator)
+    signal = max(gather_object([requests.number]))
+    if signal:
+        there = sum(1 for task in tasks if (images / f"{task.name}.png").is_file())
+        raise Stopped(f"stopped with {there} of {len(tasks)} images drawn; the same command goes on", signal)
+    if options.run.export_geneval is not None and accelerator.is_main_process:
+        export_geneval(tasks, images, Path(options.run.export_geneval) / wanted.name)
+    facts = facts | {"path": wanted.spec.path, "lora": wanted.spec.lora}
+    return drawn_images(images, tasks), facts, time.monotonic() - started
+
+
+def image_folder(folder: Path, wanted: Wanted) -> Path:
+    """Where the images of a pipeline are kept."""
+    return folder / "images" / wanted.name
+
+
+def export_geneval(tasks: Sequence[Task], images: Path, folder: Path) -> None:
+    """Copies images as GenEval wants them: `00000/metadata.jsonl`, `00000/samples/00000.png`."""
+    for task in tasks:
+        samples = folder / f"{task.number:05d}" / "samples"
+        samples.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(images / f"{task.name}.png", samples / f"{task.sample:05d}.png")
+        facts = task.prompt.facts or {"prompt": task.prompt.text}
+        line = json.dumps(facts, ensure_ascii=False) + "\n"
+        (samples.parent / "metadata.jsonl").write_text(line, encoding="utf-8")
+
+
+def find_invalid(wanted: Wanted, images, folder: Path) -> dict[str, list[str]]:
+    """The images that are NaN, black, or of one colour; a warning names how many."""
+    root = wanted.images or image_folder(folder, wanted)
+    found = invalid_images([root / picture.name for picture in images.pictures])
+    for state, names in found.items():
+        if names:
+            logger.warning(
+                "%s: %d of %d images are %s: %s", wanted.name, len(names), len(images), state, ", ".join(names[:8])
+            )
+    return found
+
+
+def conclude(options: Options, entries: list[Entry], training: Subject | None) -> Findings:
+    """The differences, the best checkpoint, and what the run was."""
+    if options.comparison.labels is not None:
+        entries = [replace(each, name=name) for each, name in zip(entries, options.comparison.labels, strict=True)]
+    compared, notes = [], []
+    if options.comparison.baseline is not None:
+        before, after = entries[0], entries[-1]
+        are_paired = before.subject.images.is_like(after.subject.images)
+        if options.pipeline.images is not None and after.subject.images.prompts is None:
+            are_paired = False  # nothing says that they are of the same prompts
+        if not are_paired:
+            notes = [
+                f"{before.name} and {after.name} are not known to be of the same prompts: differences have no intervals"
+            ]
+        compared = differences(before.scores, after.scores, are_paired)
+    record = {"options": as_record(options), "versions": versions(), "command": without_secrets(sys.argv)}
+    what = options.comparison.checkpoints or options.pipeline.pipeline or options.pipeline.images
+    title = options.run.title or f"Evaluation of {what}"
+    best = best_checkpoint(options, entries) if options.comparison.checkpoints is not None else None
+    return Findings(title, entries, compared, best, record, training, notes)
+
+
+def best_checkpoint(options: Options, entries: Sequence[Entry]) -> tuple[str, str] | None:
+    """(score, the checkpoint that is best by it); None if that score was not computed."""
+    usable = [each for each in entries[-1].scores if each.value is not None and each.better]
+    name = options.comparison.best_by or next((each.name for each in usable), None)
+    known = {each.name: each.better for each in usable}
+    if name not in known:
+        logger.warning("no checkpoint is the best: %s was not computed", name or "a score")
+        return None
+    found: list[tuple[float, str]] = []
+    for entry in entries:
+        if entry.name == "base":
+            continue
+        value: Score | None = entry.score(name)
+        if value is not None and value.value is not None:
+            found.append((value.value, entry.name))
+    choose = max if known[name] == "higher" else min
+    return (name, choose(found)[1]) if found else None
+
+
+def write_down(options: Options, findings: Findings, folder: Path, wanted: Sequence[Wanted]) -> None:
+    """Writes the report, and prints its table."""
+    write_report(findings, folder, options.run.report_prompts)
+    print((folder / "report.md").read_text(encoding="utf-8"))
+    print(f"report: {folder / 'report.html'}\nnumbers: {folder / 'results.json'}")
+
+
+def check_outcome(options: Options, entries: Sequence[Entry]) -> None:
+    """Ends with an error, after all is written, where a metric failed, or invalid images are to be one."""
+    failed = sorted({each.name for entry in entries for each in entry.scores if each.failed})
+    if failed:
+        raise UserError(f"failed: {', '.join(failed)}; results.json says why, and holds the others")
+    num_invalid = sum(len(names) for entry in entries for names in entry.invalid.values())
+    if options.generation.fail_on_invalid and num_invalid:
+        raise UserError(
+            f"--fail_on_invalid: {num_invalid} images are NaN, black or of one colour; results.json names them"
+        )
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; gives its exit status."""
+    return run_script(run, argv)
+
+
+if __name__ == "__main__":
+    leave(main())

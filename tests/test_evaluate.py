@@ -1,0 +1,609 @@
+"""evaluate_pipeline.py, run in this process: what it draws, scores, refuses and writes down."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests import networks, tiny
+from tests.conftest import message, reset_accelerate
+from tests.test_generation import assert_same, class_conditional, images_in, unconditional
+from utils.metrics.registry import METRICS
+from utils.options import UserError
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ["a red square", "a blue square", "a green square"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "clip": networks.make_clip(root / "clip"),
+        "dino": networks.make_dino(root / "dino"),
+        "alex": networks.make_trunk(root / "alex.pth"),
+        "own": networks.make_own(root / "own.py"),
+    }
+
+
+@pytest.fixture(scope="module")
+def real_images(tmp_path_factory) -> Path:
+    return tiny.make_images(tmp_path_factory.mktemp("real"), 24)
+
+
+@pytest.fixture
+def flags(models) -> list:
+    """What gives every network, but for the preference models."""
+    return [
+        *("--feature_module", models["own"], "--clip_model", models["clip"], "--cmmd_model", models["clip"]),
+        *("--dino_model", models["dino"], "--lpips_weights", models["alex"], "--lpips_size", 64),
+    ]
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """evaluate("--pipeline", ..., out="a") runs the script and gives its results and its folder."""
+
+    def run(*flags, out="out", expect=0):
+        from evaluate_pipeline import main
+
+        reset_accelerate()
+        folder = tmp_path / out
+        assert main([str(word) for word in ["--output_dir", folder, "--num_inference_steps", 2, *flags]]) == expect
+        return json.loads((folder / "results.json").read_text()) if (
+            folder / "results.json"
+        ).is_file() else None, folder
+
+    return run
+
+
+def test_every_metric_is_computed_and_reported(evaluate, pipelines, flags, models, real_images, tmp_path, capsys):
+    found, folder = evaluate(
+        *("--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--images_per_prompt", 4, "--metrics", "all", *flags),
+        *("--reference", real_images, "--training_images", real_images, "--pickscore_model", models["clip"]),
+        *("--hpsv2_model", models["clip"], "--kid_subset_size", 8, "--export_geneval", tmp_path / "geneval"),
+    )
+    scores = found["entries"]["pipeline"]["scores"]
+    absent = {name: score["not_computed"] for name, score in scores.items() if score["value"] is None}
+    assert list(absent) == ["fid_infinity", "fd_dinov2_infinity"]  # of 12 images
+    assert set(scores) == {name for metric in METRICS.values() for name in metric.scores}
+    assert scores["kid"]["images"] == 12
+    assert scores["kid"]["reference_images"] == 24
+    assert len(scores["kid"]["weights_sha256"]) == 64
+    assert scores["kid"]["settings"]["preparation"] == "resized to 32"
+    assert scores["kid"]["interval_95"][0] < scores["kid"]["value"] < scores["kid"]["interval_95"][1]
+    assert "not comparable" in scores["fid"]["remark"]
+    assert "12 images for 32 features" in scores["fd_dinov2"]["remark"]
+    assert scores["clip_score"]["interval_method"] == "bootstrap over prompts"
+    assert scores["memorisation"]["details"]["nearest_pairs"][0]["training_image"].endswith(".png")
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page
+    assert "http" not in page.replace("https://www.w3.org", "")
+    assert page.count("data:image") > 24
+    assert "Worst by CLIP score" in page
+    table = (folder / "report.md").read_text()
+    assert all(f"| {name} " in table for name in scores if scores[name]["value"] is not None)
+    assert table in capsys.readouterr().out
+    sample = tmp_path / "geneval" / "pipeline" / "00001"
+    assert json.loads((sample / "metadata.jsonl").read_text()) == {"prompt": PROMPTS[1]}
+    assert (sample / "samples" / "00003.png").read_bytes() == (
+        folder / "images" / "pipeline" / "00001_00003.png"
+    ).read_bytes()
+
+
+def test_a_baseline_is_drawn_of_the_same_seeds_and_differences_are_paired(evaluate, pipelines, flags, real_images):
+    shared = ["--prompts", *PROMPTS, "--images_per_prompt", 4, *flags, "--reference", real_images]
+    found, folder = evaluate("--pipeline", pipelines["sd"], "--baseline", pipelines["sd"], *shared)
+    assert_same(images_in(folder / "images" / "baseline"), images_in(folder / "images" / "pipeline"))
+    for name in ("kid", "clip_score", "lpips_within_prompts", "precision", "fid"):
+        assert abs(found["differences"][name]["difference"]) < 1e-3 * (1 + abs(found["differences"][name]["before"]))
+        assert found["differences"][name]["verdict"] == "no difference seen"
+    other, _ = evaluate("--pipeline", pipelines["sd2"], "--baseline", pipelines["sd"], *shared, out="other")
+    assert (
+        other["entries"]["baseline"]["scores"]["kid"]["value"] == found["entries"]["baseline"]["scores"]["kid"]["value"]
+    )
+    low, high = other["differences"]["clip_score"]["interval_95"]
+    assert low <= other["differences"]["clip_score"]["difference"] <= high
+
+
+@pytest.mark.slow
+def test_the_scores_do_not_depend_on_batch_size_or_processes(evaluate, pipelines, flags, real_images, tmp_path):
+    shared = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--num_images", 8, *flags]
+    shared += ["--reference", real_images, "--metrics", "kid", "clip_score", "lpips_diversity", "prdc"]
+    one, folder = evaluate(*shared, "--batch_size", 1, "--feature_batch_size", 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "evaluate_pipeline.py"]
+    two_folder = tmp_path / "two"
+    words = [*shared, "--num_inference_steps", 2, "--batch_size", 3, "--output_dir", two_folder]
+    done = subprocess.run(
+        [*command, *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same(images_in(folder / "images" / "pipeline"), images_in(two_folder / "images" / "pipeline"))
+    two = json.loads((two_folder / "results.json").read_text())
+    for name, score in one["entries"]["pipeline"]["scores"].items():
+        other = two["entries"]["pipeline"]["scores"][name]
+        if score["value"] is not None:
+            assert other["value"] == pytest.approx(score["value"], rel=0.02, abs=1e-3), name
+            assert other["images"] == 8
+
+
+def test_killed_while_drawing_and_started_again(evaluate, pipelines, tmp_path, monkeypatch):
+    """A process that dies after five images, without a chance to tidy."""
+    from utils import generation
+
+    shared = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--batch_size", 2, "--metrics", "none"]
+    _, whole = evaluate(*shared, out="whole")
+    save = generation.Drawer._save
+    counted = []
+
+    def dying(self, pixels, task, path):
+        counted.append(path)
+        if len(counted) == 6:
+            path.with_name(f".tmp-{path.name}").write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(self, pixels, task, path)
+
+    monkeypatch.setattr(generation.Drawer, "_save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*shared, out="half")
+    monkeypatch.undo()
+    assert len(images_in(tmp_path / "half" / "images" / "pipeline")) == 5
+    _, half = evaluate(*shared, out="half")
+    assert_same(images_in(whole / "images" / "pipeline"), images_in(half / "images" / "pipeline"))
+
+
+def test_another_setting_in_the_same_folder_is_refused(evaluate, pipelines, capsys):
+    shared = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--metrics", "none", "--images_per_prompt", 1]
+    evaluate(*shared)
+    evaluate(*shared, "--guidance_scale", 2, expect=2)
+    assert "drawn with another guidance_scale" in message(capsys)
+    evaluate(*shared, "--guidance_scale", 2, "--overwrite_output_dir")
+
+
+def test_checkpoints_are_scored_and_the_best_is_found(evaluate, train, flags, images, real_images, tmp_path):
+    training = train("sd", "--max_train_steps", 2, "--checkpointing_steps", 1, "--learning_rate", 1e-2, out="training")
+    (training / "checkpoint-7.tmp").mkdir()
+    found, folder = evaluate(
+        *("--checkpoints", training, "--captions_dir", images, "--max_prompts", 2, "--best_by", "kid", *flags),
+        *("--reference", real_images, "--metrics", "kid", "clip_score"),
+    )
+    assert list(found["entries"]) == ["base", "checkpoint-1", "checkpoint-2"]
+    values = {name: entry["scores"]["kid"]["value"] for name, entry in found["entries"].items()}
+    assert len(set(values.values())) == 3
+    best = min(("checkpoint-1", "checkpoint-2"), key=values.get)
+    assert found["best_checkpoint"] == {"score": "kid", "checkpoint": best}
+    assert "data:image/svg+xml" in (folder / "report.html").read_text()
+
+
+def test_lora_checkpoints_too(evaluate, train, flags, images):
+    training = train("sd", "--adaptation", "lora", "--max_train_steps", 1, "--checkpointing_steps", 1, out="training")
+    found, _ = evaluate("--checkpoints", training, "--prompts", "a", *flags, "--metrics", "clip_score")
+    assert list(found["entries"]) == ["base", "checkpoint-1"]
+
+
+def test_unconditional_pipelines_need_no_prompts(evaluate, flags, real_images, tmp_path):
+    found, folder = evaluate(
+        *("--pipeline", unconditional(tmp_path / "ddpm"), "--num_images", 8, *flags, "--reference", real_images)
+    )
+    scores = found["entries"]["pipeline"]["scores"]
+    assert len(images_in(folder / "images" / "pipeline")) == 8
+    assert scores["kid"]["value"] is not None
+    assert scores["clip_score"]["not_computed"] == "the images have no prompts"
+
+
+def test_images_already_drawn_are_scored(evaluate, flags, images, real_images):
+    found, _ = evaluate("--images", images, *flags, "--reference", real_images, "--metrics", "kid", "clip_score")
+    scores = found["entries"]["images"]["scores"]
+    assert scores["clip_score"]["value"] > 0
+    assert found["entries"]["images"]["images"] == 6
+
+
+def test_folders_of_other_prompts_are_not_paired(evaluate, flags, real_images, tmp_path):
+    folders = [tiny.make_images(tmp_path / name, 8) for name in ("before", "after", "other")]
+    lines = (folders[2] / "metadata.jsonl").read_text()
+    (folders[2] / "metadata.jsonl").write_text(lines.replace("a red square", "a pink square"))
+    shared = ["--baseline", folders[0], *flags, "--reference", real_images, "--metrics", "kid"]
+    same, _ = evaluate("--images", folders[1], *shared, out="same")
+    other, out = evaluate("--images", folders[2], *shared, out="others")
+    assert same["differences"]["kid"]["interval_95"] == pytest.approx([0, 0], abs=1e-9)
+    assert other["differences"]["kid"]["interval_95"] is None
+    assert "not known to be of the same prompts" in (out / "report.md").read_text()
+
+
+def test_statistics_are_kept_and_read_again(evaluate, flags, real_images, tmp_path):
+    file, images = tmp_path / "reference.npz", tiny.make_images(tmp_path / "some", 12)
+    shared = ["--images", images, *flags, "--metrics", "kid", "fid", "prdc"]
+    first, _ = evaluate(*shared, "--reference", real_images, "--save_reference", file, out="first")
+    second, _ = evaluate(*shared, "--reference", file, out="second")
+    for name in ("kid", "fid", "precision", "coverage"):
+        values = [each["entries"]["images"]["scores"][name]["value"] for each in (first, second)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+    with np.load(file, allow_pickle=False) as kept:  # as pytorch-fid and clean-fid read them
+        assert kept["mu"].shape == (8,)
+        assert kept["sigma"].shape == (8, 8)
+        assert kept["mu"].dtype == np.float64
+        assert int(kept["n"]) == 24
+
+
+def test_a_reference_may_be_a_dataset(evaluate, images, flags, real_images, tmp_path):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageColumn
+
+    files = sorted(str(path) for path in real_images.glob("*.png"))
+    rows = {"picture": files, "caption": ["x"] * len(files)}
+    features = Features({"picture": ImageColumn(), "caption": Value("string")})
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "dataset")
+    shared = ["--images", images, *flags, "--metrics", "kid", "--reference_resolution", 32]
+    columns = ["--reference_image_column", "picture", "--reference_caption_column", "caption"]
+    first, _ = evaluate(*shared, "--reference", tmp_path / "dataset", *columns, out="first")
+    second, _ = evaluate(*shared, "--reference", real_images, out="second")
+    third, _ = evaluate(*shared[:-2], "--reference", real_images, out="third")
+    values = [each["entries"]["images"]["scores"]["kid"]["value"] for each in (first, second, third)]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    assert values[2] != pytest.approx(values[1], rel=1e-4)
+
+
+@pytest.fixture
+def statistics() -> dict[str, np.ndarray]:
+    return {"mu": np.zeros(8), "sigma": np.eye(8)}
+
+
+def test_bare_statistics_give_fid_alone(evaluate, images, flags, statistics, tmp_path):
+    np.savez(tmp_path / "bare.npz", **statistics)
+    found, _ = evaluate(
+        "--images", images, *flags, "--reference", tmp_path / "bare.npz", "--metrics", "kid", "fid", "cmmd"
+    )
+    scores = found["entries"]["images"]["scores"]
+    assert scores["fid"]["value"] > 0
+    assert "mu and sigma alone" in scores["kid"]["not_computed"]
+    assert "one network" in scores["cmmd"]["not_computed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"mu": None}, "holds no mu"),
+        ({"mu": np.zeros(7)}, "must be [d] and [d, d]"),
+        ({"mu": np.full(8, np.nan)}, "not finite"),
+        ({"sigma": np.triu(np.ones((8, 8)))}, "not symmetric"),
+        ({"sigma": -np.eye(8)}, "negative variance"),
+        ({"mu": np.zeros(16), "sigma": np.eye(16)}, "has 16 features, the network small has 8"),
+        ({"fingerprint": np.array('{"network": "small", "settings": "other", "weights": "x"}')}, "another settings"),
+        ({"mu": np.array([object()] * 8, dtype=object)}, "can't be read as statistics"),
+    ],
+)
+def test_bad_statistics_are_refused_before_anything_is_drawn(
+    evaluate, pipelines, flags, statistics, tmp_path, capsys, change, named
+):
+    changed = {name: value for name, value in (statistics | change).items() if value is not None}
+    np.savez(tmp_path / "bad.npz", **changed)
+    _, folder = evaluate(
+        "--pipeline", pipelines["sd"], "--prompts", "a", *flags, "--reference", tmp_path / "bad.npz", expect=2
+    )
+    assert named in message(capsys)
+    assert not list(folder.rglob("*.png"))
+
+
+def test_a_broken_image_in_the_reference_is_named_before_anything_is_drawn(
+    evaluate, pipelines, flags, real_images, tmp_path, capsys
+):
+    broken = tmp_path / "broken"
+    tiny.make_images(broken)
+    (broken / "003.png").write_bytes((broken / "003.png").read_bytes()[:80])
+    _, folder = evaluate("--pipeline", pipelines["sd"], "--prompts", "a", *flags, "--reference", broken, expect=2)
+    assert "003.png" in message(capsys)
+    assert not list(folder.rglob("*.png"))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_images_have_reasons_and_no_nans(evaluate, flags, real_images, tmp_path, count):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for index in range(count):
+        Image.new("RGB", (64, 64), (200, 30 * index, 5)).save(folder / f"{index}.png")
+    found, out = evaluate("--images", folder, *flags, "--reference", real_images, "--metrics", "all")
+    scores = found["entries"]["images"]["scores"]
+    text = (out / "results.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert all(score["value"] is not None or score["not_computed"] for score in scores.values())
+    assert "too few" in scores["kid"]["not_computed"]
+    assert "too few" in scores["prdc"]["not_computed"]
+    if count == 1:
+        assert "no pair" in scores["lpips_diversity"]["not_computed"]
+    assert found["entries"]["images"]["invalid_images"]["constant"]["count"] == count
+
+
+def test_a_nan_feature_names_its_image_and_the_others_are_saved(
+    evaluate, images, flags, real_images, models, tmp_path, capsys
+):
+    module = tmp_path / "nan.py"
+    text = models["own"].read_text()
+    module.write_text(
+        text.replace(
+            "return self.module(pixels)", "return self.module(pixels) / (pixels.mean((1, 2, 3)) > 0.42)[:, None]"
+        )
+    )
+    bright = tmp_path / "bright"
+    tiny.make_images(bright)
+    Image.new("RGB", (64, 64), "black").save(bright / "black.png")
+    (bright / "metadata.jsonl").unlink()
+    words = ["--images", bright, *flags[2:], "--feature_module", module, "--metrics", "vendi", "lpips_diversity"]
+    found, _ = evaluate(*words, expect=2)
+    scores = found["entries"]["images"]["scores"]
+    assert scores["vendi"]["failed"]
+    assert ".png that are not finite" in scores["vendi"]["not_computed"]
+    assert scores["lpips_diversity"]["value"] > 0
+    assert "failed: vendi" in message(capsys)
+
+
+def test_invalid_images_are_listed_and_can_fail(evaluate, flags, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, colour in enumerate(("black", "red", "black")):
+        image = Image.new("RGB", (64, 64), colour)
+        image.putpixel((3, 3), (9, 200, 9) if colour == "red" else (0, 0, 0))
+        image.save(folder / f"{index}.png")
+    found, out = evaluate("--images", folder, *flags, "--metrics", "vendi", "--fail_on_invalid", expect=2)
+    assert "2 images are NaN, black" in message(capsys)
+    assert found["entries"]["images"]["invalid_images"]["black"]["names"] == ["0.png", "2.png"]
+    assert "NaN, black or of one colour: images 2 of 3." in (out / "report.md").read_text()
+    assert "2 of 3 images are black" in (out / "report.html").read_text()
+
+
+def test_networks_that_are_not_there_are_listed_with_the_reason(evaluate, images, real_images, monkeypatch, tmp_path):
+    from utils.metrics import features
+
+    monkeypatch.setattr(features, "INCEPTION_URL", f"file://{tmp_path}/none-6726825d.pth")
+    monkeypatch.setitem(features.TRUNK_URLS, "alex", f"file://{tmp_path}/none-7be5be79.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    found, folder = evaluate("--images", images, "--reference", real_images)
+    scores = found["entries"]["images"]["scores"]
+    assert all(score["value"] is None for score in scores.values())
+    assert "can't be downloaded" in scores["kid"]["not_computed"]
+    assert "give --clip_model FOLDER" in scores["clip_score"]["not_computed"]
+    assert "Not computed" in (folder / "report.html").read_text()
+
+
+def test_texts_in_the_report_are_escaped(evaluate, pipelines, flags):
+    _, folder = evaluate(
+        *(
+            "--pipeline",
+            pipelines["sd"],
+            "--prompts",
+            "<img src=x onerror=alert(1)>",
+            "a | b",
+            *flags,
+            "--metrics",
+            "clip_score",
+        )
+    )
+    assert "<img src=x" not in (folder / "report.html").read_text()
+    assert {path.name for path in (folder / "images" / "pipeline").glob("*.png")} == {
+        f"{number:05d}_{sample:05d}.png" for number in range(2) for sample in range(4)
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "--pipeline PATH says what to draw from"),
+        (["--pipeline", "/nowhere"], "--pipeline must be a folder that exists"),
+        (["--pipeline", "{sd}"], "draws prompts; give --prompts"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--metrics", "fidd"], "--metrics"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--scheduler", "eulr"], "did you mean euler"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--strength", "0.5"], "--init_images"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--prompts_file", "x"], "give one"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--reference", "x.npz"], "--reference must be"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--inception_weights", "x.pth"], "--inception_weights must be"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--height", "60"], "--height must be divisible by 8"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--dynamic_thresholding", "0.995"], "be a percentile"),
+        (["--pipeline", "{sd}", "--prompts", "a", "--clamp_start", "2"], "--clamp_start and --clamp_end"),
+        (["--checkpoints", "{sd}", "--prompts", "a"], "holds no checkpoint-N"),
+        (["--checkpoints", "{sd}", "--prompts", "a", "--best_by", "kidd"], "did you mean kid"),
+        (["--checkpoints", "{sd}", "--prompts", "a", "--best_by", "vendi"], "its metric is not among --metrics"),
+    ],
+)
+def test_bad_options_end_in_one_line(evaluate, pipelines, capsys, words, named):
+    evaluate(*[word.format(sd=pipelines["sd"]) for word in words], expect=2)
+    assert named in message(capsys)
+
+
+# While training
+
+
+@pytest.fixture
+def in_training(pipelines, models, real_images, tmp_path):
+    """in_training(first_step=...) is a TrainingEvaluation and a pipeline that it draws from."""
+    from accelerate import Accelerator
+
+    from utils.generation import PipelineSpec, load_pipeline
+    from utils.metrics.features import FeatureOptions
+    from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
+
+    def make(first_step=0, **more):
+        reset_accelerate()
+        options = {"eval_metrics": ["kid", "clip_score"], "eval_steps": 2, "eval_num_images": 6} | more
+        options = {"eval_reference": str(real_images), "eval_num_inference_steps": 2} | options
+        features = FeatureOptions(feature_module=str(models["own"]), clip_model=str(models["clip"]), no_download=True)
+        evaluation = TrainingEvaluation(
+            EvaluationOptions(**options), features, Accelerator(cpu=True), tmp_path, 3, PROMPTS, first_step
+        )
+        return evaluation, load_pipeline(PipelineSpec(str(pipelines["sd"])), torch.float32)
+
+    return make
+
+
+def test_training_is_scored_by_the_same_code(in_training, evaluate, pipelines, flags, real_images, tmp_path):
+    evaluation, pipeline = in_training()
+    assert [step for step in range(1, 8) if evaluation.is_due(step, 7)] == [2, 4, 6, 7]
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    found = evaluation.measure(pipeline, 2)
+    torch.testing.assert_close(torch.rand(3), expected)  # the training's randomness is left alone
+    results, _ = evaluate(
+        *("--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--num_images", 6, "--seed", 3, *flags),
+        *("--reference", real_images, "--metrics", "kid", "clip_score"),
+    )
+    scores = results["entries"]["pipeline"]["scores"]
+    assert set(found) == {"kid", "clip_score", "clip_score_hessel", "clip_r_precision"}
+    assert all(found[name] == pytest.approx(scores[name]["value"], rel=1e-3, abs=1e-4) for name in found)
+    with torch.no_grad():
+        for parameter in pipeline.unet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert evaluation.measure(pipeline, 4)["kid"] != found["kid"]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "evaluation" / "evaluation.jsonl").read_text().splitlines()
+    ]
+    assert steps == [2, 4]
+    in_training(first_step=2)
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "evaluation" / "evaluation.jsonl").read_text().splitlines()
+    ]
+    assert steps == [2]
+
+
+def test_under_autocast_the_vae_decodes_in_its_own_dtype(in_training, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    seen = []
+    decode = AutoencoderKL.decode
+
+    def watched(self, latents, *args, **kwargs):
+        seen.append((latents.dtype, torch.is_autocast_enabled("cpu")))
+        return decode(self, latents, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", watched)
+    evaluation, pipeline = in_training()
+    evaluation.measure(pipeline, 2, around=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert set(seen) == {(torch.float32, False)}
+
+
+def test_prompts_may_be_encoded_by_another(in_training, tmp_path):
+    """As a family does, which knows clip skip and long prompts; prompts of different lengths are drawn one by one."""
+    evaluation, pipeline = in_training()
+    expected = evaluation.measure(pipeline, 2)
+
+    def encode(text, longer=()):
+        states = pipeline.encode_prompt(text, torch.device("cpu"), 1, True)
+        states = [torch.cat([each, each[:, :3]], 1) if text in longer else each for each in states]
+        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), states, strict=True))
+
+    found = evaluation.measure(pipeline, 4, encode)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert evaluation.measure(pipeline, 6, lambda text: encode(text, PROMPTS[1:2]))["kid"] != expected["kid"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"eval_metrics": None}, "--eval_steps is of --eval_metrics"),
+        ({"eval_steps": 0}, "--eval_steps must be"),
+        ({"eval_prompts_file": "/nowhere.txt"}, "--eval_prompts_file must be"),
+        ({"eval_reference": None}, "--eval_metrics kid compares"),
+        ({"eval_reference": "/nowhere"}, "--eval_reference must be"),
+        ({"eval_metrics": ["lpips_diversity"]}, "--eval_metrics lpips_diversity: alexnet"),
+    ],
+)
+def test_bad_options_of_evaluation_in_training(in_training, options, named):
+    with pytest.raises(UserError, match=named):
+        in_training(**options)
+
+
+def test_a_pipeline_without_prompts_is_refused_before_the_first_step(in_training, pipelines):
+    evaluation, pipeline = in_training()
+    evaluation.check(pipeline)
+    evaluation._prompts = []
+    with pytest.raises(UserError, match="give --prompts"):
+        evaluation.check(pipeline)
+
+
+def test_a_signal_ends_the_drawing_and_the_same_command_goes_on(evaluate, pipelines, monkeypatch, capsys):
+    import signal
+
+    from utils import generation
+
+    shared = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--batch_size", 2, "--metrics", "none"]
+    save = generation.Drawer._save
+
+    def signalled(self, pixels, task, path):
+        save(self, pixels, task, path)
+        if task.name == "00000_00002":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(generation.Drawer, "_save", signalled)
+    _, folder = evaluate(*shared, expect=128 + signal.SIGTERM)
+    assert "stopped with 4 of 12 images drawn; the same command goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    evaluate(*shared)
+    assert len(images_in(folder / "images" / "pipeline")) == 12
+
+
+def test_variations_and_classes_by_the_command(evaluate, pipelines, images, flags, tmp_path):
+    found, folder = evaluate(
+        *("--pipeline", pipelines["sd"], "--init_images", images, "--strength", 0.5, "--images_per_prompt", 1),
+        *(
+            "--prompts",
+            "a square",
+            "--scheduler",
+            "dpm++_2m",
+            "--initial_noise_scale",
+            0.9,
+            "--metrics",
+            "vendi",
+            *flags,
+        ),
+    )
+    assert len(images_in(folder / "images" / "pipeline")) == 6
+    assert found["entries"]["pipeline"]["drawn_with"]["strength"] == 0.5
+    assert found["entries"]["pipeline"]["drawn_with"]["controls"]["initial_noise_scale"] == 0.9
+    assert found["entries"]["pipeline"]["drawn_with"]["scheduler"] == "DPMSolverMultistepScheduler"
+    found, folder = evaluate(
+        *("--pipeline", class_conditional(tmp_path / "dit"), "--class_labels", 7, 3, "--images_per_prompt", 2),
+        *("--guidance_scale", 1.0, "--metrics", "lpips_diversity", "clip_score", *flags),
+        out="classes",
+    )
+    assert list(images_in(folder / "images" / "pipeline")) == [
+        f"{number:05d}_{sample:05d}.png" for number in range(2) for sample in range(2)
+    ]
+    scores = found["entries"]["pipeline"]["scores"]
+    assert scores["lpips_within_prompts"]["settings"]["prompts"] == 2
+    assert scores["clip_score"]["not_computed"] == "the images have no prompts"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_report_fits_a_browsers_window(evaluate, pipelines, flags, real_images, tmp_path, width):
+    """In headless Chromium, where there is one: nothing is wider than the window, and every picture shows."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium here")
+    _, folder = evaluate(
+        *("--pipeline", pipelines["sd"], "--baseline", pipelines["sd2"], "--prompts", *PROMPTS, "a" * 300, *flags),
+        *("--reference", real_images),
+    )
+    script = """<script>addEventListener('load', () => {
+        const page = document.documentElement, images = [...document.images];
+        parent.postMessage(`wider by ${page.scrollWidth - page.clientWidth}, of ${page.clientWidth}, broken ` +
+            images.filter(image => !image.naturalWidth).length, '*');
+    })</script>"""
+    report = (folder / "report.html").read_text()
+    (tmp_path / "report.html").write_text(report.replace('loading="lazy"', "") + script)
+    page = tmp_path / "page.html"
+    frame = f"<iframe src='report.html' style='border: 0; width: {width}px; height: 20000px'></iframe>"
+    page.write_text(frame + "<script>addEventListener('message', e => document.title = e.data)</script>")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    done = subprocess.run([*command, f"file://{page}"], capture_output=True, text=True, timeout=120)
+    assert f"wider by 0, of {width}, broken 0" in done.stdout

@@ -1,0 +1,723 @@
+"""Images drawn from any pipeline, so that each depends on the seed, its prompt and its number alone.
+
+Each image has a generator of its own on the CPU, seeded by (seed, prompt i, sample j). So batch size, order, number of
+processes and interruptions change nothing but the last bits. A pipeline that draws from the global generator is seen
+doing so, and draws one image at a time.
+"""
+
+import hashlib
+import importlib
+import inspect
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from utils.data.images import read_rgb
+from utils.families.source import LOADING_ERRORS
+from utils.gradients import is_out_of_memory
+from utils.metrics.features import weights_hash
+from utils.options import UserError, first_line, nearest, option, require, require_not_negative, require_positive
+from utils.prompts import Prompt, Task, prompts_hash
+from utils.runtime import write_json
+from utils.sampling_controls import SamplingControls
+from utils.seeding import Stream, generator
+from utils.stopping import StopRequests
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+OWN_PIPELINES = {"ConditionalDDPMPipeline": "utils.families.conditional_ddpm"}
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++_2s": ("DPMSolverSinglestepScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+}
+MOST_ON_CPU = 8
+MEMORY_SHARE = 0.9
+RECORD = "generation.json"
+STATE_KEY = "state"
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    pipeline: str | None = option(None, "pipeline to draw from: a folder or Hub name")
+    lora: str | None = option(None, "LoRA on top of it: a folder, .safetensors file or Hub name")
+    lora_scale: float = option(1.0, "factor on the LoRA")
+    revision: str | None = option(None, "revision of the pipeline on the Hub")
+    variant: str | None = option(None, "variant of the weight files, such as fp16")
+    images: str | None = option(None, "score a folder of images already drawn, instead of drawing any")
+
+    def __post_init__(self) -> None:
+        if self.images is not None:
+            require(Path(self.images).is_dir(), "images", self.images, "be a folder that exists")
+        if self.lora is not None and self.pipeline is None:
+            raise UserError("--lora goes on top of a --pipeline")
+        for name in ("pipeline", "lora"):
+            value = getattr(self, name)
+            is_path = value is not None and (Path(value).is_absolute() or value.startswith(".") or value.count("/") > 1)
+            require(not is_path or Path(value).exists(), name, value, "be a folder that exists, or a Hub name")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    scheduler: str | None = option(None, f"{', '.join(SCHEDULERS)}, or a class of diffusers; by default the pipeline's")
+    num_inference_steps: int | None = option(None, "denoising steps; by default the pipeline's")
+    guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
+    guidance_rescale: float | None = option(None, "rescaling of the guided prediction, for zero terminal SNR")
+    negative_prompt: str | None = option(None, "what images should not show")
+    eta: float | None = option(None, "noise of DDIM's steps, from 0 to 1")
+    height: int | None = option(None, "pixels; by default the pipeline's")
+    width: int | None = option(None, "pixels; by default the pipeline's")
+    strength: float | None = option(None, "how far --init_images are changed, from 0 to 1; by default the pipeline's")
+    batch_size: int | None = option(None, "images at once; by default it grows until memory is full")
+    fail_on_invalid: bool = option(False, "end with an error if an image is NaN, black or of one colour")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_inference_steps", "height", "width", "batch_size")
+        require_not_negative(self, "guidance_scale", "guidance_rescale", "eta")
+        for name in ("strength", "guidance_rescale", "eta"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= 1, name, value, "be between 0 and 1")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            require(value is None or value % 8 == 0, name, value, "be divisible by 8")
+        known = self.scheduler is None or self.scheduler in SCHEDULERS or self.scheduler.endswith("Scheduler")
+        hint = nearest(self.scheduler or "", SCHEDULERS)
+        cure = f"did you mean {hint}?" if hint else "such as EulerDiscreteScheduler"
+        require(known, "scheduler", self.scheduler, f"be one of {', '.join(SCHEDULERS)} or a class of diffusers", cure)
+
+
+def image_seed(seed: int, number: int, sample: int) -> int:
+    """The seed, of 32 bits, of sample `sample` of prompt `number`: no two alike below 65,536 of each.
+
+    torch.Generator keeps 32 bits of its seed. So (number, sample) is taken for the two halves of a word that a keyed
+    Feistel network turns into another, one to one; higher bits go into the key.
+    """
+    keys = generator(seed, number >> 16, sample >> 16, Stream.EVALUATION).integers(0, 2**32, 6, np.uint64).tolist()
+    left, right = number & 0xFFFF, sample & 0xFFFF
+    for key in keys:
+        mixed = ((right ^ (key & 0xFFFF)) * 0x9E3779B1 + key) & 0xFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA6B) & 0xFFFFFFFF
+        left, right = right, left ^ (mixed >> 16)
+    return left << 16 | right
+
+
+class PipelineSpec(NamedTuple):
+    """A pipeline to load: a path, a LoRA on top, and a folder whose parts stand in for the pipeline's.
+
+    Attributes:
+        parts: a checkpoint, whose `unet_ema/` or `unet/` (and text encoders), or LoRA file, is taken.
+    """
+
+    path: str
+    lora: str | None = None
+    lora_scale: float = 1.0
+    revision: str | None = None
+    variant: str | None = None
+    parts: Path | None = None
+
+
+def read_index(spec: PipelineSpec) -> dict[str, Any]:
+    """A pipeline's `model_index.json`.
+
+    Raises:
+        UserError: if there is no such pipeline.
+    """
+    flag, path = f"--pipeline {spec.path}", Path(spec.path)
+    if path.is_dir():
+        file = path / "model_index.json"
+        if not file.is_file():
+            raise UserError(f"{flag} is no pipeline folder: it has no model_index.json")
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HTTPError
+
+        try:
+            file = Path(hf_hub_download(spec.path, "model_index.json", revision=spec.revision))
+        except (HTTPError, OSError, ValueError) as error:
+            raise UserError(f"{flag} is no folder here, and was not found on the Hub: {first_line(error)}") from error
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: model_index.json can't be read: {first_line(error)}") from error
+    if not isinstance(index, dict) or not index.get("_class_name"):
+        raise UserError(f"{flag}: model_index.json names no class of pipelines")
+    return index
+
+
+def pipeline_class(spec: PipelineSpec) -> type:
+    """The class of a pipeline: one of ours, or one of diffusers; code that lies in the folder is never run."""
+    import diffusers
+
+    name = read_index(spec)["_class_name"]
+    name = str(name[-1] if isinstance(name, list) else name)  # a list names a file of code beside it
+    if name in OWN_PIPELINES:
+        try:
+            return getattr(importlib.import_module(OWN_PIPELINES[name]), name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"--pipeline {spec.path} is a {name}, which is not built in here") from error
+    found = getattr(diffusers, name, None)
+    if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise UserError(f"--pipeline {spec.path} is a {name}, which this version of diffusers does not know")
+    return found
+
+
+def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline":
+    """The pipeline on the CPU, in one dtype, with its LoRA or a checkpoint's parts.
+
+    Raises:
+        UserError: if it can't be loaded, or only by unpickling.
+    """
+    chosen = pipeline_class(spec)
+    flag = f"--pipeline {spec.path}"
+    try:
+        parts = {} if spec.parts is None else _checkpoint_parts(spec, dtype)
+        if chosen.__name__ in OWN_PIPELINES:
+            pipeline = _assemble(chosen, spec, dtype, parts)
+        else:
+            pipeline = chosen.from_pretrained(
+                spec.path, use_safetensors=True, dtype=dtype, revision=spec.revision, variant=spec.variant, **parts
+            )
+    except (*LOADING_ERRORS, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
+    lora = spec.lora
+    if spec.parts is not None and (spec.parts / "pytorch_lora_weights.safetensors").is_file():
+        lora = str(spec.parts)
+    if lora is not None:
+        _add_lora(pipeline, lora, spec.lora_scale)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _assemble(chosen: type, spec: PipelineSpec, dtype: torch.dtype, parts: dict[str, Any]) -> "DiffusionPipeline":
+    """A pipeline of ours from its parts: diffusers would want to run the code that lies beside them."""
+    import diffusers
+
+    folder = Path(spec.path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors"]
+        folder = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
+    given = dict(parts)
+    for name, entry in read_index(spec).items():
+        if name in given or name not in inspect.signature(chosen.__init__).parameters:
+            continue
+        if not isinstance(entry, list):
+            given[name] = entry
+        elif entry[0] == "diffusers":
+            part = getattr(diffusers, entry[1])
+            weights = {"use_safetensors": True, "dtype": dtype} if issubclass(part, torch.nn.Module) else {}
+            given[name] = part.from_pretrained(folder / name, **weights)
+    return chosen(**given)
+
+
+def _checkpoint_parts(spec: PipelineSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """The parts that a checkpoint holds, its moving averages first, by the classes of their configs."""
+    import diffusers
+    import transformers
+
+    parts = {}
+    for name, entry in read_index(spec).items():
+        folders = [spec.parts / f"{name}_ema", spec.parts / name]
+        folder = next((each for each in folders if (each / "config.json").is_file()), None)
+        if folder is not None and isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
+            library = diffusers if entry[0] == "diffusers" else transformers
+            parts[name] = getattr(library, entry[1]).from_pretrained(folder, use_safetensors=True, dtype=dtype)
+    return parts
+
+
+def _add_lora(pipeline: "DiffusionPipeline", lora: str, scale: float) -> None:
+    flag = f"--lora {lora}"
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(f"{flag}: a {type(pipeline).__name__} takes no LoRA")
+    try:
+        pipeline.load_lora_weights(lora, adapter_name="evaluated", use_safetensors=True)
+        if scale != 1.0:
+            pipeline.set_adapters("evaluated", scale)
+    except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
+
+
+def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
+    """Gives the pipeline the scheduler of a name in `SCHEDULERS` or of a class of diffusers, with its own settings.
+
+    Raises:
+        UserError: if the pipeline can't go with it.
+    """
+    import diffusers
+
+    if name is None:
+        return
+    class_name, changes = SCHEDULERS.get(name, (name, {}))
+    known = {each.__name__ for each in pipeline.scheduler.compatibles} | {type(pipeline.scheduler).__name__}
+    flag = f"--scheduler {name}"
+    if class_name not in known:
+        raise UserError(
+            f"{flag} does not go with a {type(pipeline).__name__}; choose one of {', '.join(sorted(known))}"
+        )
+    try:
+        scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **changes)
+        scheduler.set_timesteps(10)
+    except (*LOADING_ERRORS, TypeError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"{flag} can't be used: {first_line(error)}") from error
+    scales = abs(float(getattr(scheduler, "init_noise_sigma", 1.0)) - 1) > 1e-6
+    if scales and "scale_model_input" not in inspect.getsource(type(pipeline).__call__):
+        raise UserError(
+            f"{flag} needs its input scaled, which {type(pipeline).__name__} does not do; try ddim or dpm++_2m"
+        )
+    pipeline.scheduler = scheduler
+
+
+def call_parameters(pipeline_type: type) -> frozenset[str]:
+    """The names of what a pipeline's call takes."""
+    return frozenset(inspect.signature(pipeline_type.__call__).parameters)
+
+
+def class_names(pipeline: "DiffusionPipeline") -> dict[int, str | None]:
+    """The classes of a class-conditional pipeline by number, with their names where it has them."""
+    names = getattr(pipeline, "labels", None)  # DiT's, by name
+    if isinstance(names, dict) and names:
+        first = {int(label): str(text) for text, label in reversed(names.items())}  # of synonyms the first
+        return dict(sorted(first.items()))
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    for key in ("num_embeds_ada_norm", "num_class_embeds"):
+        count = denoiser.config.get(key)
+        if count:  # the last embedding of a pipeline of ours stands for no class
+            return dict.fromkeys(range(count - (type(pipeline).__name__ in OWN_PIPELINES)))
+    return {}
+
+
+def complete_prompts(
+    pipeline: "DiffusionPipeline", prompts: Sequence[Prompt], labels: Sequence[int] | None
+) -> list[Prompt]:
+    """The prompts as the pipeline takes them: texts, classes, or a single one of neither.
+
+    Raises:
+        UserError: if it takes others than those given.
+    """
+    takes, name = call_parameters(type(pipeline)), type(pipeline).__name__
+    if "class_labels" in takes:
+        if prompts:
+            raise UserError(f"a {name} draws classes, not prompts; give --class_labels")
+        known = class_names(pipeline)
+        wrong = [label for label in labels or () if known and label not in known]
+        require(not wrong, "class_labels", wrong, f"be among the pipeline's {len(known)} classes")
+        chosen = list(labels) if labels is not None else list(known)
+        if not chosen:
+            raise UserError(f"a {name} does not say how many classes it has; give --class_labels")
+        return [Prompt(known.get(label), label) for label in chosen]
+    if labels is not None:
+        raise UserError(f"a {name} has no classes; leave out --class_labels")
+    if "prompt" in takes:
+        if not prompts:
+            raise UserError(
+                f"a {name} draws prompts; give --prompts, --prompts_file, --prompts_dataset or --captions_dir"
+            )
+        return list(prompts)
+    if prompts:
+        raise UserError(f"a {name} takes no prompts; leave them out")
+    return [Prompt(None)]
+
+
+class BatchSize:
+    """How many images are drawn at once: a number that is given, or one that doubles until memory is full."""
+
+    def __init__(self, given: int | None, device: torch.device):
+        self.at_once = given or 1
+        self._most = given or (MOST_ON_CPU if device.type == "cpu" else 1 << 20)
+        self._device = device
+
+    def worked(self, count: int) -> None:
+        """After a batch of `count`: doubles it, if twice the memory is there."""
+        if count < self.at_once or 2 * self.at_once > self._most:
+            return
+        if self._device.type == "cuda":
+            total = torch.cuda.mem_get_info(self._device)[1]
+            if 2 * torch.cuda.max_memory_reserved(self._device) > MEMORY_SHARE * total:
+                self._most = self.at_once
+                return
+        self.at_once *= 2
+
+    def failed(self, count: int, error: BaseException) -> None:
+        """After a batch of `count` found no memory: halves it for good.
+
+        Raises:
+            UserError: if it was a single image.
+        """
+        if count == 1:
+            raise UserError(
+                f"one image alone is too large for the memory ({first_line(error)}); try a smaller --height "
+                "and --width, or --mixed_precision fp16"
+            ) from error
+        self.at_once = self._most = count // 2
+        logger.warning("out of memory with %d images at once; going on with %d", count, self.at_once)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def alone(self) -> None:
+        """One image at a time from now on."""
+        self.at_once = self._most = 1
+
+
+def state_of(pixels: np.ndarray) -> str:
+    """`nan`, `black`, `constant` or `ok`, of an image [H, W, 3] of floats in [0, 1]."""
+    if not np.isfinite(pixels).all():
+        return "nan"
+    if pixels.max() < 1 / 255:
+        return "black"
+    return "constant" if np.ptp(pixels, axis=(0, 1)).max() < 1 / 255 else "ok"
+
+
+class Drawer:
+    """Draws tasks with a pipeline into a folder, each process its share, and goes on where an earlier run stopped."""
+
+    def __init__(
+        self,
+        pipeline: "DiffusionPipeline",
+        options: GenerationOptions,
+        controls: SamplingControls,
+        seed: int,
+        device: torch.device,
+        requests: StopRequests | None = None,
+        starts_from_images: bool = False,
+        is_placed: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+        encode: Callable[[str], Mapping[str, torch.Tensor]] | None = None,
+        around: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        """Args:
+        starts_from_images: whether the tasks' prompts have images to start from.
+        is_placed: whether the pipeline's parts are where they are to be.
+        arguments: further arguments of the pipeline's call.
+        encode: gives the arguments, tensors [1, ...], by which the pipeline takes an encoded prompt; by default the
+            pipeline encodes it.
+        around: a context to draw in, such as autocast; the VAE decodes outside of it, in its own dtype.
+
+        Raises:
+            UserError: if the pipeline does not take the options.
+        """
+        self.pipeline = _for_init_images(pipeline) if starts_from_images else pipeline
+        self._options = options
+        self._controls = controls
+        self._seed = seed
+        self._device = device
+        self._requests = requests
+        self._is_placed = is_placed
+        self._more = dict(arguments or {})
+        self._encode = encode
+        self._around = around
+        self._takes = call_parameters(type(self.pipeline))
+        self._batch_size = BatchSize(options.batch_size, device)
+        self._check()
+        controls.check(self.pipeline)
+
+    def _check(self) -> None:
+        """Refuses options that the pipeline does not take."""
+        options, name = self._options, type(self.pipeline).__name__
+        for flag in ("guidance_scale", "guidance_rescale", "negative_prompt", "eta", "height", "width"):
+            if getattr(options, flag) is not None and flag not in self._takes:
+                raise UserError(f"--{flag} is not taken by a {name}; leave it out")
+        if options.strength is not None and "strength" not in self._takes:
+            raise UserError("--strength is of variations; give --init_images")
+        if options.eta is not None and "eta" not in inspect.signature(self.pipeline.scheduler.step).parameters:
+            raise UserError(f"--eta is DDIM's, the scheduler is {type(self.pipeline.scheduler).__name__}")
+
+    def facts(self, prompts: Sequence[Prompt]) -> dict[str, object]:
+        """What the images depend on: what a run that goes on must have in common with the one before."""
+        pipeline = self.pipeline
+        weights = {
+            name: weights_hash(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
+        }
+        config = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+        text = json.dumps(config, sort_keys=True, default=str)
+        settings = {name: value for name, value in asdict(self._options).items() if name not in FREE_SETTINGS}
+        return {
+            "pipeline": type(pipeline).__name__,
+            "weights": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
+            "scheduler": type(pipeline.scheduler).__name__,
+            "scheduler_config": hashlib.sha256(text.encode()).hexdigest(),
+            "dtype": str(pipeline.dtype),
+            "prompts": prompts_hash(prompts),
+            "seed": self._seed,
+            "safety_checker": getattr(pipeline, "safety_checker", None) is not None,
+            "controls": self._controls.facts(),
+            **settings,
+        }
+
+    def draw(self, tasks: Sequence[Task], folder: Path, accelerator: "Accelerator | None" = None) -> None:
+        """Draws what is not there of the tasks into `{prompt}_{sample}.png`.
+
+        Raises:
+            UserError: if an image can't be drawn.
+            Stopped: if a signal asked for it.
+        """
+        from tqdm.auto import tqdm
+
+        rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        left = [task for task in tasks[rank::count] if not is_whole(folder / f"{task.name}.png")]
+        if not self._is_placed:
+            self.pipeline.to(self._device)
+        bar = tqdm(
+            total=len(left),
+            desc=f"drawing {folder.name}",
+            unit="image",
+            dynamic_ncols=True,
+            disable=rank != 0 or not left,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        with bar:
+            while left:
+                if self._requests is not None and self._requests.is_asked:
+                    return
+                batch = left[: self._batch_size.at_once]
+                images = self._try(batch)
+                if images is None:
+                    continue
+                for task, pixels in zip(batch, images, strict=True):
+                    self._save(pixels, task, folder / f"{task.name}.png")
+                left = left[len(batch) :]
+                bar.update(len(batch))
+                self._batch_size.worked(len(batch))
+
+    def _try(self, batch: Sequence[Task]) -> np.ndarray | None:
+        """[B, H, W, 3] of a batch; None if it was too large, and will be smaller."""
+        try:
+            with torch.random.fork_rng():
+                return self.call(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise UserError(f"the pipeline can't draw with these settings: {first_line(error)}") from error
+            self._batch_size.failed(len(batch), error)
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"the pipeline can't draw with these settings: {first_line(error)}") from error
+        return None
+
+    def call(self, batch: Sequence[Task]) -> np.ndarray | None:
+        """[B, H, W, 3] floats of tasks; None if not all draws were each image's own: then they are drawn alone."""
+        seeds = [image_seed(self._seed, task.number, task.sample) for task in batch]
+        torch.manual_seed(seeds[0])
+        before = _global_state(self._device)
+        with torch.no_grad(), self._controls.attached(self.pipeline), decoding_apart(self.pipeline), self._around():
+            given = self._arguments(batch, seeds) | self._encoded(batch)
+            if None in given.values():
+                self._batch_size.alone()
+                return None
+            images = self.pipeline(**given).images
+        drew = any(not torch.equal(*pair) for pair in zip(before, _global_state(self._device), strict=True))
+        if drew and len(batch) > 1:
+            logger.warning("%s draws from the global generator; one image at a time from now on", _names(self.pipeline))
+            self._batch_size.alone()
+            return None
+        pixels = np.stack([np.asarray(image, np.float32) for image in images])
+        if pixels.ndim == 3:
+            pixels = pixels[..., None]
+        return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+    def _arguments(self, batch: Sequence[Task], seeds: Sequence[int]) -> dict[str, Any]:
+        options, takes = self._options, self._takes
+        given: dict[str, Any] = {
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "output_type": "np",
+            **self._more,
+        }
+        for name in ("num_inference_steps", "guidance_scale", "guidance_rescale", "eta", "strength"):
+            if getattr(options, name) is not None:
+                given[name] = getattr(options, name)
+        if "class_labels" in takes:
+            given["class_labels"] = [task.prompt.label for task in batch]
+        elif self._encode is not None:
+            pass
+        elif "prompt" in takes:
+            given["prompt"] = [task.prompt.text for task in batch]
+            if options.negative_prompt is not None:
+                given["negative_prompt"] = [options.negative_prompt] * len(batch)
+        else:
+            given["batch_size"] = len(batch)
+        if batch[0].prompt.init_image is not None:
+            size = self._init_size()
+            given["image"] = [_init_image(task.prompt.init_image, size) for task in batch]
+        else:
+            given |= {
+                name: getattr(options, name) for name in ("height", "width") if getattr(options, name) is not None
+            }
+        return given
+
+    def _encoded(self, batch: Sequence[Task]) -> dict[str, torch.Tensor | None]:
+        """The encoded prompts; None where they have different lengths, and can't be drawn at once."""
+        if self._encode is None:
+            return {}
+        each = [self._encode(task.prompt.text) for task in batch]
+        return {
+            name: torch.cat([one[name] for one in each]) if len({one[name].shape for one in each}) == 1 else None
+            for name in each[0]
+        }
+
+    def _init_size(self) -> tuple[int, int]:
+        """Width and height of what drawing starts from."""
+        pipeline = self.pipeline
+        sample = (
+            pipeline.unet.config.sample_size if hasattr(pipeline, "unet") else pipeline.transformer.config.sample_size
+        )
+        edge = (sample if isinstance(sample, int) else sample[0]) * getattr(pipeline, "vae_scale_factor", 1)
+        return self._options.width or edge, self._options.height or edge
+
+    def _save(self, pixels: np.ndarray, task: Task, path: Path) -> None:
+        """Writes a PNG by way of another name, so that what stands there is whole; it says what it was drawn from."""
+        text, prompt = PngInfo(), task.prompt
+        facts = {
+            "prompt": prompt.text,
+            "class": prompt.label,
+            "seed": image_seed(self._seed, task.number, task.sample),
+            STATE_KEY: state_of(pixels),
+        }
+        for name, value in facts.items():
+            if value is not None:
+                text.add_itxt(name, str(value))
+        finite = np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)
+        rounded = (finite.clip(0, 1) * 255).round().astype(np.uint8)
+        aside = path.with_name(f".tmp-{path.name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Image.fromarray(rounded).save(aside, "PNG", pnginfo=text, compress_level=1)
+            os.replace(aside, path)
+        except OSError as error:
+            raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def decoding_apart(pipeline: "DiffusionPipeline") -> Iterator[None]:
+    """Within it the VAE decodes in its own dtype whatever autocast there is, in which it could overflow."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        yield
+        return
+    own, device = vae.decode, pipeline.device.type
+
+    def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return own(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = decode
+    try:
+        yield
+    finally:
+        del vae.decode
+
+
+FREE_SETTINGS = ("batch_size", "fail_on_invalid", "scheduler")
+
+
+def _names(pipeline: "DiffusionPipeline") -> str:
+    return f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}"
+
+
+def _global_state(device: torch.device) -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _for_init_images(pipeline: "DiffusionPipeline") -> "DiffusionPipeline":
+    """The image-to-image pipeline of the same parts."""
+    from diffusers import AutoPipelineForImage2Image
+
+    try:
+        found = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--init_images: there is no image-to-image pipeline for a {type(pipeline).__name__}"
+        ) from error
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def _init_image(path: Path, size: tuple[int, int]) -> Image.Image:
+    """An image cut to the middle and resized."""
+    try:
+        return ImageOps.fit(read_rgb(str(path)), size, Image.Resampling.LANCZOS)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--init_images {path} can't be read: {first_line(error)}") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an image stands at a path, with all its pixels."""
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError):
+        return False
+    return True
+
+
+def claim_images(folder: Path, facts: dict[str, object], overwrite: bool) -> None:
+    """Takes a folder for images of these facts; images of others are refused, or removed if that was asked for.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    record, images = folder / RECORD, list(folder.glob("[!.]*.png"))
+    known: dict[str, object] = {}
+    if record.is_file():
+        try:
+            known = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError:
+            known = {}
+    differing = [name for name, value in facts.items() if known.get(name) != json.loads(json.dumps(value))]
+    if images and differing and not overwrite:
+        names = ", ".join(differing)
+        raise UserError(
+            f"--output_dir: {folder} holds images drawn with another {names}; choose another folder, or give "
+            "--overwrite_output_dir"
+        )
+    if differing:
+        for image in images:
+            image.unlink()
+    for left in folder.glob(".tmp-*.png"):
+        left.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(record, facts)
+    except OSError as error:
+        raise UserError(f"--output_dir: {folder} can't be written: {error.strerror or error}") from error
+
+
+def invalid_images(paths: Sequence[Path], note: Callable[[int], None] | None = None) -> dict[str, list[str]]:
+    """The names of images that are NaN, black, or of one colour, by which of these they are."""
+    found: dict[str, list[str]] = {"nan": [], "black": [], "constant": []}
+    for path in paths:
+        with Image.open(path) as image:
+            state = image.info.get(STATE_KEY)
+            if state is None:
+                state = state_of(np.asarray(image.convert("RGB"), np.float32) / 255)
+        if state in found:
+            found[state].append(path.name)
+        if note is not None:
+            note(1)
+    return found

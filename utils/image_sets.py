@@ -1,0 +1,182 @@
+"""Sets of images to score: drawn ones, a folder's, a dataset's."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils.data.captions import CaptionOptions
+from utils.data.folders import is_image, list_files
+from utils.data.images import read_rgb
+from utils.data.sources import DataOptions, Records, SourceOptions, read_records
+from utils.metrics.features import Picture
+from utils.metrics.subjects import ImageSet
+from utils.options import UserError, option, require, require_positive
+from utils.prompts import Task
+
+logger = logging.getLogger(__name__)
+DRAWN_NAME = re.compile(r"(\d{5,})_(\d{5,})")
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    reference: str | None = option(
+        None, "real images to compare with: a folder, a dataset, or statistics in an .npz file"
+    )
+    reference_split: str = option("train", "split of a reference that is a dataset")
+    reference_image_column: str = option("image", "column of its images")
+    reference_caption_column: str = option("text", "column of its captions, where a folder's metadata have another")
+    reference_resolution: int | None = option(
+        None, "the reference is cut to squares of this edge as in training; by default whole images are taken"
+    )
+    max_reference_images: int | None = option(None, "take so many images of it, drawn by the seed")
+    training_images: str | None = option(None, "what was trained on, for memorisation: a folder or a dataset")
+    save_reference: str | None = option(None, "keep the reference's statistics as this .npz file")
+    allow_stats_mismatch: bool = option(False, "take statistics that were made with another network or preparation")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "reference_resolution", "max_reference_images")
+        for name in ("reference", "training_images"):
+            value = getattr(self, name)
+            is_path = value is not None and (
+                Path(value).is_absolute() or value.startswith(".") or value.count("/") > 1 or value.endswith(".npz")
+            )
+            require(not is_path or Path(value).exists(), name, value, "be a folder, dataset or file that exists")
+        file = self.save_reference
+        require(file is None or file.endswith(".npz"), "save_reference", file, "end with .npz")
+        if file is not None and (self.reference is None or self.is_statistics):
+            raise UserError("--save_reference keeps what --reference FOLDER gives; give a folder or a dataset")
+
+    @property
+    def is_statistics(self) -> bool:
+        """Whether the reference is a file of statistics."""
+        return self.reference is not None and self.reference.endswith(".npz")
+
+
+def drawn_images(folder: Path, tasks: Sequence[Task]) -> ImageSet:
+    """The images of tasks, drawn into a folder. Without prompts or classes each image is a cluster of its own."""
+    texts = [task.prompt.text for task in tasks]
+    has_texts = all(text is not None for text in texts)
+    is_plain = not has_texts and all(task.prompt.label is None for task in tasks)
+    numbers = np.array([task.number for task in tasks], int)
+    samples = np.array([task.sample for task in tasks], int)
+    paths = [folder / f"{task.name}.png" for task in tasks]
+    pictures = [Picture(path.name, partial(read_rgb, str(path))) for path in paths]
+    clusters = np.arange(len(tasks)) if is_plain else numbers
+    return ImageSet(pictures, texts if has_texts else None, clusters, samples)
+
+
+def folder_images(folder: Path, prompts: Sequence[str] | None = None) -> ImageSet:
+    """The images of a folder in the order of their names, with their prompts where they are known.
+
+    Prompts are those given, or the text `prompt` in the PNGs, or the captions that a folder for training would have.
+    Names of ours, `{prompt}_{sample}.png`, say which images share one; else equal texts do.
+
+    Raises:
+        UserError: if there are none, or other than as many prompts as images.
+    """
+    names = [name for name in list_files(folder) if is_image(name)]
+    if not names:
+        raise UserError(f"--images {folder} holds no images")
+    if prompts is not None and len(prompts) != len(names):
+        raise UserError(f"--images {folder} holds {len(names)} images, the prompts are {len(prompts)}; give one each")
+    texts = list(prompts) if prompts is not None else _png_prompts(folder, names) or _captions(folder, names)
+    matches = [DRAWN_NAME.fullmatch(Path(name).stem) for name in names]
+    if all(matches) and texts is not None:
+        clusters = np.array([int(match[1]) for match in matches])
+        samples = np.array([int(match[2]) for match in matches])
+    elif texts is not None:
+        numbers: dict[str, int] = {}
+        clusters = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
+        seen: dict[int, int] = {}
+        samples = np.array([_count(seen, cluster) for cluster in clusters.tolist()])
+    else:
+        clusters = samples = np.arange(len(names))
+    pictures = [Picture(name, partial(read_rgb, str(folder / name))) for name in names]
+    return ImageSet(pictures, texts, clusters, samples)
+
+
+def _count(seen: dict[int, int], key: int) -> int:
+    seen[key] = seen.get(key, -1) + 1
+    return seen[key]
+
+
+def _png_prompts(folder: Path, names: Sequence[str]) -> list[str] | None:
+    texts = []
+    for name in names:
+        if not name.lower().endswith(".png"):
+            return None
+        try:
+            with Image.open(folder / name) as image:
+                texts.append(image.info.get("prompt"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"--images {folder / name} can't be read: {error}") from error
+        if texts[-1] is None:
+            return None
+    return texts
+
+
+def _captions(folder: Path, names: Sequence[str]) -> list[str] | None:
+    try:
+        records = read_records(DataOptions(), SourceOptions(train_data_dir=str(folder)), CaptionOptions(), 0)
+    except UserError as error:
+        logger.warning("%s: no captions are read: %s", folder, error)
+        return None
+    found = {records.key(index): records.captions(index)[0] for index in range(len(records))}
+    texts = [found.get(name, "") for name in names]
+    return texts if all(texts) else None
+
+
+def read_images(flag: str, name: str, options: ReferenceOptions, seed: int) -> ImageSet:
+    """The images of a folder (as for training, captions or none) or a dataset.
+
+    Raises:
+        UserError: if there are none, or they can't be read.
+    """
+    path = Path(name)
+    is_saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+    shared = {
+        "dataset_split": options.reference_split,
+        "image_column": options.reference_image_column,
+        "caption_column": options.reference_caption_column,
+        "max_train_samples": options.max_reference_images if flag == "reference" else None,
+    }
+    source = {"train_data_dir": name} if path.exists() and not is_saved else {"dataset_name": name}
+    try:
+        records = read_records(DataOptions(), SourceOptions(**source, **shared), CaptionOptions(), seed)
+    except UserError as error:
+        text = str(error)
+        for ours, theirs in (
+            *(("--train_data_dir", f"--{flag}"), ("--dataset_name", f"--{flag}")),
+            *(("--caption_column", "--reference_caption_column"), ("--image_column", "--reference_image_column")),
+            ("--dataset_split", "--reference_split"),
+        ):
+            text = text.replace(ours, theirs)
+        raise UserError(text if flag in text else f"--{flag} {name}: {text}") from error
+    count = len(records)
+    read = partial(_read_record, records, resolution=options.reference_resolution)
+    pictures = [Picture(records.key(index), partial(read, index)) for index in range(count)]
+    return ImageSet(pictures, None, np.arange(count), np.arange(count), _fingerprint(records, options))
+
+
+def _read_record(records: Records, index: int, resolution: int | None) -> Image.Image:
+    image = read_rgb(records.image(index))
+    return image if resolution is None else ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def _fingerprint(records: Records, options: ReferenceOptions) -> str:
+    """The SHA-256 of the images' bytes and of how they are cut."""
+    digest = hashlib.sha256(str(options.reference_resolution).encode())
+    for index in range(len(records)):
+        content = records.image(index)
+        try:
+            digest.update(content if isinstance(content, bytes) else Path(content).read_bytes())
+        except OSError as error:
+            raise UserError(f"--reference: {records.key(index)} can't be read: {error.strerror or error}") from error
+    return digest.hexdigest()

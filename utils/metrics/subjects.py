@@ -1,0 +1,333 @@
+"""Sets of images and what networks see in them; each feature is computed once, spread over the processes."""
+
+import json
+import logging
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.metrics.distances import Failed, Moments, NotComputable, PairSums, as_features, moments
+from utils.metrics.features import DIFFERENT_SIZES, Network, Networks, Picture
+from utils.options import UserError, first_line
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+SYMMETRY = 1e-6
+STATISTICS_VERSION = 1
+BROKEN_ARCHIVE = (
+    *(OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, ArithmeticError, NotImplementedError),
+    *(SyntaxError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error),
+)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images to score.
+
+    Attributes:
+        pictures: in an order that does not depend on how they were made.
+        prompts: the text of each image; None without texts.
+        clusters: [N] the number of the prompt of each image.
+        samples: [N] which of its prompt's images each one is.
+        fingerprint: of what the images are.
+    """
+
+    pictures: Sequence[Picture]
+    prompts: Sequence[str] | None
+    clusters: np.ndarray
+    samples: np.ndarray
+    fingerprint: str = ""
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def is_like(self, other: "ImageSet") -> bool:
+        """Whether image n of both is of the same prompt, and the same one of its images."""
+        if len(self) != len(other) or list(self.prompts or ()) != list(other.prompts or ()):
+            return False
+        return bool((self.clusters == other.clusters).all() and (self.samples == other.samples).all())
+
+
+class Workers:
+    """The processes among which images are spread, and how many of them a network takes at once."""
+
+    def __init__(self, accelerator: "Accelerator | None", batch_size: int):
+        self._accelerator = accelerator
+        self.batch_size = batch_size
+
+    @property
+    def _count(self) -> int:
+        return 1 if self._accelerator is None else self._accelerator.num_processes
+
+    def mine(self, items: Sequence) -> Sequence:
+        """This process's share: a run of neighbours."""
+        if self._accelerator is None:
+            return items
+        rank, count = self._accelerator.process_index, self._accelerator.num_processes
+        return items[len(items) * rank // count : len(items) * (rank + 1) // count]
+
+    def gather(self, result: object, error: NotComputable | None) -> list:
+        """The results of all processes, in their order.
+
+        Raises:
+            NotComputable: on all, if one of them met it.
+        """
+        if self._count == 1:
+            if error is not None:
+                raise error
+            return [result]
+        from accelerate.utils import gather_object
+
+        found = gather_object([(result, None if error is None else (type(error), str(error)))])
+        raised = next((raised for _, raised in found if raised is not None), None)
+        if raised is not None:
+            raise raised[0](raised[1])
+        return [each for each, _ in found]
+
+    def batches(self, items: Sequence, label: str) -> Iterator[Sequence]:
+        """Batches of items, with a progress bar on the main process."""
+        from tqdm.auto import tqdm
+
+        is_main = self._accelerator is None or self._accelerator.is_main_process
+        wait = 0.5 if sys.stderr.isatty() else 30
+        with tqdm(
+            total=len(items), desc=label, unit="image", disable=not is_main, mininterval=wait, leave=False
+        ) as bar:
+            for start in range(0, len(items), self.batch_size):
+                yield items[start : start + self.batch_size]
+                bar.update(len(items[start : start + self.batch_size]))
+
+
+class Subject:
+    """A set of images, and features of them, which are computed when they are first asked for."""
+
+    def __init__(self, images: ImageSet, networks: Networks, workers: Workers):
+        self.images = images
+        self.networks = networks
+        self.workers = workers
+        self._features: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def features(self, name: str) -> np.ndarray:
+        """[N, d] of a network of `NETWORKS`.
+
+        Raises:
+            NotComputable: if the network is not there, or an image's features are not finite.
+        """
+        if name not in self._features:
+            network, error, rows = self.networks.get(name), None, []
+            try:
+                for batch in self.workers.batches(self.workers.mine(self.images.pictures), f"{network.name} features"):
+                    rows.append(network(batch, self.networks.device))
+            except NotComputable as raised:
+                error = raised
+            except RuntimeError as raised:  # such as out of memory: the other processes must not wait for this one
+                error = Failed(f"{network.name}: {first_line(raised)}")
+            parts = self.workers.gather(np.concatenate(rows) if rows else None, error)
+            self._features[name] = np.concatenate([part for part in parts if part is not None])
+        return self._features[name]
+
+    def moments(self, name: str) -> Moments:
+        """Mean and covariance of a network's features."""
+        return moments(self.features(name))
+
+    def pair_sums(self, name: str) -> tuple[PairSums, np.ndarray, np.ndarray]:
+        """(sums over all embeddings, mean distance of the pairs of each prompt that has pairs, those prompts' numbers).
+
+        Embeddings are summed up as they come: they may be too large to keep.
+        """
+        network = self.networks.get(name)
+        by_prompt: dict[int, list[Picture]] = {}
+        for picture, cluster in zip(self.images.pictures, self.images.clusters.tolist(), strict=True):
+            by_prompt.setdefault(cluster, []).append(picture)
+        error = result = None
+        try:
+            result = self._sum_pairs(network, self.workers.mine(list(by_prompt.items())))
+        except NotComputable as raised:
+            error = raised
+        except RuntimeError as raised:
+            error = Failed(f"{network.name}: {first_line(raised)}")
+        parts = [part for part in self.workers.gather(result, error) if part[0] is not None]
+        if not parts:
+            raise NotComputable("there are no images")
+        if len({len(total.vector) for total, _ in parts}) > 1:
+            raise NotComputable(DIFFERENT_SIZES)
+        total = parts[0][0]
+        for other, _ in parts[1:]:
+            total = total + other
+        means = [pair for _, some in parts for pair in some]
+        return total, np.array([mean for _, mean in means]), np.array([cluster for cluster, _ in means], int)
+
+    def _sum_pairs(
+        self, network: Network, prompts: Sequence[tuple[int, list[Picture]]]
+    ) -> tuple[PairSums | None, list[tuple[int, float]]]:
+        total, means = None, []
+        flat = [(cluster, picture) for cluster, pictures in prompts for picture in pictures]
+        open_cluster, open_sums = None, None
+        for batch in self.workers.batches(flat, f"{network.name} features"):
+            embeddings = network([picture for _, picture in batch], self.networks.device)
+            if total is not None and embeddings.shape[1] != len(total.vector):
+                raise NotComputable(DIFFERENT_SIZES)
+            for (cluster, _), embedding in zip(batch, embeddings, strict=True):
+                sums = PairSums.of(embedding[None])
+                total = sums if total is None else total + sums
+                if cluster == open_cluster:
+                    open_sums = open_sums + sums
+                    continue
+                if open_sums is not None and open_sums.count > 1:
+                    means.append((open_cluster, open_sums.mean_distance))
+                open_cluster, open_sums = cluster, sums
+        if open_sums is not None and open_sums.count > 1:
+            means.append((open_cluster, open_sums.mean_distance))
+        return total, means
+
+
+class Statistics:
+    """Kept statistics of a reference under one network: what pytorch-fid and clean-fid read, and more where it is ours.
+
+    Attributes:
+        network: the name in `NETWORKS` that it is of.
+    """
+
+    def __init__(self, found: Moments, rows: np.ndarray | None, facts: dict[str, object] | None, source: str):
+        self.network = "main"
+        self._moments = found
+        self._rows = rows
+        self.facts = facts
+        self.source = source
+
+    def __len__(self) -> int:
+        return self._moments.count
+
+    @staticmethod
+    def read(path: Path) -> "Statistics":
+        """Reads an `.npz` file, of which nothing is unpickled.
+
+        Raises:
+            UserError: if it is no file of statistics, or one that can't be right.
+        """
+        flag = f"--reference {path}"
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {name: file[name] for name in ("mu", "sigma", "n", "feats", "fingerprint") if name in file}
+        except BROKEN_ARCHIVE as error:
+            raise UserError(f"{flag} can't be read as statistics: {first_line(error)}") from error
+        absent = [name for name in ("mu", "sigma") if name not in found]
+        if absent:
+            raise UserError(f"{flag} holds no {absent[0]}; statistics have mu [d] and sigma [d, d]")
+        mean, covariance = np.asarray(found["mu"]), np.asarray(found["sigma"])
+        if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
+            raise UserError(f"{flag}: mu and sigma must be numbers")
+        mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise UserError(f"{flag}: mu {list(mean.shape)} and sigma {list(covariance.shape)} must be [d] and [d, d]")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise UserError(f"{flag} holds numbers that are not finite")
+        if not np.allclose(
+            covariance, covariance.T, rtol=SYMMETRY, atol=SYMMETRY * max(np.abs(covariance).max(), 1e-12)
+        ):
+            raise UserError(f"{flag}: sigma is not symmetric, so it is no covariance")
+        if (np.diag(covariance) < 0).any():
+            raise UserError(f"{flag}: sigma has a negative variance, so it is no covariance")
+        rows = found.get("feats")
+        if rows is not None:
+            try:
+                rows = as_features(rows, 1)
+            except (NotComputable, ValueError) as error:
+                raise UserError(f"{flag}: feats: {first_line(error)}") from error
+            if rows.shape[1] != len(mean):
+                raise UserError(f"{flag}: feats have {rows.shape[1]} features, mu has {len(mean)}")
+        facts = None
+        if "fingerprint" in found:
+            try:
+                facts = json.loads(str(found["fingerprint"]))
+            except ValueError as error:
+                raise UserError(f"{flag}: its fingerprint is no JSON") from error
+        count = int(found["n"]) if "n" in found and np.ndim(found["n"]) == 0 else 0 if rows is None else len(rows)
+        return Statistics(Moments(mean, covariance, count), rows, facts, str(path))
+
+    def check(self, network: Network, num_features: int | None, may_differ: bool) -> None:
+        """Refuses statistics of another network or preparation.
+
+        Args:
+            num_features: those of the network, where they are known.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        d = len(self._moments.mean)
+        if num_features is not None and d != num_features:
+            raise UserError(
+                f"--reference {self.source} has {d} features, the network {network.name} has {num_features}"
+            )
+        if self.facts is None:
+            logger.warning(
+                "--reference %s does not say which network and preparation it is of; it is taken for %s",
+                self.source,
+                network.settings,
+            )
+            return
+        ours = network_facts(network)
+        differing = [name for name, value in ours.items() if self.facts.get(name) != value]
+        if differing and not may_differ:
+            name = differing[0]
+            raise UserError(
+                f"--reference {self.source} was made with another {name}: {self.facts.get(name)}, not {ours[name]}; "
+                "make it anew from the images, or give --allow_stats_mismatch"
+            )
+        if differing:
+            logger.warning("--reference %s was made with another %s", self.source, ", ".join(differing))
+
+    def moments(self, name: str) -> Moments:
+        """Mean and covariance."""
+        self._check_name(name)
+        return self._moments
+
+    def features(self, name: str) -> np.ndarray:
+        """[M, d] the features, where the file has them."""
+        self._check_name(name)
+        if self._rows is None:
+            raise NotComputable(f"{self.source} holds mu and sigma alone; give the reference's images")
+        return self._rows
+
+    def _check_name(self, name: str) -> None:
+        if name != self.network:
+            raise NotComputable(f"{self.source} holds statistics of one network; give the reference's images")
+
+
+def network_facts(network: Network) -> dict[str, str]:
+    """What statistics depend on of a network."""
+    return {"network": network.name, "settings": network.settings, "weights": network.fingerprint}
+
+
+def write_statistics(path: Path, subject: Subject, name: str) -> None:
+    """Keeps a set's statistics under a network: `mu`, `sigma`, `n`, `feats` and a fingerprint as JSON."""
+    network, rows = subject.networks.get(name), subject.features(name)
+    found = moments(rows)
+    facts = network_facts(network) | {"images": subject.images.fingerprint, "version": STATISTICS_VERSION}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".tmp-{path.name}")
+    with aside.open("wb") as file:
+        np.savez(
+            file,
+            mu=found.mean,
+            sigma=found.covariance,
+            n=np.int64(found.count),
+            feats=rows.astype(np.float32),
+            fingerprint=np.array(json.dumps(facts)),
+        )
+    aside.replace(path)
+
+
+Reference = Subject | Statistics

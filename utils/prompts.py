@@ -1,0 +1,238 @@
+"""Which images are drawn: prompts, classes or neither, how many of each, and what an image starts from."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.data.captions import CaptionOptions
+from utils.data.folders import is_image, list_files
+from utils.data.sources import DataOptions, SourceOptions, read_records
+from utils.options import UserError, first_line, nearest, option, require, require_positive
+
+PROMPT_COLUMNS = ("prompt", "text", "caption")
+DEFAULT_EACH, DEFAULT_UNCONDITIONAL = 4, 64
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    prompts: list[str] | None = option(None, "prompts to draw", aliases=["--prompt"])
+    prompts_file: str | None = option(
+        None, "prompts of a file: .txt one a line, .jsonl or .csv with a column prompt, text or caption"
+    )
+    prompts_dataset: str | None = option(None, "prompts of a dataset: a Hub name or a local path")
+    prompts_split: str = option("train", "split of that dataset")
+    prompts_column: str | None = option(
+        None, "column of the prompts, in the file, the dataset or the folder's metadata"
+    )
+    captions_dir: str | None = option(None, "prompts are the captions of a folder of images, the first of each")
+    max_prompts: int | None = option(None, "take the first so many prompts")
+    class_labels: list[int] | None = option(None, "classes that a class-conditional pipeline draws; by default all")
+    num_images: int | None = option(None, "images in total, one after the other of each prompt or class")
+    images_per_prompt: int | None = option(None, "images of each prompt or class; by default 4")
+    init_images: str | None = option(None, "image or folder of images that drawing starts from: variations of them")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_prompts", "num_images", "images_per_prompt")
+        given = [name for name in ("prompts", "prompts_file", "prompts_dataset", "captions_dir") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"--{given[0]} and --{given[1]} both say which prompts to draw; give one")
+        if given and self.class_labels is not None:
+            raise UserError(f"--{given[0]} are texts and --class_labels classes; a pipeline takes one or the other")
+        for name in ("prompts_file",):
+            file = getattr(self, name)
+            require(file is None or Path(file).is_file(), name, file, "be a file that exists")
+        folder = self.captions_dir
+        require(folder is None or Path(folder).is_dir(), "captions_dir", folder, "be a folder that exists")
+        start = self.init_images
+        require(start is None or Path(start).exists(), "init_images", start, "be an image or a folder that exists")
+        labels = self.class_labels or []
+        require(all(label >= 0 for label in labels), "class_labels", labels, "be 0 or more")
+        if self.num_images is not None and self.images_per_prompt is not None:
+            raise UserError("--num_images and --images_per_prompt both say how many images; give one")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one or more images are drawn of.
+
+    Attributes:
+        text: the prompt, or the class's name where it has one.
+        label: the class; None of texts.
+        init_image: what drawing starts from; None for noise.
+        facts: the row of the file that it comes from.
+    """
+
+    text: str | None
+    label: int | None = None
+    init_image: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
+
+
+class Task(NamedTuple):
+    """An image to draw: sample number `sample` of prompt number `number`."""
+
+    number: int
+    sample: int
+    prompt: Prompt
+
+    @property
+    def name(self) -> str:
+        """The stem of its file, of numbers alone."""
+        return f"{self.number:05d}_{self.sample:05d}"
+
+
+def read_prompts(options: PromptOptions) -> list[Prompt]:
+    """The prompts that the options name, with what each starts from; none without.
+
+    Raises:
+        UserError: if they can't be read, or there are none.
+    """
+    prompts = [Prompt(text, facts=facts) for text, facts in _texts(options)]
+    if options.init_images is not None:
+        prompts = _with_init_images(prompts, _init_images(Path(options.init_images)))
+    return prompts[: options.max_prompts]
+
+
+def _texts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
+    if options.prompts is not None:
+        return [(text, {"prompt": text}) for text in options.prompts]
+    if options.prompts_file is not None:
+        found = _file_prompts(Path(options.prompts_file), options.prompts_column)
+    elif options.prompts_dataset is not None:
+        found = _dataset_prompts(options)
+    elif options.captions_dir is not None:
+        source = SourceOptions(train_data_dir=options.captions_dir, caption_column=options.prompts_column or "text")
+        try:
+            records = read_records(DataOptions(), source, CaptionOptions(), 0)
+        except UserError as error:
+            raise UserError(_renamed(error, "captions_dir")) from error
+        captions = [records.captions(index)[0] for index in range(len(records))]
+        found = [(text, {"prompt": text}) for text in captions if text]
+        if not found:
+            raise UserError(f"--captions_dir {options.captions_dir} has images, but no captions")
+    else:
+        return []
+    if not found:
+        raise UserError(f"--{'prompts_file' if options.prompts_file else 'prompts_dataset'} holds no prompts")
+    return found
+
+
+def _renamed(error: Exception, flag: str) -> str:
+    """A message of the data's modules under the flag that was given."""
+    text = str(error)
+    for known in ("--train_data_dir", "--dataset_name"):
+        text = text.replace(known, f"--{flag}")
+    return text.replace("--caption_column", "--prompts_column").replace("--dataset_split", "--prompts_split")
+
+
+def _file_prompts(file: Path, column: str | None) -> list[tuple[str, dict[str, Any]]]:
+    flag = f"--prompts_file {file}"
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == ".csv":
+            rows: list[dict] = list(csv.DictReader(text.splitlines()))
+        elif file.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            return [(line.strip(), {"prompt": line.strip()}) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{flag} can't be read: {first_line(error)}") from error
+    return [(_text_of(row, column, f"{flag}, row {number}"), row) for number, row in enumerate(rows, start=1)]
+
+
+def _text_of(row: object, column: str | None, where: str) -> str:
+    if isinstance(row, str):
+        return row
+    columns = list(row) if isinstance(row, dict) else []
+    name = column or next((name for name in PROMPT_COLUMNS if name in columns), None)
+    if name not in columns:
+        hint = nearest(column, columns) if column else ""
+        asked = f"no column {column}" if column else f"none of the columns {', '.join(PROMPT_COLUMNS)}"
+        cure = f"did you mean --prompts_column {hint}?" if hint else "name one with --prompts_column"
+        raise UserError(f"{where} has {asked}; {cure}")
+    value = row[name]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {name} must be a text, got {value!r}")
+    return value
+
+
+def _dataset_prompts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    name, flag = options.prompts_dataset, f"--prompts_dataset {options.prompts_dataset}"
+    try:
+        path = Path(name)
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            found = load_from_disk(name)
+            found = found if isinstance(found, Dataset) else found[options.prompts_split]
+        else:
+            found = load_dataset(name, split=options.prompts_split)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
+    names = found.column_names
+    column = options.prompts_column or next((each for each in PROMPT_COLUMNS if each in names), None)
+    if column not in names:
+        hint = nearest(column or "", names)
+        cure = f"did you mean --prompts_column {hint}?" if hint else f"it has {', '.join(names)}; name one"
+        raise UserError(f"{flag} has no column {column or ' or '.join(PROMPT_COLUMNS)}; {cure}")
+    rows = found.select_columns([column])[: options.max_prompts][column]
+    texts = [row[0] if isinstance(row, list) and row else row for row in rows]
+    wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise UserError(f"{flag}: row {wrong} of {column} must be a text, got {texts[wrong]!r}")
+    return [(text, {"prompt": text}) for text in texts]
+
+
+def _init_images(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    found = [path / name for name in list_files(path) if is_image(name)]
+    if not found:
+        raise UserError(f"--init_images {path} holds no images")
+    return found
+
+
+def _with_init_images(prompts: Sequence[Prompt], images: Sequence[Path]) -> list[Prompt]:
+    """Each prompt with its image: one of a kind goes with all of the other, else they go in pairs."""
+    if not prompts:
+        prompts = [Prompt("")]
+    if len(prompts) == 1:
+        return [Prompt(prompts[0].text, init_image=image, facts=prompts[0].facts) for image in images]
+    if len(images) == 1:
+        return [Prompt(prompt.text, init_image=images[0], facts=prompt.facts) for prompt in prompts]
+    if len(prompts) != len(images):
+        raise UserError(
+            f"--init_images are {len(images)} and the prompts {len(prompts)}; give one of either, or as many of both"
+        )
+    return [
+        Prompt(prompt.text, init_image=image, facts=prompt.facts) for prompt, image in zip(prompts, images, strict=True)
+    ]
+
+
+def plan_tasks(prompts: Sequence[Prompt], options: PromptOptions) -> list[Task]:
+    """The images to draw, prompt by prompt.
+
+    `--num_images` gives each prompt one in turn until there are enough. Without prompts there is a single one, None.
+    """
+    count = len(prompts)
+    default = DEFAULT_UNCONDITIONAL if count == 1 and prompts[0].text is None and prompts[0].label is None else None
+    if options.num_images is not None:
+        total = options.num_images
+        each = [total // count + (number < total % count) for number in range(count)]
+    else:
+        each = [options.images_per_prompt or default or DEFAULT_EACH] * count
+    return [Task(number, sample, prompt) for number, prompt in enumerate(prompts) for sample in range(each[number])]
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """The SHA-256 of prompts, classes and the bytes of what they start from."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        start = prompt.init_image
+        content = None if start is None else hashlib.sha256(start.read_bytes()).hexdigest()
+        digest.update(json.dumps([prompt.text, prompt.label, content]).encode())
+    return digest.hexdigest()
