@@ -39,6 +39,7 @@ from utils.gradients import FREE_CURE, setting
 from utils.held_out import EarlyStoppingOptions, HeldOut, History
 from utils.length import LengthOptions
 from utils.losses import LossOptions
+from utils.metrics.features import FeatureOptions
 from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
 from utils.objective import Objective
 from utils.optim import OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
@@ -55,6 +56,7 @@ from utils.runtime import (
     use_hub_cache_if_offline,
     weight_dtype,
 )
+from utils.sampling_controls import SamplingControlOptions, SamplingControls
 from utils.seeding import model_seed
 from utils.starting import (
     choose_group_size,
@@ -73,6 +75,7 @@ from utils.state import CheckpointSaver, RunState, evaluating
 from utils.stopping import StopRequests
 from utils.terms import TermOptions
 from utils.tracking import RunLog, Sample, TrackingOptions
+from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
 from utils.validation import Sampler, ValidationOptions
 
 if TYPE_CHECKING:
@@ -110,6 +113,9 @@ class Options:
     runtime: RuntimeOptions
     tracking: TrackingOptions
     hub: HubOptions
+    evaluation: EvaluationOptions
+    features: FeatureOptions
+    controls: SamplingControlOptions
 
     @property
     def structure(self) -> dict[str, object]:
@@ -236,11 +242,16 @@ def run(argv: Sequence[str] | None) -> None:
         dataset = TrainingDataset(images, batches, spec, options.image, draws, encodings)
         at_once = samples_at_once(options.buckets, options.loader, group_size)
         pieces = images.pieces(batches, at_once, rank, num_processes, first_step, total_steps)
-        waiting = Waiting()
+        waiting, controls = Waiting(), SamplingControls(options.controls)
         loader = batches_by_step(
             dataset, pieces, num_workers, options.loader.dataloader_timeout, accelerator.device.type == "cuda", waiting
         )
-        sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed, requests)
+        sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed, requests, controls)
+        evaluation = TrainingEvaluation(
+            *(options.evaluation, options.features, accelerator, folder.path, seed),
+            *(options.validation.prompts, first_step, controls),
+        )
+        evaluation.check(family.pipeline)
         open_records(options, accelerator, folder, options.tracking)
         logger.info("training\n%s", plan)
         steps_in_backward, saving = rates.optimizer_in_backward, memory_savers(options)
@@ -272,6 +283,9 @@ def run(argv: Sequence[str] | None) -> None:
                 is_due = done == course.total_steps or is_validation_due(options, family, batches, done)
                 if is_due:
                     course.measure(done)
+                if evaluation.is_due(done, course.total_steps):
+                    with log.paused(), evaluating(adaptation, average, optimizer), family.awake():
+                        log.values(evaluation.scores(family, done), done)
                 course.save(done)
                 if done == course.total_steps:
                     break

@@ -45,6 +45,7 @@ from utils.grids import GridSampler, SamplingOptions
 from utils.held_out import EarlyStoppingOptions, HeldOut, History
 from utils.length import LengthOptions
 from utils.losses import LossOptions
+from utils.metrics.features import FeatureOptions
 from utils.noise import NoiseDraws
 from utils.objective import Objective
 from utils.optim import SCHEDULES, OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
@@ -61,6 +62,7 @@ from utils.runtime import (
     use_hub_cache_if_offline,
     weight_dtype,
 )
+from utils.sampling_controls import SamplingControlOptions, SamplingControls
 from utils.scaling import known_scaling, measured_scaling, remember_scaling
 from utils.seeding import model_seed
 from utils.speed import SpeedOptions, hasten
@@ -81,6 +83,7 @@ from utils.state import CheckpointSaver, RunState, evaluating
 from utils.stopping import StopRequests
 from utils.terms import TermOptions
 from utils.tracking import TRACKERS, RunLog, Sample, TrackingOptions
+from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -148,6 +151,9 @@ class Options:
     speed: SpeedOptions
     tracking: Tracking
     hub: HubOptions
+    evaluation: EvaluationOptions
+    features: FeatureOptions
+    controls: SamplingControlOptions
 
     @property
     def structure(self) -> dict[str, object]:
@@ -276,11 +282,15 @@ def run(argv: Sequence[str] | None) -> None:
         dataset = TrainingDataset(images, batches, spec, options.image, draws, encodings)
         at_once = samples_at_once(options.buckets, options.loader, group_size)
         pieces = images.pieces(batches, at_once, rank, num_processes, first_step, total_steps)
-        waiting = Waiting()
+        waiting, controls = Waiting(), SamplingControls(options.controls)
         loader = batches_by_step(
             dataset, pieces, num_workers, options.loader.dataloader_timeout, accelerator.device.type == "cuda", waiting
         )
-        sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests)
+        sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests, controls)
+        evaluation = TrainingEvaluation(
+            *(options.evaluation, options.features, accelerator, folder.path, seed, None, first_step, controls)
+        )
+        evaluation.check(family.pipeline)
         open_records(options, accelerator, folder, options.tracking)
         logger.info("training\n%s", plan)
         steps_in_backward, saving = rates.optimizer_in_backward, memory_savers(options)
@@ -313,6 +323,9 @@ def run(argv: Sequence[str] | None) -> None:
                 is_due = done == course.total_steps or options.sampling.is_due(done, *ended)
                 if is_due:
                     course.measure(done)
+                if evaluation.is_due(done, course.total_steps):
+                    with log.paused(), evaluating(adaptation, average, optimizer), family.awake():
+                        log.values(evaluation.scores(family, done), done)
                 course.save(done)
                 if done == course.total_steps:
                     break

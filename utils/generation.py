@@ -435,7 +435,7 @@ class Drawer:
         self._takes = call_parameters(type(self.pipeline))
         self._batch_size = BatchSize(options.batch_size, device)
         self._check()
-        controls.check(self.pipeline)
+        controls.check(self.pipeline.scheduler)
 
     def _check(self) -> None:
         """Refuses options that the pipeline does not take."""

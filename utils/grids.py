@@ -14,6 +14,7 @@ from torch import nn
 from utils.families.unconditional import SAMPLERS, UnconditionalFamily, sampler_of
 from utils.options import option, require, require_not_negative, require_positive
 from utils.runtime import autocast
+from utils.sampling_controls import SamplingControls
 from utils.sharding import unsharded
 from utils.stopping import StopRequests
 from utils.tracking import Sample
@@ -87,7 +88,10 @@ class GridSampler:
         folder: Path,
         seed: int,
         requests: StopRequests,
+        controls: SamplingControls | None = None,
     ):
+        self._controls = controls or SamplingControls()
+        self._controls.check(sampler_of(family.pipeline.scheduler, options.sampler))
         self._accelerator = accelerator
         self._family = family
         self._options = options
@@ -126,7 +130,7 @@ class GridSampler:
         scheduler = sampler_of(family.pipeline.scheduler, options.sampler)
         seeds = [self._seeds[number] for number in numbers]
         labels = [self._labels[number] for number in numbers] if self._labels else []
-        with autocast(self._accelerator):
+        with autocast(self._accelerator), self._controls.attached(family.pipeline, scheduler):
             return family.draw(
                 seeds, labels, scheduler, options.ddpm_num_inference_steps, options.guidance_scale, options.eta
             )

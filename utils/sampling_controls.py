@@ -147,25 +147,25 @@ class SamplingControls:
             controls.append(ProgressiveClamping(options.clamp_start, options.clamp_end))
         return controls
 
-    def check(self, pipeline: "DiffusionPipeline") -> None:
+    def check(self, scheduler: Any) -> None:
         """Refuses a scheduler whose steps can't be controlled.
 
         Raises:
             UserError: naming those that can.
         """
-        name = type(pipeline.scheduler).__name__
+        name = type(scheduler).__name__
         if self.are_on and name not in CONTROLLED:
             known = ", ".join(each.removesuffix("Scheduler") for each in CONTROLLED)
             raise UserError(f"--scheduler {name} can't be controlled while it samples; choose one of {known}")
 
     @contextmanager
-    def attached(self, pipeline: "DiffusionPipeline") -> Iterator[None]:
-        """Within it the controls act on each call of the pipeline."""
+    def attached(self, pipeline: "DiffusionPipeline", scheduler: Any = None) -> Iterator[None]:
+        """Within it the controls act on each call of the pipeline, or of its denoiser with another scheduler."""
         if not self.are_on:
             yield
             return
-        self.check(pipeline)
-        scheduler, scale = pipeline.scheduler, self._options.initial_noise_scale
+        scheduler, scale = scheduler or pipeline.scheduler, self._options.initial_noise_scale
+        self.check(scheduler)
         denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
         step = _ControlledStep(scheduler, self._controls(pipeline), scale)
         scheduler.step = step
@@ -175,6 +175,20 @@ class SamplingControls:
         finally:
             handle.remove()
             del scheduler.step  # the class's own is found again
+
+
+@contextmanager
+def controllable(controls: SamplingControls, pipeline: "DiffusionPipeline") -> Iterator[None]:
+    """Within it the pipeline samples by DDIM if controls are on and its own scheduler can't be controlled."""
+    from diffusers import DDIMScheduler
+
+    own = pipeline.scheduler
+    if controls.are_on and type(own).__name__ not in CONTROLLED:
+        pipeline.scheduler = DDIMScheduler.from_config(own.config)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own
 
 
 def _scale_input(step: "_ControlledStep", _: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from utils.families.base import Family
+from utils.families.text import TextFamily
 from utils.generation import Drawer, GenerationOptions, complete_prompts
 from utils.image_sets import ReferenceOptions, drawn_images, read_images
 from utils.metrics.case import Case, ScoreOptions
@@ -22,8 +24,9 @@ from utils.metrics.scores import Score
 from utils.metrics.subjects import Reference, Statistics, Subject, Workers
 from utils.options import UserError, option, require, require_not_negative, require_positive
 from utils.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
-from utils.runtime import on_main_process
-from utils.sampling_controls import SamplingControls
+from utils.runtime import autocast, on_main_process
+from utils.sampling_controls import SamplingControls, controllable
+from utils.sharding import unsharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -155,6 +158,14 @@ class TrainingEvaluation:
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether scores are computed after optimizer step number `step`, from 1."""
         return self._options.is_due(step, total_steps)
+
+    def scores(self, family: "Family", step: int) -> dict[str, float]:
+        """What is logged of the scores of a family's pipeline after `step`, its weights being those to draw with."""
+        parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
+        encode = partial(family.prompt_arguments, negative_prompt=None) if isinstance(family, TextFamily) else None
+        with unsharded(parts), controllable(self._controls, family.pipeline):
+            found = self.measure(family.pipeline, step, encode=encode, around=partial(autocast, self._accelerator))
+        return {f"eval/{name}": value for name, value in found.items()}
 
     def measure(
         self,

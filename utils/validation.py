@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from utils.families.text import TextFamily
 from utils.options import UserError, option, require_not_negative, require_positive
 from utils.runtime import autocast
-from utils.sampling_controls import SamplingControls
+from utils.sampling_controls import SamplingControls, controllable
 from utils.sharding import unsharded
 from utils.stopping import StopRequests
 from utils.tracking import Sample
@@ -41,9 +41,14 @@ class ValidationOptions:
         if self.validation_prompts is not None and self.validation_prompt is not None:
             raise UserError("--validation_prompt and --validation_prompts are two ways to say the same; give one")
 
+    @property
+    def prompts(self) -> list[str]:
+        """All that samples are drawn of."""
+        return self.validation_prompts or ([self.validation_prompt] if self.validation_prompt else [])
+
     def requests(self, seed: int) -> list["SampleRequest"]:
         """The samples of one validation; number n has the seed `seed + n`, at every validation."""
-        prompts = self.validation_prompts or ([self.validation_prompt] if self.validation_prompt else [])
+        prompts = self.prompts
         each = self.num_validation_images
         if each is None:
             each = 4 if self.validation_prompt else 1
@@ -137,7 +142,8 @@ class Sampler:
         # the noise that the pipeline would draw, in float32, so that its scheduler computes in it under autocast too
         shape = self._family.latent_space.shape((self._resolution, self._resolution))
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(request.seed))
-        with autocast(self._accelerator), self._controls.attached(pipeline):
+        controls = self._controls
+        with autocast(self._accelerator), controllable(controls, pipeline), controls.attached(pipeline):
             return pipeline(
                 **prompt,
                 **guidance,
