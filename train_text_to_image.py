@@ -285,7 +285,7 @@ def run(argv: Sequence[str] | None) -> None:
                     course.measure(done)
                 if evaluation.is_due(done, course.total_steps):
                     with log.paused(), evaluating(adaptation, average, optimizer), family.awake():
-                        log.values(evaluation.scores(family, done), done)
+                        log.values(evaluation.scores(family, done, resolution), done)
                 course.save(done)
                 if done == course.total_steps:
                     break

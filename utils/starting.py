@@ -41,6 +41,9 @@ PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "pef
 # what a resumed run may change: its length, intervals and logging, how it is spread, what only saves memory or time,
 # and where its data lie, which are compared themselves
 FREE_GROUPS = (
+    "evaluation",
+    "features",
+    "controls",
     "length",
     "checkpoint",
     "tracking",

@@ -159,12 +159,18 @@ class TrainingEvaluation:
         """Whether scores are computed after optimizer step number `step`, from 1."""
         return self._options.is_due(step, total_steps)
 
-    def scores(self, family: "Family", step: int) -> dict[str, float]:
-        """What is logged of the scores of a family's pipeline after `step`, its weights being those to draw with."""
+    def scores(self, family: "Family", step: int, resolution: int | None = None) -> dict[str, float]:
+        """What is logged of the scores of a family's pipeline after `step`, its weights being those to draw with.
+
+        Args:
+            resolution: edge of the images, where the pipeline draws more than one.
+        """
         parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
         encode = partial(family.prompt_arguments, negative_prompt=None) if isinstance(family, TextFamily) else None
+        size = {} if resolution is None else {"height": resolution, "width": resolution}
+        around = partial(autocast, self._accelerator)
         with unsharded(parts), controllable(self._controls, family.pipeline):
-            found = self.measure(family.pipeline, step, encode=encode, around=partial(autocast, self._accelerator))
+            found = self.measure(family.pipeline, step, encode, size, around)
         return {f"eval/{name}": value for name, value in found.items()}
 
     def measure(

@@ -47,7 +47,7 @@ FID_MODES = {
     "tf": "TensorFlow 1's bilinear, its corners unaligned, to 299; (x - 128) / 128",
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DIFFERENT_SIZES = "the images have different sizes; give --lpips_size"
+DIFFERENT_SIZES = "the network takes images as they are, and these have different sizes; for LPIPS give --lpips_size"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
