@@ -36,6 +36,7 @@ from utils.families.unconditional import (
     UnconditionalModelOptions,
     Wanted,
     default_edge,
+    fresh_scheduler,
     pick_unconditional,
     sampler_of,
 )
@@ -376,7 +377,13 @@ def check_together(options: Options) -> None:
 
 
 def check_family(options: Options, family_class: type[UnconditionalFamily]) -> None:
-    """Refuses what a model in pixels, or one of latents, can't do."""
+    """Refuses what a model in pixels, or one of latents, can't do, before data and weights are read."""
+    if options.model.pretrained_model_name_or_path is None:
+        edge = options.image.resolution or family_class.default_resolution
+        family_class.check_shape(options.model, Wanted(edge, options.image.channels))
+        scheduler = fresh_scheduler(options.noise, clips=True)
+        process_of(options.noise, scheduler)
+        sampler_of(scheduler, options.sampling.sampler)
     if options.perceptual.perceptual_weight is not None and options.image.image_channels != 3:
         raise UserError("--perceptual_weight compares colours, so --image_channels must be 3; leave one out")
     if family_class.coder_names:

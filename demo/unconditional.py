@@ -22,7 +22,7 @@ DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 
 from train_unconditional import main as train  # noqa: E402
-from utils.grids import STRIP, grid_of  # noqa: E402
+from utils.grids import film, grid_of  # noqa: E402
 from utils.runtime import silence_libraries  # noqa: E402
 
 silence_libraries()
@@ -83,6 +83,11 @@ def draw(folder: Path, count: int) -> list[Image.Image]:
     return pictures
 
 
+def pictures_of(ink: Tensor) -> list[Image.Image]:
+    """Ink [n, 8, 8] as pictures of 64 x 64 pixels."""
+    return [Image.fromarray(np.round(field * 255).astype(np.uint8)) for field in enlarged(ink)]
+
+
 def nearest(ink: Tensor, others: Tensor) -> Tensor:
     """[n] the root mean square distance of each picture to the nearest of others, in shares of full ink."""
     return torch.cdist(ink.flatten(1).double(), others.flatten(1).double()).min(dim=1).values / EDGE
@@ -136,9 +141,9 @@ def main() -> None:
     drawn = ink_of(pictures)
     print(verdict(drawn, train_classifier(), read_images(data), torch.from_numpy(judging.ink)))
     grid, strip = output / "unconditional_grid.png", output / "unconditional_film_strip.png"
-    shown = np.round(enlarged(drawn[:NUM_SHOWN]) * 255).astype(np.uint8)
-    grid_of([Image.fromarray(field) for field in shown], 20).save(grid)
-    shutil.copyfile(folder / "samples" / STRIP, strip)
+    grid_of(pictures_of(drawn[:NUM_SHOWN]), 20).save(grid)
+    frames = pictures_of(ink_of(film(folder / "samples")))
+    grid_of(frames, len(frames)).save(strip)
     print(f"\n{time.monotonic() - began:.0f} seconds\nresult: {folder}\npictures: {grid} {strip}")
 
 

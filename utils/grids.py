@@ -38,9 +38,7 @@ class SamplingOptions:
     ddpm_num_inference_steps: int = option(1000, "denoising steps of a sample", aliases=["--num_inference_steps"])
     eta: float = option(0.0, "share of DDPM's noise that DDIM draws anew at each step")
     guidance_scale: float = option(1.0, "classifier-free guidance of samples of classes; over 1 it is on")
-    num_samples: int | None = option(
-        None, "samples drawn each time, at least 1; by default --eval_batch_size, 0 for none"
-    )
+    num_samples: int | None = option(None, "samples drawn each time, or 0; by default --eval_batch_size")
     eval_batch_size: int = option(16, "samples that a process draws at once")
     save_images_epochs: int = option(10, "epochs between samples")
     save_images_steps: int | None = option(None, "optimizer steps between samples, instead of --save_images_epochs")

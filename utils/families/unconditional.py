@@ -147,6 +147,11 @@ class UnconditionalFamily(Family):
         if cls.has_classes and not has_classes:
             raise UserError(f"{name} ({cls.pipeline_class_name}) draws classes; add --class_conditional")
 
+    @classmethod
+    def check_shape(cls, options: UnconditionalModelOptions, wanted: Wanted) -> None:
+        """Refuses a shape of a denoiser from scratch that does not fit the images, before anything is loaded."""
+        unet_config(options, wanted.edge, wanted.channels, 1 if cls.has_classes else None)
+
     @abstractmethod
     def _space(self, parts: Mapping[str, nn.Module]) -> LatentSpace:
         """Where it is denoised."""
@@ -374,7 +379,7 @@ class Latents(UnconditionalFamily):
 
     def _fresh_parts(self, options: UnconditionalModelOptions, wanted: Wanted) -> dict[str, nn.Module]:
         coder = self._load_coder(options)
-        config = unet_config(options, self._latent_edge(coder, wanted), coder.config.latent_channels, None)
+        config = unet_config(options, self._latent_edge(coder.config, wanted), coder.config.latent_channels, None)
         return {"unet": make_denoiser("UNet2DModel", config, options.weight_init), self.coder_names[0]: coder}
 
     def _load_coder(self, options: UnconditionalModelOptions) -> nn.Module:
@@ -382,8 +387,19 @@ class Latents(UnconditionalFamily):
         self.measures_scaling = not has_scaling
         return coder
 
-    def _latent_edge(self, coder: nn.Module, wanted: Wanted) -> int:
-        factor = 2 ** (len(coder.config.block_out_channels) - 1)
+    @classmethod
+    def check_shape(cls, options: UnconditionalModelOptions, wanted: Wanted) -> None:
+        """The same, by the VAE's config."""
+        config, _ = coder_config(options.vae)
+        cls._check_latents(options, cls._latent_edge(config, wanted), config.get("latent_channels", 4))
+
+    @staticmethod
+    def _check_latents(options: UnconditionalModelOptions, edge: int, channels: int) -> None:
+        unet_config(options, edge, channels, None)
+
+    @staticmethod
+    def _latent_edge(config: Mapping, wanted: Wanted) -> int:
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
         below = wanted.edge - wanted.edge % factor
         cure = f"try {below or factor} or {below + factor}"
         require(wanted.edge % factor == 0, "resolution", wanted.edge, f"be divisible by {factor} for this VAE", cure)
@@ -398,7 +414,7 @@ class Latents(UnconditionalFamily):
         seen, given = denoiser.config.in_channels, coder.config.latent_channels
         if seen != given:
             raise UserError(f"the denoiser takes {seen} channels but the VAE's latents have {given}")
-        edge = self._latent_edge(coder, wanted)
+        edge = self._latent_edge(coder.config, wanted)
         if denoiser.config.sample_size != edge:
             super()._resize(denoiser, Wanted(edge, given))
 
@@ -449,13 +465,17 @@ class LabelledLatents(ClassLabelled, Latents):
 
     def _fresh_parts(self, options: UnconditionalModelOptions, wanted: Wanted) -> dict[str, nn.Module]:
         coder = self._load_coder(options)
-        config = transformer_config(options, self._latent_edge(coder, wanted), coder.config.latent_channels)
+        config = transformer_config(options, self._latent_edge(coder.config, wanted), coder.config.latent_channels)
         return {"transformer": make_denoiser("DiTTransformer2DModel", config, options.weight_init), "vae": coder}
+
+    @staticmethod
+    def _check_latents(options: UnconditionalModelOptions, edge: int, channels: int) -> None:
+        transformer_config(options, edge, channels)
 
     def _check(self, parts: Mapping[str, nn.Module], wanted: Wanted) -> None:
         if not wanted.is_square:
             raise UserError("--use_aspect_ratio_buckets: a DiT draws squares alone; leave it out")
-        edge, drawn = self._latent_edge(parts["vae"], wanted), parts["transformer"].config.sample_size
+        edge, drawn = self._latent_edge(parts["vae"].config, wanted), parts["transformer"].config.sample_size
         factor = wanted.edge // edge
         require(
             edge == drawn, "resolution", wanted.edge, f"be {drawn * factor}, the only one that this transformer draws"
@@ -557,10 +577,12 @@ def load_pipeline(pipeline_class: "type[DiffusionPipeline]", options: Unconditio
         raise UserError(f"--pretrained_model {name} can't be loaded: {first_line(error)}") from error
 
 
-def load_coder(name: str) -> tuple[nn.Module, bool]:
-    """(a VAE in float32, whether its config says by what its latents are scaled)."""
-    import diffusers
+def coder_config(name: str) -> tuple[dict, str | None]:
+    """(a VAE's config, the folder that it has in a pipeline's).
 
+    Raises:
+        UserError: if there is none, or of no supported class.
+    """
     subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
     if Path(name).is_absolute() and not Path(name).exists():
         raise UserError(f"--vae {name} does not exist; give the folder or Hub name of a VAE")
@@ -568,8 +590,16 @@ def load_coder(name: str) -> tuple[nn.Module, bool]:
     class_name = config.get("_class_name")
     if class_name not in CODERS:
         raise UserError(f"--vae {name} is a {class_name}; supported are {', '.join(CODERS)}")
+    return config | {"block_out_channels": config.get("block_out_channels") or [64]}, subfolder
+
+
+def load_coder(name: str) -> tuple[nn.Module, bool]:
+    """(a VAE in float32, whether its config says by what its latents are scaled)."""
+    import diffusers
+
+    config, subfolder = coder_config(name)
     try:
-        coder = getattr(diffusers, class_name).from_pretrained(
+        coder = getattr(diffusers, config["_class_name"]).from_pretrained(
             name, subfolder=subfolder, use_safetensors=True, dtype=torch.float32
         )
     except LOADING_ERRORS as error:
