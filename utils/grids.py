@@ -43,14 +43,12 @@ class SamplingOptions:
     save_images_epochs: int = option(10, "epochs between samples")
     save_images_steps: int | None = option(None, "optimizer steps between samples, instead of --save_images_epochs")
     save_model_epochs: int = option(10, "epochs between saves of the pipeline as it is then, in output_dir")
-    eval_metrics: list[str] | None = option(None, "not built yet: evaluate the finished pipeline instead")
 
     def __post_init__(self) -> None:
         require_positive(self, "ddpm_num_inference_steps", "eval_batch_size", "save_images_epochs", "save_images_steps")
         require_positive(self, "save_model_epochs")
         require_not_negative(self, "num_samples", "guidance_scale")
         require(0 <= self.eta <= 1, "eta", self.eta, "be from 0 to 1")
-        require(not self.eval_metrics, "eval_metrics", " ".join(self.eval_metrics or ()), "be left out for now")
         require(self.eta == 0 or self.sampler == "ddim", "eta", self.eta, "be 0 without --sampler ddim")
 
     @property

@@ -50,10 +50,12 @@ class EvaluationOptions:
     )
     eval_num_inference_steps: int | None = option(None, "denoising steps; by default the pipeline's")
     eval_guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
-    eval_batch_size: int | None = option(None, "images drawn at once; by default it grows until memory is full")
+    eval_sampling_batch_size: int | None = option(
+        None, "images drawn at once; by default it grows until memory is full"
+    )
 
     def __post_init__(self) -> None:
-        require_positive(self, "eval_steps", "eval_num_images", "eval_num_inference_steps", "eval_batch_size")
+        require_positive(self, "eval_steps", "eval_num_images", "eval_num_inference_steps", "eval_sampling_batch_size")
         require_not_negative(self, "eval_guidance_scale")
         file = self.eval_prompts_file
         require(file is None or Path(file).is_file(), "eval_prompts_file", file, "be a file that exists")
@@ -194,7 +196,7 @@ class TrainingEvaluation:
         generation = GenerationOptions(
             num_inference_steps=options.eval_num_inference_steps,
             guidance_scale=options.eval_guidance_scale,
-            batch_size=options.eval_batch_size,
+            batch_size=options.eval_sampling_batch_size,
         )
         complete = complete_prompts(pipeline, self._prompts, None)
         tasks = plan_tasks(complete, PromptOptions(num_images=options.eval_num_images))
