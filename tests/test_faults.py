@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_unconditional
 from tests import tiny
-from tests.conftest import message
+from tests.conftest import message, reset_accelerate
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_launch import command
 from utils.checkpoint import Checkpoints
@@ -281,3 +282,21 @@ def test_an_unexpected_error_of_a_save_is_raised(train, monkeypatch):
     monkeypatch.setattr(RunState, "saving", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train("sd", *FLAGS, "--max_train_steps", 2)
+
+
+@pytest.mark.parametrize("more", [(), ("--allow_pickle",)])
+def test_a_model_without_words_that_would_run_code(train, capsys, pipelines, tmp_path, marker, more):
+    folder = shutil.copytree(train("pixels", "--max_train_steps", 1, "--train_batch_size", 2), tmp_path / "pipeline")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    pickled(folder / "unet" / "diffusion_pytorch_model.bin", marker)
+    flags = ["--max_train_steps", 1, "--train_batch_size", 2, *more]
+    reset_accelerate()
+    argv = ["--train_data_dir", train.images, "--pretrained_model", folder, "--resolution", tiny.RESOLUTION, *flags]
+    assert (
+        train_unconditional.main(
+            [str(word) for word in (*argv, "--output_dir", tmp_path / "again", "--report_to", "none")]
+        )
+        == 2
+    )
+    said = message(capsys)
+    assert "can't be loaded" in said if more else "--allow_pickle" in said

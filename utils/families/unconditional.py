@@ -48,6 +48,9 @@ class UnconditionalModelOptions(ShapeOptions):
     vae: str | None = option(
         None, "folder or Hub name of a pretrained VAE in whose latents a denoiser from scratch is trained"
     )
+    allow_pickle: bool = option(
+        False, "also load weights that are kept as pickles (.bin); of these too nothing but tensors is read"
+    )
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
     vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
     vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
@@ -60,6 +63,11 @@ class UnconditionalModelOptions(ShapeOptions):
             raise UserError(f"--{self.given[0]} is of a denoiser from scratch; --pretrained_model has its own")
         if self.pretrained_model_name_or_path is not None and self.vae is not None:
             raise UserError("--vae is for a denoiser from scratch; the pipeline of --pretrained_model has its own")
+
+    @property
+    def use_safetensors(self) -> bool | None:
+        """As diffusers takes it: True, or None for pickles where there is nothing else."""
+        return None if self.allow_pickle else True
 
     @property
     def origin(self) -> str:
@@ -383,7 +391,7 @@ class Latents(UnconditionalFamily):
         return {"unet": make_denoiser("UNet2DModel", config, options.weight_init), self.coder_names[0]: coder}
 
     def _load_coder(self, options: UnconditionalModelOptions) -> nn.Module:
-        coder, has_scaling = load_coder(options.vae)
+        coder, has_scaling = load_coder(options.vae, options.use_safetensors)
         self.measures_scaling = not has_scaling
         return coder
 
@@ -448,7 +456,7 @@ class Latents(UnconditionalFamily):
             return getattr(self.pipeline, name)
         options = self.options
         if options.vae is not None:
-            coder, _ = load_coder(options.vae)
+            coder, _ = load_coder(options.vae, options.use_safetensors)
         else:
             coder = load_pipeline(self.pipeline_class(), options).components[name]
         coder.register_to_config(scaling_factor=getattr(self.pipeline, name).config.scaling_factor)
@@ -538,7 +546,8 @@ def pick_unconditional(
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
     if class_name not in PRETRAINED_FAMILIES:
         raise UserError(f"--pretrained_model {name} is a {class_name}; supported are {', '.join(PRETRAINED_FAMILIES)}")
-    refuse_pickles(path, index, "--pretrained_model")
+    if not options.allow_pickle:
+        refuse_pickles(path, index, "--pretrained_model")
     PRETRAINED_FAMILIES[class_name].check_before_loading(options, has_classes)
     return PRETRAINED_FAMILIES[class_name]
 
@@ -562,7 +571,7 @@ def refuse_pickles(folder: Path, index: Mapping, flag: str) -> None:
         if pickles and not list(part.glob("*.safetensors")):
             raise UserError(
                 f"{flag} {folder}: {name}/{pickles[0]} would need unpickling, which can run code; convert the pipeline "
-                "with save_pretrained(..., safe_serialization=True)"
+                "with save_pretrained(..., safe_serialization=True), or give --allow_pickle"
             )
 
 
@@ -571,7 +580,11 @@ def load_pipeline(pipeline_class: "type[DiffusionPipeline]", options: Unconditio
     name = options.pretrained_model_name_or_path
     try:
         return pipeline_class.from_pretrained(
-            name, revision=options.revision, variant=options.variant, use_safetensors=True, dtype=torch.float32
+            name,
+            revision=options.revision,
+            variant=options.variant,
+            use_safetensors=options.use_safetensors,
+            dtype=torch.float32,
         )
     except LOADING_ERRORS as error:
         raise UserError(f"--pretrained_model {name} can't be loaded: {first_line(error)}") from error
@@ -593,14 +606,14 @@ def coder_config(name: str) -> tuple[dict, str | None]:
     return config | {"block_out_channels": config.get("block_out_channels") or [64]}, subfolder
 
 
-def load_coder(name: str) -> tuple[nn.Module, bool]:
+def load_coder(name: str, use_safetensors: bool | None) -> tuple[nn.Module, bool]:
     """(a VAE in float32, whether its config says by what its latents are scaled)."""
     import diffusers
 
     config, subfolder = coder_config(name)
     try:
         coder = getattr(diffusers, config["_class_name"]).from_pretrained(
-            name, subfolder=subfolder, use_safetensors=True, dtype=torch.float32
+            name, subfolder=subfolder, use_safetensors=use_safetensors, dtype=torch.float32
         )
     except LOADING_ERRORS as error:
         raise UserError(f"--vae {name} can't be loaded: {first_line(error)}") from error
