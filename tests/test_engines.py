@@ -202,6 +202,7 @@ def test_a_rank_that_raises_ends_all_with_its_error(pipelines, data, tmp_path):
     assert "this rank fails" in errors[0]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_short_as_gradients_are_shared(pipelines, data, tmp_path):
     """The steps before are saved by the process that failed, and a resumed run takes half as many samples at once."""
     flags = ("--train_batch_size", 2, "--learning_rate", 1e-3, "--adam_epsilon", 1e-5, "--max_train_steps", 5)

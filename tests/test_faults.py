@@ -266,6 +266,7 @@ def test_pickled_arrays_in_parquet_and_npz_are_no_images(train, capsys, tmp_path
     train("sd", *FLAGS, "--max_train_steps", 1, data=data)
 
 
+@pytest.mark.slow
 def test_a_killed_runs_lock_does_not_block(train, pipelines, images, tmp_path):
     words = [sys.executable, *command(pipelines, images, tmp_path / "out", *FLAGS, "--max_train_steps", 10_000)]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)

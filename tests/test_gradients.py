@@ -152,6 +152,7 @@ def test_the_rehearsal_halves_and_leaves_no_gradient():
         gradients.rehearse(Values(torch.ones(16)))
 
 
+@pytest.mark.slow
 def test_three_processes_resume_bit_by_bit(pipelines, images, tmp_path):
     """DistributedDataParallel orders its sums anew after its first backward pass: from three on that shows."""
     words = [*launcher("torch.distributed.run"), "--nproc_per_node", "3", "--master_port", "29651"]

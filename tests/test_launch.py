@@ -55,7 +55,7 @@ def alone(pipelines, images, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("config", ["cpu.yaml", "single_gpu.yaml"])
+@pytest.mark.parametrize("config", ["cpu.yaml", pytest.param("single_gpu.yaml", marks=pytest.mark.slow)])
 def test_accelerate_launch_with_the_configs(pipelines, images, tmp_path, alone, config):
     words = [*launcher("accelerate.commands.launch"), "--config_file", str(ROOT / "accelerate_configs" / config)]
     flags = (*STEPS, "--train_batch_size", 4, "--mixed_precision", "no")
@@ -74,6 +74,7 @@ def test_two_processes_train_what_one_does(pipelines, images, tmp_path, alone):
     assert len(list((tmp_path / "samples" / "final").glob("*.png"))) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_resume_bit_by_bit(pipelines, images, tmp_path):
     words = [
         *launcher("accelerate.commands.launch"),

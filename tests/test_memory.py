@@ -88,6 +88,7 @@ def test_steps_in_the_backward_pass_are_the_steps_after_it(train, optimizer):
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--optimizer_in_backward",), ("--optimizer", "adamw8bit", "--use_ema")])
 def test_bfloat16_weights_learn_and_resume_bit_by_bit(train, more):
     from safetensors.torch import load_file

@@ -166,6 +166,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_launcher_that_is_ended_leaves_a_checkpoint_and_no_process(pipelines, images, tmp_path, name):
     out, log = tmp_path / "out", tmp_path / "log"

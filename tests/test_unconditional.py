@@ -160,7 +160,9 @@ def sliced_wasserstein(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((((one @ directions).sort(0).values) - (other @ directions).sort(0).values).abs().mean())
 
 
-@pytest.mark.parametrize("kind", GAUSSIANS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(each, marks=pytest.mark.slow) if each != "flow" else each for each in GAUSSIANS]
+)
 def test_eight_gaussians_are_learnt(kind):
     """Within 0.06 of the true density, whose own samples are 0.016 apart; noise is 0.23 away."""
     options = GAUSSIANS[kind]
