@@ -59,9 +59,10 @@ def data(tmp_path) -> Path:
     return tiny.make_images(tmp_path / "data", 11)
 
 
-def test_one_process_in_other_pieces(train, sgd, data):
-    whole = train("sd", *STEPS, "--train_batch_size", 8, data=data, out="whole")
-    pieces = train("sd", *STEPS, "--train_batch_size", 2, "--gradient_accumulation_steps", 4, data=data, out="pieces")
+@pytest.mark.parametrize("kind", ["sd", "pixels"])
+def test_one_process_in_other_pieces(train, sgd, data, kind):
+    whole = train(kind, *STEPS, "--train_batch_size", 8, data=data, out="whole")
+    pieces = train(kind, *STEPS, "--train_batch_size", 2, "--gradient_accumulation_steps", 4, data=data, out="pieces")
     assert_close(whole, pieces)
 
 
@@ -72,6 +73,20 @@ def test_several_processes_train_what_one_does(train, sgd, data, tmp_path, pipel
     pieces = ("--train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
     spread(processes, command(pipelines, data, tmp_path / "spread", *STEPS, *pieces), TEST_OPTIMIZER="sgd")
     assert_close(whole, tmp_path / "spread")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_train_a_model_without_words_as_one_does(train, sgd, data, tmp_path, engine):
+    whole = train("pixels", *STEPS, "--train_batch_size", 8, data=data, out="whole")
+    out = tmp_path / "spread"
+    flags = [*tiny.UNCONDITIONAL["pixels"], *STEPS, "--train_batch_size", 2, "--gradient_accumulation_steps", 2]
+    flags += ["--train_data_dir", data, "--resolution", tiny.RESOLUTION, "--output_dir", out, "--lr_warmup_steps", 0]
+    words = [str(word) for word in ("train_unconditional", *flags, "--report_to", "none")]
+    torchrun = [*launcher("torch.distributed.run"), "--nproc_per_node", "2", "--master_port", free_port()]
+    run([*torchrun, LAUNCHED, *words], TEST_OPTIMIZER="sgd", TEST_ENGINE=engine)
+    assert_close(whole, out)
+    assert (out / "samples" / "final").is_dir()
 
 
 @pytest.mark.slow
