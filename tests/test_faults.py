@@ -26,7 +26,8 @@ from utils.checkpoint import Checkpoints
 from utils.data.dataset import TrainingDataset
 from utils.state import RunState
 
-FLAGS = ["--train_batch_size", 2, "--learning_rate", 1e-3, "--checkpointing_steps", 2]
+BOTH = pytest.mark.parametrize("kind", ["sd", "pixels"])
+FLAGS = ["--train_batch_size", 2, "--learning_rate", 1e-3, "--checkpointing_steps", 2, "--lr_scheduler", "constant"]
 
 
 @pytest.fixture
@@ -53,11 +54,12 @@ def size_of(folder: Path) -> int:
     return sum(4 * -(-path.stat().st_size // 4096) for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_disk_that_fills_while_it_saves(train, small_disk, capsys):
+@BOTH
+def test_a_disk_that_fills_while_it_saves(train, kind, small_disk, capsys):
     """The checkpoint before stays, nothing half written does, and with room the run goes on to the same end."""
-    whole = train("sd", *FLAGS, "--max_train_steps", 4, out="whole")
+    whole = train(kind, *FLAGS, "--max_train_steps", 4, out="whole")
     disk = small_disk(int(1.5 * size_of(whole / "checkpoint-2")) + 200)
-    out = train("sd", *FLAGS, "--max_train_steps", 4, out=disk / "out", expect=2)
+    out = train(kind, *FLAGS, "--max_train_steps", 4, out=disk / "out", expect=2)
     said = message(capsys)
     assert "checkpoint-4 can't be written to" in said
     assert "No space left" in said
@@ -65,19 +67,20 @@ def test_a_disk_that_fills_while_it_saves(train, small_disk, capsys):
     assert not list(out.glob(".tmp*"))
     more = ["--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
     subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-    train("sd", *FLAGS, *more, out=disk / "out")
+    train(kind, *FLAGS, *more, out=disk / "out")
     assert_same_bits(weights(whole), weights(out))
 
 
-def test_a_disk_that_fills_while_it_exports(train, small_disk, capsys):
-    whole = train("sd", *FLAGS, "--max_train_steps", 2, out="whole")
-    disk = small_disk(size_of(whole / "checkpoint-2") + 300)
-    out = train("sd", *FLAGS, "--max_train_steps", 2, out=disk / "out", expect=2)
+@BOTH
+def test_a_disk_that_fills_while_it_exports(train, kind, small_disk, capsys):
+    whole = train(kind, *FLAGS, "--max_train_steps", 2, out="whole")
+    disk = small_disk(size_of(whole) - size_of(whole / "unet") // 2)
+    out = train(kind, *FLAGS, "--max_train_steps", 2, out=disk / "out", expect=2)
     said = message(capsys)
     assert "the result can't be written to" in said
     assert "go on with --resume_from_checkpoint latest" in said
     subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-    train("sd", *FLAGS, "--max_train_steps", 2, "--resume_from_checkpoint", "latest", out=disk / "out")
+    train(kind, *FLAGS, "--max_train_steps", 2, "--resume_from_checkpoint", "latest", out=disk / "out")
     assert_same_bits(weights(whole), weights(out))
 
 
@@ -120,15 +123,16 @@ def test_an_image_that_vanishes(train, tmp_path, caplog, capsys):
     assert "003.png" in message(capsys)
 
 
-def test_a_save_that_was_killed_leaves_nothing_that_counts(train, monkeypatch):
+@BOTH
+def test_a_save_that_was_killed_leaves_nothing_that_counts(train, kind, monkeypatch):
     """As kill -9 leaves it: whatever was written aside is passed over, and removed at the next start."""
-    whole = train("sd", *FLAGS, "--max_train_steps", 4, out="whole")
-    parts = train("sd", *FLAGS, "--max_train_steps", 2, out="parts")
+    whole = train(kind, *FLAGS, "--max_train_steps", 4, out="whole")
+    parts = train(kind, *FLAGS, "--max_train_steps", 2, out="parts")
     aside = parts / ".tmp-checkpoint-4-123"
     shutil.copytree(parts / "checkpoint-2", aside)
     (aside / "manifest.json").unlink()
     (parts / "checkpoint-4").mkdir()  # named, and empty
-    train("sd", *FLAGS, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", out="parts")
+    train(kind, *FLAGS, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", out="parts")
     assert not aside.exists()
     assert_same_bits(weights(whole), weights(parts))
     assert losses(whole) == losses(parts)
@@ -159,12 +163,13 @@ def test_an_average_that_begins_with_a_resumed_run(train, caplog):
     assert_same_bits(weights(out / "checkpoint-2"), weights(out))
 
 
-def test_a_loader_that_is_killed(train, monkeypatch, capsys):
+@BOTH
+def test_a_loader_that_is_killed(train, kind, monkeypatch, capsys):
     def die(self, piece):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(TrainingDataset, "__getitem__", die)
-    train("sd", *FLAGS, "--max_train_steps", 2, "--dataloader_num_workers", 1, expect=2)
+    train(kind, *FLAGS, "--max_train_steps", 2, "--dataloader_num_workers", 1, expect=2)
     assert "a process that loads data was killed" in message(capsys)
 
 

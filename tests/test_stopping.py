@@ -42,14 +42,17 @@ def signal_at(monkeypatch) -> Callable:
     return arrange
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_in_a_step(train, signal_at, monkeypatch, capsys, number):
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [("sd", signal.SIGTERM), ("sd", signal.SIGINT), ("sd", signal.SIGUSR1), ("pixels", signal.SIGTERM)],
+)
+def test_a_signal_in_a_step(train, signal_at, monkeypatch, capsys, kind, number):
     """With two micro-batches a step: the step is finished, saved, and gone on from, bit by bit."""
     flags = [*FLAGS, "--gradient_accumulation_steps", 2]
-    whole = train("sd", *flags, out="whole")
+    whole = train(kind, *flags, out="whole")
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     signal_at(Encoder, "encode", 5, number)
-    parts = train("sd", *flags, out="parts", expect=128 + number)
+    parts = train(kind, *flags, out="parts", expect=128 + number)
     assert handlers == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"stopped {signal.Signals(number).name} after step 3, which is saved in {parts}; go on with")
@@ -57,7 +60,7 @@ def test_a_signal_in_a_step(train, signal_at, monkeypatch, capsys, number):
     assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-3"]
     assert not (parts / "model_index.json").exists()
     monkeypatch.undo()
-    train("sd", *flags, "--resume_from_checkpoint", "latest", out="parts")
+    train(kind, *flags, "--resume_from_checkpoint", "latest", out="parts")
     assert losses(whole) == losses(parts)
     for name in ("unet", "unet_ema"):
         assert_same_bits(weights(whole / "checkpoint-6", name), weights(parts / "checkpoint-6", name))
