@@ -18,6 +18,7 @@ from tests.conftest import message
 from tests.test_equivalences import assert_same_bits, losses, weights
 from utils.families.unconditional import SAMPLERS, fresh_scheduler, sampler_of
 from utils.flow import ProcessOptions, ScoreProcess, process_of
+from utils.grids import film
 from utils.losses import LossOptions, loss_weights, weighted_loss
 from utils.noise import NoiseDraws, timestep_weights
 
@@ -680,3 +681,17 @@ def test_real_digits_of_another_half_are_what_the_judge_is_sure_of(tmp_path):
     said = unconditional.verdict(ink, classifier.train_classifier(), ink, ink[:50])
     assert "10 of 10" in said
     assert "0.000 of drawn ones" in said
+
+
+def test_the_film_has_few_frames_and_most_of_them_early(tmp_path):
+    for step in range(10, 1510, 10):
+        folder = tmp_path / f"step-{step}"
+        folder.mkdir()
+        Image.new("L", (1, 1), step // 10).save(folder / "000.png")
+    (tmp_path / "final").mkdir()
+    Image.new("L", (1, 1), 255).save(tmp_path / "final" / "000.png")
+    steps = [frame.getpixel((0, 0)) * 10 for frame in film(tmp_path)]
+    assert len(steps) <= 20
+    assert steps[0] == 10
+    assert steps[-1] == 2550
+    assert sum(step <= 100 for step in steps) >= 5

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 GRID, STRIP = "grid.png", "film_strip.png"
+FRAMES = 20  # of a film strip
 GAP = 2  # pixels between the pictures of a grid
 LARGEST_PICTURE = 256
 
@@ -144,18 +145,31 @@ class GridSampler:
 
 
 def film(folder: Path) -> list[Image.Image]:
-    """The first sample at each time that samples were drawn, the last one at the end."""
+    """The first sample at each time that samples were drawn, the last one at the end.
+
+    Of more than FRAMES times those that are evenly spread in the logarithm of the step: most changes come early.
+    """
     found = {
         math.inf if path.name == "final" else int(path.name.partition("-")[2]): path / "000.png"
         for path in folder.iterdir()
         if re.fullmatch(r"final|step-\d+", path.name) and (path / "000.png").is_file()
     }
     frames = []
-    for step in sorted(found):
+    for step in _spread(sorted(found)):
         with Image.open(found[step]) as image:
             image.load()
             frames.append(image)
     return frames
+
+
+def _spread(steps: list[float]) -> list[float]:
+    """At most FRAMES of ascending steps, the first and the last among them."""
+    if len(steps) <= FRAMES:
+        return steps
+    ordered = np.array(steps[:-1])
+    wanted = np.geomspace(max(ordered[0], 1), ordered[-1], FRAMES - 1)
+    near = {int(np.abs(ordered - step).argmin()) for step in wanted}
+    return [steps[number] for number in sorted(near)] + steps[-1:]
 
 
 def grid_of(images: Sequence[Image.Image], columns: int) -> Image.Image:
