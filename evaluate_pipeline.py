@@ -173,7 +173,7 @@ def run(argv: Sequence[str] | None) -> None:
     )
     accelerator = start_processes(runtime, 1, [], folder.path, "logs")
     requests = StopRequests(folder.path, None)
-    with ending(accelerator, folder), requests.listening():
+    with ending(accelerator, folder, runtime.peer_timeout), requests.listening():
         on_main_process(accelerator, lambda: folder.claim(True, False))
         networks = Networks(options.features, accelerator.device)
         workers = Workers(accelerator, options.features.feature_batch_size)
