@@ -344,6 +344,8 @@ def check_together(options: Options) -> None:
     if any(rate is not None for rate in text_rates) and not options.adaptation.train_text_encoder:
         raise UserError("--text_encoder_lr goes with --train_text_encoder; give both or neither")
     check_token(options.hub, options.tracking)
+    if options.evaluation.eval_metrics and options.model.sampling_cpu_offload:
+        raise UserError("--eval_metrics draws with the whole pipeline on the device; leave out --sampling_cpu_offload")
     check_optimizer(options.optimizer, options.schedule, options.term.loss_module_lr)
     check_masks(options.loss, entries)
     check_held_out(options.held_out, options.data, options.stopping, options.schedule, options.ema)

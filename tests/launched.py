@@ -4,7 +4,8 @@ torchrun --nproc_per_node 2 tests/launched.py train_text_to_image <its flags>
 
 TEST_ENGINE=fsdp runs it under FSDP2 on CPUs, to which accelerate offers no way: a stand-in for GPUs. TEST_OPTIMIZER=sgd
 has adamw stand for plain SGD, whose steps show gradients as they are: Adam's are the same at any scale of theirs.
-TEST_FAILS=1:3 has the process of rank 1 raise in its third backward pass, TEST_MEMORY=1:3 run out of memory there.
+TEST_FAILS=1:3 has the process of rank 1 raise in its third backward pass, TEST_MEMORY=1:3 run out of memory there, and
+TEST_FORWARD_MEMORY=1:3 in its third forward pass.
 """
 
 import importlib
@@ -54,6 +55,22 @@ def fail(where: str, error: Exception) -> None:
     utils.engines.Engine.backward = raising
 
 
+def fail_forward(where: str) -> None:
+    """Has one rank run out of memory in one of its forward passes, once."""
+    from utils.objective import Objective
+
+    rank, call = (int(part) for part in where.split(":"))
+    forward, calls = Objective.forward, []
+
+    def raising(self, encoded):
+        calls.append(None)
+        if int(os.environ["RANK"]) == rank and len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, encoded)
+
+    Objective.forward = raising
+
+
 if __name__ == "__main__":
     if os.environ.get("TEST_ENGINE") == "fsdp":
         shard()
@@ -63,5 +80,7 @@ if __name__ == "__main__":
         fail(os.environ["TEST_FAILS"], RuntimeError("this rank fails"))
     if "TEST_MEMORY" in os.environ:
         fail(os.environ["TEST_MEMORY"], torch.OutOfMemoryError("CUDA out of memory"))
+    if "TEST_FORWARD_MEMORY" in os.environ:
+        fail_forward(os.environ["TEST_FORWARD_MEMORY"])
     script = importlib.import_module(sys.argv.pop(1))
     leave(script.main())

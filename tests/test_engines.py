@@ -229,6 +229,19 @@ def test_memory_that_runs_short_as_gradients_are_shared(pipelines, data, tmp_pat
     assert_close(tmp_path / "whole", tmp_path / "short")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [1, 4])
+def test_memory_that_runs_short_in_one_ranks_forward_pass(pipelines, data, tmp_path, call):
+    """In the rehearsal, or in a step: with a text encoder, whose buffers DDP would send in each forward pass."""
+    flags = ("--train_batch_size", 2, "--learning_rate", 1e-3, "--adam_epsilon", 1e-5, "--max_train_steps", 4)
+    flags += ("--train_text_encoder",)
+    short, whole = tmp_path / "short", tmp_path / "whole"
+    said = spread(2, command(pipelines, data, short, *flags), TEST_FORWARD_MEMORY=f"1:{call}")
+    assert call == 1 or "Traceback" not in said
+    spread(2, command(pipelines, data, whole, *flags))
+    assert_close(whole, short)
+
+
 def test_a_process_that_falls_silent_ends_its_peer(monkeypatch, capsys):
     ended, server = [], TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 

@@ -197,8 +197,10 @@ class ZeroEngine(Engine):
         inner = self._engine.optimizer.optimizer
         for group in inner.param_groups:
             for part in group["params"]:
-                steps = torch.zeros((), device=part.device if group.get("fused") else "cpu")
-                inner.state[part] = {"step": steps} | {name: torch.zeros_like(part) for name in self.STATE}
+                steps: Tensor | int = torch.zeros((), device=part.device if group.get("fused") else "cpu")
+                if not isinstance(inner, torch.optim.AdamW):  # DeepSpeed's own, on the host, counts in Python
+                    steps = 0
+                inner.state[part] = {"step": steps} | {name: torch.zeros_like(part.data) for name in self.STATE}
         self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def backward(self, loss: Tensor) -> None:
@@ -220,7 +222,9 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps, *_ = (state["step"] for state in self._engine.optimizer.optimizer.state.values())
-        return {"step": steps} | {name: safe_get_full_optimizer_state(parameter, name) for name in self.STATE}
+        return {"step": torch.tensor(float(steps))} | {
+            name: safe_get_full_optimizer_state(parameter, name) for name in self.STATE
+        }
 
     def load_optimizer_state(
         self, optimizer: torch.optim.Optimizer, states: dict[nn.Parameter, dict[str, Any]], groups: list[dict]
@@ -229,7 +233,8 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_set_full_optimizer_state
 
         for state in self._engine.optimizer.optimizer.state.values():
-            state["step"].fill_(max(float(saved["step"]) for saved in states.values()))
+            steps = max(float(saved["step"]) for saved in states.values())
+            state["step"] = int(steps) if isinstance(state["step"], int) else state["step"].fill_(steps)
         for parameter, state in states.items():
             for name in self.STATE:
                 safe_set_full_optimizer_state(parameter, state[name].to(parameter.device), name)

@@ -27,7 +27,16 @@ from utils.data.images import read_rgb
 from utils.families.source import LOADING_ERRORS
 from utils.gradients import is_out_of_memory
 from utils.metrics.features import weights_hash
-from utils.options import UserError, first_line, nearest, option, require, require_not_negative, require_positive
+from utils.options import (
+    ProcessError,
+    UserError,
+    first_line,
+    nearest,
+    option,
+    require,
+    require_not_negative,
+    require_positive,
+)
 from utils.prompts import Prompt, Task, prompts_hash
 from utils.runtime import write_json
 from utils.sampling_controls import SamplingControls
@@ -58,6 +67,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "deis": ("DEISMultistepScheduler", {}),
 }
 MOST_ON_CPU = 8
+MOST_AT_ONCE = 64  # a signal is looked for between batches
 MEMORY_SHARE = 0.9
 RECORD = "generation.json"
 STATE_KEY = "state"
@@ -195,6 +205,8 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
     """
     chosen = pipeline_class(spec)
     flag = f"--pipeline {spec.path}"
+    if "vae" not in read_index(spec) and "vqvae" not in read_index(spec):
+        dtype = torch.float32  # pipelines on pixels hand their result to numpy, which has no bfloat16
     try:
         parts = {} if spec.parts is None else _checkpoint_parts(spec, dtype)
         if chosen.__name__ in OWN_PIPELINES:
@@ -350,8 +362,12 @@ class BatchSize:
 
     def __init__(self, given: int | None, device: torch.device):
         self.at_once = given or 1
-        self._most = given or (MOST_ON_CPU if device.type == "cpu" else 1 << 20)
+        self._most = given or (MOST_ON_CPU if device.type == "cpu" else MOST_AT_ONCE)
+        self.grows = given is None
         self._device = device
+        if device.type == "cuda":  # what an earlier pipeline took at most says nothing of this one
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
 
     def worked(self, count: int) -> None:
         """After a batch of `count`: doubles it, if twice the memory is there."""
@@ -368,15 +384,15 @@ class BatchSize:
         """After a batch of `count` found no memory: halves it for good.
 
         Raises:
-            UserError: if it was a single image.
+            ProcessError: if it was a single image.
         """
         if count == 1:
-            raise UserError(
+            raise ProcessError(
                 f"one image alone is too large for the memory ({first_line(error)}); try a smaller --height "
                 "and --width, or --mixed_precision fp16"
             ) from error
         self.at_once = self._most = count // 2
-        logger.warning("out of memory with %d images at once; going on with %d", count, self.at_once)
+        logger.warning("%s with %d images at once; going on with %d", first_line(error), count, self.at_once)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -436,6 +452,8 @@ class Drawer:
         self._batch_size = BatchSize(options.batch_size, device)
         self._check()
         controls.check(self.pipeline.scheduler)
+        if starts_from_images and controls.noise_scale != 1.0:
+            raise UserError("--initial_noise_scale would scale the images of --init_images too; leave one out")
 
     def _check(self) -> None:
         """Refuses options that the pipeline does not take."""
@@ -508,14 +526,15 @@ class Drawer:
     def _try(self, batch: Sequence[Task]) -> np.ndarray | None:
         """[B, H, W, 3] of a batch; None if it was too large, and will be smaller."""
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
                 return self.call(batch)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise UserError(f"the pipeline can't draw with these settings: {first_line(error)}") from error
+            # large batches also meet limits of kernels, which are said in other words
+            if not is_out_of_memory(error) and (len(batch) == 1 or not self._batch_size.grows):
+                raise ProcessError(f"the pipeline can't draw with these settings: {first_line(error)}") from error
             self._batch_size.failed(len(batch), error)
         except (ValueError, TypeError, IndexError, AttributeError) as error:
-            raise UserError(f"the pipeline can't draw with these settings: {first_line(error)}") from error
+            raise ProcessError(f"the pipeline can't draw with these settings: {first_line(error)}") from error
         return None
 
     def call(self, batch: Sequence[Task]) -> np.ndarray | None:
@@ -607,7 +626,7 @@ class Drawer:
             Image.fromarray(rounded).save(aside, "PNG", pnginfo=text, compress_level=1)
             os.replace(aside, path)
         except OSError as error:
-            raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+            raise ProcessError(f"{path} can't be written: {error.strerror or error}") from error
 
 
 @contextmanager

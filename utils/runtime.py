@@ -69,7 +69,7 @@ def start_processes(
         UserError: where accelerate would do in silence something else than what was asked for.
     """
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
@@ -89,7 +89,9 @@ def start_processes(
             step_scheduler_with_optimizer=False,
             log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / logging_dir)),
-            kwargs_handlers=[handler],
+            # buffers are the same everywhere; sent before a forward pass, a process that begins it again would send
+            # them while the others already share gradients
+            kwargs_handlers=[handler, DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"accelerate can't start with these settings: {first_line(error)}") from error

@@ -131,6 +131,11 @@ class SamplingControls:
         asked = options.dynamic_thresholding is not None or options.clamp_start is not None
         return asked or options.initial_noise_scale != 1.0
 
+    @property
+    def noise_scale(self) -> float:
+        """The factor on the noise that sampling starts from."""
+        return self._options.initial_noise_scale
+
     def facts(self) -> dict[str, object]:
         """What is asked for, as JSON."""
         return asdict(self._options) if self.are_on else {}
@@ -142,6 +147,12 @@ class SamplingControls:
         if options.dynamic_thresholding is not None:
             limit = options.thresholding_limit or (LATENT_LIMIT if in_latents else PIXEL_LIMIT)
             control = DynamicThresholding(options.dynamic_thresholding, limit)
+            overflows = vae is not None and vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+            if overflows and not in_latents:
+                raise UserError(
+                    "--thresholding_space pixel decodes at each step, in which this VAE overflows in fp16; use bf16, "
+                    "or --thresholding_space latent"
+                )
             controls.append(control if vae is None or in_latents else InPixels(control, LatentSpace(vae)))
         if options.clamp_start is not None:
             controls.append(ProgressiveClamping(options.clamp_start, options.clamp_end))
@@ -227,7 +238,8 @@ class _ControlledStep:
         rest = args[3:]
         if self.is_first() and self.scale != 1.0:
             sample = sample * self.scale
-        progress = self._done / max(len(self._scheduler.timesteps) - 1, 1)
+        begun = getattr(self._scheduler, "begin_index", None) or 0  # of variations, which take the last steps alone
+        progress = min(1.0, self._done / max(len(self._scheduler.timesteps) - begun - 1, 1))
         if self._controls:
             output = self._controlled(output, timestep, sample, progress)
         self._done += 1
