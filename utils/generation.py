@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file
 
 from utils.adaptation import LORA_FILE, PEFT_FILE
 from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
@@ -309,13 +310,14 @@ def _checkpoint_parts(spec: PipelineSpec, dtype: torch.dtype) -> dict[str, Any]:
 def _merge_adapters(module: torch.nn.Module | None, folder: Path) -> None:
     """Adds the update of PEFT adapters (LoHa, LoKr) to the weights of the part that they are of."""
     from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
 
     try:
         if module is None:
             raise ValueError("the pipeline has no such part")
         adapted = PeftModel.from_pretrained(module, folder)
-        if not any(adapted.base_model.targeted_module_names):
-            raise ValueError("it adapts none of the pipeline's layers")
+        if set(get_peft_model_state_dict(adapted)) != set(load_file(folder / PEFT_FILE)):  # PEFT leaves the rest out
+            raise ValueError(f"the tensors in {PEFT_FILE} are not those of its config")
         adapted.merge_and_unload()
     except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--checkpoints: the adapters {folder} can't be loaded: {first_line(error)}") from error
@@ -329,6 +331,8 @@ def _add_lora(pipeline: "DiffusionPipeline", lora: str, scale: float) -> None:
     source = (str(file.parent), {"weight_name": file.name}) if file.is_file() else (lora, {})
     try:
         pipeline.load_lora_weights(source[0], adapter_name="evaluated", use_safetensors=True, **source[1])
+        if not any("evaluated" in names for names in pipeline.get_list_adapters().values()):
+            raise ValueError("it adapts no layer of the pipeline")
         if scale != 1.0:
             pipeline.set_adapters("evaluated", scale)
     except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:
