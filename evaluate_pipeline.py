@@ -4,12 +4,14 @@
 accelerate launch evaluate_pipeline.py --pipeline ... --prompts_file ... --reference ... --output_dir ...
 """
 
+import errno
 import json
 import logging
 import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +19,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from PIL import Image
+
 from utils.generation import (
     Drawer,
     GenerationOptions,
     PipelineOptions,
     PipelineSpec,
     call_parameters,
+    checkpoint_content,
     claim_images,
     complete_prompts,
     invalid_images,
@@ -34,7 +40,7 @@ from utils.image_sets import ReferenceOptions, drawn_images, folder_images, read
 from utils.metrics.case import Case, ScoreOptions
 from utils.metrics.comparison import differences
 from utils.metrics.distances import NotComputable
-from utils.metrics.features import FeatureOptions, Networks
+from utils.metrics.features import FeatureOptions, Network, Networks, Picture
 from utils.metrics.registry import DEFAULT_METRICS, METRICS, score
 from utils.metrics.scores import Score
 from utils.metrics.subjects import Reference, Statistics, Subject, Workers, write_statistics
@@ -42,6 +48,7 @@ from utils.options import (
     Stopped,
     UserError,
     as_record,
+    first_line,
     leave,
     nearest,
     option,
@@ -282,12 +289,21 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) ->
 
 
 def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> list[Prompt]:
-    """Reads the prompts, and refuses pipelines that do not take them, before any weights are loaded."""
+    """Reads the prompts, and refuses pipelines that do not take them, before any weights are loaded.
+
+    So are checkpoints that hold nothing to draw with, and places that can't be written.
+    """
     prompts = read_prompts(options.prompts)
+    if options.reference.save_reference is not None:
+        check_writable("save_reference", Path(options.reference.save_reference), is_folder=False)
+    if options.run.export_geneval is not None:
+        check_writable("export_geneval", Path(options.run.export_geneval), is_folder=True)
     for each in wanted:
         if each.spec is None:
             continue
         chosen = pipeline_class(each.spec)
+        if each.spec.parts is not None:
+            checkpoint_content(each.spec)
         takes = call_parameters(chosen)
         if "prompt" in takes and not prompts:
             raise UserError(
@@ -298,6 +314,19 @@ def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> list[Pro
             what = "classes: give --class_labels" if "class_labels" in takes else "images of no prompt: leave them out"
             raise UserError(f"a {chosen.__name__} draws {what}")
     return prompts
+
+
+def check_writable(flag: str, path: Path, is_folder: bool) -> None:
+    """Refuses a place that can't be written, by writing a file there that is gone at once."""
+    try:
+        if not is_folder and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        folder = path if is_folder else path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--{flag} {path} can't be written: {error.strerror or error}") from error
 
 
 def prepare_reference(
@@ -318,8 +347,7 @@ def prepare_reference(
         except NotComputable as reason:
             logger.warning("--reference %s can't be checked: %s", chosen.reference, reason)
             return statistics
-        size = None if network.class_weights is None else network.class_weights.shape[1]
-        statistics.check(network, size, chosen.allow_stats_mismatch)
+        statistics.check(network, num_features(network, networks), chosen.allow_stats_mismatch)
         return statistics
     images = read_images("reference", chosen.reference, chosen, options.run.seed)
     reference = Subject(images, networks, workers)
@@ -343,12 +371,38 @@ def prepare_reference(
     return reference
 
 
+def num_features(network: Network, networks: Networks) -> int | None:
+    """How many features a network gives of an image; None if it gives none of the one that is tried."""
+    values = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    try:
+        return network([Picture("a trial image", lambda: Image.fromarray(values))], networks.device).shape[1]
+    except (NotComputable, RuntimeError, ValueError, IndexError) as error:
+        logger.warning("%s gives no features of a trial image: %s", network.name, first_line(error))
+        return None
+
+
 def prepare_training(options: Options, networks: Networks, workers: Workers) -> Subject | None:
-    """The images that were trained on, where they are named."""
+    """The images that were trained on, where they are named; their features, if they are needed, are computed.
+
+    Raises:
+        UserError: if one can't be read.
+    """
     name = options.reference.training_images
     if name is None:
         return None
-    return Subject(read_images("training_images", name, options.reference, options.run.seed), networks, workers)
+    training = Subject(read_images("training_images", name, options.reference, options.run.seed), networks, workers)
+    if "memorisation" not in options.run.names:
+        return training
+    network = METRICS["memorisation"].network
+    try:
+        networks.get(network)
+    except NotComputable:
+        return training  # the metric will say so
+    try:
+        training.features(network)
+    except NotComputable as reason:
+        raise UserError(f"--training_images {name}: {reason}") from reason
+    return training
 
 
 def obtain(
@@ -391,8 +445,9 @@ def obtain(
     if signal:
         there = sum(1 for task in tasks if (images / f"{task.name}.png").is_file())
         raise Stopped(f"stopped with {there} of {len(tasks)} images drawn; the same command goes on", signal)
-    if options.run.export_geneval is not None and accelerator.is_main_process:
-        export_geneval(tasks, images, Path(options.run.export_geneval) / wanted.name)
+    if options.run.export_geneval is not None:
+        place = Path(options.run.export_geneval) / wanted.name
+        on_main_process(accelerator, lambda: export_geneval(tasks, images, place))
     facts = facts | {"path": wanted.spec.path, "lora": wanted.spec.lora}
     return drawn_images(images, tasks), facts, time.monotonic() - started
 
@@ -403,18 +458,25 @@ def image_folder(folder: Path, wanted: Wanted) -> Path:
 
 
 def export_geneval(tasks: Sequence[Task], images: Path, folder: Path) -> None:
-    """Copies images as GenEval wants them: `00000/metadata.jsonl`, `00000/samples/00000.png`."""
-    for task in tasks:
-        samples = folder / f"{task.number:05d}" / "samples"
-        samples.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(images / f"{task.name}.png", samples / f"{task.sample:05d}.png")
-        facts = task.prompt.facts or {"prompt": task.prompt.text}
-        line = json.dumps(facts, ensure_ascii=False) + "\n"
-        (samples.parent / "metadata.jsonl").write_text(line, encoding="utf-8")
+    """Copies images as GenEval wants them: `00000/metadata.jsonl`, `00000/samples/00000.png`.
+
+    Raises:
+        UserError: if they can't be written.
+    """
+    try:
+        for task in tasks:
+            samples = folder / f"{task.number:05d}" / "samples"
+            samples.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(images / f"{task.name}.png", samples / f"{task.sample:05d}.png")
+            facts = task.prompt.facts or {"prompt": task.prompt.text}
+            line = json.dumps(facts, ensure_ascii=False) + "\n"
+            (samples.parent / "metadata.jsonl").write_text(line, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"--export_geneval {folder} can't be written: {error.strerror or error}") from error
 
 
 def find_invalid(wanted: Wanted, images, folder: Path) -> dict[str, list[str]]:
-    """The images that are NaN, black, or of one colour; a warning names how many."""
+    """The images that can't be read, are NaN, black, or of one colour; a warning names how many."""
     root = wanted.images or image_folder(folder, wanted)
     found = invalid_images([root / picture.name for picture in images.pictures])
     for state, names in found.items():
@@ -467,8 +529,15 @@ def best_checkpoint(options: Options, entries: Sequence[Entry]) -> tuple[str, st
 
 
 def write_down(options: Options, findings: Findings, folder: Path, wanted: Sequence[Wanted]) -> None:
-    """Writes the report, and prints its table."""
-    write_report(findings, folder, options.run.report_prompts)
+    """Writes the report, and prints its table.
+
+    Raises:
+        UserError: if it can't be written.
+    """
+    try:
+        write_report(findings, folder, options.run.report_prompts)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} can't be written: {error.strerror or error}") from error
     print((folder / "report.md").read_text(encoding="utf-8"))
     print(f"report: {folder / 'report.html'}\nnumbers: {folder / 'results.json'}")
 
@@ -481,7 +550,8 @@ def check_outcome(options: Options, entries: Sequence[Entry]) -> None:
     num_invalid = sum(len(names) for entry in entries for names in entry.invalid.values())
     if options.generation.fail_on_invalid and num_invalid:
         raise UserError(
-            f"--fail_on_invalid: {num_invalid} images are NaN, black or of one colour; results.json names them"
+            f"--fail_on_invalid: {num_invalid} images are NaN, black, of one colour or unreadable; results.json names "
+            "them"
         )
 
 

@@ -102,9 +102,10 @@ def test_a_baseline_is_drawn_of_the_same_seeds_and_differences_are_paired(evalua
     shared = ["--prompts", *PROMPTS, "--images_per_prompt", 4, *flags, "--reference", real_images]
     found, folder = evaluate("--pipeline", pipelines["sd"], "--baseline", pipelines["sd"], *shared)
     assert_same(images_in(folder / "images" / "baseline"), images_in(folder / "images" / "pipeline"))
-    for name in ("kid", "clip_score", "lpips_within_prompts", "precision", "fid"):
+    for name in ("kid", "clip_score", "lpips_within_prompts", "precision", "fid_mean_of_groups"):
         assert abs(found["differences"][name]["difference"]) < 1e-3 * (1 + abs(found["differences"][name]["before"]))
         assert found["differences"][name]["verdict"] == "no difference seen"
+    assert found["differences"]["fid"]["interval_95"] is None  # of all images there is but one FID
     other, _ = evaluate("--pipeline", pipelines["sd2"], "--baseline", pipelines["sd"], *shared, out="other")
     assert (
         other["entries"]["baseline"]["scores"]["kid"]["value"] == found["entries"]["baseline"]["scores"]["kid"]["value"]
@@ -278,6 +279,11 @@ def test_bare_statistics_give_fid_alone(evaluate, images, flags, statistics, tmp
         ({"mu": np.full(8, np.nan)}, "not finite"),
         ({"sigma": np.triu(np.ones((8, 8)))}, "not symmetric"),
         ({"sigma": -np.eye(8)}, "negative variance"),
+        ({"sigma": np.eye(8) + 3 * np.eye(8)[::-1]}, "negative eigenvalue"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "mu is empty"),
+        ({"n": np.array("many")}, "n must be the number of images"),
+        ({"n": np.array(np.nan)}, "n must be the number of images"),
+        ({"fingerprint": np.array("[]")}, "must be a JSON object"),
         ({"mu": np.zeros(16), "sigma": np.eye(16)}, "has 16 features, the network small has 8"),
         ({"fingerprint": np.array('{"network": "small", "settings": "other", "weights": "x"}')}, "another settings"),
         ({"mu": np.array([object()] * 8, dtype=object)}, "can't be read as statistics"),
@@ -362,6 +368,73 @@ def test_invalid_images_are_listed_and_can_fail(evaluate, flags, tmp_path, capsy
     assert "2 of 3 images are black" in (out / "report.html").read_text()
 
 
+def test_broken_images_are_counted_and_the_report_is_written(evaluate, flags, tmp_path, capsys):
+    """Of which one has a name that is no UTF-8."""
+    folder = tiny.make_images(tmp_path / "images")
+    (folder / "metadata.jsonl").unlink()
+    (folder / "cut.png").write_bytes((folder / "000.png").read_bytes()[:90])
+    (folder / "garbage.jpg").write_bytes(b"garbage")
+    (folder / os.fsdecode(b"\xff.jpg")).write_bytes(b"garbage")
+    words = ["--images", folder, *flags, "--metrics", "vendi", "inception_score"]
+    found, out = evaluate(*words, expect=2)
+    assert found["entries"]["images"]["invalid_images"]["unreadable"]["count"] == 3
+    assert "cut.png can't be read" in found["entries"]["images"]["scores"]["vendi"]["not_computed"]
+    assert "3 of 9 images are unreadable" in (out / "report.md").read_text()
+    assert (out / "report.html").read_text().count("data:image/png") == 6
+    assert "failed: inception_score, vendi" in message(capsys)
+
+
+def test_sets_that_are_not_of_the_same_prompts_stand_apart(evaluate, flags, tmp_path):
+    """Fewer images in the baseline, and as many of other prompts."""
+    own = tiny.make_images(tmp_path / "own", 6)
+    for name, count in (("fewer", 4), ("others", 6)):
+        other = tiny.make_images(tmp_path / name, count)
+        lines = (other / "metadata.jsonl").read_text()
+        (other / "metadata.jsonl").write_text(lines.replace("a red square", "a pink square"))
+        _, out = evaluate("--images", own, "--baseline", other, *flags, "--metrics", "vendi", out=name)
+        page = (out / "report.html").read_text()
+        before, after = page.index("a pink square"), page.index("a red square")
+        assert before < after
+        assert page.count("data:image/png") == count + 6
+
+
+def test_a_score_that_is_not_finite_has_failed(evaluate, images, flags, monkeypatch, capsys):
+    from utils.metrics.scores import Score
+
+    metric = METRICS["vendi"]._replace(compute=lambda case: [Score("vendi", float("nan"), "higher")])
+    monkeypatch.setitem(METRICS, "vendi", metric)
+    found, _ = evaluate("--images", images, *flags, "--metrics", "vendi", "inception_score", expect=2)
+    scores = found["entries"]["images"]["scores"]
+    assert (scores["vendi"]["not_computed"], scores["vendi"]["failed"]) == ("not finite", True)
+    assert scores["inception_score"]["value"] > 0
+    assert "failed: vendi" in message(capsys)
+
+
+def test_features_of_a_network_without_classes_are_counted_before_anything_is_drawn(
+    evaluate, pipelines, models, real_images, tmp_path, capsys
+):
+    module = tmp_path / "plain.py"
+    lines = models["own"].read_text().splitlines()
+    module.write_text("\n".join(line for line in lines if "class_weights" not in line))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(16), sigma=np.eye(16))
+    shared = ["--pipeline", pipelines["sd"], "--prompts", "a", "--feature_module", module]
+    _, folder = evaluate(*shared, "--reference", tmp_path / "other.npz", expect=2)
+    assert "has 16 features, the network small has 8" in message(capsys)
+    broken = tiny.make_images(tmp_path / "broken")
+    (broken / "003.png").write_bytes((broken / "003.png").read_bytes()[:80])
+    evaluate(*shared, "--training_images", broken, "--metrics", "memorisation", expect=2)
+    assert "003.png" in message(capsys)
+    assert not list(folder.rglob("*.png"))
+
+
+def test_a_checkpoint_of_nothing_is_not_scored_as_the_base(evaluate, pipelines, tmp_path, capsys):
+    (tmp_path / "training" / "checkpoint-10" / "unet").mkdir(parents=True)
+    words = ["--checkpoints", tmp_path / "training", "--pipeline", pipelines["sd"], "--prompts", "a"]
+    _, folder = evaluate(*words, expect=2)
+    assert "checkpoint-10 holds no weights" in message(capsys)
+    assert not folder.exists()
+
+
 def test_networks_that_are_not_there_are_listed_with_the_reason(evaluate, images, real_images, monkeypatch, tmp_path):
     from utils.metrics import features
 
@@ -404,6 +477,14 @@ def test_texts_in_the_report_are_escaped(evaluate, pipelines, flags):
         (["--pipeline", "{sd}", "--prompts", "a", "--metrics", "fidd"], "--metrics"),
         (["--pipeline", "{sd}", "--prompts", "a", "--scheduler", "eulr"], "did you mean euler"),
         (["--pipeline", "{sd}", "--prompts", "a", "--strength", "0.5"], "--init_images"),
+        (
+            ["--pipeline", "{sd}", "--prompts", "a", "--export_geneval", "/etc/passwd/x"],
+            "/etc/passwd/x can't be written",
+        ),
+        (
+            ["--images", "{sd}", "--reference", "{sd}", "--save_reference", "/etc/passwd/x.npz"],
+            "--save_reference /etc/passwd/x.npz can't be written",
+        ),
         (["--pipeline", "{sd}", "--prompts", "a", "--prompts_file", "x"], "give one"),
         (["--pipeline", "{sd}", "--prompts", "a", "--reference", "x.npz"], "--reference must be"),
         (["--pipeline", "{sd}", "--prompts", "a", "--inception_weights", "x.pth"], "--inception_weights must be"),

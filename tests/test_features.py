@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tests import networks, tiny
 from utils.metrics.case import Case, ScoreOptions
 from utils.metrics.clip_score import clip_score
+from utils.metrics.comparison import differences
 from utils.metrics.distances import Failed, NotComputable
 from utils.metrics.diversity import lpips_diversity, memorisation
 from utils.metrics.features import (
@@ -192,7 +193,7 @@ def test_lpips_diversity_is_the_mean_of_all_pairs(tmp_path):
     one = pictures[0]
     alike = by_name(lpips_diversity(case(subject([one] * 4, clusters=[0, 0, 1, 1], lpips_weights=str(file)))))
     assert alike["lpips_diversity"].value == pytest.approx(0, abs=1e-9)
-    with pytest.raises(NotComputable, match="different sizes; give --lpips_size"):
+    with pytest.raises(NotComputable, match="different sizes; for LPIPS give --lpips_size"):
         lpips_diversity(case(subject([*pictures, *noise_pictures(1, 80)], lpips_weights=str(file))))
 
 
@@ -310,3 +311,17 @@ def test_fewer_real_than_features_and_copies_are_remarked(tmp_path):
     )
     assert "3 copies in the reference left out" in scores["precision"].remark
     assert "fewer than 50 images" in scores["recall"].remark
+
+
+def test_the_interval_of_fids_difference_is_of_the_difference_that_is_shown(tmp_path):
+    """Of all images there is but one distance; the mean of groups has a difference with an interval around it."""
+    own = str(networks.make_own(tmp_path / "own.py"))
+    real = subject(noise_pictures(30, seed=1), feature_module=own)
+    before = fid(case(subject(noise_pictures(30, seed=2), feature_module=own), real))
+    after = fid(case(subject(noise_pictures(30, seed=3, high=128), feature_module=own), real))
+    found = {each.name: each for each in differences(before, after, are_paired=True)}
+    assert (found["fid"].interval, found["fid"].verdict) == (None, "")
+    groups = found["fid_mean_of_groups"]
+    assert groups.value == pytest.approx(groups.after - groups.before)
+    assert (groups.interval.low + groups.interval.high) / 2 == pytest.approx(groups.value)
+    assert by_name(after)["fid_mean_of_groups"].details["images_of_a_group"] == 6

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -214,7 +215,8 @@ def test_nan_and_black_images_are_counted(more_pipelines, tmp_path, monkeypatch)
     monkeypatch.setattr(AutoencoderKL, "decode", broken)
     drawn(more_pipelines["sd"], tmp_path / "a", ["a"], 4, each=4)
     found = invalid_images(sorted((tmp_path / "a").glob("*.png")))
-    assert found == {"nan": ["00000_00000.png"], "black": ["00000_00001.png"], "constant": ["00000_00002.png"]}
+    expected = {"nan": ["00000_00000.png"], "black": ["00000_00001.png"], "constant": ["00000_00002.png"]}
+    assert found == {"unreadable": []} | expected
     assert state_of(np.random.default_rng(0).random((4, 4, 3))) == "ok"
 
 
@@ -447,3 +449,98 @@ def test_all_classes_are_drawn_under_their_names(more_pipelines):
     assert [(prompt.label, prompt.text) for prompt in found] == [(0, "tench"), (1, "goldfish"), (2, "shark")]
     with pytest.raises(UserError, match="--class_labels must be among"):
         complete_prompts(pipeline, [], [3])
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "loha"])
+def test_a_checkpoints_adapters_are_taken_their_averages_first(more_pipelines, train, tmp_path, adaptation):
+    from safetensors.torch import load_file, save_file
+
+    folder = train("sd", "--adaptation", adaptation, "--use_ema", "--max_train_steps", 1, "--checkpointing_steps", 1)
+    checkpoint = folder / "checkpoint-1"
+    name = "pytorch_lora_weights.safetensors" if adaptation == "lora" else "adapter_model.safetensors"
+    files = [checkpoint / "unet_ema" / name, checkpoint / ("" if adaptation == "lora" else "unet") / name]
+    for seed, file in enumerate(files):
+        torch.manual_seed(seed)
+        save_file({key: torch.randn_like(tensor) for key, tensor in load_file(file).items()}, file)
+
+    def drawn_with(parts):
+        pipeline = load_pipeline(PipelineSpec(str(more_pipelines["sd"]), parts=parts), torch.float32)
+        drawer = Drawer(pipeline, GenerationOptions(num_inference_steps=2), SamplingControls(), 0, CPU)
+        return drawer.call(plan_tasks([Prompt("a")], PromptOptions(images_per_prompt=1)))
+
+    base, average = drawn_with(None), drawn_with(checkpoint)
+    assert np.abs(base - average).max() > 0.01
+    tensors = load_file(files[0])
+    save_file({f"other.{key}": tensor for key, tensor in tensors.items()}, files[0])
+    with pytest.raises(UserError, match="can't be loaded"):
+        drawn_with(checkpoint)
+    files[0].unlink()
+    load_pipeline(PipelineSpec(str(more_pipelines["sd"]), parts=checkpoint), torch.bfloat16)
+    raw = drawn_with(checkpoint)
+    assert min(np.abs(raw - other).max() for other in (base, average)) > 0.01
+    files[1].unlink()
+    with pytest.raises(UserError, match="holds no weights that go with"):
+        drawn_with(checkpoint)
+
+
+def test_what_does_not_belong_into_a_folder_of_images(tmp_path):
+    """Records that are none, files that are no images, and texts of other programs."""
+    from PIL.PngImagePlugin import PngInfo
+
+    (tmp_path / "generation.json").write_text("[1]")
+    claim_images(tmp_path, {"seed": 0}, False)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    for name, texts in (("ours", {"seed": "3", "state": "nan"}), ("other", {"state": "nan", "prompt": "{}"})):
+        info = PngInfo()
+        for key, text in texts.items():
+            info.add_text(key, text)
+        noise.save(tmp_path / f"{name}.png", pnginfo=info)
+    whole = (tmp_path / "ours.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:3000])
+    (tmp_path / "garbage.jpg").write_bytes(b"garbage")
+    large = b"\0\0\0\rIHDR" + (20000).to_bytes(4, "big") + (10000).to_bytes(4, "big") + b"\x08\2\0\0\0"
+    (tmp_path / "large.png").write_bytes(whole[:8] + large + zlib.crc32(large[4:]).to_bytes(4, "big") + whole[33:])
+    paths = [*sorted(tmp_path.glob("*.png")), tmp_path / "garbage.jpg"]
+    found = invalid_images(paths)
+    assert found == {
+        "unreadable": ["cut.png", "large.png", "garbage.jpg"],
+        "nan": ["ours.png"],
+        "black": [],
+        "constant": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("p.CSV", 'id,prompt\n1,"a, b"\n2,"c\nd"\n', ["a, b", "c\nd"]),
+        ("p.JSONL", '{"prompt": "a\u2028b"}\r\n"c"\n', ["a\u2028b", "c"]),
+        ("p.json", '["a", {"text": "b"}]', ["a", "b"]),
+        ("p.txt", "a\u2028b\r\nc", ["a\u2028b", "c"]),
+        ("p.csv", "prompt\na, b\n", "line 2: more cells than the 1 columns"),
+        ("p.csv", 'prompt\n"a\n', "can't be read"),
+        ("p.json", '{"prompt": "a"}', "must hold a list"),
+        ("p.yaml", "- a", "must end with one of"),
+    ],
+)
+def test_prompts_files_are_read_as_they_are_written(tmp_path, name, text, found):
+    file = tmp_path / name
+    file.write_bytes(text.encode())
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found):
+            read_prompts(PromptOptions(prompts_file=str(file)))
+    else:
+        assert [prompt.text for prompt in read_prompts(PromptOptions(prompts_file=str(file)))] == found
+
+
+def test_ragged_rows_and_numbers_that_are_not_meant_are_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("id,prompt\n1,a,b\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_prompts(PromptOptions(prompts_file=str(tmp_path / "p.csv"), prompts_column="idd"))
+    for name in ("num_images", "images_per_prompt"):
+        with pytest.raises(UserError, match=f"--{name} must be at most 10000000"):
+            PromptOptions(**{name: 10**7 + 1})
+    with pytest.raises(UserError, match="in all 2 prompts"):
+        plan_tasks([Prompt("a"), Prompt("b")], PromptOptions(images_per_prompt=10**7))
+    with pytest.raises(UserError, match="--strength must be above 0"):
+        GenerationOptions(strength=0.0)

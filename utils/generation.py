@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file
 
-from utils.data.images import read_rgb
+from utils.adaptation import LORA_FILE, PEFT_FILE
+from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
 from utils.families.source import LOADING_ERRORS
 from utils.gradients import is_out_of_memory
 from utils.metrics.features import weights_hash
@@ -37,7 +39,7 @@ from utils.options import (
     require_not_negative,
     require_positive,
 )
-from utils.prompts import Prompt, Task, prompts_hash
+from utils.prompts import STATE_KEY, Prompt, Task, drawn_texts, prompts_hash
 from utils.runtime import write_json
 from utils.sampling_controls import SamplingControls
 from utils.seeding import Stream, generator
@@ -70,7 +72,6 @@ MOST_ON_CPU = 8
 MOST_AT_ONCE = 64  # a signal is looked for between batches
 MEMORY_SHARE = 0.9
 RECORD = "generation.json"
-STATE_KEY = "state"
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,18 @@ class GenerationOptions:
     eta: float | None = option(None, "noise of DDIM's steps, from 0 to 1")
     height: int | None = option(None, "pixels; by default the pipeline's")
     width: int | None = option(None, "pixels; by default the pipeline's")
-    strength: float | None = option(None, "how far --init_images are changed, from 0 to 1; by default the pipeline's")
+    strength: float | None = option(
+        None, "how far --init_images are changed, above 0 up to 1; by default the pipeline's"
+    )
     batch_size: int | None = option(None, "images at once; by default it grows until memory is full")
     fail_on_invalid: bool = option(False, "end with an error if an image is NaN, black or of one colour")
 
     def __post_init__(self) -> None:
         require_positive(self, "num_inference_steps", "height", "width", "batch_size")
         require_not_negative(self, "guidance_scale", "guidance_rescale", "eta")
+        require(
+            self.strength is None or self.strength > 0, "strength", self.strength, "be above 0", "at 0 none changes"
+        )
         for name in ("strength", "guidance_rescale", "eta"):
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, name, value, "be between 0 and 1")
@@ -218,8 +224,11 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
     except (*LOADING_ERRORS, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
     lora = spec.lora
-    if spec.parts is not None and (spec.parts / "pytorch_lora_weights.safetensors").is_file():
-        lora = str(spec.parts)
+    if spec.parts is not None:
+        content = checkpoint_content(spec)
+        for name, folder in content.adapters.items():
+            _merge_adapters(getattr(pipeline, name, None), folder)
+        lora = lora if content.lora is None else str(content.lora)
     if lora is not None:
         _add_lora(pipeline, lora, spec.lora_scale)
     pipeline.set_progress_bar_config(disable=True)
@@ -249,27 +258,93 @@ def _assemble(chosen: type, spec: PipelineSpec, dtype: torch.dtype, parts: dict[
     return chosen(**given)
 
 
+class CheckpointContent(NamedTuple):
+    """What a checkpoint holds of a pipeline, its moving averages where it has both.
+
+    Attributes:
+        models: folders of whole parts, by their names in the pipeline.
+        adapters: folders of PEFT adapters, by the parts that they are of.
+        lora: the LoRA file.
+    """
+
+    models: dict[str, Path]
+    adapters: dict[str, Path]
+    lora: Path | None
+
+
+def checkpoint_content(spec: PipelineSpec) -> CheckpointContent:
+    """What the checkpoint `spec.parts` holds of the pipeline.
+
+    Raises:
+        UserError: if it holds nothing of it: the base would stand for it.
+    """
+    names = [
+        name
+        for name, entry in read_index(spec).items()
+        if isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
+    ]
+    found = CheckpointContent(
+        _folders_with(spec.parts, names, "config.json"),
+        _folders_with(spec.parts, names, PEFT_FILE),
+        next((file for each in ("unet_ema", ".") if (file := spec.parts / each / LORA_FILE).is_file()), None),
+    )
+    if not any(found):
+        raise UserError(
+            f"--checkpoints: {spec.parts} holds no weights that go with {spec.path}: no LoRA file, and none of the "
+            f"folders {', '.join(names)} with a model or adapters; remove it, or give its own --pipeline"
+        )
+    return found
+
+
+def _folders_with(root: Path, names: Sequence[str], file: str) -> dict[str, Path]:
+    """The folders of parts that hold a file: `unet_ema/` comes before `unet/`."""
+    found = {}
+    for name in names:
+        folder = next((each for each in (root / f"{name}_ema", root / name) if (each / file).is_file()), None)
+        if folder is not None:
+            found[name] = folder
+    return found
+
+
 def _checkpoint_parts(spec: PipelineSpec, dtype: torch.dtype) -> dict[str, Any]:
-    """The parts that a checkpoint holds, its moving averages first, by the classes of their configs."""
+    """The whole parts that a checkpoint holds, by the classes in the pipeline's index."""
     import diffusers
     import transformers
 
+    index, libraries = read_index(spec), {"diffusers": diffusers, "transformers": transformers}
     parts = {}
-    for name, entry in read_index(spec).items():
-        folders = [spec.parts / f"{name}_ema", spec.parts / name]
-        folder = next((each for each in folders if (each / "config.json").is_file()), None)
-        if folder is not None and isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
-            library = diffusers if entry[0] == "diffusers" else transformers
-            parts[name] = getattr(library, entry[1]).from_pretrained(folder, use_safetensors=True, dtype=dtype)
+    for name, folder in checkpoint_content(spec).models.items():
+        library, kind = index[name][:2]
+        parts[name] = getattr(libraries[library], kind).from_pretrained(folder, use_safetensors=True, dtype=dtype)
     return parts
 
 
+def _merge_adapters(module: torch.nn.Module | None, folder: Path) -> None:
+    """Adds the update of PEFT adapters (LoHa, LoKr) to the weights of the part that they are of."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    try:
+        if module is None:
+            raise ValueError("the pipeline has no such part")
+        adapted = PeftModel.from_pretrained(module, folder)
+        if set(get_peft_model_state_dict(adapted)) != set(load_file(folder / PEFT_FILE)):  # PEFT leaves the rest out
+            raise ValueError(f"the tensors in {PEFT_FILE} are not those of its config")
+        adapted.merge_and_unload()
+    except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--checkpoints: the adapters {folder} can't be loaded: {first_line(error)}") from error
+
+
 def _add_lora(pipeline: "DiffusionPipeline", lora: str, scale: float) -> None:
-    flag = f"--lora {lora}"
+    flag = f"--lora {lora}"  # also of a checkpoint's
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"{flag}: a {type(pipeline).__name__} takes no LoRA")
+    file = Path(lora)
+    source = (str(file.parent), {"weight_name": file.name}) if file.is_file() else (lora, {})
     try:
-        pipeline.load_lora_weights(lora, adapter_name="evaluated", use_safetensors=True)
+        pipeline.load_lora_weights(source[0], adapter_name="evaluated", use_safetensors=True, **source[1])
+        if not any("evaluated" in names for names in pipeline.get_list_adapters().values()):
+            raise ValueError("it adapts no layer of the pipeline")
         if scale != 1.0:
             pipeline.set_adapters("evaluated", scale)
     except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:
@@ -688,9 +763,9 @@ def is_whole(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with Image.open(path) as image:
+        with open_image(str(path)) as image:
             image.load()
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, *BROKEN_FILE_ERRORS):
         return False
     return True
 
@@ -705,9 +780,10 @@ def claim_images(folder: Path, facts: dict[str, object], overwrite: bool) -> Non
     known: dict[str, object] = {}
     if record.is_file():
         try:
-            known = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError:
-            known = {}
+            read = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            read = None
+        known = read if isinstance(read, dict) else {}
     differing = [name for name, value in facts.items() if known.get(name) != json.loads(json.dumps(value))]
     if images and differing and not overwrite:
         names = ", ".join(differing)
@@ -728,13 +804,17 @@ def claim_images(folder: Path, facts: dict[str, object], overwrite: bool) -> Non
 
 
 def invalid_images(paths: Sequence[Path], note: Callable[[int], None] | None = None) -> dict[str, list[str]]:
-    """The names of images that are NaN, black, or of one colour, by which of these they are."""
-    found: dict[str, list[str]] = {"nan": [], "black": [], "constant": []}
+    """The names of images that can't be read, are NaN, black, or of one colour, by which of these they are."""
+    found: dict[str, list[str]] = {"unreadable": [], "nan": [], "black": [], "constant": []}
     for path in paths:
-        with Image.open(path) as image:
-            state = image.info.get(STATE_KEY)
-            if state is None:
-                state = state_of(np.asarray(image.convert("RGB"), np.float32) / 255)
+        try:
+            with open_image(str(path)) as image:
+                state = drawn_texts(image.info).get(STATE_KEY)
+            pixels = read_rgb(str(path))
+        except (OSError, ValueError):
+            state = "unreadable"
+        else:
+            state = state or state_of(np.asarray(pixels, np.float32) / 255)
         if state in found:
             found[state].append(path.name)
         if note is not None:

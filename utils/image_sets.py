@@ -13,12 +13,12 @@ from PIL import Image, ImageOps
 
 from utils.data.captions import CaptionOptions
 from utils.data.folders import is_image, list_files
-from utils.data.images import read_rgb
+from utils.data.images import open_image, read_rgb, reason_of
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records
 from utils.metrics.features import Picture
 from utils.metrics.subjects import ImageSet
 from utils.options import UserError, option, require, require_positive
-from utils.prompts import Task
+from utils.prompts import Task, drawn_texts
 
 logger = logging.getLogger(__name__)
 DRAWN_NAME = re.compile(r"(\d{5,})_(\d{5,})")
@@ -108,18 +108,21 @@ def _count(seen: dict[int, int], key: int) -> int:
 
 
 def _png_prompts(folder: Path, names: Sequence[str]) -> list[str] | None:
-    texts = []
+    """The prompts within PNGs that were drawn here; an empty one of an image that can't be read."""
+    texts, num_broken = [], 0
     for name in names:
         if not name.lower().endswith(".png"):
             return None
         try:
-            with Image.open(folder / name) as image:
-                texts.append(image.info.get("prompt"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"--images {folder / name} can't be read: {error}") from error
-        if texts[-1] is None:
+            with open_image(str(folder / name)) as image:
+                text = drawn_texts(image.info).get("prompt")
+        except (OSError, ValueError) as error:
+            logger.warning("--images %s can't be read: %s", folder / name, reason_of(error))
+            text, num_broken = "", num_broken + 1
+        if text is None:
             return None
-    return texts
+        texts.append(text)
+    return texts if num_broken < len(texts) else None
 
 
 def _captions(folder: Path, names: Sequence[str]) -> list[str] | None:

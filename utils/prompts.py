@@ -2,8 +2,9 @@
 
 import csv
 import hashlib
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +16,16 @@ from utils.options import UserError, first_line, nearest, option, require, requi
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 DEFAULT_EACH, DEFAULT_UNCONDITIONAL = 4, 64
+MOST_IMAGES = 10**7
+PROMPT_FILES = (".txt", ".csv", ".jsonl", ".json")
+STATE_KEY = "state"  # of the texts in a drawn PNG
 
 
 @dataclass(frozen=True)
 class PromptOptions:
     prompts: list[str] | None = option(None, "prompts to draw", aliases=["--prompt"])
     prompts_file: str | None = option(
-        None, "prompts of a file: .txt one a line, .jsonl or .csv with a column prompt, text or caption"
+        None, "prompts of a file: .txt one a line; .jsonl, .json (a list) or .csv with a column prompt, text or caption"
     )
     prompts_dataset: str | None = option(None, "prompts of a dataset: a Hub name or a local path")
     prompts_split: str = option("train", "split of that dataset")
@@ -37,6 +41,9 @@ class PromptOptions:
 
     def __post_init__(self) -> None:
         require_positive(self, "max_prompts", "num_images", "images_per_prompt")
+        for name in ("num_images", "images_per_prompt"):
+            value = getattr(self, name)
+            require(value is None or value <= MOST_IMAGES, name, value, f"be at most {MOST_IMAGES}")
         given = [name for name in ("prompts", "prompts_file", "prompts_dataset", "captions_dir") if getattr(self, name)]
         if len(given) > 1:
             raise UserError(f"--{given[0]} and --{given[1]} both say which prompts to draw; give one")
@@ -130,18 +137,46 @@ def _renamed(error: Exception, flag: str) -> str:
 
 
 def _file_prompts(file: Path, column: str | None) -> list[tuple[str, dict[str, Any]]]:
-    flag = f"--prompts_file {file}"
+    flag, suffix = f"--prompts_file {file}", file.suffix.lower()
+    if suffix not in ("", *PROMPT_FILES):
+        raise UserError(f"{flag} must end with one of {', '.join(PROMPT_FILES)}, got {file.suffix}")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".csv":
-            rows: list[dict] = list(csv.DictReader(text.splitlines()))
-        elif file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        text = file.read_bytes().decode("utf-8-sig")
+        if suffix == ".csv":
+            rows = _csv_rows(text, flag)
+        elif suffix == ".json":
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise UserError(f"{flag} must hold a list of prompts, got a {type(rows).__name__}")
         else:
-            return [(line.strip(), {"prompt": line.strip()}) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
+            rows = [line.strip() for line in _lines(text) if line.strip()]
+            if suffix == ".jsonl":
+                rows = [json.loads(line) for line in rows]
+            else:
+                rows = [{"prompt": line} for line in rows]
+                column = None  # there is but one
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"{flag} can't be read: {first_line(error)}") from error
-    return [(_text_of(row, column, f"{flag}, row {number}"), row) for number, row in enumerate(rows, start=1)]
+    texts = [_text_of(row, column, f"{flag}, row {number}") for number, row in enumerate(rows, start=1)]
+    return [(text, row if isinstance(row, dict) else {"prompt": text}) for text, row in zip(texts, rows, strict=True)]
+
+
+def _lines(text: str) -> list[str]:
+    """Lines by line feeds and carriage returns alone: U+2028 and its like may stand within a prompt."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _csv_rows(text: str, flag: str) -> list[dict[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    for row in reader:
+        if None in row:
+            raise UserError(
+                f"{flag}, line {reader.line_num}: more cells than the {len(reader.fieldnames or ())} columns; put a "
+                "text with a comma in quotes"
+            )
+        rows.append(row)
+    return rows
 
 
 def _text_of(row: object, column: str | None, where: str) -> str:
@@ -217,14 +252,19 @@ def plan_tasks(prompts: Sequence[Prompt], options: PromptOptions) -> list[Task]:
     """The images to draw, prompt by prompt.
 
     `--num_images` gives each prompt one in turn until there are enough. Without prompts there is a single one, None.
+
+    Raises:
+        UserError: if they are too many to be meant.
     """
     count = len(prompts)
     default = DEFAULT_UNCONDITIONAL if count == 1 and prompts[0].text is None and prompts[0].label is None else None
-    if options.num_images is not None:
-        total = options.num_images
+    total = options.num_images
+    if total is not None:
         each = [total // count + (number < total % count) for number in range(count)]
     else:
         each = [options.images_per_prompt or default or DEFAULT_EACH] * count
+        most = f"be at most {MOST_IMAGES} images in all {count} prompts"
+        require(sum(each) <= MOST_IMAGES, "images_per_prompt", each[0], most)
     return [Task(number, sample, prompt) for number, prompt in enumerate(prompts) for sample in range(each[number])]
 
 
@@ -236,3 +276,13 @@ def prompts_hash(prompts: Sequence[Prompt]) -> str:
         content = None if start is None else hashlib.sha256(start.read_bytes()).hexdigest()
         digest.update(json.dumps([prompt.text, prompt.label, content]).encode())
     return digest.hexdigest()
+
+
+def drawn_texts(info: Mapping[object, object]) -> dict[str, str]:
+    """The texts of a PNG that was drawn here; none of others, whose texts may mean something else.
+
+    Each image has its seed and its state, beside its prompt or class where it has one.
+    """
+    texts = {name: value for name, value in info.items() if isinstance(name, str) and isinstance(value, str)}
+    is_ours = texts.get("seed", "").isdecimal() and texts.get(STATE_KEY) in ("ok", "nan", "black", "constant")
+    return dict(texts) if is_ours else {}

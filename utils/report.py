@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from utils.metrics.comparison import Difference
 from utils.metrics.distances import Interval
+from utils.metrics.features import Picture
 from utils.metrics.scores import Score
 from utils.metrics.subjects import Subject
 from utils.runtime import write_json
@@ -33,7 +35,7 @@ class Entry:
         name: as the report calls it.
         step: optimizer steps of a checkpoint; None of others.
         facts: what its images were drawn with.
-        invalid: names of images that are NaN, black, or of one colour.
+        invalid: names of images that can't be read, are NaN, black, or of one colour.
         seconds: the time that drawing took in this run.
     """
 
@@ -74,8 +76,15 @@ def write_report(findings: Findings, folder: Path, num_prompts: int = 24) -> Non
     """Writes `results.json`, `report.md` and `report.html`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results(findings))
-    (folder / "report.md").write_text(markdown(findings), encoding="utf-8")
-    (folder / "report.html").write_text(html(findings, num_prompts), encoding="utf-8")
+    _write_text(folder / "report.md", markdown(findings))
+    _write_text(folder / "report.html", html(findings, num_prompts))
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes a text so that the file is at any moment either the old or the new one."""
+    aside = path.with_name(f".tmp-{path.name}")
+    aside.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files need not be Unicode
+    os.replace(aside, path)
 
 
 def results(findings: Findings) -> dict[str, object]:
@@ -114,20 +123,21 @@ def notes(findings: Findings) -> list[str]:
     for entry in findings.entries:
         for state, names in entry.invalid.items():
             if names:
-                what = {"nan": "NaN", "black": "black", "constant": "of one colour"}[state]
+                what = {"nan": "NaN", "constant": "of one colour"}.get(state, state)
+                ending = "metrics that read them fail" if state == "unreadable" else "they count"
                 shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
                 found.append(
-                    f"{entry.name}: {len(names)} of {len(entry.subject)} images are {what} ({shown}); they count"
+                    f"{entry.name}: {len(names)} of {len(entry.subject)} images are {what} ({shown}); {ending}"
                 )
     return found
 
 
 def invalid_counts(findings: Findings) -> str:
-    """How many images are NaN, black or of one colour, in a line, also if none is."""
+    """How many images can't be read, are NaN, black or of one colour, in a line, also if none is."""
     counts = [
         f"{entry.name} {sum(map(len, entry.invalid.values()))} of {len(entry.subject)}" for entry in findings.entries
     ]
-    return f"Images that are NaN, black or of one colour: {', '.join(counts)}."
+    return f"Images that are unreadable, NaN, black or of one colour: {', '.join(counts)}."
 
 
 def number(value: float | None) -> str:
@@ -258,7 +268,22 @@ def data_uri(image: Image.Image, edge: int = THUMBNAIL) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def _thumbnail(picture: Picture) -> str | None:
+    """A picture within a page; None if it can't be read."""
+    try:
+        return data_uri(picture.read())
+    except (OSError, ValueError):
+        return None
+
+
 def _prompt_sections(entries: Sequence[Entry], num_prompts: int) -> list[dict]:
+    """Prompts and their images: side by side of entries with the same prompts, else one entry's after the other's."""
+    if all(entry.subject.images.is_like(entries[-1].subject.images) for entry in entries):
+        return _sections_of(entries, num_prompts)
+    return [section for entry in entries for section in _sections_of([entry], num_prompts)]
+
+
+def _sections_of(entries: Sequence[Entry], num_prompts: int) -> list[dict]:
     images = entries[-1].subject.images
     sections = []
     if images.prompts is None and len(set(images.clusters.tolist())) == len(images):  # unconditional: one grid of all
@@ -270,15 +295,10 @@ def _prompt_sections(entries: Sequence[Entry], num_prompts: int) -> list[dict]:
         first = int(chosen[0])
         text = f"class or prompt {cluster}" if images.prompts is None else images.prompts[first]
         limit = 16 if cluster is None else IMAGES_OF_A_PROMPT
-        sides = [
-            {
-                "entry": entry.name,
-                "pictures": [
-                    data_uri(entry.subject.images.pictures[index].read()) for index in chosen[:limit].tolist()
-                ],
-            }
-            for entry in entries
-        ]
+        sides = []
+        for entry in entries:
+            read = [_thumbnail(entry.subject.images.pictures[index]) for index in chosen[:limit].tolist()]
+            sides.append({"entry": entry.name, "pictures": [each for each in read if each is not None]})
         sections.append({"text": "" if cluster is None else text, "sides": sides})
     return sections
 
@@ -301,12 +321,9 @@ def _ranked(entry: Entry) -> list[dict]:
         {
             "title": f"{title}, {entry.name}",
             "cards": [
-                {
-                    "picture": data_uri(entry.subject.images.pictures[index].read()),
-                    "score": number(float(score.by_image[index])),
-                    "text": prompts[index],
-                }
+                {"picture": read, "score": number(float(score.by_image[index])), "text": prompts[index]}
                 for index in indices.tolist()
+                if (read := _thumbnail(entry.subject.images.pictures[index])) is not None
             ],
         }
         for title, indices in groups
@@ -318,15 +335,14 @@ def _pairs(findings: Findings) -> list[dict]:
     score = entry.score("memorisation")
     if score is None or score.value is None or findings.training is None:
         return []
-    return [
-        {
-            "picture": data_uri(entry.subject.images.pictures[pair["image_index"]].read()),
-            "nearest": data_uri(findings.training.images.pictures[pair["training_index"]].read()),
-            "score": number(pair["cosine"]),
-            "text": pair["training_image"],
-        }
-        for pair in score.details["nearest_pairs"]
-    ]
+    found = []
+    for pair in score.details["nearest_pairs"]:
+        drawn = _thumbnail(entry.subject.images.pictures[pair["image_index"]])
+        nearest = _thumbnail(findings.training.images.pictures[pair["training_index"]])
+        if drawn is not None and nearest is not None:
+            text = pair["training_image"]
+            found.append({"picture": drawn, "nearest": nearest, "score": number(pair["cosine"]), "text": text})
+    return found
 
 
 def curves(entries: Sequence[Entry]) -> list[dict[str, str]]:

@@ -1,5 +1,7 @@
 """FID, FID-infinity and FD-DINOv2; the Inception Score."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from utils.metrics.case import Case, Scores
@@ -45,17 +47,14 @@ def _frechet(case: Case, network: str, name: str) -> Scores:
         remark += f"; the reference has {len(reference)} images"
     facts = case.facts(network) | {"reference_count": len(reference)}
     settings = {"preparation": case.networks.get(network).settings, "covariance": "unbiased", "arithmetic": "float64"}
-    groups, spread, details = seed_groups(case), None, {}
-    if groups is not None:
-        by_group = frechet_by_group(features, real, groups)
-        spread = ByGroup(by_group)
-        details = {
-            "groups": len(by_group),
-            "images_of_a_group": int(np.bincount(groups).min()),
-            "mean_of_groups": float(by_group.mean()),
-            "deviation_of_groups": float(by_group.std(ddof=1)),
-        }
-    found = [Score(name, value, "lower", settings=settings, remark=remark, spread=spread, details=details, **facts)]
+    found = [Score(name, value, "lower", settings=settings, remark=remark, **facts)]
+    groups = seed_groups(case)
+    if groups is None:
+        reason = f"{n} images are too few for {case.options.fid_groups} groups of two"
+        by_groups = Score(f"{name}_mean_of_groups", None, "lower", reason=reason)
+    else:
+        by_groups = _mean_of_groups(f"{name}_mean_of_groups", frechet_by_group(features, real, groups), groups)
+        by_groups = replace(by_groups, settings=settings, **facts)
     if n >= LEAST_FOR_INFINITY:
         infinite = frechet_infinity(features, real)
         settings = settings | {"extrapolation": "15 subsets of a third to all of the images, a line in 1/N"}
@@ -68,7 +67,15 @@ def _frechet(case: Case, network: str, name: str) -> Scores:
     else:
         reason = f"{n} images are too few to extrapolate from: at least {LEAST_FOR_INFINITY} are needed"
         found.append(Score(f"{name}_infinity", None, "lower", reason=reason))
-    return found
+    return [*found, by_groups]
+
+
+def _mean_of_groups(name: str, by_group: np.ndarray, groups: np.ndarray) -> Score:
+    """The mean distance of groups: far higher than that of all images, so that its difference alone says something."""
+    size = int(np.bincount(groups).min())
+    details = {"groups": len(by_group), "images_of_a_group": size, "deviation_of_groups": float(by_group.std(ddof=1))}
+    remark = f"of {size} images a group, so higher than that of all: for differences alone"
+    return Score(name, float(by_group.mean()), "lower", remark=remark, spread=ByGroup(by_group), details=details)
 
 
 def fid(case: Case) -> Scores:

@@ -1,6 +1,7 @@
 """The table of metrics, and the scores of a set of images by it."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from utils.metrics.distances import Failed, NotComputable
 from utils.metrics.diversity import lpips_diversity, memorisation, vendi
 from utils.metrics.fid import fd_dinov2, fid, inception
 from utils.metrics.kid import cmmd, kid, prdc
-from utils.metrics.scores import missing
+from utils.metrics.scores import Score, missing
 from utils.options import first_line
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ METRICS: dict[str, Metric] = {
         "main",
         True,
         True,
-        ("fid", "fid_infinity"),
-        "Frechet distance, with FID-infinity and the spread over seed groups",
+        ("fid", "fid_infinity", "fid_mean_of_groups"),
+        "Frechet distance, with FID-infinity and the mean of seed groups, whose difference has an interval",
     ),
     "clip_score": Metric(
         clip_score,
@@ -82,7 +83,12 @@ METRICS: dict[str, Metric] = {
     ),
     "inception_score": Metric(inception, "main", False, False, ("inception_score",), "sure and varied classes"),
     "fd_dinov2": Metric(
-        fd_dinov2, "dino", False, True, ("fd_dinov2", "fd_dinov2_infinity"), "Frechet distance in DINOv2's features"
+        fd_dinov2,
+        "dino",
+        False,
+        True,
+        ("fd_dinov2", "fd_dinov2_infinity", "fd_dinov2_mean_of_groups"),
+        "Frechet distance in DINOv2's features",
     ),
     "cmmd": Metric(
         cmmd,
@@ -119,7 +125,7 @@ def score(case: Case, names: Iterable[str]) -> Scores:
     found: Scores = []
     for name in names:
         try:
-            found += METRICS[name].compute(case)
+            found += map(_finite, METRICS[name].compute(case))
         except NotComputable as reason:
             found.append(missing(name, str(reason), isinstance(reason, Failed)))
             logger.warning("%s was not computed: %s", name, reason)
@@ -134,3 +140,11 @@ def score(case: Case, names: Iterable[str]) -> Scores:
             found.append(missing(name, f"{type(error).__name__}: {first_line(error)}", failed=True))
             logger.warning("%s failed: %s", name, first_line(error))
     return found
+
+
+def _finite(found: Score) -> Score:
+    """The score, or a failed one of its name if its value is not finite."""
+    if found.value is None or math.isfinite(found.value):
+        return found
+    logger.warning("%s failed: its value is not finite", found.name)
+    return missing(found.name, "not finite", failed=True)

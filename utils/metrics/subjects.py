@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SYMMETRY = 1e-6
+POSITIVITY = 1e-6
 STATISTICS_VERSION = 1
 BROKEN_ARCHIVE = (
     *(OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, ArithmeticError, NotImplementedError),
@@ -230,6 +231,8 @@ class Statistics:
         if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
             raise UserError(f"{flag}: mu and sigma must be numbers")
         mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+        if not mean.size:
+            raise UserError(f"{flag} holds statistics of no feature: mu is empty")
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise UserError(f"{flag}: mu {list(mean.shape)} and sigma {list(covariance.shape)} must be [d] and [d, d]")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
@@ -240,11 +243,13 @@ class Statistics:
             raise UserError(f"{flag}: sigma is not symmetric, so it is no covariance")
         if (np.diag(covariance) < 0).any():
             raise UserError(f"{flag}: sigma has a negative variance, so it is no covariance")
+        if not _is_positive(covariance):
+            raise UserError(f"{flag}: sigma has a negative eigenvalue, so it is no covariance")
         rows = found.get("feats")
         if rows is not None:
             try:
                 rows = as_features(rows, 1)
-            except (NotComputable, ValueError) as error:
+            except (NotComputable, ValueError, TypeError) as error:
                 raise UserError(f"{flag}: feats: {first_line(error)}") from error
             if rows.shape[1] != len(mean):
                 raise UserError(f"{flag}: feats have {rows.shape[1]} features, mu has {len(mean)}")
@@ -254,7 +259,13 @@ class Statistics:
                 facts = json.loads(str(found["fingerprint"]))
             except ValueError as error:
                 raise UserError(f"{flag}: its fingerprint is no JSON") from error
-        count = int(found["n"]) if "n" in found and np.ndim(found["n"]) == 0 else 0 if rows is None else len(rows)
+            if not isinstance(facts, dict):
+                raise UserError(f"{flag}: its fingerprint must be a JSON object, got a {type(facts).__name__}")
+        count = 0 if rows is None else len(rows)
+        if "n" in found:
+            count = _whole_number(found["n"])
+            if count is None:
+                raise UserError(f"{flag}: n must be the number of images, got {first_line(ValueError(found['n']))}")
         return Statistics(Moments(mean, covariance, count), rows, facts, str(path))
 
     def check(self, network: Network, num_features: int | None, may_differ: bool) -> None:
@@ -306,28 +317,49 @@ class Statistics:
             raise NotComputable(f"{self.source} holds statistics of one network; give the reference's images")
 
 
+def _is_positive(covariance: np.ndarray) -> bool:
+    """Whether a symmetric matrix [d, d] has no eigenvalue that is more negative than rounding makes it."""
+    eigenvalues = np.linalg.eigvalsh(covariance)
+    return bool(eigenvalues[0] >= -POSITIVITY * abs(eigenvalues[-1]))  # also false of NaN
+
+
+def _whole_number(found: np.ndarray) -> int | None:
+    """The whole number of 0 or more that an array of one element is; None of others."""
+    if found.size != 1 or found.dtype.kind not in "fiu":
+        return None
+    value = found.item()
+    return int(value) if 0 <= value < 2**63 and value == int(value) else None
+
+
 def network_facts(network: Network) -> dict[str, str]:
     """What statistics depend on of a network."""
     return {"network": network.name, "settings": network.settings, "weights": network.fingerprint}
 
 
 def write_statistics(path: Path, subject: Subject, name: str) -> None:
-    """Keeps a set's statistics under a network: `mu`, `sigma`, `n`, `feats` and a fingerprint as JSON."""
+    """Keeps a set's statistics under a network: `mu`, `sigma`, `n`, `feats` and a fingerprint as JSON.
+
+    Raises:
+        UserError: if the file can't be written.
+    """
     network, rows = subject.networks.get(name), subject.features(name)
     found = moments(rows)
     facts = network_facts(network) | {"images": subject.images.fingerprint, "version": STATISTICS_VERSION}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        "mu": found.mean,
+        "sigma": found.covariance,
+        "n": np.int64(found.count),
+        "feats": rows.astype(np.float32),
+        "fingerprint": np.array(json.dumps(facts)),
+    }
     aside = path.with_name(f".tmp-{path.name}")
-    with aside.open("wb") as file:
-        np.savez(
-            file,
-            mu=found.mean,
-            sigma=found.covariance,
-            n=np.int64(found.count),
-            feats=rows.astype(np.float32),
-            fingerprint=np.array(json.dumps(facts)),
-        )
-    aside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            np.savez(file, **arrays)
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"--save_reference {path} can't be written: {error.strerror or error}") from error
 
 
 Reference = Subject | Statistics
