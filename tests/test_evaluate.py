@@ -640,8 +640,10 @@ def test_variations_and_classes_by_the_command(evaluate, pipelines, images, flag
             "a square",
             "--scheduler",
             "dpm++_2m",
-            "--initial_noise_scale",
-            0.9,
+            "--clamp_start",
+            3,
+            "--clamp_end",
+            2,
             "--metrics",
             "vendi",
             *flags,
@@ -649,7 +651,7 @@ def test_variations_and_classes_by_the_command(evaluate, pipelines, images, flag
     )
     assert len(images_in(folder / "images" / "pipeline")) == 6
     assert found["entries"]["pipeline"]["drawn_with"]["strength"] == 0.5
-    assert found["entries"]["pipeline"]["drawn_with"]["controls"]["initial_noise_scale"] == 0.9
+    assert found["entries"]["pipeline"]["drawn_with"]["controls"]["clamp_end"] == 2.0
     assert found["entries"]["pipeline"]["drawn_with"]["scheduler"] == "DPMSolverMultistepScheduler"
     found, folder = evaluate(
         *("--pipeline", class_conditional(tmp_path / "dit"), "--class_labels", 7, 3, "--images_per_prompt", 2),
