@@ -233,6 +233,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_cache_killed_at_random_moments_is_byte_for_byte_one_filled_in_peace(pipelines, tmp_path):
     data = tiny.make_images(tmp_path / "data", 60)
     peace, war = tmp_path / "peace", tmp_path / "war"
@@ -258,6 +259,7 @@ def test_a_cache_killed_at_random_moments_is_byte_for_byte_one_filled_in_peace(p
     assert not list(war.rglob(".tmp-*"))
 
 
+@pytest.mark.slow
 def test_two_processes_fill_what_one_does(pipelines, tmp_path):
     data = tiny.make_images(tmp_path / "data", 30)
     one, two = tmp_path / "one", tmp_path / "two"

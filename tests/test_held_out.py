@@ -76,6 +76,7 @@ def test_the_same_number_twice_and_measuring_changes_nothing(train, tmp_path):
     assert measured(rarely)[-1] == measured(one)[-1]
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(pipelines, tmp_path):
     import subprocess
     import sys

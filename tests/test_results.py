@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, lora, weights
+from utils.engines import Engine
 
 SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--learning_rate", 1e-3)
 
@@ -426,7 +427,7 @@ def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch):
     accelerator = Accelerator()
     accelerator.scaler = scaler
     average = MovingAverage([parameter], EmaOptions(use_ema=True))
-    state = RunState(accelerator, None, average, None, Scaled(), [], [], [], None)
+    state = RunState(Engine(accelerator), None, average, None, Scaled(), [], [], [], None)
     for value, updates in ((1.0, 1), (float("inf"), 1), (1.0, 2)):
         scaler.scale((parameter * value).sum()).backward()
         state.step(torch.tensor(1.0))
@@ -515,7 +516,7 @@ def test_a_fused_optimizer_skips_on_the_device():
     class Accelerator:
         scaler = None
 
-    state = RunState(Accelerator(), None, None, None, optimizer, [], [], [], None)
+    state = RunState(Engine(Accelerator()), None, None, None, optimizer, [], [], [], None)
     for value, moved in ((1.0, True), (float("nan"), False), (1.0, True)):
         before = parameter.detach().clone()
         parameter.grad = torch.full((4,), value)
