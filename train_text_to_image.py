@@ -153,6 +153,7 @@ def run(argv: Sequence[str] | None) -> None:
     engine.check_options(as_record(options), options.optimizer.name)
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     global_batch = options.loader.global_batch(num_processes)
+    engine.check_batch(global_batch)
     requests = StopRequests(folder.path, options.length.seconds)
     with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening():
         checkpoints = Checkpoints(folder.path, options.checkpoint.checkpoints_total_limit)
@@ -344,6 +345,8 @@ def check_together(options: Options) -> None:
     if any(rate is not None for rate in text_rates) and not options.adaptation.train_text_encoder:
         raise UserError("--text_encoder_lr goes with --train_text_encoder; give both or neither")
     check_token(options.hub, options.tracking)
+    if options.optimizer.optimizer_in_backward and options.loader.global_batch_size is not None:
+        raise UserError("--optimizer_in_backward steps after each batch; leave out --global_batch_size")
     if options.evaluation.eval_metrics and options.model.sampling_cpu_offload:
         raise UserError("--eval_metrics draws with the whole pipeline on the device; leave out --sampling_cpu_offload")
     check_optimizer(options.optimizer, options.schedule, options.term.loss_module_lr)

@@ -190,6 +190,7 @@ def run(argv: Sequence[str] | None) -> None:
     engine.check_options(as_record(options), options.optimizer.name)
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     global_batch = options.loader.global_batch(num_processes)
+    engine.check_batch(global_batch)
     requests = StopRequests(folder.path, options.length.seconds)
     with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening():
         checkpoints = Checkpoints(folder.path, options.checkpoint.checkpoints_total_limit)
@@ -360,6 +361,8 @@ def check_together(options: Options) -> None:
     captions = options.labels.captions(options.source)
     entries = source_entries(options.data, options.source, captions)
     check_token(options.hub, options.tracking)
+    if options.optimizer.optimizer_in_backward and options.loader.global_batch_size is not None:
+        raise UserError("--optimizer_in_backward steps after each batch; leave out --global_batch_size")
     check_optimizer(options.optimizer, options.schedule, options.term.loss_module_lr)
     check_masks(options.loss, entries)
     check_held_out(options.held_out, options.data, options.stopping, options.schedule, options.ema)

@@ -98,6 +98,24 @@ def test_three_processes_train_what_one_does(train, sgd, data, tmp_path, pipelin
 
 
 @pytest.mark.slow
+def test_three_processes_share_eight_samples(train, sgd, data, tmp_path, pipelines):
+    """2, 3 and 3, in pieces of at most two; it is a checkpoint of one process that they go on from."""
+    whole = train("sd", *STEPS, "--train_batch_size", 8, data=data, out="whole")
+    spread_out = train("sd", *STEPS, "--max_train_steps", 2, "--train_batch_size", 8, data=data, out="spread")
+    flags = (*STEPS, "--train_batch_size", 2, "--global_batch_size", 8, "--resume_from_checkpoint", "latest")
+    spread(3, command(pipelines, data, spread_out, *flags), TEST_OPTIMIZER="sgd")
+    assert_close(whole, spread_out)
+
+
+def test_a_global_batch(refused, train, data, tmp_path):
+    refused(["--global_batch_size", 8, "--gradient_accumulation_steps", 2], "give one")
+    flags = ["--max_train_steps", 2, "--learning_rate", 1e-3, "--adam_epsilon", 1e-5]
+    whole = train("sd", *flags, "--train_batch_size", 5, data=data, out="whole")
+    pieces = train("sd", *flags, "--train_batch_size", 2, "--global_batch_size", 5, data=data, out="pieces")
+    assert_close(whole, pieces)
+
+
+@pytest.mark.slow
 def test_a_run_moves_from_one_process_to_two_and_back(train, sgd, data, tmp_path, pipelines):
     whole = train("sd", *STEPS, "--max_train_steps", 6, "--train_batch_size", 4, data=data, out="whole")
     moved = train("sd", *STEPS, "--max_train_steps", 2, "--train_batch_size", 4, data=data, out="moved")

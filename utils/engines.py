@@ -58,6 +58,12 @@ class Engine:
         if self.optimizers is not None and optimizer not in self.optimizers:
             raise UserError(f"--optimizer must be {' or '.join(self.optimizers)} with {self.name}, got {optimizer}")
 
+    def check_batch(self, global_batch: int) -> None:
+        """Refuses a global batch that processes that run each forward pass together can't share evenly."""
+        count = self.accelerator.num_processes
+        if not self.can_begin_again and global_batch % count:
+            raise UserError(f"--global_batch_size must be divisible by {count} processes with {self.name}")
+
     def prepare(
         self, objective: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float
     ) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -3,6 +3,7 @@ at once, and what it records of itself.
 """
 
 import logging
+import math
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -100,7 +101,7 @@ def claim(
 def choose_group_size(buckets: BucketOptions, loader: LoaderOptions, global_batch: int, start: Path | None) -> int:
     """How many samples of one bucket stand together: as asked, as the run that goes on had it, or the micro-batch."""
     recorded = None if start is None else read_state(start).facts.structure.get("bucket_group_size")
-    chosen = buckets.bucket_group_size or recorded or loader.train_batch_size
+    chosen = buckets.bucket_group_size or recorded or math.gcd(loader.train_batch_size, global_batch)
     if global_batch % chosen:
         raise UserError(f"--bucket_group_size must divide the global batch of {global_batch}, got {chosen}")
     return chosen
@@ -209,6 +210,8 @@ def describe_run(
     }
     parts = ", ".join(f"{name} {count:,}" for name, count in trained.items())
     sizes = f"{loader.train_batch_size} x {loader.gradient_accumulation_steps} accumulated"
+    if loader.global_batch_size is not None:
+        sizes = f"at most {loader.train_batch_size} at once"
     epochs = float(total_steps * batches.size / batches.samples_per_epoch)
     facts = {
         "model": model,

@@ -20,7 +20,7 @@ from utils.data.selection import PlannedImages
 from utils.data.sources import Records
 from utils.data.stream import StreamedBatches, StreamedImages, StreamedPieces, StreamedRecords
 from utils.noise import NoiseDraws, stack_draws
-from utils.options import ProcessError, first_line, option, require_not_negative, require_positive
+from utils.options import ProcessError, UserError, first_line, option, require, require_not_negative, require_positive
 from utils.records import Batch, RecordPass
 from utils.seeding import Stream, generator
 from utils.stopping import ignore_signals
@@ -32,6 +32,11 @@ MAX_REPLACEMENTS = 100
 class LoaderOptions:
     train_batch_size: int = option(16, "samples a process trains on at once")
     gradient_accumulation_steps: int = option(1, "batches whose gradients are added up to one optimizer step")
+    global_batch_size: int | None = option(
+        None,
+        "samples of an optimizer step over all processes, instead of --gradient_accumulation_steps; each process takes "
+        "an equal part, one more or less",
+    )
     find_batch_size: bool = option(
         False, "take all samples of a step at once, or as many as memory allows: half, a quarter, ...; and say how many"
     )
@@ -43,12 +48,18 @@ class LoaderOptions:
     )
 
     def __post_init__(self) -> None:
-        require_positive(self, "train_batch_size", "gradient_accumulation_steps")
+        require_positive(self, "train_batch_size", "gradient_accumulation_steps", "global_batch_size")
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise UserError("--global_batch_size and --gradient_accumulation_steps are two ways to say it; give one")
         require_not_negative(self, "dataloader_num_workers", "dataloader_timeout")
 
     def global_batch(self, num_processes: int) -> int:
         """Samples of an optimizer step, over all processes and accumulated batches."""
-        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
+        size = self.global_batch_size
+        if size is None:
+            return self.train_batch_size * self.gradient_accumulation_steps * num_processes
+        require(size >= num_processes, "global_batch_size", size, f"be at least {num_processes}, one for each process")
+        return size
 
     def num_workers(self, num_processes: int) -> int:
         """Loader processes for this process, of `num_processes`, which may be on several machines."""
