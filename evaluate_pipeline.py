@@ -183,7 +183,7 @@ def run(argv: Sequence[str] | None) -> None:
     with ending(accelerator, folder, runtime.peer_timeout), requests.listening():
         on_main_process(accelerator, lambda: folder.claim(True, False))
         networks = Networks(options.features, accelerator.device)
-        workers = Workers(accelerator, options.features.feature_batch_size)
+        workers = Workers(accelerator, options.features.feature_batch_size, requests)
         reference = prepare_reference(options, accelerator, networks, workers)
         training = prepare_training(options, networks, workers)
         networks.rest()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from tests import networks, tiny
 from tests.conftest import message, reset_accelerate
 from tests.test_generation import assert_same, class_conditional, images_in, unconditional
+from utils.metrics.features import Network
 from utils.metrics.registry import METRICS
 from utils.options import UserError
 
@@ -690,3 +692,41 @@ def test_the_report_fits_a_browsers_window(evaluate, pipelines, flags, real_imag
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
     done = subprocess.run([*command, f"file://{page}"], capture_output=True, text=True, timeout=120)
     assert f"wider by 0, of {width}, broken 0" in done.stdout
+
+
+def test_a_signal_while_scores_are_computed(evaluate, pipelines, flags, real_images, monkeypatch, capsys):
+    """The images that were drawn stay, and the same command goes on to the scores."""
+    words = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--metrics", "vendi", "kid", *flags]
+    words += ["--reference", real_images]
+    called, calls = Network.__call__, []
+
+    def signalled(self, pictures, device):
+        calls.append(None)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return called(self, pictures, device)
+
+    monkeypatch.setattr(Network, "__call__", signalled)
+    found, _ = evaluate(*words, "--feature_batch_size", 1, expect=128 + signal.SIGTERM)
+    assert found is None
+    assert "stopped while scores were computed; the same command goes on" in capsys.readouterr().err
+    found, _ = evaluate(*words)
+    assert found["entries"]["pipeline"]["scores"]["kid"]["value"] is not None
+
+
+def test_features_come_in_halves_where_memory_is_short(evaluate, pipelines, flags, real_images, monkeypatch):
+    words = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--metrics", "kid", "lpips_diversity", *flags]
+    words += ["--reference", real_images, "--feature_batch_size", 8]
+    whole, _ = evaluate(*words, out="whole")
+    called = Network.__call__
+
+    def short(self, pictures, device):
+        if len(pictures) > 2:
+            raise torch.OutOfMemoryError
+        return called(self, pictures, device)
+
+    monkeypatch.setattr(Network, "__call__", short)
+    halves, _ = evaluate(*words, out="halves")
+    for name in ("kid", "lpips_diversity"):
+        values = [each["entries"]["pipeline"]["scores"][name]["value"] for each in (whole, halves)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)

@@ -12,7 +12,8 @@ from tests import tiny
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_launch import command, launcher, run
 from utils.engines import Engine
-from utils.gradients import Gradients, is_out_of_memory, setting
+from utils.gradients import Gradients, setting
+from utils.memory import is_out_of_memory
 from utils.objective import Objective
 from utils.options import UserError
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from utils.adaptation import LORA_FILE, PEFT_FILE
 from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
 from utils.families.source import LOADING_ERRORS
-from utils.gradients import is_out_of_memory
+from utils.memory import is_out_of_memory
 from utils.metrics.features import weights_hash
 from utils.options import (
     ProcessError,

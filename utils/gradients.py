@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from utils.encoding import Encoder
 from utils.engines import Engine
+from utils.memory import is_out_of_memory
 from utils.options import ProcessError, UserError
 from utils.records import Batch
 from utils.seeding import model_seed
@@ -20,14 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 FREE_CURE = "--gradient_checkpointing"  # which a run that goes on may add
-OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory was short, in any of the words that libraries have for it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 class StepSums(NamedTuple):

@@ -19,7 +19,7 @@ from utils.data.images import ImageOptions
 from utils.data.selection import PlannedImages
 from utils.encoding import EncodedBatch
 from utils.families.base import Family, TextStates
-from utils.gradients import is_out_of_memory
+from utils.memory import is_out_of_memory
 from utils.objective import Objective
 from utils.options import first_line, option, require_not_negative, require_positive
 from utils.records import Batch, RecordPass

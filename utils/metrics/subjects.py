@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import struct
 import sys
 import zipfile
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from utils.memory import is_out_of_memory
 from utils.metrics.distances import Failed, Moments, NotComputable, PairSums, as_features, moments
 from utils.metrics.features import DIFFERENT_SIZES, Network, Networks, Picture
-from utils.options import UserError, first_line
+from utils.options import Stopped, UserError, first_line
+from utils.stopping import StopRequests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,12 +62,17 @@ class ImageSet:
         return bool((self.clusters == other.clusters).all() and (self.samples == other.samples).all())
 
 
+class Interrupted(NotComputable):
+    """A signal broke the computation off."""
+
+
 class Workers:
     """The processes among which images are spread, and how many of them a network takes at once."""
 
-    def __init__(self, accelerator: "Accelerator | None", batch_size: int):
+    def __init__(self, accelerator: "Accelerator | None", batch_size: int, requests: StopRequests | None = None):
         self._accelerator = accelerator
         self.batch_size = batch_size
+        self._requests = requests
 
     @property
     def _count(self) -> int:
@@ -81,8 +90,11 @@ class Workers:
 
         Raises:
             NotComputable: on all, if one of them met it.
+            Stopped: on all, if a signal to one of them broke it off.
         """
         if self._count == 1:
+            if isinstance(error, Interrupted):
+                raise self._stopped(error)
             if error is not None:
                 raise error
             return [result]
@@ -90,9 +102,14 @@ class Workers:
 
         found = gather_object([(result, None if error is None else (type(error), str(error)))])
         raised = next((raised for _, raised in found if raised is not None), None)
+        if raised is not None and raised[0] is Interrupted:
+            raise self._stopped(Interrupted(raised[1]))
         if raised is not None:
             raise raised[0](raised[1])
         return [each for each, _ in found]
+
+    def _stopped(self, error: Interrupted) -> Stopped:
+        return Stopped("stopped while scores were computed; the same command goes on", int(str(error)))
 
     def batches(self, items: Sequence, label: str) -> Iterator[Sequence]:
         """Batches of items, with a progress bar on the main process."""
@@ -104,8 +121,23 @@ class Workers:
             total=len(items), desc=label, unit="image", disable=not is_main, mininterval=wait, leave=False
         ) as bar:
             for start in range(0, len(items), self.batch_size):
+                if self._requests is not None and self._requests.is_asked:
+                    raise Interrupted(str(self._requests.number or int(signal.SIGTERM)))
                 yield items[start : start + self.batch_size]
                 bar.update(len(items[start : start + self.batch_size]))
+
+
+def in_pieces(network: Network, batch: Sequence[Picture], device: torch.device) -> np.ndarray:
+    """[B, d] the network's features; of one half after the other where memory is short."""
+    try:
+        return network(batch, device)
+    except (RuntimeError, MemoryError) as error:
+        if len(batch) == 1 or not is_out_of_memory(error):
+            raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    middle = len(batch) // 2
+    return np.concatenate([in_pieces(network, part, device) for part in (batch[:middle], batch[middle:])])
 
 
 class Subject:
@@ -130,7 +162,7 @@ class Subject:
             network, error, rows = self.networks.get(name), None, []
             try:
                 for batch in self.workers.batches(self.workers.mine(self.images.pictures), f"{network.name} features"):
-                    rows.append(network(batch, self.networks.device))
+                    rows.append(in_pieces(network, batch, self.networks.device))
             except NotComputable as raised:
                 error = raised
             except RuntimeError as raised:  # such as out of memory: the other processes must not wait for this one
@@ -177,7 +209,7 @@ class Subject:
         flat = [(cluster, picture) for cluster, pictures in prompts for picture in pictures]
         open_cluster, open_sums = None, None
         for batch in self.workers.batches(flat, f"{network.name} features"):
-            embeddings = network([picture for _, picture in batch], self.networks.device)
+            embeddings = in_pieces(network, [picture for _, picture in batch], self.networks.device)
             if total is not None and embeddings.shape[1] != len(total.vector):
                 raise NotComputable(DIFFERENT_SIZES)
             for (cluster, _), embedding in zip(batch, embeddings, strict=True):
