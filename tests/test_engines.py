@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -260,6 +260,14 @@ def test_memory_that_runs_short_in_one_ranks_forward_pass(pipelines, data, tmp_p
     assert_close(whole, short)
 
 
+def wait_for(happened: Callable[[], bool]) -> None:
+    """Waits up to half a minute."""
+    end = time.monotonic() + 30
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert happened()
+
+
 def test_a_process_that_falls_silent_ends_its_peer(monkeypatch, capsys):
     ended, server = [], TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
@@ -270,27 +278,39 @@ def test_a_process_that_falls_silent_ends_its_peer(monkeypatch, capsys):
     monkeypatch.setattr(heartbeat, "INTERVAL", 0.02)
     monkeypatch.setattr(os, "_exit", end)
     address = ("127.0.0.1", server.port)
-    first, second = (Heartbeat(address, rank, 2, patience=0.5) for rank in range(2))
-    first.start()
-    second.start()
-    time.sleep(1)
-    assert not ended
-    monkeypatch.setattr(second, "_exchange", lambda *arguments: None)  # silent, without a word
-    time.sleep(1)
-    assert ended
-    assert (
-        "process 1 has given no sign of life for 0.5 s (--peer_timeout), so process 0 ends" in capsys.readouterr().err
-    )
-    first.end()
-    ended.clear()
-    first, second = (Heartbeat(address, rank, 2, patience=0.5) for rank in range(2))
-    first.start()
-    second.start()
-    time.sleep(0.2)
-    second.end()  # it has done its part
-    time.sleep(1)
-    assert not ended
-    first.end()
+    pairs = [[Heartbeat(address, rank, 2, patience=3.0) for rank in range(2)] for _ in range(2)]
+    try:
+        first, second = pairs[0]
+        first.start()
+        second.start()
+        wait_for(lambda: first._heard[1][0] not in (b"", b"1", b"2"))
+        assert not ended
+        monkeypatch.setattr(second, "_exchange", lambda *arguments: None)  # silent, without a word
+        wait_for(lambda: bool(ended))
+        said = capsys.readouterr().err
+        assert "has given no sign of life for 3 s (--peer_timeout), so process" in said
+        stop(pairs[0])
+        ended.clear()
+        first, second = pairs[1]
+        first.start()
+        second.start()
+        wait_for(lambda: first._heard[1][0] not in (b"", b"1", b"2"))
+        second.end()  # it has done its part
+        wait_for(lambda: first._heard[1][0] == heartbeat.ENDED)
+        time.sleep(3.5)
+        assert not ended
+    finally:
+        for pair in pairs:
+            stop(pair)
+
+
+def stop(pair: list[Heartbeat]) -> None:
+    """Ends the threads, which else would end this process when `os._exit` is itself again."""
+    for each in pair:
+        each._over.set()
+    for thread in (thread for each in pair for thread in each._threads if thread.is_alive()):
+        thread.join(timeout=10)
+        assert not thread.is_alive()
 
 
 @pytest.fixture
