@@ -165,7 +165,9 @@ def write_drawn(folder: Path, wishes: Sequence[Wish], pictures: Sequence[Image.I
     folder.mkdir(parents=True)
     for number, (wish, picture) in enumerate(zip(wishes, pictures, strict=True)):
         text = PngInfo()
-        text.add_itxt("prompt", wish.prompt)
+        facts = {"prompt": wish.prompt, "seed": SEED + number, "num_inference_steps": SAMPLING_STEPS}
+        for name, value in facts.items():
+            text.add_itxt(name, str(value))
         picture.save(folder / f"{number:05d}.png", pnginfo=text, compress_level=1)
 
 

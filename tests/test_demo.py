@@ -97,7 +97,9 @@ def test_a_short_demo(monkeypatch, tmp_path, capsys, adaptation):
     assert "--no_download" in scores["lpips_diversity"]["not_computed"]
     assert scores["clip_score"]["not_computed"]
     assert found["differences"]["kid"]["interval_95"]
-    assert (tmp_path / "evaluation" / "report.html").read_text().count("data:image/png") > 40
+    html = (tmp_path / "evaluation" / "report.html").read_text()
+    assert html.count("data:image/png") > 40
+    assert "not known to be of the same prompts" not in html
 
 
 @pytest.fixture(scope="module")

@@ -281,8 +281,10 @@ def prompts_hash(prompts: Sequence[Prompt]) -> str:
 def drawn_texts(info: Mapping[object, object]) -> dict[str, str]:
     """The texts of a PNG that was drawn here; none of others, whose texts may mean something else.
 
-    Each image has its seed and its state, beside its prompt or class where it has one.
+    Each image of evaluate_pipeline.py has its seed and its state, beside its prompt or class where it has one; samples
+    of a training have their seed and their number of steps.
     """
     texts = {name: value for name, value in info.items() if isinstance(name, str) and isinstance(value, str)}
-    is_ours = texts.get("seed", "").isdecimal() and texts.get(STATE_KEY) in ("ok", "nan", "black", "constant")
-    return dict(texts) if is_ours else {}
+    has_state = texts.get(STATE_KEY) in ("ok", "nan", "black", "constant")
+    is_sample = texts.get("num_inference_steps", "").isdecimal()
+    return texts if texts.get("seed", "").isdecimal() and (has_state or is_sample) else {}
