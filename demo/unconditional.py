@@ -40,9 +40,9 @@ NUM_SHOWN = 100
 ARGUMENTS = [
     "--image_channels", "1", "--resolution", str(EDGE), "--center_crop",
     "--model_size", "tiny", "--attention_resolutions", "8", "4", "--dropout", "0.1", "--flow_matching",
-    "--train_batch_size", "64", "--max_train_steps", "1000", "--learning_rate", "2e-3", "--lr_warmup_steps", "50",
+    "--train_batch_size", "64", "--max_train_steps", "800", "--learning_rate", "2e-3", "--lr_warmup_steps", "50",
     "--use_ema", "--ema_max_decay", "0.995",
-    "--num_inference_steps", "25", "--save_images_steps", "10", "--eval_batch_size", "4",
+    "--num_inference_steps", "25", "--save_images_steps", "20", "--eval_batch_size", "4",
     "--save_model_epochs", "1000", "--checkpointing_steps", "500", "--seed", "0",
 ]  # fmt: skip
 
