@@ -1,6 +1,7 @@
 """evaluate_pipeline.py, run in this process: what it draws, scores, refuses and writes down."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -370,8 +371,9 @@ def test_invalid_images_are_listed_and_can_fail(evaluate, flags, tmp_path, capsy
     assert "2 of 3 images are black" in (out / "report.html").read_text()
 
 
-def test_broken_images_are_counted_and_the_report_is_written(evaluate, flags, tmp_path, capsys):
-    """Of which one has a name that is no UTF-8."""
+def test_broken_images_are_counted_and_the_report_is_written(evaluate, flags, tmp_path, capsys, monkeypatch):
+    """Of which one has a name that is no UTF-8, which pytest's processes could not send each other in a log."""
+    monkeypatch.setattr(logging.getLogger("utils"), "propagate", False)
     folder = tiny.make_images(tmp_path / "images")
     (folder / "metadata.jsonl").unlink()
     (folder / "cut.png").write_bytes((folder / "000.png").read_bytes()[:90])
