@@ -44,6 +44,7 @@ class Heartbeat:
 
     def start(self) -> None:
         """Begins to talk and to watch."""
+        self._heard = dict.fromkeys(self._others, (b"", time.monotonic()))
         for thread in self._threads:
             thread.start()
 
