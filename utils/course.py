@@ -3,6 +3,7 @@
 import logging
 import signal
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.background import BackgroundWriter
 from utils.checkpoint import CheckpointOptions, Checkpoints
 from utils.data.dataset import Waiting
 from utils.data.sampler import GlobalBatches
@@ -76,7 +78,7 @@ class Validation:
             raise Stopped(f"stopped before step {step + 1}", requests.number or signal.SIGTERM)
 
 
-def choose_length(
+def _choose_length(
     wanted: Sequence[float], lengths: AverageLengths, validation: Validation, requests: StopRequests
 ) -> MovingAverage:
     """The average of the length that has the lowest validation loss, all of which `ema_lengths.json` holds."""
@@ -194,6 +196,13 @@ class Course:
             self._heard = self._hear_again()  # a signal breaks a measurement off
         self.total_steps = done if self.validation.history.is_over() else self.total_steps
 
+    def ended(self) -> AbstractContextManager[None]:
+        """Within it the trained modules hold the weights of the result: those of the average that is chosen now."""
+        state, average = self.state, self.state.average
+        if state.lengths is not None:
+            average = _choose_length(self.settings.ema.ema_lengths, state.lengths, self.validation, self.requests)
+        return evaluating(state.adaptation, average, state.optimizer)
+
     def _hear_again(self) -> list[float]:
         """What all processes were asked for, also since then."""
         accelerator = self.state.accelerator
@@ -223,3 +232,22 @@ class Course:
         """Whether the averages among which a length is chosen are written."""
         interval = self.settings.ema.ema_snapshot_steps or self.settings.checkpoint.checkpointing_steps
         return done % interval == 0 or done == self.total_steps
+
+
+def start_course(
+    state: RunState,
+    validation: Validation,
+    gradients: Gradients,
+    requests: StopRequests,
+    feed: Feed,
+    settings: Settings,
+    first_step: int,
+    total_steps: int,
+) -> Course:
+    """The course of a run that has done `first_step` steps; it opens the run's log."""
+    accelerator, folder, asked = state.accelerator, validation.folder.path, settings.checkpoint
+    checkpoints = Checkpoints(folder, asked.checkpoints_total_limit)
+    saver = CheckpointSaver(checkpoints, state, BackgroundWriter(asked.async_checkpointing))
+    gradients.rescue = saver.rescue
+    log = RunLog(accelerator, folder, first_step, total_steps, feed.batches.size)
+    return Course(state, validation, gradients, saver, checkpoints, log, requests, feed, settings, total_steps)

@@ -103,6 +103,20 @@ class Gradients:
                     raise self._end(step) from error
             self._halve(f"step {step + 1}")
 
+    def of(self, batch: Batch) -> dict[str, Tensor]:
+        """The gradients of the samples of a batch that are taken at once, by the parameters' names, on the CPU.
+
+        None are left in the parameters, and the processes share none.
+        """
+        self._backward(0, batch.part(0, self.size), shares=False)
+        found = {
+            name: parameter.grad.to("cpu", copy=True)
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
+        self._drop()
+        return found
+
     def _end(self, step: int) -> ProcessError:
         """What ends the run where a step can't be begun again: the others wait for this process's gradients.
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,6 +158,10 @@ class RunState:
     def export(self, folder: Path) -> None:
         """Writes the result; for all to call."""
         on_main_process(self.accelerator, partial(_write_result, self.exporting(), folder))
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Within it the trained modules are in evaluation mode and hold the average, if there is one."""
+        return evaluating(self.adaptation, self.average, self.optimizer)
 
     def tensors(self) -> list[Tensor]:
         """All that a checkpoint holds copies of, about."""

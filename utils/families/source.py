@@ -23,7 +23,32 @@ XFORMERS_CURE = "leave the flag out, PyTorch's attention is as fast, or install 
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class PartOptions:
+    """How the parts of a pipeline are loaded and run, whatever it draws from."""
+
+    revision: str | None = option(None, "revision of the pipeline on the Hub")
+    variant: str | None = option(None, "variant of the weight files, such as fp16")
+    allow_pickle: bool = option(
+        False, "also load weights that are kept as pickles (.bin, .ckpt); of these too nothing but tensors is read"
+    )
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
+    vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
+    vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
+    enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
+    enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
+
+    def __post_init__(self) -> None:
+        if self.enable_xformers_memory_efficient_attention and find_spec("xformers") is None:
+            raise UserError(f"{XFORMERS_MISSING} (it is not installed); {XFORMERS_CURE}")
+
+    @property
+    def use_safetensors(self) -> bool | None:
+        """As diffusers and transformers take it: True, or None for pickles where there is nothing else."""
+        return None if self.allow_pickle else True
+
+
+@dataclass(frozen=True)
+class ModelOptions(PartOptions):
     pretrained_model_name_or_path: str | None = option(
         None, "pipeline folder, Hub name or single .safetensors file to start from", aliases=["--pretrained_model"]
     )
@@ -33,27 +58,17 @@ class ModelOptions:
         "pipeline folder or Hub name that describes a single-file model; by default found on the Hub by its weights",
     )
     unet_config: str | None = option(None, "JSON config of a fresh UNet, which is trained from scratch")
-    revision: str | None = option(None, "revision of the pipeline on the Hub")
-    variant: str | None = option(None, "variant of the weight files, such as fp16")
     non_ema_revision: str | None = option(None, "revision of the UNet, where it differs")
     clip_skip: int | None = option(None, "last layers of the text encoders to leave out, as the pipelines' clip_skip")
     max_token_length: int = option(
         CHUNK_TOKENS, "tokens of a caption that are read, in chunks of 75; kohya's 150 and 225"
     )
-    allow_pickle: bool = option(
-        False, "also load weights that are kept as pickles (.bin, .ckpt); of these too nothing but tensors is read"
-    )
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
     attention_slicing: bool = option(False, "compute attention one head after the other: less memory, slower")
-    vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
-    vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
     sampling_cpu_offload: bool = option(
         False,
         "while samples are drawn, keep on the device only the part of the pipeline that is at work; with --use_ema the "
         "weights that the average stands in for stay there",
     )
-    enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
-    enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
 
     def __post_init__(self) -> None:
         require_positive(self, "clip_skip")
@@ -72,8 +87,7 @@ class ModelOptions:
             )
         if self.attention_slicing and self.enable_xformers_memory_efficient_attention:
             raise UserError("--attention_slicing would replace xformers' attention; leave one out")
-        if self.enable_xformers_memory_efficient_attention and find_spec("xformers") is None:
-            raise UserError(f"{XFORMERS_MISSING} (it is not installed); {XFORMERS_CURE}")
+        super().__post_init__()
         if self.non_ema_revision is not None and self.pretrained_model_name_or_path.endswith(".safetensors"):
             raise UserError("--non_ema_revision is of a pipeline on the Hub, not of a single file; leave it out")
 
@@ -107,11 +121,6 @@ class PipelineSource:
     def is_single_file(self) -> bool:
         """Whether it is one file of weights."""
         return Path(self.path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-
-    @property
-    def use_safetensors(self) -> bool | None:
-        """As diffusers and transformers take it: True, or None for pickles where there is nothing else."""
-        return None if self.options.allow_pickle else True
 
     def index(self) -> dict:
         """The pipeline's `model_index.json`."""
@@ -200,7 +209,7 @@ class PipelineSource:
                 self.path,
                 revision=self.options.revision,
                 variant=self.options.variant,
-                use_safetensors=self.use_safetensors,
+                use_safetensors=self.options.use_safetensors,
                 **arguments,
             )
         except LOADING_ERRORS as error:
@@ -211,7 +220,9 @@ class PipelineSource:
     ) -> nn.Module:
         """A part on its own; `flag` is the option and its value that name it."""
         try:
-            return component_class.from_pretrained(path, use_safetensors=self.use_safetensors, dtype=dtype, **arguments)
+            return component_class.from_pretrained(
+                path, use_safetensors=self.options.use_safetensors, dtype=dtype, **arguments
+            )
         except LOADING_ERRORS as error:
             raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
 

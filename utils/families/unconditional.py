@@ -14,10 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from utils.data.labels import ClassNumbers
-from utils.families import conditional_ddpm
 from utils.families.base import Family, TextStates, changed_scheduler
 from utils.families.denoisers import CLASS_SLOTS, ShapeOptions, make_denoiser, transformer_config, unet_config
-from utils.families.source import LOADING_ERRORS, read_config_file
+from utils.families.source import LOADING_ERRORS, PartOptions, read_config_file
 from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
 from utils.flow import ProcessOptions, check_changes, is_flow, shift_of
 from utils.options import UserError, first_line, option, require
@@ -32,7 +31,7 @@ WEIGHT_ENDINGS = ("bin", "ckpt", "pt", "pth")
 
 
 @dataclass(frozen=True)
-class UnconditionalModelOptions(ShapeOptions):
+class UnconditionalModelOptions(ShapeOptions, PartOptions):
     """What is trained: a pretrained pipeline, or a denoiser from scratch."""
 
     attention_slicing: ClassVar[bool] = False
@@ -43,31 +42,17 @@ class UnconditionalModelOptions(ShapeOptions):
         "folder or Hub name of a DDPM, DDIM, LDM, score, DiT or ConditionalDDPM pipeline to go on from",
         aliases=["--pretrained_model"],
     )
-    revision: str | None = option(None, "revision of that pipeline on the Hub")
-    variant: str | None = option(None, "variant of its weight files, such as fp16")
     vae: str | None = option(
         None, "folder or Hub name of a pretrained VAE in whose latents a denoiser from scratch is trained"
     )
-    allow_pickle: bool = option(
-        False, "also load weights that are kept as pickles (.bin); of these too nothing but tensors is read"
-    )
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
-    vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
-    vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
-    enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
-    enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ShapeOptions.__post_init__(self)
+        PartOptions.__post_init__(self)
         if self.pretrained_model_name_or_path is not None and self.given:
             raise UserError(f"--{self.given[0]} is of a denoiser from scratch; --pretrained_model has its own")
         if self.pretrained_model_name_or_path is not None and self.vae is not None:
             raise UserError("--vae is for a denoiser from scratch; the pipeline of --pretrained_model has its own")
-
-    @property
-    def use_safetensors(self) -> bool | None:
-        """As diffusers takes it: True, or None for pickles where there is nothing else."""
-        return None if self.allow_pickle else True
 
     @property
     def origin(self) -> str:
@@ -355,7 +340,9 @@ class LabelledPixels(ClassLabelled, Pixels):
     @classmethod
     def pipeline_class(cls) -> "type[DiffusionPipeline]":
         """Ours, which is saved beside the weights."""
-        return conditional_ddpm.ConditionalDDPMPipeline
+        from utils.families.conditional_ddpm import ConditionalDDPMPipeline
+
+        return ConditionalDDPMPipeline
 
     def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
         return self.pipeline_class()(scheduler=scheduler, id2label=self.classes, **parts)
@@ -376,7 +363,7 @@ class LabelledPixels(ClassLabelled, Pixels):
     def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
         """Writes the pipeline, and its code beside it."""
         super().save_pipeline(folder, **parts)
-        shutil.copyfile(conditional_ddpm.__file__, Path(folder) / "pipeline.py")
+        shutil.copyfile(Path(__file__).with_name("conditional_ddpm.py"), Path(folder) / "pipeline.py")
 
 
 class Latents(UnconditionalFamily):
