@@ -284,7 +284,7 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) ->
     is_result = Path(base).is_dir() and Path(base).resolve() == folder.resolve()
     return [
         *([] if is_result else [Wanted("base", spec, step=0)]),
-        *(Wanted(each.name, spec._replace(parts=each), step=step) for step, each in found),
+        *(Wanted(each.name, replace(spec, parts=each), step=step) for step, each in found),
     ]
 
 

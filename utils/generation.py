@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 
 from utils.adaptation import LORA_FILE, PEFT_FILE
+from utils.configs import INDEX, config_file, is_path, read_json
 from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
 from utils.families.source import LOADING_ERRORS
 from utils.memory import is_out_of_memory
@@ -90,8 +92,8 @@ class PipelineOptions:
             raise UserError("--lora goes on top of a --pipeline")
         for name in ("pipeline", "lora"):
             value = getattr(self, name)
-            is_path = value is not None and (Path(value).is_absolute() or value.startswith(".") or value.count("/") > 1)
-            require(not is_path or Path(value).exists(), name, value, "be a folder that exists, or a Hub name")
+            fits = value is None or not is_path(value) or Path(value).exists()
+            require(fits, name, value, "be a folder that exists, or a Hub name")
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ def image_seed(seed: int, number: int, sample: int) -> int:
     return left << 16 | right
 
 
-class PipelineSpec(NamedTuple):
+@dataclass(frozen=True)
+class PipelineSpec:
     """A pipeline to load: a path, a LoRA on top, and a folder whose parts stand in for the pipeline's.
 
     Attributes:
@@ -157,40 +160,27 @@ class PipelineSpec(NamedTuple):
     variant: str | None = None
     parts: Path | None = None
 
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """The pipeline's `model_index.json`.
 
-def read_index(spec: PipelineSpec) -> dict[str, Any]:
-    """A pipeline's `model_index.json`.
-
-    Raises:
-        UserError: if there is no such pipeline.
-    """
-    flag, path = f"--pipeline {spec.path}", Path(spec.path)
-    if path.is_dir():
-        file = path / "model_index.json"
-        if not file.is_file():
-            raise UserError(f"{flag} is no pipeline folder: it has no model_index.json")
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HTTPError
-
-        try:
-            file = Path(hf_hub_download(spec.path, "model_index.json", revision=spec.revision))
-        except (HTTPError, OSError, ValueError) as error:
-            raise UserError(f"{flag} is no folder here, and was not found on the Hub: {first_line(error)}") from error
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: model_index.json can't be read: {first_line(error)}") from error
-    if not isinstance(index, dict) or not index.get("_class_name"):
-        raise UserError(f"{flag}: model_index.json names no class of pipelines")
-    return index
+        Raises:
+            UserError: if there is no such pipeline.
+        """
+        flag, path = f"--pipeline {self.path}", Path(self.path)
+        if path.is_dir() and not (path / INDEX).is_file():
+            raise UserError(f"{flag} is no pipeline folder: it has no {INDEX}")
+        index = read_json(config_file(self.path, INDEX, self.revision, "--pipeline"), f"{flag}: {INDEX}")
+        if not isinstance(index, dict) or not index.get("_class_name"):
+            raise UserError(f"{flag}: {INDEX} names no class of pipelines")
+        return index
 
 
 def pipeline_class(spec: PipelineSpec) -> type:
     """The class of a pipeline: one of ours, or one of diffusers; code that lies in the folder is never run."""
     import diffusers
 
-    name = read_index(spec)["_class_name"]
+    name = spec.index["_class_name"]
     name = str(name[-1] if isinstance(name, list) else name)  # a list names a file of code beside it
     if name in OWN_PIPELINES:
         try:
@@ -211,10 +201,11 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
     """
     chosen = pipeline_class(spec)
     flag = f"--pipeline {spec.path}"
-    if "vae" not in read_index(spec) and "vqvae" not in read_index(spec):
+    if "vae" not in spec.index and "vqvae" not in spec.index:
         dtype = torch.float32  # pipelines on pixels hand their result to numpy, which has no bfloat16
     try:
-        parts = {} if spec.parts is None else _checkpoint_parts(spec, dtype)
+        content = CheckpointContent({}, {}, None) if spec.parts is None else checkpoint_content(spec)
+        parts = _loaded_parts(content.models, spec.index, dtype)
         if chosen.__name__ in OWN_PIPELINES:
             pipeline = _assemble(chosen, spec, dtype, parts)
         else:
@@ -223,12 +214,9 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
             )
     except (*LOADING_ERRORS, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
-    lora = spec.lora
-    if spec.parts is not None:
-        content = checkpoint_content(spec)
-        for name, folder in content.adapters.items():
-            _merge_adapters(getattr(pipeline, name, None), folder)
-        lora = lora if content.lora is None else str(content.lora)
+    for name, folder in content.adapters.items():
+        _merge_adapters(getattr(pipeline, name, None), folder)
+    lora = spec.lora if content.lora is None else str(content.lora)
     if lora is not None:
         _add_lora(pipeline, lora, spec.lora_scale)
     pipeline.set_progress_bar_config(disable=True)
@@ -246,7 +234,7 @@ def _assemble(chosen: type, spec: PipelineSpec, dtype: torch.dtype, parts: dict[
         patterns = ["*.json", "*.safetensors"]
         folder = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
     given = dict(parts)
-    for name, entry in read_index(spec).items():
+    for name, entry in spec.index.items():
         if name in given or name not in inspect.signature(chosen.__init__).parameters:
             continue
         if not isinstance(entry, list):
@@ -280,7 +268,7 @@ def checkpoint_content(spec: PipelineSpec) -> CheckpointContent:
     """
     names = [
         name
-        for name, entry in read_index(spec).items()
+        for name, entry in spec.index.items()
         if isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
     ]
     found = CheckpointContent(
@@ -306,14 +294,14 @@ def _folders_with(root: Path, names: Sequence[str], file: str) -> dict[str, Path
     return found
 
 
-def _checkpoint_parts(spec: PipelineSpec, dtype: torch.dtype) -> dict[str, Any]:
-    """The whole parts that a checkpoint holds, by the classes in the pipeline's index."""
+def _loaded_parts(folders: Mapping[str, Path], index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Whole parts from their folders, by the classes in the pipeline's index."""
     import diffusers
     import transformers
 
-    index, libraries = read_index(spec), {"diffusers": diffusers, "transformers": transformers}
+    libraries = {"diffusers": diffusers, "transformers": transformers}
     parts = {}
-    for name, folder in checkpoint_content(spec).models.items():
+    for name, folder in folders.items():
         library, kind = index[name][:2]
         parts[name] = getattr(libraries[library], kind).from_pretrained(folder, use_safetensors=True, dtype=dtype)
     return parts

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from utils.configs import is_path
 from utils.data.captions import CaptionOptions
 from utils.data.folders import is_image, list_files
 from utils.data.images import open_image, read_rgb, reason_of
@@ -44,10 +45,8 @@ class ReferenceOptions:
         require_positive(self, "reference_resolution", "max_reference_images")
         for name in ("reference", "training_images"):
             value = getattr(self, name)
-            is_path = value is not None and (
-                Path(value).is_absolute() or value.startswith(".") or value.count("/") > 1 or value.endswith(".npz")
-            )
-            require(not is_path or Path(value).exists(), name, value, "be a folder, dataset or file that exists")
+            is_local = value is not None and (is_path(value) or value.endswith(".npz"))
+            require(not is_local or Path(value).exists(), name, value, "be a folder, dataset or file that exists")
         file = self.save_reference
         require(file is None or file.endswith(".npz"), "save_reference", file, "end with .npz")
         if file is not None and (self.reference is None or self.is_statistics):

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from utils.configs import INDEX, is_path
 from utils.families.sd import StableDiffusion
 from utils.families.sdxl import StableDiffusionXL
 from utils.families.source import PipelineSource
@@ -15,7 +16,6 @@ from utils.options import UserError, first_line
 FAMILIES: dict[str, type[TextFamily]] = {
     family.pipeline_class_name: family for family in (StableDiffusion, StableDiffusionXL)
 }
-INDEX = "model_index.json"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 VAE_KEY = "first_stage_model.decoder.conv_in.weight"
 SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"
@@ -36,7 +36,7 @@ def pick_family(source: PipelineSource) -> type[TextFamily]:
         )
     if source.is_single_file:
         return _family_of_file(path)
-    if not path.is_dir() and (path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1):
+    if not path.is_dir() and is_path(source.path):
         raise UserError(f"--pretrained_model {path} does not exist; give a folder, Hub name or .safetensors file")
     if path.is_dir() and not (path / INDEX).is_file():
         raise UserError(f"--pretrained_model {path} is no pipeline folder: it has no {INDEX}")

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from utils.configs import INDEX, is_path, read_config_file
 from utils.data.labels import ClassNumbers
 from utils.families import conditional_ddpm
 from utils.families.base import Family, TextStates, changed_scheduler
 from utils.families.denoisers import CLASS_SLOTS, ShapeOptions, make_denoiser, transformer_config, unet_config
-from utils.families.source import LOADING_ERRORS, read_config_file
+from utils.families.source import LOADING_ERRORS
 from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
 from utils.flow import ProcessOptions, check_changes, is_flow, shift_of
 from utils.options import UserError, first_line, option, require
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-INDEX = "model_index.json"
 CODERS = ("AutoencoderKL", "VQModel")
 WEIGHT_ENDINGS = ("bin", "ckpt", "pt", "pth")
 
@@ -539,7 +539,7 @@ def pick_unconditional(
     path = Path(name)
     if path.is_dir() and not (path / INDEX).is_file():
         raise UserError(f"--pretrained_model {name} is no pipeline folder: it has no {INDEX}")
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+    if not path.is_dir() and is_path(name):
         raise UserError(f"--pretrained_model {name} does not exist; give a pipeline folder or a Hub name")
     index = read_config_file(name, INDEX, options.revision, "--pretrained_model")
     class_name = index.get("_class_name")
@@ -597,7 +597,7 @@ def coder_config(name: str) -> tuple[dict, str | None]:
         UserError: if there is none, or of no supported class.
     """
     subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
-    if Path(name).is_absolute() and not Path(name).exists():
+    if is_path(name) and not Path(name).exists():
         raise UserError(f"--vae {name} does not exist; give the folder or Hub name of a VAE")
     config = read_config_file(name, f"{subfolder}/config.json" if subfolder else "config.json", None, "--vae")
     class_name = config.get("_class_name")

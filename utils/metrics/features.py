@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from utils.configs import is_path
 from utils.metrics.distances import Failed, NotComputable
 from utils.metrics.inception import INPUT_SIZE, NUM_FEATURES, InceptionNetwork
 from utils.metrics.lpips import TRUNKS, LpipsNetwork
@@ -93,8 +94,8 @@ class FeatureOptions:
             require(is_file, name, file, "be a .pth or .safetensors file that exists")
         for name in ("clip_model", "cmmd_model", "dino_model", "pickscore_model", "hpsv2_model"):
             value = getattr(self, name)
-            is_path = value is not None and (Path(value).is_absolute() or value.startswith(".") or value.count("/") > 1)
-            require(not is_path or Path(value).is_dir(), name, value, "be a folder that exists, or a Hub name")
+            fits = value is None or not is_path(value) or Path(value).is_dir()
+            require(fits, name, value, "be a folder that exists, or a Hub name")
         file = self.feature_module
         is_module = file is None or (Path(file).is_file() and file.endswith(".py"))
         require(is_module, "feature_module", file, "be a Python file that exists")
