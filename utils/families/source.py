@@ -1,5 +1,6 @@
 """Where a pipeline is loaded from (a folder, the Hub, a single file), and what its configs say before its weights."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError)
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 CHUNK_TOKENS = 75  # of a caption, in one pass of a CLIP text encoder: its 77 less the beginning and the end
 XFORMERS_MISSING = "--enable_xformers_memory_efficient_attention: its kernels do not load here"
 XFORMERS_CURE = "leave the flag out, PyTorch's attention is as fast, or install the xformers wheel of this torch"
@@ -106,7 +108,7 @@ class PipelineSource:
     @property
     def is_single_file(self) -> bool:
         """Whether it is one file of weights."""
-        return Path(self.path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+        return Path(self.path).suffix in (".safetensors", *PICKLES)
 
     @property
     def use_safetensors(self) -> bool | None:
@@ -222,6 +224,26 @@ class PipelineSource:
             return pipeline_class.from_single_file(self.path, config=self.options.pretrained_model_config, **given)
         except (*LOADING_ERRORS, SingleFileComponentError) as error:
             raise UserError(f"--pretrained_model {self.path} can't be loaded: {first_line(error)}") from error
+
+
+def refuse_pickles(folder: Path, index: Mapping[str, Any], flag: str, replaced: Collection[str] = ()) -> None:
+    """Refuses a local pipeline of which a part has weights, but none as safetensors.
+
+    Args:
+        index: its `model_index.json`.
+        flag: the option and its value that name the folder.
+        replaced: parts that come from elsewhere.
+    """
+    for name, entry in index.items():
+        part = folder / name
+        if name in replaced or not isinstance(entry, list) or entry[0] is None or not part.is_dir():
+            continue
+        pickles = [file.name for suffix in PICKLES for file in part.glob(f"*{suffix}")]
+        if pickles and not list(part.glob("*.safetensors")):
+            raise UserError(
+                f"{flag}: {name}/{pickles[0]} would need unpickling, which can run code; convert the pipeline with "
+                "save_pretrained(..., safe_serialization=True), or give --allow_pickle"
+            )
 
 
 def _fresh_unet(config_file: str) -> nn.Module:

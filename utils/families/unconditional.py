@@ -18,7 +18,7 @@ from utils.data.labels import ClassNumbers
 from utils.families import conditional_ddpm
 from utils.families.base import Family, TextStates, changed_scheduler
 from utils.families.denoisers import CLASS_SLOTS, ShapeOptions, make_denoiser, transformer_config, unet_config
-from utils.families.source import LOADING_ERRORS
+from utils.families.source import LOADING_ERRORS, refuse_pickles
 from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
 from utils.flow import ProcessOptions, check_changes, is_flow, shift_of
 from utils.options import UserError, first_line, option, require
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CODERS = ("AutoencoderKL", "VQModel")
-WEIGHT_ENDINGS = ("bin", "ckpt", "pt", "pth")
 
 
 @dataclass(frozen=True)
@@ -547,7 +546,7 @@ def pick_unconditional(
     if class_name not in PRETRAINED_FAMILIES:
         raise UserError(f"--pretrained_model {name} is a {class_name}; supported are {', '.join(PRETRAINED_FAMILIES)}")
     if not options.allow_pickle:
-        refuse_pickles(path, index, "--pretrained_model")
+        refuse_pickles(path, index, f"--pretrained_model {path}")
     PRETRAINED_FAMILIES[class_name].check_before_loading(options, has_classes)
     return PRETRAINED_FAMILIES[class_name]
 
@@ -559,20 +558,6 @@ def default_edge(options: UnconditionalModelOptions, family: type[UnconditionalF
         return family.default_resolution
     size = read_config_file(name, "unet/config.json", options.revision, "--pretrained_model").get("sample_size")
     return size if isinstance(size, int) else family.default_resolution
-
-
-def refuse_pickles(folder: Path, index: Mapping, flag: str) -> None:
-    """Refuses a local pipeline of which a part has weights, but none as safetensors."""
-    for name, entry in index.items():
-        part = folder / name
-        if not isinstance(entry, list) or entry[0] is None or not part.is_dir():
-            continue
-        pickles = [file.name for suffix in WEIGHT_ENDINGS for file in part.glob(f"*.{suffix}")]
-        if pickles and not list(part.glob("*.safetensors")):
-            raise UserError(
-                f"{flag} {folder}: {name}/{pickles[0]} would need unpickling, which can run code; convert the pipeline "
-                "with save_pretrained(..., safe_serialization=True), or give --allow_pickle"
-            )
 
 
 def load_pipeline(pipeline_class: "type[DiffusionPipeline]", options: UnconditionalModelOptions) -> "DiffusionPipeline":
