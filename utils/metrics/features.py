@@ -4,12 +4,9 @@ Pixels go through PIL and numpy, so a number does not depend on which other pack
 """
 
 import hashlib
-import importlib.util
-import inspect
 import logging
 import pickle
 import struct
-import sys
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
@@ -31,6 +28,7 @@ from utils.metrics.distances import Failed, NotComputable
 from utils.metrics.inception import INPUT_SIZE, NUM_FEATURES, InceptionNetwork
 from utils.metrics.lpips import TRUNKS, LpipsNetwork
 from utils.options import UserError, first_line, option, require, require_positive
+from utils.own_classes import load_class, running
 
 logger = logging.getLogger(__name__)
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, KeyError)
@@ -436,22 +434,9 @@ def load_own_network(file: str) -> Network:
     Raises:
         UserError: if the file can't be run, or holds not one subclass of `Network` that takes no arguments.
     """
-    flag = f"--feature_module {file}"
-    spec = importlib.util.spec_from_file_location(f"feature_module_{Path(file).stem}", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        found = [
-            value
-            for value in vars(module).values()
-            if inspect.isclass(value) and issubclass(value, Network) and value.__module__ == module.__name__
-        ]
-        if len(found) != 1:
-            names = ", ".join(each.__name__ for each in found) or "none"
-            raise UserError(f"{flag} must hold one subclass of utils.metrics.features.Network, it holds {names}")
-        return found[0]()
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{flag} can't be run: {type(error).__name__}: {first_line(error)}") from error
+    kind = load_class("feature_module", file, Network)
+    with running("feature_module", file):
+        return kind()
 
 
 def _main_network(options: FeatureOptions) -> Network:
