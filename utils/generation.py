@@ -10,7 +10,6 @@ import importlib
 import inspect
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +27,7 @@ from safetensors.torch import load_file
 from utils.adaptation import LORA_FILE, PEFT_FILE
 from utils.configs import INDEX, config_file, is_path, read_json
 from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
+from utils.disk import replacing
 from utils.families.source import LOADING_ERRORS
 from utils.memory import is_out_of_memory
 from utils.metrics.features import weights_hash
@@ -683,11 +683,10 @@ class Drawer:
                 text.add_itxt(name, str(value))
         finite = np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)
         rounded = (finite.clip(0, 1) * 255).round().astype(np.uint8)
-        aside = path.with_name(f".tmp-{path.name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            Image.fromarray(rounded).save(aside, "PNG", pnginfo=text, compress_level=1)
-            os.replace(aside, path)
+            with replacing(path) as aside:
+                Image.fromarray(rounded).save(aside, "PNG", pnginfo=text, compress_level=1)
         except OSError as error:
             raise ProcessError(f"{path} can't be written: {error.strerror or error}") from error
 

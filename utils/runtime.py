@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import torch
 from filelock import FileLock, Timeout
 
+from utils.disk import write_text
 from utils.engines import DTYPES, asked_engine, check_engine
 from utils.heartbeat import watching
 from utils.options import UserError, end_at_once_on_errors, first_line, option, require, require_not_negative
@@ -216,10 +217,7 @@ class OutputFolder:
 
 def write_json(path: Path, value: object) -> None:
     """Writes JSON so that the file is at any moment either the old or the new one."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files need not be Unicode
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def silence_libraries() -> None:

@@ -1,7 +1,6 @@
 """The scores of evaluate_pipeline.py while a model is trained: images drawn from the pipeline in memory."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +26,7 @@ from utils.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
 from utils.runtime import autocast, on_main_process
 from utils.sampling_controls import SamplingControls, controllable
 from utils.sharding import unsharded
+from utils.tracking import keep_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -114,7 +114,7 @@ class TrainingEvaluation:
             self._prompts = read_prompts(PromptOptions(prompts_file=options.eval_prompts_file))
         self._load_networks()
         self._reference = self._read_reference() if options.eval_metrics else None
-        on_main_process(accelerator, partial(_keep_steps, self._folder / RECORD, first_step))
+        on_main_process(accelerator, partial(keep_steps, self._folder / RECORD, first_step))
 
     def _load_networks(self) -> None:
         """So that one that is not there ends the run before its first step."""
@@ -232,19 +232,3 @@ def _append(file: Path, step: int, scores: list[Score]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
         print(json.dumps({"step": step, "scores": {each.name: each.record() for each in scores}}), file=lines)
-
-
-def _keep_steps(file: Path, last_step: int) -> None:
-    """Drops the lines after `last_step`, and one that was cut off."""
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    aside = file.with_name(f".tmp-{file.name}")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, file)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from utils.configs import is_path
+from utils.disk import replacing
 from utils.metrics.distances import Failed, NotComputable
 from utils.metrics.inception import INPUT_SIZE, NUM_FEATURES, InceptionNetwork
 from utils.metrics.lpips import TRUNKS, LpipsNetwork
@@ -215,9 +216,8 @@ def downloaded(url: str, may_download: bool) -> str:
     if not hashlib.sha256(content).hexdigest().startswith(wanted):
         raise NotComputable(f"{url} gave another file than {name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{name}")
-    aside.write_bytes(content)
-    aside.replace(path)
+    with replacing(path) as aside:
+        aside.write_bytes(content)
     return str(path)
 
 

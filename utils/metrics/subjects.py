@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from utils.disk import replacing
 from utils.memory import is_out_of_memory
 from utils.metrics.distances import Failed, Moments, NotComputable, PairSums, as_features, moments
 from utils.metrics.features import DIFFERENT_SIZES, Network, Networks, Picture
@@ -384,12 +385,10 @@ def write_statistics(path: Path, subject: Subject, name: str) -> None:
         "feats": rows.astype(np.float32),
         "fingerprint": np.array(json.dumps(facts)),
     }
-    aside = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
+        with replacing(path) as aside, aside.open("wb") as file:
             np.savez(file, **arrays)
-        aside.replace(path)
     except OSError as error:
         raise UserError(f"--save_reference {path} can't be written: {error.strerror or error}") from error
 
