@@ -7,7 +7,6 @@ accelerate launch evaluate_pipeline.py --pipeline ... --prompts_file ... --refer
 import errno
 import json
 import logging
-import platform
 import re
 import shutil
 import sys
@@ -15,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -69,6 +67,7 @@ from utils.runtime import (
     set_up_logging,
     start_processes,
     use_hub_cache_if_offline,
+    versions,
     weight_dtype,
 )
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
@@ -78,7 +77,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger("utils.evaluate_pipeline")
-PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -553,17 +551,6 @@ def check_outcome(options: Options, entries: Sequence[Entry]) -> None:
             f"--fail_on_invalid: {num_invalid} images are NaN, black, of one colour or unreadable; results.json names "
             "them"
         )
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

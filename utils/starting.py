@@ -4,11 +4,9 @@ at once, and what it records of itself.
 
 import logging
 import math
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +26,7 @@ from utils.gradients import Gradients
 from utils.optim import LENGTH_SCHEDULES, NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer
 from utils.options import UserError, as_record, without_secrets
 from utils.perceptual import PerceptualLoss, PerceptualOptions
-from utils.runtime import OutputFolder
+from utils.runtime import OutputFolder, versions
 from utils.stepping import PerParameter
 from utils.terms import LossTerm, TermFacts, TermOptions, load_term
 from utils.tracking import TrackingOptions, start_trackers
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
 
 # what a resumed run may change: its length, intervals and logging, how it is spread, what only saves memory or time,
 # and where its data lie, which are compared themselves
@@ -236,14 +233,3 @@ def open_records(options: Any, accelerator: "Accelerator", folder: OutputFolder,
     if accelerator.is_main_process:
         folder.record(record, versions(), without_secrets(sys.argv))
     start_trackers(accelerator, tracking, record)
-
-
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """The versions of Python and of the packages that a run's numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

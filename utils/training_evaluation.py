@@ -21,7 +21,7 @@ from utils.metrics.features import FeatureOptions, Networks
 from utils.metrics.registry import METRICS, score
 from utils.metrics.scores import Score
 from utils.metrics.subjects import Reference, Statistics, Subject, Workers
-from utils.options import UserError, option, require, require_not_negative, require_positive
+from utils.options import UserError, option, renamed_flags, require, require_not_negative, require_positive
 from utils.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
 from utils.runtime import autocast, on_main_process
 from utils.sampling_controls import SamplingControls, controllable
@@ -70,7 +70,7 @@ class EvaluationOptions:
         try:
             ReferenceOptions(reference=self.eval_reference)
         except UserError as error:
-            raise UserError(str(error).replace("--reference", "--eval_reference")) from error
+            raise UserError(renamed_flags(error, {"reference": "eval_reference"})) from error
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether scores are computed after optimizer step number `step`, from 1."""
@@ -153,7 +153,7 @@ class TrainingEvaluation:
         except NotComputable as reason:
             raise UserError(f"--eval_reference {name}: {reason}") from reason
         except UserError as error:
-            raise UserError(str(error).replace("--reference", "--eval_reference")) from error
+            raise UserError(renamed_flags(error, {"reference": "eval_reference"})) from error
         finally:
             self._networks.rest()
 
