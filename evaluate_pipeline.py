@@ -25,7 +25,7 @@ from utils.generation import (
     GenerationOptions,
     PipelineOptions,
     PipelineSpec,
-    call_parameters,
+    check_prompts,
     checkpoint_content,
     claim_images,
     complete_prompts,
@@ -302,15 +302,7 @@ def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> list[Pro
         chosen = pipeline_class(each.spec)
         if each.spec.parts is not None:
             checkpoint_content(each.spec)
-        takes = call_parameters(chosen)
-        if "prompt" in takes and not prompts:
-            raise UserError(
-                f"a {chosen.__name__} draws prompts; give --prompts, --prompts_file, --prompts_dataset or "
-                "--captions_dir"
-            )
-        if "prompt" not in takes and prompts:
-            what = "classes: give --class_labels" if "class_labels" in takes else "images of no prompt: leave them out"
-            raise UserError(f"a {chosen.__name__} draws {what}")
+        check_prompts(chosen, prompts, options.prompts.class_labels)
     return prompts
 
 

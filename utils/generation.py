@@ -388,6 +388,21 @@ def class_names(pipeline: "DiffusionPipeline") -> dict[int, str | None]:
     return {}
 
 
+def check_prompts(pipeline_type: type, prompts: Sequence[Prompt], labels: Sequence[int] | None) -> None:
+    """Refuses prompts and classes that a pipeline does not take, and the lack of prompts where it draws them."""
+    takes, name = call_parameters(pipeline_type), pipeline_type.__name__
+    if "class_labels" in takes:
+        if prompts:
+            raise UserError(f"a {name} draws classes, not prompts; give --class_labels")
+        return
+    if labels is not None:
+        raise UserError(f"a {name} has no classes; leave out --class_labels")
+    if "prompt" in takes and not prompts:
+        raise UserError(f"a {name} draws prompts; give --prompts, --prompts_file, --prompts_dataset or --captions_dir")
+    if "prompt" not in takes and prompts:
+        raise UserError(f"a {name} takes no prompts; leave them out")
+
+
 def complete_prompts(
     pipeline: "DiffusionPipeline", prompts: Sequence[Prompt], labels: Sequence[int] | None
 ) -> list[Prompt]:
@@ -396,28 +411,16 @@ def complete_prompts(
     Raises:
         UserError: if it takes others than those given.
     """
-    takes, name = call_parameters(type(pipeline)), type(pipeline).__name__
-    if "class_labels" in takes:
-        if prompts:
-            raise UserError(f"a {name} draws classes, not prompts; give --class_labels")
-        known = class_names(pipeline)
-        wrong = [label for label in labels or () if known and label not in known]
-        require(not wrong, "class_labels", wrong, f"be among the pipeline's {len(known)} classes")
-        chosen = list(labels) if labels is not None else list(known)
-        if not chosen:
-            raise UserError(f"a {name} does not say how many classes it has; give --class_labels")
-        return [Prompt(known.get(label), label) for label in chosen]
-    if labels is not None:
-        raise UserError(f"a {name} has no classes; leave out --class_labels")
-    if "prompt" in takes:
-        if not prompts:
-            raise UserError(
-                f"a {name} draws prompts; give --prompts, --prompts_file, --prompts_dataset or --captions_dir"
-            )
-        return list(prompts)
-    if prompts:
-        raise UserError(f"a {name} takes no prompts; leave them out")
-    return [Prompt(None)]
+    check_prompts(type(pipeline), prompts, labels)
+    if "class_labels" not in call_parameters(type(pipeline)):
+        return list(prompts) or [Prompt(None)]
+    known = class_names(pipeline)
+    wrong = [label for label in labels or () if known and label not in known]
+    require(not wrong, "class_labels", wrong, f"be among the pipeline's {len(known)} classes")
+    chosen = list(labels) if labels is not None else list(known)
+    if not chosen:
+        raise UserError(f"a {type(pipeline).__name__} does not say how many classes it has; give --class_labels")
+    return [Prompt(known.get(label), label) for label in chosen]
 
 
 class BatchSize:
