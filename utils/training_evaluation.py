@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.families.base import Family
 from utils.families.text import TextFamily
@@ -167,11 +167,10 @@ class TrainingEvaluation:
         Args:
             resolution: edge of the images, where the pipeline draws more than one.
         """
-        parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
         encode = partial(family.prompt_arguments, negative_prompt=None) if isinstance(family, TextFamily) else None
         size = {} if resolution is None else {"height": resolution, "width": resolution}
         around = partial(autocast, self._accelerator)
-        with unsharded(parts), controllable(self._controls, family.pipeline):
+        with unsharded(family.pipeline.components.values()), controllable(self._controls, family.pipeline):
             found = self.measure(family.pipeline, step, encode, size, around)
         return {f"eval/{name}": value for name, value in found.items()}
 
