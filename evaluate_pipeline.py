@@ -23,15 +23,10 @@ from PIL import Image
 from utils.generation import (
     Drawer,
     GenerationOptions,
-    PipelineOptions,
-    PipelineSpec,
     check_prompts,
-    checkpoint_content,
     claim_images,
     complete_prompts,
     invalid_images,
-    load_pipeline,
-    pipeline_class,
     set_scheduler,
 )
 from utils.image_sets import ReferenceOptions, drawn_images, folder_images, read_images
@@ -56,6 +51,7 @@ from utils.options import (
     run_script,
     without_secrets,
 )
+from utils.pipelines import PipelineOptions, PipelineSpec, checkpoint_content, load_pipeline, pipeline_class
 from utils.prompts import Prompt, PromptOptions, Task, plan_tasks, read_prompts
 from utils.report import Entry, Findings, write_report
 from utils.runtime import (

@@ -513,8 +513,8 @@ def in_training(pipelines, models, real_images, tmp_path):
     """in_training(first_step=...) is a TrainingEvaluation and a pipeline that it draws from."""
     from accelerate import Accelerator
 
-    from utils.generation import PipelineSpec, load_pipeline
     from utils.metrics.features import FeatureOptions
+    from utils.pipelines import PipelineSpec, load_pipeline
     from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
 
     def make(first_step=0, **more):

@@ -14,17 +14,15 @@ from tests import tiny
 from utils.generation import (
     Drawer,
     GenerationOptions,
-    PipelineSpec,
     claim_images,
     complete_prompts,
     image_seed,
     invalid_images,
-    load_pipeline,
-    pipeline_class,
     set_scheduler,
     state_of,
 )
 from utils.options import UserError
+from utils.pipelines import PipelineSpec, load_pipeline, pipeline_class
 from utils.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
 
@@ -277,7 +275,7 @@ def test_our_own_pipelines_are_assembled_and_the_code_beside_them_is_not_run(tmp
     from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
     from diffusers.utils.torch_utils import randn_tensor
 
-    from utils.generation import OWN_PIPELINES
+    from utils.pipelines import OWN_PIPELINES
 
     class ConditionalDDPMPipeline(DiffusionPipeline):
         def __init__(self, unet, scheduler, id2label=None):
