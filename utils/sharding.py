@@ -9,9 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+PLAIN = (Tensor, nn.Parameter)
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether each process holds a part of the tensor."""
+    if type(tensor) in PLAIN:  # nearly all, and asked of each parameter in each step
+        return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
