@@ -91,10 +91,10 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         require_positive(self, "num_inference_steps", "height", "width", "batch_size")
         require_not_negative(self, "guidance_scale", "guidance_rescale", "eta")
-        require(
-            self.strength is None or self.strength > 0, "strength", self.strength, "be above 0", "at 0 none changes"
-        )
-        for name in ("strength", "guidance_rescale", "eta"):
+        strength = self.strength
+        fits = strength is None or 0 < strength <= 1
+        require(fits, "strength", strength, "be above 0 and at most 1", "at 0 none changes")
+        for name in ("guidance_rescale", "eta"):
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, name, value, "be between 0 and 1")
         for name in ("height", "width"):
@@ -318,11 +318,10 @@ class Drawer:
         }
 
     def draw(self, tasks: Sequence[Task], folder: Path, accelerator: "Accelerator | None" = None) -> None:
-        """Draws what is not there of the tasks into `{prompt}_{sample}.png`.
+        """Draws what is not there of the tasks into `{prompt}_{sample}.png`; a signal ends it between two batches.
 
         Raises:
             UserError: if an image can't be drawn.
-            Stopped: if a signal asked for it.
         """
         from tqdm.auto import tqdm
 

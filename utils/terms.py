@@ -1,5 +1,7 @@
 """Further terms of the loss, of a user's own making too, with what they learn from."""
 
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ class TermFacts:
     decode: Callable[[Tensor], Tensor]
 
 
-class LossTerm(nn.Module):
+class LossTerm(nn.Module, ABC):
     """What is added to the loss of each sample.
 
     A term may have parameters of its own, such as a discriminator's: they learn from `own_losses` alone, in the same
@@ -38,9 +40,9 @@ class LossTerm(nn.Module):
     def __init__(self, facts: TermFacts):
         super().__init__()
 
+    @abstractmethod
     def forward(self, predicted: Predicted) -> Tensor:
         """[B] what is added to the losses, its weight included. Its own parameters get no gradient from it."""
-        raise NotImplementedError
 
     def own_losses(self, predicted: Predicted) -> Tensor | None:
         """[B] what its own parameters learn from, if it has any; the model gets no gradient from it."""
@@ -86,6 +88,8 @@ def load_term(options: TermOptions, facts: TermFacts) -> LossTerm:
         UserError: if the file can't be run, holds not one subclass of `LossTerm`, or refuses its arguments.
     """
     kind = load_class("loss_module", options.loss_module, LossTerm)
+    if inspect.isabstract(kind):
+        raise UserError(f"--loss_module {options.loss_module}: its {kind.__name__} must define forward")
     try:
         return kind(facts, **options.arguments)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -198,13 +198,6 @@ class UnconditionalFamily(Family):
         """The scheduler that the pipeline keeps."""
         return scheduler
 
-    @classmethod
-    def pipeline_class(cls) -> "type[DiffusionPipeline]":
-        """The class of the pipeline."""
-        import diffusers
-
-        return getattr(diffusers, cls.pipeline_class_name)
-
     def tokenizer(self) -> ClassNumbers:
         """Maps names of classes to their numbers."""
         return ClassNumbers({name: number for number, name in self.classes.items()}, self._no_class)
@@ -232,11 +225,11 @@ class UnconditionalFamily(Family):
 
     def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
         """The pipeline with some parts replaced, its VAE as it was loaded but in float32."""
-        coders = {name: self._float32_coder(name) for name in self.coder_names}
-        return self._pipeline(self.pipeline.scheduler, **coders, **parts)
+        return self._pipeline(self.pipeline.scheduler, **self._float32_coders(), **parts)
 
-    def _float32_coder(self, name: str) -> nn.Module:
-        raise NotImplementedError  # of families with a VAE alone
+    def _float32_coders(self) -> dict[str, nn.Module]:
+        """The VAE by its name in the pipeline, where there is one."""
+        return {}
 
     def draw(
         self, seeds: Sequence[int], labels: Sequence[int], scheduler: Any, steps: int, guidance: float, eta: float
@@ -450,16 +443,17 @@ class Latents(UnconditionalFamily):
         self.latent_space.rescale(factor)
         self.measures_scaling = False
 
-    def _float32_coder(self, name: str) -> nn.Module:
+    def _float32_coders(self) -> dict[str, nn.Module]:
+        name, options = self.coder_names[0], self.options
+        own = getattr(self.pipeline, name)
         if self._coder_dtype == torch.float32:
-            return getattr(self.pipeline, name)
-        options = self.options
+            return {name: own}
         if options.vae is not None:
             coder, _ = load_coder(options.vae, options.use_safetensors)
         else:
             coder = load_pipeline(self.pipeline_class(), options).components[name]
-        coder.register_to_config(scaling_factor=getattr(self.pipeline, name).config.scaling_factor)
-        return coder
+        coder.register_to_config(scaling_factor=own.config.scaling_factor)
+        return {name: coder}
 
 
 class LabelledLatents(ClassLabelled, Latents):
