@@ -16,7 +16,8 @@ from PIL import Image
 
 from tests import networks, tiny
 from tests.conftest import message, reset_accelerate
-from tests.test_generation import assert_same, class_conditional, images_in, unconditional
+from tests.test_generation import assert_same, images_in
+from tests.tiny import class_conditional, unconditional
 from utils.metrics.features import Network
 from utils.metrics.registry import METRICS
 from utils.options import UserError
