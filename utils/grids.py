@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from torch import nn
 
 from utils.families.unconditional import SAMPLERS, UnconditionalFamily, sampler_of
 from utils.options import option, require, require_not_negative, require_positive
@@ -109,8 +108,7 @@ class GridSampler:
         mine = list(range(len(self._seeds)))[rank::num_processes]
         drawn: list[tuple[int, np.ndarray]] = []
         at_once = self._options.eval_batch_size
-        parts = [part for part in self._family.pipeline.components.values() if isinstance(part, nn.Module)]
-        with self._family.awake(), unsharded(parts):
+        with self._family.awake(), unsharded(self._family.pipeline.components.values()):
             for begin in range(0, len(mine), at_once):
                 if self._requests.is_asked:
                     break

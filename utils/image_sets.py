@@ -11,17 +11,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from utils.configs import is_path
 from utils.data.captions import CaptionOptions
 from utils.data.folders import is_image, list_files
 from utils.data.images import open_image, read_rgb, reason_of
-from utils.data.sources import DataOptions, Records, SourceOptions, read_records
+from utils.data.sources import DataOptions, Records, SourceOptions, is_saved_dataset, read_records
 from utils.metrics.features import Picture
 from utils.metrics.subjects import ImageSet
-from utils.options import UserError, option, require, require_positive
+from utils.options import UserError, option, renamed_flags, require, require_positive
 from utils.prompts import Task, drawn_texts
 
 logger = logging.getLogger(__name__)
 DRAWN_NAME = re.compile(r"(\d{5,})_(\d{5,})")
+COLUMN_FLAGS = {  # those by which images are read for training, and what they are called here
+    "caption_column": "reference_caption_column",
+    "image_column": "reference_image_column",
+    "dataset_split": "reference_split",
+}
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,8 @@ class ReferenceOptions:
         require_positive(self, "reference_resolution", "max_reference_images")
         for name in ("reference", "training_images"):
             value = getattr(self, name)
-            is_path = value is not None and (
-                Path(value).is_absolute() or value.startswith(".") or value.count("/") > 1 or value.endswith(".npz")
-            )
-            require(not is_path or Path(value).exists(), name, value, "be a folder, dataset or file that exists")
+            is_local = value is not None and (is_path(value) or value.endswith(".npz"))
+            require(not is_local or Path(value).exists(), name, value, "be a folder, dataset or file that exists")
         file = self.save_reference
         require(file is None or file.endswith(".npz"), "save_reference", file, "end with .npz")
         if file is not None and (self.reference is None or self.is_statistics):
@@ -143,24 +147,17 @@ def read_images(flag: str, name: str, options: ReferenceOptions, seed: int) -> I
         UserError: if there are none, or they can't be read.
     """
     path = Path(name)
-    is_saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
     shared = {
         "dataset_split": options.reference_split,
         "image_column": options.reference_image_column,
         "caption_column": options.reference_caption_column,
         "max_train_samples": options.max_reference_images if flag == "reference" else None,
     }
-    source = {"train_data_dir": name} if path.exists() and not is_saved else {"dataset_name": name}
+    source = {"train_data_dir": name} if path.exists() and not is_saved_dataset(path) else {"dataset_name": name}
     try:
         records = read_records(DataOptions(), SourceOptions(**source, **shared), CaptionOptions(), seed)
     except UserError as error:
-        text = str(error)
-        for ours, theirs in (
-            *(("--train_data_dir", f"--{flag}"), ("--dataset_name", f"--{flag}")),
-            *(("--caption_column", "--reference_caption_column"), ("--image_column", "--reference_image_column")),
-            ("--dataset_split", "--reference_split"),
-        ):
-            text = text.replace(ours, theirs)
+        text = renamed_flags(error, {"train_data_dir": flag, "dataset_name": flag} | COLUMN_FLAGS)
         raise UserError(text if flag in text else f"--{flag} {name}: {text}") from error
     count = len(records)
     read = partial(_read_record, records, resolution=options.reference_resolution)

@@ -103,6 +103,18 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def renamed_flags(error: UserError, names: Mapping[str, str]) -> str:
+    """The message of a part that was asked under other flags, with those that the user gave.
+
+    Args:
+        names: the user's name for each of the part's; flags that only begin with such a name are renamed too.
+    """
+    text = str(error)
+    for theirs, ours in names.items():
+        text = text.replace(f"--{theirs}", f"--{ours}")
+    return text
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The known word that is spelled most like `word`, or an empty string."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")

@@ -1,11 +1,9 @@
 """The parts of a run, made of its options before the first step, and what it records of itself."""
 
 import logging
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +32,7 @@ from utils.options import as_record, without_secrets
 from utils.perceptual import PerceptualLoss, PerceptualOptions
 from utils.preparation import DataPreparation
 from utils.records import Batch
-from utils.runtime import OutputFolder, start_processes
+from utils.runtime import OutputFolder, start_processes, versions
 from utils.speed import SpeedOptions, compile_checked
 from utils.state import RunState
 from utils.stepping import PerParameter
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
 
 
 def start_engine(options: Any, folder: OutputFolder, pure_bf16: bool) -> Engine:
@@ -327,14 +324,3 @@ def data_name(options: Any) -> str:
     """
     source = options.source
     return source.dataset_name or Path(source.train_data_dir or options.data.dataset_file).name
-
-
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """The versions of Python and of the packages that a run's numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from utils.disk import write_text
 from utils.options import UserError, option, require_positive
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class RunLog:
         if accelerator.is_main_process:
             path = folder / "metrics.jsonl"
             for each in (path, folder / "epochs.jsonl", folder / "layers.jsonl"):
-                _keep_steps(each, first_step)
+                keep_steps(each, first_step)
             self._file = path.open("a", encoding="utf-8")
 
     def step(self, metrics: StepMetrics) -> None:
@@ -339,17 +339,15 @@ def start_trackers(accelerator: "Accelerator", options: TrackingOptions, record:
     accelerator.init_trackers(options.tracker_project_name, config=plain)
 
 
-def _keep_steps(path: Path, last_step: int) -> None:
+def keep_steps(path: Path, last_step: int) -> None:
     """Drops the lines after `last_step`, which a resumed run writes again, and a line that was cut off."""
-    if not path.exists():
+    if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             logger.warning("%s: left out a line that was cut off", path)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))

@@ -1,7 +1,6 @@
 """The scores of evaluate_pipeline.py while a model is trained: images drawn from the pipeline in memory."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.families.base import Family
 from utils.families.text import TextFamily
@@ -22,11 +21,12 @@ from utils.metrics.features import FeatureOptions, Networks
 from utils.metrics.registry import METRICS, score
 from utils.metrics.scores import Score
 from utils.metrics.subjects import Reference, Statistics, Subject, Workers
-from utils.options import UserError, option, require, require_not_negative, require_positive
+from utils.options import UserError, option, renamed_flags, require, require_not_negative, require_positive
 from utils.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
 from utils.runtime import autocast, on_main_process
 from utils.sampling_controls import SamplingControls, controllable
 from utils.sharding import unsharded
+from utils.tracking import keep_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,7 +70,7 @@ class EvaluationOptions:
         try:
             ReferenceOptions(reference=self.eval_reference)
         except UserError as error:
-            raise UserError(str(error).replace("--reference", "--eval_reference")) from error
+            raise UserError(renamed_flags(error, {"reference": "eval_reference"})) from error
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether scores are computed after optimizer step number `step`, from 1."""
@@ -114,7 +114,7 @@ class TrainingEvaluation:
             self._prompts = read_prompts(PromptOptions(prompts_file=options.eval_prompts_file))
         self._load_networks()
         self._reference = self._read_reference() if options.eval_metrics else None
-        on_main_process(accelerator, partial(_keep_steps, self._folder / RECORD, first_step))
+        on_main_process(accelerator, partial(keep_steps, self._folder / RECORD, first_step))
 
     def _load_networks(self) -> None:
         """So that one that is not there ends the run before its first step."""
@@ -153,7 +153,7 @@ class TrainingEvaluation:
         except NotComputable as reason:
             raise UserError(f"--eval_reference {name}: {reason}") from reason
         except UserError as error:
-            raise UserError(str(error).replace("--reference", "--eval_reference")) from error
+            raise UserError(renamed_flags(error, {"reference": "eval_reference"})) from error
         finally:
             self._networks.rest()
 
@@ -167,11 +167,10 @@ class TrainingEvaluation:
         Args:
             resolution: edge of the images, where the pipeline draws more than one.
         """
-        parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
         encode = partial(family.prompt_arguments, negative_prompt=None) if isinstance(family, TextFamily) else None
         size = {} if resolution is None else {"height": resolution, "width": resolution}
         around = partial(autocast, self._accelerator)
-        with unsharded(parts), controllable(self._controls, family.pipeline):
+        with unsharded(family.pipeline.components.values()), controllable(self._controls, family.pipeline):
             found = self.measure(family.pipeline, step, encode, size, around)
         return {f"eval/{name}": value for name, value in found.items()}
 
@@ -232,19 +231,3 @@ def _append(file: Path, step: int, scores: list[Score]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
         print(json.dumps({"step": step, "scores": {each.name: each.record() for each in scores}}), file=lines)
-
-
-def _keep_steps(file: Path, last_step: int) -> None:
-    """Drops the lines after `last_step`, and one that was cut off."""
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    aside = file.with_name(f".tmp-{file.name}")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, file)

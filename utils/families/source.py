@@ -1,6 +1,6 @@
 """Where a pipeline is loaded from (a folder, the Hub, a single file), and what its configs say before its weights."""
 
-import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -11,12 +11,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from utils.configs import INDEX, is_path, read_config, read_config_file
 from utils.options import UserError, first_line, option, require, require_positive
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError)
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 CHUNK_TOKENS = 75  # of a caption, in one pass of a CLIP text encoder: its 77 less the beginning and the end
 XFORMERS_MISSING = "--enable_xformers_memory_efficient_attention: its kernels do not load here"
 XFORMERS_CURE = "leave the flag out, PyTorch's attention is as fast, or install the xformers wheel of this torch"
@@ -120,11 +122,11 @@ class PipelineSource:
     @property
     def is_single_file(self) -> bool:
         """Whether it is one file of weights."""
-        return Path(self.path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+        return Path(self.path).suffix in (".safetensors", *PICKLES)
 
     def index(self) -> dict:
         """The pipeline's `model_index.json`."""
-        return read_config_file(self.path, "model_index.json", self.options.revision, "--pretrained_model")
+        return read_config_file(self.path, INDEX, self.options.revision, "--pretrained_model")
 
     def config(self, part: str) -> dict | None:
         """The config of a part (unet, vae, scheduler, ...) without its weights; None for a single file's on the Hub.
@@ -135,7 +137,7 @@ class PipelineSource:
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
         root, flag, revision = self.path, "--pretrained_model", self.options.revision
         if part == "unet" and self.options.unet_config is not None:
-            return _read_config(Path(self.options.unet_config), "--unet_config")
+            return read_config(Path(self.options.unet_config), "--unet_config")
         if part == "vae" and self.options.pretrained_vae_model_name_or_path is not None:
             root, revision = self.options.pretrained_vae_model_name_or_path, None
             flag = "--pretrained_vae_model_name_or_path"
@@ -145,11 +147,9 @@ class PipelineSource:
             root, flag, revision = self.options.pretrained_model_config, "--pretrained_model_config", None
         if root is None:
             return None
-        if not Path(root).is_dir():
-            if Path(root).is_absolute() or root.startswith("."):
-                raise UserError(f"{flag} {root} does not exist")
-            return _read_config(_download(root, str(PurePosixPath(part, file)), revision, flag), flag)
-        return _read_config(Path(root, part, file), flag)
+        if is_path(root) and not Path(root).is_dir():
+            raise UserError(f"{flag} {root} does not exist")
+        return read_config_file(root, str(PurePosixPath(part, file)), revision, flag)
 
     def load(
         self, pipeline_class: "type[DiffusionPipeline]", dtypes: ComponentDtypes, text_encoder_names: tuple[str, ...]
@@ -237,43 +237,30 @@ class PipelineSource:
             raise UserError(f"--pretrained_model {self.path} can't be loaded: {first_line(error)}") from error
 
 
-def read_config_file(name: str, file: str, revision: str | None, flag: str) -> dict:
-    """A JSON file of a folder, or of a repository on the Hub.
+def refuse_pickles(folder: Path, index: Mapping[str, Any], flag: str, replaced: Collection[str] = ()) -> None:
+    """Refuses a local pipeline of which a part has weights, but none as safetensors.
 
-    Raises:
-        UserError: naming the flag that named the folder, if it is not there or no config.
+    Args:
+        index: its `model_index.json`.
+        flag: the option and its value that name the folder.
+        replaced: parts that come from elsewhere.
     """
-    if Path(name).is_dir():
-        return _read_config(Path(name, file), flag)
-    return _read_config(_download(name, file, revision, flag), flag)
-
-
-def _read_config(file: Path, flag: str) -> dict:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: {file} can't be read: {first_line(error)}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{flag}: {file} holds no config, which would be a JSON object")
-    return config
-
-
-def _download(repository: str, file: str, revision: str | None, flag: str) -> Path:
-    """A small file of a Hub repository, by the cache."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        return Path(hf_hub_download(repository, file, revision=revision))
-    except (HTTPError, OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(f"{flag} {repository} is no folder here, and was not found on the Hub: {reason}") from error
+    for name, entry in index.items():
+        part = folder / name
+        if name in replaced or not isinstance(entry, list) or entry[0] is None or not part.is_dir():
+            continue
+        pickles = [file.name for suffix in PICKLES for file in part.glob(f"*{suffix}")]
+        if pickles and not list(part.glob("*.safetensors")):
+            raise UserError(
+                f"{flag}: {name}/{pickles[0]} would need unpickling, which can run code; convert the pipeline with "
+                "save_pretrained(..., safe_serialization=True), or give --allow_pickle"
+            )
 
 
 def _fresh_unet(config_file: str) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     try:
-        return UNet2DConditionModel.from_config(_read_config(Path(config_file), "--unet_config"))
+        return UNet2DConditionModel.from_config(read_config(Path(config_file), "--unet_config"))
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError) as error:
         raise UserError(f"--unet_config {config_file} makes no UNet2DConditionModel: {first_line(error)}") from error

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from utils.configs import INDEX, is_path, read_config_file
 from utils.data.labels import ClassNumbers
 from utils.families.base import Family, TextStates, changed_scheduler
 from utils.families.denoisers import CLASS_SLOTS, ShapeOptions, make_denoiser, transformer_config, unet_config
-from utils.families.source import LOADING_ERRORS, PartOptions, read_config_file
+from utils.families.source import LOADING_ERRORS, PartOptions, refuse_pickles
 from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
 from utils.flow import ProcessOptions, check_changes, is_flow, shift_of
 from utils.options import UserError, first_line, option, require
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-INDEX = "model_index.json"
 CODERS = ("AutoencoderKL", "VQModel")
-WEIGHT_ENDINGS = ("bin", "ckpt", "pt", "pth")
 
 
 @dataclass(frozen=True)
@@ -184,13 +183,6 @@ class UnconditionalFamily(Family):
         """The scheduler that the pipeline keeps."""
         return scheduler
 
-    @classmethod
-    def pipeline_class(cls) -> "type[DiffusionPipeline]":
-        """The class of the pipeline."""
-        import diffusers
-
-        return getattr(diffusers, cls.pipeline_class_name)
-
     def tokenizer(self) -> ClassNumbers:
         """Maps names of classes to their numbers."""
         return ClassNumbers({name: number for number, name in self.classes.items()}, self._no_class)
@@ -218,11 +210,11 @@ class UnconditionalFamily(Family):
 
     def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
         """The pipeline with some parts replaced, its VAE as it was loaded but in float32."""
-        coders = {name: self._float32_coder(name) for name in self.coder_names}
-        return self._pipeline(self.pipeline.scheduler, **coders, **parts)
+        return self._pipeline(self.pipeline.scheduler, **self._float32_coders(), **parts)
 
-    def _float32_coder(self, name: str) -> nn.Module:
-        raise NotImplementedError  # of families with a VAE alone
+    def _float32_coders(self) -> dict[str, nn.Module]:
+        """The VAE by its name in the pipeline, where there is one."""
+        return {}
 
     def draw(
         self, seeds: Sequence[int], labels: Sequence[int], scheduler: Any, steps: int, guidance: float, eta: float
@@ -438,16 +430,17 @@ class Latents(UnconditionalFamily):
         self.latent_space.rescale(factor)
         self.measures_scaling = False
 
-    def _float32_coder(self, name: str) -> nn.Module:
+    def _float32_coders(self) -> dict[str, nn.Module]:
+        name, options = self.coder_names[0], self.options
+        own = getattr(self.pipeline, name)
         if self._coder_dtype == torch.float32:
-            return getattr(self.pipeline, name)
-        options = self.options
+            return {name: own}
         if options.vae is not None:
             coder, _ = load_coder(options.vae, options.use_safetensors)
         else:
             coder = load_pipeline(self.pipeline_class(), options).components[name]
-        coder.register_to_config(scaling_factor=getattr(self.pipeline, name).config.scaling_factor)
-        return coder
+        coder.register_to_config(scaling_factor=own.config.scaling_factor)
+        return {name: coder}
 
 
 class LabelledLatents(ClassLabelled, Latents):
@@ -526,7 +519,7 @@ def pick_unconditional(
     path = Path(name)
     if path.is_dir() and not (path / INDEX).is_file():
         raise UserError(f"--pretrained_model {name} is no pipeline folder: it has no {INDEX}")
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+    if not path.is_dir() and is_path(name):
         raise UserError(f"--pretrained_model {name} does not exist; give a pipeline folder or a Hub name")
     index = read_config_file(name, INDEX, options.revision, "--pretrained_model")
     class_name = index.get("_class_name")
@@ -534,7 +527,7 @@ def pick_unconditional(
     if class_name not in PRETRAINED_FAMILIES:
         raise UserError(f"--pretrained_model {name} is a {class_name}; supported are {', '.join(PRETRAINED_FAMILIES)}")
     if not options.allow_pickle:
-        refuse_pickles(path, index, "--pretrained_model")
+        refuse_pickles(path, index, f"--pretrained_model {path}")
     PRETRAINED_FAMILIES[class_name].check_before_loading(options, has_classes)
     return PRETRAINED_FAMILIES[class_name]
 
@@ -546,20 +539,6 @@ def default_edge(options: UnconditionalModelOptions, family: type[UnconditionalF
         return family.default_resolution
     size = read_config_file(name, "unet/config.json", options.revision, "--pretrained_model").get("sample_size")
     return size if isinstance(size, int) else family.default_resolution
-
-
-def refuse_pickles(folder: Path, index: Mapping, flag: str) -> None:
-    """Refuses a local pipeline of which a part has weights, but none as safetensors."""
-    for name, entry in index.items():
-        part = folder / name
-        if not isinstance(entry, list) or entry[0] is None or not part.is_dir():
-            continue
-        pickles = [file.name for suffix in WEIGHT_ENDINGS for file in part.glob(f"*.{suffix}")]
-        if pickles and not list(part.glob("*.safetensors")):
-            raise UserError(
-                f"{flag} {folder}: {name}/{pickles[0]} would need unpickling, which can run code; convert the pipeline "
-                "with save_pretrained(..., safe_serialization=True), or give --allow_pickle"
-            )
 
 
 def load_pipeline(pipeline_class: "type[DiffusionPipeline]", options: UnconditionalModelOptions) -> "DiffusionPipeline":
@@ -584,7 +563,7 @@ def coder_config(name: str) -> tuple[dict, str | None]:
         UserError: if there is none, or of no supported class.
     """
     subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
-    if Path(name).is_absolute() and not Path(name).exists():
+    if is_path(name) and not Path(name).exists():
         raise UserError(f"--vae {name} does not exist; give the folder or Hub name of a VAE")
     config = read_config_file(name, f"{subfolder}/config.json" if subfolder else "config.json", None, "--vae")
     class_name = config.get("_class_name")
