@@ -14,6 +14,7 @@ import torch
 from utils.adaptation import ADAPTATIONS, AdaptationOptions
 from utils.checkpoint import CheckpointOptions
 from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_token
+from utils.copies import HalfCopy
 from utils.course import Feed, Settings, Validation, start_course
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CacheOptions
@@ -222,9 +223,10 @@ def run(argv: Sequence[str] | None) -> None:
         evaluation.check(family.pipeline)
         open_records(options, accelerator, folder, options.tracking)
         logger.info("training\n%s", plan)
+        half = HalfCopy(family.unet, state.optimizer) if options.speed.bf16_weights else None
         steps_in_backward, saving = rates.optimizer_in_backward, memory_savers(options)
         gradients = make_gradients(
-            engine, model, encoder, pieces, options.loader, at_once, start, seed, steps_in_backward, saving
+            engine, model, encoder, pieces, options.loader, at_once, start, seed, steps_in_backward, saving, half
         )
         adaptation.train_mode()
         largest = dataset.largest(at_once, options.perceptual.perceptual_min_timestep)

@@ -99,6 +99,12 @@ def _choose_length(
     return lengths.of_length(best)
 
 
+def _sent(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers on the device, without waiting for what it does now."""
+    tensor = torch.tensor(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Feed(NamedTuple):
     """Where a run's samples come from."""
 
@@ -162,18 +168,22 @@ class Course:
         }
         self._unreadable |= new
         asked = [float(len(new)), *self.requests.asked(accelerator.is_main_process)]
-        sums = torch.cat([found.loss[None], torch.tensor(asked, device=accelerator.device)])
-        total_loss, sums = accelerator.reduce(sums).split([1, len(asked)])
+        total_loss, sums = found.loss, None
+        if accelerator.num_processes > 1:
+            both = torch.cat([total_loss[None], _sent(asked, accelerator.device)])
+            both = accelerator.reduce(both)
+            total_loss, sums = both[0], both[1:]
         epoch = float(done * batches.size / batches.samples_per_epoch)
-        rate, mean_loss = self.settings.rates.learning_rate * factor, total_loss[0] / batches.size
+        rate, mean_loss = self.settings.rates.learning_rate * factor, total_loss / batches.size
         by_key = found.loss_by_key if self.settings.tracking.debug_loss else ()
         log.step(
             StepMetrics(done, epoch, mean_loss, grad_norm, rate, found.keys, by_key, self.feed.waiting.seconds, sums)
         )
-        if any(log.sums[:1]):
+        heard = asked if sums is None else log.sums
+        if any(heard[:1]):
             self.share_unreadable()
         self._stop_if_diverged()
-        self._heard = log.sums[1:] if accelerator.num_processes > 1 else asked[1:]
+        self._heard = heard[1:]
 
     def share_unreadable(self) -> None:
         """Tells all processes of images that one could not decode."""
@@ -249,5 +259,6 @@ def start_course(
     checkpoints = Checkpoints(folder, asked.checkpoints_total_limit)
     saver = CheckpointSaver(checkpoints, state, BackgroundWriter(asked.async_checkpointing))
     gradients.rescue = saver.rescue
-    log = RunLog(accelerator, folder, first_step, total_steps, feed.batches.size)
+    together = settings.tracking.logging_steps
+    log = RunLog(accelerator, folder, first_step, total_steps, feed.batches.size, together)
     return Course(state, validation, gradients, saver, checkpoints, log, requests, feed, settings, total_steps)

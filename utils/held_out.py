@@ -258,7 +258,7 @@ class HeldOut:
         states = None if sample.states is None else {name: repeated(state) for name, state in sample.states.items()}
         return Batch(
             step=0,
-            slots=torch.zeros(count, dtype=torch.int64),
+            slots=(0,) * count,
             keys=("",) * count,
             pixels=None,
             moments=repeated(sample.moments),

@@ -85,6 +85,10 @@ def start_processes(
     if asked_engine() == "DEEPSPEED" and on_cpu:
         on_cpu = False  # with cpu=True accelerate passes over DeepSpeed in silence
         handler.backend = "gloo"
+    # Gradients as views of what is sent spare a copy of them; a static graph would ask that the first backward pass be
+    # shared, which the rehearsal's is not. Buffers are the same everywhere; sent before a forward pass, a process that
+    # begins it again would send them while the others already share gradients
+    sharing = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
         accelerator = Accelerator(
             cpu=on_cpu,
@@ -93,9 +97,7 @@ def start_processes(
             step_scheduler_with_optimizer=False,
             log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / logging_dir)),
-            # buffers are the same everywhere; sent before a forward pass, a process that begins it again would send
-            # them while the others already share gradients
-            kwargs_handlers=[handler, DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[handler, sharing],
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"accelerate can't start with these settings: {first_line(error)}") from error

@@ -32,6 +32,11 @@ class SpeedOptions:
         const="denoiser",
     )
     torch_compile: bool = option(False, "the same as --compile denoiser")
+    bf16_weights: bool = option(
+        False,
+        "with --mixed_precision bf16: compute with a bfloat16 copy of the denoiser's weights, made once a step, "
+        "instead of casts at each use; what trains and is saved stays float32",
+    )
     channels_last: bool = option(False, "keep images' channels together in memory, as convolutions on GPUs like it")
 
     def __post_init__(self) -> None:

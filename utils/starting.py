@@ -12,6 +12,7 @@ import torch
 from utils.adaptation import Adaptation
 from utils.checkpoint import RunFacts, read_state
 from utils.checks import check_stepping
+from utils.copies import HalfCopy
 from utils.data.buckets import BucketOptions
 from utils.data.captions import CaptionOptions
 from utils.data.dataset import LoaderOptions
@@ -28,7 +29,7 @@ from utils.gradients import Gradients
 from utils.held_out import HeldOut
 from utils.objective import Objective
 from utils.optim import NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer
-from utils.options import as_record, without_secrets
+from utils.options import UserError, as_record, without_secrets
 from utils.perceptual import PerceptualLoss, PerceptualOptions
 from utils.preparation import DataPreparation
 from utils.records import Batch
@@ -64,6 +65,9 @@ def start_engine(options: Any, folder: OutputFolder, pure_bf16: bool) -> Engine:
         tracking.logging_dir,
     )
     check_stepping(options.optimizer, tracking, pure_bf16, accelerator)
+    if options.speed.bf16_weights and (pure_bf16 or accelerator.mixed_precision != "bf16"):
+        found = "--pure_bf16" if pure_bf16 else accelerator.mixed_precision
+        raise UserError(f"--bf16_weights goes with --mixed_precision bf16, got {found}; leave one out")
     engine = engine_of(accelerator)
     engine.check_options(as_record(options), options.optimizer.name)
     engine.check_batch(loader.global_batch(accelerator.num_processes))
@@ -193,6 +197,7 @@ def make_gradients(
     seed: int,
     steps_in_backward: bool,
     saving: Mapping[str, bool],
+    half_copy: HalfCopy | None,
 ) -> Gradients:
     """What runs forward and backward; a run that goes on takes no more samples at once than memory allowed before.
 
@@ -214,6 +219,7 @@ def make_gradients(
         min(at_once, allowed or at_once),
         engine.can_begin_again and not steps_in_backward,
         [flag for flag, is_given in saving.items() if not is_given],
+        half_copy,
     )
 
 
@@ -239,6 +245,7 @@ def hasten(
     inner = getattr(optimizer, "optimizer", optimizer)
     active = {
         f"compiled {options.compiled}": options.compiled is not None,
+        "bf16 weights": options.bf16_weights,
         "channels last": options.channels_last,
         "TF32": has_tf32,
         "fused AdamW": isinstance(inner, torch.optim.AdamW) and bool(inner.defaults.get("fused")),

@@ -147,7 +147,7 @@ class TrainingDataset(Dataset):
         values = torch.stack([sight.values for sight in seen])
         return Batch(
             step=piece.step,
-            slots=torch.tensor(piece.slots),
+            slots=tuple(piece.slots),
             keys=tuple(keys),
             pixels=values if is_live else None,
             moments=None if is_live else values,
@@ -175,7 +175,7 @@ class TrainingDataset(Dataset):
             }
         return Batch(
             step=0,
-            slots=torch.arange(count),
+            slots=tuple(range(count)),
             keys=("",) * count,
             pixels=torch.from_numpy(pixels) if encodings.latents is None else None,
             moments=None if encodings.latents is None else torch.zeros(count, 2, *latent[1:]),
