@@ -40,6 +40,17 @@ def config_file(name: str, file: str, revision: str | None, flag: str) -> Path:
     return hub_file(name, file, revision, f"{flag} {name} is no folder here, and was not found on the Hub")
 
 
+def index_file(name: str, revision: str | None, flag: str) -> Path:
+    """The path of a pipeline's `model_index.json`.
+
+    Raises:
+        UserError: naming the flag that named the pipeline, if it has none.
+    """
+    if Path(name).is_dir() and not Path(name, INDEX).is_file():
+        raise UserError(f"{flag} {name} is no pipeline folder: it has no {INDEX}")
+    return config_file(name, INDEX, revision, flag)
+
+
 def read_json(file: Path, where: str) -> Any:
     """What a JSON file holds.
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from utils.adaptation import LORA_FILE, PEFT_FILE
-from utils.configs import INDEX, config_file, is_path, read_json
+from utils.configs import INDEX, index_file, is_path, read_json
 from utils.families.source import LOADING_ERRORS
 from utils.options import UserError, first_line, option, require
 
@@ -64,12 +64,10 @@ class PipelineSpec:
         Raises:
             UserError: if there is no such pipeline.
         """
-        flag, path = f"--pipeline {self.path}", Path(self.path)
-        if path.is_dir() and not (path / INDEX).is_file():
-            raise UserError(f"{flag} is no pipeline folder: it has no {INDEX}")
-        index = read_json(config_file(self.path, INDEX, self.revision, "--pipeline"), f"{flag}: {INDEX}")
+        where = f"--pipeline {self.path}: {INDEX}"
+        index = read_json(index_file(self.path, self.revision, "--pipeline"), where)
         if not isinstance(index, dict) or not index.get("_class_name"):
-            raise UserError(f"{flag}: {INDEX} names no class of pipelines")
+            raise UserError(f"{where} names no class of pipelines")
         return index
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from utils.configs import INDEX, is_path
+from utils.configs import is_path
 from utils.families.sd import StableDiffusion
 from utils.families.sdxl import StableDiffusionXL
 from utils.families.source import PICKLES, PipelineSource, refuse_pickles
@@ -37,8 +37,6 @@ def pick_family(source: PipelineSource) -> type[TextFamily]:
         return _family_of_file(path)
     if not path.is_dir() and is_path(source.path):
         raise UserError(f"--pretrained_model {path} does not exist; give a folder, Hub name or .safetensors file")
-    if path.is_dir() and not (path / INDEX).is_file():
-        raise UserError(f"--pretrained_model {path} is no pipeline folder: it has no {INDEX}")
     index = source.index()
     name = index.get("_class_name")
     if name not in FAMILIES:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from utils.configs import INDEX, is_path, read_config, read_config_file
+from utils.configs import index_file, is_path, read_config, read_config_file
 from utils.options import UserError, first_line, option, require, require_positive
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class PipelineSource:
 
     def index(self) -> dict:
         """The pipeline's `model_index.json`."""
-        return read_config_file(self.path, INDEX, self.options.revision, "--pretrained_model")
+        return read_config(index_file(self.path, self.options.revision, "--pretrained_model"), "--pretrained_model")
 
     def config(self, part: str) -> dict | None:
         """The config of a part (unet, vae, scheduler, ...) without its weights; None for a single file's on the Hub.

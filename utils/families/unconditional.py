@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from utils.configs import INDEX, is_path, read_config_file
+from utils.configs import index_file, is_path, read_config, read_config_file
 from utils.data.labels import ClassNumbers
 from utils.families.base import Family, TextStates, changed_scheduler
 from utils.families.denoisers import CLASS_SLOTS, ShapeOptions, make_denoiser, transformer_config, unet_config
@@ -517,11 +517,9 @@ def pick_unconditional(
         family = FRESH_FAMILIES[options.vae is not None, has_classes]
         return ImplicitPixels if family is Pixels and sampler == "ddim" else family
     path = Path(name)
-    if path.is_dir() and not (path / INDEX).is_file():
-        raise UserError(f"--pretrained_model {name} is no pipeline folder: it has no {INDEX}")
     if not path.is_dir() and is_path(name):
         raise UserError(f"--pretrained_model {name} does not exist; give a pipeline folder or a Hub name")
-    index = read_config_file(name, INDEX, options.revision, "--pretrained_model")
+    index = read_config(index_file(name, options.revision, "--pretrained_model"), "--pretrained_model")
     class_name = index.get("_class_name")
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
     if class_name not in PRETRAINED_FAMILIES:

@@ -7,7 +7,8 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,7 +130,7 @@ class Workers:
     def _stopped(self, error: Interrupted) -> Stopped:
         return Stopped("stopped while scores were computed; the same command goes on", int(str(error)))
 
-    def batches(self, items: Sequence, label: str) -> Iterator[Sequence]:
+    def batches(self, items: Sequence, label: str) -> Generator[Sequence, None, None]:
         """Batches of items, with a progress bar on the main process."""
         from tqdm.auto import tqdm
 
@@ -184,8 +185,9 @@ class Subject:
 
     def _own_features(self, network: Network) -> np.ndarray | None:
         """[n, d] of this process's share; None of no images."""
-        batches = self.workers.batches(self.workers.mine(self.images.pictures), f"{network.name} features")
-        rows = [in_pieces(network, batch, self.networks.device) for batch in batches]
+        mine = self.workers.mine(self.images.pictures)
+        with closing(self.workers.batches(mine, f"{network.name} features")) as batches:  # the bar too, on an error
+            rows = [in_pieces(network, batch, self.networks.device) for batch in batches]
         return np.concatenate(rows) if rows else None
 
     def moments(self, name: str) -> Moments:
