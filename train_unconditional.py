@@ -35,7 +35,6 @@ from utils.families.unconditional import (
     default_edge,
     fresh_scheduler,
     pick_unconditional,
-    sampler_of,
 )
 from utils.flow import ProcessOptions, process_of
 from utils.gradients import FREE_CURE, setting
@@ -207,7 +206,7 @@ def run(argv: Sequence[str] | None) -> None:
             family.unet.to(memory_format=torch.channels_last)
         requests.check()
         process = process_of(options.noise, family.pipeline.scheduler)
-        sampler_of(family.pipeline.scheduler, options.sampling.sampler)
+        options.sampling.steps_of(family.pipeline.scheduler)
         terms = loss_terms(options.perceptual, options.term, family.latent_space, process.num_timesteps)
         adaptation.named_parameters(rates)  # which refuses --layer_rates of no weight, on a dry run too
         own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
@@ -353,7 +352,7 @@ def check_family(options: Options, family_class: type[UnconditionalFamily]) -> N
         family_class.check_shape(options.model, Wanted(edge, options.image.channels))
         scheduler = fresh_scheduler(options.noise, clips=True)
         process_of(options.noise, scheduler)
-        sampler_of(scheduler, options.sampling.sampler)
+        options.sampling.steps_of(scheduler)
     if options.perceptual.perceptual_weight is not None and options.image.image_channels != 3:
         raise UserError("--perceptual_weight compares colours, so --image_channels must be 3; leave one out")
     if family_class.coder_names:

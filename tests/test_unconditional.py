@@ -287,22 +287,97 @@ def test_fine_tuning_begins_with_the_pretrained_weights(train, name, pipelines, 
     assert type(load(first).scheduler) is type(load(tmp_path / "second").scheduler)
 
 
-def test_a_score_pipeline_is_fine_tuned(images, tmp_path):
-    from diffusers import ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel
+def small_unet(**more):
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    types = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return UNet2DModel(**{"sample_size": 16, "block_out_channels": (8, 16), "norm_num_groups": 8} | types | more)
+
+
+def small_dit(**more):
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 4}
+    slots = {"num_embeds_ada_norm": 1000, "norm_type": "ada_norm_zero"}
+    return DiTTransformer2DModel(**shape | slots | more)
+
+
+def own_pipeline(name: str):
+    import diffusers
+
+    if name == "dit":  # with a learned variance and names of classes, as the published ones have them
+        names = {"0": "dog, hound", "5": "cat"}
+        pipeline = diffusers.DiTPipeline(small_dit(out_channels=8), tiny.vae(), diffusers.DDIMScheduler(), names)
+        pipeline.register_to_config(id2label=names)
+        return pipeline
+    if name == "variance":
+        scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
+        return diffusers.DDPMPipeline(small_unet(out_channels=6), scheduler)
+    return diffusers.DDIMPipeline(small_unet(), diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
+
+
+@pytest.mark.parametrize("name", ["ddim", "variance", "dit"])
+def test_pipelines_that_others_made_are_fine_tuned(name, images, classes, tmp_path):
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    first, out = tmp_path / "first", tmp_path / "out"
+    own_pipeline(name).save_pretrained(first)
+    reset_accelerate()
+    words = ["--pretrained_model", first, "--output_dir", out, "--max_train_steps", 20, "--train_batch_size", 4]
+    words += ["--learning_rate", 3e-3, "--lr_warmup_steps", 0, *tiny.SMALL_DRAWING, "--num_inference_steps", 3]
+    words += ["--report_to", "none", "--adam_weight_decay", 0, "--train_data_dir", classes if name == "dit" else images]
+    words += ["--class_conditional", "--guidance_scale", 2] if name == "dit" else []
+    assert main([str(word) for word in words]) == 0
+    assert np.mean(losses(out)[-5:]) < np.mean(losses(out)[:5])
+    pipeline = load(out)
+    assert type(pipeline).__name__ == json.loads((first / "model_index.json").read_text())["_class_name"]
+    assert samples(out / "samples" / "final").shape[1] == 16  # what the pipeline drew before
+    more = {"class_labels": [0, 5], "guidance_scale": 2} if name == "dit" else {"batch_size": 2}
+    assert np.array_equal(drawn(pipeline, 0, **more), samples(out / "samples" / "final"))
+    part, last = ("transformer", "proj_out_2.bias") if name == "dit" else ("unet", "conv_out.bias")
+    before, after = weights(first, part)[last], weights(out, part)[last]
+    if name == "variance":
+        assert torch.equal(before[3:], after[3:])
+    assert not torch.equal(before[:3], after[:3])
+
+
+@pytest.mark.parametrize("name", ["ddim", "score"])
+def test_a_flow_is_refused_where_the_pipeline_has_its_own_noise(name, images, tmp_path, capsys):
+    from diffusers import ScoreSdeVePipeline, ScoreSdeVeScheduler
 
     from tests.conftest import reset_accelerate
     from train_unconditional import main
 
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16,
-        block_out_channels=(8, 16),
-        norm_num_groups=8,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        time_embedding_type="fourier",
-    )
+    made = own_pipeline(name) if name == "ddim" else ScoreSdeVePipeline(small_unet(), ScoreSdeVeScheduler())
+    made.save_pretrained(tmp_path / "first")
+    reset_accelerate()
+    words = ["--pretrained_model", tmp_path / "first", "--train_data_dir", images, "--output_dir", tmp_path / "out"]
+    assert main([str(word) for word in [*words, "--flow_matching"]]) == 2
+    assert "--flow_matching" in message(capsys)
+
+
+def test_samples_take_no_more_steps_than_a_short_schedule_has(train, capsys):
+    from utils.grids import SamplingOptions
+
+    options = ProcessOptions(ddpm_num_steps=12)
+    assert SamplingOptions().steps_of(fresh_scheduler(options, clips=True)) == 12
+    assert SamplingOptions().steps_of(fresh_scheduler(ProcessOptions(), clips=True)) == 1000
+    train("pixels", *SHORT, "--ddpm_num_steps", 12, "--num_inference_steps", 13, "--sampler", "dpmsolver++", expect=2)
+    line = message(capsys)
+    assert "--num_inference_steps" in line
+    assert "at most 12" in line
+
+
+def test_a_score_pipeline_is_fine_tuned(images, tmp_path):
+    from diffusers import ScoreSdeVePipeline, ScoreSdeVeScheduler
+
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    unet = small_unet(layers_per_block=1, time_embedding_type="fourier")
     scheduler = ScoreSdeVeScheduler(num_train_timesteps=50, sigma_max=20.0)
     ScoreSdeVePipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path / "score")
     reset_accelerate()
@@ -315,10 +390,12 @@ def test_a_score_pipeline_is_fine_tuned(images, tmp_path):
     assert np.array_equal(drawn(pipeline, 0, batch_size=2), samples(tmp_path / "out" / "samples" / "final"))
 
 
-def test_a_vae_without_a_scaling_has_one_measured(train, pipelines, monkeypatch, tmp_path):
+@pytest.mark.parametrize("said", ["nothing", "null"])
+def test_a_vae_without_a_scaling_has_one_measured(train, pipelines, said, tmp_path):
     folder = shutil.copytree(pipelines["vae"], tmp_path / "bare")
     config = json.loads((folder / "config.json").read_text())
     del config["scaling_factor"]
+    config |= {"scaling_factor": None} if said == "null" else {}
     (folder / "config.json").write_text(json.dumps(config))
     flags = ("--vae", folder, "--lr_scheduler", "constant", "--train_batch_size", 2)
     out = train("latents", *flags, "--max_train_steps", 2)

@@ -5,13 +5,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from utils.families.unconditional import SAMPLERS, UnconditionalFamily, sampler_of
-from utils.options import option, require, require_not_negative, require_positive
+from utils.flow import is_flow, is_score
+from utils.options import UserError, first_line, option, require, require_not_negative, require_positive
 from utils.runtime import autocast
 from utils.sampling_controls import SamplingControls
 from utils.sharding import unsharded
@@ -35,7 +36,11 @@ class SamplingOptions:
         "in flow matching",
         choices=SAMPLERS,
     )
-    ddpm_num_inference_steps: int = option(1000, "denoising steps of a sample", aliases=["--num_inference_steps"])
+    ddpm_num_inference_steps: int | None = option(
+        None,
+        "denoising steps of a sample; by default 1000, or all that a shorter noise schedule has",
+        aliases=["--num_inference_steps"],
+    )
     eta: float = option(0.0, "share of DDPM's noise that DDIM draws anew at each step")
     guidance_scale: float = option(1.0, "classifier-free guidance of samples of classes; over 1 it is on")
     num_samples: int | None = option(None, "samples drawn each time, or 0; by default --eval_batch_size")
@@ -55,6 +60,24 @@ class SamplingOptions:
     def count(self) -> int:
         """Samples drawn each time."""
         return self.eval_batch_size if self.num_samples is None else self.num_samples
+
+    def steps_of(self, scheduler: Any) -> int:
+        """Denoising steps of a sample that a pipeline with this scheduler draws.
+
+        Raises:
+            UserError: if the sampler does not take so many or so few.
+        """
+        longest = scheduler.config.num_train_timesteps
+        steps = self.ddpm_num_inference_steps or min(1000, longest)
+        if not is_flow(scheduler) and not is_score(scheduler):
+            must = f"be at most {longest}, the length of the noise schedule"
+            require(steps <= longest, "num_inference_steps", steps, must)
+        try:
+            sampler_of(scheduler, self.sampler).set_timesteps(steps)
+        except ValueError as error:
+            name = self.sampler or type(scheduler).__name__
+            raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error
+        return steps
 
     def is_due(self, step: int, epochs_before: int, epochs_after: int) -> bool:
         """Whether samples are drawn after optimizer step number `step`, from 1, which ended these epochs.
@@ -88,6 +111,7 @@ class GridSampler:
     ):
         self._controls = controls or SamplingControls()
         self._controls.check(sampler_of(family.pipeline.scheduler, options.sampler))
+        self._steps = options.steps_of(family.pipeline.scheduler)
         self._accelerator = accelerator
         self._family = family
         self._options = options
@@ -126,9 +150,7 @@ class GridSampler:
         seeds = [self._seeds[number] for number in numbers]
         labels = [self._labels[number] for number in numbers] if self._labels else []
         with autocast(self._accelerator), self._controls.attached(family.pipeline, scheduler):
-            return family.draw(
-                seeds, labels, scheduler, options.ddpm_num_inference_steps, options.guidance_scale, options.eta
-            )
+            return family.draw(seeds, labels, scheduler, self._steps, options.guidance_scale, options.eta)
 
     def _caption(self, number: int) -> str:
         return self._family.classes[self._labels[number]] if self._labels else f"sample {number}"
