@@ -380,7 +380,8 @@ def class_names(options: Options, preparation: DataPreparation, images: PlannedI
     """The names of the classes, in the order of their numbers; none without classes."""
     if not options.labels.class_conditional:
         return []
-    names = in_order([name for name in preparation.texts(images) if name])
+    orders = [source.table.classes for source in images.records.sources]
+    names = in_order([name for name in preparation.texts(images) if name], orders)
     if len(names) < 2:
         found = f"one, {names[0]}" if names else "none"
         raise UserError(

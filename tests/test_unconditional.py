@@ -443,14 +443,15 @@ def test_dropped_labels_train_the_slot_of_no_class(train):
     assert changed[:2].any()
 
 
-@pytest.mark.parametrize("kind", ["names", "numbers", "class labels"])
+@pytest.mark.parametrize("kind", ["names", "numbers", "class labels", "truths"])
 def test_labels_of_a_column(train, images, tmp_path, kind):
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as ImageFeature
 
     paths = [str(path) for path in sorted(images.glob("*.png"))]
-    labels = {"names": ["b", "a"], "numbers": [10, 9], "class labels": [1, 0]}[kind]
-    feature = {"names": Value("string"), "numbers": Value("int64"), "class labels": ClassLabel(names=["a", "b"])}[kind]
+    labels = {"names": ["b", "a"], "numbers": [10, 9], "class labels": [2, 0], "truths": [True, False]}[kind]
+    named = {"class labels": ClassLabel(names=["b", "c", "a"]), "truths": Value("bool")}
+    feature = ({"names": Value("string"), "numbers": Value("int64")} | named)[kind]
     features = Features({"image": ImageFeature(), "kind": feature})
     rows = {"image": paths, "kind": [labels[number % 2] for number in range(len(paths))]}
     Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
@@ -461,7 +462,35 @@ def test_labels_of_a_column(train, images, tmp_path, kind):
     words = ["--dataset_name", tmp_path / "data", "--label_column", "kind", "--output_dir", tmp_path / "out"]
     words += [*tiny.UNCONDITIONAL["labels"], *SHORT, "--resolution", 32, "--report_to", "none"]
     assert main([str(word) for word in words]) == 0
-    assert list(load(tmp_path / "out").labels) == (["9", "10"] if kind == "numbers" else ["a", "b"])
+    expected = {"names": ["a", "b"], "numbers": ["9", "10"], "class labels": ["b", "a"], "truths": ["False", "True"]}
+    labels_by_number = sorted(load(tmp_path / "out").labels.items(), key=lambda pair: pair[1])
+    assert [name for name, _ in labels_by_number] == expected[kind]
+
+
+def test_the_whole_name_of_a_folder_is_the_class(train, classes, tmp_path):
+    names = ["5_1", "6_1", "images", "a b", "日本"]
+    for name in names:
+        shutil.copytree(classes / "cat", tmp_path / "data" / "deep" / name)
+    (tmp_path / "data" / "empty").mkdir()
+    assert load(train("labels", *SHORT, data=tmp_path / "data")).labels.keys() == set(names)
+
+
+def test_labels_that_are_not_there(classes, capsys, tmp_path):
+    from datasets import Dataset
+
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    paths = [str(path) for path in sorted(classes.rglob("*.png"))]
+    rows = {"image": paths, "kind": ["a", "b", None] * 2, "share": [0.5] * 6}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+    for flags, said in (([], "no folders"), (["kind"], "2 images have no label"), (["share"], "--label_column share")):
+        reset_accelerate()
+        words = ["--dataset_name", tmp_path / "data", "--class_conditional", "--output_dir", tmp_path / "out"]
+        assert main([str(word) for word in [*words, *(["--label_column", *flags] if flags else [])]]) == 2
+        line = message(capsys)
+        assert said in line
+        assert "--label_column" in line
 
 
 def test_sixteen_bits_reach_the_model(tmp_path):
