@@ -254,7 +254,7 @@ def run(argv: Sequence[str] | None) -> None:
         loader = batches_by_step(
             dataset, pieces, num_workers, options.loader.dataloader_timeout, accelerator.device.type == "cuda", waiting
         )
-        sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests, controls)
+        sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests, controls, first_step)
         evaluation = TrainingEvaluation(
             *(options.evaluation, options.features, accelerator, folder.path, seed, None, first_step, controls)
         )
@@ -303,14 +303,14 @@ def run(argv: Sequence[str] | None) -> None:
                     continue
                 with log.paused(), state.evaluating():
                     if is_due:
-                        log.images(sampler.draw(f"step-{done}"), done, "test_samples")
+                        log.images(sampler.draw(done), done, "test_samples")
                     if is_model_due:
                         state.export(folder.path)
 
         course.saver.join()
         with course.ended():
             state.export(folder.path)
-            samples = sampler.draw("final")
+            samples = sampler.draw(course.total_steps, is_last=True)
         if requests.is_asked:
             logger.warning("a signal broke off the last samples; the result itself is whole")
         log.images(samples, course.total_steps, "test_samples")

@@ -789,6 +789,28 @@ def test_real_digits_of_another_half_are_what_the_judge_is_sure_of(tmp_path):
     assert "0.000 of drawn ones" in said
 
 
+def test_the_film_goes_on_with_the_run_and_without_what_it_left_behind(train):
+    def film_and_folders(out: Path) -> tuple[int, set[str]]:
+        with Image.open(out / "samples" / "film_strip.png") as strip:
+            return (strip.width - 2) // 66, {path.name for path in (out / "samples").iterdir() if path.is_dir()}
+
+    flags = ("--train_batch_size", 2, "--save_images_steps", 2, "--checkpointing_steps", 2, "--resolution", 16)
+    flags += ("--attention_resolutions", 8)
+    out = train("labels", *flags, "--max_train_steps", 4)
+    assert film_and_folders(out) == (2, {"step-2", "final"})
+    record = json.loads((out / "samples" / "final" / "samples.json").read_text())
+    assert record["step"] == 4
+    assert [each["of"] for each in record["samples"]] == ["cat", "dog"]
+    train("labels", *flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
+    assert film_and_folders(out) == (3, {"step-2", "step-4", "final"})
+    train("labels", *flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
+    assert film_and_folders(out) == (3, {"step-2", "step-4", "final"})
+    train("labels", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "checkpoint-2")
+    assert film_and_folders(out) == (2, {"step-2", "final"})
+    train("labels", *flags, "--max_train_steps", 1, "--overwrite_output_dir")
+    assert film_and_folders(out) == (1, {"final"})
+
+
 def test_the_film_has_few_frames_and_most_of_them_early(tmp_path):
     for step in range(10, 1510, 10):
         folder = tmp_path / f"step-{step}"
