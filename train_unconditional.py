@@ -6,9 +6,9 @@ accelerate launch train_unconditional.py --train_data_dir ... --output_dir ...
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -40,6 +40,7 @@ from utils.flow import ProcessOptions, process_of
 from utils.gradients import FREE_CURE, setting
 from utils.grids import GridSampler, SamplingOptions
 from utils.held_out import EarlyStoppingOptions, History
+from utils.image_sets import trained_images
 from utils.length import LengthOptions
 from utils.losses import LossOptions
 from utils.metrics.features import FeatureOptions
@@ -120,6 +121,22 @@ class Tracking(TrackingOptions):
 
 
 @dataclass(frozen=True)
+class Evaluation(EvaluationOptions):
+    needs_reference: ClassVar[bool] = False
+
+    eval_reference: str | None = option(
+        None,
+        "real images to compare with: a folder, a dataset, or statistics in an .npz file; by default those trained on, "
+        "cut in the middle",
+    )
+    eval_num_inference_steps: int | None = option(None, "denoising steps; by default --num_inference_steps")
+
+    def with_steps(self, steps: int) -> "Evaluation":
+        """The same, of so many denoising steps where none were named."""
+        return replace(self, eval_num_inference_steps=self.eval_num_inference_steps or steps)
+
+
+@dataclass(frozen=True)
 class Options:
     """All options of this script, by group."""
 
@@ -149,7 +166,7 @@ class Options:
     speed: SpeedOptions
     tracking: Tracking
     hub: HubOptions
-    evaluation: EvaluationOptions
+    evaluation: Evaluation
     features: FeatureOptions
     controls: SamplingControlOptions
 
@@ -255,8 +272,10 @@ def run(argv: Sequence[str] | None) -> None:
             dataset, pieces, num_workers, options.loader.dataloader_timeout, accelerator.device.type == "cuda", waiting
         )
         sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests, controls, first_step)
+        trained_on = None if options.data.streaming else trained_images(images, options.image)
+        scores = options.evaluation.with_steps(options.sampling.steps_of(family.pipeline.scheduler))
         evaluation = TrainingEvaluation(
-            *(options.evaluation, options.features, accelerator, folder.path, seed, None, first_step, controls)
+            *(scores, options.features, accelerator, folder.path, seed, None, first_step, controls, trained_on)
         )
         evaluation.check(family.pipeline)
         open_records(options, accelerator, folder, options.tracking)

@@ -651,7 +651,6 @@ def test_two_processes_train_what_one_does(train, images, tmp_path):
         ("pixels", ["--image_channels", 2], ["--image_channels", "2"]),
         ("pixels", ["--dropout", 1], ["--dropout", "1"]),
         ("pixels", ["--flow_shift", 3], ["--flow_shift", "--flow_matching"]),
-        ("pixels", ["--eval_metrics", "fid"], ["--eval_reference"]),
         ("pixels", ["--pretrained_model", "/nowhere"], ["--model_size", "--pretrained_model"]),
         ("flow", ["--prediction_type", "epsilon"], ["--prediction_type", "--flow_matching"]),
         ("flow", ["--sampler", "ddpm"], ["--sampler", "euler, heun", "ddpm"]),
