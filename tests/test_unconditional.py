@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -509,6 +511,74 @@ def test_sixteen_bits_reach_the_model(tmp_path):
     np.testing.assert_allclose(found[True][0], ramp / 257, atol=1e-3)
     assert len(np.unique(found[True])) == 4096
     assert len(np.unique(found[False])) <= 256
+
+
+def png_of(values: np.ndarray) -> bytes:
+    """A PNG of 16-bit colours [H, W, 3 or 4], which PIL can't write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff_of(values: np.ndarray, order: str, is_compressed: bool) -> bytes:
+    """A TIFF of 16-bit colours [H, W, 3 or 4], its bytes in the order "<" or ">"."""
+    height, width, channels = values.shape
+    content = values.astype(f"{order}u2").tobytes()
+    content = zlib.compress(content) if is_compressed else content
+    content += b"\0" * (len(content) % 2)
+    tags = {256: width, 257: height, 258: 0, 259: 8 if is_compressed else 1, 262: 2, 273: 8, 277: channels, 278: height}
+    tags |= {279: len(content), 284: 1} | ({338: 2} if channels == 4 else {})
+    begin = 8 + len(content)
+    tags[258] = begin + 2 + 12 * len(tags) + 4  # where the bits of each channel stand
+    entries = [struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items() if tag != 258]
+    entries.insert(2, struct.pack(f"{order}HHII", 258, 3, channels, tags[258]))
+    magic = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", begin)
+    directory = struct.pack(f"{order}H", len(tags)) + b"".join(entries) + struct.pack(f"{order}I", 0)
+    return magic + content + directory + struct.pack(f"{order}H", 16) * channels
+
+
+SIXTEEN_BITS = {
+    "png": png_of,
+    "tiff": lambda values: tiff_of(values, "<", False),
+    "big-endian tiff": lambda values: tiff_of(values, ">", False),
+    "compressed tiff": lambda values: tiff_of(values, "<", True),
+    "compressed big-endian tiff": lambda values: tiff_of(values, ">", True),
+}
+
+
+@pytest.mark.parametrize("has_alpha", [False, True])
+@pytest.mark.parametrize("form", SIXTEEN_BITS)
+def test_sixteen_bits_of_colours_reach_the_model(form, has_alpha):
+    from utils.data.pixels import read_deep
+
+    colours = np.random.default_rng(0).integers(0, 65536, (24, 40, 3), np.uint16)
+    alpha = np.full((24, 40, 1), 40001, np.uint16)
+    file = SIXTEEN_BITS[form](np.concatenate([colours, alpha], axis=2) if has_alpha else colours)
+    plain = colours / 257
+    on_black = plain * (40001 / 65535 if has_alpha else 1)
+    expected = {
+        1: on_black @ [[0.299], [0.587], [0.114]],
+        3: on_black,
+        4: np.concatenate([plain, alpha / 257 if has_alpha else alpha * 0.0 + 255], axis=2),
+    }
+    for channels, values in expected.items():
+        found, seen = read_deep(file, channels, "black")
+        np.testing.assert_allclose(np.asarray(found), values, atol=1e-3)
+        assert (seen is not None) == has_alpha
+
+
+def test_integers_beyond_sixteen_bits_are_not_all_white(tmp_path):
+    from utils.data.pixels import read_deep
+
+    values = np.linspace(0, 2**31 - 1, 64 * 64).reshape(64, 64).astype(np.int32)
+    Image.fromarray(values).save(tmp_path / "deep.tiff")
+    found, _ = read_deep(str(tmp_path / "deep.tiff"), 1, "white")
+    np.testing.assert_allclose(np.asarray(found)[..., 0], values / (2**31 - 1) * 255, atol=1e-3)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
