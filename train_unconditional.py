@@ -6,9 +6,9 @@ accelerate launch train_unconditional.py --train_data_dir ... --output_dir ...
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -36,12 +36,12 @@ from utils.families.unconditional import (
     default_edge,
     fresh_scheduler,
     pick_unconditional,
-    sampler_of,
 )
 from utils.flow import ProcessOptions, process_of
 from utils.gradients import FREE_CURE, setting
 from utils.grids import GridSampler, SamplingOptions
 from utils.held_out import EarlyStoppingOptions, History
+from utils.image_sets import trained_images
 from utils.length import LengthOptions
 from utils.losses import LossOptions
 from utils.metrics.features import FeatureOptions
@@ -122,6 +122,22 @@ class Tracking(TrackingOptions):
 
 
 @dataclass(frozen=True)
+class Evaluation(EvaluationOptions):
+    needs_reference: ClassVar[bool] = False
+
+    eval_reference: str | None = option(
+        None,
+        "real images to compare with: a folder, a dataset, or statistics in an .npz file; by default those trained on, "
+        "cut in the middle",
+    )
+    eval_num_inference_steps: int | None = option(None, "denoising steps; by default --num_inference_steps")
+
+    def with_steps(self, steps: int) -> "Evaluation":
+        """The same, of so many denoising steps where none were named."""
+        return replace(self, eval_num_inference_steps=self.eval_num_inference_steps or steps)
+
+
+@dataclass(frozen=True)
 class Options:
     """All options of this script, by group."""
 
@@ -151,7 +167,7 @@ class Options:
     speed: SpeedOptions
     tracking: Tracking
     hub: HubOptions
-    evaluation: EvaluationOptions
+    evaluation: Evaluation
     features: FeatureOptions
     controls: SamplingControlOptions
 
@@ -208,7 +224,7 @@ def run(argv: Sequence[str] | None) -> None:
             family.unet.to(memory_format=torch.channels_last)
         requests.check()
         process = process_of(options.noise, family.pipeline.scheduler)
-        sampler_of(family.pipeline.scheduler, options.sampling.sampler)
+        options.sampling.steps_of(family.pipeline.scheduler)
         terms = loss_terms(options.perceptual, options.term, family.latent_space, process.num_timesteps)
         adaptation.named_parameters(rates)  # which refuses --layer_rates of no weight, on a dry run too
         own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
@@ -256,9 +272,11 @@ def run(argv: Sequence[str] | None) -> None:
         loader = batches_by_step(
             dataset, pieces, num_workers, options.loader.dataloader_timeout, accelerator.device.type == "cuda", waiting
         )
-        sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests, controls)
+        sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests, controls, first_step)
+        trained_on = None if options.data.streaming else trained_images(images, options.image)
+        scores = options.evaluation.with_steps(options.sampling.steps_of(family.pipeline.scheduler))
         evaluation = TrainingEvaluation(
-            *(options.evaluation, options.features, accelerator, folder.path, seed, None, first_step, controls)
+            *(scores, options.features, accelerator, folder.path, seed, None, first_step, controls, trained_on)
         )
         evaluation.check(family.pipeline)
         open_records(options, accelerator, folder, options.tracking)
@@ -306,14 +324,14 @@ def run(argv: Sequence[str] | None) -> None:
                     continue
                 with log.paused(), state.evaluating():
                     if is_due:
-                        log.images(sampler.draw(f"step-{done}"), done, "test_samples")
+                        log.images(sampler.draw(done), done, "test_samples")
                     if is_model_due:
                         state.export(folder.path)
 
         course.saver.join()
         with course.ended():
             state.export(folder.path)
-            samples = sampler.draw("final")
+            samples = sampler.draw(course.total_steps, is_last=True)
         if requests.is_asked:
             logger.warning("a signal broke off the last samples; the result itself is whole")
         log.images(samples, course.total_steps, "test_samples")
@@ -355,7 +373,7 @@ def check_family(options: Options, family_class: type[UnconditionalFamily]) -> N
         family_class.check_shape(options.model, Wanted(edge, options.image.channels))
         scheduler = fresh_scheduler(options.noise, clips=True)
         process_of(options.noise, scheduler)
-        sampler_of(scheduler, options.sampling.sampler)
+        options.sampling.steps_of(scheduler)
     if options.perceptual.perceptual_weight is not None and options.image.image_channels != 3:
         raise UserError("--perceptual_weight compares colours, so --image_channels must be 3; leave one out")
     if family_class.coder_names:
@@ -383,7 +401,8 @@ def class_names(options: Options, preparation: DataPreparation, images: PlannedI
     """The names of the classes, in the order of their numbers; none without classes."""
     if not options.labels.class_conditional:
         return []
-    names = in_order([name for name in preparation.texts(images) if name])
+    orders = [source.table.classes for source in images.records.sources]
+    names = in_order([name for name in preparation.texts(images) if name], orders)
     if len(names) < 2:
         found = f"one, {names[0]}" if names else "none"
         raise UserError(

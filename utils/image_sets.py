@@ -4,7 +4,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +13,16 @@ from PIL import Image, ImageOps
 
 from utils.configs import is_path
 from utils.data.captions import CaptionOptions
+from utils.data.cutting import cut_out
 from utils.data.folders import is_image, list_files
-from utils.data.images import open_image, read_rgb, reason_of
+from utils.data.images import ImageOptions, open_image, read_rgb, reason_of
+from utils.data.selection import PlannedImages
 from utils.data.sources import DataOptions, Records, SourceOptions, is_saved_dataset, read_records
 from utils.metrics.features import Picture
 from utils.metrics.subjects import ImageSet
 from utils.options import UserError, option, renamed_flags, require, require_positive
 from utils.prompts import Task, drawn_texts
+from utils.records import RecordPass
 
 logger = logging.getLogger(__name__)
 DRAWN_NAME = re.compile(r"(\d{5,})_(\d{5,})")
@@ -168,6 +171,24 @@ def read_images(flag: str, name: str, options: ReferenceOptions, seed: int) -> I
 def _read_record(records: Records, index: int, resolution: int | None) -> Image.Image:
     image = read_rgb(records.image(index))
     return image if resolution is None else ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def trained_images(images: PlannedImages, options: ImageOptions) -> ImageSet:
+    """The images that a model is trained on as it sees them, each cut in the middle; transparency on white."""
+    still = replace(options, center_crop=True, random_flip=False, random_rotation=0.0, color_jitter=0.0)
+    count, read = len(images.records), partial(_read_trained, images, still)
+    pictures = [Picture(images.records.key(index), partial(read, index)) for index in range(count)]
+    return ImageSet(pictures, None, np.arange(count), np.arange(count))
+
+
+def _read_trained(images: PlannedImages, options: ImageOptions, index: int) -> Image.Image:
+    records = images.records
+    passing = RecordPass(records.identity(index), 0)
+    pixels = cut_out(records.image(index), None, images.target(index), options, 0, passing).pixels
+    seen = Image.fromarray(pixels.round().astype(np.uint8).transpose(1, 2, 0).squeeze())
+    if seen.mode == "RGBA":
+        seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return seen.convert("RGB")
 
 
 def _fingerprint(records: Records, options: ReferenceOptions) -> str:

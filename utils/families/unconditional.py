@@ -19,7 +19,7 @@ from utils.families.base import Family, TextStates, changed_scheduler
 from utils.families.denoisers import CLASS_SLOTS, ShapeOptions, make_denoiser, transformer_config, unet_config
 from utils.families.source import LOADING_ERRORS, PartOptions, refuse_pickles
 from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
-from utils.flow import ProcessOptions, check_changes, is_flow, shift_of
+from utils.flow import ProcessOptions, check_changes, is_flow, is_score, shift_of
 from utils.options import UserError, first_line, option, require
 
 if TYPE_CHECKING:
@@ -172,9 +172,23 @@ class UnconditionalFamily(Family):
 
     def _check(self, parts: Mapping[str, nn.Module], wanted: Wanted) -> None:
         """Refuses parts that don't fit the images."""
-        seen = parts[self.denoiser_name].config.in_channels
-        given = wanted.channels
+        config = parts[self.denoiser_name].config
+        seen, given = config.in_channels, wanted.channels
         require(seen == given, "image_channels", given, f"be {seen}, which this denoiser takes")
+        self._check_output(config)
+
+    @staticmethod
+    def _check_output(config: Any) -> None:
+        """Refuses a denoiser of other channels than it reads: as many again may be a learned variance."""
+        seen, made = config.in_channels, config.out_channels or config.in_channels
+        if made == 2 * seen:
+            logger.warning(
+                "of the denoiser's %d channels the last %d, its learned variance, are left as they are", made, seen
+            )
+        elif made != seen:
+            raise UserError(
+                f"the denoiser makes {made} channels of {seen}, which is neither a prediction nor one with its variance"
+            )
 
     def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
         return self.pipeline_class()(scheduler=scheduler, **parts)
@@ -205,8 +219,8 @@ class UnconditionalFamily(Family):
         return torch.float32
 
     def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
-        """The denoiser's prediction [B, C, h, w]; the crops condition nothing here."""
-        return unet(noisy, timesteps, **states).sample
+        """The denoiser's prediction [B, C, h, w], without a variance behind it; the crops condition nothing here."""
+        return unet(noisy, timesteps, **states).sample[:, : noisy.shape[1]]
 
     def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
         """The pipeline with some parts replaced, its VAE as it was loaded but in float32."""
@@ -245,12 +259,14 @@ class UnconditionalFamily(Family):
         states = self._states_of(labels, guidance, unet.device)
         known = inspect.signature(scheduler.step).parameters
         extra = {name: value for name, value in (("eta", eta), ("generator", generators)) if name in known}
+        reads_variance = str(vars(scheduler).get("variance_type")).startswith("learned")
         for t in scheduler.timesteps:
             seen = torch.cat([latents] * (2 if guidance > 1 and states else 1))
             if hasattr(scheduler, "scale_model_input"):
                 seen = scheduler.scale_model_input(seen, t)
-            # as in the pipelines: a learned variance stands behind the prediction, and is not used
-            output = unet(seen, t.expand(len(seen)), **states).sample.float()[:, : shape[1]]
+            output = unet(seen, t.expand(len(seen)), **states).sample.float()
+            if not reads_variance:  # which stands behind the prediction
+                output = output[:, : shape[1]]
             if guidance > 1 and states:
                 with_class, without = output.chunk(2)
                 output = without + guidance * (with_class - without)
@@ -280,6 +296,8 @@ class ImplicitPixels(Pixels):
     pipeline_class_name = "DDIMPipeline"
 
     def _exported(self, scheduler: Any, sampler: str | None) -> Any:
+        if is_flow(scheduler):
+            raise UserError("--flow_matching: a DDIMPipeline draws by DDIM alone; leave it out")
         return changed_scheduler(sampler_of(scheduler, "ddim"), {})
 
 
@@ -401,6 +419,7 @@ class Latents(UnconditionalFamily):
         seen, given = denoiser.config.in_channels, coder.config.latent_channels
         if seen != given:
             raise UserError(f"the denoiser takes {seen} channels but the VAE's latents have {given}")
+        self._check_output(denoiser.config)
         edge = self._latent_edge(coder.config, wanted)
         if denoiser.config.sample_size != edge:
             super()._resize(denoiser, Wanted(edge, given))
@@ -531,12 +550,15 @@ def pick_unconditional(
 
 
 def default_edge(options: UnconditionalModelOptions, family: type[UnconditionalFamily]) -> int:
-    """The edge of images where none was asked for: what a pretrained pipeline in pixels draws, else 64."""
+    """The edge of images where none was asked for: what a pretrained pipeline draws, else 64."""
     name = options.pretrained_model_name_or_path
-    if name is None or family.coder_names:
+    if name is None:
         return family.default_resolution
-    size = read_config_file(name, "unet/config.json", options.revision, "--pretrained_model").get("sample_size")
-    return size if isinstance(size, int) else family.default_resolution
+    parts = (family.denoiser_name, *family.coder_names)
+    configs = [read_config_file(name, f"{part}/config.json", options.revision, "--pretrained_model") for part in parts]
+    size = configs[0].get("sample_size")
+    factor = 2 ** (len(configs[-1].get("block_out_channels") or [64]) - 1) if family.coder_names else 1
+    return size * factor if isinstance(size, int) else family.default_resolution
 
 
 def load_pipeline(pipeline_class: "type[DiffusionPipeline]", options: UnconditionalModelOptions) -> "DiffusionPipeline":
@@ -581,7 +603,10 @@ def load_coder(name: str, use_safetensors: bool | None) -> tuple[nn.Module, bool
         )
     except LOADING_ERRORS as error:
         raise UserError(f"--vae {name} can't be loaded: {first_line(error)}") from error
-    return coder, config.get("scaling_factor") is not None
+    has_scaling = config.get("scaling_factor") is not None
+    if not has_scaling:
+        coder.register_to_config(scaling_factor=1.0)  # until it is measured; a config may say null
+    return coder, has_scaling
 
 
 def fresh_scheduler(noise: ProcessOptions, clips: bool) -> Any:
@@ -627,7 +652,7 @@ def sampler_of(scheduler: Any, name: str | None) -> Any:
         return type(scheduler).from_config(config)
     flows = is_flow(scheduler)
     table = FLOW_SAMPLERS if flows else SAMPLERS
-    if name not in table or "SdeVe" in type(scheduler).__name__:
+    if name not in table or is_score(scheduler):
         cure = f"one of {', '.join(FLOW_SAMPLERS)}" if flows else "left out: a score pipeline has its own"
         raise UserError(f"--sampler must be {cure} here, got {name}")
     sampler_class = getattr(diffusers, table[name])
