@@ -42,7 +42,14 @@ FREE_OPTIONS = {
     *("dataset_name", "dataset_config_name", "train_data_dir", "dataset_file", "cache_dir", "mask_dir"),
     *("validation_data_dir", "max_validation_samples", "encoding_cache_dir", "cache_batch_size", "cache_only"),
     *("verify_cache", "use_ema", "offload_ema", "foreach_ema", "ema_lengths", "ema_snapshot_steps"),
-    *("gradient_checkpointing", "attention_slicing", "vae_slicing", "sampling_cpu_offload", "export_fused"),
+    *(
+        "gradient_checkpointing",
+        "attention_slicing",
+        "vae_slicing",
+        "sampling_cpu_offload",
+        "export_fused",
+        "fused_lora",
+    ),
     *("on_bad_image", "fused_adamw", "max_bad_fraction", "bucket_group_size", "loss_module"),
 }
 
