@@ -45,7 +45,9 @@ class RuntimeOptions:
     mixed_precision: str | None = option(
         None, "arithmetic of forward and backward; by default what `accelerate launch` says", choices=tuple(DTYPES)
     )
-    allow_tf32: bool = option(False, "matrix products in TF32 on Ampere and later GPUs")
+    allow_tf32: bool | None = option(
+        None, "float32's matrix products in TF32 on Ampere and later GPUs; by default with a mixed precision"
+    )
     deterministic: bool = option(
         False, "choose kernels that give the same bits each time; on a GPU a resumed run is bit-exact only with it"
     )
@@ -112,7 +114,7 @@ def start_processes(
     _check_precision(accelerator.mixed_precision, accelerator.device.type)
     if options.local_rank != -1 and accelerator.is_main_process:
         logger.warning("--local_rank is ignored: the launcher says it by the environment")
-    if options.allow_tf32:
+    if options.allow_tf32 if options.allow_tf32 is not None else accelerator.mixed_precision != "no":
         torch.backends.cuda.matmul.allow_tf32 = True
     silence_libraries()
     return accelerator
