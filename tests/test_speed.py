@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -238,6 +239,22 @@ def test_blocks_are_compiled_once_for_all_buckets(train, caplog, monkeypatch):
     assert "compiled blocks" in caplog.text
     assert counters["stats"]["unique_graphs"] >= 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_graph_serves_all_buckets(train, name, tmp_path, monkeypatch):
+    from tests.tiny import make_images
+
+    compile_, sizes = torch.compile, [(40, 20), (20, 40), (32, 32), (48, 16)]
+    monkeypatch.setattr(torch, "compile", lambda *given, **named: compile_(*given, backend="aot_eager", **named))
+    images = make_images(tmp_path / "images", count=8)
+    for number, file in enumerate(sorted(images.glob("*.png"))):
+        Image.open(file).resize(sizes[number % 4]).save(file)
+    torch._dynamo.reset()
+    flags = ["--max_train_steps", 8, "--compile", "--use_aspect_ratio_buckets", "--bucket_step", 8]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        out = train(name, *flags, "--train_batch_size", 2, data=images)
+    assert len(losses(out)) == 8
 
 
 def test_a_wrong_gradient_is_refused(train, monkeypatch, capsys):

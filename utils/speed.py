@@ -68,6 +68,8 @@ def compile_denoiser(denoiser: nn.Module, what: str, sizes_vary: bool) -> None:
         if isinstance(module, Upsample2D) and module.conv is not None and not module.use_conv_transpose:
             module.interpolate = False
             module.register_forward_pre_hook(_repeat_first)
+    if sizes_vary:
+        torch.fx.experimental._config.use_duck_shape = False  # a square among them would make a graph of squares alone
     blocks = [denoiser]
     if what == "blocks":
         names = getattr(denoiser, "_repeated_blocks", None) or ()
