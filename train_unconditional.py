@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger("utils.train_unconditional")
+IMAGE_LEFT = 0.15  # a schedule that ends with more of it begins its samples where it never was
 
 
 @dataclass(frozen=True)
@@ -372,7 +373,13 @@ def check_family(options: Options, family_class: type[UnconditionalFamily]) -> N
         edge = options.image.resolution or family_class.default_resolution
         family_class.check_shape(options.model, Wanted(edge, options.image.channels))
         scheduler = fresh_scheduler(options.noise, clips=True)
-        process_of(options.noise, scheduler)
+        left = float(process_of(options.noise, scheduler).alphas_cumprod[-1]) ** 0.5
+        if left > IMAGE_LEFT:
+            logger.warning(
+                "the noise schedule ends with %.0f %% of the image, samples begin with none; try more "
+                "--ddpm_num_steps, or --beta_schedule cosine",
+                100 * left,
+            )
         options.sampling.steps_of(scheduler)
     if options.perceptual.perceptual_weight is not None and options.image.image_channels != 3:
         raise UserError("--perceptual_weight compares colours, so --image_channels must be 3; leave one out")

@@ -361,12 +361,17 @@ def test_a_flow_is_refused_where_the_pipeline_has_its_own_noise(name, images, tm
     assert "--flow_matching" in message(capsys)
 
 
-def test_samples_take_no_more_steps_than_a_short_schedule_has(train, capsys):
+def test_samples_take_no_more_steps_than_a_short_schedule_has(train, capsys, caplog):
     from utils.grids import SamplingOptions
 
     options = ProcessOptions(ddpm_num_steps=12)
     assert SamplingOptions().steps_of(fresh_scheduler(options, clips=True)) == 12
     assert SamplingOptions().steps_of(fresh_scheduler(ProcessOptions(), clips=True)) == 1000
+    train("pixels", *SHORT, "--ddpm_num_steps", 150, "--num_inference_steps", 2, "--dry_run")
+    assert "ends with 4" in caplog.text  # 47 %, the root of alpha_bar
+    caplog.clear()
+    train("pixels", *SHORT, "--ddpm_num_steps", 12, "--beta_schedule", "cosine", "--dry_run")
+    assert "ends with" not in caplog.text
     train("pixels", *SHORT, "--ddpm_num_steps", 12, "--num_inference_steps", 13, "--sampler", "dpmsolver++", expect=2)
     line = message(capsys)
     assert "--num_inference_steps" in line
