@@ -127,8 +127,12 @@ class _Parser(argparse.ArgumentParser):
     `--flag false`, `--no_flag`), whose import takes half as long as torch's.
     """
 
-    def __init__(self, groups: Mapping[str, type], description: str):
+    def __init__(self, groups: Mapping[str, type], description: str, is_process: bool):
+        """Args:
+        is_process: whether the arguments are the process's own, which then ends with --help.
+        """
         super().__init__(usage="%(prog)s --flag value ...", description=description, allow_abbrev=False)
+        self._is_process = is_process
         self._negative_number_matcher = NEGATIVE_NUMBER
         for title, group in groups.items():
             section, hints = self.add_argument_group(title.replace("_", " ")), typing.get_type_hints(group)
@@ -136,9 +140,11 @@ class _Parser(argparse.ArgumentParser):
                 _add_flag(section, field, hints[field.name])
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """After --help: at once, for the interpreter's own end takes torch a while."""
+        """After --help: a process at once, for the interpreter's own end takes torch a while."""
         sys.stdout.flush()
-        os._exit(status)
+        if self._is_process:
+            os._exit(status)
+        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         flag, separator, reason = message.removeprefix("argument ").partition(": ")
@@ -187,7 +193,7 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
         UserError: for a flag that is unknown or abbreviated, or a value that its group refuses.
     """
     groups = typing.get_type_hints(options)
-    parser = _Parser(groups, description)
+    parser = _Parser(groups, description, is_process=argv is None)
     known_flags = [flag for action in parser._actions for flag in action.option_strings]
     words = [_underscored(word, known_flags) for word in (sys.argv[1:] if argv is None else argv)]
     found, unknown = parser.parse_known_args(words)
