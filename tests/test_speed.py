@@ -241,6 +241,7 @@ def test_blocks_are_compiled_once_for_all_buckets(train, caplog, monkeypatch):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_one_graph_serves_all_buckets(train, name, tmp_path, monkeypatch):
     from tests.tiny import make_images
