@@ -18,6 +18,7 @@ counted by torch's own debug mode. On a CPU calls of `SYNCHRONISING` are counted
 """
 
 import argparse
+import builtins
 import cProfile
 import functools
 import importlib.abc
@@ -197,7 +198,15 @@ class Recorder:
             self._profile.disable()
         self._last = self._clock()
 
+    def begin_main(self) -> None:
+        """The script has its options: what it imports from here to its first step is timed."""
+        self._spent.clear()
+        self._import = builtins.__import__
+        builtins.__import__ = self.timed("importing", self._import)
+
     def _begin_steps(self) -> None:
+        if self.main_at is not None:
+            builtins.__import__ = self._import
         self._clock = self._clock_of_steps
         self._memory_of_start = peak_memory()
         forget_peak_memory()
@@ -335,7 +344,9 @@ def instrument(recorder: Recorder) -> None:
     parse = argparse.ArgumentParser.parse_known_args
 
     def parse_and_note(*args: Any, **kwargs: Any) -> Any:
-        recorder.main_at = recorder.main_at or time.time()
+        if recorder.main_at is None:
+            recorder.main_at = time.time()
+            recorder.begin_main()
         return parse(*args, **kwargs)
 
     argparse.ArgumentParser.parse_known_args = parse_and_note

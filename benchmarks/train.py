@@ -410,7 +410,14 @@ def print_starts(sides: Sequence[Side], turns: Mapping[str, Turns]) -> None:
         total = each.start_seconds()
         paid = "" if side is sides[0] else f"{steps_to_pay(turns[sides[0].name], each):.0f}"
         rows.append([side.name, f"{total:.3g}", *(f"{part:.3g}" for part in (*parts, total - sum(parts))), paid])
-    head = ["", "to the end of the first step", "of it to main's begin", "loading weights", "listing data"]
+    head = [
+        "",
+        "to the end of the first step",
+        "of it to main's begin",
+        "importing after it",
+        "loading weights",
+        "listing data",
+    ]
     head += ["filling caches", "compiling", "the rest, with the first step", "ours has caught up at step"]
     print_table("Start: seconds by the wall clock, median", head, rows)
 

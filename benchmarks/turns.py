@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 PHASES = ("data", "encoders", "forward", "backward", "optimizer", "ema")
 COMPUTING = ("forward", "backward", "optimizer", "ema")
-STARTING = ("loading", "listing", "caching", "compiling")
+STARTING = ("importing", "loading", "listing", "caching", "compiling")
 RESAMPLINGS = 2000
 
 
