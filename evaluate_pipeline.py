@@ -7,7 +7,6 @@ accelerate launch evaluate_pipeline.py --pipeline ... --prompts_file ... --refer
 import errno
 import json
 import logging
-import platform
 import re
 import shutil
 import sys
@@ -15,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,15 +23,10 @@ from PIL import Image
 from utils.generation import (
     Drawer,
     GenerationOptions,
-    PipelineOptions,
-    PipelineSpec,
-    call_parameters,
-    checkpoint_content,
+    check_prompts,
     claim_images,
     complete_prompts,
     invalid_images,
-    load_pipeline,
-    pipeline_class,
     set_scheduler,
 )
 from utils.image_sets import ReferenceOptions, drawn_images, folder_images, read_images
@@ -58,6 +51,7 @@ from utils.options import (
     run_script,
     without_secrets,
 )
+from utils.pipelines import PipelineOptions, PipelineSpec, checkpoint_content, load_pipeline, pipeline_class
 from utils.prompts import Prompt, PromptOptions, Task, plan_tasks, read_prompts
 from utils.report import Entry, Findings, write_report
 from utils.runtime import (
@@ -69,6 +63,7 @@ from utils.runtime import (
     set_up_logging,
     start_processes,
     use_hub_cache_if_offline,
+    versions,
     weight_dtype,
 )
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
@@ -78,7 +73,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger("utils.evaluate_pipeline")
-PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -284,7 +278,7 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) ->
     is_result = Path(base).is_dir() and Path(base).resolve() == folder.resolve()
     return [
         *([] if is_result else [Wanted("base", spec, step=0)]),
-        *(Wanted(each.name, spec._replace(parts=each), step=step) for step, each in found),
+        *(Wanted(each.name, replace(spec, parts=each), step=step) for step, each in found),
     ]
 
 
@@ -304,15 +298,7 @@ def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> list[Pro
         chosen = pipeline_class(each.spec)
         if each.spec.parts is not None:
             checkpoint_content(each.spec)
-        takes = call_parameters(chosen)
-        if "prompt" in takes and not prompts:
-            raise UserError(
-                f"a {chosen.__name__} draws prompts; give --prompts, --prompts_file, --prompts_dataset or "
-                "--captions_dir"
-            )
-        if "prompt" not in takes and prompts:
-            what = "classes: give --class_labels" if "class_labels" in takes else "images of no prompt: leave them out"
-            raise UserError(f"a {chosen.__name__} draws {what}")
+        check_prompts(chosen, prompts, options.prompts.class_labels)
     return prompts
 
 
@@ -553,17 +539,6 @@ def check_outcome(options: Options, entries: Sequence[Entry]) -> None:
             f"--fail_on_invalid: {num_invalid} images are NaN, black, of one colour or unreadable; results.json names "
             "them"
         )
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

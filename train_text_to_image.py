@@ -8,78 +8,72 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from utils.adaptation import ADAPTATIONS, AdaptationOptions
-from utils.background import BackgroundWriter
-from utils.checkpoint import CheckpointOptions, Checkpoints, RunFacts, check_structure, check_training
-from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_stepping, check_token
-from utils.course import Course, Feed, Settings, Validation, choose_length
+from utils.checkpoint import CheckpointOptions
+from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_token
+from utils.copies import HalfCopy
+from utils.course import Feed, Settings, Validation, start_course
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CacheOptions
 from utils.data.captions import CaptionOptions
 from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
 from utils.data.images import ImageOptions
 from utils.data.sampler import GlobalBatches
-from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions
+from utils.data.selection import HeldOutOptions, SelectionOptions
 from utils.data.sources import DataOptions, SourceOptions, source_entries
 from utils.data.stream import StreamedBatches
 from utils.doctor import examine_data
-from utils.ema import EmaOptions, MovingAverage
-from utils.ema_lengths import AverageLengths
+from utils.ema import EmaOptions
 from utils.encoding import Encoder
-from utils.engines import engine_of
-from utils.export import CardFacts, HubOptions, upload, write_card
+from utils.export import CardFacts, HubOptions, publish
 from utils.families.registry import pick_family
 from utils.families.source import ModelOptions, PipelineSource
 from utils.families.text import TextFamily
 from utils.gradients import FREE_CURE, setting
-from utils.held_out import EarlyStoppingOptions, HeldOut, History
+from utils.held_out import EarlyStoppingOptions, History
 from utils.length import LengthOptions
 from utils.losses import LossOptions
 from utils.metrics.features import FeatureOptions
 from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
 from utils.objective import Objective
 from utils.optim import OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
-from utils.options import UserError, as_record, leave, parse, run_script
+from utils.options import UserError, leave, parse, run_script
 from utils.perceptual import PerceptualOptions
-from utils.preparation import DataPreparation
+from utils.resuming import begin
 from utils.runtime import (
     OutputFolder,
     RuntimeOptions,
     ending,
-    on_main_process,
     set_up_logging,
-    start_processes,
     use_hub_cache_if_offline,
     weight_dtype,
 )
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
 from utils.seeding import model_seed
+from utils.speed import SpeedOptions
 from utils.starting import (
-    choose_group_size,
-    claim,
+    card_settings,
+    data_name,
     describe_run,
+    hasten,
     loss_terms,
     make_gradients,
-    make_optimizer,
+    make_state,
+    measure_on,
     open_records,
     own_parameters,
+    prepare_data,
     samples_at_once,
-    training_options,
-    warn_of_length,
+    start_engine,
 )
-from utils.state import CheckpointSaver, RunState, evaluating
 from utils.stopping import StopRequests
 from utils.terms import TermOptions
-from utils.tracking import RunLog, Sample, TrackingOptions
+from utils.tracking import TrackingOptions
 from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
 from utils.validation import Sampler, ValidationOptions
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger("utils.train_text_to_image")
 
@@ -111,6 +105,7 @@ class Options:
     stopping: EarlyStoppingOptions
     checkpoint: CheckpointOptions
     runtime: RuntimeOptions
+    speed: SpeedOptions
     tracking: TrackingOptions
     hub: HubOptions
     evaluation: EvaluationOptions
@@ -141,47 +136,21 @@ def run(argv: Sequence[str] | None) -> None:
     check_before_loading(options, source, family_class, sizes)
     seed, pure_bf16 = options.runtime.seed, options.adaptation.pure_bf16
     folder = OutputFolder(options.runtime.output_dir or default_output_dir(options, family_class))
-    accelerator = start_processes(
-        options.runtime,
-        options.loader.gradient_accumulation_steps,
-        options.tracking.trackers,
-        folder.path,
-        options.tracking.logging_dir,
-    )
-    check_stepping(options.optimizer, options.tracking, pure_bf16, accelerator)
-    engine = engine_of(accelerator)
-    engine.check_options(as_record(options), options.optimizer.name)
+    engine = start_engine(options, folder, pure_bf16)
+    accelerator = engine.accelerator
     rank, num_processes = accelerator.process_index, accelerator.num_processes
-    global_batch = options.loader.global_batch(num_processes)
-    engine.check_batch(global_batch)
     requests = StopRequests(folder.path, options.length.seconds)
     with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening():
-        checkpoints = Checkpoints(folder.path, options.checkpoint.checkpoints_total_limit)
-        asked_start = options.checkpoint.resume_from_checkpoint
-        start = on_main_process(accelerator, lambda: checkpoints.resolve(asked_start))
-        group_size = choose_group_size(options.buckets, options.loader, global_batch, start)
-        structure = options.structure | {"pretrained_model": family_class.pipeline_class_name}
-        structure["bucket_group_size"] = group_size if options.buckets.use_aspect_ratio_buckets else None
-        training = training_options(options, accelerator, global_batch)
-        if start is not None:
-            check_structure(start, structure)
-            check_training(start, training, options.checkpoint.allow_changed_options)
-        if not options.runtime.dry_run:
-            overwrite = options.runtime.overwrite_output_dir
-            on_main_process(accelerator, lambda: claim(folder, checkpoints, start, options.checkpoint, overwrite))
-            on_main_process(accelerator, requests.remove_files)
-        preparation = prepare_data(options, accelerator, folder, requests)
+        beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
+        start, group_size = beginning.start, beginning.group_size
+        preparation = prepare_data(options, options.captions, accelerator, folder, requests)
         images = preparation.choose_images(resolution, group_size)
         held_out_images = preparation.choose_held_out(resolution)
-        batches = images.batches(global_batch, group_size, seed)
+        batches = images.batches(options.loader.global_batch(num_processes), group_size, seed)
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
         rates = options.optimizer.scaled(batches.size)
         factor = rate_factor(options.schedule, rates.learning_rate, total_steps)
-        data = {"data": images.fingerprint(), **images.describe_sources()}
-        facts = RunFacts(structure, training | data, total_steps)
-        if start is not None:
-            check_training(start, data, options.checkpoint.allow_changed_options)
-            warn_of_length(start, options.schedule, total_steps)
+        facts = beginning.facts(images, options.schedule, total_steps)
 
         torch.manual_seed(model_seed(seed, 0, 0))  # LoRA's and a fresh UNet's first weights
         adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
@@ -193,10 +162,12 @@ def run(argv: Sequence[str] | None) -> None:
         adaptation = adaptation_class(family, options.adaptation, start)
         family.use_attention()
         family.save_memory()
+        if options.speed.channels_last:
+            family.unet.to(memory_format=torch.channels_last)
         requests.check()
         process = forward_process(options.noise, family.pipeline.scheduler.config)
         terms = loss_terms(options.perceptual, options.term, family.latent_space, process.num_timesteps)
-        named = adaptation.named_parameters(rates)
+        adaptation.named_parameters(rates)  # which refuses --layer_rates of no weight, on a dry run too
         own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
         model_name = f"{options.model.pretrained_model_name_or_path} ({family.pipeline_class_name})"
         counts = images, held_out_images, batches, total_steps
@@ -216,19 +187,16 @@ def run(argv: Sequence[str] | None) -> None:
             family.use_gradient_checkpointing(options.adaptation.train_text_encoder, vae=bool(terms))
         num_workers = options.loader.num_workers(num_processes)
         requests.check()
-        held_out = measure_on(options, accelerator, family, held_out_images, requests)
+        held_out = measure_on(
+            options, accelerator, family, held_out_images, options.adaptation.train_text_encoder, requests
+        )
         encodings = preparation.fill_cache(family, images, num_workers, keep_vae=bool(terms))
         if options.cache.cache_only or options.cache.verify_cache:
             preparation.write_report(images)
             return
         encoder = Encoder(family, options.adaptation.train_text_encoder)
         objective = Objective(family, adaptation.modules, process, options.noise, options.loss, terms)
-        optimizer = make_optimizer(named + own, rates, pure_bf16, seed)
-        model, optimizer = engine.prepare(objective, optimizer, rates.clip_norm)
-        named = adaptation.named_parameters(rates)  # an engine that spreads weights puts others in their place
-        average = MovingAverage([each.parameter for each in named], options.ema) if options.ema.use_ema else None
-        lengths = AverageLengths(named, options.ema, folder.path) if options.ema.ema_lengths else None
-        state = RunState(engine, adaptation, average, lengths, optimizer, named, own, terms, facts)
+        model, state = make_state(engine, adaptation, objective, own, rates, options.ema, folder, facts, seed)
         first_step = 0 if start is None else state.load(start)
         history = History(folder.path, first_step, options.stopping)
         validation = Validation(held_out, history, objective, state, folder)
@@ -255,29 +223,31 @@ def run(argv: Sequence[str] | None) -> None:
         evaluation.check(family.pipeline)
         open_records(options, accelerator, folder, options.tracking)
         logger.info("training\n%s", plan)
+        half = HalfCopy(family.unet, state.optimizer) if options.speed.bf16_weights else None
         steps_in_backward, saving = rates.optimizer_in_backward, memory_savers(options)
         gradients = make_gradients(
-            engine, model, encoder, pieces, options.loader, at_once, start, seed, steps_in_backward, saving
+            engine, model, encoder, pieces, options.loader, at_once, start, seed, steps_in_backward, saving, half
         )
         adaptation.train_mode()
-        gradients.rehearse(dataset.largest(at_once, options.perceptual.perceptual_min_timestep))
+        largest = dataset.largest(at_once, options.perceptual.perceptual_min_timestep)
+        gradients.rehearse(largest)
+        trial, sizes_vary = dataset.with_draws(largest), len(images.plan.sizes) > 1
+        hasten(options.speed, gradients, family.unet, state.optimizer, trial, sizes_vary)
         if options.loader.find_batch_size:
             groups = f" --bucket_group_size {group_size}" if options.buckets.use_aspect_ratio_buckets else ""
             logger.info("--find_batch_size: keep %s%s", setting(gradients.size, gradients.num_samples), groups)
 
         preparation.write_report(images)
-        saver = CheckpointSaver(checkpoints, state, BackgroundWriter(options.checkpoint.async_checkpointing))
-        gradients.rescue = saver.rescue
-        log = RunLog(accelerator, folder.path, first_step, total_steps, batches.size)
         feed = Feed(preparation, images, batches, waiting)
         settings = Settings(rates, options.schedule, options.ema, options.checkpoint, options.tracking, at_once)
-        course = Course(state, validation, gradients, saver, checkpoints, log, requests, feed, settings, total_steps)
-        with saver.writer, log:
+        course = start_course(state, validation, gradients, requests, feed, settings, first_step, total_steps)
+        log = course.log
+        with course.saver.writer, log:
             for step, micro_batches in loader:
                 done, rate_now = step + 1, course.rate_now(factor(step))
-                set_learning_rate(optimizer, rate_now)
+                set_learning_rate(state.optimizer, rate_now)
                 found = gradients.add_up(step, micro_batches)
-                log.layers(((name, parameter) for name, parameter, _ in named), done, options.tracking)
+                log.layers(((name, parameter) for name, parameter, _ in state.parameters), done, options.tracking)
                 grad_norm = state.clip(rates.clip_norm)
                 state.step(grad_norm)
                 course.record(done, found, grad_norm, rate_now)
@@ -285,19 +255,17 @@ def run(argv: Sequence[str] | None) -> None:
                 if is_due:
                     course.measure(done)
                 if evaluation.is_due(done, course.total_steps):
-                    with log.paused(), evaluating(adaptation, average, optimizer), family.awake():
+                    with log.paused(), state.evaluating(), family.awake():
                         log.values(evaluation.scores(family, done, resolution), done)
                 course.save(done)
                 if done == course.total_steps:
                     break
                 if is_due:
-                    with log.paused(), evaluating(adaptation, average, optimizer):
+                    with log.paused(), state.evaluating():
                         log.images(sampler.draw(f"step-{done}"), done, "validation")
 
-        saver.join()
-        if lengths is not None:
-            average = choose_length(options.ema.ema_lengths, lengths, validation, requests)
-        with evaluating(adaptation, average, optimizer):
+        course.saver.join()
+        with course.ended():
             state.export(folder.path)
             samples = sampler.draw("final")
         if requests.is_asked:
@@ -306,7 +274,8 @@ def run(argv: Sequence[str] | None) -> None:
         course.share_unreadable()
         preparation.write_report(images)
         if accelerator.is_main_process:
-            publish(options, folder, family, samples, course.total_steps, batches.size)
+            table = card_settings(options, course.total_steps, batches.size, resolution)
+            publish(folder.path, options.hub, card_facts(options, table), samples)
         logger.info("the result is in %s", folder.path)
 
 
@@ -319,21 +288,6 @@ def memory_savers(options: Options) -> dict[str, bool]:
         "--adaptation lora": options.adaptation.adaptation != "full",
         "--quantize_base nf4": options.adaptation.adaptation != "lora" or options.adaptation.quantize_base is not None,
     }
-
-
-def measure_on(
-    options: Options,
-    accelerator: "Accelerator",
-    family: TextFamily,
-    images: PlannedImages | None,
-    requests: StopRequests,
-) -> HeldOut | None:
-    """The held-out images, encoded."""
-    if images is None:
-        return None
-    text_encoders_train = options.adaptation.train_text_encoder
-    seed = options.runtime.seed
-    return HeldOut(accelerator, family, images, options.stopping, options.image, seed, text_encoders_train, requests)
 
 
 def check_together(options: Options) -> None:
@@ -386,26 +340,6 @@ def default_output_dir(options: Options, family_class: type[TextFamily]) -> str:
     return family_class.default_output_dir if adaptation == "full" else f"sd-model-finetuned-{adaptation}"
 
 
-def prepare_data(
-    options: Options, accelerator: "Accelerator", folder: OutputFolder, requests: StopRequests
-) -> DataPreparation:
-    """The options of the data, and what else its preparation needs."""
-    return DataPreparation(
-        accelerator,
-        options.data,
-        options.source,
-        options.captions,
-        options.selection,
-        options.image,
-        options.buckets,
-        options.cache,
-        options.held_out,
-        options.runtime.seed,
-        None if options.runtime.dry_run else folder.path,
-        requests,
-    )
-
-
 def is_validation_due(
     options: Options, family: TextFamily, batches: GlobalBatches | StreamedBatches, done: int
 ) -> bool:
@@ -415,39 +349,10 @@ def is_validation_due(
     return options.validation.is_due(done, before, after, default_epochs)
 
 
-def data_name(options: Options) -> str:
-    """What the model card calls the data."""
-    source = options.source
-    return source.dataset_name or Path(source.train_data_dir or options.data.dataset_file).name
-
-
-def publish(
-    options: Options,
-    folder: OutputFolder,
-    family: TextFamily,
-    samples: list[Sample],
-    total_steps: int,
-    global_batch: int,
-) -> None:
-    """Writes the model card and uploads the result, where that was asked for."""
-    if not options.hub.push_to_hub:
-        return
-    repository = options.hub.hub_model_id or folder.path.resolve().name
-    facts = CardFacts(
-        base_model=options.model.pretrained_model_name_or_path,
-        data=data_name(options),
-        is_lora=options.adaptation.adaptation == "lora",
-        settings=[
-            ("optimizer steps", total_steps),
-            ("global batch", global_batch),
-            ("learning rate", options.optimizer.learning_rate),
-            ("resolution", options.image.resolution or family.default_resolution),
-            ("mixed precision", options.runtime.mixed_precision or "as launched"),
-            ("seed", options.runtime.seed),
-        ],
-    )
-    write_card(folder.path, repository, facts, samples)
-    upload(folder.path, repository, options.hub)
+def card_facts(options: Options, settings: Sequence[tuple[str, object]]) -> CardFacts:
+    """What the model card says."""
+    is_lora = options.adaptation.adaptation == "lora"
+    return CardFacts(options.model.pretrained_model_name_or_path, data_name(options), is_lora, settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

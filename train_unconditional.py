@@ -6,17 +6,17 @@ accelerate launch train_unconditional.py --train_data_dir ... --output_dir ...
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from utils.adaptation import FullFineTuning, TrainedOptions
-from utils.background import BackgroundWriter
-from utils.checkpoint import CheckpointOptions, Checkpoints, RunFacts, check_structure, check_training
-from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_stepping, check_token
-from utils.course import Course, Feed, Settings, Validation, choose_length
+from utils.checkpoint import CheckpointOptions
+from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_token
+from utils.copies import HalfCopy
+from utils.course import Feed, Settings, Validation, start_course
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CacheOptions
 from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
@@ -26,11 +26,9 @@ from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions
 from utils.data.sources import DataOptions, source_entries
 from utils.data.stream import StreamedImages
 from utils.doctor import examine_data
-from utils.ema import EmaOptions, MovingAverage
-from utils.ema_lengths import AverageLengths
+from utils.ema import EmaOptions
 from utils.encoding import Encoder
-from utils.engines import engine_of
-from utils.export import CardFacts, HubOptions, upload, write_card
+from utils.export import CardFacts, HubOptions, publish
 from utils.families.unconditional import (
     UnconditionalFamily,
     UnconditionalModelOptions,
@@ -38,52 +36,53 @@ from utils.families.unconditional import (
     default_edge,
     fresh_scheduler,
     pick_unconditional,
-    sampler_of,
 )
 from utils.flow import ProcessOptions, process_of
 from utils.gradients import FREE_CURE, setting
 from utils.grids import GridSampler, SamplingOptions
-from utils.held_out import EarlyStoppingOptions, HeldOut, History
+from utils.held_out import EarlyStoppingOptions, History
+from utils.image_sets import trained_images
 from utils.length import LengthOptions
 from utils.losses import LossOptions
 from utils.metrics.features import FeatureOptions
 from utils.noise import NoiseDraws
 from utils.objective import Objective
 from utils.optim import SCHEDULES, OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
-from utils.options import UserError, as_record, leave, option, parse, run_script
+from utils.options import UserError, leave, option, parse, run_script
 from utils.perceptual import PerceptualOptions
 from utils.preparation import DataPreparation
+from utils.resuming import begin
 from utils.runtime import (
     OutputFolder,
     RuntimeOptions,
     ending,
     on_main_process,
     set_up_logging,
-    start_processes,
     use_hub_cache_if_offline,
     weight_dtype,
 )
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
 from utils.scaling import known_scaling, measured_scaling, remember_scaling
 from utils.seeding import model_seed
-from utils.speed import SpeedOptions, hasten
+from utils.speed import SpeedOptions
 from utils.starting import (
-    choose_group_size,
-    claim,
+    card_settings,
+    data_name,
     describe_run,
+    hasten,
     loss_terms,
     make_gradients,
-    make_optimizer,
+    make_state,
+    measure_on,
     open_records,
     own_parameters,
+    prepare_data,
     samples_at_once,
-    training_options,
-    warn_of_length,
+    start_engine,
 )
-from utils.state import CheckpointSaver, RunState, evaluating
 from utils.stopping import StopRequests
 from utils.terms import TermOptions
-from utils.tracking import TRACKERS, RunLog, Sample, TrackingOptions
+from utils.tracking import TRACKERS, TrackingOptions
 from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
 
 if TYPE_CHECKING:
@@ -123,6 +122,22 @@ class Tracking(TrackingOptions):
 
 
 @dataclass(frozen=True)
+class Evaluation(EvaluationOptions):
+    needs_reference: ClassVar[bool] = False
+
+    eval_reference: str | None = option(
+        None,
+        "real images to compare with: a folder, a dataset, or statistics in an .npz file; by default those trained on, "
+        "cut in the middle",
+    )
+    eval_num_inference_steps: int | None = option(None, "denoising steps; by default --num_inference_steps")
+
+    def with_steps(self, steps: int) -> "Evaluation":
+        """The same, of so many denoising steps where none were named."""
+        return replace(self, eval_num_inference_steps=self.eval_num_inference_steps or steps)
+
+
+@dataclass(frozen=True)
 class Options:
     """All options of this script, by group."""
 
@@ -152,7 +167,7 @@ class Options:
     speed: SpeedOptions
     tracking: Tracking
     hub: HubOptions
-    evaluation: EvaluationOptions
+    evaluation: Evaluation
     features: FeatureOptions
     controls: SamplingControlOptions
 
@@ -178,50 +193,23 @@ def run(argv: Sequence[str] | None) -> None:
     resolution = options.image.resolution or default_edge(model_options, family_class)
     seed, pure_bf16 = options.runtime.seed, options.trained.pure_bf16
     folder = OutputFolder(options.runtime.output_dir or family_class.default_output_dir)
-    accelerator = start_processes(
-        options.runtime,
-        options.loader.gradient_accumulation_steps,
-        options.tracking.trackers,
-        folder.path,
-        options.tracking.logging_dir,
-    )
-    check_stepping(options.optimizer, options.tracking, pure_bf16, accelerator)
-    engine = engine_of(accelerator)
-    engine.check_options(as_record(options), options.optimizer.name)
+    engine = start_engine(options, folder, pure_bf16)
+    accelerator = engine.accelerator
     rank, num_processes = accelerator.process_index, accelerator.num_processes
-    global_batch = options.loader.global_batch(num_processes)
-    engine.check_batch(global_batch)
     requests = StopRequests(folder.path, options.length.seconds)
     with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening():
-        checkpoints = Checkpoints(folder.path, options.checkpoint.checkpoints_total_limit)
-        asked_start = options.checkpoint.resume_from_checkpoint
-        start = on_main_process(accelerator, lambda: checkpoints.resolve(asked_start))
-        group_size = choose_group_size(options.buckets, options.loader, global_batch, start)
-        structure = options.structure | {"pretrained_model": family_class.pipeline_class_name}
-        structure["bucket_group_size"] = group_size if options.buckets.use_aspect_ratio_buckets else None
-        training = training_options(options, accelerator, global_batch)
-        if start is not None:
-            check_structure(start, structure)
-            check_training(start, training, options.checkpoint.allow_changed_options)
-        if not options.runtime.dry_run:
-            overwrite = options.runtime.overwrite_output_dir
-            on_main_process(accelerator, lambda: claim(folder, checkpoints, start, options.checkpoint, overwrite))
-            on_main_process(accelerator, requests.remove_files)
-        preparation = prepare_data(options, accelerator, folder, requests)
+        beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
+        start, group_size = beginning.start, beginning.group_size
+        preparation = prepare_data(options, options.labels.captions(options.source), accelerator, folder, requests)
         images = preparation.choose_images(resolution, group_size)
         held_out_images = preparation.choose_held_out(resolution)
-        structure["classes"] = classes = class_names(options, preparation, images)
-        if start is not None:
-            check_structure(start, structure)
-        batches = images.batches(global_batch, group_size, seed)
+        classes = class_names(options, preparation, images)
+        beginning = beginning.having(classes=classes)
+        batches = images.batches(options.loader.global_batch(num_processes), group_size, seed)
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
         rates = options.optimizer.scaled(batches.size)
         factor = rate_factor(options.schedule, rates.learning_rate, total_steps)
-        data = {"data": images.fingerprint(), **images.describe_sources()}
-        facts = RunFacts(structure, training | data, total_steps)
-        if start is not None:
-            check_training(start, data, options.checkpoint.allow_changed_options)
-            warn_of_length(start, options.schedule, total_steps)
+        facts = beginning.facts(images, options.schedule, total_steps)
 
         torch.manual_seed(model_seed(seed, 0, 0))  # a fresh denoiser's first weights
         dtypes = FullFineTuning.dtypes(options.trained, weight_dtype(accelerator))
@@ -232,11 +220,13 @@ def run(argv: Sequence[str] | None) -> None:
         adaptation = FullFineTuning(family, options.trained, start)
         family.use_attention()
         family.save_memory()
+        if options.speed.channels_last:
+            family.unet.to(memory_format=torch.channels_last)
         requests.check()
         process = process_of(options.noise, family.pipeline.scheduler)
-        sampler_of(family.pipeline.scheduler, options.sampling.sampler)
+        options.sampling.steps_of(family.pipeline.scheduler)
         terms = loss_terms(options.perceptual, options.term, family.latent_space, process.num_timesteps)
-        named = adaptation.named_parameters(rates)
+        adaptation.named_parameters(rates)  # which refuses --layer_rates of no weight, on a dry run too
         own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
         model_name = f"{model_options.origin} ({family.pipeline_class_name}, {family.latent_space.describe()})"
         how = f"{len(classes)} classes" if classes else "no classes"
@@ -257,20 +247,14 @@ def run(argv: Sequence[str] | None) -> None:
             family.use_gradient_checkpointing(text_encoders=False, vae=bool(terms) and bool(family.coder_names))
         num_workers = options.loader.num_workers(num_processes)
         requests.check()
-        held_out = measure_on(options, accelerator, family, held_out_images, requests)
+        held_out = measure_on(options, accelerator, family, held_out_images, False, requests)
         encodings = preparation.fill_cache(family, images, num_workers, keep_vae=bool(terms))
         if options.cache.cache_only or options.cache.verify_cache:
             preparation.write_report(images)
             return
-        hasten_denoiser(options.speed, accelerator, family, rates)
         encoder = Encoder(family, text_encoders_train=False)
         objective = Objective(family, adaptation.modules, process, options.noise, options.loss, terms)
-        optimizer = make_optimizer(named + own, rates, pure_bf16, seed)
-        model, optimizer = engine.prepare(objective, optimizer, rates.clip_norm)
-        named = adaptation.named_parameters(rates)  # an engine that spreads weights puts others in their place
-        average = MovingAverage([each.parameter for each in named], options.ema) if options.ema.use_ema else None
-        lengths = AverageLengths(named, options.ema, folder.path) if options.ema.ema_lengths else None
-        state = RunState(engine, adaptation, average, lengths, optimizer, named, own, terms, facts)
+        model, state = make_state(engine, adaptation, objective, own, rates, options.ema, folder, facts, seed)
         first_step = 0 if start is None else state.load(start)
         history = History(folder.path, first_step, options.stopping)
         validation = Validation(held_out, history, objective, state, folder)
@@ -288,36 +272,40 @@ def run(argv: Sequence[str] | None) -> None:
         loader = batches_by_step(
             dataset, pieces, num_workers, options.loader.dataloader_timeout, accelerator.device.type == "cuda", waiting
         )
-        sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests, controls)
+        sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests, controls, first_step)
+        trained_on = None if options.data.streaming else trained_images(images, options.image)
+        scores = options.evaluation.with_steps(options.sampling.steps_of(family.pipeline.scheduler))
         evaluation = TrainingEvaluation(
-            *(options.evaluation, options.features, accelerator, folder.path, seed, None, first_step, controls)
+            *(scores, options.features, accelerator, folder.path, seed, None, first_step, controls, trained_on)
         )
         evaluation.check(family.pipeline)
         open_records(options, accelerator, folder, options.tracking)
         logger.info("training\n%s", plan)
+        half = HalfCopy(family.unet, state.optimizer) if options.speed.bf16_weights else None
         steps_in_backward, saving = rates.optimizer_in_backward, memory_savers(options)
         gradients = make_gradients(
-            engine, model, encoder, pieces, options.loader, at_once, start, seed, steps_in_backward, saving
+            engine, model, encoder, pieces, options.loader, at_once, start, seed, steps_in_backward, saving, half
         )
         adaptation.train_mode()
-        gradients.rehearse(dataset.largest(at_once, options.perceptual.perceptual_min_timestep))
+        largest = dataset.largest(at_once, options.perceptual.perceptual_min_timestep)
+        gradients.rehearse(largest)
+        trial, sizes_vary = dataset.with_draws(largest), len(images.plan.sizes) > 1
+        hasten(options.speed, gradients, family.unet, state.optimizer, trial, sizes_vary)
         if options.loader.find_batch_size:
             groups = f" --bucket_group_size {group_size}" if options.buckets.use_aspect_ratio_buckets else ""
             logger.info("--find_batch_size: keep %s%s", setting(gradients.size, gradients.num_samples), groups)
 
         preparation.write_report(images)
-        saver = CheckpointSaver(checkpoints, state, BackgroundWriter(options.checkpoint.async_checkpointing))
-        gradients.rescue = saver.rescue
-        log = RunLog(accelerator, folder.path, first_step, total_steps, batches.size)
         feed = Feed(preparation, images, batches, waiting)
         settings = Settings(rates, options.schedule, options.ema, options.checkpoint, options.tracking, at_once)
-        course = Course(state, validation, gradients, saver, checkpoints, log, requests, feed, settings, total_steps)
-        with saver.writer, log:
+        course = start_course(state, validation, gradients, requests, feed, settings, first_step, total_steps)
+        log = course.log
+        with course.saver.writer, log:
             for step, micro_batches in loader:
                 done, rate_now = step + 1, course.rate_now(factor(step))
-                set_learning_rate(optimizer, rate_now)
+                set_learning_rate(state.optimizer, rate_now)
                 found = gradients.add_up(step, micro_batches)
-                log.layers(((name, parameter) for name, parameter, _ in named), done, options.tracking)
+                log.layers(((name, parameter) for name, parameter, _ in state.parameters), done, options.tracking)
                 grad_norm = state.clip(rates.clip_norm)
                 state.step(grad_norm)
                 course.record(done, found, grad_norm, rate_now)
@@ -326,7 +314,7 @@ def run(argv: Sequence[str] | None) -> None:
                 if is_due:
                     course.measure(done)
                 if evaluation.is_due(done, course.total_steps):
-                    with log.paused(), evaluating(adaptation, average, optimizer), family.awake():
+                    with log.paused(), state.evaluating(), family.awake():
                         log.values(evaluation.scores(family, done), done)
                 course.save(done)
                 if done == course.total_steps:
@@ -334,25 +322,24 @@ def run(argv: Sequence[str] | None) -> None:
                 is_model_due = options.sampling.is_model_due(*ended)
                 if not (is_due or is_model_due):
                     continue
-                with log.paused(), evaluating(adaptation, average, optimizer):
+                with log.paused(), state.evaluating():
                     if is_due:
-                        log.images(sampler.draw(f"step-{done}"), done, "test_samples")
+                        log.images(sampler.draw(done), done, "test_samples")
                     if is_model_due:
                         state.export(folder.path)
 
-        saver.join()
-        if lengths is not None:
-            average = choose_length(options.ema.ema_lengths, lengths, validation, requests)
-        with evaluating(adaptation, average, optimizer):
+        course.saver.join()
+        with course.ended():
             state.export(folder.path)
-            samples = sampler.draw("final")
+            samples = sampler.draw(course.total_steps, is_last=True)
         if requests.is_asked:
             logger.warning("a signal broke off the last samples; the result itself is whole")
         log.images(samples, course.total_steps, "test_samples")
         course.share_unreadable()
         preparation.write_report(images)
         if accelerator.is_main_process:
-            publish(options, folder, family, samples, course.total_steps, batches.size, resolution)
+            table = card_settings(options, course.total_steps, batches.size, resolution)
+            publish(folder.path, options.hub, card_facts(options, family, table), samples)
         logger.info("the result is in %s", folder.path)
 
 
@@ -386,7 +373,7 @@ def check_family(options: Options, family_class: type[UnconditionalFamily]) -> N
         family_class.check_shape(options.model, Wanted(edge, options.image.channels))
         scheduler = fresh_scheduler(options.noise, clips=True)
         process_of(options.noise, scheduler)
-        sampler_of(scheduler, options.sampling.sampler)
+        options.sampling.steps_of(scheduler)
     if options.perceptual.perceptual_weight is not None and options.image.image_channels != 3:
         raise UserError("--perceptual_weight compares colours, so --image_channels must be 3; leave one out")
     if family_class.coder_names:
@@ -410,31 +397,12 @@ def memory_savers(options: Options) -> dict[str, bool]:
     }
 
 
-def prepare_data(
-    options: Options, accelerator: "Accelerator", folder: OutputFolder, requests: StopRequests
-) -> DataPreparation:
-    """The options of the data, and what else its preparation needs."""
-    return DataPreparation(
-        accelerator,
-        options.data,
-        options.source,
-        options.labels.captions(options.source),
-        options.selection,
-        options.image,
-        options.buckets,
-        options.cache,
-        options.held_out,
-        options.runtime.seed,
-        None if options.runtime.dry_run else folder.path,
-        requests,
-    )
-
-
 def class_names(options: Options, preparation: DataPreparation, images: PlannedImages | StreamedImages) -> list[str]:
     """The names of the classes, in the order of their numbers; none without classes."""
     if not options.labels.class_conditional:
         return []
-    names = in_order([name for name in preparation.texts(images) if name])
+    orders = [source.table.classes for source in images.records.sources]
+    names = in_order([name for name in preparation.texts(images) if name], orders)
     if len(names) < 2:
         found = f"one, {names[0]}" if names else "none"
         raise UserError(
@@ -463,70 +431,10 @@ def settle_scaling(
     family.rescale(on_main_process(accelerator, settle))
 
 
-def measure_on(
-    options: Options,
-    accelerator: "Accelerator",
-    family: UnconditionalFamily,
-    images: PlannedImages | None,
-    requests: StopRequests,
-) -> HeldOut | None:
-    """The held-out images, encoded."""
-    if images is None:
-        return None
-    return HeldOut(accelerator, family, images, options.stopping, options.image, options.runtime.seed, False, requests)
-
-
-def hasten_denoiser(
-    options: SpeedOptions, accelerator: "Accelerator", family: UnconditionalFamily, rates: OptimizerOptions
-) -> None:
-    """Switches on what makes the denoiser faster, and names all that is active."""
-    device = accelerator.device
-    config, unet = family.unet.config, family.unet
-    edge = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
-    random = torch.Generator().manual_seed(0)
-    noisy = torch.randn(2, config.in_channels, edge, edge, generator=random).to(device, unet.dtype)
-    states = family.encode_text(torch.zeros(2, 1, 1, dtype=torch.int64), torch.tensor([False, False]))
-    probe = {name: state.to(device) for name, state in states.items()}
-    probe |= {family.noisy_name: noisy, "timestep": torch.tensor([1, 500], device=device)}
-    active = hasten(unet, options, probe)
-    if rates.name == "adamw" and (rates.fused_adamw or (rates.fused_adamw is None and device.type == "cuda")):
-        active.append("fused AdamW")
-    if accelerator.mixed_precision != "no":
-        active.append(accelerator.mixed_precision)
-    logger.info("active for speed: %s", ", ".join(active) or "nothing")
-
-
-def publish(
-    options: Options,
-    folder: OutputFolder,
-    family: UnconditionalFamily,
-    samples: list[Sample],
-    total_steps: int,
-    global_batch: int,
-    resolution: int,
-) -> None:
-    """Writes the model card and uploads the result, where that was asked for."""
-    if not options.hub.push_to_hub:
-        return
-    repository = options.hub.hub_model_id or folder.path.resolve().name
-    source = options.source
-    facts = CardFacts(
-        base_model=options.model.pretrained_model_name_or_path,
-        data=source.dataset_name or Path(source.train_data_dir or options.data.dataset_file).name,
-        is_lora=False,
-        settings=[
-            ("optimizer steps", total_steps),
-            ("global batch", global_batch),
-            ("learning rate", options.optimizer.learning_rate),
-            ("resolution", resolution),
-            ("mixed precision", options.runtime.mixed_precision or "as launched"),
-            ("seed", options.runtime.seed),
-        ],
-        call=family.example_call(),
-        tag="unconditional-image-generation",
-    )
-    write_card(folder.path, repository, facts, samples)
-    upload(folder.path, repository, options.hub)
+def card_facts(options: Options, family: UnconditionalFamily, settings: Sequence[tuple[str, object]]) -> CardFacts:
+    """What the model card says."""
+    model, tag = options.model.pretrained_model_name_or_path, "unconditional-image-generation"
+    return CardFacts(model, data_name(options), False, settings, family.example_call(), tag)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,6 +32,13 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def more_pipelines(pipelines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Those, one of pixels, and one of classes."""
+    root = tmp_path_factory.mktemp("more")
+    return pipelines | {"ddpm": tiny.unconditional(root / "ddpm"), "dit": tiny.class_conditional(root / "dit")}
+
+
+@pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imagefolder of six captioned images."""
     return tiny.make_images(tmp_path_factory.mktemp("images"))

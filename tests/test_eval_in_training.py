@@ -44,6 +44,57 @@ def test_scores_leave_the_training_as_it_is_and_come_again_on_a_resume(train, sc
     assert scores(whole) == found
 
 
+def test_the_images_trained_on_are_compared_with_where_no_others_are_named(train, scoring):
+    place = scoring.index("--eval_reference")
+    flags = scoring[:place] + scoring[place + 2 :]
+    steps = flags.index("--eval_num_inference_steps")
+    out = train("pixels", *STEPS, *flags[:steps], *flags[steps + 2 :], "--ddpm_num_steps", 5, "--image_channels", 1)
+    assert np.isfinite([each["kid"] for each in scores(out).values()]).all()
+
+
+class Three:
+    """The records of three images, and what `PlannedImages` says of them."""
+
+    def __init__(self, folder: Path):
+        self.records = self
+        self.paths = sorted(folder.glob("*.png"))[:3]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def key(self, index: int) -> str:
+        return self.paths[index].name
+
+    def image(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def identity(self, index: int) -> int:
+        return index
+
+    def target(self, index: int) -> tuple[int, int]:
+        return 24, 16
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_images_trained_on_are_those_that_the_model_sees(images, channels, deep):
+    from utils.data.pixels import CHANNELS, PixelOptions
+    from utils.image_sets import trained_images
+
+    options = PixelOptions(image_channels=channels, preserve_input_precision=deep, random_flip=True)
+    three = Three(images)
+    for picture, path in zip(trained_images(three, options).pictures, three.paths, strict=True):
+        with Image.open(path) as image:
+            width, height = image.size
+            scale = min(width / 24, height / 16)
+            left, top = (width - 24 * scale) / 2, (height - 16 * scale) / 2
+            box = (left, top, left + 24 * scale, top + 16 * scale)
+            seen = image.convert(CHANNELS[channels]).resize((24, 16), Image.Resampling.LANCZOS, box).convert("RGB")
+        found = picture.read()
+        assert found.mode == "RGB"
+        assert np.abs(np.asarray(found).astype(int) - np.asarray(seen)).mean() < 3  # cut by whole pixels
+
+
 def test_images_are_drawn_at_the_runs_resolution(train, scoring):
     out = train("sd", *STEPS, *WORDS, *scoring)
     for file in (out / "evaluation" / "step-4").rglob("*.png"):

@@ -16,7 +16,8 @@ from PIL import Image
 
 from tests import networks, tiny
 from tests.conftest import message, reset_accelerate
-from tests.test_generation import assert_same, class_conditional, images_in, unconditional
+from tests.test_generation import assert_same, images_in
+from tests.tiny import class_conditional, unconditional
 from utils.metrics.features import Network
 from utils.metrics.registry import METRICS
 from utils.options import UserError
@@ -513,8 +514,8 @@ def in_training(pipelines, models, real_images, tmp_path):
     """in_training(first_step=...) is a TrainingEvaluation and a pipeline that it draws from."""
     from accelerate import Accelerator
 
-    from utils.generation import PipelineSpec, load_pipeline
     from utils.metrics.features import FeatureOptions
+    from utils.pipelines import PipelineSpec, load_pipeline
     from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
 
     def make(first_step=0, **more):

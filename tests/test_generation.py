@@ -1,78 +1,30 @@
 """Drawing: each image depends on the seed, its prompt and its number alone, whatever is drawn beside it."""
 
 import inspect
-import json
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests import tiny
 from utils.generation import (
     Drawer,
     GenerationOptions,
-    PipelineSpec,
     claim_images,
     complete_prompts,
     image_seed,
     invalid_images,
-    load_pipeline,
-    pipeline_class,
     set_scheduler,
     state_of,
 )
 from utils.options import UserError
+from utils.pipelines import PipelineSpec, load_pipeline
 from utils.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
 
 CPU = torch.device("cpu")
 CLOSE = 3  # of 255, in single pixels: sums in another order
-
-
-def unconditional(folder: Path) -> Path:
-    """A DDPM pipeline of 16 pixels."""
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=50)).save_pretrained(folder)
-    return folder
-
-
-def class_conditional(folder: Path) -> Path:
-    """A DiT pipeline of 3 classes."""
-    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-        norm_num_groups=8,
-    )
-    DiTPipeline(transformer, tiny.vae(), DDIMScheduler()).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def more_pipelines(pipelines, tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("more")
-    return pipelines | {"ddpm": unconditional(root / "ddpm"), "dit": class_conditional(root / "dit")}
 
 
 def drawn(path, folder, prompts=(), batch_size=None, seed=7, scheduler=None, order=1, each=2, **settings):
@@ -236,84 +188,6 @@ def test_variations_of_an_image(more_pipelines, images, tmp_path):
     assert any((found[4, 0.34][name] != found[4, 1.0][name]).any() for name in found[4, 1.0])
 
 
-def test_a_lora_on_top_changes_the_images(more_pipelines, train, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    lora = train("sd", "--adaptation", "lora", "--rank", 4, "--max_train_steps", 1, "--no_final_checkpoint")
-    file = lora / "pytorch_lora_weights.safetensors"
-    torch.manual_seed(0)
-    save_file({name: torch.randn_like(tensor) for name, tensor in load_file(file).items()}, file)
-    found = {}
-    for scale in (None, 0.5, 1.0):
-        spec = PipelineSpec(str(more_pipelines["sd"]), None if scale is None else str(lora), scale or 1.0)
-        pipeline = load_pipeline(spec, torch.float32)
-        drawer = Drawer(pipeline, GenerationOptions(num_inference_steps=2), SamplingControls(), 0, CPU)
-        tasks = plan_tasks([Prompt("a")], PromptOptions(images_per_prompt=1))
-        found[scale] = drawer.call(tasks)
-    assert np.abs(found[None] - found[1.0]).max() > 0.01
-    assert np.abs(found[0.5] - found[1.0]).max() > 0.001
-
-
-def test_the_classes_of_pipelines_are_never_code_of_their_folder(more_pipelines, tmp_path):
-    folder = tmp_path / "own"
-    folder.mkdir()
-    marker = tmp_path / "ran"
-    (folder / "pipeline.py").write_text(f"open({str(marker)!r}, 'w')")
-    for name in (["pipeline", "MyPipeline"], "MyPipeline", ["conditional_ddpm", "Other"]):
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
-        with pytest.raises(UserError, match="does not know"):
-            pipeline_class(PipelineSpec(str(folder)))
-    assert not marker.exists()
-    with pytest.raises(UserError, match=r"no model_index\.json"):
-        pipeline_class(PipelineSpec(str(tmp_path)))
-
-
-@pytest.mark.parametrize("index_name", [["conditional_ddpm", "ConditionalDDPMPipeline"], "ConditionalDDPMPipeline"])
-def test_our_own_pipelines_are_assembled_and_the_code_beside_them_is_not_run(tmp_path, monkeypatch, index_name):
-    """The class of this name may not be built in yet: here one like it stands for it."""
-    import sys
-    from types import ModuleType
-
-    from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
-    from diffusers.utils.torch_utils import randn_tensor
-
-    from utils.generation import OWN_PIPELINES
-
-    class ConditionalDDPMPipeline(DiffusionPipeline):
-        def __init__(self, unet, scheduler, id2label=None):
-            super().__init__()
-            self.register_modules(unet=unet, scheduler=scheduler)
-            self.labels = {}
-
-        def __call__(self, class_labels, num_inference_steps=5, generator=None, output_type="pil"):
-            image = randn_tensor((len(class_labels), 3, 16, 16), generator=generator)
-            self.scheduler.set_timesteps(num_inference_steps)
-            for t in self.scheduler.timesteps:
-                output = self.unet(image, t, class_labels=torch.tensor(class_labels)).sample
-                image = self.scheduler.step(output, t, image, generator=generator).prev_sample
-            return ImagePipelineOutput(images=(image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
-
-    module = ModuleType(OWN_PIPELINES["ConditionalDDPMPipeline"])
-    module.ConditionalDDPMPipeline = ConditionalDDPMPipeline
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    folder, marker = tmp_path / "own", tmp_path / "ran"
-    unconditional(folder)
-    UNet2DModel.from_config(UNet2DModel.load_config(folder / "unet"), num_class_embeds=4).save_pretrained(
-        folder / "unet"
-    )
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": index_name, "id2label": {}}))
-    (folder / "conditional_ddpm.py").write_text(f"open({str(marker)!r}, 'w')")
-    assert pipeline_class(PipelineSpec(str(folder))) is ConditionalDDPMPipeline
-    pipeline = load_pipeline(PipelineSpec(str(folder)), torch.float32)
-    assert isinstance(pipeline.scheduler, DDPMScheduler)
-    drawer = Drawer(pipeline, GenerationOptions(num_inference_steps=3, batch_size=2), SamplingControls(), 0, CPU)
-    tasks = plan_tasks(complete_prompts(pipeline, [], None), PromptOptions(images_per_prompt=1))
-    drawer.draw(tasks, tmp_path / "images")
-    assert len(images_in(tmp_path / "images")) == 3  # the fourth embedding is that of no class
-    assert not marker.exists()
-
-
 @pytest.mark.parametrize(
     ("kind", "prompts", "settings", "named"),
     [
@@ -329,36 +203,6 @@ def test_our_own_pipelines_are_assembled_and_the_code_beside_them_is_not_run(tmp
 def test_what_a_pipeline_does_not_take_is_refused(more_pipelines, tmp_path, kind, prompts, settings, named):
     with pytest.raises(UserError, match=named):
         drawn(more_pipelines[kind], tmp_path / "a", prompts, **settings)
-
-
-def test_prompts_are_read_from_files_datasets_and_folders(images, tmp_path):
-    from datasets import Dataset
-
-    rows = ["a cat", "a, dog"]
-    (tmp_path / "p.txt").write_text("a cat\n\na, dog\n")
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": row, "tag": "x"}) + "\n" for row in rows))
-    (tmp_path / "p.csv").write_text('text,n\na cat,1\n"a, dog",2\n')
-    Dataset.from_dict({"caption": rows}).save_to_disk(tmp_path / "saved")
-    for options in (
-        PromptOptions(prompts_file=str(tmp_path / "p.txt")),
-        PromptOptions(prompts_file=str(tmp_path / "p.jsonl")),
-        PromptOptions(prompts_file=str(tmp_path / "p.csv")),
-        PromptOptions(prompts_dataset=str(tmp_path / "saved")),
-        PromptOptions(prompts=rows),
-    ):
-        assert [prompt.text for prompt in read_prompts(options)] == rows
-    captions = read_prompts(PromptOptions(captions_dir=str(images), max_prompts=2))
-    assert [prompt.text for prompt in captions] == ["a red square", "a green square"]
-    with pytest.raises(UserError, match="did you mean --prompts_column prompt"):
-        read_prompts(PromptOptions(prompts_file=str(tmp_path / "p.jsonl"), prompts_column="promt"))
-
-
-def test_num_images_goes_round_over_the_prompts():
-    prompts = [Prompt("a"), Prompt("b"), Prompt("c")]
-    tasks = plan_tasks(prompts, PromptOptions(num_images=5))
-    assert [task.name for task in tasks] == [
-        *("00000_00000", "00000_00001", "00001_00000", "00001_00001", "00002_00000"),
-    ]
 
 
 # Sampling controls
@@ -441,48 +285,6 @@ def test_controls_leave_no_trace(more_pipelines):
         SamplingControls(SamplingControlOptions(clamp_start=2.0, clamp_end=1.0)).check(pipeline)
 
 
-def test_all_classes_are_drawn_under_their_names(more_pipelines):
-    pipeline = load_pipeline(PipelineSpec(str(more_pipelines["dit"])), torch.float32)
-    assert len(complete_prompts(pipeline, [], None)) == 1000
-    pipeline.labels = {"tench": 0, "shark": 2, "goldfish": 1}
-    found = complete_prompts(pipeline, [], None)
-    assert [(prompt.label, prompt.text) for prompt in found] == [(0, "tench"), (1, "goldfish"), (2, "shark")]
-    with pytest.raises(UserError, match="--class_labels must be among"):
-        complete_prompts(pipeline, [], [3])
-
-
-@pytest.mark.parametrize("adaptation", ["lora", "loha"])
-def test_a_checkpoints_adapters_are_taken_their_averages_first(more_pipelines, train, tmp_path, adaptation):
-    from safetensors.torch import load_file, save_file
-
-    folder = train("sd", "--adaptation", adaptation, "--use_ema", "--max_train_steps", 1, "--checkpointing_steps", 1)
-    checkpoint = folder / "checkpoint-1"
-    name = "pytorch_lora_weights.safetensors" if adaptation == "lora" else "adapter_model.safetensors"
-    files = [checkpoint / "unet_ema" / name, checkpoint / ("" if adaptation == "lora" else "unet") / name]
-    for seed, file in enumerate(files):
-        torch.manual_seed(seed)
-        save_file({key: torch.randn_like(tensor) for key, tensor in load_file(file).items()}, file)
-
-    def drawn_with(parts):
-        pipeline = load_pipeline(PipelineSpec(str(more_pipelines["sd"]), parts=parts), torch.float32)
-        drawer = Drawer(pipeline, GenerationOptions(num_inference_steps=2), SamplingControls(), 0, CPU)
-        return drawer.call(plan_tasks([Prompt("a")], PromptOptions(images_per_prompt=1)))
-
-    base, average = drawn_with(None), drawn_with(checkpoint)
-    assert np.abs(base - average).max() > 0.01
-    tensors = load_file(files[0])
-    save_file({f"other.{key}": tensor for key, tensor in tensors.items()}, files[0])
-    with pytest.raises(UserError, match="can't be loaded"):
-        drawn_with(checkpoint)
-    files[0].unlink()
-    load_pipeline(PipelineSpec(str(more_pipelines["sd"]), parts=checkpoint), torch.bfloat16)
-    raw = drawn_with(checkpoint)
-    assert min(np.abs(raw - other).max() for other in (base, average)) > 0.01
-    files[1].unlink()
-    with pytest.raises(UserError, match="holds no weights that go with"):
-        drawn_with(checkpoint)
-
-
 def test_what_does_not_belong_into_a_folder_of_images(tmp_path):
     """Records that are none, files that are no images, and texts of other programs."""
     from PIL.PngImagePlugin import PngInfo
@@ -508,39 +310,3 @@ def test_what_does_not_belong_into_a_folder_of_images(tmp_path):
         "black": [],
         "constant": [],
     }
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "found"),
-    [
-        ("p.CSV", 'id,prompt\n1,"a, b"\n2,"c\nd"\n', ["a, b", "c\nd"]),
-        ("p.JSONL", '{"prompt": "a\u2028b"}\r\n"c"\n', ["a\u2028b", "c"]),
-        ("p.json", '["a", {"text": "b"}]', ["a", "b"]),
-        ("p.txt", "a\u2028b\r\nc", ["a\u2028b", "c"]),
-        ("p.csv", "prompt\na, b\n", "line 2: more cells than the 1 columns"),
-        ("p.csv", 'prompt\n"a\n', "can't be read"),
-        ("p.json", '{"prompt": "a"}', "must hold a list"),
-        ("p.yaml", "- a", "must end with one of"),
-    ],
-)
-def test_prompts_files_are_read_as_they_are_written(tmp_path, name, text, found):
-    file = tmp_path / name
-    file.write_bytes(text.encode())
-    if isinstance(found, str):
-        with pytest.raises(UserError, match=found):
-            read_prompts(PromptOptions(prompts_file=str(file)))
-    else:
-        assert [prompt.text for prompt in read_prompts(PromptOptions(prompts_file=str(file)))] == found
-
-
-def test_ragged_rows_and_numbers_that_are_not_meant_are_refused(tmp_path):
-    (tmp_path / "p.csv").write_text("id,prompt\n1,a,b\n")
-    with pytest.raises(UserError, match="line 2"):
-        read_prompts(PromptOptions(prompts_file=str(tmp_path / "p.csv"), prompts_column="idd"))
-    for name in ("num_images", "images_per_prompt"):
-        with pytest.raises(UserError, match=f"--{name} must be at most 10000000"):
-            PromptOptions(**{name: 10**7 + 1})
-    with pytest.raises(UserError, match="in all 2 prompts"):
-        plan_tasks([Prompt("a"), Prompt("b")], PromptOptions(images_per_prompt=10**7))
-    with pytest.raises(UserError, match="--strength must be above 0"):
-        GenerationOptions(strength=0.0)

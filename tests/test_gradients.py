@@ -120,7 +120,7 @@ class Values:
     """A batch, for these tests, of plain numbers."""
 
     def __init__(self, values: torch.Tensor):
-        self.values, self.slots = values, torch.arange(len(values))
+        self.values, self.slots = values, tuple(range(len(values)))
 
     def part(self, begin: int, end: int) -> "Values":
         return Values(self.values[begin:end])

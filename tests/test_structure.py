@@ -6,6 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import utils
 
 ROOT = Path(__file__).parent.parent
@@ -41,3 +43,21 @@ def test_families_stay_in_their_place():
         if word in path.read_text().replace("text_encoder_2_lr", "")
     ]
     assert not offences
+
+
+@pytest.mark.parametrize("script", ["train_text_to_image", "train_unconditional", "evaluate_pipeline"])
+def test_options_are_read_before_any_heavy_import(script):
+    heavy = "diffusers transformers datasets peft accelerate scipy matplotlib jinja2 pandas bitsandbytes torchmetrics"
+    code = f"import sys, {script}; print(*sorted({set(heavy.split())} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not found.stdout.split()
+
+
+def test_help_names_the_flags():
+    found = subprocess.run(
+        [sys.executable, "train_unconditional.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0
+    assert "--resolution INT" in found.stdout
+    assert "(default: 16)" in found.stdout  # of --train_batch_size
+    assert "default: None" not in found.stdout

@@ -280,6 +280,7 @@ class TestOwnTerm:
             (None, [], "--loss_module must be a Python file that exists"),
             ("def (", [], "can't be run: SyntaxError"),
             ("x = 1", [], "must hold one subclass of utils.terms.LossTerm, it holds none"),
+            ("from utils.terms import LossTerm\nclass Own(LossTerm): pass", [], "its Own must define forward"),
             (OWN_TERM, ["--loss_module_args", "valu=1"], "unexpected keyword argument 'valu'"),
             (OWN_TERM, ["--loss_module_args", "value"], "--loss_module_args must be NAME=VALUE"),
             (OWN_TERM, ["--loss_module_lr", 0], "--loss_module_lr must be"),

@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -287,22 +289,97 @@ def test_fine_tuning_begins_with_the_pretrained_weights(train, name, pipelines, 
     assert type(load(first).scheduler) is type(load(tmp_path / "second").scheduler)
 
 
-def test_a_score_pipeline_is_fine_tuned(images, tmp_path):
-    from diffusers import ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel
+def small_unet(**more):
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    types = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return UNet2DModel(**{"sample_size": 16, "block_out_channels": (8, 16), "norm_num_groups": 8} | types | more)
+
+
+def small_dit(**more):
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 4}
+    slots = {"num_embeds_ada_norm": 1000, "norm_type": "ada_norm_zero"}
+    return DiTTransformer2DModel(**shape | slots | more)
+
+
+def own_pipeline(name: str):
+    import diffusers
+
+    if name == "dit":  # with a learned variance and names of classes, as the published ones have them
+        names = {"0": "dog, hound", "5": "cat"}
+        pipeline = diffusers.DiTPipeline(small_dit(out_channels=8), tiny.vae(), diffusers.DDIMScheduler(), names)
+        pipeline.register_to_config(id2label=names)
+        return pipeline
+    if name == "variance":
+        scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
+        return diffusers.DDPMPipeline(small_unet(out_channels=6), scheduler)
+    return diffusers.DDIMPipeline(small_unet(), diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
+
+
+@pytest.mark.parametrize("name", ["ddim", "variance", "dit"])
+def test_pipelines_that_others_made_are_fine_tuned(name, images, classes, tmp_path):
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    first, out = tmp_path / "first", tmp_path / "out"
+    own_pipeline(name).save_pretrained(first)
+    reset_accelerate()
+    words = ["--pretrained_model", first, "--output_dir", out, "--max_train_steps", 20, "--train_batch_size", 4]
+    words += ["--learning_rate", 3e-3, "--lr_warmup_steps", 0, *tiny.SMALL_DRAWING, "--num_inference_steps", 3]
+    words += ["--report_to", "none", "--adam_weight_decay", 0, "--train_data_dir", classes if name == "dit" else images]
+    words += ["--class_conditional", "--guidance_scale", 2] if name == "dit" else []
+    assert main([str(word) for word in words]) == 0
+    assert np.mean(losses(out)[-5:]) < np.mean(losses(out)[:5])
+    pipeline = load(out)
+    assert type(pipeline).__name__ == json.loads((first / "model_index.json").read_text())["_class_name"]
+    assert samples(out / "samples" / "final").shape[1] == 16  # what the pipeline drew before
+    more = {"class_labels": [0, 5], "guidance_scale": 2} if name == "dit" else {"batch_size": 2}
+    assert np.array_equal(drawn(pipeline, 0, **more), samples(out / "samples" / "final"))
+    part, last = ("transformer", "proj_out_2.bias") if name == "dit" else ("unet", "conv_out.bias")
+    before, after = weights(first, part)[last], weights(out, part)[last]
+    if name == "variance":
+        assert torch.equal(before[3:], after[3:])
+    assert not torch.equal(before[:3], after[:3])
+
+
+@pytest.mark.parametrize("name", ["ddim", "score"])
+def test_a_flow_is_refused_where_the_pipeline_has_its_own_noise(name, images, tmp_path, capsys):
+    from diffusers import ScoreSdeVePipeline, ScoreSdeVeScheduler
 
     from tests.conftest import reset_accelerate
     from train_unconditional import main
 
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16,
-        block_out_channels=(8, 16),
-        norm_num_groups=8,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        time_embedding_type="fourier",
-    )
+    made = own_pipeline(name) if name == "ddim" else ScoreSdeVePipeline(small_unet(), ScoreSdeVeScheduler())
+    made.save_pretrained(tmp_path / "first")
+    reset_accelerate()
+    words = ["--pretrained_model", tmp_path / "first", "--train_data_dir", images, "--output_dir", tmp_path / "out"]
+    assert main([str(word) for word in [*words, "--flow_matching"]]) == 2
+    assert "--flow_matching" in message(capsys)
+
+
+def test_samples_take_no_more_steps_than_a_short_schedule_has(train, capsys):
+    from utils.grids import SamplingOptions
+
+    options = ProcessOptions(ddpm_num_steps=12)
+    assert SamplingOptions().steps_of(fresh_scheduler(options, clips=True)) == 12
+    assert SamplingOptions().steps_of(fresh_scheduler(ProcessOptions(), clips=True)) == 1000
+    train("pixels", *SHORT, "--ddpm_num_steps", 12, "--num_inference_steps", 13, "--sampler", "dpmsolver++", expect=2)
+    line = message(capsys)
+    assert "--num_inference_steps" in line
+    assert "at most 12" in line
+
+
+def test_a_score_pipeline_is_fine_tuned(images, tmp_path):
+    from diffusers import ScoreSdeVePipeline, ScoreSdeVeScheduler
+
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    unet = small_unet(layers_per_block=1, time_embedding_type="fourier")
     scheduler = ScoreSdeVeScheduler(num_train_timesteps=50, sigma_max=20.0)
     ScoreSdeVePipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path / "score")
     reset_accelerate()
@@ -315,10 +392,12 @@ def test_a_score_pipeline_is_fine_tuned(images, tmp_path):
     assert np.array_equal(drawn(pipeline, 0, batch_size=2), samples(tmp_path / "out" / "samples" / "final"))
 
 
-def test_a_vae_without_a_scaling_has_one_measured(train, pipelines, monkeypatch, tmp_path):
+@pytest.mark.parametrize("said", ["nothing", "null"])
+def test_a_vae_without_a_scaling_has_one_measured(train, pipelines, said, tmp_path):
     folder = shutil.copytree(pipelines["vae"], tmp_path / "bare")
     config = json.loads((folder / "config.json").read_text())
     del config["scaling_factor"]
+    config |= {"scaling_factor": None} if said == "null" else {}
     (folder / "config.json").write_text(json.dumps(config))
     flags = ("--vae", folder, "--lr_scheduler", "constant", "--train_batch_size", 2)
     out = train("latents", *flags, "--max_train_steps", 2)
@@ -366,14 +445,15 @@ def test_dropped_labels_train_the_slot_of_no_class(train):
     assert changed[:2].any()
 
 
-@pytest.mark.parametrize("kind", ["names", "numbers", "class labels"])
+@pytest.mark.parametrize("kind", ["names", "numbers", "class labels", "truths"])
 def test_labels_of_a_column(train, images, tmp_path, kind):
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as ImageFeature
 
     paths = [str(path) for path in sorted(images.glob("*.png"))]
-    labels = {"names": ["b", "a"], "numbers": [10, 9], "class labels": [1, 0]}[kind]
-    feature = {"names": Value("string"), "numbers": Value("int64"), "class labels": ClassLabel(names=["a", "b"])}[kind]
+    labels = {"names": ["b", "a"], "numbers": [10, 9], "class labels": [2, 0], "truths": [True, False]}[kind]
+    named = {"class labels": ClassLabel(names=["b", "c", "a"]), "truths": Value("bool")}
+    feature = ({"names": Value("string"), "numbers": Value("int64")} | named)[kind]
     features = Features({"image": ImageFeature(), "kind": feature})
     rows = {"image": paths, "kind": [labels[number % 2] for number in range(len(paths))]}
     Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
@@ -384,7 +464,35 @@ def test_labels_of_a_column(train, images, tmp_path, kind):
     words = ["--dataset_name", tmp_path / "data", "--label_column", "kind", "--output_dir", tmp_path / "out"]
     words += [*tiny.UNCONDITIONAL["labels"], *SHORT, "--resolution", 32, "--report_to", "none"]
     assert main([str(word) for word in words]) == 0
-    assert list(load(tmp_path / "out").labels) == (["9", "10"] if kind == "numbers" else ["a", "b"])
+    expected = {"names": ["a", "b"], "numbers": ["9", "10"], "class labels": ["b", "a"], "truths": ["False", "True"]}
+    labels_by_number = sorted(load(tmp_path / "out").labels.items(), key=lambda pair: pair[1])
+    assert [name for name, _ in labels_by_number] == expected[kind]
+
+
+def test_the_whole_name_of_a_folder_is_the_class(train, classes, tmp_path):
+    names = ["5_1", "6_1", "images", "a b", "日本"]
+    for name in names:
+        shutil.copytree(classes / "cat", tmp_path / "data" / "deep" / name)
+    (tmp_path / "data" / "empty").mkdir()
+    assert load(train("labels", *SHORT, data=tmp_path / "data")).labels.keys() == set(names)
+
+
+def test_labels_that_are_not_there(classes, capsys, tmp_path):
+    from datasets import Dataset
+
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    paths = [str(path) for path in sorted(classes.rglob("*.png"))]
+    rows = {"image": paths, "kind": ["a", "b", None] * 2, "share": [0.5] * 6}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+    for flags, said in (([], "no folders"), (["kind"], "2 images have no label"), (["share"], "--label_column share")):
+        reset_accelerate()
+        words = ["--dataset_name", tmp_path / "data", "--class_conditional", "--output_dir", tmp_path / "out"]
+        assert main([str(word) for word in [*words, *(["--label_column", *flags] if flags else [])]]) == 2
+        line = message(capsys)
+        assert said in line
+        assert "--label_column" in line
 
 
 def test_sixteen_bits_reach_the_model(tmp_path):
@@ -403,6 +511,74 @@ def test_sixteen_bits_reach_the_model(tmp_path):
     np.testing.assert_allclose(found[True][0], ramp / 257, atol=1e-3)
     assert len(np.unique(found[True])) == 4096
     assert len(np.unique(found[False])) <= 256
+
+
+def png_of(values: np.ndarray) -> bytes:
+    """A PNG of 16-bit colours [H, W, 3 or 4], which PIL can't write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff_of(values: np.ndarray, order: str, is_compressed: bool) -> bytes:
+    """A TIFF of 16-bit colours [H, W, 3 or 4], its bytes in the order "<" or ">"."""
+    height, width, channels = values.shape
+    content = values.astype(f"{order}u2").tobytes()
+    content = zlib.compress(content) if is_compressed else content
+    content += b"\0" * (len(content) % 2)
+    tags = {256: width, 257: height, 258: 0, 259: 8 if is_compressed else 1, 262: 2, 273: 8, 277: channels, 278: height}
+    tags |= {279: len(content), 284: 1} | ({338: 2} if channels == 4 else {})
+    begin = 8 + len(content)
+    tags[258] = begin + 2 + 12 * len(tags) + 4  # where the bits of each channel stand
+    entries = [struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items() if tag != 258]
+    entries.insert(2, struct.pack(f"{order}HHII", 258, 3, channels, tags[258]))
+    magic = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", begin)
+    directory = struct.pack(f"{order}H", len(tags)) + b"".join(entries) + struct.pack(f"{order}I", 0)
+    return magic + content + directory + struct.pack(f"{order}H", 16) * channels
+
+
+SIXTEEN_BITS = {
+    "png": png_of,
+    "tiff": lambda values: tiff_of(values, "<", False),
+    "big-endian tiff": lambda values: tiff_of(values, ">", False),
+    "compressed tiff": lambda values: tiff_of(values, "<", True),
+    "compressed big-endian tiff": lambda values: tiff_of(values, ">", True),
+}
+
+
+@pytest.mark.parametrize("has_alpha", [False, True])
+@pytest.mark.parametrize("form", SIXTEEN_BITS)
+def test_sixteen_bits_of_colours_reach_the_model(form, has_alpha):
+    from utils.data.pixels import read_deep
+
+    colours = np.random.default_rng(0).integers(0, 65536, (24, 40, 3), np.uint16)
+    alpha = np.full((24, 40, 1), 40001, np.uint16)
+    file = SIXTEEN_BITS[form](np.concatenate([colours, alpha], axis=2) if has_alpha else colours)
+    plain = colours / 257
+    on_black = plain * (40001 / 65535 if has_alpha else 1)
+    expected = {
+        1: on_black @ [[0.299], [0.587], [0.114]],
+        3: on_black,
+        4: np.concatenate([plain, alpha / 257 if has_alpha else alpha * 0.0 + 255], axis=2),
+    }
+    for channels, values in expected.items():
+        found, seen = read_deep(file, channels, "black")
+        np.testing.assert_allclose(np.asarray(found), values, atol=1e-3)
+        assert (seen is not None) == has_alpha
+
+
+def test_integers_beyond_sixteen_bits_are_not_all_white(tmp_path):
+    from utils.data.pixels import read_deep
+
+    values = np.linspace(0, 2**31 - 1, 64 * 64).reshape(64, 64).astype(np.int32)
+    Image.fromarray(values).save(tmp_path / "deep.tiff")
+    found, _ = read_deep(str(tmp_path / "deep.tiff"), 1, "white")
+    np.testing.assert_allclose(np.asarray(found)[..., 0], values / (2**31 - 1) * 255, atol=1e-3)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -545,7 +721,6 @@ def test_two_processes_train_what_one_does(train, images, tmp_path):
         ("pixels", ["--image_channels", 2], ["--image_channels", "2"]),
         ("pixels", ["--dropout", 1], ["--dropout", "1"]),
         ("pixels", ["--flow_shift", 3], ["--flow_shift", "--flow_matching"]),
-        ("pixels", ["--eval_metrics", "fid"], ["--eval_reference"]),
         ("pixels", ["--pretrained_model", "/nowhere"], ["--model_size", "--pretrained_model"]),
         ("flow", ["--prediction_type", "epsilon"], ["--prediction_type", "--flow_matching"]),
         ("flow", ["--sampler", "ddpm"], ["--sampler", "euler, heun", "ddpm"]),
@@ -681,6 +856,28 @@ def test_real_digits_of_another_half_are_what_the_judge_is_sure_of(tmp_path):
     said = unconditional.verdict(ink, classifier.train_classifier(), ink, ink[:50])
     assert "10 of 10" in said
     assert "0.000 of drawn ones" in said
+
+
+def test_the_film_goes_on_with_the_run_and_without_what_it_left_behind(train):
+    def film_and_folders(out: Path) -> tuple[int, set[str]]:
+        with Image.open(out / "samples" / "film_strip.png") as strip:
+            return (strip.width - 2) // 66, {path.name for path in (out / "samples").iterdir() if path.is_dir()}
+
+    flags = ("--train_batch_size", 2, "--save_images_steps", 2, "--checkpointing_steps", 2, "--resolution", 16)
+    flags += ("--attention_resolutions", 8)
+    out = train("labels", *flags, "--max_train_steps", 4)
+    assert film_and_folders(out) == (2, {"step-2", "final"})
+    record = json.loads((out / "samples" / "final" / "samples.json").read_text())
+    assert record["step"] == 4
+    assert [each["of"] for each in record["samples"]] == ["cat", "dog"]
+    train("labels", *flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
+    assert film_and_folders(out) == (3, {"step-2", "step-4", "final"})
+    train("labels", *flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
+    assert film_and_folders(out) == (3, {"step-2", "step-4", "final"})
+    train("labels", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "checkpoint-2")
+    assert film_and_folders(out) == (2, {"step-2", "final"})
+    train("labels", *flags, "--max_train_steps", 1, "--overwrite_output_dir")
+    assert film_and_folders(out) == (1, {"final"})
 
 
 def test_the_film_has_few_frames_and_most_of_them_early(tmp_path):

@@ -262,3 +262,40 @@ def _original_vae_name(name: str) -> str:
     }.items():
         name = name.replace(ours, theirs)
     return name
+
+
+def unconditional(folder: Path) -> Path:
+    """A DDPM pipeline of 16 pixels."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=50)).save_pretrained(folder)
+    return folder
+
+
+def class_conditional(folder: Path) -> Path:
+    """A DiT pipeline of 3 classes."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_num_groups=8,
+    )
+    DiTPipeline(transformer, vae(), DDIMScheduler()).save_pretrained(folder)
+    return folder

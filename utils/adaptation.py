@@ -1,6 +1,7 @@
 """What of a pipeline trains, and how that is saved: all weights, or low-rank adapters."""
 
 import json
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from utils.ema import MovingAverage
 from utils.families.base import Family
 from utils.families.quantization import QUANTIZATIONS, check_quantization
 from utils.families.source import LOADING_ERRORS, ComponentDtypes
+from utils.lora_layers import shorten
 from utils.optim import NamedParameter, OptimizerOptions
 from utils.options import UserError, first_line, option, require, require_positive
 from utils.sharding import plain_class, sharded_parts
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from peft import PeftConfig
 
+logger = logging.getLogger(__name__)
 ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -83,6 +86,9 @@ class AdaptationOptions(TrainedOptions):
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)")
     quantize_base: str | None = option(
         None, "keep the frozen UNet under the LoRA in nf4 (4 bits) or int8, by bitsandbytes", choices=QUANTIZATIONS
+    )
+    fused_lora: bool = option(
+        True, "compute LoRA layers by fewer kernels than peft, which saves and loads them as ever"
     )
     lora_weights: str | None = option(None, "LoRA file, or a folder that holds one, to go on from")
     export_fused: bool = option(False, "also save the pipeline with the LoRA fused in, in output_dir/fused")
@@ -429,6 +435,12 @@ class LowRankAdaptation(AdapterTuning):
     """LoRA (Hu et al. 2021) or DoRA matrices train."""
 
     prefix = "lora_"
+
+    def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
+        super().__init__(family, options, start)
+        if options.fused_lora:
+            count = sum(shorten(module, ADAPTER) for module in self.modules.values())
+            logger.info("active for speed: %d LoRA layers scale and add in one product", count)
 
     def _make_adapters(self, start: Path | None) -> None:
         given = self.options.lora_weights

@@ -3,6 +3,7 @@
 import logging
 import signal
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.background import BackgroundWriter
 from utils.checkpoint import CheckpointOptions, Checkpoints
 from utils.data.dataset import Waiting
 from utils.data.sampler import GlobalBatches
@@ -76,7 +78,7 @@ class Validation:
             raise Stopped(f"stopped before step {step + 1}", requests.number or signal.SIGTERM)
 
 
-def choose_length(
+def _choose_length(
     wanted: Sequence[float], lengths: AverageLengths, validation: Validation, requests: StopRequests
 ) -> MovingAverage:
     """The average of the length that has the lowest validation loss, all of which `ema_lengths.json` holds."""
@@ -95,6 +97,12 @@ def choose_length(
     if held_out.is_main_process:
         write_json(validation.folder.path / "ema_lengths.json", {"chosen": best, "validation_loss": measured})
     return lengths.of_length(best)
+
+
+def _sent(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers on the device, without waiting for what it does now."""
+    tensor = torch.tensor(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Feed(NamedTuple):
@@ -160,18 +168,22 @@ class Course:
         }
         self._unreadable |= new
         asked = [float(len(new)), *self.requests.asked(accelerator.is_main_process)]
-        sums = torch.cat([found.loss[None], torch.tensor(asked, device=accelerator.device)])
-        total_loss, sums = accelerator.reduce(sums).split([1, len(asked)])
+        total_loss, sums = found.loss, None
+        if accelerator.num_processes > 1:
+            both = torch.cat([total_loss[None], _sent(asked, accelerator.device)])
+            both = accelerator.reduce(both)
+            total_loss, sums = both[0], both[1:]
         epoch = float(done * batches.size / batches.samples_per_epoch)
-        rate, mean_loss = self.settings.rates.learning_rate * factor, total_loss[0] / batches.size
+        rate, mean_loss = self.settings.rates.learning_rate * factor, total_loss / batches.size
         by_key = found.loss_by_key if self.settings.tracking.debug_loss else ()
         log.step(
             StepMetrics(done, epoch, mean_loss, grad_norm, rate, found.keys, by_key, self.feed.waiting.seconds, sums)
         )
-        if any(log.sums[:1]):
+        heard = asked if sums is None else log.sums
+        if any(heard[:1]):
             self.share_unreadable()
         self._stop_if_diverged()
-        self._heard = log.sums[1:] if accelerator.num_processes > 1 else asked[1:]
+        self._heard = heard[1:]
 
     def share_unreadable(self) -> None:
         """Tells all processes of images that one could not decode."""
@@ -193,6 +205,13 @@ class Course:
             self.log.values(self.validation.measure(done) or {}, done)
             self._heard = self._hear_again()  # a signal breaks a measurement off
         self.total_steps = done if self.validation.history.is_over() else self.total_steps
+
+    def ended(self) -> AbstractContextManager[None]:
+        """Within it the trained modules hold the weights of the result: those of the average that is chosen now."""
+        state, average = self.state, self.state.average
+        if state.lengths is not None:
+            average = _choose_length(self.settings.ema.ema_lengths, state.lengths, self.validation, self.requests)
+        return evaluating(state.adaptation, average, state.optimizer)
 
     def _hear_again(self) -> list[float]:
         """What all processes were asked for, also since then."""
@@ -223,3 +242,23 @@ class Course:
         """Whether the averages among which a length is chosen are written."""
         interval = self.settings.ema.ema_snapshot_steps or self.settings.checkpoint.checkpointing_steps
         return done % interval == 0 or done == self.total_steps
+
+
+def start_course(
+    state: RunState,
+    validation: Validation,
+    gradients: Gradients,
+    requests: StopRequests,
+    feed: Feed,
+    settings: Settings,
+    first_step: int,
+    total_steps: int,
+) -> Course:
+    """The course of a run that has done `first_step` steps; it opens the run's log."""
+    accelerator, folder, asked = state.accelerator, validation.folder.path, settings.checkpoint
+    checkpoints = Checkpoints(folder, asked.checkpoints_total_limit)
+    saver = CheckpointSaver(checkpoints, state, BackgroundWriter(asked.async_checkpointing))
+    gradients.rescue = saver.rescue
+    together = settings.tracking.logging_steps
+    log = RunLog(accelerator, folder, first_step, total_steps, feed.batches.size, together)
+    return Course(state, validation, gradients, saver, checkpoints, log, requests, feed, settings, total_steps)

@@ -1,6 +1,8 @@
-"""What was written stays written."""
+"""Files that are whole at any moment, and what was written stays written."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -11,3 +13,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path aside to write to, which then becomes `path`: at any moment it is either the old file or the new."""
+    aside = path.with_name(f".tmp-{path.name}")
+    yield aside
+    os.replace(aside, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text so that the file is at any moment either the old or the new one."""
+    with replacing(path) as aside:
+        aside.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files need not be Unicode

@@ -125,6 +125,9 @@ class ShardedEngine(Engine):
         "perceptual_weight": "train with it by DDP",
         "sampling_cpu_offload": "weights are gathered for sampling on the device",
         "find_batch_size": "processes that gather weights can't try again one by one",
+        "bf16_weights": "weights are gathered in the mixed precision",
+        "compile": "leave it out",
+        "torch_compile": "leave it out",
     }
     can_begin_again = False
 
@@ -172,6 +175,9 @@ class ZeroEngine(Engine):
         "histogram_steps": "no process has a layer's whole gradient",
         "loss_module": "train it by DDP",
         "find_batch_size": "gradients that DeepSpeed has taken can't be given back",
+        "bf16_weights": "leave it out",
+        "compile": "leave it out",
+        "torch_compile": "leave it out",
     }
     can_begin_again = False
     rehearses = False

@@ -55,6 +55,14 @@ class CardFacts:
     tag: str = "text-to-image"
 
 
+def publish(folder: Path, options: HubOptions, facts: CardFacts, samples: Sequence[Sample]) -> None:
+    """Writes the model card and uploads the result, where that was asked for."""
+    if options.push_to_hub:
+        repository = options.hub_model_id or folder.resolve().name
+        write_card(folder, repository, facts, samples)
+        upload(folder, repository, options)
+
+
 def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequence[Sample]) -> None:
     """Writes README.md, a model card, and the samples it shows as one picture."""
     from diffusers.utils import make_image_grid

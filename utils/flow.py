@@ -137,6 +137,11 @@ def is_flow(scheduler: Any) -> bool:
     return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
+def is_score(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler is of a score pipeline, whose noise only grows."""
+    return "SdeVe" in type(scheduler).__name__
+
+
 def shift_of(scheduler_config: Mapping) -> float:
     """How far a flow's times are shifted towards the noise, by whichever name a scheduler has for it."""
     return float(scheduler_config.get("shift", scheduler_config.get("flow_shift", 1.0)))
@@ -150,7 +155,9 @@ def check_changes(options: ProcessOptions, scheduler: Any) -> None:
         "--rescale_betas_zero_snr": options.rescale_betas_zero_snr,
     }
     name = type(scheduler).__name__
-    if any(flags.values()) and (is_flow(scheduler) or "SdeVe" in name):
+    if options.flow_matching and is_score(scheduler):
+        raise UserError("--flow_matching: a score pipeline draws by its own noise alone; leave it out")
+    if any(flags.values()) and (is_flow(scheduler) or is_score(scheduler)):
         flag = next(flag for flag, is_given in flags.items() if is_given)
         raise UserError(f"{flag} is of noise by betas, which the pretrained pipeline's {name} has not; leave it out")
 
@@ -158,7 +165,7 @@ def check_changes(options: ProcessOptions, scheduler: Any) -> None:
 def process_of(options: ProcessOptions, scheduler: Any) -> "ForwardProcess | FlowProcess | ScoreProcess":
     """The forward process of a diffusers scheduler, which and the options must go together."""
     name, scheduler_config = type(scheduler).__name__, scheduler.config
-    own = FlowProcess if is_flow(scheduler) else ScoreProcess if "SdeVe" in name else None
+    own = FlowProcess if is_flow(scheduler) else ScoreProcess if is_score(scheduler) else None
     process = ForwardProcess(scheduler_config, options.scheduler_changes) if own is None else own(scheduler_config)
     timestep_weights(options, process.alphas_cumprod.double().numpy(), process.default_distribution)
     if options.dream_training and (own is not None or process.prediction_type != "epsilon"):

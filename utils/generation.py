@@ -6,26 +6,23 @@ doing so, and draws one image at a time.
 """
 
 import hashlib
-import importlib
 import inspect
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import load_file
 
-from utils.adaptation import LORA_FILE, PEFT_FILE
 from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
+from utils.disk import replacing
 from utils.families.source import LOADING_ERRORS
 from utils.memory import is_out_of_memory
 from utils.metrics.features import weights_hash
@@ -39,6 +36,7 @@ from utils.options import (
     require_not_negative,
     require_positive,
 )
+from utils.pipelines import call_parameters, class_names
 from utils.prompts import STATE_KEY, Prompt, Task, drawn_texts, prompts_hash
 from utils.runtime import write_json
 from utils.sampling_controls import SamplingControls
@@ -50,7 +48,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-OWN_PIPELINES = {"ConditionalDDPMPipeline": "utils.families.conditional_ddpm"}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -72,26 +69,7 @@ MOST_ON_CPU = 8
 MOST_AT_ONCE = 64  # a signal is looked for between batches
 MEMORY_SHARE = 0.9
 RECORD = "generation.json"
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    pipeline: str | None = option(None, "pipeline to draw from: a folder or Hub name")
-    lora: str | None = option(None, "LoRA on top of it: a folder, .safetensors file or Hub name")
-    lora_scale: float = option(1.0, "factor on the LoRA")
-    revision: str | None = option(None, "revision of the pipeline on the Hub")
-    variant: str | None = option(None, "variant of the weight files, such as fp16")
-    images: str | None = option(None, "score a folder of images already drawn, instead of drawing any")
-
-    def __post_init__(self) -> None:
-        if self.images is not None:
-            require(Path(self.images).is_dir(), "images", self.images, "be a folder that exists")
-        if self.lora is not None and self.pipeline is None:
-            raise UserError("--lora goes on top of a --pipeline")
-        for name in ("pipeline", "lora"):
-            value = getattr(self, name)
-            is_path = value is not None and (Path(value).is_absolute() or value.startswith(".") or value.count("/") > 1)
-            require(not is_path or Path(value).exists(), name, value, "be a folder that exists, or a Hub name")
+FREE_SETTINGS = ("batch_size", "fail_on_invalid", "scheduler")  # no facts: the scheduler is one by what it comes to
 
 
 @dataclass(frozen=True)
@@ -113,10 +91,10 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         require_positive(self, "num_inference_steps", "height", "width", "batch_size")
         require_not_negative(self, "guidance_scale", "guidance_rescale", "eta")
-        require(
-            self.strength is None or self.strength > 0, "strength", self.strength, "be above 0", "at 0 none changes"
-        )
-        for name in ("strength", "guidance_rescale", "eta"):
+        strength = self.strength
+        fits = strength is None or 0 < strength <= 1
+        require(fits, "strength", strength, "be above 0 and at most 1", "at 0 none changes")
+        for name in ("guidance_rescale", "eta"):
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, name, value, "be between 0 and 1")
         for name in ("height", "width"):
@@ -141,214 +119,6 @@ def image_seed(seed: int, number: int, sample: int) -> int:
         mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA6B) & 0xFFFFFFFF
         left, right = right, left ^ (mixed >> 16)
     return left << 16 | right
-
-
-class PipelineSpec(NamedTuple):
-    """A pipeline to load: a path, a LoRA on top, and a folder whose parts stand in for the pipeline's.
-
-    Attributes:
-        parts: a checkpoint, whose `unet_ema/` or `unet/` (and text encoders), or LoRA file, is taken.
-    """
-
-    path: str
-    lora: str | None = None
-    lora_scale: float = 1.0
-    revision: str | None = None
-    variant: str | None = None
-    parts: Path | None = None
-
-
-def read_index(spec: PipelineSpec) -> dict[str, Any]:
-    """A pipeline's `model_index.json`.
-
-    Raises:
-        UserError: if there is no such pipeline.
-    """
-    flag, path = f"--pipeline {spec.path}", Path(spec.path)
-    if path.is_dir():
-        file = path / "model_index.json"
-        if not file.is_file():
-            raise UserError(f"{flag} is no pipeline folder: it has no model_index.json")
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HTTPError
-
-        try:
-            file = Path(hf_hub_download(spec.path, "model_index.json", revision=spec.revision))
-        except (HTTPError, OSError, ValueError) as error:
-            raise UserError(f"{flag} is no folder here, and was not found on the Hub: {first_line(error)}") from error
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: model_index.json can't be read: {first_line(error)}") from error
-    if not isinstance(index, dict) or not index.get("_class_name"):
-        raise UserError(f"{flag}: model_index.json names no class of pipelines")
-    return index
-
-
-def pipeline_class(spec: PipelineSpec) -> type:
-    """The class of a pipeline: one of ours, or one of diffusers; code that lies in the folder is never run."""
-    import diffusers
-
-    name = read_index(spec)["_class_name"]
-    name = str(name[-1] if isinstance(name, list) else name)  # a list names a file of code beside it
-    if name in OWN_PIPELINES:
-        try:
-            return getattr(importlib.import_module(OWN_PIPELINES[name]), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"--pipeline {spec.path} is a {name}, which is not built in here") from error
-    found = getattr(diffusers, name, None)
-    if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
-        raise UserError(f"--pipeline {spec.path} is a {name}, which this version of diffusers does not know")
-    return found
-
-
-def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline":
-    """The pipeline on the CPU, in one dtype, with its LoRA or a checkpoint's parts.
-
-    Raises:
-        UserError: if it can't be loaded, or only by unpickling.
-    """
-    chosen = pipeline_class(spec)
-    flag = f"--pipeline {spec.path}"
-    if "vae" not in read_index(spec) and "vqvae" not in read_index(spec):
-        dtype = torch.float32  # pipelines on pixels hand their result to numpy, which has no bfloat16
-    try:
-        parts = {} if spec.parts is None else _checkpoint_parts(spec, dtype)
-        if chosen.__name__ in OWN_PIPELINES:
-            pipeline = _assemble(chosen, spec, dtype, parts)
-        else:
-            pipeline = chosen.from_pretrained(
-                spec.path, use_safetensors=True, dtype=dtype, revision=spec.revision, variant=spec.variant, **parts
-            )
-    except (*LOADING_ERRORS, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
-    lora = spec.lora
-    if spec.parts is not None:
-        content = checkpoint_content(spec)
-        for name, folder in content.adapters.items():
-            _merge_adapters(getattr(pipeline, name, None), folder)
-        lora = lora if content.lora is None else str(content.lora)
-    if lora is not None:
-        _add_lora(pipeline, lora, spec.lora_scale)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _assemble(chosen: type, spec: PipelineSpec, dtype: torch.dtype, parts: dict[str, Any]) -> "DiffusionPipeline":
-    """A pipeline of ours from its parts: diffusers would want to run the code that lies beside them."""
-    import diffusers
-
-    folder = Path(spec.path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.json", "*.safetensors"]
-        folder = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
-    given = dict(parts)
-    for name, entry in read_index(spec).items():
-        if name in given or name not in inspect.signature(chosen.__init__).parameters:
-            continue
-        if not isinstance(entry, list):
-            given[name] = entry
-        elif entry[0] == "diffusers":
-            part = getattr(diffusers, entry[1])
-            weights = {"use_safetensors": True, "dtype": dtype} if issubclass(part, torch.nn.Module) else {}
-            given[name] = part.from_pretrained(folder / name, **weights)
-    return chosen(**given)
-
-
-class CheckpointContent(NamedTuple):
-    """What a checkpoint holds of a pipeline, its moving averages where it has both.
-
-    Attributes:
-        models: folders of whole parts, by their names in the pipeline.
-        adapters: folders of PEFT adapters, by the parts that they are of.
-        lora: the LoRA file.
-    """
-
-    models: dict[str, Path]
-    adapters: dict[str, Path]
-    lora: Path | None
-
-
-def checkpoint_content(spec: PipelineSpec) -> CheckpointContent:
-    """What the checkpoint `spec.parts` holds of the pipeline.
-
-    Raises:
-        UserError: if it holds nothing of it: the base would stand for it.
-    """
-    names = [
-        name
-        for name, entry in read_index(spec).items()
-        if isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
-    ]
-    found = CheckpointContent(
-        _folders_with(spec.parts, names, "config.json"),
-        _folders_with(spec.parts, names, PEFT_FILE),
-        next((file for each in ("unet_ema", ".") if (file := spec.parts / each / LORA_FILE).is_file()), None),
-    )
-    if not any(found):
-        raise UserError(
-            f"--checkpoints: {spec.parts} holds no weights that go with {spec.path}: no LoRA file, and none of the "
-            f"folders {', '.join(names)} with a model or adapters; remove it, or give its own --pipeline"
-        )
-    return found
-
-
-def _folders_with(root: Path, names: Sequence[str], file: str) -> dict[str, Path]:
-    """The folders of parts that hold a file: `unet_ema/` comes before `unet/`."""
-    found = {}
-    for name in names:
-        folder = next((each for each in (root / f"{name}_ema", root / name) if (each / file).is_file()), None)
-        if folder is not None:
-            found[name] = folder
-    return found
-
-
-def _checkpoint_parts(spec: PipelineSpec, dtype: torch.dtype) -> dict[str, Any]:
-    """The whole parts that a checkpoint holds, by the classes in the pipeline's index."""
-    import diffusers
-    import transformers
-
-    index, libraries = read_index(spec), {"diffusers": diffusers, "transformers": transformers}
-    parts = {}
-    for name, folder in checkpoint_content(spec).models.items():
-        library, kind = index[name][:2]
-        parts[name] = getattr(libraries[library], kind).from_pretrained(folder, use_safetensors=True, dtype=dtype)
-    return parts
-
-
-def _merge_adapters(module: torch.nn.Module | None, folder: Path) -> None:
-    """Adds the update of PEFT adapters (LoHa, LoKr) to the weights of the part that they are of."""
-    from peft import PeftModel
-    from peft.utils import get_peft_model_state_dict
-
-    try:
-        if module is None:
-            raise ValueError("the pipeline has no such part")
-        adapted = PeftModel.from_pretrained(module, folder)
-        if set(get_peft_model_state_dict(adapted)) != set(load_file(folder / PEFT_FILE)):  # PEFT leaves the rest out
-            raise ValueError(f"the tensors in {PEFT_FILE} are not those of its config")
-        adapted.merge_and_unload()
-    except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--checkpoints: the adapters {folder} can't be loaded: {first_line(error)}") from error
-
-
-def _add_lora(pipeline: "DiffusionPipeline", lora: str, scale: float) -> None:
-    flag = f"--lora {lora}"  # also of a checkpoint's
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise UserError(f"{flag}: a {type(pipeline).__name__} takes no LoRA")
-    file = Path(lora)
-    source = (str(file.parent), {"weight_name": file.name}) if file.is_file() else (lora, {})
-    try:
-        pipeline.load_lora_weights(source[0], adapter_name="evaluated", use_safetensors=True, **source[1])
-        if not any("evaluated" in names for names in pipeline.get_list_adapters().values()):
-            raise ValueError("it adapts no layer of the pipeline")
-        if scale != 1.0:
-            pipeline.set_adapters("evaluated", scale)
-    except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
 
 
 def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
@@ -381,23 +151,19 @@ def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
     pipeline.scheduler = scheduler
 
 
-def call_parameters(pipeline_type: type) -> frozenset[str]:
-    """The names of what a pipeline's call takes."""
-    return frozenset(inspect.signature(pipeline_type.__call__).parameters)
-
-
-def class_names(pipeline: "DiffusionPipeline") -> dict[int, str | None]:
-    """The classes of a class-conditional pipeline by number, with their names where it has them."""
-    names = getattr(pipeline, "labels", None)  # DiT's, by name
-    if isinstance(names, dict) and names:
-        first = {int(label): str(text) for text, label in reversed(names.items())}  # of synonyms the first
-        return dict(sorted(first.items()))
-    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
-    for key in ("num_embeds_ada_norm", "num_class_embeds"):
-        count = denoiser.config.get(key)
-        if count:  # the last embedding of a pipeline of ours stands for no class
-            return dict.fromkeys(range(count - (type(pipeline).__name__ in OWN_PIPELINES)))
-    return {}
+def check_prompts(pipeline_type: type, prompts: Sequence[Prompt], labels: Sequence[int] | None) -> None:
+    """Refuses prompts and classes that a pipeline does not take, and the lack of prompts where it draws them."""
+    takes, name = call_parameters(pipeline_type), pipeline_type.__name__
+    if "class_labels" in takes:
+        if prompts:
+            raise UserError(f"a {name} draws classes, not prompts; give --class_labels")
+        return
+    if labels is not None:
+        raise UserError(f"a {name} has no classes; leave out --class_labels")
+    if "prompt" in takes and not prompts:
+        raise UserError(f"a {name} draws prompts; give --prompts, --prompts_file, --prompts_dataset or --captions_dir")
+    if "prompt" not in takes and prompts:
+        raise UserError(f"a {name} takes no prompts; leave them out")
 
 
 def complete_prompts(
@@ -408,28 +174,16 @@ def complete_prompts(
     Raises:
         UserError: if it takes others than those given.
     """
-    takes, name = call_parameters(type(pipeline)), type(pipeline).__name__
-    if "class_labels" in takes:
-        if prompts:
-            raise UserError(f"a {name} draws classes, not prompts; give --class_labels")
-        known = class_names(pipeline)
-        wrong = [label for label in labels or () if known and label not in known]
-        require(not wrong, "class_labels", wrong, f"be among the pipeline's {len(known)} classes")
-        chosen = list(labels) if labels is not None else list(known)
-        if not chosen:
-            raise UserError(f"a {name} does not say how many classes it has; give --class_labels")
-        return [Prompt(known.get(label), label) for label in chosen]
-    if labels is not None:
-        raise UserError(f"a {name} has no classes; leave out --class_labels")
-    if "prompt" in takes:
-        if not prompts:
-            raise UserError(
-                f"a {name} draws prompts; give --prompts, --prompts_file, --prompts_dataset or --captions_dir"
-            )
-        return list(prompts)
-    if prompts:
-        raise UserError(f"a {name} takes no prompts; leave them out")
-    return [Prompt(None)]
+    check_prompts(type(pipeline), prompts, labels)
+    if "class_labels" not in call_parameters(type(pipeline)):
+        return list(prompts) or [Prompt(None)]
+    known = class_names(pipeline)
+    wrong = [label for label in labels or () if known and label not in known]
+    require(not wrong, "class_labels", wrong, f"be among the pipeline's {len(known)} classes")
+    chosen = list(labels) if labels is not None else list(known)
+    if not chosen:
+        raise UserError(f"a {type(pipeline).__name__} does not say how many classes it has; give --class_labels")
+    return [Prompt(known.get(label), label) for label in chosen]
 
 
 class BatchSize:
@@ -564,11 +318,10 @@ class Drawer:
         }
 
     def draw(self, tasks: Sequence[Task], folder: Path, accelerator: "Accelerator | None" = None) -> None:
-        """Draws what is not there of the tasks into `{prompt}_{sample}.png`.
+        """Draws what is not there of the tasks into `{prompt}_{sample}.png`; a signal ends it between two batches.
 
         Raises:
             UserError: if an image can't be drawn.
-            Stopped: if a signal asked for it.
         """
         from tqdm.auto import tqdm
 
@@ -695,11 +448,10 @@ class Drawer:
                 text.add_itxt(name, str(value))
         finite = np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)
         rounded = (finite.clip(0, 1) * 255).round().astype(np.uint8)
-        aside = path.with_name(f".tmp-{path.name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            Image.fromarray(rounded).save(aside, "PNG", pnginfo=text, compress_level=1)
-            os.replace(aside, path)
+            with replacing(path) as aside:
+                Image.fromarray(rounded).save(aside, "PNG", pnginfo=text, compress_level=1)
         except OSError as error:
             raise ProcessError(f"{path} can't be written: {error.strerror or error}") from error
 
@@ -722,9 +474,6 @@ def decoding_apart(pipeline: "DiffusionPipeline") -> Iterator[None]:
         yield
     finally:
         del vae.decode
-
-
-FREE_SETTINGS = ("batch_size", "fail_on_invalid", "scheduler")
 
 
 def _names(pipeline: "DiffusionPipeline") -> str:

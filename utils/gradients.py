@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from utils.copies import HalfCopy
 from utils.encoding import Encoder
 from utils.engines import Engine
 from utils.memory import is_out_of_memory
@@ -64,6 +65,7 @@ class Gradients:
         can_retry: whether a step can be begun again: not where weights step inside the backward pass, or where the
             engine can't.
         cures: flags that save memory and are not given, in the order to try them.
+        half_copy: what the denoiser computes with in the place of its own weights, if anything.
         rescue: writes a checkpoint of the steps done, from this process alone, with how many samples to take at once.
     """
 
@@ -77,6 +79,7 @@ class Gradients:
     size: int
     can_retry: bool
     cures: Sequence[str]
+    half_copy: HalfCopy | None = None
     rescue: Callable[[int, int], None] | None = None
     _is_shared: bool = False  # whether the processes are sharing gradients now
 
@@ -102,6 +105,20 @@ class Gradients:
                 if self._is_shared or not self.can_retry:
                     raise self._end(step) from error
             self._halve(f"step {step + 1}")
+
+    def of(self, batch: Batch) -> dict[str, Tensor]:
+        """The gradients of the samples of a batch that are taken at once, by the parameters' names, on the CPU.
+
+        None are left in the parameters, and the processes share none.
+        """
+        self._backward(0, batch.part(0, self.size), shares=False)
+        found = {
+            name: parameter.grad.to("cpu", copy=True)
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
+        self._drop()
+        return found
 
     def _end(self, step: int) -> ProcessError:
         """What ends the run where a step can't be begun again: the others wait for this process's gradients.
@@ -189,10 +206,13 @@ class Gradients:
     def _backward(self, step: int, part: Batch, shares: bool) -> Tensor:
         """[B] the losses of a part; its gradients are added to those that are there, at the last part of all ranks."""
         accelerator = self.accelerator
-        torch.manual_seed(model_seed(self.seed, step, int(part.slots[0])))  # dropout, where the model has any
+        torch.manual_seed(model_seed(self.seed, step, part.slots[0]))  # dropout, where the model has any
         encoded = self.encoder.encode(part.to(accelerator.device))
         accelerator.sync_gradients = shares
-        with nullcontext() if shares else accelerator.no_sync(self.model):
+        with (
+            nullcontext() if shares else accelerator.no_sync(self.model),
+            nullcontext() if self.half_copy is None else self.half_copy.in_place(),
+        ):
             losses = self.model(encoded)
             self._is_shared = shares and accelerator.num_processes > 1
             self.engine.backward(losses.sum() * self.loss_scale)

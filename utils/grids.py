@@ -1,19 +1,23 @@
 """Samples of a model without words, drawn from the same noise each time: pictures, a grid of them, a film strip."""
 
+import json
 import math
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from torch import nn
 
 from utils.families.unconditional import SAMPLERS, UnconditionalFamily, sampler_of
-from utils.options import option, require, require_not_negative, require_positive
-from utils.runtime import autocast
+from utils.flow import is_flow, is_score
+from utils.options import UserError, first_line, option, require, require_not_negative, require_positive
+from utils.runtime import autocast, on_main_process, write_json
 from utils.sampling_controls import SamplingControls
 from utils.sharding import unsharded
 from utils.stopping import StopRequests
@@ -22,7 +26,8 @@ from utils.tracking import Sample
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-GRID, STRIP = "grid.png", "film_strip.png"
+GRID, STRIP, RECORD = "grid.png", "film_strip.png", "samples.json"
+LAST = "final"
 FRAMES = 20  # of a film strip
 GAP = 2  # pixels between the pictures of a grid
 LARGEST_PICTURE = 256
@@ -36,7 +41,11 @@ class SamplingOptions:
         "in flow matching",
         choices=SAMPLERS,
     )
-    ddpm_num_inference_steps: int = option(1000, "denoising steps of a sample", aliases=["--num_inference_steps"])
+    ddpm_num_inference_steps: int | None = option(
+        None,
+        "denoising steps of a sample; by default 1000, or all that a shorter noise schedule has",
+        aliases=["--num_inference_steps"],
+    )
     eta: float = option(0.0, "share of DDPM's noise that DDIM draws anew at each step")
     guidance_scale: float = option(1.0, "classifier-free guidance of samples of classes; over 1 it is on")
     num_samples: int | None = option(None, "samples drawn each time, or 0; by default --eval_batch_size")
@@ -56,6 +65,24 @@ class SamplingOptions:
     def count(self) -> int:
         """Samples drawn each time."""
         return self.eval_batch_size if self.num_samples is None else self.num_samples
+
+    def steps_of(self, scheduler: Any) -> int:
+        """Denoising steps of a sample that a pipeline with this scheduler draws.
+
+        Raises:
+            UserError: if the sampler does not take so many or so few.
+        """
+        longest = scheduler.config.num_train_timesteps
+        steps = self.ddpm_num_inference_steps or min(1000, longest)
+        if not is_flow(scheduler) and not is_score(scheduler):
+            must = f"be at most {longest}, the length of the noise schedule"
+            require(steps <= longest, "num_inference_steps", steps, must)
+        try:
+            sampler_of(scheduler, self.sampler).set_timesteps(steps)
+        except ValueError as error:
+            name = self.sampler or type(scheduler).__name__
+            raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error
+        return steps
 
     def is_due(self, step: int, epochs_before: int, epochs_after: int) -> bool:
         """Whether samples are drawn after optimizer step number `step`, from 1, which ended these epochs.
@@ -86,9 +113,12 @@ class GridSampler:
         seed: int,
         requests: StopRequests,
         controls: SamplingControls | None = None,
+        first_step: int = 0,
     ):
+        """`first_step` is that from which the run goes on: what was drawn after it is dropped."""
         self._controls = controls or SamplingControls()
         self._controls.check(sampler_of(family.pipeline.scheduler, options.sampler))
+        self._steps = options.steps_of(family.pipeline.scheduler)
         self._accelerator = accelerator
         self._family = family
         self._options = options
@@ -97,9 +127,12 @@ class GridSampler:
         self._seeds = [(seed + number) % 2**63 for number in range(options.count)]
         classes = sorted(family.classes)
         self._labels = [classes[number % len(classes)] for number in range(options.count)] if classes else []
+        on_main_process(accelerator, partial(keep_until, self._folder, first_step))
 
-    def draw(self, name: str) -> list[Sample]:
-        """Draws all samples, or those until a signal, into `samples/{name}/`; gives them, in order, to every process.
+    def draw(self, step: int, is_last: bool = False) -> list[Sample]:
+        """Draws all samples, or those until a signal; gives them, in order, to every process.
+
+        They go to `samples/step-{step}/`, the last ones to `samples/final/`.
 
         The denoiser must be in evaluation mode, and hold the weights to draw with.
         """
@@ -109,8 +142,7 @@ class GridSampler:
         mine = list(range(len(self._seeds)))[rank::num_processes]
         drawn: list[tuple[int, np.ndarray]] = []
         at_once = self._options.eval_batch_size
-        parts = [part for part in self._family.pipeline.components.values() if isinstance(part, nn.Module)]
-        with self._family.awake(), unsharded(parts):
+        with self._family.awake(), unsharded(self._family.pipeline.components.values()):
             for begin in range(0, len(mine), at_once):
                 if self._requests.is_asked:
                     break
@@ -119,7 +151,7 @@ class GridSampler:
         shared = sorted(gather_object(drawn), key=lambda pair: pair[0])
         images = [Image.fromarray(pixels) for _, pixels in shared]
         if self._accelerator.is_main_process and images:
-            self._save(images, self._folder / name)
+            self._save(images, [number for number, _ in shared], step, is_last)
         return [Sample(image, self._caption(number)) for image, (number, _) in zip(images, shared, strict=True)]
 
     def _draw(self, numbers: Sequence[int]) -> list[Image.Image]:
@@ -128,20 +160,40 @@ class GridSampler:
         seeds = [self._seeds[number] for number in numbers]
         labels = [self._labels[number] for number in numbers] if self._labels else []
         with autocast(self._accelerator), self._controls.attached(family.pipeline, scheduler):
-            return family.draw(
-                seeds, labels, scheduler, options.ddpm_num_inference_steps, options.guidance_scale, options.eta
-            )
+            return family.draw(seeds, labels, scheduler, self._steps, options.guidance_scale, options.eta)
 
     def _caption(self, number: int) -> str:
         return self._family.classes[self._labels[number]] if self._labels else f"sample {number}"
 
-    def _save(self, images: Sequence[Image.Image], folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(images):
-            image.save(folder / f"{number:03d}.png")
+    def _save(self, images: Sequence[Image.Image], numbers: Sequence[int], step: int, is_last: bool) -> None:
+        of_step = self._folder / f"step-{step}"
+        folder = self._folder / LAST if is_last else of_step
+        for old in (folder, of_step):  # a run that had ended may be ended again
+            shutil.rmtree(old, ignore_errors=True)
+        folder.mkdir(parents=True)
+        drawn = []
+        for place, (number, image) in enumerate(zip(numbers, images, strict=True)):
+            file = f"{place:03d}.png"
+            image.save(folder / file)
+            drawn.append({"file": file, "seed": self._seeds[number], "of": self._caption(number)})
+        write_json(folder / RECORD, {"step": step, "samples": drawn})
         grid_of(images, math.ceil(math.sqrt(len(images)))).save(folder / GRID)
         frames = film(self._folder)
         grid_of(frames, len(frames)).save(self._folder / STRIP)
+
+
+def keep_until(folder: Path, step: int) -> None:
+    """Drops the samples that a run drew after a step, which it does again from there, or of another run."""
+    last = folder / LAST
+    if (last / RECORD).is_file():
+        drawn_at = json.loads((last / RECORD).read_text(encoding="utf-8"))["step"]
+        shutil.rmtree(folder / f"step-{drawn_at}", ignore_errors=True)
+        os.replace(last, folder / f"step-{drawn_at}")  # this run ends later than the one before
+    shutil.rmtree(last, ignore_errors=True)
+    for path in folder.glob("step-*"):
+        if re.fullmatch(r"step-\d+", path.name) and int(path.name.partition("-")[2]) > step:
+            shutil.rmtree(path)
+    (folder / STRIP).unlink(missing_ok=True)
 
 
 def film(folder: Path) -> list[Image.Image]:
@@ -150,9 +202,9 @@ def film(folder: Path) -> list[Image.Image]:
     Of more than FRAMES times those that are evenly spread in the logarithm of the step: most changes come early.
     """
     found = {
-        math.inf if path.name == "final" else int(path.name.partition("-")[2]): path / "000.png"
+        math.inf if path.name == LAST else int(path.name.partition("-")[2]): path / "000.png"
         for path in folder.iterdir()
-        if re.fullmatch(r"final|step-\d+", path.name) and (path / "000.png").is_file()
+        if re.fullmatch(rf"{LAST}|step-\d+", path.name) and (path / "000.png").is_file()
     }
     frames = []
     for step in _spread(sorted(found)):

@@ -38,13 +38,12 @@ class Heartbeat:
         self._others = [other for other in range(num_processes) if other != rank]
         self._patience = patience
         self._over = threading.Event()
-        now = time.monotonic()
-        self._heard = dict.fromkeys(self._others, (b"", now))  # the last sign of each, and when it came
+        self._heard: dict[int, tuple[bytes, float]] = {}  # the last sign of each, and when it came
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._talk, self._watch)]
 
     def start(self) -> None:
         """Begins to talk and to watch."""
-        self._heard = dict.fromkeys(self._others, (b"", time.monotonic()))
+        self._heard.update(dict.fromkeys(self._others, (b"", time.monotonic())))
         for thread in self._threads:
             thread.start()
 

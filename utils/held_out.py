@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from utils.data.captions import compose
 from utils.data.cutting import cut_out
 from utils.data.images import ImageOptions
 from utils.data.selection import PlannedImages
+from utils.disk import write_text
 from utils.encoding import EncodedBatch
 from utils.families.base import Family, TextStates
 from utils.memory import is_out_of_memory
@@ -105,9 +105,7 @@ class History:
         self.measurements.append(measurement)
         if write:
             lines = [json.dumps(self.values(each)) for each in self.measurements]
-            temporary = self._file.with_name(f".tmp-{self._file.name}")
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            os.replace(temporary, self._file)
+            write_text(self._file, "\n".join(lines) + "\n")
 
     def values(self, measurement: Measurement) -> dict[str, object]:
         """A measurement with its loss relative to the base model's."""
@@ -260,7 +258,7 @@ class HeldOut:
         states = None if sample.states is None else {name: repeated(state) for name, state in sample.states.items()}
         return Batch(
             step=0,
-            slots=torch.zeros(count, dtype=torch.int64),
+            slots=(0,) * count,
             keys=("",) * count,
             pixels=None,
             moments=repeated(sample.moments),

@@ -4,24 +4,33 @@ import hashlib
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from utils.configs import is_path
 from utils.data.captions import CaptionOptions
+from utils.data.cutting import cut_out
 from utils.data.folders import is_image, list_files
-from utils.data.images import open_image, read_rgb, reason_of
-from utils.data.sources import DataOptions, Records, SourceOptions, read_records
+from utils.data.images import ImageOptions, open_image, read_rgb, reason_of
+from utils.data.selection import PlannedImages
+from utils.data.sources import DataOptions, Records, SourceOptions, is_saved_dataset, read_records
 from utils.metrics.features import Picture
 from utils.metrics.subjects import ImageSet
-from utils.options import UserError, option, require, require_positive
+from utils.options import UserError, option, renamed_flags, require, require_positive
 from utils.prompts import Task, drawn_texts
+from utils.records import RecordPass
 
 logger = logging.getLogger(__name__)
 DRAWN_NAME = re.compile(r"(\d{5,})_(\d{5,})")
+COLUMN_FLAGS = {  # those by which images are read for training, and what they are called here
+    "caption_column": "reference_caption_column",
+    "image_column": "reference_image_column",
+    "dataset_split": "reference_split",
+}
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,8 @@ class ReferenceOptions:
         require_positive(self, "reference_resolution", "max_reference_images")
         for name in ("reference", "training_images"):
             value = getattr(self, name)
-            is_path = value is not None and (
-                Path(value).is_absolute() or value.startswith(".") or value.count("/") > 1 or value.endswith(".npz")
-            )
-            require(not is_path or Path(value).exists(), name, value, "be a folder, dataset or file that exists")
+            is_local = value is not None and (is_path(value) or value.endswith(".npz"))
+            require(not is_local or Path(value).exists(), name, value, "be a folder, dataset or file that exists")
         file = self.save_reference
         require(file is None or file.endswith(".npz"), "save_reference", file, "end with .npz")
         if file is not None and (self.reference is None or self.is_statistics):
@@ -143,24 +150,17 @@ def read_images(flag: str, name: str, options: ReferenceOptions, seed: int) -> I
         UserError: if there are none, or they can't be read.
     """
     path = Path(name)
-    is_saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
     shared = {
         "dataset_split": options.reference_split,
         "image_column": options.reference_image_column,
         "caption_column": options.reference_caption_column,
         "max_train_samples": options.max_reference_images if flag == "reference" else None,
     }
-    source = {"train_data_dir": name} if path.exists() and not is_saved else {"dataset_name": name}
+    source = {"train_data_dir": name} if path.exists() and not is_saved_dataset(path) else {"dataset_name": name}
     try:
         records = read_records(DataOptions(), SourceOptions(**source, **shared), CaptionOptions(), seed)
     except UserError as error:
-        text = str(error)
-        for ours, theirs in (
-            *(("--train_data_dir", f"--{flag}"), ("--dataset_name", f"--{flag}")),
-            *(("--caption_column", "--reference_caption_column"), ("--image_column", "--reference_image_column")),
-            ("--dataset_split", "--reference_split"),
-        ):
-            text = text.replace(ours, theirs)
+        text = renamed_flags(error, {"train_data_dir": flag, "dataset_name": flag} | COLUMN_FLAGS)
         raise UserError(text if flag in text else f"--{flag} {name}: {text}") from error
     count = len(records)
     read = partial(_read_record, records, resolution=options.reference_resolution)
@@ -171,6 +171,24 @@ def read_images(flag: str, name: str, options: ReferenceOptions, seed: int) -> I
 def _read_record(records: Records, index: int, resolution: int | None) -> Image.Image:
     image = read_rgb(records.image(index))
     return image if resolution is None else ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def trained_images(images: PlannedImages, options: ImageOptions) -> ImageSet:
+    """The images that a model is trained on as it sees them, each cut in the middle; transparency on white."""
+    still = replace(options, center_crop=True, random_flip=False, random_rotation=0.0, color_jitter=0.0)
+    count, read = len(images.records), partial(_read_trained, images, still)
+    pictures = [Picture(images.records.key(index), partial(read, index)) for index in range(count)]
+    return ImageSet(pictures, None, np.arange(count), np.arange(count))
+
+
+def _read_trained(images: PlannedImages, options: ImageOptions, index: int) -> Image.Image:
+    records = images.records
+    passing = RecordPass(records.identity(index), 0)
+    pixels = cut_out(records.image(index), None, images.target(index), options, 0, passing).pixels
+    seen = Image.fromarray(pixels.round().astype(np.uint8).transpose(1, 2, 0).squeeze())
+    if seen.mode == "RGBA":
+        seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return seen.convert("RGB")
 
 
 def _fingerprint(records: Records, options: ReferenceOptions) -> str:

@@ -27,6 +27,7 @@ SCHEDULES = (
     "reduce_on_plateau",
 )
 LENGTH_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "one_cycle")  # reach to the run's end
+FUSED_DEVICES = {"cuda", "cpu"}
 ONE_CYCLE_START = 25.0  # torch's OneCycleLR: the rate begins at 1/25 of its peak and ends at 1/10,000 of that
 ONE_CYCLE_END = 1e4
 
@@ -56,7 +57,9 @@ class OptimizerOptions:
     max_grad_norm: float | None = option(
         None, "gradients are scaled down to this norm, by default 1; 0 leaves them as they are"
     )
-    fused_adamw: bool | None = option(None, "AdamW's step as one kernel; by default on a GPU")
+    fused_adamw: bool | None = option(
+        None, "AdamW's step, with clipping and the guard against what is not finite, as one kernel; by default on"
+    )
     optimizer_in_backward: bool = option(
         False, "step each weight as soon as its gradient is there, and free that: less memory, no clipping"
     )
@@ -181,8 +184,8 @@ def parameter_groups(parameters: list[NamedParameter], weight_decay: float) -> l
 
 
 def _adamw(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
-    on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    fused = options.fused_adamw if options.fused_adamw is not None else True if on_cuda else None
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    fused = devices <= FUSED_DEVICES if options.fused_adamw is None else options.fused_adamw
     return torch.optim.AdamW(groups, betas=options.betas, eps=options.adam_epsilon, fused=fused)
 
 

@@ -4,6 +4,7 @@ An option group is a frozen dataclass beside the code that reads it; a script's 
 fields are groups. Flags are flat: `ImageOptions.resolution` is `--resolution`.
 """
 
+import argparse
 import dataclasses
 import difflib
 import errno
@@ -15,8 +16,6 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
-
-from transformers.hf_argparser import HfArgumentParser
 
 SECRET_OPTIONS = ("hub_token",)
 NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own would take -1e-4 for a flag
@@ -53,16 +52,21 @@ def option(
     *,
     aliases: Sequence[str] = (),
     choices: Iterable | None = None,
-    nargs: str | None = None,
+    const: typing.Any = None,
 ) -> typing.Any:
-    """A dataclass field that is also a command-line flag; `aliases` are further spellings, dashes included."""
+    """A dataclass field that is also a command-line flag.
+
+    Args:
+        aliases: further spellings, dashes included.
+        const: what the flag means without a value, where it can stand alone.
+    """
     metadata: dict[str, typing.Any] = {"help": help.replace("%", "%%")}
     if aliases:
         metadata["aliases"] = list(aliases)
     if choices is not None:
         metadata["choices"] = list(choices)
-    if nargs is not None:
-        metadata["nargs"] = nargs
+    if const is not None:
+        metadata |= {"const": const, "nargs": "?"}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -99,17 +103,42 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def renamed_flags(error: UserError, names: Mapping[str, str]) -> str:
+    """The message of a part that was asked under other flags, with those that the user gave.
+
+    Args:
+        names: the user's name for each of the part's; flags that only begin with such a name are renamed too.
+    """
+    text = str(error)
+    for theirs, ours in names.items():
+        text = text.replace(f"--{theirs}", f"--{ours}")
+    return text
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The known word that is spelled most like `word`, or an empty string."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")
 
 
-class _Parser(HfArgumentParser):
-    """Takes no abbreviated flags, and raises `UserError` where argparse prints its usage and exits."""
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviated flags, and raises `UserError` where argparse prints its usage and exits.
 
-    def __init__(self, groups: Sequence[type], description: str):
-        super().__init__(groups, description=description, allow_abbrev=False)
+    It takes what transformers' HfArgumentParser takes (`--train_data_dir` and `--train-data-dir`, `--flag` and
+    `--flag false`, `--no_flag`), whose import takes half as long as torch's.
+    """
+
+    def __init__(self, groups: Mapping[str, type], description: str):
+        super().__init__(usage="%(prog)s --flag value ...", description=description, allow_abbrev=False)
         self._negative_number_matcher = NEGATIVE_NUMBER
+        for title, group in groups.items():
+            section, hints = self.add_argument_group(title.replace("_", " ")), typing.get_type_hints(group)
+            for field in dataclasses.fields(group):
+                _add_flag(section, field, hints[field.name])
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """After --help: at once, for the interpreter's own end takes torch a while."""
+        sys.stdout.flush()
+        os._exit(status)
 
     def error(self, message: str) -> NoReturn:
         flag, separator, reason = message.removeprefix("argument ").partition(": ")
@@ -119,6 +148,38 @@ class _Parser(HfArgumentParser):
         raise UserError(message)
 
 
+def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field, hint: typing.Any) -> None:
+    """The flag of an option; of a switch that is on by default also the one that turns it off."""
+    known = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    kind = known[0] if isinstance(hint, types.UnionType) else hint
+    given = {name: value for name, value in field.metadata.items() if name != "aliases"} | {"default": field.default}
+    if field.default not in (None, False, ""):
+        given["help"] += " (default: %(default)s)"
+    if kind is bool:
+        given |= {"type": _truth, "nargs": "?", "const": True, "metavar": "true|false"}
+    elif typing.get_origin(kind) is list:
+        given |= {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "VALUE"}
+    else:
+        given |= {"type": kind} | ({} if "choices" in given else {"metavar": kind.__name__.upper()})
+    section.add_argument(f"--{field.name}", *field.metadata.get("aliases", ()), **given)
+    if kind is bool and field.default is True:
+        section.add_argument(f"--no_{field.name}", action="store_false", dest=field.name, help="turn that off")
+
+
+def _underscored(word: str, known_flags: Sequence[str]) -> str:
+    """`--train_data_dir` for `--train-data-dir`; other words as they are."""
+    flag, assigned, value = word.partition("=")
+    name = "--" + flag[2:].replace("-", "_")
+    return name + assigned + value if flag.startswith("--") and name in known_flags else word
+
+
+def _truth(word: str) -> bool:
+    for value, words in ((True, ("yes", "true", "t", "y", "1")), (False, ("no", "false", "f", "n", "0"))):
+        if word.lower() in words:
+            return value
+    raise argparse.ArgumentTypeError(f"must be true or false, got {word}")
+
+
 def parse(options: type, argv: Sequence[str] | None, description: str) -> typing.Any:
     """Parses `argv` (the process's arguments if None) into an instance of `options`, a dataclass of option groups.
 
@@ -126,21 +187,24 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
         UserError: for a flag that is unknown or abbreviated, or a value that its group refuses.
     """
     groups = typing.get_type_hints(options)
-    parser = _Parser(list(groups.values()), description)
+    parser = _Parser(groups, description)
     known_flags = [flag for action in parser._actions for flag in action.option_strings]
-    *values, unknown = parser.parse_args_into_dataclasses(
-        list(sys.argv[1:] if argv is None else argv), return_remaining_strings=True, look_for_args_file=False
-    )
+    words = [_underscored(word, known_flags) for word in (sys.argv[1:] if argv is None else argv)]
+    found, unknown = parser.parse_known_args(words)
     if unknown:
         flag = unknown[0].partition("=")[0]
         hint = nearest(flag, known_flags) if flag.startswith("-") else ""
         cure = f"did you mean {hint}?" if hint else "--help lists the flags"
         raise UserError(f"unknown argument {flag}; {cure}")
-    for group in values:
+    values = {
+        name: group(**{field.name: getattr(found, field.name) for field in dataclasses.fields(group)})
+        for name, group in groups.items()
+    }
+    for group in values.values():
         for field in dataclasses.fields(group):
             if getattr(group, field.name) == "" and not field.name.endswith("prompt"):
                 raise UserError(f"--{field.name} must not be empty; leave it out or give a value")
-    return options(**dict(zip(groups, values, strict=True)))
+    return options(**values)
 
 
 def as_number(value: object) -> object:

@@ -11,13 +11,19 @@ from typing import Any, NamedTuple
 
 from utils.data.captions import CaptionOptions
 from utils.data.folders import is_image, list_files
-from utils.data.sources import DataOptions, SourceOptions, read_records
-from utils.options import UserError, first_line, nearest, option, require, require_positive
+from utils.data.sources import DataOptions, SourceOptions, is_saved_dataset, read_records
+from utils.options import UserError, first_line, nearest, option, renamed_flags, require, require_positive
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 DEFAULT_EACH, DEFAULT_UNCONDITIONAL = 4, 64
 MOST_IMAGES = 10**7
 PROMPT_FILES = (".txt", ".csv", ".jsonl", ".json")
+CAPTION_FLAGS = {  # those by which a folder's captions are read, and what they are called here
+    "train_data_dir": "captions_dir",
+    "dataset_name": "captions_dir",
+    "caption_column": "prompts_column",
+    "dataset_split": "prompts_split",
+}
 STATE_KEY = "state"  # of the texts in a drawn PNG
 
 
@@ -116,7 +122,7 @@ def _texts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
         try:
             records = read_records(DataOptions(), source, CaptionOptions(), 0)
         except UserError as error:
-            raise UserError(_renamed(error, "captions_dir")) from error
+            raise UserError(renamed_flags(error, CAPTION_FLAGS)) from error
         captions = [records.captions(index)[0] for index in range(len(records))]
         found = [(text, {"prompt": text}) for text in captions if text]
         if not found:
@@ -126,14 +132,6 @@ def _texts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
     if not found:
         raise UserError(f"--{'prompts_file' if options.prompts_file else 'prompts_dataset'} holds no prompts")
     return found
-
-
-def _renamed(error: Exception, flag: str) -> str:
-    """A message of the data's modules under the flag that was given."""
-    text = str(error)
-    for known in ("--train_data_dir", "--dataset_name"):
-        text = text.replace(known, f"--{flag}")
-    return text.replace("--caption_column", "--prompts_column").replace("--dataset_split", "--prompts_split")
 
 
 def _file_prompts(file: Path, column: str | None) -> list[tuple[str, dict[str, Any]]]:
@@ -200,8 +198,7 @@ def _dataset_prompts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]
 
     name, flag = options.prompts_dataset, f"--prompts_dataset {options.prompts_dataset}"
     try:
-        path = Path(name)
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        if is_saved_dataset(Path(name)):
             found = load_from_disk(name)
             found = found if isinstance(found, Dataset) else found[options.prompts_split]
         else:

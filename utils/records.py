@@ -73,7 +73,7 @@ class Batch:
 
     Attributes:
         step: optimizer step, from 0.
-        slots: [B] position in the global batch of that step.
+        slots: B positions in the global batch of that step.
         keys: B names of the images.
         pixels: [B, C, H, W] from 0 to 255, uint8 or finer in float32, or None where the moments come from the cache.
         moments: [B, 2, C, h, w] mean and standard deviation of the VAE's posterior, raw, or None.
@@ -91,7 +91,7 @@ class Batch:
     """
 
     step: int
-    slots: Tensor
+    slots: tuple[int, ...]
     keys: tuple[str, ...]
     pixels: Tensor | None
     moments: Tensor | None
@@ -120,7 +120,8 @@ class Batch:
     def part(self, begin: int, end: int) -> Self:
         """Some of the samples; what could not be read is said by the first part."""
         some = self._map(lambda tensor: tensor[begin:end])
-        return dataclasses.replace(some, keys=self.keys[begin:end], unreadable=() if begin else self.unreadable)
+        unreadable = () if begin else self.unreadable
+        return dataclasses.replace(some, slots=self.slots[begin:end], keys=self.keys[begin:end], unreadable=unreadable)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         """The same batch on another device."""

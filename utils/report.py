@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utils.disk import write_text
 from utils.metrics.comparison import Difference
 from utils.metrics.distances import Interval
 from utils.metrics.features import Picture
@@ -76,15 +76,8 @@ def write_report(findings: Findings, folder: Path, num_prompts: int = 24) -> Non
     """Writes `results.json`, `report.md` and `report.html`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results(findings))
-    _write_text(folder / "report.md", markdown(findings))
-    _write_text(folder / "report.html", html(findings, num_prompts))
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Writes a text so that the file is at any moment either the old or the new one."""
-    aside = path.with_name(f".tmp-{path.name}")
-    aside.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files need not be Unicode
-    os.replace(aside, path)
+    write_text(folder / "report.md", markdown(findings))
+    write_text(folder / "report.html", html(findings, num_prompts))
 
 
 def results(findings: Findings) -> dict[str, object]:

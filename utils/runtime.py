@@ -3,12 +3,14 @@
 import json
 import logging
 import os
+import platform
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
@@ -16,6 +18,7 @@ from urllib.parse import urlsplit
 import torch
 from filelock import FileLock, Timeout
 
+from utils.disk import write_text
 from utils.engines import DTYPES, asked_engine, check_engine
 from utils.heartbeat import watching
 from utils.options import UserError, end_at_once_on_errors, first_line, option, require, require_not_negative
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
 Result = TypeVar("Result")
 
 
@@ -41,7 +45,9 @@ class RuntimeOptions:
     mixed_precision: str | None = option(
         None, "arithmetic of forward and backward; by default what `accelerate launch` says", choices=tuple(DTYPES)
     )
-    allow_tf32: bool = option(False, "matrix products in TF32 on Ampere and later GPUs")
+    allow_tf32: bool | None = option(
+        None, "float32's matrix products in TF32 on Ampere and later GPUs; by default with a mixed precision"
+    )
     deterministic: bool = option(
         False, "choose kernels that give the same bits each time; on a GPU a resumed run is bit-exact only with it"
     )
@@ -81,6 +87,10 @@ def start_processes(
     if asked_engine() == "DEEPSPEED" and on_cpu:
         on_cpu = False  # with cpu=True accelerate passes over DeepSpeed in silence
         handler.backend = "gloo"
+    # Gradients as views of what is sent spare a copy of them; a static graph would ask that the first backward pass be
+    # shared, which the rehearsal's is not. Buffers are the same everywhere; sent before a forward pass, a process that
+    # begins it again would send them while the others already share gradients
+    sharing = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
         accelerator = Accelerator(
             cpu=on_cpu,
@@ -89,9 +99,7 @@ def start_processes(
             step_scheduler_with_optimizer=False,
             log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / logging_dir)),
-            # buffers are the same everywhere; sent before a forward pass, a process that begins it again would send
-            # them while the others already share gradients
-            kwargs_handlers=[handler, DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[handler, sharing],
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"accelerate can't start with these settings: {first_line(error)}") from error
@@ -106,7 +114,7 @@ def start_processes(
     _check_precision(accelerator.mixed_precision, accelerator.device.type)
     if options.local_rank != -1 and accelerator.is_main_process:
         logger.warning("--local_rank is ignored: the launcher says it by the environment")
-    if options.allow_tf32:
+    if options.allow_tf32 if options.allow_tf32 is not None else accelerator.mixed_precision != "no":
         torch.backends.cuda.matmul.allow_tf32 = True
     silence_libraries()
     return accelerator
@@ -216,10 +224,18 @@ class OutputFolder:
 
 def write_json(path: Path, value: object) -> None:
     """Writes JSON so that the file is at any moment either the old or the new one."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files need not be Unicode
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a run's numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def silence_libraries() -> None:

@@ -9,9 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+PLAIN = (Tensor, nn.Parameter)
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether each process holds a part of the tensor."""
+    if type(tensor) in PLAIN:  # nearly all, and asked of each parameter in each step
+        return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
@@ -61,20 +65,21 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return kind.__mro__[2] if issubclass(kind, FSDPModule) else kind
 
 
-def sharded_parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """The parts of modules whose weights are gathered together."""
+def sharded_parts(components: Iterable[object]) -> list[nn.Module]:
+    """The parts of modules whose weights are gathered together; what is no module among them has none."""
     from torch.distributed.fsdp import FSDPModule
 
+    modules = (each for each in components if isinstance(each, nn.Module))
     return [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 @contextmanager
-def unsharded(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it every process has all weights, so that each may run the modules as often as it likes.
+def unsharded(components: Iterable[object]) -> Iterator[None]:
+    """Within it every process has all weights, so that each may run the modules among these as often as it likes.
 
     Every process must enter and leave it.
     """
-    parts = sharded_parts(modules)
+    parts = sharded_parts(components)
     try:
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)

@@ -1,35 +1,43 @@
-"""What a run settles between its options and its first step: whether it goes on from a checkpoint, how much it takes
-at once, and what it records of itself.
-"""
+"""The parts of a run, made of its options before the first step, and what it records of itself."""
 
 import logging
-import math
-import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from utils.checkpoint import CheckpointOptions, Checkpoints, read_state
+from utils.adaptation import Adaptation
+from utils.checkpoint import RunFacts, read_state
+from utils.checks import check_stepping
+from utils.copies import HalfCopy
 from utils.data.buckets import BucketOptions
+from utils.data.captions import CaptionOptions
 from utils.data.dataset import LoaderOptions
 from utils.data.sampler import GlobalBatches, Pieces
 from utils.data.selection import PlannedImages
 from utils.data.stream import StreamedBatches, StreamedImages, StreamedPieces
-from utils.ema_lengths import has_averages, set_aside_snapshots
+from utils.ema import EmaOptions, MovingAverage
+from utils.ema_lengths import AverageLengths
 from utils.encoding import Encoder
-from utils.engines import Engine
+from utils.engines import Engine, engine_of
+from utils.families.base import Family
 from utils.families.vae import LatentSpace
 from utils.gradients import Gradients
-from utils.optim import LENGTH_SCHEDULES, NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer
+from utils.held_out import HeldOut
+from utils.objective import Objective
+from utils.optim import NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer
 from utils.options import UserError, as_record, without_secrets
 from utils.perceptual import PerceptualLoss, PerceptualOptions
-from utils.runtime import OutputFolder
+from utils.preparation import DataPreparation
+from utils.records import Batch
+from utils.runtime import OutputFolder, start_processes, versions
+from utils.speed import SpeedOptions, compile_checked
+from utils.state import RunState
 from utils.stepping import PerParameter
+from utils.stopping import StopRequests
 from utils.terms import LossTerm, TermFacts, TermOptions, load_term
 from utils.tracking import TrackingOptions, start_trackers
 
@@ -37,74 +45,76 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
-
-# what a resumed run may change: its length, intervals and logging, how it is spread, what only saves memory or time,
-# and where its data lie, which are compared themselves
-FREE_GROUPS = (
-    "evaluation",
-    "features",
-    "controls",
-    "length",
-    "checkpoint",
-    "tracking",
-    "hub",
-    "validation",
-    "stopping",
-    "runtime",
-    "loader",
-    "sampling",
-    "speed",
-)
-FREE_OPTIONS = {
-    *("dataset_name", "dataset_config_name", "train_data_dir", "dataset_file", "cache_dir", "mask_dir"),
-    *("validation_data_dir", "max_validation_samples", "encoding_cache_dir", "cache_batch_size", "cache_only"),
-    *("verify_cache", "use_ema", "offload_ema", "foreach_ema", "ema_lengths", "ema_snapshot_steps"),
-    *("gradient_checkpointing", "attention_slicing", "vae_slicing", "sampling_cpu_offload", "export_fused"),
-    *("on_bad_image", "fused_adamw", "max_bad_fraction", "bucket_group_size", "loss_module"),
-}
 
 
-def training_options(options: Any, accelerator: "Accelerator", global_batch: int) -> dict[str, object]:
-    """The options that change what is trained, by flag, and the arithmetic and batch that they come to.
+def start_engine(options: Any, folder: OutputFolder, pure_bf16: bool) -> Engine:
+    """Joins the processes of the run, and takes the engine it was launched with.
+
+    Args:
+        options: all of a script's, by group.
+
+    Raises:
+        UserError: if an option does not go with the engine, the processes or the precision.
+    """
+    loader, tracking = options.loader, options.tracking
+    accelerator = start_processes(
+        options.runtime,
+        loader.gradient_accumulation_steps,
+        tracking.trackers,
+        folder.path,
+        tracking.logging_dir,
+    )
+    check_stepping(options.optimizer, tracking, pure_bf16, accelerator)
+    if options.speed.bf16_weights and (pure_bf16 or accelerator.mixed_precision != "bf16"):
+        found = "--pure_bf16" if pure_bf16 else accelerator.mixed_precision
+        raise UserError(f"--bf16_weights goes with --mixed_precision bf16, got {found}; leave one out")
+    engine = engine_of(accelerator)
+    engine.check_options(as_record(options), options.optimizer.name)
+    engine.check_batch(loader.global_batch(accelerator.num_processes))
+    return engine
+
+
+def prepare_data(
+    options: Any, captions: CaptionOptions, accelerator: "Accelerator", folder: OutputFolder, requests: StopRequests
+) -> DataPreparation:
+    """The options of the data, and what else its preparation needs.
 
     Args:
         options: all of a script's, by group.
     """
-    groups = (field.name for field in fields(options) if field.name not in FREE_GROUPS)
-    record = {name: value for group in groups for name, value in asdict(getattr(options, group)).items()}
-    chosen = {name: value for name, value in record.items() if name not in FREE_OPTIONS}
-    return chosen | {"mixed_precision": accelerator.mixed_precision, "global_batch": global_batch}
+    return DataPreparation(
+        accelerator,
+        options.data,
+        options.source,
+        captions,
+        options.selection,
+        options.image,
+        options.buckets,
+        options.cache,
+        options.held_out,
+        options.runtime.seed,
+        None if options.runtime.dry_run else folder.path,
+        requests,
+    )
 
 
-def warn_of_length(start: Path, options: ScheduleOptions, total_steps: int) -> None:
-    """Says so where the learning rate would have another course because the run has another length."""
-    before = read_state(start).facts.total_steps
-    if options.lr_scheduler in LENGTH_SCHEDULES and before != total_steps:
-        message = "--lr_scheduler %s depends on the run's length: it was %d steps and is %d, so the rate jumps"
-        logger.warning(message, options.lr_scheduler, before, total_steps)
+def measure_on(
+    options: Any,
+    accelerator: "Accelerator",
+    family: Family,
+    images: PlannedImages | None,
+    text_encoders_train: bool,
+    requests: StopRequests,
+) -> HeldOut | None:
+    """The held-out images, encoded, if there are any.
 
-
-def claim(
-    folder: OutputFolder, checkpoints: Checkpoints, start: Path | None, options: CheckpointOptions, overwrite: bool
-) -> None:
-    """Takes the output folder for this run, and tidies what earlier runs left of checkpoints."""
-    is_inside = start is not None and start.resolve().parent == folder.path.resolve()
-    resuming = is_inside or options.resume_from_checkpoint == "latest"
-    folder.claim(resuming, overwrite)
-    checkpoints.clean()
-    step = 0 if start is None else read_state(start).step
-    checkpoints.set_aside_after(step)
-    set_aside_snapshots(folder.path, step if start is not None and has_averages(start) else 0)
-
-
-def choose_group_size(buckets: BucketOptions, loader: LoaderOptions, global_batch: int, start: Path | None) -> int:
-    """How many samples of one bucket stand together: as asked, as the run that goes on had it, or the micro-batch."""
-    recorded = None if start is None else read_state(start).facts.structure.get("bucket_group_size")
-    chosen = buckets.bucket_group_size or recorded or math.gcd(loader.train_batch_size, global_batch)
-    if global_batch % chosen:
-        raise UserError(f"--bucket_group_size must divide the global batch of {global_batch}, got {chosen}")
-    return chosen
+    Args:
+        options: all of a script's, by group.
+    """
+    if images is None:
+        return None
+    seed = options.runtime.seed
+    return HeldOut(accelerator, family, images, options.stopping, options.image, seed, text_encoders_train, requests)
 
 
 def samples_at_once(buckets: BucketOptions, loader: LoaderOptions, group_size: int) -> int:
@@ -150,6 +160,32 @@ def make_optimizer(
     return build_optimizer(named, rates)
 
 
+def make_state(
+    engine: Engine,
+    adaptation: Adaptation,
+    objective: Objective,
+    own: list[NamedParameter],
+    rates: OptimizerOptions,
+    ema: EmaOptions,
+    folder: OutputFolder,
+    facts: RunFacts,
+    seed: int,
+) -> tuple[torch.nn.Module, RunState]:
+    """The model to call for losses, and the state that its steps change.
+
+    Args:
+        own: what loss terms train themselves.
+    """
+    named = adaptation.named_parameters(rates)
+    optimizer = make_optimizer(named + own, rates, adaptation.options.pure_bf16, seed)
+    model, optimizer = engine.prepare(objective, optimizer, rates.clip_norm)
+    named = adaptation.named_parameters(rates)  # an engine that spreads weights puts others in their place
+    average = MovingAverage([each.parameter for each in named], ema) if ema.use_ema else None
+    lengths = AverageLengths(named, ema, folder.path) if ema.ema_lengths else None
+    terms = list(objective.terms)
+    return model, RunState(engine, adaptation, average, lengths, optimizer, named, own, terms, facts)
+
+
 def make_gradients(
     engine: Engine,
     model: torch.nn.Module,
@@ -161,6 +197,7 @@ def make_gradients(
     seed: int,
     steps_in_backward: bool,
     saving: Mapping[str, bool],
+    half_copy: HalfCopy | None,
 ) -> Gradients:
     """What runs forward and backward; a run that goes on takes no more samples at once than memory allowed before.
 
@@ -182,7 +219,39 @@ def make_gradients(
         min(at_once, allowed or at_once),
         engine.can_begin_again and not steps_in_backward,
         [flag for flag, is_given in saving.items() if not is_given],
+        half_copy,
     )
+
+
+def hasten(
+    options: SpeedOptions,
+    gradients: Gradients,
+    denoiser: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    sizes_vary: bool,
+) -> None:
+    """Compiles the denoiser where that was asked for, and names all that is active for speed.
+
+    Args:
+        batch: by which a compiled denoiser is compared with the plain one.
+        sizes_vary: whether batches are of several sizes.
+    """
+    precision = gradients.accelerator.mixed_precision
+    has_tf32 = gradients.accelerator.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    if options.compiled is not None:
+        is_exact = precision == "no" and not has_tf32
+        compile_checked(denoiser, options.compiled, sizes_vary, partial(gradients.of, batch), is_exact)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    active = {
+        f"compiled {options.compiled}": options.compiled is not None,
+        "bf16 weights": options.bf16_weights,
+        "channels last": options.channels_last,
+        "TF32": has_tf32,
+        "fused AdamW": isinstance(inner, torch.optim.AdamW) and bool(inner.defaults.get("fused")),
+        precision: precision != "no",
+    }
+    logger.info("active for speed: %s", ", ".join(name for name, is_active in active.items() if is_active) or "nothing")
 
 
 def describe_run(
@@ -238,12 +307,27 @@ def open_records(options: Any, accelerator: "Accelerator", folder: OutputFolder,
     start_trackers(accelerator, tracking, record)
 
 
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """The versions of Python and of the packages that a run's numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def card_settings(options: Any, total_steps: int, global_batch: int, resolution: int) -> list[tuple[str, object]]:
+    """The settings that a model card names.
+
+    Args:
+        options: all of a script's, by group.
+    """
+    return [
+        ("optimizer steps", total_steps),
+        ("global batch", global_batch),
+        ("learning rate", options.optimizer.learning_rate),
+        ("resolution", resolution),
+        ("mixed precision", options.runtime.mixed_precision or "as launched"),
+        ("seed", options.runtime.seed),
+    ]
+
+
+def data_name(options: Any) -> str:
+    """What a model card calls the data.
+
+    Args:
+        options: all of a script's, by group.
+    """
+    source = options.source
+    return source.dataset_name or Path(source.train_data_dir or options.data.dataset_file).name

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 OWN_PARAMETERS = "loss_module.safetensors"
+NORM_EPSILON = 1e-6  # that torch's clip_grad_norm_ adds
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,28 @@ class RunState:
     def clip(self, max_norm: float) -> Tensor:
         """Scales the gradients down to a norm; gives the norm they had, also of those that are used up already.
 
+        A fused optimizer does it in its own step, by torch's coefficient, and spares a pass over all gradients.
         The gradients of loss terms are scaled apart: however large, they leave the pipeline's as they are. Where they
         are not finite, the norm is not.
         """
         if self._steps_in_backward:
             return self._inner.grad_norm().to(self.accelerator.device)
+        if self._decides_on_device and not self.own_parameters:
+            gradients = [named.parameter.grad for named in self.parameters if named.parameter.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            self._inner.grad_scale = ((norm + NORM_EPSILON) / max_norm).clamp(min=1)  # what the kernel divides them by
+            return norm
         norm = self.engine.clip([named.parameter for named in self.parameters], max_norm)
         if not self.own_parameters:
             return norm
         own_norm = nn.utils.clip_grad_norm_([named.parameter for named in self.own_parameters], max_norm)
         return torch.where(torch.isfinite(own_norm), norm, own_norm)
+
+    @property
+    def _decides_on_device(self) -> bool:
+        """Whether the optimizer's kernel scales gradients itself, and leaves out a step that is not finite."""
+        on_device = self.engine.decides_on_device and self.accelerator.scaler is None
+        return on_device and getattr(self._inner, "_step_supports_amp_scaling", False)
 
     @property
     def accelerator(self) -> "Accelerator":
@@ -105,13 +118,14 @@ class RunState:
         """
         scaler, inner = self.accelerator.scaler, self._inner
         scale, was_skipped = 0.0 if scaler is None else scaler.get_scale(), False
-        decides_on_device = self.engine.decides_on_device and getattr(inner, "_step_supports_amp_scaling", False)
-        if scaler is None and decides_on_device:
-            inner.grad_scale, inner.found_inf = None, (~torch.isfinite(grad_norm)).float()
+        if self._decides_on_device:
+            inner.found_inf = (~torch.isfinite(grad_norm)).float()
         elif scaler is None:
             was_skipped = not torch.isfinite(grad_norm)
         if not was_skipped:
             self.engine.step(self.optimizer)
+        if self._decides_on_device:
+            inner.grad_scale = inner.found_inf = None
         self.optimizer.zero_grad()
         if scaler is not None:
             was_skipped = scaler.get_scale() < scale  # a fused optimizer does not say it itself
@@ -158,6 +172,10 @@ class RunState:
     def export(self, folder: Path) -> None:
         """Writes the result; for all to call."""
         on_main_process(self.accelerator, partial(_write_result, self.exporting(), folder))
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Within it the trained modules are in evaluation mode and hold the average, if there is one."""
+        return evaluating(self.adaptation, self.average, self.optimizer)
 
     def tensors(self) -> list[Tensor]:
         """All that a checkpoint holds copies of, about."""

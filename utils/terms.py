@@ -1,8 +1,7 @@
 """Further terms of the loss, of a user's own making too, with what they learn from."""
 
-import importlib.util
 import inspect
-import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from utils.options import UserError, as_number, first_line, option, require, require_positive
+from utils.own_classes import load_class
 from utils.records import Predicted
 
 
@@ -29,7 +29,7 @@ class TermFacts:
     decode: Callable[[Tensor], Tensor]
 
 
-class LossTerm(nn.Module):
+class LossTerm(nn.Module, ABC):
     """What is added to the loss of each sample.
 
     A term may have parameters of its own, such as a discriminator's: they learn from `own_losses` alone, in the same
@@ -40,9 +40,9 @@ class LossTerm(nn.Module):
     def __init__(self, facts: TermFacts):
         super().__init__()
 
+    @abstractmethod
     def forward(self, predicted: Predicted) -> Tensor:
         """[B] what is added to the losses, its weight included. Its own parameters get no gradient from it."""
-        raise NotImplementedError
 
     def own_losses(self, predicted: Predicted) -> Tensor | None:
         """[B] what its own parameters learn from, if it has any; the model gets no gradient from it."""
@@ -87,25 +87,14 @@ def load_term(options: TermOptions, facts: TermFacts) -> LossTerm:
     Raises:
         UserError: if the file can't be run, holds not one subclass of `LossTerm`, or refuses its arguments.
     """
-    flag = f"--loss_module {options.loss_module}"
-    spec = importlib.util.spec_from_file_location(f"loss_module_{Path(options.loss_module).stem}", options.loss_module)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
+    kind = load_class("loss_module", options.loss_module, LossTerm)
+    if inspect.isabstract(kind):
+        raise UserError(f"--loss_module {options.loss_module}: its {kind.__name__} must define forward")
     try:
-        spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"{flag} can't be run: {type(error).__name__}: {first_line(error)}") from error
-    found = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, LossTerm) and value.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        names = ", ".join(term.__name__ for term in found) or "none"
-        raise UserError(f"{flag} must hold one subclass of utils.terms.LossTerm, it holds {names}")
-    try:
-        return found[0](facts, **options.arguments)
+        return kind(facts, **options.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{flag} with --loss_module_args: {first_line(error)}") from error
+        message = f"--loss_module {options.loss_module} with --loss_module_args: {first_line(error)}"
+        raise UserError(message) from error
 
 
 def added_losses(term: LossTerm, predicted: Predicted) -> Tensor:

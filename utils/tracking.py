@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from utils.disk import write_text
 from utils.options import UserError, option, require_positive
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ class TrackingOptions:
     report_to: str = option("tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"))
     logging_dir: str = option("logs", "folder of the trackers' files in output_dir")
     tracker_project_name: str = option("text2image-fine-tune", "name of the project in the trackers")
+    logging_steps: int = option(
+        1,
+        "optimizer steps whose numbers are read from the device at once, a step after the last; so often processes "
+        "also agree to stop",
+    )
     debug_loss: bool = option(False, "log each image's loss under its file's name")
     max_skipped_steps: int = option(10, "steps in a row without a finite loss and gradient after which the run ends")
     layer_norm_steps: int | None = option(
@@ -45,7 +50,7 @@ class TrackingOptions:
     )
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_skipped_steps", "layer_norm_steps", "histogram_steps")
+        require_positive(self, "logging_steps", "max_skipped_steps", "layer_norm_steps", "histogram_steps")
 
     @property
     def trackers(self) -> list[str]:
@@ -82,7 +87,7 @@ class StepMetrics(NamedTuple):
         keys: names of this process's images, to be named if the step goes wrong.
         loss_by_key: with --debug_loss (name, loss) of this process's images.
         waited: seconds that the training thread waited for data.
-        sums: [n] numbers of all processes together, which the loop wants to know a step late.
+        sums: [n] numbers of all processes together, which the loop wants to know when they are read.
     """
 
     step: int
@@ -97,19 +102,26 @@ class StepMetrics(NamedTuple):
 
 
 class RunLog:
-    """Writes metrics on the main process; a step's numbers are read when the next step has been queued.
+    """Writes metrics on the main process; steps' numbers are read together, when the next step has been queued.
 
-    `metrics.jsonl` has a line a step: step, epoch, train_loss, grad_norm, learning_rate, images_per_second, the share
-    of the time spent waiting for data (data_wait), and on a GPU the most memory used so far. What is not finite stands
-    there as null. `epochs.jsonl` has a line an epoch: the least, largest and mean loss of its steps.
+    `metrics.jsonl` has a line a step: step, epoch, train_loss, grad_norm, learning_rate, images_per_second (the mean of
+    the steps that are read together), the share of the time spent waiting for data (data_wait), and on a GPU the most
+    memory used so far. What is not finite stands there as null. `epochs.jsonl` has a line an epoch: the least, largest
+    and mean loss of its steps.
 
     Attributes:
-        sums: those of the last step that was read; none before.
+        sums: those of the steps that were read just now, added up; none if none were.
         skipped_in_a_row: steps without a finite loss and gradient, which were not taken, up to the last that was read.
     """
 
     def __init__(
-        self, accelerator: "Accelerator", folder: Path, first_step: int, total_steps: int, images_per_step: int
+        self,
+        accelerator: "Accelerator",
+        folder: Path,
+        first_step: int,
+        total_steps: int,
+        images_per_step: int,
+        steps_together: int = 1,
     ):
         from tqdm.auto import tqdm
 
@@ -120,8 +132,9 @@ class RunLog:
         self._epochs = EpochLosses()
         self._layers = LayerNorms()
         self._folder = folder
-        self._pending: tuple[StepMetrics, float] | None = None
-        self._last_step_at = time.perf_counter()
+        self._steps_together = steps_together
+        self._pending: list[StepMetrics] = []
+        self._read_at = time.perf_counter()
         self._file = None
         self._bar = tqdm(
             total=total_steps,
@@ -135,15 +148,15 @@ class RunLog:
         if accelerator.is_main_process:
             path = folder / "metrics.jsonl"
             for each in (path, folder / "epochs.jsonl", folder / "layers.jsonl"):
-                _keep_steps(each, first_step)
+                keep_steps(each, first_step)
             self._file = path.open("a", encoding="utf-8")
 
     def step(self, metrics: StepMetrics) -> None:
-        """Takes a step's metrics, and writes those of the step before."""
-        self._write_pending()
-        now = time.perf_counter()
-        self._pending = metrics, now - self._last_step_at
-        self._last_step_at = now
+        """Takes a step's metrics, and writes those of the steps before, if they are enough to be read together."""
+        self.sums = []
+        if len(self._pending) >= self._steps_together:
+            self._write_pending()
+        self._pending.append(metrics)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -152,7 +165,7 @@ class RunLog:
         try:
             yield
         finally:
-            self._last_step_at = time.perf_counter()
+            self._read_at = time.perf_counter()
 
     def __enter__(self) -> Self:
         return self
@@ -165,17 +178,24 @@ class RunLog:
             self._file.close()
 
     def _write_pending(self) -> None:
-        if self._pending is None:
+        if not self._pending:
             return
-        metrics, seconds = self._pending
-        self._pending = None
-        loss, grad_norm = metrics.loss.item(), metrics.grad_norm.item()
-        self.sums = [] if metrics.sums is None else metrics.sums.tolist()
+        steps, self._pending = self._pending, []
+        rows = torch.stack(
+            [_numbers(metrics) for metrics in steps]
+        ).tolist()  # the one time that the device is waited for
+        now = time.perf_counter()
+        seconds, self._read_at = (now - self._read_at) / len(steps), now
+        self.sums = [sum(column) for column in list(zip(*rows, strict=True))[2:]]
+        for metrics, (loss, grad_norm, *_) in zip(steps, rows, strict=True):
+            self._write(metrics, loss, grad_norm, seconds)
+        self._bar.update(len(steps))
+
+    def _write(self, metrics: StepMetrics, loss: float, grad_norm: float, seconds: float) -> None:
         speed = self._images_per_step / seconds
         self._bar.set_postfix(
             loss=f"{loss:.4f}", lr=f"{metrics.learning_rate:.2e}", images_per_s=f"{speed:.1f}", refresh=False
         )
-        self._bar.update()
         values = {
             "epoch": round(metrics.epoch, 4),
             "train_loss": loss,
@@ -195,7 +215,7 @@ class RunLog:
             self._append("epochs.jsonl", ended)
             numbers = {f"epoch_loss_{name}": ended[name] for name in ("min", "max", "mean")}
             self._accelerator.log(numbers, step=metrics.step)
-        by_key = {f"loss_for_{key}": value.item() for key, value in metrics.loss_by_key}
+        by_key = {f"loss_for_{key}": value.item() for key, value in metrics.loss_by_key}  # asked for, to find a fault
         self._accelerator.log(values | by_key, step=metrics.step)
 
     def _count_skipped(self, metrics: StepMetrics, loss: float, grad_norm: float) -> None:
@@ -261,6 +281,12 @@ class RunLog:
             else:
                 for index, sample in enumerate(samples):
                     tracker.tracker.log_image(sample.image, name=f"{tag}_{index}", step=step)
+
+
+def _numbers(metrics: StepMetrics) -> Tensor:
+    """[2 + n] the loss, the gradients' norm and the sums, on the device."""
+    both = torch.stack([metrics.loss.float(), metrics.grad_norm.float()])
+    return both if metrics.sums is None else torch.cat([both, metrics.sums.float()])
 
 
 class EpochLosses:
@@ -339,17 +365,15 @@ def start_trackers(accelerator: "Accelerator", options: TrackingOptions, record:
     accelerator.init_trackers(options.tracker_project_name, config=plain)
 
 
-def _keep_steps(path: Path, last_step: int) -> None:
+def keep_steps(path: Path, last_step: int) -> None:
     """Drops the lines after `last_step`, which a resumed run writes again, and a line that was cut off."""
-    if not path.exists():
+    if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             logger.warning("%s: left out a line that was cut off", path)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))

@@ -1,16 +1,15 @@
 """The scores of evaluate_pipeline.py while a model is trained: images drawn from the pipeline in memory."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.families.base import Family
 from utils.families.text import TextFamily
@@ -21,12 +20,13 @@ from utils.metrics.distances import NotComputable
 from utils.metrics.features import FeatureOptions, Networks
 from utils.metrics.registry import METRICS, score
 from utils.metrics.scores import Score
-from utils.metrics.subjects import Reference, Statistics, Subject, Workers
-from utils.options import UserError, option, require, require_not_negative, require_positive
+from utils.metrics.subjects import ImageSet, Reference, Statistics, Subject, Workers
+from utils.options import UserError, option, renamed_flags, require, require_not_negative, require_positive
 from utils.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
 from utils.runtime import autocast, on_main_process
 from utils.sampling_controls import SamplingControls, controllable
 from utils.sharding import unsharded
+from utils.tracking import keep_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +37,8 @@ RECORD = "evaluation.jsonl"
 
 @dataclass(frozen=True)
 class EvaluationOptions:
+    needs_reference: ClassVar[bool] = True  # where there are no images of the training to compare with
+
     eval_metrics: list[str] | None = option(None, "scores to compute while training", choices=METRICS)
     eval_steps: int | None = option(
         None, "optimizer steps between them; by default they come after the last step alone"
@@ -63,14 +65,14 @@ class EvaluationOptions:
             if getattr(self, name) is not None and not self.eval_metrics:
                 raise UserError(f"--{name} is of --eval_metrics; give both or neither")
         for name in self.eval_metrics or ():
-            if METRICS[name].compares and self.eval_reference is None:
+            if METRICS[name].compares and self.eval_reference is None and self.needs_reference:
                 raise UserError(f"--eval_metrics {name} compares with real images; give --eval_reference")
             if name == "memorisation":
                 raise UserError("--eval_metrics memorisation is evaluate_pipeline.py's; leave it out")
         try:
             ReferenceOptions(reference=self.eval_reference)
         except UserError as error:
-            raise UserError(str(error).replace("--reference", "--eval_reference")) from error
+            raise UserError(renamed_flags(error, {"reference": "eval_reference"})) from error
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether scores are computed after optimizer step number `step`, from 1."""
@@ -92,12 +94,14 @@ class TrainingEvaluation:
         prompts: list[str] | None = None,
         first_step: int = 0,
         controls: SamplingControls | None = None,
+        trained_on: ImageSet | None = None,
     ):
         """Reads the prompts, and looks the reference through.
 
         Args:
             prompts: to draw where the options name no file.
             first_step: from which the run goes on: what was measured behind it is forgotten.
+            trained_on: what is compared with where the options name no reference.
 
         Raises:
             UserError: if the prompts or the reference can't be used.
@@ -113,8 +117,8 @@ class TrainingEvaluation:
         if options.eval_prompts_file is not None:
             self._prompts = read_prompts(PromptOptions(prompts_file=options.eval_prompts_file))
         self._load_networks()
-        self._reference = self._read_reference() if options.eval_metrics else None
-        on_main_process(accelerator, partial(_keep_steps, self._folder / RECORD, first_step))
+        self._reference = self._read_reference(trained_on) if options.eval_metrics else None
+        on_main_process(accelerator, partial(keep_steps, self._folder / RECORD, first_step))
 
     def _load_networks(self) -> None:
         """So that one that is not there ends the run before its first step."""
@@ -134,10 +138,13 @@ class TrainingEvaluation:
         if self._options.eval_metrics:
             complete_prompts(pipeline, self._prompts, None)
 
-    def _read_reference(self) -> Reference | None:
+    def _read_reference(self, trained_on: ImageSet | None) -> Reference | None:
         name, chosen = self._options.eval_reference, ReferenceOptions(reference=self._options.eval_reference)
-        if name is None:
+        compared = [METRICS[each] for each in self._options.eval_metrics or () if METRICS[each].compares]
+        if not compared:
             return None
+        if name is None and trained_on is None:
+            raise UserError("--eval_metrics: streamed images are not kept to compare with; give --eval_reference")
         try:
             if chosen.is_statistics:
                 statistics = Statistics.read(Path(name))
@@ -145,15 +152,16 @@ class TrainingEvaluation:
                 size = None if network.class_weights is None else network.class_weights.shape[1]
                 statistics.check(network, size, False)
                 return statistics
-            reference = Subject(read_images("reference", name, chosen, self._seed), self._networks, self._workers)
-            compared = [METRICS[each] for each in self._options.eval_metrics if METRICS[each].compares]
+            images = trained_on if name is None else read_images("reference", name, chosen, self._seed)
+            reference = Subject(images, self._networks, self._workers)
             for network_name in dict.fromkeys(metric.network for metric in compared):
                 reference.features(network_name)
             return reference
         except NotComputable as reason:
-            raise UserError(f"--eval_reference {name}: {reason}") from reason
+            where = "the images trained on" if name is None else f"--eval_reference {name}"
+            raise UserError(f"{where}: {reason}") from reason
         except UserError as error:
-            raise UserError(str(error).replace("--reference", "--eval_reference")) from error
+            raise UserError(renamed_flags(error, {"reference": "eval_reference"})) from error
         finally:
             self._networks.rest()
 
@@ -167,11 +175,10 @@ class TrainingEvaluation:
         Args:
             resolution: edge of the images, where the pipeline draws more than one.
         """
-        parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
         encode = partial(family.prompt_arguments, negative_prompt=None) if isinstance(family, TextFamily) else None
         size = {} if resolution is None else {"height": resolution, "width": resolution}
         around = partial(autocast, self._accelerator)
-        with unsharded(parts), controllable(self._controls, family.pipeline):
+        with unsharded(family.pipeline.components.values()), controllable(self._controls, family.pipeline):
             found = self.measure(family.pipeline, step, encode, size, around)
         return {f"eval/{name}": value for name, value in found.items()}
 
@@ -232,19 +239,3 @@ def _append(file: Path, step: int, scores: list[Score]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
         print(json.dumps({"step": step, "scores": {each.name: each.record() for each in scores}}), file=lines)
-
-
-def _keep_steps(file: Path, last_step: int) -> None:
-    """Drops the lines after `last_step`, and one that was cut off."""
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    aside = file.with_name(f".tmp-{file.name}")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, file)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.families.text import TextFamily
 from utils.options import UserError, option, require_not_negative, require_positive
@@ -107,8 +107,10 @@ class Sampler:
         rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
         mine = dict(list(enumerate(self._requests))[rank::num_processes])
         drawn = []
-        parts = [part for part in self._family.pipeline.components.values() if isinstance(part, nn.Module)]
-        with self._family.awake() if self._requests else nullcontext(), unsharded(parts):
+        with (
+            self._family.awake() if self._requests else nullcontext(),
+            unsharded(self._family.pipeline.components.values()),
+        ):
             for index, image in zip(mine, self._draw(list(mine.values())), strict=False):
                 self._save(image, mine[index], self._folder / name / f"{mine[index].name}.png")
                 drawn.append((index, np.asarray(image)))

@@ -53,6 +53,10 @@ class CaptionOptions:
         """Those of an image's captions that are used."""
         return captions
 
+    def of_folder(self, key: str, source: str) -> str:
+        """What stands for the caption of an image where its folder's name does."""
+        return folder_caption(key, source)
+
     @property
     def joiner(self) -> str:
         """What tags are joined by: a single mark is followed by a space."""

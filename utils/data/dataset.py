@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -147,7 +147,7 @@ class TrainingDataset(Dataset):
         values = torch.stack([sight.values for sight in seen])
         return Batch(
             step=piece.step,
-            slots=torch.tensor(piece.slots),
+            slots=tuple(piece.slots),
             keys=tuple(keys),
             pixels=values if is_live else None,
             moments=None if is_live else values,
@@ -175,7 +175,7 @@ class TrainingDataset(Dataset):
             }
         return Batch(
             step=0,
-            slots=torch.arange(count),
+            slots=tuple(range(count)),
             keys=("",) * count,
             pixels=torch.from_numpy(pixels) if encodings.latents is None else None,
             moments=None if encodings.latents is None else torch.zeros(count, 2, *latent[1:]),
@@ -190,6 +190,12 @@ class TrainingDataset(Dataset):
             timesteps=torch.full((count,), timestep),
             masks=torch.full((count, 1, *latent[2:]), 255, dtype=torch.uint8) if self.images.has_masks else None,
         )
+
+    def with_draws(self, batch: Batch) -> Batch:
+        """A batch with the noise and the timesteps of the first step, in the place of its own."""
+        shape = tuple(batch.noise.shape[1:])
+        draws = [self.noise_draws.draw(0, slot, shape) for slot in range(len(batch))]
+        return replace(batch, **stack_draws(draws))
 
     def _look(self, piece: Piece, slot: int, unreadable: list) -> tuple[Draw, Sight]:
         """The slot's image; if it can't be read another of its bucket, drawn by (seed, step, slot): a resume's too."""

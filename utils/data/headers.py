@@ -16,8 +16,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet
 from tqdm import tqdm
 
 from utils.data.images import ODDITIES, read_header, reason_of
@@ -279,7 +277,9 @@ class _Memory:
         self._path = folder / "headers" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.parquet"
         self._table: pa.Table | None = None
         try:
-            self._table = pyarrow.parquet.read_table(self._path)
+            from pyarrow import parquet
+
+            self._table = parquet.read_table(self._path)
         except (OSError, pa.ArrowException):
             return
 
@@ -287,7 +287,9 @@ class _Memory:
         """[n] where each is remembered as it is now, else -1."""
         if self._table is None or not len(self._table) or not keys:
             return np.full(len(keys), -1)
-        at = pa.compute.index_in(encoded(keys), value_set=self._table["key"].combine_chunks())
+        from pyarrow import compute
+
+        at = compute.index_in(encoded(keys), value_set=self._table["key"].combine_chunks())
         at = at.fill_null(-1).to_numpy(zero_copy_only=False)
         remembered = self._table["stamp"].to_pandas().to_numpy()
         return np.where((at >= 0) & (remembered[at] == np.array(stamps, object)), at, -1)
@@ -298,6 +300,8 @@ class _Memory:
 
     def remember(self, keys: list[str], stamps: list[str], found: Survey, places: np.ndarray) -> None:
         """Adds facts, but not of files that were changed a moment ago: another change might leave the stamp alike."""
+        from pyarrow import compute, parquet
+
         now = time.time_ns()
         chosen = [
             number
@@ -317,12 +321,12 @@ class _Memory:
             }
         )
         if self._table is not None and len(self._table):
-            renewed = pa.compute.is_in(self._table["key"], value_set=new["key"].combine_chunks())
-            new = pa.concat_tables([self._table.filter(pa.compute.invert(renewed)), new.cast(self._table.schema)])
+            renewed = compute.is_in(self._table["key"], value_set=new["key"].combine_chunks())
+            new = pa.concat_tables([self._table.filter(compute.invert(renewed)), new.cast(self._table.schema)])
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_name(f".tmp-{os.getpid()}-{self._path.name}")
-            pyarrow.parquet.write_table(new, temporary)
+            parquet.write_table(new, temporary)
             os.replace(temporary, self._path)
         except OSError as error:
             logger.warning("%s can't be written, headers will be read again next time: %s", self._path, error)

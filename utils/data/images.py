@@ -228,18 +228,30 @@ def read_layers(source: str | bytes, transparency_color: str) -> tuple[Image.Ima
             image.load()
     except BROKEN_FILE_ERRORS as error:
         raise OSError(f"broken image: {error}") from error
-    if image.mode.startswith("I;16") or image.mode == "I":
-        grey = (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB"), None
-    if image.mode == "F":  # of TIFF: from 0 to 1, or as many steps as integers have
-        values = np.nan_to_num(np.asarray(image))
-        scale = 255 if values.max() <= 1 else 1 if values.max() <= 255 else 1 / 257
-        return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8)).convert("RGB"), None
+    grey = deep_grey(image)
+    if grey is not None:
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB"), None
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         rgba = image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, transparency_color)
         return Image.alpha_composite(ground, rgba).convert("RGB"), rgba.getchannel("A")
     return image.convert("RGB"), None
+
+
+def deep_grey(image: Image.Image) -> np.ndarray | None:
+    """[H, W] float32 from 0 to 255 of grey in more than 8 bits; None of other images.
+
+    Integers are taken to end at 65535, or if there are larger ones at 2^31 - 1; floating-point numbers at 1, 255 or
+    65535 by their largest.
+    """
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64)
+        return (values * (1 / 257 if values.max() <= 65535 else 255 / (2**31 - 1))).clip(0, 255).astype(np.float32)
+    if image.mode == "F":  # of TIFF
+        values = np.nan_to_num(np.asarray(image))
+        scale = 255 if values.max() <= 1 else 1 if values.max() <= 255 else 1 / 257
+        return (values * scale).clip(0, 255)
+    return None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +31,10 @@ class LabelOptions:
         """How the labels of the data are used in the place of captions."""
         if not self.class_conditional:
             return NoLabels()
+        if source.dataset_name is not None and source.caption_column is None:
+            raise UserError(
+                "--class_conditional: a dataset has no folders; name the column of its classes: --label_column"
+            )
         policy = "folder" if source.caption_column is None else "error"
         used = FolderLabels if source.caption_column is None else ColumnLabels
         return used(caption_dropout=self.label_dropout, on_missing_caption=policy)
@@ -41,7 +45,7 @@ class ColumnLabels(CaptionOptions):
     """Each image has the class that its column says."""
 
     word: ClassVar[str] = "label"
-    refusal: ClassVar[str] = "--label_column"
+    refusal: ClassVar[str] = "--label_column: label them, or take them out of the data"
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class NoLabels(CaptionOptions):
 class FolderLabels(NoLabels):
     """Each image has the name of its folder for its class."""
 
+    def of_folder(self, key: str, source: str) -> str:
+        """The whole name: 5_1 and 6_1 are two classes."""
+        return PurePosixPath(key).parent.name or PurePosixPath(source).name
+
 
 @dataclass(frozen=True)
 class LabelledSource(SourceOptions):
@@ -75,26 +83,45 @@ class LabelledSource(SourceOptions):
         from datasets import ClassLabel, Value
 
         if isinstance(feature, ClassLabel):
-            return partial(_name_of, tuple(feature.names))
-        if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint")):
+            return NamedLabels(tuple(feature.names))
+        if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "bool")):
             return labels_of
-        return super().reader(feature) if feature is not None else labels_of
+        try:
+            return super().reader(feature) if feature is not None else labels_of
+        except UserError as error:
+            must = "must hold names, whole numbers, booleans or a ClassLabel"
+            raise UserError(f"--label_column {self.caption_column} {must}, got {feature}") from error
 
 
-def _name_of(names: tuple[str, ...], value: object, where: str) -> tuple[str, ...]:
-    return () if value is None or value == -1 else (names[int(value)],)
+@dataclass(frozen=True)
+class NamedLabels:
+    """Makes the name of a class of its number in a column that knows the names.
+
+    Attributes:
+        names: by the numbers.
+    """
+
+    names: tuple[str, ...]
+
+    def __call__(self, value: object, where: str) -> tuple[str, ...]:
+        """The name; none of -1, by which `datasets` says that there is no class."""
+        return () if value is None or value == -1 else (self.names[int(value)],)
 
 
 def labels_of(value: object, where: str) -> tuple[str, ...]:
-    """The name of a class that stands as a string or as a whole number."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (str(value),)
-    return captions_of(value, where)
+    """The name of a class that stands as a string, as a whole number or as a boolean."""
+    return (str(value),) if isinstance(value, int) else captions_of(value, where)
 
 
-def in_order(names: Sequence[str]) -> list[str]:
-    """Distinct names of classes: numbers by their size, else by the alphabet."""
+def in_order(names: Sequence[str], orders: Sequence[tuple[str, ...]] = ()) -> list[str]:
+    """Distinct names of classes: as the data orders them, else numbers by their size, else by the alphabet.
+
+    Args:
+        orders: that of each source, which counts if all have the same.
+    """
     distinct = sorted(set(names))
+    if len(set(orders)) == 1 and set(distinct) <= set(orders[0]):
+        return [name for name in orders[0] if name in set(distinct)]
     return sorted(distinct, key=int) if all(name.isdecimal() for name in distinct) else distinct
 
 

@@ -1,12 +1,14 @@
 """Images as a model in pixels sees them: with 1, 3 or 4 channels, and in more than 8 bits where that is asked for."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
-from utils.data.images import BROKEN_FILE_ERRORS, ImageOptions, open_image, read_layers, read_rgb
+from utils.data.images import BROKEN_FILE_ERRORS, ImageOptions, deep_grey, open_image, read_layers, read_rgb
 from utils.options import UserError, option
 
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -18,7 +20,8 @@ class PixelOptions(ImageOptions):
     resolution: int | None = option(None, "edge of the square crops in pixels; by default 64, or what the model draws")
     image_channels: int = option(3, "channels of the images: grey, colour, colour with transparency", choices=CHANNELS)
     preserve_input_precision: bool = option(
-        False, "read 16-bit, 32-bit and floating-point grey as it is, where it would be rounded to 8 bits"
+        False,
+        "read 16-bit colour and grey, and 32-bit and floating-point grey, as they are: they would be rounded to 8 bits",
     )
 
     def __post_init__(self) -> None:
@@ -34,7 +37,7 @@ class PixelOptions(ImageOptions):
     @property
     def reading(self) -> tuple[object, ...]:
         """As of all images, and whether they are read in more than 8 bits."""
-        return (*super().reading, *(["more than 8 bits"] if self.preserve_input_precision else []))
+        return (*super().reading, *(["more than 8 bits, of colours too"] if self.preserve_input_precision else []))
 
     @property
     def pixel_type(self) -> type:
@@ -83,38 +86,73 @@ class DeepImage:
 
 
 def read_deep(source: str | bytes, channels: int, transparency_color: str) -> tuple[DeepImage, Image.Image | None]:
-    """(an image of so many channels, its alpha channel or None), grey of more than 8 bits unrounded.
-
-    Integers of more than 8 bits are taken to end at 65535, floating-point numbers at 1, 255 or 65535 by their largest.
+    """(an image of so many channels, its alpha channel or None), of more than 8 bits unrounded.
 
     Raises:
         OSError, ValueError: as `read_rgb`.
     """
     image = _decoded(source)
-    alpha = None
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
-    elif image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image))
-        grey = grey * (255 if grey.max() <= 1 else 1 if grey.max() <= 255 else 1 / 257)
+    grey = deep_grey(image)
+    values = _sixteen_bits(source, image) if grey is None else np.repeat(grey[..., None], 3, axis=2)
+    if values is not None:
+        return _of_channels(values, channels, transparency_color)
+    if channels == 4:
+        image, alpha = image.convert("RGBA"), None
     else:
-        if channels == 4:
-            image = image.convert("RGBA")
-        else:
-            image, alpha = read_layers(source, transparency_color)
-            image = image.convert(CHANNELS[channels])
-        return DeepImage([each.convert("F") for each in image.split()]), alpha
-    colour = Image.fromarray(grey.astype(np.float32))
-    opaque = [Image.new("F", colour.size, 255.0)] if channels == 4 else []
-    return DeepImage([colour] * min(channels, 3) + opaque), None
+        image, alpha = read_layers(source, transparency_color)
+        image = image.convert(CHANNELS[channels])
+    return DeepImage([each.convert("F") for each in image.split()]), alpha
 
 
-def _decoded(source: str | bytes) -> Image.Image:
-    """An image as its file has it, upright."""
+OTHER_HALF = {f"{bands};16{one}": f"{bands};16{other}" for bands in ("RGB", "RGBA") for one, other in ("BL", "LB")}
+OTHER_HALF |= {f"{bands};16N": f"{bands};16{'B' if sys.byteorder == 'little' else 'L'}" for bands in ("RGB", "RGBA")}
+"""What PIL calls 16-bit colours, of which it keeps the higher byte, and the name under which it keeps the lower one."""
+
+
+def _sixteen_bits(source: str | bytes, high: Image.Image) -> np.ndarray | None:
+    """[H, W, 3 or 4] float32 from 0 to 255 of colours in 16 bits; None of other images.
+
+    Args:
+        high: the image as PIL decodes it.
+    """
+    with open_image(source) as opened:
+        modes = {tile.args if isinstance(tile.args, str) else tile.args[0] for tile in opened.tile}
+    if not modes or not modes <= OTHER_HALF.keys() or "transparency" in high.info:
+        return None
+    low = _decoded(source, OTHER_HALF)
+    return (np.asarray(high).astype(np.float32) * 256 + np.asarray(low)) / 257
+
+
+def _of_channels(values: np.ndarray, channels: int, transparency_color: str) -> tuple[DeepImage, Image.Image | None]:
+    """The same as `read_deep` of its colours [H, W, 3 or 4] from 0 to 255."""
+    colours, alpha = values[..., :3], values[..., 3:]
+    has_alpha = alpha.size > 0
+    if channels < 4 and has_alpha:
+        ground = np.array(ImageColor.getrgb(transparency_color)[:3], np.float32)
+        colours = ground + (colours - ground) * (alpha / 255)
+    if channels == 1:
+        colours = colours @ np.array([[0.299], [0.587], [0.114]], np.float32)  # as PIL makes grey of colours
+    elif channels == 4:
+        colours = np.concatenate([colours, alpha if has_alpha else np.full_like(colours[..., :1], 255)], axis=2)
+    planes = [Image.fromarray(np.ascontiguousarray(each)) for each in np.moveaxis(colours.astype(np.float32), 2, 0)]
+    seen = Image.fromarray(alpha[..., 0].round().astype(np.uint8)) if has_alpha else None
+    return DeepImage(planes), seen
+
+
+def _decoded(source: str | bytes, modes: Mapping[str, str] | None = None) -> Image.Image:
+    """An image as its file has it, upright; `modes` are other names of what its decoder is to take."""
     try:
         with open_image(source) as opened:
+            if modes is not None:
+                opened.tile = [_renamed(tile, modes) for tile in opened.tile]
             image = ImageOps.exif_transpose(opened)
             image.load()
             return image
     except BROKEN_FILE_ERRORS as error:
         raise OSError(f"broken image: {error}") from error
+
+
+def _renamed(tile: Any, modes: Mapping[str, str]) -> Any:
+    """A part of a file, its decoder told by another name what pixels it holds."""
+    args = tile.args
+    return tile._replace(args=modes[args] if isinstance(args, str) else (modes[args[0]], *args[1:]))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from utils.data.captions import CaptionOptions, folder_caption
+from utils.data.captions import CaptionOptions
 from utils.data.folders import (
     CAPTION_FILE,
     METADATA_NAMES,
@@ -253,7 +253,7 @@ class Records:
         if captions:
             return captions
         if source.captions.on_missing_caption == "folder":
-            return (folder_caption(source.table.key(row), source.table.name),)
+            return (source.captions.of_folder(source.table.key(row), source.table.name),)
         return ("",)
 
 

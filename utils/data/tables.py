@@ -21,11 +21,13 @@ class ImageTable(ABC):
         name: what the source is called between runs: what is known of its images is remembered under it.
         refused: (key, reason) of each image that the source lists but that can't be had.
         num_left_out: images that are there but that the source's list does not name.
+        classes: names of classes in the source's own order, where it has one.
     """
 
     name: str
     refused: Sequence[tuple[str, str]] = ()
     num_left_out: int = 0
+    classes: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -126,6 +128,7 @@ class RowTable(ImageTable):
     ):
         """`read` makes captions of what the caption column holds; without that column there are none."""
         self._read = read or captions_of
+        self.classes = getattr(read, "names", ())
         self.name = f"dataset {dataset._fingerprint}"
         self._dataset = dataset
         self._image_column = image_column

@@ -1,6 +1,5 @@
 """Denoisers from scratch: built-in sizes, sizes by flags and by config files, and their first weights."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from utils.configs import hub_file, is_path, read_json
 from utils.options import UserError, first_line, option, require, require_positive
 
 SMALLEST_LEVEL = 4
@@ -210,16 +210,11 @@ def read_config(name: str, class_name: str) -> dict[str, Any]:
     flag, path = "--model_config_name_or_path", Path(name)
     places = [path, path / "config.json", path / "unet" / "config.json", path / "transformer" / "config.json"]
     file = next((place for place in places if place.is_file()), None)
-    if file is None and (path.exists() or path.is_absolute() or name.startswith(".") or name.endswith(".json")):
+    if file is None and (path.exists() or is_path(name) or name.endswith(".json")):
         raise UserError(f"{flag} {name} must be a JSON file, or a folder with a config.json")
-    try:
-        if file is None:
-            from huggingface_hub import hf_hub_download
-
-            file = Path(hf_hub_download(name, "config.json"))
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {name} can't be read: {first_line(error)}") from error
+    if file is None:
+        file = hub_file(name, "config.json", None, f"{flag} {name} can't be read")
+    config = read_json(file, f"{flag} {name}")
     if not isinstance(config, dict) or config.get("_class_name", class_name) != class_name:
         found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
         raise UserError(f"{flag} {name} is the config of a {found}, which must be {class_name}")

@@ -6,17 +6,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from utils.configs import is_path
 from utils.families.sd import StableDiffusion
 from utils.families.sdxl import StableDiffusionXL
-from utils.families.source import PipelineSource
+from utils.families.source import PICKLES, PipelineSource, refuse_pickles
 from utils.families.text import TextFamily
 from utils.options import UserError, first_line
 
 FAMILIES: dict[str, type[TextFamily]] = {
     family.pipeline_class_name: family for family in (StableDiffusion, StableDiffusionXL)
 }
-INDEX = "model_index.json"
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 VAE_KEY = "first_stage_model.decoder.conv_in.weight"
 SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"
 
@@ -36,16 +35,16 @@ def pick_family(source: PipelineSource) -> type[TextFamily]:
         )
     if source.is_single_file:
         return _family_of_file(path)
-    if not path.is_dir() and (path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1):
+    if not path.is_dir() and is_path(source.path):
         raise UserError(f"--pretrained_model {path} does not exist; give a folder, Hub name or .safetensors file")
-    if path.is_dir() and not (path / INDEX).is_file():
-        raise UserError(f"--pretrained_model {path} is no pipeline folder: it has no {INDEX}")
     index = source.index()
     name = index.get("_class_name")
     if name not in FAMILIES:
         raise UserError(f"--pretrained_model {path} is a {name}; supported are {', '.join(FAMILIES)}")
     if path.is_dir() and not source.options.allow_pickle:
-        _refuse_pickles(source, index)
+        replaced = {"unet": source.options.unet_config, "vae": source.options.pretrained_vae_model_name_or_path}
+        elsewhere = [part for part, given in replaced.items() if given]
+        refuse_pickles(path, index, f"--pretrained_model {source.path}", elsewhere)
     return FAMILIES[name]
 
 
@@ -77,18 +76,3 @@ def _names_in_pickle(path: Path) -> set[str]:
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"--pretrained_model {path} can't be read as tensors alone: {first_line(error)}") from error
     return set(held.get("state_dict", held))
-
-
-def _refuse_pickles(source: PipelineSource, index: dict) -> None:
-    """Refuses a local pipeline of which a part has weights, but none as safetensors."""
-    replaced = {"unet": source.options.unet_config, "vae": source.options.pretrained_vae_model_name_or_path}
-    for name, entry in index.items():
-        folder = Path(source.path) / name
-        if not isinstance(entry, list) or entry[0] is None or replaced.get(name) or not folder.is_dir():
-            continue
-        pickles = [file.name for suffix in ("bin", "ckpt", "pt", "pth") for file in folder.glob(f"*.{suffix}")]
-        if pickles and not list(folder.glob("*.safetensors")):
-            raise UserError(
-                f"--pretrained_model {source.path}: {name}/{pickles[0]} would need unpickling, which can run code; "
-                "convert the pipeline with save_pretrained(..., safe_serialization=True), or give --allow_pickle"
-            )

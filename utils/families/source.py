@@ -1,6 +1,6 @@
 """Where a pipeline is loaded from (a folder, the Hub, a single file), and what its configs say before its weights."""
 
-import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -11,19 +11,46 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from utils.configs import index_file, is_path, read_config, read_config_file
 from utils.options import UserError, first_line, option, require, require_positive
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError)
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 CHUNK_TOKENS = 75  # of a caption, in one pass of a CLIP text encoder: its 77 less the beginning and the end
 XFORMERS_MISSING = "--enable_xformers_memory_efficient_attention: its kernels do not load here"
 XFORMERS_CURE = "leave the flag out, PyTorch's attention is as fast, or install the xformers wheel of this torch"
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class PartOptions:
+    """How the parts of a pipeline are loaded and run, whatever it draws from."""
+
+    revision: str | None = option(None, "revision of the pipeline on the Hub")
+    variant: str | None = option(None, "variant of the weight files, such as fp16")
+    allow_pickle: bool = option(
+        False, "also load weights that are kept as pickles (.bin, .ckpt); of these too nothing but tensors is read"
+    )
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
+    vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
+    vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
+    enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
+    enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
+
+    def __post_init__(self) -> None:
+        if self.enable_xformers_memory_efficient_attention and find_spec("xformers") is None:
+            raise UserError(f"{XFORMERS_MISSING} (it is not installed); {XFORMERS_CURE}")
+
+    @property
+    def use_safetensors(self) -> bool | None:
+        """As diffusers and transformers take it: True, or None for pickles where there is nothing else."""
+        return None if self.allow_pickle else True
+
+
+@dataclass(frozen=True)
+class ModelOptions(PartOptions):
     pretrained_model_name_or_path: str | None = option(
         None, "pipeline folder, Hub name or single .safetensors file to start from", aliases=["--pretrained_model"]
     )
@@ -33,27 +60,17 @@ class ModelOptions:
         "pipeline folder or Hub name that describes a single-file model; by default found on the Hub by its weights",
     )
     unet_config: str | None = option(None, "JSON config of a fresh UNet, which is trained from scratch")
-    revision: str | None = option(None, "revision of the pipeline on the Hub")
-    variant: str | None = option(None, "variant of the weight files, such as fp16")
     non_ema_revision: str | None = option(None, "revision of the UNet, where it differs")
     clip_skip: int | None = option(None, "last layers of the text encoders to leave out, as the pipelines' clip_skip")
     max_token_length: int = option(
         CHUNK_TOKENS, "tokens of a caption that are read, in chunks of 75; kohya's 150 and 225"
     )
-    allow_pickle: bool = option(
-        False, "also load weights that are kept as pickles (.bin, .ckpt); of these too nothing but tensors is read"
-    )
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
     attention_slicing: bool = option(False, "compute attention one head after the other: less memory, slower")
-    vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
-    vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
     sampling_cpu_offload: bool = option(
         False,
         "while samples are drawn, keep on the device only the part of the pipeline that is at work; with --use_ema the "
         "weights that the average stands in for stay there",
     )
-    enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
-    enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
 
     def __post_init__(self) -> None:
         require_positive(self, "clip_skip")
@@ -72,8 +89,7 @@ class ModelOptions:
             )
         if self.attention_slicing and self.enable_xformers_memory_efficient_attention:
             raise UserError("--attention_slicing would replace xformers' attention; leave one out")
-        if self.enable_xformers_memory_efficient_attention and find_spec("xformers") is None:
-            raise UserError(f"{XFORMERS_MISSING} (it is not installed); {XFORMERS_CURE}")
+        super().__post_init__()
         if self.non_ema_revision is not None and self.pretrained_model_name_or_path.endswith(".safetensors"):
             raise UserError("--non_ema_revision is of a pipeline on the Hub, not of a single file; leave it out")
 
@@ -106,16 +122,11 @@ class PipelineSource:
     @property
     def is_single_file(self) -> bool:
         """Whether it is one file of weights."""
-        return Path(self.path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-
-    @property
-    def use_safetensors(self) -> bool | None:
-        """As diffusers and transformers take it: True, or None for pickles where there is nothing else."""
-        return None if self.options.allow_pickle else True
+        return Path(self.path).suffix in (".safetensors", *PICKLES)
 
     def index(self) -> dict:
         """The pipeline's `model_index.json`."""
-        return read_config_file(self.path, "model_index.json", self.options.revision, "--pretrained_model")
+        return read_config(index_file(self.path, self.options.revision, "--pretrained_model"), "--pretrained_model")
 
     def config(self, part: str) -> dict | None:
         """The config of a part (unet, vae, scheduler, ...) without its weights; None for a single file's on the Hub.
@@ -126,7 +137,7 @@ class PipelineSource:
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
         root, flag, revision = self.path, "--pretrained_model", self.options.revision
         if part == "unet" and self.options.unet_config is not None:
-            return _read_config(Path(self.options.unet_config), "--unet_config")
+            return read_config(Path(self.options.unet_config), "--unet_config")
         if part == "vae" and self.options.pretrained_vae_model_name_or_path is not None:
             root, revision = self.options.pretrained_vae_model_name_or_path, None
             flag = "--pretrained_vae_model_name_or_path"
@@ -136,11 +147,9 @@ class PipelineSource:
             root, flag, revision = self.options.pretrained_model_config, "--pretrained_model_config", None
         if root is None:
             return None
-        if not Path(root).is_dir():
-            if Path(root).is_absolute() or root.startswith("."):
-                raise UserError(f"{flag} {root} does not exist")
-            return _read_config(_download(root, str(PurePosixPath(part, file)), revision, flag), flag)
-        return _read_config(Path(root, part, file), flag)
+        if is_path(root) and not Path(root).is_dir():
+            raise UserError(f"{flag} {root} does not exist")
+        return read_config_file(root, str(PurePosixPath(part, file)), revision, flag)
 
     def load(
         self, pipeline_class: "type[DiffusionPipeline]", dtypes: ComponentDtypes, text_encoder_names: tuple[str, ...]
@@ -200,7 +209,7 @@ class PipelineSource:
                 self.path,
                 revision=self.options.revision,
                 variant=self.options.variant,
-                use_safetensors=self.use_safetensors,
+                use_safetensors=self.options.use_safetensors,
                 **arguments,
             )
         except LOADING_ERRORS as error:
@@ -211,7 +220,9 @@ class PipelineSource:
     ) -> nn.Module:
         """A part on its own; `flag` is the option and its value that name it."""
         try:
-            return component_class.from_pretrained(path, use_safetensors=self.use_safetensors, dtype=dtype, **arguments)
+            return component_class.from_pretrained(
+                path, use_safetensors=self.options.use_safetensors, dtype=dtype, **arguments
+            )
         except LOADING_ERRORS as error:
             raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
 
@@ -226,43 +237,30 @@ class PipelineSource:
             raise UserError(f"--pretrained_model {self.path} can't be loaded: {first_line(error)}") from error
 
 
-def read_config_file(name: str, file: str, revision: str | None, flag: str) -> dict:
-    """A JSON file of a folder, or of a repository on the Hub.
+def refuse_pickles(folder: Path, index: Mapping[str, Any], flag: str, replaced: Collection[str] = ()) -> None:
+    """Refuses a local pipeline of which a part has weights, but none as safetensors.
 
-    Raises:
-        UserError: naming the flag that named the folder, if it is not there or no config.
+    Args:
+        index: its `model_index.json`.
+        flag: the option and its value that name the folder.
+        replaced: parts that come from elsewhere.
     """
-    if Path(name).is_dir():
-        return _read_config(Path(name, file), flag)
-    return _read_config(_download(name, file, revision, flag), flag)
-
-
-def _read_config(file: Path, flag: str) -> dict:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: {file} can't be read: {first_line(error)}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{flag}: {file} holds no config, which would be a JSON object")
-    return config
-
-
-def _download(repository: str, file: str, revision: str | None, flag: str) -> Path:
-    """A small file of a Hub repository, by the cache."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        return Path(hf_hub_download(repository, file, revision=revision))
-    except (HTTPError, OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(f"{flag} {repository} is no folder here, and was not found on the Hub: {reason}") from error
+    for name, entry in index.items():
+        part = folder / name
+        if name in replaced or not isinstance(entry, list) or entry[0] is None or not part.is_dir():
+            continue
+        pickles = [file.name for suffix in PICKLES for file in part.glob(f"*{suffix}")]
+        if pickles and not list(part.glob("*.safetensors")):
+            raise UserError(
+                f"{flag}: {name}/{pickles[0]} would need unpickling, which can run code; convert the pipeline with "
+                "save_pretrained(..., safe_serialization=True), or give --allow_pickle"
+            )
 
 
 def _fresh_unet(config_file: str) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     try:
-        return UNet2DConditionModel.from_config(_read_config(Path(config_file), "--unet_config"))
+        return UNet2DConditionModel.from_config(read_config(Path(config_file), "--unet_config"))
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError) as error:
         raise UserError(f"--unet_config {config_file} makes no UNet2DConditionModel: {first_line(error)}") from error

@@ -13,26 +13,24 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from utils.configs import index_file, is_path, read_config, read_config_file
 from utils.data.labels import ClassNumbers
-from utils.families import conditional_ddpm
 from utils.families.base import Family, TextStates, changed_scheduler
 from utils.families.denoisers import CLASS_SLOTS, ShapeOptions, make_denoiser, transformer_config, unet_config
-from utils.families.source import LOADING_ERRORS, read_config_file
+from utils.families.source import LOADING_ERRORS, PartOptions, refuse_pickles
 from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
-from utils.flow import ProcessOptions, check_changes, is_flow, shift_of
+from utils.flow import ProcessOptions, check_changes, is_flow, is_score, shift_of
 from utils.options import UserError, first_line, option, require
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-INDEX = "model_index.json"
 CODERS = ("AutoencoderKL", "VQModel")
-WEIGHT_ENDINGS = ("bin", "ckpt", "pt", "pth")
 
 
 @dataclass(frozen=True)
-class UnconditionalModelOptions(ShapeOptions):
+class UnconditionalModelOptions(ShapeOptions, PartOptions):
     """What is trained: a pretrained pipeline, or a denoiser from scratch."""
 
     attention_slicing: ClassVar[bool] = False
@@ -43,31 +41,17 @@ class UnconditionalModelOptions(ShapeOptions):
         "folder or Hub name of a DDPM, DDIM, LDM, score, DiT or ConditionalDDPM pipeline to go on from",
         aliases=["--pretrained_model"],
     )
-    revision: str | None = option(None, "revision of that pipeline on the Hub")
-    variant: str | None = option(None, "variant of its weight files, such as fp16")
     vae: str | None = option(
         None, "folder or Hub name of a pretrained VAE in whose latents a denoiser from scratch is trained"
     )
-    allow_pickle: bool = option(
-        False, "also load weights that are kept as pickles (.bin); of these too nothing but tensors is read"
-    )
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
-    vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
-    vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
-    enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
-    enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ShapeOptions.__post_init__(self)
+        PartOptions.__post_init__(self)
         if self.pretrained_model_name_or_path is not None and self.given:
             raise UserError(f"--{self.given[0]} is of a denoiser from scratch; --pretrained_model has its own")
         if self.pretrained_model_name_or_path is not None and self.vae is not None:
             raise UserError("--vae is for a denoiser from scratch; the pipeline of --pretrained_model has its own")
-
-    @property
-    def use_safetensors(self) -> bool | None:
-        """As diffusers takes it: True, or None for pickles where there is nothing else."""
-        return None if self.allow_pickle else True
 
     @property
     def origin(self) -> str:
@@ -188,9 +172,23 @@ class UnconditionalFamily(Family):
 
     def _check(self, parts: Mapping[str, nn.Module], wanted: Wanted) -> None:
         """Refuses parts that don't fit the images."""
-        seen = parts[self.denoiser_name].config.in_channels
-        given = wanted.channels
+        config = parts[self.denoiser_name].config
+        seen, given = config.in_channels, wanted.channels
         require(seen == given, "image_channels", given, f"be {seen}, which this denoiser takes")
+        self._check_output(config)
+
+    @staticmethod
+    def _check_output(config: Any) -> None:
+        """Refuses a denoiser of other channels than it reads: as many again may be a learned variance."""
+        seen, made = config.in_channels, config.out_channels or config.in_channels
+        if made == 2 * seen:
+            logger.warning(
+                "of the denoiser's %d channels the last %d, its learned variance, are left as they are", made, seen
+            )
+        elif made != seen:
+            raise UserError(
+                f"the denoiser makes {made} channels of {seen}, which is neither a prediction nor one with its variance"
+            )
 
     def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
         return self.pipeline_class()(scheduler=scheduler, **parts)
@@ -198,13 +196,6 @@ class UnconditionalFamily(Family):
     def _exported(self, scheduler: Any, sampler: str | None) -> Any:
         """The scheduler that the pipeline keeps."""
         return scheduler
-
-    @classmethod
-    def pipeline_class(cls) -> "type[DiffusionPipeline]":
-        """The class of the pipeline."""
-        import diffusers
-
-        return getattr(diffusers, cls.pipeline_class_name)
 
     def tokenizer(self) -> ClassNumbers:
         """Maps names of classes to their numbers."""
@@ -228,16 +219,16 @@ class UnconditionalFamily(Family):
         return torch.float32
 
     def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
-        """The denoiser's prediction [B, C, h, w]; the crops condition nothing here."""
-        return unet(noisy, timesteps, **states).sample
+        """The denoiser's prediction [B, C, h, w], without a variance behind it; the crops condition nothing here."""
+        return unet(noisy, timesteps, **states).sample[:, : noisy.shape[1]]
 
     def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
         """The pipeline with some parts replaced, its VAE as it was loaded but in float32."""
-        coders = {name: self._float32_coder(name) for name in self.coder_names}
-        return self._pipeline(self.pipeline.scheduler, **coders, **parts)
+        return self._pipeline(self.pipeline.scheduler, **self._float32_coders(), **parts)
 
-    def _float32_coder(self, name: str) -> nn.Module:
-        raise NotImplementedError  # of families with a VAE alone
+    def _float32_coders(self) -> dict[str, nn.Module]:
+        """The VAE by its name in the pipeline, where there is one."""
+        return {}
 
     def draw(
         self, seeds: Sequence[int], labels: Sequence[int], scheduler: Any, steps: int, guidance: float, eta: float
@@ -268,12 +259,14 @@ class UnconditionalFamily(Family):
         states = self._states_of(labels, guidance, unet.device)
         known = inspect.signature(scheduler.step).parameters
         extra = {name: value for name, value in (("eta", eta), ("generator", generators)) if name in known}
+        reads_variance = str(vars(scheduler).get("variance_type")).startswith("learned")
         for t in scheduler.timesteps:
             seen = torch.cat([latents] * (2 if guidance > 1 and states else 1))
             if hasattr(scheduler, "scale_model_input"):
                 seen = scheduler.scale_model_input(seen, t)
-            # as in the pipelines: a learned variance stands behind the prediction, and is not used
-            output = unet(seen, t.expand(len(seen)), **states).sample.float()[:, : shape[1]]
+            output = unet(seen, t.expand(len(seen)), **states).sample.float()
+            if not reads_variance:  # which stands behind the prediction
+                output = output[:, : shape[1]]
             if guidance > 1 and states:
                 with_class, without = output.chunk(2)
                 output = without + guidance * (with_class - without)
@@ -303,6 +296,8 @@ class ImplicitPixels(Pixels):
     pipeline_class_name = "DDIMPipeline"
 
     def _exported(self, scheduler: Any, sampler: str | None) -> Any:
+        if is_flow(scheduler):
+            raise UserError("--flow_matching: a DDIMPipeline draws by DDIM alone; leave it out")
         return changed_scheduler(sampler_of(scheduler, "ddim"), {})
 
 
@@ -355,7 +350,9 @@ class LabelledPixels(ClassLabelled, Pixels):
     @classmethod
     def pipeline_class(cls) -> "type[DiffusionPipeline]":
         """Ours, which is saved beside the weights."""
-        return conditional_ddpm.ConditionalDDPMPipeline
+        from utils.families.conditional_ddpm import ConditionalDDPMPipeline
+
+        return ConditionalDDPMPipeline
 
     def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
         return self.pipeline_class()(scheduler=scheduler, id2label=self.classes, **parts)
@@ -376,7 +373,7 @@ class LabelledPixels(ClassLabelled, Pixels):
     def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
         """Writes the pipeline, and its code beside it."""
         super().save_pipeline(folder, **parts)
-        shutil.copyfile(conditional_ddpm.__file__, Path(folder) / "pipeline.py")
+        shutil.copyfile(Path(__file__).with_name("conditional_ddpm.py"), Path(folder) / "pipeline.py")
 
 
 class Latents(UnconditionalFamily):
@@ -422,6 +419,7 @@ class Latents(UnconditionalFamily):
         seen, given = denoiser.config.in_channels, coder.config.latent_channels
         if seen != given:
             raise UserError(f"the denoiser takes {seen} channels but the VAE's latents have {given}")
+        self._check_output(denoiser.config)
         edge = self._latent_edge(coder.config, wanted)
         if denoiser.config.sample_size != edge:
             super()._resize(denoiser, Wanted(edge, given))
@@ -451,16 +449,17 @@ class Latents(UnconditionalFamily):
         self.latent_space.rescale(factor)
         self.measures_scaling = False
 
-    def _float32_coder(self, name: str) -> nn.Module:
+    def _float32_coders(self) -> dict[str, nn.Module]:
+        name, options = self.coder_names[0], self.options
+        own = getattr(self.pipeline, name)
         if self._coder_dtype == torch.float32:
-            return getattr(self.pipeline, name)
-        options = self.options
+            return {name: own}
         if options.vae is not None:
             coder, _ = load_coder(options.vae, options.use_safetensors)
         else:
             coder = load_pipeline(self.pipeline_class(), options).components[name]
-        coder.register_to_config(scaling_factor=getattr(self.pipeline, name).config.scaling_factor)
-        return coder
+        coder.register_to_config(scaling_factor=own.config.scaling_factor)
+        return {name: coder}
 
 
 class LabelledLatents(ClassLabelled, Latents):
@@ -537,42 +536,29 @@ def pick_unconditional(
         family = FRESH_FAMILIES[options.vae is not None, has_classes]
         return ImplicitPixels if family is Pixels and sampler == "ddim" else family
     path = Path(name)
-    if path.is_dir() and not (path / INDEX).is_file():
-        raise UserError(f"--pretrained_model {name} is no pipeline folder: it has no {INDEX}")
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+    if not path.is_dir() and is_path(name):
         raise UserError(f"--pretrained_model {name} does not exist; give a pipeline folder or a Hub name")
-    index = read_config_file(name, INDEX, options.revision, "--pretrained_model")
+    index = read_config(index_file(name, options.revision, "--pretrained_model"), "--pretrained_model")
     class_name = index.get("_class_name")
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
     if class_name not in PRETRAINED_FAMILIES:
         raise UserError(f"--pretrained_model {name} is a {class_name}; supported are {', '.join(PRETRAINED_FAMILIES)}")
     if not options.allow_pickle:
-        refuse_pickles(path, index, "--pretrained_model")
+        refuse_pickles(path, index, f"--pretrained_model {path}")
     PRETRAINED_FAMILIES[class_name].check_before_loading(options, has_classes)
     return PRETRAINED_FAMILIES[class_name]
 
 
 def default_edge(options: UnconditionalModelOptions, family: type[UnconditionalFamily]) -> int:
-    """The edge of images where none was asked for: what a pretrained pipeline in pixels draws, else 64."""
+    """The edge of images where none was asked for: what a pretrained pipeline draws, else 64."""
     name = options.pretrained_model_name_or_path
-    if name is None or family.coder_names:
+    if name is None:
         return family.default_resolution
-    size = read_config_file(name, "unet/config.json", options.revision, "--pretrained_model").get("sample_size")
-    return size if isinstance(size, int) else family.default_resolution
-
-
-def refuse_pickles(folder: Path, index: Mapping, flag: str) -> None:
-    """Refuses a local pipeline of which a part has weights, but none as safetensors."""
-    for name, entry in index.items():
-        part = folder / name
-        if not isinstance(entry, list) or entry[0] is None or not part.is_dir():
-            continue
-        pickles = [file.name for suffix in WEIGHT_ENDINGS for file in part.glob(f"*.{suffix}")]
-        if pickles and not list(part.glob("*.safetensors")):
-            raise UserError(
-                f"{flag} {folder}: {name}/{pickles[0]} would need unpickling, which can run code; convert the pipeline "
-                "with save_pretrained(..., safe_serialization=True), or give --allow_pickle"
-            )
+    parts = (family.denoiser_name, *family.coder_names)
+    configs = [read_config_file(name, f"{part}/config.json", options.revision, "--pretrained_model") for part in parts]
+    size = configs[0].get("sample_size")
+    factor = 2 ** (len(configs[-1].get("block_out_channels") or [64]) - 1) if family.coder_names else 1
+    return size * factor if isinstance(size, int) else family.default_resolution
 
 
 def load_pipeline(pipeline_class: "type[DiffusionPipeline]", options: UnconditionalModelOptions) -> "DiffusionPipeline":
@@ -597,7 +583,7 @@ def coder_config(name: str) -> tuple[dict, str | None]:
         UserError: if there is none, or of no supported class.
     """
     subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
-    if Path(name).is_absolute() and not Path(name).exists():
+    if is_path(name) and not Path(name).exists():
         raise UserError(f"--vae {name} does not exist; give the folder or Hub name of a VAE")
     config = read_config_file(name, f"{subfolder}/config.json" if subfolder else "config.json", None, "--vae")
     class_name = config.get("_class_name")
@@ -617,7 +603,10 @@ def load_coder(name: str, use_safetensors: bool | None) -> tuple[nn.Module, bool
         )
     except LOADING_ERRORS as error:
         raise UserError(f"--vae {name} can't be loaded: {first_line(error)}") from error
-    return coder, config.get("scaling_factor") is not None
+    has_scaling = config.get("scaling_factor") is not None
+    if not has_scaling:
+        coder.register_to_config(scaling_factor=1.0)  # until it is measured; a config may say null
+    return coder, has_scaling
 
 
 def fresh_scheduler(noise: ProcessOptions, clips: bool) -> Any:
@@ -663,7 +652,7 @@ def sampler_of(scheduler: Any, name: str | None) -> Any:
         return type(scheduler).from_config(config)
     flows = is_flow(scheduler)
     table = FLOW_SAMPLERS if flows else SAMPLERS
-    if name not in table or "SdeVe" in type(scheduler).__name__:
+    if name not in table or is_score(scheduler):
         cure = f"one of {', '.join(FLOW_SAMPLERS)}" if flows else "left out: a score pipeline has its own"
         raise UserError(f"--sampler must be {cure} here, got {name}")
     sampler_class = getattr(diffusers, table[name])

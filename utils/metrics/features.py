@@ -4,12 +4,9 @@ Pixels go through PIL and numpy, so a number does not depend on which other pack
 """
 
 import hashlib
-import importlib.util
-import inspect
 import logging
 import pickle
 import struct
-import sys
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
@@ -26,10 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from utils.configs import is_path
+from utils.disk import replacing
 from utils.metrics.distances import Failed, NotComputable
 from utils.metrics.inception import INPUT_SIZE, NUM_FEATURES, InceptionNetwork
 from utils.metrics.lpips import TRUNKS, LpipsNetwork
 from utils.options import UserError, first_line, option, require, require_positive
+from utils.own_classes import load_class, running
 
 logger = logging.getLogger(__name__)
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, KeyError)
@@ -93,8 +93,8 @@ class FeatureOptions:
             require(is_file, name, file, "be a .pth or .safetensors file that exists")
         for name in ("clip_model", "cmmd_model", "dino_model", "pickscore_model", "hpsv2_model"):
             value = getattr(self, name)
-            is_path = value is not None and (Path(value).is_absolute() or value.startswith(".") or value.count("/") > 1)
-            require(not is_path or Path(value).is_dir(), name, value, "be a folder that exists, or a Hub name")
+            fits = value is None or not is_path(value) or Path(value).is_dir()
+            require(fits, name, value, "be a folder that exists, or a Hub name")
         file = self.feature_module
         is_module = file is None or (Path(file).is_file() and file.endswith(".py"))
         require(is_module, "feature_module", file, "be a Python file that exists")
@@ -216,9 +216,8 @@ def downloaded(url: str, may_download: bool) -> str:
     if not hashlib.sha256(content).hexdigest().startswith(wanted):
         raise NotComputable(f"{url} gave another file than {name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{name}")
-    aside.write_bytes(content)
-    aside.replace(path)
+    with replacing(path) as aside:
+        aside.write_bytes(content)
     return str(path)
 
 
@@ -435,22 +434,9 @@ def load_own_network(file: str) -> Network:
     Raises:
         UserError: if the file can't be run, or holds not one subclass of `Network` that takes no arguments.
     """
-    flag = f"--feature_module {file}"
-    spec = importlib.util.spec_from_file_location(f"feature_module_{Path(file).stem}", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        found = [
-            value
-            for value in vars(module).values()
-            if inspect.isclass(value) and issubclass(value, Network) and value.__module__ == module.__name__
-        ]
-        if len(found) != 1:
-            names = ", ".join(each.__name__ for each in found) or "none"
-            raise UserError(f"{flag} must hold one subclass of utils.metrics.features.Network, it holds {names}")
-        return found[0]()
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{flag} can't be run: {type(error).__name__}: {first_line(error)}") from error
+    kind = load_class("feature_module", file, Network)
+    with running("feature_module", file):
+        return kind()
 
 
 def _main_network(options: FeatureOptions) -> Network:

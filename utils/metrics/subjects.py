@@ -7,14 +7,17 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
+from utils.disk import replacing
 from utils.memory import is_out_of_memory
 from utils.metrics.distances import Failed, Moments, NotComputable, PairSums, as_features, moments
 from utils.metrics.features import DIFFERENT_SIZES, Network, Networks, Picture
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 SYMMETRY = 1e-6
 POSITIVITY = 1e-6
 STATISTICS_VERSION = 1
@@ -108,10 +112,25 @@ class Workers:
             raise raised[0](raised[1])
         return [each for each, _ in found]
 
+    def run(self, name: str, compute: Callable[[], Result]) -> list[Result]:
+        """What all processes compute with a network of that name, in their order.
+
+        Raises:
+            NotComputable, Stopped: as `gather` does.
+        """
+        result = error = None
+        try:
+            result = compute()
+        except NotComputable as raised:
+            error = raised
+        except RuntimeError as raised:  # such as out of memory: the other processes must not wait for this one
+            error = Failed(f"{name}: {first_line(raised)}")
+        return self.gather(result, error)
+
     def _stopped(self, error: Interrupted) -> Stopped:
         return Stopped("stopped while scores were computed; the same command goes on", int(str(error)))
 
-    def batches(self, items: Sequence, label: str) -> Iterator[Sequence]:
+    def batches(self, items: Sequence, label: str) -> Generator[Sequence, None, None]:
         """Batches of items, with a progress bar on the main process."""
         from tqdm.auto import tqdm
 
@@ -159,17 +178,17 @@ class Subject:
             NotComputable: if the network is not there, or an image's features are not finite.
         """
         if name not in self._features:
-            network, error, rows = self.networks.get(name), None, []
-            try:
-                for batch in self.workers.batches(self.workers.mine(self.images.pictures), f"{network.name} features"):
-                    rows.append(in_pieces(network, batch, self.networks.device))
-            except NotComputable as raised:
-                error = raised
-            except RuntimeError as raised:  # such as out of memory: the other processes must not wait for this one
-                error = Failed(f"{network.name}: {first_line(raised)}")
-            parts = self.workers.gather(np.concatenate(rows) if rows else None, error)
+            network = self.networks.get(name)
+            parts = self.workers.run(network.name, partial(self._own_features, network))
             self._features[name] = np.concatenate([part for part in parts if part is not None])
         return self._features[name]
+
+    def _own_features(self, network: Network) -> np.ndarray | None:
+        """[n, d] of this process's share; None of no images."""
+        mine = self.workers.mine(self.images.pictures)
+        with closing(self.workers.batches(mine, f"{network.name} features")) as batches:  # the bar too, on an error
+            rows = [in_pieces(network, batch, self.networks.device) for batch in batches]
+        return np.concatenate(rows) if rows else None
 
     def moments(self, name: str) -> Moments:
         """Mean and covariance of a network's features."""
@@ -184,14 +203,9 @@ class Subject:
         by_prompt: dict[int, list[Picture]] = {}
         for picture, cluster in zip(self.images.pictures, self.images.clusters.tolist(), strict=True):
             by_prompt.setdefault(cluster, []).append(picture)
-        error = result = None
-        try:
-            result = self._sum_pairs(network, self.workers.mine(list(by_prompt.items())))
-        except NotComputable as raised:
-            error = raised
-        except RuntimeError as raised:
-            error = Failed(f"{network.name}: {first_line(raised)}")
-        parts = [part for part in self.workers.gather(result, error) if part[0] is not None]
+        own = self.workers.mine(list(by_prompt.items()))
+        found = self.workers.run(network.name, partial(self._sum_pairs, network, own))
+        parts = [part for part in found if part[0] is not None]
         if not parts:
             raise NotComputable("there are no images")
         if len({len(total.vector) for total, _ in parts}) > 1:
@@ -384,12 +398,10 @@ def write_statistics(path: Path, subject: Subject, name: str) -> None:
         "feats": rows.astype(np.float32),
         "fingerprint": np.array(json.dumps(facts)),
     }
-    aside = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
+        with replacing(path) as aside, aside.open("wb") as file:
             np.savez(file, **arrays)
-        aside.replace(path)
     except OSError as error:
         raise UserError(f"--save_reference {path} can't be written: {error.strerror or error}") from error
 

@@ -1,0 +1,75 @@
+"""Which images are drawn: prompts of files, datasets and folders, and how many of each."""
+
+import json
+
+import pytest
+
+from utils.generation import GenerationOptions
+from utils.options import UserError
+from utils.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
+
+
+def test_prompts_are_read_from_files_datasets_and_folders(images, tmp_path):
+    from datasets import Dataset
+
+    rows = ["a cat", "a, dog"]
+    (tmp_path / "p.txt").write_text("a cat\n\na, dog\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": row, "tag": "x"}) + "\n" for row in rows))
+    (tmp_path / "p.csv").write_text('text,n\na cat,1\n"a, dog",2\n')
+    Dataset.from_dict({"caption": rows}).save_to_disk(tmp_path / "saved")
+    for options in (
+        PromptOptions(prompts_file=str(tmp_path / "p.txt")),
+        PromptOptions(prompts_file=str(tmp_path / "p.jsonl")),
+        PromptOptions(prompts_file=str(tmp_path / "p.csv")),
+        PromptOptions(prompts_dataset=str(tmp_path / "saved")),
+        PromptOptions(prompts=rows),
+    ):
+        assert [prompt.text for prompt in read_prompts(options)] == rows
+    captions = read_prompts(PromptOptions(captions_dir=str(images), max_prompts=2))
+    assert [prompt.text for prompt in captions] == ["a red square", "a green square"]
+    with pytest.raises(UserError, match="did you mean --prompts_column prompt"):
+        read_prompts(PromptOptions(prompts_file=str(tmp_path / "p.jsonl"), prompts_column="promt"))
+
+
+def test_num_images_goes_round_over_the_prompts():
+    prompts = [Prompt("a"), Prompt("b"), Prompt("c")]
+    tasks = plan_tasks(prompts, PromptOptions(num_images=5))
+    assert [task.name for task in tasks] == [
+        *("00000_00000", "00000_00001", "00001_00000", "00001_00001", "00002_00000"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("p.CSV", 'id,prompt\n1,"a, b"\n2,"c\nd"\n', ["a, b", "c\nd"]),
+        ("p.JSONL", '{"prompt": "a\u2028b"}\r\n"c"\n', ["a\u2028b", "c"]),
+        ("p.json", '["a", {"text": "b"}]', ["a", "b"]),
+        ("p.txt", "a\u2028b\r\nc", ["a\u2028b", "c"]),
+        ("p.csv", "prompt\na, b\n", "line 2: more cells than the 1 columns"),
+        ("p.csv", 'prompt\n"a\n', "can't be read"),
+        ("p.json", '{"prompt": "a"}', "must hold a list"),
+        ("p.yaml", "- a", "must end with one of"),
+    ],
+)
+def test_prompts_files_are_read_as_they_are_written(tmp_path, name, text, found):
+    file = tmp_path / name
+    file.write_bytes(text.encode())
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found):
+            read_prompts(PromptOptions(prompts_file=str(file)))
+    else:
+        assert [prompt.text for prompt in read_prompts(PromptOptions(prompts_file=str(file)))] == found
+
+
+def test_ragged_rows_and_numbers_that_are_not_meant_are_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("id,prompt\n1,a,b\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_prompts(PromptOptions(prompts_file=str(tmp_path / "p.csv"), prompts_column="idd"))
+    for name in ("num_images", "images_per_prompt"):
+        with pytest.raises(UserError, match=f"--{name} must be at most 10000000"):
+            PromptOptions(**{name: 10**7 + 1})
+    with pytest.raises(UserError, match="in all 2 prompts"):
+        plan_tasks([Prompt("a"), Prompt("b")], PromptOptions(images_per_prompt=10**7))
+    with pytest.raises(UserError, match="--strength must be above 0"):
+        GenerationOptions(strength=0.0)

@@ -1,0 +1,282 @@
+"""What makes training faster trains the same, and waits for the device only when numbers are read."""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.test_equivalences import assert_same_bits, lora, losses, weights
+from utils.copies import HalfCopy
+from utils.speed import largest_error
+
+NAMES = ["sd", "pixels"]
+
+
+class Casts(TorchDispatchMode):
+    """Counts tensors of a shape that are converted to another dtype."""
+
+    def __init__(self, shapes: set[torch.Size]):
+        super().__init__()
+        self.count = 0
+        self._shapes = shapes
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        changes = function is torch.ops.aten._to_copy.default and (named or {}).get("dtype") is not None
+        self.count += bool(changes and arguments[0].shape in self._shapes)
+        return function(*arguments, **(named or {}))
+
+
+def unet_and_inputs(checkpointing: bool = False) -> tuple[nn.Module, tuple, dict]:
+    """A small conditional UNet and what it is called with."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(24, 40),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=28,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    return (
+        unet,
+        (torch.randn(4, 4, 8, 8), torch.tensor([1, 300, 700, 999])),
+        {"encoder_hidden_states": torch.randn(4, 9, 28)},
+    )
+
+
+def gradients(unet: nn.Module, arguments: tuple, named: dict, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = unet(*arguments, **named).sample
+    (prediction.float() - arguments[0]).square().mean().backward()
+    found = {name: each.grad.clone() for name, each in trained.items()}
+    for each in trained.values():
+        each.grad = None
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_bfloat16_copy_has_the_gradients_of_autocast_without_its_casts(checkpointing):
+    unet, arguments, named = unet_and_inputs(checkpointing)
+    trained, optimizer = dict(unet.named_parameters()), torch.optim.SGD(unet.parameters(), lr=0.1)
+    shapes = {each.shape for each in unet.parameters() if each.ndim > 1}
+    with Casts(shapes) as casts:
+        expected = gradients(unet, arguments, named, trained)
+    before = casts.count
+    half = HalfCopy(unet, optimizer)
+    with Casts(shapes) as casts, half.in_place():
+        assert unet.dtype == torch.bfloat16
+        found = gradients(unet, arguments, named, trained)
+    assert unet.dtype == torch.float32
+    matrices = sum(each.ndim > 1 for each in unet.parameters())
+    assert casts.count == matrices  # each gradient once, to float32
+    assert before >= 2 * matrices  # there and back
+    for name, gradient in expected.items():
+        assert found[name].dtype == torch.float32
+        cosine = torch.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0)
+        assert cosine > 0.995 or float(gradient.norm()) < 1e-3 * max(float(each.norm()) for each in expected.values())
+    for parameter in unet.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with half.in_place():
+        for copy, weight in zip(half._copies, half._weights, strict=True):
+            assert torch.equal(copy, weight.detach().bfloat16())
+
+
+@pytest.mark.parametrize("name", [*NAMES, "sdxl"])
+def test_training_with_a_bfloat16_copy(train, name):
+    flags = ["--mixed_precision", "bf16", "--train_batch_size", 2, "--learning_rate", 1e-3, "--adam_epsilon", 1e-4]
+    flags += ["--lr_scheduler", "constant"]
+    plain = train(name, *flags, "--max_train_steps", 6, out="plain")
+    copied = train(name, *flags, "--max_train_steps", 6, "--bf16_weights", out="copied")
+    assert losses(copied) == pytest.approx(losses(plain), rel=0.02)
+    assert losses(copied) != losses(plain)
+    assert {tensor.dtype for tensor in weights(copied).values()} == {torch.float32}
+    train(name, *flags, "--max_train_steps", 3, "--bf16_weights", out="parts")
+    resumed = ["--max_train_steps", 6, "--bf16_weights", "--resume_from_checkpoint", "latest"]
+    assert_same_bits(weights(train(name, *flags, *resumed, out="parts")), weights(copied))
+
+
+def test_a_lora_with_a_bfloat16_copy(train):
+    flags = ["--adaptation", "lora", "--mixed_precision", "bf16", "--max_train_steps", 4, "--learning_rate", 1e-3]
+    plain, copied = train("sd", *flags, out="plain"), train("sd", *flags, "--bf16_weights", out="copied")
+    assert losses(copied) == pytest.approx(losses(plain), rel=0.02)
+    accumulated = train("sd", *flags, "--bf16_weights", "--gradient_accumulation_steps", 2, out="accumulated")
+    assert len(losses(accumulated)) == 4
+
+
+def test_what_does_not_go_with_a_bfloat16_copy(refused):
+    refused(["--bf16_weights"], "--bf16_weights", "--mixed_precision bf16", "got no")
+    refused(["--bf16_weights", "--mixed_precision", "bf16", "--pure_bf16"], "--bf16_weights", "--pure_bf16")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fused_step_is_clipping_and_adamw(train, name):
+    flags = ["--max_train_steps", 5, "--train_batch_size", 2, "--learning_rate", 1e-3, "--adam_epsilon", 1e-4]
+    flags += ["--max_grad_norm", 0.05]
+    fused = train(name, *flags, out="fused")
+    plain = train(name, *flags, "--fused_adamw", "false", out="plain")
+    assert losses(fused) == pytest.approx(losses(plain), rel=1e-5)
+    other = weights(plain)
+    for key, tensor in weights(fused).items():
+        torch.testing.assert_close(tensor, other[key], rtol=1e-4, atol=1e-6)
+    loose = train(name, *flags[:-1], 0, out="loose")
+    assert losses(loose)[1:] != pytest.approx(losses(fused)[1:], rel=1e-5)  # the norm is over 0.05
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-5), ("bf16", 2e-3)])
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_fused_lora_layers_are_pefts(train, name, precision, tolerance):
+    flags = ["--adaptation", "lora", "--mixed_precision", precision, "--max_train_steps", 4, "--learning_rate", 1e-3]
+    flags += ["--lora_alpha", 8, "--train_text_encoder", "--adam_epsilon", 1e-4]
+    fused, plain = train(name, *flags, out="fused"), train(name, *flags, "--no_fused_lora", out="plain")
+    assert losses(fused) == pytest.approx(losses(plain), rel=tolerance)
+    assert lora(fused).keys() == lora(plain).keys()
+    difference = torch.cat([(lora(fused)[key] - each).flatten() for key, each in lora(plain).items()])
+    whole = torch.cat([each.flatten() for each in lora(plain).values()])
+    assert float(difference.norm() / whole.norm()) < tolerance
+
+
+def test_fused_lora_layers_have_pefts_outputs_and_gradients():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from utils.lora_layers import shorten
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 10), nn.SiLU(), nn.Linear(10, 3, bias=False), nn.Conv1d(5, 2, 1))
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["0", "2", "3"], init_lora_weights=False)
+    network = inject_adapter_in_model(config, network).double()
+    inputs = torch.randn(4, 5, 6, dtype=torch.double)
+    expected = network(inputs)
+    trained = [each for each in network.parameters() if each.requires_grad]
+    wanted = torch.autograd.grad(expected.square().sum(), trained)
+    assert shorten(network, "default") == 2  # the convolution stays peft's
+    found = network(inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    for one, other in zip(torch.autograd.grad(found.square().sum(), trained), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    network[0].enable_adapters(False)
+    assert not torch.equal(network(inputs), expected)
+    assert not shorten(
+        inject_adapter_in_model(LoraConfig(target_modules=["0"], lora_dropout=0.1), nn.Sequential(nn.Linear(2, 2))),
+        "default",
+    )
+
+
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+
+
+class Reads:
+    """Counts what waits for the device: calls that bring a tensor's values to Python."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.count = 0
+        for name in READS:
+            monkeypatch.setattr(Tensor, name, self._counting(getattr(Tensor, name)))
+
+    def _counting(self, method):
+        def call(*arguments, **named):
+            self.count += 1
+            return method(*arguments, **named)
+
+        return call
+
+
+@pytest.mark.parametrize("name", [*NAMES, "sdxl"])
+def test_a_step_reads_nothing_from_the_device(train, monkeypatch, name):
+    """Between two readings of the log there is no other, whatever the number of steps."""
+    counts = {}
+    for steps in (4, 12):
+        with monkeypatch.context() as patch:
+            reads = Reads(patch)
+            flags = ["--max_train_steps", steps, "--logging_steps", 4, "--dataloader_num_workers", 1, "--use_ema"]
+            flags += [] if name == "pixels" else ["--validation_epochs", 100]  # a measurement would read
+            out = train(name, *flags, "--no_final_checkpoint", "--train_batch_size", 2, out=f"{steps}")
+            counts[steps] = reads.count
+        assert len(losses(out)) == steps
+    assert counts[12] - counts[4] == 2  # of the eight steps more
+
+
+def test_logging_together_logs_the_same(train):
+    flags = ["--max_train_steps", 7, "--train_batch_size", 2]
+    each, together = train("sd", *flags, out="each"), train("sd", *flags, "--logging_steps", 3, out="together")
+    assert losses(each) == losses(together)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_run_is_the_plain_one(train, name, caplog, monkeypatch):
+    """By Dynamo and AOTAutograd; Inductor's own kernels are the slow test's."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *given, **named: compile_(*given, backend="aot_eager", **named))
+    flags = ["--max_train_steps", 3, "--train_batch_size", 2, "--adam_epsilon", 1e-4]
+    plain = train(name, *flags, out="plain")
+    with caplog.at_level(logging.INFO):
+        compiled = train(name, *flags, "--compile", out="compiled")
+    assert "all gradients agree" in caplog.text
+    assert "compiled denoiser" in caplog.text
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert weights(compiled).keys() == weights(plain).keys()
+
+
+def test_blocks_are_compiled_once_for_all_buckets(train, caplog, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *given, **named: compile_(*given, backend="aot_eager", **named))
+    torch._dynamo.reset()
+    counters.clear()
+    flags = ["--max_train_steps", 4, "--compile", "blocks", "--use_aspect_ratio_buckets", "--bucket_step", 8]
+    with caplog.at_level(logging.INFO):
+        train("sd", *flags, "--min_bucket_size", 16, "--max_bucket_size", 48, out="compiled")
+    assert "compiled blocks" in caplog.text
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
+
+
+def test_a_wrong_gradient_is_refused(train, monkeypatch, capsys):
+    """As Inductor's were: the loss is right, a gradient is not."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    def wrong(function, **_):
+        def call(*arguments, **named):
+            block = next(each for each in function.__self__.modules() if isinstance(each, ResnetBlock2D))
+            block.conv1.weight.register_hook(lambda gradient: 0.8 * gradient)
+            return function(*arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    train("sd", "--max_train_steps", 1, "--compile", expect=2)
+    line = capsys.readouterr().err
+    assert "error: --compile: compiled, the gradient of" in line
+    assert "20.00% off" in line
+
+
+def test_what_can_not_be_compiled_is_refused(train, refused, capsys):
+    refused(["--torch_compile", "--compile", "blocks"], "--torch_compile is --compile denoiser")
+    refused(["--compile", "everything"], "--compile", "everything")
+    train("pixels", "--max_train_steps", 1, "--compile", "blocks", expect=2)
+    assert "--compile must be denoiser for a UNet2DModel, got blocks" in capsys.readouterr().err
+
+
+def test_the_error_of_a_gradient():
+    expected = {"a": torch.ones(100), "b": torch.full((4,), 1e-9)}
+    assert largest_error(expected, {"a": torch.ones(100), "b": -expected["b"]})[1] < 1e-5  # rounding
+    assert largest_error(expected, {"a": torch.full((100,), 1.1), "b": expected["b"]}) == ("a", pytest.approx(0.1))
+    assert largest_error(expected, {"a": torch.full((100,), torch.nan), "b": expected["b"]}) == ("a", float("inf"))
+    assert largest_error(expected, {"a": torch.ones(100)}) == ("b", 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "what"), [("sd", "blocks"), ("pixels", "denoiser")])
+def test_inductors_gradients_are_the_plain_ones(train, name, what, caplog):
+    with caplog.at_level(logging.INFO):
+        train(name, "--max_train_steps", 2, "--train_batch_size", 2, "--compile", what)
+    assert "all gradients agree" in caplog.text

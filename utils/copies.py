@@ -1,0 +1,76 @@
+"""A bfloat16 copy of a denoiser's weights to compute with, beside the float32 weights that train."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Copied(torch.autograd.Function):
+    """Gives the copy for the weight, and the copy's gradient to the weight, in the weight's precision."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
+
+
+class HalfCopy:
+    """Has a denoiser computed in bfloat16 throughout, without autocast's casts of each weight at each use.
+
+    The copy is made anew, all at once, after each optimizer step. Gradients are added up and stepped by in float32, and
+    all but `in_place` sees the float32 weights.
+    """
+
+    def __init__(self, denoiser: nn.Module, optimizer: torch.optim.Optimizer):
+        self._places = [
+            (owner, name)
+            for owner in denoiser.modules()
+            for name, each in owner.named_parameters(recurse=False)
+            if each.dtype == torch.float32
+        ]
+        self._weights = [owner._parameters[name] for owner, name in self._places]
+        self._copies = [each.detach().bfloat16() for each in self._weights]
+        self._is_active = False
+        self._is_stale = True
+        self._forward = denoiser.forward
+        denoiser.forward = self._without_autocast
+        getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._grow_stale)
+
+    def _grow_stale(self, *_: Any) -> None:
+        self._is_stale = True
+
+    def _without_autocast(self, *arguments: Any, **named: Any) -> Any:
+        if not self._is_active:
+            return self._forward(*arguments, **named)
+        noisy, *rest = arguments  # times stay as they are: bfloat16 would round them
+        if "encoder_hidden_states" in named:
+            named["encoder_hidden_states"] = named["encoder_hidden_states"].bfloat16()
+        with torch.autocast(noisy.device.type, enabled=False):
+            return self._forward(noisy.bfloat16(), *rest, **named)
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        torch._foreach_copy_(self._copies, [each.detach() for each in self._weights])
+        self._is_stale = False
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it, for one forward and backward pass, the denoiser computes with the copy."""
+        if self._is_stale:
+            self._renew()
+        self._is_active = True
+        try:
+            for (owner, name), weight, copy in zip(self._places, self._weights, self._copies, strict=True):
+                owner._parameters[name] = _Copied.apply(weight, copy) if weight.requires_grad else copy
+            yield
+        finally:
+            self._is_active = False
+            for (owner, name), weight in zip(self._places, self._weights, strict=True):
+                owner._parameters[name] = weight

@@ -1,0 +1,253 @@
+"""Pipelines of any class of diffusers, or of ours, as they are loaded to draw from, and what they take."""
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+
+from utils.adaptation import LORA_FILE, PEFT_FILE
+from utils.configs import INDEX, index_file, is_path, read_json
+from utils.families.source import LOADING_ERRORS
+from utils.options import UserError, first_line, option, require
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+OWN_PIPELINES = {"ConditionalDDPMPipeline": "utils.families.conditional_ddpm"}
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    pipeline: str | None = option(None, "pipeline to draw from: a folder or Hub name")
+    lora: str | None = option(None, "LoRA on top of it: a folder, .safetensors file or Hub name")
+    lora_scale: float = option(1.0, "factor on the LoRA")
+    revision: str | None = option(None, "revision of the pipeline on the Hub")
+    variant: str | None = option(None, "variant of the weight files, such as fp16")
+    images: str | None = option(None, "score a folder of images already drawn, instead of drawing any")
+
+    def __post_init__(self) -> None:
+        if self.images is not None:
+            require(Path(self.images).is_dir(), "images", self.images, "be a folder that exists")
+        if self.lora is not None and self.pipeline is None:
+            raise UserError("--lora goes on top of a --pipeline")
+        for name in ("pipeline", "lora"):
+            value = getattr(self, name)
+            fits = value is None or not is_path(value) or Path(value).exists()
+            require(fits, name, value, "be a folder that exists, or a Hub name")
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """A pipeline to load: a path, a LoRA on top, and a folder whose parts stand in for the pipeline's.
+
+    Attributes:
+        parts: a checkpoint, whose `unet_ema/` or `unet/` (and text encoders), or LoRA file, is taken.
+    """
+
+    path: str
+    lora: str | None = None
+    lora_scale: float = 1.0
+    revision: str | None = None
+    variant: str | None = None
+    parts: Path | None = None
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """The pipeline's `model_index.json`.
+
+        Raises:
+            UserError: if there is no such pipeline.
+        """
+        where = f"--pipeline {self.path}: {INDEX}"
+        index = read_json(index_file(self.path, self.revision, "--pipeline"), where)
+        if not isinstance(index, dict) or not index.get("_class_name"):
+            raise UserError(f"{where} names no class of pipelines")
+        return index
+
+
+def pipeline_class(spec: PipelineSpec) -> type:
+    """The class of a pipeline: one of ours, or one of diffusers; code that lies in the folder is never run."""
+    import diffusers
+
+    name = spec.index["_class_name"]
+    name = str(name[-1] if isinstance(name, list) else name)  # a list names a file of code beside it
+    if name in OWN_PIPELINES:
+        try:
+            return getattr(importlib.import_module(OWN_PIPELINES[name]), name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"--pipeline {spec.path} is a {name}, which is not built in here") from error
+    found = getattr(diffusers, name, None)
+    if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise UserError(f"--pipeline {spec.path} is a {name}, which this version of diffusers does not know")
+    return found
+
+
+def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline":
+    """The pipeline on the CPU, in one dtype, with its LoRA or a checkpoint's parts.
+
+    Raises:
+        UserError: if it can't be loaded, or only by unpickling.
+    """
+    chosen = pipeline_class(spec)
+    flag = f"--pipeline {spec.path}"
+    if "vae" not in spec.index and "vqvae" not in spec.index:
+        dtype = torch.float32  # pipelines on pixels hand their result to numpy, which has no bfloat16
+    try:
+        content = CheckpointContent({}, {}, None) if spec.parts is None else checkpoint_content(spec)
+        parts = _loaded_parts(content.models, spec.index, dtype)
+        if chosen.__name__ in OWN_PIPELINES:
+            pipeline = _assemble(chosen, spec, dtype, parts)
+        else:
+            pipeline = chosen.from_pretrained(
+                spec.path, use_safetensors=True, dtype=dtype, revision=spec.revision, variant=spec.variant, **parts
+            )
+    except (*LOADING_ERRORS, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
+    for name, folder in content.adapters.items():
+        _merge_adapters(getattr(pipeline, name, None), folder)
+    lora = spec.lora if content.lora is None else str(content.lora)
+    if lora is not None:
+        _add_lora(pipeline, lora, spec.lora_scale)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _assemble(chosen: type, spec: PipelineSpec, dtype: torch.dtype, parts: dict[str, Any]) -> "DiffusionPipeline":
+    """A pipeline of ours from its parts: diffusers would want to run the code that lies beside them."""
+    import diffusers
+
+    folder = Path(spec.path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors"]
+        folder = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
+    given = dict(parts)
+    for name, entry in spec.index.items():
+        if name in given or name not in inspect.signature(chosen.__init__).parameters:
+            continue
+        if not isinstance(entry, list):
+            given[name] = entry
+        elif entry[0] == "diffusers":
+            part = getattr(diffusers, entry[1])
+            weights = {"use_safetensors": True, "dtype": dtype} if issubclass(part, torch.nn.Module) else {}
+            given[name] = part.from_pretrained(folder / name, **weights)
+    return chosen(**given)
+
+
+class CheckpointContent(NamedTuple):
+    """What a checkpoint holds of a pipeline, its moving averages where it has both.
+
+    Attributes:
+        models: folders of whole parts, by their names in the pipeline.
+        adapters: folders of PEFT adapters, by the parts that they are of.
+        lora: the LoRA file.
+    """
+
+    models: dict[str, Path]
+    adapters: dict[str, Path]
+    lora: Path | None
+
+
+def checkpoint_content(spec: PipelineSpec) -> CheckpointContent:
+    """What the checkpoint `spec.parts` holds of the pipeline.
+
+    Raises:
+        UserError: if it holds nothing of it: the base would stand for it.
+    """
+    names = [
+        name
+        for name, entry in spec.index.items()
+        if isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
+    ]
+    found = CheckpointContent(
+        _folders_with(spec.parts, names, "config.json"),
+        _folders_with(spec.parts, names, PEFT_FILE),
+        next((file for each in ("unet_ema", ".") if (file := spec.parts / each / LORA_FILE).is_file()), None),
+    )
+    if not any(found):
+        raise UserError(
+            f"--checkpoints: {spec.parts} holds no weights that go with {spec.path}: no LoRA file, and none of the "
+            f"folders {', '.join(names)} with a model or adapters; remove it, or give its own --pipeline"
+        )
+    return found
+
+
+def _folders_with(root: Path, names: Sequence[str], file: str) -> dict[str, Path]:
+    """The folders of parts that hold a file: `unet_ema/` comes before `unet/`."""
+    found = {}
+    for name in names:
+        folder = next((each for each in (root / f"{name}_ema", root / name) if (each / file).is_file()), None)
+        if folder is not None:
+            found[name] = folder
+    return found
+
+
+def _loaded_parts(folders: Mapping[str, Path], index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Whole parts from their folders, by the classes in the pipeline's index."""
+    import diffusers
+    import transformers
+
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    parts = {}
+    for name, folder in folders.items():
+        library, kind = index[name][:2]
+        parts[name] = getattr(libraries[library], kind).from_pretrained(folder, use_safetensors=True, dtype=dtype)
+    return parts
+
+
+def _merge_adapters(module: torch.nn.Module | None, folder: Path) -> None:
+    """Adds the update of PEFT adapters (LoHa, LoKr) to the weights of the part that they are of."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    try:
+        if module is None:
+            raise ValueError("the pipeline has no such part")
+        adapted = PeftModel.from_pretrained(module, folder)
+        if set(get_peft_model_state_dict(adapted)) != set(load_file(folder / PEFT_FILE)):  # PEFT leaves the rest out
+            raise ValueError(f"the tensors in {PEFT_FILE} are not those of its config")
+        adapted.merge_and_unload()
+    except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--checkpoints: the adapters {folder} can't be loaded: {first_line(error)}") from error
+
+
+def _add_lora(pipeline: "DiffusionPipeline", lora: str, scale: float) -> None:
+    flag = f"--lora {lora}"  # also of a checkpoint's
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(f"{flag}: a {type(pipeline).__name__} takes no LoRA")
+    file = Path(lora)
+    source = (str(file.parent), {"weight_name": file.name}) if file.is_file() else (lora, {})
+    try:
+        pipeline.load_lora_weights(source[0], adapter_name="evaluated", use_safetensors=True, **source[1])
+        if not any("evaluated" in names for names in pipeline.get_list_adapters().values()):
+            raise ValueError("it adapts no layer of the pipeline")
+        if scale != 1.0:
+            pipeline.set_adapters("evaluated", scale)
+    except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
+
+
+def call_parameters(pipeline_type: type) -> frozenset[str]:
+    """The names of what a pipeline's call takes."""
+    return frozenset(inspect.signature(pipeline_type.__call__).parameters)
+
+
+def class_names(pipeline: "DiffusionPipeline") -> dict[int, str | None]:
+    """The classes of a class-conditional pipeline by number, with their names where it has them."""
+    names = getattr(pipeline, "labels", None)  # DiT's, by name
+    if isinstance(names, dict) and names:
+        first = {int(label): str(text) for text, label in reversed(names.items())}  # of synonyms the first
+        return dict(sorted(first.items()))
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    for key in ("num_embeds_ada_norm", "num_class_embeds"):
+        count = denoiser.config.get(key)
+        if count:  # the last embedding of a pipeline of ours stands for no class
+            return dict.fromkeys(range(count - (type(pipeline).__name__ in OWN_PIPELINES)))
+    return {}

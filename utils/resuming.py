@@ -1,0 +1,161 @@
+"""Whether a run goes on from a checkpoint, and whether that is one of the same run."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import CheckpointOptions, Checkpoints, RunFacts, check_structure, check_training, read_state
+from utils.data.buckets import BucketOptions
+from utils.data.dataset import LoaderOptions
+from utils.data.selection import PlannedImages
+from utils.data.stream import StreamedImages
+from utils.ema_lengths import has_averages, set_aside_snapshots
+from utils.engines import Engine
+from utils.optim import LENGTH_SCHEDULES, ScheduleOptions
+from utils.options import UserError
+from utils.runtime import OutputFolder, on_main_process
+from utils.stopping import StopRequests
+
+logger = logging.getLogger(__name__)
+
+# what a resumed run may change: its length, intervals and logging, how it is spread, what only saves memory or time,
+# and where its data lie, which are compared themselves
+FREE_GROUPS = (
+    "evaluation",
+    "features",
+    "controls",
+    "length",
+    "checkpoint",
+    "tracking",
+    "hub",
+    "validation",
+    "stopping",
+    "runtime",
+    "loader",
+    "sampling",
+    "speed",
+)
+FREE_OPTIONS = {
+    *("dataset_name", "dataset_config_name", "train_data_dir", "dataset_file", "cache_dir", "mask_dir"),
+    *("validation_data_dir", "max_validation_samples", "encoding_cache_dir", "cache_batch_size", "cache_only"),
+    *("verify_cache", "use_ema", "offload_ema", "foreach_ema", "ema_lengths", "ema_snapshot_steps"),
+    *(
+        "gradient_checkpointing",
+        "attention_slicing",
+        "vae_slicing",
+        "sampling_cpu_offload",
+        "export_fused",
+        "fused_lora",
+    ),
+    *("on_bad_image", "fused_adamw", "max_bad_fraction", "bucket_group_size", "loss_module"),
+}
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins.
+
+    Attributes:
+        start: the checkpoint that it goes on from; None for the first step.
+        group_size: samples of one bucket that stand together.
+        structure: what a checkpoint can only be resumed with, by flag.
+        training: what else changes the training, by flag.
+        may_change: whether that may be other than the checkpoint has it.
+    """
+
+    start: Path | None
+    group_size: int
+    structure: Mapping[str, object]
+    training: Mapping[str, object]
+    may_change: bool
+
+    def having(self, **structure: object) -> "Beginning":
+        """The same with more that a checkpoint can only be resumed with.
+
+        Raises:
+            UserError: if the checkpoint was made with other.
+        """
+        if self.start is not None:
+            check_structure(self.start, structure)
+        return replace(self, structure={**self.structure, **structure})
+
+    def facts(self, images: PlannedImages | StreamedImages, schedule: ScheduleOptions, total_steps: int) -> RunFacts:
+        """What a run that goes on from this one will be compared with.
+
+        Raises:
+            UserError: if this one goes on with other data, unasked.
+        """
+        data = {"data": images.fingerprint(), **images.describe_sources()}
+        if self.start is not None:
+            check_training(self.start, data, self.may_change)
+            _warn_of_length(self.start, schedule, total_steps)
+        return RunFacts(dict(self.structure), {**self.training, **data}, total_steps)
+
+
+def begin(options: Any, engine: Engine, folder: OutputFolder, requests: StopRequests, pipeline_class: str) -> Beginning:
+    """Finds the checkpoint to go on from, compares the options with its own, and takes the output folder.
+
+    Args:
+        options: all of a script's, by group.
+        pipeline_class: the name of the class that is trained.
+
+    Raises:
+        UserError: if the folder or the checkpoint is not this run's.
+    """
+    accelerator, asked = engine.accelerator, options.checkpoint
+    checkpoints = Checkpoints(folder.path, asked.checkpoints_total_limit)
+    start = on_main_process(accelerator, lambda: checkpoints.resolve(asked.resume_from_checkpoint))
+    global_batch = options.loader.global_batch(accelerator.num_processes)
+    group_size = _choose_group_size(options.buckets, options.loader, global_batch, start)
+    structure = options.structure | {"pretrained_model": pipeline_class}
+    structure["bucket_group_size"] = group_size if options.buckets.use_aspect_ratio_buckets else None
+    training = _training_options(options)
+    training |= {"mixed_precision": accelerator.mixed_precision, "global_batch": global_batch}
+    if start is not None:
+        check_structure(start, structure)
+        check_training(start, training, asked.allow_changed_options)
+    if not options.runtime.dry_run:
+        overwrite = options.runtime.overwrite_output_dir
+        on_main_process(accelerator, lambda: _claim(folder, checkpoints, start, asked, overwrite))
+        on_main_process(accelerator, requests.remove_files)
+    return Beginning(start, group_size, structure, training, asked.allow_changed_options)
+
+
+def _training_options(options: Any) -> dict[str, object]:
+    """The options that change what is trained, by flag."""
+    groups = (field.name for field in fields(options) if field.name not in FREE_GROUPS)
+    record = {name: value for group in groups for name, value in asdict(getattr(options, group)).items()}
+    return {name: value for name, value in record.items() if name not in FREE_OPTIONS}
+
+
+def _choose_group_size(buckets: BucketOptions, loader: LoaderOptions, global_batch: int, start: Path | None) -> int:
+    """How many samples of one bucket stand together: as asked, as the run that goes on had it, or the micro-batch."""
+    recorded = None if start is None else read_state(start).facts.structure.get("bucket_group_size")
+    chosen = buckets.bucket_group_size or recorded or math.gcd(loader.train_batch_size, global_batch)
+    if global_batch % chosen:
+        raise UserError(f"--bucket_group_size must divide the global batch of {global_batch}, got {chosen}")
+    return chosen
+
+
+def _claim(
+    folder: OutputFolder, checkpoints: Checkpoints, start: Path | None, options: CheckpointOptions, overwrite: bool
+) -> None:
+    """Takes the output folder for this run, and tidies what earlier runs left of checkpoints."""
+    is_inside = start is not None and start.resolve().parent == folder.path.resolve()
+    resuming = is_inside or options.resume_from_checkpoint == "latest"
+    folder.claim(resuming, overwrite)
+    checkpoints.clean()
+    step = 0 if start is None else read_state(start).step
+    checkpoints.set_aside_after(step)
+    set_aside_snapshots(folder.path, step if start is not None and has_averages(start) else 0)
+
+
+def _warn_of_length(start: Path, options: ScheduleOptions, total_steps: int) -> None:
+    """Says so where the learning rate would have another course because the run has another length."""
+    before = read_state(start).facts.total_steps
+    if options.lr_scheduler in LENGTH_SCHEDULES and before != total_steps:
+        message = "--lr_scheduler %s depends on the run's length: it was %d steps and is %d, so the rate jumps"
+        logger.warning(message, options.lr_scheduler, before, total_steps)
