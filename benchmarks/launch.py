@@ -44,7 +44,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 TIMED: dict[str, Sequence[tuple[str, str]]] = {
     "torch.autograd": [("backward", "backward")],
-    "torch.nn.utils": [("clip_grad_norm_", "optimizer"), ("clip_grads_with_norm_", "optimizer")],
+    "torch.nn.utils": [(name, "optimizer") for name in ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm")],
     "torch.optim.optimizer": [("Optimizer.zero_grad", "optimizer")],
     "torch.utils.data.dataloader": [("_BaseDataLoaderIter.__next__", "data"), ("DataLoader.__iter__", "data")],
     "diffusers.models.unets.unet_2d": [("UNet2DModel.__call__", "forward")],
@@ -62,7 +62,8 @@ TIMED: dict[str, Sequence[tuple[str, str]]] = {
     "datasets.load": [("load_dataset", "listing")],
     "utils.preparation": [("DataPreparation.fill_cache", "caching"), ("DataPreparation.choose_images", "listing")],
     "utils.ema": [("MovingAverage.update", "ema")],
-    "utils.speed": [("compile_denoiser", "compiling")],
+    "utils.starting": [("hasten", "compiling")],
+    "utils.gradients": [("Gradients.rehearse", "rehearsing")],
 }
 """Calls by module, and the phase that their time counts in. What a module does not have is passed over."""
 SYNCHRONISING = (
@@ -123,6 +124,8 @@ class Recorder:
                 return function(*args, **kwargs)
             if phase == "forward":
                 self.denoiser = args[0]
+            elif phase == "optimizer":
+                self._before_clipping()
             self._phase, began = phase, self._clock()
             try:
                 return function(*args, **kwargs)
@@ -164,15 +167,20 @@ class Recorder:
     def _after_backward(self, args: Sequence[Any]) -> None:
         loss = args[0] if isinstance(args[0], Tensor) else args[0][0]
         self._losses.append((len(self.steps), loss.detach()))
-        if self._keeps_gradients and not self.steps and self.denoiser is not None:
-            for name, parameter in self.denoiser.named_parameters():
-                if parameter.grad is not None:
-                    self._gradients[name] = parameter.grad.detach().clone()
+
+    def _before_clipping(self) -> None:
+        """Keeps the first step's gradients, as they are before clipping, which a kernel may do with the step."""
+        if not self._keeps_gradients or self.steps or self._gradients or not self._losses or self.denoiser is None:
+            return
+        for name, parameter in self.denoiser.named_parameters():
+            if parameter.grad is not None:
+                self._gradients[name] = parameter.grad.detach().clone()
 
     def before_optimizer(self, *_: Any) -> None:
         """An optimizer's step begins; one within another is no step of its own."""
         self._depth += 1
         if self._depth == 1:
+            self._before_clipping()
             self._optimizer_began, self._phase = self._clock(), "optimizer"
 
     def after_optimizer(self, *_: Any) -> None:

@@ -63,6 +63,7 @@ class Case:
         ours, theirs: flags of one side.
         is_adapter: whether the result is a LoRA file.
         averages: whether both sides keep a moving average.
+        rate: the learning rate.
     """
 
     kind: str
@@ -72,9 +73,16 @@ class Case:
     theirs: str = ""
     is_adapter: bool = False
     averages: bool = True
+    rate: float = 1e-4
 
 
-LORA = {"ours": "--adaptation lora --rank 16", "theirs": "--rank 16", "is_adapter": True, "averages": False}
+LORA = {
+    "ours": "--adaptation lora --rank 16",
+    "theirs": "--rank 16",
+    "is_adapter": True,
+    "averages": False,
+    "rate": 1e-3,
+}
 CASES = {
     "sd": Case("sd", "train_text_to_image.py", "train_text_to_image.py"),
     "sdxl": Case("sdxl", "train_text_to_image.py", "train_text_to_image_sdxl.py"),
@@ -96,7 +104,7 @@ class Optimisation:
 
     Attributes:
         devices: where it is part of the fast path unless --optimisations says otherwise.
-        needs: of the case: "text" for pipelines with text, "average" where one is kept, "adapter" for LoRA, or nothing.
+        needs: of the case: "text" for pipelines with text, "average" where one is kept, "adapter" for LoRA, "bf16".
     """
 
     on: str
@@ -104,9 +112,10 @@ class Optimisation:
     devices: tuple[str, ...] = ("cpu", "cuda")
     needs: str = ""
 
-    def is_for(self, case: Case, offered: str) -> bool:
+    def is_for(self, case: Case, precision: str, offered: str) -> bool:
         """Whether a case can have it, and the script's --help lists it."""
         has = {"": True, "text": case.kind != "unconditional", "average": case.averages, "adapter": case.is_adapter}
+        has["bf16"] = precision == "bf16"
         return has[self.needs] and f"{self.on.split()[0]} " in offered.replace(",", " ").replace("\n", " ")
 
 
@@ -115,8 +124,12 @@ OPTIMISATIONS = {
     "workers": Optimisation("--dataloader_num_workers 8", "--dataloader_num_workers 0", ("cuda",)),
     "fused_adamw": Optimisation("--fused_adamw true", "--fused_adamw false"),
     "foreach_ema": Optimisation("--foreach_ema", "--no_foreach_ema", needs="average"),
+    "fused_lora": Optimisation("--fused_lora", "--no_fused_lora", needs="adapter"),
+    "logging_steps": Optimisation("--logging_steps 10", "--logging_steps 1"),
+    "tf32": Optimisation("--allow_tf32 true", "--allow_tf32 false", ("cuda",)),
+    "bf16_weights": Optimisation("--bf16_weights", devices=("cuda",), needs="bf16"),
     "channels_last": Optimisation("--channels_last", devices=("cuda",)),
-    "torch_compile": Optimisation("--torch_compile", devices=("cuda",)),
+    "compile": Optimisation("--compile denoiser", devices=("cuda",)),
 }
 """In the order in which --ablate adds them. A new one is a line here."""
 
@@ -172,7 +185,7 @@ class Contest:
     def shared_flags(self) -> list[str]:
         """What both sides are told."""
         flags = ["--train_data_dir", self.images, "--resolution", self.size.resolution, "--center_crop"]
-        flags += ["--learning_rate", 1e-4, "--lr_scheduler", "constant", "--lr_warmup_steps", 0]
+        flags += ["--learning_rate", self.case.rate, "--lr_scheduler", "constant", "--lr_warmup_steps", 0]
         flags += ["--checkpointing_steps", 10**6, "--mixed_precision", "no" if self.precision == "fp32" else "bf16"]
         return [str(flag) for flag in flags] + ["--use_ema"] * self.case.averages
 
@@ -228,6 +241,7 @@ def run_child(command: Sequence[object], log: Path, home: Path, threads: int | N
         ChildError: if its exit status is not 0.
     """
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(home / "inductor")
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     with log.open("w", encoding="utf-8") as output:
@@ -568,7 +582,7 @@ def possible_optimisations(contest: Contest) -> dict[str, Optimisation]:
     """Those that the script has and the case can have."""
     words = [sys.executable, str(ROOT / contest.case.script), "--help"]
     offered = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    return {name: each for name, each in OPTIMISATIONS.items() if each.is_for(contest.case, offered)}
+    return {name: each for name, each in OPTIMISATIONS.items() if each.is_for(contest.case, contest.precision, offered)}
 
 
 def chosen_optimisations(

@@ -305,7 +305,7 @@ def test_the_fast_path_has_what_the_script_offers_and_the_case_can_have():
     )
     offered += "[F]\n  --dataloader_num_workers N\n"
     names = {
-        case: {name for name, each in train.OPTIMISATIONS.items() if each.is_for(train.CASES[case], offered)}
+        case: {name for name, each in train.OPTIMISATIONS.items() if each.is_for(train.CASES[case], "fp32", offered)}
         for case in train.CASES
     }
     assert names["sd"] == {"cache", "fused_adamw", "foreach_ema", "workers"}
@@ -315,6 +315,8 @@ def test_the_fast_path_has_what_the_script_offers_and_the_case_can_have():
     assert train.flags_with(possible, ["fused_adamw"]) == (
         ["--dataloader_num_workers", "0", "--fused_adamw", "true", "--no_foreach_ema"]
     )
+    assert not train.OPTIMISATIONS["bf16_weights"].is_for(train.CASES["sd"], "fp32", "  --bf16_weights [x]")
+    assert train.OPTIMISATIONS["bf16_weights"].is_for(train.CASES["sd"], "bf16", "  --bf16_weights [x]")
 
 
 def test_a_peer_is_tuned_as_far_as_its_script_goes():
