@@ -287,11 +287,12 @@ def that_fits(contest: Contest, side: Side) -> Side:
     """The side, with gradient checkpointing where a GPU is too small for it without."""
     if not has_gpu():
         return side
-    short = replace(contest, steps=3)
+    place, has_length = contest.folder / "turns" / "fits", contest.case.kind != "unconditional"
+    trial = replace(side, flags=[*side.flags, *(["--max_train_steps", "3"] if has_length else [])])
     try:
-        take_turn(short, side, contest.folder / "turns" / "fits")
+        take_turn(contest, trial, place)
     except ChildError as error:
-        if "out of memory" not in (contest.folder / "turns" / "fits" / "log").read_text(encoding="utf-8"):
+        if "out of memory" not in (place / "log").read_text(encoding="utf-8", errors="replace"):
             raise error
         more = "--gradient_checkpointing"
         return replace(side, flags=[*side.flags, more], changes=[*side.changes, more])

@@ -325,6 +325,25 @@ def test_a_peer_is_tuned_as_far_as_its_script_goes():
     assert train.tuned_flags('add("--use_ema")', 2) == ["--dataloader_num_workers", "2"]
 
 
+@pytest.mark.parametrize("said", ["CUDA out of memory", "no such file"])
+def test_a_peer_checkpoints_only_where_memory_is_short(said, monkeypatch, tmp_path):
+    def fail(contest, side, place):
+        assert side.flags == ["--a", "--max_train_steps", "3"]
+        place.mkdir(parents=True)
+        (place / "log").write_text(said)
+        raise train.ChildError(said)
+
+    monkeypatch.setattr(train, "has_gpu", lambda: True)
+    monkeypatch.setattr(train, "take_turn", fail)
+    side = train.Side("peer", Path("script.py"), ["--a"], ["--a"], is_peer=True)
+    contest = train.contest_of(train.parse_arguments(["--case", "sd", "--size", "tiny", "--folder", str(tmp_path)]))
+    if "memory" in said:
+        assert train.that_fits(contest, side).changes == ["--a", "--gradient_checkpointing"]
+        return
+    with pytest.raises(train.ChildError):
+        train.that_fits(contest, side)
+
+
 def test_a_gate_that_fails_prints_no_speed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(train.Contest, "make_assets", lambda self: None)
     monkeypatch.setattr(train, "possible_optimisations", lambda contest: {})
