@@ -110,7 +110,9 @@ def count_flops(pipeline: Any, edge: int) -> int:
 
     clean, more = inputs(pipeline, torch.zeros(1, 3, edge, edge, device=pipeline.device), ["a picture"])
     unet = pipeline.unet.to("meta").train()
-    unet.set_attn_processor(AttnProcessor())
+    for module in unet.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(AttnProcessor())
     is_adapter = any("lora" in name for name, _ in unet.named_parameters())
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_("lora" in name or not is_adapter)
