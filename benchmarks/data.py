@@ -13,7 +13,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import sys
@@ -24,7 +23,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +37,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
+from benchmarks.launch import import_torchvision  # noqa: E402
+from benchmarks.printing import print_machine, print_table  # noqa: E402
 from tests import tiny  # noqa: E402
 from utils.data.buckets import BucketOptions  # noqa: E402
 from utils.data.cache import KEY_SIZE, EntryStore, in_shards, make_key  # noqa: E402
@@ -109,14 +109,6 @@ def take_turns(contestants: Mapping[str, Contestant], rounds: int, seconds: floa
 def spread(values: Sequence[float]) -> str:
     """Median (least to most)."""
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
-
-
-def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table in Markdown."""
-    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-    sys.stdout.flush()
 
 
 def print_times(title: str, times: Mapping[str, list[float]]) -> None:
@@ -430,22 +422,6 @@ def peer_loader(script: Path, pictures: Path, folder: Path, batch_size: int) -> 
     return names["train_dataloader"]
 
 
-def import_torchvision() -> None:
-    """Imports torchvision, also one built for another torch: the peer needs only what is written in Python."""
-    register = torch.library.register_fake
-
-    def register_others(name: object, *rest: object, **more: object) -> Callable:
-        if str(name).startswith("torchvision::"):
-            return lambda function: function
-        return register(name, *rest, **more)
-
-    torch.library.register_fake = register_others
-    try:
-        import torchvision  # noqa: F401
-    finally:
-        torch.library.register_fake = register
-
-
 class NoIds:
     """In the place of a peer's tokenizer."""
 
@@ -748,25 +724,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def print_machine() -> None:
-    """What ran it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    print(
-        f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB of memory; Python {platform.python_version()}, ", end=""
-    )
-    print(", ".join(f"{package} {version(package)}" for package in PACKAGES))
-
-
 def main() -> None:
     """Runs the parts, each in a temporary folder."""
     args = parse_arguments()
     torch.set_num_threads(1)
     if args.peer_script is not None:
         import_torchvision()  # before diffusers does
-    print_machine()
+    print_machine(PACKAGES)
     for name in args.parts:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             PARTS[name](args, Path(folder))

@@ -46,7 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
 
-from benchmarks.data import print_table  # noqa: E402
+from benchmarks.printing import print_table  # noqa: E402
 from tests import tiny  # noqa: E402
 from train_text_to_image import Options  # noqa: E402
 from utils.adaptation import ADAPTATIONS  # noqa: E402
@@ -141,11 +141,11 @@ class Architecture:
             made[name] = getattr(transformers, class_name)(transformers.CLIPTextConfig(**config, **tokens))
         return made
 
-    def save_pipeline(self, folder: Path) -> Path:
-        """Writes the pipeline with random weights in bfloat16, if it is not there yet."""
+    def save_pipeline(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+        """Writes the pipeline with random weights, if it is not there yet."""
         if not (folder / "model_index.json").exists():
             torch.manual_seed(0)
-            parts: dict[str, Any] = {name: nn.Module.to(part, torch.bfloat16) for name, part in self.parts().items()}
+            parts: dict[str, Any] = {name: nn.Module.to(part, dtype) for name, part in self.parts().items()}
             parts |= dict.fromkeys(self.family.tokenizer_names, tiny.tokenizer(folder / "vocabulary"))
             if self.family is StableDiffusion:
                 parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
