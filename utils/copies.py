@@ -29,11 +29,13 @@ class HalfCopy:
     """
 
     def __init__(self, denoiser: nn.Module, optimizer: torch.optim.Optimizer):
+        from diffusers.models.embeddings import GaussianFourierProjection
+
         self._places = [
             (owner, name)
             for owner in denoiser.modules()
             for name, each in owner.named_parameters(recurse=False)
-            if each.dtype == torch.float32
+            if each.dtype == torch.float32 and not isinstance(owner, GaussianFourierProjection)  # frequencies of times
         ]
         self._weights = [owner._parameters[name] for owner, name in self._places]
         self._copies = [each.detach().bfloat16() for each in self._weights]
