@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger("utils.train_unconditional")
+OWN_NAMES = {"caption_column": "label_column"}  # flags that the shared parts call otherwise
 IMAGE_LEFT = 0.15  # a schedule that ends with more of it begins its samples where it never was
 
 
@@ -446,7 +447,7 @@ def card_facts(options: Options, family: UnconditionalFamily, settings: Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; gives its exit status."""
-    return run_script(run, argv)
+    return run_script(run, argv, OWN_NAMES)
 
 
 if __name__ == "__main__":

@@ -500,6 +500,35 @@ def test_labels_that_are_not_there(classes, capsys, tmp_path):
         assert "--label_column" in line
 
 
+@pytest.mark.parametrize("kind", ["metadata", "dataset"])
+def test_a_wrong_column_is_named_by_this_scripts_flag(train, images, tmp_path, capsys, kind):
+    from datasets import Dataset
+
+    flags = ["--class_conditional", "--label_column", "labl"]
+    if kind == "dataset":
+        rows = {"image": [str(path) for path in sorted(images.rglob("*.png"))], "label": [0, 1] * 3}
+        Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+        train("pixels", *SHORT, *flags, "--dataset_name", tmp_path / "data", expect=2)
+    else:
+        train("pixels", *SHORT, *flags, expect=2)
+    line = message(capsys)
+    assert "--label_column labl is not a column" in line
+    assert "--caption_column" not in line
+    assert ("did you mean --label_column label?" in line) == (kind == "dataset")
+
+
+def test_an_error_of_one_process_keeps_its_kind_under_this_scripts_names(capsys, monkeypatch):
+    from train_unconditional import OWN_NAMES
+    from utils.options import ProcessError, run_script
+
+    def run(argv):
+        raise ProcessError("--caption_column labl: row 3 holds no class")
+
+    monkeypatch.setenv("RANK", "1")
+    assert run_script(run, [], OWN_NAMES) == 2
+    assert message(capsys) == "error: --label_column labl: row 3 holds no class"
+
+
 def test_sixteen_bits_reach_the_model(tmp_path):
     from utils.data.cutting import cut_out
     from utils.data.pixels import PixelOptions
