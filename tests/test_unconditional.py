@@ -18,6 +18,8 @@ from torch import nn
 from tests import tiny
 from tests.conftest import message
 from tests.test_equivalences import assert_same_bits, losses, weights
+from utils.data.labels import LabelledSource, LabelOptions
+from utils.data.sources import DataOptions, read_records
 from utils.families.unconditional import SAMPLERS, fresh_scheduler, sampler_of
 from utils.flow import ProcessOptions, ScoreProcess, process_of
 from utils.grids import film
@@ -515,6 +517,43 @@ def test_a_wrong_column_is_named_by_this_scripts_flag(train, images, tmp_path, c
     assert "--label_column labl is not a column" in line
     assert "--caption_column" not in line
     assert ("did you mean --label_column label?" in line) == (kind == "dataset")
+
+
+LAYOUTS = {
+    "a class called train": ("train cat dog", "cat dog train", "taken for classes, as folders beside them are: train;"),
+    "classes called test and val": ("test val cat", "cat test val", "beside them are: test, val;"),
+    "deeper": ("all/train all/cat", "cat train", "all/train"),
+    "within splits": ("train/train train/cat val/train val/cat", "cat train", "train/train, val/train"),
+    "splits": ("train/cat train/dog test/cat test/dog", "cat dog", None),
+    "a split beside folders": (
+        "train/cat train/dog more/cat",
+        "cat dog",
+        "train is taken for the split train, and 1 im",
+    ),
+    "another split alone": ("test/cat cat dog", "cat dog", "trained on too, as there is no folder train: test;"),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_class_folders_called_as_splits_are(tmp_path, classes, caplog, case):
+    folders, names, said = LAYOUTS[case]
+    image = next(classes.rglob("*.png"))
+    for folder in folders.split():
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(image, tmp_path / folder / "a.png")
+        (tmp_path / folder / "a.txt").write_text("beside it")
+    source = LabelledSource(train_data_dir=str(tmp_path))
+    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).captions(source), 0)
+    found = {records.captions(index)[0] for index in range(len(records))}
+    assert found == set(names.split())
+    assert said in caplog.text if said else not caplog.text
+
+
+def test_one_class_that_is_a_split_is_named(train, classes, tmp_path, capsys):
+    for split in ("train", "test"):
+        shutil.copytree(classes / "cat", tmp_path / "data" / split)
+    train("labels", *SHORT, data=tmp_path / "data", expect=2)
+    assert "got one, train, whose folder is taken for the split train;" in message(capsys)
 
 
 def test_an_error_of_one_process_keeps_its_kind_under_this_scripts_names(capsys, monkeypatch):
