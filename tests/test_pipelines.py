@@ -103,6 +103,23 @@ def test_all_classes_are_drawn_under_their_names(more_pipelines):
         complete_prompts(pipeline, [], [3])
 
 
+def test_a_pipelines_own_number_of_steps_fits_a_short_schedule(more_pipelines, tmp_path, caplog):
+    """DDPMPipeline's 1000 steps are more than this schedule's 50."""
+    caplog.set_level("INFO")
+    pipeline = load_pipeline(PipelineSpec(str(more_pipelines["ddpm"])), torch.float32)
+    tasks = plan_tasks(complete_prompts(pipeline, [], None), PromptOptions(num_images=1))
+    drawn = {}
+    for steps in (None, 50, 51):
+        drawer = Drawer(pipeline, GenerationOptions(num_inference_steps=steps), SamplingControls(), 0, CPU)
+        if steps == 51:
+            with pytest.raises(UserError, match="51"):
+                drawer.draw(tasks, tmp_path)
+        else:
+            drawn[steps] = drawer.call(tasks)
+    assert np.array_equal(drawn[None], drawn[50])
+    assert "50 denoising steps, as many as the noise schedule has" in caplog.text
+
+
 @pytest.mark.parametrize("adaptation", ["lora", "loha"])
 def test_a_checkpoints_adapters_are_taken_their_averages_first(more_pipelines, train, tmp_path, adaptation):
     from safetensors.torch import load_file, save_file

@@ -380,6 +380,14 @@ def test_samples_take_no_more_steps_than_a_short_schedule_has(train, capsys, cap
     assert "at most 12" in line
 
 
+def test_the_model_card_draws_from_a_short_schedule(train, monkeypatch):
+    calls = []
+    monkeypatch.setattr("train_unconditional.publish", lambda folder, hub, facts, samples: calls.append(facts.call))
+    for name in ("pixels", "labels"):
+        train(name, *SHORT, "--ddpm_num_steps", 8, "--num_inference_steps", 2, "--max_train_steps", 1, out=name)
+    assert calls == ["pipeline(num_inference_steps=8)", "pipeline([0], num_inference_steps=8)"]
+
+
 def test_a_score_pipeline_is_fine_tuned(images, tmp_path):
     from diffusers import ScoreSdeVePipeline, ScoreSdeVeScheduler
 

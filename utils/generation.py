@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
 from utils.disk import replacing
+from utils.families.base import fitting_steps
 from utils.families.source import LOADING_ERRORS
 from utils.memory import is_out_of_memory
 from utils.metrics.features import weights_hash
@@ -75,7 +76,9 @@ FREE_SETTINGS = ("batch_size", "fail_on_invalid", "scheduler")  # no facts: the 
 @dataclass(frozen=True)
 class GenerationOptions:
     scheduler: str | None = option(None, f"{', '.join(SCHEDULERS)}, or a class of diffusers; by default the pipeline's")
-    num_inference_steps: int | None = option(None, "denoising steps; by default the pipeline's")
+    num_inference_steps: int | None = option(
+        None, "denoising steps; by default the pipeline's, or all of a shorter schedule"
+    )
     guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
     guidance_rescale: float | None = option(None, "rescaling of the guided prediction, for zero terminal SNR")
     negative_prompt: str | None = option(None, "what images should not show")
@@ -279,6 +282,9 @@ class Drawer:
         self._around = around
         self._takes = call_parameters(type(self.pipeline))
         self._batch_size = BatchSize(options.batch_size, device)
+        self._fitting_steps = fitting_steps(self.pipeline) if options.num_inference_steps is None else None
+        if self._fitting_steps is not None:
+            logger.info("%d denoising steps, as many as the noise schedule has", self._fitting_steps)
         self._check()
         controls.check(self.pipeline.scheduler)
         if starts_from_images and controls.noise_scale != 1.0:
@@ -396,6 +402,8 @@ class Drawer:
         for name in ("num_inference_steps", "guidance_scale", "guidance_rescale", "eta", "strength"):
             if getattr(options, name) is not None:
                 given[name] = getattr(options, name)
+        if self._fitting_steps is not None:
+            given.setdefault("num_inference_steps", self._fitting_steps)
         if "class_labels" in takes:
             given["class_labels"] = [task.prompt.label for task in batch]
         elif self._encode is not None:

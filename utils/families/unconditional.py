@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from utils.configs import index_file, is_path, read_config, read_config_file
 from utils.data.labels import ClassNumbers
-from utils.families.base import Family, TextStates, changed_scheduler
+from utils.families.base import Family, TextStates, changed_scheduler, fitting_steps
 from utils.families.denoisers import CLASS_SLOTS, ShapeOptions, make_denoiser, transformer_config, unet_config
 from utils.families.source import LOADING_ERRORS, PartOptions, refuse_pickles
 from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
@@ -278,7 +278,11 @@ class UnconditionalFamily(Family):
 
     def example_call(self) -> str:
         """How the pipeline is called, in Python, for the model card."""
-        return "pipeline()"
+        return f"pipeline({', '.join(self._example_arguments())})"
+
+    def _example_arguments(self) -> list[str]:
+        steps = fitting_steps(self.pipeline)
+        return [] if steps is None else [f"num_inference_steps={steps}"]
 
 
 class Pixels(UnconditionalFamily):
@@ -331,9 +335,9 @@ class ClassLabelled(UnconditionalFamily):
         """{"class_labels": [B] int64}."""
         return {"class_labels": torch.where(dropped, self._no_class, input_ids[:, 0, 0])}
 
-    def example_call(self) -> str:
+    def _example_arguments(self) -> list[str]:
         """For an image of the first class."""
-        return f"pipeline([{min(self.classes)}])"
+        return [f"[{min(self.classes)}]", *super()._example_arguments()]
 
     def _states_of(self, labels: Sequence[int], guidance: float, device: torch.device) -> TextStates:
         numbers = torch.tensor(labels, device=device)
