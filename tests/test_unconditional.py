@@ -20,11 +20,13 @@ from tests.conftest import message
 from tests.test_equivalences import assert_same_bits, losses, weights
 from utils.data.labels import LabelledSource, LabelOptions
 from utils.data.sources import DataOptions, read_records
+from utils.families.denoisers import ShapeOptions, unet_config
 from utils.families.unconditional import SAMPLERS, fresh_scheduler, sampler_of
 from utils.flow import ProcessOptions, ScoreProcess, process_of
 from utils.grids import film
 from utils.losses import LossOptions, loss_weights, weighted_loss
 from utils.noise import NoiseDraws, timestep_weights
+from utils.options import UserError
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--learning_rate", 1e-3)
@@ -724,6 +726,74 @@ def test_a_config_file_says_the_shape(train, tmp_path):
     assert main([str(word) for word in words]) == 0
     assert weights(first).keys() == weights(tmp_path / "out").keys()
     assert load(tmp_path / "out").unet.config.sample_size == 16
+
+
+def three_levels():
+    types = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    return small_unet(block_out_channels=(8, 16, 16), **types)
+
+
+def test_a_configs_levels_stay_at_4_or_over(train, tmp_path, capsys):
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    three_levels().save_config(tmp_path / "config")
+    reset_accelerate()
+    words = ["--train_data_dir", train.images, "--output_dir", tmp_path / "out", "--resolution", 8]
+    words += ["--model_config_name_or_path", tmp_path / "config"]
+    assert main([str(word) for word in words]) == 2
+    line = message(capsys)
+    assert "--model_config_name_or_path has 3 levels, of which the last would see 2x2 of 8 pixels" in line
+    assert "an edge of at least 16" in line
+    with pytest.raises(UserError, match=r"--model_size has 1 level,.*at least 4"):
+        unet_config(ShapeOptions(model_size="tiny"), 2, 4, None)
+    with pytest.raises(UserError, match=r"try an edge of 16$"):
+        unet_config(ShapeOptions(model_config_name_or_path=str(tmp_path / "config")), 10, 3, None)
+
+
+def test_what_a_fine_tuned_pipeline_does_otherwise_is_said(train, tmp_path, caplog):
+    """A level under 4x4, and samples by another sampler than the result's; nothing where there is neither."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    DDPMPipeline(three_levels(), DDPMScheduler()).save_pretrained(tmp_path / "first")
+    words = ["--pretrained_model", tmp_path / "first", "--train_data_dir", train.images, "--dry_run"]
+    words += ["--output_dir", tmp_path / "out", *tiny.SMALL_DRAWING, "--report_to", "none"]
+    for flags, is_small, is_other in (([], False, False), (["--resolution", 8, "--sampler", "ddim"], True, True)):
+        reset_accelerate()
+        caplog.clear()
+        assert main([str(word) for word in [*words, *flags]]) == 0
+        assert ("sees 2x2 then, under 4x4" in caplog.text) == is_small
+        said = "samples are drawn by DDIMScheduler, but the exported pipeline has DDPMScheduler"
+        assert (said in caplog.text) == is_other
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "is_other"),
+    [
+        ("pixels", ("--sampler", "ddim"), False),
+        ("pixels", ("--sampler", "euler"), True),
+        ("latents", ("--sampler", "ddpm"), True),
+        ("latents", ("--flow_matching", "--sampler", "euler"), False),
+        ("flow", ("--sampler", "heun"), True),
+    ],
+)
+def test_samples_by_another_sampler_than_the_results_are_said(train, caplog, name, flags, is_other):
+    train(name, "--dry_run", *flags)
+    assert ("the run's samples are drawn by" in caplog.text) == is_other
+
+
+@pytest.mark.parametrize("name", ["latents", "labelled latents"])
+def test_what_a_pipeline_does_not_know_of_a_vae_is_said(train, pipelines, tmp_path, caplog, name):
+    train(name, "--dry_run")
+    assert "scaled alone" not in caplog.text
+    folder = shutil.copytree(pipelines["vae"], tmp_path / "shifted")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"shift_factor": 0.1, "latents_mean": [0.5] * 4}))
+    train(name, "--dry_run", "--vae", folder)
+    assert caplog.text.count("the VAE's shift_factor, latents_mean: left out in training") == 1
 
 
 def test_the_cached_run_trains_what_the_live_one_does(train, tmp_path):
