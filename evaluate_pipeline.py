@@ -25,6 +25,7 @@ from utils.generation import (
     GenerationOptions,
     check_prompts,
     claim_images,
+    class_numbers,
     complete_prompts,
     invalid_images,
     set_scheduler,
@@ -51,7 +52,14 @@ from utils.options import (
     run_script,
     without_secrets,
 )
-from utils.pipelines import PipelineOptions, PipelineSpec, checkpoint_content, load_pipeline, pipeline_class
+from utils.pipelines import (
+    PipelineOptions,
+    PipelineSpec,
+    checkpoint_content,
+    indexed_names,
+    load_pipeline,
+    pipeline_class,
+)
 from utils.prompts import Prompt, PromptOptions, Task, plan_tasks, read_prompts
 from utils.report import Entry, Findings, write_report
 from utils.runtime import (
@@ -299,6 +307,8 @@ def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> list[Pro
         if each.spec.parts is not None:
             checkpoint_content(each.spec)
         check_prompts(chosen, prompts, options.prompts.class_labels)
+        if options.prompts.class_labels is not None:
+            class_numbers(options.prompts.class_labels, indexed_names(each.spec.index))
     return prompts
 
 

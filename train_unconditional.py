@@ -20,6 +20,7 @@ from utils.course import Feed, Settings, Validation, start_course
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CacheOptions
 from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
+from utils.data.folders import ALL_SPLIT_WORDS
 from utils.data.labels import LabelledSource, LabelOptions, in_order
 from utils.data.pixels import PixelOptions
 from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger("utils.train_unconditional")
+OWN_NAMES = {"caption_column": "label_column"}  # flags that the shared parts call otherwise
 IMAGE_LEFT = 0.15  # a schedule that ends with more of it begins its samples where it never was
 
 
@@ -412,9 +414,11 @@ def class_names(options: Options, preparation: DataPreparation, images: PlannedI
     names = in_order([name for name in preparation.texts(images) if name], orders)
     if len(names) < 2:
         found = f"one, {names[0]}" if names else "none"
+        is_split = any(name.lower() in ALL_SPLIT_WORDS for name in names) and options.source.caption_column is None
+        taken = f", whose folder is taken for the split {options.source.dataset_split}" if is_split else ""
         raise UserError(
-            f"--class_conditional needs at least two classes, got {found}; put images into a folder for each, or name "
-            "a --label_column"
+            f"--class_conditional needs at least two classes, got {found}{taken}; put images into a folder for each, "
+            "or name a --label_column"
         )
     return names
 
@@ -446,7 +450,7 @@ def card_facts(options: Options, family: UnconditionalFamily, settings: Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; gives its exit status."""
-    return run_script(run, argv)
+    return run_script(run, argv, OWN_NAMES)
 
 
 if __name__ == "__main__":

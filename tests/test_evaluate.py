@@ -506,6 +506,16 @@ def test_bad_options_end_in_one_line(evaluate, pipelines, capsys, words, named):
     assert named in message(capsys)
 
 
+def test_an_unknown_class_is_refused_before_loading(evaluate, tmp_path, capsys):
+    folder = class_conditional(tmp_path / "dit")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": {"0": "tench, tinca", "1": "shark"}}))
+    shutil.rmtree(folder / "transformer")
+    evaluate("--pipeline", folder, "--class_labels", "tinca", "shrak", expect=2)
+    assert "--class_labels shrak" in (line := message(capsys))
+    assert "did you mean shark?" in line
+
+
 # While training
 
 

@@ -33,7 +33,7 @@ def drawn(path, folder, prompts=(), batch_size=None, seed=7, scheduler=None, ord
     set_scheduler(pipeline, scheduler)
     options = GenerationOptions(num_inference_steps=3, batch_size=batch_size, **settings)
     drawer = Drawer(pipeline, options, SamplingControls(), seed, CPU)
-    labels = [0, 2, 1] if "DiT" in type(pipeline).__name__ and not prompts else None
+    labels = ["0", "2", "1"] if "DiT" in type(pipeline).__name__ and not prompts else None
     complete = complete_prompts(pipeline, [Prompt(text) for text in prompts], labels)
     tasks = plan_tasks(complete, PromptOptions(images_per_prompt=each))
     claim_images(folder, drawer.facts(complete), False)

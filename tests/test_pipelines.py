@@ -10,7 +10,7 @@ from tests.test_generation import CPU, images_in
 from tests.tiny import unconditional
 from utils.generation import Drawer, GenerationOptions, complete_prompts
 from utils.options import UserError
-from utils.pipelines import PipelineSpec, load_pipeline, pipeline_class
+from utils.pipelines import PipelineSpec, indexed_names, load_pipeline, pipeline_class
 from utils.prompts import Prompt, PromptOptions, plan_tasks
 from utils.sampling_controls import SamplingControls
 
@@ -100,7 +100,44 @@ def test_all_classes_are_drawn_under_their_names(more_pipelines):
     found = complete_prompts(pipeline, [], None)
     assert [(prompt.label, prompt.text) for prompt in found] == [(0, "tench"), (1, "goldfish"), (2, "shark")]
     with pytest.raises(UserError, match="--class_labels must be among"):
-        complete_prompts(pipeline, [], [3])
+        complete_prompts(pipeline, [], ["3"])
+
+
+def test_classes_are_chosen_by_number_and_by_name(more_pipelines, caplog):
+    pipeline = load_pipeline(PipelineSpec(str(more_pipelines["dit"])), torch.float32)
+    pipeline.labels = {"tench": 0, "tinca": 0, "2": 1, "great shark": 2}
+    found = complete_prompts(pipeline, [], ["great shark", "0", "tinca", "2"])
+    assert [prompt.label for prompt in found] == [2, 0, 0, 2]
+    assert "--class_labels 2 is taken for the number" in caplog.text
+    with pytest.raises(UserError, match=r"--class_labels tensh is none of the 4 names.*did you mean tench\?"):
+        complete_prompts(pipeline, [], ["tensh"])
+    pipeline.labels = {}
+    with pytest.raises(UserError, match=r"none of the 0 names.*give numbers"):
+        complete_prompts(pipeline, [], ["tench"])
+    with pytest.raises(UserError, match="--class_labels must be names, or numbers from 0, got -1"):
+        PromptOptions(class_labels=["-1"])
+    index = {"_class_name": "DiTPipeline", "id2label": {"0": "tench, tinca", "1": "shark"}}
+    assert indexed_names(index) == {"tench": 0, "tinca": 0, "shark": 1}
+    ours = {"_class_name": ["pipeline", "ConditionalDDPMPipeline"], "id2label": {"0": "tench, tinca"}}
+    assert indexed_names(ours) == {"tench, tinca": 0}
+    assert indexed_names({"_class_name": "DiTPipeline", "id2label": None}) == {}
+
+
+def test_a_pipelines_own_number_of_steps_fits_a_short_schedule(more_pipelines, tmp_path, caplog):
+    """DDPMPipeline's 1000 steps are more than this schedule's 50."""
+    caplog.set_level("INFO")
+    pipeline = load_pipeline(PipelineSpec(str(more_pipelines["ddpm"])), torch.float32)
+    tasks = plan_tasks(complete_prompts(pipeline, [], None), PromptOptions(num_images=1))
+    drawn = {}
+    for steps in (None, 50, 51):
+        drawer = Drawer(pipeline, GenerationOptions(num_inference_steps=steps), SamplingControls(), 0, CPU)
+        if steps == 51:
+            with pytest.raises(UserError, match="51"):
+                drawer.draw(tasks, tmp_path)
+        else:
+            drawn[steps] = drawer.call(tasks)
+    assert np.array_equal(drawn[None], drawn[50])
+    assert "50 denoising steps, as many as the noise schedule has" in caplog.text
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "loha"])

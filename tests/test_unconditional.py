@@ -18,11 +18,15 @@ from torch import nn
 from tests import tiny
 from tests.conftest import message
 from tests.test_equivalences import assert_same_bits, losses, weights
+from utils.data.labels import LabelledSource, LabelOptions
+from utils.data.sources import DataOptions, read_records
+from utils.families.denoisers import ShapeOptions, unet_config
 from utils.families.unconditional import SAMPLERS, fresh_scheduler, sampler_of
 from utils.flow import ProcessOptions, ScoreProcess, process_of
 from utils.grids import film
 from utils.losses import LossOptions, loss_weights, weighted_loss
 from utils.noise import NoiseDraws, timestep_weights
+from utils.options import UserError
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--learning_rate", 1e-3)
@@ -378,6 +382,14 @@ def test_samples_take_no_more_steps_than_a_short_schedule_has(train, capsys, cap
     assert "at most 12" in line
 
 
+def test_the_model_card_draws_from_a_short_schedule(train, monkeypatch):
+    calls = []
+    monkeypatch.setattr("train_unconditional.publish", lambda folder, hub, facts, samples: calls.append(facts.call))
+    for name in ("pixels", "labels"):
+        train(name, *SHORT, "--ddpm_num_steps", 8, "--num_inference_steps", 2, "--max_train_steps", 1, out=name)
+    assert calls == ["pipeline(num_inference_steps=8)", "pipeline([0], num_inference_steps=8)"]
+
+
 def test_a_score_pipeline_is_fine_tuned(images, tmp_path):
     from diffusers import ScoreSdeVePipeline, ScoreSdeVeScheduler
 
@@ -498,6 +510,72 @@ def test_labels_that_are_not_there(classes, capsys, tmp_path):
         line = message(capsys)
         assert said in line
         assert "--label_column" in line
+
+
+@pytest.mark.parametrize("kind", ["metadata", "dataset"])
+def test_a_wrong_column_is_named_by_this_scripts_flag(train, images, tmp_path, capsys, kind):
+    from datasets import Dataset
+
+    flags = ["--class_conditional", "--label_column", "labl"]
+    if kind == "dataset":
+        rows = {"image": [str(path) for path in sorted(images.rglob("*.png"))], "label": [0, 1] * 3}
+        Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+        train("pixels", *SHORT, *flags, "--dataset_name", tmp_path / "data", expect=2)
+    else:
+        train("pixels", *SHORT, *flags, expect=2)
+    line = message(capsys)
+    assert "--label_column labl is not a column" in line
+    assert "--caption_column" not in line
+    assert ("did you mean --label_column label?" in line) == (kind == "dataset")
+
+
+LAYOUTS = {
+    "a class called train": ("train cat dog", "cat dog train", "taken for classes, as folders beside them are: train;"),
+    "classes called test and val": ("test val cat", "cat test val", "beside them are: test, val;"),
+    "deeper": ("all/train all/cat", "cat train", "all/train"),
+    "within splits": ("train/train train/cat val/train val/cat", "cat train", "train/train, val/train"),
+    "splits": ("train/cat train/dog test/cat test/dog", "cat dog", None),
+    "a split beside folders": (
+        "train/cat train/dog more/cat",
+        "cat dog",
+        "train is taken for the split train, and 1 im",
+    ),
+    "another split alone": ("test/cat cat dog", "cat dog", "trained on too, as there is no folder train: test;"),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_class_folders_called_as_splits_are(tmp_path, classes, caplog, case):
+    folders, names, said = LAYOUTS[case]
+    image = next(classes.rglob("*.png"))
+    for folder in folders.split():
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(image, tmp_path / folder / "a.png")
+        (tmp_path / folder / "a.txt").write_text("beside it")
+    source = LabelledSource(train_data_dir=str(tmp_path))
+    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).captions(source), 0)
+    found = {records.captions(index)[0] for index in range(len(records))}
+    assert found == set(names.split())
+    assert said in caplog.text if said else not caplog.text
+
+
+def test_one_class_that_is_a_split_is_named(train, classes, tmp_path, capsys):
+    for split in ("train", "test"):
+        shutil.copytree(classes / "cat", tmp_path / "data" / split)
+    train("labels", *SHORT, data=tmp_path / "data", expect=2)
+    assert "got one, train, whose folder is taken for the split train;" in message(capsys)
+
+
+def test_an_error_of_one_process_keeps_its_kind_under_this_scripts_names(capsys, monkeypatch):
+    from train_unconditional import OWN_NAMES
+    from utils.options import ProcessError, run_script
+
+    def run(argv):
+        raise ProcessError("--caption_column labl: row 3 holds no class")
+
+    monkeypatch.setenv("RANK", "1")
+    assert run_script(run, [], OWN_NAMES) == 2
+    assert message(capsys) == "error: --label_column labl: row 3 holds no class"
 
 
 def test_sixteen_bits_reach_the_model(tmp_path):
@@ -648,6 +726,74 @@ def test_a_config_file_says_the_shape(train, tmp_path):
     assert main([str(word) for word in words]) == 0
     assert weights(first).keys() == weights(tmp_path / "out").keys()
     assert load(tmp_path / "out").unet.config.sample_size == 16
+
+
+def three_levels():
+    types = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    return small_unet(block_out_channels=(8, 16, 16), **types)
+
+
+def test_a_configs_levels_stay_at_4_or_over(train, tmp_path, capsys):
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    three_levels().save_config(tmp_path / "config")
+    reset_accelerate()
+    words = ["--train_data_dir", train.images, "--output_dir", tmp_path / "out", "--resolution", 8]
+    words += ["--model_config_name_or_path", tmp_path / "config"]
+    assert main([str(word) for word in words]) == 2
+    line = message(capsys)
+    assert "--model_config_name_or_path has 3 levels, of which the last would see 2x2 of 8 pixels" in line
+    assert "an edge of at least 16" in line
+    with pytest.raises(UserError, match=r"--model_size has 1 level,.*at least 4"):
+        unet_config(ShapeOptions(model_size="tiny"), 2, 4, None)
+    with pytest.raises(UserError, match=r"try an edge of 16$"):
+        unet_config(ShapeOptions(model_config_name_or_path=str(tmp_path / "config")), 10, 3, None)
+
+
+def test_what_a_fine_tuned_pipeline_does_otherwise_is_said(train, tmp_path, caplog):
+    """A level under 4x4, and samples by another sampler than the result's; nothing where there is neither."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    from tests.conftest import reset_accelerate
+    from train_unconditional import main
+
+    DDPMPipeline(three_levels(), DDPMScheduler()).save_pretrained(tmp_path / "first")
+    words = ["--pretrained_model", tmp_path / "first", "--train_data_dir", train.images, "--dry_run"]
+    words += ["--output_dir", tmp_path / "out", *tiny.SMALL_DRAWING, "--report_to", "none"]
+    for flags, is_small, is_other in (([], False, False), (["--resolution", 8, "--sampler", "ddim"], True, True)):
+        reset_accelerate()
+        caplog.clear()
+        assert main([str(word) for word in [*words, *flags]]) == 0
+        assert ("sees 2x2 then, under 4x4" in caplog.text) == is_small
+        said = "samples are drawn by DDIMScheduler, but the exported pipeline has DDPMScheduler"
+        assert (said in caplog.text) == is_other
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "is_other"),
+    [
+        ("pixels", ("--sampler", "ddim"), False),
+        ("pixels", ("--sampler", "euler"), True),
+        ("latents", ("--sampler", "ddpm"), True),
+        ("latents", ("--flow_matching", "--sampler", "euler"), False),
+        ("flow", ("--sampler", "heun"), True),
+    ],
+)
+def test_samples_by_another_sampler_than_the_results_are_said(train, caplog, name, flags, is_other):
+    train(name, "--dry_run", *flags)
+    assert ("the run's samples are drawn by" in caplog.text) == is_other
+
+
+@pytest.mark.parametrize("name", ["latents", "labelled latents"])
+def test_what_a_pipeline_does_not_know_of_a_vae_is_said(train, pipelines, tmp_path, caplog, name):
+    train(name, "--dry_run")
+    assert "scaled alone" not in caplog.text
+    folder = shutil.copytree(pipelines["vae"], tmp_path / "shifted")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"shift_factor": 0.1, "latents_mean": [0.5] * 4}))
+    train(name, "--dry_run", "--vae", folder)
+    assert caplog.text.count("the VAE's shift_factor, latents_mean: left out in training") == 1
 
 
 def test_the_cached_run_trains_what_the_live_one_does(train, tmp_path):

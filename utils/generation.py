@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
 from utils.disk import replacing
+from utils.families.base import fitting_steps
 from utils.families.source import LOADING_ERRORS
 from utils.memory import is_out_of_memory
 from utils.metrics.features import weights_hash
@@ -75,7 +76,9 @@ FREE_SETTINGS = ("batch_size", "fail_on_invalid", "scheduler")  # no facts: the 
 @dataclass(frozen=True)
 class GenerationOptions:
     scheduler: str | None = option(None, f"{', '.join(SCHEDULERS)}, or a class of diffusers; by default the pipeline's")
-    num_inference_steps: int | None = option(None, "denoising steps; by default the pipeline's")
+    num_inference_steps: int | None = option(
+        None, "denoising steps; by default the pipeline's, or all of a shorter schedule"
+    )
     guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
     guidance_rescale: float | None = option(None, "rescaling of the guided prediction, for zero terminal SNR")
     negative_prompt: str | None = option(None, "what images should not show")
@@ -151,7 +154,31 @@ def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
     pipeline.scheduler = scheduler
 
 
-def check_prompts(pipeline_type: type, prompts: Sequence[Prompt], labels: Sequence[int] | None) -> None:
+def class_numbers(labels: Sequence[str], names: Mapping[str, int]) -> list[int]:
+    """The numbers of classes that are given by number or by name; digits are a number, whatever else is called so.
+
+    Raises:
+        UserError: for a name that is none of the pipeline's.
+    """
+    numbers = []
+    for label in labels:
+        if label.isdecimal():
+            if names.get(label, int(label)) != int(label):
+                said = "--class_labels %s is taken for the number of a class; the class called %s is number %d"
+                logger.warning(said, label, label, names[label])
+            numbers.append(int(label))
+            continue
+        if label not in names:
+            hint = nearest(label, names)
+            cure = f"did you mean {hint}?" if hint else "give numbers" if not names else f"such as {min(names)}"
+            raise UserError(
+                f"--class_labels {label} is none of the {len(names)} names of the pipeline's classes; {cure}"
+            )
+        numbers.append(names[label])
+    return numbers
+
+
+def check_prompts(pipeline_type: type, prompts: Sequence[Prompt], labels: Sequence[str] | None) -> None:
     """Refuses prompts and classes that a pipeline does not take, and the lack of prompts where it draws them."""
     takes, name = call_parameters(pipeline_type), pipeline_type.__name__
     if "class_labels" in takes:
@@ -167,7 +194,7 @@ def check_prompts(pipeline_type: type, prompts: Sequence[Prompt], labels: Sequen
 
 
 def complete_prompts(
-    pipeline: "DiffusionPipeline", prompts: Sequence[Prompt], labels: Sequence[int] | None
+    pipeline: "DiffusionPipeline", prompts: Sequence[Prompt], labels: Sequence[str] | None
 ) -> list[Prompt]:
     """The prompts as the pipeline takes them: texts, classes, or a single one of neither.
 
@@ -178,9 +205,10 @@ def complete_prompts(
     if "class_labels" not in call_parameters(type(pipeline)):
         return list(prompts) or [Prompt(None)]
     known = class_names(pipeline)
-    wrong = [label for label in labels or () if known and label not in known]
+    numbers = class_numbers(labels or (), getattr(pipeline, "labels", None) or {})
+    wrong = [number for number in numbers if known and number not in known]
     require(not wrong, "class_labels", wrong, f"be among the pipeline's {len(known)} classes")
-    chosen = list(labels) if labels is not None else list(known)
+    chosen = numbers if labels is not None else list(known)
     if not chosen:
         raise UserError(f"a {type(pipeline).__name__} does not say how many classes it has; give --class_labels")
     return [Prompt(known.get(label), label) for label in chosen]
@@ -279,6 +307,9 @@ class Drawer:
         self._around = around
         self._takes = call_parameters(type(self.pipeline))
         self._batch_size = BatchSize(options.batch_size, device)
+        self._fitting_steps = fitting_steps(self.pipeline) if options.num_inference_steps is None else None
+        if self._fitting_steps is not None:
+            logger.info("%d denoising steps, as many as the noise schedule has", self._fitting_steps)
         self._check()
         controls.check(self.pipeline.scheduler)
         if starts_from_images and controls.noise_scale != 1.0:
@@ -396,6 +427,8 @@ class Drawer:
         for name in ("num_inference_steps", "guidance_scale", "guidance_rescale", "eta", "strength"):
             if getattr(options, name) is not None:
                 given[name] = getattr(options, name)
+        if self._fitting_steps is not None:
+            given.setdefault("num_inference_steps", self._fitting_steps)
         if "class_labels" in takes:
             given["class_labels"] = [task.prompt.label for task in batch]
         elif self._encode is not None:

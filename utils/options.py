@@ -266,10 +266,17 @@ def without_secrets(words: Sequence[str]) -> list[str]:
     return shown
 
 
-def run_script(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+def run_script(
+    run: Callable[[Sequence[str] | None], None],
+    argv: Sequence[str] | None = None,
+    names: Mapping[str, str] = types.MappingProxyType({}),
+) -> int:
     """Runs a script's body; a user's error becomes one line on stderr and exit status 2.
 
     A run that was stopped says so in a line, and has the status of what stopped it.
+
+    Args:
+        names: what this script calls flags that its parts know by other names.
     """
     try:
         run(argv)
@@ -279,7 +286,7 @@ def run_script(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
         return stopped.status
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(renamed_flags(error, names).split())}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
         if error.errno not in DISK_ERRORS:

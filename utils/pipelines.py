@@ -239,6 +239,15 @@ def call_parameters(pipeline_type: type) -> frozenset[str]:
     return frozenset(inspect.signature(pipeline_type.__call__).parameters)
 
 
+def indexed_names(index: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of classes by their names, as a pipeline's `model_index.json` has them; DiT's have synonyms."""
+    found, has_synonyms = index.get("id2label"), index["_class_name"] == "DiTPipeline"
+    listed = [(int(number), str(names)) for number, names in found.items()] if isinstance(found, dict) else []
+    if not has_synonyms:
+        return {name: number for number, name in listed}
+    return {name.strip(): number for number, names in listed for name in names.split(",")}
+
+
 def class_names(pipeline: "DiffusionPipeline") -> dict[int, str | None]:
     """The classes of a class-conditional pipeline by number, with their names where it has them."""
     names = getattr(pipeline, "labels", None)  # DiT's, by name

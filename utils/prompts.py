@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,9 @@ class PromptOptions:
     )
     captions_dir: str | None = option(None, "prompts are the captions of a folder of images, the first of each")
     max_prompts: int | None = option(None, "take the first so many prompts")
-    class_labels: list[int] | None = option(None, "classes that a class-conditional pipeline draws; by default all")
+    class_labels: list[str] | None = option(
+        None, "classes that a class-conditional pipeline draws, by number or by name; by default all"
+    )
     num_images: int | None = option(None, "images in total, one after the other of each prompt or class")
     images_per_prompt: int | None = option(None, "images of each prompt or class; by default 4")
     init_images: str | None = option(None, "image or folder of images that drawing starts from: variations of them")
@@ -62,8 +65,8 @@ class PromptOptions:
         require(folder is None or Path(folder).is_dir(), "captions_dir", folder, "be a folder that exists")
         start = self.init_images
         require(start is None or Path(start).exists(), "init_images", start, "be an image or a folder that exists")
-        labels = self.class_labels or []
-        require(all(label >= 0 for label in labels), "class_labels", labels, "be 0 or more")
+        below = next((label for label in self.class_labels or () if re.fullmatch(r"-\d+", label)), None)
+        require(below is None, "class_labels", below, "be names, or numbers from 0")
         if self.num_images is not None and self.images_per_prompt is not None:
             raise UserError("--num_images and --images_per_prompt both say how many images; give one")
 

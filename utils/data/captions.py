@@ -20,11 +20,13 @@ class CaptionOptions:
         word: what one is called.
         refusal: the option by which an image without one may end the run.
         are_expected: whether an image without one is worth a word.
+        folder_is_class: whether an image's folder says what it is of, whatever stands beside it.
     """
 
     word: ClassVar[str] = "caption"
     refusal: ClassVar[str] = "--on_missing_caption error"
     are_expected: ClassVar[bool] = True
+    folder_is_class: ClassVar[bool] = False
 
     trigger_word: str | None = option(None, "word put in front of each caption that does not hold it")
     caption_prefix: str | None = option(None, "words before each caption")

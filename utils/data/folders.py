@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import re
 from collections import defaultdict
@@ -14,6 +15,7 @@ import PIL.Image
 from utils.data.tables import FileTable, captions_of
 from utils.options import UserError, first_line, nearest
 
+logger = logging.getLogger(__name__)
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 CAPTION_FILE = "captions.json"
 PAIR_SUFFIXES = (".txt", ".caption", ".json")
@@ -72,6 +74,7 @@ def read_metadata_folder(
     mask_column: str | None,
     split: str,
     read: Callable[[object, str], tuple[str, ...]] = captions_of,
+    folder_is_class: bool = False,
 ) -> FileTable:
     """A folder with `metadata.jsonl` or `metadata.csv`, at its top or below, whose rows are the images to take.
 
@@ -79,11 +82,12 @@ def read_metadata_folder(
         names: the folder's files.
         caption_column: None where nothing of the metadata but the names is wanted.
         read: makes captions of what that column holds.
+        folder_is_class: as of `of_split`.
 
     Raises:
         UserError: for metadata that can't be read, or without the columns `file_name` and `caption_column`.
     """
-    names, num_of_none = of_split(names, split)
+    names, num_of_none = of_split(names, split, folder_is_class=folder_is_class)
     images = {name for name in names if is_image(name)}
     listed: dict[str, tuple[str, ...]] = {}
     masks: dict[str, str] = {}
@@ -178,26 +182,67 @@ def split_of(part: str) -> str | None:
     return next((split for split, words in SPLIT_WORDS.items() if word in words), None)
 
 
-def of_split(names: Sequence[str], split: str, *, by_file_name: bool = False) -> tuple[list[str], int]:
+def of_split(
+    names: Sequence[str], split: str, *, by_file_name: bool = False, folder_is_class: bool = False
+) -> tuple[list[str], int]:
     """(the names of one split, how many are of none) where folders, or the files' own names, say splits; else all.
+
+    What was taken for a split though it may be none, or for none though it may be one, is logged.
+
+    Args:
+        folder_is_class: whether an image's folder says its class: a folder of images beside such folders of other
+            names, `test/` beside `cat/`, is a class then and no split.
 
     Raises:
         UserError: if there are splits, but not this one.
     """
+    classes = class_folders(names) if folder_is_class else frozenset()
     found: dict[str | None, list[str]] = defaultdict(list)
+    words: dict[str, str] = {}
     for name in names:
         *folders, last = name.split("/")
-        parts = [part for part in folders if part.lower() in ALL_SPLIT_WORDS] + ([last] if by_file_name else [])
-        said = next((each for part in parts if (each := split_of(part))), None)
+        parts = [
+            part
+            for depth, part in enumerate(folders, start=1)
+            if part.lower() in ALL_SPLIT_WORDS and "/".join(folders[:depth]) not in classes
+        ]
+        parts += [last] if by_file_name else []
+        word = next((part for part in parts if split_of(part)), None)
+        said = None if word is None else split_of(word)
         found[said].append(name)
+        if said is not None:
+            words.setdefault(said, word)
+    if classes:
+        listed = ", ".join(sorted(classes))
+        logger.warning(
+            "taken for classes, as folders beside them are: %s; a split holds a folder for each class", listed
+        )
     wanted = split_of(split) if split.lower() in ALL_SPLIT_WORDS else None
     if wanted in found and wanted is not None:
-        return found[wanted], len(found.get(None, ()))
+        num_of_none = sum(by_file_name or is_image(name) for name in found.get(None, ()))
+        if num_of_none and not by_file_name:
+            logger.warning(
+                "the folder %s is taken for the split %s, and %d images beside it are in none; if it is no split, "
+                "rename it",
+                *(words[wanted], split, num_of_none),
+            )
+        return found[wanted], num_of_none
     splits = [name for name in found if name is not None]
     if split == "train" and "train" not in splits:  # folders of classes may be called so
+        if splits and not by_file_name:
+            listed = ", ".join(words.values())
+            logger.warning("trained on too, as there is no folder train: %s; if it is a split, take it out", listed)
         return list(names), 0
     there = ", ".join(splits) or "no splits"
     raise UserError(f"--dataset_split {split} is not in the data, which has {there}")
+
+
+def class_folders(names: Sequence[str]) -> frozenset[str]:
+    """Folders of images that are called as splits are, beside folders of images that are not: by their paths."""
+    holding = {parent for name in names if is_image(name) and (parent := str(PurePosixPath(name).parent)) != "."}
+    called = {folder for folder in holding if PurePosixPath(folder).name.lower() in ALL_SPLIT_WORDS}
+    places = {PurePosixPath(folder).parent for folder in holding - called}
+    return frozenset(folder for folder in called if PurePosixPath(folder).parent in places)
 
 
 def read_caption_file_folder(folder: Path, names: list[str], split: str) -> FileTable:
@@ -276,12 +321,15 @@ def _by_ending(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def read_pairs_folder(folder: Path, names: list[str], split: str) -> FileTable:
+def read_pairs_folder(folder: Path, names: list[str], split: str, folder_is_class: bool = False) -> FileTable:
     """Images with captions in files of the same name: `a.txt`, `a.caption` or `a.json` beside `a.jpg`.
 
     Each line of a text is a caption; of JSON a string, a list, or an object's field such as "caption" is.
+
+    Args:
+        folder_is_class: as of `of_split`.
     """
-    names, num_of_none = of_split(names, split)
+    names, num_of_none = of_split(names, split, folder_is_class=folder_is_class)
     there = {os.path.splitext(name)[0] + os.path.splitext(name)[1].lower(): name for name in names}
     images, captions, refused = [], [], []
     for name in filter(is_image, names):

@@ -63,6 +63,8 @@ class NoLabels(CaptionOptions):
 class FolderLabels(NoLabels):
     """Each image has the name of its folder for its class."""
 
+    folder_is_class: ClassVar[bool] = True
+
     def of_folder(self, key: str, source: str) -> str:
         """The whole name: 5_1 and 6_1 are two classes."""
         return PurePosixPath(key).parent.name or PurePosixPath(source).name

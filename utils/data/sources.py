@@ -265,7 +265,7 @@ def read_records(data: DataOptions, source: SourceOptions, captions: CaptionOpti
     """
     sources, rows = [], []
     for entry in source_entries(data, source, captions):
-        table = read_table(entry.source, data.cache_dir)
+        table = read_table(entry.source, data.cache_dir, entry.captions.folder_is_class)
         sources.append(Source(entry.name, table, *entry[2:], entry.source.masks()))
         rows.append(_subset(table, entry.source, seed))
     numbers = [np.full(len(each), number, np.uint16) for number, each in enumerate(rows)]
@@ -367,14 +367,17 @@ def _subset(table: ImageTable, options: SourceOptions, seed: int) -> np.ndarray:
     return rows
 
 
-def read_table(options: SourceOptions, cache_dir: str | None) -> ImageTable:
+def read_table(options: SourceOptions, cache_dir: str | None, folder_is_class: bool = False) -> ImageTable:
     """The images of one source.
+
+    Args:
+        folder_is_class: whether an image's folder says its class.
 
     Raises:
         UserError: if it can't be read, is empty, or lacks a column.
     """
     kind = options.data_format or detect(options)
-    table = SOURCES[kind](options, cache_dir)
+    table = SOURCES[kind](options, cache_dir, folder_is_class)
     if table.num_left_out:
         logger.warning("%d images in %s are in no list or split of it and left out", table.num_left_out, table.name)
     if len(table) == 0:
@@ -411,7 +414,7 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
 
 
-def _read_dataset(options: SourceOptions, cache_dir: str | None) -> RowTable:
+def _read_dataset(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> RowTable:
     """A dataset by `datasets`: of the Hub, a local path, or what `save_to_disk` wrote."""
     import datasets
 
@@ -423,7 +426,7 @@ def _read_dataset(options: SourceOptions, cache_dir: str | None) -> RowTable:
     )
 
 
-def _read_parquet(options: SourceOptions, cache_dir: str | None) -> RowTable:
+def _read_parquet(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> RowTable:
     """Parquet files whose image column holds bytes, by `datasets`."""
     import datasets
 
@@ -431,20 +434,21 @@ def _read_parquet(options: SourceOptions, cache_dir: str | None) -> RowTable:
     return _rows(options, lambda: datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir))
 
 
-def _read_imagefolder(options: SourceOptions, cache_dir: str | None) -> ImageTable:
+def _read_imagefolder(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> ImageTable:
     folder = Path(options.train_data_dir)
     if options.image_column != "image":
         raise UserError(f"--image_column {options.image_column} is not a column of a folder of images; leave it out")
     columns = (options.caption_column, options.mask_column)
-    return read_metadata_folder(folder, options.files(), *columns, options.dataset_split, options.reader())
+    found = folder, options.files(), *columns, options.dataset_split
+    return read_metadata_folder(*found, options.reader(), folder_is_class)
 
 
-def _read_pairs(options: SourceOptions, cache_dir: str | None) -> ImageTable:
+def _read_pairs(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> ImageTable:
     _refuse_mask_column(options)
-    return read_pairs_folder(Path(options.train_data_dir), options.files(), options.dataset_split)
+    return read_pairs_folder(Path(options.train_data_dir), options.files(), options.dataset_split, folder_is_class)
 
 
-def _read_captions_json(options: SourceOptions, cache_dir: str | None) -> ImageTable:
+def _read_captions_json(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> ImageTable:
     _refuse_mask_column(options)
     return read_caption_file_folder(Path(options.train_data_dir), options.files(), options.dataset_split)
 
@@ -457,7 +461,7 @@ def _refuse_mask_column(options: SourceOptions) -> None:
         )
 
 
-def _read_webdataset(options: SourceOptions, cache_dir: str | None) -> ImageTable:
+def _read_webdataset(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> ImageTable:
     return read_tars([Path(file) for file in files_of(options, ".tar")], options.mask_column)
 
 

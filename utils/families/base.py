@@ -251,6 +251,18 @@ class Family(ABC):
                 encoder.gradient_checkpointing_enable()
 
 
+def fitting_steps(pipeline: "DiffusionPipeline") -> int | None:
+    """The length of the noise schedule, where a pipeline draws by more steps if none are named; else None.
+
+    diffusers refuses more steps than a schedule of betas has, and DDPMPipeline's own number is 1000.
+    """
+    own = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
+    longest = pipeline.scheduler.config.get("num_train_timesteps")
+    if own is None or not isinstance(own.default, int) or not isinstance(longest, int):
+        return None
+    return longest if own.default > longest else None
+
+
 KNOW_SAMPLE = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 
 

@@ -112,7 +112,7 @@ def unet_config(options: ShapeOptions, edge: int, channels: int, num_classes: in
     if options.model_config_name_or_path is not None:
         config = read_config(options.model_config_name_or_path, "UNet2DModel")
         levels = len(config.get("block_out_channels") or (224, 448, 672, 896))
-        check_divisible(edge, levels, "--model_config_name_or_path")
+        check_levels(edge, levels, "--model_config_name_or_path")
         config |= {"sample_size": edge, "in_channels": channels, "out_channels": channels}
     else:
         config = _by_flags(options, edge, channels)
@@ -135,7 +135,7 @@ def _by_flags(options: ShapeOptions, edge: int, channels: int) -> dict[str, Any]
     else:
         fitting = [level for level in range(len(size.multiples)) if _fits(edge, level)]
         multiples = size.multiples[: max(1, len(fitting))]
-    check_divisible(edge, len(multiples), "--channel_mult" if options.channel_mult else "--model_size")
+    check_levels(edge, len(multiples), "--channel_mult" if options.channel_mult else "--model_size")
     wanted = size.attention if options.attention_resolutions is None else tuple(options.attention_resolutions)
     edges = [edge // 2**level for level in range(len(multiples))]
     if options.attention_resolutions is not None:
@@ -167,12 +167,19 @@ def _fits(edge: int, level: int) -> bool:
     return edge % 2**level == 0 and edge // 2**level >= SMALLEST_LEVEL
 
 
-def check_divisible(edge: int, levels: int, flag: str) -> None:
-    """Refuses an edge that can't be halved from level to level."""
+def check_levels(edge: int, levels: int, flag: str) -> None:
+    """Refuses an edge that can't be halved from level to level, or that leaves the last level under 4."""
     factor = 2 ** (levels - 1)
-    below = edge - edge % factor
-    cure = f"{flag} has {levels} levels; try an edge of {max(below, factor)} or {below + factor}"
+    below, said = edge - edge % factor, f"{flag} has {levels} level{'s' * (levels > 1)}"
+    near = sorted({max(each, SMALLEST_LEVEL * factor) for each in (below, below + factor)})
+    cure = f"{said}; try an edge of {' or '.join(map(str, near))}"
     require(edge % factor == 0, "resolution", edge, f"be divisible by {factor} in pixels or latents", cure)
+    least = edge // factor
+    if least < SMALLEST_LEVEL:
+        raise UserError(
+            f"{said}, of which the last would see {least}x{least} of {edge} pixels or latents, "
+            f"under {SMALLEST_LEVEL}x{SMALLEST_LEVEL}; they need an edge of at least {SMALLEST_LEVEL * factor}"
+        )
 
 
 def transformer_config(options: ShapeOptions, edge: int, channels: int) -> dict[str, Any]:

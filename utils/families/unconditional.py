@@ -15,8 +15,15 @@ from torch import Tensor, nn
 
 from utils.configs import index_file, is_path, read_config, read_config_file
 from utils.data.labels import ClassNumbers
-from utils.families.base import Family, TextStates, changed_scheduler
-from utils.families.denoisers import CLASS_SLOTS, ShapeOptions, make_denoiser, transformer_config, unet_config
+from utils.families.base import Family, TextStates, changed_scheduler, fitting_steps
+from utils.families.denoisers import (
+    CLASS_SLOTS,
+    SMALLEST_LEVEL,
+    ShapeOptions,
+    make_denoiser,
+    transformer_config,
+    unet_config,
+)
 from utils.families.source import LOADING_ERRORS, PartOptions, refuse_pickles
 from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
 from utils.flow import ProcessOptions, check_changes, is_flow, is_score, shift_of
@@ -128,6 +135,7 @@ class UnconditionalFamily(Family):
                 part.to(wanted_dtype)
         self._check(parts, wanted)
         pipeline = self._pipeline(scheduler, **parts)
+        warn_of_own_sampler(scheduler, sampler)
         super().__init__(pipeline, self._space(parts), options)
 
     @classmethod
@@ -160,6 +168,12 @@ class UnconditionalFamily(Family):
         require(edge % 2 ** (levels - 1) == 0, "resolution", edge, f"be divisible by {2 ** (levels - 1)} for this UNet")
         if denoiser.config.sample_size != edge:
             logger.info("the pipeline drew edges of %s, the result will draw %d", denoiser.config.sample_size, edge)
+            least = edge // 2 ** (levels - 1)
+            if least < SMALLEST_LEVEL:
+                said = (
+                    "its last level sees %dx%d then, under %dx%d; a larger --resolution is closer to what it has learnt"
+                )
+                logger.warning(said, least, least, SMALLEST_LEVEL, SMALLEST_LEVEL)
             denoiser.register_to_config(sample_size=edge)
 
     def _numbered(self, names: Sequence[str], denoiser: nn.Module) -> dict[int, str]:
@@ -278,7 +292,11 @@ class UnconditionalFamily(Family):
 
     def example_call(self) -> str:
         """How the pipeline is called, in Python, for the model card."""
-        return "pipeline()"
+        return f"pipeline({', '.join(self._example_arguments())})"
+
+    def _example_arguments(self) -> list[str]:
+        steps = fitting_steps(self.pipeline)
+        return [] if steps is None else [f"num_inference_steps={steps}"]
 
 
 class Pixels(UnconditionalFamily):
@@ -331,9 +349,9 @@ class ClassLabelled(UnconditionalFamily):
         """{"class_labels": [B] int64}."""
         return {"class_labels": torch.where(dropped, self._no_class, input_ids[:, 0, 0])}
 
-    def example_call(self) -> str:
+    def _example_arguments(self) -> list[str]:
         """For an image of the first class."""
-        return f"pipeline([{min(self.classes)}])"
+        return [f"[{min(self.classes)}]", *super()._example_arguments()]
 
     def _states_of(self, labels: Sequence[int], guidance: float, device: torch.device) -> TextStates:
         numbers = torch.tensor(labels, device=device)
@@ -420,9 +438,19 @@ class Latents(UnconditionalFamily):
         if seen != given:
             raise UserError(f"the denoiser takes {seen} channels but the VAE's latents have {given}")
         self._check_output(denoiser.config)
+        self._say_what_is_left_out(coder.config)
         edge = self._latent_edge(coder.config, wanted)
         if denoiser.config.sample_size != edge:
             super()._resize(denoiser, Wanted(edge, given))
+
+    def _say_what_is_left_out(self, config: Mapping) -> None:
+        """Names what a VAE's config says of its latents that the pipeline does not know."""
+        given = [name for name in ("shift_factor", "latents_mean", "latents_std") if config.get(name)]
+        if given:
+            logger.warning(
+                "the VAE's %s: left out in training, as a %s does when it decodes; its latents are scaled alone",
+                *(", ".join(given), self.pipeline_class_name),
+            )
 
     def _exported(self, scheduler: Any, sampler: str | None) -> Any:
         """One that draws the same image each time: the pipeline gives its generator to no step.
@@ -669,3 +697,16 @@ def sampler_of(scheduler: Any, name: str | None) -> Any:
         betas = diffusers.DDPMScheduler.from_config(config, **plain).betas
         changes = {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
     return sampler_class.from_config(config, **changes)
+
+
+def warn_of_own_sampler(scheduler: Any, sampler: str | None) -> None:
+    """Says so where samples are drawn by another sampler than the exported pipeline's."""
+    if sampler is None:
+        return
+    own, drawn_by = type(scheduler).__name__, type(sampler_of(scheduler, sampler)).__name__
+    if own == drawn_by or (is_flow(scheduler) and sampler == "euler"):  # steps that a latent flow's scheduler takes too
+        return
+    logger.warning(
+        "--sampler %s: the run's samples are drawn by %s, but the exported pipeline has %s, and draws others by itself",
+        *(sampler, drawn_by, own),
+    )
