@@ -2,11 +2,13 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
-from utils.tracking import EpochLosses, LayerNorms
+from utils.tracking import EpochLosses, LayerNorms, RunLog, StepMetrics
 
 
 def test_numbers_of_epochs_and_a_loss_that_leaves_them(caplog):
@@ -58,3 +60,24 @@ def test_layers_and_histograms_of_a_run(train):
     events.Reload()
     names = events.Tags()["histograms"]
     assert {"weights/unet.conv_in.weight", "gradients/unet.conv_in.weight"} <= set(names)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_the_speed_of_a_step_is_that_of_its_own_time(tmp_path, monkeypatch, together):
+    """A second a step, and hardly any time from the last to the end, are a step's images a second throughout."""
+    now = [100.0]
+    monkeypatch.setattr("utils.tracking.time.perf_counter", lambda: now[0])
+    accelerator = SimpleNamespace(
+        is_main_process=True,
+        is_local_main_process=False,
+        device=torch.device("cpu"),
+        scaler=None,
+        log=lambda values, step: None,
+    )
+    with RunLog(accelerator, tmp_path, 0, 4, 8, together) as log:
+        for step in range(1, 5):
+            now[0] += 1.0
+            log.step(StepMetrics(step, 0.0, torch.tensor(0.5), torch.tensor(1.0), 1e-4))
+        now[0] += 1e-3
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images_per_second"] for line in lines] == [8.0] * 4

@@ -134,7 +134,7 @@ class RunLog:
         self._folder = folder
         self._steps_together = steps_together
         self._pending: list[StepMetrics] = []
-        self._read_at = time.perf_counter()
+        self._counted_from = self._last_step_at = time.perf_counter()
         self._file = None
         self._bar = tqdm(
             total=total_steps,
@@ -157,6 +157,7 @@ class RunLog:
         if len(self._pending) >= self._steps_together:
             self._write_pending()
         self._pending.append(metrics)
+        self._last_step_at = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -165,7 +166,7 @@ class RunLog:
         try:
             yield
         finally:
-            self._read_at = time.perf_counter()
+            self._counted_from = time.perf_counter()
 
     def __enter__(self) -> Self:
         return self
@@ -184,8 +185,8 @@ class RunLog:
         rows = torch.stack(
             [_numbers(metrics) for metrics in steps]
         ).tolist()  # the one time that the device is waited for
-        now = time.perf_counter()
-        seconds, self._read_at = (now - self._read_at) / len(steps), now
+        seconds = (self._last_step_at - self._counted_from) / len(steps)
+        self._counted_from = self._last_step_at
         self.sums = [sum(column) for column in list(zip(*rows, strict=True))[2:]]
         for metrics, (loss, grad_norm, *_) in zip(steps, rows, strict=True):
             self._write(metrics, loss, grad_norm, seconds)
