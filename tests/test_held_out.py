@@ -181,6 +181,7 @@ def test_reduce_on_plateau_against_torch(tmp_path):
         (["--early_stopping_patience", 3], "give --validation_split"),
         (["--lr_scheduler", "reduce_on_plateau"], "give --validation_split"),
         (["--validation_split", 0.1, "--streaming"], "--validation_data_dir"),
+        (["--validation_split", "nothing"], "--validation_split nothing"),
     ],
 )
 def test_what_does_not_go(refused, flags, named):

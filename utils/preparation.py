@@ -18,7 +18,7 @@ from utils.data.sources import DataOptions, Records, SourceOptions, read_records
 from utils.data.stream import StreamedImages, open_stream
 from utils.encoding import CacheFiller, Verification, verify_latents, verify_texts
 from utils.families.base import Family
-from utils.options import UserError
+from utils.options import UserError, renamed_flags
 from utils.runtime import write_json
 from utils.seeding import Stream, generator
 from utils.stopping import StopRequests
@@ -87,8 +87,12 @@ class DataPreparation:
             source = replace(source, dataset_name=None, train_data_dir=options.validation_data_dir, mask_dir=None)
         elif options.fraction is None:
             source = replace(source, dataset_split=options.validation_split)
-        with self.accelerator.main_process_first():
-            records = read_records(data, source, self.captions, self.seed)
+        try:
+            with self.accelerator.main_process_first():
+                records = read_records(data, source, self.captions, self.seed)
+        except UserError as error:
+            names = {"train_data_dir": "validation_data_dir"} if options.validation_data_dir is not None else {}
+            raise type(error)(renamed_flags(error, names | {"dataset_split": "validation_split"})) from error
         if options.fraction is not None:
             _, records = hold_out(records, options.fraction, self.seed)
         limit = options.max_validation_samples
