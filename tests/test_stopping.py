@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from tests import tiny
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_held_out import measured
 from tests.test_launch import command, launcher
+from utils.course import Course
 from utils.encoding import CacheFiller, Encoder
 from utils.held_out import HeldOut
 from utils.state import CheckpointSaver
@@ -114,20 +114,24 @@ def test_a_time_limit_is_a_planned_end(train, capsys):
 
 
 def test_files_ask_too(train, monkeypatch, tmp_path):
+    """Also one that is made while what another asked for is done."""
     monkeypatch.setattr("utils.stopping.LOOK_SECONDS", 0.0)
-    out = tmp_path / "out"
+    out, record, save = tmp_path / "out", Course.record, CheckpointSaver.save
 
-    def ask() -> None:
-        for name in ("SAVE", "STOP"):
-            while not (out / "metrics.jsonl").exists() or len(list(out.glob("checkpoint-*"))) < (name == "STOP"):
-                time.sleep(0.01)
-            (out / name).touch()
+    def recorded(course: Course, done: int, *others) -> None:
+        if done == 2:
+            (out / "SAVE").touch()
+        record(course, done, *others)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
-    train("sd", "--train_batch_size", 1, "--max_train_steps", 2000)
-    asking.join()
-    assert len(list(out.glob("checkpoint-*"))) == 2
+    def saved(saver: CheckpointSaver, done: int, *others) -> None:
+        save(saver, done, *others)
+        if done == 2:
+            (out / "STOP").touch()
+
+    monkeypatch.setattr(Course, "record", recorded)
+    monkeypatch.setattr(CheckpointSaver, "save", saved)
+    train("sd", "--train_batch_size", 1, "--max_train_steps", 10)
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
     assert not (out / "SAVE").exists()
     assert not (out / "STOP").exists()
     assert not (out / "model_index.json").exists()

@@ -229,11 +229,11 @@ class Course:
         accelerator, wish = self.state.accelerator, agreed(self._heard)
         if self.state.lengths is not None and self._is_snapshot_due(done):
             on_main_process(accelerator, partial(self.state.lengths.snapshot, done))
+        if wish.saves:
+            on_main_process(accelerator, self.requests.remove_heard)
         if wish.saves or self.settings.checkpoint.is_due(done, self.total_steps):
             with self.log.paused():
                 self.saver.save(done, self.gradients.shortened(self.settings.at_once))
-        if wish.saves:
-            on_main_process(accelerator, self.requests.remove_files)
         if wish.number or (wish.ends and done < self.total_steps):
             self.saver.join()
             raise stopped(wish, done, self.validation.folder.path)

@@ -44,7 +44,7 @@ class StopRequests:
         self._folder = folder
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._looked_at = 0.0
-        self._was_heard = False
+        self._heard: set[str] = set()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -92,19 +92,24 @@ class StopRequests:
             raise Stopped(f"stopped by {signal.Signals(self.number).name} before the first step", self.number)
 
     def remove_files(self) -> None:
-        """Removes the files that ask, once they were heard, or before a run."""
-        for name in (SAVE_FILE, STOP_FILE):
+        """Removes the files that ask, before a run."""
+        self._heard = {SAVE_FILE, STOP_FILE}
+        self.remove_heard()
+
+    def remove_heard(self) -> None:
+        """Removes those of the files that were heard, before they are answered: what is asked from now on is new."""
+        for name in self._heard:
             (self._folder / name).unlink(missing_ok=True)
-        self._was_heard = False
+        self._heard = set()
 
     def asked(self, is_main: bool) -> list[float]:
         """What this process is asked for: each of the signals, a planned end, a checkpoint; 1 or 0."""
         ends = saves = False
         now = time.monotonic()
-        if is_main and not self._was_heard and now - self._looked_at >= LOOK_SECONDS:
+        if is_main and not self._heard and now - self._looked_at >= LOOK_SECONDS:
             self._looked_at = now
-            ends, saves = (self._folder / STOP_FILE).exists(), (self._folder / SAVE_FILE).exists()
-            self._was_heard = ends or saves
+            self._heard = {name for name in (SAVE_FILE, STOP_FILE) if (self._folder / name).exists()}
+            ends, saves = STOP_FILE in self._heard, SAVE_FILE in self._heard
         if is_main and self._deadline is not None:
             ends |= now >= self._deadline
         return [float(number == self.number) for number in SIGNALS] + [float(ends), float(saves)]
