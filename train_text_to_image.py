@@ -7,6 +7,7 @@ accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -231,8 +232,8 @@ def run(argv: Sequence[str] | None) -> None:
         adaptation.train_mode()
         largest = dataset.largest(at_once, options.perceptual.perceptual_min_timestep)
         gradients.rehearse(largest)
-        trial, sizes_vary = dataset.with_draws(largest), len(images.plan.sizes) > 1
-        hasten(options.speed, gradients, family.unet, state.optimizer, trial, sizes_vary)
+        draw_batch, sizes_vary = partial(dataset.with_draws, largest), len(images.plan.sizes) > 1
+        hasten(options.speed, gradients, family.unet, state.optimizer, draw_batch, sizes_vary)
         if options.loader.find_batch_size:
             groups = f" --bucket_group_size {group_size}" if options.buckets.use_aspect_ratio_buckets else ""
             logger.info("--find_batch_size: keep %s%s", setting(gradients.size, gradients.num_samples), groups)

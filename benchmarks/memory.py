@@ -180,7 +180,7 @@ MODELS = {
     "sdxl": Architecture(
         StableDiffusionXL,
         SDXL_UNET,
-        VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
+        VAE | {"sample_size": 1024, "scaling_factor": 0.13025},  # its published config, made here without a file
         [("CLIPTextModel", CLIP_L), ("CLIPTextModelWithProjection", CLIP_BIG_G | {"projection_dim": 1280})],
     ),
 }

@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.assets import SIZES, Size, make_images, make_pipeline  # noqa: E402
 from benchmarks.printing import print_machine, print_table  # noqa: E402
-from benchmarks.turns import STARTING, Turns, ratio, steps_to_pay  # noqa: E402
+from benchmarks.turns import PHASES, STARTING, Turns, ratio, steps_to_pay  # noqa: E402
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
 VALIDATION_IMAGES = 16
@@ -406,14 +406,13 @@ def print_speeds(contest: Contest, sides: Sequence[Side], turns: Mapping[str, Tu
 
 def print_phases(sides: Sequence[Side], turns: Mapping[str, Turns]) -> None:
     """Where the time of a step goes, in milliseconds."""
-    phases = ("data", "encoders", "forward", "backward", "optimizer", "ema")
     rows = []
     for side in sides:
         each = turns[side.name]
-        spent = [each.phase_seconds(phase) for phase in phases]
+        spent = [each.phase_seconds(phase) for phase in PHASES]
         rest = each.outside_seconds - spent[0] - spent[1]
         rows.append([side.name, *(f"{1e3 * seconds:.3g}" for seconds in (*spent, rest))])
-    print_table("Milliseconds of a step, by the host's clock: mean", ["", *phases, "the rest"], rows)
+    print_table("Milliseconds of a step, by the host's clock: mean", ["", *PHASES, "the rest"], rows)
 
 
 def print_starts(sides: Sequence[Side], turns: Mapping[str, Turns]) -> None:

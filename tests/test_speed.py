@@ -29,6 +29,13 @@ class Casts(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile by Dynamo and AOTAutograd, which take seconds, with eager kernels."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *given, **named: compile_(*given, backend="aot_eager", **named))
+
+
 def unet_and_inputs(checkpointing: bool = False) -> tuple[nn.Module, tuple, dict]:
     """A small conditional UNet and what it is called with."""
     from diffusers import UNet2DConditionModel
@@ -235,10 +242,8 @@ def test_logging_together_logs_the_same(train):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_compiled_run_is_the_plain_one(train, name, caplog, monkeypatch):
+def test_a_compiled_run_is_the_plain_one(train, name, caplog, without_inductor):
     """By Dynamo and AOTAutograd; Inductor's own kernels are the slow test's."""
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *given, **named: compile_(*given, backend="aot_eager", **named))
     flags = ["--max_train_steps", 3, "--train_batch_size", 2, "--adam_epsilon", 1e-4]
     plain = train(name, *flags, out="plain")
     with caplog.at_level(logging.INFO):
@@ -249,11 +254,9 @@ def test_a_compiled_run_is_the_plain_one(train, name, caplog, monkeypatch):
     assert weights(compiled).keys() == weights(plain).keys()
 
 
-def test_blocks_are_compiled_once_for_all_buckets(train, caplog, monkeypatch):
+def test_blocks_are_compiled_once_for_all_buckets(train, caplog, without_inductor):
     from torch._dynamo.utils import counters
 
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *given, **named: compile_(*given, backend="aot_eager", **named))
     torch._dynamo.reset()
     counters.clear()
     flags = ["--max_train_steps", 4, "--compile", "blocks", "--use_aspect_ratio_buckets", "--bucket_step", 8]
@@ -266,11 +269,10 @@ def test_blocks_are_compiled_once_for_all_buckets(train, caplog, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_one_graph_serves_all_buckets(train, name, tmp_path, monkeypatch):
+def test_one_graph_serves_all_buckets(train, name, tmp_path, without_inductor):
     from tests.tiny import make_images
 
-    compile_, sizes = torch.compile, [(40, 20), (20, 40), (32, 32), (48, 16)]
-    monkeypatch.setattr(torch, "compile", lambda *given, **named: compile_(*given, backend="aot_eager", **named))
+    sizes = [(40, 20), (20, 40), (32, 32), (48, 16)]
     images = make_images(tmp_path / "images", count=8)
     for number, file in enumerate(sorted(images.glob("*.png"))):
         Image.open(file).resize(sizes[number % 4]).save(file)

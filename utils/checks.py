@@ -15,6 +15,7 @@ from utils.held_out import EarlyStoppingOptions
 from utils.losses import LossOptions
 from utils.optim import OPTIMIZER_PACKAGES, OptimizerOptions, ScheduleOptions
 from utils.options import UserError
+from utils.speed import SpeedOptions
 from utils.tracking import TrackingOptions
 
 if TYPE_CHECKING:
@@ -62,6 +63,13 @@ def check_stepping(
         raise UserError("--optimizer_in_backward would step by scaled gradients; use --mixed_precision bf16 or no")
     if tracking.layer_norm_steps is not None or tracking.histogram_steps is not None:
         raise UserError("--optimizer_in_backward leaves no gradients for --layer_norm_steps and --histogram_steps")
+
+
+def check_half_copy(options: SpeedOptions, pure_bf16: bool, accelerator: "Accelerator") -> None:
+    """Refuses a bfloat16 copy of the weights where they are not float32, or not computed with in bfloat16."""
+    if options.bf16_weights and (pure_bf16 or accelerator.mixed_precision != "bf16"):
+        found = "--pure_bf16" if pure_bf16 else accelerator.mixed_precision
+        raise UserError(f"--bf16_weights goes with --mixed_precision bf16, got {found}; leave one out")
 
 
 def check_token(hub: HubOptions, tracking: TrackingOptions) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.optim import unwrapped
+
 
 class _Copied(torch.autograd.Function):
     """Gives the copy for the weight, and the copy's gradient to the weight, in the weight's precision."""
@@ -43,7 +45,7 @@ class HalfCopy:
         self._is_stale = True
         self._forward = denoiser.forward
         denoiser.forward = self._without_autocast
-        getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._grow_stale)
+        unwrapped(optimizer).register_step_post_hook(self._grow_stale)
 
     def _grow_stale(self, *_: Any) -> None:
         self._is_stale = True

@@ -144,6 +144,7 @@ def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
     try:
         scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **changes)
         scheduler.set_timesteps(10)
+    # another scheduler made of this one's config: what it lacks or misreads fails in a way of each class's own
     except (*LOADING_ERRORS, TypeError, AttributeError, NotImplementedError) as error:
         raise UserError(f"{flag} can't be used: {first_line(error)}") from error
     scales = abs(float(getattr(scheduler, "init_noise_sigma", 1.0)) - 1) > 1e-6

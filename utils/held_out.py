@@ -197,7 +197,7 @@ class HeldOut:
         steps = options.num_validation_timesteps
         total = family.pipeline.scheduler.config.num_train_timesteps
         self._timesteps = torch.tensor([(2 * number + 1) * total // (2 * steps) for number in range(steps)])
-        still = replace(image_options, center_crop=True, random_flip=False, random_rotation=0.0, color_jitter=0.0)
+        still = image_options.still
         mine = range(accelerator.process_index, len(images.records), accelerator.num_processes)
         self._samples = [
             sample

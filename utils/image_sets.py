@@ -4,7 +4,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -175,8 +175,7 @@ def _read_record(records: Records, index: int, resolution: int | None) -> Image.
 
 def trained_images(images: PlannedImages, options: ImageOptions) -> ImageSet:
     """The images that a model is trained on as it sees them, each cut in the middle; transparency on white."""
-    still = replace(options, center_crop=True, random_flip=False, random_rotation=0.0, color_jitter=0.0)
-    count, read = len(images.records), partial(_read_trained, images, still)
+    count, read = len(images.records), partial(_read_trained, images, options.still)
     pictures = [Picture(images.records.key(index), partial(read, index)) for index in range(count)]
     return ImageSet(pictures, None, np.arange(count), np.arange(count))
 

@@ -165,6 +165,11 @@ class ScheduleOptions:
             raise UserError("--lr_scheduler piecewise_constant and --lr_step_rules go together; give both or neither")
 
 
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer itself, out of accelerate's wrapper where it has one."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 class NamedParameter(NamedTuple):
     """A trained parameter, the name it is saved under, and the peak learning rate of its module."""
 

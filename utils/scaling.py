@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ def measured_scaling(
     Raises:
         UserError: if no image can be read, or their latents don't vary.
     """
-    still = replace(options, center_crop=True, random_flip=False, random_rotation=0.0, color_jitter=0.0)
+    still = options.still
     order = generator(seed, 0, 0, Stream.SCALING).permutation(len(images.records))
     count, total, squares = 0, 0.0, 0.0
     for number in (int(number) for number in order[:NUM_IMAGES]):

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import torch
 
 from utils.adaptation import Adaptation
 from utils.checkpoint import RunFacts, read_state
-from utils.checks import check_stepping
+from utils.checks import check_half_copy, check_stepping
 from utils.copies import HalfCopy
 from utils.data.buckets import BucketOptions
 from utils.data.captions import CaptionOptions
@@ -28,8 +28,8 @@ from utils.families.vae import LatentSpace
 from utils.gradients import Gradients
 from utils.held_out import HeldOut
 from utils.objective import Objective
-from utils.optim import NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer
-from utils.options import UserError, as_record, without_secrets
+from utils.optim import NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer, unwrapped
+from utils.options import as_record, without_secrets
 from utils.perceptual import PerceptualLoss, PerceptualOptions
 from utils.preparation import DataPreparation
 from utils.records import Batch
@@ -65,9 +65,7 @@ def start_engine(options: Any, folder: OutputFolder, pure_bf16: bool) -> Engine:
         tracking.logging_dir,
     )
     check_stepping(options.optimizer, tracking, pure_bf16, accelerator)
-    if options.speed.bf16_weights and (pure_bf16 or accelerator.mixed_precision != "bf16"):
-        found = "--pure_bf16" if pure_bf16 else accelerator.mixed_precision
-        raise UserError(f"--bf16_weights goes with --mixed_precision bf16, got {found}; leave one out")
+    check_half_copy(options.speed, pure_bf16, accelerator)
     engine = engine_of(accelerator)
     engine.check_options(as_record(options), options.optimizer.name)
     engine.check_batch(loader.global_batch(accelerator.num_processes))
@@ -228,21 +226,21 @@ def hasten(
     gradients: Gradients,
     denoiser: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    draw_batch: Callable[[], Batch],
     sizes_vary: bool,
 ) -> None:
     """Compiles the denoiser where that was asked for, and names all that is active for speed.
 
     Args:
-        batch: by which a compiled denoiser is compared with the plain one.
+        draw_batch: gives that by which a compiled denoiser is compared with the plain one.
         sizes_vary: whether batches are of several sizes.
     """
     precision = gradients.accelerator.mixed_precision
     has_tf32 = gradients.accelerator.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     if options.compiled is not None:
         is_exact = precision == "no" and not has_tf32
-        compile_checked(denoiser, options.compiled, sizes_vary, partial(gradients.of, batch), is_exact)
-    inner = getattr(optimizer, "optimizer", optimizer)
+        compile_checked(denoiser, options.compiled, sizes_vary, partial(gradients.of, draw_batch()), is_exact)
+    inner = unwrapped(optimizer)
     active = {
         f"compiled {options.compiled}": options.compiled is not None,
         "bf16 weights": options.bf16_weights,

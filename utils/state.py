@@ -27,7 +27,7 @@ from utils.checkpoint import (
 from utils.ema import MovingAverage
 from utils.ema_lengths import AverageLengths
 from utils.engines import Engine
-from utils.optim import NamedParameter
+from utils.optim import NamedParameter, unwrapped
 from utils.options import UserError, first_line
 from utils.runtime import on_main_process
 from utils.stepping import PerParameter
@@ -96,7 +96,7 @@ class RunState:
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        return unwrapped(self.optimizer)
 
     @property
     def _learning_terms(self) -> list[LossTerm]:
@@ -249,7 +249,7 @@ def averaged_by(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
     They are put back bit for bit, which the optimizer's own way back would not do.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped(optimizer)
     if not callable(getattr(inner, "eval", None)):
         yield
         return

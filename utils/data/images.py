@@ -4,7 +4,8 @@ import io
 import math
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from PIL import Image, ImageColor, ImageEnhance, ImageOps
@@ -91,6 +92,11 @@ class ImageOptions:
     def varies(self) -> bool:
         """Whether the same image is cut another way each time."""
         return not self.center_crop or self.random_flip or self.random_rotation > 0 or self.color_jitter > 0
+
+    @property
+    def still(self) -> Self:
+        """The same options, but for what varies: each image is cut in its middle."""
+        return replace(self, center_crop=True, random_flip=False, random_rotation=0.0, color_jitter=0.0)
 
 
 @dataclass(frozen=True)

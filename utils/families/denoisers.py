@@ -242,6 +242,7 @@ def make_denoiser(class_name: str, config: Mapping[str, Any], weight_init: str) 
         with torch.device("meta"):
             probe = model_class.from_config(dict(config))
         _run_once(probe)
+    # diffusers' constructors look at nothing: a user's config that makes no sense fails wherever it is first used
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError, NotImplementedError) as error:
         raise UserError(f"the denoiser can't be made of its config: {first_line(error)}") from error
     WEIGHTS[weight_init](model)

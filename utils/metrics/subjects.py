@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 SYMMETRY = 1e-6
 POSITIVITY = 1e-6
 STATISTICS_VERSION = 1
-BROKEN_ARCHIVE = (
+BROKEN_ARCHIVE = (  # what zipfile, zlib and numpy's parser of headers may raise of bytes that are damaged
     *(OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, ArithmeticError, NotImplementedError),
     *(SyntaxError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error),
 )
