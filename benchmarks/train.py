@@ -127,6 +127,7 @@ OPTIMISATIONS = {
     "fused_lora": Optimisation("--fused_lora", "--no_fused_lora", needs="adapter"),
     "logging_steps": Optimisation("--logging_steps 10", "--logging_steps 1"),
     "tf32": Optimisation("--allow_tf32 true", "--allow_tf32 false", ("cuda",)),
+    "kept_memory": Optimisation("--keep_freed_memory true", "--keep_freed_memory false", ("cpu",)),
     "bf16_weights": Optimisation("--bf16_weights", devices=("cuda",), needs="bf16"),
     "channels_last": Optimisation("--channels_last", devices=("cuda",)),
     "compile": Optimisation("--compile denoiser", devices=("cuda",)),

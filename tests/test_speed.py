@@ -1,6 +1,10 @@
 """What makes training faster trains the same, and waits for the device only when numbers are read."""
 
+import ctypes
 import logging
+import subprocess
+import sys
+from textwrap import dedent
 
 import pytest
 import torch
@@ -323,3 +327,35 @@ def test_inductors_gradients_are_the_plain_ones(train, name, what, caplog):
     with caplog.at_level(logging.INFO):
         train(name, "--max_train_steps", 2, "--train_batch_size", 2, "--compile", what)
     assert "all gradients agree" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="for glibc alone")
+def test_freed_memory_is_kept():
+    """Some 48 MB, taken again and again: by pages that the kernel gives anew, or gave once."""
+    lines = """
+        import resource, sys
+        from utils.memory import keep_freed_memory
+        assert sys.argv[1] == "as it is" or keep_freed_memory()
+        def take(): return b"x" * (48 * 2**20)
+        take()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10): take()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    faults = {
+        how: int(
+            subprocess.run(
+                [sys.executable, "-c", dedent(lines), how], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for how in ("as it is", "kept")
+    }
+    assert faults["kept"] < 100 < 5000 < faults["as it is"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("flags", "is_kept"), [((), True), (("--keep_freed_memory", "false"), False)])
+def test_keeping_freed_memory_is_said(train, name, flags, is_kept, caplog):
+    with caplog.at_level(logging.INFO):
+        train(name, "--max_train_steps", 1, *flags)
+    assert ("freed memory is kept" in caplog.text) == is_kept

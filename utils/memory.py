@@ -1,8 +1,13 @@
-"""What says that memory was short."""
+"""Memory: what says that it was short, and keeping it for the next step."""
+
+import ctypes
 
 import torch
 
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+NEVER, LARGEST = -1, 2**30
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -10,3 +15,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def keep_freed_memory() -> bool:
+    """Has the C library keep memory that is freed, also large pieces, for whoever asks next.
+
+    By itself glibc gives the end of its heap back to the kernel, and where a step's activations happen to lie there,
+    each step takes them anew, a page and a fault at a time.
+
+    Returns:
+        Whether it does: other C libraries are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # macOS, musl; on Windows the program itself is no library
+        return False
+    return bool(mallopt(MMAP_THRESHOLD, LARGEST)) and bool(mallopt(TRIM_THRESHOLD, NEVER))

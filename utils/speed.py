@@ -36,6 +36,11 @@ class SpeedOptions:
         "instead of casts at each use; what trains and is saved stays float32",
     )
     channels_last: bool = option(False, "keep images' channels together in memory, as convolutions on GPUs like it")
+    keep_freed_memory: bool | None = option(
+        None,
+        "on the host, keep memory that a step has freed for the next one; given back to the kernel it would be zeroed "
+        "anew (glibc); by default on a CPU",
+    )
 
     def __post_init__(self) -> None:
         if self.torch_compile and self.compile == "blocks":

@@ -27,6 +27,7 @@ from utils.families.base import Family
 from utils.families.vae import LatentSpace
 from utils.gradients import Gradients
 from utils.held_out import HeldOut
+from utils.memory import keep_freed_memory
 from utils.objective import Objective
 from utils.optim import NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer, unwrapped
 from utils.options import as_record, without_secrets
@@ -66,10 +67,21 @@ def start_engine(options: Any, folder: OutputFolder, pure_bf16: bool) -> Engine:
     )
     check_stepping(options.optimizer, tracking, pure_bf16, accelerator)
     check_half_copy(options.speed, pure_bf16, accelerator)
+    _keep_memory(options.speed.keep_freed_memory, accelerator.device.type)
     engine = engine_of(accelerator)
     engine.check_options(as_record(options), options.optimizer.name)
     engine.check_batch(loader.global_batch(accelerator.num_processes))
     return engine
+
+
+def _keep_memory(asked: bool | None, device: str) -> None:
+    """Has the host keep what is freed, as asked for, or by itself where training is on a CPU."""
+    if asked is False or (asked is None and device != "cpu"):
+        return
+    if keep_freed_memory():
+        logger.info("active for speed: freed memory is kept for the next step")
+    elif asked:
+        logger.warning("--keep_freed_memory does nothing here: it is for glibc")
 
 
 def prepare_data(
