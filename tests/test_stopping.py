@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -223,3 +224,17 @@ def test_the_resume_command_keeps_the_command_and_no_token(monkeypatch):
 @pytest.mark.parametrize("value", ["5", "1:2:3", "00:60:00", "x"])
 def test_a_time_that_is_none(refused, value):
     refused(["--max_train_time", value], "--max_train_time must be HH:MM:SS")
+
+
+def test_loaders_processes_end_with_a_process_that_left_them_running():
+    """They hear no signal of those that Python ends its processes with, and then waits for."""
+    lines = """
+        import torch
+        from utils.data.workers import make_loader
+        batches = iter(make_loader(torch.arange(4.0), 2, persistent_workers=True))
+        print(next(batches).item())
+    """
+    words = [sys.executable, "-c", dedent(lines)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "0.0\n"
+    assert not done.stderr

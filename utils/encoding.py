@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.data.cache import EntryStore, in_shards
@@ -26,10 +25,10 @@ from utils.data.cached import (
     MaskPlan,
     text_key,
 )
+from utils.data.workers import make_loader
 from utils.families.base import Family, TextStates
 from utils.options import UserError
 from utils.records import Batch
-from utils.stopping import ignore_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -215,13 +214,8 @@ class CacheFiller:
         """Writes this process's shards; gives the images that can't be read."""
         size = self.batch_size
         cuts = [[shard[at : at + size] for at in range(0, len(shard), size)] for shard in shards]
-        loader = DataLoader(
-            ImagesToEncode(plan, [batch for batches in cuts for batch in batches]),
-            batch_size=None,
-            num_workers=self.num_workers if len(shards) else 0,
-            worker_init_fn=ignore_signals,
-        )
-        encoded, bad = iter(loader), {}
+        images = ImagesToEncode(plan, [batch for batches in cuts for batch in batches])
+        encoded, bad = iter(make_loader(images, self.num_workers if len(shards) else 0)), {}
         with ShardWriter(store) as writer, self._progress(sum(map(len, shards)), f"encoding {name}") as progress:
             for batches in cuts:
                 parts: list[tuple[EncodedImages, Tensor]] = []

@@ -148,9 +148,3 @@ def stopped(wish: Wish, step: int, folder: Path) -> Stopped:
     why = signal.Signals(wish.number).name if wish.number else "as asked"
     command = resume_command(sys.argv)
     return Stopped(f"stopped {why} after step {step}, which is saved in {folder}; go on with: {command}", wish.number)
-
-
-def ignore_signals(_: int = 0) -> None:
-    """For the loader's processes, which end when the run does: signals to the whole group are for the run alone."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from utils.data.cached import Encodings
 from utils.data.captions import compose
@@ -19,11 +19,11 @@ from utils.data.sampler import Draw, GlobalBatches, Piece, Pieces
 from utils.data.selection import PlannedImages
 from utils.data.sources import Records
 from utils.data.stream import StreamedBatches, StreamedImages, StreamedPieces, StreamedRecords
+from utils.data.workers import make_loader
 from utils.noise import NoiseDraws, stack_draws
 from utils.options import ProcessError, UserError, first_line, option, require, require_not_negative, require_positive
 from utils.records import Batch, RecordPass
 from utils.seeding import Stream, generator
-from utils.stopping import ignore_signals
 
 MAX_REPLACEMENTS = 100
 
@@ -308,17 +308,13 @@ def batches_by_step(
     waiting: Waiting,
 ) -> Iterator[tuple[int, Iterator[Batch]]]:
     """(step, this process's micro-batches of that step), step by step; micro-batches come as they are loaded."""
-    if num_workers > 0:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizers' first use
-    loader = DataLoader(
+    loader = make_loader(
         dataset,
-        batch_size=None,
+        num_workers,
         sampler=pieces,
-        num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         timeout=timeout if num_workers > 0 else 0,
-        worker_init_fn=ignore_signals,
     )
     batches = iter(loader)
     for step in pieces.steps:

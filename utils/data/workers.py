@@ -1,0 +1,39 @@
+"""Processes that load data beside the training."""
+
+import atexit
+import multiprocessing
+import os
+import signal
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from utils.stopping import SIGNALS
+
+
+def make_loader(dataset: Dataset, num_workers: int, **more: Any) -> DataLoader:
+    """A loader of batches that its dataset puts together, whose processes end when this one does, and not before.
+
+    Signals that are sent to the whole group are for the run alone, which saves what there is.
+
+    Args:
+        more: torch's own arguments.
+    """
+    if num_workers > 0:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizers' first use
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
+    return DataLoader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_ignore_signals, **more)
+
+
+def _ignore_signals(_: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """Ends what is left of the loaders' processes: at exit Python would send them a SIGTERM, and wait for good."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a process for a fault
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
