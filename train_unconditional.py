@@ -66,7 +66,7 @@ from utils.runtime import (
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
 from utils.scaling import known_scaling, measured_scaling, remember_scaling
 from utils.seeding import model_seed
-from utils.speed import SpeedOptions
+from utils.speed import SpeedOptions, attention_by
 from utils.starting import (
     card_settings,
     data_name,
@@ -201,7 +201,8 @@ def run(argv: Sequence[str] | None) -> None:
     accelerator = engine.accelerator
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     requests = StopRequests(folder.path, options.length.seconds)
-    with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening():
+    attention = attention_by(options.speed.attention_backend)
+    with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening(), attention:
         beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
         start, group_size = beginning.start, beginning.group_size
         preparation = prepare_data(options, options.labels.captions(options.source), accelerator, folder, requests)
@@ -294,7 +295,7 @@ def run(argv: Sequence[str] | None) -> None:
         largest = dataset.largest(at_once, options.perceptual.perceptual_min_timestep)
         gradients.rehearse(largest)
         draw_batch, sizes_vary = partial(dataset.with_draws, largest), len(images.plan.sizes) > 1
-        hasten(options.speed, gradients, family.unet, state.optimizer, draw_batch, sizes_vary)
+        hasten(options, gradients, family.unet, state.optimizer, num_workers, draw_batch, sizes_vary)
         if options.loader.find_batch_size:
             groups = f" --bucket_group_size {group_size}" if options.buckets.use_aspect_ratio_buckets else ""
             logger.info("--find_batch_size: keep %s%s", setting(gradients.size, gradients.num_samples), groups)

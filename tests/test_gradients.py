@@ -122,6 +122,9 @@ class Values:
     def __init__(self, values: torch.Tensor):
         self.values, self.slots = values, tuple(range(len(values)))
 
+    def __len__(self) -> int:
+        return len(self.values)
+
     def part(self, begin: int, end: int) -> "Values":
         return Values(self.values[begin:end])
 
@@ -151,6 +154,46 @@ def test_the_rehearsal_halves_and_leaves_no_gradient():
     others = iter([0.0] * 9)
     with pytest.raises(UserError, match=r"in the rehearsal.*one sample at a time; try a smaller --resolution"):
         gradients.rehearse(Values(torch.ones(16)))
+
+
+class Graphed(torch.autograd.Function):
+    """A product whose gradient is written over the one before, as that of a CUDA graph is."""
+
+    memory = torch.zeros(2)
+
+    @staticmethod
+    def forward(context, weight, values):
+        context.save_for_backward(values)
+        return weight.sum() * values
+
+    @staticmethod
+    def backward(context, gradient):
+        (values,) = context.saved_tensors
+        Graphed.memory.fill_((gradient * values).sum())
+        return Graphed.memory.detach(), None
+
+
+@pytest.mark.parametrize("owns_memory", [True, False])
+def test_accumulated_gradients_have_memory_of_their_own(owns_memory):
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        num_processes=1,
+        no_sync=lambda model: nullcontext(),
+        backward=lambda loss: loss.backward(),
+        mixed_precision="no",
+    )
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.ones(2))
+    model.unused = torch.nn.Parameter(torch.ones(2))
+    model.forward = lambda values: Graphed.apply(model.weight, values)
+    encoder = SimpleNamespace(encode=lambda batch: batch.values)
+    gradients = Gradients(Engine(accelerator), model, encoder, 0, 2, 4, 1.0, 2, can_retry=True, cures=[])
+    batches = [Values(torch.tensor([1.0, 2.0])), Values(torch.tensor([3.0, 4.0]))]
+    assert list(gradients.of(batches[0])) == ["weight"]
+    gradients.owns_memory = owns_memory
+    gradients.add_up(0, batches)
+    assert (model.weight.grad.tolist() == [10.0, 10.0]) == owns_memory
+    assert model.unused.grad is None
 
 
 @pytest.mark.slow

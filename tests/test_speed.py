@@ -10,11 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_equivalences import assert_same_bits, lora, losses, weights
 from utils.copies import HalfCopy
-from utils.speed import largest_error
+from utils.memory import align
+from utils.options import UserError
+from utils.speed import attention_by, compile_checked, largest_error
 
 NAMES = ["sd", "pixels"]
 
@@ -359,3 +362,93 @@ def test_keeping_freed_memory_is_said(train, name, flags, is_kept, caplog):
     with caplog.at_level(logging.INFO):
         train(name, "--max_train_steps", 1, *flags)
     assert ("freed memory is kept" in caplog.text) == is_kept
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_and_images_lie_as_a_cpu_likes_them(train, name, monkeypatch):
+    """Weights at whole cache lines, wherever the file had them; images one channel after the other."""
+    import diffusers
+
+    network = diffusers.UNet2DConditionModel if name == "sd" else diffusers.UNet2DModel
+    forward, seen = network.forward, []
+
+    def watched(unet, sample, *more, **named):
+        seen.append(sample.is_contiguous() and all(each.data_ptr() % 64 == 0 for each in unet.parameters()))
+        return forward(unet, sample, *more, **named)
+
+    monkeypatch.setattr(network, "forward", watched)
+    train(name, "--max_train_steps", 2, "--train_batch_size", 2)
+    assert len(seen) >= 2
+    assert all(seen[:2])
+
+
+def test_aligned_weights_are_the_same(pipelines):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(pipelines["sd"] / "unet")
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    assert any(each.data_ptr() % 64 for each in unet.parameters())  # a bias of 4 channels has moved what follows
+    align(unet)
+    assert not any(each.data_ptr() % 64 for each in unet.parameters())
+    assert_same_bits(before, unet.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"), [(None, "Flash"), ("flash", "Flash"), ("cudnn", "Flash"), ("math", "")]
+)
+def test_attention_is_by_the_kernel_that_was_asked_for(backend, expected):
+    """And by another where that can't: there is no cuDNN on a CPU."""
+    query = torch.randn(2, 2, 16, 8, requires_grad=True)
+    with attention_by(backend):
+        found = functional.scaled_dot_product_attention(query, query, query)
+    assert ("Flash" in type(found.grad_fn).__name__) == bool(expected)
+    with attention_by("math"):
+        pass
+    after = functional.scaled_dot_product_attention(query, query, query)
+    assert "Flash" in type(after.grad_fn).__name__
+    torch.testing.assert_close(found, after)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_training_by_another_attention(train, name, caplog):
+    flags = ["--max_train_steps", 3, "--train_batch_size", 2, "--adam_epsilon", 1e-4]
+    plain = train(name, *flags, out="plain")
+    with caplog.at_level(logging.INFO):
+        other = train(name, *flags, "--attention_backend", "math", out="other")
+    assert "math attention" in caplog.text
+    assert losses(other) == pytest.approx(losses(plain), rel=1e-5)
+    assert losses(other) != losses(plain)
+
+
+def test_what_speeds_up_nothing_here(refused, monkeypatch):
+    refused(["--cuda_graphs"], "--cuda_graphs", "--compile")
+    refused(["--compile", "--cuda_graphs"], "--cuda_graphs", "CUDA device", "found cpu")
+    refused(["--attention_backend", "cudnn"], "--attention_backend", "flash or math", "got cudnn")
+
+
+def test_a_cuda_graph_is_compared_when_it_is_replayed(monkeypatch, caplog):
+    """Its first pass runs the kernels, the second records them."""
+    unet = unet_and_inputs()[0]
+    asked, passes = [], []
+    monkeypatch.setattr(torch, "compile", lambda call, **named: asked.append(named) or call)
+
+    def gradients() -> dict[str, Tensor]:
+        passes.append(None)
+        wrong = 1.5 if len(passes) == 4 else 1.0
+        return {"a": torch.full((3,), wrong)}
+
+    with pytest.raises(UserError, match=r"the gradient of a is 50\.00% off"):
+        compile_checked(unet, "denoiser", False, True, gradients, is_exact=True)
+    assert [named["mode"] for named in asked] == ["reduce-overhead"]
+    assert len(passes) == 4
+
+
+def test_what_is_active_is_said(train, caplog):
+    flags = ["--cache_latents", "--cache_text_embeddings", "--use_ema", "--logging_steps", 5, "--channels_last"]
+    with caplog.at_level(logging.INFO):
+        train("sd", "--max_train_steps", 1, "--dataloader_num_workers", 1, *flags)
+    line = next(each for each in caplog.messages if each.startswith("active for speed: cached"))
+    assert line == (
+        "active for speed: cached latents, cached text states, loader workers (1), channels last, fused AdamW, "
+        "foreach EMA, numbers read every 5 steps"
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.copies import HalfCopy
 from utils.encoding import Encoder
@@ -67,6 +68,8 @@ class Gradients:
         cures: flags that save memory and are not given, in the order to try them.
         half_copy: what the denoiser computes with in the place of its own weights, if anything.
         rescue: writes a checkpoint of the steps done, from this process alone, with how many samples to take at once.
+        owns_memory: whether gradients are added to memory of their own: what a CUDA graph gives, it overwrites.
+        has_static_graph: whether the processes share gradients in an order that is laid down.
     """
 
     engine: Engine
@@ -81,6 +84,9 @@ class Gradients:
     cures: Sequence[str]
     half_copy: HalfCopy | None = None
     rescue: Callable[[int, int], None] | None = None
+    owns_memory: bool = False
+    has_static_graph: bool = False
+    _trained: Sequence[nn.Parameter] = ()  # those that have gradients
     _is_shared: bool = False  # whether the processes are sharing gradients now
 
     @property
@@ -112,11 +118,9 @@ class Gradients:
         None are left in the parameters, and the processes share none.
         """
         self._backward(0, batch.part(0, self.size), shares=False)
-        found = {
-            name: parameter.grad.to("cpu", copy=True)
-            for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None
-        }
+        trained = {name: each for name, each in self.model.named_parameters() if each.grad is not None}
+        found = {name: parameter.grad.to("cpu", copy=True) for name, parameter in trained.items()}
+        self._trained = list(trained.values())
         self._drop()
         return found
 
@@ -169,6 +173,9 @@ class Gradients:
             self._halve("the rehearsal of the largest batch")
         self._drop()
         if self.accelerator.num_processes > 1:
+            if isinstance(self.model, DistributedDataParallel):
+                self.model._set_static_graph()  # its constructor's option asks that the very first pass be shared
+                self.has_static_graph = True
             self._backward(0, largest.part(0, 1), shares=True)
             self._drop()
         for buffer, value in buffers:
@@ -193,6 +200,8 @@ class Gradients:
 
     def _over(self, step: int, batches: Iterator[Batch]) -> StepSums:
         sums = StepSums(torch.zeros((), device=self.accelerator.device), [], [])
+        for parameter in self._trained if self.owns_memory else ():
+            parameter.grad = torch.zeros_like(parameter)
         for number, batch in enumerate(batches, start=1):
             parts = [batch.part(begin, begin + self.size) for begin in range(0, len(batch), self.size)]
             for place, part in enumerate(parts, start=1):

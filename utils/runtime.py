@@ -87,9 +87,8 @@ def start_processes(
     if asked_engine() == "DEEPSPEED" and on_cpu:
         on_cpu = False  # with cpu=True accelerate passes over DeepSpeed in silence
         handler.backend = "gloo"
-    # Gradients as views of what is sent spare a copy of them; a static graph would ask that the first backward pass be
-    # shared, which the rehearsal's is not. Buffers are the same everywhere; sent before a forward pass, a process that
-    # begins it again would send them while the others already share gradients
+    # Gradients as views of what is sent spare a copy of them. Buffers are the same everywhere; sent before a forward
+    # pass, a process that begins it again would send them while the others already share gradients
     sharing = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
         accelerator = Accelerator(

@@ -15,6 +15,9 @@ from utils.options import UserError, first_line, option, require
 
 logger = logging.getLogger(__name__)
 COMPILED = ("blocks", "denoiser")
+ATTENTION = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
+CPU_ATTENTION = ("flash", "math")
+REPLAYS = 3  # of a CUDA graph: its kernels run once as they are, then they are recorded, then replayed
 EXACT = 1e-2  # relative error of a gradient: wrong ones were 15 % off, sums that cancel have come out 0.5 % off
 ROUNDED = 0.045  # the same of half precision and TF32: a cosine of 0.999
 NEGLIGIBLE = 1e-2  # of the root mean square over all gradients, beneath which a parameter's is rounding
@@ -30,6 +33,14 @@ class SpeedOptions:
         const="denoiser",
     )
     torch_compile: bool = option(False, "the same as --compile denoiser")
+    cuda_graphs: bool = option(
+        False, "with --compile: replay the kernels of a pass as one, which spares small batches the time to launch each"
+    )
+    attention_backend: str | None = option(
+        None,
+        "kernels of PyTorch's attention to try first; by default PyTorch chooses by shape and device",
+        choices=tuple(ATTENTION),
+    )
     bf16_weights: bool = option(
         False,
         "with --mixed_precision bf16: compute with a bfloat16 copy of the denoiser's weights, made once a step, "
@@ -45,6 +56,8 @@ class SpeedOptions:
     def __post_init__(self) -> None:
         if self.torch_compile and self.compile == "blocks":
             raise UserError("--torch_compile is --compile denoiser, got --compile blocks; give one")
+        if self.cuda_graphs and self.compiled is None:
+            raise UserError("--cuda_graphs replays what --compile has made; give both")
 
     @property
     def compiled(self) -> str | None:
@@ -52,7 +65,25 @@ class SpeedOptions:
         return self.compile or ("denoiser" if self.torch_compile else None)
 
 
-def compile_denoiser(denoiser: nn.Module, what: str, sizes_vary: bool) -> None:
+@contextmanager
+def attention_by(backend: str | None) -> Iterator[None]:
+    """Within it PyTorch's attention takes a kernel wherever that can do the shape and the precision.
+
+    Args:
+        backend: a key of `ATTENTION`; None leaves the choice to PyTorch.
+    """
+    if backend is None:
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [backend, *(name for name in ATTENTION if name not in (backend, "math")), "math"]
+    chosen = ["math"] if backend == "math" else order
+    with sdpa_kernel([getattr(SDPBackend, ATTENTION[name]) for name in chosen], set_priority=True):
+        yield
+
+
+def compile_denoiser(denoiser: nn.Module, what: str, sizes_vary: bool, cuda_graphs: bool) -> None:
     """Compiles a denoiser in place, its weights' names as they are; in evaluation mode it stays as it was.
 
     Inductor has made wrong gradients of nearest-neighbour upsampling between convolutions (torch 2.13, CPU), at the
@@ -61,6 +92,7 @@ def compile_denoiser(denoiser: nn.Module, what: str, sizes_vary: bool) -> None:
     Args:
         what: one of `COMPILED`.
         sizes_vary: whether it will see several sizes, of which one graph is made then.
+        cuda_graphs: whether its kernels are recorded and replayed; what it gives lasts until the next pass.
 
     Raises:
         UserError: if it has no repeated blocks.
@@ -80,21 +112,23 @@ def compile_denoiser(denoiser: nn.Module, what: str, sizes_vary: bool) -> None:
         kind = type(denoiser).__name__
         require(bool(blocks), "compile", what, f"be denoiser for a {kind}", "it has no repeated blocks")
     for block in blocks:
-        block._compiled_call_impl = _InTraining(block, sizes_vary, fullgraph=True)
+        block._compiled_call_impl = _InTraining(block, sizes_vary, cuda_graphs, fullgraph=True)
 
 
 class _InTraining:
     """Calls a module's compiled form while it trains; sampling, in other shapes, is left as it is."""
 
-    def __init__(self, module: nn.Module, sizes_vary: bool, fullgraph: bool):
+    def __init__(self, module: nn.Module, sizes_vary: bool, cuda_graphs: bool, fullgraph: bool):
         self._module = module
         self._sizes_vary = sizes_vary
+        self._cuda_graphs = cuda_graphs
+        more = {"mode": "reduce-overhead"} if cuda_graphs else {}
         dynamic = True if sizes_vary else None
-        self._compiled = torch.compile(module._call_impl, fullgraph=fullgraph, dynamic=dynamic)
+        self._compiled = torch.compile(module._call_impl, fullgraph=fullgraph, dynamic=dynamic, **more)
 
     def in_pieces(self) -> "_InTraining":
         """The same of several graphs, with Python between them."""
-        return _InTraining(self._module, self._sizes_vary, fullgraph=False)
+        return _InTraining(self._module, self._sizes_vary, self._cuda_graphs, fullgraph=False)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         if not self._module.training:
@@ -106,6 +140,7 @@ def compile_checked(
     denoiser: nn.Module,
     what: str,
     sizes_vary: bool,
+    cuda_graphs: bool,
     gradients: Callable[[], Mapping[str, Tensor]],
     is_exact: bool,
 ) -> None:
@@ -123,17 +158,18 @@ def compile_checked(
     begun = time.perf_counter()
     with _stirred(denoiser):
         expected = gradients()
-        compile_denoiser(denoiser, what, sizes_vary)
+        compile_denoiser(denoiser, what, sizes_vary, cuda_graphs)
         try:
             try:
-                found = gradients()
+                found = [gradients()]
             except Unsupported as error:
                 logger.warning("--compile: not one graph, for %s", first_line(error))
                 _allow_breaks(denoiser)
-                found = gradients()
+                found = [gradients()]
+            found += [gradients() for _ in range(REPLAYS - 1 if cuda_graphs else 0)]
         except (TorchDynamoException, RuntimeError, ImportError, OSError) as error:  # no compiler, or not this model
             raise UserError(f"--compile: the denoiser can't be compiled here: {first_line(error)}") from error
-    name, worst = largest_error(expected, found)
+    name, worst = max((largest_error(expected, each) for each in found), key=lambda error: error[1])
     if worst > (EXACT if is_exact else ROUNDED):
         raise UserError(f"--compile: compiled, the gradient of {name} is {worst:.2%} off; leave it out")
     seconds = time.perf_counter() - begun

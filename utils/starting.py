@@ -11,7 +11,7 @@ import torch
 
 from utils.adaptation import Adaptation
 from utils.checkpoint import RunFacts, read_state
-from utils.checks import check_half_copy, check_stepping
+from utils.checks import check_speed, check_stepping
 from utils.copies import HalfCopy
 from utils.data.buckets import BucketOptions
 from utils.data.captions import CaptionOptions
@@ -35,7 +35,7 @@ from utils.perceptual import PerceptualLoss, PerceptualOptions
 from utils.preparation import DataPreparation
 from utils.records import Batch
 from utils.runtime import OutputFolder, start_processes, versions
-from utils.speed import SpeedOptions, compile_checked
+from utils.speed import compile_checked
 from utils.state import RunState
 from utils.stepping import PerParameter
 from utils.stopping import StopRequests
@@ -66,7 +66,7 @@ def start_engine(options: Any, folder: OutputFolder, pure_bf16: bool) -> Engine:
         tracking.logging_dir,
     )
     check_stepping(options.optimizer, tracking, pure_bf16, accelerator)
-    check_half_copy(options.speed, pure_bf16, accelerator)
+    check_speed(options.speed, pure_bf16, options.model.enable_xformers_memory_efficient_attention, accelerator)
     _keep_memory(options.speed.keep_freed_memory, accelerator.device.type)
     engine = engine_of(accelerator)
     engine.check_options(as_record(options), options.optimizer.name)
@@ -234,32 +234,45 @@ def make_gradients(
 
 
 def hasten(
-    options: SpeedOptions,
+    options: Any,
     gradients: Gradients,
     denoiser: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
+    num_workers: int,
     draw_batch: Callable[[], Batch],
     sizes_vary: bool,
 ) -> None:
     """Compiles the denoiser where that was asked for, and names all that is active for speed.
 
     Args:
+        options: all of a script's, by group.
+        num_workers: processes that load data for this one.
         draw_batch: gives that by which a compiled denoiser is compared with the plain one.
         sizes_vary: whether batches are of several sizes.
     """
-    precision = gradients.accelerator.mixed_precision
-    has_tf32 = gradients.accelerator.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    if options.compiled is not None:
-        is_exact = precision == "no" and not has_tf32
-        compile_checked(denoiser, options.compiled, sizes_vary, partial(gradients.of, draw_batch()), is_exact)
+    speed, accelerator = options.speed, gradients.accelerator
+    has_tf32 = accelerator.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    if speed.compiled is not None:
+        is_exact = accelerator.mixed_precision == "no" and not has_tf32
+        given = partial(gradients.of, draw_batch())
+        compile_checked(denoiser, speed.compiled, sizes_vary, speed.cuda_graphs, given, is_exact)
+        gradients.owns_memory = speed.cuda_graphs
     inner = unwrapped(optimizer)
     active = {
-        f"compiled {options.compiled}": options.compiled is not None,
-        "bf16 weights": options.bf16_weights,
-        "channels last": options.channels_last,
+        "cached latents": options.cache.cache_latents,
+        "cached text states": options.cache.cache_text_embeddings,
+        f"loader workers ({num_workers})": num_workers > 0,
+        f"compiled {speed.compiled}": speed.compiled is not None,
+        "CUDA graphs": speed.cuda_graphs,
+        f"{speed.attention_backend} attention": speed.attention_backend is not None,
+        "bf16 weights": speed.bf16_weights,
+        "channels last": speed.channels_last,
         "TF32": has_tf32,
+        accelerator.mixed_precision: accelerator.mixed_precision != "no",
         "fused AdamW": isinstance(inner, torch.optim.AdamW) and bool(inner.defaults.get("fused")),
-        precision: precision != "no",
+        "foreach EMA": options.ema.use_ema and options.ema.foreach_ema,
+        f"numbers read every {options.tracking.logging_steps} steps": options.tracking.logging_steps > 1,
+        "gradients as bucket views in a static graph": gradients.has_static_graph,
     }
     logger.info("active for speed: %s", ", ".join(name for name, is_active in active.items() if is_active) or "nothing")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from utils.families.quantization import quantize_linears
 from utils.families.source import XFORMERS_CURE, XFORMERS_MISSING
 from utils.families.vae import LatentSpace
+from utils.memory import align
 from utils.options import UserError, first_line, require
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ class Family(ABC):
                 has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
                 vae.to(torch.bfloat16 if has_bfloat16 else torch.float32)
         for name in self._part_names:
-            getattr(self.pipeline, name).to(device)
+            align(getattr(self.pipeline, name).to(device))
 
     def use_attention(self) -> None:
         """Switches the attention kernels that were asked for.

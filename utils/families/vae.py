@@ -48,8 +48,9 @@ class LatentSpace:
         with torch.autocast(self.vae.device.type, enabled=False):
             encoded = self.vae.encode(images.to(self.vae.dtype))
         if "latents" in encoded:  # of a VQ model, before they are quantised
-            return encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)
-        return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+            return _planes(encoded.latents), torch.zeros_like(encoded.latents, dtype=torch.float32)
+        mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        return _planes(mean), _planes(std)
 
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """[B, C, h, w] float32 the scaled latents of a sample mean + std * noise of the posterior."""
@@ -136,3 +137,8 @@ class PixelSpace(LatentSpace):
     def describe(self) -> str:
         """What it is, in words."""
         return f"pixels of {self.channels} channels"
+
+
+def _planes(latents: Tensor) -> Tensor:
+    """Float32, one channel after the other: a VAE's attention leaves them together, and the denoiser would follow."""
+    return latents.to(torch.float32, memory_format=torch.contiguous_format)
