@@ -215,6 +215,21 @@ def _oddities(image: Image.Image, orientation: int) -> tuple[str, ...]:
     return tuple(name for name, holds in found.items() if holds)
 
 
+def upright(opened: Image.Image) -> Image.Image:
+    """Decodes an opened image in place and closes its file; it is turned as its EXIF orientation says.
+
+    Raises:
+        OSError: if it is truncated or broken.
+    """
+    try:
+        with opened:
+            ImageOps.exif_transpose(opened, in_place=True)
+            opened.load()
+    except BROKEN_FILE_ERRORS as error:
+        raise OSError(f"broken image: {error}") from error
+    return opened
+
+
 def read_rgb(source: str | bytes, transparency_color: str = "white") -> Image.Image:
     """Decodes an image (of several frames the first) into RGB, upright by its EXIF orientation.
 
@@ -228,12 +243,7 @@ def read_rgb(source: str | bytes, transparency_color: str = "white") -> Image.Im
 
 def read_layers(source: str | bytes, transparency_color: str) -> tuple[Image.Image, Image.Image | None]:
     """(what `read_rgb` gives, the alpha channel, "L", or None of an opaque image)."""
-    try:
-        with open_image(source) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-    except BROKEN_FILE_ERRORS as error:
-        raise OSError(f"broken image: {error}") from error
+    image = upright(open_image(source))
     grey = deep_grey(image)
     if grey is not None:
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB"), None
@@ -241,7 +251,7 @@ def read_layers(source: str | bytes, transparency_color: str) -> tuple[Image.Ima
         rgba = image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, transparency_color)
         return Image.alpha_composite(ground, rgba).convert("RGB"), rgba.getchannel("A")
-    return image.convert("RGB"), None
+    return image if image.mode == "RGB" else image.convert("RGB"), None
 
 
 def deep_grey(image: Image.Image) -> np.ndarray | None:

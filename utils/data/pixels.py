@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 
-from utils.data.images import BROKEN_FILE_ERRORS, ImageOptions, deep_grey, open_image, read_layers, read_rgb
+from utils.data.images import ImageOptions, deep_grey, open_image, read_layers, read_rgb, upright
 from utils.options import UserError, option
 
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -141,15 +141,10 @@ def _of_channels(values: np.ndarray, channels: int, transparency_color: str) -> 
 
 def _decoded(source: str | bytes, modes: Mapping[str, str] | None = None) -> Image.Image:
     """An image as its file has it, upright; `modes` are other names of what its decoder is to take."""
-    try:
-        with open_image(source) as opened:
-            if modes is not None:
-                opened.tile = [_renamed(tile, modes) for tile in opened.tile]
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-            return image
-    except BROKEN_FILE_ERRORS as error:
-        raise OSError(f"broken image: {error}") from error
+    opened = open_image(source)
+    if modes is not None:
+        opened.tile = [_renamed(tile, modes) for tile in opened.tile]
+    return upright(opened)
 
 
 def _renamed(tile: Any, modes: Mapping[str, str]) -> Any:
