@@ -95,8 +95,7 @@ def test_a_bfloat16_copy_has_the_gradients_of_autocast_without_its_casts(checkpo
     assert before >= 2 * matrices  # there and back
     for name, gradient in expected.items():
         assert found[name].dtype == torch.float32
-        cosine = torch.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0)
-        assert cosine > 0.999 or float(gradient.norm()) < 1e-3 * max(float(each.norm()) for each in expected.values())
+        assert torch.equal(found[name], gradient)  # on a CPU, whose norms stay in float32
     for parameter in unet.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -133,8 +132,8 @@ def test_training_with_a_bfloat16_copy(train, name):
     flags += ["--lr_scheduler", "constant"]
     plain = train(name, *flags, "--max_train_steps", 6, out="plain")
     copied = train(name, *flags, "--max_train_steps", 6, "--bf16_weights", out="copied")
-    assert losses(copied) == pytest.approx(losses(plain), rel=0.02)
-    assert losses(copied) != losses(plain)
+    rounding = 0.02 if name == "labelled latents" else 0  # whose class embeddings autocast leaves in float32
+    assert losses(copied) == pytest.approx(losses(plain), rel=rounding, abs=0)
     part = "transformer" if name == "labelled latents" else "unet"
     assert {tensor.dtype for tensor in weights(copied, part).values()} == {torch.float32}
     train(name, *flags, "--max_train_steps", 3, "--bf16_weights", out="parts")

@@ -33,11 +33,14 @@ class HalfCopy:
     def __init__(self, denoiser: nn.Module, optimizer: torch.optim.Optimizer):
         from diffusers.models.embeddings import GaussianFourierProjection
 
+        exact = (GaussianFourierProjection,)  # frequencies of times
+        if all(each.device.type == "cpu" for each in denoiser.parameters()):
+            exact += (nn.GroupNorm, nn.LayerNorm)  # which a CPU computes in float32, as autocast has it, of any input
         self._places = [
             (owner, name)
             for owner in denoiser.modules()
             for name, each in owner.named_parameters(recurse=False)
-            if each.dtype == torch.float32 and not isinstance(owner, GaussianFourierProjection)  # frequencies of times
+            if each.dtype == torch.float32 and not isinstance(owner, exact)
         ]
         self._weights = [owner._parameters[name] for owner, name in self._places]
         self._copies = [each.detach().bfloat16() for each in self._weights]
