@@ -996,3 +996,16 @@ def test_the_facts_of_a_large_table_are_read_without_sending_it_to_each_process(
     facts = list(headers.read_facts(table, [(row, True) for row in range(12)], False))
     assert sorted(fact.width for fact in facts) == [20 + number for number in range(12)]
     assert all(len(fact.digest) == headers.DIGEST_SIZE for fact in facts)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_turned_tiff_is_read_from_its_path_as_from_its_bytes(mode, orientation, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    path = tmp_path / "turned.tiff"
+    Image.fromarray(pixels).convert(mode).save(path, exif=exif)
+    by_path, by_bytes = read_rgb(str(path)), read_rgb(path.read_bytes())
+    assert by_path.size == ((9, 14) if orientation > 4 else (14, 9))
+    assert np.array_equal(np.asarray(by_path), np.asarray(by_bytes))

@@ -231,7 +231,7 @@ def test_loaders_processes_end_with_a_process_that_left_them_running():
     lines = """
         import torch
         from utils.data.workers import make_loader
-        batches = iter(make_loader(torch.arange(4.0), 2, persistent_workers=True))
+        batches = iter(make_loader(torch.arange(4.0), 1, persistent_workers=True))
         print(next(batches).item())
     """
     words = [sys.executable, "-c", dedent(lines)]

@@ -81,3 +81,27 @@ def test_the_speed_of_a_step_is_that_of_its_own_time(tmp_path, monkeypatch, toge
         now[0] += 1e-3
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["images_per_second"] for line in lines] == [8.0] * 4
+
+
+def test_what_processes_tell_each_other_is_read_once_also_of_steps_before_a_pause(tmp_path):
+    """A pause writes steps; what they said is heard at the next one, and added to what comes after."""
+    facts = {"is_local_main_process": False, "is_main_process": False, "scaler": None}
+    accelerator = SimpleNamespace(**facts, device=torch.device("cpu"))
+    accelerator.log = lambda *given, **named: None
+    log = RunLog(accelerator, tmp_path, 0, 9, 1, steps_together=2)
+
+    def heard(step: int, *sums: float) -> list[float]:
+        numbers = (torch.tensor(1.0), torch.tensor(1.0))
+        log.step(StepMetrics(step, 0.0, *numbers, 1e-3, [], [], 0.0, torch.tensor(sums)))
+        return log.sums
+
+    with log:
+        assert heard(1, 1.0, 0.0) == []
+        assert heard(2, 0.0, 2.0) == []
+        with log.paused():
+            pass
+        with log.paused():
+            pass
+        assert heard(3, 4.0, 0.0) == [1.0, 2.0]
+        assert heard(4, 0.0, 8.0) == []
+        assert heard(5, 0.0, 0.0) == [4.0, 8.0]

@@ -11,11 +11,12 @@ from utils.data.selection import HeldOutOptions
 from utils.data.sources import DataOptions, SourceEntry
 from utils.ema import EmaOptions
 from utils.export import HubOptions
+from utils.families.source import PartOptions
 from utils.held_out import EarlyStoppingOptions
 from utils.losses import LossOptions
 from utils.optim import OPTIMIZER_PACKAGES, OptimizerOptions, ScheduleOptions
 from utils.options import UserError
-from utils.speed import CPU_ATTENTION, SpeedOptions
+from utils.speed import ATTENTION, CPU_ATTENTION, SpeedOptions
 from utils.tracking import TrackingOptions
 
 if TYPE_CHECKING:
@@ -65,16 +66,23 @@ def check_stepping(
         raise UserError("--optimizer_in_backward leaves no gradients for --layer_norm_steps and --histogram_steps")
 
 
-def check_speed(options: SpeedOptions, pure_bf16: bool, has_xformers: bool, accelerator: "Accelerator") -> None:
-    """Refuses what the device does not have, and --bf16_weights without float32 weights or bfloat16 arithmetic."""
+def check_speed(
+    options: SpeedOptions, model: PartOptions, steps_in_backward: bool, pure_bf16: bool, accelerator: "Accelerator"
+) -> None:
+    """Refuses what the device does not have, and what would be compared, cast or chosen in vain."""
     backend, device = options.attention_backend, accelerator.device.type
+    if options.compiled is not None and steps_in_backward:
+        raise UserError("--optimizer_in_backward leaves no gradients for --compile to compare; leave one out")
     if options.cuda_graphs and device != "cuda":
         raise UserError(f"--cuda_graphs needs a CUDA device, found {device}; leave it out")
-    if device == "cpu" and backend not in (None, *CPU_ATTENTION):
-        raise UserError(f"--attention_backend must be {' or '.join(CPU_ATTENTION)} on a CPU, got {backend}")
-    if backend is not None and has_xformers:
-        other = "--enable_xformers_memory_efficient_attention"
-        raise UserError(f"--attention_backend {backend}: {other} takes its place; leave one out")
+    kernels = {"cuda": tuple(ATTENTION), "cpu": CPU_ATTENTION}.get(device, ())
+    if backend is not None and backend not in kernels:
+        cure = f"give {' or '.join(kernels)}, or leave it out" if kernels else "leave it out"
+        raise UserError(f"--attention_backend {backend} is not for {device}; {cure}")
+    others = ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention", "attention_slicing")
+    other = next((name for name in others if getattr(model, name, False)), None)
+    if backend is not None and other is not None:
+        raise UserError(f"--attention_backend {backend}: --{other} takes its place; leave one out")
     if options.bf16_weights and (pure_bf16 or accelerator.mixed_precision != "bf16"):
         found = "--pure_bf16" if pure_bf16 else accelerator.mixed_precision
         raise UserError(f"--bf16_weights goes with --mixed_precision bf16, got {found}; leave one out")

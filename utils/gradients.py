@@ -144,8 +144,8 @@ class Gradients:
         """Forward and backward of the largest batch there will be, before the first step, all gradients dropped.
 
         On a CPU, where a process alone gains nothing by it, there is none, nor where weights step in the backward pass.
-        All processes halve together until it fits. Then one backward pass shares gradients: DistributedDataParallel
-        orders its sums anew after the first one, so that without it a resumed run would add up in another order.
+        All processes halve together until it fits. Then backward passes share gradients: DistributedDataParallel
+        orders its sums anew after them, so that without them a resumed run would add up in another order.
 
         Raises:
             UserError: if one sample is too much.
@@ -176,8 +176,9 @@ class Gradients:
             if isinstance(self.model, DistributedDataParallel):
                 self.model._set_static_graph()  # its constructor's option asks that the very first pass be shared
                 self.has_static_graph = True
-            self._backward(0, largest.part(0, 1), shares=True)
-            self._drop()
+            for _ in range(2 if self.has_static_graph else 1):  # a static graph's first pass takes no note of an order
+                self._backward(0, largest.part(0, 1), shares=True)
+                self._drop()
         for buffer, value in buffers:
             buffer.copy_(value)
 

@@ -8,7 +8,7 @@ from torch import nn
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-NEVER, LARGEST = -1, 2**30
+NEVER, LARGEST, LARGEST_ONCE = -1, 2**30, 2**25  # bytes; before glibc 2.35 or so it takes no more than the last
 ALIGNMENT = 64  # bytes: of AVX-512's registers, and of a cache's lines
 
 
@@ -32,7 +32,8 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # macOS, musl; on Windows the program itself is no library
         return False
-    return bool(mallopt(MMAP_THRESHOLD, LARGEST)) and bool(mallopt(TRIM_THRESHOLD, NEVER))
+    is_mapped_no_more = mallopt(MMAP_THRESHOLD, LARGEST) or mallopt(MMAP_THRESHOLD, LARGEST_ONCE)
+    return bool(is_mapped_no_more and mallopt(TRIM_THRESHOLD, NEVER))
 
 
 def align(module: nn.Module) -> None:

@@ -69,6 +69,8 @@ class SpeedOptions:
 def attention_by(backend: str | None) -> Iterator[None]:
     """Within it PyTorch's attention takes a kernel wherever that can do the shape and the precision.
 
+    Attention that is not PyTorch's (xformers, sliced) is as it was.
+
     Args:
         backend: a key of `ATTENTION`; None leaves the choice to PyTorch.
     """
@@ -77,9 +79,13 @@ def attention_by(backend: str | None) -> Iterator[None]:
         return
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    if torch.cuda.is_available():  # the first call sets an order of its own, on some GPUs
+        functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 8, 8, device="cuda").unbind())
     order = [backend, *(name for name in ATTENTION if name not in (backend, "math")), "math"]
     chosen = ["math"] if backend == "math" else order
-    with sdpa_kernel([getattr(SDPBackend, ATTENTION[name]) for name in chosen], set_priority=True):
+    # compiled graphs are kept on disk, under keys that do not know which kernels were chosen
+    graphs = torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} {backend} attention")
+    with sdpa_kernel([getattr(SDPBackend, ATTENTION[name]) for name in chosen], set_priority=True), graphs:
         yield
 
 

@@ -66,7 +66,7 @@ def start_engine(options: Any, folder: OutputFolder, pure_bf16: bool) -> Engine:
         tracking.logging_dir,
     )
     check_stepping(options.optimizer, tracking, pure_bf16, accelerator)
-    check_speed(options.speed, pure_bf16, options.model.enable_xformers_memory_efficient_attention, accelerator)
+    check_speed(options.speed, options.model, options.optimizer.optimizer_in_backward, pure_bf16, accelerator)
     _keep_memory(options.speed.keep_freed_memory, accelerator.device.type)
     engine = engine_of(accelerator)
     engine.check_options(as_record(options), options.optimizer.name)

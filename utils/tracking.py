@@ -110,7 +110,7 @@ class RunLog:
     and mean loss of its steps.
 
     Attributes:
-        sums: those of the steps that were read just now, added up; none if none were.
+        sums: those of the steps that were read since the step before, added up; none if none were.
         skipped_in_a_row: steps without a finite loss and gradient, which were not taken, up to the last that was read.
     """
 
@@ -129,6 +129,7 @@ class RunLog:
         self._images_per_step = images_per_step
         self.skipped_in_a_row = 0
         self.sums: list[float] = []
+        self._unread: list[float] = []
         self._epochs = EpochLosses()
         self._layers = LayerNorms()
         self._folder = folder
@@ -153,9 +154,9 @@ class RunLog:
 
     def step(self, metrics: StepMetrics) -> None:
         """Takes a step's metrics, and writes those of the steps before, if they are enough to be read together."""
-        self.sums = []
         if len(self._pending) >= self._steps_together:
             self._write_pending()
+        self.sums, self._unread = self._unread, []
         self._pending.append(metrics)
         self._last_step_at = time.perf_counter()
 
@@ -187,7 +188,8 @@ class RunLog:
         ).tolist()  # the one time that the device is waited for
         seconds = (self._last_step_at - self._counted_from) / len(steps)
         self._counted_from = self._last_step_at
-        self.sums = [sum(column) for column in list(zip(*rows, strict=True))[2:]]
+        before = [self._unread] if self._unread else []
+        self._unread = [sum(column) for column in zip(*(row[2:] for row in rows), *before, strict=True)]
         for metrics, (loss, grad_norm, *_) in zip(steps, rows, strict=True):
             self._write(metrics, loss, grad_norm, seconds)
         self._bar.update(len(steps))

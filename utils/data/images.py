@@ -221,6 +221,7 @@ def upright(opened: Image.Image) -> Image.Image:
     Raises:
         OSError: if it is truncated or broken.
     """
+    opened.filename = ""  # by which PIL would map an uncompressed TIFF that is turned, with its edges interchanged
     try:
         with opened:
             ImageOps.exif_transpose(opened, in_place=True)

@@ -4,11 +4,15 @@ import atexit
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from torch.utils.data import DataLoader, Dataset
 
 from utils.stopping import SIGNALS
+
+_WORKERS: WeakSet = WeakSet()
 
 
 def make_loader(dataset: Dataset, num_workers: int, **more: Any) -> DataLoader:
@@ -23,7 +27,17 @@ def make_loader(dataset: Dataset, num_workers: int, **more: Any) -> DataLoader:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizers' first use
         atexit.unregister(_end_workers)
         atexit.register(_end_workers)
-    return DataLoader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_ignore_signals, **more)
+    return _Loader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_ignore_signals, **more)
+
+
+class _Loader(DataLoader):
+    """A loader that remembers its processes."""
+
+    def __iter__(self) -> Iterator:
+        before = set(multiprocessing.active_children())
+        batches = super().__iter__()
+        _WORKERS.update(set(multiprocessing.active_children()) - before)
+        return batches
 
 
 def _ignore_signals(_: int) -> None:
@@ -33,7 +47,8 @@ def _ignore_signals(_: int) -> None:
 
 def _end_workers() -> None:
     """Ends what is left of the loaders' processes: at exit Python would send them a SIGTERM, and wait for good."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a process for a fault
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    left = [process for process in _WORKERS if process.is_alive()]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a process for a fault
+    for process in left:
+        process.kill()
