@@ -81,11 +81,10 @@ def attention_by(backend: str | None) -> Iterator[None]:
 
     if torch.cuda.is_available():  # the first call sets an order of its own, on some GPUs
         functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 8, 8, device="cuda").unbind())
-    order = [backend, *(name for name in ATTENTION if name not in (backend, "math")), "math"]
-    chosen = ["math"] if backend == "math" else order
+    others = [] if backend == "math" else [name for name in ATTENTION if name != backend]  # which end in math
     # compiled graphs are kept on disk, under keys that do not know which kernels were chosen
     graphs = torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} {backend} attention")
-    with sdpa_kernel([getattr(SDPBackend, ATTENTION[name]) for name in chosen], set_priority=True), graphs:
+    with sdpa_kernel([getattr(SDPBackend, ATTENTION[name]) for name in (backend, *others)], set_priority=True), graphs:
         yield
 
 
@@ -128,9 +127,8 @@ class _InTraining:
         self._module = module
         self._sizes_vary = sizes_vary
         self._cuda_graphs = cuda_graphs
-        more = {"mode": "reduce-overhead"} if cuda_graphs else {}
-        dynamic = True if sizes_vary else None
-        self._compiled = torch.compile(module._call_impl, fullgraph=fullgraph, dynamic=dynamic, **more)
+        mode, dynamic = "reduce-overhead" if cuda_graphs else None, True if sizes_vary else None
+        self._compiled = torch.compile(module._call_impl, fullgraph=fullgraph, dynamic=dynamic, mode=mode)
 
     def in_pieces(self) -> "_InTraining":
         """The same of several graphs, with Python between them."""
