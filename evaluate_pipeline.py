@@ -4,12 +4,18 @@
 accelerate launch evaluate_pipeline.py --pipeline ... --prompts_file ... --reference ... --output_dir ...
 """
 
+import sys
+
+from utils.help import without_torch
+
+if __name__ == "__main__":
+    without_torch(sys.argv[1:])
+
 import errno
 import json
 import logging
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence

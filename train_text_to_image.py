@@ -4,6 +4,13 @@
 accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir ... --output_dir ...
 """
 
+import sys
+
+from utils.help import without_torch
+
+if __name__ == "__main__":
+    without_torch(sys.argv[1:])
+
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

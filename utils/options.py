@@ -140,7 +140,7 @@ class _Parser(argparse.ArgumentParser):
                 _add_flag(section, field, hints[field.name])
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """After --help: a process at once, for the interpreter's own end takes torch a while."""
+        """After --help: a process at once, for what was read without torch is good for nothing else."""
         sys.stdout.flush()
         if self._is_process:
             os._exit(status)
@@ -159,7 +159,7 @@ def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field, hint: 
     known = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     kind = known[0] if isinstance(hint, types.UnionType) else hint
     given = {name: value for name, value in field.metadata.items() if name != "aliases"} | {"default": field.default}
-    if field.default not in (None, False, ""):
+    if field.default not in (None, "") and field.default is not False:
         given["help"] += " (default: %(default)s)"
     if kind is bool:
         given |= {"type": _truth, "nargs": "?", "const": True, "metavar": "true|false"}
