@@ -2,7 +2,9 @@
 
 `true` is the architecture as it is published. `small` has the same graph with every width divided by 8 and a
 resolution that a CPU trains in a fraction of a second a step, so that VAE and denoiser keep about their shares of a
-step; text encoders, whose share does not shrink with the resolution, have a quarter of their layers (bigG an eighth).
+step. Of attention's heads there is an eighth, of about their true width: what a head costs beside its products grows
+with their number. Text encoders, whose share does not shrink with the resolution, have a quarter of their layers (bigG
+an eighth).
 The unconditional one has the peer's default graph at 64 px, its widths divided by 4. `tiny` is that of the tests.
 """
 
@@ -55,6 +57,11 @@ def narrow(widths: tuple[int, ...], divisor: int = WIDTH_DIVISOR) -> tuple[int, 
     return tuple(width // divisor for width in widths)
 
 
+def few(heads: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    """An eighth of the heads, of each level where they differ."""
+    return max(1, heads // WIDTH_DIVISOR) if isinstance(heads, int) else tuple(few(each) for each in heads)
+
+
 def small_architecture(kind: str) -> Any:
     """Stable Diffusion's graph, its widths divided by 8."""
     from benchmarks.memory import MODELS
@@ -63,6 +70,7 @@ def small_architecture(kind: str) -> Any:
     unet = dict(true.unet) | {"norm_num_groups": 8, "sample_size": 16 if kind == "sd" else 32}
     unet["block_out_channels"] = narrow(unet.get("block_out_channels", (320, 640, 1280, 1280)))
     unet["cross_attention_dim"] //= WIDTH_DIVISOR
+    unet["attention_head_dim"] = few(unet.get("attention_head_dim", 8))  # the number of heads, in spite of its name
     if kind == "sdxl":
         pooled = true.text_encoders[-1][1]["projection_dim"] // WIDTH_DIVISOR
         unet["addition_time_embed_dim"] //= WIDTH_DIVISOR
@@ -76,8 +84,9 @@ def small_text_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a text encoder, narrower and of fewer layers."""
     widths = ("hidden_size", "intermediate_size", "projection_dim")
     smaller = {name: config[name] // WIDTH_DIVISOR for name in widths if name in config}
+    heads = few(config["num_attention_heads"])
     layers = config["num_hidden_layers"] // (4 if config["num_hidden_layers"] <= 12 else 8)
-    return dict(config) | smaller | {"num_hidden_layers": layers, "num_attention_heads": 4}
+    return dict(config) | smaller | {"num_hidden_layers": layers, "num_attention_heads": heads}
 
 
 def make_pipeline(kind: str, size: str, folder: Path) -> Path:

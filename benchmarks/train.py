@@ -131,6 +131,7 @@ OPTIMISATIONS = {
     "bf16_weights": Optimisation("--bf16_weights", devices=("cuda",), needs="bf16"),
     "channels_last": Optimisation("--channels_last", devices=("cuda",)),
     "compile": Optimisation("--compile denoiser", devices=("cuda",)),
+    "cuda_graphs": Optimisation("--cuda_graphs", devices=()),  # with compile, by name: for small batches
 }
 """In the order in which --ablate adds them. A new one is a line here."""
 
