@@ -813,20 +813,23 @@ class TestSplits:
     def keys(self, folder: Path, split: str = "train", **options) -> set[str]:
         return {Path(key).name for key in found(records_of(folder, dataset_split=split, **options))}
 
-    @pytest.mark.parametrize("form", ["pairs", "metadata", "parquet", "tar", "captions_json"])
+    @pytest.mark.parametrize("form", ["pairs", "metadata", "metadata above", "parquet", "tar", "captions_json"])
     def test_only_the_asked_split_is_trained_on(self, tmp_path, form):
         import pyarrow as pa
         import pyarrow.parquet
 
         for split, count in (("train", 2), ("validation", 3)):
             names = [f"{split}{number}.png" for number in range(count)]
-            folder = tmp_path / (split if form in ("pairs", "metadata", "captions_json") else "aside")
+            folder = tmp_path / ("aside" if form in ("parquet", "tar") else split)
             files = [
                 make_picture(folder / "images" / name if form == "captions_json" else folder / name) for name in names
             ]
             if form == "metadata":
                 lines = [json.dumps({"file_name": name, "text": "x"}) for name in names]
                 (folder / "metadata.jsonl").write_text("\n".join(lines))
+            elif form == "metadata above":
+                with (tmp_path / "metadata.jsonl").open("a") as file:
+                    file.writelines(json.dumps({"file_name": f"{split}/{name}", "text": "x"}) + "\n" for name in names)
             elif form == "captions_json":
                 (folder / "captions.json").write_text(json.dumps(dict.fromkeys(names, "x")))
             elif form == "parquet":
@@ -842,6 +845,7 @@ class TestSplits:
             shutil.rmtree(tmp_path / "aside")
         assert len(self.keys(tmp_path)) == 2
         assert len(self.keys(tmp_path, "validation")) == 3
+        assert not any(source.table.refused for source in records_of(tmp_path).sources)
         for wrong in ("vaildation", "test"):
             with pytest.raises(UserError, match=f"--dataset_split {wrong} is not in .*, which has"):
                 self.keys(tmp_path, wrong)

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
 
@@ -78,6 +78,8 @@ def read_metadata_folder(
 ) -> FileTable:
     """A folder with `metadata.jsonl` or `metadata.csv`, at its top or below, whose rows are the images to take.
 
+    Where the folder has splits, the metadata of one lies in it, or above it if there is none in it.
+
     Args:
         names: the folder's files.
         caption_column: None where nothing of the metadata but the names is wanted.
@@ -87,12 +89,14 @@ def read_metadata_folder(
     Raises:
         UserError: for metadata that can't be read, or without the columns `file_name` and `caption_column`.
     """
+    every = set(names)
     names, num_of_none = of_split(names, split, folder_is_class=folder_is_class)
     images = {name for name in names if is_image(name)}
+    elsewhere = every - set(names)
     listed: dict[str, tuple[str, ...]] = {}
     masks: dict[str, str] = {}
     refused: list[tuple[str, str]] = []
-    for metadata in (name for name in names if PurePosixPath(name).name in METADATA_NAMES):
+    for metadata in _metadata_files(names) or _metadata_above(images, elsewhere):
         known: set[str] = set()
         for place, row, reason in _metadata_rows(folder / metadata):
             name = row.get("file_name")
@@ -109,6 +113,8 @@ def read_metadata_folder(
             mask, mask_reason = "", ""
             if mask_column is not None and row.get(mask_column):
                 mask, mask_reason = _resolve(parent, str(row[mask_column]), folder, images)
+            if path in elsewhere:
+                continue
             if reason or mask_reason:
                 refused.append((name, reason or f"its mask {row[mask_column]}: {mask_reason}"))
                 continue
@@ -120,6 +126,17 @@ def read_metadata_folder(
     num_left_out = len(images - listed.keys() - set(masks.values())) + num_of_none
     by_image = None if mask_column is None else [masks.get(name) for name in listed]
     return FileTable(folder, list(listed), list(listed.values()), refused, num_left_out, by_image)
+
+
+def _metadata_files(names: Iterable[str]) -> list[str]:
+    """Those of some files that are metadata."""
+    return [name for name in names if PurePosixPath(name).name in METADATA_NAMES]
+
+
+def _metadata_above(images: Collection[str], names: Iterable[str]) -> list[str]:
+    """Those of some files that are metadata and lie in a folder that, further down, holds some of the images."""
+    places = ((name, name.rpartition("/")[0]) for name in sorted(_metadata_files(names)))
+    return [name for name, place in places if any(not place or image.startswith(f"{place}/") for image in images)]
 
 
 def _check_metadata_column(flag: str, column: str, known: set[str], place: str) -> None:
