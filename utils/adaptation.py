@@ -1,7 +1,6 @@
 """What of a pipeline trains, and how that is saved: all weights, or low-rank adapters."""
 
 import json
-import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from peft import PeftConfig
 
-logger = logging.getLogger(__name__)
 ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -439,8 +437,8 @@ class LowRankAdaptation(AdapterTuning):
     def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
         super().__init__(family, options, start)
         if options.fused_lora:
-            count = sum(shorten(module, ADAPTER) for module in self.modules.values())
-            logger.info("active for speed: %d LoRA layers scale and add in one product", count)
+            for module in self.modules.values():
+                shorten(module, ADAPTER)
 
     def _make_adapters(self, start: Path | None) -> None:
         given = self.options.lora_weights

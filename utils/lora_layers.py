@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def shorten(module: nn.Module, adapter: str) -> int:
-    """Has plain LoRA layers compute W x + s B (A x) as three products, of which the last scales and adds; how many.
+def shorten(module: nn.Module, adapter: str) -> None:
+    """Has plain LoRA layers compute W x + s B (A x) as three products, of which the last scales and adds.
 
     peft takes a kernel each for scaling and adding, and under autocast two casts of x. Weights, their names and what is
     saved stay peft's, which computes all other layers itself: with dropout, of DoRA, quantised, or of convolutions.
@@ -22,7 +22,11 @@ def shorten(module: nn.Module, adapter: str) -> int:
     ]
     for layer in layers:
         layer.forward = _ShortForward(layer, adapter)
-    return len(layers)
+
+
+def num_shortened(module: nn.Module) -> int:
+    """How many layers in a module do so."""
+    return sum(isinstance(layer.forward, _ShortForward) for layer in module.modules())
 
 
 class _ShortForward:

@@ -27,6 +27,7 @@ from utils.families.base import Family
 from utils.families.vae import LatentSpace
 from utils.gradients import Gradients
 from utils.held_out import HeldOut
+from utils.lora_layers import num_shortened
 from utils.memory import keep_freed_memory
 from utils.objective import Objective
 from utils.optim import NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer, unwrapped
@@ -67,21 +68,10 @@ def start_engine(options: Any, folder: OutputFolder, pure_bf16: bool) -> Engine:
     )
     check_stepping(options.optimizer, tracking, pure_bf16, accelerator)
     check_speed(options.speed, options.model, options.optimizer.optimizer_in_backward, pure_bf16, accelerator)
-    _keep_memory(options.speed.keep_freed_memory, accelerator.device.type)
     engine = engine_of(accelerator)
     engine.check_options(as_record(options), options.optimizer.name)
     engine.check_batch(loader.global_batch(accelerator.num_processes))
     return engine
-
-
-def _keep_memory(asked: bool | None, device: str) -> None:
-    """Has the host keep what is freed, as asked for, or by itself where training is on a CPU."""
-    if asked is False or (asked is None and device != "cpu"):
-        return
-    if keep_freed_memory():
-        logger.info("active for speed: freed memory is kept for the next step")
-    elif asked:
-        logger.warning("--keep_freed_memory does nothing here: it is for glibc")
 
 
 def prepare_data(
@@ -242,7 +232,7 @@ def hasten(
     draw_batch: Callable[[], Batch],
     sizes_vary: bool,
 ) -> None:
-    """Compiles the denoiser where that was asked for, and names all that is active for speed.
+    """Compiles the denoiser where that was asked for, has the host keep memory, and names all that is active for speed.
 
     Args:
         options: all of a script's, by group.
@@ -257,24 +247,36 @@ def hasten(
         given = partial(gradients.of, draw_batch())
         compile_checked(denoiser, speed.compiled, sizes_vary, speed.cuda_graphs, given, is_exact)
         gradients.owns_memory = speed.cuda_graphs
-    inner = unwrapped(optimizer)
+    inner, num_fused = unwrapped(optimizer), num_shortened(gradients.model)
     active = {
-        "cached latents": options.cache.cache_latents,
-        "cached text states": options.cache.cache_text_embeddings,
-        f"loader workers ({num_workers})": num_workers > 0,
-        f"compiled {speed.compiled}": speed.compiled is not None,
-        "CUDA graphs": speed.cuda_graphs,
-        f"{speed.attention_backend} attention": speed.attention_backend is not None,
-        "bf16 weights": speed.bf16_weights,
-        "channels last": speed.channels_last,
-        "TF32": has_tf32,
-        accelerator.mixed_precision: accelerator.mixed_precision != "no",
-        "fused AdamW": isinstance(inner, torch.optim.AdamW) and bool(inner.defaults.get("fused")),
-        "foreach EMA": options.ema.use_ema and options.ema.foreach_ema,
-        f"numbers read every {options.tracking.logging_steps} steps": options.tracking.logging_steps > 1,
-        "gradients as bucket views in a static graph": gradients.has_static_graph,
+        "--cache_latents": options.cache.cache_latents,
+        "--cache_text_embeddings": options.cache.cache_text_embeddings,
+        f"--dataloader_num_workers {num_workers}": num_workers > 0,
+        f"--compile {speed.compiled}": speed.compiled is not None,
+        "--cuda_graphs": speed.cuda_graphs,
+        f"--attention_backend {speed.attention_backend}": speed.attention_backend is not None,
+        f"--mixed_precision {accelerator.mixed_precision}": accelerator.mixed_precision != "no",
+        "--bf16_weights": speed.bf16_weights,
+        "--channels_last": speed.channels_last,
+        "--allow_tf32": has_tf32,
+        "--keep_freed_memory": _keeps_memory(speed.keep_freed_memory, accelerator.device.type),
+        f"--fused_lora ({num_fused} layers)": num_fused > 0,
+        "--fused_adamw": isinstance(inner, torch.optim.AdamW) and bool(inner.defaults.get("fused")),
+        "--foreach_ema": options.ema.use_ema and options.ema.foreach_ema,
+        f"--logging_steps {options.tracking.logging_steps}": options.tracking.logging_steps > 1,
+        "DDP's static graph, gradients as bucket views": gradients.has_static_graph,
     }
     logger.info("active for speed: %s", ", ".join(name for name, is_active in active.items() if is_active) or "nothing")
+
+
+def _keeps_memory(asked: bool | None, device: str) -> bool:
+    """Has the host keep what is freed, as asked for, or by itself where training is on a CPU; whether it does."""
+    if asked is False or (asked is None and device != "cpu"):
+        return False
+    is_kept = keep_freed_memory()
+    if asked and not is_kept:
+        logger.warning("--keep_freed_memory does nothing here: it is for glibc")
+    return is_kept
 
 
 def describe_run(
