@@ -276,7 +276,7 @@ def run(argv: Sequence[str] | None) -> None:
         total_steps = first_step if history.is_over() else total_steps
 
         spec = SampleSpec(family.latent_space.shape, family.tokenizer(), options.cache.cut_variants)
-        draws = NoiseDraws(options.noise, process, seed, batches.size)
+        draws = NoiseDraws(options.noise, process, seed, batches.size, family.latent_space.has_posterior)
         dataset = TrainingDataset(images, batches, spec, options.image, draws, encodings)
         at_once = samples_at_once(options.buckets, options.loader, group_size)
         pieces = images.pieces(batches, at_once, rank, num_processes, first_step, total_steps)

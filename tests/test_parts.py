@@ -9,7 +9,7 @@ from torch import nn
 
 from utils.ema import EmaOptions, MovingAverage
 from utils.losses import LOSSES, WEIGHTINGS, LossOptions, huber_threshold, loss_weights, weighted_loss
-from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, rectify, timestep_weights
+from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, rectify, stack_draws, timestep_weights
 from utils.optim import (
     NamedParameter,
     OptimizerOptions,
@@ -47,6 +47,15 @@ class TestSeeding:
         assert abs(noise.std() - 1) < 0.01
         correlation = np.corrcoef(noise) - np.eye(200)
         assert np.abs(correlation).max() < 6 / np.sqrt(noise.shape[1])
+
+    def test_in_pixels_no_posterior_is_drawn_and_all_else_is_the_same(self):
+        draws = drawing()
+        alone = NoiseDraws(draws.options, ForwardProcess(SD_SCHEDULE, {}), 0, draws.global_batch, has_posterior=False)
+        both, found = draws.draw(3, 1, (4, 8, 8)), alone.draw(3, 1, (4, 8, 8))
+        assert (both.posterior_noise != both.noise).all()
+        assert found.posterior_noise is stack_draws([found])["posterior_noise"] is None
+        assert (found.noise == both.noise).all()
+        assert found.timestep == both.timestep
 
     def test_timesteps_are_uniform(self):
         draws = drawing(10)

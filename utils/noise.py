@@ -232,17 +232,24 @@ def _logit_normal_weights(options: NoiseOptions, num_timesteps: int) -> np.ndarr
 class SampleDraws:
     """What one sample's noising draws; arrays are [C, h, w] float32."""
 
-    posterior_noise: np.ndarray
+    posterior_noise: np.ndarray | None
     noise: np.ndarray
     input_perturbation: np.ndarray | None
     timestep: int
 
 
 class NoiseDraws:
-    """Draws each sample's noise and timestep on the CPU, by (seed, step, slot) alone."""
+    """Draws each sample's noise and timestep on the CPU, by (seed, step, slot) alone.
 
-    def __init__(self, options: NoiseOptions, process: ForwardProcess, seed: int, global_batch: int):
+    Args:
+        has_posterior: whether latents are drawn too.
+    """
+
+    def __init__(
+        self, options: NoiseOptions, process: ForwardProcess, seed: int, global_batch: int, has_posterior: bool = True
+    ):
         self.options = options
+        self.has_posterior = has_posterior
         self.seed = seed
         self.global_batch = global_batch
         alphas = process.alphas_cumprod.double().cpu().numpy()
@@ -263,7 +270,7 @@ class NoiseDraws:
             scale = np.float32(self.options.input_perturbation)
             perturbation = scale * self._normal(step, slot, Stream.INPUT_PERTURBATION, shape)
         return SampleDraws(
-            posterior_noise=self._normal(step, slot, Stream.POSTERIOR, shape),
+            posterior_noise=self._normal(step, slot, Stream.POSTERIOR, shape) if self.has_posterior else None,
             noise=noise,
             input_perturbation=perturbation,
             timestep=int(np.searchsorted(self._cumulative, self._uniform(step, slot), side="right")),
@@ -297,10 +304,9 @@ class NoiseDraws:
 
 def stack_draws(draws: list[SampleDraws]) -> dict[str, Tensor | None]:
     """The draws of several samples as the tensors of a batch, by the names that `Batch` has for them."""
-    perturbations = [draw.input_perturbation for draw in draws]
-    return {
-        "posterior_noise": torch.from_numpy(np.stack([draw.posterior_noise for draw in draws])),
-        "noise": torch.from_numpy(np.stack([draw.noise for draw in draws])),
-        "input_perturbation": None if perturbations[0] is None else torch.from_numpy(np.stack(perturbations)),
+    names = ("posterior_noise", "noise", "input_perturbation")
+    arrays = {name: [getattr(draw, name) for draw in draws] for name in names}
+    stacked = {name: None if each[0] is None else torch.from_numpy(np.stack(each)) for name, each in arrays.items()}
+    return stacked | {
         "timesteps": torch.tensor([draw.timestep for draw in draws], dtype=torch.int64),
     }

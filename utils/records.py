@@ -82,7 +82,7 @@ class Batch:
         caption_dropped: [B] bool, where the caption was replaced by none.
         crops: [B, 6] float32, the rows of `Crop`.
         loss_weights: [B] float32, factors on the samples' losses, by their sources.
-        posterior_noise: [B, C, h, w] float32, standard normal, for the sample from the VAE's posterior.
+        posterior_noise: [B, C, h, w] float32, standard normal, for the sample from the VAE's posterior; None in pixels.
         noise: [B, C, h, w] float32, standard normal, noise offset included.
         input_perturbation: [B, C, h, w] float32, standard normal, or None.
         timesteps: [B] int64.
@@ -100,7 +100,7 @@ class Batch:
     caption_dropped: Tensor
     crops: Tensor
     loss_weights: Tensor
-    posterior_noise: Tensor
+    posterior_noise: Tensor | None
     noise: Tensor
     input_perturbation: Tensor | None
     timesteps: Tensor

@@ -184,7 +184,7 @@ class TrainingDataset(Dataset):
             caption_dropped=torch.zeros(count, dtype=torch.bool),
             crops=torch.tensor([[height, width, 0.0, 0.0, height, width]]).repeat(count, 1),
             loss_weights=torch.ones(count),
-            posterior_noise=zeros,
+            posterior_noise=zeros if self.noise_draws.has_posterior else None,
             noise=zeros,
             input_perturbation=zeros if self.noise_draws.options.input_perturbation else None,
             timesteps=torch.full((count,), timestep),

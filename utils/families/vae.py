@@ -11,7 +11,12 @@ class LatentSpace:
 
     Latents are (z - shift) * scaling, where z is a sample of the encoder's posterior; a VAE whose config holds
     `latents_mean` and `latents_std` instead is normalised by channel, as its pipeline does.
+
+    Attributes:
+        has_posterior: whether latents are drawn, and need noise.
     """
+
+    has_posterior = True
 
     def __init__(self, vae: torch.nn.Module):
         self.vae = vae
@@ -106,6 +111,8 @@ class ReciprocalSpace(ScaledSpace):
 class PixelSpace(LatentSpace):
     """Pixels themselves, from `low` to 1, in the place of latents."""
 
+    has_posterior = False
+
     def __init__(self, channels: int, low: float = -1.0):
         self.vae = None
         self.channels = channels
@@ -126,7 +133,7 @@ class PixelSpace(LatentSpace):
         images = pixels.float() / 255 * (1 - self._low) + self._low if self._low else pixels.float() / 255
         return images, torch.zeros_like(images)
 
-    def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    def latents(self, mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
         """The images."""
         return mean
 
