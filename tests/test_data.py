@@ -850,6 +850,15 @@ class TestSplits:
             with pytest.raises(UserError, match=f"--dataset_split {wrong} is not in .*, which has"):
                 self.keys(tmp_path, wrong)
 
+    def test_a_splits_own_metadata_may_list_images_beside_it(self, tmp_path):
+        for split in ("train", "test"):
+            make_picture(tmp_path / "images" / f"{split}.png")
+            (tmp_path / split).mkdir()
+            line = json.dumps({"file_name": f"../images/{split}.png", "text": "x"})
+            (tmp_path / split / "metadata.jsonl").write_text(line)
+        assert self.keys(tmp_path) == {"train.png"}
+        assert self.keys(tmp_path, "test") == {"test.png"}
+
     @pytest.mark.parametrize("caption_file", ["captions.json", "train/captions.json", "keys"])
     @pytest.mark.parametrize("images", ["images/{}", "{}/images", "images", "{}"])
     def test_captions_json_beside_images_in_any_layout(self, tmp_path, caption_file, images):

@@ -96,7 +96,8 @@ def read_metadata_folder(
     listed: dict[str, tuple[str, ...]] = {}
     masks: dict[str, str] = {}
     refused: list[tuple[str, str]] = []
-    for metadata in _metadata_files(names) or _metadata_above(images, elsewhere):
+    within = _metadata_files(names)
+    for metadata in within or _metadata_above(images, elsewhere):
         known: set[str] = set()
         for place, row, reason in _metadata_rows(folder / metadata):
             name = row.get("file_name")
@@ -113,7 +114,7 @@ def read_metadata_folder(
             mask, mask_reason = "", ""
             if mask_column is not None and row.get(mask_column):
                 mask, mask_reason = _resolve(parent, str(row[mask_column]), folder, images)
-            if path in elsewhere:
+            if not within and path in elsewhere:
                 continue
             if reason or mask_reason:
                 refused.append((name, reason or f"its mask {row[mask_column]}: {mask_reason}"))
