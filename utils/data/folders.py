@@ -89,15 +89,17 @@ def read_metadata_folder(
     Raises:
         UserError: for metadata that can't be read, or without the columns `file_name` and `caption_column`.
     """
-    every = set(names)
-    names, num_of_none = of_split(names, split, folder_is_class=folder_is_class)
+    every = names
+    names, num_of_none = of_split(every, split, folder_is_class=folder_is_class)
     images = {name for name in names if is_image(name)}
-    elsewhere = every - set(names)
+    files, elsewhere = _metadata_files(names), set()
+    if not files:
+        elsewhere = set(every) - set(names)
+        files = _metadata_above(images, elsewhere)
     listed: dict[str, tuple[str, ...]] = {}
     masks: dict[str, str] = {}
     refused: list[tuple[str, str]] = []
-    within = _metadata_files(names)
-    for metadata in within or _metadata_above(images, elsewhere):
+    for metadata in files:
         known: set[str] = set()
         for place, row, reason in _metadata_rows(folder / metadata):
             name = row.get("file_name")
@@ -114,7 +116,7 @@ def read_metadata_folder(
             mask, mask_reason = "", ""
             if mask_column is not None and row.get(mask_column):
                 mask, mask_reason = _resolve(parent, str(row[mask_column]), folder, images)
-            if not within and path in elsewhere:
+            if path in elsewhere:
                 continue
             if reason or mask_reason:
                 refused.append((name, reason or f"its mask {row[mask_column]}: {mask_reason}"))
