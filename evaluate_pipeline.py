@@ -6,10 +6,10 @@ accelerate launch evaluate_pipeline.py --pipeline ... --prompts_file ... --refer
 
 import sys
 
-from utils.help import without_torch
+from utils import prelude
 
 if __name__ == "__main__":
-    without_torch(sys.argv[1:])
+    prelude.start(sys.argv[1:], adds_to_output=True)
 
 import errno
 import json
@@ -74,7 +74,6 @@ from utils.runtime import (
     RuntimeOptions,
     ending,
     on_main_process,
-    set_up_logging,
     start_processes,
     use_hub_cache_if_offline,
     versions,
@@ -82,6 +81,7 @@ from utils.runtime import (
 )
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
 from utils.stopping import StopRequests
+from utils.terminal import one_line, print_line, set_up_logging
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -246,8 +246,14 @@ def check_best_by(name: str | None, metrics: Sequence[str]) -> None:
 def hub_names(options: Options) -> list[str | None]:
     """What may have to be looked for on the Hub."""
     features = options.features
-    models = (features.clip_model, features.dino_model, features.pickscore_model, features.hpsv2_model)
-    needed = [] if features.no_download else [model for model in models if model is not None]
+    models = {
+        "clip": features.clip_model,
+        "cmmd": features.cmmd_model,
+        "dino": features.dino_model,
+        "pickscore": features.pickscore_model,
+        "hpsv2": features.hpsv2_model,
+    }
+    needed = [] if features.no_download else [models.get(METRICS[name].network) for name in options.run.names]
     return [options.pipeline.pipeline, options.comparison.baseline, options.reference.reference, *needed]
 
 
@@ -540,8 +546,8 @@ def write_down(options: Options, findings: Findings, folder: Path, wanted: Seque
         write_report(findings, folder, options.run.report_prompts)
     except OSError as error:
         raise UserError(f"--output_dir {folder} can't be written: {error.strerror or error}") from error
-    print((folder / "report.md").read_text(encoding="utf-8"))
-    print(f"report: {folder / 'report.html'}\nnumbers: {folder / 'results.json'}")
+    print_line((folder / "report.md").read_text(encoding="utf-8"))
+    print_line(f"report: {one_line(folder / 'report.html')}\nnumbers: {one_line(folder / 'results.json')}")
 
 
 def check_outcome(options: Options, entries: Sequence[Entry]) -> None:

@@ -6,10 +6,10 @@ accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir
 
 import sys
 
-from utils.help import without_torch
+from utils import prelude
 
 if __name__ == "__main__":
-    without_torch(sys.argv[1:])
+    prelude.start(sys.argv[1:])
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,6 @@ from utils.runtime import (
     OutputFolder,
     RuntimeOptions,
     ending,
-    set_up_logging,
     use_hub_cache_if_offline,
     weight_dtype,
 )
@@ -78,6 +77,7 @@ from utils.starting import (
     start_engine,
 )
 from utils.stopping import StopRequests
+from utils.terminal import Lines, print_line, set_up_logging
 from utils.terms import TermOptions
 from utils.tracking import TrackingOptions
 from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
@@ -153,6 +153,7 @@ def run(argv: Sequence[str] | None) -> None:
         beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
         start, group_size = beginning.start, beginning.group_size
         preparation = prepare_data(options, options.captions, accelerator, folder, requests)
+        logger.info("listing the images of %s", data_name(options))
         images = preparation.choose_images(resolution, group_size)
         held_out_images = preparation.choose_held_out(resolution)
         batches = images.batches(options.loader.global_batch(num_processes), group_size, seed)
@@ -164,6 +165,9 @@ def run(argv: Sequence[str] | None) -> None:
         torch.manual_seed(model_seed(seed, 0, 0))  # LoRA's and a fresh UNet's first weights
         adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
         dtypes = adaptation_class.dtypes(options.adaptation, weight_dtype(accelerator))
+        logger.info(
+            "loading the %s of %s", family_class.pipeline_class_name, options.model.pretrained_model_name_or_path
+        )
         family = family_class(source, dtypes, options.noise.scheduler_changes)
         family.check_sizes(images.plan.sizes, family.pipeline.vae.config)
         if options.adaptation.quantize_base is not None:
@@ -186,10 +190,11 @@ def run(argv: Sequence[str] | None) -> None:
         )
         if options.runtime.dry_run:
             if accelerator.is_main_process:
-                print(plan)
-                print(examine_data(preparation, family, images, batches, folder.path))
+                print_line(plan)
+                print_line(examine_data(preparation, family, images, batches, folder.path))
             return
 
+        logger.info("moving the model to %s", accelerator.device)
         for part in (family, *terms):
             part.to(accelerator.device)
         if options.model.gradient_checkpointing or engine.checkpoints_activations:
@@ -231,7 +236,7 @@ def run(argv: Sequence[str] | None) -> None:
         )
         evaluation.check(family.pipeline)
         open_records(options, accelerator, folder, options.tracking)
-        logger.info("training\n%s", plan)
+        logger.info("training\n%s", Lines(plan))
         half = HalfCopy(family.unet, state.optimizer) if options.speed.bf16_weights else None
         steps_in_backward, saving = rates.optimizer_in_backward, memory_savers(options)
         gradients = make_gradients(
@@ -239,6 +244,7 @@ def run(argv: Sequence[str] | None) -> None:
         )
         adaptation.train_mode()
         largest = dataset.largest(at_once, options.perceptual.perceptual_min_timestep)
+        logger.info("running the largest batch once, to see that it fits")
         gradients.rehearse(largest)
         draw_batch, sizes_vary = partial(dataset.with_draws, largest), len(images.plan.sizes) > 1
         hasten(options, gradients, family.unet, state.optimizer, num_workers, draw_batch, sizes_vary)
@@ -275,6 +281,7 @@ def run(argv: Sequence[str] | None) -> None:
 
         course.saver.join()
         with course.ended():
+            logger.info("writing the result to %s", folder.path)
             state.export(folder.path)
             samples = sampler.draw("final")
         if requests.is_asked:

@@ -6,10 +6,10 @@ accelerate launch train_unconditional.py --train_data_dir ... --output_dir ...
 
 import sys
 
-from utils.help import without_torch
+from utils import prelude
 
 if __name__ == "__main__":
-    without_torch(sys.argv[1:])
+    prelude.start(sys.argv[1:])
 
 import logging
 from collections.abc import Sequence
@@ -66,7 +66,6 @@ from utils.runtime import (
     RuntimeOptions,
     ending,
     on_main_process,
-    set_up_logging,
     use_hub_cache_if_offline,
     weight_dtype,
 )
@@ -90,6 +89,7 @@ from utils.starting import (
     start_engine,
 )
 from utils.stopping import StopRequests
+from utils.terminal import Lines, print_line, set_up_logging
 from utils.terms import TermOptions
 from utils.tracking import TRACKERS, TrackingOptions
 from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
@@ -213,6 +213,7 @@ def run(argv: Sequence[str] | None) -> None:
         beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
         start, group_size = beginning.start, beginning.group_size
         preparation = prepare_data(options, options.labels.captions(options.source), accelerator, folder, requests)
+        logger.info("listing the images of %s", data_name(options))
         images = preparation.choose_images(resolution, group_size)
         held_out_images = preparation.choose_held_out(resolution)
         classes = class_names(options, preparation, images)
@@ -226,6 +227,7 @@ def run(argv: Sequence[str] | None) -> None:
         torch.manual_seed(model_seed(seed, 0, 0))  # a fresh denoiser's first weights
         dtypes = FullFineTuning.dtypes(options.trained, weight_dtype(accelerator))
         wanted = Wanted(resolution, options.image.channels, tuple(classes), images.plan.sizes == [(resolution,) * 2])
+        logger.info("loading the model, %s", model_options.origin)
         family = family_class(
             model_options, options.noise, wanted, dtypes.unet, dtypes.frozen, options.sampling.sampler
         )
@@ -247,10 +249,11 @@ def run(argv: Sequence[str] | None) -> None:
         plan = describe_run(model_name, how, adaptation.modules, accelerator, *counts, *learning)
         if options.runtime.dry_run:
             if accelerator.is_main_process:
-                print(plan)
-                print(examine_data(preparation, family, images, batches, folder.path))
+                print_line(plan)
+                print_line(examine_data(preparation, family, images, batches, folder.path))
             return
 
+        logger.info("moving the model to %s", accelerator.device)
         for part in (family, *terms):
             part.to(accelerator.device)
         if family.measures_scaling:
@@ -292,7 +295,7 @@ def run(argv: Sequence[str] | None) -> None:
         )
         evaluation.check(family.pipeline)
         open_records(options, accelerator, folder, options.tracking)
-        logger.info("training\n%s", plan)
+        logger.info("training\n%s", Lines(plan))
         half = HalfCopy(family.unet, state.optimizer) if options.speed.bf16_weights else None
         steps_in_backward, saving = rates.optimizer_in_backward, memory_savers(options)
         gradients = make_gradients(
@@ -300,6 +303,7 @@ def run(argv: Sequence[str] | None) -> None:
         )
         adaptation.train_mode()
         largest = dataset.largest(at_once, options.perceptual.perceptual_min_timestep)
+        logger.info("running the largest batch once, to see that it fits")
         gradients.rehearse(largest)
         draw_batch, sizes_vary = partial(dataset.with_draws, largest), len(images.plan.sizes) > 1
         hasten(options, gradients, family.unet, state.optimizer, num_workers, draw_batch, sizes_vary)
@@ -338,10 +342,12 @@ def run(argv: Sequence[str] | None) -> None:
                     if is_due:
                         log.images(sampler.draw(done), done, "test_samples")
                     if is_model_due:
-                        state.export(folder.path)
+                        logger.info("writing the result to %s", folder.path)
+            state.export(folder.path)
 
         course.saver.join()
         with course.ended():
+            logger.info("writing the result to %s", folder.path)
             state.export(folder.path)
             samples = sampler.draw(course.total_steps, is_last=True)
         if requests.is_asked:

@@ -51,11 +51,11 @@ from utils.data.sampler import GlobalBatches  # noqa: E402
 from utils.data.selection import PlannedImages, SelectionOptions, plan_images  # noqa: E402
 from utils.data.sources import DataOptions, Records, Source, SourceOptions, read_records  # noqa: E402
 from utils.data.tables import ImageTable  # noqa: E402
+from utils.library_messages import hear_libraries  # noqa: E402
 from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, SampleDraws  # noqa: E402
 from utils.records import Batch  # noqa: E402
-from utils.runtime import silence_libraries  # noqa: E402
 
-silence_libraries()
+hear_libraries()
 
 SEED = 0
 PICTURE_SIZE = (1280, 1024)

@@ -32,9 +32,9 @@ sys.path.insert(0, str(DEMO.parent))
 
 from evaluate_pipeline import main as evaluate  # noqa: E402
 from train_text_to_image import main as train  # noqa: E402
-from utils.runtime import silence_libraries  # noqa: E402
+from utils.library_messages import hear_libraries  # noqa: E402
 
-silence_libraries()
+hear_libraries()
 
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline  # noqa: E402
 

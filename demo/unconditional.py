@@ -23,9 +23,9 @@ sys.path.insert(0, str(DEMO.parent))
 
 from train_unconditional import main as train  # noqa: E402
 from utils.grids import film, grid_of  # noqa: E402
-from utils.runtime import silence_libraries  # noqa: E402
+from utils.library_messages import hear_libraries  # noqa: E402
 
-silence_libraries()
+hear_libraries()
 
 from diffusers import DiffusionPipeline  # noqa: E402
 

@@ -1,5 +1,6 @@
 """The floors of the house hold, and every room is on the plan."""
 
+import ast
 import importlib
 import pkgutil
 import subprocess
@@ -70,3 +71,26 @@ def test_help_is_the_same_without_torch(script, monkeypatch, capsys):
     assert "--seed INT" in found.stdout
     assert "(default: 0)" in found.stdout
     assert "default: None" not in found.stdout
+
+
+def product_calls() -> list[tuple[str, str]]:
+    """(module, name of what is called) of each call in the product's code."""
+    calls = []
+    for path in [*(ROOT / "utils").rglob("*.py"), *ROOT.glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                calls.append((path.stem, ast.unparse(node.func)))
+    return calls
+
+
+def test_one_module_writes_to_the_terminal():
+    """Else a file's name could move the cursor or forge a line; ruff's T20 forbids print."""
+    writers = {
+        "sys.stderr.write",
+        "sys.stdout.write",
+        "logging.StreamHandler",
+        "logging.basicConfig",
+        "tqdm",
+        "tqdm.write",
+    }
+    assert not [call for call in product_calls() if call[1] in writers and call[0] != "terminal"]

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from utils.data.buckets import BucketPlan
 from utils.data.cutting import cut_out
@@ -24,6 +23,7 @@ from utils.data.stream import StreamedBatches, StreamedImages, StreamedRecords
 from utils.families.base import Family
 from utils.preparation import DataPreparation
 from utils.runtime import write_json
+from utils.terminal import one_line, progress_bar
 
 MOST_DECODED = 20_000
 TILE = 192
@@ -156,7 +156,7 @@ def decode_all(records: Records) -> tuple[int, dict[str, str]]:
     """(how many images were decoded, why some can't be, by name); of very many, evenly spread ones."""
     chosen = np.unique(np.linspace(0, len(records) - 1, min(len(records), MOST_DECODED)).astype(int))
     broken: dict[str, str] = {}
-    with tqdm(total=len(chosen), desc="decoding images", leave=False) as progress:
+    with progress_bar(total=len(chosen), desc="decoding images", leave=False) as progress:
         for found in map_chunks(_decode, records, chosen, many=50, size=20):
             broken |= found
             progress.update(min(20, len(chosen) - progress.n))
@@ -256,7 +256,7 @@ def examine_data(
         samples = list(first_streamed(images, batches, STREAMED_SAMPLES))
         draw_sheet(samples, images.plan.sizes, preparation.image, batches.seed, variants, sheet)
         lines = examine_stream(images, samples, tokenize.num_tokens, tokenize.max_tokens)
-        return "\n".join(["data", *lines, f"  seen by the model: {sheet}"])
+        return "\n".join(["data", *map(one_line, lines), f"  seen by the model: {sheet}"])
     texts = preparation.texts(images)
     cache_bytes = preparation.cache_bytes(family, images, len(texts))
     counts = tokenize.num_tokens(texts)
@@ -264,7 +264,7 @@ def examine_data(
     samples = first_seen(images, batches, SHEET_TILES)
     draw_sheet(samples, images.plan.sizes, preparation.image, batches.seed, variants, sheet)
     write_json(report, found.record())
-    return "\n".join(["data", *found.lines(), f"  seen by the model: {sheet}; all of this: {report}"])
+    return "\n".join(["data", *map(one_line, found.lines()), f"  seen by the model: {sheet}; all of this: {report}"])
 
 
 def draw_sheet(

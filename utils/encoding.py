@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from utils.data.cache import EntryStore, in_shards
 from utils.data.cached import (
@@ -29,9 +28,11 @@ from utils.data.workers import make_loader
 from utils.families.base import Family, TextStates
 from utils.options import UserError
 from utils.records import Batch
+from utils.terminal import progress_bar
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 MANY_IMAGES = 20_000
@@ -249,9 +250,9 @@ class CacheFiller:
                 _refuse_not_finite(states, [wanted[number][0] for number in shard])
                 writer.write([keys[number] for number in shard], states)
 
-    def _progress(self, total: int, what: str) -> tqdm:
+    def _progress(self, total: int, what: str) -> "tqdm":
         is_main = self.accelerator.is_main_process
-        return tqdm(total=total, desc=what, disable=not is_main or total == 0, leave=False)
+        return progress_bar(total=total, desc=what, disable=not is_main or total == 0, leave=False)
 
     def _gather(self, bad: dict[int, str]) -> dict[int, str]:
         """What each process found, once all are done."""
@@ -357,7 +358,8 @@ def verify_latents(filler: CacheFiller, plan: LatentPlan, cached: CachedCuts) ->
     count = len(cached.places) * plan.num_variants
     mine = np.arange(count)[filler.accelerator.process_index :: filler.accelerator.num_processes]
     different, worst, decibels, num_entries = [], 0.0, [], 0
-    for place in tqdm(mine, desc="verifying images", disable=not filler.accelerator.is_main_process, leave=False):
+    is_main = filler.accelerator.is_main_process
+    for place in progress_bar(mine, desc="verifying images", disable=not is_main, leave=False):
         index, variant = divmod(int(place), plan.num_variants)
         filler.check()
         if cached.places[index, variant, 0] < 0:

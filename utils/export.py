@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from utils.options import UserError, first_line, option
+from utils.terminal import markdown
 from utils.tracking import Sample
 
 logger = logging.getLogger(__name__)
@@ -75,21 +76,22 @@ def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequenc
     if samples:
         images: list[Image.Image] = [sample.image for sample in samples]
         make_image_grid(images, 1, len(images)).save(folder / GRID)
-        prompts = "\n".join(f"- {_escaped(sample.caption)}" for sample in samples)
+        prompts = "\n".join(f"- {markdown(sample.caption)}" for sample in samples)
         shown = f"\nSamples of these prompts, in this order:\n\n{prompts}\n\n![samples](./{GRID})\n"
-    table = "\n".join(f"| {name} | {_escaped(str(value))} |" for name, value in facts.settings)
+    table = "\n".join(f"| {name} | {markdown(value)} |" for name, value in facts.settings)
     result = "LoRA weights for" if facts.is_lora else "This pipeline was fine-tuned from"
-    origin = f"{result} **{base_model}**" if base_model else "This pipeline was trained from scratch"
+    origin = f"{result} **{markdown(base_model)}**" if base_model else "This pipeline was trained from scratch"
     trained = ", trained" if facts.is_lora else ""
     usage = (
-        f'pipeline = DiffusionPipeline.from_pretrained("{base_model}")\npipeline.load_lora_weights("{repository}")'
+        f"pipeline = DiffusionPipeline.from_pretrained({_quoted(base_model)})\n"
+        f"pipeline.load_lora_weights({_quoted(repository)})"
         if facts.is_lora
-        else f'pipeline = DiffusionPipeline.from_pretrained("{repository}")'
+        else f"pipeline = DiffusionPipeline.from_pretrained({_quoted(repository)})"
     )
     description = f"""
-# {repository}
+# {markdown(repository)}
 
-{origin}{trained} on **{_escaped(facts.data)}**.
+{origin}{trained} on **{markdown(facts.data)}**.
 {shown}
 ## Usage
 
@@ -155,8 +157,6 @@ def upload(folder: Path, repository: str, options: HubOptions) -> str | None:
     return repository
 
 
-def _escaped(text: str) -> str:
-    """Text from prompts and options as Markdown shows it literally, in a table too."""
-    return "".join(f"\\{character}" if character in "\\`*_{}[]<>#|" else character for character in text).replace(
-        "\n", " "
-    )
+def _quoted(name: str | None) -> str:
+    """A name as a string of Python within a block of code that no name can end."""
+    return json.dumps(name).replace("`", "\\u0060")

@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -43,6 +42,7 @@ from utils.runtime import write_json
 from utils.sampling_controls import SamplingControls
 from utils.seeding import Stream, generator
 from utils.stopping import StopRequests
+from utils.terminal import progress_bar
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -355,19 +355,15 @@ class Drawer:
         Raises:
             UserError: if an image can't be drawn.
         """
-        from tqdm.auto import tqdm
-
         rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         left = [task for task in tasks[rank::count] if not is_whole(folder / f"{task.name}.png")]
         if not self._is_placed:
             self.pipeline.to(self._device)
-        bar = tqdm(
+        bar = progress_bar(
             total=len(left),
             desc=f"drawing {folder.name}",
             unit="image",
-            dynamic_ncols=True,
             disable=rank != 0 or not left,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
         )
         with bar:
             while left:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from utils.terminal import print_line
+
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
@@ -85,11 +87,10 @@ class Heartbeat:
                     self._give_up(other)
 
     def _give_up(self, other: int) -> None:
-        print(
+        print_line(
             f"error: process {other} has given no sign of life for {self._patience:g} s (--peer_timeout), so process "
             f"{self._rank} ends; go on with --resume_from_checkpoint latest",
-            file=sys.stderr,
-            flush=True,
+            sys.stderr,
         )
         os._exit(1)  # the main thread may be waiting in a collective, which no exception reaches
 

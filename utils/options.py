@@ -17,7 +17,11 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
+from utils.foreign_flags import FOREIGN_FLAGS
+from utils.terminal import one_line, print_line
+
 SECRET_OPTIONS = ("hub_token",)
+CLOSE = 0.8  # similarity from which an unknown flag is taken for a misspelled one
 NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own would take -1e-4 for a flag
 
 
@@ -115,9 +119,9 @@ def renamed_flags(error: UserError, names: Mapping[str, str]) -> str:
     return text
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that is spelled most like `word`, or an empty string."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """The known word that is spelled most like `word`, or an empty string where none has a similarity of `cutoff`."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), "")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -162,7 +166,7 @@ def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field, hint: 
     if field.default not in (None, "") and field.default is not False:
         given["help"] += " (default: %(default)s)"
     if kind is bool:
-        given |= {"type": _truth, "nargs": "?", "const": True, "metavar": "true|false"}
+        given |= {"type": parse_truth, "nargs": "?", "const": True, "metavar": "true|false"}
     elif typing.get_origin(kind) is list:
         given |= {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "VALUE"}
     else:
@@ -179,7 +183,39 @@ def _underscored(word: str, known_flags: Sequence[str]) -> str:
     return name + assigned + value if flag.startswith("--") and name in known_flags else word
 
 
-def _truth(word: str) -> bool:
+def _flag_of(word: str) -> str:
+    """The flag in a word of a command line as argparse takes it, or an empty string."""
+    is_flag = len(word) > 1 and word[0] == "-" and word != "--" and not NEGATIVE_NUMBER.match(word)
+    name = word.partition("=")[0]
+    return name if is_flag and " " not in name else ""
+
+
+def _refuse_unknown(unknown: Sequence[str], known_flags: Sequence[str]) -> None:
+    """Raises `UserError` of all unknown arguments at once, each with the flag that is probably meant."""
+    if not unknown:
+        return
+    shown = [
+        f"{one_line(word, 100)} ({hint})" if (hint := _hint(word, known_flags)) else one_line(word, 100)
+        for word in dict.fromkeys(unknown)
+    ]
+    noun = "argument" if len(shown) == 1 else "arguments"
+    raise UserError(f"unknown {noun} {', '.join(shown)}; --help lists the flags")
+
+
+def _hint(flag: str, known_flags: Sequence[str]) -> str:
+    """What is probably meant by an unknown flag, in words; empty where nothing is close."""
+    if not flag.startswith("-"):
+        return "a value without a flag; quote values that hold spaces"
+    advice = FOREIGN_FLAGS.get(flag.lstrip("-").replace("-", "_").lower(), "")
+    target = advice.split(" ")[0].rstrip(",:") if advice.startswith("--") else ""
+    if advice and (not target or target in known_flags):
+        return f"here {advice}" if target else advice
+    similar = nearest(flag, known_flags, CLOSE)
+    return f"did you mean {similar}?" if similar else ""
+
+
+def parse_truth(word: str) -> bool:
+    """A switch's value: yes, true, t, y or 1, or no, false, f, n or 0."""
     for value, words in ((True, ("yes", "true", "t", "y", "1")), (False, ("no", "false", "f", "n", "0"))):
         if word.lower() in words:
             return value
@@ -196,12 +232,9 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
     parser = _Parser(groups, description, is_process=argv is None)
     known_flags = [flag for action in parser._actions for flag in action.option_strings]
     words = [_underscored(word, known_flags) for word in (sys.argv[1:] if argv is None else argv)]
+    _refuse_unknown([flag for flag in map(_flag_of, words) if flag and flag not in known_flags], known_flags)
     found, unknown = parser.parse_known_args(words)
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        hint = nearest(flag, known_flags) if flag.startswith("-") else ""
-        cure = f"did you mean {hint}?" if hint else "--help lists the flags"
-        raise UserError(f"unknown argument {flag}; {cure}")
+    _refuse_unknown(unknown, known_flags)
     values = {
         name: group(**{field.name: getattr(found, field.name) for field in dataclasses.fields(group)})
         for name, group in groups.items()
@@ -282,17 +315,17 @@ def run_script(
         run(argv)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(stopped, file=sys.stderr, flush=True)
+            print_line(str(stopped), sys.stderr)
         return stopped.status
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
-            print(f"error: {' '.join(renamed_flags(error, names).split())}", file=sys.stderr, flush=True)
+            print_line(f"error: {' '.join(renamed_flags(error, names).split())}", sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         where = f" {error.filename}" if error.filename else ""
-        print(f"error: the disk refuses{where}: {error.strerror}; checkpoints are as they were", file=sys.stderr)
+        print_line(f"error: the disk refuses{where}: {error.strerror}; checkpoints are as they were", sys.stderr)
         return 2
     return 0
 
@@ -306,7 +339,7 @@ def end_at_once_on_errors() -> None:
 
     def end(kind: type, error: BaseException, trace: types.TracebackType | None) -> None:
         if any(words in str(error) for words in PEER_IS_GONE):
-            print("this process ends because another did; see that one's error", file=sys.stderr)
+            print_line("this process ends because another did; see that one's error", sys.stderr)
         else:
             show(kind, error, trace)
         leave(1)

@@ -18,6 +18,7 @@ from utils.metrics.features import Picture
 from utils.metrics.scores import Score
 from utils.metrics.subjects import Subject
 from utils.runtime import write_json
+from utils.terminal import markdown, visible
 
 SCHEMA_VERSION = 1
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -76,7 +77,7 @@ def write_report(findings: Findings, folder: Path, num_prompts: int = 24) -> Non
     """Writes `results.json`, `report.md` and `report.html`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results(findings))
-    write_text(folder / "report.md", markdown(findings))
+    write_text(folder / "report.md", as_markdown(findings))
     write_text(folder / "report.html", html(findings, num_prompts))
 
 
@@ -219,34 +220,32 @@ def _rows(findings: Findings) -> list[dict]:
     return rows
 
 
-def markdown(findings: Findings) -> str:
+def as_markdown(findings: Findings) -> str:
     """The scores as a Markdown table, and what was not computed."""
     names = [entry.name for entry in findings.entries]
     head = ["score", *names, *(["difference"] if findings.differences else []), "made of"]
-    lines = [f"# {findings.title}", "", *(f"{note}\n" for note in notes(findings))]
-    lines += ["| " + " | ".join(_cell(each) for each in head) + " |", "|" + "---|" * len(head)]
+    lines = [f"# {markdown(findings.title)}", "", *(f"{markdown(note)}\n" for note in notes(findings))]
+    lines += ["| " + " | ".join(markdown(each) for each in head) + " |", "|" + "---|" * len(head)]
     for row in _rows(findings):
         cells = [_with_range(cell) for cell in row["cells"]]
         difference = row["difference"]
         extra = [f"{_with_range(difference)} {difference['verdict']}".strip()] if findings.differences else []
         lines.append(
-            "| " + " | ".join(_cell(each) for each in [row["name"] + row["arrow"], *cells, *extra, row["facts"]]) + " |"
+            "| "
+            + " | ".join(markdown(each) for each in [row["name"] + row["arrow"], *cells, *extra, row["facts"]])
+            + " |"
         )
-    lines += ["", invalid_counts(findings)]
+    lines += ["", markdown(invalid_counts(findings))]
     absent = _missing(findings.entries)
     if absent:
-        lines += ["", "Not computed:", ""] + [f"- {name}: {reason}" for name, reason in absent]
+        lines += ["", "Not computed:", ""] + [f"- {markdown(name)}: {markdown(reason)}" for name, reason in absent]
     if findings.best is not None:
-        lines += ["", f"Best checkpoint by {findings.best[0]}: {findings.best[1]}"]
+        lines += ["", f"Best checkpoint by {markdown(findings.best[0])}: {markdown(findings.best[1])}"]
     return "\n".join(lines) + "\n"
 
 
 def _with_range(cell: dict) -> str:
     return f"{cell['value']} ({cell['interval']})" if cell["interval"] else cell["value"]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def data_uri(image: Image.Image, edge: int = THUMBNAIL) -> str:
@@ -370,7 +369,7 @@ def html(findings: Findings, num_prompts: int = 24) -> str:
     """The report as one HTML file; every text in it is escaped."""
     from jinja2 import Environment
 
-    environment = Environment(autoescape=True)
+    environment = Environment(autoescape=True, finalize=lambda value: visible(value) if type(value) is str else value)
     entries = findings.entries
     shown = [entries[0], entries[-1]] if len(entries) > 1 else entries
     num_all = len(set(entries[-1].subject.images.clusters.tolist()))

@@ -21,7 +21,9 @@ from filelock import FileLock, Timeout
 from utils.disk import write_text
 from utils.engines import DTYPES, asked_engine, check_engine
 from utils.heartbeat import watching
+from utils.library_messages import hear_libraries
 from utils.options import UserError, end_at_once_on_errors, first_line, option, require, require_not_negative
+from utils.output_folder import refuse_used
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -115,7 +117,7 @@ def start_processes(
         logger.warning("--local_rank is ignored: the launcher says it by the environment")
     if options.allow_tf32 if options.allow_tf32 is not None else accelerator.mixed_precision != "no":
         torch.backends.cuda.matmul.allow_tf32 = True
-    silence_libraries()
+    hear_libraries()
     return accelerator
 
 
@@ -149,13 +151,6 @@ def autocast(accelerator: "Accelerator") -> AbstractContextManager:
     return torch.autocast(accelerator.device.type, DTYPES[precision])
 
 
-def set_up_logging() -> None:
-    """Messages to stderr; processes other than the main one speak of errors only."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logging.getLogger("utils").setLevel(logging.INFO if is_main else logging.ERROR)
-
-
 class OutputFolder:
     """The folder of a run: locked while the run lives, and refused where it holds another.
 
@@ -183,19 +178,8 @@ class OutputFolder:
             raise UserError(f"--output_dir {self.path} is in use by a run that is going on; choose another") from error
         except OSError as error:
             raise UserError(f"--output_dir {self.path} can't be written: {error.strerror or error}") from error
-        held = self.holds()
-        if held and not resuming and not overwrite:
-            raise UserError(
-                f"--output_dir {self.path} holds another run ({held}); choose another folder, go on with "
-                "--resume_from_checkpoint latest, or give --overwrite_output_dir"
-            )
-
-    def holds(self) -> str:
-        """The name of what an earlier run left here, or an empty string."""
-        names = ("model_index.json", "pytorch_lora_weights.safetensors", "run.json")
-        found = [name for name in names if (self.path / name).exists()]
-        found += sorted(path.name for path in self.path.glob("checkpoint-*") if path.is_dir())
-        return found[0] if found else ""
+        if not resuming and not overwrite:
+            refuse_used(self.path)
 
     def replace(self, name: str, write: Callable[[Path], None]) -> None:
         """Has `write` fill a folder aside, which then becomes `name` in place of what was there."""
@@ -237,25 +221,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def silence_libraries() -> None:
-    """Keeps other libraries' progress bars and start-up remarks from between ours."""
-    from datasets.utils.logging import disable_progress_bar
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # it would warn that torchvision, which nothing needs, is missing
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of kernels that CPUs lack
-
-
 def use_hub_cache_if_offline() -> None:
     """Where the Hub can't be reached, has what is in the cache used at once, not after half a minute of retries."""
     import huggingface_hub.constants
     from huggingface_hub.constants import ENDPOINT
 
-    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
+    has_proxy = any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ)
+    if has_proxy or huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     address = urlsplit(ENDPOINT)
     try:

@@ -40,6 +40,7 @@ from utils.speed import compile_checked
 from utils.state import RunState
 from utils.stepping import PerParameter
 from utils.stopping import StopRequests
+from utils.terminal import one_line
 from utils.terms import LossTerm, TermFacts, TermOptions, load_term
 from utils.tracking import TrackingOptions, start_trackers
 
@@ -317,7 +318,7 @@ def describe_run(
         "length": f"{total_steps:,} optimizer steps = {epochs:.2f} epochs",
         "optimizer": f"{rates.name}, {schedule.lr_scheduler} at {rates.learning_rate:g}",
     }
-    return "\n".join(f"  {name:<14} {fact}" for name, fact in facts.items())
+    return "\n".join(f"  {name:<14} {one_line(fact)}" for name, fact in facts.items())
 
 
 def open_records(options: Any, accelerator: "Accelerator", folder: OutputFolder, tracking: TrackingOptions) -> None:

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from utils.disk import write_text
 from utils.options import UserError, option, require_positive
+from utils.terminal import progress_bar
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -123,8 +123,6 @@ class RunLog:
         images_per_step: int,
         steps_together: int = 1,
     ):
-        from tqdm.auto import tqdm
-
         self._accelerator = accelerator
         self._images_per_step = images_per_step
         self.skipped_in_a_row = 0
@@ -137,13 +135,11 @@ class RunLog:
         self._pending: list[StepMetrics] = []
         self._counted_from = self._last_step_at = time.perf_counter()
         self._file = None
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=total_steps,
             initial=first_step,
             unit="step",
             desc="training",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs fewer lines than a terminal
             disable=not accelerator.is_local_main_process,
         )
         if accelerator.is_main_process:

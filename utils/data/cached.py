@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from utils.data.cache import KEY_SIZE, EntryStore, make_key
 from utils.data.captions import compose
@@ -21,6 +20,7 @@ from utils.data.images import ImageOptions, plan_cut
 from utils.data.selection import PlannedImages
 from utils.options import first_line
 from utils.records import Crop, RecordPass
+from utils.terminal import progress_bar
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class CutPlan(ABC):
         if len(indices) < FEW_KEYS:
             return np.frombuffer(_keys_of(self, indices), np.uint8).reshape(-1, KEY_SIZE)
         found = []
-        with tqdm(total=len(indices), desc="planning crops", disable=not show_progress, leave=False) as progress:
+        with progress_bar(
+            total=len(indices), desc="planning crops", disable=not show_progress, leave=False
+        ) as progress:
             for keys in map_chunks(_keys_of, self, indices, many=FEW_KEYS):
                 found.append(keys)
                 progress.update(len(keys) // (KEY_SIZE * self.num_variants))

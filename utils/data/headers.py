@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from utils.data.images import ODDITIES, read_header, reason_of
 from utils.data.masks import check_same_shape
 from utils.data.sources import Records, Source
 from utils.data.tables import ImageTable, stamp_of
+from utils.terminal import progress_bar
 
 logger = logging.getLogger(__name__)
 DIGEST_SIZE = 16
@@ -204,7 +204,7 @@ def _stamp_chunk(table: ImageTable, rows: np.ndarray) -> list[str]:
 def read_facts(table: ImageTable, work: Sequence[tuple[int, bool]], show_progress: bool) -> Iterator[Facts]:
     """The facts of rows, with the digest where the second value says so, in order."""
     what = "reading images" if any(with_digest for _, with_digest in work) else "reading headers"
-    progress = tqdm(total=len(work), desc=what, disable=not show_progress or len(work) < MANY, leave=False)
+    progress = progress_bar(total=len(work), desc=what, disable=not show_progress or len(work) < MANY, leave=False)
     with progress:
         for facts in map_chunks(_read_chunk, table, work, many=MANY):
             progress.update(len(facts))

@@ -4,7 +4,6 @@ import json
 import logging
 import signal
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Sequence
@@ -23,6 +22,7 @@ from utils.metrics.distances import Failed, Moments, NotComputable, PairSums, as
 from utils.metrics.features import DIFFERENT_SIZES, Network, Networks, Picture
 from utils.options import Stopped, UserError, first_line
 from utils.stopping import StopRequests
+from utils.terminal import progress_bar
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -132,13 +132,8 @@ class Workers:
 
     def batches(self, items: Sequence, label: str) -> Generator[Sequence, None, None]:
         """Batches of items, with a progress bar on the main process."""
-        from tqdm.auto import tqdm
-
         is_main = self._accelerator is None or self._accelerator.is_main_process
-        wait = 0.5 if sys.stderr.isatty() else 30
-        with tqdm(
-            total=len(items), desc=label, unit="image", disable=not is_main, mininterval=wait, leave=False
-        ) as bar:
+        with progress_bar(total=len(items), desc=label, unit="image", disable=not is_main, leave=False) as bar:
             for start in range(0, len(items), self.batch_size):
                 if self._requests is not None and self._requests.is_asked:
                     raise Interrupted(str(self._requests.number or int(signal.SIGTERM)))

@@ -1,0 +1,187 @@
+"""The one way out to a terminal: visible text, log lines above progress bars, bars that a log file can hold.
+
+File names, captions, prompts and titles come from strangers. Printed as they are, they can move the cursor, hide text
+or forge lines of the log. Nothing else in the toolkit prints, logs to a stream of its own, or makes a progress bar.
+"""
+
+import contextlib
+import copy
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+# control codes, line separators, marks that turn the direction of text or take no room, lone surrogates, tags;
+# U+200C and U+200D stay: Persian, Indic scripts and emoji need them
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+MARKUP = re.compile(r"[\\`*\[\]<>&|~]|(?<!\w)_|_(?!\w)|^[#+=-]|^\d+(?=[.)])")  # an underscore within a word is none
+LONGEST = 2000  # characters of one value in a message
+GONE = (OSError, ValueError)  # raised by writing to a stream that is closed, or whose reader is gone
+BAR_SECONDS = 0.5, 30.0  # between updates of a bar: on a terminal, in a file
+
+
+class Lines(str):
+    """Text of several lines that the toolkit itself composed: a log message keeps its line breaks."""
+
+    __slots__ = ()
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would act on, or not show, as escapes; line breaks and tabs stay."""
+    return HIDDEN.sub(_escape, text)
+
+
+def one_line(value: object, longest: int = LONGEST) -> str:
+    """A foreign name or text for a message: on one line, without control codes, cut in its middle if it is long."""
+    text = str(value)
+    if len(text) > longest:
+        half = longest // 2
+        text = f"{text[:half]}... ({len(text):,} characters) ...{text[-half:]}"
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _escape(found: re.Match) -> str:
+    code = ord(found.group())
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def markdown(text: object) -> str:
+    """Foreign text as Markdown shows it literally, in a table's cell too: no markup, HTML or line breaks."""
+    return MARKUP.sub(r"\\\g<0>", one_line(" ".join(str(text).split())))
+
+
+def print_line(text: str, stream: TextIO | None = None) -> None:
+    """Prints text on stdout, or on another stream; nowhere if the stream's reader is gone.
+
+    Characters that the stream's encoding lacks become escapes.
+    """
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    known = visible(text).encode(encoding, "backslashreplace").decode(encoding)
+    with contextlib.suppress(*GONE):
+        stream.write(known + "\n")
+        stream.flush()
+
+
+class LogFormatter(logging.Formatter):
+    """Formats a record so that what it names stays on its line; `Lines` alone may hold several."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's text, without control codes."""
+        shown = copy.copy(record)
+        if isinstance(shown.args, tuple):
+            shown.args = tuple(map(_shown_argument, shown.args))
+        elif isinstance(shown.args, dict):
+            shown.args = {name: _shown_argument(value) for name, value in shown.args.items()}
+        return visible(super().format(shown))
+
+
+def _shown_argument(value: object) -> object:
+    is_foreign = isinstance(value, str | os.PathLike | BaseException) and not isinstance(value, Lines)
+    return one_line(value) if is_foreign else value
+
+
+class LogHandler(logging.Handler):
+    """Writes log lines to stderr, above the progress bars that are open there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one record."""
+        text = self.format(record)
+        with _bars_cleared():
+            print_line(text, sys.stderr)
+
+
+def set_up_logging() -> None:
+    """Sends messages to stderr. Processes other than the main one report errors only."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not any(isinstance(each, LogHandler) for each in logging.getLogger().handlers):
+        handler = LogHandler()
+        handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        logging.getLogger().addHandler(handler)
+        logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("utils").setLevel(logging.INFO if is_main else logging.ERROR)
+
+
+@contextlib.contextmanager
+def _bars_cleared() -> Iterator[None]:
+    """Context manager: open bars leave the terminal's last line free, and are drawn again afterwards."""
+    module = sys.modules.get("tqdm")
+    if module is None or not on_terminal():
+        yield
+        return
+    bars = [bar for bar in getattr(module.tqdm, "_instances", ()) if isinstance(getattr(bar, "fp", None), _BarStream)]
+    for bar in bars:
+        bar.clear(nolock=True)
+    yield
+    for bar in bars:
+        bar.refresh(nolock=True)
+
+
+def on_terminal() -> bool:
+    """Whether stderr is a terminal, where lines can be drawn anew."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
+class _BarStream:
+    """stderr as a bar writes to it: in place on a terminal; in a file or pipe each update is a line of its own.
+
+    Once stderr can't be written, for its reader is gone or the disk is full, the bar is dropped and the work continues.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        self._is_terminal = on_terminal()
+        self._is_gone = False
+
+    def write(self, text: str) -> int:
+        """Writes an update."""
+        shown = text if self._is_terminal else text.strip("\r\n ")
+        if shown and not self._is_gone:
+            try:
+                sys.stderr.write(shown if self._is_terminal else shown + "\n")
+            except GONE:
+                self._is_gone = True
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes stderr."""
+        if not self._is_gone:
+            try:
+                sys.stderr.flush()
+            except GONE:
+                self._is_gone = True
+
+    def isatty(self) -> bool:
+        """Whether updates are drawn in place."""
+        return self._is_terminal
+
+    def fileno(self) -> int:
+        """The descriptor, by which the width of the terminal is found."""
+        return sys.stderr.fileno()
+
+
+def progress_bar(iterable: Iterable | None = None, *, disable: bool = False, **more: Any) -> "tqdm":
+    """A tqdm bar on stderr that log lines and log files get along with.
+
+    Args:
+        disable: for processes that should not show it.
+        more: tqdm's own arguments.
+    """
+    from tqdm import tqdm
+
+    stream = _BarStream()
+    defaults = {"mininterval": BAR_SECONDS[0] if stream.isatty() else BAR_SECONDS[1], "dynamic_ncols": stream.isatty()}
+    if not stream.isatty():
+        defaults |= {"ascii": True, "ncols": 100}
+    if "desc" in more:
+        more["desc"] = one_line(more["desc"])
+    return tqdm(iterable, file=stream, disable=disable, **defaults | more)
