@@ -8,7 +8,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 RUN = .venv/bin/python
 INSTALLED = .venv/installed-$(shell cat requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo demo-lora demo-unconditional compare chaos golden test test-slow check install base clean
+.PHONY: demo demo-lora demo-unconditional compare chaos fuzz golden test test-slow check install base clean
 
 demo: $(INSTALLED)
 	$(RUN) demo/run.py
@@ -35,6 +35,10 @@ test-slow: $(INSTALLED)
 ROUNDS ?= 100
 chaos: $(INSTALLED)
 	$(RUN) tests/chaos.py --rounds $(ROUNDS)
+
+# damages files of every kind that is read, and looks for tracebacks, hangs and memory eaten: make fuzz ROUNDS=1000
+fuzz: $(INSTALLED)
+	$(RUN) tests/fuzz.py --rounds $(ROUNDS)
 
 # compares losses and exported weights of small runs with an earlier commit's, bit for bit: make golden BASE=c0d6448
 BASE ?= c0d6448

@@ -319,7 +319,7 @@ def run_script(
         return stopped.status
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
-            print_line(f"error: {' '.join(renamed_flags(error, names).split())}", sys.stderr)
+            print_line(f"error: {one_line(' '.join(renamed_flags(error, names).split()))}", sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in DISK_ERRORS:
