@@ -7,11 +7,9 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path, PurePosixPath
 
-import PIL.Image
-
+from utils.data.images import image_suffixes
 from utils.data.tables import FileTable, captions_of
 from utils.options import UserError, first_line, nearest
 
@@ -26,14 +24,6 @@ SPLIT_WORDS = {
 }
 ALL_SPLIT_WORDS = frozenset(word for words in SPLIT_WORDS.values() for word in words)
 CAPTION_FIELDS = ("caption", "captions", "text", "prompt", "tags")
-UNREADABLE_FORMATS = {"PDF", "MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS", "PSD", "FITS"}
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """The endings, in small letters, of files that PIL can open."""
-    known = PIL.Image.registered_extensions()
-    return frozenset(end for end, kind in known.items() if kind in PIL.Image.OPEN and kind not in UNREADABLE_FORMATS)
 
 
 def list_files(folder: Path) -> list[str]:

@@ -1,10 +1,13 @@
 """From an image file to the pixels that a model sees, all of it by PIL."""
 
+import importlib
 import io
+import logging
 import math
 import struct
 import zlib
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Self
 
 import numpy as np
@@ -36,8 +39,49 @@ BROKEN_FILE_ERRORS = (  # beside OSError and ValueError
     struct.error,
     zlib.error,
 )
+READ_FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "DDS", "SGI", "PCX"),
+    "TGA",  # the last: it has no signature
+)
+"""The formats that are opened, whatever a file is called, by PIL's names: those of photographs, art and textures that
+are decoded in this process from the file alone. Others start programs (EPS), read only part of what the file shows
+(PSD, ICO), are no pictures (FITS, HDF5, GRIB), or are of no use as training data.
+"""
+OPTIONAL_FORMATS = {
+    "HEIF": ("pillow_heif", "pillow-heif", (".heic", ".heif", ".hif")),
+    "JXL": ("pillow_jxl", "pillow-jxl-plugin", (".jxl",)),
+}
+"""Formats that a package adds to PIL: the module that registers them, the package, and the endings."""
+UNREAD_SUFFIXES = {
+    "SVG": (".svg", ".svgz"),
+    "EPS and PostScript": (".eps", ".epsf", ".epsi", ".ps", ".ai"),
+    "PDF": (".pdf",),
+    "WMF and EMF": (".wmf", ".emf"),
+    "Photoshop": (".psd", ".psb"),
+    "layered": (".xcf", ".kra", ".ora", ".clip", ".afphoto", ".afdesign", ".procreate", ".sai", ".sai2", ".mdp"),
+    "camera raw": (
+        *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".raf", ".orf", ".rw2", ".pef"),
+        *(".srw", ".raw", ".rwl", ".iiq", ".3fr", ".fff", ".mef", ".mos", ".mrw", ".x3f", ".erf", ".kdc", ".dcr"),
+    ),
+    "high dynamic range": (".exr", ".hdr", ".pic"),
+    "icon": (".ico", ".icns", ".cur"),
+    "scientific": (".fit", ".fits", ".h5", ".hdf", ".grib", ".bufr", ".dcm", ".nii"),
+    "JPEG XR and BPG": (".jxr", ".wdp", ".hdp", ".bpg", ".flif"),
+    "DjVu": (".djvu", ".djv"),
+    "rare": (
+        *(".im", ".msp", ".blp", ".dcx", ".fli", ".flc", ".ftc", ".ftu", ".gbr", ".iim", ".pcd", ".pxr", ".ras"),
+        *(".xbm", ".xpm", ".ktx", ".ktx2", ".vtf", ".basis"),
+    ),
+    "video": (
+        *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".mts"),
+        *(".m2ts", ".gifv"),
+    ),
+}
+"""Endings of pictures and videos that are never read, by their kind."""
+_KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in UNREAD_SUFFIXES.items() for suffix in suffixes}
 ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 TURNED_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,6 +169,51 @@ ODDITIES = (
     "non-ASCII name",
     "under 64 pixels",
 )
+
+
+@cache
+def read_formats() -> tuple[str, ...]:
+    """The formats that are opened here: `READ_FORMATS` and those that installed packages add, registered once."""
+    return tuple(name for name in OPTIONAL_FORMATS if _register(name)) + READ_FORMATS
+
+
+def _register(name: str) -> bool:
+    """Registers an optional format with PIL; returns whether its package is there."""
+    module, package, _ = OPTIONAL_FORMATS[name]
+    try:
+        found = importlib.import_module(module)  # pillow_jxl registers itself
+        if name == "HEIF":
+            found.register_heif_opener(thumbnails=False)
+    except ModuleNotFoundError:
+        return False
+    except (ImportError, OSError) as error:
+        logger.warning("%s is installed but does not load: %s", package, first_line(error))
+        return False
+    return True
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The endings, in small letters, of files that are opened as images."""
+    known = Image.registered_extensions()
+    found = {suffix for suffix, name in known.items() if name in READ_FORMATS}
+    for name in set(read_formats()) & OPTIONAL_FORMATS.keys():
+        found.update(OPTIONAL_FORMATS[name][2])
+    return frozenset(found)
+
+
+def unread_reason(suffix: str) -> str | None:
+    """Why a picture or video with this ending is not read; None of endings that are read or are of no picture."""
+    suffix = suffix.lower()
+    if suffix in image_suffixes():
+        return None
+    for name, (_, package, suffixes) in OPTIONAL_FORMATS.items():
+        if suffix in suffixes:
+            return f"{suffix} ({name}) needs the package {package}: pip install {package}"
+    kind = _KIND_OF_SUFFIX.get(suffix)
+    if kind == "video":
+        return f"{suffix} (video) is not read; save its frames as PNG or JPEG"
+    return kind and f"{suffix} ({kind}) is not read; convert it to PNG or JPEG"
 
 
 def open_image(source: str | bytes) -> Image.Image:
