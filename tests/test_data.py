@@ -15,6 +15,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from tests import tiny
+from utils.data import images
 from utils.data.buckets import NONE, BucketOptions, area_buckets, plan_buckets
 from utils.data.captions import CaptionOptions, compose, folder_caption
 from utils.data.headers import survey
@@ -300,14 +301,14 @@ class TestImages:
 
     def test_what_cannot_be_read_raises(self, monkeypatch):
         for source in (b"", b"text", "/nowhere.png"):
-            with pytest.raises(OSError):
-                open_image(source)
+            with pytest.raises(OSError), open_image(source):
+                pass
         file = io.BytesIO()
         Image.new("L", (100, 100)).save(file, "PNG")
         for limit in (40, 9000):  # over PIL's own error, and between its warning and its error
-            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-            with pytest.raises(ValueError, match="pixels"):
-                open_image(file.getvalue())
+            monkeypatch.setattr(images, "MOST_PIXELS", limit)
+            with pytest.raises(ValueError, match="pixels"), open_image(file.getvalue()):
+                pass
 
 
 class TestCaptions:

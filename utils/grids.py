@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from utils.data.images import decode
 from utils.families.unconditional import SAMPLERS, UnconditionalFamily, sampler_of
 from utils.flow import is_flow, is_score
 from utils.options import UserError, first_line, option, require, require_not_negative, require_positive
@@ -208,9 +209,7 @@ def film(folder: Path) -> list[Image.Image]:
     }
     frames = []
     for step in _spread(sorted(found)):
-        with Image.open(found[step]) as image:
-            image.load()
-            frames.append(image)
+        frames.append(decode(str(found[step])))
     return frames
 
 

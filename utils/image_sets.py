@@ -15,7 +15,7 @@ from utils.configs import is_path
 from utils.data.captions import CaptionOptions
 from utils.data.cutting import cut_out
 from utils.data.folders import is_image, list_files
-from utils.data.images import ImageOptions, open_image, read_rgb, reason_of
+from utils.data.images import ImageOptions, image_bytes, open_image, read_rgb, reason_of
 from utils.data.selection import PlannedImages
 from utils.data.sources import DataOptions, Records, SourceOptions, is_saved_dataset, read_records
 from utils.metrics.features import Picture
@@ -196,7 +196,7 @@ def _fingerprint(records: Records, options: ReferenceOptions) -> str:
     for index in range(len(records)):
         content = records.image(index)
         try:
-            digest.update(content if isinstance(content, bytes) else Path(content).read_bytes())
+            digest.update(image_bytes(content))
         except OSError as error:
             raise UserError(f"--reference: {records.key(index)} can't be read: {error.strerror or error}") from error
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.data.images import ImageOptions, make_cut, plan_cut, read_rgb
+from utils.data.images import ImageOptions, make_cut, plan_cut, read_mask
 from utils.data.masks import cut_mask
 from utils.records import Crop, MaskFile, RecordPass
 
@@ -42,5 +42,5 @@ def cut_out(
         return CutOut(pixels, cut.crop, None)
     if mask is None or (mask.is_alpha and alpha is None):
         return CutOut(pixels, cut.crop, np.full(mask_shape, 255, np.uint8))
-    found = alpha if mask.is_alpha else read_rgb(mask.source, "black").convert("L")
+    found = alpha if mask.is_alpha else read_mask(mask.source)
     return CutOut(pixels, cut.crop, cut_mask(found, cut, rgb.size, mask_shape))

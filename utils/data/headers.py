@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from utils.data.images import ODDITIES, read_header, reason_of
+from utils.data.images import CONVERTED, ODDITIES, image_bytes, read_header, reason_of
 from utils.data.masks import check_same_shape
 from utils.data.sources import Records, Source
 from utils.data.tables import ImageTable, stamp_of
@@ -69,6 +69,10 @@ class Survey:
         """How many images have each oddity."""
         counts = Counter({name: int((self.oddities >> bit & 1).sum()) for bit, name in enumerate(ODDITIES)})
         return {name: count for name, count in counts.items() if count}
+
+    def is_converted(self, index: int) -> bool:
+        """Whether an image's colours are converted to sRGB."""
+        return bool(self.oddities[index] >> ODDITIES.index(CONVERTED) & 1)
 
     def take(self, indices: np.ndarray) -> "Survey":
         """Some of the images, in their order."""
@@ -259,7 +263,7 @@ def _read(table: ImageTable, row: int, with_digest: bool) -> Facts:
     try:
         image = table.image(row)
         if with_digest and isinstance(image, str):
-            image = Path(image).read_bytes()
+            image = image_bytes(image)
         header = read_header(image)
         num_bytes = len(image) if isinstance(image, bytes) else os.stat(image).st_size
     except (OSError, ValueError) as error:
@@ -274,7 +278,8 @@ class _Memory:
     """The remembered facts of one table, a Parquet file; readable images alone, by key and stamp."""
 
     def __init__(self, folder: Path, name: str):
-        self._path = folder / "headers" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.parquet"
+        digest = hashlib.blake2b(f"with colours, {name}".encode(), digest_size=12).hexdigest()
+        self._path = folder / "headers" / f"{digest}.parquet"
         self._table: pa.Table | None = None
         try:
             from pyarrow import parquet

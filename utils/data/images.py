@@ -4,18 +4,25 @@ import importlib
 import io
 import logging
 import math
+import os
 import struct
+import warnings
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
-from PIL import Image, ImageColor, ImageEnhance, ImageOps
+from PIL import Image, ImageColor, ImageEnhance, ImageOps, PngImagePlugin
 
+from utils.data.colours import conversion_of, grey_to_srgb, has_unusable_profile, to_srgb
+from utils.data.signatures import HEAD_SIZE, is_raw, jxl_size, kind_of, profile_in
 from utils.options import UserError, first_line, option, require, require_fraction, require_positive
 from utils.records import Crop, RecordPass
 from utils.seeding import Stream, generator
+from utils.user_files import FileError, open_regular
 
 INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -40,7 +47,7 @@ BROKEN_FILE_ERRORS = (  # beside OSError and ValueError
     zlib.error,
 )
 READ_FORMATS = (
-    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "DDS", "SGI", "PCX"),
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "DDS", "SGI", "PCX"),
     "TGA",  # the last: it has no signature
 )
 """The formats that are opened, whatever a file is called, by PIL's names: those of photographs, art and textures that
@@ -54,9 +61,9 @@ OPTIONAL_FORMATS = {
 """Formats that a package adds to PIL: the module that registers them, the package, and the endings."""
 UNREAD_SUFFIXES = {
     "SVG": (".svg", ".svgz"),
-    "EPS and PostScript": (".eps", ".epsf", ".epsi", ".ps", ".ai"),
+    "EPS": (".eps", ".epsf", ".epsi", ".ps", ".ai"),
     "PDF": (".pdf",),
-    "WMF and EMF": (".wmf", ".emf"),
+    "WMF": (".wmf", ".emf"),
     "Photoshop": (".psd", ".psb"),
     "layered": (".xcf", ".kra", ".ora", ".clip", ".afphoto", ".afdesign", ".procreate", ".sai", ".sai2", ".mdp"),
     "camera raw": (
@@ -66,9 +73,9 @@ UNREAD_SUFFIXES = {
     "high dynamic range": (".exr", ".hdr", ".pic"),
     "icon": (".ico", ".icns", ".cur"),
     "scientific": (".fit", ".fits", ".h5", ".hdf", ".grib", ".bufr", ".dcm", ".nii"),
-    "JPEG XR and BPG": (".jxr", ".wdp", ".hdp", ".bpg", ".flif"),
+    "JPEG XR": (".jxr", ".wdp", ".hdp", ".bpg", ".flif"),
     "DjVu": (".djvu", ".djv"),
-    "rare": (
+    "uncommon": (
         *(".im", ".msp", ".blp", ".dcx", ".fli", ".flc", ".ftc", ".ftu", ".gbr", ".iim", ".pcd", ".pxr", ".ras"),
         *(".xbm", ".xpm", ".ktx", ".ktx2", ".vtf", ".basis"),
     ),
@@ -79,9 +86,22 @@ UNREAD_SUFFIXES = {
 }
 """Endings of pictures and videos that are never read, by their kind."""
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in UNREAD_SUFFIXES.items() for suffix in suffixes}
+MOST_BYTES = 1 << 30  # of a file
+FULL_PIXELS = 89_478_485  # PIL's own limit; what has more is read in half its size
+MOST_PIXELS = 1 << 28
+MOST_PIXELS_PER_BYTE = (
+    100  # of what has more than FULL_PIXELS; photographs have 3 to 30, plain colours in PNG 130 to 8000
+)
+Image.MAX_IMAGE_PIXELS = None  # PIL warns at its limit and knows none for large photographs; `check_pixels` judges
+warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read", module="PIL.TiffImagePlugin")
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # workflows and profiles of many MB
 ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 TURNED_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations
 logger = logging.getLogger(__name__)
+
+
+class Refused(str):
+    """Why an image may not be read, in place of its path."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +177,7 @@ class Header:
     oddities: tuple[str, ...]
 
 
+CONVERTED = "colours converted to sRGB"
 ODDITIES = (
     "CMYK",
     "palette",
@@ -168,13 +189,18 @@ ODDITIES = (
     "other mode",
     "non-ASCII name",
     "under 64 pixels",
+    CONVERTED,
+    "unusable colour profile, ignored",
+    "over 89 megapixels, read in half the size",
 )
 
 
 @cache
 def read_formats() -> tuple[str, ...]:
     """The formats that are opened here: `READ_FORMATS` and those that installed packages add, registered once."""
-    return tuple(name for name in OPTIONAL_FORMATS if _register(name)) + READ_FORMATS
+    Image.init()
+    known = [name for name in READ_FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
+    return (*(name for name in OPTIONAL_FORMATS if _register(name)), *known)
 
 
 def _register(name: str) -> bool:
@@ -195,11 +221,9 @@ def _register(name: str) -> bool:
 @cache
 def image_suffixes() -> frozenset[str]:
     """The endings, in small letters, of files that are opened as images."""
-    known = Image.registered_extensions()
-    found = {suffix for suffix, name in known.items() if name in READ_FORMATS}
-    for name in set(read_formats()) & OPTIONAL_FORMATS.keys():
-        found.update(OPTIONAL_FORMATS[name][2])
-    return frozenset(found)
+    formats = {*read_formats(), "MPO"}  # which PIL opens as JPEG
+    optional = [suffix for name in formats & OPTIONAL_FORMATS.keys() for suffix in OPTIONAL_FORMATS[name][2]]
+    return frozenset(optional).union(end for end, name in Image.registered_extensions().items() if name in formats)
 
 
 def unread_reason(suffix: str) -> str | None:
@@ -207,36 +231,119 @@ def unread_reason(suffix: str) -> str | None:
     suffix = suffix.lower()
     if suffix in image_suffixes():
         return None
-    for name, (_, package, suffixes) in OPTIONAL_FORMATS.items():
-        if suffix in suffixes:
-            return f"{suffix} ({name}) needs the package {package}: pip install {package}"
-    kind = _KIND_OF_SUFFIX.get(suffix)
+    optional = next((name for name, (_, _, suffixes) in OPTIONAL_FORMATS.items() if suffix in suffixes), None)
+    kind = optional or _KIND_OF_SUFFIX.get(suffix)
+    return kind and _not_read(kind)
+
+
+def _not_read(kind: str) -> str:
+    """That pictures of a kind are not read, with the cure."""
+    if kind in OPTIONAL_FORMATS:
+        package = OPTIONAL_FORMATS[kind][1]
+        return f"{kind} images need the package {package}: pip install {package}"
     if kind == "video":
-        return f"{suffix} (video) is not read; save its frames as PNG or JPEG"
-    return kind and f"{suffix} ({kind}) is not read; convert it to PNG or JPEG"
+        return "videos are not read; save frames as PNG or JPEG"
+    return f"{kind} images are not read; convert it to PNG or JPEG"
 
 
-def open_image(source: str | bytes) -> Image.Image:
-    """Opens an image, of which only the header is read.
+@contextmanager
+def open_image(source: str | bytes) -> Iterator[Image.Image]:
+    """Opens an image, of which only the header is read, and closes it at the end.
+
+    Its ICC profile, or one made of what else the file says of its colours, is `info["icc_profile"]`. Photographs of
+    over 89 megapixels are read in half their size: a JPEG's is halved here, others' in `decode`.
+
+    Args:
+        source: the path of a regular file, or an image's bytes.
 
     Raises:
-        OSError: if it is missing, empty or not an image.
-        ValueError: if it has more pixels than PIL's limit for a decompression bomb.
+        OSError: if it is missing, empty, refused or not an image of `read_formats()`.
+        ValueError: if it has too many pixels, or far more than its bytes can tell of.
     """
+    with _opened(source) as file:
+        yield _identify(file)
+
+
+def image_bytes(source: str | bytes) -> bytes:
+    """All bytes of an image.
+
+    Raises:
+        OSError: as `open_image`, and if they are more than are read of an image.
+    """
+    with _opened(source) as file:
+        return file.read()
+
+
+def _opened(source: str | bytes) -> BinaryIO:
+    """The regular file at a path, or bytes as a file.
+
+    Raises:
+        OSError: as `image_bytes`.
+    """
+    if isinstance(source, Refused):
+        raise OSError(str(source))
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+    except FileError as error:
+        raise OSError(f"it {error.reason}") from error
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if 0 < num_bytes <= MOST_BYTES:
+        return file
+    file.close()
+    raise OSError(f"it has over {MOST_BYTES >> 20} MiB, the most that is read" if num_bytes else "the file is empty")
+
+
+def _identify(file: BinaryIO) -> Image.Image:
+    """The image of an open file, as `open_image` gives it."""
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    kind = kind_of(file.read(HEAD_SIZE))
+    if kind is not None and kind not in read_formats():
+        raise OSError(_not_read(kind))
+    if kind == "JXL":
+        check_pixels(jxl_size(file), num_bytes)  # before it is opened, when the package decodes it
+    try:
+        image = Image.open(file, formats=read_formats())
+        place = file.tell()
+        profile = profile_in(image, file)
+        file.seek(place)
+        is_thumbnail = image.format == "TIFF" and is_raw(image)
     except Image.UnidentifiedImageError as error:
-        is_empty = source == b"" or (isinstance(source, str) and is_empty_file(source))
-        raise OSError("the file is empty" if is_empty else "not an image, or of no format that PIL reads") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from error
+        raise OSError("not an image, or of no format that is read here") from error
     except BROKEN_FILE_ERRORS as error:  # such as the AVIF decoder's
         raise OSError(f"broken image: {error}") from error
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        image.close()
-        raise ValueError(f"{image.width}x{image.height} pixels are over the limit of {limit}")
+    check_pixels(image.size, num_bytes)
+    if is_thumbnail:
+        raise OSError(_not_read("camera raw"))
+    if is_halved(image):
+        image.info["halved"] = True
+        if image.format in ("JPEG", "MPO"):
+            image.draft(image.mode, (image.width // 2, image.height // 2))
+    if profile is not None:
+        image.info["icc_profile"] = profile
     return image
+
+
+def check_pixels(size: tuple[int, int], num_bytes: int) -> None:
+    """Refuses an image that would take memory out of proportion to its file.
+
+    Raises:
+        ValueError: naming what it has.
+    """
+    pixels = size[0] * size[1]
+    if pixels > MOST_PIXELS:
+        raise ValueError(f"{size[0]}x{size[1]} pixels are over the limit of {MOST_PIXELS}")
+    if pixels > FULL_PIXELS and num_bytes * MOST_PIXELS_PER_BYTE < pixels:
+        raise ValueError(
+            f"{size[0]}x{size[1]} pixels in {num_bytes} bytes are no photograph but a decompression bomb; "
+            f"over {FULL_PIXELS} pixels need a byte for each {MOST_PIXELS_PER_BYTE}"
+        )
+
+
+def is_halved(image: Image.Image) -> bool:
+    """Whether an opened image is so large that it is read in half its size."""
+    return image.width * image.height > FULL_PIXELS
 
 
 def reason_of(error: Exception) -> str:
@@ -259,12 +366,6 @@ def check_whole(content: str | bytes) -> None:
         raise OSError("the image is cut off")
 
 
-def is_empty_file(path: str) -> bool:
-    """Whether a file has no bytes."""
-    with open(path, "rb") as file:
-        return not file.read(1)
-
-
 def read_header(source: str | bytes) -> Header:
     """An image's upright size and oddities; its pixels are not read.
 
@@ -276,6 +377,8 @@ def read_header(source: str | bytes) -> Header:
             orientation = _orientation(image)
             is_turned = orientation in TURNED_ON_ITS_SIDE and image.format != "TIFF"  # whose size PIL says upright
             width, height = image.size[::-1] if is_turned else image.size
+            if is_halved(image):
+                width, height = -(-width // 2), -(-height // 2)
             return Header(width, height, _oddities(image, orientation))
     except BROKEN_FILE_ERRORS as error:
         raise OSError(f"broken image: {error}") from error
@@ -300,43 +403,76 @@ def _oddities(image: Image.Image, orientation: int) -> tuple[str, ...]:
         "animated, first frame taken": getattr(image, "is_animated", False),
         "other mode": mode in ("YCbCr", "LAB", "HSV") and image.format != "JPEG",
         "under 64 pixels": min(image.size) < 64,
+        CONVERTED: conversion_of(image) is not None,
+        "unusable colour profile, ignored": has_unusable_profile(image),
+        "over 89 megapixels, read in half the size": "halved" in image.info,
     }
     return tuple(name for name, holds in found.items() if holds)
 
 
-def upright(opened: Image.Image) -> Image.Image:
-    """Decodes an opened image in place and closes its file; it is turned as its EXIF orientation says.
+def decode(source: str | bytes, prepare: Callable[[Image.Image], None] | None = None) -> Image.Image:
+    """The first frame of an image, as its file has it, turned as its EXIF orientation says.
+
+    Args:
+        prepare: changes the opened image before it is decoded.
 
     Raises:
-        OSError: if it is truncated or broken.
+        OSError, ValueError: as `open_image`, and if it is truncated or broken.
     """
-    opened.filename = ""  # by which PIL would map an uncompressed TIFF that is turned, with its edges interchanged
-    try:
-        with opened:
-            ImageOps.exif_transpose(opened, in_place=True)
-            opened.load()
-    except BROKEN_FILE_ERRORS as error:
-        raise OSError(f"broken image: {error}") from error
-    return opened
+    with open_image(source) as image:
+        if prepare is not None:
+            prepare(image)
+        try:
+            image.load()
+            upright = _halved(image) if is_halved(image) else image
+            ImageOps.exif_transpose(upright, in_place=True)
+        except BROKEN_FILE_ERRORS as error:
+            raise OSError(f"broken image: {error}") from error
+    return upright
+
+
+def _halved(image: Image.Image) -> Image.Image:
+    """A decoded image in half its size, each pixel the mean of four."""
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode == "1" or image.mode.startswith("I;"):
+        image = image.convert("L" if image.mode == "1" else "I")
+    return image.reduce(2)
 
 
 def read_rgb(source: str | bytes, transparency_color: str = "white") -> Image.Image:
-    """Decodes an image (of several frames the first) into RGB, upright by its EXIF orientation.
+    """Decodes an image (of several frames the first) into RGB, upright by its EXIF orientation, in sRGB.
 
     Transparency is laid on the colour; 16-bit grey is scaled, where PIL alone would clip it.
 
     Raises:
-        OSError, ValueError: as `open_image`, and if the file is truncated or broken.
+        OSError, ValueError: as `decode`.
     """
     return read_layers(source, transparency_color)[0]
 
 
+def read_mask(source: str | bytes) -> Image.Image:
+    """A mask, "L": its values as they are, whatever colours a profile would make of them; clear is black.
+
+    Raises:
+        OSError, ValueError: as `decode`.
+    """
+    image = decode(source)
+    image.info.pop("icc_profile", None)
+    return _layers(image, "black")[0].convert("L")
+
+
 def read_layers(source: str | bytes, transparency_color: str) -> tuple[Image.Image, Image.Image | None]:
     """(what `read_rgb` gives, the alpha channel, "L", or None of an opaque image)."""
-    image = upright(open_image(source))
+    return _layers(decode(source), transparency_color)
+
+
+def _layers(image: Image.Image, transparency_color: str) -> tuple[Image.Image, Image.Image | None]:
+    """The same as `read_layers`, of a decoded image."""
     grey = deep_grey(image)
     if grey is not None:
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB"), None
+        return Image.fromarray(grey_to_srgb(grey, image).round().astype(np.uint8)).convert("RGB"), None
+    image = to_srgb(image)
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         rgba = image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, transparency_color)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor
 
-from utils.data.images import ImageOptions, deep_grey, open_image, read_layers, read_rgb, upright
+from utils.data.colours import deep_to_srgb, grey_to_srgb, to_srgb
+from utils.data.images import ImageOptions, decode, deep_grey, is_halved, open_image, read_layers, read_rgb
 from utils.options import UserError, option
 
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -49,10 +50,10 @@ class PixelOptions(ImageOptions):
         if self.preserve_input_precision:
             return read_deep(source, self.image_channels, self.transparency_color)
         if self.image_channels == 4:
-            image = _decoded(source)
+            image = decode(source)
             if image.mode.startswith("I") or image.mode == "F":
                 image = read_rgb(source)
-            image = image.convert("RGBA")
+            image = to_srgb(image).convert("RGBA")
             return image, image.getchannel("A")
         image, alpha = read_layers(source, self.transparency_color)
         return image.convert(CHANNELS[self.image_channels]), alpha
@@ -91,13 +92,17 @@ def read_deep(source: str | bytes, channels: int, transparency_color: str) -> tu
     Raises:
         OSError, ValueError: as `read_rgb`.
     """
-    image = _decoded(source)
+    image = decode(source)
     grey = deep_grey(image)
-    values = _sixteen_bits(source, image) if grey is None else np.repeat(grey[..., None], 3, axis=2)
+    if grey is not None:
+        values = np.repeat(grey_to_srgb(grey, image)[..., None], 3, axis=2)
+    else:
+        values = _sixteen_bits(source, image)
+        values = None if values is None else deep_to_srgb(values, image)
     if values is not None:
         return _of_channels(values, channels, transparency_color)
     if channels == 4:
-        image, alpha = image.convert("RGBA"), None
+        image, alpha = to_srgb(image).convert("RGBA"), None
     else:
         image, alpha = read_layers(source, transparency_color)
         image = image.convert(CHANNELS[channels])
@@ -117,9 +122,12 @@ def _sixteen_bits(source: str | bytes, high: Image.Image) -> np.ndarray | None:
     """
     with open_image(source) as opened:
         modes = {tile.args if isinstance(tile.args, str) else tile.args[0] for tile in opened.tile}
+        image_is_halved = is_halved(opened)
     if not modes or not modes <= OTHER_HALF.keys() or "transparency" in high.info:
         return None
-    low = _decoded(source, OTHER_HALF)
+    if image_is_halved:
+        raise ValueError("16-bit colours of over 89 megapixels are not read with --preserve_input_precision")
+    low = decode(source, _take_other_half)
     return (np.asarray(high).astype(np.float32) * 256 + np.asarray(low)) / 257
 
 
@@ -139,12 +147,9 @@ def _of_channels(values: np.ndarray, channels: int, transparency_color: str) -> 
     return DeepImage(planes), seen
 
 
-def _decoded(source: str | bytes, modes: Mapping[str, str] | None = None) -> Image.Image:
-    """An image as its file has it, upright; `modes` are other names of what its decoder is to take."""
-    opened = open_image(source)
-    if modes is not None:
-        opened.tile = [_renamed(tile, modes) for tile in opened.tile]
-    return upright(opened)
+def _take_other_half(opened: Image.Image) -> None:
+    """Tells the decoder of 16-bit colours to take the lower bytes."""
+    opened.tile = [_renamed(tile, OTHER_HALF) for tile in opened.tile]
 
 
 def _renamed(tile: Any, modes: Mapping[str, str]) -> Any:

@@ -24,7 +24,7 @@ from utils.data.folders import (
     read_pairs_folder,
 )
 from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
-from utils.data.tables import ImageTable, RowTable, captions_of
+from utils.data.tables import ImageTable, RowTable, captions_of, data_folders
 from utils.data.tars import read_tars
 from utils.options import UserError, as_number, first_line, nearest, option, require, require_positive, with_values
 from utils.records import MaskFile
@@ -515,11 +515,14 @@ def _rows(options: SourceOptions, load) -> RowTable:
     images = {flag: column for flag, column in columns.items() if column is not None}
     loaded = loaded.select_columns([*images.values(), *([] if column is None else [column])])
     for flag, name in images.items():
+        check_image_feature(loaded.features[name], flag, name)
         try:
             loaded = loaded.cast_column(name, datasets.Image(decode=False))
         except (DatasetGenerationError, TypeError, ValueError) as error:
             raise UserError(f"--{flag} {name} does not hold images: {first_line(error)}") from error
-    return RowTable(loaded, options.image_column, column, options.mask_column, read)
+    files = [each["filename"] for each in loaded.cache_files]
+    folders = data_folders((options.dataset_name, options.train_data_dir), loaded.builder_name, files)
+    return RowTable(loaded, options.image_column, column, options.mask_column, read, folders)
 
 
 def check_columns(columns: Sequence[str], options: SourceOptions) -> None:
@@ -533,6 +536,20 @@ def check_columns(columns: Sequence[str], options: SourceOptions) -> None:
             f"--{flag} {column} is not a column of the data, which has {', '.join(columns)}"
             + (f"; did you mean --{flag} {hint}?" if hint else f"; name one with --{flag}")
         )
+
+
+def check_image_feature(feature: Any, flag: str, column: str) -> None:
+    """Refuses an image or mask column that holds neither images, bytes nor paths.
+
+    Raises:
+        UserError: naming the column and its type.
+    """
+    from datasets import Value
+
+    kinds = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+    is_other = isinstance(feature, Value) and feature.dtype not in kinds
+    if is_other or (isinstance(feature, dict) and not feature.keys() & {"bytes", "path"}):
+        raise UserError(f"--{flag} {column} must hold images, their bytes or their paths, got {feature}")
 
 
 def check_caption_feature(feature: Any, column: str) -> None:

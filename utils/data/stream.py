@@ -26,8 +26,15 @@ from utils.data.captions import CaptionOptions, folder_caption
 from utils.data.images import check_whole, read_header, reason_of
 from utils.data.masks import FolderMasks
 from utils.data.sampler import Draw, Piece
-from utils.data.sources import DataOptions, SourceOptions, check_columns, files_of, is_saved_dataset
-from utils.data.tables import captions_of, declared, image_of
+from utils.data.sources import (
+    DataOptions,
+    SourceOptions,
+    check_columns,
+    check_image_feature,
+    files_of,
+    is_saved_dataset,
+)
+from utils.data.tables import captions_of, data_folders, declared, image_of
 from utils.options import UserError, first_line
 from utils.records import ImageRecord, MaskFile
 from utils.seeding import Stream, generator
@@ -259,7 +266,10 @@ def open_stream(
     images = [column for column in (source.image_column, source.mask_column) if column is not None]
     texts = [] if source.caption_column is None else [source.caption_column]
     dataset = dataset.select_columns([*images, *texts, *(name for name in sizes if name in columns)])
+    flags = {source.image_column: "image_column", source.mask_column: "mask_column"}
     for column in images:
+        if dataset.features is not None:
+            check_image_feature(dataset.features[column], flags[column], column)
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
     split = dataset.info.splits.get(source.dataset_split) if dataset.info.splits else None
     count = split.num_examples if split is not None and split.num_examples else None
@@ -317,6 +327,8 @@ class Lane:
         self._group_size = group_size
         self._seed = seed
         self._shards = np.arange(number, images.dataset.num_shards, num_lanes)
+        given = images.source.dataset_name, images.source.train_data_dir
+        self._folders = data_folders(given, images.dataset.info.builder_name)
         self._buffer_size = max(1, images.shuffle_buffer_size // num_lanes)
         self.bad: list[tuple[str, str]] = []
 
@@ -367,10 +379,12 @@ class Lane:
         """The sample of a row, or None if its image's header can't be read."""
         source, images = self._images.source, self._images
         value = row[source.image_column]
-        key = (value or {}).get("path") or f"lane {self._number}, pass {passing}, row {number}"
+        path = value.get("path") if isinstance(value, dict) else None
+        key = path or f"lane {self._number}, pass {passing}, row {number}"
         try:
-            header = read_header(image_of(value))
-            check_whole(image_of(value))
+            image = image_of(value, self._folders)
+            header = read_header(image)
+            check_whole(image)
         except (OSError, ValueError) as error:
             self.bad.append((key, reason_of(error)))
             return None
@@ -386,7 +400,7 @@ class Lane:
         identity = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
         mask = self._mask(row, key)
         images.note_mask(mask is not None and (not mask.is_alpha or "transparent" in header.oddities))
-        record = ImageRecord(key, image_of(value), captions, mask)
+        record = ImageRecord(key, image, captions, mask)
         return StreamedSample(record, identity, self._bucket(row, key), passing)
 
     def _mask(self, row: dict, key: str) -> MaskFile | None:
@@ -395,7 +409,7 @@ class Lane:
             return MaskFile(b"", is_alpha=True)
         if masks is not None:
             return masks.named(key)
-        mask = None if source.mask_column is None else image_of(row[source.mask_column])
+        mask = None if source.mask_column is None else image_of(row[source.mask_column], self._folders)
         return MaskFile(mask, is_alpha=False) if mask else None
 
     def _bucket(self, row: dict, key: str) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from utils.data.images import Refused
 from utils.options import UserError
 
 if TYPE_CHECKING:
@@ -125,9 +126,14 @@ class RowTable(ImageTable):
         caption_column: str | None,
         mask_column: str | None = None,
         read: Callable[[object, str], tuple[str, ...]] | None = None,
+        folders: Sequence[Path] = (),
     ):
-        """`read` makes captions of what the caption column holds; without that column there are none."""
+        """`read` makes captions of what the caption column holds; without that column there are none.
+
+        Of images that are paths only those within `folders` are read.
+        """
         self._read = read or captions_of
+        self._folders = tuple(folders)
         self.classes = getattr(read, "names", ())
         self.name = f"dataset {dataset._fingerprint}"
         self._dataset = dataset
@@ -137,7 +143,7 @@ class RowTable(ImageTable):
         self._masks = None if mask_column is None else dataset.select_columns([mask_column])
         self._mask_column = mask_column
         first = dataset[0][image_column] if len(dataset) else None
-        self._has_paths = isinstance(image_of(first), str)
+        self._has_paths = isinstance(image_of(first, self._folders), str)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -148,11 +154,11 @@ class RowTable(ImageTable):
 
     def image(self, row: int) -> str | bytes:
         """The bytes, or the path where the row holds only that."""
-        return image_of(self._dataset[row][self._image_column])
+        return image_of(self._dataset[row][self._image_column], self._folders)
 
     def mask(self, row: int) -> str | bytes | None:
         """That of the mask column."""
-        return None if self._masks is None else image_of(self._masks[row][self._mask_column]) or None
+        return None if self._masks is None else image_of(self._masks[row][self._mask_column], self._folders) or None
 
     def captions(self, row: int) -> tuple[str, ...]:
         """Those of the caption column."""
@@ -171,7 +177,8 @@ class RowTable(ImageTable):
 
     def stamp(self, row: int) -> str:
         """That of the file where rows name files; bytes in the rows change with the dataset's own name."""
-        return stamp_of(self.image(row)) if self._has_paths else ""
+        image = self.image(row) if self._has_paths else b""
+        return stamp_of(image) if isinstance(image, str) else ""
 
 
 def declared(values: dict, size_columns: tuple[str, str]) -> tuple[int, int] | None:
@@ -181,11 +188,50 @@ def declared(values: dict, size_columns: tuple[str, str]) -> tuple[int, int] | N
     return (int(sizes[0]), int(sizes[1])) if is_size else None
 
 
-def image_of(value: dict | None) -> str | bytes:
-    """The path or bytes of an undecoded image of the `datasets` library."""
+GENERATED = ("imagefolder", "videofolder", "audiofolder")  # builders that list files, and write their paths themselves
+
+
+def data_folders(given: Sequence[str | None], builder: str | None, cache_files: Sequence[str] = ()) -> tuple[Path, ...]:
+    """Where the images may lie that a dataset names by their paths.
+
+    Args:
+        given: what the user gave as data: local folders and files, and names of other things.
+        builder: the builder of the `datasets` library; those that list files themselves may name files of its caches.
+        cache_files: of a dataset, from which the builder's own cache follows.
+    """
+    local = [Path(name) for name in given if name is not None and Path(name).exists()]
+    folders = [path if path.is_dir() else path.parent for path in local]
+    if builder in GENERATED:
+        import datasets
+        from huggingface_hub import constants
+
+        folders += [Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
+        folders += [Path(file).parents[4] / "downloads" for file in cache_files if len(Path(file).parents) > 5]
+    return tuple(dict.fromkeys(folder.resolve() for folder in folders))
+
+
+def image_of(value: object, folders: Sequence[Path]) -> str | bytes:
+    """The path or bytes of an undecoded image of the `datasets` library; `Refused` if it may not be read.
+
+    Args:
+        folders: resolved, as of `data_folders`. A row is not trusted: a path must lie within them, links followed.
+    """
     if value is None:
         return b""
-    return value["bytes"] if value["bytes"] is not None else value["path"] or b""
+    if not isinstance(value, dict):
+        return Refused(f"its row holds no image but a {type(value).__name__}")
+    content, path = value.get("bytes"), value.get("path")
+    if content is not None:
+        return content
+    for folder in folders if path else ():
+        try:
+            found = os.path.realpath(folder / path)
+        except (OSError, ValueError):  # a name that no file can have
+            continue
+        if Path(found).is_relative_to(folder):
+            return found
+    shown = path if path is None or len(path) < 80 else f"{path[:77]}..."
+    return Refused(f"its path leads out of the data folder, store its bytes instead: {shown!r}") if path else b""
 
 
 def captions_of(value: object, where: str) -> tuple[str, ...]:

@@ -9,8 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from utils.data.folders import PAIR_SUFFIXES, captions_in, is_image
+from utils.data.images import MOST_BYTES
 from utils.data.tables import ImageTable, stamp_of
 from utils.options import UserError, first_line
+from utils.user_files import open_regular
 
 
 class TarTable(ImageTable):
@@ -59,7 +61,9 @@ class TarTable(ImageTable):
 
     def _read(self, place: np.ndarray) -> bytes:
         shard, begin, length = (int(value) for value in place)
-        with open(self._shards[shard], "rb") as file:
+        if length > MOST_BYTES:
+            raise OSError(f"it has over {MOST_BYTES >> 20} MiB, the most that is read")
+        with open_regular(self._shards[shard]) as file:
             file.seek(begin)
             return file.read(length)
 

@@ -1,0 +1,281 @@
+"""Colours to sRGB: by the ICC profile of an image, or by the primaries and transfer that a PNG, AVIF or HEIF names.
+
+Little CMS converts 8-bit colours, relative colorimetric with black point compensation. What has more bits is converted
+here, by the curves and the matrix of its profile.
+"""
+
+import io
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageCms
+
+MAX_PROFILE = 8 << 20  # bytes
+SAME = 2  # of 255, by which a profile that says the same as sRGB may differ: its curves are tables
+D50 = (0.9642, 1.0, 0.8249)
+BT709 = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), (0.3127, 0.3290))
+"""x and y of red, green, blue and white."""
+PRIMARIES = {  # by H.273's code points, for others those of sRGB
+    9: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), (0.3127, 0.3290)),  # BT.2020
+    11: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), (0.314, 0.351)),  # DCI-P3
+    12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), (0.3127, 0.3290)),  # Display P3
+}
+GAMMAS = {4: 2.2, 5: 2.8, 8: 1.0, 17: 2.6}  # by H.273's code points, for others the curve of sRGB
+HIGH_DYNAMIC_RANGE = (16, 18)  # PQ and HLG
+USUAL_GAMMA = 1 / 2.2  # as gAMA, which with it stands for sRGB's own curve
+UNSUPPORTED = b"unsupported"  # in place of a profile
+GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+INPUT_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+"""PIL's modes by the colour space of a profile."""
+BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+Chromaticities = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a profile does.
+
+    Attributes:
+        mode: PIL's, of the colours that it is for.
+        transform: to sRGB.
+        changes: whether it says something else than sRGB.
+    """
+
+    profile: bytes
+    mode: str
+    transform: ImageCms.ImageCmsTransform
+    changes: bool
+
+    def fits(self, mode: str) -> bool:
+        """Whether it can be the profile of an image of this mode."""
+        if self.mode == "L":
+            return mode in GREY_MODES
+        return mode not in ("CMYK", "LAB") if self.mode == "RGB" else mode == self.mode
+
+
+@lru_cache(maxsize=16)
+def conversion(profile: bytes) -> Conversion | None:
+    """What a profile does; None of one that can't be used."""
+    if len(profile) > MAX_PROFILE:
+        return None
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = INPUT_MODES[opened.profile.xcolor_space.strip()]
+        transform = ImageCms.buildTransform(
+            opened,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (OSError, KeyError, ValueError, TypeError, ImageCms.PyCMSError):
+        return None
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    if mode == "RGB":
+        levels = np.arange(0, 256, 15, dtype=np.uint8)
+        grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+        ramp = Image.fromarray(np.concatenate([np.asarray(ramp.convert("RGB")), grid], axis=1))
+    changes = True
+    if mode in ("RGB", "L"):
+        before, after = (np.asarray(each.convert("RGB")).astype(int) for each in (ramp, transform.apply(ramp)))
+        changes = bool(np.abs(before - after).max() > SAME)
+    return Conversion(profile, mode, transform, changes)
+
+
+def conversion_of(image: Image.Image) -> Conversion | None:
+    """The conversion that an image needs; None where it needs none, or its profile can't be used."""
+    profile = image.info.get("icc_profile")
+    found = conversion(profile) if profile else None
+    return found if found is not None and found.changes and found.fits(image.mode) else None
+
+
+def has_unusable_profile(image: Image.Image) -> bool:
+    """Whether an image's profile is damaged, or not one of its kind of colours."""
+    profile = image.info.get("icc_profile")
+    found = conversion(profile) if profile else None
+    return bool(profile) and (found is None or not found.fits(image.mode))
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """An image of 8 bits in sRGB: itself where it needs no conversion, else one of mode L, LA, RGB or RGBA."""
+    needed = conversion_of(image)
+    if needed is None:
+        return image
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    colours = image if image.mode == needed.mode else image.convert(needed.mode)
+    if needed.mode == "L":
+        found = colours.point(np.rint(_grey_table(needed)).astype(int).tolist())
+    else:
+        found = needed.transform.apply(colours)
+    if alpha is not None:
+        found.putalpha(alpha)
+    found.info.pop("icc_profile", None)
+    return found
+
+
+def grey_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Grey [H, W] from 0 to 255, of more than 8 bits, of an image, in sRGB."""
+    needed = conversion_of(image)
+    if needed is None:
+        return values
+    tags = _tags(needed.profile)
+    curve = tags.get(b"kTRC" if needed.mode == "L" else b"gTRC")
+    linear = None if curve is None else _linear(curve, values / 255)
+    if linear is None:
+        return np.interp(values, np.arange(256), _grey_table(needed)).astype(np.float32)
+    return _encoded(linear).astype(np.float32)
+
+
+def deep_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray | None:
+    """Colours [H, W, 3 or 4] from 0 to 255, of more than 8 bits, of an image, in sRGB.
+
+    None where its profile is not made of curves and a matrix, so that Little CMS has to convert it in 8 bits.
+    """
+    needed = conversion_of(image)
+    if needed is None:
+        return values
+    tags = _tags(needed.profile)
+    curves = [tags.get(name, b"") for name in (b"rTRC", b"gTRC", b"bTRC")]
+    columns = [tags.get(name, b"") for name in (b"rXYZ", b"gXYZ", b"bXYZ")]
+    channels = [_linear(curve, values[..., place] / 255) for place, curve in enumerate(curves)]
+    if b"A2B0" in tags or any(each is None for each in channels) or any(len(each) < 20 for each in columns):
+        return None
+    matrix = np.array([_fixed(each[8:20]) for each in columns]).T
+    linear = np.stack(channels, axis=-1) @ (np.linalg.inv(_matrix(BT709)) @ matrix).T
+    return np.concatenate([_encoded(linear), values[..., 3:]], axis=-1).astype(np.float32)
+
+
+def _as_fixed(numbers) -> bytes:
+    return struct.pack(f">{len(numbers)}i", *(round(float(number) * 65536) for number in numbers))
+
+
+def _matrix(primaries: Chromaticities) -> np.ndarray:
+    """[3, 3] from linear colours of these primaries to XYZ, white adapted to D50."""
+    xyz = np.array([[x / y, 1, (1 - x - y) / y] if y else [np.inf] * 3 for x, y in primaries])
+    white = xyz[3]
+    colours = xyz[:3].T
+    colours = colours * np.linalg.solve(colours, white)
+    ratio = (BRADFORD @ np.array(D50)) / (BRADFORD @ white)
+    return np.linalg.inv(BRADFORD) @ np.diag(ratio) @ BRADFORD @ colours
+
+
+def matrix_profile(primaries: Chromaticities, gamma: float | None) -> bytes:
+    """An ICC profile of these primaries, with a power as transfer function, or sRGB's where that is None.
+
+    Args:
+        primaries: x and y of red, green, blue and white.
+
+    Raises:
+        ValueError: if there are no such colours.
+    """
+    with np.errstate(all="ignore"):
+        try:
+            matrix = _matrix(primaries)
+        except np.linalg.LinAlgError as error:
+            raise ValueError("its primaries are on a line") from error
+    if not np.abs(matrix).max() < 10 or (gamma is not None and not 0.1 < gamma < 10):
+        raise ValueError("its primaries or gamma are of no light")
+    kind, numbers = (0, [gamma]) if gamma is not None else (3, [2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045])
+    curve = b"para" + bytes(4) + struct.pack(">HH", kind, 0) + _as_fixed(numbers)
+    points = dict(zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix.T, strict=True)) | {b"wtpt": D50}
+    tags = {name: b"XYZ " + bytes(4) + _as_fixed(point) for name, point in points.items()}
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    begin = 132 + 12 * len(tags)
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += struct.pack(">4sII", name, begin + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    head = struct.pack(">I4sI", begin + len(body), b"", 0x04200000) + b"mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28)
+    return (head + _as_fixed(D50)).ljust(128, b"\0") + table + body
+
+
+ADOBE_RGB = matrix_profile(((0.64, 0.33), (0.21, 0.71), (0.15, 0.06), (0.3127, 0.3290)), 563 / 256)
+
+
+@lru_cache(maxsize=16)
+def profile_of_code_points(primaries: int, transfer: int) -> bytes | None:
+    """The profile that H.273's code points stand for, as PNG, AVIF and HEIF have them; None for sRGB and unknown ones.
+
+    Those of a high dynamic range stand for a profile that can't be used.
+    """
+    if transfer in HIGH_DYNAMIC_RANGE:
+        return UNSUPPORTED
+    if primaries not in PRIMARIES and transfer not in GAMMAS:
+        return None
+    return matrix_profile(PRIMARIES.get(primaries, BT709), GAMMAS.get(transfer))
+
+
+def profile_of_gamma(chromaticity: tuple[float, ...] | None, gamma: float | None) -> bytes | None:
+    """The profile that a PNG's cHRM and gAMA stand for; None for sRGB.
+
+    Args:
+        chromaticity: x and y of white, red, green and blue.
+        gamma: the power by which light was encoded; that within 5 % of 1/2.2 stands for sRGB's curve.
+    """
+    if gamma is not None and abs(gamma / USUAL_GAMMA - 1) < 0.05:
+        gamma = None
+    if chromaticity is None and gamma is None:
+        return None
+    primaries = BT709
+    if chromaticity is not None:
+        white, red, green, blue = zip(chromaticity[::2], chromaticity[1::2], strict=True)
+        primaries = (red, green, blue, white)
+    try:
+        return matrix_profile(primaries, 1 / gamma if gamma else gamma)
+    except ValueError:
+        return UNSUPPORTED
+
+
+def _encoded(linear: np.ndarray) -> np.ndarray:
+    """From light, 0 to 1, to sRGB, 0 to 255."""
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def _grey_table(needed: Conversion) -> np.ndarray:
+    """[256] the grey in sRGB, 0 to 255, of each of a profile."""
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert(needed.mode)
+    return np.asarray(needed.transform.apply(ramp).convert("RGB"))[0, :, 1].astype(np.float64)
+
+
+def _tags(profile: bytes) -> dict[bytes, bytes]:
+    """The tags of a profile that Little CMS could open."""
+    found = {}
+    for number in range(min(int.from_bytes(profile[128:132], "big"), 100)):
+        name, begin, size = struct.unpack_from(">4sII", profile, 132 + 12 * number)
+        found[name] = profile[begin : begin + size]
+    return found
+
+
+def _linear(curve: bytes, values: np.ndarray) -> np.ndarray | None:
+    """Light of values from 0 to 1 by an ICC curve; None where it is of a kind that can't be read."""
+    if curve[:4] == b"curv" and len(curve) >= 12:
+        count = int.from_bytes(curve[8:12], "big")
+        points = np.frombuffer(curve[12 : 12 + 2 * count], ">u2")
+        if len(points) != count:
+            return None
+        if count < 2:
+            return values ** (points[0] / 256) if count else values
+        return np.interp(values, np.linspace(0, 1, count), points / 65535)
+    lengths = {0: 1, 1: 3, 2: 4, 3: 5, 4: 7}
+    kind = int.from_bytes(curve[8:10], "big")
+    if curve[:4] != b"para" or kind not in lengths or len(curve) < 12 + 4 * lengths[kind]:
+        return None
+    numbers = _fixed(curve[12 : 12 + 4 * lengths[kind]])
+    power, scale, shift, slope, edge, high, low = (*numbers, *(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)[len(numbers) - 1 :])
+    if kind in (1, 2):
+        edge, slope = -shift / scale if scale else 0.0, 0.0
+        high = low = numbers[3] if kind == 2 else 0.0
+    light = np.maximum(scale * values + shift, 0) ** power + high
+    return np.where(values >= edge, light, slope * values + low)
+
+
+def _fixed(content: bytes) -> list[float]:
+    """Numbers of 15.16 bits."""
+    return [number / 65536 for number in struct.unpack(f">{len(content) // 4}i", content)]
