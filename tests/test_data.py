@@ -973,12 +973,16 @@ class TestOddNamesAndLines:
 
 def test_an_edited_file_that_a_dataset_names_is_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.data.headers.SETTLED_NANOSECONDS", 0)
-    file = make_picture(tmp_path / "images" / "a.png", (40, 48))
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "data.jsonl").write_text(json.dumps({"image": str(file), "text": "x"}))
-    first = survey(records_of(dataset_name=str(tmp_path / "data")), tmp_path / "memory")
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    file = make_picture(tmp_path / "data" / "a.png", (40, 48))
+    rows = pa.table({"image": [str(file)], "text": ["x"]})
+    pyarrow.parquet.write_table(rows, tmp_path / "data" / "rows.parquet")
+    source = {"train_data_dir": str(tmp_path / "data"), "data_format": "parquet"}
+    first = survey(records_of(**source), tmp_path / "memory")
     make_picture(file, (64, 48))
-    second = survey(records_of(dataset_name=str(tmp_path / "data")), tmp_path / "memory")
+    second = survey(records_of(**source), tmp_path / "memory")
     assert (first.sizes.tolist(), second.sizes.tolist()) == ([[40, 48]], [[64, 48]])
 
 

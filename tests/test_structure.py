@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -46,6 +47,20 @@ def test_families_stay_in_their_place():
         if word in path.read_text().replace("text_encoder_2_lr", "")
     ]
     assert not offences
+
+
+def test_one_function_opens_images():
+    """Formats, sizes and colours are judged there alone."""
+    ways = re.compile(
+        r"\bImage\s*\.\s*open\b|from PIL\.Image import|import PIL\.Image as|from PIL import .*Image as|\bImageFile\b|"
+        r"\b(imread|imageio|cv2|skimage|load_image|decode_image|read_image|decode_jpeg|decode_png)\b"
+    )
+    found = {
+        str(path.relative_to(ROOT)): ways.findall(path.read_text())
+        for path in [*(ROOT / "utils").rglob("*.py"), *ROOT.glob("*.py")]
+    }
+    opened_in = {name: len(uses) for name, uses in found.items() if uses}
+    assert opened_in == {"utils/data/images.py": 1}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

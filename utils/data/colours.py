@@ -63,14 +63,11 @@ def conversion(profile: bytes) -> Conversion | None:
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = INPUT_MODES[opened.profile.xcolor_space.strip()]
-        transform = ImageCms.buildTransform(
-            opened,
-            ImageCms.createProfile("sRGB"),
-            mode,
-            "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
+        flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+        if mode == "LAB":  # whose table, made for speed, is off by 12 of 255
+            flags |= ImageCms.Flags.NOOPTIMIZE
+        srgb, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
+        transform = ImageCms.buildTransform(opened, srgb, mode, "RGB", intent, flags)
     except (OSError, KeyError, ValueError, TypeError, ImageCms.PyCMSError):
         return None
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
@@ -195,6 +192,7 @@ def matrix_profile(primaries: Chromaticities, gamma: float | None) -> bytes:
     return (head + _as_fixed(D50)).ljust(128, b"\0") + table + body
 
 
+LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 ADOBE_RGB = matrix_profile(((0.64, 0.33), (0.21, 0.71), (0.15, 0.06), (0.3127, 0.3290)), 563 / 256)
 
 

@@ -87,6 +87,7 @@ UNREAD_SUFFIXES = {
 """Endings of pictures and videos that are never read, by their kind."""
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in UNREAD_SUFFIXES.items() for suffix in suffixes}
 MOST_BYTES = 1 << 30  # of a file
+STRIP_HEIGHT = 512
 FULL_PIXELS = 89_478_485  # PIL's own limit; what has more is read in half its size
 MOST_PIXELS = 1 << 28
 MOST_PIXELS_PER_BYTE = (
@@ -474,10 +475,19 @@ def _layers(image: Image.Image, transparency_color: str) -> tuple[Image.Image, I
         return Image.fromarray(grey_to_srgb(grey, image).round().astype(np.uint8)).convert("RGB"), None
     image = to_srgb(image)
     if image.mode in ALPHA_MODES or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        ground = Image.new("RGBA", rgba.size, transparency_color)
-        return Image.alpha_composite(ground, rgba).convert("RGB"), rgba.getchannel("A")
+        return _flattened(image, transparency_color)
     return image if image.mode == "RGB" else image.convert("RGB"), None
+
+
+def _flattened(image: Image.Image, color: str) -> tuple[Image.Image, Image.Image]:
+    """(a transparent image laid on a colour, its alpha channel), strip by strip: whole copies would take gigabytes."""
+    rgb, alpha = Image.new("RGB", image.size), Image.new("L", image.size)
+    for top in range(0, image.height, STRIP_HEIGHT):
+        strip = image.crop((0, top, image.width, min(top + STRIP_HEIGHT, image.height))).convert("RGBA")
+        ground = Image.new("RGBA", strip.size, color)
+        rgb.paste(Image.alpha_composite(ground, strip), (0, top))
+        alpha.paste(strip.getchannel("A"), (0, top))
+    return rgb, alpha
 
 
 def deep_grey(image: Image.Image) -> np.ndarray | None:

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from utils.data.colours import ADOBE_RGB, profile_of_code_points, profile_of_gamma
+from utils.data.colours import ADOBE_RGB, LAB, profile_of_code_points, profile_of_gamma
 
 HEAD_SIZE = 4096
 BOXES_SIZE = 1 << 20  # within which an AVIF, HEIF or JPEG 2000 says its colours
@@ -66,6 +66,8 @@ def profile_in(image: Image.Image, file: BinaryIO) -> bytes | None:
     In PNG cICP, sRGB, or gAMA and cHRM; in AVIF and HEIF the code points; in JPEG 2000 its own box; the mark of Adobe
     RGB in EXIF.
     """
+    if image.mode == "LAB":  # of TIFF
+        return LAB
     profile = image.info.get("icc_profile")
     if profile:
         return profile
