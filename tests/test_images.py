@@ -202,6 +202,8 @@ class TestFormats:
         for source in (content, str(tmp_path / "x.png")):
             assert np.array_equal(np.asarray(read_rgb(source)), expected)
             assert set(read_header(source).oddities) - {"palette"} == {"under 64 pixels"}
+            precise = np.array(read_deep(source, 3, "white")[0])
+            assert np.array_equal(precise, expected)
         for length in (*range(40), len(content) // 2):  # whatever comes, only these two errors do
             try:
                 read_rgb(content[:length])

@@ -6,6 +6,7 @@ here, by the curves and the matrix of its profile.
 
 import io
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -89,6 +90,12 @@ def conversion_of(image: Image.Image) -> Conversion | None:
     return found if found is not None and found.changes and found.fits(image.mode) else None
 
 
+def strips(shape: tuple[int, ...]) -> Iterator[slice]:
+    """The rows of an image [H, W, ...] in parts of about a million pixels."""
+    height = max(1, (1 << 20) // shape[1])
+    return (slice(begin, begin + height) for begin in range(0, shape[0], height))
+
+
 def has_unusable_profile(image: Image.Image) -> bool:
     """Whether an image's profile is damaged, or not one of its kind of colours."""
     profile = image.info.get("icc_profile")
@@ -123,10 +130,13 @@ def grey_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray:
         return values
     tags = _tags(needed.profile)
     curve = tags.get(b"kTRC" if needed.mode == "L" else b"gTRC")
-    linear = None if curve is None else _linear(curve, values / 255)
-    if linear is None:
-        return np.interp(values, np.arange(256), _grey_table(needed)).astype(np.float32)
-    return _encoded(linear).astype(np.float32)
+    if curve is None or _linear(curve, values[:1]) is None:
+        curve, table = None, _grey_table(needed)
+    found = np.empty_like(values)
+    for strip in strips(values.shape):
+        linear = None if curve is None else _linear(curve, values[strip] / 255)
+        found[strip] = np.interp(values[strip], np.arange(256), table) if linear is None else _encoded(linear)
+    return found
 
 
 def deep_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray | None:
@@ -140,12 +150,17 @@ def deep_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray | None:
     tags = _tags(needed.profile)
     curves = [tags.get(name, b"") for name in (b"rTRC", b"gTRC", b"bTRC")]
     columns = [tags.get(name, b"") for name in (b"rXYZ", b"gXYZ", b"bXYZ")]
-    channels = [_linear(curve, values[..., place] / 255) for place, curve in enumerate(curves)]
-    if b"A2B0" in tags or any(each is None for each in channels) or any(len(each) < 20 for each in columns):
+    is_matrix = all(len(each) >= 20 for each in columns) and all(
+        _linear(each, np.zeros(1)) is not None for each in curves
+    )
+    if b"A2B0" in tags or not is_matrix:
         return None
-    matrix = np.array([_fixed(each[8:20]) for each in columns]).T
-    linear = np.stack(channels, axis=-1) @ (np.linalg.inv(_matrix(BT709)) @ matrix).T
-    return np.concatenate([_encoded(linear), values[..., 3:]], axis=-1).astype(np.float32)
+    matrix = np.linalg.inv(_matrix(BT709)) @ np.array([_fixed(each[8:20]) for each in columns]).T
+    found = values.copy()
+    for strip in strips(values.shape):
+        channels = [_linear(curve, values[strip][..., place] / 255) for place, curve in enumerate(curves)]
+        found[strip][..., :3] = _encoded(np.stack(channels, axis=-1) @ matrix.T)
+    return found
 
 
 def _as_fixed(numbers) -> bytes:

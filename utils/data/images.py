@@ -17,7 +17,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from PIL import Image, ImageColor, ImageEnhance, ImageOps, PngImagePlugin
 
-from utils.data.colours import conversion_of, grey_to_srgb, has_unusable_profile, to_srgb
+from utils.data.colours import conversion_of, grey_to_srgb, has_unusable_profile, strips, to_srgb
 from utils.data.signatures import HEAD_SIZE, is_raw, jxl_size, kind_of, profile_in
 from utils.options import UserError, first_line, option, require, require_fraction, require_positive
 from utils.records import Crop, RecordPass
@@ -87,12 +87,12 @@ UNREAD_SUFFIXES = {
 """Endings of pictures and videos that are never read, by their kind."""
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in UNREAD_SUFFIXES.items() for suffix in suffixes}
 MOST_BYTES = 1 << 30  # of a file
-STRIP_HEIGHT = 512
 FULL_PIXELS = 89_478_485  # PIL's own limit; what has more is read in half its size
 MOST_PIXELS = 1 << 28
 MOST_PIXELS_PER_BYTE = (
     100  # of what has more than FULL_PIXELS; photographs have 3 to 30, plain colours in PNG 130 to 8000
 )
+MANY_PIXELS, MOST_OF_MANY_PER_BYTE = 1 << 24, 20_000  # one colour as PNG or GIF has up to 8000 pixels a byte
 Image.MAX_IMAGE_PIXELS = None  # PIL warns at its limit and knows none for large photographs; `check_pixels` judges
 warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read", module="PIL.TiffImagePlugin")
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # workflows and profiles of many MB
@@ -335,10 +335,11 @@ def check_pixels(size: tuple[int, int], num_bytes: int) -> None:
     pixels = size[0] * size[1]
     if pixels > MOST_PIXELS:
         raise ValueError(f"{size[0]}x{size[1]} pixels are over the limit of {MOST_PIXELS}")
-    if pixels > FULL_PIXELS and num_bytes * MOST_PIXELS_PER_BYTE < pixels:
+    limit, most = (FULL_PIXELS, MOST_PIXELS_PER_BYTE) if pixels > FULL_PIXELS else (MANY_PIXELS, MOST_OF_MANY_PER_BYTE)
+    if pixels > limit and num_bytes * most < pixels:
         raise ValueError(
             f"{size[0]}x{size[1]} pixels in {num_bytes} bytes are no photograph but a decompression bomb; "
-            f"over {FULL_PIXELS} pixels need a byte for each {MOST_PIXELS_PER_BYTE}"
+            f"over {limit} pixels need a byte for each {most}"
         )
 
 
@@ -472,7 +473,7 @@ def _layers(image: Image.Image, transparency_color: str) -> tuple[Image.Image, I
     """The same as `read_layers`, of a decoded image."""
     grey = deep_grey(image)
     if grey is not None:
-        return Image.fromarray(grey_to_srgb(grey, image).round().astype(np.uint8)).convert("RGB"), None
+        return Image.fromarray(np.rint(grey_to_srgb(grey, image), out=grey).astype(np.uint8)).convert("RGB"), None
     image = to_srgb(image)
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         return _flattened(image, transparency_color)
@@ -482,11 +483,11 @@ def _layers(image: Image.Image, transparency_color: str) -> tuple[Image.Image, I
 def _flattened(image: Image.Image, color: str) -> tuple[Image.Image, Image.Image]:
     """(a transparent image laid on a colour, its alpha channel), strip by strip: whole copies would take gigabytes."""
     rgb, alpha = Image.new("RGB", image.size), Image.new("L", image.size)
-    for top in range(0, image.height, STRIP_HEIGHT):
-        strip = image.crop((0, top, image.width, min(top + STRIP_HEIGHT, image.height))).convert("RGBA")
+    for rows in strips(image.size[::-1]):
+        strip = image.crop((0, rows.start, image.width, min(rows.stop, image.height))).convert("RGBA")
         ground = Image.new("RGBA", strip.size, color)
-        rgb.paste(Image.alpha_composite(ground, strip), (0, top))
-        alpha.paste(strip.getchannel("A"), (0, top))
+        rgb.paste(Image.alpha_composite(ground, strip), (0, rows.start))
+        alpha.paste(strip.getchannel("A"), (0, rows.start))
     return rgb, alpha
 
 
@@ -497,13 +498,17 @@ def deep_grey(image: Image.Image) -> np.ndarray | None:
     65535 by their largest.
     """
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
-        return (values * (1 / 257 if values.max() <= 65535 else 255 / (2**31 - 1))).clip(0, 255).astype(np.float32)
-    if image.mode == "F":  # of TIFF
+        values = np.asarray(image)
+        scale = np.float64(1 / 257 if values.max() <= 65535 else 255 / (2**31 - 1))
+    elif image.mode == "F":  # of TIFF
         values = np.nan_to_num(np.asarray(image))
         scale = 255 if values.max() <= 1 else 1 if values.max() <= 255 else 1 / 257
-        return (values * scale).clip(0, 255)
-    return None
+    else:
+        return None
+    found = np.empty(values.shape, np.float32)
+    for strip in strips(values.shape):  # float64 of all of it would take gigabytes
+        found[strip] = (values[strip] * scale).clip(0, 255)
+    return found
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def _sixteen_bits(source: str | bytes, high: Image.Image) -> np.ndarray | None:
         high: the image as PIL decodes it.
     """
     with open_image(source) as opened:
-        modes = {tile.args if isinstance(tile.args, str) else tile.args[0] for tile in opened.tile}
+        modes = {tile.args if isinstance(tile.args, str) else (tile.args or [""])[0] for tile in opened.tile}
         image_is_halved = is_halved(opened)
     if not modes or not modes <= OTHER_HALF.keys() or "transparency" in high.info:
         return None
