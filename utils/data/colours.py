@@ -123,6 +123,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     return found
 
 
+@np.errstate(all="ignore")
 def grey_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray:
     """Grey [H, W] from 0 to 255, of more than 8 bits, of an image, in sRGB."""
     needed = conversion_of(image)
@@ -139,6 +140,7 @@ def grey_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray:
     return found
 
 
+@np.errstate(all="ignore")
 def deep_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray | None:
     """Colours [H, W, 3 or 4] from 0 to 255, of more than 8 bits, of an image, in sRGB.
 
@@ -150,10 +152,8 @@ def deep_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray | None:
     tags = _tags(needed.profile)
     curves = [tags.get(name, b"") for name in (b"rTRC", b"gTRC", b"bTRC")]
     columns = [tags.get(name, b"") for name in (b"rXYZ", b"gXYZ", b"bXYZ")]
-    is_matrix = all(len(each) >= 20 for each in columns) and all(
-        _linear(each, np.zeros(1)) is not None for each in curves
-    )
-    if b"A2B0" in tags or not is_matrix:
+    can_be_read = [len(each) >= 20 for each in columns] + [_linear(each, np.zeros(1)) is not None for each in curves]
+    if b"A2B0" in tags or not all(can_be_read):
         return None
     matrix = np.linalg.inv(_matrix(BT709)) @ np.array([_fixed(each[8:20]) for each in columns]).T
     found = values.copy()
@@ -247,7 +247,7 @@ def profile_of_gamma(chromaticity: tuple[float, ...] | None, gamma: float | None
 
 def _encoded(linear: np.ndarray) -> np.ndarray:
     """From light, 0 to 1, to sRGB, 0 to 255."""
-    linear = linear.clip(0, 1)
+    linear = np.nan_to_num(linear).clip(0, 1)  # a damaged curve may be of no number
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
