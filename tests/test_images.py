@@ -612,6 +612,14 @@ class TestColours:
         begin = content.index(b"colrnclx") + 8
         self.close(content[:begin] + struct.pack(">HH", 12, 13) + content[begin + 4 :], is_exact=False)
 
+    def test_jpeg_2000_by_the_profile_that_pil_does_not_read(self):
+        content = encoded(as_image(in_display_p3(self.VALUES)), "JPEG2000")
+        begin, outer = content.index(b"colr") - 4, content.index(b"jp2h") - 4
+        length, size = (int.from_bytes(content[at : at + 4], "big") for at in (begin, outer))
+        box = struct.pack(">I4sBBB", 11 + len(P3), b"colr", 2, 0, 0) + P3
+        head = content[:outer] + struct.pack(">I", size + len(box) - length) + content[outer + 4 : begin]
+        self.close(head + box + content[begin + length :], is_exact=False)
+
     def test_jpeg_by_the_mark_that_cameras_leave(self):
         exif = Image.Exif()
         exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
