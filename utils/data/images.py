@@ -89,11 +89,9 @@ _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in UNREAD_SUFFIXES.items() fo
 MOST_BYTES = 1 << 30  # of a file
 FULL_PIXELS = 89_478_485  # PIL's own limit; what has more is read in half its size
 MOST_PIXELS = 1 << 28
-MOST_PIXELS_PER_BYTE = (
-    100  # of what has more than FULL_PIXELS; photographs have 3 to 30, plain colours in PNG 130 to 8000
-)
+MOST_PIXELS_PER_BYTE = 100  # of what has over FULL_PIXELS; photographs have 1 to 40, one colour as PNG 130 to 8000
 MANY_PIXELS, MOST_OF_MANY_PER_BYTE = 1 << 24, 20_000  # one colour as PNG or GIF has up to 8000 pixels a byte
-Image.MAX_IMAGE_PIXELS = None  # PIL warns at its limit and knows none for large photographs; `check_pixels` judges
+Image.MAX_IMAGE_PIXELS = None  # PIL only warns at its limit; `check_pixels` judges
 warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read", module="PIL.TiffImagePlugin")
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # workflows and profiles of many MB
 ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
@@ -296,7 +294,7 @@ def _opened(source: str | bytes) -> BinaryIO:
 
 
 def _identify(file: BinaryIO) -> Image.Image:
-    """The image of an open file, as `open_image` gives it."""
+    """The image of an open file, as `open_image` returns it."""
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     kind = kind_of(file.read(HEAD_SIZE))
@@ -465,7 +463,7 @@ def read_mask(source: str | bytes) -> Image.Image:
 
 
 def read_layers(source: str | bytes, transparency_color: str) -> tuple[Image.Image, Image.Image | None]:
-    """(what `read_rgb` gives, the alpha channel, "L", or None of an opaque image)."""
+    """(what `read_rgb` returns, the alpha channel, "L", or None of an opaque image)."""
     return _layers(decode(source), transparency_color)
 
 
