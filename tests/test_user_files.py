@@ -1,0 +1,240 @@
+"""Text that a user or a stranger wrote ends in a value or in one line, whatever it holds, and in little time."""
+
+import contextlib
+import os
+import random
+import socket
+import stat
+import time
+
+import pytest
+
+from utils import user_files
+from utils.options import UserError
+from utils.user_files import FileError, check_encoding, decode, parse_json, parse_yaml, read_bytes, read_json, short
+
+TEXTS = {
+    "gb18030": ["一只猫", "一只猫坐在草地上", "一个女孩,长发,微笑,站在海边"],
+    "cp932": ["草の上に座っている猫", "赤いりんごの写真", "女の子"],
+    "big5hkscs": ["一隻貓坐在草地上", "長髮的女孩在海邊微笑"],
+    "cp949": ["풀밭에 앉아 있는 고양이", "빨간 사과 사진"],
+    "euc_jis_2004": ["草の上に座っている猫"],
+    "cp1251": ["кот сидит на траве", "Девушка с длинными волосами", "дом"],
+    "koi8-r": ["кот сидит на траве"],
+    "cp1252": [
+        "a café",
+        "à la carte",
+        "une fille à la plage, l’été",
+        "niño",
+        "“a dog” – sitting",
+        "Müller",
+        "½ cup",
+        "©2020",
+    ],
+    "cp1250": ["źdźbło trawy i kot", "pes sedí na trávě"],
+    "cp1253": ["μια γάτα στο γρασίδι"],
+    "iso2022_jp_2": ["草の上に座っている猫"],
+}
+UNICODE = ("utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+
+
+@pytest.fixture(autouse=True)
+def _in_time():
+    begin = time.monotonic()
+    yield
+    assert time.monotonic() - begin < 10  # on a busy machine
+
+
+class TestOpen:
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+    def test_nothing_but_regular_files_is_opened(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "link").symlink_to("pipe")
+        (tmp_path / "loop").symlink_to("loop")
+        (tmp_path / "null").symlink_to("/dev/zero")
+        (tmp_path / "socket").symlink_to("s")
+        (tmp_path / "whole.txt").write_text("a dog")
+        (tmp_path / "fine.txt").symlink_to("whole.txt")
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(tmp_path / "s"))
+            reasons = {}
+            for name in ("pipe", "link", "loop", "null", "socket", "s", "."):
+                with pytest.raises(FileError, match=str(tmp_path)) as raised:
+                    read_bytes(tmp_path / name, 10)
+                reasons[name] = raised.value.reason
+        assert reasons == {
+            "pipe": "is a pipe, not a file",
+            "link": "is a pipe, not a file",
+            "loop": "is a link that leads to itself",
+            "null": "is a device, not a file",
+            "socket": "is a socket, not a file",
+            "s": "is a socket, not a file",
+            ".": "is a folder, not a file",
+        }
+        assert read_bytes(tmp_path / "fine.txt", 10) == b"a dog"
+        with pytest.raises(FileNotFoundError):
+            read_bytes(tmp_path / "nothing", 10)
+        with pytest.raises(FileError, match="is no name of a file"):
+            read_bytes("a\0b", 10)
+
+    def test_a_descriptor_is_closed_and_not_inherited(self, tmp_path):
+        (tmp_path / "a").write_text("a")
+        with user_files.open_regular(tmp_path / "a") as file:
+            assert not os.get_inheritable(file.fileno())
+            assert stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+
+    def test_a_sparse_file_costs_nothing(self, tmp_path):
+        with (tmp_path / "sparse.txt").open("wb") as file:
+            file.truncate(5 * 10**9)
+        with pytest.raises(FileError, match=r"sparse.txt: has 5 GB; at most 1.07 GB are read"):
+            user_files.read_text(tmp_path / "sparse.txt")
+
+    def test_files_without_a_size_are_bounded_too(self):
+        with pytest.raises(FileError, match="at most 3 bytes"):
+            read_bytes("/proc/self/status", 3)
+
+
+class TestEncodings:
+    @pytest.mark.parametrize("encoding", TEXTS)
+    def test_legacy_encodings_are_guessed_and_marked(self, encoding):
+        for text in TEXTS[encoding]:
+            assert decode(text.encode(encoding)) == (text, encoding, True)
+
+    @pytest.mark.parametrize("encoding", UNICODE)
+    def test_unicode_with_and_without_a_mark(self, encoding):
+        for text in [*TEXTS["cp932"][:2], *TEXTS["cp1252"], *TEXTS["cp1251"], "a dog\nруки\n", "a, b"]:
+            found = decode(text.encode(encoding))
+            assert found.text == text
+            assert found.is_guess == encoding.endswith(("le", "be"))
+
+    def test_what_the_user_says_is_taken(self):
+        assert decode("猫".encode("gb18030"), "gbk") == ("猫", "gbk", False)
+        assert decode("猫".encode("utf-16"), "gbk") == ("猫", "utf-16", False)  # its mark is certain
+        with pytest.raises(ValueError, match="is not cp932 at byte 0; say its encoding with --text_encoding"):
+            decode(b"\x81", "cp932")
+
+    @pytest.mark.parametrize(
+        "content", [b"a\x00b\x00\x00\x01\xd8", bytes(range(256)), b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"]
+    )
+    def test_binary_files_are_no_text(self, content):
+        with pytest.raises(ValueError, match=r"no text|no encoding"):
+            decode(content)
+
+    def test_damaged_utf_8_is_not_taken_for_another_encoding(self):
+        with pytest.raises(ValueError, match="is damaged UTF-8"):
+            decode("草の上に座っている猫".encode()[:-1])
+
+    @pytest.mark.parametrize("name", ["klingon", "hex", "idna", "unicode_escape", "a\0b", "x" * 10_000])
+    def test_what_is_no_encoding_is_refused(self, name):
+        with pytest.raises(UserError, match="--text_encoding must be an encoding"):
+            check_encoding(name, "text_encoding")
+
+
+def bomb(levels: int = 9) -> str:
+    """YAML of a few lines that is 10^levels values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+class TestStructured:
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("[" * 200_000, "is nested more than 100 deep"),
+            ("[" * 101 + "]" * 101, "is nested more than 100 deep"),
+            ('{"a":' * 150 + "1" + "}" * 150, "is nested more than 100 deep"),
+            ("[1,\n2,]", "is no JSON: .*: line 2, column 3"),
+            ("1" * 5000, "holds a number of 5000 digits; at most 300 are read"),
+            ('{"a": 1, "a": 2}', "names 'a' twice, with different values"),
+            ("", "is no JSON: .*: line 1, column 1"),
+        ],
+    )
+    def test_json(self, text, reason):
+        with pytest.raises(FileError, match=f"^f.json: {reason}"):
+            parse_json(text, "f.json")
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            (bomb(), r"more than 100000 values at line 5, with aliases \(\*name\) expanded"),
+            ("&a [*a]", r"\*a at line 1 stands within what it refers to"),
+            ("[" * 200_000, "is nested more than 100 deep at line 1"),
+            ("- a: 1\n  a: 2", "'a' stands twice in a mapping: line 1, column 3"),
+            ("x: " + "1" * 1000, "a number of 1000 digits: line 1, column 4"),
+            ("x: 1" + ":00" * 1000, "a number of 3001 digits"),
+            ("x: 2001-99-99", "month must be in 1..12"),
+            ("x: !!timestamp z", ""),
+            ("x: !!set [1]", ""),
+            ("x: !!bool z", ""),
+            ("x: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+            ("{a: 1, b", "expected ',' or '}', but got '<stream end>': line 1, column 9"),
+            ("x: " + "y" * 10**5, "a value of 100000 characters at line 1"),
+            ("a\x01", "unacceptable character"),
+        ],
+    )
+    def test_yaml(self, text, reason):
+        with pytest.raises(FileError, match=f"^f.yaml: is no YAML: {reason}"):
+            parse_yaml(text, "f.yaml")
+
+    def test_aliases_in_bounds_are_fine(self):
+        assert parse_yaml("a: &a {k: 1}\nb: {<<: *a, l: 2}\nc: *a", "") == {
+            "a": {"k": 1},
+            "b": {"k": 1, "l": 2},
+            "c": {"k": 1},
+        }
+
+    def test_values_are_shown_in_short(self):
+        nested = ["x"] * 10
+        for _ in range(12):
+            nested = [nested] * 10
+        endless: list = []
+        endless.append(endless)
+        for value in (
+            nested,
+            endless,
+            "x" * 10**7,
+            b"x" * 10**7,
+            10**10_000,
+            dict.fromkeys(range(10**5), nested),
+            "a\nb\x1b",
+        ):
+            assert len(short(value)) <= 100
+            assert short(value).isprintable()
+
+    def test_json_files_in_any_encoding(self, tmp_path):
+        (tmp_path / "a.json").write_bytes('{"a": "é"}'.encode("utf-16"))
+        assert read_json(tmp_path / "a.json") == {"a": "é"}
+
+    def test_mutated_files_end_in_a_value_or_one_line(self):
+        draw = random.Random(0)
+        seeds = ['{"file_name": "a.png", "text": ["x", null, 1e5]}', "- &a {x: 1}\n- *a\n- 2001-01-01\n- !!set {a}\n"]
+        pieces = [
+            b"[",
+            b"*a",
+            b"&a ",
+            b"!!int ",
+            b"\0",
+            b"\xff\xfe",
+            b"? ",
+            b"<<: ",
+            b"9" * 400,
+            b'"',
+            b"\\ud800",
+            b"NaN",
+        ]
+        for _ in range(500):
+            content = bytearray(draw.choice(seeds).encode(draw.choice(["utf-8", "utf-16", "gb18030"])))
+            for _ in range(draw.randrange(1, 5)):
+                place = draw.randrange(len(content))
+                if draw.random() < 0.5:
+                    content[place] ^= 1 << draw.randrange(8)
+                else:
+                    content[place:place] = draw.choice(pieces) * draw.choice([1, 120])
+            try:
+                text = decode(bytes(content)).text
+            except ValueError:
+                text = content.decode("latin-1")
+            for parse in (parse_json, parse_yaml):
+                with contextlib.suppress(FileError):
+                    assert len(short(parse(text, "file"))) <= 100
