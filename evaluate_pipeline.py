@@ -82,6 +82,7 @@ from utils.runtime import (
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
 from utils.stopping import StopRequests
 from utils.terminal import one_line, print_line, set_up_logging
+from utils.user_files import FileError, read_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -285,10 +286,8 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) ->
     base = pipeline.pipeline
     if base is None:
         try:
-            base = json.loads((folder / "run.json").read_text(encoding="utf-8"))["options"][
-                "pretrained_model_name_or_path"
-            ]
-        except (OSError, ValueError, KeyError, TypeError):
+            base = read_json(folder / "run.json")["options"]["pretrained_model_name_or_path"]
+        except (OSError, FileError, KeyError, TypeError):
             base = None
         if base is None and (folder / "model_index.json").is_file():
             base = str(folder)  # trained from nothing: the result gives what checkpoints leave out

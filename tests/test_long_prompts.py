@@ -65,6 +65,21 @@ class TestTokenize:
         two.pad_token = "!"
         return [one, two]
 
+    def test_concepts_of_several_vectors_are_read_as_the_pipelines_read_them(self, tmp_path):
+        tokenizers, captions = self.tokenizers(tmp_path), ["a <cat> sat", "<dog>,<cat>", SHORT]
+        plain = Tokenize(tokenizers)(captions[2:])
+        for each in tokenizers:
+            each.add_tokens(["<cat>", "<cat>_1", "<cat>_2", "<dog>"])
+        written_out = ["a <cat> <cat>_1 <cat>_2 sat", "<dog>,<cat> <cat>_1 <cat>_2", SHORT]
+        tokenize = pickle.loads(pickle.dumps(Tokenize(tokenizers)))
+        for number, each in enumerate(tokenizers):
+            expected = each(written_out, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            assert torch.equal(tokenize(captions)[:, number], expected)
+        assert torch.equal(tokenize(captions)[2:], plain)
+        assert tokenize.num_tokens(captions).tolist() == [
+            len(ids) for ids in tokenizers[0](written_out, add_special_tokens=False).input_ids
+        ]
+
     def test_one_chunk_is_what_the_tokenizer_gives(self, tmp_path):
         tokenizers, captions = self.tokenizers(tmp_path), ["", SHORT, "b" * 75, "b" * 76, LONG]
         ids = Tokenize(tokenizers)(captions)

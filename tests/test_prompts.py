@@ -62,6 +62,48 @@ def test_prompts_files_are_read_as_they_are_written(tmp_path, name, text, found)
         assert [prompt.text for prompt in read_prompts(PromptOptions(prompts_file=str(file)))] == found
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("p.txt", "一只猫坐在草地上\n红色的苹果".encode("gbk"), ["一只猫坐在草地上", "红色的苹果"]),
+        ("p.txt", "a café".encode("utf-16"), ["a café"]),
+        ("p.csv", "nr;prompt\n1;à la plage, l’été\n".encode("cp1252"), ["à la plage, l’été"]),
+        ("p.tsv", b"prompt\tn\na, b\t1\n", ["a, b"]),
+        ("p.csv", b'n, text\n1, "a, b"\n', ["a, b"]),
+        ("p.json", b'["\\ud83d a"]', ["? a"]),
+        ("p.csv", b"n,prompt\n1\n", "line 2: fewer cells than the 2 columns"),
+        ("p.csv", b"n,prompt\n1,a,b\n", "line 2: more cells than the 2 columns; put a text with a comma in quotes"),
+        ("p.json", b"[" * 200_000, "is nested more than 100 deep"),
+        ("p.jsonl", b'"a"\n' + b"[" * 200_000, "line 2: is nested more than 100 deep"),
+        ("p.jsonl", b'{"prompt": ["a"]}', r"line 1: prompt must be a text, got \['a'\]"),
+        ("p.json", b"1" * 5000, "holds a number of 5000 digits"),
+        ("p.txt", b"x" * 100_000, "line 1 has a prompt of 100,000 characters; at most 65,536 are read"),
+        ("p.txt", bytes(range(256)), "is no text"),
+    ],
+)
+def test_prompts_files_in_any_encoding_and_whatever_they_hold(tmp_path, name, content, found):
+    (tmp_path / name).write_bytes(content)
+    options = PromptOptions(prompts_file=str(tmp_path / name))
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found) as raised:
+            read_prompts(options)
+        assert f"--prompts_file {tmp_path / name}" in str(raised.value)
+        assert len(str(raised.value)) < 500
+    else:
+        assert [prompt.text for prompt in read_prompts(options)] == found
+
+
+def test_the_encoding_of_prompts_can_be_said(tmp_path, caplog):
+    (tmp_path / "p.txt").write_bytes("猫".encode("gbk"))  # which is UTF-8 of another letter
+    (tmp_path / "r.txt").write_bytes("кот сидит".encode("cp1251"))
+    options = {"prompts_file": str(tmp_path / "p.txt")}
+    assert [prompt.text for prompt in read_prompts(PromptOptions(**options))] == ["è"]
+    assert [prompt.text for prompt in read_prompts(PromptOptions(**options, text_encoding="gbk"))] == ["猫"]
+    assert not caplog.records
+    assert read_prompts(PromptOptions(prompts_file=str(tmp_path / "r.txt")))[0].text == "кот сидит"
+    assert "1 text is not UTF-8 and read as cp1251, a guess; give --text_encoding if it is wrong" in caplog.text
+
+
 def test_ragged_rows_and_numbers_that_are_not_meant_are_refused(tmp_path):
     (tmp_path / "p.csv").write_text("id,prompt\n1,a,b\n")
     with pytest.raises(UserError, match="line 2"):

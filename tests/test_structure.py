@@ -63,6 +63,61 @@ def test_one_function_opens_images():
     assert opened_in == {"utils/data/images.py": 1}
 
 
+OTHER_READS = {  # what is read past utils/user_files.py, and why that is no text of a user
+    "utils/adaptation.py": ("read_text loads", "the config that save_pretrained wrote a line before"),
+    "utils/background.py": ("read_text", "/proc/meminfo"),
+    "utils/checkpoint.py": ("open read_text loads", "the run's own state, and its files of tensors in blocks"),
+    "utils/data/cache.py": ("open loads", "the run's own files of tensors"),
+    "utils/data/headers.py": ("read_bytes", "an image"),
+    "utils/data/images.py": ("open", "an image"),
+    "utils/data/tars.py": ("open", "an image in a shard"),
+    "utils/disk.py": ("open", "a folder, to sync it"),
+    "utils/ema_lengths.py": ("open", "a file that it wrote, to sync it"),
+    "utils/generation.py": ("loads", "what was dumped in the same line"),
+    "utils/held_out.py": ("read_text loads", "the run's own validation.jsonl"),
+    "utils/image_sets.py": ("read_bytes", "an image"),
+    "utils/report.py": ("read_text", "the template beside the code"),
+    "utils/tracking.py": ("read_text loads", "the run's own metrics.jsonl"),
+    "evaluate_pipeline.py": ("read_text", "the report that was written a line before"),
+}
+
+
+def test_files_of_users_are_read_in_one_place_alone():
+    """Only utils/user_files.py opens, decodes and parses text; others may not pass its bounds by."""
+    found = set()
+    for path in [*sorted((ROOT / "utils").rglob("*.py")), *(ROOT / f"{script}.py" for script in SCRIPTS)]:
+        name = path.relative_to(ROOT).as_posix()
+        if name == "utils/user_files.py":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        own = {each.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for each in node.names}
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            kind = _read_by(call, own)
+            if kind:
+                found.add((name, kind))
+    allowed = {(name, kind) for name, (kinds, _) in OTHER_READS.items() for kind in kinds.split()}
+    assert not found - allowed, "read these through utils/user_files.py"
+
+
+def _read_by(call: ast.Call, imported: set[str]) -> str:
+    """The function by which a call reads text or bytes of a file past utils/user_files.py, or ""."""
+    function = call.func
+    if isinstance(function, ast.Name):
+        modes = [each.value for each in call.args[1:2] if isinstance(each, ast.Constant)] or ["r"]
+        return "open" if function.id == "open" and not set(modes[0]) & set("wax") else ""
+    if not isinstance(function, ast.Attribute):
+        return ""
+    of = function.value.id if isinstance(function.value, ast.Name) else ""
+    if of in ("json", "yaml", "csv"):
+        reads = ("load", "loads", "safe_load", "full_load", "unsafe_load", "load_all", "parse", "reader", "DictReader")
+        is_shared = of == "csv" and "FileError" in imported  # utils/delimited.py, of text that was read
+        return function.attr if function.attr in reads and not is_shared else ""
+    if function.attr == "open" and of not in ("Image", "tarfile", "self", "store", "PIL"):
+        modes = [each.value for each in call.args[:1] if isinstance(each, ast.Constant)] or ["r"]
+        return "open" if isinstance(modes[0], str) and not set(modes[0]) & set("wax") else ""
+    return function.attr if function.attr in ("read_text", "read_bytes") and of != "user_files" else ""
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_options_are_read_before_any_heavy_import(script):
     heavy = "diffusers transformers datasets peft accelerate scipy matplotlib jinja2 pandas bitsandbytes torchmetrics"

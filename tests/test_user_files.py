@@ -10,6 +10,7 @@ import time
 import pytest
 
 from utils import user_files
+from utils.configs import read_config
 from utils.options import UserError
 from utils.user_files import FileError, check_encoding, decode, parse_json, parse_yaml, read_bytes, read_json, short
 
@@ -110,7 +111,7 @@ class TestEncodings:
     def test_what_the_user_says_is_taken(self):
         assert decode("猫".encode("gb18030"), "gbk") == ("猫", "gbk", False)
         assert decode("猫".encode("utf-16"), "gbk") == ("猫", "utf-16", False)  # its mark is certain
-        with pytest.raises(ValueError, match="is not cp932 at byte 0; say its encoding with --text_encoding"):
+        with pytest.raises(ValueError, match="is not cp932: byte 0"):
             decode(b"\x81", "cp932")
 
     @pytest.mark.parametrize(
@@ -121,8 +122,12 @@ class TestEncodings:
             decode(content)
 
     def test_damaged_utf_8_is_not_taken_for_another_encoding(self):
-        with pytest.raises(ValueError, match="is damaged UTF-8"):
+        with pytest.raises(ValueError, match="is damaged UTF-8 in line 1"):
             decode("草の上に座っている猫".encode()[:-1])
+        lines = [f"{number}.png,une café très sucré".encode() for number in range(9)]
+        lines[6] = lines[6].decode().encode("cp1252")
+        with pytest.raises(ValueError, match="is damaged UTF-8 in line 7; mend it, or give --text_encoding"):
+            decode(b"\n".join(lines))
 
     @pytest.mark.parametrize("name", ["klingon", "hex", "idna", "unicode_escape", "a\0b", "x" * 10_000])
     def test_what_is_no_encoding_is_refused(self, name):
@@ -144,10 +149,10 @@ class TestStructured:
             ("[" * 200_000, "is nested more than 100 deep"),
             ("[" * 101 + "]" * 101, "is nested more than 100 deep"),
             ('{"a":' * 150 + "1" + "}" * 150, "is nested more than 100 deep"),
-            ("[1,\n2,]", "is no JSON: .*: line 2, column 3"),
+            ("[1,\n2,]", "can't be read as JSON: .*: line 2, column 3"),
             ("1" * 5000, "holds a number of 5000 digits; at most 300 are read"),
             ('{"a": 1, "a": 2}', "names 'a' twice, with different values"),
-            ("", "is no JSON: .*: line 1, column 1"),
+            ("", "can't be read as JSON: .*: line 1, column 1"),
         ],
     )
     def test_json(self, text, reason):
@@ -174,7 +179,7 @@ class TestStructured:
         ],
     )
     def test_yaml(self, text, reason):
-        with pytest.raises(FileError, match=f"^f.yaml: is no YAML: {reason}"):
+        with pytest.raises(FileError, match=f"^f.yaml: can't be read as YAML: {reason}"):
             parse_yaml(text, "f.yaml")
 
     def test_aliases_in_bounds_are_fine(self):
@@ -205,6 +210,23 @@ class TestStructured:
     def test_json_files_in_any_encoding(self, tmp_path):
         (tmp_path / "a.json").write_bytes('{"a": "é"}'.encode("utf-16"))
         assert read_json(tmp_path / "a.json") == {"a": "é"}
+
+    @pytest.mark.parametrize(
+        ("content", "named"),
+        [
+            (b"[" * 200_000, "is nested more than 100 deep"),
+            (b"[1]", "holds no config, which would be a JSON object"),
+            (b"null", "holds no config"),
+            (b"", "can't be read as JSON"),
+            (b"{" + b" " * (50 << 20) + b"}", "has 52.4 MB; at most 16.8 MB are read"),
+            ("é".encode("cp1252"), "is not utf-8: byte 0"),
+            (b"\x00\x01\x02", "is no text"),
+        ],
+    )
+    def test_configs_are_objects_or_one_line(self, tmp_path, content, named):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(UserError, match=f"^--unet_config: .*config.json {named}"):
+            read_config(tmp_path / "config.json", "--unet_config")
 
     def test_mutated_files_end_in_a_value_or_one_line(self):
         draw = random.Random(0)

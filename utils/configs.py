@@ -1,9 +1,9 @@
 """Config files, of folders and of repositories on the Hub."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from utils import user_files
 from utils.options import UserError, first_line
 
 INDEX = "model_index.json"
@@ -58,9 +58,12 @@ def read_json(file: Path, where: str) -> Any:
         UserError: naming `where` it stands, if it can't be read.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = user_files.read_text(file, user_files.CONFIG_LIMIT, "utf-8").text
+        return user_files.parse_json(text, where)
+    except OSError as error:
         raise UserError(f"{where} can't be read: {first_line(error)}") from error
+    except user_files.FileError as error:
+        raise UserError(f"{where} {error.reason}") from error
 
 
 def read_config(file: Path, flag: str) -> dict[str, Any]:

@@ -74,6 +74,11 @@ class Diagnosis:
             f"enlarged       {int((self.enlarged > 1).sum()):,} images; {self._worst(self.enlarged, '{:.2f} times')}",
             f"captions       {len(self.token_counts):,} distinct, {images.missing_captions:,} images without one; "
             f"{_span(self.token_counts)} tokens",
+            *(
+                f"encodings      {textwrap.shorten(finding, 150)}"
+                for source in images.records.sources
+                for finding in (source.table.texts.findings() if source.table.texts else ())
+            ),
             f"cut captions   {int((self.token_counts > self.max_tokens).sum()):,} have over {self.max_tokens} tokens"
             + (", see --max_token_length" if len(self.cut_captions) else ""),
             *(f"               {textwrap.shorten(caption, 100)}" for caption in self.cut_captions[:3]),

@@ -11,6 +11,7 @@ from PIL import Image
 from utils.options import UserError, first_line, option
 from utils.terminal import markdown
 from utils.tracking import Sample
+from utils.user_files import read_json
 
 logger = logging.getLogger(__name__)
 CARD, GRID = "README.md", "val_imgs_grid.png"
@@ -122,7 +123,7 @@ image = {facts.call}.images[0]
 def result_files(folder: Path) -> list[str]:
     """Patterns of the files that are the result and its card: no checkpoints, logs or records of the run."""
     index = folder / "model_index.json"
-    parts = [f"{name}/**" for name in json.loads(index.read_text(encoding="utf-8"))] if index.exists() else []
+    parts = [f"{name}/**" for name in read_json(index)] if index.exists() else []
     return ["model_index.json", *parts, "pipeline.py", "pytorch_lora_weights.safetensors", "fused/**", CARD, GRID]
 
 

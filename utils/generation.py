@@ -43,6 +43,7 @@ from utils.sampling_controls import SamplingControls
 from utils.seeding import Stream, generator
 from utils.stopping import StopRequests
 from utils.terminal import progress_bar
+from utils.user_files import FileError, read_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -559,8 +560,8 @@ def claim_images(folder: Path, facts: dict[str, object], overwrite: bool) -> Non
     known: dict[str, object] = {}
     if record.is_file():
         try:
-            read = json.loads(record.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            read = read_json(record)
+        except (OSError, FileError):
             read = None
         known = read if isinstance(read, dict) else {}
     differing = [name for name, value in facts.items() if known.get(name) != json.loads(json.dumps(value))]

@@ -1,6 +1,5 @@
 """Samples of a model without words, drawn from the same noise each time: pictures, a grid of them, a film strip."""
 
-import json
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from utils.sampling_controls import SamplingControls
 from utils.sharding import unsharded
 from utils.stopping import StopRequests
 from utils.tracking import Sample
+from utils.user_files import read_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -187,7 +187,7 @@ def keep_until(folder: Path, step: int) -> None:
     """Drops the samples that a run drew after a step, which it does again from there, or of another run."""
     last = folder / LAST
     if (last / RECORD).is_file():
-        drawn_at = json.loads((last / RECORD).read_text(encoding="utf-8"))["step"]
+        drawn_at = read_json(last / RECORD)["step"]
         shutil.rmtree(folder / f"step-{drawn_at}", ignore_errors=True)
         os.replace(last, folder / f"step-{drawn_at}")  # this run ends later than the one before
     shutil.rmtree(last, ignore_errors=True)

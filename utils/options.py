@@ -269,10 +269,10 @@ def with_values(group: typing.Any, values: Mapping[str, typing.Any], where: str)
             value = float(as_number(value))
         names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in known)
         if type(value) not in known:
-            raise UserError(f"{where}: {field.name} must be {names}, got {value!r}")
+            raise UserError(f"{where}: {field.name} must be {names}, got {value!r:.100}")
         choices = field.metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
-            raise UserError(f"{where}: {field.name} must be one of {', '.join(choices)}, got {value}")
+            raise UserError(f"{where}: {field.name} must be one of {', '.join(choices)}, got {value!s:.100}")
         changes[field.name] = value
     try:
         return dataclasses.replace(group, **changes)

@@ -217,10 +217,20 @@ def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
         logger.warning("%d unreadable images are left out of the training", len(images.bad))
     for reason, count in images.filtered.items():
         logger.warning("%d images are left out: %s", count, reason)
-    if images.missing_captions:
-        policies = {source.captions.on_missing_caption for source in images.records.sources}
-        instead = "the name of their folder" if policies == {"folder"} else "an empty one (see --on_missing_caption)"
-        logger.warning("%d images have no caption and train on %s", images.missing_captions, instead)
+    by_folder = images.named_by_folder
+    if by_folder:
+        logger.warning("%d images have no caption and train on the name of their folder", by_folder)
+    if images.missing_captions > by_folder:
+        without = images.missing_captions - by_folder
+        logger.warning("%d images have no caption and train on an empty one (see --on_missing_caption)", without)
+    folders = images.records.numbered_folders() if images.records.copies is None else {}
+    if set(folders.values()) - {1}:
+        name, count = max(folders.items(), key=lambda each: each[1])
+        logger.info(
+            "%d folders are called as kohya's scripts want it, such as %s: each of their images is used once an epoch; "
+            "with --folder_repeats it is used as often as the number says, here %d times",
+            *(len(folders), name, count),
+        )
     num_whole = int((~images.survey.is_masked).sum()) if images.records.has_masks else 0
     if num_whole:
         logger.warning("%d images have no mask: in them the loss counts everywhere", num_whole)

@@ -1,24 +1,36 @@
 """Which images are drawn: prompts, classes or neither, how many of each, and what an image starts from."""
 
-import csv
 import hashlib
-import io
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.data.captions import CaptionOptions
+from utils.data.captions import MAX_CAPTION, CaptionOptions
 from utils.data.folders import is_image, list_files
 from utils.data.sources import DataOptions, SourceOptions, is_saved_dataset, read_records
+from utils.delimited import read_rows
 from utils.options import UserError, first_line, nearest, option, renamed_flags, require, require_positive
+from utils.user_files import (
+    FileError,
+    TextReader,
+    check_encoding,
+    lines_of,
+    parse_json,
+    parse_json_lines,
+    read_bytes,
+    short,
+)
 
+logger = logging.getLogger(__name__)
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 DEFAULT_EACH, DEFAULT_UNCONDITIONAL = 4, 64
 MOST_IMAGES = 10**7
-PROMPT_FILES = (".txt", ".csv", ".jsonl", ".json")
+PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
+MOST_PROMPT_BYTES, MOST_IMAGE_BYTES = 256 << 20, 4 << 30
 CAPTION_FLAGS = {  # those by which a folder's captions are read, and what they are called here
     "train_data_dir": "captions_dir",
     "dataset_name": "captions_dir",
@@ -33,6 +45,10 @@ class PromptOptions:
     prompts: list[str] | None = option(None, "prompts to draw", aliases=["--prompt"])
     prompts_file: str | None = option(
         None, "prompts of a file: .txt one a line; .jsonl, .json (a list) or .csv with a column prompt, text or caption"
+    )
+    text_encoding: str | None = option(
+        None,
+        "encoding of --prompts_file, such as gb18030 or cp1252; by default UTF-8, and else a guess, which is logged",
     )
     prompts_dataset: str | None = option(None, "prompts of a dataset: a Hub name or a local path")
     prompts_split: str = option("train", "split of that dataset")
@@ -53,6 +69,8 @@ class PromptOptions:
         for name in ("num_images", "images_per_prompt"):
             value = getattr(self, name)
             require(value is None or value <= MOST_IMAGES, name, value, f"be at most {MOST_IMAGES}")
+        if self.text_encoding is not None:
+            check_encoding(self.text_encoding, "text_encoding")
         given = [name for name in ("prompts", "prompts_file", "prompts_dataset", "captions_dir") if getattr(self, name)]
         if len(given) > 1:
             raise UserError(f"--{given[0]} and --{given[1]} both say which prompts to draw; give one")
@@ -117,11 +135,15 @@ def _texts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
     if options.prompts is not None:
         return [(text, {"prompt": text}) for text in options.prompts]
     if options.prompts_file is not None:
-        found = _file_prompts(Path(options.prompts_file), options.prompts_column)
+        found = _file_prompts(Path(options.prompts_file), options.prompts_column, options.text_encoding)
     elif options.prompts_dataset is not None:
         found = _dataset_prompts(options)
     elif options.captions_dir is not None:
-        source = SourceOptions(train_data_dir=options.captions_dir, caption_column=options.prompts_column or "text")
+        source = SourceOptions(
+            train_data_dir=options.captions_dir,
+            caption_column=options.prompts_column or "text",
+            text_encoding=options.text_encoding,
+        )
         try:
             records = read_records(DataOptions(), source, CaptionOptions(), 0)
         except UserError as error:
@@ -137,52 +159,51 @@ def _texts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _file_prompts(file: Path, column: str | None) -> list[tuple[str, dict[str, Any]]]:
+def _file_prompts(file: Path, column: str | None, encoding: str | None) -> list[tuple[str, dict[str, Any]]]:
     flag, suffix = f"--prompts_file {file}", file.suffix.lower()
     if suffix not in ("", *PROMPT_FILES):
         raise UserError(f"{flag} must end with one of {', '.join(PROMPT_FILES)}, got {file.suffix}")
+    reader = TextReader(encoding)
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-        if suffix == ".csv":
-            rows = _csv_rows(text, flag)
-        elif suffix == ".json":
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise UserError(f"{flag} must hold a list of prompts, got a {type(rows).__name__}")
-        else:
-            rows = [line.strip() for line in _lines(text) if line.strip()]
-            if suffix == ".jsonl":
-                rows = [json.loads(line) for line in rows]
-            else:
-                rows = [{"prompt": line} for line in rows]
-                column = None  # there is but one
-    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        text = reader.read(file, MOST_PROMPT_BYTES)
+    except OSError as error:
         raise UserError(f"{flag} can't be read: {first_line(error)}") from error
-    texts = [_text_of(row, column, f"{flag}, row {number}") for number, row in enumerate(rows, start=1)]
-    return [(text, row if isinstance(row, dict) else {"prompt": text}) for text, row in zip(texts, rows, strict=True)]
+    except FileError as error:
+        raise UserError(f"{flag} {error.reason}") from error
+    for finding in reader.findings():
+        logger.warning("%s: %s", flag, finding)
+    found = []
+    for place, row in _prompt_rows(text, flag, suffix, column):
+        prompt = _text_of(row, column, f"{flag}, {place}")
+        found.append((prompt, row if isinstance(row, dict) else {"prompt": prompt}))
+    return found
 
 
-def _lines(text: str) -> list[str]:
-    """Lines by line feeds and carriage returns alone: U+2028 and its like may stand within a prompt."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-
-
-def _csv_rows(text: str, flag: str) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows = []
-    for row in reader:
-        if None in row:
-            raise UserError(
-                f"{flag}, line {reader.line_num}: more cells than the {len(reader.fieldnames or ())} columns; put a "
-                "text with a comma in quotes"
-            )
-        rows.append(row)
-    return rows
+def _prompt_rows(text: str, flag: str, suffix: str, column: str | None) -> Iterator[tuple[str, object]]:
+    """(where it stands, the row) of each prompt in a file of this ending."""
+    if suffix in (".csv", ".tsv"):
+        for line, values, reason in read_rows(text, flag, (column,) if column else PROMPT_COLUMNS):
+            if reason:
+                raise UserError(f"{flag}, line {line}: {reason}")
+            yield f"line {line}", values
+    elif suffix == ".json":
+        rows = parse_json(text, flag)
+        if not isinstance(rows, list):
+            raise UserError(f"{flag} must hold a list of prompts, got a {type(rows).__name__}")
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    elif suffix == ".jsonl":
+        for number, row, reason in parse_json_lines(text):
+            if reason:
+                raise UserError(f"{flag}, line {number}: {reason}")
+            yield f"line {number}", row
+    else:
+        lines = enumerate(map(str.strip, lines_of(text)), start=1)
+        yield from ((f"line {number}", line) for number, line in lines if line)
 
 
 def _text_of(row: object, column: str | None, where: str) -> str:
     if isinstance(row, str):
-        return row
+        return _prompt(row, where)
     columns = list(row) if isinstance(row, dict) else []
     name = column or next((name for name in PROMPT_COLUMNS if name in columns), None)
     if name not in columns:
@@ -192,8 +213,15 @@ def _text_of(row: object, column: str | None, where: str) -> str:
         raise UserError(f"{where} has {asked}; {cure}")
     value = row[name]
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {name} must be a text, got {value!r}")
-    return value
+        raise UserError(f"{where}: {name:.40} must be a text, got {short(value)}")
+    return _prompt(value, where)
+
+
+def _prompt(text: str, where: str) -> str:
+    """Refuses a prompt so long that a tokenizer would take minutes for it."""
+    if len(text) > MAX_CAPTION:
+        raise UserError(f"{where} has a prompt of {len(text):,} characters; at most {MAX_CAPTION:,} are read")
+    return text
 
 
 def _dataset_prompts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
@@ -218,8 +246,8 @@ def _dataset_prompts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]
     texts = [row[0] if isinstance(row, list) and row else row for row in rows]
     wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
-        raise UserError(f"{flag}: row {wrong} of {column} must be a text, got {texts[wrong]!r}")
-    return [(text, {"prompt": text}) for text in texts]
+        raise UserError(f"{flag}: row {wrong} of {column} must be a text, got {short(texts[wrong])}")
+    return [(_prompt(text, flag), {"prompt": text}) for text in texts]
 
 
 def _init_images(path: Path) -> list[Path]:
@@ -273,7 +301,7 @@ def prompts_hash(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
         start = prompt.init_image
-        content = None if start is None else hashlib.sha256(start.read_bytes()).hexdigest()
+        content = None if start is None else hashlib.sha256(read_bytes(start, MOST_IMAGE_BYTES)).hexdigest()
         digest.update(json.dumps([prompt.text, prompt.label, content]).encode())
     return digest.hexdigest()
 

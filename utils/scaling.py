@@ -1,6 +1,5 @@
 """The scaling of a VAE's latents, measured on the data where its config says none."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from utils.options import UserError
 from utils.records import RecordPass
 from utils.runtime import write_json
 from utils.seeding import Stream, generator
+from utils.user_files import read_json
 
 logger = logging.getLogger(__name__)
 FILE = "latent_scaling.json"
@@ -57,4 +57,4 @@ def remember_scaling(folder: Path, factor: float) -> None:
 def known_scaling(folder: Path) -> float | None:
     """What an earlier part of the run has measured."""
     file = folder / FILE
-    return float(json.loads(file.read_text(encoding="utf-8"))["scaling_factor"]) if file.is_file() else None
+    return float(read_json(file)["scaling_factor"]) if file.is_file() else None

@@ -5,6 +5,7 @@ by a guess that is marked as one. Each error is one line: the file, the place in
 """
 
 import codecs
+import contextlib
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ import reprlib
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -41,8 +42,12 @@ OTHER_ALPHABETS = ("cp1251", "cp1253", "cp1255", "cp1256", "cp874", "koi8-r", "c
 WESTERN = re.compile(r"[^\W\d_ðþýÐÞÝªº]")  # letters of cp1252 that stand in Western European words
 SYMBOL_IN_WORD = re.compile(r"[^\W\d_][\u0080-\u00bf\u00d7\u00f7†‡‰ƒˆ˜™€](?<!·)[^\W\d_]")
 SMALL_SETS = (*LATIN, *OTHER_ALPHABETS)
+FEW_BYTES = 16  # that are not ASCII, up to which a text alone does not say its encoding
+SAMPLE_LENGTH = 100_000
 CERTAIN_ENOUGH = 0.1  # chardet's confidence from which another Latin alphabet goes before the Western European one
 NO_TEXT_CODECS = {"idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape", "utf-7"}
+HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 CONTROL = re.compile("[\x00-\x08\x0e-\x19\x1b-\x1f\x7f-\x84\x86-\x9f]")
 
 
@@ -120,7 +125,7 @@ def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
 
 def size_text(size: int) -> str:
     """A number of bytes in words, such as 5.0 GB."""
-    for unit, divisor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    for unit, divisor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= divisor:
             return f"{size / divisor:.3g} {unit}"
     return f"{size} bytes"
@@ -174,7 +179,10 @@ def _decode(content: bytes, encoding: str | None) -> Decoded:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return (_wide(content, 1) if 0 in content else None) or _guess(content)
+        found = _wide(content, 1) if 0 in content else _guess(content)
+        if found is None:
+            raise ValueError("is no text: it holds zero bytes") from None
+        return found
     found = None if content.startswith(codecs.BOM_UTF8) else _east_asian_after_all(content, text)
     return found or Decoded(text)
 
@@ -183,7 +191,7 @@ def _strictly(content: bytes, encoding: str) -> str:
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"is not {encoding} at byte {error.start}; say its encoding with --text_encoding") from error
+        raise ValueError(f"is not {encoding}: byte {error.start} is none of its letters") from error
 
 
 def _wide(content: bytes, least: int) -> Decoded | None:
@@ -243,8 +251,9 @@ def _guess(content: bytes) -> Decoded:
     """
     others = re.sub(rb"[\x00-\x7f]+", b"", content)
     whole = others.decode("utf-8", "ignore")
-    if len(whole.encode()) > 0.8 * len(others) and any(letter > "\u07ff" for letter in whole):
-        raise ValueError("is damaged UTF-8; write it anew, or say its encoding with --text_encoding")
+    is_long = len(others) >= FEW_BYTES or any(letter > "\u07ff" for letter in whole)  # pairs may be so by chance
+    if is_long and len(whole.encode()) > 0.8 * len(others):
+        raise ValueError(f"is damaged UTF-8 in line {_damaged_line(content)}; mend it, or give --text_encoding")
     name, confidence = _likely_encoding(content, EAST_ASIAN + LATIN + OTHER_ALPHABETS)
     if name not in EAST_ASIAN or not all(map(_is_usual, set(content.decode(name, "replace")))):
         wide = _wide(content, 4)
@@ -255,7 +264,15 @@ def _guess(content: bytes) -> Decoded:
     try:
         return Decoded(content.decode(name), name, True)
     except (UnicodeDecodeError, LookupError) as error:
-        raise ValueError("is in no encoding that is known here; say it with --text_encoding") from error
+        raise ValueError("is in no encoding that is known here; give --text_encoding") from error
+
+
+def _damaged_line(content: bytes) -> int:
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1
+    return 1
 
 
 def _is_western(content: bytes, name: str, confidence: float) -> bool:
@@ -302,6 +319,114 @@ def _east_asian_after_all(content: bytes, text: str) -> Decoded | None:
     return Decoded(found, name, True) if name in EAST_ASIAN else None
 
 
+def decode_together(contents: Sequence[bytes], encoding: str | None = None) -> list[Decoded | ValueError]:
+    """Texts of one folder or archive: what is too short to say its encoding is taken to be in that of most others.
+
+    Returns:
+        Of each the text, or why it is none.
+    """
+    found: list[Decoded | ValueError] = [_decoded_or_why(content, encoding) for content in contents]
+    if encoding is not None:
+        return found
+    names = Counter(each.encoding for each in found if isinstance(each, Decoded) and each.is_guess)
+    unsure = [number for number, content in enumerate(contents) if _is_unsure(content, found[number])]
+    (most, _), *_ = names.most_common(1) or [("", 0)]
+    if not most or not unsure:
+        return found
+    sample = b"\n".join(contents[number] for number in unsure)[:SAMPLE_LENGTH]
+    with contextlib.suppress(ValueError):
+        most = _guess(sample).encoding if names.total() == len(unsure) else most
+    num_plain = sum(isinstance(found[number], Decoded) and not found[number].is_guess for number in unsure)
+    for number in unsure:
+        is_plain = isinstance(found[number], Decoded) and not found[number].is_guess
+        if is_plain and (most not in EAST_ASIAN or 2 * num_plain > names.total()):
+            continue  # it is UTF-8, and as such as likely as not
+        with contextlib.suppress(UnicodeDecodeError):
+            text = contents[number].decode(most)
+            if not _is_binary(text):
+                found[number] = Decoded(text, most, True)
+    return found
+
+
+def _decoded_or_why(content: bytes, encoding: str | None) -> Decoded | ValueError:
+    try:
+        return decode(content, encoding)
+    except ValueError as error:
+        return error
+
+
+def _is_unsure(content: bytes, found: Decoded | ValueError) -> bool:
+    """Whether the few letters of a text may as well be in another encoding without a mark."""
+    num_others = len(re.sub(rb"[\x00-\x7f]", b"", content))
+    if not 0 < num_others <= FEW_BYTES or 0 in content or content.startswith(codecs.BOM_UTF8):
+        return False
+    if isinstance(found, ValueError) or found.is_guess:
+        return True
+    return found.encoding == "utf-8" and max(found.text) <= "\u07ff"
+
+
+class TextReader:
+    """Reads the texts of one source, and counts those that are not UTF-8.
+
+    Attributes:
+        encoding: what the user says of them; None for UTF-8, or by their bytes.
+    """
+
+    def __init__(self, encoding: str | None = None):
+        self.encoding = encoding
+        self._counts: Counter[tuple[str, bool]] = Counter()
+        self._samples: dict[tuple[str, bool], str] = {}
+
+    def read(self, path: str | os.PathLike, limit: int = TEXT_LIMIT) -> str:
+        """A file's text.
+
+        Raises:
+            FileError, OSError: as `read_text`.
+        """
+        found = read_text(path, limit, self.encoding)
+        self._note(os.path.basename(path), found)
+        return found.text
+
+    def decode_together(self, contents: Mapping[str, bytes]) -> dict[str, str | FileError]:
+        """The texts of files that were read, by their names, or why one is none."""
+        found: dict[str, str | FileError] = {}
+        decoded = decode_together(list(contents.values()), self.encoding)
+        for name, each in zip(contents, decoded, strict=True):
+            if isinstance(each, Decoded):
+                self._note(name, each)
+                found[name] = each.text
+            else:
+                found[name] = FileError(name, first_line(each))
+        return found
+
+    def _note(self, name: str, found: Decoded) -> None:
+        key = (found.encoding, found.is_guess)
+        if found.encoding == "utf-8" or (self.encoding is not None and not found.encoding.startswith("utf-")):
+            return
+        self._counts[key] += 1
+        if key not in self._samples:
+            line = next((line for line in found.text.splitlines() if not line.isascii()), found.text)
+            self._samples[key] = f"{name}: {short(line.strip())}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many texts were read in each encoding but UTF-8, and but for that which the user says."""
+        return {f"{name} (guessed)" if is_guess else name: count for (name, is_guess), count in self._counts.items()}
+
+    @property
+    def has_guessed(self) -> bool:
+        """Whether an encoding was guessed."""
+        return any(is_guess for _, is_guess in self._counts)
+
+    def findings(self) -> list[str]:
+        """A line for each of these encodings, with the first text as it was read."""
+        return [
+            f"{count} {'text is' if count == 1 else 'texts are'} not UTF-8 and read as {name}"
+            f"{', a guess; give --text_encoding if it is wrong' if is_guess else ''}: {self._samples[name, is_guess]}"
+            for (name, is_guess), count in self._counts.items()
+        ]
+
+
 def read_text(path: str | os.PathLike, limit: int = TEXT_LIMIT, encoding: str | None = None) -> Decoded:
     """A file's text.
 
@@ -330,13 +455,17 @@ def parse_json(text: str, where: object) -> Any:
             too deeply or holds an endless number.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
+        value = DECODER.decode(text)
         if text.count("[") + text.count("{") > MAX_DEPTH:
             _check_depth(value)
+        if HALF_ESCAPE.search(text):  # halves of characters, which JSON can hold but no file
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     except RecursionError as error:
         raise FileError(where, f"is nested more than {MAX_DEPTH} deep") from error
     except json.JSONDecodeError as error:
-        raise FileError(where, f"is no JSON: {error.msg}: line {error.lineno}, column {error.colno}") from error
+        raise FileError(
+            where, f"can't be read as JSON: {error.msg}: line {error.lineno}, column {error.colno}"
+        ) from error
     except ValueError as error:
         raise FileError(where, first_line(error)) from error
     return value
@@ -356,6 +485,9 @@ def _integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"holds a number of {len(digits)} digits; at most {MAX_DIGITS} are read")
     return int(digits)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
 
 
 def _check_depth(value: object) -> None:
@@ -397,7 +529,7 @@ def parse_json_lines(text: str) -> Iterator[tuple[int, Any, str]]:
             try:
                 yield number, parse_json(line, f"line {number}"), ""
             except FileError as error:
-                yield number, None, error.reason
+                yield number, None, error.reason.replace(": line 1, column", ": column")
 
 
 def parse_yaml(text: str, where: object) -> Any:
@@ -416,10 +548,10 @@ def parse_yaml(text: str, where: object) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f": line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = " ".join(str(error.problem or error.context).split())
-        raise FileError(where, f"is no YAML: {problem:.200}{place}") from error
+        raise FileError(where, f"can't be read as YAML: {problem:.200}{place}") from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError, KeyError) as error:
         # beside its own errors the library raises these, of a date without such a day or a `!!int` that is none
-        raise FileError(where, f"is no YAML: {first_line(error):.200}") from error
+        raise FileError(where, f"can't be read as YAML: {first_line(error):.200}") from error
 
 
 def _check_yaml(text: str) -> None:
@@ -433,6 +565,8 @@ def _check_yaml(text: str) -> None:
         line = f"line {event.start_mark.line + 1}"
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_YAML_SCALAR:
             raise ValueError(f"a value of {len(event.value)} characters at {line}; at most {MAX_YAML_SCALAR} are read")
+        if isinstance(event, yaml.ScalarEvent) and HALF_CHARACTER.search(event.value):
+            raise ValueError(f"half a character at {line}; write it as it is")
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in {anchor for anchor, _ in open_nodes}:
                 raise ValueError(f"*{event.anchor} at {line} stands within what it refers to")

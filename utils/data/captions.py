@@ -1,6 +1,7 @@
 """From an image's captions to the one that a step trains on."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import ClassVar
@@ -9,7 +10,8 @@ from utils.options import option, require, require_fraction, require_not_negativ
 from utils.records import RecordPass
 from utils.seeding import Stream, generator
 
-FOLDER_REPEATS = re.compile(r"^\d+_")
+FOLDER_REPEATS = re.compile(r"^(\d+)_")
+MAX_CAPTION = 1 << 16  # characters of a caption, and bytes of a text file of them
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ class CaptionOptions:
     def varies(self) -> bool:
         """Whether the same caption is another text each time."""
         return self.shuffle_tags or self.tag_dropout > 0
+
+
+def refusal_of(captions: Sequence[str]) -> str:
+    """Why an image can't be trained on with these captions, or ""; a tokenizer takes minutes for some megabytes."""
+    longest = max(map(len, captions), default=0)
+    return f"its caption has {longest:,} characters; at most {MAX_CAPTION:,} are read" if longest > MAX_CAPTION else ""
 
 
 def folder_caption(key: str, source: str) -> str:

@@ -1,7 +1,5 @@
 """Folders of images, and the forms in which captions lie beside them."""
 
-import csv
-import json
 import logging
 import os
 import re
@@ -9,12 +7,18 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from utils.data.captions import MAX_CAPTION, refusal_of
 from utils.data.images import image_suffixes
 from utils.data.tables import FileTable, captions_of
+from utils.delimited import read_rows
 from utils.options import UserError, first_line, nearest
+from utils.user_files import FileError, TextReader, parse_json, parse_json_lines, read_bytes, short
 
 logger = logging.getLogger(__name__)
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
+NAME_COLUMN = "file_name"
+NAME_COLUMNS = ("filename", "file", "image", "path", "imagefile", "imagepath", "filepath", "imagefilename")
+MAX_CAPTION_JSON = 1 << 20  # bytes of a JSON file beside an image, which holds other facts too
 CAPTION_FILE = "captions.json"
 PAIR_SUFFIXES = (".txt", ".caption", ".json")
 SPLIT_WORDS = {
@@ -65,8 +69,9 @@ def read_metadata_folder(
     split: str,
     read: Callable[[object, str], tuple[str, ...]] = captions_of,
     folder_is_class: bool = False,
+    encoding: str | None = None,
 ) -> FileTable:
-    """A folder with `metadata.jsonl` or `metadata.csv`, at its top or below, whose rows are the images to take.
+    """A folder with `metadata.jsonl`, `.csv` or `.tsv`, at its top or below, whose rows are the images to take.
 
     Where the folder has splits, the metadata of one lies in it, or above it if there is none in it.
 
@@ -75,10 +80,12 @@ def read_metadata_folder(
         caption_column: None where nothing of the metadata but the names is wanted.
         read: makes captions of what that column holds.
         folder_is_class: as of `of_split`.
+        encoding: that of the metadata, where the user says it.
 
     Raises:
         UserError: for metadata that can't be read, or without the columns `file_name` and `caption_column`.
     """
+    texts = TextReader(encoding)
     every = names
     names, num_of_none = of_split(every, split, folder_is_class=folder_is_class)
     images = {name for name in names if is_image(name)}
@@ -91,8 +98,9 @@ def read_metadata_folder(
     refused: list[tuple[str, str]] = []
     for metadata in files:
         known: set[str] = set()
-        for place, row, reason in _metadata_rows(folder / metadata):
-            name = row.get("file_name")
+        columns = [column for column in (caption_column, mask_column) if column is not None]
+        for place, row, reason in _metadata_rows(folder / metadata, columns, texts):
+            name = row.get(NAME_COLUMN)
             if reason or not isinstance(name, str) or not name:
                 refused.append((place, reason or "has no file_name"))
                 continue
@@ -101,6 +109,9 @@ def read_metadata_folder(
             if caption_column is not None:
                 _check_metadata_column("caption_column", caption_column, known, place)
                 captions = read(row.get(caption_column), f"--caption_column {caption_column}: {place}")
+                if refusal := refusal_of(captions):
+                    refused.append((name, refusal))
+                    continue
             parent = PurePosixPath(metadata).parent
             path, reason = _resolve(parent, name, folder, images)
             mask, mask_reason = "", ""
@@ -118,7 +129,9 @@ def read_metadata_folder(
             _check_metadata_column("mask_column", mask_column, known, metadata)
     num_left_out = len(images - listed.keys() - set(masks.values())) + num_of_none
     by_image = None if mask_column is None else [masks.get(name) for name in listed]
-    return FileTable(folder, list(listed), list(listed.values()), refused, num_left_out, by_image)
+    table = FileTable(folder, list(listed), list(listed.values()), refused, num_left_out, by_image)
+    table.texts = texts
+    return table
 
 
 def _metadata_files(names: Iterable[str]) -> list[str]:
@@ -136,38 +149,62 @@ def _check_metadata_column(flag: str, column: str, known: set[str], place: str) 
     """Refuses metadata without a column."""
     if column in known:
         return
-    there = sorted(known - {"file_name"})
-    hint = nearest(column, there)
+    there = sorted(known - {NAME_COLUMN})
+    hint = next((name for name in there if _plain(name) == _plain(column)), "") or nearest(column, there)
+    shown = ", ".join(f"{name:.40}" for name in there[:20]) or f"none beside {NAME_COLUMN}"
     raise UserError(
-        f"--{flag} {column} is not a column of the data: {place} has {', '.join(there) or 'none beside file_name'}; "
-        + (f"did you mean --{flag} {hint}?" if hint else f"name one with --{flag}")
+        f"--{flag} {column} is not a column of the data: {place} has {shown}; "
+        + (f"did you mean --{flag} {hint:.40}?" if hint else f"name one with --{flag}")
     )
 
 
-def _metadata_rows(file: Path) -> Iterator[tuple[str, dict, str]]:
-    """(where it stands, the row, why it can't be read) of each row of a metadata file."""
+def _plain(column: str) -> str:
+    """A column's name without what people write in several ways."""
+    return re.sub(r"[\s_-]", "", column).casefold()
+
+
+def _metadata_rows(file: Path, columns: Sequence[str], texts: TextReader) -> Iterator[tuple[str, dict, str]]:
+    """(where it stands, the row, why it can't be read) of each row of a metadata file, its name under `file_name`.
+
+    Args:
+        columns: those that are wanted beside the name.
+    """
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            if file.suffix == ".csv":
-                for number, row in enumerate(csv.DictReader(lines), start=2):
-                    yield (
-                        f"{file.name}, line {number}",
-                        {name: value or None for name, value in row.items() if name},
-                        "",
-                    )
-                return
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                place = f"{file.name}, line {number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    yield place, {}, f"is no JSON: {first_line(error)}"
-                    continue
-                yield place, row if isinstance(row, dict) else {}, "" if isinstance(row, dict) else "is no JSON object"
-    except (OSError, ValueError, csv.Error) as error:
+        text = texts.read(file)
+    except OSError as error:
         raise UserError(f"{file} can't be read: {first_line(error)}") from error
+    said: set[str] = set()
+    is_table = file.suffix != ".jsonl"
+    for place, row, reason in _table_rows(text, file, columns) if is_table else _json_rows(text, file.name):
+        name = NAME_COLUMN if NAME_COLUMN in row else _name_column(row)
+        if is_table and not name:
+            raise FileError(file, f"has no column {NAME_COLUMN}; its columns are {short(list(row))}")
+        if name not in ("", NAME_COLUMN):
+            if name not in said:
+                logger.info("%s: the column %s holds the images' names, as %s would", file, short(name), NAME_COLUMN)
+            said.add(name)
+            row = row | {NAME_COLUMN: row[name]}
+        yield place, row, reason
+
+
+def _name_column(row: Mapping[str, object]) -> str:
+    """The column that holds the images' names though it is not called `file_name`, or ""."""
+    plain = {_plain(name): name for name in row}
+    return next((plain[each] for each in (_plain(NAME_COLUMN), *NAME_COLUMNS) if each in plain), "")
+
+
+def _table_rows(text: str, file: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict, str]]:
+    def names_an_image(column: str, cell: str) -> bool:
+        return is_image(cell) and bool(_name_column({column: cell}))
+
+    for line, values, reason in read_rows(text, file, (NAME_COLUMN, *NAME_COLUMNS, *columns), names_an_image):
+        yield f"{file.name}, line {line}", {name: value or None for name, value in values.items()}, reason
+
+
+def _json_rows(text: str, name: str) -> Iterator[tuple[str, dict, str]]:
+    for number, row, reason in parse_json_lines(text):
+        is_object = isinstance(row, dict)
+        yield f"{name}, line {number}", row if is_object else {}, reason or ("" if is_object else "is no JSON object")
 
 
 def _resolve(base: PurePosixPath, name: str, folder: Path, images: set[str]) -> tuple[str, str]:
@@ -255,7 +292,7 @@ def class_folders(names: Sequence[str]) -> frozenset[str]:
     return frozenset(folder for folder in called if PurePosixPath(folder).parent in places)
 
 
-def read_caption_file_folder(folder: Path, names: list[str], split: str) -> FileTable:
+def read_caption_file_folder(folder: Path, names: list[str], split: str, encoding: str | None = None) -> FileTable:
     """`captions.json`, which maps file names to a string or a list, beside images or their folder `images/`.
 
     Splits may be folders (`train/images/`, `images/train/`), have a `captions.json` each (`train/captions.json`), or be
@@ -273,7 +310,8 @@ def read_caption_file_folder(folder: Path, names: list[str], split: str) -> File
         there = ", ".join(name.split("/")[0] for name in own)
         raise UserError(f"--dataset_split {split} is not in {folder}, which has {there}")
     file = folder / (chosen[0] if chosen else CAPTION_FILE)
-    mapping, is_of_split = _read_caption_file(file, split)
+    texts = TextReader(encoding)
+    mapping, is_of_split = _read_caption_file(file, split, texts)
     is_of_split |= bool(chosen)
     images = [name for name in names if is_image(name)]
     if any(name.split("/")[0] == "images" or "/images/" in name for name in images):
@@ -285,7 +323,10 @@ def read_caption_file_folder(folder: Path, names: list[str], split: str) -> File
     captions: dict[str, tuple[str, ...]] = {}
     refused = []
     for name, value in mapping.items():
-        found = captions_of(_caption_field(value), f"{file}: {name}")
+        found = captions_of(_caption_field(value), f"{file}: {short(name)}")
+        if refusal := refusal_of(found):
+            refused.append((name, refusal))
+            continue
         plain = name.replace("\\", "/")
         path = by_ending.get(plain)
         if plain.startswith("/") or ".." in PurePosixPath(plain).parts:
@@ -296,14 +337,16 @@ def read_caption_file_folder(folder: Path, names: list[str], split: str) -> File
             refused.append((name, "is listed but not there"))
     if is_of_split and not has_split_folders:  # there the list says which images are of the split
         pool = [name for name in pool if name in captions]
-    return FileTable(folder, pool, [captions.get(name, ()) for name in pool], refused)
+    table = FileTable(folder, pool, [captions.get(name, ()) for name in pool], refused)
+    table.texts = texts
+    return table
 
 
-def _read_caption_file(file: Path, split: str) -> tuple[dict, bool]:
+def _read_caption_file(file: Path, split: str, texts: TextReader) -> tuple[dict, bool]:
     """(the mapping, whether it is of one split alone)."""
     try:
-        mapping = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        mapping = parse_json(texts.read(file), file)
+    except OSError as error:
         raise UserError(f"{file} can't be read: {first_line(error)}") from error
     if not isinstance(mapping, dict):
         raise UserError(f"{file} must map file names to captions, got a {type(mapping).__name__}")
@@ -331,60 +374,81 @@ def _by_ending(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def read_pairs_folder(folder: Path, names: list[str], split: str, folder_is_class: bool = False) -> FileTable:
+def read_pairs_folder(
+    folder: Path, names: list[str], split: str, folder_is_class: bool = False, encoding: str | None = None
+) -> FileTable:
     """Images with captions in files of the same name: `a.txt`, `a.caption` or `a.json` beside `a.jpg`.
 
     Each line of a text is a caption; of JSON a string, a list, or an object's field such as "caption" is.
 
     Args:
         folder_is_class: as of `of_split`.
+        encoding: that of the captions, where the user says it.
     """
     names, num_of_none = of_split(names, split, folder_is_class=folder_is_class)
     there = {os.path.splitext(name)[0] + os.path.splitext(name)[1].lower(): name for name in names}
-    images, captions, refused = [], [], []
-    for name in filter(is_image, names):
+    images = list(filter(is_image, names))
+    pairs = {name: pair for name in images if (pair := _pair_of(name, there)) is not None}
+    contents: dict[str, bytes] = {}
+    broken: dict[str, str] = {}
+    for pair in dict.fromkeys(pairs.values()):
         try:
-            captions.append(_paired_captions(folder, name, there))
-            images.append(name)
-        except ValueError as error:
-            refused.append((name, str(error)))
-    return FileTable(folder, images, captions, refused, num_of_none)
+            contents[pair] = read_bytes(folder / pair, caption_limit(pair))
+        except FileError as error:
+            broken[pair] = error.reason
+        except OSError as error:
+            broken[pair] = error.strerror or first_line(error)
+    texts = TextReader(encoding)
+    captions, more_broken = captions_in(contents, texts)
+    broken |= more_broken
+    refused = [
+        (name, f"its caption file {pair} can't be read: {broken[pair]}")
+        for name, pair in pairs.items()
+        if pair in broken
+    ]
+    kept = [name for name in images if pairs.get(name) not in broken]
+    table = FileTable(folder, kept, [captions.get(pairs.get(name), ()) for name in kept], refused, num_of_none)
+    table.texts = texts
+    return table
 
 
-def _paired_captions(folder: Path, name: str, there: Mapping[str, str]) -> tuple[str, ...]:
+def _pair_of(name: str, there: Mapping[str, str]) -> str | None:
+    """The caption file of an image, None without one."""
     stem = os.path.splitext(name)[0]
-    for pair in (beside + suffix for suffix in PAIR_SUFFIXES for beside in (stem, name)):
-        if pair in there:
-            try:
-                return captions_in(there[pair], (folder / there[pair]).read_bytes())
-            except OSError as error:
-                raise ValueError(f"its caption file {pair} can't be read: {first_line(error)}") from error
-    return ()
+    return next(
+        (there[pair] for suffix in PAIR_SUFFIXES for pair in (stem + suffix, name + suffix) if pair in there), None
+    )
 
 
-def captions_in(name: str, content: bytes) -> tuple[str, ...]:
-    """The captions in a text or JSON file.
-
-    Raises:
-        ValueError: if it is no such file.
-    """
-    try:
-        text = _decoded(content)
-        if not name.lower().endswith(".json"):
-            return tuple(line.strip() for line in text.splitlines() if line.strip())
-        return captions_of(_caption_field(json.loads(text)), "the caption")
-    except (ValueError, UserError) as error:
-        raise ValueError(f"its caption file {name} can't be read: {first_line(error)}") from error
+def caption_limit(name: str) -> int:
+    """The most bytes that a caption file may have."""
+    return MAX_CAPTION_JSON if name.lower().endswith(".json") else MAX_CAPTION
 
 
-def _decoded(content: bytes) -> str:
-    """Text in UTF-8, in UTF-16 by its mark, or else in the Latin letters of old Windows files."""
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", "replace")
+def captions_in(contents: Mapping[str, bytes], texts: TextReader) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """(the captions in text and JSON files, by their names; why others can't be read)."""
+    captions: dict[str, tuple[str, ...]] = {}
+    broken: dict[str, str] = {}
+    for name, text in texts.decode_together(contents).items():
+        if isinstance(text, FileError):
+            broken[name] = text.reason
+            continue
+        try:
+            captions[name] = _captions_of_file(name, text)
+        except FileError as error:
+            broken[name] = error.reason
+        except UserError as error:
+            broken[name] = first_line(error)
+        else:
+            if refusal := refusal_of(captions[name]):
+                broken[name] = refusal
+    return captions, broken
+
+
+def _captions_of_file(name: str, text: str) -> tuple[str, ...]:
+    if not name.lower().endswith(".json"):
+        return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return captions_of(_caption_field(parse_json(text, name)), "the caption")
 
 
 def _caption_field(value: object) -> object:

@@ -1,13 +1,14 @@
 """Which of the listed images are trained on, at which size, and what became of the others."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from utils.data.buckets import NONE, BucketOptions, BucketPlan, plan_buckets
+from utils.data.captions import refusal_of
 from utils.data.headers import Survey
 from utils.data.sampler import GlobalBatches, Pieces
 from utils.data.sources import Records
@@ -90,6 +91,7 @@ class PlannedImages:
         bad: why an image can't be trained on, by its name.
         filtered: how many were left out, by the reason.
         missing_captions: how many have none.
+        named_by_folder: how many of these train on the name of their folder.
     """
 
     records: Records = field(repr=False)
@@ -99,6 +101,7 @@ class PlannedImages:
     bad: dict[str, str]
     filtered: dict[str, int]
     missing_captions: int
+    named_by_folder: int = 0
 
     def size(self, index: int) -> tuple[int, int]:
         """Width and height of an upright image."""
@@ -128,6 +131,8 @@ class PlannedImages:
             np.array([self.records.identity(index) for index in range(len(self.records))], np.uint64).tobytes()
         )
         digest.update(repr([self.plan.sizes, self.records.repeats()]).encode())
+        if self.records.copies is not None:
+            digest.update(np.ascontiguousarray(self.records.copies, np.int64).tobytes())
         return f"{len(self.records)} images, {digest.hexdigest()}"
 
     def describe_sources(self) -> dict[str, str]:
@@ -149,11 +154,12 @@ class PlannedImages:
 
     def batches(self, size: int, group_size: int, seed: int) -> GlobalBatches:
         """The stream of global batches of `size` over them."""
-        records = self.records
-        return GlobalBatches(self.plan.bucket_of, records.source_numbers, records.repeats(), size, group_size, seed)
+        return GlobalBatches(self.plan.bucket_of, *self.records.groups(), size, group_size, seed)
 
     def report(self) -> dict[str, object]:
         """What `data_report.json` says of them."""
+        encodings = {source.name: source.table.texts.counts for source in self.records.sources if source.table.texts}
+        encodings = {name: counts for name, counts in encodings.items() if counts}
         counts = np.bincount(self.plan.bucket_of, minlength=len(self.plan.sizes))
         return {
             "images": self.num_listed,
@@ -166,6 +172,7 @@ class PlannedImages:
             "buckets": {_name(size): int(count) for size, count in zip(self.plan.sizes, counts, strict=True)},
             "merged_buckets": {_name(size): [_name(goal) for goal in goals] for size, _, goals in self.plan.merged},
             "unreadable": dict(sorted(self.bad.items())),
+            **({"not_utf_8": encodings} if encodings else {}),
         }
 
 
@@ -191,12 +198,14 @@ def plan_images(
         UserError: for bad images as the options have it, for missing captions where they are an error, or if no image
             is left.
     """
-    bad = dict(records.refused) | {records.key(index): reason for index, reason in survey.reasons.items()}
+    missing, reasons = look_at_captions(records)
+    reasons |= survey.reasons
+    bad = dict(records.refused) | {records.key(index): reason for index, reason in reasons.items()}
     num_listed = len(records) + len(records.refused)
     report(num_listed, bad)
     check_bad(bad, num_listed, options)
     is_kept = np.ones(len(records), bool)
-    is_kept[list(survey.reasons)] = False
+    is_kept[list(reasons)] = False
     filtered = {}
 
     def leave_out(reason: str, chosen: np.ndarray) -> None:
@@ -212,7 +221,8 @@ def plan_images(
         leave_out(f"longer edge over {options.max_image_size}", longer > options.max_image_size)
     if options.max_aspect_ratio is not None:
         leave_out(f"aspect ratio over {options.max_aspect_ratio:g}", longer > options.max_aspect_ratio * shorter)
-    uses = np.array([float(repeat) for repeat in records.repeats()])[records.source_numbers]
+    group_of, repeats = records.groups()
+    uses = np.array([float(repeat) for repeat in repeats])[group_of]
     good = np.flatnonzero(is_kept)
     if len(good):
         first = plan_buckets(survey.sizes[good], resolution, buckets, uses[good], 1)
@@ -228,8 +238,10 @@ def plan_images(
         raise UserError(f"no image is left to train on; {'; '.join(reasons)}")
     plan = plan_buckets(survey.sizes[kept], resolution, buckets, uses[kept], group_size)
     chosen = records if len(kept) == len(records) else records.take(kept)
-    missing = check_captions(chosen)
-    return PlannedImages(chosen, survey.take(kept), plan, num_listed, bad, filtered, missing)
+    missing = [index for index in missing if is_kept[index]]
+    check_captions(records, missing)
+    by_folder = sum(records.source(index).captions.on_missing_caption == "folder" for index in missing)
+    return PlannedImages(chosen, survey.take(kept), plan, num_listed, bad, filtered, len(missing), by_folder)
 
 
 def _spread(values: np.ndarray, indices: np.ndarray, length: int) -> np.ndarray:
@@ -264,18 +276,27 @@ def check_bad(bad: dict[str, str], num_listed: int, options: SelectionOptions) -
         )
 
 
-def check_captions(records: Records) -> int:
-    """How many images have no caption.
+def look_at_captions(records: Records) -> tuple[list[int], dict[int, str]]:
+    """(the images without a caption, why some can't be trained on with theirs)."""
+    if not any(source.captions.are_expected for source in records.sources):
+        return [], {}
+    missing, reasons = [], {}
+    for index, captions in enumerate(records.all_captions()):
+        if not captions:
+            missing.append(index)
+        elif refusal := refusal_of(captions):
+            reasons[index] = refusal
+    return missing, reasons
+
+
+def check_captions(records: Records, missing: Sequence[int]) -> None:
+    """Refuses images without a caption where they are an error.
 
     Raises:
-        UserError: if a source has `on_missing_caption` set to error, and images without one.
+        UserError: if one of them is of a source that has `on_missing_caption` set to error.
     """
-    if not any(source.captions.are_expected for source in records.sources):
-        return 0
-    places = [index for index, captions in enumerate(records.all_captions()) if not captions]
-    refusing = [index for index in places if records.source(index).captions.on_missing_caption == "error"]
+    refusing = [index for index in missing if records.source(index).captions.on_missing_caption == "error"]
     if refusing:
         names = ", ".join(records.key(index) for index in refusing[:10])
         captions = records.source(refusing[0]).captions
         raise UserError(f"{len(refusing)} images have no {captions.word} ({captions.refusal}), such as {names}")
-    return len(places)

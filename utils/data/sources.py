@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -10,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
-from utils.data.captions import CaptionOptions
+from utils.data.captions import FOLDER_REPEATS, CaptionOptions
 from utils.data.folders import (
     CAPTION_FILE,
     METADATA_NAMES,
@@ -29,8 +29,10 @@ from utils.data.tars import read_tars
 from utils.options import UserError, as_number, first_line, nearest, option, require, require_positive, with_values
 from utils.records import MaskFile
 from utils.seeding import Stream, generator
+from utils.user_files import YAML_LIMIT, TextReader, check_encoding, parse_yaml, short
 
 logger = logging.getLogger(__name__)
+FOLDER_NUMBER = re.compile(r"(\d+)(?:_|$)")  # kohya's rule: what stands in front of the first underscore
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class SourceOptions:
     )
     width_column: str = option("width", "column of the images' widths, by which a stream fills buckets")
     height_column: str = option("height", "column of the images' heights")
+    text_encoding: str | None = option(
+        None,
+        "encoding of captions and metadata in text files, such as gb18030, cp932 or cp1252; by default UTF-8, and of "
+        "texts that are not UTF-8 a guess, which is logged",
+    )
+    folder_repeats: bool = option(False, "use the images of a folder 10_name ten times an epoch, as kohya's scripts do")
     max_train_samples: int | None = option(None, "train on this many images of a source, drawn by the seed")
     alpha_mask: bool = option(False, "weigh the loss by the images' alpha channel: what is transparent does not count")
     mask_dir: str | None = option(None, "folder of masks under the images' names: the loss counts where they are white")
@@ -65,6 +73,8 @@ class SourceOptions:
 
     def __post_init__(self) -> None:
         require_positive(self, "max_train_samples")
+        if self.text_encoding is not None:
+            check_encoding(self.text_encoding, "text_encoding")
         given = [name for name in ("alpha_mask", "mask_dir", "mask_column") if getattr(self, name)]
         if len(given) > 1:
             raise UserError(f"--{given[0]} and --{given[1]} both say where the loss counts; give one")
@@ -158,13 +168,21 @@ class Records:
         sources: where they are from.
         source_numbers: [N] the source of each.
         rows: [N] the row of each in its source's table.
+        copies: [N] how often the folder of each says that it is used in place of once; None where that is not asked.
         refused: (key, reason) of each image that a source lists but that can't be had.
     """
 
-    def __init__(self, sources: Sequence[Source], source_numbers: np.ndarray, rows: np.ndarray):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        source_numbers: np.ndarray,
+        rows: np.ndarray,
+        copies: np.ndarray | None = None,
+    ):
         self.sources = list(sources)
         self.source_numbers = source_numbers
         self.rows = rows
+        self.copies = copies
         self.refused = [
             (self._name(number, key), reason)
             for number, source in enumerate(self.sources)
@@ -230,7 +248,8 @@ class Records:
 
     def take(self, indices: np.ndarray) -> "Records":
         """Some of the records, in their order."""
-        return Records(self.sources, self.source_numbers[indices], self.rows[indices])
+        copies = None if self.copies is None else self.copies[indices]
+        return Records(self.sources, self.source_numbers[indices], self.rows[indices], copies)
 
     def repeats(self) -> list[Fraction]:
         """How often each source's images are used an epoch; by weight an epoch is as long as the sources together."""
@@ -243,6 +262,37 @@ class Records:
             weight * len(self) / (total * count) if count else Fraction(0)
             for weight, count in zip(weights, counts, strict=True)
         ]
+
+    def groups(self) -> tuple[np.ndarray, list[Fraction]]:
+        """([N] the group of each image, how often the images of each group are used an epoch).
+
+        A group is a source, or of a source the folders of one number where `folder_repeats` counts them.
+        """
+        repeats = self.repeats()
+        if self.copies is None:
+            return self.source_numbers, repeats
+        found, group_of = np.unique(np.stack([self.source_numbers, self.copies]), axis=1, return_inverse=True)
+        group_of = group_of.reshape(-1)
+        shares = []
+        for source, copies in found.T.tolist():
+            share = repeats[source] * copies
+            if self.sources[source].weight is not None:  # which says how much all of its folders are used together
+                of_source = self.copies[self.source_numbers == source]
+                share = share * len(of_source) / int(of_source.sum())
+            shares.append(share)
+        return group_of, shares
+
+    def numbered_folders(self) -> dict[str, int]:
+        """The number in front of each folder that is called as kohya's are, such as 10_cat, by its name."""
+        folders: dict[str, int] = {}
+        for number, source in enumerate(self.sources):
+            if isinstance(source.table, RowTable) or source.captions.folder_is_class:
+                continue
+            for row in self.rows[self.source_numbers == number].tolist():
+                name = folder_of(source.table.key(row))
+                if name not in folders and (match := FOLDER_REPEATS.match(name)):
+                    folders[name] = int(match[1][:10])
+        return folders
 
     def _name(self, number: int, key: str) -> str:
         return f"{self.sources[number].name}/{key}" if len(self.sources) > 1 else key
@@ -263,13 +313,40 @@ def read_records(data: DataOptions, source: SourceOptions, captions: CaptionOpti
     Raises:
         UserError: for a source that can't be read, is empty, or lacks a column.
     """
-    sources, rows = [], []
+    sources, rows, copies = [], [], []
     for entry in source_entries(data, source, captions):
         table = read_table(entry.source, data.cache_dir, entry.captions.folder_is_class)
         sources.append(Source(entry.name, table, *entry[2:], entry.source.masks()))
         rows.append(_subset(table, entry.source, seed))
+        copies.append(_copies(table, rows[-1], entry))
+        rows[-1], copies[-1] = rows[-1][copies[-1] > 0], copies[-1][copies[-1] > 0]
     numbers = [np.full(len(each), number, np.uint16) for number, each in enumerate(rows)]
-    return Records(sources, np.concatenate(numbers), np.concatenate(rows))
+    together = np.concatenate(copies)
+    return Records(sources, np.concatenate(numbers), np.concatenate(rows), None if (together == 1).all() else together)
+
+
+def folder_of(key: str) -> str:
+    """The name of the folder that an image lies in, "" at the top."""
+    return key.rpartition("/")[0].rpartition("/")[2]
+
+
+def _copies(table: ImageTable, rows: np.ndarray, entry: "SourceEntry") -> np.ndarray:
+    """[rows] how often each image is used an epoch by the number of its folder; 1 where there is none."""
+    if not entry.source.folder_repeats:
+        return np.ones(len(rows), np.int64)
+    numbers: dict[str, int] = {}
+    found = np.ones(len(rows), np.int64)
+    for place, row in enumerate(rows.tolist()):
+        name = folder_of(table.key(row))
+        if name not in numbers:
+            match = FOLDER_NUMBER.match(name)
+            numbers[name] = int(match[1][:10]) if match else 1
+            require(numbers[name] <= 10**6, "folder_repeats", name, "find no number over 1000000 in front of a folder")
+        found[place] = numbers[name]
+    told = ", ".join(f"{short(name)} {count}" for name, count in sorted(numbers.items())[:20])
+    logger.info("%s: each image is used so often an epoch, by its folder: %s", entry.name, told)
+    require(bool((found > 0).any()), "folder_repeats", entry.name, "find a folder whose number is above 0")
+    return found
 
 
 class SourceEntry(NamedTuple):
@@ -297,7 +374,7 @@ def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionO
     if options.dataset_name is not None or options.train_data_dir is not None:
         raise UserError("--dataset_file names the sources; leave out --dataset_name and --train_data_dir")
     found = []
-    for entry, where in _entries(Path(data.dataset_file)):
+    for entry, where in _entries(Path(data.dataset_file), options.text_encoding):
         source = with_values(options, entry, where)
         if source.dataset_name is None and source.train_data_dir is None:
             raise UserError(f"{where} has neither dataset_name nor train_data_dir")
@@ -314,17 +391,20 @@ def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionO
     return found
 
 
-def _entries(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def _entries(file: Path, encoding: str | None) -> Iterator[tuple[dict[str, Any], str]]:
     """(options, where they stand) of each source in a dataset file; paths in it are relative to its folder."""
+    texts = TextReader(encoding)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--dataset_file {file} can't be read: {' '.join(str(error).split())}") from error
+        content = parse_yaml(texts.read(file, YAML_LIMIT), f"--dataset_file {file}")
+    except OSError as error:
+        raise UserError(f"--dataset_file {file} can't be read: {first_line(error)}") from error
+    for finding in texts.findings():
+        logger.warning("--dataset_file %s: %s", file, finding)
     entries = content.get("sources") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"--dataset_file {file} must hold a list of sources, each a mapping of options")
     if isinstance(content, dict) and len(content) > 1:
-        extra = next(key for key in content if key != "sources")
+        extra = _name_of(next(key for key in content if key != "sources"))
         raise UserError(f"--dataset_file {file}: {extra} is unknown beside sources")
     known = {
         "name",
@@ -336,10 +416,12 @@ def _entries(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
     }
     for number, entry in enumerate(entries, start=1):
         where = f"{file}, source {number}"
-        for key in entry:
+        for key, value in entry.items():
             if key not in known:
-                hint = nearest(str(key), known)
-                raise UserError(f"{where}: {key} is unknown" + (f"; did you mean {hint}?" if hint else ""))
+                hint = nearest(f"{key:.100}", known) if isinstance(key, str) else ""
+                raise UserError(f"{where}: {_name_of(key)} is unknown" + (f"; did you mean {hint}?" if hint else ""))
+            if isinstance(value, list | dict | set):
+                raise UserError(f"{where}: {key} must be one value, got {short(value)}")
         if {"repeats", "weight"} <= entry.keys():
             raise UserError(f"{where}: repeats and weight are two ways to say how often; give one")
         entry = dict(entry)
@@ -349,12 +431,16 @@ def _entries(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         yield entry, where
 
 
+def _name_of(key: object) -> str:
+    return f"{key:.60}" if isinstance(key, str) else short(key)
+
+
 def _fraction(entry: dict[str, Any], key: str, where: str) -> Fraction | None:
     value = as_number(entry.get(key))
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e6:
-        raise UserError(f"{where}: {key} must be a number from 1e-6 to 1e6, got {value!r}")
+        raise UserError(f"{where}: {key} must be a number from 1e-6 to 1e6, got {short(value)}")
     return Fraction(str(value)).limit_denominator(10**6)
 
 
@@ -378,6 +464,8 @@ def read_table(options: SourceOptions, cache_dir: str | None, folder_is_class: b
     """
     kind = options.data_format or detect(options)
     table = SOURCES[kind](options, cache_dir, folder_is_class)
+    for finding in table.texts.findings() if table.texts else ():
+        logger.warning("%s: %s", table.name, finding)
     if table.num_left_out:
         logger.warning("%d images in %s are in no list or split of it and left out", table.num_left_out, table.name)
     if len(table) == 0:
@@ -440,17 +528,19 @@ def _read_imagefolder(options: SourceOptions, cache_dir: str | None, folder_is_c
         raise UserError(f"--image_column {options.image_column} is not a column of a folder of images; leave it out")
     columns = (options.caption_column, options.mask_column)
     found = folder, options.files(), *columns, options.dataset_split
-    return read_metadata_folder(*found, options.reader(), folder_is_class)
+    return read_metadata_folder(*found, options.reader(), folder_is_class, options.text_encoding)
 
 
 def _read_pairs(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> ImageTable:
     _refuse_mask_column(options)
-    return read_pairs_folder(Path(options.train_data_dir), options.files(), options.dataset_split, folder_is_class)
+    found = Path(options.train_data_dir), options.files(), options.dataset_split
+    return read_pairs_folder(*found, folder_is_class, options.text_encoding)
 
 
 def _read_captions_json(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> ImageTable:
     _refuse_mask_column(options)
-    return read_caption_file_folder(Path(options.train_data_dir), options.files(), options.dataset_split)
+    found = Path(options.train_data_dir), options.files(), options.dataset_split
+    return read_caption_file_folder(*found, options.text_encoding)
 
 
 def _refuse_mask_column(options: SourceOptions) -> None:
@@ -462,7 +552,8 @@ def _refuse_mask_column(options: SourceOptions) -> None:
 
 
 def _read_webdataset(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> ImageTable:
-    return read_tars([Path(file) for file in files_of(options, ".tar")], options.mask_column)
+    files = [Path(file) for file in files_of(options, ".tar")]
+    return read_tars(files, options.mask_column, options.text_encoding)
 
 
 SOURCES = {

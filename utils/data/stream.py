@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.data.buckets import BucketOptions, BucketPlan, plan_buckets
-from utils.data.captions import CaptionOptions, folder_caption
+from utils.data.captions import CaptionOptions, folder_caption, refusal_of
 from utils.data.images import check_whole, read_header, reason_of
 from utils.data.masks import FolderMasks
 from utils.data.sampler import Draw, Piece
@@ -245,6 +245,10 @@ def open_stream(
 
     if source.max_train_samples is not None:
         raise UserError("--max_train_samples is drawn from all images, which a stream does not know; leave one out")
+    if source.folder_repeats:
+        raise UserError(
+            "--folder_repeats counts the images of each folder, which a stream does not know; leave one out"
+        )
     try:
         loaded = _load(source, data.cache_dir)
         dataset = loaded[source.dataset_split] if isinstance(loaded, dict) else loaded
@@ -308,9 +312,11 @@ def _webdataset_columns(source: SourceOptions, columns: list[str]) -> SourceOpti
     """The columns under the names that tar shards give them: their members' endings."""
     if "__key__" not in columns:
         return source
-    image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in columns), source.image_column)
+    by_ending = {name.lower(): name for name in columns}
+    image = next((by_ending[end] for end in ("jpg", "jpeg", "png", "webp") if end in by_ending), source.image_column)
     is_wanted = source.caption_column is not None
-    caption = next((name for name in ("txt", "caption") if name in columns and is_wanted), source.caption_column)
+    captions = [by_ending[end] for end in ("txt", "caption") if end in by_ending and is_wanted]
+    caption = next(iter(captions), source.caption_column)
     return replace(
         source,
         image_column=source.image_column if source.image_column in columns else image,
@@ -390,6 +396,9 @@ class Lane:
             return None
         column = source.caption_column
         captions = () if column is None else images.captions.of(captions_of(row[column], column))
+        if refusal := refusal_of(captions):
+            self.bad.append((key, refusal))
+            return None
         if not captions and images.captions.are_expected:
             if images.captions.on_missing_caption == "error":
                 raise UserError(f"{key} has no caption (--on_missing_caption error)")

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from utils.data.images import Refused
 from utils.options import UserError
+from utils.user_files import TextReader
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,12 +24,14 @@ class ImageTable(ABC):
         refused: (key, reason) of each image that the source lists but that can't be had.
         num_left_out: images that are there but that the source's list does not name.
         classes: names of classes in the source's own order, where it has one.
+        texts: what read its captions, where they are text in files.
     """
 
     name: str
     refused: Sequence[tuple[str, str]] = ()
     num_left_out: int = 0
     classes: tuple[str, ...] = ()
+    texts: TextReader | None = None
 
     @abstractmethod
     def __len__(self) -> int:

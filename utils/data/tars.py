@@ -4,15 +4,19 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
-from utils.data.folders import PAIR_SUFFIXES, captions_in, is_image
+from utils.data.folders import PAIR_SUFFIXES, caption_limit, captions_in, is_image
 from utils.data.images import MOST_BYTES
 from utils.data.tables import ImageTable, stamp_of
 from utils.options import UserError, first_line
-from utils.user_files import open_regular
+from utils.user_files import TextReader, open_regular, size_text
+
+MOST_PADDING = 1 << 16  # bytes behind the last member that are looked at
+MAX_HEADER = 1 << 14  # bytes of a long name or other facts in front of a member; tarfile's time goes with their square
 
 
 class TarTable(ImageTable):
@@ -76,22 +80,22 @@ class TarTable(ImageTable):
         return self._stamps[int(self._places[row, 0])]
 
 
-def read_tars(shards: Sequence[Path], mask_ending: str | None = None) -> TarTable:
+def read_tars(shards: Sequence[Path], mask_ending: str | None = None, encoding: str | None = None) -> TarTable:
     """Lists tar shards, whose members of one name (up to the first dot) are a sample: `a.jpg` with `a.txt` or `a.json`.
 
     Args:
         mask_ending: what stands behind the first dot of a mask's name, such as mask.png.
+        encoding: that of the captions, where the user says it.
 
     Raises:
         UserError: if none of them can be read or has the ending; they must not be compressed.
     """
     keys, places, masks, captions, refused = [], [], [], [], []
-    num_left_out = 0
+    num_left_out, reader = 0, TextReader(encoding)
     root = Path(os.path.commonpath([shard.parent for shard in shards]))
     for number, shard in enumerate(shards):
         images: dict[str, tuple[str, int, int]] = {}
-        texts: dict[str, tuple[str, tuple[str, ...]]] = {}
-        broken: dict[str, str] = {}
+        files: dict[str, tuple[str, bytes]] = {}
         masked: dict[str, tuple[int, int]] = {}
         for sample, member, begin, length, content in _members(shard, refused):
             if mask_ending is not None and PurePosixPath(member).name.partition(".")[2] == mask_ending:
@@ -99,27 +103,32 @@ def read_tars(shards: Sequence[Path], mask_ending: str | None = None) -> TarTabl
             elif is_image(member):
                 num_left_out += sample in images
                 images.setdefault(sample, (member, begin, length))
-            elif content is not None and _comes_first(member, texts.get(sample)):
-                try:
-                    texts[sample] = (member, captions_in(member, content))
-                except ValueError as error:
-                    broken[sample] = str(error)
+            elif content is not None and _comes_first(member, files.get(sample)):
+                files[sample] = (member, content)
+        too_long = {sample: _too_long(*file) for sample, file in files.items() if len(file[1]) > caption_limit(file[0])}
+        whole = {sample: file for sample, file in files.items() if sample not in too_long}
+        texts, broken = captions_in(dict(whole.values()), reader)
+        reasons = too_long | {sample: broken[member] for sample, (member, _) in whole.items() if member in broken}
         for sample, (member, begin, length) in images.items():
             key = f"{shard.relative_to(root)}/{member}"
-            if sample in broken:
-                refused.append((key, broken[sample]))
+            if sample in reasons:
+                refused.append((key, f"its caption file {files[sample][0]} can't be read: {reasons[sample]}"))
                 continue
             keys.append(key)
             places.append((number, begin, length))
             masks.append((number, *masked.get(sample, (0, 0))))
-            captions.append(texts.get(sample, ("", ()))[1])
+            captions.append(texts.get(files.get(sample, ("",))[0], ()))
     if shards and not keys and refused:
         raise UserError(f"no image can be read from {len(shards)} tar shards; {': '.join(refused[0])}")
     if mask_ending is not None and not any(length for _, _, length in masks):
         raise UserError(f"--mask_column {mask_ending} is the ending of no member of the {len(shards)} tar shards")
     table = TarTable(shards, keys, _places(places), captions, refused, _places(masks))
-    table.num_left_out = num_left_out
+    table.num_left_out, table.texts = num_left_out, reader
     return table
+
+
+def _too_long(name: str, content: bytes) -> str:
+    return f"has over {size_text(len(content) - 1)}; no more are read"
 
 
 def _places(rows: list[tuple[int, int, int]]) -> np.ndarray:
@@ -132,21 +141,57 @@ def _members(shard: Path, refused: list[tuple[str, str]]) -> Iterator[tuple[str,
     What lies behind a broken place is refused.
     """
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with open_regular(shard) as file, tarfile.open(fileobj=_BoundedReads(file), mode="r:") as archive:
+            length, last = os.fstat(file.fileno()).st_size, -1
             for member in archive:
+                if member.size < 0 or member.offset_data <= last:  # by which it would be read for ever
+                    raise tarfile.ReadError(f"a header claims {member.size} bytes")
+                last = member.offset_data
                 path = PurePosixPath(member.name)
                 if not member.isfile() or path.name.startswith("."):
                     continue
+                is_cut = member.offset_data + member.size > length
+                if is_cut or member.issparse():
+                    why = "the shard ends before its end" if is_cut else "it is stored as a sparse file"
+                    reason = f"{why}; its header claims {size_text(member.size)}"
+                    refused.append((f"{shard.name}/{member.name}", reason))
+                    continue
                 content = None
-                if path.suffix in PAIR_SUFFIXES:
-                    content = archive.extractfile(member).read()
+                if path.suffix.lower() in PAIR_SUFFIXES:
+                    file.seek(member.offset_data)
+                    content = file.read(min(member.size, caption_limit(path.name) + 1))
                 sample = str(path.parent / path.name.partition(".")[0])  # WebDataset's rule: up to the first dot
                 yield sample, member.name, member.offset_data, member.size, content
-    except (OSError, tarfile.TarError) as error:
+            file.seek(archive.offset)
+            rest = file.read(MOST_PADDING)
+            if rest.strip(b"\0"):  # tarfile takes any block that is no header for the end
+                is_end = not rest[: tarfile.BLOCKSIZE].strip(b"\0")
+                what = "its end is followed by more, as of shards put together" if is_end else "no header stands there"
+                raise tarfile.ReadError(what)
+    except (OSError, tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        # beside its own errors the library raises these, of numbers that are none and of headers before headers
         refused.append((shard.name, f"the shard is broken, what follows in it is left out: {first_line(error)}"))
 
 
-def _comes_first(name: str, held: tuple[str, tuple[str, ...]] | None) -> bool:
+class _BoundedReads:
+    """A file for `tarfile`, which would read a header into memory whatever its length."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """The next bytes.
+
+        Raises:
+            tarfile.ReadError: if they are more than a header has.
+        """
+        if not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size_text(size)}")
+        return self._file.read(size)
+
+
+def _comes_first(name: str, held: tuple[str, bytes] | None) -> bool:
     """Whether a caption file goes before the one that is held."""
-    order = [PurePosixPath(each).suffix for each in (name, held[0])] if held else []
+    order = [PurePosixPath(each).suffix.lower() for each in (name, held[0])] if held else []
     return not held or PAIR_SUFFIXES.index(order[0]) < PAIR_SUFFIXES.index(order[1])

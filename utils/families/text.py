@@ -174,7 +174,8 @@ class TextFamily(Family):
         vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
         specials = [(tokenizer.model_max_length, tokenizer.special_tokens_map) for tokenizer in tokenizers]
         zeros = self.pipeline.config.get("force_zeros_for_empty_prompt")
-        return [vocabularies, specials, options.clip_skip, options.max_token_length, zeros]
+        vectors = [True] if any(map(has_multi_vector_tokens, tokenizers)) else []  # of which older ids are others
+        return [vocabularies, specials, options.clip_skip, options.max_token_length, zeros, *vectors]
 
     def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
         """The source's pipeline in float32 with some parts replaced: what is exported."""
@@ -195,6 +196,7 @@ class Tokenize:
     def __init__(self, tokenizers: list, num_chunks: int = 1):
         self._tokenizers = tokenizers
         self._num_chunks = num_chunks
+        self._have_vectors = [has_multi_vector_tokens(tokenizer) for tokenizer in tokenizers]
 
     @property
     def max_tokens(self) -> int:
@@ -203,11 +205,20 @@ class Tokenize:
 
     def __call__(self, captions: list[str]) -> Tensor:
         """[B, text encoders, chunks * tokens] int64; a chunk for which a caption is too short is that of ""."""
-        return torch.stack([self._ids(tokenizer, captions) for tokenizer in self._tokenizers], dim=1)
+        return torch.stack([self._ids(number, captions) for number in range(len(self._tokenizers))], dim=1)
 
-    def _ids(self, tokenizer: Any, captions: list[str]) -> Tensor:
+    def _read(self, number: int, captions: list[str]) -> list[str]:
+        """Captions as the pipeline reads them: `<cat>` is `<cat> <cat>_1` for a concept of two vectors."""
+        if not self._have_vectors[number]:
+            return captions
+        from diffusers.loaders import TextualInversionLoaderMixin
+
+        return TextualInversionLoaderMixin().maybe_convert_prompt(captions, self._tokenizers[number])
+
+    def _ids(self, number: int, captions: list[str]) -> Tensor:
+        tokenizer = self._tokenizers[number]
         encoded = tokenizer(
-            [*captions, ""],
+            [*self._read(number, captions), ""],
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
@@ -225,11 +236,19 @@ class Tokenize:
         counts = np.zeros(len(captions), dtype=np.int64)
         for start in range(0, len(captions), CAPTIONS_AT_ONCE):
             some = list(captions[start : start + CAPTIONS_AT_ONCE])
-            for tokenizer in self._tokenizers:
-                encoded = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            for number, tokenizer in enumerate(self._tokenizers):
+                encoded = tokenizer(
+                    self._read(number, some), add_special_tokens=False, return_attention_mask=False, verbose=False
+                )
                 part = counts[start : start + len(some)]
                 np.maximum(part, [len(ids) for ids in encoded.input_ids], out=part)
         return counts
+
+
+def has_multi_vector_tokens(tokenizer: Any) -> bool:
+    """Whether textual inversion gave a tokenizer a concept of several tokens: `<cat>`, `<cat>_1`, ..."""
+    added = tokenizer.added_tokens_encoder
+    return any(f"{token}_1" in added for token in added)
 
 
 def _each(configs: Sequence[Any], name: str) -> list[int]:

@@ -23,6 +23,7 @@ from utils.metrics.features import DIFFERENT_SIZES, Network, Networks, Picture
 from utils.options import Stopped, UserError, first_line
 from utils.stopping import StopRequests
 from utils.terminal import progress_bar
+from utils.user_files import CONFIG_LIMIT, FileError, parse_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -297,9 +298,9 @@ class Statistics:
         facts = None
         if "fingerprint" in found:
             try:
-                facts = json.loads(str(found["fingerprint"]))
-            except ValueError as error:
-                raise UserError(f"{flag}: its fingerprint is no JSON") from error
+                facts = parse_json(str(found["fingerprint"])[:CONFIG_LIMIT], flag)
+            except FileError as error:
+                raise UserError(f"{flag}: its fingerprint {error.reason}") from error
             if not isinstance(facts, dict):
                 raise UserError(f"{flag}: its fingerprint must be a JSON object, got a {type(facts).__name__}")
         count = 0 if rows is None else len(rows)

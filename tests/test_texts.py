@@ -1,0 +1,441 @@
+"""Captions, metadata and lists of sources as people and programs write them, in any encoding, whole or broken."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import random
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from utils.data.buckets import BucketOptions
+from utils.data.captions import MAX_CAPTION, CaptionOptions
+from utils.data.headers import survey
+from utils.data.selection import PlannedImages, SelectionOptions, plan_images
+from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
+from utils.options import UserError
+from utils.preparation import say_what_was_left_out
+
+CHINESE = "一只猫坐在草地上"
+
+
+def make_pictures(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), "red").save(folder / name)
+
+
+def records_of(folder: Path, captions: CaptionOptions | None = None, **options) -> Records:
+    return read_records(
+        DataOptions(), SourceOptions(train_data_dir=str(folder), **options), captions or CaptionOptions(), 0
+    )
+
+
+def found(records: Records) -> dict[str, tuple[str, ...]]:
+    """Captions by key."""
+    return {records.key(index): records.captions(index) for index in range(len(records))}
+
+
+def planned(records: Records, folder: Path) -> PlannedImages:
+    known = survey(records, folder / "memory", show_progress=False)
+    options = SelectionOptions(max_bad_fraction=1.0)
+    return plan_images(records, known, 32, 1, BucketOptions(), options, lambda count, bad: None)
+
+
+class TestMetadata:
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "file_name,text\n0.png,à la plage\n",
+            "file_name;text\n0.png;à la plage\n",
+            "file_name\ttext\r\n0.png\tà la plage\r\n",
+            'file_name, text\n0.png, "à la plage"\n',
+            "sep=;\nfile_name;text;\n0.png;à la plage;\n;;\n",
+            "filename,text\n0.png,à la plage\n",
+            " File Name ,text\n0.png,à la plage\n",
+            ",image,text\n0,0.png,à la plage\n",
+            'file_name,text\n"0.png","à la plage" \n',
+        ],
+    )
+    def test_tables_as_spreadsheets_write_them(self, tmp_path, text, encoding):
+        make_pictures(tmp_path, "0.png")
+        (tmp_path / "metadata.csv").write_bytes(text.encode(encoding))
+        records = records_of(tmp_path)
+        assert found(records) == {"0.png": ("à la plage",)}
+        assert bool(records.sources[0].table.texts.counts) == (not encoding.startswith("utf-8"))
+
+    @pytest.mark.parametrize(
+        ("lines", "line", "reason"),
+        [
+            ("0.png,a dog, sitting on grass", 2, "more cells than the 2 columns; put a text with a comma in quotes"),
+            ("0.png", 2, "fewer cells than the 2 columns"),
+            ("\n0.png,a dog,,x", 3, "more cells than the 2 columns"),
+        ],
+    )
+    def test_a_row_that_does_not_fit_the_header_is_refused_alone(self, tmp_path, lines, line, reason):
+        make_pictures(tmp_path, "0.png", "1.png")
+        (tmp_path / "metadata.csv").write_text(f"file_name,text\n{lines}\n1.png,a cat\n")
+        records = records_of(tmp_path)
+        assert found(records) == {"1.png": ("a cat",)}
+        ((place, told),) = records.refused
+        assert place == f"metadata.csv, line {line}"
+        assert told.startswith(reason)
+
+    @pytest.mark.parametrize(
+        ("lines", "named"),
+        [
+            ('0.png,"a dog\n1.png,a cat\n', "line 2 can't be read: a quote opens there that is never closed"),
+            ('0.png,"a dog\n1.png,a cat"\n', "line 2 can't be read: the quote that opens there takes in line 3"),
+            ('0.png,"a dog\n1.png,"a cat"\n', "line 2 can't be read: text stands behind a closing quote"),
+            (f'0.png,"{"x" * 200_000}"\n', "line 2 can't be read: a cell of over 131072 characters"),
+        ],
+    )
+    def test_quotes_that_do_not_close_are_named(self, tmp_path, lines, named):
+        make_pictures(tmp_path, "0.png", "1.png")
+        (tmp_path / "metadata.csv").write_text(f"file_name,text\n{lines}")
+        with pytest.raises(UserError, match=named):
+            records_of(tmp_path)
+
+    def test_a_text_of_several_lines_is_one(self, tmp_path):
+        make_pictures(tmp_path, "0.png")
+        (tmp_path / "metadata.csv").write_text('file_name,text\n0.png,"a dog,\na ""good"" one"\n')
+        assert found(records_of(tmp_path)) == {"0.png": ('a dog,\na "good" one',)}
+
+    @pytest.mark.parametrize(
+        ("header", "named"),
+        [
+            ("name,text", r"metadata.csv: has no column file_name; its columns are \['name', 'text'\]"),
+            ("file_name,TEXT", "did you mean --caption_column TEXT"),
+            ("file_name,text,text", "names the column 'text' twice"),
+        ],
+    )
+    def test_headers_are_named(self, tmp_path, header, named):
+        make_pictures(tmp_path, "0.png")
+        (tmp_path / "metadata.csv").write_text(f"{header}\n0.png,a dog{',x' * (header.count(',') - 1)}\n")
+        with pytest.raises(UserError, match=named):
+            records_of(tmp_path)
+
+    def test_one_bad_row_of_json_costs_one_image(self, tmp_path):
+        make_pictures(tmp_path, "0.png", "1.png")
+        rows = [
+            json.dumps({"file_name": "0.png", "text": CHINESE}, ensure_ascii=False),
+            "[" * 100_000,
+            "1" * 5000,
+            "[1]",
+        ]
+        rows.append(json.dumps({"file_name": "1.png", "text": "x" * 10**6}))
+        (tmp_path / "metadata.jsonl").write_bytes("\n".join(rows).encode("gb18030"))
+        records = records_of(tmp_path)
+        assert found(records) == {"0.png": (CHINESE,)}
+        assert dict(records.refused) == {
+            "metadata.jsonl, line 2": "is nested more than 100 deep",
+            "metadata.jsonl, line 3": "holds a number of 5000 digits; at most 300 are read",
+            "metadata.jsonl, line 4": "is no JSON object",
+            "1.png": "its caption has 1,000,000 characters; at most 65,536 are read",
+        }
+
+
+class TestCaptionFiles:
+    def test_what_is_not_utf_8_is_counted_and_named(self, tmp_path, caplog):
+        texts = {"0": "猫", "1": CHINESE, "2": "1girl, 长发", "3": "红色的苹果"}
+        for name, text in texts.items():
+            make_pictures(tmp_path, f"{name}.png")
+            (tmp_path / f"{name}.txt").write_bytes(text.encode("gbk"))
+        (tmp_path / "1.txt").rename(tmp_path / "1.TXT")
+        records = records_of(tmp_path)
+        assert found(records) == {f"{name}.png": (text,) for name, text in texts.items()}
+        told = "4 texts are not UTF-8 and read as gb18030, a guess; give --text_encoding if it is wrong: 0.txt: '猫'"
+        assert any(told in record.message for record in caplog.records)
+        assert planned(records, tmp_path).report()["not_utf_8"] == {tmp_path.name: {"gb18030 (guessed)": 4}}
+        said = records_of(tmp_path, text_encoding="gbk")
+        assert found(said) == found(records)
+        assert not said.sources[0].table.texts.counts
+        with pytest.raises(UserError, match="--text_encoding must be an encoding"):
+            records_of(tmp_path, text_encoding="klingon")
+
+    def test_utf_8_is_never_read_as_anything_else(self, tmp_path):
+        texts = ["a café", "naïve", "日本語", "кот", "ﬁn", "\ufeffa dog"]
+        for number, text in enumerate(texts):
+            make_pictures(tmp_path, f"{number}.png")
+            (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+        records = records_of(tmp_path)
+        assert [records.captions(index) for index in range(6)] == [(text.lstrip("\ufeff"),) for text in texts]
+        assert not records.sources[0].table.texts.counts
+
+    def test_one_bad_file_costs_one_image(self, tmp_path):
+        make_pictures(tmp_path, *(f"{number}.png" for number in range(5)))
+        (tmp_path / "0.txt").write_text("a dog")
+        with (tmp_path / "1.txt").open("wb") as file:
+            file.truncate(5 * 10**9)
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "2.txt").symlink_to("pipe")
+        (tmp_path / "3.json").write_text("[" * 200_000)
+        (tmp_path / "4.txt").write_bytes(bytes(range(256)))
+        begin = time.monotonic()
+        records = records_of(tmp_path)
+        assert time.monotonic() - begin < 5
+        assert found(records) == {"0.png": ("a dog",)}
+        reasons = {name: reason.partition("can't be read: ")[2] for name, reason in records.refused}
+        assert reasons == {
+            "1.png": "has 5 GB; at most 65.5 kB are read",
+            "2.png": "is a pipe, not a file",
+            "3.png": "is nested more than 100 deep",
+            "4.png": "is no text: it holds zero bytes",
+        }
+        assert planned(records, tmp_path / "m").bad == dict(records.refused)
+
+    def test_a_captions_json_is_read_so_too(self, tmp_path):
+        make_pictures(tmp_path, "0.png", "1.png")
+        texts = {"0.png": CHINESE, "1.png": "x" * (MAX_CAPTION + 1)}
+        (tmp_path / "captions.json").write_bytes(json.dumps(texts, ensure_ascii=False).encode("utf-16"))
+        records = records_of(tmp_path)
+        assert found(records) == {"0.png": (CHINESE,), "1.png": ("",)}
+        assert [name for name, _ in records.refused] == ["1.png"]
+        (tmp_path / "captions.json").write_text('{"0.png": "one", "0.png": "two"}')
+        with pytest.raises(UserError, match=r"captions.json: names '0.png' twice, with different values"):
+            records_of(tmp_path)
+
+    def test_long_captions_in_rows_cost_their_images(self, tmp_path):
+        from datasets import Dataset
+
+        pictures = [Image.new("RGB", (40, 40), (number, 0, 0)) for number in range(3)]
+        rows = {"image": pictures, "text": ["a", "x" * 10**6, None]}
+        Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+        source = SourceOptions(dataset_name=str(tmp_path / "saved"))
+        images = planned(read_records(DataOptions(), source, CaptionOptions(), 0), tmp_path)
+        assert images.bad == {"row 1": "its caption has 1,000,000 characters; at most 65,536 are read"}
+        assert (len(images.records), images.missing_captions) == (2, 1)
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(file: Path, members: dict[str, bytes], behind: bytes = b"") -> None:
+    with tarfile.open(file, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        end = archive.offset
+    if behind:
+        file.write_bytes(file.read_bytes()[:end] + behind)
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+class TestTars:
+    def test_members_in_capitals_and_other_encodings(self, tmp_path):
+        members = {"0.PNG": png(), "0.TXT": CHINESE.encode("gbk"), "1.png": png(), "1.txt": b"a dog"}
+        write_tar(tmp_path / "a.tar", members)
+        assert found(records_of(tmp_path)) == {"a.tar/0.PNG": (CHINESE,), "a.tar/1.png": ("a dog",)}
+        assert dict(records_of(tmp_path / "a.tar", text_encoding="ascii").refused) == {
+            "a.tar/0.PNG": "its caption file 0.TXT can't be read: is not ascii: byte 0 is none of its letters"
+        }
+
+    def test_text_members_are_bounded(self, tmp_path):
+        members = {"0.png": png(), "0.txt": b"x" * (MAX_CAPTION + 1), "1.png": png(), "1.json": b"[" * 10**5}
+        write_tar(tmp_path / "a.tar", members | {"2.png": png()})
+        records = records_of(tmp_path)
+        assert list(found(records)) == ["a.tar/2.png"]
+        assert dict(records.refused) == {
+            "a.tar/0.png": "its caption file 0.txt can't be read: has over 65.5 kB; no more are read",
+            "a.tar/1.png": "its caption file 1.json can't be read: is nested more than 100 deep",
+        }
+
+    @pytest.mark.parametrize(
+        ("behind", "reason"),
+        [
+            (header("1.txt", 10**13), "the shard ends before its end; its header claims 10 TB"),
+            (header("1.png", 10**13), "the shard ends before its end; its header claims 10 TB"),
+            (header("././@LongLink", 10**13, b"L") + b"x" * 512, "a header of 10 TB"),
+            (header("x", 10**9, b"x") + b"x" * 512, "a header of 1 GB"),
+            (header("x", 512, b"L") * 3000, "the shard is broken"),
+            (header("1.txt", -1024), "a header claims -1024 bytes"),
+            (header("1.bin", -1024, b"Z"), "a header claims -1024 bytes"),
+            (header("x", -1024, b"x"), "the shard is broken"),
+            (header("x", 10**4, b"x") + b"1" * 10_240, "the shard is broken"),
+            (b"junk" * 200, "no header stands there"),
+            (bytes(10_240) + header("1.png", 512) + b"x" * 512, "its end is followed by more"),
+        ],
+    )
+    def test_headers_that_lie_cost_what_follows(self, tmp_path, behind, reason):
+        write_tar(tmp_path / "a.tar", {"0.png": png(), "0.txt": b"a dog"}, behind)
+        begin = time.monotonic()
+        records = records_of(tmp_path)
+        assert time.monotonic() - begin < 5
+        assert found(records) == {"a.tar/0.png": ("a dog",)}
+        assert any(reason in told for _, told in records.refused)
+        assert all(name.startswith("a.tar") for name, _ in records.refused)
+
+
+class TestFolders:
+    def test_the_numbers_of_folders_are_named_and_counted_where_asked(self, tmp_path, caplog):
+        caplog.set_level(logging.INFO)
+        make_pictures(tmp_path, "10_cat/0.png", "10_cat/1.png", "2_cats/0.png", "dog/0.png", "0_none/0.png")
+        images = planned(records_of(tmp_path), tmp_path / "m")
+        say_what_was_left_out(images, 1)
+        assert "with --folder_repeats it is used as often as the number says, here 10 times" in caplog.text
+        assert images.batches(1, 1, 0).samples_per_epoch == 5
+        counted = planned(records_of(tmp_path, folder_repeats=True), tmp_path / "m")
+        batches = counted.batches(1, 1, 0)
+        assert batches.samples_per_epoch == 2 * 10 + 2 + 1
+        drawn = [counted.records.key(batches.draw(step, 0).record) for step in range(23)]
+        assert {name: drawn.count(name) for name in drawn} == {
+            "10_cat/0.png": 10,
+            "10_cat/1.png": 10,
+            "2_cats/0.png": 2,
+            "dog/0.png": 1,
+        }
+
+    def test_a_source_in_a_dataset_file_counts_its_own(self, tmp_path):
+        make_pictures(tmp_path, "a/3_cat/0.png", "b/5_dog/0.png")
+        text = "- {train_data_dir: a, folder_repeats: true, repeats: 2}\n- {train_data_dir: b}\n"
+        (tmp_path / "sources.yaml").write_text(text)
+        data = DataOptions(dataset_file=str(tmp_path / "sources.yaml"))
+        group_of, repeats = read_records(data, SourceOptions(), CaptionOptions(), 0).groups()
+        assert [int(repeats[group]) for group in group_of] == [6, 1]
+
+    def test_images_without_a_caption_are_told_by_what_they_train_on(self, tmp_path, caplog):
+        make_pictures(tmp_path, "a/0.png", "a/1.png", "b/0.png")
+        text = "- {train_data_dir: a, on_missing_caption: folder}\n- {train_data_dir: b}\n"
+        (tmp_path / "sources.yaml").write_text(text)
+        data = DataOptions(dataset_file=str(tmp_path / "sources.yaml"))
+        say_what_was_left_out(planned(read_records(data, SourceOptions(), CaptionOptions(), 0), tmp_path / "m"), 1)
+        told = [record.message for record in caplog.records if "no caption" in record.message]
+        assert told == [
+            "2 images have no caption and train on the name of their folder",
+            "1 images have no caption and train on an empty one (see --on_missing_caption)",
+        ]
+
+
+def bomb() -> str:
+    lines = ["- &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    return "\n".join(lines + [f"- &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)])
+
+
+class TestDatasetFile:
+    @pytest.mark.parametrize(
+        ("content", "named"),
+        [
+            (bomb(), "more than 100000 values at line 5, with aliases"),
+            ("- &a {train_data_dir: x, name: *a}", "stands within what it refers to"),
+            ("[" * 200_000, "is nested more than 100 deep"),
+            ("- train_data_dir: [a, [b]]", r"source 1: train_data_dir must be one value, got \['a', \['b'\]\]"),
+            ("- {train_data_dir: x, repeats: " + "9" * 1000 + "}", "a number of 1000 digits"),
+            ("- {train_data_dir: x, repeats: 2020-01-01}", "repeats must be a number from 1e-6 to 1e6, got datetime"),
+            ("- {train_data_dir: x, ? [a] : b}", "unhashable key"),
+            ("- {? {a: b} : b}", "unhashable key"),
+            ("- {1: 2}", "source 1: 1 is unknown"),
+            ("- {train_data_dir: x, train_data_dir: y}", "'train_data_dir' stands twice in a mapping"),
+            ("null", "must hold a list of sources"),
+            ("5", "must hold a list of sources"),
+            ("{sources: 5}", "must hold a list of sources"),
+            ("{sources: [{}], more: [1]}", "more is unknown beside sources"),
+            ("- {train_data_dir: x, text_encoding: klingon}", "source 1: --text_encoding must be an encoding"),
+            ("# " + "x" * 50_000_000, "has 50 MB; at most 1.05 MB are read"),
+            ("\x00\x01\x02\x03", "is no text"),
+        ],
+    )
+    def test_whatever_it_holds_is_one_line(self, tmp_path, content, named):
+        make_pictures(tmp_path / "x", "0.png")
+        (tmp_path / "sources.yaml").write_text(content)
+        begin = time.monotonic()
+        with pytest.raises(UserError, match=named) as raised:
+            source_entries(DataOptions(dataset_file=str(tmp_path / "sources.yaml")), SourceOptions(), CaptionOptions())
+        assert time.monotonic() - begin < 5
+        assert "sources.yaml" in str(raised.value)
+        assert len(str(raised.value)) < 500
+
+    def test_each_source_has_its_encoding_and_the_file_its_own(self, tmp_path, caplog):
+        for name in ("红色", "b"):
+            make_pictures(tmp_path / name, "0.png")
+            (tmp_path / name / "0.txt").write_bytes("кот".encode("cp866"))
+        text = "- {train_data_dir: 红色, text_encoding: cp866, name: 红色的苹果}\n"
+        text += "- {train_data_dir: b, text_encoding: cp437}\n"
+        (tmp_path / "sources.yaml").write_bytes(text.encode("gb18030"))
+        data = DataOptions(dataset_file=str(tmp_path / "sources.yaml"))
+        records = read_records(data, SourceOptions(), CaptionOptions(), 0)
+        assert records.captions(0) == ("кот",)
+        assert records.captions(1) != ("кот",)
+        assert "--dataset_file" in caplog.text
+        assert "read as gb18030, a guess" in caplog.text
+
+
+PIECES = [
+    b"[",
+    b"{",
+    b'"',
+    b",",
+    b";",
+    b"\t",
+    b"\n",
+    b"\0",
+    b"\xff\xfe",
+    b"\r",
+    b"*a",
+    b"&a ",
+    b"!!int ",
+    b"\\ud800",
+    b"<<: ",
+]
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    changed = bytearray(content)
+    for _ in range(draw.randrange(1, 6)):
+        place = draw.randrange(len(changed) + 1)
+        if draw.random() < 0.4 and place < len(changed):
+            changed[place] ^= 1 << draw.randrange(8)
+        elif draw.random() < 0.3:
+            del changed[place : place + draw.randrange(20)]
+        else:
+            changed[place:place] = draw.choice(PIECES) * draw.choice([1, 1, 2, 150])
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    "name", ["metadata.csv", "metadata.jsonl", "captions.json", "0.txt", "0.json", "a.tar", "sources.yaml"]
+)
+def test_mutated_files_end_in_records_or_one_line(tmp_path, name, caplog):
+    caplog.set_level(logging.CRITICAL)
+    folder = tmp_path / "data"
+    make_pictures(folder, "0.png", "1.png")
+    write_tar(
+        tmp_path / "a.tar", {"0.png": png(), "0.txt": b"a dog", "d/" + "x" * 150 + ".json": b'"a"', "1.png": png()}
+    )
+    contents = {
+        "metadata.csv": f'file_name,text\n0.png,"a {CHINESE}, b"\n1.png,é\n'.encode(),
+        "metadata.jsonl": f'{{"file_name": "0.png", "text": ["{CHINESE}", null]}}\n{{"file_name": "1.png"}}\n'.encode(),
+        "captions.json": f'{{"0.png": "{CHINESE}", "1.png": {{"tags": ["a", "b"]}}}}'.encode(),
+        "0.txt": CHINESE.encode("gbk"),
+        "0.json": b'{"caption": ["a", "b"], "width": 1.5e3}',
+        "a.tar": (tmp_path / "a.tar").read_bytes(),
+        "sources.yaml": b"sources:\n- {train_data_dir: data, repeats: 2}\n- train_data_dir: data\n  name: b\n",
+    }
+    (tmp_path / "a.tar").unlink()
+    file = (tmp_path if name == "sources.yaml" else folder) / name
+    if name == "a.tar":
+        for picture in folder.glob("*.png"):
+            picture.unlink()
+    draw = random.Random(0)
+    for _ in range(120):
+        file.write_bytes(mutated(contents[name], draw))
+        with contextlib.suppress(UserError):
+            if name == "sources.yaml":
+                records = read_records(DataOptions(dataset_file=str(file)), SourceOptions(), CaptionOptions(), 0)
+            else:
+                records = records_of(folder)
+            assert all(isinstance(caption, str) for captions in found(records).values() for caption in captions)
