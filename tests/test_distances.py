@@ -218,6 +218,21 @@ def test_inception_score_of_known_classes():
     assert distances.inception_score(logits, 1).value == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("count", [10, 47, 103])
+def test_inception_score_is_split_as_its_authors_split(count):
+    """`preds[i * N // splits : (i + 1) * N // splits]`, whose parts differ in size where N is no multiple."""
+    logits = np.random.default_rng(0).normal(size=(count, 6)) * 3
+    shares, splits = torch.from_numpy(logits).softmax(1).numpy(), min(10, count // 2)
+    scores = []
+    for i in range(splits):
+        part = shares[i * count // splits : (i + 1) * count // splits]
+        divergence = part * (np.log(part) - np.log(part.mean(0, keepdims=True)))
+        scores.append(np.exp(divergence.sum(1).mean()))
+    found = distances.inception_score(logits, 10)
+    assert found.value == pytest.approx(np.mean(scores), rel=1e-9)
+    assert found.error == pytest.approx(np.std(scores), rel=1e-9)
+
+
 def test_clip_scores_are_cut_pair_by_pair():
     images, texts = np.array([[1.0, 0], [1, 0], [0, 2]]), np.array([[-1.0, 0], [1, 1], [0, 1]])
     np.testing.assert_allclose(distances.clip_scores(images, texts), [0, 100 / math.sqrt(2), 100])

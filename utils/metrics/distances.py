@@ -368,9 +368,10 @@ def inception_score(logits: Array, num_splits: int = 10) -> Estimate:
     rows = as_features(logits, 2)
     shifted = rows - rows.max(1, keepdims=True)
     logs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    parts = [part for part in np.array_split(logs, min(num_splits, len(logs) // 2)) if len(part)]
+    count, num_parts = len(logs), min(num_splits, len(logs) // 2)
     scores = []
-    for part in parts:
+    for number in range(num_parts):  # the authors' boundaries, also where the parts differ in size
+        part = logs[number * count // num_parts : (number + 1) * count // num_parts]
         shares = np.exp(part)
         marginal = np.log(shares.mean(0).clip(1e-300))
         scores.append(math.exp((shares * (part - marginal)).sum(1).mean()))
