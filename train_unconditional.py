@@ -231,6 +231,8 @@ def run(argv: Sequence[str] | None) -> None:
         family = family_class(
             model_options, options.noise, wanted, dtypes.unet, dtypes.frozen, options.sampling.sampler
         )
+        if family.added_classes:
+            beginning = beginning.having(class_numbers=family.added_classes)
         adaptation = FullFineTuning(family, options.trained, start)
         family.use_attention()
         family.save_memory()
@@ -242,7 +244,7 @@ def run(argv: Sequence[str] | None) -> None:
         terms = loss_terms(options.perceptual, options.term, family.latent_space, process.num_timesteps)
         adaptation.named_parameters(rates)  # which refuses --layer_rates of no weight, on a dry run too
         own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
-        model_name = f"{model_options.origin} ({family.pipeline_class_name}, {family.latent_space.describe()})"
+        model_name = f"{model_options.origin} ({type(family.pipeline).__name__}, {family.latent_space.describe()})"
         how = f"{len(classes)} classes" if classes else "no classes"
         counts = images, held_out_images, batches, total_steps
         learning = options.loader, rates, options.schedule

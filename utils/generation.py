@@ -39,7 +39,8 @@ from utils.options import (
 from utils.pipelines import call_parameters, class_names
 from utils.prompts import STATE_KEY, Prompt, Task, drawn_texts, prompts_hash
 from utils.runtime import write_json
-from utils.sampling_controls import SamplingControls
+from utils.samplers import check_steps, converted, is_ddim
+from utils.sampling_controls import SamplingControls, drawing_scheduler
 from utils.seeding import Stream, generator
 from utils.stopping import StopRequests
 from utils.terminal import progress_bar
@@ -143,7 +144,7 @@ def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
             f"{flag} does not go with a {type(pipeline).__name__}; choose one of {', '.join(sorted(known))}"
         )
     try:
-        scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **changes)
+        scheduler = converted(pipeline.scheduler, getattr(diffusers, class_name), **changes)
         scheduler.set_timesteps(10)
     # another scheduler made of this one's config: what it lacks or misreads fails in a way of each class's own
     except (*LOADING_ERRORS, TypeError, AttributeError, NotImplementedError) as error:
@@ -307,12 +308,14 @@ class Drawer:
         self._more = dict(arguments or {})
         self._encode = encode
         self._around = around
+        self._eta = options.eta or 0.0
         self._takes = call_parameters(type(self.pipeline))
         self._batch_size = BatchSize(options.batch_size, device)
         self._fitting_steps = fitting_steps(self.pipeline) if options.num_inference_steps is None else None
         if self._fitting_steps is not None:
             logger.info("%d denoising steps, as many as the noise schedule has", self._fitting_steps)
         self._check()
+        self._check_steps()
         controls.check(self.pipeline.scheduler)
         if starts_from_images and controls.noise_scale != 1.0:
             raise UserError("--initial_noise_scale would scale the images of --init_images too; leave one out")
@@ -320,13 +323,28 @@ class Drawer:
     def _check(self) -> None:
         """Refuses options that the pipeline does not take."""
         options, name = self._options, type(self.pipeline).__name__
-        for flag in ("guidance_scale", "guidance_rescale", "negative_prompt", "eta", "height", "width"):
+        for flag in ("guidance_scale", "guidance_rescale", "negative_prompt", "height", "width"):
             if getattr(options, flag) is not None and flag not in self._takes:
                 raise UserError(f"--{flag} is not taken by a {name}; leave it out")
         if options.strength is not None and "strength" not in self._takes:
             raise UserError("--strength is of variations; give --init_images")
-        if options.eta is not None and "eta" not in inspect.signature(self.pipeline.scheduler.step).parameters:
+        if options.eta is not None and not is_ddim(self.pipeline.scheduler):
             raise UserError(f"--eta is DDIM's, the scheduler is {type(self.pipeline.scheduler).__name__}")
+
+    def _check_steps(self) -> None:
+        """Refuses a number of steps that the scheduler would not take as such, and warns of one that begins late."""
+        own = inspect.signature(type(self.pipeline).__call__).parameters.get("num_inference_steps")
+        steps = self._options.num_inference_steps or self._fitting_steps or (own.default if own else None)
+        scheduler = drawing_scheduler(self.pipeline, self._eta)
+        known = {class_name for class_name, _ in SCHEDULERS.values()} | {"ConsistentDDIMScheduler"}
+        longest = scheduler.config.get("num_train_timesteps") or 0
+        if not isinstance(steps, int) or steps > longest or type(scheduler).__name__ not in known:
+            return  # what no schedule has so many steps for is refused in drawing
+        try:
+            check_steps(type(scheduler).from_config(scheduler.config), steps)
+        except ValueError as error:
+            name = type(self.pipeline.scheduler).__name__
+            raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error
 
     def facts(self, prompts: Sequence[Prompt]) -> dict[str, object]:
         """What the images depend on: what a run that goes on must have in common with the one before."""
@@ -335,12 +353,12 @@ class Drawer:
             name: weights_hash(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
         }
         config = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
-        text = json.dumps(config, sort_keys=True, default=str)
+        text, used = json.dumps(config, sort_keys=True, default=str), drawing_scheduler(pipeline, self._eta)
         settings = {name: value for name, value in asdict(self._options).items() if name not in FREE_SETTINGS}
         return {
             "pipeline": type(pipeline).__name__,
             "weights": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
-            "scheduler": type(pipeline.scheduler).__name__,
+            "scheduler": type(used).__name__,
             "scheduler_config": hashlib.sha256(text.encode()).hexdigest(),
             "dtype": str(pipeline.dtype),
             "prompts": prompts_hash(prompts),
@@ -399,7 +417,8 @@ class Drawer:
         seeds = [image_seed(self._seed, task.number, task.sample) for task in batch]
         torch.manual_seed(seeds[0])
         before = _global_state(self._device)
-        with torch.no_grad(), self._controls.attached(self.pipeline), decoding_apart(self.pipeline), self._around():
+        attached = self._controls.attached(self.pipeline, eta=self._eta)
+        with torch.no_grad(), attached, decoding_apart(self.pipeline), self._around():
             given = self._arguments(batch, seeds) | self._encoded(batch)
             if None in given.values():
                 self._batch_size.alone()
@@ -423,7 +442,7 @@ class Drawer:
             **self._more,
         }
         for name in ("num_inference_steps", "guidance_scale", "guidance_rescale", "eta", "strength"):
-            if getattr(options, name) is not None:
+            if getattr(options, name) is not None and (name != "eta" or "eta" in takes):
                 given[name] = getattr(options, name)
         if self._fitting_steps is not None:
             given.setdefault("num_inference_steps", self._fitting_steps)

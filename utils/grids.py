@@ -1,5 +1,6 @@
 """Samples of a model without words, drawn from the same noise each time: pictures, a grid of them, a film strip."""
 
+import logging
 import math
 import os
 import re
@@ -14,10 +15,11 @@ import numpy as np
 from PIL import Image
 
 from utils.data.images import decode
-from utils.families.unconditional import SAMPLERS, UnconditionalFamily, sampler_of
+from utils.families.unconditional import UnconditionalFamily
 from utils.flow import is_flow, is_score
 from utils.options import UserError, first_line, option, require, require_not_negative, require_positive
 from utils.runtime import autocast, on_main_process, write_json
+from utils.samplers import SAMPLERS, check_steps, sampler_of
 from utils.sampling_controls import SamplingControls
 from utils.sharding import unsharded
 from utils.stopping import StopRequests
@@ -27,6 +29,7 @@ from utils.user_files import read_json
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+logger = logging.getLogger(__name__)
 GRID, STRIP, RECORD = "grid.png", "film_strip.png", "samples.json"
 LAST = "final"
 FRAMES = 20  # of a film strip
@@ -79,7 +82,7 @@ class SamplingOptions:
             must = f"be at most {longest}, the length of the noise schedule"
             require(steps <= longest, "num_inference_steps", steps, must)
         try:
-            sampler_of(scheduler, self.sampler).set_timesteps(steps)
+            check_steps(sampler_of(scheduler, self.sampler, self.eta), steps)
         except ValueError as error:
             name = self.sampler or type(scheduler).__name__
             raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error
@@ -118,7 +121,10 @@ class GridSampler:
     ):
         """`first_step` is that from which the run goes on: what was drawn after it is dropped."""
         self._controls = controls or SamplingControls()
-        self._controls.check(sampler_of(family.pipeline.scheduler, options.sampler))
+        self._controls.check(sampler_of(family.pipeline.scheduler, options.sampler, options.eta))
+        if options.eta > 0:
+            said = "--eta %g: the run's samples are drawn with that noise, but the exported pipeline draws with none"
+            logger.warning(said, options.eta)
         self._steps = options.steps_of(family.pipeline.scheduler)
         self._accelerator = accelerator
         self._family = family
@@ -157,7 +163,7 @@ class GridSampler:
 
     def _draw(self, numbers: Sequence[int]) -> list[Image.Image]:
         options, family = self._options, self._family
-        scheduler = sampler_of(family.pipeline.scheduler, options.sampler)
+        scheduler = sampler_of(family.pipeline.scheduler, options.sampler, options.eta)
         seeds = [self._seeds[number] for number in numbers]
         labels = [self._labels[number] for number in numbers] if self._labels else []
         with autocast(self._accelerator), self._controls.attached(family.pipeline, scheduler):

@@ -1,11 +1,13 @@
-"""What holds a pipeline's samples in bounds while they are drawn: callbacks on each step, off by default.
+"""What holds a pipeline's samples in bounds while they are drawn: callbacks on each step.
 
 A control sees the clean sample that a step predicts, and may change it before the scheduler takes the step, whatever
 the scheduler and the prediction type. `SamplingControls.attached(pipeline)` is around any call of any pipeline;
-evaluation and the training scripts' samples use the same.
+evaluation and the training scripts' samples use the same. Without any option it still sees to it that steps are
+consistent: that a scheduler which should clip clean samples, and can't, does.
 """
 
 import inspect
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +20,19 @@ from torch import Tensor
 
 from utils.families.vae import LatentSpace
 from utils.options import UserError, option, require, require_positive
+from utils.samplers import clip_range, clips_itself, consistent, converted
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+logger = logging.getLogger(__name__)
 CONTROLLED = (
     *("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
     *("DEISMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"),
+)
+CLIPPABLE = (
+    *CONTROLLED,
+    *("PNDMScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
 )
 PIXEL_LIMIT, LATENT_LIMIT = 1.0, 4.0
 SMALLEST_SIGMA = 1e-6
@@ -118,6 +126,16 @@ class ProgressiveClamping(Control):
         return clean.clamp(-bound, bound)
 
 
+class Clipping(Control):
+    """Clips to the range that the model's clean samples have."""
+
+    def __init__(self, limit: float):
+        self._limit = limit
+
+    def __call__(self, clean: Tensor, progress: float) -> Tensor:
+        return clean.clamp(-self._limit, self._limit)
+
+
 class SamplingControls:
     """The controls that options ask for."""
 
@@ -165,27 +183,67 @@ class SamplingControls:
             UserError: naming those that can.
         """
         name = type(scheduler).__name__
-        if self.are_on and name not in CONTROLLED:
+        if self.are_on and name.removeprefix("Consistent") not in CONTROLLED:
             known = ", ".join(each.removesuffix("Scheduler") for each in CONTROLLED)
             raise UserError(f"--scheduler {name} can't be controlled while it samples; choose one of {known}")
 
     @contextmanager
-    def attached(self, pipeline: "DiffusionPipeline", scheduler: Any = None) -> Iterator[None]:
-        """Within it the controls act on each call of the pipeline, or of its denoiser with another scheduler."""
-        if not self.are_on:
-            yield
-            return
-        scheduler, scale = scheduler or pipeline.scheduler, self._options.initial_noise_scale
-        self.check(scheduler)
-        denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
-        step = _ControlledStep(scheduler, self._controls(pipeline), scale)
-        scheduler.step = step
-        handle = denoiser.register_forward_pre_hook(partial(_scale_input, step), with_kwargs=True)
+    def attached(self, pipeline: "DiffusionPipeline", scheduler: Any = None, eta: float = 0.0) -> Iterator[None]:
+        """Within it each call of the pipeline, or of its denoiser with another scheduler, takes controlled steps.
+
+        Without controls too they are consistent: see `utils.samplers`.
+
+        Args:
+            eta: share of DDPM's noise that the pipeline's scheduler draws at each step, if it is DDIM.
+        """
+        own, scale = pipeline.scheduler, self._options.initial_noise_scale
+        used = scheduler or drawing_scheduler(pipeline, eta)
+        if self.are_on:
+            self.check(used)
+        controls = [*self._controls(pipeline), *_clipping(pipeline, used)]
+        handle = None
+        if scheduler is None and used is not own:
+            pipeline.scheduler = used
+        if controls or scale != 1.0:
+            step = _ControlledStep(used, controls, scale)
+            used.step = step
+            denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+            handle = denoiser.register_forward_pre_hook(partial(_scale_input, step), with_kwargs=True)
         try:
             yield
         finally:
-            handle.remove()
-            del scheduler.step  # the class's own is found again
+            if handle is not None:
+                handle.remove()
+                del used.step  # the class's own is found again
+            if pipeline.scheduler is not own:
+                pipeline.scheduler = own
+
+
+def drawing_scheduler(pipeline: "DiffusionPipeline", eta: float = 0.0) -> Any:
+    """The pipeline's scheduler, or one that takes its steps consistently.
+
+    DDIM that clips nothing is left to a text pipeline as it is: so diffusers alone draws the same.
+    """
+    scheduler = pipeline.scheduler
+    draws_text = hasattr(pipeline, "tokenizer")
+    return scheduler if draws_text and not eta and not clips_itself(scheduler) else consistent(scheduler, eta)
+
+
+def draws_pixels(pipeline: "DiffusionPipeline") -> bool:
+    """Whether a pipeline denoises pixels, not a VAE's latents."""
+    return not any(hasattr(pipeline, name) for name in ("vae", "vqvae"))
+
+
+def _clipping(pipeline: "DiffusionPipeline", scheduler: Any) -> list[Control]:
+    """What clips for a scheduler of pixels that should, and whose class can't."""
+    limit = clip_range(scheduler.config) if draws_pixels(pipeline) and not clips_itself(scheduler) else None
+    if limit is None:
+        return []
+    if type(scheduler).__name__ not in CLIPPABLE:
+        said = "%s can't clip its estimates, as this pipeline should: what it draws may be washed out or glaring"
+        logger.warning(said, type(scheduler).__name__)
+        return []
+    return [Clipping(limit)]
 
 
 @contextmanager
@@ -195,7 +253,7 @@ def controllable(controls: SamplingControls, pipeline: "DiffusionPipeline") -> I
 
     own = pipeline.scheduler
     if controls.are_on and type(own).__name__ not in CONTROLLED:
-        pipeline.scheduler = DDIMScheduler.from_config(own.config)
+        pipeline.scheduler = converted(own, DDIMScheduler)
     try:
         yield
     finally:
@@ -279,6 +337,9 @@ class _ControlledStep:
         if scheduler.step_index is None:
             scheduler._init_step_index(timestep)
         sigma = scheduler.sigmas[scheduler.step_index]
+        if hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order:
+            is_ancestral = hasattr(scheduler, "sigmas_up")  # whose lists are shifted by one
+            sigma = scheduler.sigmas_interpol[scheduler.step_index - is_ancestral]
         if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
             alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigma)
             return float(alpha), float(sigma)

@@ -1,6 +1,8 @@
 """Classes in place of captions: from a column, or from the names of the images' folders."""
 
-from collections.abc import Callable, Sequence
+import logging
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
@@ -13,6 +15,8 @@ from utils.data.captions import CaptionOptions
 from utils.data.sources import SourceOptions
 from utils.data.tables import captions_of
 from utils.options import UserError, option, require_fraction
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,56 @@ def in_order(names: Sequence[str], orders: Sequence[tuple[str, ...]] = ()) -> li
     if len(set(orders)) == 1 and set(distinct) <= set(orders[0]):
         return [name for name in orders[0] if name in set(distinct)]
     return sorted(distinct, key=int) if all(name.isdecimal() for name in distinct) else distinct
+
+
+def plain_name(name: str) -> str:
+    """A class's name as the lists of names in diffusers' pipelines can hold it: they end a name at a comma.
+
+    Spaces around it are taken away, and letters have one spelling whatever the file system.
+    """
+    return unicodedata.normalize("NFC", name).replace(",", ";").strip()
+
+
+def listed_numbers(known: Mapping[int, str]) -> dict[str, int]:
+    """The numbers of classes by their names in a list that gives several for one, with commas between them."""
+    return {each.strip(): number for number, names in known.items() for each in (*names.split(","), names)}
+
+
+def class_numbers(names: Sequence[str], known: Mapping[str, int], slots: int) -> dict[str, int]:
+    """The numbers of the data's classes by their names.
+
+    Those that a pretrained model knows keep their numbers, by which it has learnt them. The others take the lowest
+    numbers that are free.
+
+    Args:
+        known: the numbers of the pretrained model's classes by their names, of which a class may have several.
+        slots: how many classes the model can tell apart.
+
+    Raises:
+        UserError: if it has no room for all of them.
+    """
+    spellings = {plain_name(name): number for name, number in known.items()} | dict(known)
+    numbers = {name: spellings.get(name, spellings.get(plain_name(name))) for name in names}
+    free = iter(sorted(set(range(slots)) - set(known.values())))
+    for name in names:
+        if numbers[name] is None:
+            numbers[name] = next(free, None)
+    missing = [name for name, number in numbers.items() if number is None]
+    if missing and known:
+        raise UserError(
+            f"the pretrained model has room for {slots} classes, and keeps the {len(set(known.values()))} that it "
+            f"knows; of the data's there is none for {', '.join(missing[:5])}: take them out, or train from scratch"
+        )
+    if missing:
+        raise UserError(f"the data has {len(names)} classes, the model has room for {slots}")
+    by_number: dict[int, list[str]] = {}
+    for name, number in numbers.items():
+        by_number.setdefault(number, []).append(name)
+    for number, same in by_number.items():
+        if len(same) > 1:
+            said = "the folders or labels %s are one class to the pretrained model, number %d"
+            logger.warning(said, ", ".join(map(repr, same)), number)
+    return numbers
 
 
 class ClassNumbers:

@@ -55,7 +55,7 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
             class_labels: numbers of classes; the last embedding's number draws without one.
             guidance_scale: over 1 the difference that the class makes is enlarged (https://arxiv.org/abs/2207.12598).
             generator: one, or one for each image.
-            eta: of schedulers that know it, the share of noise that is drawn anew at each step.
+            eta: of schedulers that know it, the share of noise that is drawn anew at each step. Others take 0 alone.
             output_type: pil, np ([B, H, W, C] in [0, 1]) or pt ([B, C, H, W] in [0, 1]).
 
         Returns:
@@ -72,7 +72,11 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         image = image * getattr(self.scheduler, "init_noise_sigma", 1.0)
         known = inspect.signature(self.scheduler.step).parameters
-        extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
+        if eta and "eta" not in known:
+            raise ValueError(f"eta is DDIM's; {type(self.scheduler).__name__} draws no noise of its own share")
+        # without the last, DDIM clips the estimate but keeps the noise of the unclipped one, and images wash out
+        given = {"eta": eta, "generator": generator, "use_clipped_model_output": True}
+        extra = {name: value for name, value in given.items() if name in known}
         for t in self.progress_bar(self.scheduler.timesteps):
             seen = torch.cat([image, image]) if guided else image
             if hasattr(self.scheduler, "scale_model_input"):

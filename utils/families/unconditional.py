@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from utils.configs import index_file, is_path, read_config, read_config_file
-from utils.data.labels import ClassNumbers
+from utils.data.labels import ClassNumbers, class_numbers, listed_numbers, plain_name
 from utils.families.base import Family, TextStates, changed_scheduler, fitting_steps
 from utils.families.denoisers import (
     CLASS_SLOTS,
@@ -26,8 +26,9 @@ from utils.families.denoisers import (
 )
 from utils.families.source import LOADING_ERRORS, PartOptions, refuse_pickles
 from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
-from utils.flow import ProcessOptions, check_changes, is_flow, is_score, shift_of
+from utils.flow import ProcessOptions, check_changes, is_flow, shift_of
 from utils.options import UserError, first_line, option, require
+from utils.samplers import exported, sampler_of, warn_of_own_sampler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -87,9 +88,11 @@ class UnconditionalFamily(Family):
     """A pipeline that reads no words.
 
     Attributes:
-        classes: names of the classes that it draws, by their numbers.
+        classes: names of the data's classes, by their numbers.
+        names: names of all classes that the exported pipeline draws, by their numbers.
         noisy_name: the denoiser's argument for what it denoises.
         measures_scaling: whether the scaling of its latents is still to be measured on the data.
+        added_classes: the numbers of the data's classes, if some of them were added to those of a pretrained pipeline.
     """
 
     default_resolution = 64
@@ -114,7 +117,7 @@ class UnconditionalFamily(Family):
         sampler: the sampler that was asked for, which an exported pipeline keeps where it can.
         """
         self.measures_scaling = False
-        self._known: dict[str, int] = {}  # numbers of the classes that a pretrained pipeline draws
+        known: dict[int, str] = {}  # names of the classes that a pretrained pipeline draws
         self._coder_dtype = coder_dtype
         if options.pretrained_model_name_or_path is None:
             parts = self._fresh_parts(options, wanted)
@@ -127,14 +130,23 @@ class UnconditionalFamily(Family):
             scheduler = changed_scheduler(pipeline.scheduler, noise.scheduler_changes)
             if noise.flow_matching and not is_flow(scheduler):
                 scheduler = self._exported(fresh_scheduler(noise, clips=False), sampler)
-            self._known = dict(getattr(pipeline, "labels", {}))
-        self.classes = self._numbered(wanted.classes, parts[self.denoiser_name])
+            known = listed_names(options)
+        scheduler = exported(scheduler)
+        self._numbers = self._numbered(wanted.classes, known, parts[self.denoiser_name]) if wanted.classes else {}
+        self.names = self._exported_names(known)
+        self.classes = {number: self.names[number] for number in sorted(set(self._numbers.values()))}
+        # before classes were added to those that are known, all were numbered anew
+        anew = {name: number for number, name in enumerate(wanted.classes)}
+        is_new = bool(known) and not set(self._numbers) <= set(self._by_name(known)) and self._numbers != anew
+        self.added_classes = self._numbers if is_new else {}
         for name, part in parts.items():
             wanted_dtype = dtype if name == self.denoiser_name else coder_dtype
             if part.dtype != wanted_dtype:
                 part.to(wanted_dtype)
         self._check(parts, wanted)
         pipeline = self._pipeline(scheduler, **parts)
+        if self.classes:  # while it trains, the pipeline draws the data's classes alone
+            pipeline.labels = {name: number for number, name in self.classes.items()}
         warn_of_own_sampler(scheduler, sampler)
         super().__init__(pipeline, self._space(parts), options)
 
@@ -176,13 +188,22 @@ class UnconditionalFamily(Family):
                 logger.warning(said, least, least, SMALLEST_LEVEL, SMALLEST_LEVEL)
             denoiser.register_to_config(sample_size=edge)
 
-    def _numbered(self, names: Sequence[str], denoiser: nn.Module) -> dict[int, str]:
-        """The classes' names by their numbers: those that a pretrained pipeline knows keep theirs."""
-        if names and all(name in self._known for name in names):
-            return {self._known[name]: name for name in names}
-        if names and self._known:
-            logger.warning("the pretrained pipeline does not know all classes of the data: they are numbered anew")
-        return dict(enumerate(names))
+    def _numbered(self, names: Sequence[str], known: Mapping[int, str], denoiser: nn.Module) -> dict[str, int]:
+        """The numbers of the data's classes by their names: those that a pretrained pipeline knows keep theirs."""
+        return class_numbers(names, self._by_name(known), self._slots(denoiser))
+
+    def _slots(self, denoiser: nn.Module) -> int:
+        """How many classes the denoiser can tell apart."""
+        return 0
+
+    @staticmethod
+    def _by_name(known: Mapping[int, str]) -> dict[str, int]:
+        """The numbers of a pretrained pipeline's classes by their names."""
+        return {name: number for number, name in known.items()}
+
+    def _exported_names(self, known: Mapping[int, str]) -> dict[int, str]:
+        """The names of all classes of the exported pipeline, by their numbers."""
+        return dict(sorted(({number: name for name, number in self._numbers.items()} | dict(known)).items()))
 
     def _check(self, parts: Mapping[str, nn.Module], wanted: Wanted) -> None:
         """Refuses parts that don't fit the images."""
@@ -213,7 +234,7 @@ class UnconditionalFamily(Family):
 
     def tokenizer(self) -> ClassNumbers:
         """Maps names of classes to their numbers."""
-        return ClassNumbers({name: number for number, name in self.classes.items()}, self._no_class)
+        return ClassNumbers(self._numbers, self._no_class)
 
     @property
     def _no_class(self) -> int:
@@ -309,14 +330,25 @@ class Pixels(UnconditionalFamily):
 
 
 class ImplicitPixels(Pixels):
-    """The same, drawn by DDIM (Song et al. 2021)."""
+    """The same, drawn by DDIM (Song et al. 2021).
+
+    A DDIMPipeline takes inconsistent steps unless its call says otherwise, so the result is a DDPMPipeline, whose
+    scheduler takes DDIM's steps.
+    """
 
     pipeline_class_name = "DDIMPipeline"
 
     def _exported(self, scheduler: Any, sampler: str | None) -> Any:
         if is_flow(scheduler):
             raise UserError("--flow_matching: a DDIMPipeline draws by DDIM alone; leave it out")
-        return changed_scheduler(sampler_of(scheduler, "ddim"), {})
+        return sampler_of(scheduler, "ddim")
+
+    def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
+        from diffusers import DDIMScheduler, DDPMPipeline
+
+        if isinstance(scheduler, DDIMScheduler):
+            return super()._pipeline(scheduler, **parts)
+        return DDPMPipeline(scheduler=scheduler, **parts)
 
 
 class Score(Pixels):
@@ -373,16 +405,13 @@ class LabelledPixels(ClassLabelled, Pixels):
         return ConditionalDDPMPipeline
 
     def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
-        return self.pipeline_class()(scheduler=scheduler, id2label=self.classes, **parts)
+        return self.pipeline_class()(scheduler=scheduler, id2label=self.names, **parts)
 
     def _exported(self, scheduler: Any, sampler: str | None) -> Any:
         return sampler_of(scheduler, "ddim") if sampler == "ddim" else scheduler
 
-    def _numbered(self, names: Sequence[str], denoiser: nn.Module) -> dict[int, str]:
-        slots = (denoiser.config.num_class_embeds or 1) - 1
-        if len(names) > slots:
-            raise UserError(f"the data has {len(names)} classes, the pretrained model room for {slots}")
-        return super()._numbered(names, denoiser)
+    def _slots(self, denoiser: nn.Module) -> int:
+        return (denoiser.config.num_class_embeds or 1) - 1
 
     @property
     def _no_class(self) -> int:
@@ -455,7 +484,9 @@ class Latents(UnconditionalFamily):
     def _exported(self, scheduler: Any, sampler: str | None) -> Any:
         """One that draws the same image each time: the pipeline gives its generator to no step.
 
-        diffusers' flow-match schedulers lack what the pipeline asks of one; DPM-Solver of order 1 takes the same steps.
+        diffusers' flow-match schedulers lack what the pipeline asks of one. DPM-Solver of order 1 takes Euler's steps
+        too, but at other times: it begins at 1 - 1/T, spaces the times evenly down to 0, and tells the model whole
+        timesteps, where `FlowMatchEulerDiscreteScheduler` begins at 1 and has its last time at 1/T.
         """
         from diffusers import DPMSolverMultistepScheduler
 
@@ -520,14 +551,34 @@ class LabelledLatents(ClassLabelled, Latents):
             if hasattr(module, "dropout_prob"):  # of labels, in each block apart: the loader drops them for all
                 module.dropout_prob = 0.0
 
-    def _numbered(self, names: Sequence[str], denoiser: nn.Module) -> dict[int, str]:
-        if len(names) > CLASS_SLOTS:
-            raise UserError(f"the data has {len(names)} classes, DiTPipeline knows {CLASS_SLOTS} at most")
-        return super()._numbered(names, denoiser)
+    def _slots(self, denoiser: nn.Module) -> int:
+        return CLASS_SLOTS
+
+    @staticmethod
+    def _by_name(known: Mapping[int, str]) -> dict[str, int]:
+        return listed_numbers(known)
+
+    def _exported_names(self, known: Mapping[int, str]) -> dict[int, str]:
+        """The same, of which no two are one name to the pipeline, which ends a name at a comma."""
+        names = super()._exported_names(known)
+        for number in names.keys() - known.keys():
+            name, names[number] = names[number], plain_name(names[number])
+            if names[number] != name:
+                said = "the class %r is called %r in the result, as a DiTPipeline can list it"
+                logger.warning(said, name, names[number])
+        taken: dict[str, int] = {}
+        for number in sorted(names.keys() - known.keys()):
+            other = taken.setdefault(names[number], number)
+            if other != number or not names[number]:
+                raise UserError(
+                    f"--class_conditional: a DiTPipeline can't tell two classes called {names[number]!r} apart, after "
+                    "commas are replaced and spaces around names are taken away; rename one of them"
+                )
+        return names
 
     def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
-        pipeline = super()._pipeline(scheduler, id2label=self.classes, **parts)
-        pipeline.register_to_config(id2label={str(number): name for number, name in self.classes.items()})
+        pipeline = super()._pipeline(scheduler, id2label=self.names, **parts)
+        pipeline.register_to_config(id2label={str(number): name for number, name in self.names.items()})
         return pipeline
 
     def _space(self, parts: Mapping[str, nn.Module]) -> LatentSpace:
@@ -604,6 +655,16 @@ def load_pipeline(pipeline_class: "type[DiffusionPipeline]", options: Unconditio
         raise UserError(f"--pretrained_model {name} can't be loaded: {first_line(error)}") from error
 
 
+def listed_names(options: UnconditionalModelOptions) -> dict[int, str]:
+    """The names of a pretrained pipeline's classes by their numbers, as its `model_index.json` has them."""
+    name, flag = options.pretrained_model_name_or_path, "--pretrained_model"
+    found = read_config(index_file(name, options.revision, flag), flag).get("id2label")
+    try:
+        return {int(number): str(label) for number, label in (found or {}).items()}
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{flag} {name}: id2label must map numbers to names: {first_line(error)}") from error
+
+
 def coder_config(name: str) -> tuple[dict, str | None]:
     """(a VAE's config, the folder that it has in a pipeline's).
 
@@ -651,62 +712,3 @@ def fresh_scheduler(noise: ProcessOptions, clips: bool) -> Any:
     settings = {"num_train_timesteps": count, "beta_schedule": "linear", "clip_sample": clips}
     settings["timestep_spacing"] = "trailing"  # few steps begin at the noisiest timestep too (Lin et al. 2024)
     return DDPMScheduler(**settings | noise.scheduler_changes)
-
-
-SAMPLERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-}
-"""What samples can be drawn by, where the noise is by betas."""
-FLOW_SAMPLERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
-
-
-def sampler_of(scheduler: Any, name: str | None) -> Any:
-    """A fresh scheduler to draw with, by a sampler's name or like the given one, for the same noise and prediction.
-
-    What its class can't express goes as betas.
-
-    Raises:
-        UserError: for a sampler that does not go with them.
-    """
-    import diffusers
-
-    # values at their defaults too: after saving and loading they are the config's own, and no other class's default
-    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
-    if name is None:
-        return type(scheduler).from_config(config)
-    flows = is_flow(scheduler)
-    table = FLOW_SAMPLERS if flows else SAMPLERS
-    if name not in table or is_score(scheduler):
-        cure = f"one of {', '.join(FLOW_SAMPLERS)}" if flows else "left out: a score pipeline has its own"
-        raise UserError(f"--sampler must be {cure} here, got {name}")
-    sampler_class = getattr(diffusers, table[name])
-    known = inspect.signature(sampler_class.__init__).parameters
-    if flows:
-        return sampler_class(num_train_timesteps=config["num_train_timesteps"], shift=shift_of(config))
-    if name == "heun" and config.get("prediction_type") == "sample":
-        raise UserError("--sampler heun knows no --prediction_type sample; try ddim or euler")
-    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
-        raise UserError(f"--sampler {name} can't begin at the noise alone that --rescale_betas_zero_snr ends with")
-    changes = {}
-    if config.get("beta_schedule") == "sigmoid" and name != "ddpm":
-        plain = {"rescale_betas_zero_snr": False} if config.get("rescale_betas_zero_snr") else {}
-        betas = diffusers.DDPMScheduler.from_config(config, **plain).betas
-        changes = {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
-    return sampler_class.from_config(config, **changes)
-
-
-def warn_of_own_sampler(scheduler: Any, sampler: str | None) -> None:
-    """Says so where samples are drawn by another sampler than the exported pipeline's."""
-    if sampler is None:
-        return
-    own, drawn_by = type(scheduler).__name__, type(sampler_of(scheduler, sampler)).__name__
-    if own == drawn_by or (is_flow(scheduler) and sampler == "euler"):  # steps that a latent flow's scheduler takes too
-        return
-    logger.warning(
-        "--sampler %s: the run's samples are drawn by %s, but the exported pipeline has %s, and draws others by itself",
-        *(sampler, drawn_by, own),
-    )
