@@ -105,7 +105,7 @@ class RunOptions:
         None, "arithmetic of the pipeline; by default what `accelerate launch` says", choices=tuple(DTYPES)
     )
     allow_tf32: bool = option(False, "matrix products in TF32 on Ampere and later GPUs")
-    title: str | None = option(None, "the report's")
+    title: str | None = option(None, "the report's", is_text=True)
     report_prompts: int = option(24, "prompts whose images the report shows")
     export_geneval: str | None = option(None, "folder to write the images to in GenEval's layout, for its own tool")
 
@@ -125,7 +125,9 @@ class ComparisonOptions:
     baseline: str | None = option(
         None, "pipeline to compare with, on the same prompts and seeds; with --images a folder of its images"
     )
-    labels: list[str] | None = option(None, "what the report calls the baseline and the pipeline, in this order")
+    labels: list[str] | None = option(
+        None, "what the report calls the baseline and the pipeline, in this order", is_text=True
+    )
     baseline_lora: str | None = option(None, "LoRA on top of the baseline")
     checkpoints: str | None = option(
         None, "output folder of a training: each of its checkpoints is scored, and the best one found"

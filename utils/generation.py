@@ -82,7 +82,7 @@ class GenerationOptions:
     )
     guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
     guidance_rescale: float | None = option(None, "rescaling of the guided prediction, for zero terminal SNR")
-    negative_prompt: str | None = option(None, "what images should not show")
+    negative_prompt: str | None = option(None, "what images should not show", is_text=True)
     eta: float | None = option(None, "noise of DDIM's steps, from 0 to 1")
     height: int | None = option(None, "pixels; by default the pipeline's")
     width: int | None = option(None, "pixels; by default the pipeline's")

@@ -38,9 +38,11 @@ class ReferenceOptions:
     reference: str | None = option(
         None, "real images to compare with: a folder, a dataset, or statistics in an .npz file"
     )
-    reference_split: str = option("train", "split of a reference that is a dataset")
-    reference_image_column: str = option("image", "column of its images")
-    reference_caption_column: str = option("text", "column of its captions, where a folder's metadata have another")
+    reference_split: str = option("train", "split of a reference that is a dataset", is_text=True)
+    reference_image_column: str = option("image", "column of its images", is_text=True)
+    reference_caption_column: str = option(
+        "text", "column of its captions, where a folder's metadata have another", is_text=True
+    )
     reference_resolution: int | None = option(
         None, "the reference is cut to squares of this edge as in training; by default whole images are taken"
     )

@@ -40,8 +40,8 @@ class SourceOptions:
     """One source of images; each can also stand in a `--dataset_file`."""
 
     dataset_name: str | None = option(None, "name of a dataset on the Hub, or a local path that `datasets` can load")
-    dataset_config_name: str | None = option(None, "configuration of the dataset")
-    dataset_split: str = option("train", "split to train on, of a dataset or of a folder that has splits")
+    dataset_config_name: str | None = option(None, "configuration of the dataset", is_text=True)
+    dataset_split: str = option("train", "split to train on, of a dataset or of a folder that has splits", is_text=True)
     train_data_dir: str | None = option(
         None,
         "folder of images with captions in metadata.jsonl or .csv, in captions.json or beside each image, or of "
@@ -52,23 +52,26 @@ class SourceOptions:
         "what the folder is, where its files don't say it",
         choices=("imagefolder", "pairs", "captions_json", "parquet", "webdataset"),
     )
-    image_column: str = option("image", "column of the images")
+    image_column: str = option("image", "column of the images", is_text=True)
     caption_column: str | None = option(
-        "text", "column of the captions: a string, or a list of strings of which one is drawn"
+        "text", "column of the captions: a string, or a list of strings of which one is drawn", is_text=True
     )
-    width_column: str = option("width", "column of the images' widths, by which a stream fills buckets")
-    height_column: str = option("height", "column of the images' heights")
+    width_column: str = option("width", "column of the images' widths, by which a stream fills buckets", is_text=True)
+    height_column: str = option("height", "column of the images' heights", is_text=True)
     text_encoding: str | None = option(
         None,
         "encoding of captions and metadata in text files, such as gb18030, cp932 or cp1252; by default UTF-8, and of "
         "texts that are not UTF-8 a guess, which is logged",
+        is_text=True,
     )
     folder_repeats: bool = option(False, "use the images of a folder 10_name ten times an epoch, as kohya's scripts do")
     max_train_samples: int | None = option(None, "train on this many images of a source, drawn by the seed")
     alpha_mask: bool = option(False, "weigh the loss by the images' alpha channel: what is transparent does not count")
     mask_dir: str | None = option(None, "folder of masks under the images' names: the loss counts where they are white")
     mask_column: str | None = option(
-        None, "column of the masks: of a dataset images, of metadata file names, of tar shards the members' ending"
+        None,
+        "column of the masks: of a dataset images, of metadata file names, of tar shards the members' ending",
+        is_text=True,
     )
 
     def __post_init__(self) -> None:
