@@ -58,7 +58,7 @@ class PromptOptions:
     captions_dir: str | None = option(None, "prompts are the captions of a folder of images, the first of each")
     max_prompts: int | None = option(None, "take the first so many prompts")
     class_labels: list[str] | None = option(
-        None, "classes that a class-conditional pipeline draws, by number or by name; by default all", is_text=True
+        None, "classes that a class-conditional pipeline draws, by name or else by number; by default all", is_text=True
     )
     num_images: int | None = option(None, "images in total, one after the other of each prompt or class")
     images_per_prompt: int | None = option(None, "images of each prompt or class; by default 4")
