@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
+from utils.checks import refuse_same_folder
 from utils.generation import (
     Drawer,
     GenerationOptions,
@@ -216,6 +217,15 @@ def run(argv: Sequence[str] | None) -> None:
 def check_together(options: Options) -> None:
     """Refuses options that do not go together."""
     pipeline, comparison, prompts = options.pipeline, options.comparison, options.prompts
+    read = {
+        "images": [pipeline.images],
+        "reference": [options.reference.reference],
+        "training_images": [options.reference.training_images],
+        "captions_dir": [prompts.captions_dir],
+        "init_images": [prompts.init_images],
+        "baseline": [comparison.baseline],
+    }
+    refuse_same_folder({"output_dir": options.run.output_dir, "export_geneval": options.run.export_geneval}, read)
     given = [
         name for name, value in (("pipeline", pipeline.pipeline), ("images", pipeline.images)) if value is not None
     ]

@@ -162,7 +162,9 @@ def read_images(flag: str, name: str, options: ReferenceOptions, seed: int) -> I
     try:
         records = read_records(DataOptions(), SourceOptions(**source, **shared), CaptionOptions(), seed)
     except UserError as error:
-        text = renamed_flags(error, {"train_data_dir": flag, "dataset_name": flag} | COLUMN_FLAGS)
+        text, _, cure = str(error).partition("; give --data_format")  # which is no flag here
+        text += "; take the others out of the folder" if cure else ""
+        text = renamed_flags(UserError(text), {"train_data_dir": flag, "dataset_name": flag} | COLUMN_FLAGS)
         raise UserError(text if flag in text else f"--{flag} {name}: {text}") from error
     count = len(records)
     read = partial(_read_record, records, resolution=options.reference_resolution)
