@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
+from utils.checks import refuse_same_folder
 from utils.generation import (
     Drawer,
     GenerationOptions,
@@ -105,7 +106,7 @@ class RunOptions:
         None, "arithmetic of the pipeline; by default what `accelerate launch` says", choices=tuple(DTYPES)
     )
     allow_tf32: bool = option(False, "matrix products in TF32 on Ampere and later GPUs")
-    title: str | None = option(None, "the report's")
+    title: str | None = option(None, "the report's", is_text=True)
     report_prompts: int = option(24, "prompts whose images the report shows")
     export_geneval: str | None = option(None, "folder to write the images to in GenEval's layout, for its own tool")
 
@@ -125,7 +126,9 @@ class ComparisonOptions:
     baseline: str | None = option(
         None, "pipeline to compare with, on the same prompts and seeds; with --images a folder of its images"
     )
-    labels: list[str] | None = option(None, "what the report calls the baseline and the pipeline, in this order")
+    labels: list[str] | None = option(
+        None, "what the report calls the baseline and the pipeline, in this order", is_text=True
+    )
     baseline_lora: str | None = option(None, "LoRA on top of the baseline")
     checkpoints: str | None = option(
         None, "output folder of a training: each of its checkpoints is scored, and the best one found"
@@ -214,6 +217,15 @@ def run(argv: Sequence[str] | None) -> None:
 def check_together(options: Options) -> None:
     """Refuses options that do not go together."""
     pipeline, comparison, prompts = options.pipeline, options.comparison, options.prompts
+    read = {
+        "images": [pipeline.images],
+        "reference": [options.reference.reference],
+        "training_images": [options.reference.training_images],
+        "captions_dir": [prompts.captions_dir],
+        "init_images": [prompts.init_images],
+        "baseline": [comparison.baseline],
+    }
+    refuse_same_folder({"output_dir": options.run.output_dir, "export_geneval": options.run.export_geneval}, read)
     given = [
         name for name, value in (("pipeline", pipeline.pipeline), ("images", pipeline.images)) if value is not None
     ]

@@ -129,7 +129,7 @@ class Tracking(TrackingOptions):
     report_to: str = option(
         "tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"), aliases=["--logger"]
     )
-    tracker_project_name: str = option("train_unconditional", "name of the project in the trackers")
+    tracker_project_name: str = option("train_unconditional", "name of the project in the trackers", is_text=True)
 
 
 @dataclass(frozen=True)

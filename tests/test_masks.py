@@ -224,7 +224,7 @@ class TestRuns:
         data, alpha = masked_folder(tmp_path / "data"), masked_folder(tmp_path / "alpha", in_alpha=True)
         flags = [*STILL, "--center_crop", "--validation_split", 0.3]
         from_files = train("sd", *flags, "--mask_dir", tmp_path / "masks", data=data, out="files")
-        from_alpha = train("sd", *flags, "--alpha_mask", data=alpha, out="alpha")
+        from_alpha = train("sd", *flags, "--alpha_mask", data=alpha, out="from alpha")
         shown = [json.loads((out / "data_report.json").read_text())["masked"] for out in (from_files, from_alpha)]
         assert shown == [json.loads((from_files / "data_report.json").read_text())["trained"]] * 2
         with tarfile.open(tmp_path / "shard.tar", "w") as archive:

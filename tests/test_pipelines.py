@@ -107,10 +107,14 @@ def test_classes_are_chosen_by_number_and_by_name(more_pipelines, caplog):
     pipeline = load_pipeline(PipelineSpec(str(more_pipelines["dit"])), torch.float32)
     pipeline.labels = {"tench": 0, "tinca": 0, "2": 1, "great shark": 2}
     found = complete_prompts(pipeline, [], ["great shark", "0", "tinca", "2"])
-    assert [prompt.label for prompt in found] == [2, 0, 0, 2]
-    assert "--class_labels 2 is taken for the number" in caplog.text
+    assert [prompt.label for prompt in found] == [2, 0, 0, 1]
+    assert "--class_labels 2 is taken for the class of this name, which is number 1" in caplog.text
     with pytest.raises(UserError, match=r"--class_labels tensh is none of the 4 names.*did you mean tench\?"):
         complete_prompts(pipeline, [], ["tensh"])
+    pipeline.labels = {"0": 0, "1": 1, "2": 2, "10": 3, "11": 4}  # folders that are called by numbers
+    assert [prompt.label for prompt in complete_prompts(pipeline, [], ["10", "2"])] == [3, 2]
+    with pytest.raises(UserError, match=r"--class_labels 3 is none of the 5 names .*; they are 0, 1, 2, 10, 11"):
+        complete_prompts(pipeline, [], ["3"])
     pipeline.labels = {}
     with pytest.raises(UserError, match=r"none of the 0 names.*give numbers"):
         complete_prompts(pipeline, [], ["tench"])

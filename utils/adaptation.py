@@ -46,7 +46,9 @@ class TrainedOptions:
     train_text_encoder: ClassVar[bool] = False
 
     train_layers: str | None = option(
-        None, "regular expression that the names of the weights to train must hold, such as attn2 for cross-attention"
+        None,
+        "regular expression that the names of the weights to train must hold, such as attn2 for cross-attention",
+        is_text=True,
     )
     pure_bf16: bool = option(
         False, "keep the weights that train in bfloat16 alone, stepped in float32 and rounded stochastically"
@@ -78,7 +80,7 @@ class AdaptationOptions(TrainedOptions):
     lora_alpha: float | None = option(None, "scale of the adapters' update times the rank; by default the rank")
     lora_dropout: float = option(0.0, "dropout of the LoRA layers' input, or of the ranks of LoHa and LoKr")
     lora_target_modules: list[str] | None = option(
-        None, "ends of the names of the UNet layers that are adapted; by default to_k to_q to_v to_out.0"
+        None, "ends of the names of the UNet layers that are adapted; by default to_k to_q to_v to_out.0", is_text=True
     )
     use_dora: bool = option(False, "weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)")

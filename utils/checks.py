@@ -1,14 +1,17 @@
 """Which options don't go together, whatever is trained."""
 
 import logging
+import os
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from utils.data.cache import CacheOptions
 from utils.data.captions import CaptionOptions
 from utils.data.images import ImageOptions
 from utils.data.selection import HeldOutOptions
-from utils.data.sources import DataOptions, SourceEntry
+from utils.data.sources import DataOptions, SourceEntry, source_entries
 from utils.ema import EmaOptions
 from utils.export import HubOptions
 from utils.families.source import PartOptions
@@ -23,6 +26,40 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+
+def check_output_folder(options: Any, output: Path) -> None:
+    """Refuses to write into a folder of data, among which the next run would find the results of this one.
+
+    Args:
+        options: all of a script's, by group.
+        output: the folder of the run.
+    """
+    data = {"validation_data_dir": [options.held_out.validation_data_dir], "eval_reference": []}
+    data["eval_reference"].append(options.evaluation.eval_reference)
+    entries = source_entries(options.data, options.source, CaptionOptions())
+    for name in ("train_data_dir", "dataset_name", "mask_dir"):
+        data[name] = [getattr(entry.source, name) for entry in entries]
+    written = {
+        "output_dir": output,
+        "encoding_cache_dir": options.cache.encoding_cache_dir,
+        "cache_dir": options.data.cache_dir,
+    }
+    refuse_same_folder(written, data)
+
+
+def refuse_same_folder(
+    written: Mapping[str, str | Path | None], read: Mapping[str, Sequence[str | Path | None]]
+) -> None:
+    """Refuses a folder to write to that is one of those that data are read from, all of them by their flags."""
+    places = {os.path.realpath(folder): flag for flag, folders in read.items() for folder in folders if folder}
+    for flag, folder in written.items():
+        known = None if folder is None else places.get(os.path.realpath(folder))
+        if known is not None:
+            raise UserError(
+                f"--{flag} {folder} is the folder of --{known}: what is written there would be read as data; choose "
+                f"another, such as {Path(folder) / 'output'}"
+            )
 
 
 def check_optimizer(options: OptimizerOptions, schedule: ScheduleOptions, term_rate: float | None) -> None:

@@ -5,6 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MARKER = ".not_training_data"  # of folders that this toolkit writes, which are left out where they lie among data
+MARKER_TEXT = """A training, an evaluation or a cache writes this folder.
+Where it lies within a folder of training data, its files are left out of the data.
+"""
+
+
+def mark_as_own(folder: Path) -> None:
+    """Marks a folder as one whose files are no training data; it must exist."""
+    file = folder / MARKER
+    if not file.exists():
+        file.write_text(MARKER_TEXT, encoding="utf-8")
+
 
 def sync_folder(folder: Path) -> None:
     """Has the disk keep the names in a folder."""

@@ -261,6 +261,7 @@ def examine_data(
         samples = list(first_streamed(images, batches, STREAMED_SAMPLES))
         draw_sheet(samples, images.plan.sizes, preparation.image, batches.seed, variants, sheet)
         lines = examine_stream(images, samples, tokenize.num_tokens, tokenize.max_tokens)
+        lines = [*(f"  {line}" for line in preparation.ledger.lines()), *lines]
         return "\n".join(["data", *map(one_line, lines), f"  seen by the model: {sheet}"])
     texts = preparation.texts(images)
     cache_bytes = preparation.cache_bytes(family, images, len(texts))
@@ -268,8 +269,9 @@ def examine_data(
     found = examine(images, batches, texts, counts, tokenize.max_tokens, cache_bytes, cache.folder)
     samples = first_seen(images, batches, SHEET_TILES)
     draw_sheet(samples, images.plan.sizes, preparation.image, batches.seed, variants, sheet)
-    write_json(report, found.record())
-    return "\n".join(["data", *map(one_line, found.lines()), f"  seen by the model: {sheet}; all of this: {report}"])
+    write_json(report, found.record() | preparation.ledger.report())
+    lines = [*(f"  {line}" for line in preparation.ledger.lines()), *found.lines()]
+    return "\n".join(["data", *map(one_line, lines), f"  seen by the model: {sheet}; all of this: {report}"])
 
 
 def draw_sheet(

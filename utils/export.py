@@ -21,7 +21,9 @@ CARD, GRID = "README.md", "val_imgs_grid.png"
 class HubOptions:
     push_to_hub: bool = option(False, "upload the result and its card")
     hub_model_id: str | None = option(None, "repository to upload to; by default the name of output_dir")
-    hub_token: str | None = option(None, "token of the Hub; it is written nowhere. `hf auth login` does without it")
+    hub_token: str | None = option(
+        None, "token of the Hub; it is written nowhere. `hf auth login` does without it", is_text=True
+    )
     hub_private_repo: bool = option(False, "create the repository as a private one")
 
     def __post_init__(self) -> None:

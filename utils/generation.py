@@ -83,7 +83,7 @@ class GenerationOptions:
     )
     guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
     guidance_rescale: float | None = option(None, "rescaling of the guided prediction, for zero terminal SNR")
-    negative_prompt: str | None = option(None, "what images should not show")
+    negative_prompt: str | None = option(None, "what images should not show", is_text=True)
     eta: float | None = option(None, "noise of DDIM's steps, from 0 to 1")
     height: int | None = option(None, "pixels; by default the pipeline's")
     width: int | None = option(None, "pixels; by default the pipeline's")
@@ -158,22 +158,29 @@ def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
 
 
 def class_numbers(labels: Sequence[str], names: Mapping[str, int]) -> list[int]:
-    """The numbers of classes that are given by number or by name; digits are a number, whatever else is called so.
+    """The numbers of classes that are given by name or by number.
+
+    A name goes before a number. Where all names are numbers, as those of folders may be, only names are taken.
 
     Raises:
         UserError: for a name that is none of the pipeline's.
     """
-    numbers = []
+    numbers, are_numbers = [], bool(names) and all(name.isdecimal() for name in names)
     for label in labels:
-        if label.isdecimal():
-            if names.get(label, int(label)) != int(label):
-                said = "--class_labels %s is taken for the number of a class; the class called %s is number %d"
-                logger.warning(said, label, label, names[label])
+        if label in names:
+            if label.isdecimal() and names[label] != int(label):
+                said = "--class_labels %s is taken for the class of this name, which is number %d"
+                logger.warning(said, label, names[label])
+            numbers.append(names[label])
+            continue
+        if label.isdecimal() and not are_numbers:
             numbers.append(int(label))
             continue
         if label not in names:
             hint = nearest(label, names)
             cure = f"did you mean {hint}?" if hint else "give numbers" if not names else f"such as {min(names)}"
+            if are_numbers:
+                cure = f"they are {', '.join(sorted(names, key=int)[:20])}"
             raise UserError(
                 f"--class_labels {label} is none of the {len(names)} names of the pipeline's classes; {cure}"
             )

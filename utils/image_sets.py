@@ -38,9 +38,11 @@ class ReferenceOptions:
     reference: str | None = option(
         None, "real images to compare with: a folder, a dataset, or statistics in an .npz file"
     )
-    reference_split: str = option("train", "split of a reference that is a dataset")
-    reference_image_column: str = option("image", "column of its images")
-    reference_caption_column: str = option("text", "column of its captions, where a folder's metadata have another")
+    reference_split: str = option("train", "split of a reference that is a dataset", is_text=True)
+    reference_image_column: str = option("image", "column of its images", is_text=True)
+    reference_caption_column: str = option(
+        "text", "column of its captions, where a folder's metadata have another", is_text=True
+    )
     reference_resolution: int | None = option(
         None, "the reference is cut to squares of this edge as in training; by default whole images are taken"
     )
@@ -160,7 +162,9 @@ def read_images(flag: str, name: str, options: ReferenceOptions, seed: int) -> I
     try:
         records = read_records(DataOptions(), SourceOptions(**source, **shared), CaptionOptions(), seed)
     except UserError as error:
-        text = renamed_flags(error, {"train_data_dir": flag, "dataset_name": flag} | COLUMN_FLAGS)
+        text, _, cure = str(error).partition("; give --data_format")  # which is no flag here
+        text += "; take the others out of the folder" if cure else ""
+        text = renamed_flags(UserError(text), {"train_data_dir": flag, "dataset_name": flag} | COLUMN_FLAGS)
         raise UserError(text if flag in text else f"--{flag} {name}: {text}") from error
     count = len(records)
     read = partial(_read_record, records, resolution=options.reference_resolution)

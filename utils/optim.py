@@ -40,7 +40,9 @@ class OptimizerOptions:
     )
     text_encoder_2_lr: float | None = option(None, "peak learning rate of the second; by default the first's")
     layer_rates: list[str] | None = option(
-        None, "factors on the rate of the weights whose names hold a regular expression, such as mid_block=2 attn2=0.5"
+        None,
+        "factors on the rate of the weights whose names hold a regular expression, such as mid_block=2 attn2=0.5",
+        is_text=True,
     )
     scale_lr: bool = option(False, "multiply the learning rates by batch size, accumulation and processes")
     optimizer: str | None = option(
@@ -152,7 +154,9 @@ class ScheduleOptions:
         "measurements without a lower validation loss after which reduce_on_plateau multiplies the rate by --lr_gamma",
     )
     lr_pct_start: float = option(0.3, "portion of the run in which one_cycle rises")
-    lr_step_rules: str | None = option(None, "rules of piecewise_constant: 1:10,0.1:20,0.01 is 1 to step 10, 0.1 to 20")
+    lr_step_rules: str | None = option(
+        None, "rules of piecewise_constant: 1:10,0.1:20,0.01 is 1 to step 10, 0.1 to 20", is_text=True
+    )
 
     def __post_init__(self) -> None:
         require_not_negative(self, "lr_warmup_steps", "lr_patience")

@@ -57,14 +57,16 @@ def option(
     aliases: Sequence[str] = (),
     choices: Iterable | None = None,
     const: typing.Any = None,
+    is_text: bool = False,
 ) -> typing.Any:
     """A dataclass field that is also a command-line flag.
 
     Args:
         aliases: further spellings, dashes included.
         const: what the flag means without a value, where it can stand alone.
+        is_text: whether the value is words and never a path, so that a leading `~` stays as it is.
     """
-    metadata: dict[str, typing.Any] = {"help": help.replace("%", "%%")}
+    metadata: dict[str, typing.Any] = {"help": help.replace("%", "%%"), "is_text": is_text}
     if aliases:
         metadata["aliases"] = list(aliases)
     if choices is not None:
@@ -162,7 +164,8 @@ def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field, hint: 
     """The flag of an option; of a switch that is on by default also the one that turns it off."""
     known = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     kind = known[0] if isinstance(hint, types.UnionType) else hint
-    given = {name: value for name, value in field.metadata.items() if name != "aliases"} | {"default": field.default}
+    given = {name: value for name, value in field.metadata.items() if name not in ("aliases", "is_text")}
+    given["default"] = field.default
     if field.default not in (None, "") and field.default is not False:
         given["help"] += " (default: %(default)s)"
     if kind is bool:
@@ -236,7 +239,7 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
     found, unknown = parser.parse_known_args(words)
     _refuse_unknown(unknown, known_flags)
     values = {
-        name: group(**{field.name: getattr(found, field.name) for field in dataclasses.fields(group)})
+        name: group(**{field.name: expanded(field, getattr(found, field.name)) for field in dataclasses.fields(group)})
         for name, group in groups.items()
     }
     for group in values.values():
@@ -244,6 +247,28 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
             if getattr(group, field.name) == "" and not field.name.endswith("prompt"):
                 raise UserError(f"--{field.name} must not be empty; leave it out or give a value")
     return options(**values)
+
+
+def expanded(field: dataclasses.Field, value: typing.Any) -> typing.Any:
+    """The value of an option with `~` and `~user` replaced by the home folder; texts and other types as they are.
+
+    It applies to every option that is not marked as a text, so that no option of a path can lack it. Names on the Hub
+    never begin with `~`. A folder that is really called so is `./~`.
+
+    Raises:
+        UserError: for a user who does not exist.
+    """
+    if field.metadata.get("is_text"):
+        return value
+    if isinstance(value, list):
+        return [expanded(field, each) for each in value]
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    path = os.path.expanduser(value)
+    user = value.partition("/")[0]
+    cure = f"there is no user {user[1:]}" if user != "~" else "the home folder is not known"
+    require(path != value, field.name, value, "be a path that exists", f"{cure}; write ./{value} for a name with a ~")
+    return path
 
 
 def as_number(value: object) -> object:
@@ -273,7 +298,10 @@ def with_values(group: typing.Any, values: Mapping[str, typing.Any], where: str)
         choices = field.metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
             raise UserError(f"{where}: {field.name} must be one of {', '.join(choices)}, got {value!s:.100}")
-        changes[field.name] = value
+        try:
+            changes[field.name] = expanded(field, value)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
     try:
         return dataclasses.replace(group, **changes)
     except UserError as error:

@@ -33,7 +33,7 @@ def start(words: Sequence[str], adds_to_output: bool = False) -> None:
     is_new = not (adds_to_output or given.resume_from_checkpoint or given.overwrite_output_dir or given.dry_run)
     if given.output_dir and is_new:
         try:
-            refuse_used(Path(given.output_dir).expanduser())
+            refuse_used(Path(os.path.expanduser(given.output_dir)))
         except UserError as error:
             print_line(f"error: {error}", sys.stderr)
             sys.exit(2)

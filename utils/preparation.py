@@ -1,7 +1,8 @@
 """What a run does with its data before the first step: images chosen, the cache filled; and what is said of them."""
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from utils.data.cached import Encodings, LatentPlan, MaskPlan, texts_of
 from utils.data.captions import CaptionOptions
 from utils.data.headers import Survey, add_digests, survey, survey_masks
 from utils.data.images import ImageOptions
+from utils.data.ledger import Ledger
+from utils.data.listing import HELD_OUT, Fate
 from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions, check_bad, hold_out, plan_images
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
 from utils.data.stream import StreamedImages, open_stream
@@ -35,8 +38,10 @@ class DataPreparation:
     """The data of a run, as its options have it.
 
     Attributes:
-        report_folder: where `data_report.json` is written; None on a dry run.
+        report_folder: where `data_report.json` and `data_report.jsonl` are written; None on a dry run.
         requests: which may end it.
+        left_out: folders whose files are no data where they lie within a folder of data, and what becomes of these.
+        ledger: what became of every file.
     """
 
     accelerator: "Accelerator"
@@ -51,6 +56,8 @@ class DataPreparation:
     seed: int
     report_folder: Path | None
     requests: StopRequests
+    left_out: Mapping[Path, Fate]
+    ledger: Ledger = field(default_factory=Ledger)
 
     def choose_images(self, resolution: int, group_size: int) -> PlannedImages | StreamedImages:
         """The images to train on and their buckets; the main process reads headers, and tells the others.
@@ -60,9 +67,13 @@ class DataPreparation:
         """
         if self.data.streaming:
             (entry,) = source_entries(self.data, self.source, self.captions)
-            return open_stream(self.data, entry.source, entry.captions, resolution, self.buckets)
+            images = open_stream(
+                self.data, entry.source, entry.captions, resolution, self.buckets, self._left_out_of_training
+            )
+            self.ledger.train_on(images)
+            return images
         with self.accelerator.main_process_first():  # which fills `datasets`' cache for all
-            records = read_records(self.data, self.source, self.captions, self.seed)
+            records = read_records(self.data, self.source, self.captions, self.seed, self._left_out_of_training)
         if self.held_out.fraction is not None:
             records, _ = hold_out(records, self.held_out.fraction, self.seed)
         known = self._survey(records)
@@ -75,10 +86,26 @@ class DataPreparation:
                 "no image has a mask; those of --mask_dir are found by the images' paths within their folder"
             )
         say_what_was_left_out(images, group_size)
+        self.ledger.train_on(images)
         return images
 
+    @property
+    def _left_out_of_training(self) -> Mapping[Path, Fate]:
+        folder = self.held_out.validation_data_dir
+        return {
+            **self.left_out,
+            **({} if folder is None else {Path(folder): Fate(HELD_OUT, "the folder of --validation_data_dir")}),
+        }
+
     def choose_held_out(self, resolution: int) -> PlannedImages | None:
-        """The images on which the validation loss is measured, if that was asked for."""
+        """The images on which the validation loss is measured, if that was asked for; says what became of all files."""
+        found = self._choose_held_out(resolution)
+        self.ledger.held_out, self.ledger.is_portion = found, self.held_out.fraction is not None
+        for line in self.ledger.lines():
+            logger.info("%s", line)
+        return found
+
+    def _choose_held_out(self, resolution: int) -> PlannedImages | None:
         options, data, source = self.held_out, self.data, self.source
         if not options.is_asked:
             return None
@@ -89,7 +116,7 @@ class DataPreparation:
             source = replace(source, dataset_split=options.validation_split)
         try:
             with self.accelerator.main_process_first():
-                records = read_records(data, source, self.captions, self.seed)
+                records = read_records(data, source, self.captions, self.seed, self.left_out)
         except UserError as error:
             names = {"train_data_dir": "validation_data_dir"} if options.validation_data_dir is not None else {}
             raise type(error)(renamed_flags(error, names | {"dataset_split": "validation_split"})) from error
@@ -182,10 +209,15 @@ class DataPreparation:
         """Crops of an image that are cached."""
         return self.cache.cut_variants if self.image.varies else 1
 
-    def write_report(self, images: PlannedImages | StreamedImages) -> None:
-        """Writes `data_report.json`: how many images are trained on and how, and each that could not be read."""
+    def write_report(self, images: PlannedImages | StreamedImages, is_last: bool = True) -> None:
+        """Writes what became of the images and of all files: in numbers, and a line for each file.
+
+        Args:
+            is_last: whether it is not to be written again soon.
+        """
         if self.accelerator.is_main_process:
-            write_json(self.report_folder / REPORT, images.report())
+            write_json(self.report_folder / REPORT, images.report() | self.ledger.report())
+            self.ledger.write(self.report_folder, is_last)
 
     def share_unreadable(self, found: dict[str, str], images: PlannedImages | StreamedImages) -> None:
         """Tells all processes of images that one could not decode, names each once, and writes the report.
@@ -205,7 +237,7 @@ class DataPreparation:
             logger.warning("left out %s: %s", key, reason)
         images.bad.update(new)
         if new:
-            self.write_report(images)
+            self.write_report(images, is_last=False)
             check_bad(images.bad, images.num_known, self.selection)
 
 

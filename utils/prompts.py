@@ -42,7 +42,7 @@ STATE_KEY = "state"  # of the texts in a drawn PNG
 
 @dataclass(frozen=True)
 class PromptOptions:
-    prompts: list[str] | None = option(None, "prompts to draw", aliases=["--prompt"])
+    prompts: list[str] | None = option(None, "prompts to draw", aliases=["--prompt"], is_text=True)
     prompts_file: str | None = option(
         None, "prompts of a file: .txt one a line; .jsonl, .json (a list) or .csv with a column prompt, text or caption"
     )
@@ -51,14 +51,14 @@ class PromptOptions:
         "encoding of --prompts_file, such as gb18030 or cp1252; by default UTF-8, and else a guess, which is logged",
     )
     prompts_dataset: str | None = option(None, "prompts of a dataset: a Hub name or a local path")
-    prompts_split: str = option("train", "split of that dataset")
+    prompts_split: str = option("train", "split of that dataset", is_text=True)
     prompts_column: str | None = option(
-        None, "column of the prompts, in the file, the dataset or the folder's metadata"
+        None, "column of the prompts, in the file, the dataset or the folder's metadata", is_text=True
     )
     captions_dir: str | None = option(None, "prompts are the captions of a folder of images, the first of each")
     max_prompts: int | None = option(None, "take the first so many prompts")
     class_labels: list[str] | None = option(
-        None, "classes that a class-conditional pipeline draws, by number or by name; by default all"
+        None, "classes that a class-conditional pipeline draws, by name or else by number; by default all", is_text=True
     )
     num_images: int | None = option(None, "images in total, one after the other of each prompt or class")
     images_per_prompt: int | None = option(None, "images of each prompt or class; by default 4")

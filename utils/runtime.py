@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import torch
 from filelock import FileLock, Timeout
 
-from utils.disk import write_text
+from utils.disk import mark_as_own, write_text
 from utils.engines import DTYPES, asked_engine, check_engine
 from utils.heartbeat import watching
 from utils.library_messages import hear_libraries
@@ -180,6 +180,10 @@ class OutputFolder:
             raise UserError(f"--output_dir {self.path} can't be written: {error.strerror or error}") from error
         if not resuming and not overwrite:
             refuse_used(self.path)
+        try:
+            mark_as_own(self.path)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path} can't be written: {error.strerror or error}") from error
 
     def replace(self, name: str, write: Callable[[Path], None]) -> None:
         """Has `write` fill a folder aside, which then becomes `name` in place of what was there."""

@@ -11,11 +11,12 @@ import torch
 
 from utils.adaptation import Adaptation
 from utils.checkpoint import RunFacts, read_state
-from utils.checks import check_speed, check_stepping
+from utils.checks import check_output_folder, check_speed, check_stepping
 from utils.copies import HalfCopy
 from utils.data.buckets import BucketOptions
 from utils.data.captions import CaptionOptions
 from utils.data.dataset import LoaderOptions
+from utils.data.listing import OWN, Fate
 from utils.data.sampler import GlobalBatches, Pieces
 from utils.data.selection import PlannedImages
 from utils.data.stream import StreamedBatches, StreamedImages, StreamedPieces
@@ -60,6 +61,7 @@ def start_engine(options: Any, folder: OutputFolder, pure_bf16: bool) -> Engine:
         UserError: if an option does not go with the engine, the processes or the precision.
     """
     loader, tracking = options.loader, options.tracking
+    check_output_folder(options, folder.path)
     accelerator = start_processes(
         options.runtime,
         loader.gradient_accumulation_steps,
@@ -96,7 +98,20 @@ def prepare_data(
         options.runtime.seed,
         None if options.runtime.dry_run else folder.path,
         requests,
+        own_folders(options, folder),
     )
+
+
+def own_folders(options: Any, folder: OutputFolder) -> dict[Path, Fate]:
+    """The folders that the run itself writes to, whose files are no data.
+
+    Args:
+        options: all of a script's, by group.
+    """
+    found = {folder.path: Fate(OWN, "the output of this run"), options.cache.folder: Fate(OWN, "the cache of this run")}
+    if options.data.cache_dir is not None:
+        found[Path(options.data.cache_dir)] = Fate(OWN, "the folder of --cache_dir")
+    return found
 
 
 def measure_on(

@@ -54,7 +54,7 @@ class TermOptions:
     loss_module: str | None = option(
         None, "Python file with a loss term of your own, such as examples/adversarial_loss.py"
     )
-    loss_module_args: list[str] | None = option(None, "its arguments, such as weight=0.1")
+    loss_module_args: list[str] | None = option(None, "its arguments, such as weight=0.1", is_text=True)
     loss_module_lr: float | None = option(
         None, "peak learning rate of the term's own parameters; by default --learning_rate"
     )

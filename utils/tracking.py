@@ -33,7 +33,7 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml")
 class TrackingOptions:
     report_to: str = option("tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"))
     logging_dir: str = option("logs", "folder of the trackers' files in output_dir")
-    tracker_project_name: str = option("text2image-fine-tune", "name of the project in the trackers")
+    tracker_project_name: str = option("text2image-fine-tune", "name of the project in the trackers", is_text=True)
     logging_steps: int = option(
         1,
         "optimizer steps whose numbers are read from the device at once, a step after the last; so often processes "

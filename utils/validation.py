@@ -26,14 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    validation_prompts: list[str] | None = option(None, "prompts of which samples are drawn")
-    validation_prompt: str | None = option(None, "a single prompt, of which --num_validation_images samples are drawn")
+    validation_prompts: list[str] | None = option(None, "prompts of which samples are drawn", is_text=True)
+    validation_prompt: str | None = option(
+        None, "a single prompt, of which --num_validation_images samples are drawn", is_text=True
+    )
     num_validation_images: int | None = option(None, "samples a prompt; by default 4 of a --validation_prompt, else 1")
     validation_epochs: int | None = option(None, "epochs between samples; 5 by default, for LoRA and SDXL 1")
     validation_steps: int | None = option(None, "optimizer steps between samples, instead of --validation_epochs")
     validation_num_inference_steps: int = option(25, "denoising steps of a sample")
     validation_guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
-    validation_negative_prompt: str | None = option(None, "what the samples should not show")
+    validation_negative_prompt: str | None = option(None, "what the samples should not show", is_text=True)
 
     def __post_init__(self) -> None:
         require_positive(self, "validation_epochs", "validation_steps", "validation_num_inference_steps")

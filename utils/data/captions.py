@@ -30,10 +30,10 @@ class CaptionOptions:
     are_expected: ClassVar[bool] = True
     folder_is_class: ClassVar[bool] = False
 
-    trigger_word: str | None = option(None, "word put in front of each caption that does not hold it")
-    caption_prefix: str | None = option(None, "words before each caption")
-    caption_suffix: str | None = option(None, "words behind each caption")
-    tag_separator: str = option(",", "what stands between the tags of a caption")
+    trigger_word: str | None = option(None, "word put in front of each caption that does not hold it", is_text=True)
+    caption_prefix: str | None = option(None, "words before each caption", is_text=True)
+    caption_suffix: str | None = option(None, "words behind each caption", is_text=True)
+    tag_separator: str = option(",", "what stands between the tags of a caption", is_text=True)
     shuffle_tags: bool = option(False, "put the tags of a caption in another order each time")
     keep_tokens: int = option(0, "first tags of a caption that are neither shuffled nor dropped")
     tag_dropout: float = option(0.0, "portion of the tags that are left out each time")

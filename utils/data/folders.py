@@ -6,16 +6,20 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import pyarrow as pa
 
 from utils.data.captions import MAX_CAPTION, refusal_of
-from utils.data.images import image_suffixes
-from utils.data.tables import FileTable, captions_of
+from utils.data.images import OPTIONAL_FORMATS, UNREAD_SUFFIXES, image_suffixes
+from utils.data.listing import CAPTION, MASK, METADATA, list_folder
+from utils.data.tables import FileTable, ImageTable, captions_of
 from utils.delimited import read_rows
 from utils.options import UserError, first_line, nearest
 from utils.user_files import FileError, TextReader, parse_json, parse_json_lines, read_bytes, short
 
 logger = logging.getLogger(__name__)
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
 NAME_COLUMN = "file_name"
 NAME_COLUMNS = ("filename", "file", "image", "path", "imagefile", "imagepath", "filepath", "imagefilename")
 MAX_CAPTION_JSON = 1 << 20  # bytes of a JSON file beside an image, which holds other facts too
@@ -27,38 +31,44 @@ SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 ALL_SPLIT_WORDS = frozenset(word for words in SPLIT_WORDS.values() for word in words)
+PHOTO_SUFFIXES = frozenset(
+    [*UNREAD_SUFFIXES["camera raw"], *(suffix for _, _, suffixes in OPTIONAL_FORMATS.values() for suffix in suffixes)]
+)
 CAPTION_FIELDS = ("caption", "captions", "text", "prompt", "tags")
 
 
+class FolderContent(NamedTuple):
+    """What was read of a folder.
+
+    Attributes:
+        table: its images; None before they are read.
+        names: its files of the split that was read, or of none.
+        used: what files beside the images were read or taken as, by their names.
+    """
+
+    table: ImageTable | None
+    names: Sequence[str]
+    used: Mapping[str, str]
+
+
 def list_files(folder: Path) -> list[str]:
-    """Paths within the folder of all its files, links followed and hidden ones left out, in order."""
-    found: list[str] = []
-    seen: set[tuple[int, int]] = set()
+    """Paths within the folder of all its files, links followed and hidden ones left out, in order.
 
-    def walk(path: Path, prefix: str) -> None:
-        facts = os.stat(path)
-        if (facts.st_dev, facts.st_ino) in seen:  # a link to a folder above it
-            return
-        seen.add((facts.st_dev, facts.st_ino))
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    walk(Path(entry.path), f"{prefix}{entry.name}/")
-                elif entry.is_file() or entry.is_symlink():  # a link to nothing is reported, a pipe would never end
-                    found.append(prefix + entry.name)
-
-    try:
-        walk(folder, "")
-    except OSError as error:
-        raise UserError(f"--train_data_dir {folder} can't be read: {first_line(error)}") from error
-    return sorted(found)
+    What is no regular file, such as a pipe, is refused when it is opened.
+    """
+    listing = list_folder(folder)
+    listing.warn()
+    return sorted([*listing.names, *listing.special])
 
 
 def is_image(name: str) -> bool:
     """Whether a file's name ends as an image's."""
     return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def is_caption_file(name: str) -> bool:
+    """Whether a file's name ends as that of captions beside an image."""
+    return name.lower().endswith(PAIR_SUFFIXES)
 
 
 def read_metadata_folder(
@@ -70,8 +80,8 @@ def read_metadata_folder(
     read: Callable[[object, str], tuple[str, ...]] = captions_of,
     folder_is_class: bool = False,
     encoding: str | None = None,
-) -> FileTable:
-    """A folder with `metadata.jsonl`, `.csv` or `.tsv`, at its top or below, whose rows are the images to take.
+) -> FolderContent:
+    """A folder with `metadata.jsonl`, `.csv`, `.tsv` or `.parquet`, at its top or below: its rows are the images.
 
     Where the folder has splits, the metadata of one lies in it, or above it if there is none in it.
 
@@ -89,17 +99,19 @@ def read_metadata_folder(
     every = names
     names, num_of_none = of_split(every, split, folder_is_class=folder_is_class)
     images = {name for name in names if is_image(name)}
-    files, elsewhere = _metadata_files(names), set()
+    files, elsewhere = metadata_files(folder, names), set()
     if not files:
         elsewhere = set(every) - set(names)
-        files = _metadata_above(images, elsewhere)
+        files = _metadata_above(images, metadata_files(folder, elsewhere))
     listed: dict[str, tuple[str, ...]] = {}
     masks: dict[str, str] = {}
     refused: list[tuple[str, str]] = []
     for metadata in files:
         known: set[str] = set()
         columns = [column for column in (caption_column, mask_column) if column is not None]
-        for place, row, reason in _metadata_rows(folder / metadata, columns, texts):
+        file = folder / metadata
+        is_parquet = metadata.endswith(".parquet")
+        for place, row, reason in _parquet_rows(file) if is_parquet else _metadata_rows(file, columns, texts):
             name = row.get(NAME_COLUMN)
             if reason or not isinstance(name, str) or not name:
                 refused.append((place, reason or "has no file_name"))
@@ -131,17 +143,24 @@ def read_metadata_folder(
     by_image = None if mask_column is None else [masks.get(name) for name in listed]
     table = FileTable(folder, list(listed), list(listed.values()), refused, num_left_out, by_image)
     table.texts = texts
-    return table
+    return FolderContent(table, names, dict.fromkeys(masks.values(), MASK) | dict.fromkeys(files, METADATA))
 
 
-def _metadata_files(names: Iterable[str]) -> list[str]:
-    """Those of some files that are metadata."""
-    return [name for name in names if PurePosixPath(name).name in METADATA_NAMES]
+def metadata_files(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of some files of a folder that are metadata; one of Parquet only where no other lies beside it."""
+    found = [name for name in names if name.rpartition("/")[2] in METADATA_NAMES]
+    places = {name.rpartition("/")[0] for name in found if not name.endswith(".parquet")}
+    return [
+        name
+        for name in found
+        if not name.endswith(".parquet")
+        or (name.rpartition("/")[0] not in places and "file_name" in parquet_columns(folder / name))
+    ]
 
 
-def _metadata_above(images: Collection[str], names: Iterable[str]) -> list[str]:
-    """Those of some files that are metadata and lie in a folder that, further down, holds some of the images."""
-    places = ((name, name.rpartition("/")[0]) for name in sorted(_metadata_files(names)))
+def _metadata_above(images: Collection[str], metadata: Iterable[str]) -> list[str]:
+    """Those of some metadata files that lie in a folder that, further down, holds some of the images."""
+    places = ((name, name.rpartition("/")[0]) for name in sorted(metadata))
     return [name for name, place in places if any(not place or image.startswith(f"{place}/") for image in images)]
 
 
@@ -156,6 +175,36 @@ def _check_metadata_column(flag: str, column: str, known: set[str], place: str) 
         f"--{flag} {column} is not a column of the data: {place} has {shown}; "
         + (f"did you mean --{flag} {hint:.40}?" if hint else f"name one with --{flag}")
     )
+
+
+def parquet_columns(file: Path) -> dict[str, pa.DataType]:
+    """The types of the columns of a Parquet file by their names; none if it can't be read."""
+    from pyarrow import parquet
+
+    try:
+        return {column.name: column.type for column in parquet.read_schema(file)}
+    except (OSError, pa.ArrowException):
+        return {}
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether a column holds bytes, such as images."""
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, dict, str]]:
+    """As `_metadata_rows`, of a Parquet file; columns of bytes are left out."""
+    from pyarrow import parquet
+
+    columns = [name for name, kind in parquet_columns(file).items() if not is_binary(kind)]
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(1000, columns=columns):
+                for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020  it is counted on
+                    yield f"{file.name}, row {number}", row, ""
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file} can't be read: {first_line(error)}") from error
 
 
 def _plain(column: str) -> str:
@@ -267,7 +316,17 @@ def of_split(
     wanted = split_of(split) if split.lower() in ALL_SPLIT_WORDS else None
     if wanted in found and wanted is not None:
         num_of_none = sum(by_file_name or is_image(name) for name in found.get(None, ()))
-        if num_of_none and not by_file_name:
+        if num_of_none and by_file_name:
+            others = [name for name in found if name not in (None, wanted)]
+            some = ", ".join(found[None][:3])
+            if others:
+                raise UserError(
+                    f"{some} of the data name no split, others are of {', '.join(sorted({wanted, *others}))}; rename "
+                    f"them, such as {wanted}-{PurePosixPath(found[None][0]).name}, or take them out of the folder"
+                )
+            logger.warning("taken for the split %s too, though their names say no split: %s", split, some)
+            return list(names), 0
+        if num_of_none:
             logger.warning(
                 "the folder %s is taken for the split %s, and %d images beside it are in none; if it is no split, "
                 "rename it",
@@ -276,9 +335,9 @@ def of_split(
         return found[wanted], num_of_none
     splits = [name for name in found if name is not None]
     if split == "train" and "train" not in splits:  # folders of classes may be called so
-        if splits and not by_file_name:
-            listed = ", ".join(words.values())
-            logger.warning("trained on too, as there is no folder train: %s; if it is a split, take it out", listed)
+        if splits:
+            listed, what = ", ".join(words.values()), "file" if by_file_name else "folder"
+            logger.warning("trained on too, as there is no %s train: %s; if it is a split, take it out", what, listed)
         return list(names), 0
     there = ", ".join(splits) or "no splits"
     raise UserError(f"--dataset_split {split} is not in the data, which has {there}")
@@ -292,7 +351,7 @@ def class_folders(names: Sequence[str]) -> frozenset[str]:
     return frozenset(folder for folder in called if PurePosixPath(folder).parent in places)
 
 
-def read_caption_file_folder(folder: Path, names: list[str], split: str, encoding: str | None = None) -> FileTable:
+def read_caption_file_folder(folder: Path, names: list[str], split: str, encoding: str | None = None) -> FolderContent:
     """`captions.json`, which maps file names to a string or a list, beside images or their folder `images/`.
 
     Splits may be folders (`train/images/`, `images/train/`), have a `captions.json` each (`train/captions.json`), or be
@@ -313,7 +372,7 @@ def read_caption_file_folder(folder: Path, names: list[str], split: str, encodin
     texts = TextReader(encoding)
     mapping, is_of_split = _read_caption_file(file, split, texts)
     is_of_split |= bool(chosen)
-    images = [name for name in names if is_image(name)]
+    every = images = [name for name in names if is_image(name)]
     if any(name.split("/")[0] == "images" or "/images/" in name for name in images):
         images = [name for name in images if "images" in name.split("/")[:-1]]
     has_split_folders = any(part.lower() in ALL_SPLIT_WORDS for name in images for part in name.split("/")[:-1])
@@ -337,9 +396,11 @@ def read_caption_file_folder(folder: Path, names: list[str], split: str, encodin
             refused.append((name, "is listed but not there"))
     if is_of_split and not has_split_folders:  # there the list says which images are of the split
         pool = [name for name in pool if name in captions]
-    table = FileTable(folder, pool, [captions.get(name, ()) for name in pool], refused)
+    table = FileTable(folder, pool, [captions.get(name, ()) for name in pool], refused, len(every) - len(images))
     table.texts = texts
-    return table
+    used = chosen[0] if chosen else CAPTION_FILE
+    of_others = {*images, *own} - {*pool, used}
+    return FolderContent(table, [name for name in names if name not in of_others], {used: METADATA})
 
 
 def _read_caption_file(file: Path, split: str, texts: TextReader) -> tuple[dict, bool]:
@@ -376,7 +437,7 @@ def _by_ending(names: Sequence[str]) -> dict[str, str]:
 
 def read_pairs_folder(
     folder: Path, names: list[str], split: str, folder_is_class: bool = False, encoding: str | None = None
-) -> FileTable:
+) -> FolderContent:
     """Images with captions in files of the same name: `a.txt`, `a.caption` or `a.json` beside `a.jpg`.
 
     Each line of a text is a caption; of JSON a string, a list, or an object's field such as "caption" is.
@@ -409,7 +470,7 @@ def read_pairs_folder(
     kept = [name for name in images if pairs.get(name) not in broken]
     table = FileTable(folder, kept, [captions.get(pairs.get(name), ()) for name in kept], refused, num_of_none)
     table.texts = texts
-    return table
+    return FolderContent(table, names, dict.fromkeys(pairs.values(), CAPTION))
 
 
 def _pair_of(name: str, there: Mapping[str, str]) -> str | None:

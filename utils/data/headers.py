@@ -21,6 +21,7 @@ from utils.data.images import CONVERTED, ODDITIES, image_bytes, read_header, rea
 from utils.data.masks import check_same_shape
 from utils.data.sources import Records, Source
 from utils.data.tables import ImageTable, stamp_of
+from utils.disk import mark_as_own
 from utils.terminal import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -330,6 +331,7 @@ class _Memory:
             new = pa.concat_tables([self._table.filter(compute.invert(renewed)), new.cast(self._table.schema)])
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            mark_as_own(self._path.parent.parent)
             temporary = self._path.with_name(f".tmp-{os.getpid()}-{self._path.name}")
             parquet.write_table(new, temporary)
             os.replace(temporary, self._path)

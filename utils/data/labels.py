@@ -82,6 +82,7 @@ class LabelledSource(SourceOptions):
         None,
         "column of the classes, of names or numbers, for --class_conditional; by default the folders' names are",
         aliases=["--label_column"],
+        is_text=True,
     )
 
     def reader(self, feature: Any = None) -> Callable[[object, str], tuple[str, ...]]:

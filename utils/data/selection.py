@@ -4,12 +4,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from utils.data.buckets import NONE, BucketOptions, BucketPlan, plan_buckets
 from utils.data.captions import refusal_of
 from utils.data.headers import Survey
+from utils.data.listing import FILTERED, TRAINED, UNREADABLE, Fate
 from utils.data.sampler import GlobalBatches, Pieces
 from utils.data.sources import Records
 from utils.options import UserError, as_number, option, require, require_fraction, require_positive
@@ -81,6 +83,19 @@ def hold_out(records: Records, fraction: float, seed: int) -> tuple[Records, Rec
     return records.take(np.flatnonzero(drawn > threshold)), records.take(np.flatnonzero(drawn <= threshold))
 
 
+class Outcome(NamedTuple):
+    """What became of each image that was listed.
+
+    Attributes:
+        records: all that were listed.
+        codes: [N] the number of each one's fate.
+    """
+
+    records: Records
+    codes: np.ndarray
+    fates: list[Fate]
+
+
 @dataclass(frozen=True)
 class PlannedImages:
     """The images to train on.
@@ -92,6 +107,7 @@ class PlannedImages:
         filtered: how many were left out, by the reason.
         missing_captions: how many have none.
         named_by_folder: how many of these train on the name of their folder.
+        outcome: what became of each that was listed.
     """
 
     records: Records = field(repr=False)
@@ -101,6 +117,7 @@ class PlannedImages:
     bad: dict[str, str]
     filtered: dict[str, int]
     missing_captions: int
+    outcome: Outcome = field(repr=False)
     named_by_folder: int = 0
 
     def size(self, index: int) -> tuple[int, int]:
@@ -207,11 +224,17 @@ def plan_images(
     is_kept = np.ones(len(records), bool)
     is_kept[list(reasons)] = False
     filtered = {}
+    codes, fates = np.zeros(len(records), np.int32), [Fate(TRAINED)]
+    for index, reason in reasons.items():
+        codes[index] = len(fates)
+        fates.append(Fate(UNREADABLE, reason))
 
     def leave_out(reason: str, chosen: np.ndarray) -> None:
         count = int((is_kept & chosen).sum())
         if count:
             filtered[reason] = count
+            codes[is_kept & chosen] = len(fates)
+            fates.append(Fate(FILTERED, reason))
         is_kept[chosen] = False
 
     shorter, longer = survey.sizes.min(1), survey.sizes.max(1)
@@ -241,7 +264,9 @@ def plan_images(
     missing = [index for index in missing if is_kept[index]]
     check_captions(records, missing)
     by_folder = sum(records.source(index).captions.on_missing_caption == "folder" for index in missing)
-    return PlannedImages(chosen, survey.take(kept), plan, num_listed, bad, filtered, len(missing), by_folder)
+    outcome = Outcome(records, codes, fates)
+    counts = len(missing), by_folder
+    return PlannedImages(chosen, survey.take(kept), plan, num_listed, bad, filtered, counts[0], outcome, counts[1])
 
 
 def _spread(values: np.ndarray, indices: np.ndarray, length: int) -> np.ndarray:

@@ -1,30 +1,46 @@
 """Where images and captions come from: one table of the kinds of sources, and several sources in one run."""
 
+import glob
 import hashlib
 import itertools
 import logging
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from utils.data.captions import FOLDER_REPEATS, CaptionOptions
+from utils.data.detection import (
+    check_configurations,
+    cure_of,
+    describe_unread,
+    detect_kind,
+    image_tables,
+    settle,
+    unread_lists,
+    unread_of_dataset,
+    warn_of_unread,
+)
 from utils.data.folders import (
     CAPTION_FILE,
-    METADATA_NAMES,
+    FolderContent,
+    is_caption_file,
     is_image,
-    list_files,
+    metadata_files,
     of_split,
     read_caption_file_folder,
     read_metadata_folder,
     read_pairs_folder,
 )
+from utils.data.listing import MASK, SHARD, Fate, Listing, list_folder
 from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
-from utils.data.tables import ImageTable, RowTable, captions_of, data_folders
+from utils.data.tables import FileTable, ImageTable, RowTable, captions_of, data_folders
 from utils.data.tars import read_tars
 from utils.options import UserError, as_number, first_line, nearest, option, require, require_positive, with_values
 from utils.records import MaskFile
@@ -33,6 +49,8 @@ from utils.user_files import YAML_LIMIT, TextReader, check_encoding, parse_yaml,
 
 logger = logging.getLogger(__name__)
 FOLDER_NUMBER = re.compile(r"(\d+)(?:_|$)")  # kohya's rule: what stands in front of the first underscore
+LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv", CAPTION_FILE)
+PATTERN_MARKS = ("[", "*", "?", "::")  # of paths, which `datasets` takes for patterns or for chains of URLs
 
 
 @dataclass(frozen=True)
@@ -40,35 +58,38 @@ class SourceOptions:
     """One source of images; each can also stand in a `--dataset_file`."""
 
     dataset_name: str | None = option(None, "name of a dataset on the Hub, or a local path that `datasets` can load")
-    dataset_config_name: str | None = option(None, "configuration of the dataset")
-    dataset_split: str = option("train", "split to train on, of a dataset or of a folder that has splits")
+    dataset_config_name: str | None = option(None, "configuration of the dataset", is_text=True)
+    dataset_split: str = option("train", "split to train on, of a dataset or of a folder that has splits", is_text=True)
     train_data_dir: str | None = option(
         None,
-        "folder of images with captions in metadata.jsonl or .csv, in captions.json or beside each image, or of "
-        "parquet files or tar shards; with --dataset_name its data_dir",
+        "folder of images with captions in metadata.jsonl, .csv or .parquet, in captions.json or beside each image, or "
+        "of parquet files or tar shards; with --dataset_name its data_dir",
     )
     data_format: str | None = option(
         None,
         "what the folder is, where its files don't say it",
         choices=("imagefolder", "pairs", "captions_json", "parquet", "webdataset"),
     )
-    image_column: str = option("image", "column of the images")
+    image_column: str = option("image", "column of the images", is_text=True)
     caption_column: str | None = option(
-        "text", "column of the captions: a string, or a list of strings of which one is drawn"
+        "text", "column of the captions: a string, or a list of strings of which one is drawn", is_text=True
     )
-    width_column: str = option("width", "column of the images' widths, by which a stream fills buckets")
-    height_column: str = option("height", "column of the images' heights")
+    width_column: str = option("width", "column of the images' widths, by which a stream fills buckets", is_text=True)
+    height_column: str = option("height", "column of the images' heights", is_text=True)
     text_encoding: str | None = option(
         None,
         "encoding of captions and metadata in text files, such as gb18030, cp932 or cp1252; by default UTF-8, and of "
         "texts that are not UTF-8 a guess, which is logged",
+        is_text=True,
     )
     folder_repeats: bool = option(False, "use the images of a folder 10_name ten times an epoch, as kohya's scripts do")
     max_train_samples: int | None = option(None, "train on this many images of a source, drawn by the seed")
     alpha_mask: bool = option(False, "weigh the loss by the images' alpha channel: what is transparent does not count")
     mask_dir: str | None = option(None, "folder of masks under the images' names: the loss counts where they are white")
     mask_column: str | None = option(
-        None, "column of the masks: of a dataset images, of metadata file names, of tar shards the members' ending"
+        None,
+        "column of the masks: of a dataset images, of metadata file names, of tar shards the members' ending",
+        is_text=True,
     )
 
     def __post_init__(self) -> None:
@@ -105,10 +126,26 @@ class SourceOptions:
             check_caption_feature(feature, self.caption_column)
         return captions_of
 
-    def files(self) -> list[str]:
-        """The files in the folder of images, but for the masks."""
+    def listing(self, left_out: Mapping[Path, Fate]) -> Listing:
+        """The files in the folder of images; masks are none that may be data.
+
+        Args:
+            left_out: as of `list_folder`.
+        """
         folder = Path(self.train_data_dir)
-        return without_masks(list_files(folder), folder, None if self.mask_dir is None else Path(self.mask_dir))
+        if folder.is_file():
+            return Listing(folder.parent, [folder.name])
+        listing = list_folder(folder, left_out)
+        listing.warn()
+        special = [name for name in listing.special if is_caption_file(name) or name.rpartition("/")[2] in LISTS]
+        listing.names = sorted(
+            [*listing.names, *special]
+        )  # refused when they are opened, so that it is not passed over
+        names = without_masks(listing.names, folder, None if self.mask_dir is None else Path(self.mask_dir))
+        for name in sorted(set(listing.names) - set(names)) if len(names) < len(listing.names) else ():
+            listing.fates.add(name, Fate(MASK))
+        listing.names = names
+        return listing
 
     def masks(self) -> Masks | None:
         """Where the images' masks are found, None if they have none."""
@@ -307,15 +344,24 @@ class Records:
         return ("",)
 
 
-def read_records(data: DataOptions, source: SourceOptions, captions: CaptionOptions, seed: int) -> Records:
+def read_records(
+    data: DataOptions,
+    source: SourceOptions,
+    captions: CaptionOptions,
+    seed: int,
+    left_out: Mapping[Path, Fate] = MappingProxyType({}),
+) -> Records:
     """Lists the images of all sources.
+
+    Args:
+        left_out: as of `list_folder`.
 
     Raises:
         UserError: for a source that can't be read, is empty, or lacks a column.
     """
     sources, rows, copies = [], [], []
     for entry in source_entries(data, source, captions):
-        table = read_table(entry.source, data.cache_dir, entry.captions.folder_is_class)
+        table = read_table(entry.source, data.cache_dir, entry.captions, left_out)
         sources.append(Source(entry.name, table, *entry[2:], entry.source.masks()))
         rows.append(_subset(table, entry.source, seed))
         copies.append(_copies(table, rows[-1], entry))
@@ -426,7 +472,8 @@ def _entries(file: Path, encoding: str | None) -> Iterator[tuple[dict[str, Any],
             raise UserError(f"{where}: repeats and weight are two ways to say how often; give one")
         entry = dict(entry)
         for key in ("train_data_dir", "dataset_name", "mask_dir"):
-            if isinstance(entry.get(key), str) and (file.parent / entry[key]).exists():
+            value = entry.get(key)
+            if isinstance(value, str) and not value.startswith("~") and (file.parent / value).exists():
                 entry[key] = str(file.parent / entry[key])
         yield entry, where
 
@@ -453,93 +500,184 @@ def _subset(table: ImageTable, options: SourceOptions, seed: int) -> np.ndarray:
     return rows
 
 
-def read_table(options: SourceOptions, cache_dir: str | None, folder_is_class: bool = False) -> ImageTable:
-    """The images of one source.
+def read_table(
+    options: SourceOptions, cache_dir: str | None, captions: CaptionOptions, left_out: Mapping[Path, Fate]
+) -> ImageTable:
+    """The images of one source, and what became of the other files of its folder.
 
     Args:
-        folder_is_class: whether an image's folder says its class.
+        captions: how its captions are used.
+        left_out: as of `list_folder`.
 
     Raises:
         UserError: if it can't be read, is empty, or lacks a column.
     """
-    kind = options.data_format or detect(options)
-    table = SOURCES[kind](options, cache_dir, folder_is_class)
-    for finding in table.texts.findings() if table.texts else ():
-        logger.warning("%s: %s", table.name, finding)
+    if options.dataset_name is not None:
+        table = _read_dataset(options, cache_dir)
+        if len(table) == 0:
+            raise UserError(f"there are no images in --dataset_name {options.dataset_name}")
+        return table
+    listing = options.listing(left_out)
+    kind = detect(options, listing)
+    content = SOURCES[kind](options, cache_dir, listing, captions.folder_is_class)
+    settle(listing, content, kind)
+    for finding in content.table.texts.findings() if content.table.texts else ():
+        logger.warning("%s: %s", content.table.name, finding)
+    table, lists = content.table, unread_lists(listing.names, content)
+    where = f"--train_data_dir {options.train_data_dir}"
+    if len(table) == 0:
+        reasons = [f"the first of {len(table.refused)} says: {': '.join(table.refused[0])}"] if table.refused else []
+        reasons += describe_unread(table.fates, lists) if not reasons else []
+        raise UserError("; ".join([f"there are no images in {where}, such as .png, .jpg or .webp files", *reasons]))
     if table.num_left_out:
         logger.warning("%d images in %s are in no list or split of it and left out", table.num_left_out, table.name)
-    if len(table) == 0:
-        where = f"--dataset_name {options.dataset_name}" if options.dataset_name else f"{options.train_data_dir}"
-        reason = f"; the first of {len(table.refused)} says: {': '.join(table.refused[0])}" if table.refused else ""
-        raise UserError(f"there are no images in {where}, such as .png, .jpg or .webp files{reason}")
+    is_bare = isinstance(table, FileTable) and captions.are_expected and table.num_without_captions() > 0
+    for name in lists[:5] if table.num_left_out or is_bare else ():
+        logger.warning("%s: %s is not read; if it lists captions, %s", where, name, cure_of(name))
+    for fates in filter(None, (table.fates, table.member_fates)):
+        warn_of_unread(where, fates)
     return table
 
 
-def detect(options: SourceOptions) -> str:
-    """Which kind of source it is, by its files."""
-    if options.dataset_name is not None:
-        return "dataset"
-    folder = Path(options.train_data_dir)
-    if is_saved_dataset(folder):
-        raise UserError(f"--train_data_dir {folder} is a saved dataset; give it as --dataset_name")
-    if folder.is_file():
-        kind = {".tar": "webdataset", ".parquet": "parquet"}.get(folder.suffix)
-        require(kind is not None, "train_data_dir", folder, "be a folder, a .tar or a .parquet file")
-        return kind
-    names = options.files()
-    if any(name.split("/")[-1] == CAPTION_FILE and name.count("/") < 2 for name in names):
-        return "captions_json"
-    if any(name.rpartition("/")[2] in METADATA_NAMES for name in names):
-        return "imagefolder"
-    if any(is_image(name) for name in names):
-        return "pairs"
-    suffixes = {Path(name).suffix for name in names}
-    return "webdataset" if ".tar" in suffixes else "parquet" if ".parquet" in suffixes else "pairs"
+def detect(options: SourceOptions, listing: Listing) -> str:
+    """Which kind of source a folder or file is, as the options or its files say.
+
+    Raises:
+        UserError: if they don't.
+    """
+    path = Path(options.train_data_dir)
+    if is_saved_dataset(path):
+        raise UserError(f"--train_data_dir {path} is a saved dataset; give it as --dataset_name")
+    if path.is_file():
+        kind = {".tar": "webdataset", ".parquet": "parquet"}.get(path.suffix.lower())
+        require(kind is not None, "train_data_dir", path, "be a folder, a .tar or a .parquet file")
+        return options.data_format or kind
+    return options.data_format or detect_kind(path, listing.names, options.image_column)
 
 
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `save_to_disk` wrote the folder."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
+    if (folder / "dataset_dict.json").is_file():
+        return True
+    return (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
 
 
-def _read_dataset(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> RowTable:
+def _read_dataset(options: SourceOptions, cache_dir: str | None) -> RowTable:
     """A dataset by `datasets`: of the Hub, a local path, or what `save_to_disk` wrote."""
     import datasets
 
-    if is_saved_dataset(Path(options.dataset_name)):
-        return _rows(options, lambda: datasets.load_from_disk(options.dataset_name))
-    arguments = (options.dataset_name, options.dataset_config_name)
-    return _rows(
-        options, lambda: datasets.load_dataset(*arguments, cache_dir=cache_dir, data_dir=options.train_data_dir)
-    )
+    name = options.dataset_name
+    if is_saved_dataset(Path(name)):
+        return _rows(options, lambda: datasets.load_from_disk(plain_path(name, cache_dir)))
+    if Path(name).is_dir():
+        check_dataset_folder(options)
+    arguments = (name, options.dataset_config_name)
+
+    def load() -> Any:
+        loaded = datasets.load_dataset(*arguments, cache_dir=cache_dir, data_dir=options.train_data_dir)
+        if Path(name).is_dir() and options.train_data_dir is None:
+            builder = next(iter(loaded.values())).builder_name
+            others = unread_of_dataset(list_folder(Path(name)).names, builder)
+            for other in others[:1]:
+                message = "--dataset_name %s is read as %s; %d other files of it that may be data are not, such as %s"
+                logger.warning(message, options.dataset_name, builder, len(others), other)
+        return loaded
+
+    return _rows(options, load)
 
 
-def _read_parquet(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> RowTable:
+def check_dataset_folder(options: SourceOptions) -> None:
+    """Refuses a folder of images with captions beside them, and a path like a pattern, which `datasets` does not read.
+
+    Raises:
+        UserError: naming the flag that does.
+    """
+    folder = Path(options.dataset_name)
+    mark = next((mark for mark in PATTERN_MARKS if mark in str(folder.resolve())), None)
+    if mark is not None:
+        raise UserError(
+            f"--dataset_name {folder}: the library datasets takes {mark} in the path of a folder for a pattern; give "
+            f"it as --train_data_dir, or rename the folder"
+        )
+    names = list_folder(folder).names
+    images = [name for name in names if is_image(name)]
+    if not images or options.train_data_dir is not None or metadata_files(folder, names):
+        return
+    stems = {os.path.splitext(name)[0] for name in images}
+    pair = next((name for name in names if is_caption_file(name) and os.path.splitext(name)[0] in stems), None)
+    if pair is not None:
+        raise UserError(
+            f"--dataset_name {folder} is a folder of images with captions beside them, such as {pair}; give it as "
+            f"--train_data_dir {folder}"
+        )
+
+
+def plain_path(path: str, cache_dir: str | None) -> str:
+    """A path that `datasets` takes for nothing else: one with characters of patterns by a link to it.
+
+    Raises:
+        UserError: if the link can't be made.
+    """
+    if not any(mark in path for mark in PATTERN_MARKS):
+        return path
+    import datasets
+
+    resolved = Path(path).resolve()
+    digest = hashlib.blake2b(os.fsencode(resolved), digest_size=12).hexdigest()
+    link = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "plain_names" / digest
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(resolved, target_is_directory=True)
+    except FileExistsError:  # another process made it
+        pass
+    except OSError as error:
+        cure = f"rename it without them; a link to it can't be made: {error.strerror or error}"
+        raise UserError(f"{path} holds characters that the library datasets takes for a pattern; {cure}") from error
+    return str(link)
+
+
+def _read_parquet(
+    options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
+) -> FolderContent:
     """Parquet files whose image column holds bytes, by `datasets`."""
     import datasets
 
-    files = {options.dataset_split: files_of(options, ".parquet")}
-    return _rows(options, lambda: datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir))
+    content = shards_of(options, listing, ".parquet")
+    files = {options.dataset_split: dataset_paths(listing.root, content.used, cache_dir)}
+    table = _rows(options, lambda: datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir))
+    return content._replace(table=table)
 
 
-def _read_imagefolder(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> ImageTable:
-    folder = Path(options.train_data_dir)
+def dataset_paths(root: Path, names: Iterable[str], cache_dir: str | None) -> list[str]:
+    """The paths of files as `datasets` takes them for nothing else."""
+    folder = plain_path(str(root), cache_dir) if "::" in str(root) else str(root)
+    return [glob.escape(str(Path(folder, name))) for name in names]
+
+
+def _read_imagefolder(
+    options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
+) -> FolderContent:
     if options.image_column != "image":
         raise UserError(f"--image_column {options.image_column} is not a column of a folder of images; leave it out")
     columns = (options.caption_column, options.mask_column)
-    found = folder, options.files(), *columns, options.dataset_split
+    found = listing.root, listing.names, *columns, options.dataset_split
     return read_metadata_folder(*found, options.reader(), folder_is_class, options.text_encoding)
 
 
-def _read_pairs(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> ImageTable:
+def _read_pairs(
+    options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
+) -> FolderContent:
     _refuse_mask_column(options)
-    found = Path(options.train_data_dir), options.files(), options.dataset_split
+    found = listing.root, listing.names, options.dataset_split
     return read_pairs_folder(*found, folder_is_class, options.text_encoding)
 
 
-def _read_captions_json(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> ImageTable:
+def _read_captions_json(
+    options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
+) -> FolderContent:
     _refuse_mask_column(options)
-    found = Path(options.train_data_dir), options.files(), options.dataset_split
+    found = listing.root, listing.names, options.dataset_split
     return read_caption_file_folder(*found, options.text_encoding)
 
 
@@ -551,13 +689,15 @@ def _refuse_mask_column(options: SourceOptions) -> None:
         )
 
 
-def _read_webdataset(options: SourceOptions, cache_dir: str | None, folder_is_class: bool) -> ImageTable:
-    files = [Path(file) for file in files_of(options, ".tar")]
-    return read_tars(files, options.mask_column, options.text_encoding)
+def _read_webdataset(
+    options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
+) -> FolderContent:
+    content = shards_of(options, listing, ".tar")
+    files = [listing.root / name for name in content.used]
+    return content._replace(table=read_tars(files, options.mask_column, options.text_encoding))
 
 
 SOURCES = {
-    "dataset": _read_dataset,
     "imagefolder": _read_imagefolder,
     "pairs": _read_pairs,
     "captions_json": _read_captions_json,
@@ -566,19 +706,25 @@ SOURCES = {
 }
 
 
-def files_of(options: SourceOptions, suffix: str) -> list[str]:
-    """The file itself, or a folder's files with this ending that are of the split, in order.
+def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderContent:
+    """The files with this ending that are of the split, in order; their images are not read.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or some of them are of no split where others are of several.
     """
-    path = options.train_data_dir
+    path, split = options.train_data_dir, options.dataset_split
+    names = [name for name in listing.names if name.lower().endswith(suffix)]
     if Path(path).is_file():
-        require(path.endswith(suffix), "train_data_dir", path, f"be a {suffix} file")
-        return [path]
-    names = [name for name in list_files(Path(path)) if name.endswith(suffix)]
+        require(bool(names), "train_data_dir", path, f"be a {suffix} file")
+        return FolderContent(None, listing.names, dict.fromkeys(names, SHARD))
     require(bool(names), "train_data_dir", path, f"hold {suffix} files")
-    return [str(Path(path, name)) for name in of_split(names, options.dataset_split, by_file_name=True)[0]]
+    if suffix == ".parquet":
+        names = image_tables(listing.root, names, options.image_column)
+        check_configurations(listing.root, names)
+    chosen = set(of_split(names, split, by_file_name=True)[0])
+    of_others = set(names) - chosen
+    used = {name: SHARD for name in names if name in chosen}
+    return FolderContent(None, [name for name in listing.names if name not in of_others], used)
 
 
 def _rows(options: SourceOptions, load) -> RowTable:
@@ -623,9 +769,11 @@ def check_columns(columns: Sequence[str], options: SourceOptions) -> None:
         if column is None or column in columns:
             continue
         hint = nearest(column, columns)
+        is_folder = flag == "image_column" and options.dataset_name is not None and Path(options.dataset_name).is_dir()
         raise UserError(
             f"--{flag} {column} is not a column of the data, which has {', '.join(columns)}"
             + (f"; did you mean --{flag} {hint}?" if hint else f"; name one with --{flag}")
+            + (f"; a folder of images is given as --train_data_dir {options.dataset_name}" if is_folder else "")
         )
 
 

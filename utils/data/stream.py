@@ -13,9 +13,10 @@ import queue
 import tarfile
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,16 +24,22 @@ import pyarrow as pa
 
 from utils.data.buckets import BucketOptions, BucketPlan, plan_buckets
 from utils.data.captions import CaptionOptions, folder_caption, refusal_of
+from utils.data.detection import settle, warn_of_unread
 from utils.data.images import check_whole, read_header, reason_of
+from utils.data.listing import Fate, Fates
 from utils.data.masks import FolderMasks
 from utils.data.sampler import Draw, Piece
 from utils.data.sources import (
     DataOptions,
     SourceOptions,
     check_columns,
+    check_dataset_folder,
     check_image_feature,
-    files_of,
+    dataset_paths,
+    detect,
     is_saved_dataset,
+    plain_path,
+    shards_of,
 )
 from utils.data.tables import captions_of, data_folders, declared, image_of
 from utils.options import UserError, first_line
@@ -153,6 +160,7 @@ class StreamedImages:
         masks: those that lie in a folder, if there is one.
         bad: why an image could not be trained on, by its name.
         counts: of the images that were read: all, and those without a caption.
+        fates: what became of the files of its folder, where it has one.
     """
 
     dataset: "IterableDataset" = field(repr=False)
@@ -164,6 +172,7 @@ class StreamedImages:
     bad: dict[str, str]
     shuffle_buffer_size: int
     masks: FolderMasks | None = None
+    fates: Fates | None = field(default=None, repr=False)
     counts: Counter = field(default_factory=Counter, repr=False)
 
     def note_missing_caption(self, key: str) -> None:
@@ -234,9 +243,17 @@ class StreamedImages:
 
 
 def open_stream(
-    data: DataOptions, source: SourceOptions, captions: CaptionOptions, resolution: int, buckets: BucketOptions
+    data: DataOptions,
+    source: SourceOptions,
+    captions: CaptionOptions,
+    resolution: int,
+    buckets: BucketOptions,
+    left_out: Mapping[Path, Fate] = MappingProxyType({}),
 ) -> StreamedImages:
     """Opens a dataset as a stream; none of its images is read.
+
+    Args:
+        left_out: as of `list_folder`.
 
     Raises:
         UserError: if it can't be opened, lacks a column, or is to fill buckets without saying its images' sizes.
@@ -249,8 +266,12 @@ def open_stream(
         raise UserError(
             "--folder_repeats counts the images of each folder, which a stream does not know; leave one out"
         )
+    fates = None
     try:
-        loaded = _load(source, data.cache_dir)
+        if source.dataset_name is None:
+            loaded, fates = _load_shards(source, data.cache_dir, left_out)
+        else:
+            loaded = _load(source, data.cache_dir)
         dataset = loaded[source.dataset_split] if isinstance(loaded, dict) else loaded
     except KeyError as error:
         raise UserError(
@@ -278,34 +299,45 @@ def open_stream(
     split = dataset.info.splits.get(source.dataset_split) if dataset.info.splits else None
     count = split.num_examples if split is not None and split.num_examples else None
     masks = None if source.mask_dir is None else FolderMasks(Path(source.mask_dir))
-    return StreamedImages(dataset, source, captions, resolution, buckets, count, {}, data.shuffle_buffer_size, masks)
+    size = data.shuffle_buffer_size
+    return StreamedImages(dataset, source, captions, resolution, buckets, count, {}, size, masks, fates)
 
 
 def _load(source: SourceOptions, cache_dir: str | None):
     import datasets
 
-    if source.dataset_name is not None and is_saved_dataset(Path(source.dataset_name)):
-        saved = datasets.load_from_disk(source.dataset_name)
+    if is_saved_dataset(Path(source.dataset_name)):
+        saved = datasets.load_from_disk(plain_path(source.dataset_name, cache_dir))
         splits = saved if isinstance(saved, dict) else {source.dataset_split: saved}
         return {name: each.to_iterable_dataset(min(SAVED_SHARDS, len(each))) for name, each in splits.items()}
-    if source.dataset_name is not None:
-        return datasets.load_dataset(
-            source.dataset_name,
-            source.dataset_config_name,
-            cache_dir=cache_dir,
-            data_dir=source.train_data_dir,
-            streaming=True,
-        )
-    for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
-        try:
-            files = files_of(source, suffix)
-        except UserError:
-            continue
-        return datasets.load_dataset(builder, data_files={source.dataset_split: files}, streaming=True)
-    raise UserError(
-        f"--streaming reads parquet files, tar shards or a --dataset_name; {source.train_data_dir} holds none of "
-        "them, and a folder of images needs no stream"
+    if Path(source.dataset_name).is_dir():
+        check_dataset_folder(source)
+    return datasets.load_dataset(
+        source.dataset_name,
+        source.dataset_config_name,
+        cache_dir=cache_dir,
+        data_dir=source.train_data_dir,
+        streaming=True,
     )
+
+
+def _load_shards(source: SourceOptions, cache_dir: str | None, left_out: Mapping[Path, Fate]) -> tuple[dict, Fates]:
+    """(the dataset of a folder's shards by its splits, what became of the folder's files)."""
+    import datasets
+
+    listing = source.listing(left_out)
+    kind = detect(source, listing)
+    suffix = {"parquet": ".parquet", "webdataset": ".tar"}.get(kind)
+    if suffix is None:
+        raise UserError(
+            f"--streaming reads parquet files, tar shards or a --dataset_name; {source.train_data_dir} holds none of "
+            "them, and a folder of images needs no stream"
+        )
+    content = shards_of(source, listing, suffix)
+    settle(listing, content, kind)
+    warn_of_unread(f"--train_data_dir {source.train_data_dir}", listing.fates)
+    files = {source.dataset_split: dataset_paths(listing.root, content.used, cache_dir)}
+    return datasets.load_dataset(kind, data_files=files, streaming=True), listing.fates
 
 
 def _webdataset_columns(source: SourceOptions, columns: list[str]) -> SourceOptions:

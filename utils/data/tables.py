@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from utils.data.images import Refused
+from utils.data.listing import Fates
 from utils.options import UserError
 from utils.user_files import TextReader
 
@@ -25,6 +26,8 @@ class ImageTable(ABC):
         num_left_out: images that are there but that the source's list does not name.
         classes: names of classes in the source's own order, where it has one.
         texts: what read its captions, where they are text in files.
+        fates: what became of the files of its folder that are no images of it; None where it has no folder.
+        member_fates: what became of the members of its shards that are no images of it.
     """
 
     name: str
@@ -32,6 +35,8 @@ class ImageTable(ABC):
     num_left_out: int = 0
     classes: tuple[str, ...] = ()
     texts: TextReader | None = None
+    fates: Fates | None = None
+    member_fates: Fates | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -87,6 +92,16 @@ class FileTable(ImageTable):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def names(self) -> list[str]:
+        """The paths of all images within the folder."""
+        return [os.fsdecode(name) for name in self._names.to_pylist()]
+
+    def num_without_captions(self) -> int:
+        """How many images have none."""
+        from pyarrow import compute
+
+        return compute.sum(compute.equal(compute.list_value_length(self._captions), 0)).as_py() or 0
 
     def key(self, row: int) -> str:
         """The path within the folder."""

@@ -9,8 +9,20 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from utils.data.folders import PAIR_SUFFIXES, caption_limit, captions_in, is_image
-from utils.data.images import MOST_BYTES
+from utils.data.folders import PAIR_SUFFIXES, PHOTO_SUFFIXES, caption_limit, captions_in, is_caption_file, is_image
+from utils.data.images import MOST_BYTES, unread_reason
+from utils.data.listing import (
+    CAPTION,
+    DUPLICATE,
+    HIDDEN,
+    LONE_CAPTION,
+    MASK,
+    NO_READER,
+    OTHER,
+    UNREADABLE,
+    Fate,
+    Fates,
+)
 from utils.data.tables import ImageTable, stamp_of
 from utils.options import UserError, first_line
 from utils.user_files import TextReader, open_regular, size_text
@@ -93,11 +105,15 @@ def read_tars(shards: Sequence[Path], mask_ending: str | None = None, encoding: 
     keys, places, masks, captions, refused = [], [], [], [], []
     num_left_out, reader = 0, TextReader(encoding)
     root = Path(os.path.commonpath([shard.parent for shard in shards]))
+    fates = Fates(root)
     for number, shard in enumerate(shards):
         images: dict[str, tuple[str, int, int]] = {}
         files: dict[str, tuple[str, bytes]] = {}
         masked: dict[str, tuple[int, int]] = {}
-        for sample, member, begin, length, content in _members(shard, refused):
+        seen: list[tuple[str, str]] = []
+        place = f"{shard.relative_to(root)}/"
+        for sample, member, begin, length, content in _members(shard, place, refused, fates):
+            seen.append((sample, member))
             if mask_ending is not None and PurePosixPath(member).name.partition(".")[2] == mask_ending:
                 masked[sample] = (begin, length)
             elif is_image(member):
@@ -109,6 +125,19 @@ def read_tars(shards: Sequence[Path], mask_ending: str | None = None, encoding: 
         whole = {sample: file for sample, file in files.items() if sample not in too_long}
         texts, broken = captions_in(dict(whole.values()), reader)
         reasons = too_long | {sample: broken[member] for sample, (member, _) in whole.items() if member in broken}
+        taken = {member: sample for sample, (member, _, _) in images.items()}
+        for sample, member in seen:
+            if member in taken:
+                if sample in reasons:
+                    fates.add(place + member, Fate(UNREADABLE, reasons[sample]))
+                continue
+            is_mask = mask_ending is not None and PurePosixPath(member).name.partition(".")[2] == mask_ending
+            caption = files[sample][0] if sample in files else ""
+            fate = Fate(MASK) if is_mask else _fate_beside(member, caption, sample in images)
+            fates.add(place + member, fate)
+            is_photo = PurePosixPath(member).suffix.lower() in PHOTO_SUFFIXES
+            if fate.word == NO_READER and sample not in images and (is_photo or sample in files):
+                refused.append((place + member, fate.reason))
         for sample, (member, begin, length) in images.items():
             key = f"{shard.relative_to(root)}/{member}"
             if sample in reasons:
@@ -123,7 +152,7 @@ def read_tars(shards: Sequence[Path], mask_ending: str | None = None, encoding: 
     if mask_ending is not None and not any(length for _, _, length in masks):
         raise UserError(f"--mask_column {mask_ending} is the ending of no member of the {len(shards)} tar shards")
     table = TarTable(shards, keys, _places(places), captions, refused, _places(masks))
-    table.num_left_out, table.texts = num_left_out, reader
+    table.num_left_out, table.texts, table.member_fates = num_left_out, reader, fates
     return table
 
 
@@ -131,14 +160,38 @@ def _too_long(name: str, content: bytes) -> str:
     return f"has over {size_text(len(content) - 1)}; no more are read"
 
 
+def _fate_beside(member: str, caption: str, has_image: bool) -> Fate:
+    """The fate of a member that is neither its sample's image nor a mask.
+
+    Args:
+        caption: the member that the sample's captions are of.
+    """
+    if is_image(member):
+        return Fate(DUPLICATE, "another image of its sample comes before it")
+    reason = unread_reason(PurePosixPath(member).suffix)
+    if reason is not None:
+        return Fate(NO_READER, reason)
+    if not is_caption_file(member):
+        return Fate(OTHER)
+    if not has_image:
+        return Fate(LONE_CAPTION, "its sample has no image that can be read")
+    return Fate(CAPTION) if member == caption else Fate(OTHER, "another caption of its sample is read")
+
+
 def _places(rows: list[tuple[int, int, int]]) -> np.ndarray:
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
-def _members(shard: Path, refused: list[tuple[str, str]]) -> Iterator[tuple[str, str, int, int, bytes | None]]:
+def _members(
+    shard: Path, place: str, refused: list[tuple[str, str]], fates: Fates
+) -> Iterator[tuple[str, str, int, int, bytes | None]]:
     """(sample, name, begin, length, content if it is a caption's) of each file in a shard; images are not read.
 
-    What lies behind a broken place is refused.
+    What lies behind a broken place is refused, and images that are links.
+
+    Args:
+        place: what stands before the names of members where they are reported.
+        fates: of the members that are not given.
     """
     try:
         with open_regular(shard) as file, tarfile.open(fileobj=_BoundedReads(file), mode="r:") as archive:
@@ -148,13 +201,23 @@ def _members(shard: Path, refused: list[tuple[str, str]]) -> Iterator[tuple[str,
                     raise tarfile.ReadError(f"a header claims {member.size} bytes")
                 last = member.offset_data
                 path = PurePosixPath(member.name)
-                if not member.isfile() or path.name.startswith("."):
+                if member.isdir():
+                    continue
+                if path.name.startswith("."):
+                    fates.add(place + member.name, Fate(HIDDEN, "a hidden file"))
+                    continue
+                if not member.isfile():
+                    reason = "is a link or a device within its shard, not a file"
+                    fates.add(place + member.name, Fate(UNREADABLE, reason))
+                    if is_image(member.name):
+                        refused.append((place + member.name, reason))
                     continue
                 is_cut = member.offset_data + member.size > length
                 if is_cut or member.issparse():
                     why = "the shard ends before its end" if is_cut else "it is stored as a sparse file"
                     reason = f"{why}; its header claims {size_text(member.size)}"
                     refused.append((f"{shard.name}/{member.name}", reason))
+                    fates.add(place + member.name, Fate(UNREADABLE, reason))
                     continue
                 content = None
                 if path.suffix.lower() in PAIR_SUFFIXES:

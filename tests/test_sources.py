@@ -1,0 +1,537 @@
+"""Which files of a folder are the data, and what becomes of every other."""
+
+import io
+import json
+import logging
+import os
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests import tiny
+from utils.data.buckets import BucketOptions
+from utils.data.captions import CaptionOptions
+from utils.data.folders import list_files
+from utils.data.headers import survey
+from utils.data.ledger import Ledger
+from utils.data.listing import Fate, list_folder
+from utils.data.selection import SelectionOptions, plan_images
+from utils.data.sources import DataOptions, Records, SourceOptions, read_records
+from utils.disk import MARKER, mark_as_own
+from utils.options import UserError, option, parse, with_values
+
+
+def records_of(folder: Path | None = None, **options) -> Records:
+    """The records of a folder, or of the source that the options name."""
+    if folder is not None:
+        options["train_data_dir"] = str(folder)
+    return read_records(DataOptions(), SourceOptions(**options), CaptionOptions(), 0)
+
+
+def keys(records: Records) -> list[str]:
+    return [records.key(index) for index in range(len(records))]
+
+
+def ledger_of(folder: Path, memory: Path, **options) -> Ledger:
+    """The fates of a folder's files."""
+    records = records_of(folder, **options)
+    known = survey(records, memory)
+    selection = SelectionOptions(max_bad_fraction=1.0, min_image_size=options.pop("min_image_size", None))
+    ledger = Ledger()
+    ledger.train_on(plan_images(records, known, 32, 1, BucketOptions(), selection, lambda count, bad: None))
+    return ledger
+
+
+def fates_of(ledger: Ledger, folder: Path) -> dict[str, str]:
+    """The fate of each file, as it is written down."""
+    ledger.write(folder, is_last=True)
+    lines = [json.loads(line) for line in (folder / "data_report.jsonl").read_text().splitlines()]
+    assert len({line["file"] for line in lines}) == len(lines)
+    return {line["file"]: line["fate"] for line in lines}
+
+
+def picture(file: Path, size: tuple[int, int] = (40, 40)) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(file)
+    return file
+
+
+def touch(file: Path, content: str = "x") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content)
+    return file
+
+
+def png(size: tuple[int, int] = (40, 40)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, "blue").save(file, "PNG")
+    return file.getvalue()
+
+
+def parquet(file: Path, count: int = 2, **columns) -> Path:
+    """A Parquet file of images with captions, or of other columns."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = columns or {"image": [png()] * count, "text": [f"{file.stem} {number}" for number in range(count)]}
+    pyarrow.parquet.write_table(pa.table(found), file)
+    return file
+
+
+def tar(file: Path, *names: str) -> Path:
+    """A tar shard: images for the names of images, else texts."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as archive:
+        for name in names:
+            content = png() if name.endswith((".png", ".jpg")) else b"text"
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return file
+
+
+class TestDetection:
+    def test_a_repository_as_it_comes_from_the_hub(self, tmp_path, caplog):
+        for number in range(2):
+            parquet(tmp_path / "data" / f"train-0000{number}-of-00002.parquet")
+        picture(tmp_path / "banner.png")
+        touch(tmp_path / "README.md", "---\nconfigs: []\n---\n![](banner.png)")
+        touch(tmp_path / ".gitattributes")
+        records = records_of(tmp_path)
+        assert len(records) == 4
+        assert records.captions(3) == ("train-00001-of-00002 1",)
+        assert "left out as decoration: 1 image (banner.png)" in caplog.text
+        assert records_of(tmp_path, data_format="pairs").key(0) == "banner.png"
+        assert Counter(fate.word for _, fate in records.sources[0].table.fates) == {
+            "shard": 2,
+            "other": 2,
+            "hidden": 1,
+        }
+
+    def test_shards_with_a_cover(self, tmp_path, caplog):
+        tar(tmp_path / "000.tar", "a.png", "a.txt")
+        picture(tmp_path / "cover.jpg")
+        assert keys(records_of(tmp_path)) == ["000.tar/a.png"]
+        assert "cover.jpg" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("files", "named"),
+        [
+            (("a.png", "b.png", "c.png", "0.tar"), "1 tar shard (0.tar) and 3 images (a.png, b.png, c.png)"),
+            (("banner.png", "banner.txt", "0.tar"), "1 image (banner.png)"),
+            (("images/1.png", "images/2.png", "0.parquet"), "1 parquet file (0.parquet) and 2 images"),
+            (("0.tar", "0.parquet"), "--data_format parquet or --data_format webdataset"),
+        ],
+    )
+    def test_what_is_ambiguous_is_refused_with_its_counts_and_a_cure(self, tmp_path, files, named):
+        for name in files:
+            file = tmp_path / name
+            {".png": picture, ".tar": lambda file: tar(file, "x.png"), ".parquet": parquet}.get(file.suffix, touch)(
+                file
+            )
+        with pytest.raises(UserError, match="nothing says which are the data; give --data_format") as error:
+            records_of(tmp_path)
+        assert named in str(error.value)
+        kind = "webdataset" if "0.tar" in files else "parquet"
+        assert len(records_of(tmp_path, data_format=kind)) in (1, 2)
+
+    def test_tables_of_other_things_lie_beside_images(self, tmp_path, caplog):
+        picture(tmp_path / "a.png")
+        picture(tmp_path / "b.png")
+        parquet(tmp_path / "scores.parquet", name=["a.png"], score=[1.0])
+        assert keys(records_of(tmp_path)) == ["a.png", "b.png"]
+        assert "scores.parquet is not read; if it lists captions, rename it" in caplog.text
+
+    def test_metadata_in_parquet(self, tmp_path):
+        for name in ("a.png", "b.png", "c.png"):
+            picture(tmp_path / "images" / name)
+        parquet(tmp_path / "metadata.parquet", file_name=["images/a.png", "images/b.png"], text=["one", None])
+        records = records_of(tmp_path)
+        assert {records.key(index): records.captions(index) for index in range(2)} == {
+            "images/a.png": ("one",),
+            "images/b.png": ("",),
+        }
+        assert records.sources[0].table.num_left_out == 1
+        with pytest.raises(UserError, match=r"--caption_column words is not a column of the data: .* has text"):
+            records_of(tmp_path, caption_column="words")
+        touch(tmp_path / "metadata.jsonl", json.dumps({"file_name": "images/c.png", "text": "three"}))
+        assert keys(records_of(tmp_path)) == ["images/c.png"]  # that of Parquet is not added to another
+
+    @pytest.mark.parametrize(
+        "name",
+        ["metadata.json", "Metadata.jsonl", "metadata.jsonl.txt", "captions.csv", "metadata.xlsx", "train.jsonl"],
+    )
+    def test_what_looks_like_a_list_of_captions_is_named(self, tmp_path, caplog, name):
+        touch(tmp_path / name, "{}")
+        with pytest.raises(UserError, match=f"there are no images in .*; {name} is not read: rename it to metadata"):
+            records_of(tmp_path)
+        picture(tmp_path / "a.png")
+        records_of(tmp_path)
+        assert f"{name} is not read; if it lists captions, rename it to metadata.csv" in caplog.text
+        caplog.clear()
+        touch(tmp_path / "a.txt")
+        records_of(tmp_path)
+        assert name not in caplog.text  # all images have captions
+
+    def test_shards_whose_names_say_no_split(self, tmp_path, caplog):
+        tar(tmp_path / "train-0.tar", "a.png")
+        tar(tmp_path / "extra.tar", "b.png")
+        assert keys(records_of(tmp_path)) == ["extra.tar/b.png", "train-0.tar/a.png"]
+        assert "taken for the split train too, though their names say no split: extra.tar" in caplog.text
+        tar(tmp_path / "test-0.tar", "c.png")
+        with pytest.raises(UserError, match=r"extra.tar of the data name no split, others are of test, train; rename"):
+            records_of(tmp_path)
+
+    def test_a_table_without_images_beside_shards_of_several_splits(self, tmp_path, caplog):
+        for name in ("train-0.parquet", "test-0.parquet"):
+            parquet(tmp_path / name)
+        parquet(tmp_path / "statistics.parquet", mean=[0.5])
+        assert len(records_of(tmp_path)) == 2
+        assert "left out, as they hold no images: 1 parquet file (statistics.parquet)" in caplog.text
+
+    def test_several_configurations_of_a_dataset(self, tmp_path):
+        for name in ("small", "large"):
+            parquet(tmp_path / name / "train-0.parquet")
+        header = "configs:\n- config_name: small\n  data_files: small/*\n- config_name: large\n  data_files: large/*"
+        touch(tmp_path / "README.md", f"---\n{header}\n---\n# A dataset")
+        with pytest.raises(UserError, match=r"the configurations small, large; give one: .*config_name small"):
+            records_of(tmp_path)
+        assert len(records_of(tmp_path / "small")) == 2
+        assert len(records_of(dataset_name=str(tmp_path), dataset_config_name="large")) == 2
+
+    def test_a_saved_dataset_within_a_folder(self, tmp_path):
+        from datasets import Dataset
+
+        Dataset.from_dict({"image": [Image.new("RGB", (8, 8))], "text": ["x"]}).save_to_disk(tmp_path / "saved")
+        with pytest.raises(UserError, match=f"saved dataset in saved; give it as --dataset_name {tmp_path}/saved"):
+            records_of(tmp_path)
+        picture(tmp_path / "a.png")
+        with pytest.raises(UserError, match=r"saved dataset in saved beside 1 image .*--data_format pairs"):
+            records_of(tmp_path)
+        assert keys(records_of(tmp_path, data_format="pairs")) == ["a.png"]
+        picture(tmp_path / "saved" / "cover.png")
+        assert len(records_of(dataset_name=str(tmp_path / "saved"))) == 1
+
+    def test_a_folder_of_images_and_captions_as_a_dataset(self, tmp_path):
+        picture(tmp_path / "a.png")
+        touch(tmp_path / "a.txt")
+        with pytest.raises(UserError, match=f"such as a.txt; give it as --train_data_dir {tmp_path}"):
+            records_of(dataset_name=str(tmp_path))
+
+    def test_a_folder_that_datasets_reads_half(self, tmp_path, caplog):
+        for number in range(3):
+            parquet(tmp_path / f"train-{number}.parquet")
+        picture(tmp_path / "banner.png")
+        assert len(records_of(dataset_name=str(tmp_path))) == 6
+        assert "is read as parquet; 1 other files of it that may be data are not, such as banner.png" in caplog.text
+
+
+class TestFates:
+    def test_every_file_has_one(self, tmp_path):
+        data, memory = tmp_path / "data", tmp_path / "memory"
+        for name in ("a.png", "b.png", "small.png", "b_copy.jpg", "sub/e.png"):
+            picture(data / name, (8, 8) if name == "small.png" else (40, 40))
+        for name in ("a.txt", "b.txt", "b.caption", "lone.txt", "x.txt", "README.md", "notes.txt", "x.heic", "y.psd"):
+            touch(data / name)
+        for name in ("clip.mp4", "more.zip", "Thumbs.db", ".DS_Store", "__MACOSX/a.png", ".cache/b.png", "broken.png"):
+            touch(data / name)
+        (data / "gone.png").symlink_to(tmp_path / "nowhere.png")
+        (data / "loop.png").symlink_to(data / "loop.png")
+        os.mkfifo(tmp_path / "pipe")
+        (data / "pipe.png").symlink_to(tmp_path / "pipe")
+        records = records_of(data)
+        known = survey(records, memory)
+        selection = SelectionOptions(max_bad_fraction=1.0, min_image_size=20)
+        images = plan_images(records, known, 32, 1, BucketOptions(), selection, lambda count, bad: None)
+        ledger = Ledger()
+        ledger.train_on(images)
+        found = fates_of(ledger, tmp_path)
+        assert found == {
+            **dict.fromkeys(("a.png", "b.png", "b_copy.jpg", "sub/e.png"), "trained"),
+            **dict.fromkeys(("a.txt", "b.txt"), "caption"),
+            **dict.fromkeys(("b.caption", "README.md", "notes.txt"), "other"),
+            **dict.fromkeys(("lone.txt", "x.txt"), "caption without image"),
+            **dict.fromkeys(("x.heic", "y.psd", "clip.mp4", "more.zip"), "no reader"),
+            **dict.fromkeys(("Thumbs.db", ".DS_Store", "__MACOSX/a.png", ".cache/b.png"), "hidden"),
+            **dict.fromkeys(("broken.png", "gone.png", "loop.png", "pipe.png"), "unreadable"),
+            "small.png": "filtered",
+        }
+        walked = [name for _, _, names in os.walk(data) for name in names]
+        files, members = ledger.counts()
+        assert sum(files.values()) == len(walked) == ledger.report()["files"]
+        assert files == Counter(found.values())
+        assert not members
+        assert images.bad.keys() == {"x.heic", "broken.png", "gone.png", "loop.png", "pipe.png"}
+        images.bad["a.png"] = "found out while training"
+        assert ledger.counts()[0]["unreadable"] == 5
+        assert fates_of(ledger, tmp_path)["a.png"] == "unreadable"
+
+    def test_lists_and_splits(self, tmp_path):
+        data = tmp_path / "data"
+        for split in ("train", "test"):
+            for name in ("a.png", "b.png", "mask.png"):
+                picture(data / split / name)
+            touch(data / split / "a.txt")
+            lines = [{"file_name": "a.png", "text": "x", "mask": "mask.png"}]
+            touch(data / split / "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+        found = fates_of(ledger_of(data, tmp_path / "memory", mask_column="mask"), tmp_path)
+        assert {name: fate for name, fate in found.items() if name.startswith("train/")} == {
+            "train/a.png": "trained",
+            "train/b.png": "not listed",
+            "train/mask.png": "mask",
+            "train/metadata.jsonl": "metadata",
+            "train/a.txt": "other",
+        }
+        assert {fate for name, fate in found.items() if name.startswith("test/")} == {"other split"}
+
+    def test_members_of_shards_are_counted_alike(self, tmp_path):
+        data = tmp_path / "data"
+        names = ("a.png", "a.txt", "a.jpg", "b.png", "c.txt", "d.heic", "d.txt", ".hidden", "note.md")
+        tar(data / "0.tar", *names)
+        touch(data / "README.md")
+        ledger = ledger_of(data, tmp_path / "memory")
+        files, members = ledger.counts()
+        assert files == {"shard": 1, "other": 1}
+        assert sum(members.values()) == len(names)
+        found = {name.removeprefix("0.tar/"): fate for name, fate in fates_of(ledger, tmp_path).items()}
+        assert found == {
+            **dict.fromkeys(("a.png", "b.png"), "trained"),
+            "a.txt": "caption",
+            "a.jpg": "duplicate",
+            **dict.fromkeys(("c.txt", "d.txt"), "caption without image"),
+            "d.heic": "no reader",
+            ".hidden": "hidden",
+            **dict.fromkeys(("note.md", "README.md"), "other"),
+            "0.tar": "shard",
+        }
+        assert ledger.images.bad.keys() == {"0.tar/d.heic"}
+
+    def test_rows_are_counted_and_those_not_trained_on_named(self, tmp_path):
+        parquet(tmp_path / "data" / "train-0.parquet", image=[png(), png(), b"none"], text=["a", "b", "c"])
+        ledger = ledger_of(tmp_path / "data", tmp_path / "memory", max_train_samples=2)
+        files, members = ledger.counts()
+        assert files == {"shard": 1}
+        assert sum(members.values()) == 3
+        assert members["not drawn"] == 1
+        assert fates_of(ledger, tmp_path).keys() >= {"train-0.parquet"}
+
+    def test_pictures_without_a_reader_end_the_run_where_they_are_many(self, refused, tmp_path):
+        for number in range(3):
+            picture(tmp_path / "data" / f"{number}.png")
+        for number in range(30):
+            touch(tmp_path / "data" / f"p{number}.heic")
+            touch(tmp_path / "data" / f"p{number}.txt")
+        refused([], "30 of 33 images can't be read", "p0.heic: ", "pip install pillow-heif", data=tmp_path / "data")
+
+    def test_pictures_of_which_readable_ones_are_there_are_no_fault(self, tmp_path, caplog):
+        for suffix in (".jpg", ".heic", ".txt", ".psd"):
+            (picture if suffix == ".jpg" else touch)(tmp_path / f"a{suffix}")
+        touch(tmp_path / "film.mov")
+        touch(tmp_path / "c.txt")
+        records = records_of(tmp_path)
+        assert keys(records) == ["a.jpg"]
+        assert not records.refused
+        assert "1 files are not read, such as film.mov: " in caplog.text
+        assert "1 captions have no image, such as c.txt" in caplog.text
+
+    def test_a_million_files_take_little_memory(self):
+        fates = list_folder(Path(__file__).parent).fates
+        for number in range(20_000):
+            fates.add(f"folder/{number}.png", Fate("other"))
+        assert len(fates._names) < 20_000 * 20
+        assert fates.by_fate()[Fate("other")] == 20_000
+
+
+class TestListing:
+    def test_links_pipes_and_cycles_end(self, tmp_path):
+        picture(tmp_path / "z" / "a.png")
+        (tmp_path / "z" / "up").symlink_to(tmp_path)
+        (tmp_path / "b").symlink_to(tmp_path / "z")
+        (tmp_path / "self").symlink_to(tmp_path / "self")
+        os.mkfifo(tmp_path / "pipe.png")
+        (tmp_path / "null.png").symlink_to("/dev/null")
+        listing = list_folder(tmp_path)
+        assert listing.names == ["self", "z/a.png"]  # the folder itself goes before a link to it
+        assert listing.special == {
+            "pipe.png": "is a pipe, not a file",
+            "null.png": "is a device, not a file",
+        }
+        records = records_of(tmp_path)
+        assert keys(records) == ["z/a.png"]
+        assert dict(records.refused) == listing.special
+
+    def test_a_caption_that_is_a_pipe(self, tmp_path):
+        picture(tmp_path / "a.png")
+        picture(tmp_path / "b.png")
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "a.txt").symlink_to(tmp_path / "pipe")
+        records = records_of(tmp_path)
+        assert keys(records) == ["b.png"]
+        assert "a pipe, not a file" in dict(records.refused)["a.png"]
+
+    def test_many_nested_folders(self, tmp_path):
+        names, here = [], os.open(tmp_path, os.O_RDONLY)
+        try:
+            for _ in range(1500):
+                os.mkdir("d", dir_fd=here)
+                inner = os.open("d", os.O_RDONLY, dir_fd=here)
+                os.close(here)
+                here = inner
+                names.append("d")
+            file = os.open("a.png", os.O_CREAT | os.O_WRONLY, dir_fd=here)
+            os.write(file, png())
+            os.close(file)
+        finally:
+            os.close(here)
+        try:
+            assert list_files(tmp_path) == ["/".join([*names, "a.png"])]
+        finally:  # pytest's own cleaning is recursive
+            for _ in range(1499):
+                (tmp_path / "d" / "d").rename(tmp_path / "e")
+                (tmp_path / "d").rmdir()
+                (tmp_path / "e").rename(tmp_path / "d")
+
+    def test_folders_that_cannot_be_listed_are_named(self, tmp_path, monkeypatch, caplog):
+        picture(tmp_path / "a.png")
+        picture(tmp_path / "locked" / "b.png")
+        scan = os.scandir
+        error = PermissionError(13, "Permission denied")
+
+        def scandir(path):
+            if Path(path).name == "locked":
+                raise error
+            return scan(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        assert list_files(tmp_path) == ["a.png"]
+        assert "locked can't be listed, its files are left out: Permission denied" in caplog.text
+
+    def test_names_that_are_no_unicode(self, tmp_path):
+        folder = tmp_path / "data"
+        picture(folder / "x.png")
+        os.rename(folder / "x.png", os.fsencode(folder) + b"/caf\xe9.png")
+        found = fates_of(ledger_of(folder, tmp_path / "memory"), tmp_path)
+        assert found == {"caf\udce9.png": "trained"}
+
+    @pytest.mark.parametrize("name", ["we[i]rd", "a*b", "q?x", "{a,b}", "d::e", "[0-9]"])
+    def test_paths_that_look_like_patterns(self, tmp_path, name):
+        folder = tmp_path / name
+        parquet(folder / "train-0.parquet")
+        parquet(tmp_path / "axb" / "train-0.parquet")  # which the pattern a*b would find too
+        assert len(records_of(folder)) == 2
+        if name == "{a,b}":
+            assert len(records_of(dataset_name=str(folder))) == 2
+        else:
+            with pytest.raises(UserError, match="in the path of a folder for a pattern; give it as --train_data_dir"):
+                records_of(dataset_name=str(folder))
+            records_of(folder).sources[0].table._dataset.save_to_disk(tmp_path / "saved")
+            (tmp_path / "saved").rename(tmp_path / f"saved {name}")
+            assert len(records_of(dataset_name=str(tmp_path / f"saved {name}"))) == 2
+        assert keys(records_of(tar(tmp_path / "tars" / name / f"{name}.tar", "a.png"))) == [f"{name}.tar/a.png"]
+        touch(tmp_path / "texts" / name / "a.txt", "caption")
+        picture(tmp_path / "texts" / name / "a.png")
+        assert records_of(tmp_path / "texts" / name).captions(0) == ("caption",)
+
+
+class TestOwnFolders:
+    def test_they_are_left_out_of_the_data(self, tmp_path, caplog):
+        picture(tmp_path / "a.png")
+        for name in ("marked/samples/s.png", "run/samples/s.png", "dry/contact_sheet.png", "mine/run.json"):
+            (picture if name.endswith(".png") else touch)(tmp_path / name)
+        mark_as_own(tmp_path / "marked")
+        touch(tmp_path / "run" / "run.json", json.dumps({"options": {}, "versions": {}, "command": []}))
+        touch(tmp_path / "dry" / "dry_run_report.json", "{}")
+        picture(tmp_path / "mine" / "b.png")
+        records = records_of(tmp_path)
+        assert keys(records) == ["a.png", "mine/b.png"]
+        assert all(f"left out the folder {tmp_path}/{name}:" in caplog.text for name in ("marked", "run", "dry"))
+        assert keys(records_of(tmp_path / "marked")) == ["samples/s.png"]  # it is asked for by its name
+        assert (tmp_path / "marked" / MARKER).exists()
+
+    def test_a_second_run_does_not_train_on_the_first_ones_samples(self, train, tmp_path, capsys):
+        data = tiny.make_images(tmp_path / "data")
+        (data / "metadata.jsonl").unlink()
+        flags = [
+            "--max_train_steps",
+            1,
+            "--train_batch_size",
+            1,
+            "--validation_prompt",
+            "a",
+            "--num_validation_images",
+            1,
+        ]
+        flags += ["--encoding_cache_dir", data / "cache"]
+        out = train("sd", *flags, "--checkpointing_steps", 1, data=data, out="data/out")
+        assert list((out / "samples").rglob("*.png"))
+        train("sd", *flags, "--max_train_steps", 2, "--resume_from_checkpoint", "latest", data=data, out="data/out")
+        report = json.loads((train("sd", *flags, data=data, out="data/other") / "data_report.json").read_text())
+        assert report["trained"] == report["fates"]["trained"] == 6
+        assert report["fates"].keys() == {"trained", "output of a run"}
+        train("sd", *flags, data=data, out="data", expect=2)
+        assert "--output_dir" in (error := capsys.readouterr().err)
+        assert "is the folder of --train_data_dir" in error
+
+    def test_the_folder_of_held_out_images_is_not_trained_on(self, train, tmp_path):
+        data = tmp_path / "data"
+        for name in ("a.png", "b.png", "aside/c.png"):
+            picture(data / name)
+        flags = ["--max_train_steps", 1, "--train_batch_size", 1, "--validation_data_dir", data / "aside"]
+        report = json.loads((train("sd", *flags, data=data) / "data_report.json").read_text())
+        assert report["fates"] == {"trained": 2, "held out": 1}
+
+
+class TestHeldOut:
+    @pytest.mark.parametrize("flags", [("--validation_split", 0.4), ("--validation_split", "test")])
+    def test_they_are_counted_as_such(self, train, tmp_path, flags, caplog):
+        data = tmp_path / "data"
+        for split in ("train", "test"):
+            for number in range(5 if split == "train" else 2):
+                picture(data / split / f"{number}.png")
+                touch(data / split / f"{number}.txt")
+        flags = ["--max_train_steps", 1, "--train_batch_size", 1, *flags]
+        caplog.set_level(logging.INFO, "utils")
+        out = train("sd", *flags, data=data)
+        report = json.loads((out / "data_report.json").read_text())
+        lines = [json.loads(line) for line in (out / "data_report.jsonl").read_text().splitlines()]
+        assert Counter(line["fate"] for line in lines) == report["fates"]
+        assert sum(report["fates"].values()) == report["files"] == 14
+        is_portion = flags[-1] != "test"
+        assert report["fates"]["trained"] + (report["fates"]["held out"] if is_portion else 0) == 5
+        assert report["fates"].get("other split", 0) == (4 if is_portion else 0)
+        assert "files          14: " in caplog.text
+        train("sd", *flags, "--dry_run", data=data, out="dry")
+        assert json.loads((tmp_path / "dry" / "dry_run_report.json").read_text())["fates"] == report["fates"]
+
+
+class TestHomeFolders:
+    def test_in_flags_and_in_files(self, tmp_path, monkeypatch, refused):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        picture(tmp_path / "data" / "a.png")
+        assert keys(records_of(**vars(with_values(SourceOptions(), {"train_data_dir": "~/data"}, "here")))) == ["a.png"]
+        refused(["--output_dir=~/data", "--train_data_dir=~/data"], f"--output_dir {tmp_path}/data is the folder of")
+        refused(["--output_dir", "~nobody-here/x"], "there is no user nobody-here; write ./~nobody-here/x")
+        file = touch(tmp_path / "set.yaml", "- {train_data_dir: ~/data}\n")
+        data = DataOptions(dataset_file=str(file))
+        assert len(read_records(data, SourceOptions(), CaptionOptions(), 0)) == 1
+
+    def test_texts_stay_as_they_are(self):
+        from dataclasses import dataclass
+
+        @dataclass(frozen=True)
+        class Group:
+            folders: list[str] | None = option(None, "folders")
+            prompt: str | None = option(None, "prompt", is_text=True)
+
+        @dataclass(frozen=True)
+        class Options:
+            group: Group
+
+        found = parse(Options, ["--folders", "~", "~root/x", "./~/x", "--prompt", "~/ a cat"], "").group
+        home = os.path.expanduser("~")
+        assert found.folders == [home, os.path.expanduser("~root") + "/x", "./~/x"]
+        assert found.prompt == "~/ a cat"
