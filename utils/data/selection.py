@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from utils.data.buckets import NONE, BucketOptions, BucketPlan, plan_buckets
 from utils.data.captions import refusal_of
+from utils.data.contents import content_table
 from utils.data.headers import Survey
 from utils.data.sampler import GlobalBatches, Pieces
 from utils.data.sources import Records
@@ -134,6 +136,12 @@ class PlannedImages:
         if self.records.copies is not None:
             digest.update(np.ascontiguousarray(self.records.copies, np.int64).tobytes())
         return f"{len(self.records)} images, {digest.hexdigest()}"
+
+    def content(self) -> pa.Table:
+        """The record of the images, by which a run that goes on sees whether they were edited."""
+        records = self.records
+        keys = [records.key(index) for index in range(len(records))]
+        return content_table(keys, self.survey.facts, self.survey.mask_facts, records.all_captions())
 
     def describe_sources(self) -> dict[str, str]:
         """How each source's images are used, where there are several; one is described by the options."""

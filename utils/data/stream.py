@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import logging
 import math
+import os
 import queue
 import tarfile
 import threading
@@ -23,6 +24,8 @@ import pyarrow as pa
 
 from utils.data.buckets import BucketOptions, BucketPlan, plan_buckets
 from utils.data.captions import CaptionOptions, folder_caption, refusal_of
+from utils.data.contents import content_table, file_facts
+from utils.data.folders import list_files
 from utils.data.images import check_whole, read_header, reason_of
 from utils.data.masks import FolderMasks
 from utils.data.sampler import Draw, Piece
@@ -47,6 +50,7 @@ PIECES_AHEAD = 8
 ENOUGH_READ = 1000  # images of a stream, under which a few bad ones say nothing of the portion
 SHARD_ERRORS = (OSError, ValueError, EOFError, RuntimeError, tarfile.TarError, pa.ArrowException)
 SAVED_SHARDS = 64
+STREAMED = {".parquet": "parquet", ".tar": "webdataset"}  # endings, and the builders of `datasets` that read them
 
 
 class StreamedSample(NamedTuple):
@@ -202,6 +206,12 @@ class StreamedImages:
         """What is known of the stream to change with its images."""
         return f"a stream of {self.num_listed} images in {self.dataset.num_shards} shards"
 
+    def content(self) -> pa.Table:
+        """The record of the files that it is read from, where they lie here."""
+        files = _local_files(self.source)
+        root = self.source.dataset_name or self.source.train_data_dir
+        return content_table([os.path.relpath(path, root) for path in files], file_facts(files), None, None)
+
     def describe_sources(self) -> dict[str, str]:
         """How its images are used, but for what the options say."""
         return {"masks": "some" if self.has_masks else "none"}
@@ -296,7 +306,7 @@ def _load(source: SourceOptions, cache_dir: str | None):
             data_dir=source.train_data_dir,
             streaming=True,
         )
-    for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
+    for suffix, builder in STREAMED.items():
         try:
             files = files_of(source, suffix)
         except UserError:
@@ -306,6 +316,19 @@ def _load(source: SourceOptions, cache_dir: str | None):
         f"--streaming reads parquet files, tar shards or a --dataset_name; {source.train_data_dir} holds none of "
         "them, and a folder of images needs no stream"
     )
+
+
+def _local_files(source: SourceOptions) -> list[Path]:
+    """The files that a stream is read from; none where they are on the Hub."""
+    if source.dataset_name is not None:
+        root = Path(source.dataset_name)
+        return [root / name for name in list_files(root)] if root.is_dir() else []
+    for suffix in STREAMED:
+        try:
+            return [Path(file) for file in files_of(source, suffix)]
+        except UserError:
+            continue
+    return []
 
 
 def _webdataset_columns(source: SourceOptions, columns: list[str]) -> SourceOptions:
