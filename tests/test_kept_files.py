@@ -307,7 +307,7 @@ class TestLines:
         long = b"x" * 40_000_000
         file.write_bytes(b'{"step": 1}\n' + long + b'\n{"step": 9}\n' + long)
         keep_steps(file, 3)
-        assert file.read_bytes() == b'{"step": 1}\n' + long + b"\n" + long
+        assert file.read_bytes() == b'{"step": 1}\n' + long + b"\n" + long + b"\n"
         assert "2 lines" in caplog.text
 
     @pytest.mark.parametrize(

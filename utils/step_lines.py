@@ -22,20 +22,23 @@ def keep_steps(path: Path, last_step: int) -> None:
         return
     num_unread = 0
     with open_regular(path) as old, replacing(path) as aside, aside.open("wb") as new:
-        for line, is_whole in _lines(old):
+        for line, is_whole, is_end in _lines(old):
             values = read_line(line) if is_whole else None
-            if values is None and _is_written_again(line, last_step):
+            if values is None and is_whole and _is_written_again(line, last_step):
                 logger.warning("%s: left out a line that was cut off", path)
             elif values is None or values["step"] <= last_step:
-                num_unread += values is None and bool(line.strip()) and is_whole
-                new.write(line if line.endswith(b"\n") or not is_whole else line + b"\n")
+                num_unread += values is None and bool(line.strip()) and is_end
+                new.write(line if line.endswith(b"\n") or not is_end else line + b"\n")
     warn_of_unread(path, num_unread)
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
-    """(a line, or a part of one that is too long; whether it is a whole one or the end of one)."""
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool, bool]]:
+    """(a line, or a part of one that is too long; whether it is a whole line; whether a line ends with it)."""
+    is_continued = False
     while line := file.readline(LINE_LIMIT):
-        yield line, line.endswith(b"\n") or len(line) < LINE_LIMIT
+        is_end = line.endswith(b"\n") or len(line) < LINE_LIMIT
+        yield line, is_end and not is_continued, is_end
+        is_continued = not is_end
 
 
 def read_line(line: bytes) -> dict[str, Any] | None:
