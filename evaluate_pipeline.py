@@ -89,7 +89,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger("utils.evaluate_pipeline")
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# the docstring's first line, which python -OO leaves out
+PURPOSE = "Draws images from any diffusers pipeline, on one GPU or many, scores them, and writes a report."
+CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class Wanted(NamedTuple):
 def run(argv: Sequence[str] | None) -> None:
     """Evaluates; every step of the way in its order."""
     set_up_logging()
-    options: Options = parse(Options, argv, __doc__.splitlines()[0])
+    options: Options = parse(Options, argv, PURPOSE)
     check_together(options)
     if not all(name is None or Path(name).exists() for name in hub_names(options)):
         use_hub_cache_if_offline()
@@ -301,6 +303,7 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) ->
             base = read_json(folder / "run.json")["options"]["pretrained_model_name_or_path"]
         except (OSError, FileError, KeyError, TypeError):
             base = None
+        base = base if isinstance(base, str) else None
         if base is None and (folder / "model_index.json").is_file():
             base = str(folder)  # trained from nothing: the result gives what checkpoints leave out
         if base is None:

@@ -84,6 +84,8 @@ from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
 from utils.validation import Sampler, ValidationOptions
 
 logger = logging.getLogger("utils.train_text_to_image")
+# the docstring's first line, which python -OO leaves out
+PURPOSE = "Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions, whole or by LoRA."
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Options:
 def run(argv: Sequence[str] | None) -> None:
     """Trains; every step of the way in its order."""
     set_up_logging()
-    options: Options = parse(Options, argv, __doc__.splitlines()[0])
+    options: Options = parse(Options, argv, PURPOSE)
     check_together(options)
     network = options.perceptual.perceptual_network
     names = (options.model.pretrained_model_name_or_path, options.source.dataset_name, network)
@@ -232,9 +234,11 @@ def run(argv: Sequence[str] | None) -> None:
         sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed, requests, controls)
         evaluation = TrainingEvaluation(
             *(options.evaluation, options.features, accelerator, folder.path, seed),
-            *(options.validation.prompts, first_step, controls),
+            *(options.validation.prompts, controls),
         )
         evaluation.check(family.pipeline)
+        beginning.take_over()
+        evaluation.begin(first_step)
         open_records(options, accelerator, folder, options.tracking)
         logger.info("training\n%s", Lines(plan))
         half = HalfCopy(family.unet, state.optimizer) if options.speed.bf16_weights else None

@@ -98,6 +98,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger("utils.train_unconditional")
+# the docstring's first line, which python -OO leaves out
+PURPOSE = (
+    "Trains a diffusion model that draws without words: "
+    "from scratch or fine-tuned, in pixels or latents, of classes too."
+)
 OWN_NAMES = {"caption_column": "label_column"}  # flags that the shared parts call otherwise
 IMAGE_LEFT = 0.15  # a schedule that ends with more of it begins its samples where it never was
 
@@ -193,7 +198,7 @@ class Options:
 def run(argv: Sequence[str] | None) -> None:
     """Trains; every step of the way in its order."""
     set_up_logging()
-    options: Options = parse(Options, argv, __doc__.splitlines()[0])
+    options: Options = parse(Options, argv, PURPOSE)
     check_together(options)
     model_options = options.model
     names = (model_options.pretrained_model_name_or_path, model_options.vae, options.source.dataset_name)
@@ -289,13 +294,16 @@ def run(argv: Sequence[str] | None) -> None:
         loader = batches_by_step(
             dataset, pieces, num_workers, options.loader.dataloader_timeout, accelerator.device.type == "cuda", waiting
         )
-        sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests, controls, first_step)
+        sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests, controls)
         trained_on = None if options.data.streaming else trained_images(images, options.image)
         scores = options.evaluation.with_steps(options.sampling.steps_of(family.pipeline.scheduler))
         evaluation = TrainingEvaluation(
-            *(scores, options.features, accelerator, folder.path, seed, None, first_step, controls, trained_on)
+            *(scores, options.features, accelerator, folder.path, seed, None, controls, trained_on)
         )
         evaluation.check(family.pipeline)
+        beginning.take_over()
+        sampler.begin(first_step)
+        evaluation.begin(first_step)
         open_records(options, accelerator, folder, options.tracking)
         logger.info("training\n%s", Lines(plan))
         half = HalfCopy(family.unet, state.optimizer) if options.speed.bf16_weights else None

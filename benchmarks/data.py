@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,7 +155,7 @@ def synthetic_records(count: int) -> tuple[Records, Survey]:
     sizes = np.random.default_rng(SEED).integers(512, 2048, (count, 2), dtype=np.int32)
     digests = np.empty(count, object)
     digests[:] = [row.to_bytes(16, "little") for row in range(count)]
-    return records, Survey(sizes, np.zeros(count, np.uint16), np.zeros(count, np.int64), digests, {})
+    return records, replace(Survey.unknown(count), sizes=sizes, digests=digests)
 
 
 def planned(

@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.conftest import message
 from tests.test_equivalences import assert_same_bits, losses, weights
-from utils.data.cache import KEY_SIZE, EntryStore, in_shards, make_key, map_tensors
+from utils.data.cache import KEY_SIZE, EntryStore, in_shards, make_key
 
 ROOT = Path(__file__).parent.parent
 BOTH = ("--cache_latents", "--cache_text_embeddings")
@@ -29,7 +30,7 @@ def entries(folder: Path) -> dict[bytes, dict[str, torch.Tensor]]:
     found = {}
     for file in sorted(folder.rglob("[!.]*.safetensors")):
         tensors = load_file(file)
-        keys = tensors.pop("keys")
+        keys, _ = tensors.pop("keys"), tensors.pop("checksums")
         for row, key in enumerate(keys):
             found[key.numpy().tobytes()] = {name: tensor[row] for name, tensor in tensors.items()}
     return found
@@ -81,9 +82,9 @@ class TestStore:
         assert writing.exists()
 
     def test_no_file_stays_open(self, tmp_path):
-        _store, _keys = self.filled(tmp_path)
+        store, keys = self.filled(tmp_path)
         before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
-        tensors = [map_tensors(next(tmp_path.glob("*.safetensors"))) for _ in range(20)]
+        tensors = [store.read(store.find(keys)[number % 10]) for number in range(20)]
         after = len(list(Path("/proc/self/fd").iterdir())) if before else 0
         assert after == before
         assert len(tensors) == 20
@@ -167,6 +168,138 @@ def test_one_byte_of_one_image(train, tmp_path):
     assert len(entries(cache / "latents")) == len(before) + 1
 
 
+FLIPS = {
+    "a moment": ("latents", -297, "its checksum differs"),
+    "a text state": ("text", -100, "its checksum differs"),
+    "a key": ("latents", None, "its keys are not those that were written"),
+}
+
+
+@pytest.mark.parametrize("case", FLIPS)
+def test_a_flipped_bit_is_found_and_its_shard_encoded_again(train, tmp_path, caplog, case):
+    kind, place, reason = FLIPS[case]
+    flags = ["--max_train_steps", 2, "--train_batch_size", 2, *BOTH, "--encoding_cache_dir", tmp_path / "cache"]
+    whole = train("sd", *flags, out="whole")
+    before = files(tmp_path / "cache")
+    (shard,) = (tmp_path / "cache" / kind).glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    place = 8 + length + json.loads(content[8 : 8 + length])["keys"]["data_offsets"][0] if place is None else place
+    content[place] ^= 0x04
+    shard.write_bytes(content)
+    again = train("sd", *flags, out="again")
+    assert [record.message for record in caplog.records if reason in record.message]
+    assert losses(whole) == losses(again)
+    assert files(tmp_path / "cache") == before
+
+
+def test_text_states_of_too_few_tokens_are_not_used(train, tmp_path, caplog):
+    flags = ["--max_train_steps", 2, "--train_batch_size", 2, *BOTH, "--encoding_cache_dir", tmp_path / "cache"]
+    whole = train("sd", *flags, out="whole")
+    (shard,) = (tmp_path / "cache" / "text").glob("*.safetensors")
+    tensors = load_file(shard)
+    keys = [key.numpy().tobytes() for key in tensors.pop("keys")]
+    states = tensors["encoder_hidden_states"][:, :10]
+    EntryStore(shard.parent).write(keys, {"encoder_hidden_states": states})
+    again = train("sd", *flags, out="again")
+    assert "its entries have other shapes than are wanted" in caplog.text
+    assert losses(whole) == losses(again)
+
+
+def test_a_cache_of_an_earlier_version_is_encoded_again(train, tmp_path, caplog):
+    from safetensors.torch import save_file
+
+    flags = ["--cache_only", *BOTH, "--encoding_cache_dir", tmp_path / "cache"]
+    train("sd", *flags, out="whole")
+    before = files(tmp_path / "cache")
+    for shard in (tmp_path / "cache").rglob("*.safetensors"):
+        tensors = load_file(shard)
+        del tensors["checksums"]
+        save_file(tensors, shard)
+    train("sd", *flags, out="again")
+    assert caplog.text.count("it has no checksums, an earlier version wrote it") == 2
+    assert files(tmp_path / "cache") == before
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_cut_off_in_use_ends_the_run_with_its_name(train, tmp_path, capsys, monkeypatch, num_workers):
+    from utils.gradients import Gradients
+
+    rehearse = Gradients.rehearse
+
+    def cut(*arguments):
+        for shard in (tmp_path / "cache" / "latents").glob("*.safetensors"):
+            os.truncate(shard, 500)
+        return rehearse(*arguments)
+
+    monkeypatch.setattr(Gradients, "rehearse", cut)
+    flags = [*BOTH, "--encoding_cache_dir", tmp_path / "cache", "--dataloader_num_workers", num_workers]
+    train("sd", *flags, "--max_train_steps", 2, "--train_batch_size", 2, expect=2)
+    said = message(capsys)
+    assert "was changed while it was in use: it is cut off" in said
+    assert "--resume_from_checkpoint latest" in said
+
+
+HEADERS = {
+    "nested": b"[" * 200_000,
+    "nested maps": b'{"a":' * 50_000,
+    "no text": b"\xff" * 64,
+    "a list": b"[1, 2]",
+    "a number": b"1" * 5000,
+    "an entry that is a list": b'{"keys": []}',
+    "an entry without offsets": b'{"keys": {"dtype": "U8", "shape": [1, 16]}}',
+    "an unknown dtype": b'{"keys": {"dtype": "I4", "shape": [1, 16], "data_offsets": [0, 16]}}',
+    "a dtype that is a list": b'{"keys": {"dtype": ["U8"], "shape": [1, 16], "data_offsets": [0, 16]}}',
+    "offsets beyond the file": b'{"keys": {"dtype": "U8", "shape": [1, 16], "data_offsets": [16, 32]}}',
+    "negative offsets": b'{"keys": {"dtype": "U8", "shape": [1, 16], "data_offsets": [-16, 0]}}',
+    "offsets of text": b'{"keys": {"dtype": "U8", "shape": [1, 16], "data_offsets": ["0", "16"]}}',
+    "huge shapes": b'{"keys": {"dtype": "U8", "shape": [1, %s], "data_offsets": [0, 16]}}' % (b"9" * 18),
+    "many dimensions": b'{"keys": {"dtype": "U8", "shape": [%s1], "data_offsets": [0, 16]}}' % (b"9999, " * 50_000),
+    "an empty shape": b'{"keys": {"dtype": "U8", "shape": [], "data_offsets": [0, 1]}}',
+    "overlapping": b'{"keys": {"dtype": "U8", "shape": [1, 16], "data_offsets": [0, 16]},'
+    b' "checksums": {"dtype": "U8", "shape": [1, 8], "data_offsets": [8, 16]}}',
+    "bool shapes": b'{"keys": {"dtype": "U8", "shape": [true, 16], "data_offsets": [false, 16]}}',
+    "no rows": b'{"keys": {"dtype": "U8", "shape": [0, 16], "data_offsets": [0, 0]}}',
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_that_say_what_is_not_so(tmp_path, name):
+    header = HEADERS[name]
+    for length in (len(header), len(header) + 8, 1 << 60, (1 << 64) - 1):
+        (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + header + bytes(16))
+        store = EntryStore(tmp_path)
+        store.open()
+        assert len(store) == 0
+
+
+def test_no_flipped_bit_of_a_shard_gives_another_entry(tmp_path):
+    """Of the header all bits, of the rest every thirteenth: the entry is what was written, or it is not there."""
+    keys = [make_key(number) for number in range(3)]
+    values = torch.arange(6, dtype=torch.float32).reshape(3, 2)
+    store = EntryStore(tmp_path)
+    store.open()
+    store.write(keys, {"values": values, "half": values.bfloat16()})
+    (shard,) = tmp_path.glob("*.safetensors")
+    whole = shard.read_bytes()
+    end = 8 * (8 + int.from_bytes(whole[:8], "little"))
+    table = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_SIZE)
+    form = {"values": ((2,), (torch.float32,)), "half": ((2,), (torch.bfloat16,))}
+    found = 0
+    for bit in [*range(end), *range(end, 8 * len(whole), 13)]:
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        shard.write_bytes(content)
+        store.refresh()
+        store.remove({name: reason for name, reason in store.damaged(store.places_by_shard(table), form) if reason})
+        store.refresh()
+        for row, place in enumerate(store.find(table)):
+            if place[0] >= 0:
+                found += 1
+                assert torch.equal(store.read(place)["values"], values[row])
+    assert found < 60  # spaces in the header may become others
+
+
 def test_cache_only_and_verify(train, tmp_path, capsys):
     data = tiny.make_images(tmp_path / "data")
     cache = ["--encoding_cache_dir", tmp_path / "cache", *BOTH]
@@ -175,9 +308,10 @@ def test_cache_only_and_verify(train, tmp_path, capsys):
     assert len(entries(tmp_path / "cache" / "latents")) == 6
     train("sdxl", *cache, "--verify_cache", data=data, out="verified")
     (shard,) = (tmp_path / "cache" / "latents").glob("*.safetensors")
-    content = bytearray(shard.read_bytes())
-    content[-297] ^= 0x40  # the exponent of a moment of some image
-    shard.write_bytes(content)
+    tensors = load_file(shard)
+    tensors["moments"][0, 0, 0, 0, 0] += 1  # and a checksum that is right
+    keys = [key.numpy().tobytes() for key in tensors.pop("keys")]
+    EntryStore(shard.parent).write(keys, {name: tensors[name] for name in ("moments", "crops")})
     train("sdxl", *cache, "--verify_cache", data=data, out="refused", expect=2)
     assert "of 6 images differ from what is cached" in capsys.readouterr().err
 

@@ -534,8 +534,9 @@ def in_training(pipelines, models, real_images, tmp_path):
         options = {"eval_reference": str(real_images), "eval_num_inference_steps": 2} | options
         features = FeatureOptions(feature_module=str(models["own"]), clip_model=str(models["clip"]), no_download=True)
         evaluation = TrainingEvaluation(
-            EvaluationOptions(**options), features, Accelerator(cpu=True), tmp_path, 3, PROMPTS, first_step
+            EvaluationOptions(**options), features, Accelerator(cpu=True), tmp_path, 3, PROMPTS
         )
+        evaluation.begin(first_step)
         return evaluation, load_pipeline(PipelineSpec(str(pipelines["sd"])), torch.float32)
 
     return make

@@ -164,3 +164,38 @@ def test_one_module_writes_to_the_terminal():
         "tqdm.write",
     }
     assert not [call for call in product_calls() if call[1] in writers and call[0] != "terminal"]
+
+
+def test_no_assertion_carries_meaning():
+    """`python -O` leaves assertions out, and -OO docstrings too."""
+    for path in [*(ROOT / "utils").rglob("*.py"), *ROOT.glob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)], path
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute)]
+        assert "__doc__" not in {node.id if isinstance(node, ast.Name) else node.attr for node in names}, path
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_script_is_for_is_said_alike(script):
+    module = importlib.import_module(script)
+    assert module.__doc__.splitlines()[0] == module.PURPOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_without_docstrings(script):
+    plain, optimized = (
+        subprocess.run([sys.executable, *more, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+        for more in ([], ["-OO"])
+    )
+    assert optimized.returncode == 0, optimized.stderr
+    assert optimized.stdout == plain.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_docstrings_a_script_ends_in_one_line(script):
+    """transformers, and so diffusers, can't be imported without them."""
+    words = [sys.executable, "-OO", f"{script}.py"]
+    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stderr.count("\n")) == (2, 1)
+    assert "python -O" in found.stderr

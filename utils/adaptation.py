@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -304,9 +305,8 @@ class AdapterTuning(Adaptation):
         trained = [each for module in self.modules.values() for each in module.parameters() if each.requires_grad]
         self._names = [named[parameter.data_ptr()] for parameter in trained]  # in a file, by the parameters' order
         if start is not None:
-            saved = self._saved(start, False)
-            for parameter, name in zip(trained, self._names, strict=True):
-                parameter.data.copy_(saved[name])
+            for parameter, saved in zip(trained, self._saved_like(trained, start, average=False), strict=True):
+                parameter.data.copy_(saved)
 
     def _make_adapters(self, start: Path | None) -> None:
         for name, module in self.modules.items():
@@ -354,8 +354,23 @@ class AdapterTuning(Adaptation):
 
     def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
         """Goes on from the averages beside the adapters."""
-        saved = self._saved(folder, average=True)
-        average.load([saved[name] for name in self._names], num_updates)
+        trained = [each for module in self.modules.values() for each in module.parameters() if each.requires_grad]
+        average.load(self._saved_like(trained, folder, average=True), num_updates)
+
+    def _saved_like(self, trained: Sequence[nn.Parameter], folder: Path, average: bool) -> list[Tensor]:
+        """What `save` wrote of each of the trained parameters.
+
+        Raises:
+            UserError: if one is missing, or of another shape.
+        """
+        try:
+            saved = self._saved(folder, average)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the adapters of {folder} can't be read: {first_line(error)}") from error
+        for name, parameter in zip(self._names, trained, strict=True):
+            if name not in saved or saved[name].shape != parameter.shape:
+                raise UserError(f"the adapters of {folder} do not hold {name} of this run's shape")
+        return [saved[name] for name in self._names]
 
     def exporting(self, buffers: HostBuffers) -> Callable[[Path], None]:
         """Writes the adapters, and the pipeline with them fused in where that is asked for."""

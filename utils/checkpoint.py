@@ -10,11 +10,11 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,11 +24,14 @@ from utils.engines import Engine
 from utils.optim import NamedParameter
 from utils.options import UserError, first_line, option, require_positive
 from utils.runtime import write_json
+from utils.user_files import open_regular, read_json, short
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+READ_SUFFIXES = (".safetensors", ".json")  # of the files that a resumed run reads
 OWN_GROUP_OPTIONS = ("lr", "peak_lr", "weight_decay", "eps")  # a resumed run's own, not its checkpoint's
 
 
@@ -93,15 +96,12 @@ class Checkpoints:
     def __init__(self, folder: Path, limit: int | None):
         self.folder = folder
         self.limit = limit
+        self._kept: set[Path] = set()  # what could not be removed, and was warned of
 
     def listed(self) -> list[Path]:
-        """The checkpoints by their names, oldest first."""
-        steps = {
-            int(match[1]): path
-            for path in self.folder.glob("checkpoint-*")
-            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
-        }
-        return [steps[step] for step in sorted(steps)]
+        """The checkpoints by their names, oldest first; `checkpoint-007` is none."""
+        steps = {step_of(path): path for path in self.folder.glob("checkpoint-*") if os.path.isdir(path)}
+        return [steps[step] for step in sorted(step for step in steps if step is not None)]
 
     def found(self) -> list[Path]:
         """Those whose files are all there, in their sizes, oldest first."""
@@ -111,28 +111,38 @@ class Checkpoints:
         """The checkpoint that `--resume_from_checkpoint` names, or None to start anew; it is read and checked whole.
 
         Raises:
-            UserError: if a named checkpoint is not there or damaged.
+            UserError: if a named checkpoint is not there or damaged, or those of `latest` are another program's.
         """
         if asked is None:
             return None
         if asked == "latest":
-            for path in reversed(self.listed()):
-                wrong = damage(path)
-                if not wrong:
-                    return path
-                logger.warning("--resume_from_checkpoint latest passes over %s: %s", path.name, wrong)
-            logger.warning("--resume_from_checkpoint latest: no checkpoint in %s, starting anew", self.folder)
-            return None
-        inside, outside = self.folder / asked, Path(asked)
-        path = inside if inside.is_dir() else outside
-        if not path.is_dir():
+            return self._latest()
+        inside = self.folder / asked
+        path = inside if os.path.isdir(inside) else Path(asked)
+        if not os.path.isdir(path):
             there = ", ".join(found.name for found in self.found()) or "none"
             raise UserError(
                 f"--resume_from_checkpoint {asked} is no folder in {self.folder}, nor elsewhere; there are: {there}"
             )
+        if foreign := foreign_kind(path):
+            raise UserError(f"--resume_from_checkpoint {asked} {foreign}")
         if wrong := damage(path):
             raise UserError(f"--resume_from_checkpoint {asked} is damaged: {wrong}")
         return path
+
+    def _latest(self) -> Path | None:
+        foreign = ""
+        for path in reversed(self.listed()):
+            wrong = foreign_kind(path)
+            foreign = foreign or (f"{path} {wrong}" if wrong else "")
+            wrong = wrong or damage(path)
+            if not wrong:
+                return path
+            logger.warning("--resume_from_checkpoint latest passes over %s: %s", path.name, wrong)
+        if foreign:
+            raise UserError(f"--resume_from_checkpoint latest: {foreign}, in another --output_dir")
+        logger.warning("--resume_from_checkpoint latest: no checkpoint in %s, starting anew", self.folder)
+        return None
 
     def save(self, step: int, write: Callable[[Path], None], is_alone: bool = False) -> Path:
         """Has `write` fill a folder aside, makes it `checkpoint-{step}`, and then prunes the oldest.
@@ -154,19 +164,38 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"checkpoint-{step} can't be written to {self.folder}: {error}") from error
-        replaced = self.folder / f".tmp-checkpoint-{step}-replaced-{os.getpid()}"
-        if target.exists():  # not whole, or of a run that went further before it was resumed from an earlier step
-            os.replace(target, replaced)
-        os.replace(aside, target)
-        sync_folder(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        try:
+            replaced = self._give_way(target)
+            os.replace(aside, target)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise UserError(f"checkpoint-{step} can't be written to {self.folder}: {error}") from error
+        if replaced is not None:
+            self._remove(replaced)
         self._prune()
         return target
+
+    def _give_way(self, target: Path) -> Path | None:
+        """Renames what has a checkpoint's name, if anything has; gives it where it is to be removed.
+
+        It is one that is not whole, or of a run that went further before it was resumed from an earlier step. What is
+        no checkpoint of this program's is kept.
+        """
+        if not os.path.lexists(target):
+            return None
+        is_own = (target / MANIFEST).exists() or (target.is_dir() and not any(target.iterdir()))
+        if is_own:
+            replaced = self.folder / f".tmp-{target.name}-replaced-{os.getpid()}"
+            os.replace(target, replaced)
+            return replaced
+        kept = _set_aside(target)
+        logger.warning("%s is no checkpoint of this run; it is %s now", target.name, kept.name)
+        return None
 
     def clean(self) -> None:
         """Removes what a killed run left half written."""
         for path in self.folder.glob(".tmp-checkpoint-*"):
-            shutil.rmtree(path)
+            self._remove(path)
 
     def set_aside_after(self, step: int) -> None:
         """Renames the checkpoints of later steps, which a run that goes on from `step` has left behind.
@@ -174,39 +203,144 @@ class Checkpoints:
         Else they would pass for its own, be resumed from, and keep its own from being kept.
         """
         for path in self.found():
-            if int(path.name.partition("-")[2]) > step:
-                names = (f"abandoned-{path.name}" + (f"-{number}" if number else "") for number in itertools.count())
-                aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-                path.rename(aside)
+            if step_of(path) > step:
+                try:
+                    aside = _set_aside(path)
+                except OSError as error:
+                    raise UserError(f"{path}, of a later step, can't be renamed: {error}") from error
                 logger.warning("%s is of a run that this one does not go on from; it is %s now", path.name, aside.name)
 
     def _prune(self) -> None:
-        if self.limit is not None:
-            for path in self.found()[: -self.limit]:
+        if self.limit is None:
+            return
+        for path in self.found()[: -self.limit]:
+            if path.is_symlink():
+                self._keep(path, f"it is a link, to {os.path.realpath(path)}")
+                continue
+            doomed = self.folder / f".tmp-{path.name}-pruned-{os.getpid()}"
+            try:
+                os.replace(path, doomed)  # so that it is no checkpoint any more while its files go
+            except OSError as error:
+                self._keep(path, str(error))
+                continue
+            self._remove(doomed)
+
+    def _remove(self, path: Path) -> None:
+        """Removes a folder, a file or a link; what it can't is warned of, once."""
+        try:
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            return
+        except (OSError, RecursionError) as error:  # shutil can't remove folders nested a thousand deep
+            self._keep(path, str(error))
+
+    def _keep(self, path: Path, reason: str) -> None:
+        if path not in self._kept:
+            logger.warning("%s can't be removed, though it is no longer needed: %s", path, reason)
+        self._kept.add(path)
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's name says; None of what is not named as this program names them."""
+    match = NAME.fullmatch(path.name)
+    return None if match is None else int(match[1])
+
+
+def _set_aside(path: Path) -> Path:
+    """Gives a folder a name under which it is no checkpoint."""
+    names = (f"abandoned-{path.name}" + (f"-{number}" if number else "") for number in itertools.count())
+    aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+    path.rename(aside)
+    return aside
+
+
+def foreign_kind(path: Path) -> str:
+    """What another program's checkpoint is, with the cure; "" of one of this program's, and of what is none."""
+    if (path / MANIFEST).exists() or not any((path / name).is_file() for name in ("optimizer.bin", "scheduler.bin")):
+        return ""
+    lora = next((path / name for name in LORA_FILES if (path / name).is_file()), None)
+    weights = ""
+    if (path / "unet").is_dir():
+        weights = (
+            f" from its weights: put {path / 'unet'} in the place of unet/ in a copy of the pipeline, and give that"
+        )
+    elif lora is not None:
+        weights = f" from its weights: --adaptation lora --lora_weights {lora}"
+    programs = "another program's, such as diffusers' scripts, kohya's or SimpleTuner's"
+    return f"is a checkpoint of {programs}: its optimizer can't be resumed here; start anew{weights}"
+
+
+LORA_FILES = ("pytorch_lora_weights.safetensors", "model.safetensors")
 
 
 def damage(path: Path, by_content: bool = True) -> str:
     """What of a checkpoint is not as it was written, or ""; by the files' sizes, and by their content if asked."""
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, facts in files.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != facts["size"]:
-                return f"{name} has {file.stat().st_size} bytes, {facts['size']} were written"
-            if by_content and _hash(file) != facts["sha256"]:
-                return f"{name} is not what was written (its sha256 differs)"
+        return _wrong_files(path, by_content) or (_wrong_state(path) if by_content else "")
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} can't be read: {first_line(error)}"
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return first_line(error)
+
+
+def _wrong_files(path: Path, by_content: bool) -> str:
+    content = read_json(path / MANIFEST)
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
+        return f"{MANIFEST} lists no files"
+    for name, facts in files.items():
+        if not _is_inside(name):
+            return f"{MANIFEST} lists {short(name)}, which is no file in it"
+        if not (isinstance(facts, dict) and type(facts.get("size")) is int and isinstance(facts.get("sha256"), str)):
+            return f"{MANIFEST} does not say what {name} is"
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["size"]:
+            return f"{name} has {file.stat().st_size} bytes, {facts['size']} were written"
+        if by_content and _hash(file) != facts["sha256"]:
+            return f"{name} is not what was written (its sha256 differs)"
+    there = [file.relative_to(path).as_posix() for file in _read_files(path) if file.suffix in READ_SUFFIXES]
+    for name in (STATE, OPTIMIZER, *there):
+        if name not in files and name != MANIFEST:
+            return f"{MANIFEST} does not list {name}"
+    return ""
+
+
+def _read_files(path: Path) -> list[Path]:
+    """The files of a checkpoint that a run may read: those in it and in its folders, and none below."""
+    return [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if file.is_file()]
+
+
+def _is_inside(name: str) -> bool:
+    """Whether the name of a file leads nowhere but into the folder that it is in."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and "\0" not in name and "\\" not in name and not {"..", "/"} & set(parts) and ":" not in name
+
+
+def _wrong_state(path: Path) -> str:
+    """What a run could not go on from, although the files are those that the manifest lists."""
+    state = read_state(path)
+    if step_of(path) not in (None, state.step):
+        return f"its state is that of step {state.step}"
+    for file in _read_files(path):
+        if file.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{file.relative_to(path)} can't be read: {first_line(error)}"
     return ""
 
 
 def _hash(file: Path) -> str:
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
@@ -248,11 +382,66 @@ def _group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float | i
     ]
 
 
+class _Saved(NamedTuple):
+    """What the state file of a checkpoint holds."""
+
+    state: TrainingState
+    numbers: dict[str, dict[str, Any]]
+    groups: list[dict[str, float | int | bool]]
+
+
 def read_state(folder: Path) -> TrainingState:
-    """The training state of a checkpoint."""
-    values = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    del values["optimizer"], values["optimizer_groups"]
-    return TrainingState(**values | {"facts": RunFacts(**values["facts"])})
+    """The training state of a checkpoint.
+
+    Raises:
+        UserError: if it can't be read, or is none.
+    """
+    return _read_saved(folder).state
+
+
+def _read_saved(folder: Path) -> _Saved:
+    file = folder / STATE
+    try:
+        values = read_json(file)
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error.strerror or error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no training state")
+    values = {"samples_at_once": None, **values}
+    facts = values.get("facts")
+    is_fact = isinstance(facts, dict) and {name: type(each) for name, each in facts.items()} == FACT_TYPES
+    if not is_fact:
+        raise UserError(f"{file} does not say what options its run had")
+    known = {"facts", "optimizer", "optimizer_groups", *STATE_CHECKS}
+    unknown = next((name for name in values if name not in known), None)
+    if unknown is not None:
+        raise UserError(f"{file} holds {short(unknown)}, which is unknown here; a later version may have written it")
+    for name, is_right in STATE_CHECKS.items():
+        if name not in values or not is_right(values[name]):
+            raise UserError(f"{file}: {name} is not what it should be: {short(values.get(name))}")
+    numbers, groups = values.get("optimizer"), values.get("optimizer_groups", [])
+    is_whole = isinstance(numbers, dict) and all(isinstance(each, dict) for each in numbers.values())
+    if not (is_whole and isinstance(groups, list) and all(_are_numbers(group) for group in groups)):
+        raise UserError(f"{file} does not hold the optimizer's numbers")
+    state = TrainingState(**{name: values[name] for name in STATE_CHECKS}, facts=RunFacts(**facts))
+    return _Saved(state, numbers, groups)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 60
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values())
+
+
+FACT_TYPES = {"structure": dict, "training": dict, "total_steps": int}
+STATE_CHECKS: dict[str, Callable[[object], bool]] = {
+    "step": _is_count,
+    "ema_updates": lambda value: value is None or _is_count(value),
+    "scaler": lambda value: value is None or _are_numbers(value),
+    "samples_at_once": lambda value: value is None or (_is_count(value) and value > 0),
+}
 
 
 def check_structure(folder: Path, structure: dict[str, object]) -> None:
@@ -285,8 +474,7 @@ def load_optimizer(
     Raises:
         UserError: if the checkpoint's parameters are others than these.
     """
-    values = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    saved: dict[str, dict[str, Any]] = values["optimizer"]
+    _, saved, own_groups = _read_saved(folder)
     for name, tensor in load_file(folder / OPTIMIZER).items():
         parameter_name, _, key = name.rpartition("/")
         saved.setdefault(parameter_name, {})[key] = tensor
@@ -294,8 +482,7 @@ def load_optimizer(
     if unknown:
         raise UserError(f"{folder} trains {min(unknown)}, which this run does not; give the options it was made with")
     groups = [
-        {name: value for name, value in numbers.items() if name not in OWN_GROUP_OPTIONS}
-        for numbers in values.get("optimizer_groups", ())
+        {name: value for name, value in numbers.items() if name not in OWN_GROUP_OPTIONS} for numbers in own_groups
     ]
     states = {parameter: saved[name] for name, parameter, _ in parameters if name in saved}
     engine.load_optimizer_state(optimizer, states, groups)

@@ -6,6 +6,7 @@ each with a factor, that comes nearest to it.
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ KEPT_LENGTHS = (0.05, 0.10)
 FOLDER = "ema_snapshots"
 CHECKPOINT_FILE = "ema_lengths.safetensors"
 UPDATES = "updates"
+SNAPSHOT = re.compile(r"step-[0-9]{8,18}\.safetensors")
 
 
 def gamma_of(length: float) -> float:
@@ -110,7 +112,10 @@ class AverageLengths:
         file = folder / CHECKPOINT_FILE
         if not has_averages(folder):
             return False
-        tensors, updates = load_file(file), _updates(file)
+        try:
+            tensors, updates = _tensors_like(file, self._names, self._parameters), _updates(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} can't be read: {first_line(error)}") from error
         for number, average in enumerate(self._averages):
             average.load([tensors[f"{number}/{name}"] for name in self._names], updates)
         return True
@@ -126,7 +131,7 @@ class AverageLengths:
             raise UserError(f"--ema_lengths needs snapshots, and {self._folder} has none")
         try:
             return self._of_files(files, length)
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"--ema_lengths: a snapshot in {self._folder} is damaged: {first_line(error)}") from error
 
     def _of_files(self, files: Sequence[Path], length: float) -> MovingAverage:
@@ -135,7 +140,7 @@ class AverageLengths:
         factors = factors_of(times, np.tile(kept, len(files)), times[-1], gamma_of(length))
         totals = [torch.zeros_like(parameter, dtype=torch.float32, device="cpu") for parameter in self._parameters]
         for file, some in zip(files, factors.reshape(len(files), len(kept)), strict=True):
-            tensors = load_file(file)
+            tensors = _tensors_like(file, self._names, self._parameters)
             for total, name in zip(totals, self._names, strict=True):
                 for number, factor in enumerate(some):
                     total.add_(tensors[f"{number}/{name}"].float(), alpha=float(factor))
@@ -157,7 +162,7 @@ def _write(tensors: dict[str, Tensor], updates: int, name: str, folder: Path) ->
 
 def snapshots(folder: Path) -> list[Path]:
     """The snapshots in a folder, the oldest first."""
-    return sorted(folder.glob("step-*.safetensors"))
+    return sorted(path for path in folder.glob("step-*.safetensors") if SNAPSHOT.fullmatch(path.name))
 
 
 def has_averages(checkpoint: Path) -> bool:
@@ -169,7 +174,10 @@ def set_aside_snapshots(output_dir: Path, step: int) -> None:
     """Renames the snapshots that a run which goes on after so many steps, or begins, did not make."""
     for file in snapshots(output_dir / FOLDER):
         if int(file.stem.removeprefix("step-")) > step:
-            file.rename(file.with_name(f"abandoned-{file.name}"))
+            try:
+                file.rename(file.with_name(f"abandoned-{file.name}"))
+            except OSError as error:
+                raise UserError(f"{file}, of a later step, can't be renamed: {error}") from error
 
 
 def _halved(values: Tensor) -> Tensor:
@@ -178,5 +186,28 @@ def _halved(values: Tensor) -> Tensor:
 
 
 def _updates(file: Path) -> int:
+    """The updates of the averages in a file.
+
+    Raises:
+        UserError: if it does not say them.
+    """
     with safe_open(file, "pt") as opened:
-        return int(opened.metadata()[UPDATES])
+        updates = (opened.metadata() or {}).get(UPDATES, "")
+    if not re.fullmatch(r"[0-9]{1,18}", updates) or int(updates) == 0:
+        raise UserError(f"{file} does not say of how many updates its averages are")
+    return int(updates)
+
+
+def _tensors_like(file: Path, names: Sequence[str], like: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The tensors in a file, of both averages.
+
+    Raises:
+        UserError: if one is missing or of another shape than the weight that it averages.
+    """
+    tensors = load_file(file)
+    for name, parameter in zip(names, like, strict=True):
+        for number in range(len(KEPT_LENGTHS)):
+            found = tensors.get(f"{number}/{name}")
+            if found is None or found.shape != parameter.shape:
+                raise UserError(f"{file} does not hold the averages of {name}")
+    return tensors

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.data.cache import EntryStore, in_shards
+from utils.data.cache import EntryStore, Form, in_shards
 from utils.data.cached import (
     CachedCuts,
     CachedTexts,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MANY_IMAGES = 20_000
+CROPS = ((6,), (torch.float32,))
 HALF_LIMIT = torch.finfo(torch.float16).max
 
 
@@ -147,15 +148,38 @@ class CacheFiller:
 
     def latents(self, plan: LatentPlan, store: EntryStore) -> CachedCuts:
         """Encodes the crops of a plan that are not in the store yet."""
-        return self._cuts(plan, store, "moments", self.moments)
+
+        def form(size: tuple[int, int]) -> Form:
+            dtypes = (self.latent_dtype, torch.float32)
+            return {"moments": ((2, *self.family.latent_space.shape(size)), dtypes), "crops": CROPS}
+
+        return self._cuts(plan, store, "moments", self.moments, form)
 
     def masks(self, plan: MaskPlan, store: EntryStore) -> CachedCuts:
         """Cuts the masks of a plan that are not in the store yet."""
-        return self._cuts(plan, store, "masks", lambda masks: masks)
 
-    def _cuts(self, plan: CutPlan, store: EntryStore, name: str, encode: Callable[[Tensor], Tensor]) -> CachedCuts:
+        def form(size: tuple[int, int]) -> Form:
+            return {"masks": ((1, *plan.latent_shape(size)[1:]), (torch.uint8,)), "crops": CROPS}
+
+        return self._cuts(plan, store, "masks", lambda masks: masks, form)
+
+    def _cuts(
+        self,
+        plan: CutPlan,
+        store: EntryStore,
+        name: str,
+        encode: Callable[[Tensor], Tensor],
+        form: Callable[[tuple[int, int]], Form],
+    ) -> CachedCuts:
+        """Args:
+        name: of the tensor that `encode` gives.
+        form: of a width and height what entries must be.
+        """
         keys = self._of_main(lambda: plan.keys(show_progress=len(plan.images.records) > MANY_IMAGES))
         store.open()
+        by_bucket = np.repeat(plan.images.plan.bucket_of, plan.num_variants)
+        sizes = enumerate(plan.images.plan.sizes)
+        self._drop_damaged(store, [(keys[by_bucket == number], form(size)) for number, size in sizes])
         missing = self._of_main(lambda: first_of_each(keys, np.flatnonzero(store.find(keys)[:, 0] < 0)))
         buckets = plan.images.plan.bucket_of[missing // plan.num_variants]
         missing = missing[np.argsort(buckets, kind="stable")]
@@ -173,6 +197,12 @@ class CacheFiller:
         keys = [text_key(text_fingerprint, text, dropped) for text, dropped in wanted]
         table = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
         store.open()
+        if (self._of_main(lambda: store.find(table)[:, 0]) >= 0).any():
+            dropped_caption = self.states([("", True)])
+            form = {
+                name: (tuple(state.shape[1:]), (state.dtype, torch.float32)) for name, state in dropped_caption.items()
+            }
+            self._drop_damaged(store, [(table, form)])
         missing = self._of_main(lambda: np.flatnonzero(store.find(table)[:, 0] < 0))
         shards = list(in_shards(missing, np.zeros(len(missing), np.uint8)))
         self._encode_texts(wanted, keys, store, self._share(shards))
@@ -193,6 +223,32 @@ class CacheFiller:
         with torch.no_grad():
             states = self.family.encode_text(ids, dropped)
         return {name: stored(state.cpu(), self.dtype) for name, state in states.items()}
+
+    def _drop_damaged(self, store: EntryStore, wanted: Sequence[tuple[np.ndarray, Form]]) -> None:
+        """Removes shards in which one of the wanted entries is not what was written; each process reads its share.
+
+        Args:
+            wanted: keys, with what their entries must be.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        rows = [store.places_by_shard(keys) for keys, _ in wanted] if self.accelerator.is_main_process else None
+        shares = [self._share_of(each) for each in broadcast_object_list([rows])[0]]
+        damaged = {}
+        with self._progress(sum(map(len, shares)), "checking the cache") as progress:
+            for share, (_, form) in zip(shares, wanted, strict=True):
+                for name, reason in store.damaged(share, form):
+                    self.check()
+                    progress.update()
+                    damaged |= {name: reason} if reason else {}
+        damaged = self._gather(damaged)
+        if self.accelerator.is_main_process:
+            store.remove(damaged)
+        self.accelerator.wait_for_everyone()
+        store.refresh()
+
+    def _share_of(self, shards: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: shards[name] for name in self._share(list(shards))}
 
     def _of_main(self, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """What the main process computes, on all: of a folder that others write to each might see something else."""
@@ -254,7 +310,7 @@ class CacheFiller:
         is_main = self.accelerator.is_main_process
         return progress_bar(total=total, desc=what, disable=not is_main or total == 0, leave=False)
 
-    def _gather(self, bad: dict[int, str]) -> dict[int, str]:
+    def _gather(self, bad: dict) -> dict:
         """What each process found, once all are done."""
         from accelerate.utils import gather_object
 

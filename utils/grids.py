@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GRID, STRIP, RECORD = "grid.png", "film_strip.png", "samples.json"
 LAST = "final"
+STEP = re.compile(r"step-[0-9]{1,18}")
 FRAMES = 20  # of a film strip
 GAP = 2  # pixels between the pictures of a grid
 LARGEST_PICTURE = 256
@@ -117,9 +118,7 @@ class GridSampler:
         seed: int,
         requests: StopRequests,
         controls: SamplingControls | None = None,
-        first_step: int = 0,
     ):
-        """`first_step` is that from which the run goes on: what was drawn after it is dropped."""
         self._controls = controls or SamplingControls()
         self._controls.check(sampler_of(family.pipeline.scheduler, options.sampler, options.eta))
         if options.eta > 0:
@@ -134,7 +133,10 @@ class GridSampler:
         self._seeds = [(seed + number) % 2**63 for number in range(options.count)]
         classes = sorted(family.classes)
         self._labels = [classes[number % len(classes)] for number in range(options.count)] if classes else []
-        on_main_process(accelerator, partial(keep_until, self._folder, first_step))
+
+    def begin(self, first_step: int) -> None:
+        """Drops what was drawn after the step from which the run goes on."""
+        on_main_process(self._accelerator, partial(keep_until, self._folder, first_step))
 
     def draw(self, step: int, is_last: bool = False) -> list[Sample]:
         """Draws all samples, or those until a signal; gives them, in order, to every process.
@@ -192,15 +194,25 @@ class GridSampler:
 def keep_until(folder: Path, step: int) -> None:
     """Drops the samples that a run drew after a step, which it does again from there, or of another run."""
     last = folder / LAST
-    if (last / RECORD).is_file():
-        drawn_at = read_json(last / RECORD)["step"]
+    drawn_at = _drawn_at(last / RECORD)
+    if drawn_at is not None:
         shutil.rmtree(folder / f"step-{drawn_at}", ignore_errors=True)
         os.replace(last, folder / f"step-{drawn_at}")  # this run ends later than the one before
     shutil.rmtree(last, ignore_errors=True)
     for path in folder.glob("step-*"):
-        if re.fullmatch(r"step-\d+", path.name) and int(path.name.partition("-")[2]) > step:
+        if STEP.fullmatch(path.name) and int(path.name.partition("-")[2]) > step:
             shutil.rmtree(path)
     (folder / STRIP).unlink(missing_ok=True)
+
+
+def _drawn_at(record: Path) -> int | None:
+    """The step at which the samples beside a record were drawn; None where it does not say."""
+    try:
+        found = read_json(record)
+    except (OSError, ValueError):
+        return None
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if type(step) is int and step >= 0 else None
 
 
 def film(folder: Path) -> list[Image.Image]:
@@ -211,7 +223,7 @@ def film(folder: Path) -> list[Image.Image]:
     found = {
         math.inf if path.name == LAST else int(path.name.partition("-")[2]): path / "000.png"
         for path in folder.iterdir()
-        if re.fullmatch(rf"{LAST}|step-\d+", path.name) and (path / "000.png").is_file()
+        if (path.name == LAST or STEP.fullmatch(path.name)) and (path / "000.png").is_file()
     }
     frames = []
     for step in _spread(sorted(found)):

@@ -16,7 +16,7 @@ from utils.data.captions import compose
 from utils.data.cutting import cut_out
 from utils.data.images import ImageOptions
 from utils.data.selection import PlannedImages
-from utils.disk import write_text
+from utils.disk import replacing
 from utils.encoding import EncodedBatch
 from utils.families.base import Family, TextStates
 from utils.memory import is_out_of_memory
@@ -26,13 +26,16 @@ from utils.records import Batch, RecordPass
 from utils.runtime import autocast
 from utils.seeding import Stream, generator
 from utils.sharding import unsharded
+from utils.step_lines import read_line, warn_of_unread
 from utils.stopping import StopRequests
+from utils.user_files import read_bytes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 FILE = "validation.jsonl"
+FILE_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,47 @@ def relative_loss(curve: Sequence[float], base: Sequence[float]) -> float:
     return float(np.mean(np.log(np.array(curve) / np.array(base))))
 
 
+def _measurement_in(line: bytes) -> Measurement | None:
+    """The measurement in a line of the file; None where it is none."""
+    values = read_line(line)
+    if values is None:
+        return None
+    values.pop("relative_loss", None)
+    optional = {"ema_loss": values.get("ema_loss"), "ema_curve": values.get("ema_curve")}
+    whole = optional | values
+    is_right = (
+        whole.keys() == set(Measurement._fields)
+        and type(whole["step"]) is int
+        and _are_numbers([whole["loss"]])
+        and _are_numbers(whole["curve"])
+        and (whole["ema_loss"] is None or _are_numbers([whole["ema_loss"]]))
+        and (whole["ema_curve"] is None or _are_numbers(whole["ema_curve"]))
+    )
+    return Measurement(**whole) if is_right else None
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and bool(values) and all(type(value) in (int, float) for value in values)
+
+
 class History:
     """The measurements of a run, in `validation.jsonl`; a resumed run goes on from those up to its first step."""
 
     def __init__(self, folder: Path, first_step: int, options: EarlyStoppingOptions):
         self._file = folder / FILE
         self._options = options
-        self.measurements: list[Measurement] = []
-        if first_step and self._file.exists():
-            for line in self._file.read_text(encoding="utf-8").splitlines():
-                values = json.loads(line)
-                values.pop("relative_loss", None)
-                if values["step"] <= first_step:
-                    self.measurements.append(Measurement(**values))
+        self._lines: list[Measurement | bytes] = []  # those of the file; bytes can't be read, and are kept
+        if first_step and self._file.is_file():
+            for line in read_bytes(self._file, FILE_LIMIT).split(b"\n"):
+                found = _measurement_in(line)
+                if (found is None and line.strip()) or (found is not None and found.step <= first_step):
+                    self._lines.append(line if found is None else found)
+            warn_of_unread(self._file, len(self._lines) - len(self.measurements))
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        """Those of the run so far."""
+        return [each for each in self._lines if isinstance(each, Measurement)]
 
     @property
     def base(self) -> list[float] | None:
@@ -102,16 +133,21 @@ class History:
 
     def add(self, measurement: Measurement, write: bool) -> None:
         """Takes a measurement; one process writes the file."""
-        self.measurements.append(measurement)
+        self._lines.append(measurement)
         if write:
-            lines = [json.dumps(self.values(each)) for each in self.measurements]
-            write_text(self._file, "\n".join(lines) + "\n")
+            lines = [each if isinstance(each, bytes) else self._line(each) for each in self._lines]
+            with replacing(self._file) as aside:
+                aside.write_bytes(b"\n".join(lines) + b"\n")
+
+    def _line(self, measurement: Measurement) -> bytes:
+        return json.dumps(self.values(measurement)).encode()
 
     def values(self, measurement: Measurement) -> dict[str, object]:
         """A measurement with its loss relative to the base model's."""
         values = {name: value for name, value in measurement._asdict().items() if value is not None}
-        if self.base is not None:
-            values["relative_loss"] = relative_loss(measurement.ema_curve or measurement.curve, self.base)
+        curve = measurement.ema_curve or measurement.curve
+        if self.base is not None and len(self.base) == len(curve):  # as many as --num_validation_timesteps was then
+            values["relative_loss"] = relative_loss(curve, self.base)
         return values
 
     def logged(self, measurement: Measurement) -> dict[str, float]:

@@ -238,6 +238,8 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
     _refuse_unknown([flag for flag in map(_flag_of, words) if flag and flag not in known_flags], known_flags)
     found, unknown = parser.parse_known_args(words)
     _refuse_unknown(unknown, known_flags)
+    if sys.flags.optimize > 1:
+        raise UserError("python -OO drops docstrings, which transformers reads; start with python or python -O")
     values = {
         name: group(**{field.name: expanded(field, getattr(found, field.name)) for field in dataclasses.fields(group)})
         for name, group in groups.items()

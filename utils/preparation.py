@@ -12,6 +12,7 @@ from utils.data.buckets import BucketOptions
 from utils.data.cache import CACHE_DTYPES, CacheOptions, EntryStore
 from utils.data.cached import Encodings, LatentPlan, MaskPlan, texts_of
 from utils.data.captions import CaptionOptions
+from utils.data.contents import DIGESTED_BYTES
 from utils.data.headers import Survey, add_digests, survey, survey_masks
 from utils.data.images import ImageOptions
 from utils.data.ledger import Ledger
@@ -76,7 +77,7 @@ class DataPreparation:
             records = read_records(self.data, self.source, self.captions, self.seed, self._left_out_of_training)
         if self.held_out.fraction is not None:
             records, _ = hold_out(records, self.held_out.fraction, self.seed)
-        known = self._survey(records)
+        known = self._survey(records, self.report_folder is not None)
         selection = self.selection
         if self.report_folder is None:  # a dry run names all that is wrong, where a run would end
             selection = replace(selection, max_bad_fraction=1.0, on_bad_image="skip")
@@ -127,19 +128,27 @@ class DataPreparation:
             order = generator(self.seed, 0, 0, Stream.HELD_OUT_SPLIT).permutation(len(records))
             records = records.take(np.sort(order[:limit]))
         buckets, selection = self.buckets, replace(self.selection, max_bad_fraction=1.0)
-        return plan_images(records, self._survey(records), resolution, 1, buckets, selection, lambda count, bad: None)
+        return plan_images(
+            records, self._survey(records, False), resolution, 1, buckets, selection, lambda count, bad: None
+        )
 
-    def _survey(self, records: Records) -> Survey:
+    def _survey(self, records: Records, knows_contents: bool) -> Survey:
+        """What is known of the images.
+
+        Args:
+            knows_contents: whether their digests are wanted, for a run that goes on from this one to compare them.
+        """
         from accelerate.utils import broadcast_object_list
 
         known = None
         if self.accelerator.is_main_process:
             known = survey(records, self.cache.folder, show_progress=True)
-            is_cached = self.cache.cache_latents and self.report_folder is not None
-            if is_cached:
+            with_digests = self.cache.cache_latents and self.report_folder is not None
+            with_digests |= knows_contents and known.total_bytes <= DIGESTED_BYTES
+            if with_digests:
                 add_digests(known, records, known.sizes[:, 0] > 0, self.cache.folder, show_progress=True)
             if records.has_masks:
-                survey_masks(known, records, self.cache.folder, is_cached, show_progress=True)
+                survey_masks(known, records, self.cache.folder, with_digests, show_progress=True)
         return broadcast_object_list([known])[0]
 
     def _report_bad(self, num_listed: int, bad: dict[str, str]) -> None:

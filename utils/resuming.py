@@ -5,21 +5,28 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 from utils.checkpoint import CheckpointOptions, Checkpoints, RunFacts, check_structure, check_training, read_state
 from utils.data.buckets import BucketOptions
+from utils.data.contents import compare, content_name, is_content_name, read_content, write_content
 from utils.data.dataset import LoaderOptions
 from utils.data.selection import PlannedImages
 from utils.data.stream import StreamedImages
 from utils.ema_lengths import has_averages, set_aside_snapshots
 from utils.engines import Engine
 from utils.optim import LENGTH_SCHEDULES, ScheduleOptions
-from utils.options import UserError
+from utils.options import UserError, first_line
 from utils.runtime import OutputFolder, on_main_process
 from utils.stopping import StopRequests
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 logger = logging.getLogger(__name__)
+RECORD_FACT = "data_record"  # which file beside the checkpoints says what the images were
 
 # what a resumed run may change: its length, intervals and logging, how it is spread, what only saves memory or time,
 # and where its data lie, which are compared themselves
@@ -59,18 +66,24 @@ class Beginning:
     """Where a run begins.
 
     Attributes:
+        accelerator, folder, checkpoints: the run's.
         start: the checkpoint that it goes on from; None for the first step.
         group_size: samples of one bucket that stand together.
         structure: what a checkpoint can only be resumed with, by flag.
         training: what else changes the training, by flag.
         may_change: whether that may be other than the checkpoint has it.
+        keeps_record: whether it is noted in the output folder what the images are; not on a dry run.
     """
 
+    accelerator: "Accelerator"
+    folder: Path
+    checkpoints: Checkpoints
     start: Path | None
     group_size: int
     structure: Mapping[str, object]
     training: Mapping[str, object]
     may_change: bool
+    keeps_record: bool
 
     def having(self, **structure: object) -> "Beginning":
         """The same with more that a checkpoint can only be resumed with.
@@ -89,10 +102,55 @@ class Beginning:
             UserError: if this one goes on with other data, unasked.
         """
         data = {"data": images.fingerprint(), **images.describe_sources()}
+        name = on_main_process(self.accelerator, lambda: self._compare_data(images))
         if self.start is not None:
             check_training(self.start, data, self.may_change)
             _warn_of_length(self.start, schedule, total_steps)
-        return RunFacts(dict(self.structure), {**self.training, **data}, total_steps)
+        return RunFacts(dict(self.structure), {**self.training, **data, RECORD_FACT: name}, total_steps)
+
+    def _compare_data(self, images: PlannedImages | StreamedImages) -> str:
+        """Compares the images with those that the checkpoint was trained on; keeps a record of them, and names it."""
+        now = images.content()
+        if self.start is not None:
+            changes = self._changes_since(self.start, now)
+            if changes and not self.may_change:
+                raise UserError(
+                    f"{self.start} was trained on other data: {changes}; put them back, or give --allow_changed_options"
+                )
+            if changes:
+                logger.warning("going on from %s with other data: %s", self.start, changes)
+        try:
+            return write_content(self.folder, now) if self.keeps_record else content_name(now)
+        except OSError as error:
+            raise UserError(f"--output_dir: {self.folder} can't be written: {error}") from error
+
+    def _changes_since(self, start: Path, now: pa.Table) -> str:
+        name = read_state(start).facts.training.get(RECORD_FACT)
+        if not isinstance(name, str) or not is_content_name(name):
+            logger.warning("%s has no record of its data: whether images or captions changed can't be seen", start)
+            return ""
+        try:
+            beside = [start.absolute().parent, start.resolve().parent]  # it may be a link to another disk
+            then = read_content(next((each for each in beside if (each / name).exists()), beside[0]), name)
+        except (OSError, ValueError) as error:
+            logger.warning("whether images or captions changed since %s can't be seen: %s", start, first_line(error))
+            return ""
+        found = compare(then, now)
+        if found.num_unknown:
+            message = "%d images have other times and the same sizes as for %s; whether they changed can't be seen"
+            logger.warning(message, found.num_unknown, start)
+        return found.words
+
+    def take_over(self) -> None:
+        """Tidies what earlier runs left in the output folder, once nothing can refuse this run any more."""
+        on_main_process(self.accelerator, self._tidy)
+
+    def _tidy(self) -> None:
+        start = self.start
+        step = 0 if start is None else read_state(start).step
+        self.checkpoints.clean()
+        self.checkpoints.set_aside_after(step)
+        set_aside_snapshots(self.folder, step if start is not None and has_averages(start) else 0)
 
 
 def begin(options: Any, engine: Engine, folder: OutputFolder, requests: StopRequests, pipeline_class: str) -> Beginning:
@@ -119,9 +177,11 @@ def begin(options: Any, engine: Engine, folder: OutputFolder, requests: StopRequ
         check_training(start, training, asked.allow_changed_options)
     if not options.runtime.dry_run:
         overwrite = options.runtime.overwrite_output_dir
-        on_main_process(accelerator, lambda: _claim(folder, checkpoints, start, asked, overwrite))
+        on_main_process(accelerator, lambda: _claim(folder, start, asked, overwrite))
         on_main_process(accelerator, requests.remove_files)
-    return Beginning(start, group_size, structure, training, asked.allow_changed_options)
+    may_change, is_dry = asked.allow_changed_options, options.runtime.dry_run
+    whole = accelerator, folder.path, checkpoints
+    return Beginning(*whole, start, group_size, structure, training, may_change, keeps_record=not is_dry)
 
 
 def _training_options(options: Any) -> dict[str, object]:
@@ -134,23 +194,17 @@ def _training_options(options: Any) -> dict[str, object]:
 def _choose_group_size(buckets: BucketOptions, loader: LoaderOptions, global_batch: int, start: Path | None) -> int:
     """How many samples of one bucket stand together: as asked, as the run that goes on had it, or the micro-batch."""
     recorded = None if start is None else read_state(start).facts.structure.get("bucket_group_size")
+    recorded = recorded if type(recorded) is int and recorded > 0 else None
     chosen = buckets.bucket_group_size or recorded or math.gcd(loader.train_batch_size, global_batch)
     if global_batch % chosen:
         raise UserError(f"--bucket_group_size must divide the global batch of {global_batch}, got {chosen}")
     return chosen
 
 
-def _claim(
-    folder: OutputFolder, checkpoints: Checkpoints, start: Path | None, options: CheckpointOptions, overwrite: bool
-) -> None:
-    """Takes the output folder for this run, and tidies what earlier runs left of checkpoints."""
+def _claim(folder: OutputFolder, start: Path | None, options: CheckpointOptions, overwrite: bool) -> None:
+    """Takes the output folder for this run."""
     is_inside = start is not None and start.resolve().parent == folder.path.resolve()
-    resuming = is_inside or options.resume_from_checkpoint == "latest"
-    folder.claim(resuming, overwrite)
-    checkpoints.clean()
-    step = 0 if start is None else read_state(start).step
-    checkpoints.set_aside_after(step)
-    set_aside_snapshots(folder.path, step if start is not None and has_averages(start) else 0)
+    folder.claim(is_inside or options.resume_from_checkpoint == "latest", overwrite)
 
 
 def _warn_of_length(start: Path, options: ScheduleOptions, total_steps: int) -> None:

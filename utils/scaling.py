@@ -1,6 +1,7 @@
 """The scaling of a VAE's latents, measured on the data where its config says none."""
 
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,19 @@ def remember_scaling(folder: Path, factor: float) -> None:
 
 
 def known_scaling(folder: Path) -> float | None:
-    """What an earlier part of the run has measured."""
+    """What an earlier part of the run has measured.
+
+    Raises:
+        UserError: if the file is there and does not say it.
+    """
     file = folder / FILE
-    return float(read_json(file)["scaling_factor"]) if file.is_file() else None
+    try:
+        found = read_json(file)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error.strerror or error}") from error
+    factor = found.get("scaling_factor") if isinstance(found, dict) else None
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:
+        raise UserError(f"{file} does not say the scaling of the latents; put it back, or begin in another folder")
+    return float(factor)

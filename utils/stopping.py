@@ -1,5 +1,6 @@
 """A run that is to end before its time: by a signal, a time limit, or a file that asks for it."""
 
+import logging
 import os
 import shlex
 import signal
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from utils.options import Stopped, without_secrets
 
+logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is Slurm's notice
 AGAIN_SECONDS = 1.0  # launchers send on what a terminal has sent to all: within this time it is the same signal
 LOOK_SECONDS = 1.0
@@ -45,6 +47,7 @@ class StopRequests:
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._looked_at = 0.0
         self._heard: set[str] = set()
+        self._stuck: set[str] = set()  # heard, and can't be removed
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -98,8 +101,13 @@ class StopRequests:
 
     def remove_heard(self) -> None:
         """Removes those of the files that were heard, before they are answered: what is asked from now on is new."""
-        for name in self._heard:
-            (self._folder / name).unlink(missing_ok=True)
+        for name in self._heard - self._stuck:
+            try:
+                _remove(self._folder / name)
+            except OSError as error:
+                self._stuck.add(name)
+                message = "%s can't be removed, so it asks for nothing any more: %s"
+                logger.warning(message, self._folder / name, error.strerror or error)
         self._heard = set()
 
     def asked(self, is_main: bool) -> list[float]:
@@ -108,11 +116,21 @@ class StopRequests:
         now = time.monotonic()
         if is_main and not self._heard and now - self._looked_at >= LOOK_SECONDS:
             self._looked_at = now
-            self._heard = {name for name in (SAVE_FILE, STOP_FILE) if (self._folder / name).exists()}
+            there = {name for name in (SAVE_FILE, STOP_FILE) if os.path.lexists(self._folder / name)}
+            self._stuck &= there  # what is gone and comes again asks again
+            self._heard = there - self._stuck
             ends, saves = STOP_FILE in self._heard, SAVE_FILE in self._heard
         if is_main and self._deadline is not None:
             ends |= now >= self._deadline
         return [float(number == self.number) for number in SIGNALS] + [float(ends), float(saves)]
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link or an empty folder."""
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
 
 
 def agreed(totals: Sequence[float]) -> Wish:

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.disk import write_text
 from utils.options import UserError, option, require_positive
+from utils.step_lines import keep_steps
 from utils.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -146,7 +146,10 @@ class RunLog:
             path = folder / "metrics.jsonl"
             for each in (path, folder / "epochs.jsonl", folder / "layers.jsonl"):
                 keep_steps(each, first_step)
-            self._file = path.open("a", encoding="utf-8")
+            try:
+                self._file = path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{path} can't be written: {error.strerror or error}") from error
 
     def step(self, metrics: StepMetrics) -> None:
         """Takes a step's metrics, and writes those of the steps before, if they are enough to be read together."""
@@ -362,17 +365,3 @@ def start_trackers(accelerator: "Accelerator", options: TrackingOptions, record:
         name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in record.items()
     }
     accelerator.init_trackers(options.tracker_project_name, config=plain)
-
-
-def keep_steps(path: Path, last_step: int) -> None:
-    """Drops the lines after `last_step`, which a resumed run writes again, and a line that was cut off."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            logger.warning("%s: left out a line that was cut off", path)
-    write_text(path, "".join(kept))

@@ -26,7 +26,7 @@ from utils.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
 from utils.runtime import autocast, on_main_process
 from utils.sampling_controls import SamplingControls, controllable
 from utils.sharding import unsharded
-from utils.tracking import keep_steps
+from utils.step_lines import keep_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,7 +92,6 @@ class TrainingEvaluation:
         folder: Path,
         seed: int,
         prompts: list[str] | None = None,
-        first_step: int = 0,
         controls: SamplingControls | None = None,
         trained_on: ImageSet | None = None,
     ):
@@ -100,7 +99,6 @@ class TrainingEvaluation:
 
         Args:
             prompts: to draw where the options name no file.
-            first_step: from which the run goes on: what was measured behind it is forgotten.
             trained_on: what is compared with where the options name no reference.
 
         Raises:
@@ -118,7 +116,10 @@ class TrainingEvaluation:
             self._prompts = read_prompts(PromptOptions(prompts_file=options.eval_prompts_file))
         self._load_networks()
         self._reference = self._read_reference(trained_on) if options.eval_metrics else None
-        on_main_process(accelerator, partial(keep_steps, self._folder / RECORD, first_step))
+
+    def begin(self, first_step: int) -> None:
+        """Forgets what was measured after the step from which the run goes on."""
+        on_main_process(self._accelerator, partial(keep_steps, self._folder / RECORD, first_step))
 
     def _load_networks(self) -> None:
         """So that one that is not there ends the run before its first step."""

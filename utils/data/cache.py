@@ -1,32 +1,45 @@
 """Encodings kept on the disk under keys that are made of what they were computed from.
 
-A shard is a safetensors file: `keys` [n, 16] and tensors [n, ...] of what lies under each. It is written aside, synced
-and renamed, so that it is whole or not there; one that is cut off is seen by its length. Its name follows from its
-keys, so that the same entries make the same file, whoever writes it.
+A shard is a safetensors file: `keys` [n, 16], tensors [n, ...] of what lies under each, and `checksums` [n, 8] of both.
+It is written aside, synced and renamed, so that it is whole or not there. Its name follows from its keys, so that the
+same entries make the same file, whoever writes it. Each entry is compared with its checksum when it is read. Files are
+not mapped into memory: one that is cut off while it is in use raises an error, where a mapped one kills the process.
 """
 
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.disk import sync_folder
-from utils.options import UserError, option, require_positive
+from utils.options import ProcessError, UserError, option, require_positive
+from utils.user_files import open_regular, parse_json
 
 logger = logging.getLogger(__name__)
 KEY_SIZE = 16
+CHECKSUM_SIZE = 8
+HEADER_LIMIT = 1 << 20
+MAX_DIMENSIONS = 8
+NO_SHARD = "it is no file of this cache"
+NO_CHECKSUMS = "it has no checksums, an earlier version wrote it"
+OWN_TENSORS = {"keys": KEY_SIZE, "checksums": CHECKSUM_SIZE}
+READING_THREADS = 8
 SHARD_ENTRIES = 256
 SHARD_NAME = re.compile(r"[0-9a-f]{24}\.safetensors")
 STALE_SECONDS = 24 * 3600
@@ -96,13 +109,92 @@ def make_key(*facts: object) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=KEY_SIZE).digest()
 
 
+class Field(NamedTuple):
+    """Where a tensor [n, ...] lies in a shard: row r in the `row_bytes` bytes from `begin` + r * `row_bytes`.
+
+    Attributes:
+        words: its name, dtype and shape, for the checksums.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    row_bytes: int
+    words: bytes
+
+    @staticmethod
+    def of(name: str, dtype: torch.dtype, shape: Sequence[int], begin: int) -> "Field":
+        """That of a tensor whose rows have such a shape."""
+        row_bytes = math.prod(shape) * dtype.itemsize
+        return Field(dtype, tuple(shape), begin, row_bytes, f"{name} {dtype} {tuple(shape)}".encode())
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is known of a shard once its header has been read.
+
+    Attributes:
+        fields: the tensors of its entries, by name.
+        keys: [n, 16] uint8.
+        checksums: n of `CHECKSUM_SIZE` bytes, one behind the other.
+    """
+
+    path: Path
+    fields: dict[str, Field]
+    keys: np.ndarray
+    checksums: bytes
+
+    @staticmethod
+    def open(path: Path) -> "Shard":
+        """Reads the header, the keys and the checksums.
+
+        Raises:
+            OSError, ValueError: if it can't be read, or is no whole shard.
+        """
+        with open_regular(path) as file:
+            fields, count = _read_header(file)
+            for name, size in OWN_TENSORS.items():
+                if name not in fields:
+                    raise ValueError(NO_CHECKSUMS if "keys" in fields else NO_SHARD)
+                if (fields[name].dtype, fields[name].shape) != (torch.uint8, (size,)):
+                    raise ValueError(NO_SHARD)
+            keys, checksums = (_read_at(file, fields[name].begin, count * size) for name, size in OWN_TENSORS.items())
+        if SHARD_NAME.fullmatch(path.name) and path.name != shard_name(keys.tobytes()):
+            raise ValueError("its keys are not those that were written")
+        of_entries = {name: each for name, each in fields.items() if name not in OWN_TENSORS}
+        return Shard(path, of_entries, keys.reshape(-1, KEY_SIZE), checksums.tobytes())
+
+    def rows(self, numbers: Iterable[int]) -> Iterator[dict[str, Tensor]]:
+        """The tensors of entries.
+
+        Raises:
+            OSError, ValueError: at one that is not what was written.
+        """
+        with open(self.path, "rb", buffering=0) as file:
+            for row in numbers:
+                content = {
+                    name: _read_at(file, field.begin + row * field.row_bytes, field.row_bytes)
+                    for name, field in self.fields.items()
+                }
+                written = self.checksums[row * CHECKSUM_SIZE : (row + 1) * CHECKSUM_SIZE]
+                if written != checksum(self.keys[row].tobytes(), self.fields, content):
+                    raise ValueError("an entry is not what was written (its checksum differs)")
+                yield {
+                    name: torch.from_numpy(content[name]).view(field.dtype).view(field.shape)
+                    for name, field in self.fields.items()
+                }
+
+
+Form = Mapping[str, tuple[tuple[int, ...], Sequence[torch.dtype]]]
+"""What entries must be: the shape of each of their tensors, and the dtypes that it may have."""
+
+
 class EntryStore:
-    """Entries of one kind in a folder, memory-mapped when they are read."""
+    """Entries of one kind in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._names: list[str] = []
-        self._shards: dict[int, dict[str, Tensor]] = {}  # mapped when first read
+        self._shards: list[Shard] = []
         self._prefixes = np.zeros(0, np.uint64)
         self._places = np.zeros((0, 2), np.int32)
 
@@ -121,30 +213,41 @@ class EntryStore:
 
     def refresh(self) -> None:
         """Lists the whole shards that are there now."""
-        self._shards = {}
-        names, keys = [], []
+        self._shards, damaged = [], {}
         for path in sorted(self.folder.glob("[!.]*.safetensors")):
             try:
-                shard = map_tensors(path)
-                if shard.get("keys", torch.zeros(0)).shape[1:] != (KEY_SIZE,):
-                    raise ValueError(f"{path} holds no keys")
+                self._shards.append(Shard.open(path))
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
-                logger.warning("left aside a damaged cache file, its entries are encoded again: %s", error)
-                if SHARD_NAME.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
-                continue
-            keys.append(shard["keys"].numpy().copy())
-            names.append(path.name)
-        self._names = names
-        counts = [len(each) for each in keys]
-        shard_numbers = np.repeat(np.arange(len(names), dtype=np.int32), counts)
+                damaged[path.name] = str(error)
+        self.remove(damaged)
+        counts = [len(shard.keys) for shard in self._shards]
+        numbers = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         rows = np.concatenate([np.arange(count, dtype=np.int32) for count in counts] or [np.zeros(0, np.int32)])
-        prefixes = prefixes_of(np.concatenate(keys) if keys else np.zeros((0, KEY_SIZE), np.uint8))
+        keys = [shard.keys for shard in self._shards] or [np.zeros((0, KEY_SIZE), np.uint8)]
+        prefixes = prefixes_of(np.concatenate(keys))
         order = np.argsort(prefixes, kind="stable")
         self._prefixes = prefixes[order]
-        self._places = np.stack([shard_numbers, rows], 1)[order]
+        self._places = np.stack([numbers, rows], 1)[order]
+
+    def remove(self, damaged: Mapping[str, str]) -> None:
+        """Removes damaged shards, so that their entries are encoded again; what is not this cache's stays.
+
+        Args:
+            damaged: why, by the names of the files.
+        """
+        if not damaged:
+            return
+        name, reason = next(iter(damaged.items()))
+        message = "left aside %d damaged cache files in %s, their entries are encoded again: %s: %s%s"
+        more = "" if len(damaged) == 1 else ", and others"
+        logger.warning(message, len(damaged), self.folder, name, reason, more)
+        for name in filter(SHARD_NAME.fullmatch, damaged):
+            try:
+                (self.folder / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"--encoding_cache_dir: {self.folder / name} can't be removed: {error}") from error
 
     def __len__(self) -> int:
         return len(self._prefixes)
@@ -159,13 +262,55 @@ class EntryStore:
             places[is_there] = self._places[at[is_there]]
         return places
 
+    def places_by_shard(self, keys: np.ndarray) -> dict[str, np.ndarray]:
+        """Of [n, 16] keys the rows that are there, ascending, by the names of the shards' files."""
+        places = self.find(keys)
+        places = np.unique(places[places[:, 0] >= 0], axis=0)
+        numbers, begins = np.unique(places[:, 0], return_index=True)
+        rows = np.split(places[:, 1], begins[1:]) if len(numbers) else []
+        return {self._shards[number].path.name: each for number, each in zip(numbers, rows, strict=True)}
+
+    def damaged(self, rows: Mapping[str, np.ndarray], form: Form) -> Iterator[tuple[str, str]]:
+        """(name, what is wrong with it or "") of each shard, as its rows are read and compared, in order.
+
+        Args:
+            rows: those that are wanted, by the shards' names.
+            form: what their entries must be.
+        """
+        shards = {shard.path.name: shard for shard in self._shards}
+
+        def look(name: str) -> str:
+            shard = shards.get(name)
+            if shard is None:  # on a shared disk this process may see another folder than the main one
+                return ""
+            if not _has_form(shard, form):
+                return "its entries have other shapes than are wanted"
+            try:
+                for _ in shard.rows(rows[name].tolist()):
+                    pass
+            except FileNotFoundError:
+                return ""
+            except (OSError, ValueError) as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(min(READING_THREADS, os.cpu_count() or 1)) as pool:
+            yield from zip(rows, pool.map(look, rows), strict=True)
+
     def read(self, place: np.ndarray) -> dict[str, Tensor]:
-        """The tensors of the entry at a place that `find` gave; they lie in the mapped file."""
-        shard = int(place[0])
-        if shard not in self._shards:
-            self._shards[shard] = map_tensors(self.folder / self._names[shard])
-        row = int(place[1])
-        return {name: tensor[row] for name, tensor in self._shards[shard].items() if name != "keys"}
+        """The tensors of the entry at a place that `find` gave.
+
+        Raises:
+            ProcessError: if it is not what was written: it has changed since the run began.
+        """
+        shard = self._shards[int(place[0])]
+        try:
+            return next(shard.rows([int(place[1])]))
+        except (OSError, ValueError) as error:
+            raise ProcessError(
+                f"--encoding_cache_dir: {shard.path} was changed while it was in use: {error}; start again with "
+                "--resume_from_checkpoint latest, its entries are encoded again"
+            ) from error
 
     def write(self, keys: Sequence[bytes], tensors: Mapping[str, Tensor]) -> None:
         """Writes entries as one shard: float16 tensors that overflowed must have been widened before.
@@ -173,12 +318,12 @@ class EntryStore:
         Raises:
             UserError: if there is no room or no permission.
         """
-        table = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_SIZE)
-        content = {"keys": torch.from_numpy(table.copy())} | {name: each.contiguous() for name, each in tensors.items()}
-        name = f"{hashlib.blake2b(table.tobytes(), digest_size=12).hexdigest()}.safetensors"
+        tensors = {name: each.contiguous() for name, each in tensors.items()}
+        table, name = b"".join(keys), shard_name(b"".join(keys))
+        content = {"keys": _table(table, KEY_SIZE), "checksums": _table(_checksums(keys, tensors), CHECKSUM_SIZE)}
         temporary = self.folder / f".tmp-{socket.gethostname()}-{os.getpid()}-{name}"
         try:
-            save_file(content, temporary)
+            save_file(content | tensors, temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.folder / name)
@@ -187,40 +332,116 @@ class EntryStore:
             temporary.unlink(missing_ok=True)
             raise UserError(f"--encoding_cache_dir: {self.folder} can't be written: {error}") from error
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_shards": {}}  # a worker maps the files itself
-
 
 def prefixes_of(keys: np.ndarray) -> np.ndarray:
     """[n] uint64, the first half of [n, 16] keys: enough to tell a billion entries apart but for one time in 37."""
     return np.ascontiguousarray(keys[:, :8]).view(np.uint64).reshape(-1)
 
 
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped and not read; no file stays open.
+def shard_name(keys: bytes) -> str:
+    """The name of the file of a shard with these keys."""
+    return f"{hashlib.blake2b(keys, digest_size=12).hexdigest()}.safetensors"
+
+
+def checksum(key: bytes, fields: Mapping[str, Field], content: Mapping[str, np.ndarray]) -> bytes:
+    """Changes with an entry's key and with the name, dtype, shape and bytes of each of its tensors."""
+    digest = xxhash.xxh3_64(key)
+    for name in sorted(fields):
+        digest.update(fields[name].words)
+        digest.update(content[name])
+    return digest.digest()
+
+
+def _checksums(keys: Sequence[bytes], tensors: Mapping[str, Tensor]) -> bytes:
+    fields, content = {}, {}
+    for name, tensor in tensors.items():
+        fields[name] = Field.of(name, tensor.dtype, tensor.shape[1:], 0)
+        content[name] = tensor.reshape(-1).view(torch.uint8).numpy()
+    found = []
+    for row, key in enumerate(keys):
+        some = {name: each[row * fields[name].row_bytes :][: fields[name].row_bytes] for name, each in content.items()}
+        found.append(checksum(key, fields, some))
+    return b"".join(found)
+
+
+def _table(content: bytes, width: int) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, width)
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, Field], int]:
+    """The tensors of a safetensors file and how many rows each has; they must lie side by side and fill it.
 
     Raises:
-        OSError, ValueError: if it is not whole.
+        ValueError: if it is not whole, or holds what no cache does.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise ValueError(f"{path} is no whole safetensors file")
-        header = json.loads(file.read(length))
-    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise ValueError(f"{path} is no safetensors file")
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= size - 8:
+        raise ValueError("it is cut off, or no safetensors file")
+    if length > HEADER_LIMIT:
+        raise ValueError(NO_SHARD)
+    header = parse_json(file.read(length).decode("utf-8"), "its header")
+    if not isinstance(header, dict):
+        raise ValueError(NO_SHARD)
     header.pop("__metadata__", None)
-    if not all(entry.get("dtype") in DTYPES and "data_offsets" in entry for entry in header.values()):
-        raise ValueError(f"{path} holds what no cache does")
-    if not header or size != 8 + length + max(entry["data_offsets"][1] for entry in header.values()):
-        raise ValueError(f"{path} is cut off")
-    content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        tensors[name] = content[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+    fields = {name: _field(name, entry, 8 + length) for name, entry in header.items()}
+    end, counts = 8 + length, set()
+    for begin, count, num_bytes, _ in sorted(fields.values(), key=lambda each: each[0]):
+        if begin != end:
+            raise ValueError("its header names bytes twice, or leaves some out")
+        end += num_bytes
+        counts.add(count)
+    if end != size:
+        raise ValueError("it is cut off, or longer than it was written")
+    if len(counts) != 1:
+        raise ValueError(NO_SHARD)
+    return {name: field for name, (_, _, _, field) in fields.items()}, counts.pop()
+
+
+def _field(name: str, entry: object, data: int) -> tuple[int, int, int, Field]:
+    """(begin, rows, bytes, where its rows lie) of a tensor, from its place in a header before the byte `data`."""
+    wanted = {"dtype", "shape", "data_offsets"}
+    if not isinstance(entry, dict) or entry.keys() != wanted or not isinstance(entry["dtype"], str):
+        raise ValueError(NO_SHARD)
+    dtype, shape, offsets = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+    if dtype is None or not _are_counts(shape) or not _are_counts(offsets) or not shape or len(offsets) != 2:
+        raise ValueError(NO_SHARD)
+    begin, num_bytes = data + offsets[0], offsets[1] - offsets[0]
+    field = Field.of(name, dtype, shape[1:], begin)
+    if num_bytes != shape[0] * field.row_bytes:
+        raise ValueError("its header contradicts itself")
+    return begin, shape[0], num_bytes, field
+
+
+def _are_counts(values: object) -> bool:
+    """Whether it is a list of numbers that count bytes or rows of a file."""
+    if not isinstance(values, list) or len(values) > MAX_DIMENSIONS:
+        return False
+    return all(type(value) is int and 0 <= value < 1 << 60 for value in values)
+
+
+def _read_at(file: BinaryIO, begin: int, count: int) -> np.ndarray:
+    """[count] uint8 of a file.
+
+    Raises:
+        ValueError: if it has fewer.
+    """
+    content, done = np.empty(count, np.uint8), 0
+    file.seek(begin)
+    while done < count:
+        found = file.readinto(content[done:])
+        if not found:
+            raise ValueError("it is cut off")
+        done += found
+    return content
+
+
+def _has_form(shard: Shard, form: Form) -> bool:
+    """Whether a shard's entries are what they must be."""
+    return shard.fields.keys() == form.keys() and all(
+        shard.fields[name].shape == shape and shard.fields[name].dtype in dtypes
+        for name, (shape, dtypes) in form.items()
+    )
 
 
 def _remove_stale(folder: Path) -> None:

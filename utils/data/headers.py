@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from utils.data.contents import FileFacts
 from utils.data.images import CONVERTED, ODDITIES, image_bytes, read_header, reason_of
+from utils.data.kept_tables import encoded, read_table, write_table
 from utils.data.masks import check_same_shape
 from utils.data.sources import Records, Source
 from utils.data.tables import ImageTable, stamp_of
@@ -26,6 +28,7 @@ from utils.terminal import progress_bar
 
 logger = logging.getLogger(__name__)
 DIGEST_SIZE = 16
+STAMP_PARTS = 3  # size and two times
 SETTLED_NANOSECONDS = 2_000_000_000
 MANY = 5_000  # images from which on several processes read
 CHUNK = 500
@@ -56,6 +59,8 @@ class Survey:
         reasons: why an image can't be read, by its number.
         mask_digests: [N] of the bytes of the images' mask files; b"" where unknown, or without one.
         is_masked: [N] bool, whether the image has a mask.
+        times: [N] int64, when the files, or the shards that they are in, were last changed.
+        mask_bytes, mask_times: the like of mask files; -1 bytes without one.
     """
 
     sizes: np.ndarray
@@ -65,6 +70,41 @@ class Survey:
     reasons: dict[int, str]
     mask_digests: np.ndarray = field(repr=False)
     is_masked: np.ndarray = field(repr=False)
+    times: np.ndarray = field(repr=False)
+    mask_bytes: np.ndarray = field(repr=False)
+    mask_times: np.ndarray = field(repr=False)
+
+    @staticmethod
+    def unknown(count: int) -> "Survey":
+        """Of so many images, of which nothing is known yet."""
+        digests = np.full(count, b"", object)
+        return Survey(
+            sizes=np.zeros((count, 2), np.int32),
+            oddities=np.zeros(count, np.uint16),
+            num_bytes=np.full(count, -1, np.int64),
+            digests=digests,
+            reasons={},
+            mask_digests=digests.copy(),
+            is_masked=np.zeros(count, bool),
+            times=np.zeros(count, np.int64),
+            mask_bytes=np.full(count, -1, np.int64),
+            mask_times=np.zeros(count, np.int64),
+        )
+
+    @property
+    def facts(self) -> FileFacts:
+        """What is known of the files."""
+        return FileFacts(self.num_bytes, self.times, self.digests)
+
+    @property
+    def mask_facts(self) -> FileFacts:
+        """What is known of the mask files."""
+        return FileFacts(self.mask_bytes, self.mask_times, self.mask_digests)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all files, as far as they can be read."""
+        return int(np.maximum(self.num_bytes, 0).sum() + np.maximum(self.mask_bytes, 0).sum())
 
     def oddity_counts(self) -> dict[str, int]:
         """How many images have each oddity."""
@@ -77,10 +117,10 @@ class Survey:
 
     def take(self, indices: np.ndarray) -> "Survey":
         """Some of the images, in their order."""
-        arrays = (array[indices] for array in (self.sizes, self.oddities, self.num_bytes, self.digests))
         places = {int(index): place for place, index in enumerate(indices)} if self.reasons else {}
         reasons = {places[index]: reason for index, reason in self.reasons.items() if index in places}
-        return Survey(*arrays, reasons, self.mask_digests[indices], self.is_masked[indices])
+        arrays = {name: value[indices] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return Survey(**arrays, reasons=reasons)
 
 
 def survey(records: Records, folder: Path, show_progress: bool = False) -> Survey:
@@ -108,6 +148,7 @@ def survey_masks(
     of_masks = Records(tables, records.source_numbers[in_files], records.rows[in_files])
     found = _survey(of_masks, folder, np.full(len(in_files), with_digests), show_progress)
     known.mask_digests[in_files] = found.digests
+    known.mask_bytes[in_files], known.mask_times[in_files] = found.num_bytes, found.times
     is_transparent = (known.oddities >> ODDITIES.index("transparent") & 1).astype(bool)
     known.is_masked[:] = [
         mask is not None and (not mask.is_alpha or clear) for mask, clear in zip(masks, is_transparent, strict=True)
@@ -152,10 +193,7 @@ class MaskTable(ImageTable):
 
 
 def _survey(records: Records, folder: Path, with_digest: np.ndarray, show_progress: bool) -> Survey:
-    count = len(records)
-    unknown = np.full(count, b"", f"S{DIGEST_SIZE + 1}").astype(object)
-    sizes, oddities = np.zeros((count, 2), np.int32), np.zeros(count, np.uint16)
-    found = Survey(sizes, oddities, np.full(count, -1, np.int64), unknown, {}, unknown.copy(), np.zeros(count, bool))
+    found = Survey.unknown(len(records))
     for number, source in enumerate(records.sources):
         places = np.flatnonzero(records.source_numbers == number)
         if len(places):
@@ -178,6 +216,7 @@ def _survey_table(
     chunks = [rows[begin : begin + CHUNK] for begin in range(0, len(rows), CHUNK)]
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
         stamps = [stamp for found in pool.map(partial(_stamp_chunk, table), chunks) for stamp in found]
+    found.times[places] = [_time_of(stamp, table.name) for stamp in stamps]
     known = memory.find(keys, stamps)
     is_known = known >= 0
     if is_known.any():
@@ -200,6 +239,14 @@ def _survey_table(
             found.reasons[index] = facts.reason
     if len(unread):
         memory.remember(keys, stamps, found, places)
+
+
+def _time_of(stamp: str, name: str) -> int:
+    """When a file was last changed; of what its table's name tells all, a number that changes with the name."""
+    parts = stamp.split(":")
+    if len(parts) == STAMP_PARTS:
+        return int(parts[1])
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
 
 
 def _stamp_chunk(table: ImageTable, rows: np.ndarray) -> list[str]:
@@ -275,6 +322,19 @@ def _read(table: ImageTable, row: int, with_digest: bool) -> Facts:
     return Facts(header.width, header.height, oddities, num_bytes, digest, "")
 
 
+MEMORY_SCHEMA = pa.schema(
+    {
+        "key": pa.large_binary(),
+        "stamp": pa.large_string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "oddities": pa.uint16(),
+        "num_bytes": pa.int64(),
+        "digest": pa.binary(),
+    }
+)
+
+
 class _Memory:
     """The remembered facts of one table, a Parquet file; readable images alone, by key and stamp."""
 
@@ -283,10 +343,8 @@ class _Memory:
         self._path = folder / "headers" / f"{digest}.parquet"
         self._table: pa.Table | None = None
         try:
-            from pyarrow import parquet
-
-            self._table = parquet.read_table(self._path)
-        except (OSError, pa.ArrowException):
+            self._table = read_table(self._path, MEMORY_SCHEMA)
+        except (OSError, ValueError):
             return
 
     def find(self, keys: list[str], stamps: list[str]) -> np.ndarray:
@@ -306,7 +364,7 @@ class _Memory:
 
     def remember(self, keys: list[str], stamps: list[str], found: Survey, places: np.ndarray) -> None:
         """Adds facts, but not of files that were changed a moment ago: another change might leave the stamp alike."""
-        from pyarrow import compute, parquet
+        from pyarrow import compute
 
         now = time.time_ns()
         chosen = [
@@ -324,24 +382,18 @@ class _Memory:
                 "oddities": found.oddities[at],
                 "num_bytes": found.num_bytes[at],
                 "digest": pa.array(list(found.digests[at]), pa.binary()),
-            }
+            },
+            schema=MEMORY_SCHEMA,
         )
         if self._table is not None and len(self._table):
             renewed = compute.is_in(self._table["key"], value_set=new["key"].combine_chunks())
-            new = pa.concat_tables([self._table.filter(compute.invert(renewed)), new.cast(self._table.schema)])
+            new = pa.concat_tables([self._table.filter(compute.invert(renewed)), new])
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             mark_as_own(self._path.parent.parent)
-            temporary = self._path.with_name(f".tmp-{os.getpid()}-{self._path.name}")
-            parquet.write_table(new, temporary)
-            os.replace(temporary, self._path)
+            write_table(self._path, new)
         except OSError as error:
             logger.warning("%s can't be written, headers will be read again next time: %s", self._path, error)
-
-
-def encoded(keys: Sequence[str]) -> pa.Array:
-    """Names as bytes: those of files need not be Unicode."""
-    return pa.array([os.fsencode(key) for key in keys], pa.large_binary())
 
 
 def _is_settled(stamp: str, now: int) -> bool:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from utils.data.buckets import NONE, BucketOptions, BucketPlan, plan_buckets
 from utils.data.captions import refusal_of
+from utils.data.contents import content_table
 from utils.data.headers import Survey
 from utils.data.listing import FILTERED, TRAINED, UNREADABLE, Fate
 from utils.data.sampler import GlobalBatches, Pieces
@@ -151,6 +153,12 @@ class PlannedImages:
         if self.records.copies is not None:
             digest.update(np.ascontiguousarray(self.records.copies, np.int64).tobytes())
         return f"{len(self.records)} images, {digest.hexdigest()}"
+
+    def content(self) -> pa.Table:
+        """The record of the images, by which a run that goes on sees whether they were edited."""
+        records = self.records
+        keys = [records.key(index) for index in range(len(records))]
+        return content_table(keys, self.survey.facts, self.survey.mask_facts, records.all_captions())
 
     def describe_sources(self) -> dict[str, str]:
         """How each source's images are used, where there are several; one is described by the options."""

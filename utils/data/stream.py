@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import logging
 import math
+import os
 import queue
 import tarfile
 import threading
@@ -24,7 +25,9 @@ import pyarrow as pa
 
 from utils.data.buckets import BucketOptions, BucketPlan, plan_buckets
 from utils.data.captions import CaptionOptions, folder_caption, refusal_of
+from utils.data.contents import content_table, file_facts
 from utils.data.detection import settle, warn_of_unread
+from utils.data.folders import list_files
 from utils.data.images import check_whole, read_header, reason_of
 from utils.data.listing import Fate, Fates
 from utils.data.masks import FolderMasks
@@ -54,6 +57,7 @@ PIECES_AHEAD = 8
 ENOUGH_READ = 1000  # images of a stream, under which a few bad ones say nothing of the portion
 SHARD_ERRORS = (OSError, ValueError, EOFError, RuntimeError, tarfile.TarError, pa.ArrowException)
 SAVED_SHARDS = 64
+STREAMED = {".parquet": "parquet", ".tar": "webdataset"}  # endings, and the builders of `datasets` that read them
 
 
 class StreamedSample(NamedTuple):
@@ -161,6 +165,7 @@ class StreamedImages:
         bad: why an image could not be trained on, by its name.
         counts: of the images that were read: all, and those without a caption.
         fates: what became of the files of its folder, where it has one.
+        shards: the files that it is read from, where they lie in a folder.
     """
 
     dataset: "IterableDataset" = field(repr=False)
@@ -173,6 +178,7 @@ class StreamedImages:
     shuffle_buffer_size: int
     masks: FolderMasks | None = None
     fates: Fates | None = field(default=None, repr=False)
+    shards: tuple[Path, ...] = field(default=(), repr=False)
     counts: Counter = field(default_factory=Counter, repr=False)
 
     def note_missing_caption(self, key: str) -> None:
@@ -210,6 +216,12 @@ class StreamedImages:
     def fingerprint(self) -> str:
         """What is known of the stream to change with its images."""
         return f"a stream of {self.num_listed} images in {self.dataset.num_shards} shards"
+
+    def content(self) -> pa.Table:
+        """The record of the files that it is read from, where they lie here."""
+        files = self.shards or _local_files(self.source)
+        root = self.source.dataset_name or self.source.train_data_dir
+        return content_table([os.path.relpath(path, root) for path in files], file_facts(files), None, None)
 
     def describe_sources(self) -> dict[str, str]:
         """How its images are used, but for what the options say."""
@@ -266,10 +278,10 @@ def open_stream(
         raise UserError(
             "--folder_repeats counts the images of each folder, which a stream does not know; leave one out"
         )
-    fates = None
+    fates, shards = None, ()
     try:
         if source.dataset_name is None:
-            loaded, fates = _load_shards(source, data.cache_dir, left_out)
+            loaded, fates, shards = _load_shards(source, data.cache_dir, left_out)
         else:
             loaded = _load(source, data.cache_dir)
         dataset = loaded[source.dataset_split] if isinstance(loaded, dict) else loaded
@@ -300,7 +312,7 @@ def open_stream(
     count = split.num_examples if split is not None and split.num_examples else None
     masks = None if source.mask_dir is None else FolderMasks(Path(source.mask_dir))
     size = data.shuffle_buffer_size
-    return StreamedImages(dataset, source, captions, resolution, buckets, count, {}, size, masks, fates)
+    return StreamedImages(dataset, source, captions, resolution, buckets, count, {}, size, masks, fates, shards)
 
 
 def _load(source: SourceOptions, cache_dir: str | None):
@@ -321,8 +333,10 @@ def _load(source: SourceOptions, cache_dir: str | None):
     )
 
 
-def _load_shards(source: SourceOptions, cache_dir: str | None, left_out: Mapping[Path, Fate]) -> tuple[dict, Fates]:
-    """(the dataset of a folder's shards by its splits, what became of the folder's files)."""
+def _load_shards(
+    source: SourceOptions, cache_dir: str | None, left_out: Mapping[Path, Fate]
+) -> tuple[dict, Fates, tuple[Path, ...]]:
+    """(the dataset of a folder's shards by its splits, what became of the folder's files, the shards)."""
     import datasets
 
     listing = source.listing(left_out)
@@ -337,7 +351,14 @@ def _load_shards(source: SourceOptions, cache_dir: str | None, left_out: Mapping
     settle(listing, content, kind)
     warn_of_unread(f"--train_data_dir {source.train_data_dir}", listing.fates)
     files = {source.dataset_split: dataset_paths(listing.root, content.used, cache_dir)}
-    return datasets.load_dataset(kind, data_files=files, streaming=True), listing.fates
+    shards = tuple(listing.root / name for name in content.used)
+    return datasets.load_dataset(kind, data_files=files, streaming=True), listing.fates, shards
+
+
+def _local_files(source: SourceOptions) -> list[Path]:
+    """The files of a dataset that lies in a folder of its own; none of one on the Hub."""
+    root = Path(source.dataset_name or "")
+    return [root / name for name in list_files(root)] if source.dataset_name and root.is_dir() else []
 
 
 def _webdataset_columns(source: SourceOptions, columns: list[str]) -> SourceOptions:

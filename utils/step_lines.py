@@ -1,0 +1,66 @@
+"""A run's JSON Lines by step: a run that goes on drops those that it writes again, and keeps what it can't read."""
+
+import logging
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from utils.disk import replacing
+from utils.user_files import open_regular, parse_json
+
+logger = logging.getLogger(__name__)
+LINE_LIMIT = 16 << 20  # bytes of a line; what is longer is not one of ours
+BEGINNING = b'{"step": '
+STEP = re.compile(rb'\{"step": (\d{1,18})\D')
+
+
+def keep_steps(path: Path, last_step: int) -> None:
+    """Drops the lines after `last_step`, which a resumed run writes again; what can't be read stays where it is."""
+    if not path.is_file():
+        return
+    num_unread = 0
+    with open_regular(path) as old, replacing(path) as aside, aside.open("wb") as new:
+        for line, is_whole, is_end in _lines(old):
+            values = read_line(line) if is_whole else None
+            if values is None and is_whole and _is_written_again(line, last_step):
+                logger.warning("%s: left out a line that was cut off", path)
+            elif values is None or values["step"] <= last_step:
+                num_unread += values is None and bool(line.strip()) and is_end
+                new.write(line if line.endswith(b"\n") or not is_end else line + b"\n")
+    warn_of_unread(path, num_unread)
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool, bool]]:
+    """(a line, or a part of one that is too long; whether it is a whole line; whether a line ends with it)."""
+    is_continued = False
+    while line := file.readline(LINE_LIMIT):
+        is_end = line.endswith(b"\n") or len(line) < LINE_LIMIT
+        yield line, is_end and not is_continued, is_end
+        is_continued = not is_end
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """What a line says of a step; None of what is no such line."""
+    try:
+        values = parse_json(line.decode("utf-8"), "a line")
+    except ValueError:
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    return values if type(step) in (int, float) and 0 <= step < math.inf else None
+
+
+def _is_written_again(line: bytes, last_step: int) -> bool:
+    """Whether a line that was cut off is of a step that the run does again."""
+    if line.endswith(b"\n"):
+        return False
+    if found := STEP.match(line):
+        return int(found[1]) > last_step
+    return BEGINNING.startswith(line) or (line.startswith(BEGINNING) and line[len(BEGINNING) :].isdigit())
+
+
+def warn_of_unread(path: Path, count: int) -> None:
+    """Says that lines can't be read and are kept."""
+    if count:
+        logger.warning("%s: %d lines are no JSON of a step; they are kept as they are, and not looked at", path, count)
