@@ -161,8 +161,9 @@ def run(argv: Sequence[str] | None) -> None:
         batches = images.batches(options.loader.global_batch(num_processes), group_size, seed)
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
         rates = options.optimizer.scaled(batches.size)
-        factor = rate_factor(options.schedule, rates.learning_rate, total_steps)
-        facts = beginning.facts(images, options.schedule, total_steps)
+        schedule = beginning.schedule(options.schedule, total_steps)
+        factor = rate_factor(schedule, rates.learning_rate, total_steps)
+        facts = beginning.facts(images, schedule, total_steps)
 
         torch.manual_seed(model_seed(seed, 0, 0))  # LoRA's and a fresh UNet's first weights
         adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
@@ -186,7 +187,7 @@ def run(argv: Sequence[str] | None) -> None:
         own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
         model_name = f"{options.model.pretrained_model_name_or_path} ({family.pipeline_class_name})"
         counts = images, held_out_images, batches, total_steps
-        learning = options.loader, rates, options.schedule
+        learning = options.loader, rates, schedule
         plan = describe_run(
             model_name, options.adaptation.adaptation, adaptation.modules, accelerator, *counts, *learning
         )
@@ -258,7 +259,7 @@ def run(argv: Sequence[str] | None) -> None:
 
         preparation.write_report(images)
         feed = Feed(preparation, images, batches, waiting)
-        settings = Settings(rates, options.schedule, options.ema, options.checkpoint, options.tracking, at_once)
+        settings = Settings(rates, schedule, options.ema, options.checkpoint, options.tracking, at_once)
         course = start_course(state, validation, gradients, requests, feed, settings, first_step, total_steps)
         log = course.log
         with course.saver.writer, log:
@@ -285,6 +286,7 @@ def run(argv: Sequence[str] | None) -> None:
 
         course.saver.join()
         with course.ended():
+            verdict = course.verdict()
             logger.info("writing the result to %s", folder.path)
             state.export(folder.path)
             samples = sampler.draw("final")
@@ -295,8 +297,8 @@ def run(argv: Sequence[str] | None) -> None:
         preparation.write_report(images)
         if accelerator.is_main_process:
             table = card_settings(options, course.total_steps, batches.size, resolution)
-            publish(folder.path, options.hub, card_facts(options, table), samples)
-        logger.info("the result is in %s", folder.path)
+            publish(folder.path, options.hub, card_facts(options, table, verdict), samples)
+        course.conclude(verdict)
 
 
 def memory_savers(options: Options) -> dict[str, bool]:
@@ -348,7 +350,7 @@ def check_before_loading(
 def forward_process(options: NoiseOptions, scheduler_config: Mapping) -> ForwardProcess:
     """The forward process of a pipeline's scheduler as the options change it, which must go together."""
     process = ForwardProcess(scheduler_config, options.scheduler_changes)
-    timestep_weights(options, process.alphas_cumprod.double().numpy())
+    timestep_weights(options, process.alphas_cumprod.cpu().double().numpy())
     if options.dream_training and process.prediction_type != "epsilon":
         raise UserError(f"--dream_training is for epsilon prediction, the pipeline has {process.prediction_type}")
     return process
@@ -369,10 +371,11 @@ def is_validation_due(
     return options.validation.is_due(done, before, after, default_epochs)
 
 
-def card_facts(options: Options, settings: Sequence[tuple[str, object]]) -> CardFacts:
+def card_facts(options: Options, settings: Sequence[tuple[str, object]], verdict: str) -> CardFacts:
     """What the model card says."""
     is_lora = options.adaptation.adaptation == "lora"
-    return CardFacts(options.model.pretrained_model_name_or_path, data_name(options), is_lora, settings)
+    model = options.model.pretrained_model_name_or_path
+    return CardFacts(model, data_name(options), is_lora, settings, verdict=verdict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

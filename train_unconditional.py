@@ -121,6 +121,9 @@ class Optimizer(OptimizerOptions):
 @dataclass(frozen=True)
 class Schedule(ScheduleOptions):
     lr_scheduler: str = option("cosine", "course of the learning rate", choices=SCHEDULES)
+    lr_warmup_steps: int | None = option(
+        None, "optimizer steps over which the rate rises from 0; by default a tenth of the run, at most 500"
+    )
 
 
 @dataclass(frozen=True)
@@ -226,8 +229,9 @@ def run(argv: Sequence[str] | None) -> None:
         batches = images.batches(options.loader.global_batch(num_processes), group_size, seed)
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
         rates = options.optimizer.scaled(batches.size)
-        factor = rate_factor(options.schedule, rates.learning_rate, total_steps)
-        facts = beginning.facts(images, options.schedule, total_steps)
+        schedule = beginning.schedule(options.schedule, total_steps)
+        factor = rate_factor(schedule, rates.learning_rate, total_steps)
+        facts = beginning.facts(images, schedule, total_steps)
 
         torch.manual_seed(model_seed(seed, 0, 0))  # a fresh denoiser's first weights
         dtypes = FullFineTuning.dtypes(options.trained, weight_dtype(accelerator))
@@ -252,7 +256,7 @@ def run(argv: Sequence[str] | None) -> None:
         model_name = f"{model_options.origin} ({type(family.pipeline).__name__}, {family.latent_space.describe()})"
         how = f"{len(classes)} classes" if classes else "no classes"
         counts = images, held_out_images, batches, total_steps
-        learning = options.loader, rates, options.schedule
+        learning = options.loader, rates, schedule
         plan = describe_run(model_name, how, adaptation.modules, accelerator, *counts, *learning)
         if options.runtime.dry_run:
             if accelerator.is_main_process:
@@ -323,7 +327,7 @@ def run(argv: Sequence[str] | None) -> None:
 
         preparation.write_report(images)
         feed = Feed(preparation, images, batches, waiting)
-        settings = Settings(rates, options.schedule, options.ema, options.checkpoint, options.tracking, at_once)
+        settings = Settings(rates, schedule, options.ema, options.checkpoint, options.tracking, at_once)
         course = start_course(state, validation, gradients, requests, feed, settings, first_step, total_steps)
         log = course.log
         with course.saver.writer, log:
@@ -357,6 +361,7 @@ def run(argv: Sequence[str] | None) -> None:
 
         course.saver.join()
         with course.ended():
+            verdict = course.verdict()
             logger.info("writing the result to %s", folder.path)
             state.export(folder.path)
             samples = sampler.draw(course.total_steps, is_last=True)
@@ -367,8 +372,8 @@ def run(argv: Sequence[str] | None) -> None:
         preparation.write_report(images)
         if accelerator.is_main_process:
             table = card_settings(options, course.total_steps, batches.size, resolution)
-            publish(folder.path, options.hub, card_facts(options, family, table), samples)
-        logger.info("the result is in %s", folder.path)
+            publish(folder.path, options.hub, card_facts(options, family, table, verdict), samples)
+        course.conclude(verdict)
 
 
 def check_together(options: Options) -> None:
@@ -467,10 +472,12 @@ def settle_scaling(
     family.rescale(on_main_process(accelerator, settle))
 
 
-def card_facts(options: Options, family: UnconditionalFamily, settings: Sequence[tuple[str, object]]) -> CardFacts:
+def card_facts(
+    options: Options, family: UnconditionalFamily, settings: Sequence[tuple[str, object]], verdict: str
+) -> CardFacts:
     """What the model card says."""
     model, tag = options.model.pretrained_model_name_or_path, "unconditional-image-generation"
-    return CardFacts(model, data_name(options), False, settings, family.example_call(), tag)
+    return CardFacts(model, data_name(options), False, settings, family.example_call(), tag, verdict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Bad input ends in one line on stderr, with flag, value and cure, and exit status 2."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -146,6 +147,13 @@ def test_an_output_folder_in_use(train, capsys, tmp_path):
     train("sd", "--resume_from_checkpoint", "latest", expect=2)
     assert "in use" in message(capsys)
     other.release()
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--logging_dir", "--encoding_cache_dir", "--cache_dir"])
+def test_a_path_to_write_to_that_is_not_unicode(refused, tmp_path, flag):
+    """No tokenizer can be written there, which would be found out after the training."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    refused([flag, path], f"{flag} must be UTF-8, got {tmp_path}/caf\\udce9; choose another name")
 
 
 def test_unreadable_images_are_skipped_named_and_counted(train, capsys, tmp_path):

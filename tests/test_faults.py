@@ -1,6 +1,8 @@
 """What goes wrong around a run: disks, damaged folders, killed loaders, files that would run code."""
 
 import json
+import math
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -22,9 +24,14 @@ from tests import tiny
 from tests.conftest import message, reset_accelerate
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_launch import command
-from utils.checkpoint import Checkpoints
+from utils.checkpoint import Checkpoints, damage
+from utils.course import Course
 from utils.data.dataset import TrainingDataset
-from utils.state import RunState
+from utils.encoding import CacheFiller, Encoder
+from utils.held_out import HeldOut
+from utils.objective import Objective
+from utils.state import CheckpointSaver, RunState
+from utils.tracking import RunLog
 
 BOTH = pytest.mark.parametrize("kind", ["sd", "pixels"])
 FLAGS = ["--train_batch_size", 2, "--learning_rate", 1e-3, "--checkpointing_steps", 2, "--lr_scheduler", "constant"]
@@ -163,6 +170,18 @@ def test_an_average_that_begins_with_a_resumed_run(train, caplog):
     assert_same_bits(weights(out / "checkpoint-2"), weights(out))
 
 
+@pytest.fixture
+def kill_a_worker() -> Callable[[], None]:
+    """As the kernel's out-of-memory killer."""
+    others = set(multiprocessing.active_children())
+
+    def kill() -> None:
+        worker = next(each for each in multiprocessing.active_children() if each not in others)
+        os.kill(worker.pid, signal.SIGKILL)
+
+    return kill
+
+
 @BOTH
 def test_a_loader_that_is_killed(train, kind, monkeypatch, capsys):
     def die(self, piece):
@@ -170,7 +189,84 @@ def test_a_loader_that_is_killed(train, kind, monkeypatch, capsys):
 
     monkeypatch.setattr(TrainingDataset, "__getitem__", die)
     train(kind, *FLAGS, "--max_train_steps", 2, "--dataloader_num_workers", 1, expect=2)
-    assert "a process that loads data was killed" in message(capsys)
+    said = message(capsys)
+    assert "a data-loader worker was killed (out of memory?" in said
+    assert said.endswith("lower --dataloader_num_workers; no step was done yet")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (Encoder, "encode", 6),  # in a step of two micro-batches
+        (RunState, "step", 3),
+        (HeldOut, "losses", 2),
+        (CheckpointSaver, "save", 1),
+        (RunLog, "step", 3),
+    ],
+)
+def test_a_worker_that_is_killed_at_any_place(train, kill_a_worker, monkeypatch, capsys, tmp_path, owner, name, call):
+    """The step in which it is noticed is not done, and those before are saved."""
+    data = tiny.make_images(tmp_path / "data", 10)
+    flags = [*FLAGS, "--gradient_accumulation_steps", 2, "--max_train_steps", 30, "--checkpointing_steps", 3]
+    flags += ["--validation_split", 0.3, "--validation_steps", 3, "--dataloader_num_workers", 2]
+    calls, original = [], getattr(owner, name)
+
+    def killing(*arguments, **named):
+        calls.append(None)
+        if len(calls) == call:
+            kill_a_worker()
+        return original(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, killing)
+        parts = train("sd", *flags, data=data, out="parts", expect=2)
+    said = message(capsys)
+    step = len(losses(parts))
+    assert step < 7
+    assert f"lower --dataloader_num_workers; saved checkpoint-{step}; resume with: python " in said
+    assert said.endswith("--resume_from_checkpoint latest")
+    assert not damage(parts / f"checkpoint-{step}")
+    if owner is Encoder:
+        more = ["--max_train_steps", step + 2, "--dataloader_num_workers", 0]
+        train("sd", *flags, *more, "--resume_from_checkpoint", "latest", data=data, out="parts")
+        whole = train("sd", *flags, *more, data=data, out="whole")
+        assert losses(whole) == losses(parts)
+        assert_same_bits(weights(whole), weights(parts))
+
+
+def test_a_worker_that_is_killed_while_the_cache_is_filled(train, kill_a_worker, monkeypatch, capsys, tmp_path):
+    flags = ["--cache_latents", "--encoding_cache_dir", tmp_path / "cache", "--cache_batch_size", 1]
+    with pytest.MonkeyPatch.context() as patch:
+        moments = CacheFiller.moments
+
+        def killing(self, pixels):
+            kill_a_worker()
+            return moments(self, pixels)
+
+        patch.setattr(CacheFiller, "moments", killing)
+        train("sd", *FLAGS, *flags, "--max_train_steps", 2, "--dataloader_num_workers", 1, expect=2)
+    assert message(capsys).endswith("lower --dataloader_num_workers")
+    train("sd", *FLAGS, *flags, "--max_train_steps", 2, "--dataloader_num_workers", 1, out="again")
+
+
+def test_a_worker_that_runs_out_of_memory(train, monkeypatch, capsys):
+    """It is no lack of the device's memory, for which a step is begun again with smaller pieces."""
+
+    def fail(self, piece):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(TrainingDataset, "__getitem__", fail)
+    for workers in (0, 1):
+        train("sd", *FLAGS, "--max_train_steps", 2, "--dataloader_num_workers", workers, out=f"{workers}", expect=2)
+        assert "out of memory while a batch was loaded" in message(capsys)
+
+
+def test_a_process_that_reads_headers_and_is_killed(train, monkeypatch, capsys, tmp_path):
+    data = tiny.make_images(tmp_path / "data", 8)  # of which nothing is remembered
+    monkeypatch.setattr("utils.data.headers.MANY", 1)
+    monkeypatch.setattr("utils.data.headers._read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    train("sd", *FLAGS, "--max_train_steps", 2, data=data, expect=2)
+    assert "a process that reads files was killed" in message(capsys)
 
 
 def test_a_loader_that_hangs(train, monkeypatch, capsys):
@@ -269,6 +365,68 @@ def test_pickled_arrays_in_parquet_and_npz_are_no_images(train, capsys, tmp_path
     data = tiny.make_images(tmp_path / "data", 4)
     np.savez(data / "001.npz", image=np.array([Payload(marker)], dtype=object))
     train("sd", *FLAGS, "--max_train_steps", 1, data=data)
+
+
+@pytest.fixture
+def losses_that_are_not_finite(monkeypatch) -> Callable[[set[int]], None]:
+    """losses_that_are_not_finite({2, 3}) spoils the losses of steps 2 and 3, of one micro-batch each, from 1."""
+
+    def arrange(steps: set[int]) -> None:
+        def forward(self, encoded):
+            losses = plain(self, encoded)
+            return losses * math.nan if encoded.batch.step + 1 in steps else losses
+
+        monkeypatch.setattr(Objective, "forward", forward)
+
+    plain = Objective.forward
+    return arrange
+
+
+@BOTH
+def test_a_diverged_run_says_so_and_ends_with_1(train, kind, losses_that_are_not_finite, capsys, monkeypatch):
+    """In its error, its record and its model card; the result is written."""
+    cards, verdict = [], "3 of 4 steps had no finite loss and gradient"
+    monkeypatch.setattr("utils.export.upload", lambda folder, *_: cards.append((folder / "README.md").read_text()))
+    losses_that_are_not_finite({1, 2, 4})
+    out = train(kind, *FLAGS, "--max_train_steps", 4, "--push_to_hub", expect=1)
+    assert f"the run has diverged: {verdict}" in message(capsys)
+    assert json.loads((out / "run.json").read_text())["outcome"] == {
+        "steps": 4,
+        "skipped_steps": 3,
+        "diverged": verdict,
+    }
+    assert f"**The training has diverged: {verdict}.**" in cards[0]
+    assert (out / "model_index.json").exists()
+
+
+def test_a_resumed_run_counts_the_steps_before(train, losses_that_are_not_finite):
+    losses_that_are_not_finite({1, 2})
+    flags = ["--train_batch_size", 1, "--checkpointing_steps", 3]
+    out = train("pixels", *flags, "--max_train_steps", 3, expect=1)
+    train("pixels", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    assert json.loads((out / "run.json").read_text())["outcome"] == {"steps": 4, "skipped_steps": 2, "diverged": None}
+    losses_that_are_not_finite({5})
+    train("pixels", *flags, "--max_train_steps", 5, "--resume_from_checkpoint", "latest", expect=1)
+
+
+def test_a_run_whose_last_steps_are_not_finite(train, losses_that_are_not_finite, capsys):
+    flags = ["--train_batch_size", 1, "--max_skipped_steps", 50, "--max_train_steps", 21]
+    losses_that_are_not_finite(set(range(12, 22)))
+    train("pixels", *flags, expect=1)
+    assert "the last 10 of 21 steps had no finite loss and gradient" in message(capsys)
+
+
+def test_weights_that_are_not_finite_are_named(train, monkeypatch, capsys):
+    """As after a last step that was too large."""
+    record = Course.record
+
+    def spoil(course, done, *others):
+        record(course, done, *others)
+        course.state.parameters[0].parameter.data.view(-1)[0] = math.inf
+
+    monkeypatch.setattr(Course, "record", spoil)
+    train("sd", *FLAGS, "--max_train_steps", 1, expect=1)
+    assert "the run has diverged: its weights are not all finite" in message(capsys)
 
 
 @pytest.mark.slow

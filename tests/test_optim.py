@@ -1,14 +1,29 @@
 """Each optimizer and schedule of the tables against its formula or its package's own result."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import train_unconditional
+from tests import tiny
+from tests.conftest import reset_accelerate
 from tests.test_equivalences import assert_same_bits, losses
-from utils.optim import OPTIMIZERS, NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer, rate_factor
+from utils.checkpoint import read_state
+from utils.optim import (
+    OPTIMIZERS,
+    SCHEDULES,
+    WITHOUT_WARMUP,
+    NamedParameter,
+    OptimizerOptions,
+    ScheduleOptions,
+    build_optimizer,
+    rate_factor,
+)
 from utils.options import UserError
 
 STEPS = 4
@@ -207,11 +222,66 @@ class TestSchedules:
         reference = self.theirs(total, lambda optimizer: schedule(optimizer, 1.0, total, pct_start=start))
         assert mine == pytest.approx(reference, abs=1e-9)
 
+    @pytest.mark.parametrize("name", sorted({*SCHEDULES} - {*WITHOUT_WARMUP}))
+    @pytest.mark.parametrize(("warmup", "total"), [(50, 100), (51, 100), (99, 100), (100, 100), (500, 300), (500, 2)])
+    def test_a_warning_says_what_a_long_warm_up_does(self, name, warmup, total):
+        more = {"cosine_warm_restarts": {"lr_t_0": 7}, "step": {"lr_step_size": 9}}.get(name, {})
+        options = ScheduleOptions(lr_scheduler=name, lr_warmup_steps=warmup, **more)
+        rates, said = self.rates(total, lr_scheduler=name, lr_warmup_steps=warmup, **more), options.warning(total)
+        assert bool(said) == (warmup > total / 2)
+        if max(rates) < 1:
+            assert f"only rises, to {100 * max(rates):.0f} % of --learning_rate" in said
+        elif said:
+            assert f"only at step {rates.index(1.0) + 1} of {total}; " in said
+        assert not said or said.endswith(f"try --lr_warmup_steps {total // 10}")
+
+    @pytest.mark.parametrize("name", WITHOUT_WARMUP)
+    def test_no_warning_where_there_is_no_warm_up(self, name):
+        more = {"lr_step_rules": "1:10,0.1"} if name == "piecewise_constant" else {}
+        assert not ScheduleOptions(lr_scheduler=name, lr_warmup_steps=500, **more).warning(3)
+        assert self.rates(30, lr_scheduler=name, lr_warmup_steps=500, **more) == self.rates(
+            30, lr_scheduler=name, lr_warmup_steps=0, **more
+        )
+
     def test_what_goes_together(self):
         with pytest.raises(UserError, match="--lr_t_0 go together"):
             ScheduleOptions(lr_scheduler="cosine_warm_restarts")
         with pytest.raises(UserError, match="--lr_step_size go together"):
             ScheduleOptions(lr_step_size=3)
+
+
+def learning_rates(out: Path) -> list[float]:
+    return [json.loads(line)["learning_rate"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_warm_up_that_is_not_asked_for_fits_the_run(train, caplog, capsys):
+    """A tenth of it; a resumed run keeps its checkpoint's, also that of an earlier version, and names another."""
+    flags = ["--train_batch_size", 2, "--learning_rate", 1e-3, "--lr_scheduler", "constant_with_warmup"]
+
+    def run(out: str, *more: object, expect: int = 0) -> Path:
+        reset_accelerate()
+        argv = ["--train_data_dir", train.images, *tiny.UNCONDITIONAL["pixels"], "--resolution", tiny.RESOLUTION]
+        argv += ["--output_dir", folder / out, "--report_to", "none", *flags, *more]
+        assert train_unconditional.main([str(word) for word in argv]) == expect
+        return folder / out
+
+    folder = train("pixels", "--max_train_steps", 1).parent
+    out = run("fits", "--max_train_steps", 20)
+    assert learning_rates(out)[:4] == [0, 5e-4, 1e-3, 1e-3]
+    run("fits", "--max_train_steps", 21, "--resume_from_checkpoint", "latest")
+    assert read_state(out / "checkpoint-21").facts.training["lr_warmup_steps"] == 2
+    run("fits", "--max_train_steps", 22, "--resume_from_checkpoint", "latest", "--lr_warmup_steps", 3, expect=2)
+    assert "--lr_warmup_steps 3 (it was 2)" in capsys.readouterr().err
+    out = run("earlier", "--max_train_steps", 2, "--lr_warmup_steps", 500)
+    assert "in 2 steps the learning rate only rises, to 0 % of --learning_rate; try" in caplog.text
+    run("earlier", "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    assert learning_rates(out) == pytest.approx([0, 2e-6, 4e-6, 6e-6])
+
+
+def test_a_default_warm_up_that_is_longer_than_the_run_is_named(train, caplog):
+    flags = ["--max_train_steps", 2, "--train_batch_size", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 500]
+    train("sd", *flags)
+    assert "--lr_warmup_steps 500: in 2 steps the learning rate only rises" in caplog.text
 
 
 def test_layer_rates(train, pipelines, capsys):

@@ -1,6 +1,10 @@
 """Runs that are asked to end before their time, and go on as if they had not been."""
 
+import contextlib
 import json
+import logging
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -8,18 +12,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
+from typing import TextIO
 
 import pytest
+from tqdm import tqdm
 
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_held_out import measured
 from tests.test_launch import command, launcher
+from utils.checks import LAUNCHED
 from utils.course import Course
 from utils.encoding import CacheFiller, Encoder
 from utils.held_out import HeldOut
 from utils.state import CheckpointSaver
-from utils.stopping import agreed, resume_command
+from utils.stopping import SIGNALS, StopRequests, agreed, resume_command
+from utils.streams import flush_streams, hide, lasting_streams
 from utils.validation import Sampler
 
 FLAGS = ["--train_batch_size", 2, "--max_train_steps", 6, "--learning_rate", 1e-3, "--use_ema"]
@@ -45,16 +53,19 @@ def signal_at(monkeypatch) -> Callable:
 
 @pytest.mark.parametrize(
     ("kind", "number"),
-    [("sd", signal.SIGTERM), ("sd", signal.SIGINT), ("sd", signal.SIGUSR1), ("pixels", signal.SIGTERM)],
+    [
+        *(("sd", number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)),
+        ("pixels", signal.SIGTERM),
+    ],
 )
 def test_a_signal_in_a_step(train, signal_at, monkeypatch, capsys, kind, number):
     """With two micro-batches a step: the step is finished, saved, and gone on from, bit by bit."""
     flags = [*FLAGS, "--gradient_accumulation_steps", 2]
     whole = train(kind, *flags, out="whole")
-    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    handlers = [signal.getsignal(each) for each in SIGNALS]
     signal_at(Encoder, "encode", 5, number)
     parts = train(kind, *flags, out="parts", expect=128 + number)
-    assert handlers == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    assert handlers == [signal.getsignal(each) for each in SIGNALS]
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"stopped {signal.Signals(number).name} after step 3, which is saved in {parts}; go on with")
     assert said.endswith("--resume_from_checkpoint latest")
@@ -155,6 +166,115 @@ def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(pipelines
     assert Checkpoints(tmp_path / "out", None).resolve("latest") is not None
 
 
+def test_a_hangup_that_is_ignored_stays_so_and_is_no_second_signal(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.stopping.AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("utils.stopping.os._exit", lambda status: pytest.fail("it ends at once"))
+    requests = StopRequests(tmp_path, None)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with requests.listening():
+            signal.raise_signal(signal.SIGHUP)
+            assert requests.number == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with requests.listening():
+            for _ in range(3):
+                signal.raise_signal(signal.SIGHUP)
+            assert requests.number == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed(pipelines, images, tmp_path):
+    """The run gets a SIGHUP, and an error for each line that it writes; it saves all the same."""
+    out = tmp_path / "out"
+    flags = ("--train_batch_size", 1, "--max_train_steps", 5000, "--dataloader_num_workers", 1)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, *command(pipelines, images, out, *flags)])
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text()) > 500)
+    below = descendants(process)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
+    steps = len(losses(out))
+    assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{steps}"]
+    wait_for(lambda: not any(alive(each) for each in below), 30)
+
+
+def test_a_run_whose_output_can_not_be_written(train, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    stream = open(write, "w", buffering=1)  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream)
+    handler = logging.StreamHandler(stream)  # another package's own
+    logging.getLogger().addHandler(handler)
+    try:
+        out = train("sd", "--train_batch_size", 1, "--max_train_steps", 3)
+        train("sd", "--train_batch_size", 1, "--max_train_steps", 3, "--dry_run", out="dry")
+        train("sd", "--no_such_flag", expect=2)
+    finally:
+        logging.getLogger().removeHandler(handler)
+        with contextlib.suppress(OSError):
+            stream.close()
+    assert len(losses(out)) == 3
+    assert (out / "model_index.json").exists()
+
+
+@pytest.mark.slow
+def test_a_reader_that_ends_is_not_the_runs_end(pipelines, images, tmp_path):
+    """As in `2>&1 | tee log` when tee is killed: the run goes on to its end and exports, with status 0."""
+    out = tmp_path / "out"
+    words = [sys.executable, *command(pipelines, images, out, "--train_batch_size", 1, "--max_train_steps", 40)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(lambda: (out / "metrics.jsonl").exists())
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert len(losses(out)) == 40
+    assert (out / "model_index.json").exists()
+
+
+class TestStreams:
+    def broken(self, tmp_path) -> TextIO:
+        """A pipe without a reader."""
+        read, write = os.pipe()
+        os.close(read)
+        return open(write, "w", buffering=1)
+
+    def test_what_can_not_be_written_is_dropped(self, tmp_path, monkeypatch):
+        with open(tmp_path / "closed", "w") as closed:
+            pass
+        full = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+        for stream in (self.broken(tmp_path), full, closed, None):
+            monkeypatch.setattr(sys, "stdout", stream)
+            monkeypatch.setattr(sys, "stderr", stream)
+            with lasting_streams():
+                print("a line")
+                print("another", file=sys.stderr, flush=True)
+                with tqdm(range(3), mininterval=0) as bar:
+                    assert list(bar) == [0, 1, 2]
+                assert not sys.stderr.isatty()
+            flush_streams()
+            assert sys.stdout is stream
+        with pytest.raises(OSError, match="No space"):
+            full.close()
+
+    def test_a_character_that_the_encoding_lacks(self, tmp_path, monkeypatch):
+        with open(tmp_path / "ascii", "w", encoding="ascii") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            with lasting_streams():
+                print("caf\u00e9 \udce9")
+        assert (tmp_path / "ascii").read_text() == "caf\\xe9 \\udce9\n"
+
+    def test_a_secret_is_shown_nowhere(self, monkeypatch, capsys):
+        monkeypatch.setattr("utils.streams._SECRETS", set())
+        hide("hf_0123456789")
+        hide("s")
+        with lasting_streams():
+            print("it is hf_0123456789, says", "hf_0123456789", file=sys.stderr)
+        assert capsys.readouterr().err == "it is ***, says ***\n"
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     until = time.monotonic() + seconds
     while not condition():
@@ -175,8 +295,9 @@ LAUNCHERS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_a_launcher_that_is_ended_leaves_a_checkpoint_and_no_process(pipelines, images, tmp_path, name):
+def test_a_launcher_that_is_ended_leaves_a_checkpoint_and_no_process(pipelines, images, tmp_path, name, number):
     out, log = tmp_path / "out", tmp_path / "log"
     flags = ("--train_batch_size", 1, "--max_train_steps", 5000, "--dataloader_num_workers", 1)
     words = [*LAUNCHERS[name], *command(pipelines, images, out, *flags)]
@@ -184,7 +305,7 @@ def test_a_launcher_that_is_ended_leaves_a_checkpoint_and_no_process(pipelines, 
         process = subprocess.Popen(words, stderr=stderr, start_new_session=True)
         wait_for(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text()) > 500)
         below = descendants(process.pid)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(60) != 0
     wait_for(lambda: not any(alive(each) for each in below), 30)
     assert list(out.glob("checkpoint-*")), log.read_text()[-2000:]
@@ -200,17 +321,20 @@ def alive(process: int) -> bool:
 
 def test_what_is_agreed():
     assert agreed([]) == (False, False, 0)
-    assert agreed([0, 0, 0, 0, 0]) == (False, False, 0)
-    assert agreed([0, 0, 0, 0, 1]) == (True, False, 0)
-    assert agreed([0, 0, 0, 2, 0]) == (True, True, 0)
-    assert agreed([1, 0, 2, 0, 0]) == (True, True, signal.SIGTERM)
-    assert agreed([0, 0, 2, 1, 1]) == (True, True, signal.SIGUSR1)
+    assert agreed([0, 0, 0, 0, 0, 0]) == (False, False, 0)
+    assert agreed([0, 0, 0, 0, 0, 1]) == (True, False, 0)
+    assert agreed([0, 0, 0, 0, 2, 0]) == (True, True, 0)
+    assert agreed([1, 0, 2, 0, 0, 0]) == (True, True, signal.SIGTERM)
+    assert agreed([0, 0, 2, 0, 1, 1]) == (True, True, signal.SIGUSR1)
+    assert agreed([0, 0, 0, 1, 0, 0]) == (True, True, signal.SIGHUP)
 
 
 def test_the_resume_command_keeps_the_command_and_no_token(monkeypatch):
-    assert resume_command(["a.py", "--x", "a b", "--hub_token", "s"]).endswith(
-        "--x 'a b' --hub_token '***' --resume_from_checkpoint latest"
-    )
+    for words in (["--hub_token", "s3cret"], ["--hub_token=s3cret"], ["--hub-token", "s3cret"]):
+        command = resume_command(["a.py", "--x", "a b", *words, "--y", "1"])
+        assert command.endswith("--x 'a b' --y 1 --resume_from_checkpoint latest")
+        assert "s3cret" not in command
+        assert "***" not in command
     latest = "python a.py --x 1 --resume_from_checkpoint latest"
     assert resume_command(["a.py", "--resume_from_checkpoint", "checkpoint-2", "--x", "1"]) == latest
     assert resume_command(["a.py", "--resume_from_checkpoint=latest", "--x", "1"]) == latest
@@ -224,6 +348,25 @@ def test_the_resume_command_keeps_the_command_and_no_token(monkeypatch):
 @pytest.mark.parametrize("value", ["5", "1:2:3", "00:60:00", "x"])
 def test_a_time_that_is_none(refused, value):
     refused(["--max_train_time", value], "--max_train_time must be HH:MM:SS")
+
+
+@pytest.mark.parametrize("variable", LAUNCHED)
+def test_a_token_under_a_launcher_is_refused(refused, monkeypatch, capsys, variable):
+    monkeypatch.setattr("utils.checks.atexit.register", lambda *_: None)
+    monkeypatch.setenv(variable, "0")
+    refused(["--push_to_hub", "--hub_token", "hf_0123456789"], "--hub_token: ", "HF_TOKEN", "hf auth login")
+    assert "hf_0123456789" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_no_launcher_prints_the_token(pipelines, images, tmp_path, name):
+    flags = ("--max_train_steps", 1, "--hub_token", "hf_0123456789")
+    words = [*LAUNCHERS[name], *command(pipelines, images, tmp_path / "out", *flags)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    assert "error: --hub_token: launchers print the command line" in done.stderr
+    assert "hf_0123456789" not in done.stderr + done.stdout
 
 
 def test_loaders_processes_end_with_a_process_that_left_them_running():

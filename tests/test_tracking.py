@@ -2,13 +2,14 @@
 
 import json
 import logging
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from utils.tracking import EpochLosses, LayerNorms, RunLog, StepMetrics
+from utils.tracking import EpochLosses, JsonLines, LayerNorms, RunLog, Skips, StepMetrics
 
 
 def test_numbers_of_epochs_and_a_loss_that_leaves_them(caplog):
@@ -39,6 +40,88 @@ def test_an_outlier_among_layers_is_named():
     found = norms.outliers(norms.measure(list(layer.named_parameters()), 2.0))
     assert found.keys() == {"weight"}
     torch.testing.assert_close(torch.tensor(found["weight"]), torch.tensor([11.0, 1.0]) * 6**0.5)
+
+
+@pytest.mark.parametrize(
+    ("scale", "gradient_norms", "total"),
+    [
+        (None, [1.0, math.inf, math.nan, 1.0], 2),
+        (65536.0, [math.inf, math.inf, math.inf, 1.0], 0),  # fp16's scaler looks for the largest scale that fits
+        (0.5, [math.inf, math.inf, math.inf, 1.0], 3),  # they overflow without being scaled up
+    ],
+)
+def test_which_steps_count_as_skipped(tmp_path, monkeypatch, scale, gradient_norms, total):
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda objects: objects)
+    scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
+    facts = {"is_main_process": True, "is_local_main_process": False, "trackers": []}
+    accelerator, skips = SimpleNamespace(device=torch.device("cpu"), scaler=scaler, **facts), Skips()
+    with RunLog(accelerator, tmp_path, 0, 4, 1, skips=skips) as log:
+        for step, norm in enumerate(gradient_norms, start=1):
+            log.step(StepMetrics(step, 0.0, torch.tensor(1.0), torch.tensor(norm), 1e-3))
+    assert (skips.total, skips.in_a_row) == (total, 0)
+
+
+def test_a_verdict():
+    assert not Skips(0, 0).verdict(0)
+    assert not Skips(4, 4).verdict(8)
+    assert Skips(5, 1).verdict(9) == "5 of 9 steps had no finite loss and gradient"
+    assert not Skips(9, 9).verdict(100)
+    assert Skips(10, 10).verdict(100) == "the last 10 of 100 steps had no finite loss and gradient"
+
+
+def test_a_tracker_that_fails_is_given_up(train, caplog, monkeypatch):
+    """Once, with a warning, and the training goes on."""
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(self, *arguments, **named):
+        raise OSError(28, "No space left on device")
+
+    for name in ("log", "finish"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TensorBoardTracker, name, fail)
+            flags = ["--max_train_steps", 3, "--train_batch_size", 2, "--report_to", "tensorboard"]
+            out = train("sd", *flags, out=name)
+        said = [record.message for record in caplog.records if "can't be written" in record.message]
+        assert said == [
+            "tensorboard can't be written: [Errno 28] No space left on device; the training goes on without it, "
+            "metrics.jsonl has the numbers"
+        ]
+        assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+        caplog.clear()
+
+
+def test_a_tracker_that_can_not_start(train, monkeypatch, capsys):
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(self):
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", fail)
+    train("sd", "--max_train_steps", 1, "--report_to", "tensorboard", expect=2)
+    assert "--report_to tensorboard can't be started: [Errno 13] Permission denied" in capsys.readouterr().err
+
+
+def test_lines_that_a_full_disk_refuses_are_left_out(tmp_path, monkeypatch, caplog):
+    """Also one that was written in part; those after it are whole."""
+    lines = JsonLines(tmp_path / "lines")
+    lines.write({"step": 1})
+    file, written = lines._file, []
+
+    class Full:
+        def write(self, line):
+            written.append(line)
+            if len(written) == 1:
+                return file.write(line[:5])
+            raise OSError(28, "No space left on device")
+
+    lines._file = Full()
+    lines.write({"step": 2})
+    lines.write({"step": 3})
+    lines._file = file
+    lines.write({"step": 4})
+    lines.close()
+    assert (tmp_path / "lines").read_text() == '{"step": 1}\n{"ste\n{"step": 4}\n'
+    assert [record.message.count("lines will be missing") for record in caplog.records] == [1]
 
 
 def test_layers_and_histograms_of_a_run(train):
@@ -72,7 +155,7 @@ def test_the_speed_of_a_step_is_that_of_its_own_time(tmp_path, monkeypatch, toge
         is_local_main_process=False,
         device=torch.device("cpu"),
         scaler=None,
-        log=lambda values, step: None,
+        trackers=[],
     )
     with RunLog(accelerator, tmp_path, 0, 4, 8, together) as log:
         for step in range(1, 5):
@@ -87,7 +170,7 @@ def test_what_processes_tell_each_other_is_read_once_also_of_steps_before_a_paus
     """A pause writes steps; what they said is heard at the next one, and added to what comes after."""
     facts = {"is_local_main_process": False, "is_main_process": False, "scaler": None}
     accelerator = SimpleNamespace(**facts, device=torch.device("cpu"))
-    accelerator.log = lambda *given, **named: None
+    accelerator.trackers = []
     log = RunLog(accelerator, tmp_path, 0, 9, 1, steps_together=2)
 
     def heard(step: int, *sums: float) -> list[float]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from utils.background import HostBuffers
-from utils.disk import sync_folder
+from utils.disk import sync_file, sync_folder
 from utils.engines import Engine
 from utils.optim import NamedParameter
 from utils.options import UserError, first_line, option, require_positive
@@ -81,6 +81,8 @@ class TrainingState:
         ema_updates: updates of the moving average, or None without one.
         scaler: state of fp16's gradient scaler, or None.
         samples_at_once: what memory allowed, where it was short; else None.
+        skipped_steps: of these, steps that had no finite loss and gradient.
+        skipped_in_a_row: the last of them, without one between.
     """
 
     step: int
@@ -88,6 +90,8 @@ class TrainingState:
     ema_updates: int | None
     scaler: dict[str, float | int] | None
     samples_at_once: int | None = None
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 class Checkpoints:
@@ -475,9 +479,11 @@ def load_optimizer(
         UserError: if the checkpoint's parameters are others than these.
     """
     _, saved, own_groups = _read_saved(folder)
+    on_cpu = {name for name, parameter, _ in parameters if parameter.device.type == "cpu"}
     for name, tensor in load_file(folder / OPTIMIZER).items():
         parameter_name, _, key = name.rpartition("/")
-        saved.setdefault(parameter_name, {})[key] = tensor
+        # a tensor that stays where it is would keep the file mapped, which Windows then does not let be pruned
+        saved.setdefault(parameter_name, {})[key] = tensor.clone() if parameter_name in on_cpu else tensor
     unknown = set(saved) - {name for name, _, _ in parameters}
     if unknown:
         raise UserError(f"{folder} trains {min(unknown)}, which this run does not; give the options it was made with")
@@ -492,7 +498,6 @@ def _sync(folder: Path) -> None:
     """Has the disk hold every file below the folder before it gets its final name."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
     for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         sync_folder(path)

@@ -1,11 +1,14 @@
 """Which options don't go together, whatever is trained."""
 
+import atexit
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from utils.data.cache import CacheOptions
 from utils.data.captions import CaptionOptions
@@ -17,7 +20,7 @@ from utils.export import HubOptions
 from utils.families.source import PartOptions
 from utils.held_out import EarlyStoppingOptions
 from utils.losses import LossOptions
-from utils.optim import OPTIMIZER_PACKAGES, OptimizerOptions, ScheduleOptions
+from utils.optim import OPTIMIZER_PACKAGES, WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
 from utils.options import UserError
 from utils.speed import ATTENTION, CPU_ATTENTION, SpeedOptions
 from utils.tracking import TrackingOptions
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK")
+ACCELERATE = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
 
 
 def check_output_folder(options: Any, output: Path) -> None:
@@ -78,7 +83,7 @@ def check_optimizer(options: OptimizerOptions, schedule: ScheduleOptions, term_r
     if name == "prodigy" and options.learning_rate < 0.1:
         rate = options.learning_rate
         logger.warning("--optimizer prodigy finds its rate itself: --learning_rate %g is a factor on it, try 1", rate)
-    if schedule.lr_scheduler in ("constant", "one_cycle") and schedule.lr_warmup_steps not in (0, 500):
+    if schedule.lr_scheduler in WITHOUT_WARMUP and schedule.lr_warmup_steps not in (None, 0, 500):
         logger.warning("--lr_warmup_steps is ignored by --lr_scheduler %s", schedule.lr_scheduler)
 
 
@@ -126,12 +131,38 @@ def check_speed(
 
 
 def check_token(hub: HubOptions, tracking: TrackingOptions) -> None:
-    """Refuses a token on the command line where a tracker would record that."""
-    if hub.hub_token is not None and {"wandb", "comet_ml"} & set(tracking.trackers):
+    """Refuses a token on the command line where a tracker would record that, or a launcher would print it."""
+    if hub.hub_token is None:
+        return
+    if any(name in os.environ for name in LAUNCHED):
+        atexit.unregister(_end_launcher)
+        atexit.register(_end_launcher, hub.hub_token)
+        raise UserError(
+            "--hub_token: launchers print the command line, token and all, when a run ends in an error; leave it out, "
+            "and set HF_TOKEN in the environment or log in by `hf auth login`"
+        )
+    if {"wandb", "comet_ml"} & set(tracking.trackers):
         raise UserError(
             f"--report_to {tracking.report_to} would record the command with its --hub_token; "
             "log in by `hf auth login` instead"
         )
+
+
+def _end_launcher(token: str) -> None:
+    """Ends accelerate's launcher of a single process, if it started this one with the token in its command line.
+
+    It would print that as this process ends with an error, and offers the process that it started no way to prevent
+    it. No other process is touched: a shell, torchrun, and a launcher whose command line has no token live on.
+    """
+    for parent in psutil.Process().parents():
+        try:
+            words = parent.cmdline()
+            is_accelerate = any(Path(word).name in ACCELERATE for word in words[:3])
+            if is_accelerate and any(word in (token, f"--hub_token={token}", f"--hub-token={token}") for word in words):
+                parent.terminate()
+                return
+        except psutil.Error:
+            return
 
 
 def check_masks(options: LossOptions, entries: list[SourceEntry]) -> None:

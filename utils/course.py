@@ -23,7 +23,7 @@ from utils.gradients import Gradients, StepSums
 from utils.held_out import HeldOut, History, measurement_of
 from utils.objective import Objective
 from utils.optim import OptimizerOptions, ScheduleOptions
-from utils.options import Stopped, UserError
+from utils.options import Diverged, Stopped, UserError
 from utils.preparation import DataPreparation
 from utils.runtime import OutputFolder, on_main_process, write_json
 from utils.state import CheckpointSaver, RunState, evaluating
@@ -182,17 +182,18 @@ class Course:
         heard = asked if sums is None else log.sums
         if any(heard[:1]):
             self.share_unreadable()
-        self._stop_if_diverged()
+        self._stop_if_diverged(done)
         self._heard = heard[1:]
 
     def share_unreadable(self) -> None:
         """Tells all processes of images that one could not decode."""
         self.feed.preparation.share_unreadable(self._unreadable, self.feed.images)
 
-    def _stop_if_diverged(self) -> None:
+    def _stop_if_diverged(self, done: int) -> None:
         """Ends a run in which one step after the other had to be skipped."""
         limit = self.settings.tracking.max_skipped_steps
-        if self.log.skipped_in_a_row >= limit:
+        if self.state.skips.in_a_row >= limit:
+            self._record_outcome(done, f"{limit} steps in a row had no finite loss and gradient")
             last = next((path.name for path in reversed(self.checkpoints.found())), "none was written")
             raise UserError(
                 f"{limit} steps in a row had no finite loss and gradient (--max_skipped_steps); lower --learning_rate "
@@ -212,6 +213,33 @@ class Course:
         if state.lengths is not None:
             average = _choose_length(self.settings.ema.ema_lengths, state.lengths, self.validation, self.requests)
         return evaluating(state.adaptation, average, state.optimizer)
+
+    def verdict(self) -> str:
+        """Why the result, whose weights the trained modules hold now, is that of a diverged run; empty if it is none.
+
+        For all to call.
+        """
+        are_finite = self.state.holds_finite_weights()
+        return self.state.skips.verdict(self.total_steps) or ("" if are_finite else "its weights are not all finite")
+
+    def conclude(self, verdict: str) -> None:
+        """Says where the result is, and what has become of the run, in run.json too.
+
+        Raises:
+            Diverged: if there is a verdict, once all processes are done.
+        """
+        self._record_outcome(self.total_steps, verdict)
+        folder = self.validation.folder.path
+        if verdict:
+            raise Diverged(
+                f"the run has diverged: {verdict}; its result is in {folder} all the same; lower --learning_rate, or "
+                "resume from an earlier checkpoint"
+            )
+        logger.info("the result is in %s", folder)
+
+    def _record_outcome(self, steps: int, verdict: str) -> None:
+        outcome = {"steps": steps, "skipped_steps": self.state.skips.total, "diverged": verdict or None}
+        on_main_process(self.state.accelerator, partial(self.validation.folder.add_to_record, outcome=outcome))
 
     def _hear_again(self) -> list[float]:
         """What all processes were asked for, also since then."""
@@ -244,6 +272,10 @@ class Course:
         return done % interval == 0 or done == self.total_steps
 
 
+def _rescue(saver: CheckpointSaver, wanted: int, step: int, size: int) -> None:
+    saver.rescue(step, size if size < wanted else None)
+
+
 def start_course(
     state: RunState,
     validation: Validation,
@@ -258,7 +290,7 @@ def start_course(
     accelerator, folder, asked = state.accelerator, validation.folder.path, settings.checkpoint
     checkpoints = Checkpoints(folder, asked.checkpoints_total_limit)
     saver = CheckpointSaver(checkpoints, state, BackgroundWriter(asked.async_checkpointing))
-    gradients.rescue = saver.rescue
+    gradients.rescue = partial(_rescue, saver, settings.at_once)
     together = settings.tracking.logging_steps
-    log = RunLog(accelerator, folder, first_step, total_steps, feed.batches.size, together)
+    log = RunLog(accelerator, folder, first_step, total_steps, feed.batches.size, together, state.skips)
     return Course(state, validation, gradients, saver, checkpoints, log, requests, feed, settings, total_steps)

@@ -18,9 +18,18 @@ def mark_as_own(folder: Path) -> None:
         file.write_text(MARKER_TEXT, encoding="utf-8")
 
 
+def sync_file(file: Path) -> None:
+    """Has the disk keep what was written to a file. It is opened for writing, without which Windows syncs none."""
+    with open(file, "r+b") as opened:
+        os.fsync(opened.fileno())
+
+
 def sync_folder(folder: Path) -> None:
-    """Has the disk keep the names in a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Has the disk keep the names in a folder; Windows opens no folders, and keeps them by itself."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     finally:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from utils.background import HostBuffers
-from utils.disk import sync_folder
+from utils.disk import sync_file, sync_folder
 from utils.ema import EmaOptions, MovingAverage
 from utils.optim import NamedParameter
 from utils.options import UserError, first_line
@@ -99,8 +99,7 @@ class AverageLengths:
         try:
             self._folder.mkdir(exist_ok=True)
             _write(halves, updates, temporary.name, self._folder)
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
+            sync_file(temporary)
             os.replace(temporary, file)
             sync_folder(self._folder)
         except (OSError, SafetensorError) as error:
@@ -175,7 +174,7 @@ def set_aside_snapshots(output_dir: Path, step: int) -> None:
     for file in snapshots(output_dir / FOLDER):
         if int(file.stem.removeprefix("step-")) > step:
             try:
-                file.rename(file.with_name(f"abandoned-{file.name}"))
+                file.replace(file.with_name(f"abandoned-{file.name}"))
             except OSError as error:
                 raise UserError(f"{file}, of a later step, can't be renamed: {error}") from error
 

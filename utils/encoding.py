@@ -456,7 +456,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 4e-2}
 
 def relative_error(one: Tensor, other: Tensor) -> float:
     """The largest difference, as a share of the largest value; infinite where a value is not finite."""
-    one, other = one.double(), other.double()
+    one, other = one.cpu().double(), other.cpu().double()
     if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
         return math.inf
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))

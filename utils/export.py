@@ -22,7 +22,10 @@ class HubOptions:
     push_to_hub: bool = option(False, "upload the result and its card")
     hub_model_id: str | None = option(None, "repository to upload to; by default the name of output_dir")
     hub_token: str | None = option(
-        None, "token of the Hub; it is written nowhere. `hf auth login` does without it", is_text=True
+        None,
+        "token of the Hub; it is written nowhere, yet others on the machine see it in the list of processes, and "
+        "launchers print it, so that it is refused under them: set HF_TOKEN in the environment, or `hf auth login`",
+        is_text=True,
     )
     hub_private_repo: bool = option(False, "create the repository as a private one")
 
@@ -49,6 +52,7 @@ class CardFacts:
         settings: lines of the table of settings, (name, value).
         call: how an image is drawn, in Python.
         tag: the Hub's name for what the model does.
+        verdict: why the run has diverged; empty if it has not.
     """
 
     base_model: str | None
@@ -57,6 +61,7 @@ class CardFacts:
     settings: Sequence[tuple[str, object]]
     call: str = 'pipeline("a prompt")'
     tag: str = "text-to-image"
+    verdict: str = ""
 
 
 def publish(folder: Path, options: HubOptions, facts: CardFacts, samples: Sequence[Sample]) -> None:
@@ -91,11 +96,12 @@ def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequenc
         if facts.is_lora
         else f"pipeline = DiffusionPipeline.from_pretrained({_quoted(repository)})"
     )
+    warning = f"\n**The training has diverged: {facts.verdict}.**\n" if facts.verdict else ""
     description = f"""
 # {markdown(repository)}
 
 {origin}{trained} on **{markdown(facts.data)}**.
-{shown}
+{warning}{shown}
 ## Usage
 
 ```python

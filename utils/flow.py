@@ -81,7 +81,8 @@ class FlowProcess:
 
     def __init__(self, scheduler_config: Mapping):
         self.num_timesteps = count = int(scheduler_config.get("num_train_timesteps", 1000))
-        sigmas, shift = torch.arange(1, count + 1, dtype=torch.float64) / count, shift_of(scheduler_config)
+        shift = shift_of(scheduler_config)
+        sigmas = torch.arange(1, count + 1, dtype=torch.float64, device="cpu") / count
         sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
         self.sigmas = sigmas.float()
         self.alphas_cumprod = ((1 - sigmas).square() / ((1 - sigmas).square() + sigmas.square())).float()
@@ -114,7 +115,7 @@ class ScoreProcess:
     def __init__(self, scheduler_config: Mapping):
         self.num_timesteps = int(scheduler_config["num_train_timesteps"])
         ends = math.log(scheduler_config["sigma_min"]), math.log(scheduler_config["sigma_max"])
-        sigmas = torch.linspace(*ends, self.num_timesteps, dtype=torch.float64).exp()
+        sigmas = torch.linspace(*ends, self.num_timesteps, dtype=torch.float64, device="cpu").exp()
         self.sigmas = sigmas.float()
         self.alphas_cumprod = (1 / (1 + sigmas.square())).float()
         self._snr = sigmas.pow(-2).float()
@@ -167,7 +168,7 @@ def process_of(options: ProcessOptions, scheduler: Any) -> "ForwardProcess | Flo
     name, scheduler_config = type(scheduler).__name__, scheduler.config
     own = FlowProcess if is_flow(scheduler) else ScoreProcess if is_score(scheduler) else None
     process = ForwardProcess(scheduler_config, options.scheduler_changes) if own is None else own(scheduler_config)
-    timestep_weights(options, process.alphas_cumprod.double().numpy(), process.default_distribution)
+    timestep_weights(options, process.alphas_cumprod.cpu().double().numpy(), process.default_distribution)
     if options.dream_training and (own is not None or process.prediction_type != "epsilon"):
         raise UserError(f"--dream_training is for epsilon prediction by betas, the pipeline has {name}")
     return process

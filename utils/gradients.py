@@ -1,6 +1,7 @@
 """A step's gradients, added up over micro-batches that are as large as the device's memory allows."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.copies import HalfCopy
+from utils.data.workers import LoadingError
 from utils.encoding import Encoder
 from utils.engines import Engine
 from utils.memory import is_out_of_memory
 from utils.options import ProcessError, UserError
 from utils.records import Batch
 from utils.seeding import model_seed
+from utils.stopping import resume_command
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,12 +102,15 @@ class Gradients:
 
         Raises:
             UserError: if one sample at a time is too much, or the processes were sharing gradients already.
+            LoadingError: if a batch can't be loaded; the steps before are saved.
         """
         held: list[Batch] = []
         source = iter(batches)
         while True:
             try:
                 return self._over(step, _again(held, source))
+            except LoadingError as error:
+                raise self._end_without_data(step, error, has_begun=bool(held)) from error
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -139,6 +145,24 @@ class Gradients:
             return ProcessError(f"{where}; the {step} steps before are saved, go on with {' or '.join(ways)}")
         ways += [] if self.engine.can_begin_again and not self.can_retry else [setting(half, self.num_samples)]
         return ProcessError(f"{where}; go on from the last checkpoint with {' or '.join(ways) or 'more memory'}")
+
+    def _end_without_data(self, step: int, error: LoadingError, has_begun: bool) -> LoadingError:
+        """What ends the run where a step's data can't be loaded; the steps before are saved where that is possible.
+
+        Args:
+            has_begun: whether a part of the step is done, which may have changed weights that step inside the backward
+                pass.
+        """
+        self._drop()
+        if self.rescue is None or self.engine.spreads or (has_begun and not self.can_retry):
+            return LoadingError(f"{error}; resume from the last checkpoint with: {resume_command(sys.argv)}")
+        if step == 0:
+            return LoadingError(f"{error}; no step was done yet")
+        try:
+            self.rescue(step, self.size)
+        except UserError as other:
+            return LoadingError(f"{error}; {other}")
+        return LoadingError(f"{error}; saved checkpoint-{step}; resume with: {resume_command(sys.argv)}")
 
     def rehearse(self, largest: Batch) -> None:
         """Forward and backward of the largest batch there will be, before the first step, all gradients dropped.

@@ -258,7 +258,7 @@ class HeldOut:
                 batch = self._batch(sample).to(self._accelerator.device)
                 mean, std = batch.moments.float().unbind(1)
                 encoded = EncodedBatch(batch, mean, std, batch.states)
-                found.append((sample.number, self._measured(objective, encoded).double().cpu().numpy()))
+                found.append((sample.number, self._measured(objective, encoded).cpu().double().numpy()))
         together = gather_object([(found, len(found) == len(self._samples))])
         if not all(is_whole for _, is_whole in together):
             return None

@@ -252,7 +252,7 @@ class NoiseDraws:
         self.has_posterior = has_posterior
         self.seed = seed
         self.global_batch = global_batch
-        alphas = process.alphas_cumprod.double().cpu().numpy()
+        alphas = process.alphas_cumprod.cpu().double().numpy()
         weights = timestep_weights(options, alphas, process.default_distribution)
         self._cumulative = np.cumsum(weights) / weights.sum()
         self._cumulative[np.flatnonzero(weights)[-1] :] = 1.0

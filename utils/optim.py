@@ -26,6 +26,8 @@ SCHEDULES = (
     "one_cycle",
     "reduce_on_plateau",
 )
+WITHOUT_WARMUP = ("constant", "piecewise_constant", "one_cycle")
+LONGEST_WARMUP = 500  # optimizer steps, of a warm-up that is not asked for
 LENGTH_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "one_cycle")  # reach to the run's end
 FUSED_DEVICES = {"cuda", "cpu"}
 ONE_CYCLE_START = 25.0  # torch's OneCycleLR: the rate begins at 1/25 of its peak and ends at 1/10,000 of that
@@ -142,7 +144,7 @@ class OptimizerOptions:
 @dataclass(frozen=True)
 class ScheduleOptions:
     lr_scheduler: str = option("constant", "course of the learning rate", choices=SCHEDULES)
-    lr_warmup_steps: int = option(500, "optimizer steps over which the rate rises from 0; ignored by constant")
+    lr_warmup_steps: int | None = option(500, "optimizer steps over which the rate rises from 0; ignored by constant")
     lr_num_cycles: int = option(1, "hard restarts of cosine_with_restarts")
     lr_power: float = option(1.0, "power of the polynomial schedule")
     lr_t_0: int | None = option(None, "optimizer steps of the first cycle of cosine_warm_restarts")
@@ -167,6 +169,28 @@ class ScheduleOptions:
                 raise UserError(f"--lr_scheduler {schedule} and --{name} go together; give both or neither")
         if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):
             raise UserError("--lr_scheduler piecewise_constant and --lr_step_rules go together; give both or neither")
+
+    def fitted(self, total_steps: int, recorded: int | None) -> "ScheduleOptions":
+        """The options with a warm-up: the one that is asked for, else a resumed run's own, else one that fits the run.
+
+        Args:
+            recorded: the warm-up of the checkpoint that the run resumes from.
+        """
+        if self.lr_warmup_steps is not None:
+            return self
+        fitting = min(LONGEST_WARMUP, total_steps // 10)
+        return replace(self, lr_warmup_steps=fitting if recorded is None else recorded)
+
+    def warning(self, total_steps: int) -> str:
+        """What a warm-up of more than half of the run does, and the cure; empty if it is shorter."""
+        warmup = self.lr_warmup_steps
+        if self.lr_scheduler in WITHOUT_WARMUP or 2 * warmup <= total_steps:
+            return ""
+        does = f"the learning rate reaches --learning_rate only at step {warmup + 1} of {total_steps}"
+        if warmup >= total_steps:
+            share = 100 * (total_steps - 1) / warmup
+            does = f"in {total_steps} steps the learning rate only rises, to {share:.0f} % of --learning_rate"
+        return f"--lr_warmup_steps {warmup}: {does}; try --lr_warmup_steps {total_steps // 10}"
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from utils.foreign_flags import FOREIGN_FLAGS
+from utils.streams import flush_streams, hide, lasting_streams
 from utils.terminal import one_line, print_line
 
 SECRET_OPTIONS = ("hub_token",)
+WRITTEN_PATHS = ("output_dir", "logging_dir", "encoding_cache_dir", "cache_dir", "save_reference", "export_geneval")
 CLOSE = 0.8  # similarity from which an unknown flag is taken for a misspelled one
 NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own would take -1e-4 for a flag
 
@@ -48,6 +50,10 @@ class Stopped(Exception):  # noqa: N818  no error, as KeyboardInterrupt is none
     def status(self) -> int:
         """The exit status: 128 + the signal, 0 for a planned end."""
         return 128 + self.number if self.number else 0
+
+
+class Diverged(Exception):  # noqa: N818  no error of the user's, and none of the program's
+    """A run that came to its end and whose result is of no use. It is written all the same; the exit status is 1."""
 
 
 def option(
@@ -240,6 +246,11 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
     _refuse_unknown(unknown, known_flags)
     if sys.flags.optimize > 1:
         raise UserError("python -OO drops docstrings, which transformers reads; start with python or python -O")
+    for name in SECRET_OPTIONS:
+        if secret := getattr(found, name, None):
+            hide(secret)
+    for name in WRITTEN_PATHS:
+        _require_unicode(name, getattr(found, name, None))
     values = {
         name: group(**{field.name: expanded(field, getattr(found, field.name)) for field in dataclasses.fields(group)})
         for name, group in groups.items()
@@ -271,6 +282,15 @@ def expanded(field: dataclasses.Field, value: typing.Any) -> typing.Any:
     cure = f"there is no user {user[1:]}" if user != "~" else "the home folder is not known"
     require(path != value, field.name, value, "be a path that exists", f"{cure}; write ./{value} for a name with a ~")
     return path
+
+
+def _require_unicode(name: str, path: str | None) -> None:
+    """Refuses a path to write to whose bytes are not UTF-8: libraries that write models to it take no other."""
+    try:
+        (path or "").encode()
+    except UnicodeEncodeError as error:
+        cure = "choose another name, or rename the folder"
+        raise UserError(f"--{name} must be UTF-8, got {one_line(path)}; {cure}") from error
 
 
 def as_number(value: object) -> object:
@@ -319,12 +339,13 @@ def as_record(options: typing.Any) -> dict[str, typing.Any]:
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:
-    """A command line with the values of secret flags starred out."""
+    """A command line without secret flags and their values: *** for a token would be taken for one."""
     shown, hide_next = [], False
     for word in words:
         flag, assigned, _ = word.partition("=")
         is_secret = flag.removeprefix("--").replace("-", "_") in SECRET_OPTIONS
-        shown.append("***" if hide_next else f"{flag}=***" if is_secret and assigned else word)
+        if not (hide_next or is_secret):
+            shown.append(word)
         hide_next = is_secret and not assigned
     return shown
 
@@ -341,12 +362,21 @@ def run_script(
     Args:
         names: what this script calls flags that its parts know by other names.
     """
+    with lasting_streams():
+        return _run(run, argv, names)
+
+
+def _run(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None, names: Mapping[str, str]) -> int:
     try:
         run(argv)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print_line(str(stopped), sys.stderr)
         return stopped.status
+    except Diverged as diverged:
+        if os.environ.get("RANK", "0") == "0":
+            print_line(f"error: {one_line(diverged)}", sys.stderr)
+        return 1
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
             print_line(f"error: {one_line(' '.join(renamed_flags(error, names).split()))}", sys.stderr)
@@ -383,8 +413,7 @@ def leave(status: int) -> NoReturn:
     There a process group that something still holds would be torn down with the interpreter's lock held, while its
     threads wait for that lock: seen as an abort or a hang after the work was done.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_streams()
     if "RANK" in os.environ:
         os._exit(status)
     sys.exit(status)

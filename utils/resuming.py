@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 RECORD_FACT = "data_record"  # which file beside the checkpoints says what the images were
 
+WARMUP = "lr_warmup_steps"
 # what a resumed run may change: its length, intervals and logging, how it is spread, what only saves memory or time,
 # and where its data lie, which are compared themselves
 FREE_GROUPS = (
@@ -95,6 +96,17 @@ class Beginning:
             check_structure(self.start, structure)
         return replace(self, structure={**self.structure, **structure})
 
+    def schedule(self, options: ScheduleOptions, total_steps: int) -> ScheduleOptions:
+        """The course of the learning rate, whose warm-up is the checkpoint's or fits the run where none is asked for.
+
+        It warns of a warm-up that takes most of the run.
+        """
+        recorded = None if self.start is None else read_state(self.start).facts.training.get(WARMUP)
+        schedule = options.fitted(total_steps, recorded)
+        if warning := schedule.warning(total_steps):
+            logger.warning("%s", warning if self.start is None else warning.partition("; ")[0])
+        return schedule
+
     def facts(self, images: PlannedImages | StreamedImages, schedule: ScheduleOptions, total_steps: int) -> RunFacts:
         """What a run that goes on from this one will be compared with.
 
@@ -106,7 +118,8 @@ class Beginning:
         if self.start is not None:
             check_training(self.start, data, self.may_change)
             _warn_of_length(self.start, schedule, total_steps)
-        return RunFacts(dict(self.structure), {**self.training, **data, RECORD_FACT: name}, total_steps)
+        training = {**self.training, WARMUP: schedule.lr_warmup_steps, **data, RECORD_FACT: name}
+        return RunFacts(dict(self.structure), training, total_steps)
 
     def _compare_data(self, images: PlannedImages | StreamedImages) -> str:
         """Compares the images with those that the checkpoint was trained on; keeps a record of them, and names it."""
@@ -172,6 +185,8 @@ def begin(options: Any, engine: Engine, folder: OutputFolder, requests: StopRequ
     structure["bucket_group_size"] = group_size if options.buckets.use_aspect_ratio_buckets else None
     training = _training_options(options)
     training |= {"mixed_precision": accelerator.mixed_precision, "global_batch": global_batch}
+    if training[WARMUP] is None:  # the checkpoint's, or one that fits
+        del training[WARMUP]
     if start is not None:
         check_structure(start, structure)
         check_training(start, training, asked.allow_changed_options)

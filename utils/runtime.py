@@ -24,6 +24,7 @@ from utils.heartbeat import watching
 from utils.library_messages import hear_libraries
 from utils.options import UserError, end_at_once_on_errors, first_line, option, require, require_not_negative
 from utils.output_folder import refuse_used
+from utils.tracking import Trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -154,7 +155,7 @@ def autocast(accelerator: "Accelerator") -> AbstractContextManager:
 class OutputFolder:
     """The folder of a run: locked while the run lives, and refused where it holds another.
 
-    `run.json` in it records the run's options.
+    `run.json` in it records the run's options, and its outcome once it is at its end.
     """
 
     def __init__(self, path: str):
@@ -203,6 +204,15 @@ class OutputFolder:
     def record(self, options: dict, versions: dict[str, str], command: list[str]) -> None:
         """Writes what the run was made with to `run.json`."""
         write_json(self.path / "run.json", {"options": options, "versions": versions, "command": command})
+
+    def add_to_record(self, **values: object) -> None:
+        """Adds to `run.json`."""
+        path = self.path / "run.json"
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = {}
+        write_json(path, known | values)
 
     def release(self) -> None:
         """Unlocks the folder."""
@@ -274,7 +284,6 @@ def ending(accelerator: "Accelerator", folder: OutputFolder, peer_timeout: float
             yield
     finally:
         try:
-            for tracker in accelerator.trackers:
-                tracker.finish()
+            Trackers(accelerator).finish()
         finally:
             folder.release()

@@ -41,7 +41,7 @@ def measured_scaling(
             continue
         mean, std = family.latent_space.moments(torch.from_numpy(found.pixels)[None].to(device))
         noise = generator(seed, number, 1, Stream.SCALING).standard_normal(mean.shape, dtype=np.float32)
-        values = (mean.cpu() + std.cpu() * torch.from_numpy(noise)).double()
+        values = (mean.cpu() + std.cpu() * torch.from_numpy(noise)).cpu().double()
         count, total, squares = count + values.numel(), total + float(values.sum()), squares + float((values**2).sum())
     variance = squares / count - (total / count) ** 2 if count else 0.0
     if not variance > 0:

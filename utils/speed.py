@@ -185,15 +185,15 @@ def largest_error(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
 
     Norms so small beside all others' that they are rounding count as NEGLIGIBLE of the others' root mean square.
     """
-    squares = sum(float(gradient.double().square().sum()) for gradient in expected.values())
+    squares = sum(float(gradient.cpu().double().square().sum()) for gradient in expected.values())
     usual = (squares / max(1, sum(gradient.numel() for gradient in expected.values()))) ** 0.5
     worst = "", 0.0
     for name, gradient in expected.items():
         if name not in found:
             return name, 1.0
         floor = NEGLIGIBLE * usual * gradient.numel() ** 0.5
-        off = float((found[name].double() - gradient.double()).norm())
-        error = off / max(float(gradient.double().norm()), floor, 1e-30)
+        off = float((found[name].cpu().double() - gradient.cpu().double()).norm())
+        error = off / max(float(gradient.cpu().double().norm()), floor, 1e-30)
         if not error <= worst[1]:  # NaN too
             worst = name, error if error == error else float("inf")
     return worst

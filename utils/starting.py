@@ -31,7 +31,7 @@ from utils.held_out import HeldOut
 from utils.lora_layers import num_shortened
 from utils.memory import keep_freed_memory
 from utils.objective import Objective
-from utils.optim import NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer, unwrapped
+from utils.optim import WITHOUT_WARMUP, NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer, unwrapped
 from utils.options import as_record, without_secrets
 from utils.perceptual import PerceptualLoss, PerceptualOptions
 from utils.preparation import DataPreparation
@@ -322,6 +322,8 @@ def describe_run(
     sizes = f"{loader.train_batch_size} x {loader.gradient_accumulation_steps} accumulated"
     if loader.global_batch_size is not None:
         sizes = f"at most {loader.train_batch_size} at once"
+    has_warmup = schedule.lr_scheduler not in WITHOUT_WARMUP and schedule.lr_warmup_steps
+    warmup = f" after {schedule.lr_warmup_steps} steps of warm-up" if has_warmup else ""
     epochs = float(total_steps * batches.size / batches.samples_per_epoch)
     facts = {
         "model": model,
@@ -331,7 +333,7 @@ def describe_run(
         "resolution": ", ".join(f"{width}x{height}" for width, height in images.plan.sizes),
         "global batch": f"{batches.size} = {sizes} x {accelerator.num_processes} processes",
         "length": f"{total_steps:,} optimizer steps = {epochs:.2f} epochs",
-        "optimizer": f"{rates.name}, {schedule.lr_scheduler} at {rates.learning_rate:g}",
+        "optimizer": f"{rates.name}, {schedule.lr_scheduler} at {rates.learning_rate:g}{warmup}",
     }
     return "\n".join(f"  {name:<14} {one_line(fact)}" for name, fact in facts.items())
 

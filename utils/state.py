@@ -1,9 +1,10 @@
 """All that an optimizer step changes, saved and restored as one."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +31,10 @@ from utils.engines import Engine
 from utils.optim import NamedParameter, unwrapped
 from utils.options import UserError, first_line
 from utils.runtime import on_main_process
+from utils.sharding import own_part
 from utils.stepping import PerParameter
 from utils.terms import LossTerm
+from utils.tracking import Skips
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,6 +54,7 @@ class RunState:
         own_parameters: those of loss terms.
         terms: the loss terms.
         facts: what a resumed run is compared with.
+        skips: the steps that were not taken, as far as the log has read.
     """
 
     engine: Engine
@@ -62,6 +66,7 @@ class RunState:
     own_parameters: list[NamedParameter]
     terms: list[LossTerm]
     facts: RunFacts
+    skips: Skips = field(default_factory=Skips)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scales the gradients down to a norm; gives the norm they had, also of those that are used up already.
@@ -151,6 +156,8 @@ class RunState:
             ema_updates=None if self.average is None else self.average.num_updates,
             scaler=None if scaler is None else scaler.state_dict(),
             samples_at_once=samples_at_once,
+            skipped_steps=self.skips.total,
+            skipped_in_a_row=self.skips.in_a_row,
         )
         content = optimizer_content(self.engine, self.optimizer, self.parameters + self.own_parameters, buffers)
         jobs = [partial(write_state, state=state, optimizer=content)]
@@ -176,6 +183,12 @@ class RunState:
     def evaluating(self) -> AbstractContextManager[None]:
         """Within it the trained modules are in evaluation mode and hold the average, if there is one."""
         return evaluating(self.adaptation, self.average, self.optimizer)
+
+    def holds_finite_weights(self) -> bool:
+        """Whether all trained weights are finite as they are now; for all to call."""
+        parts = [own_part(named.parameter.detach()) for named in self.parameters]
+        num_bad = torch.stack([(~torch.isfinite(part)).sum() for part in parts]).sum().float()
+        return not self.accelerator.reduce(num_bad.to(self.accelerator.device)).item()
 
     def tensors(self) -> list[Tensor]:
         """All that a checkpoint holds copies of, about."""
@@ -205,6 +218,8 @@ class RunState:
             self.adaptation.load_average(folder, self.average, saved.ema_updates)
         if self.accelerator.scaler is not None and saved.scaler:
             self.accelerator.scaler.load_state_dict(saved.scaler)
+        gc.collect()  # lets go of the checkpoint's files, which were mapped, so that Windows can prune them
+        self.skips.total, self.skips.in_a_row = saved.skipped_steps, saved.skipped_in_a_row
         return saved.step
 
 
@@ -286,10 +301,23 @@ class CheckpointSaver:
             write = self._state.saving(step, samples_at_once, buffers, is_copied or engine.spreads)
         on_main_process(accelerator, lambda: self._write(step, write, waits=not is_copied))
 
-    def rescue(self, step: int, samples_at_once: int) -> None:
-        """Saves from a process that can go no further, whatever the others do; each has all of the state."""
+    def rescue(self, step: int, samples_at_once: int | None) -> None:
+        """Saves from a process that can go no further, whatever the others do; each has all of the state.
+
+        Where the checkpoint of that step is there already, it stays.
+        """
+        self.writer.join()
+        if self._is_saved(step):
+            return
         write = self._state.saving(step, samples_at_once, HostBuffers(), is_copied=False)
-        self._checkpoints.save(step, write, is_alone=True)
+        try:
+            self._checkpoints.save(step, write, is_alone=True)
+        except OSError as error:  # another process may have saved the same step at the same moment
+            if not self._is_saved(step):
+                raise UserError(f"checkpoint-{step} can't be written: {first_line(error)}") from error
+
+    def _is_saved(self, step: int) -> bool:
+        return any(path.name == f"checkpoint-{step}" for path in self._checkpoints.found())
 
     def join(self) -> None:
         """Waits until the last checkpoint is written, whose error is raised here; for all to call."""

@@ -15,7 +15,9 @@ from typing import NamedTuple
 from utils.options import Stopped, without_secrets
 
 logger = logging.getLogger(__name__)
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is Slurm's notice
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK")  # SIGUSR1 is Slurm's notice, SIGBREAK Windows' own
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows lacks some
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed
 AGAIN_SECONDS = 1.0  # launchers send on what a terminal has sent to all: within this time it is the same signal
 LOOK_SECONDS = 1.0
 SAVE_FILE, STOP_FILE = "SAVE", "STOP"
@@ -53,13 +55,15 @@ class StopRequests:
     def listening(self) -> Iterator[None]:
         """Within it a signal sets `number`; a second one, at least a second later, ends the process at once.
 
-        A process that accelerate has launched alone takes the launcher's death for a SIGTERM: the launcher passes none
-        on.
+        SIGHUP is left alone where it is ignored (nohup). It never is such a second one: shells, launchers and the
+        kernel each send one of their own when a terminal is closed. A process that accelerate has launched alone takes
+        the launcher's death for a SIGTERM: the launcher passes none on.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        heard = [number for number in SIGNALS if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._receive) for number in heard}
         ended = threading.Event()
         if "ACCELERATE_MIXED_PRECISION" in os.environ:
             threading.Thread(target=self._watch_parent, args=(os.getppid(), ended), daemon=True).start()
@@ -68,12 +72,12 @@ class StopRequests:
         finally:
             ended.set()
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _receive(self, number: int, _: object) -> None:
         now = time.monotonic()
         if self.number:
-            if now - self._received_at >= AGAIN_SECONDS:
+            if number != HANGUP and now - self._received_at >= AGAIN_SECONDS:
                 os._exit(128 + number)
             return
         self.number, self._received_at = number, now

@@ -64,6 +64,8 @@ def print_line(text: str, stream: TextIO | None = None) -> None:
     Characters that the stream's encoding lacks become escapes.
     """
     stream = stream or sys.stdout
+    if stream is None:  # a process without standard streams
+        return
     encoding = getattr(stream, "encoding", None) or "utf-8"
     known = visible(text).encode(encoding, "backslashreplace").decode(encoding)
     with contextlib.suppress(*GONE):

@@ -3,20 +3,23 @@
 import json
 import logging
 import math
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.options import UserError, option, require_positive
+from utils.options import ProcessError, UserError, first_line, option, require_positive
 from utils.step_lines import keep_steps
 from utils.terminal import progress_bar
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 logger = logging.getLogger(__name__)
+METRICS, EPOCHS, LAYERS = "metrics.jsonl", "epochs.jsonl", "layers.jsonl"
 ENOUGH_LOSSES = 20  # of an epoch, to say what is out of the ordinary in the next
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 
@@ -101,6 +105,24 @@ class StepMetrics(NamedTuple):
     sums: Tensor | None = None
 
 
+@dataclass
+class Skips:
+    """Steps of a whole run that had no finite loss and gradient, and were not taken; a checkpoint keeps the counts."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+    LAST: ClassVar[int] = 10
+
+    def verdict(self, steps: int) -> str:
+        """Why a run that has done so many steps has diverged; empty if it has not."""
+        if 2 * self.total > steps:
+            return f"{self.total} of {steps} steps had no finite loss and gradient"
+        if self.in_a_row >= self.LAST:
+            return f"the last {self.in_a_row} of {steps} steps had no finite loss and gradient"
+        return ""
+
+
 class RunLog:
     """Writes metrics on the main process; steps' numbers are read together, when the next step has been queued.
 
@@ -111,7 +133,6 @@ class RunLog:
 
     Attributes:
         sums: those of the steps that were read since the step before, added up; none if none were.
-        skipped_in_a_row: steps without a finite loss and gradient, which were not taken, up to the last that was read.
     """
 
     def __init__(
@@ -122,19 +143,23 @@ class RunLog:
         total_steps: int,
         images_per_step: int,
         steps_together: int = 1,
+        skips: Skips | None = None,
     ):
+        """Args:
+        skips: those of the run so far, which are counted on up to the last step that was read.
+        """
         self._accelerator = accelerator
+        self._trackers = Trackers(accelerator)
         self._images_per_step = images_per_step
-        self.skipped_in_a_row = 0
+        self._skips = skips or Skips()
         self.sums: list[float] = []
         self._unread: list[float] = []
         self._epochs = EpochLosses()
         self._layers = LayerNorms()
-        self._folder = folder
         self._steps_together = steps_together
         self._pending: list[StepMetrics] = []
         self._counted_from = self._last_step_at = time.perf_counter()
-        self._file = None
+        self._files = {name: JsonLines(folder / name) for name in (METRICS, EPOCHS, LAYERS)}
         self._bar = progress_bar(
             total=total_steps,
             initial=first_step,
@@ -143,13 +168,8 @@ class RunLog:
             disable=not accelerator.is_local_main_process,
         )
         if accelerator.is_main_process:
-            path = folder / "metrics.jsonl"
-            for each in (path, folder / "epochs.jsonl", folder / "layers.jsonl"):
-                keep_steps(each, first_step)
-            try:
-                self._file = path.open("a", encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+            for name in self._files:
+                keep_steps(folder / name, first_step)
 
     def step(self, metrics: StepMetrics) -> None:
         """Takes a step's metrics, and writes those of the steps before, if they are enough to be read together."""
@@ -175,8 +195,8 @@ class RunLog:
         """Writes what is left, and ends the bar's line, so that an error's message starts one."""
         self._write_pending()
         self._bar.close()
-        if self._file is not None:
-            self._file.close()
+        for file in self._files.values():
+            file.close()
 
     def _write_pending(self) -> None:
         if not self._pending:
@@ -209,31 +229,36 @@ class RunLog:
         if self._accelerator.device.type == "cuda":
             values["device_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        if self._file is not None:
-            print(json.dumps({"step": metrics.step} | finite), file=self._file, flush=True)
+        self._append(METRICS, {"step": metrics.step} | finite)
         self._count_skipped(metrics, loss, grad_norm)
         ended = self._epochs.add(metrics.step, int(metrics.epoch), loss)
         if ended is not None:
-            self._append("epochs.jsonl", ended)
+            self._append(EPOCHS, ended)
             numbers = {f"epoch_loss_{name}": ended[name] for name in ("min", "max", "mean")}
-            self._accelerator.log(numbers, step=metrics.step)
+            self._trackers.log(numbers, metrics.step)
         by_key = {f"loss_for_{key}": value.item() for key, value in metrics.loss_by_key}  # asked for, to find a fault
-        self._accelerator.log(values | by_key, step=metrics.step)
+        self._trackers.log(values | by_key, metrics.step)
 
     def _count_skipped(self, metrics: StepMetrics, loss: float, grad_norm: float) -> None:
         """Names the images of a step that was skipped. All processes see the same numbers, and come here together."""
-        scaler_searches = self._accelerator.scaler is not None and math.isfinite(
-            loss
-        )  # for the largest scale that fits
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or scaler_searches):
-            self.skipped_in_a_row = 0
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or self._scaler_searches()):
+            self._skips.in_a_row = 0
             return
         from accelerate.utils import gather_object
 
-        self.skipped_in_a_row += 1
+        self._skips.total += 1
+        self._skips.in_a_row += 1
         keys = gather_object(list(metrics.keys))
         message = "step %d was skipped: loss %s, gradient norm %s; its images: %s"
         logger.warning(message, metrics.step, loss, grad_norm, ", ".join(keys[:64]))
+
+    def _scaler_searches(self) -> bool:
+        """Whether fp16's scaler looks for the largest scale that fits: a few steps at the start, and one now and then.
+
+        Gradients that overflow even where they are not scaled up are the model's own.
+        """
+        scaler = self._accelerator.scaler
+        return scaler is not None and scaler.get_scale() >= 1
 
     def layers(self, parameters: Iterable[tuple[str, Tensor]], step: int, options: TrackingOptions) -> None:
         """Logs each layer's gradient norm, and histograms of its weights and gradients, at the steps that are due."""
@@ -246,43 +271,113 @@ class RunLog:
             for name, (norm, usual) in self._layers.outliers(norms).items():
                 logger.warning("step %d: the gradient of %s has norm %.3g, usually it is %.3g", step, name, norm, usual)
             self._layers.remember(norms)
-            self._append("layers.jsonl", {"step": step, "grad_norms": norms})
-            self._accelerator.log({f"grad_norm/{name}": norm for name, norm in norms.items()}, step=step)
+            self._append(LAYERS, {"step": step, "grad_norms": norms})
+            self._trackers.log({f"grad_norm/{name}": norm for name, norm in norms.items()}, step)
         if has_histograms and self._accelerator.is_main_process:
-            for tracker in self._accelerator.trackers:
-                for name, parameter in named:
-                    _log_histogram(tracker, f"weights/{name}", parameter, step)
-                    _log_histogram(tracker, f"gradients/{name}", parameter.grad, step)
+            for name, parameter in named:
+                self._trackers.each(partial(_log_histogram, name=f"weights/{name}", values=parameter, step=step))
+                gradient = partial(_log_histogram, name=f"gradients/{name}", values=parameter.grad, step=step)
+                self._trackers.each(gradient)
 
     def _append(self, name: str, values: dict) -> None:
         if self._accelerator.is_main_process:
-            with (self._folder / name).open("a", encoding="utf-8") as file:
-                print(json.dumps(values), file=file)
+            self._files[name].write(values)
 
     def values(self, values: dict[str, float], step: int) -> None:
         """Sends what was measured between steps to the trackers, and to the bar's line."""
-        self._accelerator.log(values, step=step)
+        self._trackers.log(values, step)
         if "validation_loss" in values and self._accelerator.is_main_process:
             logger.info("step %d: %s", step, ", ".join(f"{k} {v:.5f}" for k, v in values.items() if "/" not in k))
 
     def images(self, samples: Sequence[Sample], step: int, tag: str) -> None:
         """Sends samples to the trackers, under `tag`."""
-        if not samples:
-            return
-        for tracker in self._accelerator.trackers:
-            if tracker.name == "tensorboard":
-                pixels = np.stack([np.asarray(sample.image.convert("RGB")) for sample in samples])
-                tracker.writer.add_images(tag, pixels, step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                import wandb
+        if samples:
+            self._trackers.each(partial(_log_images, samples=samples, step=step, tag=tag))
 
-                shown = [
-                    wandb.Image(sample.image, caption=f"{i}: {sample.caption}") for i, sample in enumerate(samples)
-                ]
-                tracker.log({tag: shown}, step=step)
-            else:
-                for index, sample in enumerate(samples):
-                    tracker.tracker.log_image(sample.image, name=f"{tag}_{index}", step=step)
+
+class JsonLines:
+    """A file to which lines of JSON are added. Lines that the disk refuses are left out, with a warning."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: FileIO | None = None
+        self._is_cut = False  # within a line, by a disk that is full
+        self._has_failed = False
+
+    def write(self, values: Mapping[str, object]) -> None:
+        """Adds a line, which is in the file afterwards."""
+        line = (b"\n" if self._is_cut else b"") + json.dumps(values).encode() + b"\n"
+        try:
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
+            written = self._file.write(line)
+        except OSError as error:
+            self._warn(error.strerror or str(error))
+            return
+        self._is_cut = written < len(line)
+        if self._is_cut:
+            self._warn("no space left on the disk")
+
+    def _warn(self, why: str) -> None:
+        if not self._has_failed:
+            logger.warning("%s can't be written: %s; lines will be missing from it", self._path, why)
+        self._has_failed = True
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class Trackers:
+    """The trackers of a run. One that fails is given up with a warning: the training is worth more than its curve."""
+
+    def __init__(self, accelerator: "Accelerator"):
+        self._accelerator = accelerator
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Sends numbers."""
+        self.each(lambda tracker: tracker.log(values, step=step))
+
+    def finish(self) -> None:
+        """Closes them all."""
+        self.each(lambda tracker: tracker.finish())
+
+    def each(self, use: Callable[["GeneralTracker"], None]) -> None:
+        """Uses each tracker, and gives up those that raise."""
+        for tracker in list(self._accelerator.trackers):
+            try:
+                use(tracker)
+            except tracker_errors() as error:
+                self._accelerator.trackers.remove(tracker)
+                logger.warning(
+                    "%s can't be written: %s; the training goes on without it, metrics.jsonl has the numbers",
+                    tracker.name,
+                    first_line(error),
+                )
+
+
+def tracker_errors() -> tuple[type[Exception], ...]:
+    """What a tracker raises where its disk, its network or its service fails."""
+    own = [
+        getattr(sys.modules.get(module), name, OSError)
+        for module, name in (("wandb.errors", "Error"), ("comet_ml.exceptions", "CometException"))
+    ]
+    return OSError, RuntimeError, ValueError, EOFError, *own
+
+
+def _log_images(tracker: "GeneralTracker", samples: Sequence[Sample], step: int, tag: str) -> None:
+    if tracker.name == "tensorboard":
+        pixels = np.stack([np.asarray(sample.image.convert("RGB")) for sample in samples])
+        tracker.writer.add_images(tag, pixels, step, dataformats="NHWC")
+    elif tracker.name == "wandb":
+        import wandb
+
+        shown = [wandb.Image(sample.image, caption=f"{i}: {sample.caption}") for i, sample in enumerate(samples)]
+        tracker.log({tag: shown}, step=step)
+    else:
+        for index, sample in enumerate(samples):
+            tracker.tracker.log_image(sample.image, name=f"{tag}_{index}", step=step)
 
 
 def _numbers(metrics: StepMetrics) -> Tensor:
@@ -360,8 +455,24 @@ def _log_histogram(tracker: "GeneralTracker", name: str, values: Tensor, step: i
 
 
 def start_trackers(accelerator: "Accelerator", options: TrackingOptions, record: dict) -> None:
-    """Opens the trackers, with a run's options as plain values; `record` holds no secrets."""
+    """Opens the trackers, with a run's options as plain values; `record` holds no secrets.
+
+    Raises:
+        UserError: if one can't be opened.
+    """
     plain = {
-        name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in record.items()
+        name: value if isinstance(value, int | float | bool) else _as_unicode(str(value))
+        for name, value in record.items()
     }
-    accelerator.init_trackers(options.tracker_project_name, config=plain)
+    try:
+        accelerator.init_trackers(options.tracker_project_name, config=plain)
+    except tracker_errors() as error:
+        accelerator.trackers.clear()  # one that was not started can't be closed
+        raise ProcessError(
+            f"--report_to {options.report_to} can't be started: {first_line(error)}; --report_to none does without"
+        ) from error
+
+
+def _as_unicode(text: str) -> str:
+    """The text, with the bytes of file names that are not Unicode as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()

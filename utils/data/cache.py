@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.disk import sync_folder
+from utils.disk import sync_file, sync_folder
 from utils.options import ProcessError, UserError, option, require_positive
 from utils.user_files import open_regular, parse_json
 
@@ -43,6 +44,7 @@ READING_THREADS = 8
 SHARD_ENTRIES = 256
 SHARD_NAME = re.compile(r"[0-9a-f]{24}\.safetensors")
 STALE_SECONDS = 24 * 3600
+LARGEST_PROCESS = 2**31
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -324,8 +326,7 @@ class EntryStore:
         temporary = self.folder / f".tmp-{socket.gethostname()}-{os.getpid()}-{name}"
         try:
             save_file(content | tensors, temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            sync_file(temporary)
             os.replace(temporary, self.folder / name)
             sync_folder(self.folder)
         except (OSError, SafetensorError) as error:
@@ -449,7 +450,7 @@ def _remove_stale(folder: Path) -> None:
     here = socket.gethostname()
     for path in folder.glob(".tmp-*"):
         host, _, rest = path.name.removeprefix(".tmp-").rpartition("-")[0].rpartition("-")
-        is_dead = host == here and rest.isdigit() and not _is_alive(int(rest))
+        is_dead = host == here and rest.isdigit() and not _is_alive(rest)
         try:
             if is_dead or time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
@@ -457,14 +458,9 @@ def _remove_stale(folder: Path) -> None:
             continue
 
 
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _is_alive(process: str) -> bool:
+    """Whether a process of that number runs on this machine."""
+    return process.isascii() and int(process) < LARGEST_PROCESS and psutil.pid_exists(int(process))
 
 
 def in_shards(entries: Sequence, groups: Sequence[int]) -> Iterable[Sequence]:

@@ -19,9 +19,9 @@ from utils.data.sampler import Draw, GlobalBatches, Piece, Pieces
 from utils.data.selection import PlannedImages
 from utils.data.sources import Records
 from utils.data.stream import StreamedBatches, StreamedImages, StreamedPieces, StreamedRecords
-from utils.data.workers import make_loader
+from utils.data.workers import LoadingError, make_loader
 from utils.noise import NoiseDraws, stack_draws
-from utils.options import ProcessError, UserError, first_line, option, require, require_not_negative, require_positive
+from utils.options import ProcessError, UserError, option, require, require_not_negative, require_positive
 from utils.records import Batch, RecordPass
 from utils.seeding import Stream, generator
 
@@ -273,30 +273,17 @@ class Waiting:
         """The next batch.
 
         Raises:
-            ProcessError: as the loader's workers, their traceback left out.
+            LoadingError: if there is none; of a worker's error, its traceback is left out.
         """
         began = time.perf_counter()
         try:
             return next(batches)
-        except ProcessError as error:  # of a worker: its traceback's last line is the message
-            raise ProcessError(str(error).strip().splitlines()[-1].rpartition("ProcessError: ")[2]) from error
-        except RuntimeError as error:
-            raise _explained(error) from error
+        except LoadingError:
+            raise
+        except UserError as error:  # of a worker: its traceback's last line is the message
+            raise LoadingError(str(error).strip().splitlines()[-1].rpartition("ProcessError: ")[2]) from error
         finally:
             self.seconds += time.perf_counter() - began
-
-
-def _explained(error: RuntimeError) -> Exception:
-    """What torch says of a loader process that is gone or silent, with the cure; other errors as they are."""
-    words = str(error)
-    if "DataLoader worker" in words and ("killed by signal" in words or "exited unexpectedly" in words):
-        return ProcessError(
-            "a process that loads data was killed, perhaps for memory (see dmesg), or /dev/shm is full; try fewer "
-            "--dataloader_num_workers"
-        )
-    if "timed out after" in words:
-        return ProcessError(f"no batch was loaded within --dataloader_timeout: {first_line(error)}; is a disk hanging?")
-    return error
 
 
 def batches_by_step(

@@ -5,10 +5,12 @@ import itertools
 import logging
 import multiprocessing
 import os
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from utils.data.masks import check_same_shape
 from utils.data.sources import Records, Source
 from utils.data.tables import ImageTable, stamp_of
 from utils.disk import mark_as_own
+from utils.options import UserError
 from utils.terminal import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -287,6 +290,10 @@ def map_chunks(
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that reads files was killed (out of memory? see dmesg); free some memory and start again"
+        ) from error
     finally:
         del _shared[number]
 
@@ -296,9 +303,12 @@ def _on_shared(function: Callable[[Any, Sequence], Result], number: int, chunk: 
 
 
 def executor(count: int, many: int) -> Executor:
-    """Processes, forked at the first use, where there is much to do for Python; threads else."""
+    """Processes, forked at the first use, where there is much to do for Python; threads else.
+
+    Linux alone forks safely: macOS offers it, but its own libraries end a process that was forked.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if count < many or cores == 1 or "fork" not in multiprocessing.get_all_start_methods():
+    if count < many or cores == 1 or not sys.platform.startswith("linux"):
         return ThreadPoolExecutor(4 * cores)
     return ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork"))
 

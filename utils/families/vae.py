@@ -28,6 +28,9 @@ class LatentSpace:
         self._mean = getattr(config, "latents_mean", None)
         self._std = getattr(config, "latents_std", None)
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"vae": None}  # a worker that is not forked needs the shapes alone
+
     def shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """[C, h, w] of the latents of an image of this width and height in pixels."""
         width, height = size

@@ -269,7 +269,7 @@ class InceptionFeatures(Network):
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--inception_weights {file} is not pytorch-fid's weight file: {reason}") from error
         self.module = network.float().eval().requires_grad_(False)
-        self.class_weights = network.fc.weight.double().numpy()
+        self.class_weights = network.fc.weight.cpu().double().numpy()
 
     def pixels(self, image: Image.Image) -> Tensor:
         if self._mode == "clean":
