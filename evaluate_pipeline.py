@@ -38,6 +38,7 @@ from utils.generation import (
     set_scheduler,
 )
 from utils.image_sets import ReferenceOptions, drawn_images, folder_images, read_images
+from utils.loading import LoadingOptions, allowing_missing
 from utils.metrics.case import Case, ScoreOptions
 from utils.metrics.comparison import differences
 from utils.metrics.distances import NotComputable
@@ -158,6 +159,7 @@ class Options:
     """All options of this script, by group."""
 
     pipeline: PipelineOptions
+    loading: LoadingOptions
     prompts: PromptOptions
     generation: GenerationOptions
     controls: SamplingControlOptions
@@ -194,7 +196,8 @@ def run(argv: Sequence[str] | None) -> None:
     )
     accelerator = start_processes(runtime, 1, [], folder.path, "logs")
     requests = StopRequests(folder.path, None)
-    with ending(accelerator, folder, runtime.peer_timeout), requests.listening():
+    allowed = allowing_missing(options.loading)
+    with ending(accelerator, folder, runtime.peer_timeout), requests.listening(), allowed:
         on_main_process(accelerator, lambda: folder.claim(True, False))
         networks = Networks(options.features, accelerator.device)
         workers = Workers(accelerator, options.features.feature_batch_size, requests)
@@ -278,7 +281,7 @@ def everything_wanted(options: Options) -> list[Wanted]:
     if pipeline.images is not None:
         own = Wanted("images", None, Path(pipeline.images))
         return [own] if comparison.baseline is None else [Wanted("baseline", None, Path(comparison.baseline)), own]
-    shared = {"revision": pipeline.revision, "variant": pipeline.variant}
+    shared = {"revision": pipeline.revision, "variant": pipeline.variant, "config": pipeline.pipeline_config}
     if comparison.checkpoints is not None:
         return checkpoints_wanted(Path(comparison.checkpoints), pipeline, shared)
     own = Wanted("pipeline", PipelineSpec(pipeline.pipeline, pipeline.lora, pipeline.lora_scale, **shared))
@@ -300,7 +303,9 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) ->
     base = pipeline.pipeline
     if base is None:
         try:
-            base = read_json(folder / "run.json")["options"]["pretrained_model_name_or_path"]
+            recorded = read_json(folder / "run.json")["options"]
+            base = recorded["pretrained_model_name_or_path"]
+            shared = shared | {"config": shared["config"] or recorded.get("pretrained_model_config")}
         except (OSError, FileError, KeyError, TypeError):
             base = None
         base = base if isinstance(base, str) else None

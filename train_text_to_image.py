@@ -43,6 +43,7 @@ from utils.families.text import TextFamily
 from utils.gradients import FREE_CURE, setting
 from utils.held_out import EarlyStoppingOptions, History
 from utils.length import LengthOptions
+from utils.loading import LoadingOptions, allowing_missing
 from utils.losses import LossOptions
 from utils.metrics.features import FeatureOptions
 from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
@@ -93,6 +94,7 @@ class Options:
     """All options of this script, by group."""
 
     model: ModelOptions
+    loading: LoadingOptions
     adaptation: AdaptationOptions
     data: DataOptions
     source: SourceOptions
@@ -150,8 +152,8 @@ def run(argv: Sequence[str] | None) -> None:
     accelerator = engine.accelerator
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     requests = StopRequests(folder.path, options.length.seconds)
-    attention = attention_by(options.speed.attention_backend)
-    with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening(), attention:
+    attention, allowed = attention_by(options.speed.attention_backend), allowing_missing(options.loading)
+    with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening(), attention, allowed:
         beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
         start, group_size = beginning.start, beginning.group_size
         preparation = prepare_data(options, options.captions, accelerator, folder, requests)
@@ -189,7 +191,8 @@ def run(argv: Sequence[str] | None) -> None:
         counts = images, held_out_images, batches, total_steps
         learning = options.loader, rates, schedule
         plan = describe_run(
-            model_name, options.adaptation.adaptation, adaptation.modules, accelerator, *counts, *learning
+            *(model_name, options.adaptation.adaptation, adaptation.modules, process.describe(), accelerator),
+            *(*counts, *learning),
         )
         if options.runtime.dry_run:
             if accelerator.is_main_process:

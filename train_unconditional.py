@@ -52,6 +52,7 @@ from utils.grids import GridSampler, SamplingOptions
 from utils.held_out import EarlyStoppingOptions, History
 from utils.image_sets import trained_images
 from utils.length import LengthOptions
+from utils.loading import LoadingOptions, allowing_missing
 from utils.losses import LossOptions
 from utils.metrics.features import FeatureOptions
 from utils.noise import NoiseDraws
@@ -161,6 +162,7 @@ class Options:
     """All options of this script, by group."""
 
     model: UnconditionalModelOptions
+    loading: LoadingOptions
     trained: TrainedOptions
     data: DataOptions
     source: LabelledSource
@@ -216,8 +218,8 @@ def run(argv: Sequence[str] | None) -> None:
     accelerator = engine.accelerator
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     requests = StopRequests(folder.path, options.length.seconds)
-    attention = attention_by(options.speed.attention_backend)
-    with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening(), attention:
+    attention, allowed = attention_by(options.speed.attention_backend), allowing_missing(options.loading)
+    with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening(), attention, allowed:
         beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
         start, group_size = beginning.start, beginning.group_size
         preparation = prepare_data(options, options.labels.captions(options.source), accelerator, folder, requests)
@@ -257,7 +259,7 @@ def run(argv: Sequence[str] | None) -> None:
         how = f"{len(classes)} classes" if classes else "no classes"
         counts = images, held_out_images, batches, total_steps
         learning = options.loader, rates, schedule
-        plan = describe_run(model_name, how, adaptation.modules, accelerator, *counts, *learning)
+        plan = describe_run(model_name, how, adaptation.modules, process.describe(), accelerator, *counts, *learning)
         if options.runtime.dry_run:
             if accelerator.is_main_process:
                 print_line(plan)

@@ -325,3 +325,61 @@ def test_the_interval_of_fids_difference_is_of_the_difference_that_is_shown(tmp_
     assert groups.value == pytest.approx(groups.after - groups.before)
     assert (groups.interval.low + groups.interval.high) / 2 == pytest.approx(groups.value)
     assert by_name(after)["fid_mean_of_groups"].details["images_of_a_group"] == 6
+
+
+TRAINING_NETWORK = '''
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from utils.metrics.features import Network
+
+
+class Loud(Network):
+    """A network that is left in training mode, in two modules."""
+
+    name = "loud"
+    settings = "resized to 32"
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Conv2d(3, 12, 8, 8), nn.BatchNorm2d(12), nn.Dropout(0.5))
+        self.module = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Dropout(0.5))
+        self.module.train()
+
+    def pixels(self, image):
+        pixels = np.asarray(image.resize((32, 32)), np.float32) / 255
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+    def features(self, pixels):
+        return self.module(self.trunk(pixels))EXTRA
+'''
+
+
+def test_a_network_left_in_training_mode_scores_alike_in_any_batch(tmp_path):
+    (tmp_path / "own.py").write_text(TRAINING_NETWORK.replace("EXTRA", ""))
+    networks_of = Networks(FeatureOptions(feature_module=str(tmp_path / "own.py")), CPU)
+    network = networks_of.get("main")
+    buffers = {name: each.clone() for name, each in network.trunk.named_buffers()}
+    pictures = noise_pictures(6)
+    together = network(pictures, CPU)
+    alone = np.concatenate([network([each], CPU) for each in pictures])
+    assert np.allclose(together, alone, atol=1e-5)
+    assert np.array_equal(together, network(pictures, CPU))
+    assert all(torch.equal(each, buffers[name]) for name, each in network.trunk.named_buffers())
+    assert not any(each.requires_grad for part in (network.trunk, network.module) for each in part.parameters())
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        " * torch.rand(1)",
+        " - pixels.mean()",
+        " + functional.dropout(pixels[:, 0, 0, :8])",
+    ],
+)
+def test_a_network_whose_features_vary_is_refused(tmp_path, extra):
+    (tmp_path / "own.py").write_text(TRAINING_NETWORK.replace("EXTRA", extra))
+    with pytest.raises(UserError, match=r"--feature_module .*own\.py: the features of an image depend"):
+        Networks(FeatureOptions(feature_module=str(tmp_path / "own.py")), CPU).get("main")

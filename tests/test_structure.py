@@ -166,6 +166,27 @@ def test_one_module_writes_to_the_terminal():
     assert not [call for call in product_calls() if call[1] in writers and call[0] != "terminal"]
 
 
+LOADERS = {"from_pretrained", "from_single_file", "load_lora_weights", "load_lora_adapter", "load_adapter"}
+NO_MODULES = {  # where a loader loads no module, or one whose weights are looked at there
+    "utils/loading.py": 2,  # modules; what of a pipeline is no module
+    "utils/families/single_file.py": 2,
+    "utils/lora_files.py": 1,
+    "utils/pipelines.py": 2,  # schedulers of our own pipelines; adapters, compared with their file
+    "utils/adaptation.py": 1,  # adapters that were written a line above
+    "utils/metrics/features.py": 2,  # configs, processors, tokenizers
+}
+
+
+def test_modules_are_loaded_in_one_place_alone():
+    found = {}
+    for path in [*(ROOT / "utils").rglob("*.py"), *ROOT.glob("*.py")]:
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        count = sum(isinstance(call, ast.Attribute) and call.attr in LOADERS for call in calls)
+        if count:
+            found[str(path.relative_to(ROOT))] = count
+    assert found == NO_MODULES
+
+
 def test_no_assertion_carries_meaning():
     """`python -O` leaves assertions out, and -OO docstrings too."""
     for path in [*(ROOT / "utils").rglob("*.py"), *ROOT.glob("*.py")]:

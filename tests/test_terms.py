@@ -296,3 +296,36 @@ class TestOwnTerm:
         layers = Features(str(make_network("dinov2", tmp_path)))(torch.rand(2, 3, 40, 56))
         for layer in layers:
             torch.testing.assert_close(layer.norm(dim=1), torch.ones(2, layer.shape[2]))
+
+
+FROZEN_PARTS = """
+import torch
+from torch import nn
+
+from utils.terms import LossTerm
+
+
+class Own(LossTerm):
+    def __init__(self, facts):
+        super().__init__(facts)
+        self.frozen = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)).requires_grad_(False)
+        self.norm = nn.BatchNorm2d(4, affine=False)
+        self.learnt = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5))
+        self.learnt.inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Dropout(0.5)).requires_grad_(False)
+
+    def forward(self, predicted):
+        return predicted.estimate.mean((1, 2, 3))
+"""
+
+
+def test_frozen_parts_of_a_term_evaluate_and_its_own_parts_train(tmp_path):
+    (tmp_path / "own.py").write_text(FROZEN_PARTS)
+    facts = TermFacts(4, 1000, lambda latents: latents)
+    term = load_term(TermOptions(loss_module=str(tmp_path / "own.py")), facts)
+    for _ in range(2):
+        assert not any(each.training for part in (term.frozen, term.norm) for each in part.modules())
+        assert not any(each.training for each in term.learnt.inner.modules())
+        assert all(term.learnt[number].training for number in range(3))
+        term.eval()
+        assert not any(each.training for each in term.modules())
+        term.train()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -184,22 +185,49 @@ def make_images(folder: Path, count: int = 6) -> Path:
     return folder
 
 
-def write_single_file(pipeline_folder: Path, file: Path) -> Path:
-    """Writes a Stable Diffusion pipeline's weights under the names of the original code, as one .safetensors file."""
+def write_single_file(
+    pipeline_folder: Path,
+    file: Path,
+    more: Mapping[str, torch.Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    has_open_clip: bool = False,
+) -> Path:
+    """Writes a pipeline's weights under the names of the original code, as one .safetensors file.
+
+    Args:
+        more: further tensors.
+        has_open_clip: whether the text encoder is OpenCLIP's, as in Stable Diffusion 2.
+    """
     from diffusers import DiffusionPipeline
     from safetensors.torch import save_file
 
     pipeline = DiffusionPipeline.from_pretrained(pipeline_folder)
-    tensors = {}
-    for name, tensor in pipeline.unet.state_dict().items():
-        tensors[f"model.diffusion_model.{_original_unet_name(name)}"] = tensor
-    for name, tensor in pipeline.vae.state_dict().items():
-        is_attention = any(part in name for part in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))
-        tensors[f"first_stage_model.{_original_vae_name(name)}"] = tensor[:, :, None, None] if is_attention else tensor
-    for name, tensor in pipeline.text_encoder.state_dict().items():
-        tensors[f"cond_stage_model.transformer.text_model.{name}"] = tensor
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    tensors = {
+        f"model.diffusion_model.{_original_unet_name(name, pipeline.unet.config)}": tensor
+        for name, tensor in pipeline.unet.state_dict().items()
+    }
+    tensors |= original_vae(pipeline.vae, "first_stage_model.")
+    text = {name.removeprefix("text_model."): each for name, each in pipeline.text_encoder.state_dict().items()}
+    second = getattr(pipeline, "text_encoder_2", None)
+    if second is not None:
+        tensors |= _open_clip(second.state_dict(), "conditioner.embedders.1.model.")
+    if has_open_clip:
+        tensors |= _open_clip(text, "cond_stage_model.model.")
+    else:
+        prefix = "cond_stage_model." if second is None else "conditioner.embedders.0."
+        tensors |= {f"{prefix}transformer.text_model.{name}": tensor for name, tensor in text.items()}
+    whole = {name: tensor.contiguous().clone() for name, tensor in (tensors | dict(more or {})).items()}
+    save_file(whole, file, metadata=dict(metadata or {}))
     return file
+
+
+def original_vae(vae, prefix: str) -> dict[str, torch.Tensor]:
+    """A VAE's weights under the names of the original code, its attention as convolutions."""
+    tensors, levels = {}, len(vae.config.block_out_channels)
+    for name, tensor in vae.state_dict().items():
+        is_attention = any(part in name for part in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))
+        tensors[prefix + _original_vae_name(name, levels)] = tensor[:, :, None, None] if is_attention else tensor
+    return tensors
 
 
 RESNET_NAMES = {
@@ -212,42 +240,73 @@ RESNET_NAMES = {
 }
 
 
-def _original_unet_name(name: str) -> str:
-    """The original name of a weight of `make_sd`'s UNet, which has two levels of one layer."""
+def _original_unet_name(name: str, config) -> str:
+    """The original name of a weight of a UNet."""
     tops = {
         "conv_in.": "input_blocks.0.0.",
         "time_embedding.linear_1.": "time_embed.0.",
         "time_embedding.linear_2.": "time_embed.2.",
+        "add_embedding.linear_1.": "label_emb.0.0.",
+        "add_embedding.linear_2.": "label_emb.0.2.",
         "conv_norm_out.": "out.0.",
         "conv_out.": "out.2.",
-        "down_blocks.0.resnets.0.": "input_blocks.1.0.",
-        "down_blocks.0.downsamplers.0.conv.": "input_blocks.2.0.op.",
-        "down_blocks.1.resnets.0.": "input_blocks.3.0.",
-        "down_blocks.1.attentions.0.": "input_blocks.3.1.",
         "mid_block.resnets.0.": "middle_block.0.",
         "mid_block.attentions.0.": "middle_block.1.",
         "mid_block.resnets.1.": "middle_block.2.",
-        "up_blocks.0.resnets.0.": "output_blocks.0.0.",
-        "up_blocks.0.attentions.0.": "output_blocks.0.1.",
-        "up_blocks.0.resnets.1.": "output_blocks.1.0.",
-        "up_blocks.0.attentions.1.": "output_blocks.1.1.",
-        "up_blocks.0.upsamplers.0.conv.": "output_blocks.1.2.conv.",
-        "up_blocks.1.resnets.0.": "output_blocks.2.0.",
-        "up_blocks.1.resnets.1.": "output_blocks.3.0.",
     }
+    size = config.layers_per_block + 1
+    for level in range(len(config.block_out_channels)):
+        down, up = f"down_blocks.{level}.", f"up_blocks.{level}."
+        place = 2 if "CrossAttn" in config.up_block_types[level] else 1
+        tops[f"{down}downsamplers.0.conv."] = f"input_blocks.{size * (level + 1)}.0.op."
+        tops[f"{up}upsamplers.0.conv."] = f"output_blocks.{size * level + size - 1}.{place}.conv."
+        for layer in range(size):
+            tops[f"{down}resnets.{layer}."] = f"input_blocks.{1 + size * level + layer}.0."
+            tops[f"{down}attentions.{layer}."] = f"input_blocks.{1 + size * level + layer}.1."
+            tops[f"{up}resnets.{layer}."] = f"output_blocks.{size * level + layer}.0."
+            tops[f"{up}attentions.{layer}."] = f"output_blocks.{size * level + layer}.1."
     top = next(top for top in tops if name.startswith(top))
     layer, _, kind = name.removeprefix(top).rpartition(".")
     return tops[top] + ".".join(filter(None, [RESNET_NAMES.get(layer, layer), kind]))
 
 
-def _original_vae_name(name: str) -> str:
-    """The original name of a weight of `vae`, which has two levels of two (up three) layers."""
+def _open_clip(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """A CLIP text encoder's weights under OpenCLIP's names, which keep the three matrices of attention as one."""
+    found = {f"{prefix}logit_scale": torch.tensor(4.6)}
+    words = {
+        "encoder.layers.": "transformer.resblocks.",
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "self_attn": "attn",
+        "final_layer_norm": "ln_final",
+        "embeddings.token_embedding": "token_embedding",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "text_projection.weight": "text_projection",
+    }
+    for name, tensor in tensors.items():
+        old = name.removeprefix("text_model.")
+        for theirs, original in words.items():
+            old = old.replace(theirs, original)
+        if ".q_proj." in old:
+            three = [tensors[name.replace("q_proj", each)] for each in ("q_proj", "k_proj", "v_proj")]
+            found[prefix + old.replace(".q_proj.", ".in_proj_")] = torch.cat(three)
+        elif ".k_proj." not in old and ".v_proj." not in old:
+            found[prefix + old] = tensor.T if old == "text_projection" else tensor
+    width = tensors[next(name for name in tensors if name.endswith("final_layer_norm.bias"))].shape[0]
+    found.setdefault(f"{prefix}text_projection", torch.zeros(width, width))
+    return found
+
+
+def _original_vae_name(name: str, levels: int) -> str:
+    """The original name of a weight of a VAE."""
+    ups = {f"up_blocks.{level}.": f"up.{levels - 1 - level}." for level in range(levels)}
     for ours, theirs in {
         "down_blocks.": "down.",
         ".downsamplers.0.": ".downsample.",
         ".upsamplers.0.": ".upsample.",
-        "up_blocks.0.": "up.1.",
-        "up_blocks.1.": "up.0.",
+        **ups,
         "mid_block.resnets.0.": "mid.block_1.",
         "mid_block.resnets.1.": "mid.block_2.",
         "mid_block.attentions.0.": "mid.attn_1.",

@@ -18,10 +18,12 @@ from utils.background import HostBuffers
 from utils.ema import MovingAverage
 from utils.families.base import Family
 from utils.families.quantization import QUANTIZATIONS, check_quantization
-from utils.families.source import LOADING_ERRORS, ComponentDtypes
+from utils.families.source import ComponentDtypes
+from utils.loading import load_module
+from utils.lora_files import LORA_FILE, load_lora
 from utils.lora_layers import shorten
 from utils.optim import NamedParameter, OptimizerOptions
-from utils.options import UserError, first_line, option, require, require_positive
+from utils.options import UserError, option, require, require_positive
 from utils.sharding import plain_class, sharded_parts
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 ADAPTER = "default"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 WRAPPED = "base_model.model."  # what a PeftModel puts in front of the names of the model that it wraps
 ADAPTER_ONLY = ("rank", "lora_alpha", "lora_dropout", "lora_target_modules")
@@ -482,11 +483,7 @@ class LowRankAdaptation(AdapterTuning):
         """Makes the adapters of a LoRA file, of either key style, with its ranks and alphas."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        arguments = {"weight_name": LORA_FILE} if source.is_dir() else {}
-        try:
-            self.family.pipeline.load_lora_weights(str(source), adapter_name=ADAPTER, use_safetensors=True, **arguments)
-        except LOADING_ERRORS as error:
-            raise UserError(f"the LoRA weights {source} can't be loaded: {first_line(error)}") from error
+        load_lora(self.family.pipeline, str(source), ADAPTER, f"the LoRA weights {source}")
         adapted = {
             name
             for name in self.family.trainable_names()
@@ -543,7 +540,7 @@ class LowRankAdaptation(AdapterTuning):
 
 def fuse_lora(pipeline: "DiffusionPipeline", folder: Path) -> None:
     """Adds the LoRA file of a folder to the pipeline's own weights."""
-    pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
+    load_lora(pipeline, str(folder), ADAPTER, f"the LoRA weights {folder}")
     pipeline.fuse_lora(components=pipeline.get_list_adapters().keys())
     pipeline.unload_lora_weights()
 
@@ -576,7 +573,8 @@ def _copied(module: nn.Module, buffers: HostBuffers, name: str) -> nn.Module:
 
 def _saved_like(module: nn.Module, folder: Path) -> nn.Module:
     """The saved model in a folder, of the class of `module`, in float32 on the CPU."""
-    return plain_class(module).from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+    kind, name = plain_class(module), folder.name
+    return load_module(kind, str(folder), f"the checkpoint's {folder}", name, torch.float32, use_safetensors=True)
 
 
 ADAPTATIONS: dict[str, type[Adaptation]] = {

@@ -1,12 +1,102 @@
 """Config files, of folders and of repositories on the Hub."""
 
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils import user_files
 from utils.options import UserError, first_line
 
 INDEX = "model_index.json"
+MOST_TIMESTEPS = 100_000
+LARGEST_SIZE = 10**7  # of a layer or a vocabulary
+
+
+class Wanted(NamedTuple):
+    """What a value of a config must be: a test, and the same in words."""
+
+    fits: Callable[[Any], bool]
+    words: str
+
+
+def _is_whole(value: Any, most: int = LARGEST_SIZE) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_number(each) for each in value)
+
+
+def _are_whole(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= 1000 and all(_is_whole(each) for each in value)
+
+
+def _or_none(wanted: Wanted) -> Wanted:
+    return Wanted(lambda value: value is None or wanted.fits(value), f"{wanted.words}, or null")
+
+
+def _is_class(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
+    return isinstance(value, str) or is_pair
+
+
+WHOLE = Wanted(_is_whole, "a whole number above 0")
+WHOLE_NUMBERS = Wanted(_are_whole, "a list of whole numbers above 0")
+EITHER = _or_none(
+    Wanted(lambda value: _is_whole(value) or _are_whole(value), "a whole number above 0 or a list of them")
+)
+NUMBERS = _or_none(Wanted(_are_numbers, "a list of numbers"))
+SHARE = Wanted(lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
+POSITIVE = Wanted(lambda value: _is_number(value) and value > 0, "a number above 0")
+FLAG = _or_none(Wanted(lambda value: isinstance(value, bool), "true or false"))
+TEXT = Wanted(lambda value: isinstance(value, str), "a string")
+
+TIMESTEPS = Wanted(lambda value: _is_whole(value, MOST_TIMESTEPS), f"a whole number from 1 to {MOST_TIMESTEPS:,}")
+SCHEDULER_CONFIG = "scheduler_config.json"
+
+VALUES: dict[str, Wanted] = {
+    "_class_name": Wanted(_is_class, "the name of a class"),
+    "num_train_timesteps": _or_none(TIMESTEPS),
+    "beta_start": SHARE,
+    "beta_end": SHARE,
+    "beta_schedule": TEXT,
+    "trained_betas": NUMBERS,
+    "prediction_type": TEXT,
+    "timestep_spacing": TEXT,
+    "rescale_betas_zero_snr": FLAG,
+    "clip_sample": FLAG,
+    "scaling_factor": _or_none(POSITIVE),
+    "shift_factor": _or_none(Wanted(_is_number, "a number")),
+    "latents_mean": NUMBERS,
+    "latents_std": NUMBERS,
+    "force_upcast": FLAG,
+    "in_channels": WHOLE,
+    "latent_channels": WHOLE,
+    "out_channels": _or_none(WHOLE),
+    "block_out_channels": WHOLE_NUMBERS,
+    "layers_per_block": EITHER,
+    "cross_attention_dim": EITHER,
+    "attention_head_dim": EITHER,
+    "num_attention_heads": EITHER,
+    "sample_size": EITHER,
+    "norm_num_groups": _or_none(WHOLE),
+    "num_class_embeds": _or_none(WHOLE),
+    "hidden_size": WHOLE,
+    "intermediate_size": WHOLE,
+    "num_hidden_layers": WHOLE,
+    "max_position_embeddings": WHOLE,
+    "vocab_size": WHOLE,
+    "projection_dim": _or_none(WHOLE),
+}
+"""What the configs that this toolkit reads say, by their keys."""
+SCHEDULER_VALUES = {"num_train_timesteps": TIMESTEPS}
+"""The same of a scheduler's config, which may not leave it open."""
 
 
 def is_path(name: str) -> bool:
@@ -67,7 +157,7 @@ def read_json(file: Path, where: str) -> Any:
 
 
 def read_config(file: Path, flag: str) -> dict[str, Any]:
-    """A config, which is a JSON object.
+    """A config, which is a JSON object, with values that can be what their keys say.
 
     Raises:
         UserError: naming the flag that named the file or its folder, if it is none.
@@ -75,7 +165,17 @@ def read_config(file: Path, flag: str) -> dict[str, Any]:
     config = read_json(file, f"{flag}: {file}")
     if not isinstance(config, dict):
         raise UserError(f"{flag}: {file} holds no config, which would be a JSON object")
+    values = VALUES | SCHEDULER_VALUES if file.name == SCHEDULER_CONFIG else VALUES
+    for key, wanted in values.items():
+        if key in config and not wanted.fits(config[key]):
+            raise UserError(f"{flag}: {file}: {key} must be {wanted.words}, got {short(config[key])}")
     return config
+
+
+def short(value: Any) -> str:
+    """A value of a config as it is shown in a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "…"
 
 
 def read_config_file(name: str, file: str, revision: str | None, flag: str) -> dict[str, Any]:

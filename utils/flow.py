@@ -87,6 +87,11 @@ class FlowProcess:
         self.sigmas = sigmas.float()
         self.alphas_cumprod = ((1 - sigmas).square() / ((1 - sigmas).square() + sigmas.square())).float()
         self._snr = ((1 - sigmas) / sigmas).square().float()
+        self._shift = shift
+
+    def describe(self) -> str:
+        """What is predicted, and the noise levels, in words."""
+        return f"velocity of a flow, {self.num_timesteps:,} timesteps shifted by {self._shift:g}, terminal SNR zero"
 
     def apply(self, latents: Tensor, noise: Tensor, timesteps: Tensor, input_perturbation: Tensor | None) -> Noised:
         """Mixes latents with noise; arguments as `ForwardProcess.apply`."""
@@ -119,6 +124,11 @@ class ScoreProcess:
         self.sigmas = sigmas.float()
         self.alphas_cumprod = (1 / (1 + sigmas.square())).float()
         self._snr = sigmas.pow(-2).float()
+
+    def describe(self) -> str:
+        """What is predicted, and the noise levels, in words."""
+        low, high = float(self.sigmas[0]), float(self.sigmas[-1])
+        return f"score, {self.num_timesteps:,} noise levels from {low:g} to {high:g}"
 
     def apply(self, latents: Tensor, noise: Tensor, timesteps: Tensor, input_perturbation: Tensor | None) -> Noised:
         """Adds noise to latents; arguments as `ForwardProcess.apply`."""

@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
 from utils.disk import replacing
 from utils.families.base import fitting_steps
-from utils.families.source import LOADING_ERRORS
+from utils.loading import LOADING_ERRORS
 from utils.memory import is_out_of_memory
 from utils.metrics.features import weights_hash
 from utils.options import (

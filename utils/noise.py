@@ -135,6 +135,15 @@ class ForwardProcess:
             )
         self._snr = alphas_cumprod / (1 - alphas_cumprod)
 
+    def describe(self) -> str:
+        """What is predicted, and the noise schedule, in words."""
+        config = self.scheduler.config
+        betas = f"{config.beta_schedule} betas from {config.beta_start:g} to {config.beta_end:g}"
+        if config.trained_betas is not None:
+            betas = "betas of its own"
+        terminal = "zero" if float(self.alphas_cumprod[-1]) == 0 else f"{float(self._snr[-1]):.3g}"
+        return f"{self.prediction_type}, {betas} in {self.num_timesteps:,} timesteps, terminal SNR {terminal}"
+
     def apply(self, latents: Tensor, noise: Tensor, timesteps: Tensor, input_perturbation: Tensor | None) -> Noised:
         """Noises latents (Ho et al. 2020, equation 4) and gives the target of the prediction type.
 

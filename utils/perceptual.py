@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from utils.families.source import LOADING_ERRORS
+from utils.loading import frozen, load_module
 from utils.options import UserError, first_line, option, require, require_not_negative, require_positive
 from utils.records import Predicted
 from utils.terms import LossTerm, TermFacts
@@ -52,16 +52,15 @@ class Features(nn.Module):
         from transformers.image_processing_base import ImageProcessingMixin
 
         flag = f"--perceptual_network {name}"
-        try:
-            model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-        except LOADING_ERRORS as error:
-            raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
+        model = load_module(
+            AutoModel, name, flag, "perceptual_network", torch.float32, reads=_hidden_states, use_safetensors=True
+        )
         try:
             config, _ = ImageProcessingMixin.get_image_processor_dict(name)
         except OSError:
             config = {}
-        self.network = getattr(model, "vision_model", model).eval().requires_grad_(False)
-        self.size: int | None = getattr(self.network.config, "image_size", None)
+        self.network = frozen(_trunk(model))
+        self.size: int | None = _image_size(self.network)
         for buffer, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
             values = torch.tensor(config.get(buffer) or default).view(1, 3, 1, 1)
             self.register_buffer(buffer, values, persistent=False)
@@ -81,6 +80,29 @@ class Features(nn.Module):
         states = self.network(pixel_values=pixels, output_hidden_states=True).hidden_states
         by_channel = (state if state.ndim == 4 else state.transpose(1, 2) for state in states)
         return [functional.normalize(state.float(), dim=1) for state in by_channel]
+
+
+def _trunk(model: nn.Module) -> nn.Module:
+    """What of a model sees images."""
+    return getattr(model, "vision_model", model)
+
+
+def _image_size(network: nn.Module) -> int | None:
+    size = getattr(network.config, "image_size", None)
+    return size[0] if isinstance(size, list | tuple) else size
+
+
+def _noise(size: int) -> Tensor:
+    """[1, 3, size, size] of numbers in [-1, 1] that leave no weight without effect."""
+    return torch.linspace(0, 100, 3 * size * size).sin().view(1, 3, size, size)
+
+
+def _hidden_states(model: nn.Module) -> Tensor:
+    """What is read of a model, of an image of noise: all hidden states of its trunk, one behind the other."""
+    network = _trunk(model)
+    size = _image_size(network) or PROBE_SIZE
+    states = network(pixel_values=_noise(size), output_hidden_states=True).hidden_states
+    return torch.cat([state.flatten() for state in states])
 
 
 class PerceptualLoss(LossTerm):

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from utils.adaptation import LORA_FILE, PEFT_FILE
-from utils.configs import INDEX, index_file, is_path, read_json
-from utils.families.source import LOADING_ERRORS
-from utils.options import UserError, first_line, option, require
+from utils.adaptation import PEFT_FILE
+from utils.configs import INDEX, index_file, is_path, read_config
+from utils.families.base import changed_scheduler
+from utils.families.single_file import SingleFile
+from utils.loading import load_module, load_parts, load_pipeline_folder, loading, named_parts
+from utils.lora_files import LORA_FILE, load_lora
+from utils.options import UserError, option, require
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,7 +27,10 @@ OWN_PIPELINES = {"ConditionalDDPMPipeline": "utils.families.conditional_ddpm"}
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    pipeline: str | None = option(None, "pipeline to draw from: a folder or Hub name")
+    pipeline: str | None = option(None, "pipeline to draw from: a folder, a Hub name or a single .safetensors file")
+    pipeline_config: str | None = option(
+        None, "pipeline folder or Hub name that describes a single-file --pipeline; by default found on the Hub"
+    )
     lora: str | None = option(None, "LoRA on top of it: a folder, .safetensors file or Hub name")
     lora_scale: float = option(1.0, "factor on the LoRA")
     revision: str | None = option(None, "revision of the pipeline on the Hub")
@@ -47,6 +53,7 @@ class PipelineSpec:
     """A pipeline to load: a path, a LoRA on top, and a folder whose parts stand in for the pipeline's.
 
     Attributes:
+        config: describes a single file.
         parts: a checkpoint, whose `unet_ema/` or `unet/` (and text encoders), or LoRA file, is taken.
     """
 
@@ -56,6 +63,12 @@ class PipelineSpec:
     revision: str | None = None
     variant: str | None = None
     parts: Path | None = None
+    config: str | None = None
+
+    @cached_property
+    def file(self) -> SingleFile | None:
+        """The single file of weights that it is, if it is one."""
+        return SingleFile.read(Path(self.path), "--pipeline") if self.path.endswith(".safetensors") else None
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -64,9 +77,12 @@ class PipelineSpec:
         Raises:
             UserError: if there is no such pipeline.
         """
+        if self.file is not None:
+            self.file.scheduler_marks()
+            return self.file.index
         where = f"--pipeline {self.path}: {INDEX}"
-        index = read_json(index_file(self.path, self.revision, "--pipeline"), where)
-        if not isinstance(index, dict) or not index.get("_class_name"):
+        index = read_config(index_file(self.path, self.revision, "--pipeline"), f"--pipeline {self.path}")
+        if not index.get("_class_name"):
             raise UserError(f"{where} names no class of pipelines")
         return index
 
@@ -98,17 +114,24 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
     flag = f"--pipeline {spec.path}"
     if "vae" not in spec.index and "vqvae" not in spec.index:
         dtype = torch.float32  # pipelines on pixels hand their result to numpy, which has no bfloat16
-    try:
-        content = CheckpointContent({}, {}, None) if spec.parts is None else checkpoint_content(spec)
-        parts = _loaded_parts(content.models, spec.index, dtype)
-        if chosen.__name__ in OWN_PIPELINES:
-            pipeline = _assemble(chosen, spec, dtype, parts)
-        else:
-            pipeline = chosen.from_pretrained(
-                spec.path, use_safetensors=True, dtype=dtype, revision=spec.revision, variant=spec.variant, **parts
-            )
-    except (*LOADING_ERRORS, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
+    content = CheckpointContent({}, {}, None) if spec.parts is None else checkpoint_content(spec)
+    parts = _loaded_parts(content.models, spec.index, dtype)
+    if chosen.__name__ in OWN_PIPELINES:
+        pipeline = _assemble(chosen, spec, dtype, parts)
+    elif spec.file is not None:
+        pipeline = spec.file.load(chosen, spec.config, parts).to(dtype)
+        pipeline.scheduler = changed_scheduler(pipeline.scheduler, spec.file.scheduler_marks())
+    else:
+        pipeline = load_pipeline_folder(
+            chosen,
+            spec.path,
+            flag,
+            {"default": dtype},
+            revision=spec.revision,
+            variant=spec.variant,
+            use_safetensors=True,
+            given=parts,
+        )
     for name, folder in content.adapters.items():
         _merge_adapters(getattr(pipeline, name, None), folder)
     lora = spec.lora if content.lora is None else str(content.lora)
@@ -128,17 +151,15 @@ def _assemble(chosen: type, spec: PipelineSpec, dtype: torch.dtype, parts: dict[
 
         patterns = ["*.json", "*.safetensors"]
         folder = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
-    given = dict(parts)
-    for name, entry in spec.index.items():
-        if name in given or name not in inspect.signature(chosen.__init__).parameters:
-            continue
-        if not isinstance(entry, list):
-            given[name] = entry
-        elif entry[0] == "diffusers":
-            part = getattr(diffusers, entry[1])
-            weights = {"use_safetensors": True, "dtype": dtype} if issubclass(part, torch.nn.Module) else {}
-            given[name] = part.from_pretrained(folder / name, **weights)
-    return chosen(**given)
+    flag, known = f"--pipeline {spec.path}", inspect.signature(chosen.__init__).parameters
+    given = {name: entry for name, entry in spec.index.items() if name in known and not isinstance(entry, list)}
+    entries = {name: entry for name, entry in named_parts(spec.index).items() if name in known and name not in parts}
+    given |= parts | load_parts(folder, spec.index, entries, flag, {"default": dtype}, spec.variant, True)
+    with loading(flag):
+        for name, (library, class_name) in entries.items():
+            if name not in given and library == "diffusers":
+                given[name] = getattr(diffusers, class_name).from_pretrained(folder / name)
+        return chosen(**given)
 
 
 class CheckpointContent(NamedTuple):
@@ -198,7 +219,10 @@ def _loaded_parts(folders: Mapping[str, Path], index: Mapping[str, Any], dtype: 
     parts = {}
     for name, folder in folders.items():
         library, kind = index[name][:2]
-        parts[name] = getattr(libraries[library], kind).from_pretrained(folder, use_safetensors=True, dtype=dtype)
+        what = f"--checkpoints: {folder}"
+        parts[name] = load_module(
+            getattr(libraries[library], kind), str(folder), what, name, dtype, use_safetensors=True
+        )
     return parts
 
 
@@ -207,31 +231,19 @@ def _merge_adapters(module: torch.nn.Module | None, folder: Path) -> None:
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
-    try:
+    with loading(f"--checkpoints: the adapters {folder}"):
         if module is None:
             raise ValueError("the pipeline has no such part")
         adapted = PeftModel.from_pretrained(module, folder)
         if set(get_peft_model_state_dict(adapted)) != set(load_file(folder / PEFT_FILE)):  # PEFT leaves the rest out
             raise ValueError(f"the tensors in {PEFT_FILE} are not those of its config")
         adapted.merge_and_unload()
-    except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--checkpoints: the adapters {folder} can't be loaded: {first_line(error)}") from error
 
 
 def _add_lora(pipeline: "DiffusionPipeline", lora: str, scale: float) -> None:
-    flag = f"--lora {lora}"  # also of a checkpoint's
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise UserError(f"{flag}: a {type(pipeline).__name__} takes no LoRA")
-    file = Path(lora)
-    source = (str(file.parent), {"weight_name": file.name}) if file.is_file() else (lora, {})
-    try:
-        pipeline.load_lora_weights(source[0], adapter_name="evaluated", use_safetensors=True, **source[1])
-        if not any("evaluated" in names for names in pipeline.get_list_adapters().values()):
-            raise ValueError("it adapts no layer of the pipeline")
-        if scale != 1.0:
-            pipeline.set_adapters("evaluated", scale)
-    except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
+    load_lora(pipeline, lora, "evaluated", f"--lora {lora}")
+    if scale != 1.0:
+        pipeline.set_adapters("evaluated", scale)
 
 
 def call_parameters(pipeline_type: type) -> frozenset[str]:

@@ -299,6 +299,7 @@ def describe_run(
     model: str,
     adaptation: str,
     modules: Mapping[str, torch.nn.Module],
+    noise: str,
     accelerator: "Accelerator",
     images: PlannedImages | StreamedImages,
     held_out: PlannedImages | None,
@@ -313,6 +314,7 @@ def describe_run(
     Args:
         model, adaptation: what is trained from and how, in words.
         modules: those that train.
+        noise: what is predicted and how noise is added, in words.
     """
     trained = {
         name: sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -328,6 +330,7 @@ def describe_run(
     facts = {
         "model": model,
         "adaptation": f"{adaptation}, {sum(trained.values()):,} parameters train: {parts}",
+        "noise": noise,
         "precision": f"{accelerator.mixed_precision} on {accelerator.num_processes} x {accelerator.device.type}",
         "data": images.describe() + ("" if held_out is None else f"; {len(held_out.records):,} held out"),
         "resolution": ", ".join(f"{width}x{height}" for width, height in images.plan.sizes),

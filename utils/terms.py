@@ -40,6 +40,13 @@ class LossTerm(nn.Module, ABC):
     def __init__(self, facts: TermFacts):
         super().__init__()
 
+    def train(self, mode: bool = True) -> "LossTerm":
+        """Puts what learns in training mode; frozen networks within the term stay in evaluation mode."""
+        super().train(mode)
+        for module in self.children():
+            _rest_what_is_frozen(module)
+        return self
+
     @abstractmethod
     def forward(self, predicted: Predicted) -> Tensor:
         """[B] what is added to the losses, its weight included. Its own parameters get no gradient from it."""
@@ -81,6 +88,16 @@ class TermOptions:
         return {name: int(value) if value.lstrip("-").isdigit() else as_number(value) for name, _, value in pairs}
 
 
+def _rest_what_is_frozen(module: nn.Module) -> None:
+    """Puts modules without a weight that learns in evaluation mode, unless they are layers of one that learns."""
+    if not any(each.requires_grad for each in module.parameters()):
+        module.eval()
+        return
+    for child in module.children():
+        if any(True for _ in child.parameters()):
+            _rest_what_is_frozen(child)
+
+
 def load_term(options: TermOptions, facts: TermFacts) -> LossTerm:
     """The term in the file that `--loss_module` names.
 
@@ -91,7 +108,7 @@ def load_term(options: TermOptions, facts: TermFacts) -> LossTerm:
     if inspect.isabstract(kind):
         raise UserError(f"--loss_module {options.loss_module}: its {kind.__name__} must define forward")
     try:
-        return kind(facts, **options.arguments)
+        return kind(facts, **options.arguments).train()
     except (TypeError, ValueError, RuntimeError) as error:
         message = f"--loss_module {options.loss_module} with --loss_module_args: {first_line(error)}"
         raise UserError(message) from error

@@ -1,24 +1,25 @@
 """Where a pipeline is loaded from (a folder, the Hub, a single file), and what its configs say before its weights."""
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from utils.configs import index_file, is_path, read_config, read_config_file
+from utils.families.single_file import SingleFile
+from utils.loading import PICKLES, load_module, load_pipeline_folder, variant_of
 from utils.options import UserError, first_line, option, require, require_positive
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError)
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+logger = logging.getLogger(__name__)
 CHUNK_TOKENS = 75  # of a caption, in one pass of a CLIP text encoder: its 77 less the beginning and the end
 XFORMERS_MISSING = "--enable_xformers_memory_efficient_attention: its kernels do not load here"
 XFORMERS_CURE = "leave the flag out, PyTorch's attention is as fast, or install the xformers wheel of this torch"
@@ -54,7 +55,9 @@ class ModelOptions(PartOptions):
     pretrained_model_name_or_path: str | None = option(
         None, "pipeline folder, Hub name or single .safetensors file to start from", aliases=["--pretrained_model"]
     )
-    pretrained_vae_model_name_or_path: str | None = option(None, "folder or Hub name of another VAE")
+    pretrained_vae_model_name_or_path: str | None = option(
+        None, "folder, Hub name or single .safetensors file of another VAE"
+    )
     pretrained_model_config: str | None = option(
         None,
         "pipeline folder or Hub name that describes a single-file model; by default found on the Hub by its weights",
@@ -122,7 +125,16 @@ class PipelineSource:
     @property
     def is_single_file(self) -> bool:
         """Whether it is one file of weights."""
-        return Path(self.path).suffix in (".safetensors", *PICKLES)
+        return _is_file(self.path)
+
+    @cached_property
+    def file(self) -> SingleFile:
+        """The single file that it is."""
+        return SingleFile.read(Path(self.path), "--pretrained_model")
+
+    def scheduler_marks(self) -> dict[str, object]:
+        """What a single file itself says of its noise; of a folder the scheduler's config says it all."""
+        return self.file.scheduler_marks() if self.is_single_file else {}
 
     def index(self) -> dict:
         """The pipeline's `model_index.json`."""
@@ -138,8 +150,9 @@ class PipelineSource:
         root, flag, revision = self.path, "--pretrained_model", self.options.revision
         if part == "unet" and self.options.unet_config is not None:
             return read_config(Path(self.options.unet_config), "--unet_config")
-        if part == "vae" and self.options.pretrained_vae_model_name_or_path is not None:
-            root, revision = self.options.pretrained_vae_model_name_or_path, None
+        given_vae = self.options.pretrained_vae_model_name_or_path
+        if part == "vae" and given_vae is not None and not _is_file(given_vae):
+            root, revision = given_vae, None
             flag = "--pretrained_vae_model_name_or_path"
             if not (Path(root) / "vae").is_dir():
                 part = ""
@@ -168,9 +181,8 @@ class PipelineSource:
             pipeline.vae.to(dtypes.frozen)
             return pipeline
         by_name = dict.fromkeys(text_encoder_names, dtypes.text_encoders)
-        return self._from_pretrained(
-            pipeline_class, dtype={"unet": dtypes.unet, "default": dtypes.frozen, **by_name}, **parts
-        )
+        by_name |= {"unet": dtypes.unet, "default": dtypes.frozen}
+        return self._load_folder(pipeline_class, by_name, parts)
 
     def load_whole(self, pipeline_class: "type[DiffusionPipeline]", **parts: Any) -> "DiffusionPipeline":
         """The pipeline with all it came with, in float32, some parts replaced."""
@@ -178,67 +190,88 @@ class PipelineSource:
         replaced = self._own_parts(float32, with_unet="unet" not in parts) | parts
         if self.is_single_file:
             return self._load_single_file(pipeline_class, replaced).to(torch.float32)
-        return self._from_pretrained(pipeline_class, dtype=torch.float32, **replaced)
+        return self._load_folder(pipeline_class, {"default": torch.float32}, replaced)
 
     def _own_parts(self, dtypes: ComponentDtypes, with_unet: bool = True) -> dict[str, nn.Module]:
         """The parts that come from elsewhere than the pipeline."""
-        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from diffusers import UNet2DConditionModel
 
         options, parts = self.options, {}
         if options.pretrained_vae_model_name_or_path is not None:
-            path = options.pretrained_vae_model_name_or_path
-            subfolder = "vae" if (Path(path) / "vae" / "config.json").is_file() else None
-            flag = f"--pretrained_vae_model_name_or_path {path}"
-            parts["vae"] = self._component(AutoencoderKL, flag, path, dtypes.frozen, subfolder=subfolder)
+            parts["vae"] = self._load_vae(options.pretrained_vae_model_name_or_path, dtypes.frozen)
         if with_unet and options.unet_config is not None:
             parts["unet"] = _fresh_unet(options.unet_config).to(dtypes.unet)
         elif with_unet and options.non_ema_revision is not None:
-            parts["unet"] = self._component(
+            parts["unet"] = load_module(
                 UNet2DConditionModel,
-                f"--non_ema_revision {options.non_ema_revision}",
                 self.path,
+                f"--non_ema_revision {options.non_ema_revision}: unet",
+                "unet",
                 dtypes.unet,
                 subfolder="unet",
                 revision=options.non_ema_revision,
+                use_safetensors=options.use_safetensors,
             )
         return parts
 
-    def _from_pretrained(self, pipeline_class: "type[DiffusionPipeline]", **arguments: Any) -> "DiffusionPipeline":
-        try:
-            return pipeline_class.from_pretrained(
-                self.path,
-                revision=self.options.revision,
-                variant=self.options.variant,
-                use_safetensors=self.options.use_safetensors,
-                **arguments,
-            )
-        except LOADING_ERRORS as error:
-            raise UserError(f"--pretrained_model {self.path} can't be loaded: {first_line(error)}") from error
+    def _load_vae(self, path: str, dtype: torch.dtype) -> nn.Module:
+        """Another VAE than the pipeline's, of a single file with the pipeline's config unless it has its own."""
+        from diffusers import AutoencoderKL
 
-    def _component(
-        self, component_class: type, flag: str, path: str, dtype: torch.dtype, **arguments: Any
-    ) -> nn.Module:
-        """A part on its own; `flag` is the option and its value that name it."""
-        try:
-            return component_class.from_pretrained(
-                path, use_safetensors=self.options.use_safetensors, dtype=dtype, **arguments
-            )
-        except LOADING_ERRORS as error:
-            raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
+        flag = "--pretrained_vae_model_name_or_path"
+        if _is_file(path):
+            own = Path(path).with_name("config.json").is_file()
+            root = str(Path(path).parent) if own else self.options.pretrained_model_config
+            if root is None and not self.is_single_file:
+                root = self.path
+            return SingleFile.read(Path(path), flag).load_vae(root, None if own else "vae", dtype)
+        subfolder = "vae" if (Path(path) / "vae" / "config.json").is_file() else None
+        what = f"{flag} {path}"
+        return load_module(
+            AutoencoderKL,
+            path,
+            what,
+            "vae",
+            dtype,
+            subfolder=subfolder,
+            variant=variant_of(Path(path, subfolder or ""), self.options.variant, what),
+            use_safetensors=self.options.use_safetensors,
+        )
+
+    def _load_folder(
+        self, pipeline_class: "type[DiffusionPipeline]", dtypes: Mapping[str, torch.dtype], given: Mapping[str, Any]
+    ) -> "DiffusionPipeline":
+        options = self.options
+        return load_pipeline_folder(
+            pipeline_class,
+            self.path,
+            f"--pretrained_model {self.path}",
+            dtypes,
+            revision=options.revision,
+            variant=options.variant,
+            use_safetensors=options.use_safetensors,
+            given=given,
+        )
 
     def _load_single_file(self, pipeline_class: "type[DiffusionPipeline]", parts: dict) -> "DiffusionPipeline":
-        from diffusers.loaders.single_file_utils import SingleFileComponentError
-
         # a part given as None counts as missing there, and a part that is missing is left out anyway
         given = {name: part for name, part in parts.items() if part is not None}
-        try:
-            return pipeline_class.from_single_file(self.path, config=self.options.pretrained_model_config, **given)
-        except (*LOADING_ERRORS, SingleFileComponentError) as error:
-            raise UserError(f"--pretrained_model {self.path} can't be loaded: {first_line(error)}") from error
+        return self.file.load(pipeline_class, self.options.pretrained_model_config, given)
 
 
-def refuse_pickles(folder: Path, index: Mapping[str, Any], flag: str, replaced: Collection[str] = ()) -> None:
-    """Refuses a local pipeline of which a part has weights, but none as safetensors.
+def _is_file(name: str) -> bool:
+    """Whether a name is that of a single file of weights."""
+    return Path(name).suffix in (".safetensors", *PICKLES)
+
+
+def check_weight_files(
+    folder: Path,
+    index: Mapping[str, Any],
+    flag: str,
+    options: PartOptions,
+    replaced: Collection[str] = (),
+) -> None:
+    """Refuses a local pipeline of which a part has weights, but only pickles, or only of a variant not asked for.
 
     Args:
         index: its `model_index.json`.
@@ -247,10 +280,11 @@ def refuse_pickles(folder: Path, index: Mapping[str, Any], flag: str, replaced: 
     """
     for name, entry in index.items():
         part = folder / name
-        if name in replaced or not isinstance(entry, list) or entry[0] is None or not part.is_dir():
+        if name in replaced or not isinstance(entry, list) or not any(entry) or not part.is_dir():
             continue
+        variant_of(part, options.variant, f"{flag}: {name}")
         pickles = [file.name for suffix in PICKLES for file in part.glob(f"*{suffix}")]
-        if pickles and not list(part.glob("*.safetensors")):
+        if pickles and not options.allow_pickle and not list(part.glob("*.safetensors")):
             raise UserError(
                 f"{flag}: {name}/{pickles[0]} would need unpickling, which can run code; convert the pipeline with "
                 "save_pretrained(..., safe_serialization=True), or give --allow_pickle"

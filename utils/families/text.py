@@ -1,7 +1,10 @@
 """What the pipelines that draw from captions have in common: CLIP text encoders, a VAE, and a UNet that reads both."""
 
+import logging
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from utils.options import UserError, first_line, require
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+logger = logging.getLogger(__name__)
 MAX_TOKENS = 10_000  # a tokenizer that does not say its length says a number beyond all bounds
 CAPTIONS_AT_ONCE = 4096  # whose tokens are held in memory to be counted
 
@@ -34,14 +38,22 @@ class TextFamily(Family):
     def __init__(self, source: PipelineSource, dtypes: ComponentDtypes, scheduler_changes: Mapping[str, object]):
         self.source = source
         pipeline = source.load(self.pipeline_class(), dtypes, self.text_encoder_names)
-        pipeline.scheduler = changed_scheduler(pipeline.scheduler, scheduler_changes)
+        changes = {**source.scheduler_marks(), **scheduler_changes}
+        say_what_marks_do(source, pipeline.scheduler.config, scheduler_changes)
+        pipeline.scheduler = changed_scheduler(pipeline.scheduler, changes)
+        for name in self.needed_names():
+            if getattr(pipeline, name) is None:
+                raise UserError(f"--pretrained_model {source.path} has no {name}, which it needs")
         super().__init__(pipeline, LatentSpace(pipeline.vae), source.options)
-        for name in self.tokenizer_names:
-            if getattr(self.pipeline, name).model_max_length > MAX_TOKENS:
-                raise UserError(f"--pretrained_model {source.path}: its {name} is missing or has no model_max_length")
+        self._limit_tokens(pipeline)
         self.check(source, {name: getattr(self.pipeline, name).config for name in self._part_names})
         if source.options.unet_config is not None:
             self._probe_unet()
+
+    @classmethod
+    def needed_names(cls) -> tuple[str, ...]:
+        """The parts without which the pipeline is none."""
+        return ("unet", "vae", *cls.text_encoder_names, *cls.tokenizer_names, "scheduler")
 
     @classmethod
     def check(cls, source: PipelineSource, configs: Mapping[str, Mapping]) -> None:
@@ -52,6 +64,14 @@ class TextFamily(Family):
             raise UserError(
                 f"the UNet takes {in_channels} channels but the VAE's latents have {latent_channels}; "
                 "inpainting and depth models are not trained here"
+            )
+        if configs["vae"].get("scaling_factor", 1.0) is None:
+            raise UserError(f"--pretrained_model {source.path}: the config of its VAE says no scaling_factor")
+        if unet.get("time_cond_proj_dim") is not None:
+            flag = f"--unet_config {source.options.unet_config}" if source.options.unet_config else "the UNet"
+            raise UserError(
+                f"{flag} takes guidance as an input (time_cond_proj_dim {unet['time_cond_proj_dim']}), as latent "
+                "consistency models do, which is not trained here; fine-tune the model that it was distilled from"
             )
         expected, widths = unet.get("cross_attention_dim"), _each(encoders, "hidden_size")
         if isinstance(expected, int) and widths and expected != sum(widths):
@@ -179,7 +199,14 @@ class TextFamily(Family):
 
     def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
         """The source's pipeline in float32 with some parts replaced: what is exported."""
-        return self.source.load_whole(self.pipeline_class(), scheduler=self.pipeline.scheduler, **parts)
+        whole = self.source.load_whole(self.pipeline_class(), scheduler=self.pipeline.scheduler, **parts)
+        self._limit_tokens(whole)
+        return whole
+
+    def _limit_tokens(self, pipeline: "DiffusionPipeline") -> None:
+        for name, encoder_name in zip(self.tokenizer_names, self.text_encoder_names, strict=True):
+            what = f"--pretrained_model {self.source.path}: its {name}"
+            limit_tokens(getattr(pipeline, name), getattr(pipeline, encoder_name).config, what)
 
     @classmethod
     def check_before_loading(cls, source: PipelineSource, sizes: Sequence[tuple[int, int]]) -> None:
@@ -249,6 +276,52 @@ def has_multi_vector_tokens(tokenizer: Any) -> bool:
     """Whether textual inversion gave a tokenizer a concept of several tokens: `<cat>`, `<cat>_1`, ..."""
     added = tokenizer.added_tokens_encoder
     return any(f"{token}_1" in added for token in added)
+
+
+def limit_tokens(tokenizer: Any, encoder_config: Any, what: str) -> None:
+    """Gives a tokenizer that does not say its length that of its text encoder.
+
+    Raises:
+        UserError: if neither says one, or the tokenizer knows no words.
+    """
+    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_tokens)):
+        raise UserError(f"{what} is missing or has no vocabulary")
+    if tokenizer.model_max_length > MAX_TOKENS:
+        length = getattr(encoder_config, "max_position_embeddings", None)
+        if length is None:
+            raise UserError(f"{what} has no model_max_length")
+        tokenizer.model_max_length = length
+
+
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+FEW_STEP_NAMES = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper|dmd2?|schnell)(?![a-z])", re.IGNORECASE)
+
+
+def say_what_marks_do(source: PipelineSource, config: Mapping[str, Any], asked: Mapping[str, object]) -> None:
+    """Says what a base tells of its own noise, and what of it an option overrides."""
+    for key, value in source.scheduler_marks().items():
+        if key in asked and asked[key] != value:
+            logger.warning(
+                "--%s %s goes before the mark in %s, which says %s: the model was trained so",
+                *(key, asked[key], source.path, value),
+            )
+        elif key not in asked and config.get(key) != value:
+            logger.info("%s says %s %s: taken", source.path, key, value)
+    if source.is_single_file and "prediction_type" not in {**asked, **source.scheduler_marks()}:
+        likely, taken = source.file.looks_like_v2(), config.get("prediction_type", "epsilon")
+        if likely not in (None, taken):
+            logger.warning(
+                "%s says nothing of its prediction type and looks like one of %s, but its config says %s; give "
+                "--prediction_type %s if the samples are noise",
+                *(source.path, likely, taken, likely),
+            )
+    name = config.get("_class_name")
+    if name in FEW_STEP_SCHEDULERS or FEW_STEP_NAMES.search(Path(source.path).name):
+        logger.warning(
+            "%s (%s) looks like a model distilled to draw in few steps: fine-tuned by the loss of diffusion models it "
+            "loses that; its samples need guidance and more steps then",
+            *(source.path, name),
+        )
 
 
 def _each(configs: Sequence[Any], name: str) -> list[int]:

@@ -24,9 +24,10 @@ from utils.families.denoisers import (
     transformer_config,
     unet_config,
 )
-from utils.families.source import LOADING_ERRORS, PartOptions, refuse_pickles
+from utils.families.source import PartOptions, check_weight_files
 from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
 from utils.flow import ProcessOptions, check_changes, is_flow, shift_of
+from utils.loading import load_module, load_pipeline_folder, variant_of
 from utils.options import UserError, first_line, option, require
 from utils.samplers import exported, sampler_of, warn_of_own_sampler
 
@@ -622,8 +623,8 @@ def pick_unconditional(
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
     if class_name not in PRETRAINED_FAMILIES:
         raise UserError(f"--pretrained_model {name} is a {class_name}; supported are {', '.join(PRETRAINED_FAMILIES)}")
-    if not options.allow_pickle:
-        refuse_pickles(path, index, f"--pretrained_model {path}")
+    if path.is_dir():
+        check_weight_files(path, index, f"--pretrained_model {path}", options)
     PRETRAINED_FAMILIES[class_name].check_before_loading(options, has_classes)
     return PRETRAINED_FAMILIES[class_name]
 
@@ -643,16 +644,16 @@ def default_edge(options: UnconditionalModelOptions, family: type[UnconditionalF
 def load_pipeline(pipeline_class: "type[DiffusionPipeline]", options: UnconditionalModelOptions) -> "DiffusionPipeline":
     """The pretrained pipeline in float32, on the CPU."""
     name = options.pretrained_model_name_or_path
-    try:
-        return pipeline_class.from_pretrained(
-            name,
-            revision=options.revision,
-            variant=options.variant,
-            use_safetensors=options.use_safetensors,
-            dtype=torch.float32,
-        )
-    except LOADING_ERRORS as error:
-        raise UserError(f"--pretrained_model {name} can't be loaded: {first_line(error)}") from error
+    return load_pipeline_folder(
+        pipeline_class,
+        name,
+        f"--pretrained_model {name}",
+        {"default": torch.float32},
+        revision=options.revision,
+        variant=options.variant,
+        use_safetensors=options.use_safetensors,
+        given={},
+    )
 
 
 def listed_names(options: UnconditionalModelOptions) -> dict[int, str]:
@@ -686,12 +687,9 @@ def load_coder(name: str, use_safetensors: bool | None) -> tuple[nn.Module, bool
     import diffusers
 
     config, subfolder = coder_config(name)
-    try:
-        coder = getattr(diffusers, config["_class_name"]).from_pretrained(
-            name, subfolder=subfolder, use_safetensors=use_safetensors, dtype=torch.float32
-        )
-    except LOADING_ERRORS as error:
-        raise UserError(f"--vae {name} can't be loaded: {first_line(error)}") from error
+    kind, what = getattr(diffusers, config["_class_name"]), f"--vae {name}"
+    variant_of(Path(name, subfolder or ""), None, what)
+    coder = load_module(kind, name, what, "vae", torch.float32, subfolder=subfolder, use_safetensors=use_safetensors)
     has_scaling = config.get("scaling_factor") is not None
     if not has_scaling:
         coder.register_to_config(scaling_factor=1.0)  # until it is measured; a config may say null

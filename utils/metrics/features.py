@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from utils.configs import is_path
 from utils.disk import replacing
+from utils.loading import frozen, load_module
 from utils.metrics.distances import Failed, NotComputable
 from utils.metrics.inception import INPUT_SIZE, NUM_FEATURES, InceptionNetwork
 from utils.metrics.lpips import TRUNKS, LpipsNetwork
@@ -48,6 +49,7 @@ FID_MODES = {
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIFFERENT_SIZES = "the network takes images as they are, and these have different sizes; for LPIPS give --lpips_size"
+REPEATS_WITHIN = 1e-2  # of the largest feature: kernels for other batch sizes round otherwise
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -149,6 +151,12 @@ class Network(ABC):
             self._fingerprint = weights_hash(self.module)
         return self._fingerprint
 
+    def freeze(self) -> None:
+        """Puts all modules that it holds in evaluation mode, their weights not trained."""
+        for held in vars(self).values():
+            if isinstance(held, nn.Module):
+                frozen(held)
+
     def __call__(self, pictures: Sequence[Picture], device: torch.device) -> np.ndarray:
         """[B, d] float32.
 
@@ -160,6 +168,7 @@ class Network(ABC):
         if len({pixels.shape for pixels in prepared}) > 1:
             raise NotComputable(DIFFERENT_SIZES)
         pixels = torch.stack(prepared).to(device)
+        self.freeze()
         with torch.no_grad():
             found = self.features(pixels).float().cpu()
         finite = torch.isfinite(found).all(1)
@@ -268,7 +277,7 @@ class InceptionFeatures(Network):
         except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--inception_weights {file} is not pytorch-fid's weight file: {reason}") from error
-        self.module = network.float().eval().requires_grad_(False)
+        self.module = frozen(network.float())
         self.class_weights = network.fc.weight.cpu().double().numpy()
 
     def pixels(self, image: Image.Image) -> Tensor:
@@ -295,13 +304,19 @@ class DinoFeatures(Network):
     def __init__(self, options: FeatureOptions):
         from transformers import Dinov2Model
 
-        self.module = _pretrained(Dinov2Model, "dino_model", options.dino_model, options.no_download)
+        model, is_local = options.dino_model, options.no_download
+        self.module = _pretrained(Dinov2Model, "dino_model", model, is_local, _class_token)
 
     def pixels(self, image: Image.Image) -> Tensor:
         return _normalised(image.resize((224, 224), Image.Resampling.BICUBIC), IMAGENET_MEAN, IMAGENET_STD)
 
     def features(self, pixels: Tensor) -> Tensor:
         return self.module(pixel_values=pixels).last_hidden_state[:, 0]
+
+
+def _class_token(model: nn.Module) -> Tensor:
+    """What is read of DINOv2, of an image of noise."""
+    return model(pixel_values=torch.linspace(0, 100, 3 * 224 * 224).sin().view(1, 3, 224, 224)).last_hidden_state[:, 0]
 
 
 class ClipFeatures(Network):
@@ -386,7 +401,7 @@ class LpipsFeatures(Network):
             reason = " ".join(str(error).split())[:200]
             kind = options.lpips_network
             raise UserError(f"--lpips_weights {file} is no weight file of torchvision's {kind}: {reason}") from error
-        self.module = network.eval().requires_grad_(False)
+        self.module = frozen(network)
         self._size = options.lpips_size
         self.settings = f"{options.lpips_network}, " + (
             f"resized to {self._size}" if self._size else "images as they are"
@@ -412,20 +427,21 @@ def _not_loaded(flag: str, model: str, error: Exception, is_local: bool) -> Exce
     )
 
 
-def _pretrained(model_class: type, flag: str, model: str, is_local: bool) -> nn.Module:
-    """A model of transformers from a folder or the Hub, in float32, of whose weights none is missing."""
+def _pretrained(
+    model_class: type,
+    flag: str,
+    model: str,
+    is_local: bool,
+    reads: Callable[[nn.Module], Tensor] | None = None,
+) -> nn.Module:
+    """A model of transformers from a folder or the Hub, in float32, of whose weights none that is read is missing."""
+    weights = {"use_safetensors": True, "local_files_only": is_local}
     try:
-        module, report = model_class.from_pretrained(
-            model, use_safetensors=True, dtype=torch.float32, local_files_only=is_local, output_loading_info=True
-        )
-    except LOADING_ERRORS as error:
-        raise _not_loaded(flag, model, error, is_local) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"--{flag} {model} lacks {missing[0]} and {len(missing) - 1} more weights: another kind of model"
-        )
-    return module.eval().requires_grad_(False)
+        return frozen(load_module(model_class, model, f"--{flag} {model}", flag, torch.float32, reads, **weights))
+    except UserError as error:
+        if error.__cause__ is None:  # it was loaded, and its weights are another kind of model's
+            raise
+        raise _not_loaded(flag, model, error.__cause__, is_local) from error
 
 
 def load_own_network(file: str) -> Network:
@@ -436,11 +452,41 @@ def load_own_network(file: str) -> Network:
     """
     kind = load_class("feature_module", file, Network)
     with running("feature_module", file):
-        return kind()
+        network = kind()
+        network.freeze()
+    return network
+
+
+def check_repeats(network: Network, flag: str) -> None:
+    """Refuses a network whose features of an image depend on the images beside it, or change when it is asked again.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    generator = np.random.default_rng(0)
+    levels = (64, 128, 256)  # images of different brightness: statistics of a batch must show
+    images = [Image.fromarray(generator.integers(0, level, (64, 64, 3), dtype=np.uint8)) for level in levels]
+    pictures = [Picture(f"noise {number}", lambda image=image: image) for number, image in enumerate(images)]
+    device = next((each.device for each in network.module.parameters()), torch.device("cpu"))
+    before = {name: each.clone() for name, each in network.module.named_buffers()}
+    together, again = network(pictures, device), network(pictures, device)
+    alone = np.concatenate([network([picture], device) for picture in pictures])
+    if any(not torch.equal(before[name], each) for name, each in network.module.named_buffers() if name in before):
+        raise UserError(f"--{flag}: the network changes its own buffers when it is run; it must not")
+    scale = np.abs(together).max()
+    if max(np.abs(together - again).max(), np.abs(together - alone).max()) > REPEATS_WITHIN * scale:
+        raise UserError(
+            f"--{flag}: the features of an image depend on the images beside it, or change when they are computed "
+            "again; use no dropout and no statistics of the batch, which functions of torch.nn.functional may take"
+        )
 
 
 def _main_network(options: FeatureOptions) -> Network:
-    return InceptionFeatures(options) if options.feature_module is None else load_own_network(options.feature_module)
+    if options.feature_module is None:
+        return InceptionFeatures(options)
+    network = load_own_network(options.feature_module)
+    check_repeats(network, f"feature_module {options.feature_module}")
+    return network
 
 
 def _preference(flag: str, options: FeatureOptions) -> Network:

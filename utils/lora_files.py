@@ -1,0 +1,168 @@
+"""LoRA files: loaded whole into a pipeline, or refused with the reason in one line."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from utils.loading import loading, names_of
+from utils.options import UserError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+MODELS_BY_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+"""What a UNet is of, by the width of the text states that it reads."""
+OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "dora_scale": "DoRA"}
+
+
+def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: str) -> None:
+    """Loads a LoRA file of any of the usual formats (diffusers', peft's, kohya's) as an adapter of a pipeline.
+
+    Args:
+        source: a file, a folder, or a Hub name.
+        what: the flag and its value, as messages name them.
+
+    Raises:
+        UserError: if it can't be loaded, or a part of it is not of this pipeline.
+    """
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(f"{what}: a {type(pipeline).__name__} takes no LoRA")
+    path = Path(source)
+    if path.is_file():
+        root, given = str(path.parent), {"weight_name": path.name}
+    else:
+        root, given = source, {"weight_name": LORA_FILE} if (path / LORA_FILE).is_file() else {}
+    with loading(what):
+        counts = _check(pipeline, root, given)
+        pipeline.load_lora_weights(root, adapter_name=adapter, use_safetensors=True, **given)
+        adapted = pipeline.get_list_adapters()
+        if not any(adapter in names for names in adapted.values()):
+            raise ValueError("it adapts no layer of the pipeline")
+        for part, count in counts.items():
+            found = _num_loaded(getattr(pipeline, part), adapter)
+            if found != count:
+                raise ValueError(f"of its {count} tensors for the {part} {found} were loaded")
+
+
+def _check(pipeline: "DiffusionPipeline", root: str, given: Mapping[str, str]) -> dict[str, int]:
+    """Refuses what would be loaded in part; how many tensors there are of each part."""
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+
+    if "weight_name" in given:
+        _refuse_other_kinds(Path(root, given["weight_name"]))
+    arguments = dict(given)
+    if isinstance(pipeline, StableDiffusionXLLoraLoaderMixin):
+        arguments["unet_config"] = pipeline.unet.config
+    elif not isinstance(pipeline, StableDiffusionLoraLoaderMixin):
+        return {}
+    read = _num_read(Path(root, given["weight_name"])) if "weight_name" in given else None
+    tensors, _ = pipeline.lora_state_dict(root, use_safetensors=True, **arguments)
+    if read is not None and len(tensors) != read:
+        raise ValueError(f"of its {read} tensors only {len(tensors)} are understood")
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    parts = {name: {} for name in modules}
+    homeless = []
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        if part in parts:
+            parts[part][name] = tensor
+        else:
+            homeless.append(key)
+    found = {name: _layers(name, own, modules[name]) for name, own in parts.items() if own}
+    for name, layers in found.items():
+        _check_layers(layers, dict(modules[name].named_modules()), name)
+    if homeless:
+        raise ValueError(
+            f"it has {len(homeless)} tensors for parts that this {type(pipeline).__name__} does not have: "
+            f"{names_of(sorted(homeless))}"
+        )
+    return {name: sum(map(len, layers.values())) for name, layers in found.items()}
+
+
+def _refuse_other_kinds(file: Path) -> None:
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+    for mark, kind in OTHER_KINDS.items():
+        found = next((name for name in names if mark in name), None)
+        if found is not None:
+            raise ValueError(f"it holds {found}: it is a {kind} file of other tools, which is not read here")
+
+
+def _num_read(file: Path) -> int:
+    """How many tensors a LoRA file has, scales aside."""
+    with safe_open(file, "pt") as opened:
+        return sum(not name.endswith(".alpha") for name in opened.keys())  # noqa: SIM118
+
+
+def _layers(part: str, tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """A part's tensors by the layers that they adapt, and by peft's names (lora_A.weight, ...)."""
+    from diffusers.utils import (
+        convert_state_dict_to_diffusers,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+    )
+
+    tensors = dict(tensors)
+    if part.startswith("text_encoder"):
+        tensors = convert_state_dict_to_peft(convert_state_dict_to_diffusers(tensors))
+        if not hasattr(module, "text_model"):
+            tensors = {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
+    elif "lora_A" not in next(iter(tensors)):
+        tensors = convert_unet_state_dict_to_peft(tensors)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, _, kind = key.partition(".lora_")
+        layers.setdefault(layer, {})[kind] = tensor
+    return layers
+
+
+def _check_layers(layers: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module], part: str) -> None:
+    """Refuses layers that the module does not have, or has in other shapes, and halves of updates."""
+    known = {name: layer for name, layer in layers.items() if getattr(modules.get(name), "weight", None) is not None}
+    unknown = sorted(set(layers) - set(known))
+    for name, tensors in known.items():
+        down, up = tensors.get("A.weight"), tensors.get("B.weight")
+        if down is None or up is None:
+            raise ValueError(f"{part}: it has one half of the update of {name} alone")
+        if len(up.shape) < 2 or up.shape[1] != down.shape[0]:
+            raise ValueError(f"{part}: the halves of the update of {name} do not fit each other")
+    wrong = [
+        name
+        for name, tensors in known.items()
+        if tensors["A.weight"].shape[1:] != modules[name].weight.shape[1:]
+        or tensors["B.weight"].shape[0] != modules[name].weight.shape[0]
+    ]
+    if wrong or unknown:
+        raise ValueError(f"{part}: " + _of_another_model(layers, modules, wrong, unknown))
+
+
+def _of_another_model(
+    layers: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module], wrong: list[str], unknown: list[str]
+) -> str:
+    """Why layers do not fit: by the width of the text states where they are another model's."""
+    reading = [name for name in layers if name.endswith("attn2.to_k") and "A.weight" in layers[name]]
+    given = {layers[name]["A.weight"].shape[1] for name in reading}
+    own = {module.weight.shape[1] for name, module in modules.items() if name.endswith("attn2.to_k")}
+    counted = f"{len(wrong)} of its {len(layers)} layers have other shapes" if wrong else ""
+    missing = (
+        f"{len(unknown)} of its {len(layers)} layers are not in this model: {names_of(unknown)}" if unknown else ""
+    )
+    text = " and ".join(filter(None, [counted, missing]))
+    if len(given) == 1 and len(own) == 1 and given != own:
+        (theirs,), (ours,) = given, own
+        text += f"; it reads text states of width {_named(theirs)}, this model's are {_named(ours)}"
+    return f"it is the LoRA of another model: {text}"
+
+
+def _named(width: int) -> str:
+    return f"{width} ({MODELS_BY_WIDTH[width]})" if width in MODELS_BY_WIDTH else str(width)
+
+
+def _num_loaded(module: nn.Module, adapter: str) -> int:
+    from peft.utils import get_peft_model_state_dict
+
+    return len(get_peft_model_state_dict(module, adapter_name=adapter))
