@@ -8,7 +8,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 RUN = .venv/bin/python
 INSTALLED = .venv/installed-$(shell cat requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo demo-lora demo-unconditional compare chaos fuzz golden test test-slow check install base clean
+.PHONY: demo demo-lora demo-unconditional compare chaos fuzz golden test test-slow older test-older nightly check install \
+	base clean
 
 demo: $(INSTALLED)
 	$(RUN) demo/run.py
@@ -28,8 +29,19 @@ test: check
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow"
 
 # what takes several processes and minutes; continuous integration runs it after the others
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) older
 	$(RUN) -m pytest -n 2 --dist worksteal -m slow
+
+# an environment with transformers 4 and diffusers 0.35, which must open what is trained here
+older: $(INSTALLED)
+	$(RUN) tests/environments.py older .venv-older
+
+test-older: older
+	$(RUN) -m pytest tests/test_older_libraries.py
+
+# trains with the lower bounds of requirements.txt and with the newest releases, and what else takes long
+nightly: $(INSTALLED)
+	$(RUN) tests/nightly.py
 
 # kills runs at random moments, and compares what they come to with runs left alone: make chaos ROUNDS=100
 ROUNDS ?= 100

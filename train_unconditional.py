@@ -84,6 +84,7 @@ from utils.starting import (
     make_state,
     measure_on,
     open_records,
+    open_repository,
     own_parameters,
     prepare_data,
     samples_at_once,
@@ -222,6 +223,7 @@ def run(argv: Sequence[str] | None) -> None:
     with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening(), attention, allowed:
         beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
         start, group_size = beginning.start, beginning.group_size
+        repository = open_repository(options, accelerator, folder)
         preparation = prepare_data(options, options.labels.captions(options.source), accelerator, folder, requests)
         logger.info("listing the images of %s", data_name(options))
         images = preparation.choose_images(resolution, group_size)
@@ -374,7 +376,7 @@ def run(argv: Sequence[str] | None) -> None:
         preparation.write_report(images)
         if accelerator.is_main_process:
             table = card_settings(options, course.total_steps, batches.size, resolution)
-            publish(folder.path, options.hub, card_facts(options, family, table, verdict), samples)
+            publish(folder.path, repository, options.hub, card_facts(options, family, table, verdict), samples)
         course.conclude(verdict)
 
 

@@ -1,11 +1,15 @@
 """The script as a process: plain python, accelerate launch, two processes."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -178,3 +182,114 @@ def test_the_slurm_script(pipelines, images, tmp_path):
     flags = (*flags, "--train_batch_size", 4, "--max_train_steps", steps + 2)
     run([sys.executable, *command(pipelines, images, alone, *flags)])
     torch.testing.assert_close(losses(alone), losses(out), rtol=1e-4, atol=1e-5)
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """As much of the Hub as creating a repository and asking for permission takes."""
+
+    users: ClassVar = {"hf_writes": "me", "hf_reads": None}
+    asked: ClassVar[list[str]] = []
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+    def _answer(self, status: int, **content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _respond(self) -> None:
+        length = int(self.headers.get("Content-Length", 0))
+        content = json.loads(self.rfile.read(length) or b"{}")
+        if "/models/" in self.path or "/repos/" in self.path:  # the library asks for more, such as its news
+            self.asked.append(f"{self.command} {self.path}")
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in self.users:
+            self._answer(401, error="Invalid credentials in Authorization header")
+        elif self.path == "/api/repos/create":
+            name = f"{content.get('organization') or self.users[token]}/{content['name']}"
+            url, status = f"http://{self.headers['Host']}/{name}", 200 if self.users[token] else 403
+            self._answer(status, url=url, error="no write permission")
+        elif self.path.endswith("/auth-check/write"):
+            self._answer(200 if self.users[token] else 403, error="no write permission")
+        elif self.path.startswith("/api/models/"):
+            self._answer(200, id=self.path.removeprefix("/api/models/").removesuffix("/revision/main"))
+        else:
+            self._answer(404, error="not found")
+
+    do_GET = do_POST = _respond  # noqa: N815
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The address of a Hub of this machine, without a proxy between."""
+    import huggingface_hub
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    FakeHub.asked.clear()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield address
+    server.shutdown()
+
+
+PUSH = ("--max_train_steps", 1, "--push_to_hub")
+
+
+@pytest.mark.parametrize("name", ["sd", "pixels"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "there is no login"),
+        (("--hub_token", "hf_wrong"), "401"),
+        (("--hub_token", "hf_reads", "--hub_model_id", "others/model"), "403"),
+        (("--hub_token", "hf_writes", "--output_dir", "out (2)"), "--hub_model_id"),
+    ],
+)
+def test_an_upload_that_would_fail_is_refused_before_the_training(
+    train, hub, monkeypatch, tmp_path, capsys, name, flags, said
+):
+    monkeypatch.chdir(tmp_path)
+    train(name, *PUSH, *flags, expect=2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "--push_to_hub" in line
+    assert said in line
+    assert "hf_w" not in line
+    assert "hf_reads" not in line
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_an_upload_offline_is_refused_before_the_training(train, capsys, tmp_path):
+    train("sd", *PUSH, "--hub_token", "hf_x", "--hub_model_id", "me/model", expect=2)
+    assert "--push_to_hub: me/model can't be written to: " in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_the_repository_is_created_once_before_the_training(train, hub, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(
+        huggingface_hub, "upload_folder", lambda repo_id, **_: FakeHub.asked.append(f"upload {repo_id}")
+    )
+    train(
+        "sd",
+        *PUSH,
+        "--hub_token",
+        "hf_writes",
+        out="my-model",
+    )
+    assert FakeHub.asked == [
+        "POST /api/repos/create",
+        "GET /api/models/me/my-model/auth-check/write",
+        "upload me/my-model",
+    ]
+    FakeHub.asked.clear()
+    train("sd", *PUSH, "--hub_token", "hf_writes", "--dry_run", out="dry")
+    assert not FakeHub.asked

@@ -171,6 +171,7 @@ NO_MODULES = {  # where a loader loads no module, or one whose weights are looke
     "utils/loading.py": 2,  # modules; what of a pipeline is no module
     "utils/families/single_file.py": 2,
     "utils/lora_files.py": 1,
+    "utils/pipeline_files.py": 1,  # an image processor
     "utils/pipelines.py": 2,  # schedulers of our own pipelines; adapters, compared with their file
     "utils/adaptation.py": 1,  # adapters that were written a line above
     "utils/metrics/features.py": 2,  # configs, processors, tokenizers
@@ -220,3 +221,40 @@ def test_without_docstrings_a_script_ends_in_one_line(script):
     found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert (found.returncode, found.stderr.count("\n")) == (2, 1)
     assert "python -O" in found.stderr
+
+
+def test_files_of_tensors_are_written_in_one_place():
+    """safetensors writes files that nobody but their owner can read, whatever the umask says."""
+    found = {path.name for path in (ROOT / "utils").rglob("*.py") if "save_file" in path.read_text(encoding="utf-8")}
+    assert found == {"disk.py"}
+
+
+OPTIONAL = {"wandb", "comet_ml", "deepspeed", "torch_npu", "xformers"}
+"""Packages that are imported only where a user who has them asks for them."""
+PACKAGES = {"PIL": "pillow", "yaml": "pyyaml"}
+"""The names of packages whose modules are called otherwise."""
+
+
+def test_requirements_name_each_package_that_is_imported():
+    from tests.environments import requirements
+
+    imported = set()
+    for file in [*(ROOT / "utils").rglob("*.py"), *ROOT.glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            imported |= {name.partition(".")[0] for name in names}
+    own = {path.stem for path in ROOT.glob("*.py")} | {"utils"}
+    others = {PACKAGES.get(name, name) for name in imported - own - OPTIONAL - sys.stdlib_module_names}
+    assert not others - set(requirements())
+
+
+def test_environments_have_the_bounds_of_the_requirements():
+    from tests.environments import packages, tested_torch
+
+    floors, newest = packages("floors"), packages("newest")
+    assert floors[0] == newest[0] == tested_torch()
+    assert all("==" in line for line in floors)
+    assert "datasets==5.2.0" in floors  # earlier ones read ../x.png of a folder given as --dataset_name
+    assert len(floors) == len(newest)
+    assert not any("torch" in line for line in floors[1:])

@@ -1,8 +1,9 @@
 """Tiny pipelines of the real classes, and small folders of images, made on the spot."""
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,19 @@ def scheduler(prediction_type: str = "epsilon"):
     )
 
 
+def as_published(folder: Path) -> Path:
+    """Gives a saved pipeline the files that those on the Hub have, which transformers 4 wrote."""
+    from safetensors.torch import load_file, save_file
+
+    for part in folder.glob("tokenizer*"):
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copyfile(folder / "vocabulary" / name, part / name)
+    for file in folder.glob("text_encoder*/model.safetensors"):
+        if not any(name.startswith("text_model.") for name in load_file(file)):
+            save_file({f"text_model.{name}": each for name, each in load_file(file).items()}, file, {"format": "pt"})
+    return folder
+
+
 def make_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
     """A Stable Diffusion pipeline folder."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -102,7 +116,35 @@ def make_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
-    return folder
+    return as_published(folder)
+
+
+def in_half_precision(folder: Path, target: Path, parts: Sequence[str], variant: str = "") -> Path:
+    """A copy of a pipeline with some parts in float16, or with these as a variant in the place of the plain files."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    for part in parts:
+        (file,) = (target / part).glob("*.safetensors")
+        halves = {name: each.half() if each.is_floating_point() else each for name, each in load_file(file).items()}
+        file.unlink()
+        save_file(halves, file.with_suffix(f".{variant}.safetensors") if variant else file, {"format": "pt"})
+        config = json.loads((target / part / "config.json").read_text(encoding="utf-8"))
+        dtypes = {name: "float16" for name in ("dtype", "torch_dtype") if name in config}
+        (target / part / "config.json").write_text(json.dumps(config | dtypes), encoding="utf-8")
+    return target
+
+
+def make_snapshot(folder: Path, root: Path) -> Path:
+    """A pipeline as the Hub's cache holds it: links to blobs beside the snapshot."""
+    snapshot, blobs = root / "snapshots" / "abc123", root / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        target = snapshot / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, blobs / str(number))
+        target.symlink_to(os.path.relpath(blobs / str(number), target.parent))
+    return snapshot
 
 
 def make_sdxl(folder: Path) -> Path:
@@ -135,7 +177,7 @@ def make_sdxl(folder: Path) -> Path:
         unet=unet,
         scheduler=scheduler(),
     ).save_pretrained(folder)
-    return folder
+    return as_published(folder)
 
 
 SMALL_UNET = ("--model_size", "tiny", "--model_channels", 8, "--channel_mult", 1, 2, "--attention_resolutions", 16)

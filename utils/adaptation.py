@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.background import HostBuffers
+from utils.disk import write_tensors
 from utils.ema import MovingAverage
 from utils.families.base import Family
 from utils.families.quantization import QUANTIZATIONS, check_quantization
@@ -23,7 +24,8 @@ from utils.loading import load_module
 from utils.lora_files import LORA_FILE, load_lora
 from utils.lora_layers import shorten
 from utils.optim import NamedParameter, OptimizerOptions
-from utils.options import UserError, option, require, require_positive
+from utils.options import UserError, first_line, option, require, require_positive
+from utils.pipeline_files import save_module
 from utils.sharding import plain_class, sharded_parts
 
 if TYPE_CHECKING:
@@ -234,6 +236,7 @@ class FullFineTuning(Adaptation):
 
     def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
         super().__init__(family, options, start)
+        family.prepare_saving()
         for name, module in self.modules.items():
             if start is not None:
                 module.load_state_dict(_saved_like(module, start / name).state_dict())
@@ -295,6 +298,8 @@ class AdapterTuning(Adaptation):
 
     def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
         super().__init__(family, options, start)
+        if self._exports_pipeline:
+            family.prepare_saving()
         self._make_adapters(start)
         for module in self.modules.values():
             for name, parameter in module.named_parameters():
@@ -308,6 +313,10 @@ class AdapterTuning(Adaptation):
         if start is not None:
             for parameter, saved in zip(trained, self._saved_like(trained, start, average=False), strict=True):
                 parameter.data.copy_(saved)
+
+    @property
+    def _exports_pipeline(self) -> bool:
+        return True
 
     def _make_adapters(self, start: Path | None) -> None:
         for name, module in self.modules.items():
@@ -382,6 +391,15 @@ class AdapterTuning(Adaptation):
     def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Writes the result of all adapters' tensors, by their names in a file."""
 
+    def _base_models(self) -> "DiffusionPipeline":
+        """The pipeline that is trained from, in float32, without the parts that are never adapted."""
+        others = set(self.family.pipeline.components) - {*self.family.trainable_names(), "scheduler"}
+        return self.family.float32_pipeline(**dict.fromkeys(sorted(others)))
+
+    def _save_fused(self, pipeline: "DiffusionPipeline", folder: Path) -> None:
+        """Writes the pipeline into `fused/`, its adapted parts with the adapters merged in."""
+        self.family.save_pipeline(folder / "fused", **{name: getattr(pipeline, name) for name in self.modules})
+
 
 class PeftAdaptation(AdapterTuning):
     """Adapters that diffusers has no file format for: saved as PEFT adapter folders, and fused into a pipeline."""
@@ -420,17 +438,17 @@ class PeftAdaptation(AdapterTuning):
             target = folder / (f"{name}_ema" if is_average else name)
             module.peft_config[ADAPTER].save_pretrained(target)
             own = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
-            save_file({WRAPPED + key: each.contiguous() for key, each in own.items()}, target / PEFT_FILE)
+            write_tensors({WRAPPED + key: each.contiguous() for key, each in own.items()}, target / PEFT_FILE)
 
     def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Writes the adapter folders, and in `fused/` the pipeline with them merged in."""
         from peft import PeftModel
 
         self._write(tensors, False, folder)
-        pipeline = self.family.float32_pipeline()
+        pipeline = self._base_models()
         for name in self.modules:
             PeftModel.from_pretrained(getattr(pipeline, name), folder / name).merge_and_unload()
-        pipeline.save_pretrained(folder / "fused")
+        self._save_fused(pipeline, folder)
 
 
 class HadamardAdaptation(PeftAdaptation):
@@ -457,6 +475,10 @@ class LowRankAdaptation(AdapterTuning):
         if options.fused_lora:
             for module in self.modules.values():
                 shorten(module, ADAPTER)
+
+    @property
+    def _exports_pipeline(self) -> bool:
+        return self.options.export_fused
 
     def _make_adapters(self, start: Path | None) -> None:
         given = self.options.lora_weights
@@ -526,16 +548,23 @@ class LowRankAdaptation(AdapterTuning):
         for name, module in self.modules.items():
             own = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
             arguments[f"{name}_lora_layers"] = own
-            arguments[f"{name}_lora_adapter_metadata"] = module.peft_config[ADAPTER].to_dict()
+            arguments[f"{name}_lora_adapter_metadata"] = _metadata(module.peft_config[ADAPTER])
         self.family.pipeline_class().save_lora_weights(folder / "unet_ema" if is_average else folder, **arguments)
 
     def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Writes the LoRA file with its metadata, and if asked the fused pipeline."""
         self._write(tensors, False, folder)
         if self.options.export_fused:
-            pipeline = self.family.float32_pipeline()
+            pipeline = self._base_models()
             fuse_lora(pipeline, folder)
-            pipeline.save_pretrained(folder / "fused")
+            self._save_fused(pipeline, folder)
+
+
+def _metadata(config: "PeftConfig") -> dict[str, object]:
+    """What a LoRA file says of its adapter: fields at their defaults are left out, which older releases lack."""
+    default = type(config)().to_dict()
+    needed = ("r", "lora_alpha", "target_modules")
+    return {name: value for name, value in config.to_dict().items() if name in needed or value != default.get(name)}
 
 
 def fuse_lora(pipeline: "DiffusionPipeline", folder: Path) -> None:
@@ -554,7 +583,7 @@ def _write_modules(modules: dict[str, nn.Module], average: dict[str, object] | N
     """Writes modules in diffusers' layout; as averages, with their fields in the config, where those are given."""
     for name, module in modules.items():
         target = folder / (name if average is None else f"{name}_ema")
-        module.save_pretrained(target)
+        save_module(module, target)
         if average is not None:
             config = json.loads((target / "config.json").read_text(encoding="utf-8")) | average
             (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from utils.background import HostBuffers
-from utils.disk import sync_file, sync_folder
+from utils.disk import sync_file, sync_folder, usual_modes, write_tensors
 from utils.engines import Engine
 from utils.optim import NamedParameter
 from utils.options import UserError, first_line, option, require_positive
@@ -159,6 +159,7 @@ class Checkpoints:
             self.clean()
         try:
             write(aside)
+            usual_modes(aside)
             files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
             facts = {
                 str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": _hash(path)} for path in files
@@ -373,7 +374,7 @@ def optimizer_content(
 def write_state(folder: Path, state: TrainingState, optimizer: OptimizerContent) -> None:
     """Writes the training state as JSON and the optimizer's tensors as safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(optimizer.tensors, folder / OPTIMIZER)
+    write_tensors(optimizer.tensors, folder / OPTIMIZER)
     numbers = {"optimizer": optimizer.numbers, "optimizer_groups": optimizer.groups}
     write_json(folder / STATE, asdict(state) | numbers)
 

@@ -1,9 +1,15 @@
 """Files that are whole at any moment, and what was written stays written."""
 
 import os
-from collections.abc import Iterator
+import stat
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MARKER = ".not_training_data"  # of folders that this toolkit writes, which are left out where they lie among data
 MARKER_TEXT = """A training, an evaluation or a cache writes this folder.
@@ -34,6 +40,31 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def usual_modes(path: Path) -> None:
+    """Gives a file, or all files below a folder, the permissions of the umask: safetensors' files have fewer.
+
+    A new file shows what these are in that folder: a process can't read its umask without changing it.
+    """
+    folder = path if path.is_dir() else path.parent
+    probe = folder / f".tmp-mode-{os.getpid()}-{threading.get_ident()}"
+    probe.unlink(missing_ok=True)
+    with open(probe, "xb") as opened:
+        usual = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
+    probe.unlink()
+    for each in path.rglob("*") if path.is_dir() else (path,):
+        mode = each.lstat().st_mode
+        if stat.S_ISREG(mode) and usual & ~mode:
+            each.chmod(stat.S_IMODE(mode) | usual)
+
+
+def write_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the permissions of the umask."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata)
+    usual_modes(path)
 
 
 @contextmanager

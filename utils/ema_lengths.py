@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from utils.background import HostBuffers
-from utils.disk import sync_file, sync_folder
+from utils.disk import sync_file, sync_folder, write_tensors
 from utils.ema import EmaOptions, MovingAverage
 from utils.optim import NamedParameter
 from utils.options import UserError, first_line
@@ -156,7 +156,7 @@ class AverageLengths:
 
 
 def _write(tensors: dict[str, Tensor], updates: int, name: str, folder: Path) -> None:
-    save_file(tensors, folder / name, {UPDATES: str(updates)})
+    write_tensors(tensors, folder / name, {UPDATES: str(updates)})
 
 
 def snapshots(folder: Path) -> list[Path]:

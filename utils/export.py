@@ -64,10 +64,40 @@ class CardFacts:
     verdict: str = ""
 
 
-def publish(folder: Path, options: HubOptions, facts: CardFacts, samples: Sequence[Sample]) -> None:
-    """Writes the model card and uploads the result, where that was asked for."""
-    if options.push_to_hub:
-        repository = options.hub_model_id or folder.resolve().name
+def create_repository(folder: Path, options: HubOptions) -> str | None:
+    """Creates the repository that the result is uploaded to, unless it exists; before a training that would be in vain.
+
+    Returns:
+        Its whole name; None where no upload was asked for.
+
+    Raises:
+        UserError: without a login, or if the Hub can't be reached, or refuses to create or to write to the repository.
+    """
+    if not options.push_to_hub:
+        return None
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HTTPError
+
+    wanted = options.hub_model_id or folder.resolve().name
+    if options.hub_token is None and get_token() is None:
+        raise UserError("--push_to_hub: there is no login; run `hf auth login`, or set HF_TOKEN")
+    api = HfApi(token=options.hub_token)
+    try:
+        repository = api.create_repo(wanted, private=options.hub_private_repo or None, exist_ok=True).repo_id
+        api.auth_check(repository, write=True)  # create_repo is content with a repository that may only be read
+    except (HTTPError, OSError, ValueError) as error:
+        cure = "give --hub_model_id, or a token that may write there by `hf auth login`, or leave out --push_to_hub"
+        raise UserError(
+            f"--push_to_hub: {wanted} can't be written to: {_without_token(error, options)}; {cure}"
+        ) from error
+    return repository
+
+
+def publish(
+    folder: Path, repository: str | None, options: HubOptions, facts: CardFacts, samples: Sequence[Sample]
+) -> None:
+    """Writes the model card and uploads the result to the repository, if there is one."""
+    if repository is not None:
         write_card(folder, repository, facts, samples)
         upload(folder, repository, options)
 
@@ -135,19 +165,12 @@ def result_files(folder: Path) -> list[str]:
     return ["model_index.json", *parts, "pipeline.py", "pytorch_lora_weights.safetensors", "fused/**", CARD, GRID]
 
 
-def upload(folder: Path, repository: str, options: HubOptions) -> str | None:
-    """Uploads the result and its card, and nothing else of the folder.
-
-    Returns:
-        The repository's name, or None if the upload failed: the run's result stands in the folder all the same.
-    """
-    from huggingface_hub import create_repo, upload_folder
+def upload(folder: Path, repository: str, options: HubOptions) -> None:
+    """Uploads the result and its card, and nothing else of the folder; if that fails, the result is still there."""
+    from huggingface_hub import upload_folder
     from huggingface_hub.errors import HTTPError
 
     try:
-        repository = create_repo(
-            repository, token=options.hub_token, private=options.hub_private_repo or None, exist_ok=True
-        ).repo_id
         upload_folder(
             repo_id=repository,
             folder_path=folder,
@@ -156,14 +179,16 @@ def upload(folder: Path, repository: str, options: HubOptions) -> str | None:
             allow_patterns=result_files(folder),
         )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # hf_xet raises RuntimeError
-        reason = first_line(error)
-        if options.hub_token:
-            reason = reason.replace(options.hub_token, "***")
+        reason = _without_token(error, options)
         logger.warning(
             "the upload to %s failed: %s; the result is in %s, upload it with `hf upload`", repository, reason, folder
         )
-        return None
-    return repository
+
+
+def _without_token(error: BaseException, options: HubOptions) -> str:
+    """An error in one line, without the token that was given."""
+    reason = first_line(error)
+    return reason.replace(options.hub_token, "***") if options.hub_token else reason
 
 
 def _quoted(name: str | None) -> str:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import torch
 from filelock import FileLock, Timeout
 
-from utils.disk import mark_as_own, write_text
+from utils.disk import mark_as_own, usual_modes, write_text
 from utils.engines import DTYPES, asked_engine, check_engine
 from utils.heartbeat import watching
 from utils.library_messages import hear_libraries
@@ -194,6 +194,7 @@ class OutputFolder:
         try:
             aside.mkdir()
             write(aside)
+            usual_modes(aside)
             if (self.path / name).exists():
                 os.replace(self.path / name, old)
             os.replace(aside, self.path / name)

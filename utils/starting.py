@@ -24,6 +24,7 @@ from utils.ema import EmaOptions, MovingAverage
 from utils.ema_lengths import AverageLengths
 from utils.encoding import Encoder
 from utils.engines import Engine, engine_of
+from utils.export import create_repository
 from utils.families.base import Family
 from utils.families.vae import LatentSpace
 from utils.gradients import Gradients
@@ -36,7 +37,7 @@ from utils.options import as_record, without_secrets
 from utils.perceptual import PerceptualLoss, PerceptualOptions
 from utils.preparation import DataPreparation
 from utils.records import Batch
-from utils.runtime import OutputFolder, start_processes, versions
+from utils.runtime import OutputFolder, on_main_process, start_processes, versions
 from utils.speed import compile_checked
 from utils.state import RunState
 from utils.stepping import PerParameter
@@ -75,6 +76,21 @@ def start_engine(options: Any, folder: OutputFolder, pure_bf16: bool) -> Engine:
     engine.check_options(as_record(options), options.optimizer.name)
     engine.check_batch(loader.global_batch(accelerator.num_processes))
     return engine
+
+
+def open_repository(options: Any, accelerator: "Accelerator", folder: OutputFolder) -> str | None:
+    """The repository on the Hub that the result is to be uploaded to, created by the main process; for all to call.
+
+    Args:
+        options: all of a script's, by group.
+
+    Raises:
+        UserError: if it can't be created or written to.
+    """
+    cache = options.cache
+    if options.runtime.dry_run or cache.cache_only or cache.verify_cache:
+        return None
+    return on_main_process(accelerator, partial(create_repository, folder.path, options.hub))
 
 
 def prepare_data(

@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.adaptation import Adaptation
@@ -25,6 +27,7 @@ from utils.checkpoint import (
     read_state,
     write_state,
 )
+from utils.disk import usual_modes, write_tensors
 from utils.ema import MovingAverage
 from utils.ema_lengths import AverageLengths
 from utils.engines import Engine
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 OWN_PARAMETERS = "loss_module.safetensors"
+RESULT_ASIDE = ".tmp-result"
 NORM_EPSILON = 1e-6  # that torch's clip_grad_norm_ adds
 
 
@@ -229,17 +233,34 @@ def _write_all(jobs: Sequence[Callable[[Path], None]], folder: Path) -> None:
 
 
 def _write_result(write: Callable[[Path], None], folder: Path) -> None:
+    aside = folder / RESULT_ASIDE
     try:
-        write(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        write(aside)
+        usual_modes(aside)
+        for path in sorted(aside.iterdir(), key=lambda path: path.is_file()):  # model_index.json after its parts
+            _move(path, folder / path.name)
+        aside.rmdir()
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"the result can't be written to {folder}: {first_line(error)}; checkpoints are as they were, go on with "
             "--resume_from_checkpoint latest"
         ) from error
 
 
+def _move(path: Path, target: Path) -> None:
+    """Moves a file or folder to its place, from which an earlier one is removed."""
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    elif path.is_dir():
+        target.unlink(missing_ok=True)
+    os.replace(path, target)
+
+
 def _write_own(tensors: dict[str, Tensor], folder: Path) -> None:
-    save_file(tensors, folder / OWN_PARAMETERS)
+    write_tensors(tensors, folder / OWN_PARAMETERS)
 
 
 @contextmanager

@@ -25,10 +25,9 @@ import psutil
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.disk import sync_file, sync_folder
+from utils.disk import sync_file, sync_folder, write_tensors
 from utils.options import ProcessError, UserError, option, require_positive
 from utils.user_files import open_regular, parse_json
 
@@ -325,7 +324,7 @@ class EntryStore:
         content = {"keys": _table(table, KEY_SIZE), "checksums": _table(_checksums(keys, tensors), CHECKSUM_SIZE)}
         temporary = self.folder / f".tmp-{socket.gethostname()}-{os.getpid()}-{name}"
         try:
-            save_file(content | tensors, temporary)
+            write_tensors(content | tensors, temporary)
             sync_file(temporary)
             os.replace(temporary, self.folder / name)
             sync_folder(self.folder)

@@ -134,6 +134,10 @@ class Family(ABC):
     def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
         """The pipeline in float32 with some parts replaced: what is exported."""
 
+    def prepare_saving(self) -> None:
+        """Fetches what a saved pipeline needs and the training does not, while an error costs nothing."""
+        return
+
     def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
         """Writes that pipeline into a folder."""
         self.float32_pipeline(**parts).save_pretrained(folder)

@@ -19,7 +19,7 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
 
-    def __init__(self, unet: UNet2DModel, scheduler, id2label: dict | None = None):
+    def __init__(self, unet: UNet2DModel, scheduler, id2label=None):
         """Args:
         unet: with one class embedding more than there are classes, the last of which stands for no class.
         scheduler: any of diffusers' that steps by itself.

@@ -13,7 +13,7 @@ from torch import nn
 
 from utils.configs import index_file, is_path, read_config, read_config_file
 from utils.families.single_file import SingleFile
-from utils.loading import PICKLES, load_module, load_pipeline_folder, variant_of
+from utils.loading import LOADING_ERRORS, PICKLES, load_module, load_pipeline_folder, variant_of
 from utils.options import UserError, first_line, option, require, require_positive
 
 if TYPE_CHECKING:
@@ -191,6 +191,31 @@ class PipelineSource:
         if self.is_single_file:
             return self._load_single_file(pipeline_class, replaced).to(torch.float32)
         return self._load_folder(pipeline_class, {"default": torch.float32}, replaced)
+
+    def folder(self, pipeline_class: "type[DiffusionPipeline]") -> Path | None:
+        """The pipeline's folder, downloaded whole if it is on the Hub; None of a single file."""
+        from huggingface_hub.errors import HTTPError
+
+        if self.is_single_file or Path(self.path).is_dir():
+            return None if self.is_single_file else Path(self.path)
+        options = self.options
+        try:
+            return Path(
+                pipeline_class.download(
+                    self.path,
+                    revision=options.revision,
+                    variant=options.variant,
+                    use_safetensors=options.use_safetensors,
+                )
+            )
+        except (HTTPError, *LOADING_ERRORS) as error:
+            raise UserError(f"--pretrained_model {self.path} can't be downloaded: {first_line(error)}") from error
+
+    def vae_folder(self) -> Path | None:
+        """The folder of a VAE that is not the pipeline's; None if it is none of this machine."""
+        path = self.options.pretrained_vae_model_name_or_path
+        folders = [] if path is None else [Path(path, "vae"), Path(path)]
+        return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
     def _own_parts(self, dtypes: ComponentDtypes, with_unet: bool = True) -> dict[str, nn.Module]:
         """The parts that come from elsewhere than the pipeline."""

@@ -3,7 +3,8 @@
 import logging
 import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from utils.families.base import Family, TextStates, changed_scheduler
 from utils.families.source import ComponentDtypes, PipelineSource
 from utils.families.vae import LatentSpace
 from utils.options import UserError, first_line, require
+from utils.pipeline_files import OPTIONAL, load_optional, write_pipeline
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -207,6 +209,37 @@ class TextFamily(Family):
         for name, encoder_name in zip(self.tokenizer_names, self.text_encoder_names, strict=True):
             what = f"--pretrained_model {self.source.path}: its {name}"
             limit_tokens(getattr(pipeline, name), getattr(pipeline, encoder_name).config, what)
+
+    @cached_property
+    def _base(self) -> Path | None:
+        """The folder of the pipeline that is trained from; None of a single file."""
+        return self.source.folder(self.pipeline_class())
+
+    def prepare_saving(self) -> None:
+        """Downloads the parts of a pipeline on the Hub that are not trained with, such as its safety checker."""
+        _ = self._base
+
+    def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
+        """Writes the pipeline with these parts replaced; others are the base's own files where they can be."""
+        options = self.source.options
+        others = {} if options.pretrained_vae_model_name_or_path is None else {"vae": self.source.vae_folder()}
+        write_pipeline(folder, self.pipeline, parts, self._base, others, options.variant, self._float32_parts)
+
+    def _float32_parts(self, names: Collection[str]) -> dict[str, Any]:
+        """Parts of the source's pipeline in float32, by their names."""
+        loaded, needed = {}, set(names)
+        options = self.source.options
+        for name in sorted(needed & set(OPTIONAL)) if self._base is not None else ():
+            needed.remove(name)
+            try:
+                loaded[name] = load_optional(name, self._base / name, options.variant, options.use_safetensors)
+            except UserError as error:
+                logger.warning("the result has no %s: that of the base can't be loaded: %s", name, first_line(error))
+        if needed:
+            others = [name for name in self.pipeline.components if name not in needed and name != "scheduler"]
+            components = self.float32_pipeline(**dict.fromkeys(others)).components
+            loaded |= {name: components[name] for name in needed}
+        return loaded
 
     @classmethod
     def check_before_loading(cls, source: PipelineSource, sizes: Sequence[tuple[int, int]]) -> None:

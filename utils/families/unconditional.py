@@ -1,6 +1,7 @@
 """Pipelines that draw without words: from nothing or of a class, in pixels or in the latents of a VAE."""
 
 import inspect
+import json
 import logging
 import shutil
 from abc import abstractmethod
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from utils.configs import index_file, is_path, read_config, read_config_file
 from utils.data.labels import ClassNumbers, class_numbers, listed_numbers, plain_name
+from utils.disk import write_text
 from utils.families.base import Family, TextStates, changed_scheduler, fitting_steps
 from utils.families.denoisers import (
     CLASS_SLOTS,
@@ -29,6 +31,7 @@ from utils.families.vae import LatentSpace, PixelSpace, ReciprocalSpace, ScaledS
 from utils.flow import ProcessOptions, check_changes, is_flow, shift_of
 from utils.loading import load_module, load_pipeline_folder, variant_of
 from utils.options import UserError, first_line, option, require
+from utils.pipeline_files import copy_part
 from utils.samplers import exported, sampler_of, warn_of_own_sampler
 
 if TYPE_CHECKING:
@@ -508,6 +511,20 @@ class Latents(UnconditionalFamily):
         """Takes the scaling of the latents that was measured."""
         self.latent_space.rescale(factor)
         self.measures_scaling = False
+
+    def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
+        """Writes the pipeline; its VAE is the base's own files where they can be, but for a measured scaling."""
+        super().save_pipeline(folder, **parts)
+        name, options = self.coder_names[0], self.options
+        source = Path(options.vae or Path(options.pretrained_model_name_or_path, name))
+        if options.vae is not None and source.is_dir():
+            source = source / (coder_config(options.vae)[1] or "")
+        coder, config = getattr(self.pipeline, name), folder / name / "config.json"
+        ours = read_config(config, "the VAE that was saved")
+        if copy_part(name, type(coder).__name__, source, folder / name, variant=options.variant):
+            theirs = read_config(config, "the VAE that was copied")
+            if theirs.get("scaling_factor") != ours.get("scaling_factor"):
+                write_text(config, json.dumps(ours, indent=2, sort_keys=True) + "\n")
 
     def _float32_coders(self) -> dict[str, nn.Module]:
         name, options = self.coder_names[0], self.options
