@@ -360,8 +360,7 @@ def run(argv: Sequence[str] | None) -> None:
                     if is_due:
                         log.images(sampler.draw(done), done, "test_samples")
                     if is_model_due:
-                        logger.info("writing the result to %s", folder.path)
-            state.export(folder.path)
+                        state.export(folder.path)
 
         course.saver.join()
         with course.ended():

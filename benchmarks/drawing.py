@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.printing import print_machine, print_table
 from train_unconditional import main as train
+from utils.library_messages import hear_libraries
 from utils.metrics.distances import kernel_distance, polynomial_kernel
-from utils.runtime import silence_libraries
 
-silence_libraries()
+hear_libraries()
 
 from diffusers import DiffusionPipeline  # noqa: E402
 
@@ -100,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sampler", default="ddim")
-    parser.add_argument("--steps", type=int, nargs="+", default=[25, 100, 400])
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, nargs="*", default=[25, 100, 400])
+    parser.add_argument("--guidance", type=float, nargs="*", default=[1, 2, 3])
     arguments, extra = parser.parse_known_args()
     folders, real = trained(arguments.out, arguments.sampler, extra), real_digits()
     print_machine(["torch", "diffusers"])

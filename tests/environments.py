@@ -28,8 +28,9 @@ OLDER = (
 
 def requirements() -> dict[str, str]:
     """The lines of requirements.txt by the name of the package."""
-    lines = (line.strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
-    return {re.split(r"[><=;\s]", line, maxsplit=1)[0]: line for line in lines if line and not line.startswith("#")}
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return {re.split(r"[><=;\s]", line, maxsplit=1)[0]: line for line in lines if line}
 
 
 def tested_torch() -> str:

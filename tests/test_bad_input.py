@@ -281,7 +281,7 @@ def test_resuming_with_options_that_change_the_training(train, capsys, caplog, t
     tiny.make_images(data, 5)
     more = (*resumed, "--max_train_steps", 3)
     train("sd", *more, data=data, expect=2)
-    assert "--data 5 images" in message(capsys)
+    assert "was trained on other data: 1 added (004.png)" in message(capsys)
     caplog.clear()
     train("sd", *more, *changed, "--allow_changed_options", data=data)
     assert any("going on from" in record.message and "--noise_offset" in record.message for record in caplog.records)

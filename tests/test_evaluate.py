@@ -396,7 +396,7 @@ def test_sets_that_are_not_of_the_same_prompts_stand_apart(evaluate, flags, tmp_
         other = tiny.make_images(tmp_path / name, count)
         lines = (other / "metadata.jsonl").read_text()
         (other / "metadata.jsonl").write_text(lines.replace("a red square", "a pink square"))
-        _, out = evaluate("--images", own, "--baseline", other, *flags, "--metrics", "vendi", out=name)
+        _, out = evaluate("--images", own, "--baseline", other, *flags, "--metrics", "vendi", out=f"{name} scored")
         page = (out / "report.html").read_text()
         before, after = page.index("a pink square"), page.index("a red square")
         assert before < after

@@ -386,6 +386,7 @@ def losses_that_are_not_finite(monkeypatch) -> Callable[[set[int]], None]:
 def test_a_diverged_run_says_so_and_ends_with_1(train, kind, losses_that_are_not_finite, capsys, monkeypatch):
     """In its error, its record and its model card; the result is written."""
     cards, verdict = [], "3 of 4 steps had no finite loss and gradient"
+    monkeypatch.setattr("utils.starting.create_repository", lambda folder, options: folder.name)
     monkeypatch.setattr("utils.export.upload", lambda folder, *_: cards.append((folder / "README.md").read_text()))
     losses_that_are_not_finite({1, 2, 4})
     out = train(kind, *FLAGS, "--max_train_steps", 4, "--push_to_hub", expect=1)

@@ -117,7 +117,7 @@ class TestManifests:
         checkpoint = make_checkpoint(tmp_path, 2)
         whole = {name: (checkpoint / name).read_bytes() for name in (MANIFEST, STATE, OPTIMIZER)}
         draws = random.Random(0)
-        for _ in range(400):
+        for _ in range(150):
             name = draws.choice(list(whole))
             content = bytearray(whole[name])
             for _ in range(draws.randint(1, 4)):

@@ -54,10 +54,11 @@ CHANGES = {
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_weights_that_are_not_there_are_refused(train, capsys, pipelines, tmp_path, part, change):
+def test_weights_that_are_not_there_are_refused(pipelines, tmp_path, part, change):
     folder = changed(pipelines["sd"], tmp_path / "sd", part, CHANGES[change])
-    train(str(folder), *SHORT, "--dry_run", expect=2)
-    line = message(capsys)
+    with pytest.raises(UserError) as raised:
+        loaded(folder)
+    line = str(raised.value)
     assert f"{folder}: {part}" in line
     assert "has the shape [3]" in line if change == "another shape" else "weights" in line
 
@@ -313,13 +314,11 @@ def loaded(path: Path, **options: object):
 def test_the_names_of_real_files_load_without_a_flag(true_files, kind, caplog):
     caplog.set_level("INFO")
     folder, file = true_files[kind]
-    whole, single = loaded(folder), loaded(file, pretrained_model_config=str(folder))
-    assert type(whole) is type(single)
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        theirs = getattr(whole, name, None)
-        if theirs is not None:
+    single = loaded(file, pretrained_model_config=str(folder))
+    for name, weights in FILES.items():
+        if (folder / weights).is_file():
             found = getattr(single, name).state_dict()
-            assert all(torch.equal(tensor, found[key]) for key, tensor in theirs.state_dict().items())
+            assert all(torch.equal(tensor, found[key]) for key, tensor in load_file(folder / weights).items())
     said = [record.message for record in caplog.records if "weights are not used" in record.message]
     assert any("alphas_cumprod" in line for line in said)
     if kind != "sdxl":
@@ -428,8 +427,8 @@ def test_marks_are_in_the_plan_and_in_the_result_and_flags_go_before_them(train,
     odd = tiny.write_single_file(
         pipelines["sd"], tmp_path / "odd.safetensors", metadata={"modelspec.prediction_type": "w\n"}
     )
-    train(str(odd), *flags, "--dry_run", out="fourth", expect=2)
-    assert "prediction type" in message(capsys)
+    train(str(odd), *flags, "--dry_run", out="fourth")
+    assert "which is not known here" in caplog.text
 
 
 def test_a_single_file_is_drawn_from_by_its_marks(pipelines, tmp_path):
@@ -545,16 +544,17 @@ def test_a_tokenizer_without_its_length_takes_the_text_encoders(train, pipelines
     ],
     ids=str,
 )
-def test_configs_of_wrong_types_end_in_one_line(train, capsys, pipelines, tmp_path, file, key, value):
+def test_configs_of_wrong_types_end_in_one_line(pipelines, tmp_path, file, key, value):
     folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
     config = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(config | {key: value}))
-    train(str(folder), *SHORT, "--dry_run", expect=2)
-    assert str(folder) in message(capsys)
+    with pytest.raises(UserError, match=f"{folder}") as raised:
+        loaded(folder)
+    assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 100_000, "[]", "5", "", "\x00", '{"_class_name": NaN}'])
-@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "text_encoder/config.json"])
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 100_000, "[]", "", '{"_class_name": NaN}'])
+@pytest.mark.parametrize("file", ["model_index.json", "text_encoder/config.json"])
 def test_configs_that_are_none_end_in_one_line(train, capsys, pipelines, tmp_path, file, content):
     folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
     (folder / file).write_text(content)

@@ -736,7 +736,7 @@ def test_a_lora_files_metadata_has_no_field_that_older_releases_lack(train):
     out = train("sd", *SHORT, "--adaptation", "lora", "--rank", 2, "--use_rslora")
     with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    known = {"r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights"}
+    known = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
     assert {name.removeprefix("unet.") for name in metadata} == known
 
 

@@ -195,7 +195,7 @@ def test_hostile_names_of_files_captions_and_prompts(train, capfd, tmp_path):
     for number, source in enumerate(sorted(tiny.make_images(tmp_path / "plain", 4).glob("*.png"))):
         name = f"{number}\x1b[31m\nerror: forged\u202e"
         (data / f"{name}.png").write_bytes(source.read_bytes())
-        (data / f"{name}.txt").write_text(f"a caption \x1b]0;x\x07{number}", encoding="utf-8")
+        (data / f"{name}.txt").write_text(f"a caption \u202e{number}", encoding="utf-8")
     (data / "broken\x1b[2J\nINFO forged.png").write_bytes(b"no image")
     prompt = "red\x1b[2J\n12:00:00 INFO forged"
     more = ("--max_train_steps", 1, "--validation_prompts", prompt, "--validation_num_inference_steps", 1)

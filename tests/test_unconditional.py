@@ -465,7 +465,9 @@ def test_samples_take_no_more_steps_than_a_short_schedule_has(train, capsys, cap
 
 def test_the_model_card_draws_from_a_short_schedule(train, monkeypatch):
     calls = []
-    monkeypatch.setattr("train_unconditional.publish", lambda folder, hub, facts, samples: calls.append(facts.call))
+    monkeypatch.setattr(
+        "train_unconditional.publish", lambda folder, repository, hub, facts, samples: calls.append(facts.call)
+    )
     for name in ("pixels", "labels"):
         train(name, *SHORT, "--ddpm_num_steps", 8, "--num_inference_steps", 2, "--max_train_steps", 1, out=name)
     assert calls == ["pipeline(num_inference_steps=8)", "pipeline([0], num_inference_steps=8)"]
@@ -581,8 +583,8 @@ def test_labels_that_are_not_there(classes, capsys, tmp_path):
     from tests.conftest import reset_accelerate
     from train_unconditional import main
 
-    paths = [str(path) for path in sorted(classes.rglob("*.png"))]
-    rows = {"image": paths, "kind": ["a", "b", None] * 2, "share": [0.5] * 6}
+    images = [{"bytes": path.read_bytes(), "path": None} for path in sorted(classes.rglob("*.png"))]
+    rows = {"image": images, "kind": ["a", "b", None] * 2, "share": [0.5] * 6}
     Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
     for flags, said in (([], "no folders"), (["kind"], "2 images have no label"), (["share"], "--label_column share")):
         reset_accelerate()

@@ -563,7 +563,7 @@ class LowRankAdaptation(AdapterTuning):
 def _metadata(config: "PeftConfig") -> dict[str, object]:
     """What a LoRA file says of its adapter: fields at their defaults are left out, which older releases lack."""
     default = type(config)().to_dict()
-    needed = ("r", "lora_alpha", "target_modules")
+    needed = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")  # which diffusers looks up
     return {name: value for name, value in config.to_dict().items() if name in needed or value != default.get(name)}
 
 

@@ -24,7 +24,7 @@ from utils.engines import Engine
 from utils.optim import NamedParameter
 from utils.options import UserError, first_line, option, require_positive
 from utils.runtime import write_json
-from utils.user_files import open_regular, read_json, short
+from utils.user_files import FileError, open_regular, read_json, short
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -294,7 +294,10 @@ def damage(path: Path, by_content: bool = True) -> str:
 
 
 def _wrong_files(path: Path, by_content: bool) -> str:
-    content = read_json(path / MANIFEST)
+    try:
+        content = read_json(path / MANIFEST)
+    except FileError as error:
+        return f"{MANIFEST} can't be read: {error.reason}"
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict):
         return f"{MANIFEST} lists no files"
@@ -412,7 +415,7 @@ def _read_saved(folder: Path) -> _Saved:
         raise UserError(f"{file} can't be read: {error.strerror or error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no training state")
-    values = {"samples_at_once": None, **values}
+    values = {"samples_at_once": None, "skipped_steps": 0, "skipped_in_a_row": 0, **values}
     facts = values.get("facts")
     is_fact = isinstance(facts, dict) and {name: type(each) for name, each in facts.items()} == FACT_TYPES
     if not is_fact:
@@ -446,6 +449,8 @@ STATE_CHECKS: dict[str, Callable[[object], bool]] = {
     "ema_updates": lambda value: value is None or _is_count(value),
     "scaler": lambda value: value is None or _are_numbers(value),
     "samples_at_once": lambda value: value is None or (_is_count(value) and value > 0),
+    "skipped_steps": _is_count,
+    "skipped_in_a_row": _is_count,
 }
 
 

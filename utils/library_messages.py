@@ -16,6 +16,7 @@ DROPPED_WARNINGS = (
 DROPPED_LOGS = re.compile(
     r"No LoRA keys associated to \w+ found with"  # diffusers, for each part that a LoRA file does not train
     r"|requires torchvision \(not installed\); falling back to"  # transformers; nothing here needs torchvision
+    r"|The config attributes \{'decay': .*'power': [\d.]+\} were passed"  # diffusers, of an average's own config
     r"|Token indices sequence length is longer than"  # transformers, where prompts are measured before they are cut
 )
 CUT_PROMPT = re.compile(r"(The following part of your input was truncated because .*?: )(.*)", re.DOTALL)

@@ -244,8 +244,7 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
     _refuse_unknown([flag for flag in map(_flag_of, words) if flag and flag not in known_flags], known_flags)
     found, unknown = parser.parse_known_args(words)
     _refuse_unknown(unknown, known_flags)
-    if sys.flags.optimize > 1:
-        raise UserError("python -OO drops docstrings, which transformers reads; start with python or python -O")
+    refuse_missing_docstrings()
     for name in SECRET_OPTIONS:
         if secret := getattr(found, name, None):
             hide(secret)
@@ -260,6 +259,12 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
             if getattr(group, field.name) == "" and not field.name.endswith("prompt"):
                 raise UserError(f"--{field.name} must not be empty; leave it out or give a value")
     return options(**values)
+
+
+def refuse_missing_docstrings() -> None:
+    """Raises `UserError` under python -OO, where transformers and diffusers can't be imported."""
+    if sys.flags.optimize > 1:
+        raise UserError("python -OO drops docstrings, which transformers reads; start with python or python -O")
 
 
 def expanded(field: dataclasses.Field, value: typing.Any) -> typing.Any:

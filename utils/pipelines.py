@@ -78,7 +78,6 @@ class PipelineSpec:
             UserError: if there is no such pipeline.
         """
         if self.file is not None:
-            self.file.scheduler_marks()
             return self.file.index
         where = f"--pipeline {self.path}: {INDEX}"
         index = read_config(index_file(self.path, self.revision, "--pipeline"), f"--pipeline {self.path}")
@@ -120,7 +119,7 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
         pipeline = _assemble(chosen, spec, dtype, parts)
     elif spec.file is not None:
         pipeline = spec.file.load(chosen, spec.config, parts).to(dtype)
-        pipeline.scheduler = changed_scheduler(pipeline.scheduler, spec.file.scheduler_marks())
+        pipeline.scheduler = changed_scheduler(pipeline.scheduler, spec.file.scheduler_marks)
     else:
         pipeline = load_pipeline_folder(
             chosen,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.help import without_torch
-from utils.options import UserError, parse_truth
+from utils.options import UserError, parse_truth, refuse_missing_docstrings
 from utils.output_folder import refuse_used
 from utils.terminal import one_line, print_line
 
@@ -30,13 +30,14 @@ def start(words: Sequence[str], adds_to_output: bool = False) -> None:
     if {"-h", "--help"} & set(words) or os.environ.get("RANK", "0") != "0":
         return
     given = _look_ahead(words)
-    is_new = not (adds_to_output or given.resume_from_checkpoint or given.overwrite_output_dir or given.dry_run)
-    if given.output_dir and is_new:
-        try:
+    try:
+        refuse_missing_docstrings()
+        is_new = not (adds_to_output or given.resume_from_checkpoint or given.overwrite_output_dir or given.dry_run)
+        if given.output_dir and is_new:
             refuse_used(Path(os.path.expanduser(given.output_dir)))
-        except UserError as error:
-            print_line(f"error: {error}", sys.stderr)
-            sys.exit(2)
+    except UserError as error:
+        print_line(f"error: {error}", sys.stderr)
+        sys.exit(2)
     print_line(f"loading torch and diffusers, which takes some seconds; {_read(given)}", sys.stderr)
 
 
@@ -61,7 +62,7 @@ def _read(given: argparse.Namespace) -> str:
     for what, flags in SOURCES.items():
         value = next((getattr(given, flag) for flag in flags if getattr(given, flag)), None)
         if value is not None:
-            where = "" if Path(value).expanduser().exists() else " (from the Hub, or its cache)"
+            where = "" if os.path.exists(os.path.expanduser(value)) else " (from the Hub, or its cache)"
             parts.append(f"{what} {one_line(value, 200)}{where}")
     if given.output_dir:
         parts.append(f"output {one_line(given.output_dir, 200)}")

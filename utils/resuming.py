@@ -113,12 +113,14 @@ class Beginning:
         Raises:
             UserError: if this one goes on with other data, unasked.
         """
-        data = {"data": images.fingerprint(), **images.describe_sources()}
+        data, use = {"data": images.fingerprint()}, images.describe_sources()
+        if self.start is not None:
+            check_training(self.start, use, self.may_change)
         name = on_main_process(self.accelerator, lambda: self._compare_data(images))
         if self.start is not None:
             check_training(self.start, data, self.may_change)
             _warn_of_length(self.start, schedule, total_steps)
-        training = {**self.training, WARMUP: schedule.lr_warmup_steps, **data, RECORD_FACT: name}
+        training = {**self.training, WARMUP: schedule.lr_warmup_steps, **data, **use, RECORD_FACT: name}
         return RunFacts(dict(self.structure), training, total_steps)
 
     def _compare_data(self, images: PlannedImages | StreamedImages) -> str:

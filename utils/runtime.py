@@ -25,6 +25,7 @@ from utils.library_messages import hear_libraries
 from utils.options import UserError, end_at_once_on_errors, first_line, option, require, require_not_negative
 from utils.output_folder import refuse_used
 from utils.tracking import Trackers
+from utils.user_files import FileError, read_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -210,10 +211,10 @@ class OutputFolder:
         """Adds to `run.json`."""
         path = self.path / "run.json"
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            known = read_json(path)
+        except (OSError, FileError):
             known = {}
-        write_json(path, known | values)
+        write_json(path, (known if isinstance(known, dict) else {}) | values)
 
     def release(self) -> None:
         """Unlocks the folder."""

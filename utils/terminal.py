@@ -79,7 +79,9 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record's text, without control codes."""
         shown = copy.copy(record)
-        if isinstance(shown.args, tuple):
+        if not record.name.startswith("utils"):  # another library's, of one line and of bounded length
+            shown.msg, shown.args = one_line(record.getMessage()), ()
+        elif isinstance(shown.args, tuple):
             shown.args = tuple(map(_shown_argument, shown.args))
         elif isinstance(shown.args, dict):
             shown.args = {name: _shown_argument(value) for name, value in shown.args.items()}

@@ -1,7 +1,8 @@
 """What a run's images are made of, kept beside its checkpoints, so that a resumed run sees that its data were edited.
 
 The record is a file of the output folder, named by what it holds but for the files' times: the same data have the same
-record, wherever they lie.
+record, wherever they lie. It is Parquet with a digest behind it, but its name does not say so, as an output folder may
+lie among parquet data.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from utils.data.kept_tables import encoded, read_table, write_table
 
-NAME = re.compile(r"data_record-[0-9a-f]{16}\.parquet")
+NAME = re.compile(r"data_record-[0-9a-f]{16}\.bin")
 DIGESTED_BYTES = 2 << 30  # of all images together, up to which all of them are read to know their digests
 NUM_SHOWN = 3
 CAPTION_SIZE = 8
@@ -93,7 +94,7 @@ def content_name(table: pa.Table) -> str:
         lengths, content = _buffers(table[name])
         digest.update(lengths.tobytes())
         digest.update(content)
-    return f"data_record-{digest.hexdigest()}.parquet"
+    return f"data_record-{digest.hexdigest()}.bin"
 
 
 def _buffers(column: pa.ChunkedArray) -> tuple[np.ndarray, memoryview]:

@@ -23,7 +23,7 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
         """Args:
         unet: with one class embedding more than there are classes, the last of which stands for no class.
         scheduler: any of diffusers' that steps by itself.
-        id2label: names of the classes by their numbers.
+        id2label: names of the classes by their numbers; without an annotation, since diffusers 0.35 reads no unions.
         """
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from utils.configs import read_config
-from utils.loading import LOADING_ERRORS, PICKLES, WeightReport, loading, make_up, names_of
+from utils.loading import LOADING_ERRORS, PICKLES, WeightReport, load_module, loading, make_up, names_of
 from utils.options import UserError, first_line
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class SingleFile:
         """The flag and the file."""
         return f"{self.flag} {self.path}"
 
+    @cached_property
     def scheduler_marks(self) -> dict[str, object]:
         """What the file itself says of the noise that it was trained with, as changes of a scheduler's config.
 
@@ -102,8 +104,9 @@ class SingleFile:
         said = next((self.metadata[key] for key in PREDICTION_KEYS if self.metadata.get(key)), None)
         found = None if said is None else PREDICTION_WORDS.get(said.strip().lower())
         if said is not None and found is None:
-            raise UserError(
-                f"{self.what}: its metadata says the prediction type {said[:40]!r}, which is not known here"
+            logger.warning(
+                "%s: its metadata says the prediction type %r, which is not known here; see that the plan's is right",
+                *(self.what, said[:40]),
             )
         if "v_pred" in self.weights or (found is None and self._is_true("ss_v_parameterization")):
             if found not in (None, "v_prediction"):
@@ -177,8 +180,14 @@ class SingleFile:
             raise UserError(f"{self.what} can't be loaded: {first_line(error)}") from error
         for name in TEXT_PREFIXES:
             module = getattr(pipeline, name, None)
-            if module is not None and name not in given:
-                make_up(module, self._check_part(name, module, _own(name, self.weights)))
+            if module is None or name in given:
+                continue
+            if own := _own(name, self.weights):
+                make_up(module, self._check_part(name, module, own))
+            else:  # diffusers takes it from the folder that describes the file
+                what = f"{self.what}: {name} of {config}"
+                part = load_module(type(module), str(Path(config, name)), what, name, torch.float32)
+                setattr(pipeline, name, part)
         self._say_what_is_not_used({*TEXT_PREFIXES, *expected})
         return pipeline
 

@@ -134,7 +134,7 @@ class PipelineSource:
 
     def scheduler_marks(self) -> dict[str, object]:
         """What a single file itself says of its noise; of a folder the scheduler's config says it all."""
-        return self.file.scheduler_marks() if self.is_single_file else {}
+        return self.file.scheduler_marks if self.is_single_file else {}
 
     def index(self) -> dict:
         """The pipeline's `model_index.json`."""

@@ -207,8 +207,10 @@ class TextFamily(Family):
 
     def _limit_tokens(self, pipeline: "DiffusionPipeline") -> None:
         for name, encoder_name in zip(self.tokenizer_names, self.text_encoder_names, strict=True):
-            what = f"--pretrained_model {self.source.path}: its {name}"
-            limit_tokens(getattr(pipeline, name), getattr(pipeline, encoder_name).config, what)
+            tokenizer, encoder = getattr(pipeline, name), getattr(pipeline, encoder_name)
+            if tokenizer is not None:  # parts may be left out of what is loaded to be exported
+                encoder = encoder or getattr(self.pipeline, encoder_name)
+                limit_tokens(tokenizer, encoder.config, f"--pretrained_model {self.source.path}: its {name}")
 
     @cached_property
     def _base(self) -> Path | None:
