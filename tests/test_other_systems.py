@@ -122,11 +122,13 @@ def test_a_system_without_signals_forks_and_open_files_that_are_renamed(pipeline
     words = command(pipelines, images, out, *flags)[1:]
     other_system("train_text_to_image", *words, "--max_train_steps", 2)
     more = ("--max_train_steps", 4, "--resume_from_checkpoint", "latest")
-    other_system("train_text_to_image", *words, *more)
+    said = other_system("train_text_to_image", *words, *more)
     subprocess.run([sys.executable, *command(pipelines, images, here, *flags, "--max_train_steps", 4)], check=True)
     assert losses(out) == losses(here)
     assert_same_bits(weights(out), weights(here))
-    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]
+    left = {path.name for path in out.glob("checkpoint-*")} - {"checkpoint-4"}
+    assert left <= {"checkpoint-2"}  # resumed from on a CPU it stays mapped, and so in its place, which is said
+    assert not left or "checkpoint-2 can't be" in said
     drawn = ("--num_inference_steps", 1, "--metrics", "none", "--output_dir", tmp_path / "report", "--prompts", "red")
     other_system("evaluate_pipeline", "--pipeline", out, *drawn)
     assert (tmp_path / "report" / "report.md").exists()

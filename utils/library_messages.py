@@ -7,6 +7,8 @@ import logging
 import re
 import warnings
 
+from utils.terminal import set_up_logging
+
 LIBRARIES = ("transformers", "diffusers", "accelerate", "datasets", "huggingface_hub", "peft")
 DROPPED_WARNINGS = (
     r"`gradient_checkpointing_enable` is deprecated",  # transformers; diffusers and accelerate call it
@@ -48,6 +50,7 @@ def hear_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    set_up_logging()
     disable_progress_bar()
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()

@@ -21,7 +21,7 @@ def keep_steps(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
     num_unread = 0
-    with open_regular(path) as old, replacing(path) as aside, aside.open("wb") as new:
+    with replacing(path) as aside, open_regular(path) as old, aside.open("wb") as new:
         for line, is_whole, is_end in _lines(old):
             values = read_line(line) if is_whole else None
             if values is None and is_whole and _is_written_again(line, last_step):
