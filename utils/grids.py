@@ -135,7 +135,7 @@ class GridSampler:
         self._labels = [classes[number % len(classes)] for number in range(options.count)] if classes else []
 
     def begin(self, first_step: int) -> None:
-        """Drops what was drawn after the step from which the run goes on."""
+        """Drops what was drawn after the step from which the run resumes."""
         on_main_process(self._accelerator, partial(keep_until, self._folder, first_step))
 
     def draw(self, step: int, is_last: bool = False) -> list[Sample]:

@@ -136,7 +136,7 @@ class DataPreparation:
         """What is known of the images.
 
         Args:
-            knows_contents: whether their digests are wanted, for a run that goes on from this one to compare them.
+            knows_contents: whether their digests are wanted, for a run that resumes from this one to compare them.
         """
         from accelerate.utils import broadcast_object_list
 

@@ -19,7 +19,7 @@ def hide(secret: str) -> None:
 
 
 class Stream:
-    """A text stream that drops what can't be written, and goes on when it can be written again.
+    """A text stream that drops what can't be written, and resumes writing once it can.
 
     A reader that has ended (`| tee log`), a closed terminal and a full disk raise an OSError for each line, a stream
     that was closed a ValueError, and a character that the encoding lacks a UnicodeEncodeError: none of them is worth

@@ -118,7 +118,7 @@ class TrainingEvaluation:
         self._reference = self._read_reference(trained_on) if options.eval_metrics else None
 
     def begin(self, first_step: int) -> None:
-        """Forgets what was measured after the step from which the run goes on."""
+        """Forgets what was measured after the step from which the run resumes."""
         on_main_process(self._accelerator, partial(keep_steps, self._folder / RECORD, first_step))
 
     def _load_networks(self) -> None:

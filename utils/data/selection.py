@@ -155,7 +155,7 @@ class PlannedImages:
         return f"{len(self.records)} images, {digest.hexdigest()}"
 
     def content(self) -> pa.Table:
-        """The record of the images, by which a run that goes on sees whether they were edited."""
+        """The record of the images, by which a resumed run sees whether they were edited."""
         records = self.records
         keys = [records.key(index) for index in range(len(records))]
         return content_table(keys, self.survey.facts, self.survey.mask_facts, records.all_captions())

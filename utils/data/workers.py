@@ -120,7 +120,7 @@ def _take_handler(handler: Any) -> None:
 
 @contextmanager
 def _hearing_of_workers() -> Iterator[None]:
-    """Within it torch's handler raises a `RuntimeError` where a worker dies."""
+    """Context manager: torch's handler raises a `RuntimeError` where a worker dies."""
     if not _TORCHS_HANDLER or threading.current_thread() is not threading.main_thread():
         yield
         return
