@@ -1,5 +1,6 @@
 """evaluate_pipeline.py, run in this process: what it draws, scores, refuses and writes down."""
 
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ from tests import networks, tiny
 from tests.conftest import message, reset_accelerate
 from tests.test_generation import assert_same, images_in
 from tests.tiny import class_conditional, unconditional
+from utils.data import colours
+from utils.image_sets import ReferenceOptions, read_images
 from utils.metrics.features import Network
 from utils.metrics.registry import METRICS
 from utils.options import UserError
@@ -239,6 +242,38 @@ def test_statistics_are_kept_and_read_again(evaluate, flags, real_images, tmp_pa
         assert kept["sigma"].shape == (8, 8)
         assert kept["mu"].dtype == np.float64
         assert int(kept["n"]) == 24
+
+
+def test_the_fingerprint_of_a_reference_says_whether_colours_are_converted(real_images, tmp_path):
+    shutil.copytree(real_images, tmp_path / "converted")
+    for name in ("000.png", "001.png"):
+        with Image.open(real_images / name) as image:
+            image.save(tmp_path / "converted" / name, icc_profile=colours.ADOBE_RGB)
+
+    def of_bytes_alone(folder: Path) -> str:
+        contents = [path.read_bytes() for path in sorted(folder.glob("*.png"))]
+        return hashlib.sha256(b"".join([b"None", *contents])).hexdigest()
+
+    found = [
+        read_images("reference", str(path), ReferenceOptions(), 0) for path in (real_images, tmp_path / "converted")
+    ]
+    assert found[0].fingerprint == of_bytes_alone(real_images)
+    assert found[1].fingerprint != of_bytes_alone(tmp_path / "converted")
+
+
+def test_statistics_from_before_colours_were_converted_are_warned_of(
+    evaluate, images, flags, real_images, tmp_path, caplog
+):
+    file, old = tmp_path / "reference.npz", tmp_path / "old.npz"
+    shared = ["--images", images, *flags, "--metrics", "fid"]
+    evaluate(*shared, "--reference", real_images, "--save_reference", file, out="first")
+    evaluate(*shared, "--reference", file, out="second")
+    assert "before colours were converted" not in caplog.text
+    with np.load(file) as arrays:
+        facts = json.loads(str(arrays["fingerprint"])) | {"version": 1}
+        np.savez(old, **dict(arrays) | {"fingerprint": np.array(json.dumps(facts))})
+    evaluate(*shared, "--reference", old, out="third")
+    assert "before colours were converted" in caplog.text
 
 
 def test_a_reference_may_be_a_dataset(evaluate, images, flags, real_images, tmp_path):

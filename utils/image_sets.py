@@ -15,7 +15,7 @@ from utils.configs import is_path
 from utils.data.captions import CaptionOptions
 from utils.data.cutting import cut_out
 from utils.data.folders import is_image, list_files
-from utils.data.images import ImageOptions, image_bytes, open_image, read_rgb, reason_of
+from utils.data.images import ImageOptions, image_bytes, open_image, read_header, read_rgb, reason_of
 from utils.data.selection import PlannedImages
 from utils.data.sources import DataOptions, Records, SourceOptions, is_saved_dataset, read_records
 from utils.metrics.features import Picture
@@ -195,12 +195,24 @@ def _read_trained(images: PlannedImages, options: ImageOptions, index: int) -> I
 
 
 def _fingerprint(records: Records, options: ReferenceOptions) -> str:
-    """The SHA-256 of the images' bytes and of how they are cut."""
+    """The SHA-256 of the images' bytes, of how they are cut, and of whether their colours are converted.
+
+    Images in sRGB have the fingerprint that they had before other colours were converted.
+    """
     digest = hashlib.sha256(str(options.reference_resolution).encode())
     for index in range(len(records)):
-        content = records.image(index)
         try:
-            digest.update(image_bytes(content))
+            content = image_bytes(records.image(index))
         except OSError as error:
             raise UserError(f"--reference: {records.key(index)} can't be read: {error.strerror or error}") from error
+        digest.update(content)
+        if _is_converted(content):
+            digest.update(b"in sRGB")
     return digest.hexdigest()
+
+
+def _is_converted(content: bytes) -> bool:
+    try:
+        return read_header(content).is_converted
+    except (OSError, ValueError):  # a broken image, which is named where its pixels are read
+        return False

@@ -175,6 +175,11 @@ class Header:
     height: int
     oddities: tuple[str, ...]
 
+    @property
+    def is_converted(self) -> bool:
+        """Whether the image's colours are converted to sRGB."""
+        return CONVERTED in self.oddities
+
 
 CONVERTED = "colours converted to sRGB"
 ODDITIES = (

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 SYMMETRY = 1e-6
 POSITIVITY = 1e-6
-STATISTICS_VERSION = 1
+STATISTICS_VERSION = 2  # 1: colours were not converted to sRGB
 BROKEN_ARCHIVE = (  # what zipfile, zlib and numpy's parser of headers may raise of bytes that are damaged
     *(OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, ArithmeticError, NotImplementedError),
     *(SyntaxError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error),
@@ -331,6 +331,12 @@ class Statistics:
                 network.settings,
             )
             return
+        if self.facts.get("version") == 1:
+            logger.warning(
+                "--reference %s is from before colours were converted to sRGB; if its images have colour profiles "
+                "of another space (Adobe RGB, Display P3), make it again from them",
+                self.source,
+            )
         ours = network_facts(network)
         differing = [name for name, value in ours.items() if self.facts.get(name) != value]
         if differing and not may_differ:
