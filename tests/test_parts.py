@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,8 +20,15 @@ from utils.optim import (
     rate_factor,
 )
 from utils.options import UserError
+from utils.samplers import changed_scheduler, parameters_of
 from utils.seeding import Stream, generator
 
+BETA_SCHEDULERS = (
+    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "UniPCMultistepScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"),
+    *("DPMSolverSinglestepScheduler", "TCDScheduler", "DDIMParallelScheduler"),
+)
 SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
@@ -116,14 +124,22 @@ class TestNoise:
         expected[begin:end] = 3
         assert timestep_weights(options, np.linspace(0.99, 0.01, 100)).tolist() == expected.tolist()
 
+    @pytest.mark.parametrize("name", BETA_SCHEDULERS)
+    def test_a_schedule_that_is_a_class_default_is_trained_and_exported(self, name):
+        pretrained = getattr(diffusers, name)()
+        expected = pretrained.alphas_cumprod.float()
+        process = ForwardProcess(pretrained.config, {})
+        torch.testing.assert_close(process.alphas_cumprod, expected)
+        changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": False}
+        exported = changed_scheduler(pretrained, changes)
+        torch.testing.assert_close(exported.alphas_cumprod.float(), expected)
+        clips = bool(pretrained.config.get("clip_sample")) and "clip_sample" in parameters_of(type(pretrained))
+        assert bool(exported.config.get("clip_sample")) == clips
+
     @pytest.mark.parametrize("name", ["linear", "scaled_linear", "quadratic", "cosine", "sigmoid"])
     @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler"])
     @pytest.mark.parametrize("zero_snr", [False, True])
     def test_the_exported_scheduler_has_the_trained_noise_schedule(self, tmp_path, name, scheduler, zero_snr):
-        import diffusers
-
-        from utils.families.base import changed_scheduler
-
         options = NoiseOptions(beta_schedule=name, rescale_betas_zero_snr=zero_snr, prediction_type="v_prediction")
         pretrained = getattr(diffusers, scheduler)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         process = ForwardProcess(pretrained.config, options.scheduler_changes)

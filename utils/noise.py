@@ -97,6 +97,15 @@ class NoiseOptions:
         return changes
 
 
+def explicit_config(config: Mapping) -> dict[str, object]:
+    """A scheduler's config, in which values that are its class's defaults count as values of its own.
+
+    `from_config` of another class would put its own defaults in their place: Heun's betas begin at 0.00085, DDPM's at
+    0.0001. A config that was saved and loaded has all its values too.
+    """
+    return {name: value for name, value in config.items() if name != "_use_default_values"}
+
+
 class ForwardProcess:
     """q(x_t | x_0) of a diffusers noise scheduler, and the target of its prediction type, in float32.
 
@@ -119,7 +128,7 @@ class ForwardProcess:
         if "beta_start" not in scheduler_config and scheduler_config.get("trained_betas") is None:
             name = scheduler_config.get("_class_name", "the pipeline's scheduler")
             raise UserError(f"{name} has no noise schedule by betas, and what was trained with it is not trained here")
-        self.scheduler = DDPMScheduler.from_config(scheduler_config, **changes)
+        self.scheduler = DDPMScheduler.from_config(explicit_config(scheduler_config), **changes)
         self.prediction_type = self.scheduler.config.prediction_type
         self.num_timesteps = self.scheduler.config.num_train_timesteps
         self.alphas_cumprod = alphas_cumprod = self.scheduler.alphas_cumprod.float()

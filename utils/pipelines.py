@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from utils.adaptation import PEFT_FILE
 from utils.configs import INDEX, index_file, is_path, read_config
-from utils.families.base import changed_scheduler
 from utils.families.single_file import SingleFile
 from utils.loading import load_module, load_parts, load_pipeline_folder, loading, named_parts
 from utils.lora_files import LORA_FILE, load_lora
 from utils.options import UserError, option, require
+from utils.samplers import changed_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.flow import is_flow, is_score, shift_of
+from utils.noise import explicit_config
 from utils.options import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ NOISE = (
 )
 """What of a scheduler's config is a fact of the model, whatever the default of another class."""
 CLIPPING = ("clip_sample", "thresholding")
+KNOW_SAMPLE = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+"""Classes that draw by a model which predicts the clean sample."""
 
 
 def parameters_of(scheduler_class: type) -> Mapping[str, inspect.Parameter]:
@@ -60,7 +63,7 @@ def converted(scheduler: Any, scheduler_class: type, keeps_defaults: bool = Fals
     """
     config, known = dict(scheduler.config), parameters_of(scheduler_class)
     if keeps_defaults:
-        config.pop("_use_default_values", None)
+        config = explicit_config(config)
     limit = clip_range(config) if clips_itself(scheduler) else None
     settings: dict[str, Any] = {name: config[name] for name in NOISE if name in config and name in known}
     if "clip_sample" in known:  # set in any case: DDIM and DDPM clip unless they are told not to
@@ -71,6 +74,30 @@ def converted(scheduler: Any, scheduler_class: type, keeps_defaults: bool = Fals
     elif "thresholding" in known and limit == 1.0 and not config.get("thresholding"):
         settings |= CLIPS
     return scheduler_class.from_config(config, **settings | changes)
+
+
+def changed_scheduler(scheduler: Any, changes: Mapping[str, object]) -> Any:
+    """The scheduler with some of its config changed, or DDIM where its class can't express what was changed.
+
+    A noise schedule whose name only DDPM knows is given by its betas.
+    """
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    if not changes:
+        return scheduler
+    changes = dict(changes)
+    known = parameters_of(type(scheduler))
+    expresses = all(name in known for name in changes) and (
+        changes.get("prediction_type") != "sample" or type(scheduler).__name__ in KNOW_SAMPLE
+    )
+    target = type(scheduler) if expresses else DDIMScheduler
+    if changes.get("beta_schedule") == "sigmoid" and target is not DDPMScheduler:
+        plain = {name: changes[name] for name in ("beta_schedule", "trained_betas")} | {"rescale_betas_zero_snr": False}
+        changes["trained_betas"] = converted(scheduler, DDPMScheduler, True, **plain).betas.tolist()
+        del changes["beta_schedule"]
+    if expresses:
+        return target.from_config(explicit_config(scheduler.config), **changes)
+    return converted(scheduler, target, True, **changes)
 
 
 def is_ddim(scheduler: Any) -> bool:
@@ -120,7 +147,7 @@ def plain_betas(scheduler: Any) -> dict[str, Any]:
     if scheduler.config.get("beta_schedule") != "sigmoid":
         return {}
     plain = {"rescale_betas_zero_snr": False} if scheduler.config.get("rescale_betas_zero_snr") else {}
-    betas = DDPMScheduler.from_config(scheduler.config, **plain).betas
+    betas = converted(scheduler, DDPMScheduler, True, **plain).betas
     return {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
 
 
@@ -168,8 +195,7 @@ def sampler_of(scheduler: Any, name: str | None, eta: float = 0.0) -> Any:
     """
     import diffusers
 
-    # values at their defaults too: after saving and loading they are the config's own, and no other class's default
-    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+    config = explicit_config(scheduler.config)
     if name is None:
         return consistent(type(scheduler).from_config(config), eta)
     flows = is_flow(scheduler)

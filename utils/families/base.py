@@ -266,28 +266,3 @@ def fitting_steps(pipeline: "DiffusionPipeline") -> int | None:
     if own is None or not isinstance(own.default, int) or not isinstance(longest, int):
         return None
     return longest if own.default > longest else None
-
-
-KNOW_SAMPLE = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
-
-
-def changed_scheduler(scheduler: Any, changes: Mapping[str, object]) -> Any:
-    """The scheduler with some of its config changed, or DDIM where its class can't express what was changed.
-
-    A noise schedule whose name only DDPM knows is given by its betas.
-    """
-    from diffusers import DDIMScheduler, DDPMScheduler
-
-    if not changes:
-        return scheduler
-    changes = dict(changes)
-    known = inspect.signature(type(scheduler).__init__).parameters
-    expresses = all(name in known for name in changes) and (
-        changes.get("prediction_type") != "sample" or type(scheduler).__name__ in KNOW_SAMPLE
-    )
-    target = type(scheduler) if expresses else DDIMScheduler
-    if changes.get("beta_schedule") == "sigmoid" and target is not DDPMScheduler:
-        plain = {name: changes[name] for name in ("beta_schedule", "trained_betas")} | {"rescale_betas_zero_snr": False}
-        changes["trained_betas"] = DDPMScheduler.from_config(scheduler.config, **plain).betas.tolist()
-        del changes["beta_schedule"]
-    return target.from_config(scheduler.config, **changes)

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.families.base import Family, TextStates, changed_scheduler
+from utils.families.base import Family, TextStates
 from utils.families.source import ComponentDtypes, PipelineSource
 from utils.families.vae import LatentSpace
 from utils.options import UserError, first_line, require
 from utils.pipeline_files import OPTIONAL, load_optional, write_pipeline
+from utils.samplers import changed_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

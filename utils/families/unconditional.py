@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from utils.configs import index_file, is_path, read_config, read_config_file
 from utils.data.labels import ClassNumbers, class_numbers, listed_numbers, plain_name
 from utils.disk import write_text
-from utils.families.base import Family, TextStates, changed_scheduler, fitting_steps
+from utils.families.base import Family, TextStates, fitting_steps
 from utils.families.denoisers import (
     CLASS_SLOTS,
     SMALLEST_LEVEL,
@@ -32,7 +32,7 @@ from utils.flow import ProcessOptions, check_changes, is_flow, shift_of
 from utils.loading import load_module, load_pipeline_folder, variant_of
 from utils.options import UserError, first_line, option, require
 from utils.pipeline_files import copy_part
-from utils.samplers import exported, sampler_of, warn_of_own_sampler
+from utils.samplers import changed_scheduler, exported, sampler_of, warn_of_own_sampler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
