@@ -27,7 +27,7 @@ from utils.data.buckets import BucketOptions, BucketPlan, plan_buckets
 from utils.data.captions import CaptionOptions, folder_caption, refusal_of
 from utils.data.contents import content_table, file_facts
 from utils.data.detection import settle, warn_of_unread
-from utils.data.folders import list_files
+from utils.data.folders import list_files, member_captions
 from utils.data.images import check_whole, read_header, reason_of
 from utils.data.listing import Fate, Fates
 from utils.data.masks import FolderMasks
@@ -48,6 +48,7 @@ from utils.data.tables import captions_of, data_folders, declared, image_of
 from utils.options import UserError, first_line
 from utils.records import ImageRecord, MaskFile
 from utils.seeding import Stream, generator
+from utils.user_files import FileError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -292,7 +293,7 @@ def open_stream(
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"the stream can't be opened: {first_line(error)}") from error
     columns = dataset.column_names or list(next(iter(dataset)))
-    source = _webdataset_columns(source, columns)
+    source = _tar_columns(source, columns)
     check_columns(columns, source)
     sizes = (source.width_column, source.height_column)
     if buckets.use_aspect_ratio_buckets and not set(sizes) <= set(columns):
@@ -317,6 +318,9 @@ def open_stream(
 
 def _load(source: SourceOptions, cache_dir: str | None):
     import datasets
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    from utils.data.tar_streams import tar_samples
 
     if is_saved_dataset(Path(source.dataset_name)):
         saved = datasets.load_from_disk(plain_path(source.dataset_name, cache_dir))
@@ -324,13 +328,12 @@ def _load(source: SourceOptions, cache_dir: str | None):
         return {name: each.to_iterable_dataset(min(SAVED_SHARDS, len(each))) for name, each in splits.items()}
     if Path(source.dataset_name).is_dir():
         check_dataset_folder(source)
-    return datasets.load_dataset(
-        source.dataset_name,
-        source.dataset_config_name,
-        cache_dir=cache_dir,
-        data_dir=source.train_data_dir,
-        streaming=True,
+    builder = datasets.load_dataset_builder(
+        source.dataset_name, source.dataset_config_name, cache_dir=cache_dir, data_dir=source.train_data_dir
     )
+    if isinstance(builder, WebDataset):
+        return tar_samples(builder.config.data_files, cache_dir, source.mask_column, builder.base_path)
+    return builder.as_streaming_dataset()
 
 
 def _load_shards(
@@ -338,6 +341,8 @@ def _load_shards(
 ) -> tuple[dict, Fates, tuple[Path, ...]]:
     """(the dataset of a folder's shards by its splits, what became of the folder's files, the shards)."""
     import datasets
+
+    from utils.data.tar_streams import tar_samples
 
     listing = source.listing(left_out)
     kind = detect(source, listing)
@@ -352,6 +357,8 @@ def _load_shards(
     warn_of_unread(f"--train_data_dir {source.train_data_dir}", listing.fates)
     files = {source.dataset_split: dataset_paths(listing.root, content.used, cache_dir)}
     shards = tuple(listing.root / name for name in content.used)
+    if kind == "webdataset":
+        return tar_samples(files, cache_dir, source.mask_column), listing.fates, shards
     return datasets.load_dataset(kind, data_files=files, streaming=True), listing.fates, shards
 
 
@@ -361,19 +368,17 @@ def _local_files(source: SourceOptions) -> list[Path]:
     return [root / name for name in list_files(root)] if source.dataset_name and root.is_dir() else []
 
 
-def _webdataset_columns(source: SourceOptions, columns: list[str]) -> SourceOptions:
-    """The columns under the names that tar shards give them: their members' endings."""
-    if "__key__" not in columns:
+def _tar_columns(source: SourceOptions, columns: list[str]) -> SourceOptions:
+    """The columns of tar shards: those that are named after endings of members, else what a sample's members are."""
+    from utils.data.tar_streams import CAPTION, IMAGE
+
+    if IMAGE not in columns:
         return source
-    by_ending = {name.lower(): name for name in columns}
-    image = next((by_ending[end] for end in ("jpg", "jpeg", "png", "webp") if end in by_ending), source.image_column)
-    is_wanted = source.caption_column is not None
-    captions = [by_ending[end] for end in ("txt", "caption") if end in by_ending and is_wanted]
-    caption = next(iter(captions), source.caption_column)
+    caption = source.caption_column
     return replace(
         source,
-        image_column=source.image_column if source.image_column in columns else image,
-        caption_column=source.caption_column if source.caption_column in columns else caption,
+        image_column=source.image_column if source.image_column in columns else IMAGE,
+        caption_column=caption if caption is None or caption in columns else CAPTION,
     )
 
 
@@ -448,7 +453,11 @@ class Lane:
             self.bad.append((key, reason_of(error)))
             return None
         column = source.caption_column
-        captions = () if column is None else images.captions.of(captions_of(row[column], column))
+        try:
+            captions = () if column is None else images.captions.of(self._captions(row[column], column))
+        except FileError as error:
+            self.bad.append((key, f"its captions can't be read: {error}"))
+            return None
         if refusal := refusal_of(captions):
             self.bad.append((key, refusal))
             return None
@@ -464,6 +473,19 @@ class Lane:
         images.note_mask(mask is not None and (not mask.is_alpha or "transparent" in header.oddities))
         record = ImageRecord(key, image, captions, mask)
         return StreamedSample(record, identity, self._bucket(row, key), passing)
+
+    def _captions(self, value: object, column: str) -> tuple[str, ...]:
+        """The captions of a row's column: texts, or the bytes of a tar shard's member.
+
+        Raises:
+            FileError: if the member can't be read.
+            UserError: if the column holds something else.
+        """
+        is_chosen = isinstance(value, dict) and isinstance(value.get("bytes"), bytes)
+        if not is_chosen and not isinstance(value, bytes):
+            return captions_of(value, column)
+        name, content = (value["path"], value["bytes"]) if is_chosen else (f"*.{column}", value)
+        return member_captions(name, content, self._images.source.text_encoding)
 
     def _mask(self, row: dict, key: str) -> MaskFile | None:
         source, masks = self._images.source, self._images.masks

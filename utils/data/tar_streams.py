@@ -1,0 +1,109 @@
+"""Tar shards as a stream of the `datasets` library: what a sample's members are is decided here, and nothing decoded.
+
+The library's own builder knows no image ending but those of its first samples, and one text that is not UTF-8 or one
+number that is none ends a shard.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from datasets import Features, Image, Value
+from datasets.builder import Key
+from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
+
+from utils.data.folders import PAIR_SUFFIXES, caption_limit, is_caption_file, is_image
+from utils.data.images import MOST_BYTES
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+IMAGE, CAPTION = "__image__", "__caption__"
+"""The columns of a sample's first image, and of its captions as {"path", "bytes"}."""
+SAMPLES_LOOKED_AT = 100  # whose members' endings are columns too
+Members = dict[str, tuple[str, bytes]]
+"""The names and bytes of a sample's files by their endings, such as jpg and mask.png, in small letters."""
+
+
+class TarSamples(WebDataset):
+    """The builder of tar shards.
+
+    Of a row, IMAGE and CAPTION are chosen as of shards that are not streamed; each ending of the first samples, in
+    small letters, is a column of bytes besides.
+
+    Attributes:
+        mask_ending: what stands behind the first dot of a mask's name, such as mask.png; None without masks.
+    """
+
+    mask_ending: str | None = None
+
+    def _split_generators(self, dl_manager: Any) -> list:
+        endings: dict[str, None] = {}
+        shards = [shard for files in dl_manager.download(self.config.data_files).values() for shard in files]
+        for shard in shards:
+            for _, members in islice(_samples(dl_manager.iter_archive(shard)), SAMPLES_LOOKED_AT):
+                endings |= dict.fromkeys(members)
+            if endings:
+                break
+        columns = {ending: Image() if is_image(f"x.{ending}") else Value("binary") for ending in endings}
+        texts = {"path": Value("string"), "bytes": Value("binary")}
+        self.info.features = Features(columns | {IMAGE: Image(), CAPTION: texts})
+        return super()._split_generators(dl_manager)
+
+    def _generate_examples(self, tar_paths: Any, tar_iterators: Any) -> Iterator[tuple[Key, dict[str, Any]]]:
+        for number, shard in enumerate(tar_iterators):
+            for place, (_, members) in enumerate(_samples(shard)):
+                yield Key(number, place), self._row(members)
+
+    def _row(self, members: Members) -> dict[str, Any]:
+        row: dict[str, Any] = dict.fromkeys(self.info.features)
+        for ending, (name, content) in members.items():
+            if ending in row:
+                is_file = isinstance(self.info.features[ending], Image)
+                row[ending] = {"path": name, "bytes": content} if is_file else content
+        is_mask = None if self.mask_ending is None else self.mask_ending.lower()
+        images = [file for ending, file in members.items() if ending != is_mask and is_image(file[0])]
+        texts = [file for file in members.values() if is_caption_file(file[0])]
+        texts.sort(key=lambda file: PAIR_SUFFIXES.index(_suffix(file[0])))
+        for column, files in ((IMAGE, images), (CAPTION, texts)):
+            if files:
+                name, content = files[0]
+                row[column] = {"path": name, "bytes": content}
+        return row
+
+
+def _samples(archive: Iterable[tuple[str, BinaryIO]]) -> Iterator[tuple[str, Members]]:
+    """(name, members) of a shard's samples: files beside each other whose names agree up to the first dot."""
+    members: Members = {}
+    current = ""
+    for name, file in archive:
+        key, ending = base_plus_ext(name)
+        if key is None or PurePosixPath(name).name.startswith("."):
+            continue
+        if members and key != current:
+            yield current, members
+            members = {}
+        current = key
+        limit = caption_limit(name) if is_caption_file(name) else MOST_BYTES
+        members.setdefault(ending.lower(), (name, file.read(limit + 1)))
+    if members:
+        yield current, members
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def tar_samples(
+    data_files: Any, cache_dir: str | None, mask_ending: str | None, base_path: str | None = None
+) -> dict[str, "IterableDataset"]:
+    """The streams of tar shards, by the names of their splits.
+
+    Args:
+        data_files: the shards by splits: patterns, or as another builder of the library has found them.
+        mask_ending: as of `TarSamples`.
+    """
+    builder = TarSamples(cache_dir=cache_dir, data_files=data_files, base_path=base_path, dataset_name="tar_samples")
+    builder.mask_ending = mask_ending
+    return builder.as_streaming_dataset()
