@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from utils.checks import refuse_same_folder
+from utils.disk import write_text
 from utils.generation import (
     Drawer,
     GenerationOptions,
@@ -497,7 +498,7 @@ def export_geneval(tasks: Sequence[Task], images: Path, folder: Path) -> None:
             shutil.copyfile(images / f"{task.name}.png", samples / f"{task.sample:05d}.png")
             facts = task.prompt.facts or {"prompt": task.prompt.text}
             line = json.dumps(facts, ensure_ascii=False) + "\n"
-            (samples.parent / "metadata.jsonl").write_text(line, encoding="utf-8", errors="backslashreplace")
+            write_text(samples.parent / "metadata.jsonl", line)
     except OSError as error:
         raise UserError(f"--export_geneval {folder} can't be written: {error.strerror or error}") from error
 

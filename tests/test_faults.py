@@ -1,5 +1,6 @@
 """What goes wrong around a run: disks, damaged folders, killed loaders, files that would run code."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -17,6 +18,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_unconditional
@@ -24,6 +26,7 @@ from tests import tiny
 from tests.conftest import message, reset_accelerate
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_launch import command
+from utils import held_out
 from utils.checkpoint import Checkpoints, damage
 from utils.course import Course
 from utils.data.dataset import TrainingDataset
@@ -89,6 +92,25 @@ def test_a_disk_that_fills_while_it_exports(train, kind, small_disk, capsys):
     subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
     train(kind, *FLAGS, "--max_train_steps", 2, "--resume_from_checkpoint", "latest", out=disk / "out")
     assert_same_bits(weights(whole), weights(out))
+
+
+@BOTH
+def test_a_disk_that_refuses_samples_and_records(train, kind, monkeypatch, caplog):
+    """What shows the training is left out with a warning each; the training is what it would have been."""
+    samples = ["--validation_prompt", "a", "--validation_steps", 1] if kind == "sd" else ["--save_images_steps", 1]
+    flags = [*FLAGS, "--max_train_steps", 2, "--validation_split", 0.3, *samples]
+    whole = train(kind, *flags, out="whole")
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", refuse)
+        patch.setattr(held_out, "replacing", refuse)
+        out = train(kind, *flags, out="refused")
+    assert_same_bits(weights(whole), weights(out))
+    for name in ("samples", "validation.jsonl"):
+        assert any(f"{name}" in line and "can't be written: No space left" in line for line in caplog.messages)
 
 
 def test_a_disk_that_is_full_before(train, small_disk, capsys):

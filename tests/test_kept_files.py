@@ -22,6 +22,7 @@ from utils.held_out import EarlyStoppingOptions, History, Measurement
 from utils.options import UserError
 from utils.step_lines import keep_steps
 from utils.stopping import StopRequests
+from utils.tracking import JsonLines
 
 FLAGS = ("--train_batch_size", 2, "--lr_scheduler", "constant", "--checkpointing_steps", 2)
 ON = ("--resume_from_checkpoint", "latest")
@@ -319,6 +320,23 @@ class TestLines:
         file.write_bytes(b'{"step": 1}\n' + end)
         keep_steps(file, 3)
         assert file.read_bytes() == b'{"step": 1}\n' + (end + b"\n" if is_kept else b"")
+
+    @pytest.mark.parametrize("kind", ["pipe", "folder", "link to itself", "link to nothing"])
+    def test_a_file_that_is_none_costs_its_lines_alone(self, tmp_path, caplog, kind):
+        file = tmp_path / "metrics.jsonl"
+        make = {
+            "pipe": lambda: os.mkfifo(file),
+            "folder": file.mkdir,
+            "link to itself": lambda: file.symlink_to(file),
+            "link to nothing": lambda: file.symlink_to(tmp_path / "nothing"),
+        }
+        make[kind]()
+        keep_steps(file, 3)
+        lines = JsonLines(file)
+        for step in (4, 5):
+            lines.write({"step": step})
+        lines.close()
+        assert caplog.text.count("can't be written") == (kind != "link to nothing")
 
     def test_the_validation_history_keeps_them_too(self, tmp_path, caplog):
         history = History(tmp_path, 0, EarlyStoppingOptions())

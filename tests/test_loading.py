@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoTokenizer
 
 from tests import tiny
 from tests.conftest import message
@@ -510,10 +511,35 @@ def test_a_tokenizer_without_its_length_takes_the_text_encoders(train, pipelines
     train(str(folder), *SHORT, "--dry_run")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("text", ["a plain one", "a newword"])
+def test_a_tokenizer_of_another_model_is_one_line(train, pipelines, tmp_path, capsys, caplog, text, workers):
+    """Tokens that the text encoder has no embedding of: special ones, which each caption has, or a word."""
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens(["newword"]) if "new" in text else tokenizer.add_special_tokens({"eos_token": "<|over|>"})
+    tokenizer.save_pretrained(folder / "tokenizer")
+    data = tiny.make_images(tmp_path / "data", 4)
+    (data / "metadata.jsonl").unlink()
+    for number in range(4):
+        (data / f"{number:03d}.txt").write_text("a plain one")
+    flags = [*SHORT, "--train_batch_size", 4, "--dataloader_num_workers", workers]
+    if "new" in text:  # a word that no caption has costs nothing
+        train(str(folder), *flags, data=data)
+        assert "1 tokens that its text encoder has no embeddings of, such as 'newword'" in caplog.text
+        (data / "002.txt").write_text(text)
+    train(str(folder), *flags, data=data, out="refused", expect=2)
+    assert "they are not of one model" in message(capsys)
+
+
 @pytest.mark.parametrize(
     ("file", "key", "value"),
     [
         ("model_index.json", "_class_name", {"a": 1}),
+        ("model_index.json", "vae", ["diffusers", None]),
+        ("model_index.json", "vae", ["diffusers"]),
+        ("model_index.json", "unet", ["diffusers", ["UNet2DConditionModel"]]),
+        ("model_index.json", "text_encoder", [{"a": 1}, "CLIPTextModel"]),
         ("model_index.json", "tokenizer", [None, None]),
         ("model_index.json", "unet", "UNet"),
         ("model_index.json", "vae", [1, 2]),

@@ -94,6 +94,16 @@ def test_files_of_users_are_read_in_one_place_alone():
     assert found == allowed, "read these through utils/user_files.py, and list no others"
 
 
+def test_files_that_may_be_there_are_added_to_in_one_place_alone():
+    """Only `open_to_append` adds to a file: what has its name may be a pipe, which would wait for a reader."""
+    added = re.compile(r"""open\([^)\n]*["'](a|ab|a\+|r\+|ab\+)["']|O_APPEND""")
+    found = {
+        path.relative_to(ROOT).as_posix(): len(list(added.finditer(path.read_text(encoding="utf-8"))))
+        for path in [*sorted((ROOT / "utils").rglob("*.py")), *(ROOT / f"{script}.py" for script in SCRIPTS)]
+    }
+    assert {name: count for name, count in found.items() if count} == {"utils/user_files.py": 1}
+
+
 def _read_by(call: ast.Call, imported: set[str]) -> str:
     """The function by which a call reads text or bytes of a file past utils/user_files.py, or ""."""
     function = call.func

@@ -1,5 +1,6 @@
 """Files that are whole at any moment, and what was written stays written."""
 
+import logging
 import os
 import stat
 import threading
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
 MARKER = ".not_training_data"  # of folders that this toolkit writes, which are left out where they lie among data
 MARKER_TEXT = """A training, an evaluation or a cache writes this folder.
 Where it lies within a folder of training data, its files are left out of the data.
@@ -65,6 +67,15 @@ def write_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[st
 
     save_file(dict(tensors), path, metadata)
     usual_modes(path)
+
+
+@contextmanager
+def or_without(what: object) -> Iterator[None]:
+    """Context manager: an error of the disk is a warning that names what is not written, and the training continues."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s can't be written: %s; the training continues without", what, error.strerror or error)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from utils.data.images import decode
+from utils.disk import or_without
 from utils.families.unconditional import UnconditionalFamily
 from utils.flow import is_flow, is_score
 from utils.options import UserError, first_line, option, require, require_not_negative, require_positive
@@ -160,7 +161,8 @@ class GridSampler:
         shared = sorted(gather_object(drawn), key=lambda pair: pair[0])
         images = [Image.fromarray(pixels) for _, pixels in shared]
         if self._accelerator.is_main_process and images:
-            self._save(images, [number for number, _ in shared], step, is_last)
+            with or_without(f"a part of {self._folder}"):
+                self._save(images, [number for number, _ in shared], step, is_last)
         return [Sample(image, self._caption(number)) for image, (number, _) in zip(images, shared, strict=True)]
 
     def _draw(self, numbers: Sequence[int]) -> list[Image.Image]:

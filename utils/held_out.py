@@ -16,7 +16,7 @@ from utils.data.captions import compose
 from utils.data.cutting import cut_out
 from utils.data.images import ImageOptions
 from utils.data.selection import PlannedImages
-from utils.disk import replacing
+from utils.disk import or_without, replacing
 from utils.encoding import EncodedBatch
 from utils.families.base import Family, TextStates
 from utils.memory import is_out_of_memory
@@ -136,7 +136,7 @@ class History:
         self._lines.append(measurement)
         if write:
             lines = [each if isinstance(each, bytes) else self._line(each) for each in self._lines]
-            with replacing(self._file) as aside:
+            with or_without(self._file), replacing(self._file) as aside:
                 aside.write_bytes(b"\n".join(lines) + b"\n")
 
     def _line(self, measurement: Measurement) -> bytes:

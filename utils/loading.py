@@ -261,14 +261,14 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def class_of(library: str, name: str) -> type | None:
+def class_of(library: object, name: object) -> type | None:
     """The class of a pipeline's part, as its index names it; None for what neither library knows."""
     import diffusers
     import transformers
 
     homes = {"diffusers": diffusers, "transformers": transformers}
-    home = homes.get(library) or getattr(diffusers.pipelines, library, None)
-    found = getattr(home, name, None)
+    home = (homes.get(library) or getattr(diffusers.pipelines, library, None)) if isinstance(library, str) else None
+    found = getattr(home, name, None) if isinstance(name, str) else None
     return found if inspect.isclass(found) else None
 
 
@@ -307,7 +307,7 @@ def load_parts(
     """
     parts, variants = {}, set()
     for name in names:
-        kind = class_of(*index[name][:2])
+        kind = class_of(*[*index[name], None][:2])
         root = folder / name if (folder / name).is_dir() else folder
         for file in ("scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json"):
             if (root / file).is_file():

@@ -22,6 +22,7 @@ from torch import Tensor
 from utils.options import ProcessError, UserError, first_line, option, require_positive
 from utils.step_lines import keep_steps
 from utils.terminal import progress_bar
+from utils.user_files import FileError, open_to_append
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -309,8 +310,11 @@ class JsonLines:
         line = (b"\n" if self._is_cut else b"") + json.dumps(values).encode() + b"\n"
         try:
             if self._file is None:
-                self._file = self._path.open("ab", buffering=0)
+                self._file = open_to_append(self._path)
             written = self._file.write(line)
+        except FileError as error:
+            self._warn(error.reason)
+            return
         except OSError as error:
             self._warn(error.strerror or str(error))
             return

@@ -1,6 +1,5 @@
 """The scores of evaluate_pipeline.py while a model is trained: images drawn from the pipeline in memory."""
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +26,7 @@ from utils.runtime import autocast, on_main_process
 from utils.sampling_controls import SamplingControls, controllable
 from utils.sharding import unsharded
 from utils.step_lines import keep_steps
+from utils.tracking import JsonLines
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -238,5 +238,6 @@ def _empty(folder: Path) -> None:
 
 def _append(file: Path, step: int, scores: list[Score]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as lines:
-        print(json.dumps({"step": step, "scores": {each.name: each.record() for each in scores}}), file=lines)
+    lines = JsonLines(file)
+    lines.write({"step": step, "scores": {each.name: each.record() for each in scores}})
+    lines.close()

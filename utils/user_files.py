@@ -15,6 +15,7 @@ import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -95,6 +96,27 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     try:
         _require_regular(path, os.fstat(descriptor))
         return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def open_to_append(path: str | os.PathLike) -> FileIO:
+    """Opens a regular file, or a new one, to add to its end; never waits for a pipe. What is written is there at once.
+
+    Raises:
+        FileError: if it is something else.
+        OSError: as `open`.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    if os.path.exists(path):
+        _require_regular(path, os.stat(path))
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        _require_regular(path, os.fstat(descriptor))
+        return FileIO(descriptor, "ab")
     except BaseException:
         os.close(descriptor)
         raise

@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from utils.disk import or_without
 from utils.families.text import TextFamily
 from utils.options import UserError, option, require_not_negative, require_positive
 from utils.runtime import autocast
@@ -114,7 +115,9 @@ class Sampler:
             unsharded(self._family.pipeline.components.values()),
         ):
             for index, image in zip(mine, self._draw(list(mine.values())), strict=False):
-                self._save(image, mine[index], self._folder / name / f"{mine[index].name}.png")
+                file = self._folder / name / f"{mine[index].name}.png"
+                with or_without(file):
+                    self._save(image, mine[index], file)
                 drawn.append((index, np.asarray(image)))
         shared = sorted(gather_object(drawn), key=lambda pair: pair[0])
         return [Sample(Image.fromarray(pixels), self._requests[index].prompt) for index, pixels in shared]

@@ -15,7 +15,7 @@ from weakref import WeakSet
 from torch.utils.data import DataLoader, Dataset
 
 from utils.memory import is_out_of_memory
-from utils.options import ProcessError, first_line
+from utils.options import ProcessError, UserError, first_line
 from utils.stopping import SIGNALS
 
 _WORKERS: WeakSet = WeakSet()
@@ -81,6 +81,8 @@ class _Batches(Iterator):
                 if any(worker.exitcode for worker in self._workers):
                     raise LoadingError(KILLED)
                 return next(self._batches)
+        except UserError as error:  # of a worker with the traceback there in front, which ends in its message
+            raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from error
         except (RuntimeError, MemoryError, OSError, EOFError) as error:
             explained = self._explained(error)
             if explained is None:

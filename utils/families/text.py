@@ -112,7 +112,16 @@ class TextFamily(Family):
 
     def tokenizer(self) -> "Tokenize":
         """A function for the loader's workers: B captions -> [B, text encoders, chunks * tokens] int64."""
-        return Tokenize(self.tokenizers, self.source.options.num_chunks)
+        known = [encoder.get_input_embeddings().num_embeddings for encoder in self.text_encoders]
+        for name, tokenizer, count in zip(self.tokenizer_names, self.tokenizers, known, strict=True):
+            unknown = [word for word, number in tokenizer.get_vocab().items() if number >= count]
+            if unknown:
+                logger.warning(
+                    "%s of %s has %d tokens that its text encoder has no embeddings of, such as %r; a caption with one "
+                    "ends the run",
+                    *(name, self.source.path, len(unknown), unknown[0]),
+                )
+        return Tokenize(self.tokenizers, self.source.options.num_chunks, known)
 
     def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
         """The text states of [B, text encoders, chunks * tokens] input ids, each chunk encoded on its own.
@@ -256,9 +265,13 @@ class TextFamily(Family):
 class Tokenize:
     """Tokenizes captions for each text encoder, in chunks of the length it takes, each with its beginning and end."""
 
-    def __init__(self, tokenizers: list, num_chunks: int = 1):
+    def __init__(self, tokenizers: list, num_chunks: int = 1, num_known: Sequence[int] | None = None):
+        """Args:
+        num_known: how many tokens each text encoder has embeddings of; None where that does not matter.
+        """
         self._tokenizers = tokenizers
         self._num_chunks = num_chunks
+        self._num_known = num_known
         self._have_vectors = [has_multi_vector_tokens(tokenizer) for tokenizer in tokenizers]
 
     @property
@@ -267,7 +280,11 @@ class Tokenize:
         return self._num_chunks * min(tokenizer.model_max_length - 2 for tokenizer in self._tokenizers)
 
     def __call__(self, captions: list[str]) -> Tensor:
-        """[B, text encoders, chunks * tokens] int64; a chunk for which a caption is too short is that of ""."""
+        """[B, text encoders, chunks * tokens] int64; a chunk for which a caption is too short is that of "".
+
+        Raises:
+            UserError: of a token that a text encoder has no embedding of.
+        """
         return torch.stack([self._ids(number, captions) for number in range(len(self._tokenizers))], dim=1)
 
     def _read(self, number: int, captions: list[str]) -> list[str]:
@@ -288,6 +305,12 @@ class Tokenize:
             return_overflowing_tokens=True,
             return_tensors="pt",
         )
+        if self._num_known is not None and int(encoded.input_ids.max()) >= self._num_known[number]:
+            unknown = encoded.input_ids[encoded.input_ids >= self._num_known[number]][:1].tolist()
+            raise UserError(
+                f"the token {tokenizer.convert_ids_to_tokens(unknown)[0]!r} is number {unknown[0]} of its tokenizer, "
+                f"but its text encoder has embeddings of {self._num_known[number]}; they are not of one model"
+            )
         *by_caption, empty = encoded.input_ids.split(encoded.overflow_to_sample_mapping.bincount().tolist())
         ids = empty.repeat(len(captions), self._num_chunks, 1)
         for chunks, filled in zip(ids, by_caption, strict=True):
