@@ -49,6 +49,7 @@ class TextFamily(Family):
                 raise UserError(f"--pretrained_model {source.path} has no {name}, which it needs")
         super().__init__(pipeline, LatentSpace(pipeline.vae), source.options)
         self._limit_tokens(pipeline)
+        self._warn_of_unknown_tokens()
         self.check(source, {name: getattr(self.pipeline, name).config for name in self._part_names})
         if source.options.unet_config is not None:
             self._probe_unet()
@@ -112,8 +113,16 @@ class TextFamily(Family):
 
     def tokenizer(self) -> "Tokenize":
         """A function for the loader's workers: B captions -> [B, text encoders, chunks * tokens] int64."""
-        known = [encoder.get_input_embeddings().num_embeddings for encoder in self.text_encoders]
-        for name, tokenizer, count in zip(self.tokenizer_names, self.tokenizers, known, strict=True):
+        return Tokenize(self.tokenizers, self.source.options.num_chunks, self._num_known_tokens)
+
+    @property
+    def _num_known_tokens(self) -> list[int]:
+        """How many tokens each text encoder has embeddings of."""
+        return [encoder.get_input_embeddings().num_embeddings for encoder in self.text_encoders]
+
+    def _warn_of_unknown_tokens(self) -> None:
+        counts = self._num_known_tokens
+        for name, tokenizer, count in zip(self.tokenizer_names, self.tokenizers, counts, strict=True):
             unknown = [word for word, number in tokenizer.get_vocab().items() if number >= count]
             if unknown:
                 logger.warning(
@@ -121,7 +130,6 @@ class TextFamily(Family):
                     "ends the run",
                     *(name, self.source.path, len(unknown), unknown[0]),
                 )
-        return Tokenize(self.tokenizers, self.source.options.num_chunks, known)
 
     def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
         """The text states of [B, text encoders, chunks * tokens] input ids, each chunk encoded on its own.
