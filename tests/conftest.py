@@ -1,6 +1,7 @@
 """Fixtures: tiny pipelines and images, made once a session, and the script run in this process."""
 
 import os
+import signal
 import tempfile
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # where headers are remembered and encodings cached
@@ -48,6 +49,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def classes(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same images in a folder for each of two classes."""
     return tiny.make_classes(images, tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hangup_is_heard() -> None:
+    """As from a terminal: `nohup make test` has SIGHUP ignored, and then a run leaves it so."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

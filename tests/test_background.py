@@ -44,7 +44,9 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("full", "lora") else [pytest.mark.slow]) for name in RUNS]
+)
 def test_the_same_files_as_when_the_training_waits(train, monkeypatch, name):
     """Each is written slowly, while the next steps change the weights that it is of."""
     pipeline, *flags = RUNS[name]

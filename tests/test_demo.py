@@ -70,7 +70,7 @@ def test_the_base_is_a_small_stable_diffusion_pipeline():
     assert pipeline.tokenizer("a zebra, ünïcode ☃").input_ids
 
 
-@pytest.mark.parametrize("adaptation", ["full", "lora"])
+@pytest.mark.parametrize("adaptation", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_a_short_demo(monkeypatch, tmp_path, capsys, adaptation):
     import run
     from tests.conftest import reset_accelerate
@@ -111,7 +111,17 @@ def few_pictures(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("entry", compare.entries(), ids=lambda entry: f"{entry.table} {entry.name}")
+def _each_entry() -> list:
+    """All, of which `make test` runs the first of each table."""
+    tables, params = set(), []
+    for entry in compare.entries():
+        marks = [pytest.mark.slow] if entry.table in tables else []
+        tables.add(entry.table)
+        params.append(pytest.param(entry, id=f"{entry.table} {entry.name}", marks=marks))
+    return params
+
+
+@pytest.mark.parametrize("entry", _each_entry())
 def test_each_entry_of_each_table_lowers_the_validation_loss(train, few_pictures, entry):
     """At a fifth of the demo's rate, which in so few steps would overshoot; Prodigy's is found by itself."""
     flags = ["--mixed_precision", "no", "--train_batch_size", 12, "--max_train_steps", 12, "--lr_scheduler", "cosine"]

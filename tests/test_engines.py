@@ -126,6 +126,7 @@ def test_a_run_moves_from_one_process_to_two_and_back(train, sgd, data, tmp_path
     assert_close(whole, moved)
 
 
+@pytest.mark.slow
 def test_fsdp2_trains_what_one_process_does(train, data, tmp_path, pipelines):
     """Also its averages, samples and held-out losses; one process goes on from its checkpoint."""
     flags = ("--learning_rate", 1e-3, "--adam_epsilon", 1e-5, "--max_train_steps", 4, "--checkpointing_steps", 2)
@@ -226,6 +227,7 @@ def test_the_configs_for_gpus_start_or_say_why_not(pipelines, images, tmp_path, 
     assert starts or "needs GPUs" in said or "install deepspeed" in said
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_ends_all_with_its_error(pipelines, data, tmp_path):
     flags = ("--max_train_steps", 10_000, "--train_batch_size", 1)
     begun = time.monotonic()

@@ -291,6 +291,7 @@ def test_a_process_that_reads_headers_and_is_killed(train, monkeypatch, capsys, 
     assert "a process that reads files was killed" in message(capsys)
 
 
+@pytest.mark.slow
 def test_a_loader_that_hangs(train, monkeypatch, capsys):
     monkeypatch.setattr(TrainingDataset, "__getitem__", lambda self, piece: signal.pause())
     flags = ["--dataloader_num_workers", 1, "--dataloader_timeout", 2]

@@ -110,6 +110,7 @@ def test_help_names_every_flag_of_the_diffusers_examples():
     assert not [flag for flag in flags if f" {flag} " not in shown and f" {flag}," not in shown]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(pipelines, images, tmp_path):
     flags = ("--train_batch_size", 2, "--max_train_steps", 400, "--checkpointing_steps", 3, "--use_ema")
     flags += ("--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 2)

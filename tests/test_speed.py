@@ -248,7 +248,7 @@ def test_logging_together_logs_the_same(train):
     assert losses(each) == losses(together)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param("sd", marks=pytest.mark.slow), "pixels"])
 def test_a_compiled_run_is_the_plain_one(train, name, caplog, without_inductor):
     """By Dynamo and AOTAutograd; Inductor's own kernels are the slow test's."""
     flags = ["--max_train_steps", 3, "--train_batch_size", 2, "--adam_epsilon", 1e-4]
