@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from utils.adaptation import ADAPTATIONS, AdaptationOptions
-from utils.checkpoint import CheckpointOptions
+from utils.checkpoint import CheckpointOptions, step_of
 from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_token
 from utils.copies import HalfCopy
 from utils.course import Feed, Settings, Validation, start_course
@@ -33,6 +33,7 @@ from utils.data.sampler import GlobalBatches
 from utils.data.selection import HeldOutOptions, SelectionOptions
 from utils.data.sources import DataOptions, SourceOptions, source_entries
 from utils.data.stream import StreamedBatches
+from utils.disk_use import describe_disk, disk_use
 from utils.doctor import examine_data
 from utils.ema import EmaOptions
 from utils.encoding import Encoder
@@ -196,6 +197,9 @@ def run(argv: Sequence[str] | None) -> None:
             *(model_name, options.adaptation.adaptation, adaptation.modules, process.describe(), accelerator),
             *(*counts, *learning),
         )
+        steps = range(0 if start is None else step_of(start) or 0, total_steps)
+        use = disk_use(adaptation, rates.name, options.ema, options.checkpoint, steps)
+        plan += describe_disk(use, folder.path, options.checkpoint)
         if options.runtime.dry_run:
             if accelerator.is_main_process:
                 print_line(plan)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from utils.adaptation import FullFineTuning, TrainedOptions
-from utils.checkpoint import CheckpointOptions
+from utils.checkpoint import CheckpointOptions, step_of
 from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_token
 from utils.copies import HalfCopy
 from utils.course import Feed, Settings, Validation, start_course
@@ -34,6 +34,7 @@ from utils.data.pixels import PixelOptions
 from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions
 from utils.data.sources import DataOptions, source_entries
 from utils.data.stream import StreamedImages
+from utils.disk_use import describe_disk, disk_use
 from utils.doctor import examine_data
 from utils.ema import EmaOptions
 from utils.encoding import Encoder
@@ -262,6 +263,9 @@ def run(argv: Sequence[str] | None) -> None:
         counts = images, held_out_images, batches, total_steps
         learning = options.loader, rates, schedule
         plan = describe_run(model_name, how, adaptation.modules, process.describe(), accelerator, *counts, *learning)
+        steps = range(0 if start is None else step_of(start) or 0, total_steps)
+        use = disk_use(adaptation, rates.name, options.ema, options.checkpoint, steps)
+        plan += describe_disk(use, folder.path, options.checkpoint)
         if options.runtime.dry_run:
             if accelerator.is_main_process:
                 print_line(plan)

@@ -1,6 +1,7 @@
 """Pretrained parts: weights that are missing, left over or of another shape, and the marks of single files."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import AutoTokenizer
 from tests import tiny
 from tests.conftest import message
 from utils.loading import LoadingOptions, allowing_missing, load_module
+from utils.metrics.features import load_weights
+from utils.metrics.subjects import Statistics
 from utils.options import UserError
 
 SHORT = ("--max_train_steps", 1, "--train_batch_size", 1, "--no_final_checkpoint")
@@ -509,6 +512,40 @@ def test_a_tokenizer_without_its_length_takes_the_text_encoders(train, pipelines
     file.write_text(json.dumps(config))
     assert loaded(folder).tokenizer.model_max_length == 77
     train(str(folder), *SHORT, "--dry_run")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"),
+        *("text_encoder/model.safetensors", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"),
+    ],
+)
+def test_a_pipe_in_a_pipeline_is_one_line(train, capsys, pipelines, tmp_path, file):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    train(str(folder), *SHORT, "--dry_run", expect=2)
+    assert file in message(capsys)
+
+
+@pytest.mark.parametrize("flag", ["--pretrained_model", "--lora_weights", "--reference", "--feature_network_weights"])
+def test_a_pipe_in_place_of_a_file_of_tensors_is_one_line(train, capsys, tmp_path, flag):
+    name = {"--reference": "x.npz"}.get(flag, "x.safetensors")
+    os.mkfifo(tmp_path / name)
+    if flag == "--pretrained_model":
+        train(str(tmp_path / name), *SHORT, expect=2)
+    elif flag == "--lora_weights":
+        train("sd", *SHORT, "--adaptation", "lora", flag, tmp_path / name, expect=2)
+    elif flag == "--reference":
+        with pytest.raises(UserError, match="pipe"):
+            Statistics.read(tmp_path / name)
+        return
+    else:
+        with pytest.raises((UserError, ValueError), match="pipe"):
+            load_weights(str(tmp_path / name))
+        return
+    assert "x.safetensors" in message(capsys)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -94,6 +94,17 @@ def test_files_of_users_are_read_in_one_place_alone():
     assert found == allowed, "read these through utils/user_files.py, and list no others"
 
 
+def test_files_of_tensors_are_opened_in_one_place_alone():
+    """Only utils/tensor_files.py, which never waits for a pipe."""
+    ways = re.compile(r"\b(safe_open|load_file|torch\.load|np\.load|load_model)\(")
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in [*sorted((ROOT / "utils").rglob("*.py")), *(ROOT / f"{script}.py" for script in SCRIPTS)]
+        if ways.search(path.read_text(encoding="utf-8"))
+    }
+    assert found == {"utils/tensor_files.py"}
+
+
 def test_files_that_may_be_there_are_added_to_in_one_place_alone():
     """Only `open_to_append` adds to a file: what has its name may be a pipe, which would wait for a reader."""
     added = re.compile(r"""open\([^)\n]*["'](a|ab|a\+|r\+|ab\+)["']|O_APPEND""")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.background import HostBuffers
@@ -27,6 +26,7 @@ from utils.optim import NamedParameter, OptimizerOptions
 from utils.options import UserError, first_line, option, require, require_positive
 from utils.pipeline_files import save_module
 from utils.sharding import plain_class, sharded_parts
+from utils.tensor_files import read_safetensors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -169,6 +169,11 @@ class Adaptation(ABC):
         self.modules = {name: getattr(family.pipeline, name) for name in names}
         family.freeze()
 
+    @property
+    def exports_pipeline(self) -> bool:
+        """Whether the result is a whole pipeline."""
+        return True
+
     @classmethod
     def dtypes(cls, options: AdaptationOptions, frozen: torch.dtype) -> ComponentDtypes:
         """The dtypes to load weights in: float32 where they train, the mixed precision's where they are frozen."""
@@ -298,7 +303,7 @@ class AdapterTuning(Adaptation):
 
     def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
         super().__init__(family, options, start)
-        if self._exports_pipeline:
+        if self.exports_pipeline:
             family.prepare_saving()
         self._make_adapters(start)
         for module in self.modules.values():
@@ -313,10 +318,6 @@ class AdapterTuning(Adaptation):
         if start is not None:
             for parameter, saved in zip(trained, self._saved_like(trained, start, average=False), strict=True):
                 parameter.data.copy_(saved)
-
-    @property
-    def _exports_pipeline(self) -> bool:
-        return True
 
     def _make_adapters(self, start: Path | None) -> None:
         for name, module in self.modules.items():
@@ -421,7 +422,7 @@ class PeftAdaptation(AdapterTuning):
         return {
             f"{name}.{key.removeprefix(WRAPPED)}": tensor
             for name in self.modules
-            for key, tensor in load_file(folder / (f"{name}_ema" if average else name) / PEFT_FILE).items()
+            for key, tensor in read_safetensors(folder / (f"{name}_ema" if average else name) / PEFT_FILE).items()
         }
 
     def _named_tensors(self) -> dict[str, Tensor]:
@@ -477,7 +478,8 @@ class LowRankAdaptation(AdapterTuning):
                 shorten(module, ADAPTER)
 
     @property
-    def _exports_pipeline(self) -> bool:
+    def exports_pipeline(self) -> bool:
+        """Only if it is asked for."""
         return self.options.export_fused
 
     def _make_adapters(self, start: Path | None) -> None:
@@ -537,7 +539,7 @@ class LowRankAdaptation(AdapterTuning):
         return {f"text_model.{key}": value for key, value in layers.items()}  # the prefix that other tools expect
 
     def _saved(self, folder: Path, average: bool) -> dict[str, Tensor]:
-        return load_file((folder / "unet_ema" if average else folder) / LORA_FILE)
+        return read_safetensors((folder / "unet_ema" if average else folder) / LORA_FILE)
 
     def _named_tensors(self) -> dict[str, Tensor]:
         return {f"{name}.{key}": tensor for name in self.modules for key, tensor in self._layers(name).items()}

@@ -14,8 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from utils.background import HostBuffers
@@ -24,6 +23,7 @@ from utils.engines import Engine
 from utils.optim import NamedParameter
 from utils.options import UserError, first_line, option, require_positive
 from utils.runtime import write_json
+from utils.tensor_files import open_safetensors, read_safetensors
 from utils.user_files import FileError, open_regular, read_json, short
 
 logger = logging.getLogger(__name__)
@@ -340,7 +340,7 @@ def _wrong_state(path: Path) -> str:
         if file.suffix != ".safetensors":
             continue
         try:
-            with safe_open(file, "pt"):
+            with open_safetensors(file):
                 pass
         except (SafetensorError, OSError) as error:
             return f"{file.relative_to(path)} can't be read: {first_line(error)}"
@@ -486,7 +486,7 @@ def load_optimizer(
     """
     _, saved, own_groups = _read_saved(folder)
     on_cpu = {name for name, parameter, _ in parameters if parameter.device.type == "cpu"}
-    for name, tensor in load_file(folder / OPTIMIZER).items():
+    for name, tensor in read_safetensors(folder / OPTIMIZER).items():
         parameter_name, _, key = name.rpartition("/")
         # a tensor that stays where it is would keep the file mapped, which Windows then does not let be pruned
         saved.setdefault(parameter_name, {})[key] = tensor.clone() if parameter_name in on_cpu else tensor

@@ -51,6 +51,7 @@ class Validation:
         if self.held_out is None or any(each.step == step for each in self.history.measurements):
             return {}
         state, curves = self.state, []
+        logger.info("measuring the validation loss of step %d", step)
         for average in (None, state.average) if state.average is not None and step > 0 else (None,):
             with evaluating(state.adaptation, average, state.optimizer):
                 curve = self.held_out.losses(self.objective)

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from utils.background import HostBuffers
@@ -22,6 +21,7 @@ from utils.disk import sync_file, sync_folder, write_tensors
 from utils.ema import EmaOptions, MovingAverage
 from utils.optim import NamedParameter
 from utils.options import UserError, first_line
+from utils.tensor_files import open_safetensors, read_safetensors
 
 KEPT_LENGTHS = (0.05, 0.10)
 FOLDER = "ema_snapshots"
@@ -190,7 +190,7 @@ def _updates(file: Path) -> int:
     Raises:
         UserError: if it does not say them.
     """
-    with safe_open(file, "pt") as opened:
+    with open_safetensors(file) as opened:
         updates = (opened.metadata() or {}).get(UPDATES, "")
     if not re.fullmatch(r"[0-9]{1,18}", updates) or int(updates) == 0:
         raise UserError(f"{file} does not say of how many updates its averages are")
@@ -203,7 +203,7 @@ def _tensors_like(file: Path, names: Sequence[str], like: Sequence[Tensor]) -> d
     Raises:
         UserError: if one is missing or of another shape than the weight that it averages.
     """
-    tensors = load_file(file)
+    tensors = read_safetensors(file)
     for name, parameter in zip(names, like, strict=True):
         for number in range(len(KEPT_LENGTHS)):
             found = tensors.get(f"{number}/{name}")

@@ -152,6 +152,7 @@ class GridSampler:
         mine = list(range(len(self._seeds)))[rank::num_processes]
         drawn: list[tuple[int, np.ndarray]] = []
         at_once = self._options.eval_batch_size
+        logger.info("drawing %d samples of step %d: %s", len(self._seeds), step, self._folder)
         with self._family.awake(), unsharded(self._family.pipeline.components.values()):
             for begin in range(0, len(mine), at_once):
                 if self._requests.is_asked:

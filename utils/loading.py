@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from utils.configs import INDEX, read_config
 from utils.options import UserError, option, require
+from utils.tensor_files import require_regular_files
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -207,6 +208,7 @@ def load_module(
         UserError: if it can't be loaded, or its weights are not those that it needs.
     """
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    require_regular_files(Path(name, arguments.get("subfolder", "")))
     config = Path(name, arguments.get("subfolder", ""), "config.json")
     if config.is_file():  # a library would make something of a config of wrong types
         read_config(config, what)
@@ -358,6 +360,7 @@ def load_pipeline_folder(
         wanted = {"revision": revision, "variant": variant, "use_safetensors": use_safetensors}
         with loading(flag):
             folder = Path(kind.download(name, **wanted, **given))
+    require_regular_files(folder)
     index = read_config(folder / INDEX, flag)
     known = inspect.signature(kind.__init__).parameters
     wanted_parts = [each for each in named_parts(index) if each in known and each not in given]

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from utils.loading import loading, names_of
 from utils.options import UserError
+from utils.tensor_files import open_safetensors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -84,7 +84,7 @@ def _check(pipeline: "DiffusionPipeline", root: str, given: Mapping[str, str]) -
 
 
 def _refuse_other_kinds(file: Path) -> None:
-    with safe_open(file, "pt") as opened:
+    with open_safetensors(file) as opened:
         names = list(opened.keys())
     for mark, kind in OTHER_KINDS.items():
         found = next((name for name in names if mark in name), None)
@@ -94,7 +94,7 @@ def _refuse_other_kinds(file: Path) -> None:
 
 def _num_read(file: Path) -> int:
     """How many tensors a LoRA file has, scales aside."""
-    with safe_open(file, "pt") as opened:
+    with open_safetensors(file) as opened:
         return sum(not name.endswith(".alpha") for name in opened.keys())  # noqa: SIM118
 
 

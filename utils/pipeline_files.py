@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import nn
 
 from utils import user_files
@@ -18,6 +17,7 @@ from utils.configs import INDEX
 from utils.disk import write_tensors, write_text
 from utils.loading import load_module, loading
 from utils.sharding import plain_class
+from utils.tensor_files import open_safetensors, read_safetensors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -63,7 +63,7 @@ def save_module(module: nn.Module, folder: Path) -> None:
     if class_name not in OLDER_PREFIXES:
         return
     for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
+        tensors = read_safetensors(file)
         renamed = {older_name(class_name, name): tensor for name, tensor in tensors.items()}
         if renamed.keys() != tensors.keys():
             aside = file.with_name(f".tmp-{file.name}")
@@ -259,7 +259,7 @@ def _is_float32(file: Path, class_name: str) -> bool:
     if file.suffix != ".safetensors" or not file.is_file():
         return False
     try:
-        with safe_open(file, "pt") as opened:
+        with open_safetensors(file) as opened:
             dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return False

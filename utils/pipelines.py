@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 
 from utils.adaptation import PEFT_FILE
 from utils.configs import INDEX, index_file, is_path, read_config
@@ -18,6 +17,7 @@ from utils.loading import load_module, load_parts, load_pipeline_folder, loading
 from utils.lora_files import LORA_FILE, load_lora
 from utils.options import UserError, option, require
 from utils.samplers import changed_scheduler
+from utils.tensor_files import read_safetensors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -234,7 +234,9 @@ def _merge_adapters(module: torch.nn.Module | None, folder: Path) -> None:
         if module is None:
             raise ValueError("the pipeline has no such part")
         adapted = PeftModel.from_pretrained(module, folder)
-        if set(get_peft_model_state_dict(adapted)) != set(load_file(folder / PEFT_FILE)):  # PEFT leaves the rest out
+        if set(get_peft_model_state_dict(adapted)) != set(
+            read_safetensors(folder / PEFT_FILE)
+        ):  # PEFT leaves the rest out
             raise ValueError(f"the tensors in {PEFT_FILE} are not those of its config")
         adapted.merge_and_unload()
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.adaptation import Adaptation
@@ -36,6 +35,7 @@ from utils.options import UserError, first_line
 from utils.runtime import on_main_process
 from utils.sharding import own_part
 from utils.stepping import PerParameter
+from utils.tensor_files import read_safetensors
 from utils.terms import LossTerm
 from utils.tracking import Skips
 
@@ -210,7 +210,7 @@ class RunState:
         saved = read_state(folder)
         for term in self._learning_terms:
             try:
-                term.load_state_dict(load_file(folder / OWN_PARAMETERS))
+                term.load_state_dict(read_safetensors(folder / OWN_PARAMETERS))
             except (OSError, RuntimeError) as error:
                 raise UserError(f"--loss_module is another than that of {folder}: {first_line(error)}") from error
         load_optimizer(folder, self.engine, self.optimizer, self.parameters + self.own_parameters)

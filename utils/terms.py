@@ -1,6 +1,7 @@
 """Further terms of the loss, of a user's own making too, with what they learn from."""
 
 import inspect
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,9 +84,15 @@ class TermOptions:
 
     @property
     def arguments(self) -> dict[str, object]:
-        """The words of `loss_module_args` by their names, numbers as such."""
+        """The words of `loss_module_args` by their names: numbers as such, and paths under ~ in full."""
         pairs = (word.partition("=") for word in self.loss_module_args or ())
-        return {name: int(value) if value.lstrip("-").isdigit() else as_number(value) for name, _, value in pairs}
+        return {name: _as_value(value) for name, _, value in pairs}
+
+
+def _as_value(word: str) -> object:
+    if word.startswith("~/"):  # which the shell leaves as it is behind a =
+        return os.path.expanduser(word)
+    return int(word) if word.lstrip("-").isdigit() else as_number(word)
 
 
 def _rest_what_is_frozen(module: nn.Module) -> None:

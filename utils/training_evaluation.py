@@ -1,5 +1,6 @@
 """The scores of evaluate_pipeline.py while a model is trained: images drawn from the pipeline in memory."""
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -27,11 +28,13 @@ from utils.sampling_controls import SamplingControls, controllable
 from utils.sharding import unsharded
 from utils.step_lines import keep_steps
 from utils.tracking import JsonLines
+from utils.user_files import check_encoding
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import DiffusionPipeline
 
+logger = logging.getLogger(__name__)
 RECORD = "evaluation.jsonl"
 
 
@@ -45,6 +48,9 @@ class EvaluationOptions:
     )
     eval_prompts_file: str | None = option(
         None, "prompts to draw for them: .txt, .jsonl or .csv; by default the validation prompts"
+    )
+    eval_prompts_encoding: str | None = option(
+        None, "encoding of --eval_prompts_file, such as gb18030; by default UTF-8, and else a guess, which is logged"
     )
     eval_num_images: int = option(64, "images to draw for them, one after the other of each prompt or class")
     eval_reference: str | None = option(
@@ -61,6 +67,10 @@ class EvaluationOptions:
         require_not_negative(self, "eval_guidance_scale")
         file = self.eval_prompts_file
         require(file is None or Path(file).is_file(), "eval_prompts_file", file, "be a file that exists")
+        if self.eval_prompts_encoding is not None:
+            check_encoding(self.eval_prompts_encoding, "eval_prompts_encoding")
+            if file is None:
+                raise UserError("--eval_prompts_encoding is of --eval_prompts_file; give both or neither")
         for name in ("eval_steps", "eval_prompts_file", "eval_reference"):
             if getattr(self, name) is not None and not self.eval_metrics:
                 raise UserError(f"--{name} is of --eval_metrics; give both or neither")
@@ -113,7 +123,8 @@ class TrainingEvaluation:
         self._workers = Workers(accelerator, features.feature_batch_size)
         self._prompts = [Prompt(text) for text in prompts or ()]
         if options.eval_prompts_file is not None:
-            self._prompts = read_prompts(PromptOptions(prompts_file=options.eval_prompts_file))
+            given = PromptOptions(prompts_file=options.eval_prompts_file, text_encoding=options.eval_prompts_encoding)
+            self._prompts = read_prompts(given)
         self._load_networks()
         self._reference = self._read_reference(trained_on) if options.eval_metrics else None
 
@@ -209,6 +220,7 @@ class TrainingEvaluation:
         complete = complete_prompts(pipeline, self._prompts, None)
         tasks = plan_tasks(complete, PromptOptions(num_images=options.eval_num_images))
         images = self._folder / f"step-{step}"
+        logger.info("drawing %d images for --eval_metrics: %s", len(tasks), images)
         on_main_process(self._accelerator, partial(_empty, images))
         drawer = Drawer(
             pipeline,

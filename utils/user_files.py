@@ -83,7 +83,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"):
         flags |= getattr(os, name, 0)
     try:
-        _require_regular(path, os.stat(path))  # before it is opened: opening a device may do something
+        require_regular(path)  # before it is opened: opening a device may do something
         descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP:
@@ -94,7 +94,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     except ValueError as error:  # a name that no file can have
         raise FileError(short(os.fspath(path)), f"is no name of a file: {first_line(error)}") from error
     try:
-        _require_regular(path, os.fstat(descriptor))
+        require_regular(path, os.fstat(descriptor))
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -112,17 +112,27 @@ def open_to_append(path: str | os.PathLike) -> FileIO:
     for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"):
         flags |= getattr(os, name, 0)
     if os.path.exists(path):
-        _require_regular(path, os.stat(path))
+        require_regular(path)
     descriptor = os.open(path, flags, 0o666)
     try:
-        _require_regular(path, os.fstat(descriptor))
+        require_regular(path, os.fstat(descriptor))
         return FileIO(descriptor, "ab")
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def _require_regular(path: str | os.PathLike, facts: os.stat_result) -> None:
+def require_regular(path: str | os.PathLike, facts: os.stat_result | None = None) -> None:
+    """Refuses what is no regular file, nor a link to one.
+
+    Args:
+        facts: of the path, where they are known.
+
+    Raises:
+        FileError: naming what it is.
+        OSError: if there is nothing.
+    """
+    facts = os.stat(path) if facts is None else facts
     if stat.S_ISREG(facts.st_mode):
         return
     kinds = {"folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}

@@ -1,5 +1,6 @@
 """Samples drawn from the prompts of a run, while it trains and at its end."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from utils.tracking import Sample
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class Sampler:
         rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
         mine = dict(list(enumerate(self._requests))[rank::num_processes])
         drawn = []
+        if self._requests:
+            logger.info("drawing %d samples: %s", len(self._requests), self._folder / name)
         with (
             self._family.awake() if self._requests else nullcontext(),
             unsharded(self._family.pipeline.components.values()),

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from utils.configs import read_config
 from utils.loading import LOADING_ERRORS, PICKLES, WeightReport, load_module, loading, make_up, names_of
 from utils.options import UserError, first_line
+from utils.tensor_files import open_safetensors, read_pickle
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -78,7 +79,7 @@ class SingleFile:
         if path.suffix in PICKLES:
             return cls(path, flag, _weights_in_pickle(path, flag), {})
         try:
-            with safe_open(path, "pt") as file:
+            with open_safetensors(path) as file:
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
                 weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
                 return cls(path, flag, weights, file.metadata() or {})
@@ -127,7 +128,7 @@ class SingleFile:
         width = self.weights[V2_KEY].shape[-1] if V2_KEY in self.weights else None
         if width != V2_WIDTH or V2_BIAS not in self.weights or self.path.suffix in PICKLES:
             return None
-        with safe_open(self.path, "pt") as file:
+        with open_safetensors(self.path) as file:
             deviation = float(file.get_tensor(V2_BIAS).float().std(correction=0))
         return "v_prediction" if deviation > V2_DEVIATION else "epsilon"
 
@@ -274,7 +275,7 @@ def _converted(part: str, module: nn.Module, weights: Mapping[str, Tensor]) -> d
 
 def _weights_in_pickle(path: Path, flag: str) -> dict[str, Tensor]:
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        held = read_pickle(path, mmap=True)
     except (*LOADING_ERRORS, EOFError) as error:
         raise UserError(f"{flag} {path} can't be read as tensors alone: {first_line(error)}") from error
     if not isinstance(held, dict):

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,6 +30,7 @@ from utils.metrics.inception import INPUT_SIZE, NUM_FEATURES, InceptionNetwork
 from utils.metrics.lpips import TRUNKS, LpipsNetwork
 from utils.options import UserError, first_line, option, require, require_positive
 from utils.own_classes import load_class, running
+from utils.tensor_files import read_pickle, read_safetensors
 
 logger = logging.getLogger(__name__)
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, KeyError)
@@ -194,9 +194,9 @@ def load_weights(file: str) -> dict[str, Tensor]:
         LOADING_ERRORS: if it holds none.
     """
     if file.endswith(".safetensors"):
-        return load_file(file)
+        return read_safetensors(file)
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        found = read_pickle(file)
     except BROKEN_PICKLE as error:
         raise ValueError(first_line(error)) from error
     if not isinstance(found, dict):

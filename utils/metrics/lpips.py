@@ -9,8 +9,9 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from utils.tensor_files import read_safetensors
 
 HEADS = Path(__file__).with_name("lpips_heads.safetensors")
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -48,7 +49,7 @@ class LpipsNetwork(nn.Module):
         super().__init__()
         build, self._layers = TRUNKS[name]
         self.features = build()
-        heads = load_file(HEADS)
+        heads = read_safetensors(HEADS)
         for index in range(len(self._layers)):
             self.register_buffer(f"head_{index}", heads[f"{name}.{index}"], persistent=False)
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)

@@ -22,6 +22,7 @@ from utils.metrics.distances import Failed, Moments, NotComputable, PairSums, as
 from utils.metrics.features import DIFFERENT_SIZES, Network, Networks, Picture
 from utils.options import Stopped, UserError, first_line
 from utils.stopping import StopRequests
+from utils.tensor_files import read_arrays
 from utils.terminal import progress_bar
 from utils.user_files import CONFIG_LIMIT, FileError, parse_json
 
@@ -262,8 +263,7 @@ class Statistics:
         """
         flag = f"--reference {path}"
         try:
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in ("mu", "sigma", "n", "feats", "fingerprint") if name in file}
+            found = read_arrays(path, ("mu", "sigma", "n", "feats", "fingerprint"))
         except BROKEN_ARCHIVE as error:
             raise UserError(f"{flag} can't be read as statistics: {first_line(error)}") from error
         absent = [name for name in ("mu", "sigma") if name not in found]

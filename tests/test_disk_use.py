@@ -1,0 +1,95 @@
+"""What the plan says of the disk, against what a run leaves there."""
+
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from utils.checkpoint import CheckpointOptions
+from utils.disk_use import STATE_BYTES, DiskUse, describe_disk, disk_use
+from utils.ema import EmaOptions
+from utils.optim import OPTIMIZERS
+
+FLAGS = ("--lr_scheduler", "constant", "--max_train_steps", 2, "--checkpointing_steps", 1)
+
+
+def size_of(*paths: Path) -> int:
+    """Bytes of tensors."""
+    return sum(file.stat().st_size for path in paths for file in path.rglob("*.safetensors"))
+
+
+@pytest.fixture
+def uses(monkeypatch) -> list[DiskUse]:
+    """What runs say in their plans."""
+    import train_text_to_image
+    import train_unconditional
+
+    said = []
+
+    def remember(use, *_):
+        said.append(use)
+        return describe_disk(use, *_)
+
+    for script in (train_text_to_image, train_unconditional):
+        monkeypatch.setattr(script, "describe_disk", remember)
+    return said
+
+
+def test_each_optimizer_is_known():
+    assert STATE_BYTES.keys() == OPTIMIZERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("sd", []),
+        ("sd", ["--use_ema", "--optimizer", "lion"]),
+        ("sd", ["--ema_lengths", 0.1, "--train_text_encoder"]),
+        ("sdxl", ["--adaptation", "lora", "--rank", 32]),
+        ("pixels", ["--use_ema", "--optimizer", "prodigy", "--learning_rate", 1]),
+    ],
+    ids=str,
+)
+def test_the_plan_says_what_the_run_leaves(train, uses, kind, flags, capsys):
+    out = train(kind, *FLAGS, *flags)
+    use = uses[0]
+    checkpoints = sorted(out.glob("checkpoint-*"))
+    assert len(checkpoints) == use.num_kept == 2
+    for folder in checkpoints:  # tiny weights: the names in the headers count
+        assert use.checkpoint == pytest.approx(size_of(folder), rel=0.15)
+    snapshots = size_of(out / "ema_snapshots")
+    assert use.snapshots == pytest.approx(snapshots, rel=0.15)
+    rest = size_of(out) - snapshots - size_of(*checkpoints) - size_of(out / "best")
+    assert use.result == pytest.approx(rest, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "expected"),
+    [
+        ({}, range(1200), 3),
+        ({}, range(1000), 2),
+        ({"final_checkpoint": False}, range(1200), 2),
+        ({"checkpoints_total_limit": 1}, range(5000), 2),
+        ({"checkpoints_total_limit": 9}, range(1000), 2),
+        ({"checkpointing_steps": 7}, range(14, 30), 3),
+        ({"checkpointing_steps": 10**6, "final_checkpoint": False}, range(30), 0),
+    ],
+)
+def test_the_number_of_checkpoints(options, steps, expected):
+    class Nothing:
+        exports_pipeline = False
+        modules = MappingProxyType({})
+        family = type("Family", (), {"pipeline": type("Pipeline", (), {"components": {}})})
+
+    found = disk_use(Nothing, "adamw", EmaOptions(), CheckpointOptions(**options), steps)
+    assert found.num_kept == expected
+
+
+def test_a_disk_that_is_too_small_is_warned_of(tmp_path, caplog):
+    use = DiskUse(checkpoint=10**13, num_kept=100, snapshots=0, result=10**9)
+    line = describe_disk(use, tmp_path / "not" / "there", CheckpointOptions())
+    assert "100 checkpoints of 10 TB" in line
+    assert "--checkpoints_total_limit 2" in caplog.text
+    caplog.clear()
+    describe_disk(DiskUse(10, 1, 0, 1), tmp_path, CheckpointOptions())
+    assert not caplog.text
