@@ -79,6 +79,24 @@ def test_two_processes_train_what_one_does(pipelines, images, tmp_path, alone):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launch", ["torchrun", "accelerate"])
+def test_two_processes_that_diverge_say_so_once_and_end_with_1(pipelines, images, tmp_path, launch):
+    """The result is written, and nothing but one line stands between the log and the launcher's own words."""
+    words = {
+        "torchrun": [*launcher("torch.distributed.run"), "--nproc_per_node", "2"],
+        "accelerate": [*launcher("accelerate.commands.launch"), "--multi_gpu", "--num_processes", "2"],
+    }[launch]
+    words += ["--master_port" if launch == "torchrun" else "--main_process_port", "29619"]
+    flags = ("--train_batch_size", 2, "--max_train_steps", 5, "--learning_rate", 1e30, "--max_grad_norm", 0)
+    said = run([*words, *command(pipelines, images, tmp_path, *flags)], expect=1)
+    assert said.count("the run has diverged") == 1
+    outcome = json.loads((tmp_path / "run.json").read_text())["outcome"]
+    assert outcome["steps"] == 5
+    assert outcome["diverged"]
+    assert (tmp_path / "model_index.json").exists()
+
+
+@pytest.mark.slow
 def test_two_processes_resume_bit_by_bit(pipelines, images, tmp_path):
     words = [
         *launcher("accelerate.commands.launch"),
