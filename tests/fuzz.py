@@ -276,6 +276,8 @@ def kinds(world: World) -> dict[str, Kind]:
                     world.made / "sd",
                     "--prompts_file",
                     copy / name,
+                    "--max_prompts",
+                    3,
                     "--num_inference_steps",
                     1,
                     "--metrics",

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import accelerate
@@ -111,6 +111,45 @@ def test_a_disk_that_refuses_samples_and_records(train, kind, monkeypatch, caplo
     assert_same_bits(weights(whole), weights(out))
     for name in ("samples", "validation.jsonl"):
         assert any(f"{name}" in line and "can't be written: No space left" in line for line in caplog.messages)
+
+
+@pytest.mark.slow
+@BOTH
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("run.json", "data_report.json", "data_report.jsonl", "metrics.jsonl", "epochs.jsonl", "validation.jsonl"),
+        *("samples", "unet", "model_index.json", "checkpoint-2", "checkpoint-1", "best", ".lock"),
+    ],
+)
+def test_what_stands_where_the_run_writes_ends_in_one_line_or_a_result(train, kind, name, tmp_path, capsys):
+    """A folder in place of a file, or a file in place of a folder, of an output folder that is resumed in."""
+    flags = [*FLAGS, "--checkpointing_steps", 1, "--validation_split", 0.3]
+    out = train(kind, *flags, "--max_train_steps", 1)
+    path = out / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.write_bytes(b"a file")
+    else:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+        (path / "kept").write_bytes(b"of the user's")
+    words = ["--max_train_steps", 2, "--resume_from_checkpoint", "latest", "--output_dir", out, "--report_to", "none"]
+    status = run_again(train, kind, [*flags, *words])
+    assert status in (0, 2)
+    if status == 2:
+        assert str(out) in message(capsys)
+    else:
+        assert (out / "model_index.json").is_file()
+
+
+def run_again(train, kind: str, flags: Sequence[object]) -> int:
+    """The status of a run whose end is not known."""
+    try:
+        train(kind, *flags)
+    except AssertionError as error:
+        return int(str(error).split()[1])
+    return 0
 
 
 def test_a_disk_that_is_full_before(train, small_disk, capsys):

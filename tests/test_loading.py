@@ -548,6 +548,19 @@ def test_a_pipe_in_place_of_a_file_of_tensors_is_one_line(train, capsys, tmp_pat
     assert "x.safetensors" in message(capsys)
 
 
+@pytest.mark.parametrize("length", ["1000", "x" * 9999, 0, -1, True, None, [], {"a": 1}, 1000, float("nan"), 2])
+def test_a_length_of_a_tokenizer_that_is_none_is_one_line(pipelines, tmp_path, length):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}))
+    if length is None:  # the library's own large number
+        assert loaded(folder).tokenizer.model_max_length == 77
+        return
+    with pytest.raises(UserError, match="tokenizer") as raised:
+        loaded(folder)
+    assert len(str(raised.value)) < 500
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("text", ["a plain one", "a newword"])
 def test_a_tokenizer_of_another_model_is_one_line(train, pipelines, tmp_path, capsys, caplog, text, workers):

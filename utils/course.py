@@ -17,6 +17,7 @@ from utils.data.dataset import Waiting
 from utils.data.sampler import GlobalBatches
 from utils.data.selection import PlannedImages
 from utils.data.stream import StreamedBatches, StreamedImages
+from utils.disk import or_without
 from utils.ema import EmaOptions, MovingAverage
 from utils.ema_lengths import AverageLengths
 from utils.gradients import Gradients, StepSums
@@ -96,7 +97,8 @@ def _choose_length(
     best = min(measured, key=measured.get)
     logger.info("validation loss by length: %s", ", ".join(f"{name:g}: {loss:.5f}" for name, loss in measured.items()))
     if held_out.is_main_process:
-        write_json(validation.folder.path / "ema_lengths.json", {"chosen": best, "validation_loss": measured})
+        with or_without(file := validation.folder.path / "ema_lengths.json"):
+            write_json(file, {"chosen": best, "validation_loss": measured})
     return lengths.of_length(best)
 
 

@@ -196,6 +196,8 @@ class GridSampler:
 
 def keep_until(folder: Path, step: int) -> None:
     """Drops the samples that a run drew after a step, which it does again from there, or of another run."""
+    if not folder.is_dir():
+        return
     last = folder / LAST
     drawn_at = _drawn_at(last / RECORD)
     if drawn_at is not None:

@@ -20,6 +20,7 @@ from utils.data.listing import HELD_OUT, Fate
 from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions, check_bad, hold_out, plan_images
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
 from utils.data.stream import StreamedImages, open_stream
+from utils.disk import or_without
 from utils.encoding import CacheFiller, Verification, verify_latents, verify_texts
 from utils.families.base import Family
 from utils.options import UserError, renamed_flags
@@ -154,7 +155,8 @@ class DataPreparation:
     def _report_bad(self, num_listed: int, bad: dict[str, str]) -> None:
         """Names the bad images before they may end the run."""
         if self.report_folder is not None and self.accelerator.is_main_process and bad:
-            write_json(self.report_folder / REPORT, {"images": num_listed, "unreadable": bad})
+            with or_without(self.report_folder / REPORT):
+                write_json(self.report_folder / REPORT, {"images": num_listed, "unreadable": bad})
 
     def fill_cache(
         self, family: Family, images: PlannedImages | StreamedImages, num_workers: int, keep_vae: bool
@@ -225,8 +227,9 @@ class DataPreparation:
             is_last: whether it is not to be written again soon.
         """
         if self.accelerator.is_main_process:
-            write_json(self.report_folder / REPORT, images.report() | self.ledger.report())
-            self.ledger.write(self.report_folder, is_last)
+            with or_without(f"the report on the data in {self.report_folder}"):
+                write_json(self.report_folder / REPORT, images.report() | self.ledger.report())
+                self.ledger.write(self.report_folder, is_last)
 
     def share_unreadable(self, found: dict[str, str], images: PlannedImages | StreamedImages) -> None:
         """Tells all processes of images that one could not decode, names each once, and writes the report.

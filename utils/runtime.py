@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import torch
 from filelock import FileLock, Timeout
 
-from utils.disk import mark_as_own, usual_modes, write_text
+from utils.disk import mark_as_own, or_without, usual_modes, write_text
 from utils.engines import DTYPES, asked_engine, check_engine
 from utils.heartbeat import watching
 from utils.library_messages import hear_libraries
@@ -205,7 +205,11 @@ class OutputFolder:
 
     def record(self, options: dict, versions: dict[str, str], command: list[str]) -> None:
         """Writes what the run was made with to `run.json`."""
-        write_json(self.path / "run.json", {"options": options, "versions": versions, "command": command})
+        try:
+            write_json(self.path / "run.json", {"options": options, "versions": versions, "command": command})
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"--output_dir {self.path}: run.json can't be written: {reason}") from error
 
     def add_to_record(self, **values: object) -> None:
         """Adds to `run.json`."""
@@ -214,7 +218,8 @@ class OutputFolder:
             known = read_json(path)
         except (OSError, FileError):
             known = {}
-        write_json(path, (known if isinstance(known, dict) else {}) | values)
+        with or_without(path):
+            write_json(path, (known if isinstance(known, dict) else {}) | values)
 
     def release(self) -> None:
         """Unlocks the folder."""

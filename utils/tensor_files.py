@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.user_files import open_regular, require_regular
+from utils.user_files import FileError, open_regular, require_regular, size_text
 
 if TYPE_CHECKING:
     from safetensors import safe_open
     from torch import Tensor
+
+TEXTS = (".json", ".txt", ".model", ".jinja", ".yaml")
+MAX_TEXT = 256 << 20  # bytes; the largest tokenizers have 35 MB
 
 
 def open_safetensors(path: str | os.PathLike) -> "safe_open":
@@ -64,12 +67,14 @@ def read_arrays(path: str | os.PathLike, names: tuple[str, ...]) -> Mapping[str,
 
 
 def require_regular_files(folder: str | os.PathLike) -> None:
-    """Refuses a model's folder that holds something else than files and folders, which a library would open.
+    """Refuses a model's folder that holds what a library would open and wait for, or read into memory without end.
 
     Raises:
-        FileError: naming it.
+        FileError: naming a file that is none, or a text that is too long.
     """
     root = Path(folder)
     for path in [*root.glob("*"), *root.glob("*/*")] if root.is_dir() else ():
         if path.exists() and not path.is_dir():
             require_regular(path)
+            if path.suffix in TEXTS and (size := path.stat().st_size) > MAX_TEXT:
+                raise FileError(path, f"has {size_text(size)}; no more than {size_text(MAX_TEXT)} are read")
