@@ -548,6 +548,24 @@ def test_a_pipe_in_place_of_a_file_of_tensors_is_one_line(train, capsys, tmp_pat
     assert "x.safetensors" in message(capsys)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config | {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "\ud800"}}},
+        lambda config: config | {"model": {"type": "BPE", "vocab": [], "merges": 1e308}},
+        lambda config: config | {"decoder": {"type": "Nothing"}},
+        lambda config: {},
+    ],
+)
+def test_a_tokenizer_that_is_broken_is_one_line(pipelines, tmp_path, change):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    file = folder / "tokenizer" / "tokenizer.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(UserError, match=f"{folder}") as raised:
+        loaded(folder)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("length", ["1000", "x" * 9999, 0, -1, True, None, [], {"a": 1}, 1000, float("nan"), 2])
 def test_a_length_of_a_tokenizer_that_is_none_is_one_line(pipelines, tmp_path, length):
     folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")

@@ -89,6 +89,10 @@ def loading(what: str) -> Iterator[None]:
         raise
     except (*LOADING_ERRORS, *CONFIG_ERRORS, EOFError, StrictDataclassError) as error:
         raise UserError(f"{what} can't be loaded: {reason_of(error)}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # as which alone the tokenizers library, written in Rust, raises its own
+            raise
+        raise UserError(f"{what} can't be loaded: {reason_of(error)}") from error
 
 
 @dataclass(frozen=True)
