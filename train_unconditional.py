@@ -326,7 +326,7 @@ def run(argv: Sequence[str] | None) -> None:
         adaptation.train_mode()
         largest = dataset.largest(at_once, options.perceptual.perceptual_min_timestep)
         logger.info("running the largest batch once, to see that it fits")
-        gradients.rehearse(largest)
+        gradients.rehearse(largest, state.holding_optimizer_state)
         draw_batch, sizes_vary = partial(dataset.with_draws, largest), len(images.plan.sizes) > 1
         hasten(options, gradients, family.unet, state.optimizer, num_workers, draw_batch, sizes_vary)
         if options.loader.find_batch_size:

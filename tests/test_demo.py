@@ -43,6 +43,7 @@ def test_the_evaluation_uses_wordings_and_pairs_of_no_training_caption():
     assert not trained & {wish.prompt for wish in wishes}
 
 
+@pytest.mark.slow
 def test_the_judge_knows_the_digits_and_colours_of_real_ones():
     drawing, _ = digits.split_digits()
     generator = np.random.default_rng(0)

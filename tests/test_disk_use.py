@@ -6,9 +6,9 @@ from types import MappingProxyType
 import pytest
 
 from utils.checkpoint import CheckpointOptions
-from utils.disk_use import STATE_BYTES, DiskUse, describe_disk, disk_use
+from utils.disk_use import DiskUse, describe_disk, disk_use
 from utils.ema import EmaOptions
-from utils.optim import OPTIMIZERS
+from utils.optim import OPTIMIZERS, STATE_BYTES
 
 FLAGS = ("--lr_scheduler", "constant", "--max_train_steps", 2, "--checkpointing_steps", 1)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,44 @@ def test_fsdp2_trains_what_one_process_does(train, data, tmp_path, pipelines):
     shutil.rmtree(out / "checkpoint-4")
     again = train("sd", *flags, "--train_batch_size", 4, "--resume_from_checkpoint", "latest", data=data, out="spread")
     assert_close(whole, again)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_fsdp2_leaves_the_batch_in_float32(monkeypatch, precision):
+    """Noise levels, targets and SDXL's sizes of an image; only what autocast casts is in bfloat16."""
+    from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: F401  its plugin asks for it
+
+    class Sizes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trained = torch.nn.ModuleDict({"unet": torch.nn.Linear(2, 2)})
+
+        def forward(self, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return sizes, self.trained["unet"](sizes)
+
+    plugin = SimpleNamespace(activation_checkpointing=False)
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=precision, device=torch.device("cpu")
+    )
+    monkeypatch.setattr(Engine, "prepare", lambda self, model, optimizer, max_norm: (model, optimizer))
+    root = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(_lazy_init=lambda: None))
+    monkeypatch.setattr("utils.engines.sharded_parts", lambda modules: [root])
+    objective, _ = ShardedEngine(accelerator).prepare(Sizes(), None, 1.0)
+    assert plugin.mixed_precision_policy.cast_forward_inputs is False
+    kept, computed = objective(torch.tensor([1023.0, 683.0]))
+    assert kept.tolist() == [1023.0, 683.0]
+    assert computed.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+@pytest.mark.slow
+def test_fsdp2_trains_in_bfloat16_what_ddp_does(data, tmp_path, pipelines):
+    flags = ("--learning_rate", 1e-3, "--adam_epsilon", 1e-5, "--max_train_steps", 4, "--train_batch_size", 2)
+    found = {}
+    for engine in ("", "fsdp"):
+        out = tmp_path / (engine or "ddp")
+        spread(2, command(pipelines, data, out, *flags, "--mixed_precision", "bf16"), TEST_ENGINE=engine)
+        found[engine] = torch.tensor(losses(out))
+    torch.testing.assert_close(found["fsdp"], found[""], rtol=5e-3, atol=0)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from tests import tiny
+from tests.conftest import mostly_slow
 from tests.test_data import plan
 
 
@@ -143,6 +144,8 @@ RESUMED = {
     "sdxl bf16": ("sdxl", "--mixed_precision", "bf16", "--snr_gamma", 5, "--dataloader_num_workers", 1),
     "lora bf16": ("sd2", "--adaptation", "lora", "--mixed_precision", "bf16", "--use_dora"),
     "8-bit": ("sd2", "--use_8bit_adam", "--lr_scheduler", "cosine"),
+    "channels last": ("sd", "--channels_last", "--use_ema", "--train_text_encoder"),
+    "channels last 8-bit": ("pixels", "--channels_last", "--use_8bit_adam", "--lr_scheduler", "constant"),
     "pixels": ("pixels", "--use_ema", "--random_flip", "--lr_scheduler", "constant", "--dropout", 0.2),
     "pixels cosine": ("pixels", "--lr_scheduler", "cosine", "--prediction_type", "v_prediction"),
     "flow": ("flow", "--mixed_precision", "bf16", "--dataloader_num_workers", 1, "--lr_scheduler", "constant"),
@@ -152,7 +155,10 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("case", RESUMED)
+SLOW = ("sdxl lora", "lora bf16", "channels last 8-bit", "pixels cosine", "flow", "labels")
+
+
+@pytest.mark.parametrize("case", mostly_slow(RESUMED, *(set(RESUMED) - set(SLOW))))
 def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(train, case):
     pipeline, *flags = RESUMED[case]
     flags += ["--train_batch_size", 2, "--learning_rate", 1e-3]

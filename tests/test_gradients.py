@@ -1,7 +1,7 @@
 """Gradients where memory is short: smaller pieces, the same training."""
 
 import json
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ from utils.gradients import Gradients, setting
 from utils.memory import is_out_of_memory
 from utils.objective import Objective
 from utils.options import UserError
+from utils.state import RunState
 
 FLAGS = ["--max_train_steps", 4, "--learning_rate", 1e-3, "--adam_epsilon", 1e-5]
 
@@ -154,6 +155,55 @@ def test_the_rehearsal_halves_and_leaves_no_gradient():
     others = iter([0.0] * 9)
     with pytest.raises(UserError, match=r"in the rehearsal.*one sample at a time; try a smaller --resolution"):
         gradients.rehearse(Values(torch.ones(16)))
+
+
+def test_the_rehearsal_holds_the_optimizers_state():
+    """A fused AdamW makes it, by a step that changes nothing; any other has a placeholder of its size on a GPU."""
+    torch.manual_seed(0)
+    found = []
+    for is_held in (False, True):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 6))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+        accelerator = SimpleNamespace(device=torch.device("cpu"), scaler=None)
+        engine = SimpleNamespace(spreads=False, decides_on_device=True, accelerator=accelerator)
+        state = RunState(engine, None, None, None, optimizer, [], [], [], None)
+        if is_held:
+            model = Summing(2)
+            with state.holding_optimizer_state():
+                held = optimizer.state[weight]
+                assert {name: float(value.sum()) for name, value in held.items()} == dict.fromkeys(held, 0.0)
+                assert held["exp_avg"].shape == weight.shape
+                assert weight.grad is None
+                model(torch.ones(2))
+        for step in range(3):
+            weight.grad = torch.full((6,), 0.1 * (step + 1))
+            optimizer.step()
+        found.append(weight.detach().clone())
+    assert torch.equal(*found)
+
+
+def test_memory_that_the_optimizers_state_takes_halves_the_batch():
+    """What would fit without it, and run out in the second step."""
+    model, encoder = Summing(8), SimpleNamespace(encode=lambda batch: batch.values)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        num_processes=2,
+        sync_gradients=True,
+        no_sync=lambda model: nullcontext(),
+        backward=lambda loss: loss.backward(),
+        reduce=lambda failed: failed,
+        mixed_precision="no",
+    )
+
+    @contextmanager
+    def holding():
+        model.most = 2
+        yield
+        model.most = 8
+
+    gradients = Gradients(Engine(accelerator), model, encoder, 0, 1, 8, 1.0, 8, can_retry=True, cures=[])
+    gradients.rehearse(Values(torch.ones(8)), holding)
+    assert gradients.size == 2
 
 
 class Graphed(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from tests import tiny
-from tests.conftest import message
+from tests.conftest import message, mostly_slow
 from utils.loading import LoadingOptions, allowing_missing, load_module
 from utils.metrics.features import load_weights
 from utils.metrics.subjects import Statistics
@@ -343,7 +343,7 @@ def test_the_names_of_real_files_load_without_a_flag(true_files, kind, caplog):
         ("sdxl", "conditioner.embedders.1.model.transformer.resblocks.31.attn.", "text_encoder_2"),
     ],
 )
-@pytest.mark.parametrize("is_renamed", [False, True])
+@pytest.mark.parametrize("is_renamed", mostly_slow([False, True], False))
 def test_single_files_that_lack_weights_are_refused(true_files, tmp_path, kind, prefix, part, is_renamed):
     folder, file = true_files[kind]
     tensors = load_file(file)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import mostly_slow
 from tests.test_equivalences import assert_same_bits, lora, losses, weights
 from utils.families.quantization import quantize_linears
 
@@ -33,7 +34,7 @@ def test_quantised_layers_against_their_own_rounding(kind, tolerance):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", mostly_slow(["sd", "sdxl"], "sd"))
 def test_a_lora_on_a_quantised_base(train, pipelines, name, kind):
     from diffusers import DiffusionPipeline
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from tests.conftest import mostly_slow
 from tests.test_equivalences import assert_same_bits, lora, weights
 from utils.engines import Engine
 
@@ -564,7 +565,7 @@ def test_a_single_file_of_another_architecture_is_refused(train, pipelines, tmp_
         ("manifest.json", "remove", "manifest.json is missing"),
     ],
 )
-@pytest.mark.parametrize("name", ["sd", "labels"])
+@pytest.mark.parametrize("name", mostly_slow(["sd", "labels"], "sd"))
 def test_a_damaged_checkpoint_is_passed_over_or_refused(train, capsys, caplog, file, harm, said, name):
     flags = ["--train_batch_size", 2, "--checkpointing_steps", 2, "--lr_scheduler", "constant"]
     out = train(name, *flags, "--max_train_steps", 4)

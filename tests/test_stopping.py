@@ -149,6 +149,7 @@ def test_files_ask_too(train, monkeypatch, tmp_path):
     assert not (out / "model_index.json").exists()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(pipelines, images, tmp_path):
     flags = ("--train_batch_size", 1, "--gradient_accumulation_steps", 40, "--checkpointing_steps", 1)
     process = subprocess.Popen(

@@ -13,16 +13,12 @@ from torch import nn
 from utils.adaptation import Adaptation
 from utils.checkpoint import CheckpointOptions
 from utils.ema import EmaOptions
+from utils.optim import STATE_BYTES
 from utils.options import first_line
 from utils.user_files import size_text
 
 logger = logging.getLogger(__name__)
 FLOAT32 = 4
-STATE_BYTES = {
-    **{"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "adafactor": 0, "lion": 4, "prodigy": 16},
-    **{"schedule_free_adamw": 8, "muon": 4},
-}
-"""Bytes of an optimizer's state per trained parameter: of matrices, to which what others have comes to little."""
 
 
 @dataclass(frozen=True)

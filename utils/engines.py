@@ -151,7 +151,11 @@ class ShardedEngine(Engine):
         plugin.transformer_cls_names_to_wrap = sorted(own | there.intersection(SHARDED_CLASSES))
         plugin.cpu_ram_efficient_loading = False  # every process has loaded the weights, of a checkpoint perhaps
         compute = None if precision == "no" else DTYPES[precision]
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        # the batch stays float32: rounded to bfloat16, noise levels, targets and SDXL's sizes would be others
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        _cast_within(objective, self.accelerator.device.type, precision)
         model, optimizer = super().prepare(objective, optimizer, max_norm)
         root, *_ = sharded_parts([model])
         root._get_fsdp_state()._lazy_init()  # else the first module that is called, be it for a sample, becomes root
@@ -195,9 +199,7 @@ class ZeroEngine(Engine):
         config["train_micro_batch_size_per_gpu"] = 1  # it is counted with, never cut to
         config["gradient_clipping"] = max_norm if math.isfinite(max_norm) else 0.0
         config.pop("train_batch_size", None)
-        if precision != "no":  # within the forward pass, since DeepSpeed switches off what is around it
-            cast = torch.autocast(self.accelerator.device.type, DTYPES[precision])
-            objective.forward = cast(objective.forward)
+        _cast_within(objective, self.accelerator.device.type, precision)
         model, optimizer = super().prepare(objective, optimizer, max_norm)
         config |= asked  # where accelerate looks the precision up
         self._engine = model
@@ -250,6 +252,12 @@ class ZeroEngine(Engine):
         for parameter, state in states.items():
             for name in self.STATE:
                 safe_set_full_optimizer_state(parameter, state[name].to(parameter.device), name)
+
+
+def _cast_within(objective: nn.Module, device: str, precision: str) -> None:
+    """Runs the objective's forward pass under autocast, as accelerate does under DDP and not under these engines."""
+    if precision != "no":
+        objective.forward = torch.autocast(device, DTYPES[precision])(objective.forward)
 
 
 def engine_of(accelerator: "Accelerator") -> Engine:

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -164,12 +164,15 @@ class Gradients:
             return LoadingError(f"{error}; {other}")
         return LoadingError(f"{error}; saved checkpoint-{step}; resume with: {resume_command(sys.argv)}")
 
-    def rehearse(self, largest: Batch) -> None:
+    def rehearse(self, largest: Batch, holding_state: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Forward and backward of the largest batch there will be, before the first step, all gradients dropped.
 
         On a CPU, where a process alone gains nothing by it, there is none, nor where weights step in the backward pass.
         All processes halve together until it fits. Then backward passes share gradients: DistributedDataParallel
         orders its sums anew after them, so that without them a resumed run would add up in another order.
+
+        Args:
+            holding_state: a context in which the optimizer's state takes its memory, as from the second step on.
 
         Raises:
             UserError: if one sample is too much.
@@ -186,7 +189,8 @@ class Gradients:
         while True:
             failed = False
             try:
-                self._backward(0, largest.part(0, self.size), shares=False)
+                with holding_state():
+                    self._backward(0, largest.part(0, self.size), shares=False)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -5,7 +5,13 @@ import ctypes
 import torch
 from torch import nn
 
-OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
+OUT_OF_MEMORY = (
+    *("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"),
+    *("CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+)
+PERHAPS_OUT_OF_MEMORY = ("unable to find an engine to execute this computation",)  # cuDNN's, without a workspace too
+LITTLE = 0.05  # of a device's memory, with less of which free it was short
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 NEVER, LARGEST, LARGEST_ONCE = -1, 2**30, 2**25  # bytes; before glibc 2.35 or so it takes no more than the last
@@ -16,7 +22,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory was short, in any of the words that libraries have for it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    if not isinstance(error, RuntimeError):
+        return False
+    said = str(error)
+    if any(words in said for words in PERHAPS_OUT_OF_MEMORY):
+        return _is_nearly_full()
+    return any(words in said for words in OUT_OF_MEMORY)
+
+
+def _is_nearly_full() -> bool:
+    """Whether the current GPU has little memory left that no process holds."""
+    if not torch.cuda.is_available():
+        return False
+    free, total = torch.cuda.mem_get_info()
+    return free < LITTLE * total
 
 
 def keep_freed_memory() -> bool:

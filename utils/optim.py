@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -223,18 +223,63 @@ def _adamw(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimiz
 
 
 def _adamw_8bit(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
-    return _package("bitsandbytes", options).optim.AdamW8bit(groups, betas=options.betas, eps=options.adam_epsilon)
+    return _of_bitsandbytes("AdamW8bit", options)(groups, betas=options.betas, eps=options.adam_epsilon)
 
 
 def _paged_adamw_8bit(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
     """Its state moves to the host's memory where the device's is short (Dettmers et al. 2023, section 3)."""
-    bitsandbytes = _package("bitsandbytes", options)
-    return bitsandbytes.optim.PagedAdamW8bit(groups, betas=options.betas, eps=options.adam_epsilon)
+    return _of_bitsandbytes("PagedAdamW8bit", options)(groups, betas=options.betas, eps=options.adam_epsilon)
 
 
 def _lion(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
     """The sign of an average of gradients (Chen et al. 2023, algorithm 2); wants a tenth of AdamW's rate."""
-    return _package("bitsandbytes", options).optim.Lion(groups, betas=options.betas)
+    return _of_bitsandbytes("Lion", options)(groups, betas=options.betas)
+
+
+def _of_bitsandbytes(name: str, options: OptimizerOptions) -> type[torch.optim.Optimizer]:
+    """An optimizer of bitsandbytes that waits for the device at most once a step, and stays paged when it is loaded.
+
+    By itself it waits after each parameter, and takes paged state back as ordinary memory of the device.
+    """
+    package = _package("bitsandbytes", options)
+    kind, module = getattr(package.optim, name), package.optim.optimizer
+
+    class Once(kind):
+        @torch.no_grad()
+        def step(self, closure: Callable[[], float] | None = None) -> float | None:
+            """A step of all parameters."""
+            parameters = [each for group in self.param_groups for each in group["params"]]
+            strides = [(each, each.stride()) for each in parameters if not each.is_contiguous()]
+            waits, module.sync_gpu = module.sync_gpu, lambda _: None
+            try:
+                loss = super().step(closure)
+            finally:
+                module.sync_gpu = waits
+            if self.is_paged:  # what is paged moves beside the stream, and must be there before it is read
+                waits(parameters[0])
+            for parameter, before in strides:  # on a CPU it puts contiguous weights in the place of channels-last ones
+                if parameter.stride() != before:
+                    parameter.data = torch.empty_strided(parameter.shape, before).copy_(parameter.data)
+            return loss
+
+        def load_state_dict(self, *arguments: Any, **named: Any) -> None:
+            """As every optimizer's."""
+            super().load_state_dict(*arguments, **named)
+            for parameter, state in self.state.items():
+                page_again(self, parameter, state)
+
+    Once.__name__ = Once.__qualname__ = name
+    return Once
+
+
+def page_again(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Any]) -> None:
+    """Puts a parameter's loaded state where a paged optimizer of bitsandbytes has it; does nothing of any other."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for name in ("state1", "state2"):
+        if isinstance(state.get(name), torch.Tensor):
+            buffer = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+            state[name] = buffer.copy_(state[name])
 
 
 def _adafactor(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
@@ -320,6 +365,11 @@ OPTIMIZERS: dict[str, Callable[[list[dict], OptimizerOptions], torch.optim.Optim
     "schedule_free_adamw": _schedule_free_adamw,
     "muon": Muon,
 }
+STATE_BYTES = {
+    **{"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "adafactor": 0, "lion": 4, "prodigy": 16},
+    **{"schedule_free_adamw": 8, "muon": 4},
+}
+"""Bytes of an optimizer's state per trained parameter: of matrices, to which what others have comes to little."""
 OPTIMIZER_PACKAGES = {
     "adamw8bit": "bitsandbytes",
     "paged_adamw8bit": "bitsandbytes",

@@ -1,6 +1,7 @@
 """A loss between decoded images, in the features of a network that the user names."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +76,29 @@ class Features(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Of [B, 3, H, W] images in [-1, 1] the layers' features: [B, C, h, w], of transformers [B, C, tokens]."""
         if self.size is not None and images.shape[2:] != (self.size, self.size):
-            images = functional.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+            images = _resized(images, self.size)
         pixels = (images / 2 + 0.5 - self.image_mean) / self.image_std
         states = self.network(pixel_values=pixels, output_hidden_states=True).hidden_states
         by_channel = (state if state.ndim == 4 else state.transpose(1, 2) for state in states)
         return [functional.normalize(state.float(), dim=1) for state in by_channel]
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    """[B, 3, size, size] by antialiased bicubic interpolation.
+
+    Its backward pass has no deterministic kernel on a GPU: where those are asked for, it is done by matrix products.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return functional.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    rows, columns = (_resizing(length, size).to(images) for length in images.shape[2:])
+    return rows @ images @ columns.T
+
+
+@lru_cache(maxsize=64)
+def _resizing(length: int, size: int) -> Tensor:
+    """[size, length] the matrix that resizes a row of so many pixels."""
+    identity = torch.eye(length).view(1, 1, length, length)
+    return functional.interpolate(identity, (size, length), mode="bicubic", antialias=True)[0, 0]
 
 
 def _trunk(model: nn.Module) -> nn.Module:

@@ -50,7 +50,9 @@ class RuntimeOptions:
         None, "arithmetic of forward and backward; by default what `accelerate launch` says", choices=tuple(DTYPES)
     )
     allow_tf32: bool | None = option(
-        None, "float32's matrix products in TF32 on Ampere and later GPUs; by default with a mixed precision"
+        None,
+        "compute float32 matrix products and convolutions in TF32 on Ampere and later GPUs; by default with a mixed "
+        "precision",
     )
     deterministic: bool = option(
         False, "choose kernels that give the same bits each time; on a GPU a resumed run is bit-exact only with it"
@@ -84,6 +86,7 @@ def start_processes(
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which costs a pass over each new tensor
         torch.backends.cudnn.benchmark = False
     on_cpu = not (torch.cuda.is_available() or _other_accelerator())
     check_engine(on_cpu, options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"))
@@ -117,10 +120,30 @@ def start_processes(
     _check_precision(accelerator.mixed_precision, accelerator.device.type)
     if options.local_rank != -1 and accelerator.is_main_process:
         logger.warning("--local_rank is ignored: the launcher says it by the environment")
-    if options.allow_tf32 if options.allow_tf32 is not None else accelerator.mixed_precision != "no":
-        torch.backends.cuda.matmul.allow_tf32 = True
+    allow_tf32(accelerator.mixed_precision != "no" if options.allow_tf32 is None else options.allow_tf32)
     hear_libraries()
     return accelerator
+
+
+def allow_tf32(is_allowed: bool) -> None:
+    """Says whether float32 matrix products and convolutions are computed in TF32; of itself torch does the latter."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_allowed
+
+
+def is_tf32_allowed() -> bool:
+    """Whether some float32 arithmetic is in TF32."""
+    return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Context manager: float32 arithmetic is in float32."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    allow_tf32(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def _check_precision(precision: str, device: str) -> None:

@@ -31,10 +31,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def spread_like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole value, which every process has, spread as the target is; numbers such as a step count stay whole."""
-    if not is_sharded(target) or value.shape != target.shape:
+def laid_out_like(value: Tensor, target: Tensor) -> Tensor:
+    """The value with the target's strides. Fused and 8-bit optimizers walk weights and state by raw memory alike."""
+    if value.stride() == target.stride():
         return value
+    return torch.empty_like(target, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def spread_like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole value, which every process has, spread and laid out as the target is; step counts stay as they are."""
+    if not isinstance(value, Tensor) or value.shape != target.shape:
+        return value
+    if not is_sharded(target):
+        return laid_out_like(value, target)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 COMPILED = ("blocks", "denoiser")
 ATTENTION = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
 CPU_ATTENTION = ("flash", "math")
+GRAPHS = 64  # of one function, at most: a block's differ by widths, sizes and strides
 REPLAYS = 3  # of a CUDA graph: its kernels run once as they are, then they are recorded, then replayed
 EXACT = 1e-2  # relative error of a gradient: wrong ones were 15 % off, sums that cancel have come out 0.5 % off
 ROUNDED = 0.045  # the same of half precision and TF32: a cosine of 0.999
@@ -104,6 +105,7 @@ def compile_denoiser(denoiser: nn.Module, what: str, sizes_vary: bool, cuda_grap
     """
     from diffusers.models.upsampling import Upsample2D
 
+    _settle_compiler()
     for module in denoiser.modules():
         if isinstance(module, Upsample2D) and module.conv is not None and not module.use_conv_transpose:
             module.interpolate = False
@@ -118,6 +120,18 @@ def compile_denoiser(denoiser: nn.Module, what: str, sizes_vary: bool, cuda_grap
         require(bool(blocks), "compile", what, f"be denoiser for a {kind}", "it has no repeated blocks")
     for block in blocks:
         block._compiled_call_impl = _InTraining(block, sizes_vary, cuda_graphs, fullgraph=True)
+
+
+def _settle_compiler() -> None:
+    """Sets what torch.compile needs for these models, for the whole process."""
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    if torch.__version__ < (2, 14):  # pytorch#193061: gradients left unwritten
+        torch._inductor.config.triton.mix_order_reduction = False
+    if torch.are_deterministic_algorithms_enabled():  # else some kernels are chosen by their times
+        torch._inductor.config.deterministic = True
 
 
 class _InTraining:
@@ -157,7 +171,7 @@ def compile_checked(
     Raises:
         UserError: if it can't be compiled, or its gradients are others.
     """
-    from torch._dynamo.exc import TorchDynamoException, Unsupported
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported
 
     begun = time.perf_counter()
     with _stirred(denoiser):
@@ -171,7 +185,8 @@ def compile_checked(
                 _allow_breaks(denoiser)
                 found = [gradients()]
             found += [gradients() for _ in range(REPLAYS - 1 if cuda_graphs else 0)]
-        except (TorchDynamoException, RuntimeError, ImportError, OSError) as error:  # no compiler, or not this model
+        except (TorchDynamoException, FailOnRecompileLimitHit, RuntimeError, ImportError, OSError) as error:
+            # no compiler, or not this model
             raise UserError(f"--compile: the denoiser can't be compiled here: {first_line(error)}") from error
     name, worst = max((largest_error(expected, each) for each in found), key=lambda error: error[1])
     if worst > (EXACT if is_exact else ROUNDED):

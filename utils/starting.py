@@ -32,12 +32,20 @@ from utils.held_out import HeldOut
 from utils.lora_layers import num_shortened
 from utils.memory import keep_freed_memory
 from utils.objective import Objective
-from utils.optim import WITHOUT_WARMUP, NamedParameter, OptimizerOptions, ScheduleOptions, build_optimizer, unwrapped
+from utils.optim import (
+    STATE_BYTES,
+    WITHOUT_WARMUP,
+    NamedParameter,
+    OptimizerOptions,
+    ScheduleOptions,
+    build_optimizer,
+    unwrapped,
+)
 from utils.options import as_record, without_secrets
 from utils.perceptual import PerceptualLoss, PerceptualOptions
 from utils.preparation import DataPreparation
 from utils.records import Batch
-from utils.runtime import OutputFolder, on_main_process, start_processes, versions
+from utils.runtime import OutputFolder, is_tf32_allowed, on_main_process, start_processes, versions
 from utils.speed import compile_checked
 from utils.state import RunState
 from utils.stepping import PerParameter
@@ -215,7 +223,8 @@ def make_state(
     average = MovingAverage([each.parameter for each in named], ema) if ema.use_ema else None
     lengths = AverageLengths(named, ema, folder.path) if ema.ema_lengths else None
     terms = list(objective.terms)
-    return model, RunState(engine, adaptation, average, lengths, optimizer, named, own, terms, facts)
+    num_bytes = STATE_BYTES[rates.name] * sum(each.parameter.numel() for each in named + own)
+    return model, RunState(engine, adaptation, average, lengths, optimizer, named, own, terms, facts, num_bytes)
 
 
 def make_gradients(
@@ -273,7 +282,7 @@ def hasten(
         sizes_vary: whether batches are of several sizes.
     """
     speed, accelerator = options.speed, gradients.accelerator
-    has_tf32 = accelerator.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    has_tf32 = accelerator.device.type == "cuda" and is_tf32_allowed()
     if speed.compiled is not None:
         is_exact = accelerator.mixed_precision == "no" and not has_tf32
         given = partial(gradients.of, draw_batch())

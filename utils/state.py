@@ -58,6 +58,7 @@ class RunState:
         own_parameters: those of loss terms.
         terms: the loss terms.
         facts: what a resumed run is compared with.
+        optimizer_bytes: of the optimizer's state, once all of it is there.
         skips: the steps that were not taken, as far as the log has read.
     """
 
@@ -70,6 +71,7 @@ class RunState:
     own_parameters: list[NamedParameter]
     terms: list[LossTerm]
     facts: RunFacts
+    optimizer_bytes: int = 0
     skips: Skips = field(default_factory=Skips)
 
     def clip(self, max_norm: float) -> Tensor:
@@ -141,6 +143,33 @@ class RunState:
         for average in (self.average, self.lengths):
             if average is not None and not was_skipped:
                 average.update()
+
+    @contextmanager
+    def holding_optimizer_state(self) -> Iterator[None]:
+        """Context manager: as much of the device's memory is taken as after the first step, which makes the state.
+
+        A fused AdamW makes its state now, by a step that it is told to leave out. Others have a placeholder of the
+        state's size.
+        """
+        inner, held = self._inner, None
+        if not inner.state and not self.engine.spreads:
+            if self._decides_on_device:
+                self._make_state(inner)
+            elif self.accelerator.device.type != "cpu" and not getattr(inner, "is_paged", False):
+                held = torch.empty(self.optimizer_bytes, dtype=torch.uint8, device=self.accelerator.device)
+        yield
+        del held
+
+    @torch.no_grad()
+    def _make_state(self, optimizer: torch.optim.Optimizer) -> None:
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.found_inf = torch.ones((), device=self.accelerator.device)
+        optimizer.step()
+        optimizer.found_inf = None
+        for parameter in parameters:
+            parameter.grad = None
 
     def saving(
         self, step: int, samples_at_once: int | None, buffers: HostBuffers, is_copied: bool

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from utils.optim import OPTIMIZERS, NamedParameter, OptimizerOptions, parameter_groups
+from utils.optim import OPTIMIZERS, NamedParameter, OptimizerOptions, page_again, parameter_groups
 from utils.seeding import Stream, generator
 
 
@@ -95,5 +95,6 @@ class PerParameter(torch.optim.Optimizer):
                 name: value.to(parameter.device) if isinstance(value, Tensor) else value
                 for name, value in values.items()
             }
+            page_again(self._parts[index], parameter, self.state[parameter])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})

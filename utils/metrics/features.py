@@ -30,6 +30,7 @@ from utils.metrics.inception import INPUT_SIZE, NUM_FEATURES, InceptionNetwork
 from utils.metrics.lpips import TRUNKS, LpipsNetwork
 from utils.options import UserError, first_line, option, require, require_positive
 from utils.own_classes import load_class, running
+from utils.runtime import without_tf32
 from utils.tensor_files import read_pickle, read_safetensors
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ class Network(ABC):
             raise NotComputable(DIFFERENT_SIZES)
         pixels = torch.stack(prepared).to(device)
         self.freeze()
-        with torch.no_grad():
+        with torch.no_grad(), without_tf32():  # so that scores are the same on a CPU and on any GPU
             found = self.features(pixels).float().cpu()
         finite = torch.isfinite(found).all(1)
         if not finite.all():
@@ -357,7 +358,7 @@ class ClipFeatures(Network):
             plain = self._tokenizer(some, verbose=False).input_ids
             num_cut += sum(len(ids) > length for ids in plain)
             tokens = self._tokenizer(some, padding=True, truncation=True, max_length=length, return_tensors="pt")
-            with torch.no_grad():
+            with torch.no_grad(), without_tf32():
                 ends = self.module.text_model(
                     input_ids=tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device)
                 ).pooler_output
