@@ -1,0 +1,164 @@
+"""What only shows on a GPU, by its mechanism: on stand-ins for what a CPU lacks."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from utils.memory import is_out_of_memory
+from utils.optim import NamedParameter, OptimizerOptions, build_optimizer
+from utils.perceptual import _resized
+from utils.runtime import allow_tf32, is_tf32_allowed, without_tf32
+from utils.sharding import spread_like
+from utils.stepping import PerParameter
+
+
+@pytest.fixture(autouse=True)
+def _tf32_as_before():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+class TestOutOfMemory:
+    @pytest.mark.parametrize(
+        "said",
+        [
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+            "[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory",
+            "CUDA error: out of memory",
+        ],
+    )
+    def test_the_words_of_libraries(self, said):
+        assert is_out_of_memory(RuntimeError(said))
+        assert not is_out_of_memory(ValueError(said))
+
+    @pytest.mark.parametrize("where", ["GET", "FIND"])
+    @pytest.mark.parametrize(("free", "expected"), [(0.01, True), (0.2, False)])
+    def test_cudnn_without_an_engine_is_short_of_memory_only_where_it_is(self, monkeypatch, where, free, expected):
+        error = RuntimeError(f"{where} was unable to find an engine to execute this computation")
+        assert not is_out_of_memory(error)  # no GPU
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 8e10), int(8e10)))
+        assert is_out_of_memory(error) == expected
+
+    def test_other_errors_are_none(self):
+        assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+class TestTF32:
+    @pytest.mark.parametrize(("flags", "expected"), [([], False), (["--allow_tf32", "true"], True)])
+    def test_one_flag_is_for_products_and_convolutions(self, train, flags, expected):
+        torch.backends.cudnn.allow_tf32 = not expected
+        train("sd", "--max_train_steps", 1, "--no_final_checkpoint", *flags)
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == expected
+
+    def test_networks_that_score_compute_without_it(self, monkeypatch):
+        from utils.metrics.features import Network
+
+        seen = []
+
+        class Scores(Network):
+            name, settings = "stub", ""
+
+            def __init__(self):
+                self.module = nn.Identity()
+
+            def pixels(self, image):
+                return torch.zeros(3, 2, 2)
+
+            def features(self, pixels):
+                seen.append(is_tf32_allowed())
+                return pixels.flatten(1)
+
+        monkeypatch.setattr("utils.metrics.features.read_picture", lambda picture: None)
+        allow_tf32(True)
+        Scores()([SimpleNamespace(name="a")], torch.device("cpu"))
+        assert seen == [False]
+        assert is_tf32_allowed()
+
+    def test_it_comes_back_after_an_error(self):
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = True, False
+        with pytest.raises(KeyError), without_tf32():
+            raise KeyError
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(("size", "other"), [((40, 24), 16), ((16, 9), 32), ((20, 20), 20)])
+def test_deterministic_resizing_is_the_interpolation(size, other):
+    images = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    expected = functional.interpolate(images, (other, other), mode="bicubic", antialias=True)
+    weights = torch.randn_like(expected)
+    (wanted,) = torch.autograd.grad((expected * weights).sum(), images)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = _resized(images, other)
+        (gradient,) = torch.autograd.grad((found * weights).sum(), images)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
+
+
+class TestStates:
+    def test_state_is_laid_out_as_its_weight(self):
+        weight = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+        value = torch.arange(48, dtype=torch.uint8).view(4, 3, 2, 2)
+        found = spread_like(value, weight)
+        assert found.stride() == weight.stride()
+        assert torch.equal(found, value)
+        assert spread_like(torch.tensor(3.0), weight).shape == ()
+        assert spread_like(7, weight) == 7
+
+    @pytest.mark.parametrize("in_backward", [False, True])
+    def test_paged_state_is_paged_again_when_it_is_loaded(self, monkeypatch, in_backward):
+        options = OptimizerOptions(optimizer="paged_adamw8bit")
+        weight = nn.Parameter(torch.randn(64, 128))
+
+        def build() -> torch.optim.Optimizer:
+            named = [NamedParameter("weight", weight, 1e-3)]
+            return PerParameter(named, options, True, 0) if in_backward else build_optimizer(named, options)
+
+        first = build()
+        weight.grad = torch.randn_like(weight)
+        (first._parts[0] if in_backward else first).step()
+        saved = first.state_dict() if not in_backward else {"state": {0: dict(first.state[weight])}, "param_groups": []}
+        second = build()
+        if in_backward:
+            saved["param_groups"] = [{} for _ in second.param_groups]
+        owner = second._parts[0] if in_backward else second
+        buffers = []
+
+        def paged(parameter, dtype):
+            buffers.append(torch.zeros_like(parameter, dtype=dtype))
+            return buffers[-1]
+
+        monkeypatch.setattr(owner, "get_state_buffer", paged, raising=False)
+        second.load_state_dict(saved)
+        state = second.state[weight]
+        assert len(buffers) == 2
+        assert state["state1"] is buffers[0]
+        assert state["state2"] is buffers[1]
+        for name in ("state1", "state2"):
+            assert torch.equal(state[name], first.state[weight][name])
+
+    @pytest.mark.parametrize(("name", "most"), [("adamw8bit", 0), ("lion", 0), ("paged_adamw8bit", 1)])
+    def test_8_bit_optimizers_wait_for_the_device_once_a_step_at_most(self, monkeypatch, name, most):
+        module = pytest.importorskip("bitsandbytes").optim.optimizer
+        waits = []
+        monkeypatch.setattr(module, "sync_gpu", lambda tensor: waits.append(tensor))
+        weights = [nn.Parameter(torch.randn(64, 128)) for _ in range(5)]
+        named = [NamedParameter(f"weight{number}", each, 1e-3) for number, each in enumerate(weights)]
+        optimizer = build_optimizer(named, OptimizerOptions(optimizer=name))
+        for _ in range(3):
+            for each in weights:
+                each.grad = torch.randn_like(each)
+            optimizer.step()
+        assert len(waits) == 3 * most
+        assert all(np.isfinite(each.detach().numpy()).all() for each in weights)
