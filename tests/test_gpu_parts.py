@@ -1,5 +1,6 @@
 """What only shows on a GPU, by its mechanism: on stand-ins for what a CPU lacks."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from utils import tracking
 from utils.memory import is_out_of_memory
 from utils.optim import NamedParameter, OptimizerOptions, build_optimizer
 from utils.perceptual import _resized
 from utils.runtime import allow_tf32, is_tf32_allowed, without_tf32
 from utils.sharding import spread_like
 from utils.stepping import PerParameter
+from utils.tracking import RunLog, SentNumbers, StepMetrics
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +107,45 @@ def test_deterministic_resizing_is_the_interpolation(size, other):
         torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
+
+
+class Stream:
+    """A GPU's queue, as the log sees it: work is done when it is waited for, in order."""
+
+    def __init__(self):
+        self.queued = self.done = 0
+
+    def event(self) -> SimpleNamespace:
+        place = self.queued
+        return SimpleNamespace(record=lambda: None, synchronize=lambda: setattr(self, "done", max(self.done, place)))
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_reading_a_steps_numbers_leaves_the_next_step_queued(tmp_path, monkeypatch, together):
+    """Where the log waited for all that is queued, the device would have nothing to do until the next step is."""
+    stream = Stream()
+
+    class Numbers(SentNumbers):
+        def __init__(self, row):
+            self._row, self._event = row, stream.event()
+
+    monkeypatch.setattr(tracking, "SentNumbers", Numbers)
+    facts = {"is_main_process": True, "is_local_main_process": False, "trackers": [], "scaler": None}
+    accelerator = SimpleNamespace(device=torch.device("cpu"), **facts)
+    with RunLog(accelerator, tmp_path, 0, 9, 1, together) as log:
+        for step in range(1, 10):
+            stream.queued = step  # its kernels
+            log.step(StepMetrics(step, 0.0, torch.tensor(1.0 / step), torch.tensor(1.0), 1e-3))
+            assert stream.done < stream.queued
+            assert stream.done == (step - 1) // together * together
+    assert stream.done == 9
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["train_loss"] for line in lines] == pytest.approx([1 / step for step in range(1, 10)])
+
+
+def test_numbers_on_the_host_are_read_as_they_are():
+    rows = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, float("inf")])]
+    assert SentNumbers.read([SentNumbers(row) for row in rows]) == [[1.0, 2.0], [3.0, float("inf")]]
 
 
 class TestStates:

@@ -124,6 +124,30 @@ class Skips:
         return ""
 
 
+class SentNumbers:
+    """A step's numbers on their way from a GPU to the host.
+
+    The copy and an event stand in the stream right behind the step. Reading waits for that event alone, so that what
+    was queued since, the next step, is not waited for, and the GPU never runs out of work.
+    """
+
+    def __init__(self, row: Tensor):
+        """`row` is [n] on the device."""
+        self._row, self._event = row, None
+        if row.is_cuda:
+            self._row = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+            self._row.copy_(row, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    @staticmethod
+    def read(sent: Sequence["SentNumbers"]) -> list[list[float]]:
+        """The numbers of several steps, the last of which is waited for."""
+        if sent[-1]._event is not None:
+            sent[-1]._event.synchronize()
+        return torch.stack([each._row for each in sent]).tolist()
+
+
 class RunLog:
     """Writes metrics on the main process; steps' numbers are read together, when the next step has been queued.
 
@@ -158,7 +182,7 @@ class RunLog:
         self._epochs = EpochLosses()
         self._layers = LayerNorms()
         self._steps_together = steps_together
-        self._pending: list[StepMetrics] = []
+        self._pending: list[tuple[StepMetrics, SentNumbers]] = []
         self._counted_from = self._last_step_at = time.perf_counter()
         self._files = {name: JsonLines(folder / name) for name in (METRICS, EPOCHS, LAYERS)}
         self._bar = progress_bar(
@@ -177,7 +201,7 @@ class RunLog:
         if len(self._pending) >= self._steps_together:
             self._write_pending()
         self.sums, self._unread = self._unread, []
-        self._pending.append(metrics)
+        self._pending.append((metrics, SentNumbers(_numbers(metrics))))
         self._last_step_at = time.perf_counter()
 
     @contextmanager
@@ -202,10 +226,9 @@ class RunLog:
     def _write_pending(self) -> None:
         if not self._pending:
             return
-        steps, self._pending = self._pending, []
-        rows = torch.stack(
-            [_numbers(metrics) for metrics in steps]
-        ).tolist()  # the one time that the device is waited for
+        steps = [metrics for metrics, _ in self._pending]
+        rows = SentNumbers.read([sent for _, sent in self._pending])
+        self._pending = []
         seconds = (self._last_step_at - self._counted_from) / len(steps)
         self._counted_from = self._last_step_at
         before = [self._unread] if self._unread else []
