@@ -268,3 +268,17 @@ def test_three_processes_resume_bit_by_bit(pipelines, images, tmp_path):
     assert losses(whole) == losses(parts)
     assert_same_bits(weights(whole), weights(parts))
     assert Path(whole / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp16", 64.0), ("bf16", 1.0)])
+def test_the_compile_gate_scales_the_loss_of_fp16_so_that_nothing_overflows(monkeypatch, precision, expected):
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1, mixed_precision=precision)
+    gradients = Gradients(Engine(accelerator), Summing(4), None, 0, 1, 4, 1.0, 4, can_retry=True, cures=[])
+
+    @contextmanager
+    def of(batch):
+        yield {"weight": torch.tensor(float("inf") if gradients.gate_scale > 100 else 1.0)}
+
+    monkeypatch.setattr(gradients, "of", of)
+    gradients.settle_gate_scale(Values(torch.ones(4)))
+    assert gradients.gate_scale == expected

@@ -2,8 +2,11 @@
 
 import logging
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from textwrap import dedent
 
 import pytest
@@ -16,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.conftest import mostly_slow
 from tests.test_equivalences import assert_same_bits, lora, losses, weights
 from utils.copies import HalfCopy
+from utils.gradients import Gradients
 from utils.memory import align
 from utils.options import UserError
-from utils.speed import attention_by, compile_checked, largest_error
+from utils.speed import Reference, attention_by, check_errors, compile_checked, compile_denoiser
 
 NAMES = ["sd", "pixels"]
 
@@ -348,11 +352,84 @@ def test_what_can_not_be_compiled_is_refused(train, refused, capsys):
 
 
 def test_the_error_of_a_gradient():
-    expected = {"a": torch.ones(100), "b": torch.full((4,), 1e-9)}
-    assert largest_error(expected, {"a": torch.ones(100), "b": -expected["b"]})[1] < 1e-5  # rounding
-    assert largest_error(expected, {"a": torch.full((100,), 1.1), "b": expected["b"]}) == ("a", pytest.approx(0.1))
-    assert largest_error(expected, {"a": torch.full((100,), torch.nan), "b": expected["b"]}) == ("a", float("inf"))
-    assert largest_error(expected, {"a": torch.ones(100)}) == ("b", 1.0)
+    expected = Reference({"a": torch.ones(100), "b": torch.full((4,), 1e-9)})
+    small = torch.full((4,), 1e-9)
+    assert expected.errors({"a": torch.ones(100), "b": -small})["b"] < 1e-5  # rounding
+    assert expected.errors({"a": torch.full((100,), 1.1), "b": small})["a"] == pytest.approx(0.1)
+    assert expected.errors({"a": torch.full((100,), torch.nan), "b": small})["a"] == float("inf")
+    assert expected.errors({"a": torch.ones(100)})["b"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("error", "rounding", "holds"),
+    [
+        *((0.009, 0.0, True), (0.02, 0.0, False), (0.05, 0.03, True), (0.08, 0.03, False)),
+        *((0.29, 0.2, True), (0.31, 0.2, False), (0.35, 0.35, True), (0.5, 0.35, False), (float("inf"), 0.2, False)),
+    ],
+)
+def test_a_compiled_gradient_may_be_twice_as_far_off_as_the_plain_one(error, rounding, holds):
+    errors = {"a": 0.0, "b": error}
+    if holds:
+        check_errors(errors, {"b": rounding})
+        return
+    with pytest.raises(UserError, match="the gradient of b is"):
+        check_errors(errors, {"b": rounding})
+
+
+@pytest.mark.parametrize("fault", ["rounding", "a wrong gradient", "a wrong gradient in float32 alone"])
+def test_half_precision_is_held_against_float32(train, monkeypatch, capsys, caplog, fault):
+    """What rounds elsewhere is let through: noise under bfloat16's last bit moves gradients by more than 4.5 %."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    def compiled(function, **_):
+        def call(sample, *arguments, **named):
+            block = next(each for each in function.__self__.modules() if isinstance(each, ResnetBlock2D))
+            is_float32 = not torch.is_autocast_enabled("cpu")
+            if (fault == "a wrong gradient" and not is_float32) or (fault.endswith("alone") and is_float32):
+                handle = block.conv1.weight.register_hook(lambda gradient: 0.5 * gradient)
+                handles.append(handle)
+            if fault == "rounding" and not is_float32:
+                sample = sample * (1 + 1e-3 * torch.randn_like(sample))
+            return function(sample, *arguments, **named)
+
+        return call
+
+    handles: list = []
+    drop = Gradients._drop
+
+    def without_hooks(self):
+        drop(self)
+        while handles:
+            handles.pop().remove()
+
+    monkeypatch.setattr(Gradients, "_drop", without_hooks)
+    monkeypatch.setattr(torch, "compile", compiled)
+    is_fine = fault == "rounding"
+    with caplog.at_level(logging.INFO):
+        flags = ["--max_train_steps", 1, "--mixed_precision", "bf16", "--compile", "--no_final_checkpoint"]
+        train("sd", *flags, expect=0 if is_fine else 2)
+    if is_fine:
+        assert "all gradients agree with float32's" in caplog.text
+    else:
+        assert re.search(r"conv1\.weight is (49|50)\.", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mixed_precision", "bf16", "--bf16_weights"],
+        ["--mixed_precision", "bf16", "--adaptation", "lora"],
+        ["--mixed_precision", "bf16", "--pure_bf16"],
+    ],
+    ids=str,
+)
+def test_passes_in_float32_leave_all_as_it_was(train, monkeypatch, flags):
+    """Weights, their dtypes and the run: what is compared is dropped again."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    flags = ["--max_train_steps", 2, "--train_batch_size", 2, "--compile", *flags]
+    checked = train("sd", *flags, out="checked")
+    monkeypatch.setattr("utils.starting.compile_checked", lambda *how: compile_denoiser(*how[:4]))
+    assert losses(train("sd", *flags, out="unchecked")) == losses(checked)
 
 
 @pytest.mark.slow
@@ -467,10 +544,11 @@ def test_a_cuda_graph_is_compared_when_it_is_replayed(monkeypatch):
     asked, passes = [], []
     monkeypatch.setattr(torch, "compile", lambda call, **named: asked.append(named) or call)
 
-    def gradients() -> dict[str, Tensor]:
+    @contextmanager
+    def gradients(in_float32: bool = False) -> Iterator[dict[str, Tensor]]:
         passes.append(None)
         wrong = 1.5 if len(passes) == 4 else 1.0
-        return {"a": torch.full((3,), wrong)}
+        yield {"a": torch.full((3,), wrong)}
 
     with pytest.raises(UserError, match=r"the gradient of a is 50\.00% off"):
         compile_checked(unet, "denoiser", False, True, gradients, is_exact=True)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,6 +59,13 @@ class EncodedBatch:
         """Some of the samples."""
         states = None if self.states is None else {name: state[begin:end] for name, state in self.states.items()}
         return EncodedBatch(self.batch.part(begin, end), self.mean[begin:end], self.std[begin:end], states)
+
+    def in_float32(self) -> "EncodedBatch":
+        """The same with text states in float32."""
+        if self.states is None:
+            return self
+        states = {name: each.float() if each.is_floating_point() else each for name, each in self.states.items()}
+        return replace(self, states=states)
 
 
 class Encoder:

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +18,7 @@ from utils.engines import Engine
 from utils.memory import is_out_of_memory
 from utils.options import ProcessError, UserError
 from utils.records import Batch
+from utils.runtime import without_tf32
 from utils.seeding import model_seed
 from utils.stopping import resume_command
 
@@ -73,6 +74,7 @@ class Gradients:
         rescue: writes a checkpoint of the steps done, from this process alone, with how many samples to take at once.
         owns_memory: whether gradients are added to memory of their own: what a CUDA graph gives, it overwrites.
         has_static_graph: whether the processes share gradients in an order that is laid down.
+        gate_scale: what the loss of `of` is multiplied by, and its gradients divided by.
     """
 
     engine: Engine
@@ -89,6 +91,7 @@ class Gradients:
     rescue: Callable[[int, int], None] | None = None
     owns_memory: bool = False
     has_static_graph: bool = False
+    gate_scale: float = 1.0
     _trained: Sequence[nn.Parameter] = ()  # those that have gradients
     _is_shared: bool = False  # whether the processes are sharing gradients now
 
@@ -118,17 +121,67 @@ class Gradients:
                     raise self._end(step) from error
             self._halve(f"step {step + 1}")
 
-    def of(self, batch: Batch) -> dict[str, Tensor]:
-        """The gradients of the samples of a batch that are taken at once, by the parameters' names, on the CPU.
+    @contextmanager
+    def of(self, batch: Batch, in_float32: bool = False, at_once: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Context manager: the gradients of samples of a batch, by the parameters' names, which hold them meanwhile.
 
-        None are left in the parameters, and the processes share none.
+        The processes share none, and fp16's scaler has no part in it.
+
+        Args:
+            in_float32: all in float32 arithmetic, weights that are frozen in half precision too, sample after sample.
+            at_once: of so many samples; by default of as many as are taken at once.
         """
-        self._backward(0, batch.part(0, self.size), shares=False)
-        trained = {name: each for name, each in self.model.named_parameters() if each.grad is not None}
-        found = {name: parameter.grad.to("cpu", copy=True) for name, parameter in trained.items()}
-        self._trained = list(trained.values())
-        self._drop()
-        return found
+        part = batch.part(0, self.size if at_once is None else at_once)
+        pieces = [part.part(number, number + 1) for number in range(len(part))] if in_float32 else [part]
+        try:
+            with self._exactly() if in_float32 else nullcontext():
+                for piece in pieces:
+                    self._backward_alone(piece, in_float32)
+            trained = {name: each for name, each in self.model.named_parameters() if each.grad is not None}
+            self._trained = list(trained.values())
+            scale = self.gate_scale
+            yield {name: each.grad if scale == 1 else each.grad / scale for name, each in trained.items()}
+        finally:
+            self._drop()
+
+    def settle_gate_scale(self, batch: Batch) -> None:
+        """Finds, for fp16, what the loss of `of` is multiplied by, lest gradients overflow or vanish."""
+        if self.accelerator.mixed_precision != "fp16":
+            return
+        for exponent in range(14, -15, -4):
+            self.gate_scale = 2.0**exponent
+            with self.of(batch) as found:
+                if all(bool(torch.isfinite(each).all()) for each in found.values()):
+                    return
+
+    def _backward_alone(self, part: Batch, in_float32: bool) -> None:
+        accelerator = self.accelerator
+        torch.manual_seed(model_seed(self.seed, 0, part.slots[0]))
+        encoded = self.encoder.encode(part.to(accelerator.device))
+        half = nullcontext() if in_float32 or self.half_copy is None else self.half_copy.in_place()
+        with accelerator.no_sync(self.model), half:
+            losses = self.model(encoded.in_float32() if in_float32 else encoded)
+            (losses.sum() * self.loss_scale * self.gate_scale).backward()
+
+    @contextmanager
+    def _exactly(self) -> Iterator[None]:
+        """Context manager: the model computes in float32, without autocast or TF32."""
+        module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        plain = getattr(module, "_original_forward", None)
+        cast = None if plain is None else module.forward
+        halves = [(each, each.data) for each in module.parameters() if each.dtype in (torch.float16, torch.bfloat16)]
+        try:
+            if plain is not None:  # what accelerate has put autocast around
+                module.forward = plain
+            for parameter, weights in halves:
+                parameter.data = weights.float()
+            with without_tf32():
+                yield
+        finally:
+            if cast is not None:
+                module.forward = cast
+            for parameter, weights in halves:
+                parameter.data = weights
 
     def _end(self, step: int) -> ProcessError:
         """What ends the run where a step can't be begun again: the others wait for this process's gradients.

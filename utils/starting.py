@@ -46,7 +46,7 @@ from utils.perceptual import PerceptualLoss, PerceptualOptions
 from utils.preparation import DataPreparation
 from utils.records import Batch
 from utils.runtime import OutputFolder, is_tf32_allowed, on_main_process, start_processes, versions
-from utils.speed import compile_checked
+from utils.speed import compile_checked, compile_denoiser
 from utils.state import RunState
 from utils.stepping import PerParameter
 from utils.stopping import StopRequests
@@ -285,8 +285,12 @@ def hasten(
     has_tf32 = accelerator.device.type == "cuda" and is_tf32_allowed()
     if speed.compiled is not None:
         is_exact = accelerator.mixed_precision == "no" and not has_tf32
-        given = partial(gradients.of, draw_batch())
-        compile_checked(denoiser, speed.compiled, sizes_vary, speed.cuda_graphs, given, is_exact)
+        batch, how = draw_batch(), (denoiser, speed.compiled, sizes_vary, speed.cuda_graphs)
+        gradients.settle_gate_scale(batch)
+        passes = partial(gradients.of, batch)
+        on_main_process(accelerator, partial(compile_checked, *how, passes, is_exact))
+        if not accelerator.is_main_process:  # where the gradients are the same, and host memory is shared
+            compile_denoiser(*how)
         gradients.owns_memory = speed.cuda_graphs
     inner, num_fused = unwrapped(optimizer), num_shortened(gradients.model)
     active = {
