@@ -160,7 +160,7 @@ class Recorder:
         self._spent["blocked"] += seconds
         if len(self.steps) > 1:
             frame = sys._getframe(1)
-            while frame.f_back is not None and frame.f_code.co_filename == __file__:
+            while frame.f_back is not None and frame.f_code.co_filename in (__file__, warnings.__file__):
                 frame = frame.f_back
             self._sites_now[f"{name} in {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"] += 1
 

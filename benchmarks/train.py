@@ -305,7 +305,7 @@ def that_fits(contest: Contest, side: Side) -> Side:
 
 
 def check(contest: Contest, plain: Sequence[str], fast: Sequence[str]) -> list[Any]:
-    """The gates' verdicts on a fast path, by what four (with LoRA five) runs record."""
+    """The gates' verdicts on a fast path, by what four runs record; with LoRA and with bfloat16 one more each."""
     from safetensors.torch import load_file
 
     from benchmarks.gates import export_loads, gradients_agree, losses_agree, tensors_of, updates_agree
@@ -316,19 +316,23 @@ def check(contest: Contest, plain: Sequence[str], fast: Sequence[str]) -> list[A
         "varied": our_side(contest, "varied", plain, steps, micro_batches=2),
         "fast": our_side(contest, "fast", fast, steps),
     }
+    if contest.precision == "bf16":
+        sides["exact"] = our_side(contest, "exact", [*plain, "--mixed_precision", "no", "--allow_tf32", "false"], 1)
     if contest.case.is_adapter:  # an adapter's first weights are drawn by the script
         sides["start"] = our_side(contest, "start", [*plain, "--learning_rate", "1e-30"], 1)
     records = {}
     for name, side in sides.items():
         say(f"gates: {name}")
         records[name] = take_turn(contest, side, folder / name, "--keep_gradients")
-    gradients = {name: load_file(folder / name / "gradients.safetensors") for name in ("fast", "plain")}
+    gradients = {
+        name: load_file(folder / name / "gradients.safetensors") for name in ("fast", "plain", "exact") if name in sides
+    }
     results = {name: tensors_of(str(folder / name / "out"), contest.case.is_adapter) for name in sides}
     start = results.get("start") or tensors_of(str(contest.pipeline), is_adapter=False)
     losses = [records[name]["losses"] for name in ("fast", "plain", "varied")]
     found = evaluate(contest, [folder / "fast" / "out"])
     return [
-        gradients_agree(gradients["fast"], gradients["plain"], contest.precision),
+        gradients_agree(gradients["fast"], gradients["plain"], contest.precision, gradients.get("exact")),
         losses_agree(*losses, contest.precision),
         updates_agree(start, results["fast"], results["plain"], results["varied"]),
         export_loads(found["exports"][str(folder / "fast" / "out")], found["alone"]),
