@@ -251,7 +251,11 @@ def run(argv: Sequence[str] | None) -> None:
         evaluation.begin(first_step)
         open_records(options, accelerator, folder, options.tracking)
         logger.info("training\n%s", Lines(plan))
-        half = HalfCopy(family.unet, state.optimizer) if options.speed.bf16_weights else None
+        half = None
+        if options.speed.bf16_weights and adaptation.trains_base:
+            half = HalfCopy(family.unet, state.optimizer)
+        elif options.speed.bf16_weights:
+            logger.info("--bf16_weights is left off: an adapter's weights are few, and the others are bfloat16 already")
         steps_in_backward, saving = rates.optimizer_in_backward, memory_savers(options)
         gradients = make_gradients(
             engine, model, encoder, pieces, options.loader, at_once, start, seed, steps_in_backward, saving, half

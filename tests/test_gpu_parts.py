@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from utils import tracking
+from utils import ema, tracking
+from utils.background import HostBuffers, taken_bytes
+from utils.ema import EmaOptions, MovingAverage
 from utils.memory import is_out_of_memory
 from utils.optim import NamedParameter, OptimizerOptions, build_optimizer
 from utils.perceptual import _resized
 from utils.runtime import allow_tf32, is_tf32_allowed, without_tf32
-from utils.sharding import spread_like
+from utils.sharding import _exchanged, spread_like
 from utils.stepping import PerParameter
 from utils.tracking import RunLog, SentNumbers, StepMetrics
 
@@ -146,6 +148,80 @@ def test_reading_a_steps_numbers_leaves_the_next_step_queued(tmp_path, monkeypat
 def test_numbers_on_the_host_are_read_as_they_are():
     rows = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, float("inf")])]
     assert SentNumbers.read([SentNumbers(row) for row in rows]) == [[1.0, 2.0], [3.0, float("inf")]]
+
+
+class TestAverages:
+    """Averages on the host, of weights on a GPU."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_values_from_elsewhere_are_exchanged(self, dtype):
+        parameter = nn.Parameter(torch.randn(3, 4).to(dtype))
+        before, place = parameter.detach().clone(), parameter.data_ptr()
+        average = torch.randn(3, 4)
+        put_back = _exchanged(parameter, average)
+        assert torch.equal(parameter.detach(), average)  # in float32 also of bfloat16 weights
+        assert dtype != torch.float32 or parameter.data_ptr() == place
+        put_back()
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter.detach(), before)
+
+    def test_they_are_lent_where_they_lie(self):
+        parameters = [nn.Parameter(torch.randn(2, 2)) for _ in range(3)]
+        average = MovingAverage(parameters, EmaOptions(use_ema=True, offload_ema=True))
+        before = [each.data_ptr() for each in parameters]
+        with average.lent():
+            assert [each.data_ptr() for each in parameters] == [each.data_ptr() for each in average.averages]
+        assert [each.data_ptr() for each in parameters] == before
+
+    @pytest.mark.parametrize("foreach", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("offload", [False, True])
+    def test_chunks_average_the_same(self, monkeypatch, foreach, dtype, offload):
+        found = []
+        for chunk in (1 << 30, 40):  # bytes: one weight has more
+            monkeypatch.setattr(ema, "CHUNK", chunk)
+            torch.manual_seed(0)
+            parameters = [nn.Parameter(torch.randn(size).to(dtype)) for size in (3, 4, 20, 1, 9, 9)]
+            options = EmaOptions(use_ema=True, offload_ema=offload, foreach_ema=foreach)
+            average = MovingAverage(parameters, options)
+            for _ in range(3):
+                for each in parameters:
+                    each.data.add_(torch.randn_like(each))
+                average.update()
+            found.append(average.averages)
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+    def test_staging_gives_the_values(self):
+        class OnAGpu(torch.Tensor):
+            device, is_cuda = torch.device("meta"), False
+
+        values = [torch.randn(size) for size in ((2, 3), (5,), ())]
+        staging = ema.Staging()
+        for count in (3, 2):
+            taken = staging.take([value.as_subclass(OnAGpu) for value in values[:count]])
+            assert all(torch.equal(*pair) for pair in zip(taken, values[:count], strict=True))
+            assert len({each.untyped_storage().data_ptr() for each in taken}) == 1
+
+
+@pytest.mark.parametrize(("size", "expected"), [(3, 16), (4, 16), (5, 32), (0, 0)])
+def test_pinned_copies_are_counted_at_the_size_that_is_taken(monkeypatch, size, expected):
+    tensor = torch.zeros(size)
+    assert taken_bytes(tensor) == tensor.nbytes
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    assert taken_bytes(tensor) == expected
+
+
+@pytest.mark.parametrize("are_kept", [True, False])
+def test_only_buffers_that_are_kept_are_pinned(monkeypatch, are_kept):
+    class OnAGpu(torch.Tensor):
+        is_cuda = True
+
+    asked, empty = [], torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *given, pin_memory, **named: asked.append(pin_memory) or empty(*given, **named)
+    )
+    HostBuffers(are_kept=are_kept).copy("a", torch.zeros(3).as_subclass(OnAGpu))
+    assert asked == [are_kept]
 
 
 class TestStates:

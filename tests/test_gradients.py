@@ -239,11 +239,17 @@ def test_accumulated_gradients_have_memory_of_their_own(owns_memory):
     encoder = SimpleNamespace(encode=lambda batch: batch.values)
     gradients = Gradients(Engine(accelerator), model, encoder, 0, 2, 4, 1.0, 2, can_retry=True, cures=[])
     batches = [Values(torch.tensor([1.0, 2.0])), Values(torch.tensor([3.0, 4.0]))]
-    assert list(gradients.of(batches[0])) == ["weight"]
+    with gradients.of(batches[0]) as found:
+        assert list(found) == ["weight"]
     gradients.owns_memory = owns_memory
-    gradients.add_up(0, batches)
-    assert (model.weight.grad.tolist() == [10.0, 10.0]) == owns_memory
-    assert model.unused.grad is None
+    places = set()
+    for step in range(3):
+        gradients.add_up(step, batches)
+        assert (model.weight.grad.tolist() == [10.0, 10.0]) == owns_memory
+        assert model.unused.grad is None
+        places.add(model.weight.grad.data_ptr())
+        model.weight.grad = None  # as an optimizer's zero_grad does
+    assert not owns_memory or len(places) == 1
 
 
 @pytest.mark.slow

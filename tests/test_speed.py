@@ -97,7 +97,7 @@ def test_a_bfloat16_copy_has_the_gradients_of_autocast_without_its_casts(checkpo
         found = gradients(unet, arguments, named, trained)
     assert unet.dtype == torch.float32
     matrices = sum(each.ndim > 1 for each in unet.parameters())
-    assert casts.count == matrices  # each gradient once, to float32
+    assert casts.count == 0  # gradients go to float32 by a call for a group of them
     assert before >= 2 * matrices  # there and back
     for name, gradient in expected.items():
         assert found[name].dtype == torch.float32

@@ -260,14 +260,14 @@ class FullFineTuning(Adaptation):
         """Writes `unet/` (and the trained text encoders) and `unet_ema/`, in diffusers' layout."""
         _write_modules(self.modules, None, folder)
         if average is not None:
-            with average.in_place():
+            with average.lent():
                 _write_modules(self.modules, average.state, folder)
 
     def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> Callable[[Path], None]:
         """The same of copies of the modules."""
         jobs = [partial(_write_modules, self._copies(buffers, ""), None)]
         if average is not None:
-            with average.in_place():
+            with average.lent():
                 jobs.append(partial(_write_modules, self._copies(buffers, "_ema"), average.state))
         return partial(_write_all, jobs)
 
@@ -348,14 +348,14 @@ class AdapterTuning(Adaptation):
         """Writes the adapters, and in `unet_ema/` (and the text encoders' like) their averages."""
         self._write(self._named_tensors(), False, folder)
         if average is not None:
-            with average.in_place():
+            with average.lent():
                 self._write(self._named_tensors(), True, folder)
 
     def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> Callable[[Path], None]:
         """The same of copies of the tensors."""
         jobs = [partial(self._write, self._copies(buffers, False), False)]
         if average is not None:
-            with average.in_place():
+            with average.lent():
                 jobs.append(partial(self._write, self._copies(buffers, True), True))
         return partial(_write_all, jobs)
 
@@ -566,7 +566,10 @@ def _metadata(config: "PeftConfig") -> dict[str, object]:
     """What a LoRA file says of its adapter: fields at their defaults are left out, which older releases lack."""
     default = type(config)().to_dict()
     needed = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")  # which diffusers looks up
-    return {name: value for name, value in config.to_dict().items() if name in needed or value != default.get(name)}
+    values = {name: value for name, value in config.to_dict().items() if name in needed or value != default.get(name)}
+    if not isinstance(values["target_modules"], str):  # a set, in the order of which a file's bytes would differ
+        values["target_modules"] = sorted(values["target_modules"] or ())
+    return values
 
 
 def fuse_lora(pipeline: "DiffusionPipeline", folder: Path) -> None:

@@ -20,8 +20,14 @@ class HostBuffers:
     Where each process holds a part of a tensor, all must copy it, and one keeps what they come to.
     """
 
-    def __init__(self, keeps: bool = True):
+    def __init__(self, keeps: bool = True, are_kept: bool = True):
+        """Args:
+        keeps: whether this process is the one that keeps them.
+        are_kept: whether they serve more than one save. Only then are they pinned: torch never gives pinned memory
+            back.
+        """
         self._keeps = keeps
+        self._are_kept = are_kept
         self._kept: dict[str, Tensor] = {}
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
@@ -31,17 +37,23 @@ class HostBuffers:
             return tensor.to("meta")
         kept = self._kept.get(name)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            pinned = tensor.is_cuda
+            pinned = tensor.is_cuda and self._are_kept
             kept = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
         return kept.copy_(tensor)
 
     def have_room_for(self, tensors: Iterable[Tensor]) -> bool:
         """Whether host memory holds copies of them all, beside what is held already; taken for granted if unknown."""
-        wanted = sum(tensor.nbytes for tensor in tensors) - sum(tensor.nbytes for tensor in self._kept.values())
+        wanted = sum(map(taken_bytes, tensors)) - sum(map(taken_bytes, self._kept.values()))
         if wanted <= 0 or not MEMORY_FACTS.exists():
             return True
         facts = dict(line.split(":") for line in MEMORY_FACTS.read_text(encoding="utf-8").splitlines())
         return wanted < 0.9 * 1024 * int(facts["MemAvailable"].split()[0])
+
+
+def taken_bytes(tensor: Tensor) -> int:
+    """The host memory that a copy takes: of a GPU's, which is pinned, the next power of two."""
+    is_pinned = tensor.is_cuda or tensor.is_pinned()
+    return 1 << (tensor.nbytes - 1).bit_length() if is_pinned and tensor.nbytes else tensor.nbytes
 
 
 class BackgroundWriter:

@@ -9,18 +9,29 @@ from torch import Tensor, nn
 
 from utils.optim import unwrapped
 
+GROUP = 32  # weights whose gradients are converted by one call: fewer calls, but all of their gradients wait for it
+
 
 class _Copied(torch.autograd.Function):
-    """Gives the copy for the weight, and the copy's gradient to the weight, in the weight's precision."""
+    """Gives copies for weights, and the copies' gradients to the weights, in float32.
+
+    A function of its own for each weight would take the host longer than small models take to be computed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
-        ctx.dtype = weight.dtype
-        return copy.view_as(copy)
+    def forward(ctx: Any, *weights_and_copies: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        copies = weights_and_copies[len(weights_and_copies) // 2 :]
+        return tuple(copy.view_as(copy) for copy in copies)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.to(ctx.dtype), None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = [gradient for gradient in gradients if gradient is not None]
+        whole = [torch.empty_like(gradient, dtype=torch.float32) for gradient in there]
+        if there:
+            torch._foreach_copy_(whole, there)
+        found = iter(whole)
+        return *(None if gradient is None else next(found) for gradient in gradients), *(None for _ in gradients)
 
 
 class HalfCopy:
@@ -44,6 +55,7 @@ class HalfCopy:
         ]
         self._weights = [owner._parameters[name] for owner, name in self._places]
         self._copies = [each.detach().bfloat16() for each in self._weights]
+        self._trained = [place for place, each in enumerate(self._weights) if each.requires_grad]
         self._is_active = False
         self._is_stale = True
         self._forward = denoiser.forward
@@ -74,8 +86,14 @@ class HalfCopy:
             self._renew()
         self._is_active = True
         try:
-            for (owner, name), weight, copy in zip(self._places, self._weights, self._copies, strict=True):
-                owner._parameters[name] = _Copied.apply(weight, copy) if weight.requires_grad else copy
+            for (owner, name), copy in zip(self._places, self._copies, strict=True):
+                owner._parameters[name] = copy
+            for begin in range(0, len(self._trained), GROUP):
+                group = self._trained[begin : begin + GROUP]
+                weights, copies = [self._weights[place] for place in group], [self._copies[place] for place in group]
+                for place, copied in zip(group, _Copied.apply(*weights, *copies), strict=True):
+                    owner, name = self._places[place]
+                    owner._parameters[name] = copied
             yield
         finally:
             self._is_active = False

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.options import UserError, option, require, require_positive
-from utils.sharding import own_part, put_in_place, spread_like
+from utils.sharding import is_sharded, own_part, put_in_place, spread_like
+
+CHUNK = 256 << 20  # bytes of weights that are copied at once to be averaged
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,40 @@ class EmaOptions:
             raise UserError("--ema_snapshot_steps goes with --ema_lengths; give both or neither")
 
 
+def _chunks(sizes: Sequence[int]) -> list[slice]:
+    """Consecutive tensors of CHUNK bytes together, or of one that has more."""
+    found, begin, held = [], 0, 0
+    for place, size in enumerate(sizes):
+        if held and held + size > CHUNK:
+            found.append(slice(begin, place))
+            begin, held = place, 0
+        held += size
+    return [*found, slice(begin, len(sizes))]
+
+
+class Staging:
+    """Host memory through which tensors of a GPU come, taken once: pinned, so that they come in one wait."""
+
+    def __init__(self):
+        self._memory = torch.empty(0)
+
+    def take(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Float32 tensors on the host, which last until the next ones are taken."""
+        if all(value.device.type == "cpu" for value in values):
+            return list(values)
+        count = sum(value.numel() for value in values)
+        if count > self._memory.numel():
+            self._memory = torch.empty(count, pin_memory=values[0].is_cuda)
+        taken, begin = [], 0
+        for value in values:
+            part = self._memory[begin : begin + value.numel()].view(value.shape)
+            taken.append(part.copy_(value, non_blocking=True))
+            begin += value.numel()
+        if values[0].is_cuda:
+            torch.cuda.current_stream(values[0].device).synchronize()
+        return taken
+
+
 class MovingAverage:
     """Averages of some parameters, updated after each optimizer step.
 
@@ -61,6 +97,9 @@ class MovingAverage:
         # in float32 also of bfloat16 weights, in which an average would stand still
         self.averages = [self._at_home(parameter.detach().float().clone()) for parameter in self._parameters]
         self._own = [own_part(average) for average in self.averages]
+        is_copied = options.offload_ema or any(each.dtype != torch.float32 for each in self._parameters)
+        self._chunks = _chunks([each.nbytes for each in self._own]) if is_copied else [slice(None)]
+        self._staging = Staging()
 
     def _at_home(self, tensor: Tensor) -> Tensor:
         if not self._options.offload_ema:
@@ -93,18 +132,20 @@ class MovingAverage:
         """average += (1 - decay) * (weight - average), for all weights."""
         self._schedule.optimization_step += 1
         weight = 1 - self.decay(self._schedule.optimization_step)
-        values = [own_part(parameter.detach()).float() for parameter in self._parameters]
-        if self._options.offload_ema:
-            values = [value.to("cpu") for value in values]
-        if self._options.foreach_ema:
-            torch._foreach_lerp_(self._own, values, weight)
-            return
-        for average, value in zip(self._own, values, strict=True):
-            average.lerp_(value, weight)
+        for places in self._chunks:
+            averages = self._own[places]
+            values = [own_part(parameter.detach()).float() for parameter in self._parameters[places]]
+            if self._options.offload_ema:
+                values = self._staging.take(values)
+            if self._options.foreach_ema:
+                torch._foreach_lerp_(averages, values, weight)
+                continue
+            for average, value in zip(averages, values, strict=True):
+                average.lerp_(value, weight)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the parameters hold the averages."""
+        """Context manager: the parameters hold the averages, on their own device."""
         undo = []
         try:
             for parameter, average in zip(self._parameters, self.averages, strict=True):
@@ -113,3 +154,19 @@ class MovingAverage:
         finally:
             for put_back in undo:
                 put_back()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Context manager: the parameters hold the averages where these lie, to be written and not computed with."""
+        if any(map(is_sharded, self._parameters)):
+            with self.in_place():
+                yield
+            return
+        kept = [parameter.data for parameter in self._parameters]
+        try:
+            for parameter, average in zip(self._parameters, self.averages, strict=True):
+                parameter.data = average
+            yield
+        finally:
+            for parameter, values in zip(self._parameters, kept, strict=True):
+                parameter.data = values

@@ -51,19 +51,32 @@ def spread_like(value: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put_in_place(parameter: nn.Parameter, value: Tensor) -> Callable[[], None]:
-    """Has a parameter hold other values; gives what puts its own back.
+    """Puts other values in a parameter; gives what puts its own back.
 
-    Nothing is copied where they are on one device. Of spread weights the memory itself is what is computed with, so
-    their values are exchanged.
+    Nothing is copied where they are on one device. Values that lie elsewhere take the place of the parameter's own,
+    which are kept there meanwhile: the device would not hold both. Of spread weights the memory itself is what is
+    computed with, so their values are exchanged.
     """
     if not is_sharded(parameter):
         kept = parameter.data
-        parameter.data = value.to(parameter.device)
-        return lambda: setattr(parameter, "data", kept)
+        if value.device == kept.device:
+            parameter.data = value
+            return lambda: setattr(parameter, "data", kept)
+        return _exchanged(parameter, value)
     held = own_part(parameter.data)
     kept = held.clone()
     held.copy_(own_part(value))
     return lambda: held.copy_(kept)
+
+
+def _exchanged(parameter: nn.Parameter, value: Tensor) -> Callable[[], None]:
+    held, kept = parameter.data, parameter.data.to(value.device, copy=True)
+    if held.dtype == value.dtype:
+        held.copy_(value)
+        return lambda: held.copy_(kept)
+    device = held.device
+    parameter.data = value.to(device)
+    return lambda: setattr(parameter, "data", kept.to(device))
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

@@ -289,8 +289,10 @@ def hasten(
         gradients.settle_gate_scale(batch)
         passes = partial(gradients.of, batch)
         on_main_process(accelerator, partial(compile_checked, *how, passes, is_exact))
-        if not accelerator.is_main_process:  # where the gradients are the same, and host memory is shared
+        if not accelerator.is_main_process:  # where gradients would be the same, and host memory is shared
             compile_denoiser(*how)
+            with passes():
+                pass
         gradients.owns_memory = speed.cuda_graphs
     inner, num_fused = unwrapped(optimizer), num_shortened(gradients.model)
     active = {

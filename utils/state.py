@@ -207,7 +207,7 @@ class RunState:
 
     def exporting(self) -> Callable[[Path], None]:
         """What writes the result of the weights as they are, for one process to run; all must call this."""
-        return self.adaptation.exporting(HostBuffers(keeps=self.accelerator.is_main_process))
+        return self.adaptation.exporting(HostBuffers(self.accelerator.is_main_process, are_kept=False))
 
     def export(self, folder: Path) -> None:
         """Writes the result; for all to call."""
@@ -347,7 +347,7 @@ class CheckpointSaver:
         is_copied = on_main_process(accelerator, self._can_copy)
         write = None
         if engine.spreads or accelerator.is_main_process:
-            buffers = self._buffers if is_copied else HostBuffers(accelerator.is_main_process)  # let go of afterwards
+            buffers = self._buffers if is_copied else HostBuffers(accelerator.is_main_process, are_kept=False)
             write = self._state.saving(step, samples_at_once, buffers, is_copied or engine.spreads)
         on_main_process(accelerator, lambda: self._write(step, write, waits=not is_copied))
 
@@ -359,7 +359,7 @@ class CheckpointSaver:
         self.writer.join()
         if self._is_saved(step):
             return
-        write = self._state.saving(step, samples_at_once, HostBuffers(), is_copied=False)
+        write = self._state.saving(step, samples_at_once, HostBuffers(are_kept=False), is_copied=False)
         try:
             self._checkpoints.save(step, write, is_alone=True)
         except OSError as error:  # another process may have saved the same step at the same moment

@@ -21,6 +21,11 @@ def round_stochastically(values: Tensor, random: torch.Generator) -> Tensor:
     return torch.where(torch.isfinite(values), rounded, values).bfloat16()
 
 
+def _decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's kernel leaves out a step that it is told is not finite."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
 class PerParameter(torch.optim.Optimizer):
     """An optimizer of the table for each parameter alone, so that one at a time has a gradient or a float32 copy.
 
@@ -45,9 +50,13 @@ class PerParameter(torch.optim.Optimizer):
 
     def _hook(self, index: int):
         def step(parameter: nn.Parameter) -> None:
-            norm = parameter.grad.float().norm()
+            norm, part = parameter.grad.float().norm(), self._parts[index]
             self._squares.append(norm.square())
-            if torch.isfinite(norm):
+            if _decides_on_device(part) and parameter.dtype == torch.float32:
+                part.found_inf = (~torch.isfinite(norm)).float()
+                self._step(index)
+                part.found_inf = None
+            elif torch.isfinite(norm):  # which waits for the device
                 self._step(index)
             parameter.grad = None
 
