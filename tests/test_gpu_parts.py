@@ -1,6 +1,8 @@
 """What only shows on a GPU, by its mechanism: on stand-ins for what a CPU lacks."""
 
 import json
+import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -222,6 +224,40 @@ def test_only_buffers_that_are_kept_are_pinned(monkeypatch, are_kept):
     )
     HostBuffers(are_kept=are_kept).copy("a", torch.zeros(3).as_subclass(OnAGpu))
     assert asked == [are_kept]
+
+
+class TestStart:
+    @pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+    def test_segments_expand_where_nobody_chose(self, train, monkeypatch, given):
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            monkeypatch.delenv(name, raising=False)
+        if given is not None:
+            monkeypatch.setenv(given, "max_split_size_mb:512")
+        train("sd", "--max_train_steps", 1, "--no_final_checkpoint")
+        chosen = {name: value for name, value in os.environ.items() if name.startswith("PYTORCH_") and "ALLOC" in name}
+        if given is not None:
+            assert chosen == {given: "max_split_size_mb:512"}
+        elif sys.platform == "linux":
+            assert set(chosen.values()) == {"expandable_segments:True"}
+        for name in chosen:
+            monkeypatch.delenv(name)
+
+    @pytest.mark.parametrize(
+        ("flags", "environment", "is_said"),
+        [
+            (["--mixed_precision", "bf16"], {}, True),
+            ([], {}, False),
+            ([], {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "false"}, True),
+            ([], {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}, False),
+        ],
+    )
+    def test_a_run_for_a_gpu_says_that_it_trains_on_the_cpu(
+        self, train, monkeypatch, caplog, flags, environment, is_said
+    ):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        train("sd", "--max_train_steps", 1, "--no_final_checkpoint", *flags)
+        assert ("training on the CPU" in caplog.text) == is_said
 
 
 class TestStates:

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+EXPANDABLE = "expandable_segments:True"
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
 Result = TypeVar("Result")
 
@@ -88,6 +90,7 @@ def start_processes(
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # which costs a pass over each new tensor
         torch.backends.cudnn.benchmark = False
+    _expand_segments()
     on_cpu = not (torch.cuda.is_available() or _other_accelerator())
     check_engine(on_cpu, options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"))
     handler = InitProcessGroupKwargs(timeout=timedelta(hours=2))
@@ -120,9 +123,35 @@ def start_processes(
     _check_precision(accelerator.mixed_precision, accelerator.device.type)
     if options.local_rank != -1 and accelerator.is_main_process:
         logger.warning("--local_rank is ignored: the launcher says it by the environment")
+    if accelerator.device.type == "cpu" and (accelerator.mixed_precision != "no" or _wants_gpus()):
+        _warn_of_cpu()
     allow_tf32(accelerator.mixed_precision != "no" if options.allow_tf32 is None else options.allow_tf32)
     hear_libraries()
     return accelerator
+
+
+def _expand_segments() -> None:
+    """Lets CUDA's allocator grow its pieces, unless the user chose: batches of many sizes leave fixed ones in fragments."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if sys.platform != "linux" or any(name in os.environ for name in names):
+        return
+    os.environ[names[0]] = EXPANDABLE
+    if torch.__version__ < (2, 12):  # which reads the older name alone
+        os.environ[names[1]] = EXPANDABLE
+
+
+def _wants_gpus() -> bool:
+    """Whether `accelerate launch` was told to use GPUs."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "false") == "false"
+
+
+def _warn_of_cpu() -> None:
+    """Says that a run that looks like one for a GPU trains on the CPU, and why."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        cure = f"torch {torch.__version__} is built without CUDA; on a machine with a GPU install another build of it"
+    else:
+        cure = f"torch {torch.__version__} finds none; look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    logger.warning("training on the CPU, without a GPU: %s (https://pytorch.org/get-started/locally)", cure)
 
 
 def allow_tf32(is_allowed: bool) -> None:
