@@ -259,7 +259,9 @@ def _of_bitsandbytes(name: str, options: OptimizerOptions) -> type[torch.optim.O
                 waits(parameters[0])
             for parameter, before in strides:  # on a CPU it puts contiguous weights in the place of channels-last ones
                 if parameter.stride() != before:
-                    parameter.data = torch.empty_strided(parameter.shape, before).copy_(parameter.data)
+                    parameter.data = torch.empty_strided(parameter.shape, before, dtype=parameter.dtype).copy_(
+                        parameter.data
+                    )
             return loss
 
         def load_state_dict(self, *arguments: Any, **named: Any) -> None:
