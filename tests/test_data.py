@@ -731,9 +731,9 @@ class TestStreamedTars:
         self.masks = {}
         found = {}
         for sample in filter(None, rows):
-            found[sample.record.key] = sample.record.captions
+            found[sample.record.key.removeprefix("a.tar/")] = sample.record.captions
             self.masks[sample.record.key] = sample.record.mask
-        return found, lane.bad
+        return found, [(key.removeprefix("a.tar/"), reason) for key, reason in lane.bad]
 
     def pack(self, folder: Path, members: dict[str, bytes], name: str = "a.tar") -> Path:
         folder.mkdir(exist_ok=True)
@@ -803,13 +803,41 @@ class TestStreamedTars:
         assert sorted(found) == ["0.png", "1.png", "2.png"]
         assert all(mask.source == b"mask" for mask in self.masks.values())
 
-    def test_columns_by_name(self, tmp_path):
-        members = {"0.small.png": b"small", "0.png": self.image(), "0.long.txt": b"long", "0.txt": b"short"}
-        folder = self.pack(tmp_path / "data", members)
-        assert self.rows(folder)[1][0][0] == "0.small.png"
-        found, bad = self.rows(folder, image_column="png", caption_column="long.txt")
-        assert found == {"0.png": ("long",)}
+    def test_members_need_not_lie_beside_each_other(self, tmp_path):
+        members = {f"{number}.png": self.image() for number in range(3)}
+        members |= {f"{number}.txt": f"{number}".encode() for number in range(3)}
+        found, bad = self.rows(self.pack(tmp_path / "data", members))
+        assert found == {f"{number}.png": (f"{number}",) for number in range(3)}
         assert not bad
+
+    @pytest.mark.parametrize("harm", ["cut", "junk", "put together", "of text alone", "a header of gigabytes"])
+    def test_a_shard_that_is_broken_is_named_and_the_others_are_read(self, tmp_path, harm):
+        folder = self.pack(tmp_path / "data", {"0.png": self.image(), "0.txt": b"zero"})
+        self.pack(folder, {"1.png": self.image(), "1.txt": b"one", "2.png": self.image(), "2.txt": b"two"}, "b.tar")
+        shard = folder / "b.tar"
+        if harm == "of text alone":
+            self.pack(folder, {"1.txt": b"one"}, "b.tar")
+        elif harm == "a header of gigabytes":
+            header = tarfile.TarInfo("long")
+            header.type, header.size = tarfile.GNUTYPE_LONGNAME, 3 << 30
+            shard.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + b"x" * 10_000)
+        else:
+            content = shard.read_bytes()
+            shard.write_bytes({"cut": content[:700], "junk": b"junk" * 900, "put together": 2 * content}[harm])
+        found, bad = self.rows(folder)
+        assert found["0.png"] == ("zero",)
+        if harm != "of text alone":
+            assert any("b.tar" in key for key, _ in bad)
+
+    def test_a_lane_without_an_image_names_its_shards(self, tmp_path):
+        from utils.data.stream import Lane, open_stream
+
+        folder = self.pack(tmp_path / "data", {"0.png": self.image(), "0.txt": b"zero"})
+        (folder / "b.tar").write_bytes(b"junk" * 900)
+        source = SourceOptions(train_data_dir=str(folder))
+        stream = open_stream(DataOptions(streaming=True), source, CaptionOptions(), 16, BucketOptions())
+        with pytest.raises(UserError, match=r"no image can be read of .*b\.tar: b\.tar: .*put them together"):
+            next(Lane(stream, 1, 2, 1, 0).groups())
 
     def test_a_dataset_of_tars(self, train, tmp_path):
         members = {}

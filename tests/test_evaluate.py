@@ -261,6 +261,19 @@ def test_the_fingerprint_of_a_reference_says_whether_colours_are_converted(real_
     assert found[1].fingerprint != of_bytes_alone(tmp_path / "converted")
 
 
+def test_a_folder_of_pictures_is_no_output_folder(pipelines, tmp_path, capsys):
+    data = tiny.make_images(tmp_path / "data", 3)
+    (data / "metadata.jsonl").unlink()
+    before = sorted(path.name for path in data.iterdir())
+    from evaluate_pipeline import main
+
+    reset_accelerate()
+    words = ["--pipeline", pipelines["sd"], "--prompts", "a", "--metrics", "lpips_diversity", "--no_download"]
+    assert main([str(word) for word in [*words, "--output_dir", data]]) == 2
+    assert "holds pictures that no run wrote" in message(capsys)
+    assert sorted(path.name for path in data.iterdir() if path.name != ".lock") == before
+
+
 def test_statistics_from_before_colours_were_converted_are_warned_of(
     evaluate, images, flags, real_images, tmp_path, caplog
 ):

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
 
 from tests import tiny
 from tests.conftest import message, mostly_slow
-from utils.loading import LoadingOptions, allowing_missing, load_module
+from utils.loading import LoadingOptions, allowing_missing, load_module, load_pipeline_folder
 from utils.metrics.features import load_weights
 from utils.metrics.subjects import Statistics
 from utils.options import UserError
@@ -767,3 +768,38 @@ def test_a_dora_of_other_tools_is_not_read_in_half(lora, pipelines, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(pipelines["sd"])
     with pytest.raises(UserError, match="DoRA file of other tools"):
         load_lora(pipeline, str(tmp_path / "lora.safetensors"), "default", "--lora x")
+
+
+@pytest.mark.parametrize("length", [None, "gone"])
+def test_a_pipeline_whose_tokenizer_says_no_length_is_evaluated(pipelines, tmp_path, length):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["model_max_length"]
+    file.write_text(json.dumps(config | ({} if length == "gone" else {"model_max_length": None})))
+    found = load_pipeline_folder(
+        StableDiffusionPipeline,
+        str(folder),
+        "--pipeline",
+        {"default": torch.float32},
+        revision=None,
+        variant=None,
+        use_safetensors=True,
+        given={},
+    )
+    assert found.tokenizer.model_max_length == 77
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        *(("text_encoder/config.json", "num_hidden_layers"), ("unet/config.json", "layers_per_block")),
+        *(("vae/config.json", "layers_per_block"), ("unet/config.json", "transformer_layers_per_block")),
+    ],
+)
+def test_models_of_a_million_layers_are_refused_before_they_are_made(pipelines, tmp_path, file, key):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | {key: 10**6}))
+    with pytest.raises(UserError, match=key):
+        loaded(folder)

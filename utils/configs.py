@@ -10,6 +10,7 @@ from utils import user_files
 from utils.options import UserError, first_line
 
 INDEX = "model_index.json"
+MOST_LAYERS = 1000
 MOST_TIMESTEPS = 100_000
 LARGEST_SIZE = 10**7  # of a layer or a vocabulary
 
@@ -37,6 +38,13 @@ def _are_whole(value: Any) -> bool:
     return isinstance(value, list) and 0 < len(value) <= 1000 and all(_is_whole(each) for each in value)
 
 
+def _is_few_layers(value: Any) -> bool:
+    """A count of layers, one for each block, or one for each layer of each block, of which none may be missing."""
+    if isinstance(value, list):
+        return len(value) <= MOST_LAYERS and all(_is_few_layers(each) for each in value)
+    return value is None or _is_whole(value, MOST_LAYERS)
+
+
 def _or_none(wanted: Wanted) -> Wanted:
     return Wanted(lambda value: value is None or wanted.fits(value), f"{wanted.words}, or null")
 
@@ -47,6 +55,11 @@ def _is_class(value: Any) -> bool:
 
 
 WHOLE = Wanted(_is_whole, "a whole number above 0")
+LAYERS = Wanted(lambda value: _is_whole(value, MOST_LAYERS), f"a whole number from 1 to {MOST_LAYERS:,}")
+LAYERS_OF_BLOCKS = Wanted(
+    _is_few_layers,
+    f"a whole number from 1 to {MOST_LAYERS:,} or a list of them",
+)
 WHOLE_NUMBERS = Wanted(_are_whole, "a list of whole numbers above 0")
 EITHER = _or_none(
     Wanted(lambda value: _is_whole(value) or _are_whole(value), "a whole number above 0 or a list of them")
@@ -80,7 +93,10 @@ VALUES: dict[str, Wanted] = {
     "latent_channels": WHOLE,
     "out_channels": _or_none(WHOLE),
     "block_out_channels": WHOLE_NUMBERS,
-    "layers_per_block": EITHER,
+    "layers_per_block": LAYERS_OF_BLOCKS,
+    "transformer_layers_per_block": LAYERS_OF_BLOCKS,
+    "reverse_transformer_layers_per_block": LAYERS_OF_BLOCKS,
+    "num_layers": _or_none(LAYERS),
     "cross_attention_dim": EITHER,
     "attention_head_dim": EITHER,
     "num_attention_heads": EITHER,
@@ -89,7 +105,7 @@ VALUES: dict[str, Wanted] = {
     "num_class_embeds": _or_none(WHOLE),
     "hidden_size": WHOLE,
     "intermediate_size": WHOLE,
-    "num_hidden_layers": WHOLE,
+    "num_hidden_layers": LAYERS,
     "max_position_embeddings": WHOLE,
     "vocab_size": WHOLE,
     "projection_dim": _or_none(WHOLE),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from utils.configs import INDEX, read_config
 from utils.options import UserError, option, require
 from utils.tensor_files import require_regular_files
+from utils.terminal import one_line
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -34,6 +35,8 @@ CONFIG_ERRORS = (
 )
 """What the constructors of the libraries raise for configs that make no sense: they check nothing themselves."""
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+MAX_TOKENS = 10_000  # a tokenizer that does not say its length says a number beyond all bounds
+FEWEST_TOKENS = 3  # of a text encoder: beginning, end, and one between them
 SHOWN = 3  # names of weights in a message
 LONGEST_NAME = 120
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -341,6 +344,26 @@ def named_parts(index: Mapping[str, Any]) -> dict[str, list[str]]:
     return {name: entry for name, entry in index.items() if isinstance(entry, list) and name[:1] != "_" and entry[0]}
 
 
+def limit_tokens(tokenizer: Any, encoder_config: Any, what: str) -> None:
+    """Gives a tokenizer that does not say its length that of its text encoder.
+
+    Raises:
+        UserError: if neither says one, or the tokenizer knows no words.
+    """
+    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_tokens)):
+        raise UserError(f"{what} is missing or has no vocabulary")
+    length, longest = tokenizer.model_max_length, getattr(encoder_config, "max_position_embeddings", None)
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= FEWEST_TOKENS:
+        raise UserError(f"{what}: model_max_length must be a number from {FEWEST_TOKENS}, got {one_line(length, 60)}")
+    if length > MAX_TOKENS:
+        if longest is None:
+            raise UserError(f"{what} has no model_max_length")
+        length = longest
+    if longest is not None and length > longest:
+        raise UserError(f"{what} gives {length:g} tokens, and its text encoder takes {longest}; set model_max_length")
+    tokenizer.model_max_length = int(length)
+
+
 def load_pipeline_folder(
     kind: "type[DiffusionPipeline]",
     name: str,
@@ -372,6 +395,10 @@ def load_pipeline_folder(
     with loading(flag):
         pipeline = kind.from_pretrained(str(folder), **given, **parts)
     pipeline.register_to_config(_name_or_path=name)
+    for part, tokenizer in pipeline.components.items():
+        encoder = getattr(pipeline, part.replace("tokenizer", "text_encoder"), None)
+        if part.startswith("tokenizer") and isinstance(encoder, nn.Module) and hasattr(tokenizer, "model_max_length"):
+            limit_tokens(tokenizer, encoder.config, f"{flag}: its {part}")
     ours = {id(each) for each in (*given.values(), *parts.values())}
     for part, module in pipeline.components.items():
         if isinstance(module, nn.Module) and id(module) not in ours:

@@ -121,7 +121,7 @@ class DataPreparation:
                 records = read_records(data, source, self.captions, self.seed, self.left_out)
         except UserError as error:
             names = {"train_data_dir": "validation_data_dir"} if options.validation_data_dir is not None else {}
-            raise type(error)(renamed_flags(error, names | {"dataset_split": "validation_split"})) from error
+            raise UserError(renamed_flags(error, names | {"dataset_split": "validation_split"})) from error
         if options.fraction is not None:
             _, records = hold_out(records, options.fraction, self.seed)
         limit = options.max_validation_samples

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import torch
 from filelock import FileLock, Timeout
 
-from utils.disk import mark_as_own, or_without, usual_modes, write_text
+from utils.disk import MARKER, mark_as_own, or_without, usual_modes, write_text
 from utils.engines import DTYPES, asked_engine, check_engine
 from utils.heartbeat import watching
 from utils.library_messages import hear_libraries
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".tif", ".tiff", ".bmp", ".gif")
 EXPANDABLE = "expandable_segments:True"
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
 Result = TypeVar("Result")
@@ -131,7 +132,7 @@ def start_processes(
 
 
 def _expand_segments() -> None:
-    """Lets CUDA's allocator grow its pieces, unless the user chose: batches of many sizes leave fixed ones in fragments."""
+    """Lets CUDA's allocator grow its pieces, unless the user chose: batches of many sizes leave fixed ones unused."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if sys.platform != "linux" or any(name in os.environ for name in names):
         return
@@ -234,10 +235,21 @@ class OutputFolder:
             raise UserError(f"--output_dir {self.path} can't be written: {error.strerror or error}") from error
         if not resuming and not overwrite:
             refuse_used(self.path)
+        self._refuse_pictures()
         try:
             mark_as_own(self.path)
         except OSError as error:
             raise UserError(f"--output_dir {self.path} can't be written: {error.strerror or error}") from error
+
+    def _refuse_pictures(self) -> None:
+        """Refuses a folder of pictures that no run wrote: marked as a run's own, they would train nothing any more."""
+        if any((self.path / name).exists() for name in (MARKER, "run.json", "results.json")):
+            return
+        found = next((path.name for path in self.path.iterdir() if path.suffix.lower() in PICTURES), None)
+        if found is not None:
+            raise UserError(
+                f"--output_dir {self.path} holds pictures that no run wrote, such as {found}; choose another folder"
+            )
 
     def replace(self, name: str, write: Callable[[Path], None]) -> None:
         """Has `write` fill a folder aside, which then becomes `name` in place of what was there."""

@@ -459,6 +459,20 @@ class TextReader:
         ]
 
 
+class CertainTexts(TextReader):
+    """Reads texts that come too few at once to guess their encoding by: what is not certain is refused."""
+
+    def decode_together(self, contents: Mapping[str, bytes]) -> dict[str, str | FileError]:
+        """Each text by itself."""
+        found: dict[str, str | FileError] = {}
+        for name, content in contents.items():
+            alone = TextReader(self.encoding)
+            text = alone.decode_together({name: content})[name]
+            reason = "is not UTF-8, and a stream's encoding is not guessed; give --text_encoding"
+            found[name] = FileError(name, reason) if alone.has_guessed else text
+        return found
+
+
 def read_text(path: str | os.PathLike, limit: int = TEXT_LIMIT, encoding: str | None = None) -> Decoded:
     """A file's text.
 

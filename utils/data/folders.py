@@ -16,7 +16,16 @@ from utils.data.listing import CAPTION, MASK, METADATA, list_folder
 from utils.data.tables import FileTable, ImageTable, captions_of
 from utils.delimited import read_rows
 from utils.options import UserError, first_line, nearest
-from utils.user_files import FileError, TextReader, parse_json, parse_json_lines, read_bytes, short, size_text
+from utils.user_files import (
+    CertainTexts,
+    FileError,
+    TextReader,
+    parse_json,
+    parse_json_lines,
+    read_bytes,
+    short,
+    size_text,
+)
 
 logger = logging.getLogger(__name__)
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
@@ -515,12 +524,9 @@ def member_captions(name: str, content: bytes, encoding: str | None) -> tuple[st
     limit = caption_limit(name)
     if len(content) > limit:
         raise FileError(name, f"has over {size_text(limit)}; no more are read")
-    texts = TextReader(encoding)
-    captions, broken = captions_in({name: content}, texts)
+    captions, broken = captions_in({name: content}, CertainTexts(encoding))
     if name in broken:
         raise FileError(name, broken[name])
-    if texts.has_guessed:
-        raise FileError(name, "is not UTF-8, and a stream's encoding is not guessed; give --text_encoding")
     return captions[name]
 
 

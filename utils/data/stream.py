@@ -303,7 +303,8 @@ def open_stream(
         )
     images = [column for column in (source.image_column, source.mask_column) if column is not None]
     texts = [] if source.caption_column is None else [source.caption_column]
-    dataset = dataset.select_columns([*images, *texts, *(name for name in sizes if name in columns)])
+    more = (*sizes, "__reason__")
+    dataset = dataset.select_columns([*images, *texts, *(name for name in more if name in columns)])
     flags = {source.image_column: "image_column", source.mask_column: "mask_column"}
     for column in images:
         if dataset.features is not None:
@@ -342,7 +343,7 @@ def _load_shards(
     """(the dataset of a folder's shards by its splits, what became of the folder's files, the shards)."""
     import datasets
 
-    from utils.data.tar_streams import tar_samples
+    from utils.data.tar_streams import local_samples
 
     listing = source.listing(left_out)
     kind = detect(source, listing)
@@ -358,7 +359,8 @@ def _load_shards(
     files = {source.dataset_split: dataset_paths(listing.root, content.used, cache_dir)}
     shards = tuple(listing.root / name for name in content.used)
     if kind == "webdataset":
-        return tar_samples(files, cache_dir, source.mask_column), listing.fates, shards
+        streams = local_samples({source.dataset_split: shards}, source.mask_column, source.text_encoding)
+        return streams, listing.fates, shards
     return datasets.load_dataset(kind, data_files=files, streaming=True), listing.fates, shards
 
 
@@ -370,13 +372,14 @@ def _local_files(source: SourceOptions) -> list[Path]:
 
 def _tar_columns(source: SourceOptions, columns: list[str]) -> SourceOptions:
     """The columns of tar shards: those that are named after endings of members, else what a sample's members are."""
-    from utils.data.tar_streams import CAPTION, IMAGE
+    from utils.data.tar_streams import CAPTION, IMAGE, MASK, REASON
 
     if IMAGE not in columns:
         return source
-    caption = source.caption_column
+    caption, mask = source.caption_column, source.mask_column
     return replace(
         source,
+        mask_column=MASK if mask is not None and REASON in columns else mask,
         image_column=source.image_column if source.image_column in columns else IMAGE,
         caption_column=caption if caption is None or caption in columns else CAPTION,
     )
@@ -414,7 +417,14 @@ class Lane:
                     yield [each._replace(spare=spare) for each in waiting.pop(sample.bucket)]
                     last[sample.bucket] = sample
             if not any_found:
-                raise UserError(f"no image of the stream can be read; {self.bad[-1:] or 'it is empty'}")
+                raise UserError(self._nothing_read())
+
+    def _nothing_read(self) -> str:
+        """What ends the run where no image of this lane's shards can be read: each lane fills a part of every batch."""
+        names = [str(self._images.shards[number]) for number in self._shards if number < len(self._images.shards)]
+        which = ", ".join(names[:3]) or f"{len(self._shards)} of the stream's shards"
+        reason = f": {self.bad[-1][0]}: {self.bad[-1][1]}" if self.bad else ", which are empty"
+        return f"no image can be read of {which}{reason}; leave these shards out, or put them together with others"
 
     def _rows(self, passing: int) -> Iterator[dict]:
         """The rows of one pass: shards in a seeded order, and each row drawn from a buffer of those that come next."""
@@ -445,6 +455,9 @@ class Lane:
         value = row[source.image_column]
         path = value.get("path") if isinstance(value, dict) else None
         key = path or f"lane {self._number}, pass {passing}, row {number}"
+        if reason := row.get("__reason__"):
+            self.bad.append((key, reason))
+            return None
         try:
             image = image_of(value, self._folders)
             header = read_header(image)

@@ -1,26 +1,30 @@
-"""Tar shards as a stream of the `datasets` library: what a sample's members are is decided here, and nothing decoded.
+"""Tar shards as a stream of the `datasets` library.
 
-The library's own builder knows no image ending but those of its first samples, and one text that is not UTF-8 or one
-number that is none ends a shard.
+Shards on a disk are read as where they are not streamed. Those on the Hub come one member after the other: what a
+sample's members are is decided here, and nothing is decoded. The library's own builder knows no image ending but those
+of its first samples, and one text that is not UTF-8 or one number that is none ends a shard.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from datasets import Features, Image, Value
+from datasets import Features, Image, List, Value
 from datasets.builder import Key
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
 from utils.data.folders import PAIR_SUFFIXES, caption_limit, is_caption_file, is_image
 from utils.data.images import MOST_BYTES
+from utils.data.tars import read_tars
+from utils.options import UserError
+from utils.user_files import CertainTexts
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-IMAGE, CAPTION = "__image__", "__caption__"
-"""The columns of a sample's first image, and of its captions as {"path", "bytes"}."""
+IMAGE, CAPTION, MASK, REASON = "__image__", "__caption__", "__mask__", "__reason__"
+"""The columns of a sample's first image, its captions, its mask, and why it is left out."""
 SAMPLES_LOOKED_AT = 100  # whose members' endings are columns too
 Members = dict[str, tuple[str, bytes]]
 """The names and bytes of a sample's files by their endings, such as jpg and mask.png, in small letters."""
@@ -93,6 +97,49 @@ def _samples(archive: Iterable[tuple[str, BinaryIO]]) -> Iterator[tuple[str, Mem
 
 def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
+
+
+def local_samples(
+    shards: Mapping[str, Sequence[Path]], mask_ending: str | None, encoding: str | None
+) -> dict[str, "IterableDataset"]:
+    """The streams of tar shards on a disk, by the names of their splits, as shards are read that are not streamed.
+
+    A row has IMAGE, CAPTION (a list of texts), MASK (bytes, or None), and REASON: why a sample is left out, else "".
+    """
+    from datasets import IterableDataset
+
+    texts = {IMAGE: Image(), CAPTION: List(Value("string")), MASK: Image(), REASON: Value("string")}
+    return {
+        split: IterableDataset.from_generator(
+            _rows_of_shards,
+            features=Features(texts),
+            gen_kwargs={"shards": [str(shard) for shard in files], "mask_ending": mask_ending, "encoding": encoding},
+        )
+        for split, files in shards.items()
+    }
+
+
+def _rows_of_shards(shards: Sequence[str], mask_ending: str | None, encoding: str | None) -> Iterator[dict[str, Any]]:
+    for shard in map(Path, shards):
+        try:
+            table = read_tars([shard], mask_ending, encoding, CertainTexts)
+        except UserError as error:
+            yield _left_out(shard.name, str(error))
+            continue
+        for key, reason in table.refused:
+            yield _left_out(f"{shard.name}/{key.removeprefix(f'{shard.name}/')}", reason)
+        for row in range(len(table)):
+            mask = table.mask(row)
+            yield {
+                IMAGE: {"path": table.key(row), "bytes": table.image(row)},
+                CAPTION: list(table.captions(row)),
+                MASK: None if mask is None else {"path": None, "bytes": mask},
+                REASON: "",
+            }
+
+
+def _left_out(name: str, reason: str) -> dict[str, Any]:
+    return {IMAGE: {"path": name, "bytes": b""}, CAPTION: [], MASK: None, REASON: reason}
 
 
 def tar_samples(

@@ -92,18 +92,24 @@ class TarTable(ImageTable):
         return self._stamps[int(self._places[row, 0])]
 
 
-def read_tars(shards: Sequence[Path], mask_ending: str | None = None, encoding: str | None = None) -> TarTable:
+def read_tars(
+    shards: Sequence[Path],
+    mask_ending: str | None = None,
+    encoding: str | None = None,
+    reads: type[TextReader] = TextReader,
+) -> TarTable:
     """Lists tar shards, whose members of one name (up to the first dot) are a sample: `a.jpg` with `a.txt` or `a.json`.
 
     Args:
         mask_ending: what stands behind the first dot of a mask's name, such as mask.png.
         encoding: that of the captions, where the user says it.
+        reads: how captions are read.
 
     Raises:
         UserError: if none of them can be read or has the ending; they must not be compressed.
     """
     keys, places, masks, captions, refused = [], [], [], [], []
-    num_left_out, reader = 0, TextReader(encoding)
+    num_left_out, reader = 0, reads(encoding)
     root = Path(os.path.commonpath([shard.parent for shard in shards]))
     fates = Fates(root)
     for number, shard in enumerate(shards):
@@ -114,7 +120,7 @@ def read_tars(shards: Sequence[Path], mask_ending: str | None = None, encoding: 
         place = f"{shard.relative_to(root)}/"
         for sample, member, begin, length, content in _members(shard, place, refused, fates):
             seen.append((sample, member))
-            if mask_ending is not None and PurePosixPath(member).name.partition(".")[2] == mask_ending:
+            if _is_mask(member, mask_ending):
                 masked[sample] = (begin, length)
             elif is_image(member):
                 num_left_out += sample in images
@@ -131,7 +137,7 @@ def read_tars(shards: Sequence[Path], mask_ending: str | None = None, encoding: 
                 if sample in reasons:
                     fates.add(place + member, Fate(UNREADABLE, reasons[sample]))
                 continue
-            is_mask = mask_ending is not None and PurePosixPath(member).name.partition(".")[2] == mask_ending
+            is_mask = _is_mask(member, mask_ending)
             caption = files[sample][0] if sample in files else ""
             fate = Fate(MASK) if is_mask else _fate_beside(member, caption, sample in images)
             fates.add(place + member, fate)
@@ -154,6 +160,11 @@ def read_tars(shards: Sequence[Path], mask_ending: str | None = None, encoding: 
     table = TarTable(shards, keys, _places(places), captions, refused, _places(masks))
     table.num_left_out, table.texts, table.member_fates = num_left_out, reader, fates
     return table
+
+
+def _is_mask(member: str, ending: str | None) -> bool:
+    """Whether a member has a mask's ending, in small letters or capitals."""
+    return ending is not None and PurePosixPath(member).name.partition(".")[2].lower() == ending.lower()
 
 
 def _too_long(name: str, content: bytes) -> str:

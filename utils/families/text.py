@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from utils.families.base import Family, TextStates
 from utils.families.source import ComponentDtypes, PipelineSource
 from utils.families.vae import LatentSpace
+from utils.loading import limit_tokens
 from utils.options import UserError, first_line, require
 from utils.pipeline_files import OPTIONAL, load_optional, write_pipeline
 from utils.samplers import changed_scheduler
-from utils.terminal import one_line
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-MAX_TOKENS = 10_000  # a tokenizer that does not say its length says a number beyond all bounds
-FEWEST_TOKENS = 3  # of a text encoder: beginning, end, and one between them
 CAPTIONS_AT_ONCE = 4096  # whose tokens are held in memory to be counted
 
 
@@ -345,26 +343,6 @@ def has_multi_vector_tokens(tokenizer: Any) -> bool:
     """Whether textual inversion gave a tokenizer a concept of several tokens: `<cat>`, `<cat>_1`, ..."""
     added = tokenizer.added_tokens_encoder
     return any(f"{token}_1" in added for token in added)
-
-
-def limit_tokens(tokenizer: Any, encoder_config: Any, what: str) -> None:
-    """Gives a tokenizer that does not say its length that of its text encoder.
-
-    Raises:
-        UserError: if neither says one, or the tokenizer knows no words.
-    """
-    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_tokens)):
-        raise UserError(f"{what} is missing or has no vocabulary")
-    length, longest = tokenizer.model_max_length, getattr(encoder_config, "max_position_embeddings", None)
-    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= FEWEST_TOKENS:
-        raise UserError(f"{what}: model_max_length must be a number from {FEWEST_TOKENS}, got {one_line(length, 60)}")
-    if length > MAX_TOKENS:
-        if longest is None:
-            raise UserError(f"{what} has no model_max_length")
-        length = longest
-    if longest is not None and length > longest:
-        raise UserError(f"{what} gives {length:g} tokens, and its text encoder takes {longest}; set model_max_length")
-    tokenizer.model_max_length = int(length)
 
 
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
