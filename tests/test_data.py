@@ -386,10 +386,11 @@ class TestSources:
         reasons = dict(records.refused)
         assert [("leaves the folder" in reasons[name]) for name in names if name != "a.png"] == [
             True,
-            True,
+            False,
             False,
             True,
         ]
+        assert "must be relative" in reasons[names[1]]
         assert reasons["gone.png"] == "is listed but not there"
 
     def test_pairs(self, tmp_path):

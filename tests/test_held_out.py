@@ -186,3 +186,19 @@ def test_reduce_on_plateau_against_torch(tmp_path):
 )
 def test_what_does_not_go(refused, flags, named):
     refused(flags, named)
+
+
+def test_held_out_images_that_cannot_be_read_are_named(train, tmp_path, caplog):
+    data = tiny.make_images(tmp_path / "held", 4)
+    (data / "x.png").write_bytes(b"junk")
+    (data / "metadata.jsonl").unlink()
+    (data / "000.txt").write_text("a")
+    train("sd", "--max_train_steps", 1, "--no_final_checkpoint", "--validation_data_dir", data)
+    assert "left out of the validation x.png" in caplog.text
+
+
+def test_a_held_out_list_that_cannot_be_read_is_one_line(refused, tmp_path):
+    data = tiny.make_images(tmp_path / "held", 2)
+    (data / "metadata.jsonl").unlink()
+    (data / "metadata.csv").write_text('file_name,text\n000.png,"open\n')
+    refused(["--max_train_steps", 1, "--validation_data_dir", data], "metadata.csv")

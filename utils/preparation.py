@@ -35,6 +35,17 @@ logger = logging.getLogger(__name__)
 REPORT = "data_report.json"
 
 
+MOST_NAMED = 20
+
+
+def _warn_of_bad(num_listed: int, bad: Mapping[str, str]) -> None:
+    """Names held-out images that can't be read: the loss is measured without them."""
+    for key, reason in list(bad.items())[:MOST_NAMED]:
+        logger.warning("left out of the validation %s: %s", key, reason)
+    if len(bad) > MOST_NAMED:
+        logger.warning("left out of the validation: %d of %d images", len(bad), num_listed)
+
+
 @dataclass(frozen=True)
 class DataPreparation:
     """The data of a run, as its options have it.
@@ -129,9 +140,7 @@ class DataPreparation:
             order = generator(self.seed, 0, 0, Stream.HELD_OUT_SPLIT).permutation(len(records))
             records = records.take(np.sort(order[:limit]))
         buckets, selection = self.buckets, replace(self.selection, max_bad_fraction=1.0)
-        return plan_images(
-            records, self._survey(records, False), resolution, 1, buckets, selection, lambda count, bad: None
-        )
+        return plan_images(records, self._survey(records, False), resolution, 1, buckets, selection, _warn_of_bad)
 
     def _survey(self, records: Records, knows_contents: bool) -> Survey:
         """What is known of the images.

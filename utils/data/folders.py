@@ -269,7 +269,9 @@ def _resolve(base: PurePosixPath, name: str, folder: Path, images: set[str]) -> 
     """(path within the folder, "") of a listed file name, or ("", why it is refused)."""
     plain = name.replace("\\", "/")
     inside = PurePosixPath(os.path.normpath(base / plain))
-    if plain.startswith("/") or Path(name).is_absolute() or inside.parts[:1] == ("..",):
+    if plain.startswith("/") or Path(name).is_absolute():
+        return "", "its file_name must be relative to the list's folder; absolute ones are refused"
+    if inside.parts[:1] == ("..",):
         return "", "its file_name leaves the folder, which is refused"
     if str(inside) in images:
         return str(inside), ""
