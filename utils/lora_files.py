@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from utils.loading import loading, names_of
 from utils.options import UserError
 from utils.tensor_files import open_safetensors
+from utils.user_files import require_regular
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,7 +33,8 @@ def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: st
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"{what}: a {type(pipeline).__name__} takes no LoRA")
     path = Path(source)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
+        require_regular(path)
         root, given = str(path.parent), {"weight_name": path.name}
     else:
         root, given = source, {"weight_name": LORA_FILE} if (path / LORA_FILE).is_file() else {}
