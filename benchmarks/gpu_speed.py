@@ -1,0 +1,11 @@
+"""x"""
+
+
+def sd(b): ...
+
+
+sdxl = sdxl_lora = pixels = peers = sd
+
+
+def cells(*a):
+    return []
