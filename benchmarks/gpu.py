@@ -179,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not has_cuda and not args.tiny:
         print("error: there is no GPU with CUDA; --tiny rehearses it on a CPU", file=sys.stderr)
         return 2
+    if not has_cuda:
+        torch.set_num_threads(1)  # of tiny models, threads only wait for each other
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
     chosen = [section for section in SECTIONS if args.only is None or section.name in args.only]

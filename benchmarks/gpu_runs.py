@@ -1,14 +1,16 @@
-"""What the sections of benchmarks/gpu.py share: the time that is left, and short runs of the scripts in this process."""
+"""What the sections of benchmarks/gpu.py share: the time that is left, and short runs of the scripts in here."""
 
 import io
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +32,7 @@ class Finding(NamedTuple):
 
     verdict: str
     says: str
-    facts: dict[str, Any] = {}
+    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 class Run(NamedTuple):
@@ -152,7 +154,11 @@ class Bench:
         words += ["--encoding_cache_dir", self.folder / "cache", *flags]
         said = io.StringIO()
         with process_of_its_own(), hearing(said), redirect_stderr(said), redirect_stdout(said):
-            status = main([str(word) for word in words])
+            try:
+                status = main([str(word) for word in words])
+            except Exception as error:  # noqa: BLE001 - no user's error: the script itself is at fault
+                status = 1
+                said.write(f"{traceback.format_exc()}\nerror: {type(error).__name__}: {error}\n")
         with (self.out / "run.log").open("a", encoding="utf-8") as log:
             log.write(f"\n$ {out}: {' '.join(map(str, words))}\n{said.getvalue()}exit status {status}\n")
         return Run(status, folder, said.getvalue())

@@ -38,11 +38,15 @@ class Architecture:
             made[name] = getattr(transformers, class_name)(transformers.CLIPTextConfig(**config, **tokens))
         return made
 
-    def save_pipeline(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-        """Writes the pipeline with random weights, if it is not there yet."""
+    def save_pipeline(
+        self, folder: Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+    ) -> Path:
+        """Writes the pipeline with random weights, which are drawn on a device, if it is not there yet."""
         if not (folder / "model_index.json").exists():
             torch.manual_seed(0)
-            parts: dict[str, Any] = {name: nn.Module.to(part, dtype) for name, part in self.parts().items()}
+            with torch.device(device):
+                made = self.parts()
+            parts: dict[str, Any] = {name: nn.Module.to(part, dtype) for name, part in made.items()}
             parts |= dict.fromkeys(self.family.tokenizer_names, tiny.tokenizer(folder / "vocabulary"))
             if self.family is StableDiffusion:
                 parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
