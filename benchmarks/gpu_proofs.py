@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -227,6 +228,8 @@ RESUMED: dict[str, tuple[object, ...]] = {
     "fp16": ("--mixed_precision", "fp16"),
 }
 
+OF_BITSANDBYTES = ("8-bit", "paged", "nf4 LoRA")
+
 
 def digests(checkpoint: Path) -> dict[str, str]:
     """SHA-256 of what each of a checkpoint's files of tensors holds; safetensors orders a file's own notes anyhow."""
@@ -246,6 +249,9 @@ def resumes(bench: Bench) -> Finding:
     for name, flags in RESUMED.items():
         if name == "fp16" and not bench.is_cuda:
             facts[name] = "skipped: a CPU does not compute it"
+            continue
+        if name in OF_BITSANDBYTES and find_spec("bitsandbytes") is None:
+            facts[name] = "skipped: bitsandbytes is not installed"
             continue
         if name == "nf4 LoRA" and not bench.is_cuda:
             flags = flags[len(BF16) :]  # a CPU's norms take no float32 beside weights in bfloat16
@@ -468,7 +474,7 @@ def gates(bench: Bench) -> Finding:
     edge, channels = (16, 16) if bench.is_tiny else (64, 128)
     norms = (*NORMS, "--model_channels", channels, *DRAWING)
     cases: dict[str, tuple[str, tuple[object, ...], tuple[object, ...]]] = {
-        "LoRA of 22 blocks": ("deep", (*LORA, *BF16, *BLOCKS), ()),
+        "LoRA of 11 blocks, fp32": ("deep", (*LORA, "--allow_tf32", "false", *BLOCKS), ()),
         "norms of 4 channels a group, bf16": (
             *("pixels", (*BF16, "--channels_last", *DENOISER, "--resolution", edge)),
             norms,
@@ -478,6 +484,8 @@ def gates(bench: Bench) -> Finding:
         "SD, bf16": ("sd", (*BF16, *DENOISER), ()),
         "SDXL, bf16_weights, blocks": ("sdxl", (*BF16, "--bf16_weights", *BLOCKS), ()),
     }
+    if bench.is_cuda:
+        cases["LoRA of 11 blocks, bf16"] = "deep", (*LORA, *BF16, *BLOCKS), ()
     short = ("--max_train_steps", 2, "--no_final_checkpoint")
     with rehearsed_compiler(bench.is_tiny and not bench.is_cuda):
         for name, (family, flags, shape) in cases.items():

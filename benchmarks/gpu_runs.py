@@ -110,7 +110,7 @@ class Bench:
         return tiny.make_classes(self.images, self.folder / "classes")
 
     def _make_deep(self, folder: Path) -> Path:
-        """A Stable Diffusion pipeline of 22 transformer blocks: more than a function may have graphs by default."""
+        """A Stable Diffusion pipeline of 11 transformer blocks: more than a function may have graphs by default."""
         from diffusers import UNet2DConditionModel
 
         tiny.make_sd(folder)
@@ -122,7 +122,6 @@ class Bench:
             norm_num_groups=8,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            transformer_layers_per_block=2,
             attention_head_dim=4,
             cross_attention_dim=32,
         ).save_pretrained(folder / "unet")

@@ -144,7 +144,7 @@ class Training:
     def __init__(self, bench: Bench, case: Case, variant: Variant):
         self.bench, self.batch_size = bench, variant.batch
         folder = OutputFolder(str(bench.folder / "speed"))
-        folder.path.mkdir(exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
         self.folder = folder.path
         words = ["--output_dir", str(folder.path), "--report_to", "none", "--logging_steps", "10"]
         words += ["--train_data_dir", str(bench.images)]  # of which nothing is read
