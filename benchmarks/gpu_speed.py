@@ -143,6 +143,7 @@ class Training:
 
     def __init__(self, bench: Bench, case: Case, variant: Variant):
         self.bench, self.batch_size = bench, variant.batch
+        torch.manual_seed(0)  # the same first weights in each variant
         folder = OutputFolder(str(bench.folder / "speed"))
         folder.path.mkdir(parents=True, exist_ok=True)
         self.folder = folder.path
