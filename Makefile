@@ -8,8 +8,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 RUN = .venv/bin/python
 INSTALLED = .venv/installed-$(shell cat requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo demo-lora demo-unconditional compare chaos fuzz golden test test-slow older test-older nightly check install \
-	base clean
+.PHONY: demo demo-lora demo-unconditional compare chaos fuzz golden gpu gpu-prepare test test-slow older test-older \
+	nightly check install base clean
 
 demo: $(INSTALLED)
 	$(RUN) demo/run.py
@@ -56,6 +56,14 @@ fuzz: $(INSTALLED)
 BASE ?= c0d6448
 golden: $(INSTALLED)
 	$(RUN) tests/golden.py --base $(BASE)
+
+# proves and measures on a GPU what no CPU can, in nine minutes; beside diffusers' own scripts where .peer/ holds them
+gpu: $(INSTALLED)
+	$(RUN) benchmarks/gpu.py $(if $(wildcard .peer),--peer .peer)
+
+# for a machine with a GPU and no network: wheels that it may lack, in .whl/, and what belongs into .peer/
+gpu-prepare: $(INSTALLED)
+	$(RUN) benchmarks/gpu_prepare.py
 
 check: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -64,7 +64,7 @@ def few(heads: int | tuple[int, ...]) -> int | tuple[int, ...]:
 
 def small_architecture(kind: str) -> Any:
     """Stable Diffusion's graph, its widths divided by 8."""
-    from benchmarks.memory import MODELS
+    from benchmarks.made import MODELS
 
     true = MODELS[kind]
     unet = dict(true.unet) | {"norm_num_groups": 8, "sample_size": 16 if kind == "sd" else 32}
@@ -103,7 +103,7 @@ def make_pipeline(kind: str, size: str, folder: Path) -> Path:
 
         {"sd": tiny.make_sd, "sdxl": tiny.make_sdxl}[kind](folder)
     else:
-        from benchmarks.memory import MODELS
+        from benchmarks.made import MODELS
 
         architecture = MODELS[kind] if size == "true" else small_architecture(kind)
         architecture.save_pipeline(folder, torch.float32)

@@ -25,6 +25,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
+import os
 import resource
 import runpy
 import sys
@@ -91,8 +92,17 @@ class Recorder:
         denoiser: the network whose forward pass was last called.
     """
 
-    def __init__(self, folder: Path, began: float, keeps_gradients: bool, profiled_steps: int, clock: str = "wall"):
+    def __init__(
+        self,
+        folder: Path,
+        began: float,
+        keeps_gradients: bool,
+        profiled_steps: int,
+        clock: str = "wall",
+        last_step: int | None = None,
+    ):
         self._folder = folder
+        self._last_step = last_step
         self._clock, self._clock_of_steps = time.perf_counter, CLOCKS[clock]
         self._began = began
         self._keeps_gradients = keeps_gradients
@@ -204,6 +214,10 @@ class Recorder:
             self._begin_steps()
         if self._profile is not None and len(self.steps) == self._profiled_steps:
             self._profile.disable()
+        if len(self.steps) == self._last_step:
+            self.finish()
+            sys.stdout.flush()
+            os._exit(0)  # neither checkpoint nor export: they would take longer than the steps
         self._last = self._clock()
 
     def begin_main(self) -> None:
@@ -402,13 +416,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--began", type=float, default=time.time(), help="when the command was given, in Unix seconds")
     parser.add_argument("--keep_gradients", action="store_true", help="write the gradients of the first step")
     parser.add_argument("--profile_steps", type=int, default=0, help="profile so many steps, which slows them")
+    parser.add_argument("--stop_after", type=int, help="end the process after so many steps, without its result")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what steps are timed by")
     parser.add_argument("--weights", type=Path, help="folder of a UNet2DModel whose weights a fresh one takes")
     parser.add_argument("--peer_path", help="folder of packages that the script needs, such as torchvision")
     parser.add_argument("script", type=Path)
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     args = parser.parse_args(argv)
-    recorder = Recorder(args.record, args.began, args.keep_gradients, args.profile_steps, args.clock)
+    recorder = Recorder(args.record, args.began, args.keep_gradients, args.profile_steps, args.clock, args.stop_after)
     if args.peer_path is not None:
         sys.path.append(args.peer_path)
         import_torchvision()

@@ -25,12 +25,10 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -46,22 +44,19 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
 
+from benchmarks.made import MODELS, TOKENS, Architecture, MadeSource  # noqa: E402
 from benchmarks.printing import print_table  # noqa: E402
 from tests import tiny  # noqa: E402
 from train_text_to_image import Options  # noqa: E402
 from utils.adaptation import ADAPTATIONS  # noqa: E402
 from utils.ema import MovingAverage  # noqa: E402
 from utils.families.base import TextStates  # noqa: E402
-from utils.families.sd import StableDiffusion  # noqa: E402
-from utils.families.sdxl import StableDiffusionXL  # noqa: E402
-from utils.families.source import ComponentDtypes, ModelOptions  # noqa: E402
 from utils.families.text import TextFamily  # noqa: E402
 from utils.optim import NamedParameter  # noqa: E402
 from utils.options import UserError, parse, run_script  # noqa: E402
 from utils.starting import make_optimizer  # noqa: E402
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
-TOKENS, BEGIN, END = 77, 512, 513  # of the tokenizer that stands in for CLIP's
 STEPS = 6
 
 
@@ -119,71 +114,6 @@ def title_of(number: int) -> list[str]:
     """A row's number and flags."""
     row = MEASURED_ROWS[number]
     return [str(number), f"full fine-tuning, `{row.flags}`" if row.base is None else f"{row.base} + `{row.flags}`"]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A pipeline's family and the configs of its parts; of text encoders each with its class's name."""
-
-    family: type[TextFamily]
-    unet: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    text_encoders: Sequence[tuple[str, Mapping[str, Any]]]
-
-    def parts(self) -> dict[str, nn.Module]:
-        """What has weights, by its name in the pipeline."""
-        import transformers
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-
-        tokens = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END}
-        made = {"unet": UNet2DConditionModel(**self.unet), "vae": AutoencoderKL(**self.vae)}
-        for name, (class_name, config) in zip(self.family.text_encoder_names, self.text_encoders, strict=True):
-            made[name] = getattr(transformers, class_name)(transformers.CLIPTextConfig(**config, **tokens))
-        return made
-
-    def save_pipeline(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-        """Writes the pipeline with random weights, if it is not there yet."""
-        if not (folder / "model_index.json").exists():
-            torch.manual_seed(0)
-            parts: dict[str, Any] = {name: nn.Module.to(part, dtype) for name, part in self.parts().items()}
-            parts |= dict.fromkeys(self.family.tokenizer_names, tiny.tokenizer(folder / "vocabulary"))
-            if self.family is StableDiffusion:
-                parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            self.family.pipeline_class()(scheduler=tiny.scheduler(), **parts).save_pretrained(folder)
-        return folder
-
-
-VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
-VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-CLIP_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-SDXL_UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-MODELS = {
-    "sd": Architecture(
-        StableDiffusion,
-        {"sample_size": 64, "cross_attention_dim": 768},  # for the rest SD 1.5 has diffusers' defaults
-        VAE | {"sample_size": 512},
-        [("CLIPTextModel", CLIP_L)],
-    ),
-    "sdxl": Architecture(
-        StableDiffusionXL,
-        SDXL_UNET,
-        VAE | {"sample_size": 1024, "scaling_factor": 0.13025},  # its published config, made here without a file
-        [("CLIPTextModel", CLIP_L), ("CLIPTextModelWithProjection", CLIP_BIG_G | {"projection_dim": 1280})],
-    ),
-}
 
 
 # Counting
@@ -296,23 +226,6 @@ def as_on_cuda() -> Iterator[None]:
         for place, name, change in changes:
             stack.enter_context(patch.object(place, name, change, create=True))
         yield
-
-
-@dataclass(frozen=True)
-class MadeSource:
-    """A `PipelineSource` of a pipeline that is made, not read."""
-
-    options: ModelOptions
-    architecture: Architecture
-
-    def load(self, pipeline_class: type, dtypes: ComponentDtypes, text_encoder_names: Sequence[str]) -> SimpleNamespace:
-        """What of the pipeline a training step needs."""
-        parts, by_name = self.architecture.parts(), {"unet": dtypes.unet, "vae": dtypes.frozen}
-        parts = {name: nn.Module.to(part, by_name.get(name, dtypes.text_encoders)) for name, part in parts.items()}
-        tokenizer = SimpleNamespace(model_max_length=TOKENS, eos_token_id=END)
-        config = SimpleNamespace(force_zeros_for_empty_prompt=True)
-        tokenizers = dict.fromkeys(self.architecture.family.tokenizer_names, tokenizer)
-        return SimpleNamespace(scheduler=None, config=config, **tokenizers, **parts)
 
 
 def prepared(architecture: Architecture, options: Options) -> tuple[TextFamily, list[NamedParameter]]:

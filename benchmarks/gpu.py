@@ -1,0 +1,196 @@
+"""The GPU proof: what no CPU can show, proved or measured by one command on a machine that is lent for minutes.
+
+    python benchmarks/gpu.py [--deadline 540] [--only NAME ...] [--peer FOLDER] [--out FOLDER]
+    python benchmarks/gpu.py --tiny     rehearses it on a CPU, but for what only CUDA has
+
+It has not run on a GPU yet. Sections come in order of value. Each prints its line at once and writes its JSON; one that
+fails, runs out of memory or takes twice its time is caught, and the next one begins; one whose time is not left is
+skipped. It ends with a table, in summary.md too. Ours runs in this process, its pipelines made on the device, so that
+no file of theirs is written; the peers are diffusers' own example scripts, in processes of their own.
+
+The exit status is 1 where a section has failed.
+"""
+
+import argparse
+import gc
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# read when torch and the Hub's client are imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import torch  # noqa: E402
+
+from benchmarks import gpu_proofs, gpu_speed  # noqa: E402
+from benchmarks.gpu_runs import FAILED, SKIPPED, Bench, Finding, settings_kept  # noqa: E402
+
+
+class Section(NamedTuple):
+    """A part of the proof.
+
+    Attributes:
+        seconds: that it takes on a GPU, about; it is cut off after twice as many.
+        needs_cuda: whether nothing of it can be had on a CPU.
+        function: gives what it found.
+    """
+
+    name: str
+    seconds: float
+    needs_cuda: bool
+    function: Callable[[Bench], Finding]
+
+
+SECTIONS = (
+    Section("machine", 15, False, gpu_proofs.machine),
+    Section("parity", 45, False, gpu_proofs.parity),
+    Section("resumes", 50, False, gpu_proofs.resumes),
+    Section("waits", 20, True, gpu_proofs.waits),
+    Section("memory", 30, False, gpu_proofs.memory),
+    Section("gates", 60, False, gpu_proofs.gates),
+    Section("attention", 25, False, gpu_proofs.attention),
+    Section("sd", 90, False, gpu_speed.sd),
+    Section("sdxl", 95, False, gpu_speed.sdxl),
+    Section("sdxl-lora", 55, False, gpu_speed.sdxl_lora),
+    Section("pixels", 35, False, gpu_speed.pixels),
+    Section("peers", 85, False, gpu_speed.peers),
+)
+LEAST = 0.3  # of a section's time that must be left for it to begin
+PATIENCE = 2.0  # times its time, after which it is cut off
+SLOW = 4.0  # how many times as long all takes without a GPU
+
+
+class CutOff(BaseException):
+    """A section's time is over. No `Exception`, which the product would take for one of its own."""
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raises `CutOff` in it once the seconds are over; a call that is not Python's ends first.
+
+    A timer that was set before goes on afterwards.
+    """
+
+    def cut_off(number: int, frame: object) -> None:
+        raise CutOff(f"cut off after {seconds:.0f} s")
+
+    handler = signal.signal(signal.SIGALRM, cut_off)
+    began, (before, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if before:
+            signal.setitimer(signal.ITIMER_REAL, max(0.01, before - (time.monotonic() - began)), interval)
+
+
+def run_section(section: Section, bench: Bench) -> Finding:
+    """What a section found; why it found nothing where it could not."""
+    if section.needs_cuda and bench.device.type != "cuda":
+        return Finding(SKIPPED, "needs CUDA, and there is none")
+    usual = section.seconds * (1 if bench.device.type == "cuda" else SLOW)
+    left = bench.left()
+    if left < LEAST * usual:
+        return Finding(SKIPPED, f"{left:.0f} s were left of about {usual:.0f} that it takes")
+    try:
+        with within(min(PATIENCE * usual, left)), settings_kept():
+            return section.function(bench)
+    except CutOff as error:
+        return Finding(FAILED, f"{error}; {bench.last_said}", {"traceback": traceback.format_exc()})
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the next section goes on
+        first = str(error).strip().splitlines() or [""]
+        return Finding(FAILED, f"{type(error).__name__}: {first[0][:200]}", {"traceback": traceback.format_exc()})
+    finally:
+        free()
+
+
+def free() -> None:
+    """Lets go of what a section has left on the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def run_all(sections: Sequence[Section], bench: Bench) -> dict[str, Finding]:
+    """Runs sections in order; each one's line is printed, and all that is known is written, as soon as it ends."""
+    found: dict[str, Finding] = {}
+    for section in sections:
+        began = time.perf_counter()
+        finding = found[section.name] = run_section(section, bench)
+        seconds = time.perf_counter() - began
+        print(f"{section.name:10} {finding.verdict:8} {seconds:6.1f} s  {finding.says}", flush=True)
+        write(bench.out / f"{section.name}.json", finding._asdict() | {"seconds": seconds})
+        write(bench.out / "summary.json", {name: [each.verdict, each.says] for name, each in found.items()})
+        (bench.out / "summary.md").write_text(summary(found), encoding="utf-8")
+    return found
+
+
+def write(path: Path, value: object) -> None:
+    """Writes JSON; what it has no word for, as a string."""
+    path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def summary(found: Mapping[str, Finding]) -> str:
+    """The tables at the end, in Markdown: all verdicts, and the speeds beside the peers'."""
+    lines = ["| section | verdict | |", "|---|---|---|"]
+    lines += [f"| {name} | {each.verdict} | {one_cell(each.says)} |" for name, each in found.items()]
+    rows = [row for each in found.values() for row in each.facts.get("speeds", ())]
+    if rows:
+        head = ("case", "batch", "what", "images/s", "ms a step", "host ms", "peak GB", "MFU", "times the peer's")
+        lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += [f"| {' | '.join(one_cell(str(each)) for each in gpu_speed.cells(row, rows))} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def one_cell(text: str) -> str:
+    """Text that fits a table's cell."""
+    return " ".join(text.replace("|", "/").split())
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deadline", type=float, default=540.0, help="seconds after which no section goes on")
+    parser.add_argument("--tiny", action="store_true", help="tiny models everywhere, to rehearse it")
+    parser.add_argument("--only", nargs="+", choices=[section.name for section in SECTIONS], help="these sections")
+    parser.add_argument("--out", type=Path, default=Path("gpu-proof"), help="folder of JSON, summary.md and run.log")
+    parser.add_argument("--peer", type=Path, help="folder with diffusers' example scripts")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the proof; gives its exit status."""
+    args = parsed(argv)
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda and not args.tiny:
+        print("error: there is no GPU with CUDA; --tiny rehearses it on a CPU", file=sys.stderr)
+        return 2
+    if not has_cuda:
+        torch.set_num_threads(1)  # of tiny models, threads only wait for each other
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
+    chosen = [section for section in SECTIONS if args.only is None or section.name in args.only]
+    ends_at = time.monotonic() + args.deadline
+    with tempfile.TemporaryDirectory(prefix="gpu-proof-") as folder:
+        bench = Bench(Path(folder), args.out, device, args.tiny, ends_at, args.peer)
+        found = run_all(chosen, bench)
+    print(f"\n{summary(found)}", flush=True)
+    return int(any(each.verdict == FAILED for each in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

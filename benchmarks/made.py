@@ -1,0 +1,127 @@
+"""Stable Diffusion's architectures as they are published, and pipelines of them with random weights, in memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests import tiny
+from utils.families.sd import StableDiffusion
+from utils.families.sdxl import StableDiffusionXL
+from utils.families.source import ComponentDtypes, ModelOptions
+from utils.families.text import TextFamily
+
+TOKENS, BEGIN, END = 77, 512, 513  # of the tokenizer that stands in for CLIP's
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A pipeline's family and the configs of its parts; of text encoders each with its class's name."""
+
+    family: type[TextFamily]
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text_encoders: Sequence[tuple[str, Mapping[str, Any]]]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What has weights, by its name in the pipeline."""
+        import transformers
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+
+        tokens = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END}
+        made = {"unet": UNet2DConditionModel(**self.unet), "vae": AutoencoderKL(**self.vae)}
+        for name, (class_name, config) in zip(self.family.text_encoder_names, self.text_encoders, strict=True):
+            made[name] = getattr(transformers, class_name)(transformers.CLIPTextConfig(**config, **tokens))
+        return made
+
+    def save_pipeline(
+        self, folder: Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+    ) -> Path:
+        """Writes the pipeline with random weights, which are drawn on a device, if it is not there yet."""
+        if not (folder / "model_index.json").exists():
+            torch.manual_seed(0)
+            with torch.device(device):
+                made = self.parts()
+            parts: dict[str, Any] = {name: nn.Module.to(part, dtype) for name, part in made.items()}
+            parts |= dict.fromkeys(self.family.tokenizer_names, tiny.tokenizer(folder / "vocabulary"))
+            if self.family is StableDiffusion:
+                parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            self.family.pipeline_class()(scheduler=tiny.scheduler(), **parts).save_pretrained(folder)
+        return folder
+
+
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+MODELS = {
+    "sd": Architecture(
+        StableDiffusion,
+        {"sample_size": 64, "cross_attention_dim": 768},  # for the rest SD 1.5 has diffusers' defaults
+        VAE | {"sample_size": 512},
+        [("CLIPTextModel", CLIP_L)],
+    ),
+    "sdxl": Architecture(
+        StableDiffusionXL,
+        SDXL_UNET,
+        VAE | {"sample_size": 1024, "scaling_factor": 0.13025},  # its published config, made here without a file
+        [("CLIPTextModel", CLIP_L), ("CLIPTextModelWithProjection", CLIP_BIG_G | {"projection_dim": 1280})],
+    ),
+}
+
+
+class MadeTokenizer(SimpleNamespace):
+    """What a family asks of a tokenizer whose captions are never read."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Its words' numbers."""
+        return {"a": 0, "<|endoftext|>": END}
+
+
+class MadePipeline(SimpleNamespace):
+    """What a family asks of a pipeline in a training step: its parts, and the config of SDXL's."""
+
+
+@dataclass(frozen=True)
+class MadeSource:
+    """A `PipelineSource` of a pipeline that is made, not read."""
+
+    options: ModelOptions
+    architecture: Architecture
+    path = "made"
+    is_single_file = False
+
+    def scheduler_marks(self) -> dict[str, object]:
+        """None: the scheduler says it all."""
+        return {}
+
+    def folder(self, pipeline_class: type) -> None:
+        """There is none."""
+
+    def load(self, pipeline_class: type, dtypes: ComponentDtypes, text_encoder_names: Sequence[str]) -> MadePipeline:
+        """What of the pipeline a training step needs, where tensors are made just now."""
+        parts, by_name = self.architecture.parts(), {"unet": dtypes.unet, "vae": dtypes.frozen}
+        parts = {name: nn.Module.to(part, by_name.get(name, dtypes.text_encoders)) for name, part in parts.items()}
+        words = {"model_max_length": TOKENS, "eos_token_id": END, "all_special_tokens": ["<|endoftext|>"]}
+        tokenizers = dict.fromkeys(self.architecture.family.tokenizer_names, MadeTokenizer(**words))
+        config = SimpleNamespace(force_zeros_for_empty_prompt=True)
+        with torch.device("cpu"):  # its tables of numbers are indexed there
+            scheduler = tiny.scheduler()
+        return MadePipeline(scheduler=scheduler, config=config, **tokenizers, **parts)
