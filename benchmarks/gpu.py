@@ -1,4 +1,4 @@
-"""The GPU proof: what no CPU can show, proved or measured by one command on a machine that is lent for minutes.
+"""The GPU proof: what no CPU can show, proved or measured by one command in some nine minutes on a GPU.
 
     python benchmarks/gpu.py [--deadline 540] [--only NAME ...] [--peer FOLDER] [--out FOLDER]
     python benchmarks/gpu.py --tiny     rehearses it on a CPU, but for what only CUDA has
