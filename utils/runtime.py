@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".tif", ".tiff", ".bmp", ".gif")
+OWN_FILES = ("run.json", "results.json", "dry_run_report.json")  # of which a folder that is a run's own has one
 EXPANDABLE = "expandable_segments:True"
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
 Result = TypeVar("Result")
@@ -243,7 +244,7 @@ class OutputFolder:
 
     def _refuse_pictures(self) -> None:
         """Refuses a folder of pictures that no run wrote: marked as a run's own, they would train nothing any more."""
-        if any((self.path / name).exists() for name in (MARKER, "run.json", "results.json")):
+        if any((self.path / name).exists() for name in (MARKER, *OWN_FILES)):
             return
         found = next((path.name for path in self.path.iterdir() if path.suffix.lower() in PICTURES), None)
         if found is not None:

@@ -254,7 +254,7 @@ class Reference:
 
     def __init__(self, gradients: Mapping[str, Tensor]):
         self._kept = {name: gradient.detach().float().to("cpu", copy=True) for name, gradient in gradients.items()}
-        squares = sum(float(each.double().square().sum()) for each in self._kept.values())
+        squares = sum(float(each.cpu().double().square().sum()) for each in self._kept.values())
         count = max(1, sum(each.numel() for each in self._kept.values()))
         self._usual = (squares / count) ** 0.5
 
@@ -269,8 +269,8 @@ class Reference:
             gradient = found[name].detach()
             kept = self._kept[name].to(gradient.device)
             floor = NEGLIGIBLE * self._usual * kept.numel() ** 0.5
-            norm = torch.linalg.vector_norm(kept, dtype=torch.float64).clamp(min=max(floor, 1e-30))
-            rows.append(torch.linalg.vector_norm(gradient.float() - kept, dtype=torch.float64) / norm)
+            norm = torch.linalg.vector_norm(kept).clamp(min=max(floor, 1e-30))
+            rows.append(torch.linalg.vector_norm(gradient.float() - kept) / norm)
         errors = dict(zip(names, torch.stack(rows).tolist() if rows else [], strict=True))
         errors = {name: error if error == error else float("inf") for name, error in errors.items()}
         return dict.fromkeys(self._kept, 1.0) | errors
