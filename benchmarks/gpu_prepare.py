@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_prepare.py
 
-Wheels go into .whl/, by the versions of constraints.txt, for any Python from 3.11 on Linux; of bitsandbytes, which has
+Wheels go into .whl/, by the versions of constraints.txt and for the Python that runs this; of bitsandbytes, which has
 kernels for each version of CUDA, those of one are kept. On that machine:
 
     python3 -m pip install --no-index --no-deps --upgrade --target SITE .whl/*.whl
