@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.speed import allowed_error
+from utils.speed import allowed_error, typical_error
 
 GRADIENT_ERROR = 1e-4  # float32: relative, of each tensor
 FLOORS = {"fp32": 1e-2, "bf16": 1e-4}  # of the root mean square of all gradients: below it a tensor's own is rounding
@@ -76,11 +76,13 @@ def gradients_agree(fast: Tensors, plain: Tensors, precision: str, exact: Tensor
         return wrong
     floor = FLOORS[precision] * root_mean_square(list(reference.values()))
     excess, worst, place, allowed = -math.inf, 0.0, "", GRADIENT_ERROR
+    rounding = {}
+    if exact is not None:
+        rounding = {name: relative_error(plain[name], expected, floor) for name, expected in exact.items()}
+    usual = typical_error(rounding.values())
     for name, expected in reference.items():
         error = relative_error(fast[name], expected, floor)
-        limit = GRADIENT_ERROR
-        if exact is not None:
-            limit = allowed_error(relative_error(plain[name], expected, floor))
+        limit = allowed_error(max(rounding[name], usual)) if rounding else GRADIENT_ERROR
         if not error - limit <= excess:  # not a number is worst
             excess, worst, place, allowed = error - limit, error, name, limit
         if math.isnan(error):

@@ -376,6 +376,13 @@ def test_a_compiled_gradient_may_be_twice_as_far_off_as_the_plain_one(error, rou
         check_errors(errors, {"b": rounding})
 
 
+def test_a_tensor_that_plain_rounding_hardly_moves_is_held_to_what_is_usual():
+    rounding = {"a": 0.001} | {f"b{number}": 0.03 for number in range(20)}
+    check_errors({"a": 0.06}, rounding)
+    with pytest.raises(UserError, match="the gradient of a is"):
+        check_errors({"a": 0.08}, rounding)
+
+
 @pytest.mark.parametrize("fault", ["rounding", "a wrong gradient", "a wrong gradient in float32 alone"])
 def test_half_precision_is_held_against_float32(train, monkeypatch, capsys, caplog, fault):
     """What rounds elsewhere is let through: noise under bfloat16's last bit moves gradients by more than 4.5 %."""

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -237,15 +237,22 @@ def check_errors(errors: Mapping[str, float], rounding: Mapping[str, float]) -> 
     Raises:
         UserError: naming the worst.
     """
-    excess = {name: error - allowed_error(rounding.get(name, 0.0)) for name, error in errors.items()}
+    usual = typical_error(rounding.values())
+    excess = {name: error - allowed_error(max(rounding.get(name, 0.0), usual)) for name, error in errors.items()}
     name = max(excess, key=lambda each: excess[each], default="")
     if name and not excess[name] <= 0:
         plain = f", the plain one {rounding[name]:.2%}" if name in rounding else ""
         raise UserError(f"--compile: compiled, the gradient of {name} is {errors[name]:.2%} off{plain}; leave it out")
 
 
+def typical_error(errors: Iterable[float]) -> float:
+    """The root mean square of errors: a single tensor's may be small by chance, which another rounding need not be."""
+    squares = [error * error for error in errors]
+    return (sum(squares) / len(squares)) ** 0.5 if squares else 0.0
+
+
 def allowed_error(rounding: float) -> float:
-    """How far off float32 a compiled gradient may be where the plain one is so far off by rounding, both relative."""
+    """How far off float32 a compiled gradient may be where plain ones are so far off by rounding, both relative."""
     return max(min(2 * rounding + EXACT, FURTHEST), rounding + EXACT)
 
 
