@@ -234,9 +234,8 @@ def _merge_adapters(module: torch.nn.Module | None, folder: Path) -> None:
         if module is None:
             raise ValueError("the pipeline has no such part")
         adapted = PeftModel.from_pretrained(module, folder)
-        if set(get_peft_model_state_dict(adapted)) != set(
-            read_safetensors(folder / PEFT_FILE)
-        ):  # PEFT leaves the rest out
+        read = set(get_peft_model_state_dict(adapted))  # PEFT leaves the rest out
+        if read != set(read_safetensors(folder / PEFT_FILE)):
             raise ValueError(f"the tensors in {PEFT_FILE} are not those of its config")
         adapted.merge_and_unload()
 

@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 REPORT = "data_report.json"
-
-
-MOST_NAMED = 20
+MOST_NAMED = 20  # held-out images that can't be read
 
 
 def _warn_of_bad(num_listed: int, bad: Mapping[str, str]) -> None:

@@ -45,6 +45,7 @@ from utils.data.sources import (
     shards_of,
 )
 from utils.data.tables import captions_of, data_folders, declared, image_of
+from utils.data.tars import CAPTION_COLUMN, IMAGE_COLUMN, MASK_COLUMN, REASON_COLUMN
 from utils.options import UserError, first_line
 from utils.records import ImageRecord, MaskFile
 from utils.seeding import Stream, generator
@@ -303,7 +304,7 @@ def open_stream(
         )
     images = [column for column in (source.image_column, source.mask_column) if column is not None]
     texts = [] if source.caption_column is None else [source.caption_column]
-    more = (*sizes, "__reason__")
+    more = (*sizes, REASON_COLUMN)
     dataset = dataset.select_columns([*images, *texts, *(name for name in more if name in columns)])
     flags = {source.image_column: "image_column", source.mask_column: "mask_column"}
     for column in images:
@@ -372,16 +373,14 @@ def _local_files(source: SourceOptions) -> list[Path]:
 
 def _tar_columns(source: SourceOptions, columns: list[str]) -> SourceOptions:
     """The columns of tar shards: those that are named after endings of members, else what a sample's members are."""
-    from utils.data.tar_streams import CAPTION, IMAGE, MASK, REASON
-
-    if IMAGE not in columns:
+    if IMAGE_COLUMN not in columns:
         return source
     caption, mask = source.caption_column, source.mask_column
     return replace(
         source,
-        mask_column=MASK if mask is not None and REASON in columns else mask,
-        image_column=source.image_column if source.image_column in columns else IMAGE,
-        caption_column=caption if caption is None or caption in columns else CAPTION,
+        mask_column=MASK_COLUMN if mask is not None and REASON_COLUMN in columns else mask,
+        image_column=source.image_column if source.image_column in columns else IMAGE_COLUMN,
+        caption_column=caption if caption is None or caption in columns else CAPTION_COLUMN,
     )
 
 
@@ -455,7 +454,7 @@ class Lane:
         value = row[source.image_column]
         path = value.get("path") if isinstance(value, dict) else None
         key = path or f"lane {self._number}, pass {passing}, row {number}"
-        if reason := row.get("__reason__"):
+        if reason := row.get(REASON_COLUMN):
             self.bad.append((key, reason))
             return None
         try:

@@ -16,15 +16,13 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plu
 
 from utils.data.folders import PAIR_SUFFIXES, caption_limit, is_caption_file, is_image
 from utils.data.images import MOST_BYTES
-from utils.data.tars import read_tars
+from utils.data.tars import CAPTION_COLUMN, IMAGE_COLUMN, MASK_COLUMN, REASON_COLUMN, read_tars
 from utils.options import UserError
 from utils.user_files import CertainTexts
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-IMAGE, CAPTION, MASK, REASON = "__image__", "__caption__", "__mask__", "__reason__"
-"""The columns of a sample's first image, its captions, its mask, and why it is left out."""
 SAMPLES_LOOKED_AT = 100  # whose members' endings are columns too
 Members = dict[str, tuple[str, bytes]]
 """The names and bytes of a sample's files by their endings, such as jpg and mask.png, in small letters."""
@@ -33,8 +31,8 @@ Members = dict[str, tuple[str, bytes]]
 class TarSamples(WebDataset):
     """The builder of tar shards.
 
-    Of a row, IMAGE and CAPTION are chosen as of shards that are not streamed; each ending of the first samples, in
-    small letters, is a column of bytes besides.
+    Of a row, the image and the captions are chosen as of shards that are not streamed; each ending of the first
+    samples, in small letters, is a column of bytes besides.
 
     Attributes:
         mask_ending: what stands behind the first dot of a mask's name, such as mask.png; None without masks.
@@ -52,7 +50,7 @@ class TarSamples(WebDataset):
                 break
         columns = {ending: Image() if is_image(f"x.{ending}") else Value("binary") for ending in endings}
         texts = {"path": Value("string"), "bytes": Value("binary")}
-        self.info.features = Features(columns | {IMAGE: Image(), CAPTION: texts})
+        self.info.features = Features(columns | {IMAGE_COLUMN: Image(), CAPTION_COLUMN: texts})
         return super()._split_generators(dl_manager)
 
     def _generate_examples(self, tar_paths: Any, tar_iterators: Any) -> Iterator[tuple[Key, dict[str, Any]]]:
@@ -70,7 +68,7 @@ class TarSamples(WebDataset):
         images = [file for ending, file in members.items() if ending != is_mask and is_image(file[0])]
         texts = [file for file in members.values() if is_caption_file(file[0])]
         texts.sort(key=lambda file: PAIR_SUFFIXES.index(_suffix(file[0])))
-        for column, files in ((IMAGE, images), (CAPTION, texts)):
+        for column, files in ((IMAGE_COLUMN, images), (CAPTION_COLUMN, texts)):
             if files:
                 name, content = files[0]
                 row[column] = {"path": name, "bytes": content}
@@ -104,11 +102,16 @@ def local_samples(
 ) -> dict[str, "IterableDataset"]:
     """The streams of tar shards on a disk, by the names of their splits, as shards are read that are not streamed.
 
-    A row has IMAGE, CAPTION (a list of texts), MASK (bytes, or None), and REASON: why a sample is left out, else "".
+    A row has its image, its captions as a list, its mask or None, and why the sample is left out, or "" if it is not.
     """
     from datasets import IterableDataset
 
-    texts = {IMAGE: Image(), CAPTION: List(Value("string")), MASK: Image(), REASON: Value("string")}
+    texts = {
+        IMAGE_COLUMN: Image(),
+        CAPTION_COLUMN: List(Value("string")),
+        MASK_COLUMN: Image(),
+        REASON_COLUMN: Value("string"),
+    }
     return {
         split: IterableDataset.from_generator(
             _rows_of_shards,
@@ -129,17 +132,21 @@ def _rows_of_shards(shards: Sequence[str], mask_ending: str | None, encoding: st
         for key, reason in table.refused:
             yield _left_out(f"{shard.name}/{key.removeprefix(f'{shard.name}/')}", reason)
         for row in range(len(table)):
-            mask = table.mask(row)
+            try:
+                image, mask = table.image(row), table.mask(row)
+            except OSError as error:
+                yield _left_out(table.key(row), str(error))
+                continue
             yield {
-                IMAGE: {"path": table.key(row), "bytes": table.image(row)},
-                CAPTION: list(table.captions(row)),
-                MASK: None if mask is None else {"path": None, "bytes": mask},
-                REASON: "",
+                IMAGE_COLUMN: {"path": table.key(row), "bytes": image},
+                CAPTION_COLUMN: list(table.captions(row)),
+                MASK_COLUMN: None if mask is None else {"path": None, "bytes": mask},
+                REASON_COLUMN: "",
             }
 
 
 def _left_out(name: str, reason: str) -> dict[str, Any]:
-    return {IMAGE: {"path": name, "bytes": b""}, CAPTION: [], MASK: None, REASON: reason}
+    return {IMAGE_COLUMN: {"path": name, "bytes": b""}, CAPTION_COLUMN: [], MASK_COLUMN: None, REASON_COLUMN: reason}
 
 
 def tar_samples(

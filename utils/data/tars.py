@@ -28,6 +28,8 @@ from utils.options import UserError, first_line
 from utils.user_files import TextReader, open_regular, size_text
 
 MOST_PADDING = 1 << 16  # bytes behind the last member that are looked at
+IMAGE_COLUMN, CAPTION_COLUMN, MASK_COLUMN, REASON_COLUMN = "__image__", "__caption__", "__mask__", "__reason__"
+"""Columns of a streamed sample: its image, its captions, its mask, and why it is left out."""
 MAX_HEADER = 1 << 14  # bytes of a long name or other facts in front of a member; tarfile's time goes with their square
 
 

@@ -382,9 +382,6 @@ def _each(configs: Sequence[Any], name: str) -> list[int]:
     return [] if None in values else values
 
 
-KNOW_SAMPLE = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
-
-
 def is_in_read_layers(name: str, num_read_layers: int) -> bool:
     """Whether a parameter of a CLIP text encoder stands in one of its first layers, or before or behind them all."""
     _, found, rest = name.partition("encoder.layers.")
