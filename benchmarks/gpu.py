@@ -81,7 +81,7 @@ class CutOff(BaseException):
 def within(seconds: float) -> Iterator[None]:
     """Raises `CutOff` in it once the seconds are over; a call that is not Python's ends first.
 
-    A timer that was set before goes on afterwards.
+    A timer that was set before is resumed afterwards.
     """
 
     def cut_off(number: int, frame: object) -> None:
@@ -111,7 +111,7 @@ def run_section(section: Section, bench: Bench) -> Finding:
             return section.function(bench)
     except CutOff as error:
         return Finding(FAILED, f"{error}; {bench.last_said}", {"traceback": traceback.format_exc()})
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the next section goes on
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the next section still runs
         first = str(error).strip().splitlines() or [""]
         return Finding(FAILED, f"{type(error).__name__}: {first[0][:200]}", {"traceback": traceback.format_exc()})
     finally:
@@ -164,7 +164,7 @@ def one_cell(text: str) -> str:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deadline", type=float, default=540.0, help="seconds after which no section goes on")
+    parser.add_argument("--deadline", type=float, default=540.0, help="seconds after which no section runs")
     parser.add_argument("--tiny", action="store_true", help="tiny models everywhere, to rehearse it")
     parser.add_argument("--only", nargs="+", choices=[section.name for section in SECTIONS], help="these sections")
     parser.add_argument("--out", type=Path, default=Path("gpu-proof"), help="folder of JSON, summary.md and run.log")

@@ -110,7 +110,7 @@ HALVES: dict[str, tuple[object, ...]] = {
 
 @contextmanager
 def keeping_gradients(kept: dict[str, Tensor]) -> Iterator[None]:
-    """Within it the first step's gradients are kept; weights that are zero are stirred before, lest theirs be none."""
+    """Context manager: keeps the first step's gradients; stirs weights of zero before, which would give none."""
     add_up = Gradients.add_up
 
     def keep(self: Gradients, step: int, batches: Any) -> Any:
@@ -361,7 +361,7 @@ def waits(bench: Bench) -> Finding:
 
 @contextmanager
 def failing_convolution(samples: int) -> Iterator[None]:
-    """Within it a UNet's first convolution fails on over so many samples, in cuDNN's words."""
+    """Context manager: a UNet's first convolution fails on more samples than this, in cuDNN's words."""
     from diffusers import UNet2DConditionModel
 
     forward = UNet2DConditionModel.forward
@@ -377,7 +377,7 @@ def failing_convolution(samples: int) -> Iterator[None]:
 
 @contextmanager
 def limited(gigabytes: float, from_step: int = 0) -> Iterator[None]:
-    """Within it this process may take no more of the device's memory, or from a step's beginning on."""
+    """Context manager: this process may take no more of the device's memory, at once or from a step on."""
     add_up, total = Gradients.add_up, torch.cuda.mem_get_info()[1]
 
     def limit() -> None:
@@ -458,7 +458,7 @@ DENOISER, BLOCKS = ("--compile", "denoiser"), ("--compile", "blocks")
 
 @contextmanager
 def rehearsed_compiler(is_tiny: bool) -> Iterator[None]:
-    """Within it, where models are tiny, torch.compile makes its graphs and leaves the kernels as they are."""
+    """Context manager: for tiny models, torch.compile makes its graphs and leaves the kernels as they are."""
     compile_ = torch.compile
 
     def without_inductor(*given: Any, mode: str | None = None, **named: Any) -> Any:

@@ -165,7 +165,7 @@ class Bench:
 
 @contextmanager
 def hearing(said: io.StringIO) -> Iterator[None]:
-    """Within it what the scripts log is written down."""
+    """Context manager: writes down what the scripts log."""
     handler = logging.StreamHandler(said)
     logger = logging.getLogger("utils")
     logger.addHandler(handler)
