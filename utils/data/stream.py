@@ -322,7 +322,7 @@ def _load(source: SourceOptions, cache_dir: str | None):
     import datasets
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
-    from utils.data.tar_streams import tar_samples
+    from utils.data.tar_streams import local_samples, tar_samples
 
     if is_saved_dataset(Path(source.dataset_name)):
         saved = datasets.load_from_disk(plain_path(source.dataset_name, cache_dir))
@@ -333,6 +333,9 @@ def _load(source: SourceOptions, cache_dir: str | None):
     builder = datasets.load_dataset_builder(
         source.dataset_name, source.dataset_config_name, cache_dir=cache_dir, data_dir=source.train_data_dir
     )
+    if isinstance(builder, WebDataset) and Path(source.dataset_name).is_dir():
+        shards = {split: [Path(shard) for shard in files] for split, files in builder.config.data_files.items()}
+        return local_samples(shards, source.mask_column, source.text_encoding)
     if isinstance(builder, WebDataset):
         return tar_samples(builder.config.data_files, cache_dir, source.mask_column, builder.base_path)
     return builder.as_streaming_dataset()
@@ -378,7 +381,7 @@ def _tar_columns(source: SourceOptions, columns: list[str]) -> SourceOptions:
     caption, mask = source.caption_column, source.mask_column
     return replace(
         source,
-        mask_column=MASK_COLUMN if mask is not None and REASON_COLUMN in columns else mask,
+        mask_column=MASK_COLUMN if mask is not None and MASK_COLUMN in columns else mask,
         image_column=source.image_column if source.image_column in columns else IMAGE_COLUMN,
         caption_column=caption if caption is None or caption in columns else CAPTION_COLUMN,
     )

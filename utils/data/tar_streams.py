@@ -5,18 +5,21 @@ sample's members are is decided here, and nothing is decoded. The library's own 
 of its first samples, and one text that is not UTF-8 or one number that is none ends a shard.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from datasets import Features, Image, List, Value
+from datasets import Features, Image, List, SplitGenerator, Value
 from datasets.builder import Key
-from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from datasets.utils.file_utils import xopen
 
 from utils.data.folders import PAIR_SUFFIXES, caption_limit, is_caption_file, is_image
 from utils.data.images import MOST_BYTES
-from utils.data.tars import CAPTION_COLUMN, IMAGE_COLUMN, MASK_COLUMN, REASON_COLUMN, read_tars
+from utils.data.listing import Fates
+from utils.data.tars import CAPTION_COLUMN, IMAGE_COLUMN, MASK_COLUMN, REASON_COLUMN, is_mask, members_of, read_tars
 from utils.options import UserError
 from utils.user_files import CertainTexts
 
@@ -26,6 +29,52 @@ if TYPE_CHECKING:
 SAMPLES_LOOKED_AT = 100  # whose members' endings are columns too
 Members = dict[str, tuple[str, bytes]]
 """The names and bytes of a sample's files by their endings, such as jpg and mask.png, in small letters."""
+APART = "its members do not lie beside each other in the shard; a stream can't put them together"
+
+
+@dataclass(frozen=True)
+class RemoteShard:
+    """A tar shard on the Hub or at an address.
+
+    Attributes:
+        config: how the library opens it, with its token.
+    """
+
+    address: str
+    config: Any = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The last part of its address."""
+        return PurePosixPath(self.address).name
+
+    def samples(self, refused: list[tuple[str, str]]) -> Iterator[tuple[str, Members]]:
+        """(name, members) of its samples: files beside each other whose names agree up to the first dot.
+
+        Args:
+            refused: takes the names of what is left out, and why.
+        """
+        members: Members = {}
+        current, before = "", set()
+        with xopen(self.address, "rb", download_config=self.config) as file:
+            found = members_of(file, self.name, f"{self.name}/", refused, Fates(Path()), _most_read)
+            for sample, name, _, _, content in found:
+                if sample != current:
+                    if members:
+                        yield current, members
+                    before.add(current)
+                    current, members = sample, {}
+                if sample in before:
+                    refused.append((f"{self.name}/{name}", APART))
+                    continue
+                ending = PurePosixPath(name).name.partition(".")[2].lower()
+                members.setdefault(ending, (name, content))
+        if members:
+            yield current, members
+
+
+def _most_read(name: str) -> int:
+    return caption_limit(name) if is_caption_file(name) else MOST_BYTES
 
 
 class TarSamples(WebDataset):
@@ -41,22 +90,35 @@ class TarSamples(WebDataset):
     mask_ending: str | None = None
 
     def _split_generators(self, dl_manager: Any) -> list:
+        shards = {
+            split: [RemoteShard(address, dl_manager.download_config) for address in addresses]
+            for split, addresses in dl_manager.download(self.config.data_files).items()
+        }
         endings: dict[str, None] = {}
-        shards = [shard for files in dl_manager.download(self.config.data_files).values() for shard in files]
-        for shard in shards:
-            for _, members in islice(_samples(dl_manager.iter_archive(shard)), SAMPLES_LOOKED_AT):
-                endings |= dict.fromkeys(members)
-            if endings:
+        for shard in itertools.chain.from_iterable(shards.values()):
+            found = [members for _, members in itertools.islice(shard.samples([]), SAMPLES_LOOKED_AT)]
+            endings |= dict.fromkeys(ending for members in found for ending in members)
+            if found:
                 break
         columns = {ending: Image() if is_image(f"x.{ending}") else Value("binary") for ending in endings}
         texts = {"path": Value("string"), "bytes": Value("binary")}
-        self.info.features = Features(columns | {IMAGE_COLUMN: Image(), CAPTION_COLUMN: texts})
-        return super()._split_generators(dl_manager)
+        own = {IMAGE_COLUMN: Image(), CAPTION_COLUMN: texts, MASK_COLUMN: Image(), REASON_COLUMN: Value("string")}
+        self.info.features = Features(columns | own)
+        return [SplitGenerator(split, {"shards": each}) for split, each in shards.items()]
 
-    def _generate_examples(self, tar_paths: Any, tar_iterators: Any) -> Iterator[tuple[Key, dict[str, Any]]]:
-        for number, shard in enumerate(tar_iterators):
-            for place, (_, members) in enumerate(_samples(shard)):
-                yield Key(number, place), self._row(members)
+    def _generate_examples(self, shards: Sequence[RemoteShard]) -> Iterator[tuple[Key, dict[str, Any]]]:
+        for number, shard in enumerate(shards):
+            rows = itertools.count()
+            refused: list[tuple[str, str]] = []
+            for _, members in shard.samples(refused):
+                yield Key(number, next(rows)), self._row(members)
+                yield from ((Key(number, next(rows)), self._left_out(*each)) for each in refused)
+                refused.clear()
+            yield from ((Key(number, next(rows)), self._left_out(*each)) for each in refused)
+
+    def _left_out(self, name: str, reason: str) -> dict[str, Any]:
+        row: dict[str, Any] = dict.fromkeys(self.info.features)
+        return row | {IMAGE_COLUMN: {"path": name, "bytes": b""}, REASON_COLUMN: reason}
 
     def _row(self, members: Members) -> dict[str, Any]:
         row: dict[str, Any] = dict.fromkeys(self.info.features)
@@ -64,33 +126,15 @@ class TarSamples(WebDataset):
             if ending in row:
                 is_file = isinstance(self.info.features[ending], Image)
                 row[ending] = {"path": name, "bytes": content} if is_file else content
-        is_mask = None if self.mask_ending is None else self.mask_ending.lower()
-        images = [file for ending, file in members.items() if ending != is_mask and is_image(file[0])]
+        images = [file for file in members.values() if is_image(file[0]) and not is_mask(file[0], self.mask_ending)]
+        masks = [file for file in members.values() if is_mask(file[0], self.mask_ending)]
         texts = [file for file in members.values() if is_caption_file(file[0])]
         texts.sort(key=lambda file: PAIR_SUFFIXES.index(_suffix(file[0])))
-        for column, files in ((IMAGE_COLUMN, images), (CAPTION_COLUMN, texts)):
+        for column, files in ((IMAGE_COLUMN, images), (CAPTION_COLUMN, texts), (MASK_COLUMN, masks)):
             if files:
                 name, content = files[0]
                 row[column] = {"path": name, "bytes": content}
         return row
-
-
-def _samples(archive: Iterable[tuple[str, BinaryIO]]) -> Iterator[tuple[str, Members]]:
-    """(name, members) of a shard's samples: files beside each other whose names agree up to the first dot."""
-    members: Members = {}
-    current = ""
-    for name, file in archive:
-        key, ending = base_plus_ext(name)
-        if key is None or PurePosixPath(name).name.startswith("."):
-            continue
-        if members and key != current:
-            yield current, members
-            members = {}
-        current = key
-        limit = caption_limit(name) if is_caption_file(name) else MOST_BYTES
-        members.setdefault(ending.lower(), (name, file.read(limit + 1)))
-    if members:
-        yield current, members
 
 
 def _suffix(name: str) -> str:

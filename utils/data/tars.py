@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -122,7 +122,7 @@ def read_tars(
         place = f"{shard.relative_to(root)}/"
         for sample, member, begin, length, content in _members(shard, place, refused, fates):
             seen.append((sample, member))
-            if _is_mask(member, mask_ending):
+            if is_mask(member, mask_ending):
                 masked[sample] = (begin, length)
             elif is_image(member):
                 num_left_out += sample in images
@@ -139,9 +139,8 @@ def read_tars(
                 if sample in reasons:
                     fates.add(place + member, Fate(UNREADABLE, reasons[sample]))
                 continue
-            is_mask = _is_mask(member, mask_ending)
             caption = files[sample][0] if sample in files else ""
-            fate = Fate(MASK) if is_mask else _fate_beside(member, caption, sample in images)
+            fate = Fate(MASK) if is_mask(member, mask_ending) else _fate_beside(member, caption, sample in images)
             fates.add(place + member, fate)
             is_photo = PurePosixPath(member).suffix.lower() in PHOTO_SUFFIXES
             if fate.word == NO_READER and sample not in images and (is_photo or sample in files):
@@ -164,7 +163,7 @@ def read_tars(
     return table
 
 
-def _is_mask(member: str, ending: str | None) -> bool:
+def is_mask(member: str, ending: str | None) -> bool:
     """Whether a member has a mask's ending, in small letters or capitals."""
     return ending is not None and PurePosixPath(member).name.partition(".")[2].lower() == ending.lower()
 
@@ -198,18 +197,42 @@ def _places(rows: list[tuple[int, int, int]]) -> np.ndarray:
 def _members(
     shard: Path, place: str, refused: list[tuple[str, str]], fates: Fates
 ) -> Iterator[tuple[str, str, int, int, bytes | None]]:
-    """(sample, name, begin, length, content if it is a caption's) of each file in a shard; images are not read.
+    """`members_of` a shard on a disk; of the contents, captions alone are read."""
+    try:
+        with open_regular(shard) as file:
+            yield from members_of(file, shard.name, place, refused, fates, _most_of_caption)
+    except OSError as error:
+        refused.append((shard.name, f"can't be read: {first_line(error)}"))
+
+
+def _most_of_caption(name: str) -> int:
+    return caption_limit(name) if PurePosixPath(name).suffix.lower() in PAIR_SUFFIXES else 0
+
+
+def members_of(
+    file: BinaryIO,
+    shard: str,
+    place: str,
+    refused: list[tuple[str, str]],
+    fates: Fates,
+    most_read: Callable[[str], int],
+) -> Iterator[tuple[str, str, int, int, bytes | None]]:
+    """(sample, name, begin, length, content if it is read) of each file in a shard, which must not be compressed.
 
     What lies behind a broken place is refused, and images that are links.
 
     Args:
+        shard: its name, by which it is reported.
         place: what stands before the names of members where they are reported.
         fates: of the members that are not given.
+        most_read: the most bytes that are read of a member of some name; one more shows that there are more.
     """
     try:
-        with open_regular(shard) as file, tarfile.open(fileobj=_BoundedReads(file), mode="r:") as archive:
-            length, last = os.fstat(file.fileno()).st_size, -1
+        length, last = file.seek(0, os.SEEK_END), -1
+        file.seek(0)
+        with tarfile.open(fileobj=_BoundedReads(file), mode="r:") as archive:
             for member in archive:
+                archive.members.clear()  # else all are kept
                 if member.size < 0 or member.offset_data <= last:  # by which it would be read for ever
                     raise tarfile.ReadError(f"a header claims {member.size} bytes")
                 last = member.offset_data
@@ -229,13 +252,13 @@ def _members(
                 if is_cut or member.issparse():
                     why = "the shard ends before its end" if is_cut else "it is stored as a sparse file"
                     reason = f"{why}; its header claims {size_text(member.size)}"
-                    refused.append((f"{shard.name}/{member.name}", reason))
+                    refused.append((f"{shard}/{member.name}", reason))
                     fates.add(place + member.name, Fate(UNREADABLE, reason))
                     continue
-                content = None
-                if path.suffix.lower() in PAIR_SUFFIXES:
+                content, most = None, most_read(path.name)
+                if most:
                     file.seek(member.offset_data)
-                    content = file.read(min(member.size, caption_limit(path.name) + 1))
+                    content = file.read(min(member.size, most + 1))
                 sample = str(path.parent / path.name.partition(".")[0])  # WebDataset's rule: up to the first dot
                 yield sample, member.name, member.offset_data, member.size, content
             file.seek(archive.offset)
@@ -246,7 +269,7 @@ def _members(
                 raise tarfile.ReadError(what)
     except (OSError, tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         # beside its own errors the library raises these, of numbers that are none and of headers before headers
-        refused.append((shard.name, f"the shard is broken, what follows in it is left out: {first_line(error)}"))
+        refused.append((shard, f"the shard is broken, what follows in it is left out: {first_line(error)}"))
 
 
 class _BoundedReads:
