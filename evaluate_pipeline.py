@@ -12,7 +12,6 @@ if __name__ == "__main__":
     prelude.start(sys.argv[1:], adds_to_output=True)
 
 import errno
-import json
 import logging
 import re
 import shutil
@@ -84,7 +83,7 @@ from utils.runtime import (
 )
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
 from utils.stopping import StopRequests
-from utils.terminal import one_line, print_line, set_up_logging
+from utils.terminal import json_text, one_line, print_line, set_up_logging
 from utils.user_files import FileError, read_json
 
 if TYPE_CHECKING:
@@ -497,7 +496,7 @@ def export_geneval(tasks: Sequence[Task], images: Path, folder: Path) -> None:
             samples.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(images / f"{task.name}.png", samples / f"{task.sample:05d}.png")
             facts = task.prompt.facts or {"prompt": task.prompt.text}
-            line = json.dumps(facts, ensure_ascii=False) + "\n"
+            line = json_text(facts) + "\n"
             write_text(samples.parent / "metadata.jsonl", line)
     except OSError as error:
         raise UserError(f"--export_geneval {folder} can't be written: {error.strerror or error}") from error

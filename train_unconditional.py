@@ -236,7 +236,7 @@ def run(argv: Sequence[str] | None) -> None:
         rates = options.optimizer.scaled(batches.size)
         schedule = beginning.schedule(options.schedule, total_steps)
         factor = rate_factor(schedule, rates.learning_rate, total_steps)
-        facts = beginning.facts(images, schedule, total_steps)
+        facts = beginning.facts(images, held_out_images, schedule, total_steps)
 
         torch.manual_seed(model_seed(seed, 0, 0))  # a fresh denoiser's first weights
         dtypes = FullFineTuning.dtypes(options.trained, weight_dtype(accelerator))

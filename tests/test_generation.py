@@ -1,6 +1,7 @@
 """Drawing: each image depends on the seed, its prompt and its number alone, whatever is drawn beside it."""
 
 import inspect
+import shutil
 import zlib
 
 import numpy as np
@@ -186,6 +187,32 @@ def test_variations_of_an_image(more_pipelines, images, tmp_path):
         found[batch_size, strength] = images_in(folder)
     assert_same(found[1, 0.34], found[4, 0.34])
     assert any((found[4, 0.34][name] != found[4, 1.0][name]).any() for name in found[4, 1.0])
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(1, None), (5, 0.1), (3, 0.33)])
+def test_variations_of_no_step_are_refused(more_pipelines, steps, strength):
+    pipeline = load_pipeline(PipelineSpec(str(more_pipelines["sd"])), torch.float32)
+    options = GenerationOptions(num_inference_steps=steps, strength=strength)
+    with pytest.raises(UserError, match=rf"--strength .* of {steps} denoising steps leaves none"):
+        Drawer(pipeline, options, SamplingControls(), 0, CPU, starts_from_images=True)
+
+
+@pytest.mark.parametrize(("part", "key"), [("vae", "scaling_factor"), ("unet", "sample_size")])
+def test_a_config_that_leaves_a_size_or_a_factor_open_is_refused(more_pipelines, tmp_path, part, key):
+    pipeline = load_pipeline(PipelineSpec(str(more_pipelines["sd"])), torch.float32)
+    getattr(pipeline, part).register_to_config(**{key: None})
+    with pytest.raises(UserError, match=f"says no {key}"):
+        Drawer(pipeline, GenerationOptions(), SamplingControls(), 0, CPU)
+
+
+def test_pictures_that_nothing_reads_are_named_by_the_flag(images, tmp_path, caplog):
+    folder = shutil.copytree(images, tmp_path / "start")
+    (folder / "raw.NEF").write_bytes(b"x")
+    assert len(read_prompts(PromptOptions(prompts=["a"], init_images=str(folder)))) == 6
+    assert f"--init_images {folder}: 1 files are not read, such as raw.NEF: camera raw images" in caplog.text
+    (folder / "b.mkv").write_bytes(b"x")
+    read_prompts(PromptOptions(captions_dir=str(folder)))
+    assert f"--captions_dir {folder}: 1 files are not read, such as b.mkv: videos" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -449,6 +449,20 @@ class TestResumed:
         train("sd", *FLAGS, "--max_train_steps", 3, *ON, "--allow_changed_options", data=data)
         assert EDITS[edit] in caplog.text
 
+    @pytest.mark.parametrize("flags", [["--validation_split", 0.4], ["--validation_data_dir"]], ids=["part", "folder"])
+    def test_other_held_out_images_are_named(self, train, tmp_path, caplog, flags):
+        data, held_out = tiny.make_images(tmp_path / "data", 12), tiny.make_images(tmp_path / "held out", 5)
+        flags = [*FLAGS, *flags, *([held_out] if len(flags) == 1 else [])]
+        out = train("sd", *flags, "--max_train_steps", 2, data=data)
+        train("sd", *flags, "--max_train_steps", 3, *ON, data=data)
+        assert "held-out images" not in caplog.text
+        edited = held_out if flags[-1] == held_out else data
+        texts = (edited / "metadata.jsonl").read_text().replace("square", "squirrel")
+        (edited / "metadata.jsonl").write_text(texts)
+        train("sd", *flags, "--max_train_steps", 4, *ON, "--allow_changed_options", data=data)
+        assert f"the held-out images are not those of {out}/checkpoint-3: " in caplog.text
+        assert "with other captions" in caplog.text
+
     def test_data_moved_elsewhere_go_on_without_a_word(self, train, tmp_path, caplog):
         data = tiny.make_images(tmp_path / "data")
         whole = train("sd", *FLAGS, "--max_train_steps", 3, data=data, out="whole")

@@ -648,6 +648,27 @@ def test_configs_of_wrong_types_end_in_one_line(pipelines, tmp_path, file, key, 
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_configs_with_a_mark_are_one_line(pipelines, tmp_path, file, encoding):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    (folder / file).write_bytes((folder / file).read_text().encode(encoding))
+    with pytest.raises(UserError, match=f"{folder / file} begins with a byte order mark.*save it as UTF-8"):
+        loaded(folder)
+
+
+def test_a_unet_that_says_no_size_gives_a_result_that_draws(train, pipelines, tmp_path, caplog):
+    from diffusers import DiffusionPipeline
+
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"sample_size": None}))
+    out = train(str(folder), *SHORT)
+    edge = 512 // DiffusionPipeline.from_pretrained(out).vae_scale_factor
+    assert json.loads((out / "unet/config.json").read_text())["sample_size"] == edge
+    assert f"the UNet's config says no sample_size; the result's says {edge}" in caplog.text
+
+
 @pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 100_000, "[]", "", '{"_class_name": NaN}'])
 @pytest.mark.parametrize("file", ["model_index.json", "text_encoder/config.json"])
 def test_configs_that_are_none_end_in_one_line(train, capsys, pipelines, tmp_path, file, content):

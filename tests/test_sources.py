@@ -186,6 +186,16 @@ class TestDetection:
         with pytest.raises(UserError, match=r"extra.tar of the data name no split, others are of test, train; rename"):
             records_of(tmp_path)
 
+    @pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
+    @pytest.mark.parametrize("keep", [0, 7, 60, -3])
+    def test_a_damaged_parquet_file_is_named(self, tmp_path, flag, keep):
+        for name in ("a.parquet", "b.parquet"):
+            parquet(tmp_path / name)
+        damaged = tmp_path / "b.parquet"
+        damaged.write_bytes(damaged.read_bytes()[:keep])
+        with pytest.raises(UserError, match=rf"--{flag} {tmp_path}: b\.parquet can't be read: .*; fetch it again"):
+            read_records(DataOptions(), SourceOptions(**{flag: str(tmp_path)}), CaptionOptions(), 0)
+
     def test_a_table_without_images_beside_shards_of_several_splits(self, tmp_path, caplog):
         for name in ("train-0.parquet", "test-0.parquet"):
             parquet(tmp_path / name)

@@ -63,6 +63,17 @@ def test_one_function_opens_images():
     assert opened_in == {"utils/data/images.py": 1}
 
 
+def test_one_function_writes_json_in_readable_letters():
+    """It escapes what a terminal would act on."""
+    uses = {
+        str(path.relative_to(ROOT))
+        for path in [*(ROOT / "utils").rglob("*.py"), *ROOT.glob("*.py")]
+        if re.search(r"ensure_ascii\s*=\s*False", path.read_text())
+    }
+    tokenizers, parsed_again = "utils/pipeline_files.py", "utils/user_files.py"
+    assert uses == {"utils/terminal.py", tokenizers, parsed_again}
+
+
 OTHER_READS = {  # what is read past utils/user_files.py, and why that is no text of a user
     "utils/adaptation.py": ("read_text loads", "the config that save_pretrained wrote a line before"),
     "utils/background.py": ("read_text", "/proc/meminfo"),

@@ -1,5 +1,6 @@
 """What reaches a terminal, a log or a report: nothing that a stranger's name could do harm with."""
 
+import json
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from tests.conftest import message
 from utils.foreign_flags import FOREIGN_FLAGS
 from utils.library_messages import KnownMessages
 from utils.options import UserError, parse
-from utils.terminal import Lines, LogFormatter, markdown, one_line, print_line, progress_bar, visible
+from utils.terminal import Lines, LogFormatter, json_text, markdown, one_line, print_line, progress_bar, visible
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = (
@@ -63,6 +64,14 @@ def test_a_log_line_holds_its_arguments_on_one_line():
     assert formatted("a\n12:00:00 INFO forged", Path("b\x1b[1m")) == "image a\\n12:00:00 INFO forged of b\\x1b[1m"
     assert formatted(3, ValueError("x\ny")) == "image 3 of x\\ny"
     assert formatted(Lines("a\nb\x1b"), text="plan\n%s") == "plan\na\nb\\x1b"
+
+
+def test_json_shows_what_a_terminal_would_act_on_as_escapes():
+    value = {"a\u202eb": "\x9b2J \u200b\U000e0041 一只猫 🐱", "line\n": "\udc80"}
+    text = json_text(value, indent=2)
+    assert json.loads(text) == value
+    assert is_plain(text)
+    assert "一只猫 🐱" in text
 
 
 @pytest.mark.parametrize(
@@ -155,6 +164,23 @@ class TestWrongFlags:
         assert "--epochs (here --num_train_epochs)" in line
         assert "--quux;" in line  # with no guess: nothing is like it
 
+    @pytest.mark.parametrize(
+        ("flag", "here"),
+        [
+            ("--pretrained_model", "--pipeline"),
+            ("--steps", "--num_inference_steps"),
+            ("--cfg_scale", "--guidance_scale"),
+            ("--sampler", "--scheduler"),
+            ("--lora_path", "--lora"),
+            ("--n-iter", "--images_per_prompt"),
+        ],
+    )
+    def test_of_evaluation(self, flag, here, capsys):
+        from evaluate_pipeline import main
+
+        assert main([flag, "x"]) == 2
+        assert f"{flag} (here {here})" in message(capsys)
+
     def test_no_guess_is_far(self, refused, capsys, train):
         for flag in ("--zzz", "--foo_bar", "--xl"):
             train("sd", flag, expect=2)
@@ -171,11 +197,12 @@ class TestWrongFlags:
                 parse(script.Options, ["--no_such_flag_at_all"], "")
             assert "(" not in str(caught.value)
             known |= flags_of(script.Options)
-        known |= {"--num_processes"}  # accelerate launch's
+        known |= {"--num_processes", "--cpu"}  # accelerate launch's
         for name, advice in FOREIGN_FLAGS.items():
-            targets = re.findall(r"--\w+", advice)
-            assert set(targets) <= known, name
-            assert targets or " " in advice
+            for each in (advice,) if isinstance(advice, str) else advice:
+                targets = re.findall(r"--\w+", each)
+                assert set(targets) <= known, name
+                assert targets or " " in each
 
 
 def flags_of(options: type) -> set[str]:

@@ -1,5 +1,6 @@
 """Config files, of folders and of repositories on the Hub."""
 
+import codecs
 import json
 import math
 from collections.abc import Callable
@@ -164,7 +165,14 @@ def read_json(file: Path, where: str) -> Any:
         UserError: naming `where` it stands, if it can't be read.
     """
     try:
-        text = user_files.read_text(file, user_files.CONFIG_LIMIT, "utf-8").text
+        content = user_files.read_bytes(file, user_files.CONFIG_LIMIT)
+        if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            reason = "begins with a byte order mark, which the libraries do not read; save it as UTF-8 without one"
+            raise user_files.FileError(file, reason)
+        try:
+            text = user_files.decode(content, "utf-8").text
+        except ValueError as error:
+            raise user_files.FileError(file, first_line(error)) from error
         return user_files.parse_json(text, where)
     except OSError as error:
         raise UserError(f"{where} can't be read: {first_line(error)}") from error

@@ -333,6 +333,12 @@ class Drawer:
         for flag in ("guidance_scale", "guidance_rescale", "negative_prompt", "height", "width"):
             if getattr(options, flag) is not None and flag not in self._takes:
                 raise UserError(f"--{flag} is not taken by a {name}; leave it out")
+        vae, unet = (getattr(self.pipeline, part, None) for part in ("vae", "unet"))
+        if vae is not None and vae.config.get("scaling_factor", 1.0) is None:
+            raise UserError("the config of the pipeline's VAE says no scaling_factor")
+        is_sized = options.height is not None and options.width is not None
+        if vae is not None and unet is not None and unet.config.get("sample_size") is None and not is_sized:
+            raise UserError("the config of the pipeline's UNet says no sample_size; give --height and --width")
         if options.strength is not None and "strength" not in self._takes:
             raise UserError("--strength is of variations; give --init_images")
         if options.eta is not None and not is_ddim(self.pipeline.scheduler):
@@ -340,8 +346,16 @@ class Drawer:
 
     def _check_steps(self) -> None:
         """Refuses a number of steps that the scheduler would not take as such, and warns of one that begins late."""
-        own = inspect.signature(type(self.pipeline).__call__).parameters.get("num_inference_steps")
+        defaults = inspect.signature(type(self.pipeline).__call__).parameters
+        own = defaults.get("num_inference_steps")
         steps = self._options.num_inference_steps or self._fitting_steps or (own.default if own else None)
+        if isinstance(steps, int) and "strength" in defaults:
+            strength = self._options.strength or defaults["strength"].default
+            if int(steps * strength) < 1:
+                raise UserError(
+                    f"--strength {strength:g} of {steps} denoising steps leaves none; raise --num_inference_steps or "
+                    "--strength"
+                )
         scheduler = drawing_scheduler(self.pipeline, self._eta)
         known = {class_name for class_name, _ in SCHEDULERS.values()} | {"ConsistentDDIMScheduler"}
         longest = scheduler.config.get("num_train_timesteps") or 0

@@ -14,18 +14,19 @@ from PIL import Image, ImageOps
 from utils.configs import is_path
 from utils.data.captions import CaptionOptions
 from utils.data.cutting import cut_out
-from utils.data.folders import is_image, list_files
+from utils.data.folders import list_images
 from utils.data.images import ImageOptions, image_bytes, open_image, read_header, read_rgb, reason_of
 from utils.data.selection import PlannedImages
 from utils.data.sources import DataOptions, Records, SourceOptions, is_saved_dataset, read_records
 from utils.metrics.features import Picture
 from utils.metrics.subjects import ImageSet
-from utils.options import UserError, option, renamed_flags, require, require_positive
+from utils.options import UserError, flags_as, option, require, require_positive
 from utils.prompts import Task, drawn_texts
 from utils.records import RecordPass
 
 logger = logging.getLogger(__name__)
 DRAWN_NAME = re.compile(r"(\d{5,})_(\d{5,})")
+FOLDER_FLAGS = {"train_data_dir": "images"}  # those by which the captions of drawn images are read
 COLUMN_FLAGS = {  # those by which images are read for training, and what they are called here
     "caption_column": "reference_caption_column",
     "image_column": "reference_image_column",
@@ -90,7 +91,7 @@ def folder_images(folder: Path, prompts: Sequence[str] | None = None) -> ImageSe
     Raises:
         UserError: if there are none, or other than as many prompts as images.
     """
-    names = [name for name in list_files(folder) if is_image(name)]
+    names = list_images(folder, "images")
     if not names:
         raise UserError(f"--images {folder} holds no images")
     if prompts is not None and len(prompts) != len(names):
@@ -136,7 +137,8 @@ def _png_prompts(folder: Path, names: Sequence[str]) -> list[str] | None:
 
 def _captions(folder: Path, names: Sequence[str]) -> list[str] | None:
     try:
-        records = read_records(DataOptions(), SourceOptions(train_data_dir=str(folder)), CaptionOptions(), 0)
+        with flags_as(FOLDER_FLAGS):
+            records = read_records(DataOptions(), SourceOptions(train_data_dir=str(folder)), CaptionOptions(), 0)
     except UserError as error:
         logger.warning("%s: no captions are read: %s", folder, error)
         return None
@@ -160,11 +162,11 @@ def read_images(flag: str, name: str, options: ReferenceOptions, seed: int) -> I
     }
     source = {"train_data_dir": name} if path.exists() and not is_saved_dataset(path) else {"dataset_name": name}
     try:
-        records = read_records(DataOptions(), SourceOptions(**source, **shared), CaptionOptions(), seed)
+        with flags_as({"train_data_dir": flag, "dataset_name": flag} | COLUMN_FLAGS):
+            records = read_records(DataOptions(), SourceOptions(**source, **shared), CaptionOptions(), seed)
     except UserError as error:
         text, _, cure = str(error).partition("; give --data_format")  # which is no flag here
         text += "; take the others out of the folder" if cure else ""
-        text = renamed_flags(UserError(text), {"train_data_dir": flag, "dataset_name": flag} | COLUMN_FLAGS)
         raise UserError(text if flag in text else f"--{flag} {name}: {text}") from error
     count = len(records)
     read = partial(_read_record, records, resolution=options.reference_resolution)

@@ -5,16 +5,18 @@ fields are groups. Flags are flat: `ImageOptions.resolution` is `--resolution`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
+import logging
 import math
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from utils.foreign_flags import FOREIGN_FLAGS
@@ -115,16 +117,55 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def renamed_flags(error: UserError, names: Mapping[str, str]) -> str:
-    """The message of a part that was asked under other flags, with those that the user gave.
+@contextlib.contextmanager
+def flags_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Shows the flags of a part under those that the user gave, in its errors and in what it logs.
 
     Args:
-        names: the user's name for each of the part's; flags that only begin with such a name are renamed too.
+        names: the user's name for each of the part's; flags that only begin with such a name are renamed too. Where
+            one stands within another, the inner names are replaced first.
     """
-    text = str(error)
-    for theirs, ours in names.items():
-        text = text.replace(f"--{theirs}", f"--{ours}")
-    return text
+
+    def renamed(text: str) -> str:
+        for theirs, ours in names.items():
+            text = text.replace(f"--{theirs}", f"--{ours}")
+        return text
+
+    make_record = logging.getLogRecordFactory() if not _RENAMERS else _RENAMERS[0][0]
+    _RENAMERS.append((make_record, renamed))
+    logging.setLogRecordFactory(_renamed_record)
+    try:
+        yield
+    except UserError as error:
+        kind = ProcessError if isinstance(error, ProcessError) else UserError
+        raise kind(renamed(str(error))) from error
+    finally:
+        _RENAMERS.pop()
+        if not _RENAMERS:
+            logging.setLogRecordFactory(make_record)
+
+
+_RENAMERS: list[tuple[Callable[..., logging.LogRecord], Callable[[str], str]]] = []
+
+
+def _renamed_record(*args: typing.Any, **kwargs: typing.Any) -> logging.LogRecord:
+    make_record, _ = _RENAMERS[0]
+    record = make_record(*args, **kwargs)
+    if not record.name.startswith("utils."):
+        return record
+
+    def shown(value: object) -> object:
+        if not isinstance(value, str | UserError):
+            return value
+        text = str(value)
+        for _, renamed in reversed(_RENAMERS):
+            text = renamed(text)
+        return text if type(value) is str or isinstance(value, UserError) else type(value)(text)
+
+    record.msg = shown(record.msg)  # the arguments stay apart, each of which the formatter shows on one line
+    if isinstance(record.args, tuple):
+        record.args = tuple(map(shown, record.args))
+    return record
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
@@ -215,10 +256,11 @@ def _hint(flag: str, known_flags: Sequence[str]) -> str:
     """What is probably meant by an unknown flag, in words; empty where nothing is close."""
     if not flag.startswith("-"):
         return "a value without a flag; quote values that hold spaces"
-    advice = FOREIGN_FLAGS.get(flag.lstrip("-").replace("-", "_").lower(), "")
-    target = advice.split(" ")[0].rstrip(",:") if advice.startswith("--") else ""
-    if advice and (not target or target in known_flags):
-        return f"here {advice}" if target else advice
+    found = FOREIGN_FLAGS.get(flag.lstrip("-").replace("-", "_").lower(), ())
+    for advice in (found,) if isinstance(found, str) else found:
+        target = advice.split(" ")[0].rstrip(",:") if advice.startswith("--") else ""
+        if not target or target in known_flags:
+            return f"here {advice}" if target else advice
     similar = nearest(flag, known_flags, CLOSE)
     return f"did you mean {similar}?" if similar else ""
 
@@ -373,7 +415,8 @@ def run_script(
 
 def _run(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None, names: Mapping[str, str]) -> int:
     try:
-        run(argv)
+        with flags_as(names):
+            run(argv)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print_line(str(stopped), sys.stderr)
@@ -384,7 +427,7 @@ def _run(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         return 1
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
-            print_line(f"error: {one_line(' '.join(renamed_flags(error, names).split()))}", sys.stderr)
+            print_line(f"error: {one_line(' '.join(str(error).split()))}", sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in DISK_ERRORS:

@@ -23,7 +23,7 @@ from utils.data.stream import StreamedImages, open_stream
 from utils.disk import or_without
 from utils.encoding import CacheFiller, Verification, verify_latents, verify_texts
 from utils.families.base import Family
-from utils.options import UserError, renamed_flags
+from utils.options import UserError, flags_as
 from utils.runtime import write_json
 from utils.seeding import Stream, generator
 from utils.stopping import StopRequests
@@ -125,12 +125,9 @@ class DataPreparation:
             source = replace(source, dataset_name=None, train_data_dir=options.validation_data_dir, mask_dir=None)
         elif options.fraction is None:
             source = replace(source, dataset_split=options.validation_split)
-        try:
-            with self.accelerator.main_process_first():
-                records = read_records(data, source, self.captions, self.seed, self.left_out)
-        except UserError as error:
-            names = {"train_data_dir": "validation_data_dir"} if options.validation_data_dir is not None else {}
-            raise UserError(renamed_flags(error, names | {"dataset_split": "validation_split"})) from error
+        names = {"train_data_dir": "validation_data_dir"} if options.validation_data_dir is not None else {}
+        with flags_as(names | {"dataset_split": "validation_split"}), self.accelerator.main_process_first():
+            records = read_records(data, source, self.captions, self.seed, self.left_out)
         if options.fraction is not None:
             _, records = hold_out(records, options.fraction, self.seed)
         limit = options.max_validation_samples
@@ -138,7 +135,15 @@ class DataPreparation:
             order = generator(self.seed, 0, 0, Stream.HELD_OUT_SPLIT).permutation(len(records))
             records = records.take(np.sort(order[:limit]))
         buckets, selection = self.buckets, replace(self.selection, max_bad_fraction=1.0)
-        return plan_images(records, self._survey(records, False), resolution, 1, buckets, selection, _warn_of_bad)
+        return plan_images(
+            records,
+            self._survey(records, self.report_folder is not None),
+            resolution,
+            1,
+            buckets,
+            selection,
+            _warn_of_bad,
+        )
 
     def _survey(self, records: Records, knows_contents: bool) -> Survey:
         """What is known of the images.

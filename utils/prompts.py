@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.data.captions import MAX_CAPTION, CaptionOptions
-from utils.data.folders import is_image, list_files
+from utils.data.folders import list_images
 from utils.data.sources import DataOptions, SourceOptions, is_saved_dataset, read_records
 from utils.delimited import read_rows
-from utils.options import UserError, first_line, nearest, option, renamed_flags, require, require_positive
+from utils.options import UserError, first_line, flags_as, nearest, option, require, require_positive
 from utils.user_files import (
     FileError,
     TextReader,
@@ -144,10 +144,8 @@ def _texts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
             caption_column=options.prompts_column or "text",
             text_encoding=options.text_encoding,
         )
-        try:
+        with flags_as(CAPTION_FLAGS):
             records = read_records(DataOptions(), source, CaptionOptions(), 0)
-        except UserError as error:
-            raise UserError(renamed_flags(error, CAPTION_FLAGS)) from error
         captions = [records.captions(index)[0] for index in range(len(records))]
         found = [(text, {"prompt": text}) for text in captions if text]
         if not found:
@@ -253,7 +251,7 @@ def _dataset_prompts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]
 def _init_images(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    found = [path / name for name in list_files(path) if is_image(name)]
+    found = [path / name for name in list_images(path, "init_images")]
     if not found:
         raise UserError(f"--init_images {path} holds no images")
     return found

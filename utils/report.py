@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from utils.metrics.features import Picture
 from utils.metrics.scores import Score
 from utils.metrics.subjects import Subject
 from utils.runtime import write_json
-from utils.terminal import markdown, visible
+from utils.terminal import json_text, markdown, visible
 
 SCHEMA_VERSION = 1
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -392,7 +391,7 @@ def html(findings: Findings, num_prompts: int = 24) -> str:
         more_prompts=more if entries[-1].subject.images.prompts is not None else "",
         ranked=_ranked(entries[-1]),
         pairs=_pairs(findings),
-        settings=json.dumps(_finite(settings), indent=2, ensure_ascii=False, default=str),
+        settings=json_text(_finite(settings), indent=2, other=str),
     )
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 RECORD_FACT = "data_record"  # which file beside the checkpoints says what the images were
+HELD_OUT_FACT = "held_out_record"  # the same of the held-out images
 
 WARMUP = "lr_warmup_steps"
 # what a resumed run may change: its length, intervals and logging, how it is spread, what only saves memory or time,
@@ -107,8 +108,16 @@ class Beginning:
             logger.warning("%s", warning if self.start is None else warning.partition("; ")[0])
         return schedule
 
-    def facts(self, images: PlannedImages | StreamedImages, schedule: ScheduleOptions, total_steps: int) -> RunFacts:
-        """What a run that goes on from this one will be compared with.
+    def facts(
+        self,
+        images: PlannedImages | StreamedImages,
+        held_out: PlannedImages | None,
+        schedule: ScheduleOptions,
+        total_steps: int,
+    ) -> RunFacts:
+        """What a run that resumes from this one will be compared with.
+
+        Other held-out images are warned of: they change the measurements, and no training.
 
         Raises:
             UserError: if this one goes on with other data, unasked.
@@ -117,30 +126,49 @@ class Beginning:
         if self.start is not None:
             check_training(self.start, use, self.may_change)
         name = on_main_process(self.accelerator, lambda: self._compare_data(images))
+        held_out_name = on_main_process(self.accelerator, lambda: self._compare_held_out(held_out))
         if self.start is not None:
             check_training(self.start, data, self.may_change)
             _warn_of_length(self.start, schedule, total_steps)
         training = {**self.training, WARMUP: schedule.lr_warmup_steps, **data, **use, RECORD_FACT: name}
+        if held_out_name is not None:
+            training[HELD_OUT_FACT] = held_out_name
         return RunFacts(dict(self.structure), training, total_steps)
 
     def _compare_data(self, images: PlannedImages | StreamedImages) -> str:
         """Compares the images with those that the checkpoint was trained on; keeps a record of them, and names it."""
         now = images.content()
         if self.start is not None:
-            changes = self._changes_since(self.start, now)
+            changes = self._changes_since(self.start, now, RECORD_FACT)
             if changes and not self.may_change:
                 raise UserError(
                     f"{self.start} was trained on other data: {changes}; put them back, or give --allow_changed_options"
                 )
             if changes:
                 logger.warning("going on from %s with other data: %s", self.start, changes)
+        return self._kept(now)
+
+    def _compare_held_out(self, images: PlannedImages | None) -> str | None:
+        """The same of the held-out images, if there are any."""
+        if images is None:
+            return None
+        now = images.content()
+        if self.start is not None and HELD_OUT_FACT in read_state(self.start).facts.training:
+            changes = self._changes_since(self.start, now, HELD_OUT_FACT)
+            if changes:
+                message = "the held-out images are not those of %s: %s; losses measured before it do not compare"
+                logger.warning(message, self.start, changes)
+        return self._kept(now)
+
+    def _kept(self, record: pa.Table) -> str:
+        """The name of a record, which is kept in the output folder."""
         try:
-            return write_content(self.folder, now) if self.keeps_record else content_name(now)
+            return write_content(self.folder, record) if self.keeps_record else content_name(record)
         except OSError as error:
             raise UserError(f"--output_dir: {self.folder} can't be written: {error}") from error
 
-    def _changes_since(self, start: Path, now: pa.Table) -> str:
-        name = read_state(start).facts.training.get(RECORD_FACT)
+    def _changes_since(self, start: Path, now: pa.Table, fact: str) -> str:
+        name = read_state(start).facts.training.get(fact)
         if not isinstance(name, str) or not is_content_name(name):
             logger.warning("%s has no record of its data: whether images or captions changed can't be seen", start)
             return ""

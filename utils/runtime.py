@@ -1,6 +1,5 @@
 """The processes of a run and the folder it writes to."""
 
-import json
 import logging
 import os
 import platform
@@ -25,6 +24,7 @@ from utils.heartbeat import watching
 from utils.library_messages import hear_libraries
 from utils.options import UserError, end_at_once_on_errors, first_line, option, require, require_not_negative
 from utils.output_folder import refuse_used
+from utils.terminal import json_text
 from utils.tracking import Trackers
 from utils.user_files import FileError, read_json
 
@@ -293,7 +293,7 @@ class OutputFolder:
 
 def write_json(path: Path, value: object) -> None:
     """Writes JSON so that the file is at any moment either the old or the new one."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

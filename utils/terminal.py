@@ -6,11 +6,12 @@ or forge lines of the log. Nothing else in the toolkit prints, logs to a stream 
 
 import contextlib
 import copy
+import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -37,6 +38,16 @@ class Lines(str):
 def visible(text: str) -> str:
     """The text with what a terminal would act on, or not show, as escapes; line breaks and tabs stay."""
     return HIDDEN.sub(_escape, text)
+
+
+def json_text(value: object, indent: int | None = None, other: Callable[[Any], Any] | None = None) -> str:
+    """JSON in readable letters; what a terminal would act on, or not show, stands as JSON's own escapes.
+
+    Args:
+        other: gives values for what JSON does not know.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, default=other)
+    return HIDDEN.sub(lambda found: json.dumps(found.group())[1:-1], text)
 
 
 def one_line(value: object, longest: int = LONGEST) -> str:

@@ -21,7 +21,7 @@ from utils.metrics.features import FeatureOptions, Networks
 from utils.metrics.registry import METRICS, score
 from utils.metrics.scores import Score
 from utils.metrics.subjects import ImageSet, Reference, Statistics, Subject, Workers
-from utils.options import UserError, option, renamed_flags, require, require_not_negative, require_positive
+from utils.options import UserError, flags_as, option, require, require_not_negative, require_positive
 from utils.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
 from utils.runtime import autocast, on_main_process
 from utils.sampling_controls import SamplingControls, controllable
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 RECORD = "evaluation.jsonl"
+REFERENCE_FLAGS = {"reference": "eval_reference"}  # what evaluate_pipeline.py's flag is called here
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,8 @@ class EvaluationOptions:
                 raise UserError(f"--eval_metrics {name} compares with real images; give --eval_reference")
             if name == "memorisation":
                 raise UserError("--eval_metrics memorisation is evaluate_pipeline.py's; leave it out")
-        try:
+        with flags_as(REFERENCE_FLAGS):
             ReferenceOptions(reference=self.eval_reference)
-        except UserError as error:
-            raise UserError(renamed_flags(error, {"reference": "eval_reference"})) from error
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether scores are computed after optimizer step number `step`, from 1."""
@@ -158,22 +157,21 @@ class TrainingEvaluation:
         if name is None and trained_on is None:
             raise UserError("--eval_metrics: streamed images are not kept to compare with; give --eval_reference")
         try:
-            if chosen.is_statistics:
-                statistics = Statistics.read(Path(name))
-                network = self._networks.get("main")
-                size = None if network.class_weights is None else network.class_weights.shape[1]
-                statistics.check(network, size, False)
-                return statistics
-            images = trained_on if name is None else read_images("reference", name, chosen, self._seed)
-            reference = Subject(images, self._networks, self._workers)
-            for network_name in dict.fromkeys(metric.network for metric in compared):
-                reference.features(network_name)
-            return reference
+            with flags_as(REFERENCE_FLAGS):
+                if chosen.is_statistics:
+                    statistics = Statistics.read(Path(name))
+                    network = self._networks.get("main")
+                    size = None if network.class_weights is None else network.class_weights.shape[1]
+                    statistics.check(network, size, False)
+                    return statistics
+                images = trained_on if name is None else read_images("reference", name, chosen, self._seed)
+                reference = Subject(images, self._networks, self._workers)
+                for network_name in dict.fromkeys(metric.network for metric in compared):
+                    reference.features(network_name)
+                return reference
         except NotComputable as reason:
             where = "the images trained on" if name is None else f"--eval_reference {name}"
             raise UserError(f"{where}: {reason}") from reason
-        except UserError as error:
-            raise UserError(renamed_flags(error, {"reference": "eval_reference"})) from error
         finally:
             self._networks.rest()
 

@@ -243,20 +243,6 @@ def describe_unread(fates: Fates, lists: Sequence[str]) -> list[str]:
     return found + [f"{name} is not read: {cure_of(name)}, {cure}" for name in lists[:1]]
 
 
-def warn_of_unread(where: str, fates: Fates) -> None:
-    """Names the kinds of files that may be meant to be data but are not read."""
-    counts = {fate: count for fate, count in fates.by_fate().items() if fate.word in (NO_READER, LONE_CAPTION)}
-    firsts: dict[Fate, str] = {}
-    for name, fate in fates if counts else ():
-        if fate in counts:
-            firsts.setdefault(fate, name)
-        if len(firsts) == len(counts):
-            break
-    for fate, count in counts.items():
-        what = "captions have no image" if fate.word == LONE_CAPTION else "files are not read"
-        logger.warning("%s: %d %s, such as %s: %s", where, count, what, firsts[fate], fate.reason)
-
-
 def cure_of(name: str) -> str:
     """How a file that looks like a list of captions comes to be read."""
     base = name.rpartition("/")[2]

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from utils.data.captions import MAX_CAPTION, refusal_of
-from utils.data.images import OPTIONAL_FORMATS, UNREAD_SUFFIXES, image_suffixes
-from utils.data.listing import CAPTION, MASK, METADATA, list_folder
+from utils.data.images import OPTIONAL_FORMATS, UNREAD_SUFFIXES, image_suffixes, unread_reason
+from utils.data.listing import CAPTION, MASK, METADATA, NO_READER, Fate, Fates, list_folder, warn_of_unread
 from utils.data.tables import FileTable, ImageTable, captions_of
 from utils.delimited import read_rows
 from utils.options import UserError, first_line, nearest
@@ -20,6 +20,7 @@ from utils.user_files import (
     CertainTexts,
     FileError,
     TextReader,
+    open_regular,
     parse_json,
     parse_json_lines,
     read_bytes,
@@ -68,6 +69,20 @@ def list_files(folder: Path) -> list[str]:
     listing = list_folder(folder)
     listing.warn()
     return sorted([*listing.names, *listing.special])
+
+
+def list_images(folder: Path, flag: str) -> list[str]:
+    """Paths within a folder of its images, in order; pictures that nothing here reads are named, under the flag."""
+    fates = Fates(folder)
+    images = []
+    for name in list_files(folder):
+        reason = unread_reason(os.path.splitext(name)[1])
+        if is_image(name):
+            images.append(name)
+        elif reason is not None:
+            fates.add(name, Fate(NO_READER, reason))
+    warn_of_unread(f"--{flag} {folder}", fates)
+    return images
 
 
 def is_image(name: str) -> bool:
@@ -194,6 +209,23 @@ def parquet_columns(file: Path) -> dict[str, pa.DataType]:
         return {column.name: column.type for column in parquet.read_schema(file)}
     except (OSError, pa.ArrowException):
         return {}
+
+
+def check_parquet(folder: Path, names: Iterable[str], flag: str) -> None:
+    """Refuses Parquet files of a folder whose ends can't be read, which say what is in them.
+
+    Raises:
+        UserError: naming the file.
+    """
+    from pyarrow import parquet
+
+    for name in names:
+        try:
+            with open_regular(folder / name) as file:
+                parquet.read_metadata(file)
+        except (OSError, pa.ArrowException) as error:
+            cure = "fetch it again, or take it out of the folder"
+            raise UserError(f"--{flag} {folder}: {name} can't be read: {first_line(error)}; {cure}") from error
 
 
 def is_binary(kind: pa.DataType) -> bool:

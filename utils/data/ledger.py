@@ -1,6 +1,5 @@
 """What became of every file of the data: counted, and written down a line each."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from utils.data.sources import Source
 from utils.data.stream import StreamedImages
 from utils.data.tables import FileTable, RowTable
 from utils.disk import replacing
+from utils.terminal import json_text
 
 FILE = "data_report.jsonl"
 FEW = 100_000  # files, of which all can be written down again and again
@@ -93,8 +93,8 @@ class Ledger:
             return
         with replacing(folder / FILE) as aside, open(aside, "wb") as file:
             for name, fate in self._fates():
-                line = json.dumps({"file": name, "fate": fate.word, "reason": fate.reason}, ensure_ascii=False)
-                file.write(line.encode("utf-8", "backslashreplace") + b"\n")  # names of files need not be Unicode
+                line = json_text({"file": name, "fate": fate.word, "reason": fate.reason})
+                file.write(line.encode() + b"\n")
 
     def _fates(self) -> Iterator[tuple[str, Fate]]:
         """Each file and its fate, then those of members of shards; of rows of a dataset only those not trained on."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils.data.folders import is_image, list_files
+from utils.data.folders import list_images
 from utils.data.images import Cut
 from utils.data.tables import ImageTable
 from utils.options import require
@@ -49,7 +49,7 @@ class FolderMasks:
     def __init__(self, folder: Path):
         self.name = f"folder {folder.resolve()}"
         self._folder = folder
-        names = [name for name in list_files(folder) if is_image(name)]
+        names = list_images(folder, "mask_dir")
         self._names = {_stem(name).removesuffix(MASK_LABEL): name for name in sorted(names, key=_is_labelled)}
         require(bool(names), "mask_dir", folder, "hold images, the masks")
 

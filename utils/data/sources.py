@@ -25,11 +25,11 @@ from utils.data.detection import (
     settle,
     unread_lists,
     unread_of_dataset,
-    warn_of_unread,
 )
 from utils.data.folders import (
     CAPTION_FILE,
     FolderContent,
+    check_parquet,
     is_caption_file,
     is_image,
     metadata_files,
@@ -38,7 +38,7 @@ from utils.data.folders import (
     read_metadata_folder,
     read_pairs_folder,
 )
-from utils.data.listing import MASK, SHARD, Fate, Listing, list_folder
+from utils.data.listing import MASK, SHARD, Fate, Listing, list_folder, warn_of_unread
 from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
 from utils.data.tables import FileTable, ImageTable, RowTable, captions_of, data_folders
 from utils.data.tars import read_tars
@@ -600,6 +600,7 @@ def check_dataset_folder(options: SourceOptions) -> None:
             f"it as --train_data_dir, or rename the folder"
         )
     names = list_folder(folder).names
+    check_parquet(folder, [name for name in names if name.lower().endswith(".parquet")], "dataset_name")
     images = [name for name in names if is_image(name)]
     if not images or options.train_data_dir is not None or metadata_files(folder, names):
         return
@@ -719,6 +720,7 @@ def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderCo
         return FolderContent(None, listing.names, dict.fromkeys(names, SHARD))
     require(bool(names), "train_data_dir", path, f"hold {suffix} files")
     if suffix == ".parquet":
+        check_parquet(listing.root, names, "train_data_dir")
         names = image_tables(listing.root, names, options.image_column)
         check_configurations(listing.root, names)
     chosen = set(of_split(names, split, by_file_name=True)[0])

@@ -26,10 +26,10 @@ import pyarrow as pa
 from utils.data.buckets import BucketOptions, BucketPlan, plan_buckets
 from utils.data.captions import CaptionOptions, folder_caption, refusal_of
 from utils.data.contents import content_table, file_facts
-from utils.data.detection import settle, warn_of_unread
+from utils.data.detection import settle
 from utils.data.folders import list_files, member_captions
 from utils.data.images import check_whole, read_header, reason_of
-from utils.data.listing import Fate, Fates
+from utils.data.listing import Fate, Fates, warn_of_unread
 from utils.data.masks import FolderMasks
 from utils.data.sampler import Draw, Piece
 from utils.data.sources import (
@@ -449,7 +449,8 @@ class Lane:
             yield from dataset.shard(num_shards=dataset.num_shards, index=number)
         except SHARD_ERRORS as error:
             reason = f"the shard is broken, what follows in it is left out: {first_line(error)}"
-            self.bad.append((f"shard {number}", reason))
+            shards = self._images.shards
+            self.bad.append((shards[number].name if number < len(shards) else f"shard {number}", reason))
 
     def _sample(self, row: dict, number: int, passing: int) -> StreamedSample | None:
         """The sample of a row, or None if its image's header can't be read."""

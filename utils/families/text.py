@@ -51,6 +51,10 @@ class TextFamily(Family):
         self._limit_tokens(pipeline)
         self._warn_of_unknown_tokens()
         self.check(source, {name: getattr(self.pipeline, name).config for name in self._part_names})
+        if self.unet.config.get("sample_size") is None:  # without it the exported pipeline draws at no size
+            edge = self.default_resolution // self.latent_space.factor
+            logger.warning("the UNet's config says no sample_size; the result's says %d", edge)
+            self.unet.register_to_config(sample_size=edge)
         if source.options.unet_config is not None:
             self._probe_unet()
 
