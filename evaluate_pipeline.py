@@ -97,7 +97,7 @@ CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 
 @dataclass(frozen=True)
 class RunOptions:
-    output_dir: str = option("evaluation", "folder of the images and the report; a run there that was stopped goes on")
+    output_dir: str = option("evaluation", "folder of the images and the report; a stopped run there continues")
     overwrite_output_dir: bool = option(False, "replace images there that were drawn with other settings")
     metrics: list[str] | None = option(
         None,
@@ -471,7 +471,7 @@ def obtain(
     signal = max(gather_object([requests.number]))
     if signal:
         there = sum(1 for task in tasks if (images / f"{task.name}.png").is_file())
-        raise Stopped(f"stopped with {there} of {len(tasks)} images drawn; the same command goes on", signal)
+        raise Stopped(f"stopped with {there} of {len(tasks)} images drawn; the same command continues", signal)
     if options.run.export_geneval is not None:
         place = Path(options.run.export_geneval) / wanted.name
         on_main_process(accelerator, lambda: export_geneval(tasks, images, place))

@@ -2,7 +2,7 @@
 
 python demo/compare.py
 
-The table is printed and written into demo/README.md. What has run stays in --output_dir: called again, it goes on.
+The table is printed and written into demo/README.md. What has run stays in --output_dir: called again, it continues.
 """
 
 import argparse

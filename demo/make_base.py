@@ -321,7 +321,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, help="for the skeleton and the pictures; OUTPUT_DIR-work if not given")
     parser.add_argument("--skeleton", type=Path, help="a skeleton made before, to train only the UNet")
     parser.add_argument("--only_skeleton", action="store_true", help="stop before the UNet is trained")
-    parser.add_argument("--resume", action="store_true", help="go on with a pretraining that was interrupted")
+    parser.add_argument("--resume", action="store_true", help="continue with a pretraining that was interrupted")
     parser.add_argument("--max_train_steps", type=int, default=PRETRAINING_STEPS, help="optimizer steps of the UNet")
     return parser.parse_args()
 

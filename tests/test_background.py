@@ -1,4 +1,4 @@
-"""Checkpoints written while the training goes on: the same files, and no error lost."""
+"""Checkpoints written while the training continues: the same files, and no error lost."""
 
 import json
 import threading

@@ -284,4 +284,4 @@ def test_resuming_with_options_that_change_the_training(train, capsys, caplog, t
     assert "was trained on other data: 1 added (004.png)" in message(capsys)
     caplog.clear()
     train("sd", *more, *changed, "--allow_changed_options", data=data)
-    assert any("going on from" in record.message and "--noise_offset" in record.message for record in caplog.records)
+    assert any("resuming from" in record.message and "--noise_offset" in record.message for record in caplog.records)

@@ -100,7 +100,7 @@ def test_three_processes_train_what_one_does(train, sgd, data, tmp_path, pipelin
 
 @pytest.mark.slow
 def test_three_processes_share_eight_samples(train, sgd, data, tmp_path, pipelines):
-    """2, 3 and 3, in pieces of at most two; it is a checkpoint of one process that they go on from."""
+    """2, 3 and 3, in pieces of at most two; it is a checkpoint of one process that they resume from."""
     whole = train("sd", *STEPS, "--train_batch_size", 8, data=data, out="whole")
     spread_out = train("sd", *STEPS, "--max_train_steps", 2, "--train_batch_size", 8, data=data, out="spread")
     flags = (*STEPS, "--train_batch_size", 2, "--global_batch_size", 8, "--resume_from_checkpoint", "latest")
@@ -129,7 +129,7 @@ def test_a_run_moves_from_one_process_to_two_and_back(train, sgd, data, tmp_path
 
 @pytest.mark.slow
 def test_fsdp2_trains_what_one_process_does(train, data, tmp_path, pipelines):
-    """Also its averages, samples and held-out losses; one process goes on from its checkpoint."""
+    """Also its averages, samples and held-out losses; one process resumes from its checkpoint."""
     flags = ("--learning_rate", 1e-3, "--adam_epsilon", 1e-5, "--max_train_steps", 4, "--checkpointing_steps", 2)
     flags += ("--use_ema", "--validation_split", 0.2, "--validation_steps", 2, "--validation_num_inference_steps", 2)
     flags += ("--validation_prompts", "a", "b", "c")

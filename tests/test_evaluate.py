@@ -690,7 +690,7 @@ def test_a_signal_ends_the_drawing_and_the_same_command_goes_on(evaluate, pipeli
 
     monkeypatch.setattr(generation.Drawer, "_save", signalled)
     _, folder = evaluate(*shared, expect=128 + signal.SIGTERM)
-    assert "stopped with 4 of 12 images drawn; the same command goes on" in capsys.readouterr().err
+    assert "stopped with 4 of 12 images drawn; the same command continues" in capsys.readouterr().err
     monkeypatch.undo()
     evaluate(*shared)
     assert len(images_in(folder / "images" / "pipeline")) == 12
@@ -757,7 +757,7 @@ def test_the_report_fits_a_browsers_window(evaluate, pipelines, flags, real_imag
 
 
 def test_a_signal_while_scores_are_computed(evaluate, pipelines, flags, real_images, monkeypatch, capsys):
-    """The images that were drawn stay, and the same command goes on to the scores."""
+    """The images that were drawn stay, and the same command continues to the scores."""
     words = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--metrics", "vendi", "kid", *flags]
     words += ["--reference", real_images]
     called, calls = Network.__call__, []
@@ -771,7 +771,7 @@ def test_a_signal_while_scores_are_computed(evaluate, pipelines, flags, real_ima
     monkeypatch.setattr(Network, "__call__", signalled)
     found, _ = evaluate(*words, "--feature_batch_size", 1, expect=128 + signal.SIGTERM)
     assert found is None
-    assert "stopped while scores were computed; the same command goes on" in capsys.readouterr().err
+    assert "stopped while scores were computed; the same command continues" in capsys.readouterr().err
     found, _ = evaluate(*words)
     assert found["entries"]["pipeline"]["scores"]["kid"]["value"] is not None
 

@@ -75,7 +75,7 @@ def test_out_of_memory_in_a_step_changes_nothing(train, memory, monkeypatch, cap
     state = json.loads((short / "checkpoint-3" / "training_state.json").read_text())
     assert state["samples_at_once"] == 2
     monkeypatch.undo()
-    memory(2)  # a run that goes on begins with what fits
+    memory(2)  # a resumed run begins with what fits
     caplog.clear()
     again = train("sd", *flags, "--resume_from_checkpoint", "checkpoint-3", data=data, out="short")
     assert not any("out of memory" in record.message for record in caplog.records)

@@ -192,7 +192,7 @@ def test_the_slurm_script(pipelines, images, tmp_path):
     said = job.communicate(timeout=120)[1]
     assert job.returncode == 0, said[-3000:]
     assert requeued.exists()
-    assert "go on with" in said
+    assert "continue with" in said
     steps = len(losses(out))
     assert (out / f"checkpoint-{steps}").is_dir()
     requeued.unlink()

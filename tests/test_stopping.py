@@ -67,7 +67,8 @@ def test_a_signal_in_a_step(train, signal_at, monkeypatch, capsys, kind, number)
     parts = train(kind, *flags, out="parts", expect=128 + number)
     assert handlers == [signal.getsignal(each) for each in SIGNALS]
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith(f"stopped {signal.Signals(number).name} after step 3, which is saved in {parts}; go on with")
+    name = signal.Signals(number).name
+    assert said.startswith(f"stopped {name} after step 3, which is saved in {parts}; continue with")
     assert said.endswith("--resume_from_checkpoint latest")
     assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-3"]
     assert not (parts / "model_index.json").exists()
@@ -310,7 +311,7 @@ def test_a_launcher_that_is_ended_leaves_a_checkpoint_and_no_process(pipelines, 
         assert process.wait(60) != 0
     wait_for(lambda: not any(alive(each) for each in below), 30)
     assert list(out.glob("checkpoint-*")), log.read_text()[-2000:]
-    assert "go on with: " in log.read_text()
+    assert "continue with: " in log.read_text()
 
 
 def alive(process: int) -> bool:

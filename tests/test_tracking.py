@@ -70,7 +70,7 @@ def test_a_verdict():
 
 
 def test_a_tracker_that_fails_is_given_up(train, caplog, monkeypatch):
-    """Once, with a warning, and the training goes on."""
+    """Once, with a warning, and the training continues."""
     from accelerate.tracking import TensorBoardTracker
 
     def fail(self, *arguments, **named):
@@ -83,7 +83,7 @@ def test_a_tracker_that_fails_is_given_up(train, caplog, monkeypatch):
             out = train("sd", *flags, out=name)
         said = [record.message for record in caplog.records if "can't be written" in record.message]
         assert said == [
-            "tensorboard can't be written: [Errno 28] No space left on device; the training goes on without it, "
+            "tensorboard can't be written: [Errno 28] No space left on device; the training continues without it, "
             "metrics.jsonl has the numbers"
         ]
         assert len((out / "metrics.jsonl").read_text().splitlines()) == 3

@@ -510,7 +510,7 @@ def test_a_vae_without_a_scaling_has_one_measured(train, pipelines, said, tmp_pa
     assert factor * posterior.sample(torch.Generator().manual_seed(0)).std() == pytest.approx(1, rel=0.03)
     (out / "latent_scaling.json").write_text(json.dumps({"scaling_factor": 0.5}))
     train("latents", *flags, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
-    assert load(out).vqvae.config.scaling_factor == 0.5  # a run that goes on measures nothing anew
+    assert load(out).vqvae.config.scaling_factor == 0.5  # a resumed run measures nothing anew
 
 
 def _centre(path: Path) -> Image.Image:

@@ -94,7 +94,7 @@ class AdaptationOptions(TrainedOptions):
     fused_lora: bool = option(
         True, "compute LoRA layers by fewer kernels than peft, which saves and loads them as ever"
     )
-    lora_weights: str | None = option(None, "LoRA file, or a folder that holds one, to go on from")
+    lora_weights: str | None = option(None, "LoRA file, or a folder that holds one, whose training continues")
     export_fused: bool = option(False, "also save the pipeline with the LoRA fused in, in output_dir/fused")
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ class Adaptation(ABC):
 
     def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
         """Args:
-        start: where the weights of a checkpoint are, to go on from; None starts from the pipeline's.
+        start: where the weights of a checkpoint are, to resume from; None starts from the pipeline's.
         """
         self.family = family
         self.options = options
@@ -215,7 +215,7 @@ class Adaptation(ABC):
 
     @abstractmethod
     def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
-        """Goes on from the average that `save` wrote, after so many updates."""
+        """Resumes from the average that `save` wrote, after so many updates."""
 
     @abstractmethod
     def exporting(self, buffers: HostBuffers) -> Callable[[Path], None]:
@@ -275,7 +275,7 @@ class FullFineTuning(Adaptation):
         return {name: _copied(module, buffers, name + ending) for name, module in self.modules.items()}
 
     def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
-        """Goes on from `unet_ema/` and the text encoders' like."""
+        """Resumes from `unet_ema/` and the text encoders' like."""
         averages = [
             saved
             for name, module in self.modules.items()
@@ -364,7 +364,7 @@ class AdapterTuning(Adaptation):
         return {name: buffers.copy(f"{name} average" if is_average else name, tensor) for name, tensor in tensors}
 
     def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
-        """Goes on from the averages beside the adapters."""
+        """Resumes from the averages beside the adapters."""
         trained = [each for module in self.modules.values() for each in module.parameters() if each.requires_grad]
         average.load(self._saved_like(trained, folder, average=True), num_updates)
 

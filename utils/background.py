@@ -1,4 +1,4 @@
-"""Writing that goes on while the training does: from copies in host memory, on a thread."""
+"""Writing that continues while the training does: from copies in host memory, on a thread."""
 
 import logging
 from collections.abc import Callable, Iterable

@@ -39,14 +39,16 @@ OWN_GROUP_OPTIONS = ("lr", "peak_lr", "weight_decay", "eps")  # a resumed run's 
 class CheckpointOptions:
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints")
     checkpoints_total_limit: int | None = option(None, "newest checkpoints to keep; by default all")
-    final_checkpoint: bool = option(True, "also write a checkpoint after the last step, for a longer run to go on from")
+    final_checkpoint: bool = option(
+        True, "also write a checkpoint after the last step, so that a longer run can resume"
+    )
     resume_from_checkpoint: str | None = option(
         None,
-        "go on from latest, from checkpoint-N in output_dir, or from a path; latest without a checkpoint starts anew",
+        "resume from latest, from checkpoint-N in output_dir, or from a path; latest without a checkpoint starts anew",
     )
-    async_checkpointing: bool = option(False, "write checkpoints from copies in host memory while the training goes on")
+    async_checkpointing: bool = option(False, "write checkpoints from copies in host memory while training continues")
     allow_changed_options: bool = option(
-        False, "go on although options that change the training, or the data, are others than the checkpoint's"
+        False, "resume although options that change the training, or the data, are others than the checkpoint's"
     )
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run that goes on is compared with.
+    """What a resumed run is compared with.
 
     Attributes:
         structure: the options that it must share.
@@ -74,7 +76,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run goes on from, beside weights and optimizer. The data's position and the rates follow from the step.
+    """What a run resumes from, beside weights and optimizer. The data's position and the rates follow from the step.
 
     Attributes:
         step: optimizer steps done.
@@ -203,7 +205,7 @@ class Checkpoints:
             self._remove(path)
 
     def set_aside_after(self, step: int) -> None:
-        """Renames the checkpoints of later steps, which a run that goes on from `step` has left behind.
+        """Renames the checkpoints of later steps, which a run resumed from `step` has left behind.
 
         Else they would pass for its own, be resumed from, and keep its own from being kept.
         """
@@ -213,7 +215,7 @@ class Checkpoints:
                     aside = _set_aside(path)
                 except OSError as error:
                     raise UserError(f"{path}, of a later step, can't be renamed: {error}") from error
-                logger.warning("%s is of a run that this one does not go on from; it is %s now", path.name, aside.name)
+                logger.warning("%s is of a run that this one does not resume from; it is %s now", path.name, aside.name)
 
     def _prune(self) -> None:
         if self.limit is None:
@@ -332,7 +334,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _wrong_state(path: Path) -> str:
-    """What a run could not go on from, although the files are those that the manifest lists."""
+    """What a run could not resume from, although the files are those that the manifest lists."""
     state = read_state(path)
     if step_of(path) not in (None, state.step):
         return f"its state is that of step {state.step}"
@@ -467,7 +469,7 @@ def check_training(folder: Path, training: dict[str, object], may_change: bool) 
         cure = "give the options it was made with, or --allow_changed_options"
         raise UserError(f"{folder} was made otherwise than with {changes}; {cure}")
     if changes:
-        logger.warning("going on from %s with %s", folder, changes)
+        logger.warning("resuming from %s with %s", folder, changes)
 
 
 def _changes(now: dict[str, object], then: dict[str, object]) -> str:

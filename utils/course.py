@@ -1,4 +1,4 @@
-"""What follows each optimizer step: metrics, measurements, checkpoints, and whether the run goes on."""
+"""What follows each optimizer step: metrics, measurements, checkpoints, and whether the run continues."""
 
 import logging
 import signal

@@ -118,7 +118,7 @@ class MovingAverage:
         return {name: value for name, value in self._schedule.state_dict().items() if name != "shadow_params"}
 
     def load(self, averages: Sequence[Tensor], num_updates: int) -> None:
-        """Goes on from saved averages, in the order of the parameters."""
+        """Resumes from saved averages, in the order of the parameters."""
         for average, saved in zip(self.averages, averages, strict=True):
             average.copy_(spread_like(saved, average))
         self._schedule.optimization_step = num_updates

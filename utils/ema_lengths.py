@@ -41,7 +41,7 @@ def gamma_of(length: float) -> float:
 class PowerAverage(MovingAverage):
     """The average in which the weights after update t count as t^gamma: theta += (1 - beta) (weights - theta).
 
-    beta = (1 - 1/t)^(gamma + 1) (equation 127). It forgets where the training began as that goes on.
+    beta = (1 - 1/t)^(gamma + 1) (equation 127). It forgets where the training began as training continues.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], options: EmaOptions, length: float):
@@ -107,7 +107,7 @@ class AverageLengths:
             raise UserError(f"--ema_lengths: a snapshot can't be written to {self._folder}: {error}") from error
 
     def load(self, folder: Path) -> bool:
-        """Goes on from a checkpoint; gives whether it has the averages."""
+        """Resumes from a checkpoint; gives whether it has the averages."""
         file = folder / CHECKPOINT_FILE
         if not has_averages(folder):
             return False
@@ -170,7 +170,7 @@ def has_averages(checkpoint: Path) -> bool:
 
 
 def set_aside_snapshots(output_dir: Path, step: int) -> None:
-    """Renames the snapshots that a run which goes on after so many steps, or begins, did not make."""
+    """Renames the snapshots that a run which is resumed after so many steps, or begins, did not make."""
     for file in snapshots(output_dir / FOLDER):
         if int(file.stem.removeprefix("step-")) > step:
             try:

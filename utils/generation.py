@@ -259,7 +259,7 @@ class BatchSize:
                 "and --width, or --mixed_precision fp16"
             ) from error
         self.at_once = self._most = count // 2
-        logger.warning("%s with %d images at once; going on with %d", first_line(error), count, self.at_once)
+        logger.warning("%s with %d images at once; continuing with %d", first_line(error), count, self.at_once)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -278,7 +278,7 @@ def state_of(pixels: np.ndarray) -> str:
 
 
 class Drawer:
-    """Draws tasks with a pipeline into a folder, each process its share, and goes on where an earlier run stopped."""
+    """Draws tasks with a pipeline into a folder, each process its share, and continues where an earlier run stopped."""
 
     def __init__(
         self,
@@ -368,7 +368,7 @@ class Drawer:
             raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error
 
     def facts(self, prompts: Sequence[Prompt]) -> dict[str, object]:
-        """What the images depend on: what a run that goes on must have in common with the one before."""
+        """What the images depend on: what a resumed run must have in common with the one before."""
         pipeline = self.pipeline
         weights = {
             name: weights_hash(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)

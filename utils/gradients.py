@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-FREE_CURE = "--gradient_checkpointing"  # which a run that goes on may add
+FREE_CURE = "--gradient_checkpointing"  # which a resumed run may add
 
 
 class StepSums(NamedTuple):
@@ -196,9 +196,9 @@ class Gradients:
         if self.can_retry and self.size > 1 and self.rescue is not None:
             self.rescue(step, half)
             ways.insert(0, f"--resume_from_checkpoint latest, which takes {half} samples at once")
-            return ProcessError(f"{where}; the {step} steps before are saved, go on with {' or '.join(ways)}")
+            return ProcessError(f"{where}; the {step} steps before are saved, continue with {' or '.join(ways)}")
         ways += [] if self.engine.can_begin_again and not self.can_retry else [setting(half, self.num_samples)]
-        return ProcessError(f"{where}; go on from the last checkpoint with {' or '.join(ways) or 'more memory'}")
+        return ProcessError(f"{where}; resume from the last checkpoint with {' or '.join(ways) or 'more memory'}")
 
     def _end_without_data(self, step: int, error: LoadingError, has_begun: bool) -> LoadingError:
         """What ends the run where a step's data can't be loaded; the steps before are saved where that is possible.
@@ -332,7 +332,7 @@ class Gradients:
         if self.size == 1:
             raise UserError(f"out of memory in {where} with one sample at a time; try {self._advice()}")
         self.size = -(-self.size // 2)
-        message = "out of memory in %s: going on as with %s, which trains the same; %s would avoid it"
+        message = "out of memory in %s: continuing as with %s, which trains the same; %s would avoid it"
         logger.warning(message, where, setting(self.size, self.num_samples), self._advice())
 
     def _advice(self) -> str:

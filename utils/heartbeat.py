@@ -89,7 +89,7 @@ class Heartbeat:
     def _give_up(self, other: int) -> None:
         print_line(
             f"error: process {other} has given no sign of life for {self._patience:g} s (--peer_timeout), so process "
-            f"{self._rank} ends; go on with --resume_from_checkpoint latest",
+            f"{self._rank} ends; continue with --resume_from_checkpoint latest",
             sys.stderr,
         )
         os._exit(1)  # the main thread may be waiting in a collective, which no exception reaches

@@ -107,7 +107,7 @@ def _are_numbers(values: object) -> bool:
 
 
 class History:
-    """The measurements of a run, in `validation.jsonl`; a resumed run goes on from those up to its first step."""
+    """The measurements of a run, in `validation.jsonl`; a resumed run resumes from those up to its first step."""
 
     def __init__(self, folder: Path, first_step: int, options: EarlyStoppingOptions):
         self._file = folder / FILE

@@ -11,7 +11,7 @@ class LengthOptions:
     num_train_epochs: int = option(100, "passes over the data")
     max_train_steps: int | None = option(None, "optimizer steps, instead of --num_train_epochs")
     max_train_time: str | None = option(
-        None, "HH:MM:SS after which the run saves its state and ends; --resume_from_checkpoint latest goes on"
+        None, "HH:MM:SS after which the run saves its state and ends; --resume_from_checkpoint latest resumes"
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether a run goes on from a checkpoint, and whether that is one of the same run."""
+"""Whether a run resumes from a checkpoint, and whether that is one of the same run."""
 
 import logging
 import math
@@ -69,7 +69,7 @@ class Beginning:
 
     Attributes:
         accelerator, folder, checkpoints: the run's.
-        start: the checkpoint that it goes on from; None for the first step.
+        start: the checkpoint that it resumes from; None for the first step.
         group_size: samples of one bucket that stand together.
         structure: what a checkpoint can only be resumed with, by flag.
         training: what else changes the training, by flag.
@@ -120,7 +120,7 @@ class Beginning:
         Other held-out images are warned of: they change the measurements, and no training.
 
         Raises:
-            UserError: if this one goes on with other data, unasked.
+            UserError: if this one continues with other data, unasked.
         """
         data, use = {"data": images.fingerprint()}, images.describe_sources()
         if self.start is not None:
@@ -145,7 +145,7 @@ class Beginning:
                     f"{self.start} was trained on other data: {changes}; put them back, or give --allow_changed_options"
                 )
             if changes:
-                logger.warning("going on from %s with other data: %s", self.start, changes)
+                logger.warning("resuming from %s with other data: %s", self.start, changes)
         return self._kept(now)
 
     def _compare_held_out(self, images: PlannedImages | None) -> str | None:
@@ -197,7 +197,7 @@ class Beginning:
 
 
 def begin(options: Any, engine: Engine, folder: OutputFolder, requests: StopRequests, pipeline_class: str) -> Beginning:
-    """Finds the checkpoint to go on from, compares the options with its own, and takes the output folder.
+    """Finds the checkpoint to resume from, compares the options with its own, and takes the output folder.
 
     Args:
         options: all of a script's, by group.
@@ -237,7 +237,7 @@ def _training_options(options: Any) -> dict[str, object]:
 
 
 def _choose_group_size(buckets: BucketOptions, loader: LoaderOptions, global_batch: int, start: Path | None) -> int:
-    """How many samples of one bucket stand together: as asked, as the run that goes on had it, or the micro-batch."""
+    """How many samples of one bucket stand together: as asked, as the resumed run had it, or the micro-batch."""
     recorded = None if start is None else read_state(start).facts.structure.get("bucket_group_size")
     recorded = recorded if type(recorded) is int and recorded > 0 else None
     chosen = buckets.bucket_group_size or recorded or math.gcd(loader.train_batch_size, global_batch)

@@ -221,7 +221,7 @@ class OutputFolder:
         """Creates and locks the folder.
 
         Args:
-            resuming: whether the run that the folder holds is to go on.
+            resuming: whether the run that the folder holds is to resume.
             overwrite: whether another run's folder may be written to.
 
         Raises:
@@ -231,7 +231,7 @@ class OutputFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout as error:
-            raise UserError(f"--output_dir {self.path} is in use by a run that is going on; choose another") from error
+            raise UserError(f"--output_dir {self.path} is in use by another run; choose another folder") from error
         except OSError as error:
             raise UserError(f"--output_dir {self.path} can't be written: {error.strerror or error}") from error
         if not resuming and not overwrite:

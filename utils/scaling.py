@@ -50,7 +50,7 @@ def measured_scaling(
 
 
 def remember_scaling(folder: Path, factor: float) -> None:
-    """Keeps what was measured for a run that goes on."""
+    """Keeps what was measured for a resumed run."""
     write_json(folder / FILE, {"scaling_factor": factor})
     logger.info("the VAE's config says no scaling of its latents; measured on the data it is %.5f", factor)
 

@@ -240,7 +240,7 @@ def make_gradients(
     saving: Mapping[str, bool],
     half_copy: HalfCopy | None,
 ) -> Gradients:
-    """What runs forward and backward; a run that goes on takes no more samples at once than memory allowed before.
+    """What runs forward and backward; a resumed run takes no more samples at once than memory allowed before.
 
     Args:
         saving: flags that save memory, in the order to try them, and whether they are given.

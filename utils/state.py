@@ -274,7 +274,7 @@ def _write_result(write: Callable[[Path], None], folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"the result can't be written to {folder}: {first_line(error)}; checkpoints are as they were, go on with "
+            f"the result can't be written to {folder}: {first_line(error)}; checkpoints are as they were; resume with "
             "--resume_from_checkpoint latest"
         ) from error
 

@@ -1,4 +1,4 @@
-"""A run's JSON Lines by step: a run that goes on drops those that it writes again, and keeps what it can't read."""
+"""A run's JSON Lines by step: a resumed run drops those that it writes again, and keeps what it can't read."""
 
 import logging
 import math

@@ -147,7 +147,7 @@ def agreed(totals: Sequence[float]) -> Wish:
 
 
 def resume_command(words: Sequence[str]) -> str:
-    """The command line that goes on with a run, from the one that it was started by, launcher and all."""
+    """The command line that continues with a run, from the one that it was started by, launcher and all."""
     shown, is_value = [], False
     for word in without_secrets(words):
         if not is_value and word.partition("=")[0] != "--resume_from_checkpoint":
@@ -169,4 +169,6 @@ def stopped(wish: Wish, step: int, folder: Path) -> Stopped:
     """The end that was wished for, after a checkpoint."""
     why = signal.Signals(wish.number).name if wish.number else "as asked"
     command = resume_command(sys.argv)
-    return Stopped(f"stopped {why} after step {step}, which is saved in {folder}; go on with: {command}", wish.number)
+    return Stopped(
+        f"stopped {why} after step {step}, which is saved in {folder}; continue with: {command}", wish.number
+    )

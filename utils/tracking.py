@@ -378,7 +378,7 @@ class Trackers:
             except tracker_errors() as error:
                 self._accelerator.trackers.remove(tracker)
                 logger.warning(
-                    "%s can't be written: %s; the training goes on without it, metrics.jsonl has the numbers",
+                    "%s can't be written: %s; the training continues without it, metrics.jsonl has the numbers",
                     tracker.name,
                     first_line(error),
                 )

@@ -264,7 +264,7 @@ def text_of(
 
 
 class Waiting:
-    """How long the training thread waited for data in the step that goes on."""
+    """How long the training thread waited for data in the current step."""
 
     def __init__(self):
         self.seconds = 0.0

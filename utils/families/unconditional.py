@@ -50,7 +50,7 @@ class UnconditionalModelOptions(ShapeOptions, PartOptions):
 
     pretrained_model_name_or_path: str | None = option(
         None,
-        "folder or Hub name of a DDPM, DDIM, LDM, score, DiT or ConditionalDDPM pipeline to go on from",
+        "folder or Hub name of a DDPM, DDIM, LDM, score, DiT or ConditionalDDPM pipeline whose training continues",
         aliases=["--pretrained_model"],
     )
     vae: str | None = option(

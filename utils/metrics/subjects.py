@@ -130,7 +130,7 @@ class Workers:
         return self.gather(result, error)
 
     def _stopped(self, error: Interrupted) -> Stopped:
-        return Stopped("stopped while scores were computed; the same command goes on", int(str(error)))
+        return Stopped("stopped while scores were computed; the same command continues", int(str(error)))
 
     def batches(self, items: Sequence, label: str) -> Generator[Sequence, None, None]:
         """Batches of items, with a progress bar on the main process."""
