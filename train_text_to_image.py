@@ -78,6 +78,7 @@ from utils.starting import (
     prepare_data,
     samples_at_once,
     start_engine,
+    with_fast,
 )
 from utils.stopping import StopRequests
 from utils.terminal import Lines, print_line, set_up_logging
@@ -172,6 +173,8 @@ def run(argv: Sequence[str] | None) -> None:
 
         torch.manual_seed(model_seed(seed, 0, 0))  # LoRA's and a fresh UNet's first weights
         adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
+        trains_base = adaptation_class.trains_base and not pure_bf16
+        options, fast_parts = with_fast(options, engine, trains_base, images)
         dtypes = adaptation_class.dtypes(options.adaptation, weight_dtype(accelerator))
         logger.info(
             "loading the %s of %s", family_class.pipeline_class_name, options.model.pretrained_model_name_or_path
@@ -184,7 +187,7 @@ def run(argv: Sequence[str] | None) -> None:
         family.use_attention()
         family.save_memory()
         if options.speed.channels_last:
-            family.unet.to(memory_format=torch.channels_last)
+            family.use_channels_last(vae=not options.cache.cache_latents)
         requests.check()
         process = forward_process(options.noise, family.pipeline.scheduler.config)
         terms = loss_terms(options.perceptual, options.term, family.latent_space, process.num_timesteps)
@@ -265,7 +268,7 @@ def run(argv: Sequence[str] | None) -> None:
         logger.info("running the largest batch once, to see that it fits")
         gradients.rehearse(largest, state.holding_optimizer_state)
         draw_batch, sizes_vary = partial(dataset.with_draws, largest), len(images.plan.sizes) > 1
-        hasten(options, gradients, family.unet, state.optimizer, num_workers, draw_batch, sizes_vary)
+        hasten(options, gradients, family.unet, state.optimizer, num_workers, draw_batch, sizes_vary, fast_parts)
         if options.loader.find_batch_size:
             groups = f" --bucket_group_size {group_size}" if options.buckets.use_aspect_ratio_buckets else ""
             logger.info("--find_batch_size: keep %s%s", setting(gradients.size, gradients.num_samples), groups)

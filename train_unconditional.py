@@ -90,6 +90,7 @@ from utils.starting import (
     prepare_data,
     samples_at_once,
     start_engine,
+    with_fast,
 )
 from utils.stopping import StopRequests
 from utils.terminal import Lines, print_line, set_up_logging
@@ -238,6 +239,7 @@ def run(argv: Sequence[str] | None) -> None:
         factor = rate_factor(schedule, rates.learning_rate, total_steps)
         facts = beginning.facts(images, held_out_images, schedule, total_steps)
 
+        options, fast_parts = with_fast(options, engine, not pure_bf16, images)
         torch.manual_seed(model_seed(seed, 0, 0))  # a fresh denoiser's first weights
         dtypes = FullFineTuning.dtypes(options.trained, weight_dtype(accelerator))
         wanted = Wanted(resolution, options.image.channels, tuple(classes), images.plan.sizes == [(resolution,) * 2])
@@ -251,7 +253,7 @@ def run(argv: Sequence[str] | None) -> None:
         family.use_attention()
         family.save_memory()
         if options.speed.channels_last:
-            family.unet.to(memory_format=torch.channels_last)
+            family.use_channels_last(vae=not options.cache.cache_latents)
         requests.check()
         process = process_of(options.noise, family.pipeline.scheduler)
         options.sampling.steps_of(family.pipeline.scheduler)
@@ -328,7 +330,7 @@ def run(argv: Sequence[str] | None) -> None:
         logger.info("running the largest batch once, to see that it fits")
         gradients.rehearse(largest, state.holding_optimizer_state)
         draw_batch, sizes_vary = partial(dataset.with_draws, largest), len(images.plan.sizes) > 1
-        hasten(options, gradients, family.unet, state.optimizer, num_workers, draw_batch, sizes_vary)
+        hasten(options, gradients, family.unet, state.optimizer, num_workers, draw_batch, sizes_vary, fast_parts)
         if options.loader.find_batch_size:
             groups = f" --bucket_group_size {group_size}" if options.buckets.use_aspect_ratio_buckets else ""
             logger.info("--find_batch_size: keep %s%s", setting(gradients.size, gradients.num_samples), groups)

@@ -41,7 +41,7 @@ from utils.optim import set_learning_rate
 from utils.options import parse
 from utils.records import Batch
 from utils.runtime import OutputFolder, weight_dtype
-from utils.speed import compile_denoiser
+from utils.speed import Compilation, compile_denoiser
 from utils.starting import hasten, make_gradients, make_state, start_engine
 from utils.tracking import RunLog, StepMetrics
 
@@ -59,7 +59,6 @@ class Variant(NamedTuple):
         flags: of the script.
         is_gated: whether the compiled model goes through the script's own gate, which takes its time.
         benchmark: whether cuDNN chooses its kernels by their times.
-        budget: share of the activations that a compiled model may keep, by Inductor's own choice.
         counted_gb: memory by benchmarks/memory.py, where it was counted.
         is_live: whether images and captions come as they are, and the encoders run in each step.
     """
@@ -69,7 +68,6 @@ class Variant(NamedTuple):
     flags: str
     is_gated: bool = False
     benchmark: bool = False
-    budget: float = 1.0
     counted_gb: float | None = None
     is_live: bool = False
 
@@ -203,7 +201,7 @@ class Training:
 
     def _lay_out(self, family: Any) -> None:
         if self.options.speed.channels_last:
-            family.unet.to(memory_format=torch.channels_last)
+            family.use_channels_last(vae=False)
         if self.options.model.gradient_checkpointing:
             family.use_gradient_checkpointing(False, vae=False)
 
@@ -211,12 +209,12 @@ class Training:
         speed = self.options.speed
         if speed.compiled is None:
             return
-        torch._functorch.config.activation_memory_budget = variant.budget
         if variant.is_gated:
             which = self.gradients, self.family.unet, self.state.optimizer
             hasten(self.options, *which, num_workers=0, draw_batch=lambda: self.batch, sizes_vary=False)
             return
-        compile_denoiser(self.family.unet, speed.compiled, sizes_vary=False, cuda_graphs=speed.cuda_graphs)
+        how = Compilation(speed.compiled, False, speed.cuda_graphs, speed.activation_memory)
+        compile_denoiser(self.family.unet, how)
         self.gradients.owns_memory = speed.cuda_graphs
 
     def steps(self, count: int, counts_flops: bool) -> dict[str, Any]:
@@ -410,11 +408,11 @@ def cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def tiny_variants(*variants: Variant) -> list[Variant]:
-    """What is rehearsed of variants: one of each kind, at two samples, without CUDA graphs and Inductor's budget."""
+    """What is rehearsed of variants: one of each kind, at two samples, without CUDA graphs and a budget of memory."""
     kept: dict[tuple[bool, ...], Variant] = {}
     for each in variants:
         key = each.is_compiled, each.is_live, each.is_gated, "--bf16_weights" in each.flags
-        if "--cuda_graphs" not in each.flags and each.budget == 1.0:
+        if not any(flag in each.flags for flag in ("--cuda_graphs", "--activation_memory")):
             kept.setdefault(key, each._replace(batch=2, counted_gb=None))
     return list(kept.values())
 
@@ -454,7 +452,7 @@ def sdxl(bench: Bench) -> Finding:
         Variant("compiled blocks", 8, f"{FAST} --compile blocks"),
         Variant("eager, checkpointing", 16, f"{FAST} --gradient_checkpointing"),
         Variant("compiled blocks", 16, f"{FAST} --compile blocks"),
-        Variant("compiled blocks, budget 0.7", 16, f"{FAST} --compile blocks", budget=0.7),
+        Variant("compiled blocks, memory 0.7", 16, f"{FAST} --compile blocks --activation_memory 0.7"),
         Variant("compiled denoiser", 8, f"{FAST} --compile denoiser"),
     ]
     return run_case(bench, Case("sdxl 1024", MODELS["sdxl"], 1024), variants)

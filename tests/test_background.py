@@ -12,6 +12,7 @@ from safetensors import safe_open
 from tests.conftest import message
 from utils.background import BackgroundWriter, HostBuffers
 from utils.checkpoint import Checkpoints
+from utils.optim import NamedParameter
 from utils.options import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +102,30 @@ def test_without_room_the_training_waits(train, monkeypatch, caplog):
     out = train("sd", "--train_batch_size", 2, "--max_train_steps", 2, "--async_checkpointing")
     assert (out / "checkpoint-2").exists()
     assert any("host memory is too small" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "available", "is_on"),
+    [
+        *[("cuda", None, 10**9, True), ("cuda", None, 5000, False), ("cpu", None, 10**9, False)],
+        *[("cuda", False, 10**9, False), ("cpu", True, 10, True)],
+    ],
+)
+def test_on_a_gpu_with_room_for_two_copies_it_is_the_default(monkeypatch, device, asked, available, is_on):
+    from types import SimpleNamespace
+
+    from utils import course
+    from utils.state import RunState
+
+    monkeypatch.setattr("utils.state.available_memory", lambda: available)
+    monkeypatch.setattr(course, "on_main_process", lambda _, ask: ask())
+    weight = NamedParameter("a", torch.nn.Parameter(torch.zeros(500)), 1.0)  # 2,000 bytes
+    accelerator = SimpleNamespace(device=torch.device(device))
+    state = SimpleNamespace(
+        parameters=[weight], own_parameters=[], average=None, optimizer_bytes=4000, accelerator=accelerator
+    )
+    state.copies_fit_twice = lambda: RunState.copies_fit_twice(state)
+    assert course.saves_behind(asked, state) == is_on
 
 
 def test_the_writer_raises_what_its_last_job_raised():

@@ -88,7 +88,7 @@ def test_a_disk_that_fills_while_it_exports(train, kind, small_disk, capsys):
     out = train(kind, *FLAGS, "--max_train_steps", 2, out=disk / "out", expect=2)
     said = message(capsys)
     assert "the result can't be written to" in said
-    assert "continue with --resume_from_checkpoint latest" in said
+    assert "resume with --resume_from_checkpoint latest" in said
     subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
     train(kind, *FLAGS, "--max_train_steps", 2, "--resume_from_checkpoint", "latest", out=disk / "out")
     assert_same_bits(weights(whole), weights(out))

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def make_checkpoint(folder: Path, step: int, **state: object) -> Path:
         (aside / STATE).write_text(json.dumps(values | {"optimizer": {}, "optimizer_groups": []} | state))
 
     folder.mkdir(parents=True, exist_ok=True)
-    return Checkpoints(folder, None).save(step, write)
+    return Checkpoints(folder, None).save(step, [write])
 
 
 def relist(checkpoint: Path) -> None:
@@ -50,6 +51,13 @@ def relist(checkpoint: Path) -> None:
         if path.name != MANIFEST
     }
     (checkpoint / MANIFEST).write_text(json.dumps({"files": files}))
+
+
+def relist_all(checkpoint: Path) -> None:
+    """The same of a checkpoint with folders."""
+    paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST]
+    facts = {str(path.relative_to(checkpoint)): {"size": path.stat().st_size, "sha256": _hash(path)} for path in paths}
+    (checkpoint / MANIFEST).write_text(json.dumps({"files": facts}))
 
 
 def entry(name: str = STATE, **more: object) -> str:
@@ -274,6 +282,40 @@ class TestPruning:
         assert len(checkpoints.found()) == 2
         assert caplog.text.count("resource busy") == 1
 
+    def test_files_are_hashed_as_they_are_at_last(self, tmp_path):
+        """What a later job writes anew, and what the one before has written while the next one writes."""
+        from utils import checkpoint
+
+        order = []
+
+        def first(aside: Path) -> None:
+            aside.mkdir()
+            (aside / "weights.bin").write_bytes(b"one")
+            (aside / "changed.json").write_text("{}")
+
+        def second(aside: Path) -> None:
+            deadline = time.monotonic() + 20
+            while "weights.bin" not in order and time.monotonic() < deadline:
+                time.sleep(0.01)
+            order.append("second job")
+            (aside / "changed.json").write_text('{"a": 1}')
+
+        plain = checkpoint._hash
+
+        def noted(file: Path) -> str:
+            found = plain(file)
+            order.append(file.name)
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "_hash", noted)
+            saved = Checkpoints(tmp_path, None).save(3, [first, second])
+        assert order.index("weights.bin") < order.index("second job")
+        files = json.loads((saved / MANIFEST).read_text())["files"]
+        assert {name: facts["sha256"] for name, facts in files.items()} == {
+            name: _hash(saved / name) for name in ("weights.bin", "changed.json")
+        }
+
     def test_links_are_never_followed(self, tmp_path):
         precious = make_checkpoint(tmp_path / "other", 1)
         out = tmp_path / "out"
@@ -283,7 +325,7 @@ class TestPruning:
         checkpoints = Checkpoints(out, 1)
         checkpoints.clean()
         shutil.copytree(make_checkpoint(tmp_path / "made", 7), out / ".new")
-        checkpoints.save(7, lambda aside: shutil.copytree(out / ".new", aside))
+        checkpoints.save(7, [lambda aside: shutil.copytree(out / ".new", aside)])
         assert not (out / "checkpoint-7").is_symlink()
         assert damage(precious) == ""
 
@@ -482,6 +524,17 @@ class TestResumed:
             file.unlink()
         train("sd", *FLAGS, "--max_train_steps", 3, *ON)
         assert caplog.text.count("whether images or captions changed") == 1
+
+    def test_an_option_that_the_checkpoint_does_not_know_is_at_its_default(self, train, capsys):
+        out = train("sd", *FLAGS, "--use_ema", "--max_train_steps", 2)
+        state = out / "checkpoint-2" / STATE
+        facts = json.loads(state.read_text())
+        del facts["facts"]["training"]["ema_every"]
+        state.write_text(json.dumps(facts))
+        relist_all(out / "checkpoint-2")
+        train("sd", *FLAGS, "--use_ema", "--max_train_steps", 4, *ON, "--ema_every", 2, expect=2)
+        assert "--ema_every 2 (it was 1)" in message(capsys)
+        train("sd", *FLAGS, "--use_ema", "--max_train_steps", 3, *ON)
 
     def test_nothing_is_renamed_by_a_run_that_is_refused(self, train, capsys):
         """Neither for another seed, nor for a prompt that the pipeline does not take at last."""

@@ -355,6 +355,27 @@ class TestMovingAverage:
             assert torch.equal(parameters[0], ours.averages[0])
         assert all(torch.equal(weight, parameter) for weight, parameter in zip(weights, parameters, strict=True))
 
+    @pytest.mark.parametrize("options", [{}, {"use_ema_warmup": True}, {"offload_ema": True}])
+    def test_every_few_steps_by_the_decay_of_all_of_them(self, options):
+        torch.manual_seed(0)
+        parameter = nn.Parameter(torch.zeros(7))
+        often = MovingAverage([parameter], EmaOptions(use_ema=True, **options))
+        seldom = MovingAverage([parameter], EmaOptions(use_ema=True, ema_every=4, **options))
+        for block in range(5):  # of weights that stand still within a block
+            parameter.data.copy_(torch.randn(7))
+            for step in range(4):
+                before = seldom.averages[0].clone()
+                often.update()
+                seldom.update()
+                assert torch.equal(seldom.averages[0], before) == (step < 3), (block, step)
+            torch.testing.assert_close(often.averages[0], seldom.averages[0], rtol=1e-5, atol=1e-6)
+        assert often.num_updates == seldom.num_updates == 20
+
+    def test_every_few_steps_of_a_shorter_run_is_refused(self, refused):
+        flags = ["--max_train_steps", 3]
+        refused([*flags, "--use_ema", "--ema_every", 4], "--ema_every must be at most the run's 3 optimizer steps, got")
+        refused([*flags, "--ema_every", 2], "--ema_every goes with --use_ema")
+
 
 def test_a_process_that_trains_apart_is_refused(monkeypatch, tmp_path):
     from accelerate import Accelerator

@@ -22,7 +22,16 @@ from utils.copies import HalfCopy
 from utils.gradients import Gradients
 from utils.memory import align
 from utils.options import UserError
-from utils.speed import Reference, attention_by, check_errors, compile_checked, compile_denoiser
+from utils.speed import (
+    Compilation,
+    Reference,
+    attention_by,
+    check_errors,
+    compile_checked,
+    compile_denoiser,
+    compiled_part,
+    repeated_blocks,
+)
 
 NAMES = ["sd", "pixels"]
 
@@ -267,6 +276,80 @@ def test_a_compiled_run_is_the_plain_one(train, name, caplog, without_inductor):
     assert weights(compiled).keys() == weights(plain).keys()
 
 
+def test_blocks_are_transformers_and_convolutions():
+    from diffusers import UNet2DModel
+
+    unet, *_ = unet_and_inputs()
+    kinds = {type(block).__name__ for block in repeated_blocks(unet)}
+    assert kinds == {"BasicTransformerBlock", "ResnetBlock2D"}
+    up = {"up_block_types": ("UpBlock2D",) * 2, "layers_per_block": 1}
+    pixels = UNet2DModel(sample_size=8, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, **up)
+    assert {type(block).__name__ for block in repeated_blocks(pixels)} == {"ResnetBlock2D"}
+    assert compiled_part("denoiser", unet, 1) == "denoiser"
+    assert compiled_part("denoiser", unet, 2) == "blocks"
+    assert compiled_part("denoiser", nn.Linear(1, 1), 2) == "denoiser"
+    assert compiled_part(None, unet, 2) is None
+
+
+def test_a_budget_of_activations_keeps_less_of_the_same_gradients(monkeypatch):
+    from diffusers.models.resnet import ResnetBlock2D
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    kept: list[int] = []
+
+    def count(graph, _):
+        outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        values = [each.meta["val"] for each in outputs if each is not None]
+        kept[-1] += sum(each.numel() for each in values if isinstance(each, Tensor))
+        return graph
+
+    plain = torch.compile
+    backend = aot_autograd(
+        fw_compiler=count, bw_compiler=lambda graph, _: graph, partition_fn=min_cut_rematerialization_partition
+    )
+    monkeypatch.setattr(torch, "compile", lambda *what, mode, **how: plain(*what, backend=backend, **how))
+    found = []
+    for budget in (None, 0.3):
+        torch._dynamo.reset()
+        kept.append(0)
+        torch.manual_seed(0)
+        block = ResnetBlock2D(in_channels=16, temb_channels=8, groups=4).train()
+        compile_denoiser(nn.Sequential(block), Compilation("blocks", activation_memory=budget))
+        loss = block(torch.randn(2, 16, 8, 8), torch.randn(2, 8)).square().sum()
+        found.append(torch.autograd.grad(loss, list(block.parameters())))
+    assert 0 < kept[1] < 0.8 * kept[0]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    torch._functorch.config.activation_memory_budget = 1.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_on", "said"),
+    [
+        (["--cudnn_benchmark"], True, ""),
+        (["--cudnn_benchmark", "--deterministic"], False, "does not go with --deterministic"),
+        ([], False, ""),
+    ],
+    ids=str,
+)
+def test_convolutions_are_timed_where_that_is_asked_for(train, caplog, flags, is_on, said):
+    from torch.backends import cudnn
+
+    try:
+        train("sd", "--max_train_steps", 1, *flags)
+        assert cudnn.benchmark == is_on
+        assert said in caplog.text
+    finally:
+        cudnn.benchmark = False
+
+
+def test_channels_last_lays_out_a_vae_that_encodes_in_each_step(train):
+    plain = train("sd", "--max_train_steps", 2, out="plain")
+    changed = train("sd", "--max_train_steps", 2, "--channels_last", out="changed")
+    assert losses(changed) == pytest.approx(losses(plain), rel=1e-4)
+
+
 def test_blocks_are_compiled_once_for_all_buckets(train, caplog, without_inductor):
     from torch._dynamo.utils import counters
 
@@ -286,7 +369,6 @@ def test_blocks_with_adapters_share_their_graphs(without_inductor):
     from torch._dynamo.utils import counters
 
     from utils.lora_layers import num_shortened, shorten
-    from utils.speed import compile_denoiser
 
     unet, arguments, named = unet_and_inputs(depth=3)
     unet.requires_grad_(False)
@@ -302,9 +384,10 @@ def test_blocks_with_adapters_share_their_graphs(without_inductor):
     assert num_shortened(unet) == 96
     torch._dynamo.reset()
     counters.clear()
-    compile_denoiser(unet, "blocks", sizes_vary=False, cuda_graphs=False)
+    compile_denoiser(unet, Compilation("blocks"))
     found = gradients()
-    assert counters["stats"]["unique_graphs"] <= 5  # by widths, sizes, strides and what needs a gradient
+    num_convolutions = sum(type(block).__name__ == "ResnetBlock2D" for block in repeated_blocks(unet))
+    assert counters["stats"]["unique_graphs"] <= 5 + num_convolutions  # by widths, sizes, strides, gradients
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
@@ -344,11 +427,11 @@ def test_a_wrong_gradient_is_refused(train, monkeypatch, capsys):
     assert "20.00% off" in line
 
 
-def test_what_can_not_be_compiled_is_refused(train, refused, capsys):
+def test_what_can_not_be_compiled_is_refused(refused):
     refused(["--torch_compile", "--compile", "blocks"], "--torch_compile is --compile denoiser")
     refused(["--compile", "everything"], "--compile", "everything")
-    train("pixels", "--max_train_steps", 1, "--compile", "blocks", expect=2)
-    assert "--compile must be denoiser for a UNet2DModel, got blocks" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--compile must be denoiser for a Linear, got blocks; it has no repeated"):
+        compile_denoiser(nn.Linear(1, 1), Compilation("blocks"))
 
 
 def test_the_error_of_a_gradient():
@@ -435,7 +518,7 @@ def test_passes_in_float32_leave_all_as_it_was(train, monkeypatch, flags):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     flags = ["--max_train_steps", 2, "--train_batch_size", 2, "--compile", *flags]
     checked = train("sd", *flags, out="checked")
-    monkeypatch.setattr("utils.starting.compile_checked", lambda *how: compile_denoiser(*how[:4]))
+    monkeypatch.setattr("utils.starting.compile_checked", lambda *how: compile_denoiser(*how[:2]))
     assert losses(train("sd", *flags, out="unchecked")) == losses(checked)
 
 
@@ -558,7 +641,7 @@ def test_a_cuda_graph_is_compared_when_it_is_replayed(monkeypatch):
         yield {"a": torch.full((3,), wrong)}
 
     with pytest.raises(UserError, match=r"the gradient of a is 50\.00% off"):
-        compile_checked(unet, "denoiser", False, True, gradients, is_exact=True)
+        compile_checked(unet, Compilation("denoiser", cuda_graphs=True), gradients, is_exact=True)
     assert [named["mode"] for named in asked] == ["reduce-overhead"]
     assert len(passes) == 4
 

@@ -210,7 +210,7 @@ class Adaptation(ABC):
         """Writes the trained weights, and beside them their average if there is one, each loadable on its own."""
 
     @abstractmethod
-    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> Callable[[Path], None]:
+    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> list[Callable[[Path], None]]:
         """What `save` would write now, copied, to be written later into the folder that it is given."""
 
     @abstractmethod
@@ -263,13 +263,13 @@ class FullFineTuning(Adaptation):
             with average.lent():
                 _write_modules(self.modules, average.state, folder)
 
-    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> Callable[[Path], None]:
+    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> list[Callable[[Path], None]]:
         """The same of copies of the modules."""
         jobs = [partial(_write_modules, self._copies(buffers, ""), None)]
         if average is not None:
             with average.lent():
                 jobs.append(partial(_write_modules, self._copies(buffers, "_ema"), average.state))
-        return partial(_write_all, jobs)
+        return jobs
 
     def _copies(self, buffers: HostBuffers, ending: str) -> dict[str, nn.Module]:
         return {name: _copied(module, buffers, name + ending) for name, module in self.modules.items()}
@@ -351,13 +351,13 @@ class AdapterTuning(Adaptation):
             with average.lent():
                 self._write(self._named_tensors(), True, folder)
 
-    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> Callable[[Path], None]:
+    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> list[Callable[[Path], None]]:
         """The same of copies of the tensors."""
         jobs = [partial(self._write, self._copies(buffers, False), False)]
         if average is not None:
             with average.lent():
                 jobs.append(partial(self._write, self._copies(buffers, True), True))
-        return partial(_write_all, jobs)
+        return jobs
 
     def _copies(self, buffers: HostBuffers, is_average: bool) -> dict[str, Tensor]:
         tensors = self._named_tensors().items()
@@ -577,11 +577,6 @@ def fuse_lora(pipeline: "DiffusionPipeline", folder: Path) -> None:
     load_lora(pipeline, str(folder), ADAPTER, f"the LoRA weights {folder}")
     pipeline.fuse_lora(components=pipeline.get_list_adapters().keys())
     pipeline.unload_lora_weights()
-
-
-def _write_all(jobs: Sequence[Callable[[Path], None]], folder: Path) -> None:
-    for job in jobs:
-        job(folder)
 
 
 def _write_modules(modules: dict[str, nn.Module], average: dict[str, object] | None, folder: Path) -> None:

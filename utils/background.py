@@ -1,6 +1,7 @@
 """Writing that continues while the training does: from copies in host memory, on a thread."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -44,10 +45,15 @@ class HostBuffers:
     def have_room_for(self, tensors: Iterable[Tensor]) -> bool:
         """Whether host memory holds copies of them all, beside what is held already; taken for granted if unknown."""
         wanted = sum(map(taken_bytes, tensors)) - sum(map(taken_bytes, self._kept.values()))
-        if wanted <= 0 or not MEMORY_FACTS.exists():
-            return True
-        facts = dict(line.split(":") for line in MEMORY_FACTS.read_text(encoding="utf-8").splitlines())
-        return wanted < 0.9 * 1024 * int(facts["MemAvailable"].split()[0])
+        return wanted <= 0 or wanted < 0.9 * available_memory()
+
+
+def available_memory() -> float:
+    """Bytes of host memory that are free; without end where the system does not say."""
+    if not MEMORY_FACTS.exists():
+        return math.inf
+    facts = dict(line.split(":") for line in MEMORY_FACTS.read_text(encoding="utf-8").splitlines())
+    return 1024 * int(facts["MemAvailable"].split()[0])
 
 
 def taken_bytes(tensor: Tensor) -> int:

@@ -8,9 +8,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ from utils.user_files import FileError, open_regular, read_json, short
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+HASHED_AT_ONCE = 2  # files
 STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
@@ -46,7 +49,11 @@ class CheckpointOptions:
         None,
         "resume from latest, from checkpoint-N in output_dir, or from a path; latest without a checkpoint starts anew",
     )
-    async_checkpointing: bool = option(False, "write checkpoints from copies in host memory while training continues")
+    async_checkpointing: bool | None = option(
+        None,
+        "write checkpoints from copies in host memory while training continues; by default on a GPU, where that memory "
+        "holds the copies twice",
+    )
     allow_changed_options: bool = option(
         False, "resume although options that change the training, or the data, are others than the checkpoint's"
     )
@@ -150,24 +157,26 @@ class Checkpoints:
         logger.warning("--resume_from_checkpoint latest: no checkpoint in %s, starting anew", self.folder)
         return None
 
-    def save(self, step: int, write: Callable[[Path], None], is_alone: bool = False) -> Path:
-        """Has `write` fill a folder aside, makes it `checkpoint-{step}`, and then prunes the oldest.
+    def save(self, step: int, jobs: Sequence[Callable[[Path], None]], is_alone: bool = False) -> Path:
+        """Has jobs fill a folder aside, makes it `checkpoint-{step}`, and then prunes the oldest.
 
-        Where `is_alone`, another process may be writing one too, whose files are left.
+        What one job has written is hashed while the next one writes. Where `is_alone`, another process may be writing
+        one too, whose files are left.
         """
         target = self.folder / f"checkpoint-{step}"
         aside = self.folder / f".tmp-checkpoint-{step}-{os.getpid()}"
         if not is_alone:
             self.clean()
         try:
-            write(aside)
-            usual_modes(aside)
-            files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
-            facts = {
-                str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": _hash(path)} for path in files
-            }
-            write_json(aside / MANIFEST, {"files": facts})
-            _sync(aside)
+            with _Hashes(aside) as hashes:
+                for job in jobs:
+                    job(aside)
+                    hashes.begin()
+                usual_modes(aside)
+                _sync(aside)
+                write_json(aside / MANIFEST, {"files": hashes.facts()})
+            sync_file(aside / MANIFEST)
+            sync_folder(aside)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"checkpoint-{step} can't be written to {self.folder}: {error}") from error
@@ -349,6 +358,37 @@ def _wrong_state(path: Path) -> str:
     return ""
 
 
+class _Hashes:
+    """The digests of a folder's files, computed on threads while others are written."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._pool = ThreadPoolExecutor(HASHED_AT_ONCE)
+        self._found: dict[tuple[Path, int, int], Future[str]] = {}
+
+    def __enter__(self) -> "_Hashes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self) -> list[tuple[Path, int, int]]:
+        """Begins with the files that are new, or are not as they were; gives all, each with its size and its time."""
+        files = [path for path in sorted(self._folder.rglob("*")) if path.is_file()]
+        versions = [(path, (facts := path.stat()).st_size, facts.st_mtime_ns) for path in files]
+        for version in versions:
+            if version not in self._found:
+                self._found[version] = self._pool.submit(_hash, version[0])
+        return versions
+
+    def facts(self) -> dict[str, dict[str, int | str]]:
+        """What the manifest says of each file as it is now."""
+        return {
+            str(version[0].relative_to(self._folder)): {"size": version[1], "sha256": self._found[version].result()}
+            for version in self.begin()
+        }
+
+
 def _hash(file: Path) -> str:
     with open_regular(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -462,9 +502,15 @@ def check_structure(folder: Path, structure: dict[str, object]) -> None:
         raise UserError(f"{folder} can't be gone on from with {changes}; give the options it was made with")
 
 
-def check_training(folder: Path, training: dict[str, object], may_change: bool) -> None:
-    """Refuses, or where it may change names, what else changes the training and is not as the checkpoint has it."""
-    changes = _changes(training, read_state(folder).facts.training)
+def check_training(
+    folder: Path, training: dict[str, object], may_change: bool, defaults: Mapping[str, object] = MappingProxyType({})
+) -> None:
+    """Refuses, or where it may change names, what else changes the training and is not as the checkpoint has it.
+
+    Args:
+        defaults: the values of what a checkpoint of an earlier release does not say.
+    """
+    changes = _changes(training, {**defaults, **read_state(folder).facts.training})
     if changes and not may_change:
         cure = "give the options it was made with, or --allow_changed_options"
         raise UserError(f"{folder} was made otherwise than with {changes}; {cure}")

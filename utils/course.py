@@ -279,6 +279,14 @@ def _rescue(saver: CheckpointSaver, wanted: int, step: int, size: int) -> None:
     saver.rescue(step, size if size < wanted else None)
 
 
+def saves_behind(asked: bool | None, state: RunState) -> bool:
+    """Whether checkpoints are written while training continues; by default on a GPU, where host memory allows it."""
+    if asked is None:
+        accelerator = state.accelerator
+        return accelerator.device.type == "cuda" and on_main_process(accelerator, state.copies_fit_twice)
+    return asked
+
+
 def start_course(
     state: RunState,
     validation: Validation,
@@ -292,7 +300,7 @@ def start_course(
     """The course of a run that has done `first_step` steps; it opens the run's log."""
     accelerator, folder, asked = state.accelerator, validation.folder.path, settings.checkpoint
     checkpoints = Checkpoints(folder, asked.checkpoints_total_limit)
-    saver = CheckpointSaver(checkpoints, state, BackgroundWriter(asked.async_checkpointing))
+    saver = CheckpointSaver(checkpoints, state, BackgroundWriter(saves_behind(asked.async_checkpointing, state)))
     gradients.rescue = partial(_rescue, saver, settings.at_once)
     together = settings.tracking.logging_steps
     log = RunLog(accelerator, folder, first_step, total_steps, feed.batches.size, together, state.skips)

@@ -1,5 +1,6 @@
 """The exponential moving average of the trained weights."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ class EmaOptions:
     use_ema_warmup: bool = option(False, "let the decay rise as 1 - (1 + n / inv_gamma)^-power instead")
     ema_inv_gamma: float = option(1.0, "inverse gamma of that rise")
     ema_power: float = option(0.75, "power of that rise; 2/3 for runs of a million steps, 3/4 for shorter ones")
+    ema_every: int = option(
+        1, "optimizer steps between updates of the average, each by the decay of all of them: fewer passes over it"
+    )
     offload_ema: bool = option(False, "keep the average in host memory")
     foreach_ema: bool = option(True, "update the average of all weights by one call instead of one a weight")
     ema_lengths: list[float] | None = option(
@@ -33,11 +37,13 @@ class EmaOptions:
 
     def __post_init__(self) -> None:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "be in [0, 1)")
-        require_positive(self, "ema_inv_gamma", "ema_power", "ema_snapshot_steps")
+        require_positive(self, "ema_inv_gamma", "ema_power", "ema_every", "ema_snapshot_steps")
         for length in self.ema_lengths or ():
             require(0 < length <= 0.28, "ema_lengths", length, "be over 0 and at most 0.28, the longest there is")
         if self.use_ema and self.ema_lengths:
             raise UserError("--use_ema and --ema_lengths are two kinds of averages; give one")
+        if self.ema_every > 1 and not self.use_ema:
+            raise UserError("--ema_every goes with --use_ema; give both or neither")
         if self.ema_snapshot_steps is not None and not self.ema_lengths:
             raise UserError("--ema_snapshot_steps goes with --ema_lengths; give both or neither")
 
@@ -129,9 +135,15 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """average += (1 - decay) * (weight - average), for all weights."""
+        """average += (1 - decay) * (weight - average), for all weights, by the decay of all steps since the last time.
+
+        With `--ema_every` k, every k-th call does.
+        """
         self._schedule.optimization_step += 1
-        weight = 1 - self.decay(self._schedule.optimization_step)
+        done, every = self._schedule.optimization_step, self._options.ema_every
+        if done % every:
+            return
+        weight = 1 - math.prod(self.decay(step) for step in range(done - every + 1, done + 1))
         for places in self._chunks:
             averages = self._own[places]
             values = [own_part(parameter.detach()).float() for parameter in self._parameters[places]]

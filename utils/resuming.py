@@ -219,7 +219,7 @@ def begin(options: Any, engine: Engine, folder: OutputFolder, requests: StopRequ
         del training[WARMUP]
     if start is not None:
         check_structure(start, structure)
-        check_training(start, training, asked.allow_changed_options)
+        check_training(start, training, asked.allow_changed_options, _defaults(options))
     if not options.runtime.dry_run:
         overwrite = options.runtime.overwrite_output_dir
         on_main_process(accelerator, lambda: _claim(folder, start, asked, overwrite))
@@ -227,6 +227,12 @@ def begin(options: Any, engine: Engine, folder: OutputFolder, requests: StopRequ
     may_change, is_dry = asked.allow_changed_options, options.runtime.dry_run
     whole = accelerator, folder.path, checkpoints
     return Beginning(*whole, start, group_size, structure, training, may_change, keeps_record=not is_dry)
+
+
+def _defaults(options: Any) -> dict[str, object]:
+    """The values of all options that are not given."""
+    groups = (getattr(options, group.name) for group in fields(options))
+    return {each.name: each.default for group in groups for each in fields(group)}
 
 
 def _training_options(options: Any) -> dict[str, object]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from utils.options import UserError, first_line, option, require
+from utils.options import UserError, first_line, option, require, require_fraction
 
 logger = logging.getLogger(__name__)
 COMPILED = ("blocks", "denoiser")
+CONVOLUTIONS = "ResnetBlock2D"  # which diffusers' `_repeated_blocks` of transformers do not name
 ATTENTION = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
 CPU_ATTENTION = ("flash", "math")
 GRAPHS = 64  # of one function, at most: a block's differ by widths, sizes and strides
@@ -26,16 +27,31 @@ NEGLIGIBLE = 1e-2  # of the root mean square over all gradients, beneath which a
 
 @dataclass(frozen=True)
 class SpeedOptions:
+    fast: bool = option(
+        False,
+        "turn on what is safe and pays on this device, each part named in the log with its reason; a part whose check "
+        "fails is left out by name. A resumed run may then differ in the last bits",
+    )
     compile: str | None = option(
         None,
-        "compile the denoiser whole, or only its repeated transformer blocks, which takes seconds; its gradients are "
-        "compared with the plain one's on a batch first",
+        "compile the denoiser whole, or only its repeated blocks, of transformers and convolutions, which takes a "
+        "fifth of the time; its gradients are compared with the plain one's on a batch first",
         choices=COMPILED,
         const="denoiser",
     )
     torch_compile: bool = option(False, "the same as --compile denoiser")
     cuda_graphs: bool = option(
         False, "with --compile: replay the kernels of a pass as one, which spares small batches the time to launch each"
+    )
+    activation_memory: float | None = option(
+        None,
+        "with --compile: the portion of the activations' memory to keep, from 0 to 1; the rest is computed again in "
+        "the backward pass, the cheapest first",
+    )
+    cudnn_benchmark: bool = option(
+        False,
+        "where all images have one size: have cuDNN time its convolutions and take the fastest; a resumed run may then "
+        "differ in the last bits",
     )
     attention_backend: str | None = option(
         None,
@@ -59,6 +75,10 @@ class SpeedOptions:
             raise UserError("--torch_compile is --compile denoiser, got --compile blocks; give one")
         if self.cuda_graphs and self.compiled is None:
             raise UserError("--cuda_graphs replays what --compile has made; give both")
+        if self.activation_memory is not None:
+            require_fraction(self, "activation_memory")
+            if self.compiled is None:
+                raise UserError("--activation_memory says what --compile keeps; give both")
 
     @property
     def compiled(self) -> str | None:
@@ -89,43 +109,80 @@ def attention_by(backend: str | None) -> Iterator[None]:
         yield
 
 
-def compile_denoiser(denoiser: nn.Module, what: str, sizes_vary: bool, cuda_graphs: bool) -> None:
+@dataclass(frozen=True)
+class Compilation:
+    """How a denoiser is compiled.
+
+    Attributes:
+        what: one of `COMPILED`.
+        sizes_vary: whether it will see several sizes, of which one graph is made then.
+        cuda_graphs: whether its kernels are recorded and replayed; what it gives lasts until the next pass.
+        activation_memory: the portion of activations that is kept for the backward pass; None leaves it to torch.
+    """
+
+    what: str
+    sizes_vary: bool = False
+    cuda_graphs: bool = False
+    activation_memory: float | None = None
+
+
+def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
+    """The modules that a denoiser is mostly made of, each of which is compiled once for many."""
+    names = {*(getattr(denoiser, "_repeated_blocks", None) or ()), CONVOLUTIONS}
+    return [module for module in denoiser.modules() if type(module).__name__ in names]
+
+
+def compiled_part(asked: str | None, denoiser: nn.Module, num_processes: int) -> str | None:
+    """What is compiled: one graph of a whole denoiser would keep several processes from sharing gradients meanwhile."""
+    if asked != "denoiser" or num_processes == 1 or not repeated_blocks(denoiser):
+        return asked
+    logger.info(
+        "--compile denoiser: its blocks are compiled instead; one graph would give all gradients at its end, and the "
+        "processes would share none before"
+    )
+    return "blocks"
+
+
+def compile_denoiser(denoiser: nn.Module, how: Compilation) -> None:
     """Compiles a denoiser in place, its weights' names as they are; in evaluation mode it stays as it was.
 
     Inductor has made wrong gradients of nearest-neighbour upsampling between convolutions (torch 2.13, CPU), at the
     right loss: upsampling is by repetition from now on.
-
-    Args:
-        what: one of `COMPILED`.
-        sizes_vary: whether it will see several sizes, of which one graph is made then.
-        cuda_graphs: whether its kernels are recorded and replayed; what it gives lasts until the next pass.
 
     Raises:
         UserError: if it has no repeated blocks.
     """
     from diffusers.models.upsampling import Upsample2D
 
-    _settle_compiler()
+    _settle_compiler(how.activation_memory)
     for module in denoiser.modules():
         if isinstance(module, Upsample2D) and module.conv is not None and not module.use_conv_transpose:
             module.interpolate = False
             module.register_forward_pre_hook(_repeat_first)
-    if sizes_vary:
+    if how.sizes_vary:
         torch.fx.experimental._config.use_duck_shape = False  # a square among them would make a graph of squares alone
     blocks = [denoiser]
-    if what == "blocks":
-        names = getattr(denoiser, "_repeated_blocks", None) or ()
-        blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
-        kind = type(denoiser).__name__
-        require(bool(blocks), "compile", what, f"be denoiser for a {kind}", "it has no repeated blocks")
+    if how.what == "blocks":
+        blocks, kind = repeated_blocks(denoiser), type(denoiser).__name__
+        require(bool(blocks), "compile", how.what, f"be denoiser for a {kind}", "it has no repeated blocks")
     for block in blocks:
-        block._compiled_call_impl = _InTraining(block, sizes_vary, cuda_graphs, fullgraph=True)
+        block._compiled_call_impl = _InTraining(block, how, fullgraph=True)
 
 
-def _settle_compiler() -> None:
+def as_before(denoiser: nn.Module) -> None:
+    """Leaves a denoiser uncompiled again."""
+    for module in denoiser.modules():
+        if isinstance(module._compiled_call_impl, _InTraining):
+            module._compiled_call_impl = None
+
+
+def _settle_compiler(activation_memory: float | None) -> None:
     """Sets what torch.compile needs for these models, for the whole process."""
     import torch._dynamo.config
+    import torch._functorch.config
     import torch._inductor.config
+
+    torch._functorch.config.activation_memory_budget = 1.0 if activation_memory is None else activation_memory
 
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     if torch.__version__ < (2, 14):  # pytorch#193061: gradients left unwritten
@@ -137,16 +194,14 @@ def _settle_compiler() -> None:
 class _InTraining:
     """Calls a module's compiled form while it trains; sampling, in other shapes, is left as it is."""
 
-    def __init__(self, module: nn.Module, sizes_vary: bool, cuda_graphs: bool, fullgraph: bool):
-        self._module = module
-        self._sizes_vary = sizes_vary
-        self._cuda_graphs = cuda_graphs
-        mode, dynamic = "reduce-overhead" if cuda_graphs else None, True if sizes_vary else None
+    def __init__(self, module: nn.Module, how: Compilation, fullgraph: bool):
+        self._module, self._how = module, how
+        mode, dynamic = "reduce-overhead" if how.cuda_graphs else None, True if how.sizes_vary else None
         self._compiled = torch.compile(module._call_impl, fullgraph=fullgraph, dynamic=dynamic, mode=mode)
 
     def in_pieces(self) -> "_InTraining":
         """The same of several graphs, with Python between them."""
-        return _InTraining(self._module, self._sizes_vary, self._cuda_graphs, fullgraph=False)
+        return _InTraining(self._module, self._how, fullgraph=False)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         if not self._module.training:
@@ -168,9 +223,7 @@ class Passes(Protocol):
         """
 
 
-def compile_checked(
-    denoiser: nn.Module, what: str, sizes_vary: bool, cuda_graphs: bool, gradients: Passes, is_exact: bool
-) -> None:
+def compile_checked(denoiser: nn.Module, how: Compilation, gradients: Passes, is_exact: bool) -> None:
     """Compiles a denoiser, and compares the gradients of a batch with those of the plain one.
 
     Half precision rounds: the plain denoiser's own gradients are 20 % off float32's in single tensors, and a compiled
@@ -198,7 +251,7 @@ def compile_checked(
                 rounding = expected.errors(found)
 
         # The same of the compiled one; what a CUDA graph replays too.
-        compile_denoiser(denoiser, what, sizes_vary, cuda_graphs)
+        compile_denoiser(denoiser, how)
         try:
             try:
                 with gradients() as found:
@@ -208,7 +261,7 @@ def compile_checked(
                 _allow_breaks(denoiser)
                 with gradients() as found:
                     errors = [expected.errors(found)]
-            for _ in range(REPLAYS - 1 if cuda_graphs else 0):
+            for _ in range(REPLAYS - 1 if how.cuda_graphs else 0):
                 with gradients() as found:
                     errors.append(expected.errors(found))
             if not is_exact:

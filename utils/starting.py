@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from utils.engines import Engine, engine_of
 from utils.export import create_repository
 from utils.families.base import Family
 from utils.families.vae import LatentSpace
+from utils.fast import Part, circumstances, hastened, offer, paying_parts
 from utils.gradients import Gradients
 from utils.held_out import HeldOut
 from utils.lora_layers import num_shortened
@@ -41,12 +43,12 @@ from utils.optim import (
     build_optimizer,
     unwrapped,
 )
-from utils.options import as_record, without_secrets
+from utils.options import UserError, as_record, require, without_secrets
 from utils.perceptual import PerceptualLoss, PerceptualOptions
 from utils.preparation import DataPreparation
 from utils.records import Batch
 from utils.runtime import OutputFolder, is_tf32_allowed, on_main_process, start_processes, versions
-from utils.speed import compile_checked, compile_denoiser
+from utils.speed import Compilation, Passes, as_before, compile_checked, compile_denoiser, compiled_part
 from utils.state import RunState
 from utils.stepping import PerParameter
 from utils.stopping import StopRequests
@@ -220,6 +222,9 @@ def make_state(
     optimizer = make_optimizer(named + own, rates, adaptation.options.pure_bf16, seed)
     model, optimizer = engine.prepare(objective, optimizer, rates.clip_norm)
     named = adaptation.named_parameters(rates)  # an engine that spreads weights puts others in their place
+    if ema.use_ema:
+        limit = f"be at most the run's {facts.total_steps} optimizer steps"
+        require(ema.ema_every <= facts.total_steps, "ema_every", ema.ema_every, limit)
     average = MovingAverage([each.parameter for each in named], ema) if ema.use_ema else None
     lengths = AverageLengths(named, ema, folder.path) if ema.ema_lengths else None
     terms = list(objective.terms)
@@ -264,6 +269,20 @@ def make_gradients(
     )
 
 
+def with_fast(
+    options: Any, engine: Engine, trains_base: bool, images: PlannedImages | StreamedImages
+) -> tuple[Any, list[Part]]:
+    """The options with what `--fast` turns on, and the parts that it has turned on, or would.
+
+    Args:
+        options: all of a script's, by group.
+        trains_base: whether the denoiser's own weights train, in float32.
+    """
+    here = circumstances(engine, trains_base, len(images.plan.sizes) > 1, options.optimizer.optimizer_in_backward)
+    parts = paying_parts(options.speed, here)
+    return replace(options, speed=hastened(options.speed, parts)), parts
+
+
 def hasten(
     options: Any,
     gradients: Gradients,
@@ -272,6 +291,7 @@ def hasten(
     num_workers: int,
     draw_batch: Callable[[], Batch],
     sizes_vary: bool,
+    fast_parts: Sequence[Part] = (),
 ) -> None:
     """Compiles the denoiser where that was asked for, has the host keep memory, and names all that is active for speed.
 
@@ -280,26 +300,34 @@ def hasten(
         num_workers: processes that load data for this one.
         draw_batch: gives that by which a compiled denoiser is compared with the plain one.
         sizes_vary: whether batches are of several sizes.
+        fast_parts: what `--fast` has turned on, or would.
     """
     speed, accelerator = options.speed, gradients.accelerator
     has_tf32 = accelerator.device.type == "cuda" and is_tf32_allowed()
-    if speed.compiled is not None:
+    compiled = compiled_part(speed.compiled, denoiser, accelerator.num_processes)
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    times_convolutions = speed.cudnn_benchmark and not sizes_vary and not is_deterministic
+    if speed.cudnn_benchmark and not times_convolutions:
+        why = "images of several sizes" if sizes_vary else "--deterministic"
+        logger.warning("--cudnn_benchmark is left off: it does not go with %s", why)
+    torch.backends.cudnn.benchmark = times_convolutions
+    if compiled is not None:
         is_exact = accelerator.mixed_precision == "no" and not has_tf32
-        batch, how = draw_batch(), (denoiser, speed.compiled, sizes_vary, speed.cuda_graphs)
+        batch, how = draw_batch(), Compilation(compiled, sizes_vary, speed.cuda_graphs, speed.activation_memory)
         gradients.settle_gate_scale(batch)
         passes = partial(gradients.of, batch)
-        on_main_process(accelerator, partial(compile_checked, *how, passes, is_exact))
-        if not accelerator.is_main_process:  # where gradients would be the same, and host memory is shared
-            compile_denoiser(*how)
-            with passes():
-                pass
-        gradients.owns_memory = speed.cuda_graphs
+        is_optional = speed.fast and any(part.name == "compile" for part in fast_parts)
+        if not _compiles(accelerator, denoiser, how, passes, is_exact, is_optional):
+            compiled = None
+        gradients.owns_memory = speed.cuda_graphs and compiled is not None
     inner, num_fused = unwrapped(optimizer), num_shortened(gradients.model)
     active = {
         "--cache_latents": options.cache.cache_latents,
         "--cache_text_embeddings": options.cache.cache_text_embeddings,
         f"--dataloader_num_workers {num_workers}": num_workers > 0,
-        f"--compile {speed.compiled}": speed.compiled is not None,
+        f"--compile {compiled}": compiled is not None,
+        f"--activation_memory {speed.activation_memory}": speed.activation_memory is not None,
+        "--cudnn_benchmark": times_convolutions and accelerator.device.type == "cuda",
         "--cuda_graphs": speed.cuda_graphs,
         f"--attention_backend {speed.attention_backend}": speed.attention_backend is not None,
         f"--mixed_precision {accelerator.mixed_precision}": accelerator.mixed_precision != "no",
@@ -310,10 +338,40 @@ def hasten(
         f"--fused_lora ({num_fused} layers)": num_fused > 0,
         "--fused_adamw": isinstance(inner, torch.optim.AdamW) and bool(inner.defaults.get("fused")),
         "--foreach_ema": options.ema.use_ema and options.ema.foreach_ema,
+        f"--ema_every {options.ema.ema_every}": options.ema.ema_every > 1,
         f"--logging_steps {options.tracking.logging_steps}": options.tracking.logging_steps > 1,
         "DDP's static graph, gradients as bucket views": gradients.has_static_graph,
     }
     logger.info("active for speed: %s", ", ".join(name for name, is_active in active.items() if is_active) or "nothing")
+    offer(speed, fast_parts)
+
+
+def _compiles(
+    accelerator: "Accelerator",
+    denoiser: torch.nn.Module,
+    how: Compilation,
+    passes: Passes,
+    is_exact: bool,
+    is_optional: bool,
+) -> bool:
+    """Compiles a denoiser in all processes; gives whether that could be done, where it is optional.
+
+    Raises:
+        UserError: as `compile_checked`, where it is not.
+    """
+    try:
+        on_main_process(accelerator, partial(compile_checked, denoiser, how, passes, is_exact))
+    except UserError as error:
+        if not is_optional:
+            raise
+        logger.warning("--fast leaves out --compile %s: %s", how.what, str(error).removeprefix("--compile: "))
+        as_before(denoiser)
+        return False
+    if not accelerator.is_main_process:  # where gradients would be the same, and host memory is shared
+        compile_denoiser(denoiser, how)
+        with passes():
+            pass
+    return True
 
 
 def _keeps_memory(asked: bool | None, device: str) -> bool:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from utils.adaptation import Adaptation
-from utils.background import BackgroundWriter, HostBuffers
+from utils.background import BackgroundWriter, HostBuffers, available_memory, taken_bytes
 from utils.checkpoint import (
     Checkpoints,
     RunFacts,
@@ -173,8 +173,8 @@ class RunState:
 
     def saving(
         self, step: int, samples_at_once: int | None, buffers: HostBuffers, is_copied: bool
-    ) -> Callable[[Path], None]:
-        """What writes all of it as it is after `step` optimizer steps into a folder, for one process to run.
+    ) -> list[Callable[[Path], None]]:
+        """What writes all of it as it is after `step` optimizer steps into a folder, for one process to run in order.
 
         Where something is spread over the processes, all must call this.
 
@@ -195,7 +195,7 @@ class RunState:
         content = optimizer_content(self.engine, self.optimizer, self.parameters + self.own_parameters, buffers)
         jobs = [partial(write_state, state=state, optimizer=content)]
         if is_copied:
-            jobs.append(self.adaptation.saving(self.average, buffers))
+            jobs += self.adaptation.saving(self.average, buffers)
         else:
             jobs.append(partial(self.adaptation.save, average=self.average))
         if self.lengths is not None:
@@ -203,7 +203,7 @@ class RunState:
         for term in self._learning_terms:
             own = {name: buffers.copy(f"loss_module {name}", each) for name, each in term.state_dict().items()}
             jobs.append(partial(_write_own, own))
-        return partial(_write_all, jobs)
+        return jobs
 
     def exporting(self) -> Callable[[Path], None]:
         """What writes the result of the weights as they are, for one process to run; all must call this."""
@@ -230,6 +230,13 @@ class RunState:
         state = [each for values in self.optimizer.state.values() for each in values.values()]
         return [*trained, *averages, *(each for each in state if isinstance(each, Tensor))]
 
+    def copies_fit_twice(self) -> bool:
+        """Whether host memory holds the pinned copies of a checkpoint twice, so that saving can go without waiting."""
+        own = [each.parameter for each in self.parameters + self.own_parameters]
+        averages = [] if self.average is None else self.average.averages
+        copies = sum(map(taken_bytes, [*own, *averages])) + 2 * self.optimizer_bytes  # pinned, up to a power of two
+        return 2 * copies < available_memory()
+
     def load(self, folder: Path) -> int:
         """Restores the optimizer, the average, loss terms and the scaler; the adaptation loaded the pipeline's weights.
 
@@ -254,11 +261,6 @@ class RunState:
         gc.collect()  # lets go of the checkpoint's files, which were mapped, so that Windows can prune them
         self.skips.total, self.skips.in_a_row = saved.skipped_steps, saved.skipped_in_a_row
         return saved.step
-
-
-def _write_all(jobs: Sequence[Callable[[Path], None]], folder: Path) -> None:
-    for job in jobs:
-        job(folder)
 
 
 def _write_result(write: Callable[[Path], None], folder: Path) -> None:
@@ -345,11 +347,11 @@ class CheckpointSaver:
         """
         accelerator, engine = self._state.accelerator, self._state.engine
         is_copied = on_main_process(accelerator, self._can_copy)
-        write = None
+        jobs: list[Callable[[Path], None]] = []
         if engine.spreads or accelerator.is_main_process:
             buffers = self._buffers if is_copied else HostBuffers(accelerator.is_main_process, are_kept=False)
-            write = self._state.saving(step, samples_at_once, buffers, is_copied or engine.spreads)
-        on_main_process(accelerator, lambda: self._write(step, write, waits=not is_copied))
+            jobs = self._state.saving(step, samples_at_once, buffers, is_copied or engine.spreads)
+        on_main_process(accelerator, lambda: self._write(step, jobs, waits=not is_copied))
 
     def rescue(self, step: int, samples_at_once: int | None) -> None:
         """Saves from a process that can go no further, whatever the others do; each has all of the state.
@@ -359,9 +361,9 @@ class CheckpointSaver:
         self.writer.join()
         if self._is_saved(step):
             return
-        write = self._state.saving(step, samples_at_once, HostBuffers(are_kept=False), is_copied=False)
+        jobs = self._state.saving(step, samples_at_once, HostBuffers(are_kept=False), is_copied=False)
         try:
-            self._checkpoints.save(step, write, is_alone=True)
+            self._checkpoints.save(step, jobs, is_alone=True)
         except OSError as error:  # another process may have saved the same step at the same moment
             if not self._is_saved(step):
                 raise UserError(f"checkpoint-{step} can't be written: {first_line(error)}") from error
@@ -380,7 +382,7 @@ class CheckpointSaver:
             logger.warning("--async_checkpointing: host memory is too small for copies, so the training waits")
         return can
 
-    def _write(self, step: int, write: Callable[[Path], None], waits: bool) -> None:
-        self.writer.run(partial(self._checkpoints.save, step, write))
+    def _write(self, step: int, jobs: Sequence[Callable[[Path], None]], waits: bool) -> None:
+        self.writer.run(partial(self._checkpoints.save, step, jobs))
         if waits:
             self.writer.join()

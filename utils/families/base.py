@@ -231,6 +231,16 @@ class Family(ABC):
             except (ImportError, RuntimeError, AttributeError) as error:
                 raise UserError(f"--enable_npu_flash_attention needs an Ascend NPU and torch_npu: {error}") from error
 
+    def use_channels_last(self, vae: bool) -> None:
+        """Lays the denoiser's weights out with the channels together, and where asked the VAE's too, if there is one.
+
+        Convolutions then give their results, and take their inputs, in the same layout.
+        """
+        self.unet.to(memory_format=torch.channels_last)
+        encoder = getattr(self.latent_space, "vae", None)
+        if vae and isinstance(encoder, torch.nn.Module):
+            encoder.to(memory_format=torch.channels_last)
+
     def save_memory(self) -> None:
         """Switches on what computes one part after the other, as the options ask."""
         options = self.options

@@ -1,0 +1,112 @@
+"""`--fast`: which parts it turns on where, and that a part whose check fails is left out by name."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from tests.test_equivalences import assert_same_bits, losses, weights
+from utils.fast import PARTS, Circumstances, hastened, offer, paying_parts
+from utils.options import UserError
+from utils.speed import Compilation, SpeedOptions, as_before, compile_denoiser
+
+HOPPER = Circumstances(
+    device="cuda",
+    capability=(9, 0),
+    precision="bf16",
+    trains_base=True,
+    sizes_vary=False,
+    can_compile=True,
+    is_spread=False,
+    is_deterministic=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, ["bf16_weights", "channels_last", "compile", "cudnn_benchmark"]),
+        ({"trains_base": False}, ["channels_last", "compile", "cudnn_benchmark"]),
+        ({"precision": "fp16"}, ["channels_last", "compile", "cudnn_benchmark"]),
+        ({"precision": "no"}, ["cudnn_benchmark"]),
+        ({"capability": (6, 1)}, ["bf16_weights", "cudnn_benchmark"]),
+        ({"sizes_vary": True}, ["bf16_weights", "channels_last", "compile"]),
+        ({"is_deterministic": True}, ["bf16_weights", "channels_last", "compile"]),
+        ({"can_compile": False}, ["bf16_weights", "channels_last", "cudnn_benchmark"]),
+        ({"is_spread": True}, []),
+        ({"device": "cpu", "capability": (0, 0)}, ["bf16_weights"]),
+        ({"device": "cpu", "capability": (0, 0), "precision": "no"}, []),
+        ({"device": "mps", "capability": (0, 0)}, []),
+    ],
+    ids=str,
+)
+def test_what_pays_where(changes, names):
+    assert [part.name for part in paying_parts(SpeedOptions(fast=True), replace(HOPPER, **changes))] == names
+
+
+def test_what_is_given_is_left_as_it_is(caplog):
+    caplog.set_level(logging.INFO)
+    given = SpeedOptions(fast=True, compile="denoiser", channels_last=True)
+    parts = paying_parts(given, HOPPER)
+    found = hastened(given, parts)
+    assert (found.compile, found.channels_last, found.bf16_weights, found.cudnn_benchmark) == ("denoiser",) + (
+        True,
+    ) * 3
+    assert "--fast turns on: --bf16_weights (weights are cast once a step), --cudnn_benchmark (" in caplog.text
+    plain = SpeedOptions()
+    assert hastened(plain, paying_parts(plain, HOPPER)) is plain
+
+
+def test_the_log_says_what_it_would_add(caplog):
+    caplog.set_level(logging.INFO)
+    offer(SpeedOptions(), list(PARTS))
+    assert "--fast would add: --bf16_weights (" in caplog.text
+    assert "--compile blocks (fewer, larger kernels)" in caplog.text
+    caplog.clear()
+    offer(SpeedOptions(fast=True), list(PARTS))
+    offer(SpeedOptions(), [])
+    assert not caplog.text
+
+
+def test_a_run_is_that_of_its_parts(train, caplog):
+    caplog.set_level(logging.INFO)
+    flags = ["--max_train_steps", 2, "--mixed_precision", "bf16"]
+    plain = train("sd", *flags, "--bf16_weights", out="plain")
+    fast = train("sd", *flags, "--fast", out="fast")
+    assert "--fast turns on: --bf16_weights" in caplog.text
+    assert losses(fast) == losses(plain)
+    assert_same_bits(weights(fast), weights(plain))
+    caplog.clear()
+    train("sd", *flags, out="without")
+    assert "--fast would add: --bf16_weights (weights are cast once a step)" in caplog.text
+    caplog.clear()
+    train("pixels", "--max_train_steps", 1, "--fast", out="pixels")
+    assert "--fast turns on: nothing, as no more pays here than is on" in caplog.text
+
+
+def test_a_part_whose_gate_fails_is_left_out(train, caplog, monkeypatch):
+    def refuse(denoiser: nn.Module, how: Compilation, *_: object) -> None:
+        compile_denoiser(denoiser, how)
+        raise UserError("--compile: compiled, the gradient of conv_in.weight is 44 % off; leave it out")
+
+    monkeypatch.setattr("utils.starting.compile_checked", refuse)
+    monkeypatch.setattr("utils.fast.Circumstances.has_tensor_cores", property(lambda self: True))
+    monkeypatch.setattr("utils.fast.importlib.util.find_spec", lambda name: object())
+    flags = ["--max_train_steps", 2]
+    fast = train("sd", *flags, "--fast", out="fast")
+    assert "--fast leaves out --compile blocks: compiled, the gradient of conv_in.weight is 44 % off" in caplog.text
+    assert losses(fast) == pytest.approx(losses(train("sd", *flags, out="plain")), rel=1e-4)
+    train("sd", *flags, "--compile", "blocks", expect=2, out="asked")  # what was asked for ends the run
+
+
+def test_a_denoiser_is_as_before(monkeypatch):
+    from diffusers.models.resnet import ResnetBlock2D
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = nn.Sequential(ResnetBlock2D(in_channels=8, temb_channels=None, groups=4))
+    compile_denoiser(model, Compilation("blocks"))
+    assert model[0]._compiled_call_impl is not None
+    as_before(model)
+    assert model[0]._compiled_call_impl is None
