@@ -188,3 +188,11 @@ def test_what_processes_tell_each_other_is_read_once_also_of_steps_before_a_paus
         assert heard(3, 4.0, 0.0) == [1.0, 2.0]
         assert heard(4, 0.0, 8.0) == []
         assert heard(5, 0.0, 0.0) == [4.0, 8.0]
+
+
+def test_on_a_cpu_the_time_of_a_step_is_told_once(train, caplog):
+    caplog.set_level(logging.INFO)
+    train("pixels", "--max_train_steps", 6)
+    (said,) = [line for line in caplog.messages if "a step takes" in line]
+    assert said.startswith("on the CPU a step takes ")
+    assert said.endswith("for the 3 steps left")

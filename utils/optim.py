@@ -1,5 +1,6 @@
 """Optimizers, their parameter groups, and the learning rate of each step."""
 
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import nn
 
 from utils.options import UserError, as_number, option, require, require_not_negative, require_positive
 
+logger = logging.getLogger(__name__)
 SCHEDULES = (
     "constant",
     "constant_with_warmup",
@@ -286,6 +288,11 @@ def page_again(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state:
 
 def _adafactor(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
     """Row and column means for the mean squared gradient (Shazeer and Stern 2018), at the rate that is given."""
+    if any(parameter.is_cuda for group in groups for parameter in group["params"]):
+        logger.warning(
+            "--optimizer adafactor waits for the GPU twice for each weight in each step, as PyTorch has it; adamw8bit "
+            "takes little memory too, and waits once a step"
+        )
     return torch.optim.Adafactor(groups)
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from io import FileIO
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 METRICS, EPOCHS, LAYERS = "metrics.jsonl", "epochs.jsonl", "layers.jsonl"
 ENOUGH_LOSSES = 20  # of an epoch, to say what is out of the ordinary in the next
+TIMED_STEP = 3  # of a run on a CPU, whose time is told
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 
 
@@ -182,6 +184,7 @@ class RunLog:
         self._epochs = EpochLosses()
         self._layers = LayerNorms()
         self._steps_together = steps_together
+        self._first_step, self._total_steps, self._is_timed = first_step, total_steps, False
         self._pending: list[tuple[StepMetrics, SentNumbers]] = []
         self._counted_from = self._last_step_at = time.perf_counter()
         self._files = {name: JsonLines(folder / name) for name in (METRICS, EPOCHS, LAYERS)}
@@ -231,11 +234,23 @@ class RunLog:
         self._pending = []
         seconds = (self._last_step_at - self._counted_from) / len(steps)
         self._counted_from = self._last_step_at
+        self._say_how_long(steps[-1].step, seconds)
         before = [self._unread] if self._unread else []
         self._unread = [sum(column) for column in zip(*(row[2:] for row in rows), *before, strict=True)]
         for metrics, (loss, grad_norm, *_) in zip(steps, rows, strict=True):
             self._write(metrics, loss, grad_norm, seconds)
         self._bar.update(len(steps))
+
+    def _say_how_long(self, done: int, seconds: float) -> None:
+        """On a CPU, says once what a step takes: who has a GPU may not know that it is not used."""
+        if self._is_timed or self._accelerator.device.type != "cpu" or not self._accelerator.is_main_process:
+            return
+        if done < self._first_step + TIMED_STEP:  # the first ones take longer
+            return
+        self._is_timed = True
+        num_left = max(0, self._total_steps - done)
+        left = timedelta(seconds=round(seconds * num_left))
+        logger.info("on the CPU a step takes %.2g s: about %s for the %d steps left", seconds, left, num_left)
 
     def _write(self, metrics: StepMetrics, loss: float, grad_norm: float, seconds: float) -> None:
         speed = self._images_per_step / seconds
