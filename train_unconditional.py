@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from utils.adaptation import FullFineTuning, TrainedOptions
+from utils.attention import Attention
 from utils.checkpoint import CheckpointOptions, step_of
 from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_token
 from utils.copies import HalfCopy
@@ -74,7 +75,7 @@ from utils.runtime import (
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
 from utils.scaling import known_scaling, measured_scaling, remember_scaling
 from utils.seeding import model_seed
-from utils.speed import SpeedOptions, attention_by
+from utils.speed import SpeedOptions
 from utils.starting import (
     card_settings,
     data_name,
@@ -221,7 +222,7 @@ def run(argv: Sequence[str] | None) -> None:
     accelerator = engine.accelerator
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     requests = StopRequests(folder.path, options.length.seconds)
-    attention, allowed = attention_by(options.speed.attention_backend), allowing_missing(options.loading)
+    attention, allowed = Attention(options.speed.attention_backend), allowing_missing(options.loading)
     with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening(), attention, allowed:
         beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
         start, group_size = beginning.start, beginning.group_size
@@ -290,7 +291,8 @@ def run(argv: Sequence[str] | None) -> None:
             return
         encoder = Encoder(family, text_encoders_train=False)
         objective = Objective(family, adaptation.modules, process, options.noise, options.loss, terms)
-        model, state = make_state(engine, adaptation, objective, own, rates, options.ema, folder, facts, seed)
+        how = rates, options.ema, folder, facts, seed, attention
+        model, state = make_state(engine, adaptation, objective, own, *how)
         first_step = 0 if start is None else state.load(start)
         history = History(folder.path, first_step, options.stopping)
         validation = Validation(held_out, history, objective, state, folder)
@@ -330,7 +332,7 @@ def run(argv: Sequence[str] | None) -> None:
         logger.info("running the largest batch once, to see that it fits")
         gradients.rehearse(largest, state.holding_optimizer_state)
         draw_batch, sizes_vary = partial(dataset.with_draws, largest), len(images.plan.sizes) > 1
-        hasten(options, gradients, family.unet, state.optimizer, num_workers, draw_batch, sizes_vary, fast_parts)
+        hasten(options, gradients, family.unet, state, num_workers, draw_batch, sizes_vary, fast_parts)
         if options.loader.find_batch_size:
             groups = f" --bucket_group_size {group_size}" if options.buckets.use_aspect_ratio_buckets else ""
             logger.info("--find_batch_size: keep %s%s", setting(gradients.size, gradients.num_samples), groups)

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from benchmarks import attention as race
 from benchmarks.gpu_runs import FAILED, HOLDS, Bench, Finding, Run, relative_distance, tensors_of
+from utils.attention import ATTENTION, CPU_ATTENTION
 from utils.course import Course
 from utils.gradients import Gradients
-from utils.speed import ATTENTION, CPU_ATTENTION, Reference, allowed_error
+from utils.speed import Reference, allowed_error
 from utils.tracking import SentNumbers
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "bitsandbytes", "triton")

@@ -28,6 +28,7 @@ from benchmarks.gpu_runs import FAILED, HOLDS, SKIPPED, Bench, Finding, process_
 from benchmarks.made import MODELS, TOKENS, Architecture, MadeSource
 from benchmarks.train import tuned_flags
 from utils.adaptation import ADAPTATIONS, FullFineTuning
+from utils.attention import Attention
 from utils.checkpoint import RunFacts
 from utils.copies import HalfCopy
 from utils.encoding import Encoder
@@ -158,7 +159,9 @@ class Training:
             family.rest(engine.accelerator.device, vae=True, text_encoders=True)
         rates, facts = options.optimizer, RunFacts({}, {}, 1)
         objective = Objective(family, self.adaptation.modules, self.process, options.noise, options.loss)
-        model, self.state = make_state(engine, self.adaptation, objective, [], rates, options.ema, folder, facts, 0)
+        model, self.state = make_state(
+            engine, self.adaptation, objective, [], rates, options.ema, folder, facts, 0, Attention(None)
+        )
         half = HalfCopy(family.unet, self.state.optimizer) if options.speed.bf16_weights else None
         pieces = SimpleNamespace(slots=[range(variant.batch)])
         encoder = Encoder(family, text_encoders_train=False)
@@ -210,7 +213,7 @@ class Training:
         if speed.compiled is None:
             return
         if variant.is_gated:
-            which = self.gradients, self.family.unet, self.state.optimizer
+            which = self.gradients, self.family.unet, self.state
             hasten(self.options, *which, num_workers=0, draw_batch=lambda: self.batch, sizes_vary=False)
             return
         how = Compilation(speed.compiled, False, speed.cuda_graphs, speed.activation_memory)

@@ -119,9 +119,11 @@ def message(capsys: pytest.CaptureFixture) -> str:
 
 
 def reset_accelerate() -> None:
-    """Forgets the accelerator of an earlier run in this process."""
+    """Forgets the accelerator of an earlier run in this process, and its `--deterministic`."""
+    import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()
+    torch.use_deterministic_algorithms(False)

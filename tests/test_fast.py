@@ -1,13 +1,18 @@
 """`--fast`: which parts it turns on where, and that a part whose check fails is left out by name."""
 
+import json
 import logging
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from tests.test_equivalences import assert_same_bits, losses, weights
+from utils import attention
+from utils.attention import CPU_ATTENTION, Call, Recorder, race
 from utils.fast import PARTS, Circumstances, hastened, offer, paying_parts
 from utils.options import UserError
 from utils.speed import Compilation, SpeedOptions, as_before, compile_denoiser
@@ -110,3 +115,77 @@ def test_a_denoiser_is_as_before(monkeypatch):
     assert model[0]._compiled_call_impl is not None
     as_before(model)
     assert model[0]._compiled_call_impl is None
+
+
+def recorded(**named: object) -> dict[Call, int]:
+    query = torch.randn(2, 4, 16, 8)
+    with Recorder() as recorder:
+        functional.scaled_dot_product_attention(query, query, query, **named)
+        functional.scaled_dot_product_attention(query, key=query[:, :, :5], value=query[:, :, :5], dropout_p=0.0)
+        functional.scaled_dot_product_attention(query, query, query)
+    return dict(recorder.calls)
+
+
+def test_calls_of_attention_are_counted_but_for_masked_ones():
+    shapes = [torch.Size((2, 4, count, 8)) for count in (16, 5)]
+    own, of_words = (Call(shapes[0], shape, shape, torch.float32) for shape in shapes)
+    assert recorded() == {own: 2, of_words: 1}
+    assert recorded(attn_mask=torch.ones(16, 16, dtype=torch.bool)) == {own: 1, of_words: 1}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "wrong", "winner"),
+    [
+        ({None: 1.0, "flash": 0.5, "math": 0.7}, (), "flash"),
+        ({None: 1.0, "flash": 0.5, "math": 0.7}, ("flash",), "math"),
+        ({None: 1.0, "flash": 0.98, "math": 1.2}, (), ""),
+        ({None: 1.0, "flash": 0.5, "math": 0.7}, ("flash", "math"), ""),
+    ],
+    ids=str,
+)
+def test_the_race_is_won_by_the_fastest_that_is_right(monkeypatch, seconds, wrong, winner):
+    current = []
+
+    @contextmanager
+    def by(kernel):
+        current.append(kernel)
+        yield
+        current.pop()
+
+    passed = attention._passed
+
+    def changed(inputs):
+        found = passed(inputs)
+        return [found[0], found[1], found[2] * 1.1, found[3]] if current and current[-1] in wrong else found
+
+    monkeypatch.setattr(attention, "attention_by", by)
+    monkeypatch.setattr(attention, "_passed", changed)
+    monkeypatch.setattr(attention, "_seconds", lambda *_: seconds[current[-1]])
+    assert race(recorded(), ["flash", "math"], torch.device("cpu")) == winner
+
+
+def test_a_real_race_ends():
+    assert race(recorded(), CPU_ATTENTION, torch.device("cpu")) in ("", *CPU_ATTENTION)
+
+
+@pytest.mark.parametrize("winner", ["math", ""])
+def test_what_won_is_kept_for_a_resumed_run(train, monkeypatch, caplog, winner):
+    """On a stand-in for a GPU: a race is run once, and its winner computes from the first step on."""
+    races = []
+
+    def raced(calls, kernels, device):
+        races.append(len(calls))
+        return winner
+
+    monkeypatch.setattr("utils.starting.race", raced)
+    monkeypatch.setattr("utils.starting.RACED_ON", ("cpu",))
+    flags = ["--fast", "--checkpointing_steps", 2]
+    out = train("sd", *flags, "--max_train_steps", 2)
+    assert json.loads((out / "checkpoint-2" / "training_state.json").read_text())["attention"] == winner
+    train("sd", *flags, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    assert len(races) == 1
+    assert races[0] > 0
+    train("sd", *flags, "--max_train_steps", 1, "--deterministic", out="deterministic")
+    train("sd", *flags, "--max_train_steps", 1, "--attention_backend", "math", out="asked")
+    train("sd", "--max_train_steps", 1, out="plain")
+    assert len(races) == 1

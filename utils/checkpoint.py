@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from utils.attention import ATTENTION
 from utils.background import HostBuffers
 from utils.disk import sync_file, sync_folder, usual_modes, write_tensors
 from utils.engines import Engine
@@ -92,6 +93,7 @@ class TrainingState:
         samples_at_once: what memory allowed, where it was short; else None.
         skipped_steps: of these, steps that had no finite loss and gradient.
         skipped_in_a_row: the last of them, without one between.
+        attention: as of `Attention.raced`.
     """
 
     step: int
@@ -101,6 +103,7 @@ class TrainingState:
     samples_at_once: int | None = None
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    attention: str | None = None
 
 
 class Checkpoints:
@@ -457,7 +460,7 @@ def _read_saved(folder: Path) -> _Saved:
         raise UserError(f"{file} can't be read: {error.strerror or error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no training state")
-    values = {"samples_at_once": None, "skipped_steps": 0, "skipped_in_a_row": 0, **values}
+    values = {"samples_at_once": None, "skipped_steps": 0, "skipped_in_a_row": 0, "attention": None, **values}
     facts = values.get("facts")
     is_fact = isinstance(facts, dict) and {name: type(each) for name, each in facts.items()} == FACT_TYPES
     if not is_fact:
@@ -488,6 +491,7 @@ def _are_numbers(value: object) -> bool:
 FACT_TYPES = {"structure": dict, "training": dict, "total_steps": int}
 STATE_CHECKS: dict[str, Callable[[object], bool]] = {
     "step": _is_count,
+    "attention": lambda value: value in (None, "", *ATTENTION),
     "ema_updates": lambda value: value is None or _is_count(value),
     "scaler": lambda value: value is None or _are_numbers(value),
     "samples_at_once": lambda value: value is None or (_is_count(value) and value > 0),

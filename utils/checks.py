@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from utils.attention import ATTENTION, CPU_ATTENTION
 from utils.data.cache import CacheOptions
 from utils.data.captions import CaptionOptions
 from utils.data.images import ImageOptions
@@ -22,7 +23,7 @@ from utils.held_out import EarlyStoppingOptions
 from utils.losses import LossOptions
 from utils.optim import OPTIMIZER_PACKAGES, WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
 from utils.options import UserError
-from utils.speed import ATTENTION, CPU_ATTENTION, SpeedOptions
+from utils.speed import SpeedOptions
 from utils.tracking import TrackingOptions
 
 if TYPE_CHECKING:

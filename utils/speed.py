@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from utils.attention import ATTENTION
 from utils.options import UserError, first_line, option, require, require_fraction
 
 logger = logging.getLogger(__name__)
 COMPILED = ("blocks", "denoiser")
 CONVOLUTIONS = "ResnetBlock2D"  # which diffusers' `_repeated_blocks` of transformers do not name
-ATTENTION = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
-CPU_ATTENTION = ("flash", "math")
 GRAPHS = 64  # of one function, at most: a block's differ by widths, sizes and strides
 REPLAYS = 3  # of a CUDA graph: its kernels run once as they are, then they are recorded, then replayed
 EXACT = 1e-2  # relative error of a gradient: wrong ones were 15 % off, sums that cancel have come out 0.5 % off
@@ -84,29 +83,6 @@ class SpeedOptions:
     def compiled(self) -> str | None:
         """What is compiled."""
         return self.compile or ("denoiser" if self.torch_compile else None)
-
-
-@contextmanager
-def attention_by(backend: str | None) -> Iterator[None]:
-    """Within it PyTorch's attention takes a kernel wherever that can do the shape and the precision.
-
-    Attention that is not PyTorch's (xformers, sliced) is as it was.
-
-    Args:
-        backend: a key of `ATTENTION`; None leaves the choice to PyTorch.
-    """
-    if backend is None:
-        yield
-        return
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    if torch.cuda.is_available():  # the first call sets an order of its own, on some GPUs
-        functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 8, 8, device="cuda").unbind())
-    others = [] if backend == "math" else [name for name in ATTENTION if name != backend]  # which end in math
-    # compiled graphs are kept on disk, under keys that do not know which kernels were chosen
-    graphs = torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} {backend} attention")
-    with sdpa_kernel([getattr(SDPBackend, ATTENTION[name]) for name in (backend, *others)], set_priority=True), graphs:
-        yield
 
 
 @dataclass(frozen=True)

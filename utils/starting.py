@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from utils.adaptation import Adaptation
+from utils.attention import Attention, Recorder, race
 from utils.checkpoint import RunFacts, read_state
 from utils.checks import check_output_folder, check_speed, check_stepping
 from utils.copies import HalfCopy
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+RACED_ON = ("cuda",)  # devices that have several good kernels for attention
 
 
 def start_engine(options: Any, folder: OutputFolder, pure_bf16: bool) -> Engine:
@@ -212,11 +214,13 @@ def make_state(
     folder: OutputFolder,
     facts: RunFacts,
     seed: int,
+    attention: Attention,
 ) -> tuple[torch.nn.Module, RunState]:
     """The model to call for losses, and the state that its steps change.
 
     Args:
         own: what loss terms train themselves.
+        attention: what computes attention.
     """
     named = adaptation.named_parameters(rates)
     optimizer = make_optimizer(named + own, rates, adaptation.options.pure_bf16, seed)
@@ -229,7 +233,8 @@ def make_state(
     lengths = AverageLengths(named, ema, folder.path) if ema.ema_lengths else None
     terms = list(objective.terms)
     num_bytes = STATE_BYTES[rates.name] * sum(each.parameter.numel() for each in named + own)
-    return model, RunState(engine, adaptation, average, lengths, optimizer, named, own, terms, facts, num_bytes)
+    parts = engine, adaptation, average, lengths, optimizer, named, own, terms, facts, num_bytes
+    return model, RunState(*parts, attention=attention)
 
 
 def make_gradients(
@@ -287,7 +292,7 @@ def hasten(
     options: Any,
     gradients: Gradients,
     denoiser: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    state: RunState,
     num_workers: int,
     draw_batch: Callable[[], Batch],
     sizes_vary: bool,
@@ -304,6 +309,8 @@ def hasten(
     """
     speed, accelerator = options.speed, gradients.accelerator
     has_tf32 = accelerator.device.type == "cuda" and is_tf32_allowed()
+    if speed.fast:
+        _choose_attention(options, state, partial(gradients.of, draw_batch()), sizes_vary)
     compiled = compiled_part(speed.compiled, denoiser, accelerator.num_processes)
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     times_convolutions = speed.cudnn_benchmark and not sizes_vary and not is_deterministic
@@ -320,7 +327,7 @@ def hasten(
         if not _compiles(accelerator, denoiser, how, passes, is_exact, is_optional):
             compiled = None
         gradients.owns_memory = speed.cuda_graphs and compiled is not None
-    inner, num_fused = unwrapped(optimizer), num_shortened(gradients.model)
+    inner, num_fused = unwrapped(state.optimizer), num_shortened(gradients.model)
     active = {
         "--cache_latents": options.cache.cache_latents,
         "--cache_text_embeddings": options.cache.cache_text_embeddings,
@@ -330,6 +337,7 @@ def hasten(
         "--cudnn_benchmark": times_convolutions and accelerator.device.type == "cuda",
         "--cuda_graphs": speed.cuda_graphs,
         f"--attention_backend {speed.attention_backend}": speed.attention_backend is not None,
+        f"attention by {state.attention.raced}": bool(state.attention.raced),
         f"--mixed_precision {accelerator.mixed_precision}": accelerator.mixed_precision != "no",
         "--bf16_weights": speed.bf16_weights,
         "--channels_last": speed.channels_last,
@@ -344,6 +352,29 @@ def hasten(
     }
     logger.info("active for speed: %s", ", ".join(name for name, is_active in active.items() if is_active) or "nothing")
     offer(speed, fast_parts)
+
+
+def _choose_attention(options: Any, state: RunState, passes: Passes, sizes_vary: bool) -> None:
+    """Takes the kernel that is the fastest at this run's attention on a GPU, or that which was when the run began.
+
+    Args:
+        options: all of a script's, by group.
+        passes: runs a batch forward and backward.
+    """
+    accelerator, attention = state.accelerator, state.attention
+    is_asked = options.speed.attention_backend is not None or torch.are_deterministic_algorithms_enabled()
+    if accelerator.device.type not in RACED_ON or is_asked or state.engine.spreads:
+        return
+    winner = attention.raced
+    if winner is None:
+        with Recorder() as recorder, passes():
+            pass
+        kernels = [name for name in ("flash", "efficient", "cudnn") if not (name == "cudnn" and sizes_vary)]
+        run = partial(race, recorder.calls, kernels, accelerator.device)
+        winner = on_main_process(accelerator, run) if recorder.calls else ""
+    if winner:
+        logger.info("--fast takes the kernel %s for attention, the fastest at these sizes", winner)
+    attention.take(winner)
 
 
 def _compiles(

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from utils.adaptation import Adaptation
+from utils.attention import Attention
 from utils.background import BackgroundWriter, HostBuffers, available_memory, taken_bytes
 from utils.checkpoint import (
     Checkpoints,
@@ -60,6 +61,7 @@ class RunState:
         facts: what a resumed run is compared with.
         optimizer_bytes: of the optimizer's state, once all of it is there.
         skips: the steps that were not taken, as far as the log has read.
+        attention: what computes attention.
     """
 
     engine: Engine
@@ -73,6 +75,7 @@ class RunState:
     facts: RunFacts
     optimizer_bytes: int = 0
     skips: Skips = field(default_factory=Skips)
+    attention: Attention = field(default_factory=partial(Attention, None))
 
     def clip(self, max_norm: float) -> Tensor:
         """Scales the gradients down to a norm; gives the norm they had, also of those that are used up already.
@@ -191,6 +194,7 @@ class RunState:
             samples_at_once=samples_at_once,
             skipped_steps=self.skips.total,
             skipped_in_a_row=self.skips.in_a_row,
+            attention=self.attention.raced,
         )
         content = optimizer_content(self.engine, self.optimizer, self.parameters + self.own_parameters, buffers)
         jobs = [partial(write_state, state=state, optimizer=content)]
@@ -260,6 +264,7 @@ class RunState:
             self.accelerator.scaler.load_state_dict(saved.scaler)
         gc.collect()  # lets go of the checkpoint's files, which were mapped, so that Windows can prune them
         self.skips.total, self.skips.in_a_row = saved.skipped_steps, saved.skipped_in_a_row
+        self.attention.raced = saved.attention
         return saved.step
 
 

@@ -1,0 +1,154 @@
+"""Which of PyTorch's kernels computes attention: as asked for, or by a race of those there are."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+logger = logging.getLogger(__name__)
+ATTENTION = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
+CPU_ATTENTION = ("flash", "math")
+ROUNDS = 3  # of which the fastest counts
+MARGIN = 0.03  # by which a kernel must be faster than PyTorch's own choice
+TOLERANCE = 3e-2  # relative, in norm, to what PyTorch's own choice gives
+
+
+@contextmanager
+def attention_by(backend: str | None) -> Iterator[None]:
+    """Within it PyTorch's attention takes a kernel wherever that can do the shape and the precision.
+
+    Attention that is not PyTorch's (xformers, sliced) is as it was.
+
+    Args:
+        backend: a key of `ATTENTION`; None leaves the choice to PyTorch.
+    """
+    if backend is None:
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if torch.cuda.is_available():  # the first call sets an order of its own, on some GPUs
+        functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 8, 8, device="cuda").unbind())
+    others = [] if backend == "math" else [name for name in ATTENTION if name != backend]  # which end in math
+    # compiled graphs are kept on disk, under keys that do not know which kernels were chosen
+    graphs = torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} {backend} attention")
+    with sdpa_kernel([getattr(SDPBackend, ATTENTION[name]) for name in (backend, *others)], set_priority=True), graphs:
+        yield
+
+
+class Attention:
+    """Context manager: attention by a kernel, which may be exchanged within it.
+
+    Attributes:
+        raced: the kernel that won a race, which a resumed run takes again; "" for PyTorch's own choice, None without a
+            race.
+    """
+
+    def __init__(self, backend: str | None):
+        self._backend = backend
+        self._stack = ExitStack()
+        self.raced: str | None = None
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(attention_by(self._backend))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def take(self, winner: str) -> None:
+        """Has what has won a race compute from now on, as `raced` has it."""
+        self.raced = winner
+        self._stack.close()
+        self._stack.enter_context(attention_by(winner or None))
+
+
+class Call(NamedTuple):
+    """What attention was called with."""
+
+    query: torch.Size
+    key: torch.Size
+    value: torch.Size
+    dtype: torch.dtype
+
+
+class Recorder(TorchFunctionMode):
+    """Counts the calls of PyTorch's attention within it, but for masked ones, which few kernels know."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: Counter[Call] = Counter()
+
+    def __torch_function__(self, function: Callable, types: Any, arguments: tuple = (), named: Any = None) -> Any:
+        named = named or {}
+        if function is functional.scaled_dot_product_attention and named.get("attn_mask") is None:
+            names = ("query", "key", "value")
+            query, key, value = (*arguments[:3], *(named[name] for name in names[len(arguments[:3]) :]))
+            if len(arguments) < 4 or arguments[3] is None:
+                self.calls[Call(query.shape, key.shape, value.shape, query.dtype)] += 1
+        return function(*arguments, **named)
+
+
+def race(calls: Mapping[Call, int], kernels: Collection[str], device: torch.device) -> str:
+    """The kernel by which all these calls, forward and backward, take the least time.
+
+    One that gives other numbers is left out, and so is one that gains less than MARGIN. What a kernel can't do, PyTorch
+    does by another, and that is its time.
+
+    Args:
+        calls: how often each is made.
+
+    Returns:
+        "" for PyTorch's own choice.
+    """
+    seconds: Counter[str | None] = Counter()
+    wrong: set[str | None] = set()
+    for call, count in calls.items():
+        shapes = (call.query, call.key, call.value)
+        inputs = [torch.randn(shape, dtype=call.dtype, device=device, requires_grad=True) for shape in shapes]
+        expected = _passed(inputs)
+        for kernel in (None, *kernels):
+            try:
+                with attention_by(kernel):
+                    wrong |= {kernel} if _differs(_passed(inputs), expected) else set()
+                    seconds[kernel] += count * min(_seconds(inputs, device) for _ in range(ROUNDS))
+            except RuntimeError:  # PyTorch's words for what a kernel can't do vary
+                wrong.add(kernel)
+    best = min((kernel for kernel in kernels if kernel not in wrong), key=lambda each: seconds[each], default=None)
+    is_faster = best is not None and seconds[best] < (1 - MARGIN) * seconds[None]
+    logger.info(
+        "attention of a pass, forward and backward: %s",
+        ", ".join(f"{kernel or 'as PyTorch chooses'} {1000 * taken:.3g} ms" for kernel, taken in seconds.items()),
+    )
+    return best if is_faster and best is not None else ""
+
+
+def _passed(inputs: list[Tensor]) -> list[Tensor]:
+    """The output and the gradients of attention."""
+    output = functional.scaled_dot_product_attention(*inputs)
+    return [output.detach(), *torch.autograd.grad(output, inputs, torch.ones_like(output))]
+
+
+def _differs(found: list[Tensor], expected: list[Tensor]) -> bool:
+    errors = [
+        torch.linalg.vector_norm(one.float() - other.float()) / torch.linalg.vector_norm(other.float())
+        for one, other in zip(found, expected, strict=True)
+    ]
+    return not float(torch.stack(errors).nan_to_num(nan=float("inf")).max()) <= TOLERANCE
+
+
+def _seconds(inputs: list[Tensor], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    _passed(inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
