@@ -487,6 +487,8 @@ def gates(bench: Bench) -> Finding:
     }
     if bench.is_cuda:
         cases["LoRA of 11 blocks, bf16"] = "deep", (*LORA, *BF16, *BLOCKS), ()
+        cases["SD, --fast"] = "sd", (*BF16, "--fast"), ()
+        cases["SDXL, blocks, activation memory 0.5"] = "sdxl", (*BF16, *BLOCKS, "--activation_memory", 0.5), ()
     short = ("--max_train_steps", 2, "--no_final_checkpoint")
     with rehearsed_compiler(bench.is_tiny and not bench.is_cuda):
         for name, (family, flags, shape) in cases.items():

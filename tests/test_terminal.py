@@ -16,7 +16,17 @@ from tests.conftest import message
 from utils.foreign_flags import FOREIGN_FLAGS
 from utils.library_messages import KnownMessages
 from utils.options import UserError, parse
-from utils.terminal import Lines, LogFormatter, json_text, markdown, one_line, print_line, progress_bar, visible
+from utils.terminal import (
+    Lines,
+    LogFormatter,
+    json_text,
+    markdown,
+    markdown_cell,
+    one_line,
+    print_line,
+    progress_bar,
+    visible,
+)
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = (
@@ -84,6 +94,15 @@ def test_markdown_shows_foreign_text_literally(text):
         assert not re.search(r"(?<!\\)" + re.escape(mark), shown)
     assert not shown.startswith("#")
     assert markdown("clip_score a\nb") == "clip_score a b"
+    assert [markdown(each) for each in ("1. a", "12) b", "- c", "0.5", "-0.5")] == [
+        *("1\\. a", "12\\) b", "\\- c"),
+        *("0\\.5", "\\-0.5"),
+    ]
+    assert [markdown_cell(each) for each in ("0.03 (-0.01 to 0.07)", "-0.5", "# a")] == [
+        "0.03 (-0.01 to 0.07)",
+        "-0.5",
+        "# a",
+    ]
 
 
 def test_a_stream_that_lacks_characters_gets_escapes(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from utils.options import UserError, first_line, option
-from utils.terminal import markdown
+from utils.terminal import markdown, markdown_cell
 from utils.tracking import Sample
 from utils.user_files import read_json
 
@@ -116,7 +116,7 @@ def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequenc
         make_image_grid(images, 1, len(images)).save(folder / GRID)
         prompts = "\n".join(f"- {markdown(sample.caption)}" for sample in samples)
         shown = f"\nSamples of these prompts, in this order:\n\n{prompts}\n\n![samples](./{GRID})\n"
-    table = "\n".join(f"| {name} | {markdown(value)} |" for name, value in facts.settings)
+    table = "\n".join(f"| {name} | {markdown_cell(value)} |" for name, value in facts.settings)
     result = "LoRA weights for" if facts.is_lora else "This pipeline was fine-tuned from"
     origin = f"{result} **{markdown(base_model)}**" if base_model else "This pipeline was trained from scratch"
     trained = ", trained" if facts.is_lora else ""

@@ -17,7 +17,7 @@ from utils.metrics.features import Picture
 from utils.metrics.scores import Score
 from utils.metrics.subjects import Subject
 from utils.runtime import write_json
-from utils.terminal import json_text, markdown, visible
+from utils.terminal import json_text, markdown, markdown_cell, visible
 
 SCHEMA_VERSION = 1
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -224,14 +224,14 @@ def as_markdown(findings: Findings) -> str:
     names = [entry.name for entry in findings.entries]
     head = ["score", *names, *(["difference"] if findings.differences else []), "made of"]
     lines = [f"# {markdown(findings.title)}", "", *(f"{markdown(note)}\n" for note in notes(findings))]
-    lines += ["| " + " | ".join(markdown(each) for each in head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(markdown_cell(each) for each in head) + " |", "|" + "---|" * len(head)]
     for row in _rows(findings):
         cells = [_with_range(cell) for cell in row["cells"]]
         difference = row["difference"]
         extra = [f"{_with_range(difference)} {difference['verdict']}".strip()] if findings.differences else []
         lines.append(
             "| "
-            + " | ".join(markdown(each) for each in [row["name"] + row["arrow"], *cells, *extra, row["facts"]])
+            + " | ".join(markdown_cell(each) for each in [row["name"] + row["arrow"], *cells, *extra, row["facts"]])
             + " |"
         )
     lines += ["", markdown(invalid_counts(findings))]

@@ -23,7 +23,8 @@ HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff"
     "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
-MARKUP = re.compile(r"[\\`*\[\]<>&|~]|(?<!\w)_|_(?!\w)|^[#+=-]|^\d+(?=[.)])")  # an underscore within a word is none
+MARKUP = re.compile(r"[\\`*\[\]<>&|~]|(?<!\w)_|_(?!\w)")  # an underscore within a word is none
+BEGINNING = re.compile(r"(?=[#+=-])|\d+(?=[.)])")  # what stands before a mark that makes a line a heading or a list
 LONGEST = 2000  # characters of one value in a message
 GONE = (OSError, ValueError)  # raised by writing to a stream that is closed, or whose reader is gone
 BAR_SECONDS = 0.5, 30.0  # between updates of a bar: on a terminal, in a file
@@ -64,9 +65,16 @@ def _escape(found: re.Match) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def markdown(text: object) -> str:
-    """Foreign text as Markdown shows it literally, in a table's cell too: no markup, HTML or line breaks."""
+def markdown_cell(text: object) -> str:
+    """Foreign text as Markdown shows it literally in a table's cell: no markup, HTML or line breaks."""
     return MARKUP.sub(r"\\\g<0>", one_line(" ".join(str(text).split())))
+
+
+def markdown(text: object) -> str:
+    """The same where it may begin a line, as a heading or a list would."""
+    shown = markdown_cell(text)
+    found = BEGINNING.match(shown)
+    return shown if found is None else f"{found.group()}\\{shown[found.end() :]}"
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:
