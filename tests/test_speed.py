@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import mostly_slow
 from tests.test_equivalences import assert_same_bits, lora, losses, weights
+from utils.attention import attention_by
 from utils.copies import HalfCopy
 from utils.gradients import Gradients
 from utils.memory import align
@@ -25,7 +26,6 @@ from utils.options import UserError
 from utils.speed import (
     Compilation,
     Reference,
-    attention_by,
     check_errors,
     compile_checked,
     compile_denoiser,
