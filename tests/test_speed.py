@@ -141,7 +141,7 @@ def test_the_frequencies_of_a_score_model_stay_as_they_are():
     assert torch.cosine_similarity(found.flatten(1), expected.flatten(1)).min() > 0.999
 
 
-@pytest.mark.parametrize("name", mostly_slow([*NAMES, "labelled latents", "sdxl"], *NAMES))
+@pytest.mark.parametrize("name", mostly_slow([*NAMES, "labelled latents", "sdxl"], "pixels"))
 def test_training_with_a_bfloat16_copy(train, name):
     flags = ["--mixed_precision", "bf16", "--train_batch_size", 2, "--learning_rate", 1e-3, "--adam_epsilon", 1e-4]
     flags += ["--lr_scheduler", "constant"]
@@ -156,6 +156,7 @@ def test_training_with_a_bfloat16_copy(train, name):
     assert_same_bits(weights(train(name, *flags, *resumed, out="parts"), part), weights(copied, part))
 
 
+@pytest.mark.slow
 def test_a_lora_with_a_bfloat16_copy(train):
     flags = ["--adaptation", "lora", "--mixed_precision", "bf16", "--max_train_steps", 4, "--learning_rate", 1e-3]
     plain, copied = train("sd", *flags, out="plain"), train("sd", *flags, "--bf16_weights", out="copied")
@@ -363,8 +364,9 @@ def test_blocks_are_compiled_once_for_all_buckets(train, caplog, without_inducto
     assert not counters["graph_break"]
 
 
-def test_blocks_with_adapters_share_their_graphs(without_inductor):
-    """Twelve blocks: a graph for each would go beyond Dynamo's limit of eight."""
+def test_blocks_with_adapters_share_their_graphs(without_inductor, monkeypatch):
+    """Twelve blocks: a graph for each would go beyond Dynamo's limit of eight. Convolutions have no adapters here."""
+    monkeypatch.setattr("utils.speed.CONVOLUTIONS", "")
     from peft import LoraConfig
     from torch._dynamo.utils import counters
 
@@ -386,8 +388,7 @@ def test_blocks_with_adapters_share_their_graphs(without_inductor):
     counters.clear()
     compile_denoiser(unet, Compilation("blocks"))
     found = gradients()
-    num_convolutions = sum(type(block).__name__ == "ResnetBlock2D" for block in repeated_blocks(unet))
-    assert counters["stats"]["unique_graphs"] <= 5 + num_convolutions  # by widths, sizes, strides, gradients
+    assert counters["stats"]["unique_graphs"] <= 5  # by widths, sizes, strides and what needs a gradient
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
