@@ -197,6 +197,14 @@ def test_variations_of_no_step_are_refused(more_pipelines, steps, strength):
         Drawer(pipeline, options, SamplingControls(), 0, CPU, starts_from_images=True)
 
 
+@pytest.mark.parametrize(("guidance", "is_said"), [(1.0, True), (0.5, True), (None, False), (1.5, False)])
+def test_a_negative_prompt_without_guidance_is_named(more_pipelines, caplog, guidance, is_said):
+    pipeline = load_pipeline(PipelineSpec(str(more_pipelines["sd"])), torch.float32)
+    options = GenerationOptions(guidance_scale=guidance, negative_prompt="b")
+    Drawer(pipeline, options, SamplingControls(), 0, CPU)
+    assert ("--negative_prompt has no effect at a guidance of" in caplog.text) == is_said
+
+
 @pytest.mark.parametrize(("part", "key"), [("vae", "scaling_factor"), ("unet", "sample_size")])
 def test_a_config_that_leaves_a_size_or_a_factor_open_is_refused(more_pipelines, tmp_path, part, key):
     pipeline = load_pipeline(PipelineSpec(str(more_pipelines["sd"])), torch.float32)

@@ -789,3 +789,12 @@ def test_what_was_cached_in_other_colours_is_not_used_again(tmp_path):
     plan = LatentPlan(SimpleNamespace(survey=known), ImageOptions(), 0, 1, "vae")
     assert plan._content(0) == known.digests[0]
     assert plan._content(1) != known.digests[1]
+
+
+def test_images_that_are_enlarged_much_are_named(train, tmp_path, caplog):
+    data = tmp_path / "small"
+    data.mkdir()
+    for number, edge in enumerate((8, 15, 16, 40)):
+        Image.new("RGB", (edge, 40)).save(data / f"{number}.png")
+    train("sd", "--max_train_steps", 1, data=data)
+    assert "2 images are enlarged by more than 2, up to 4 times; --max_upscale 2 leaves them out" in caplog.text

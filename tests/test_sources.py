@@ -186,6 +186,19 @@ class TestDetection:
         with pytest.raises(UserError, match=r"extra.tar of the data name no split, others are of test, train; rename"):
             records_of(tmp_path)
 
+    @pytest.mark.parametrize("kind", ["metadata.jsonl", "captions.json"])
+    def test_names_in_other_capitals_or_another_normal_form(self, tmp_path, kind):
+        """Another normal form is the same text, as macOS writes it; other capitals are another name, and hinted at."""
+        for name in ("e\u0301.png", "b.PNG", "c.png"):
+            picture(tmp_path / name)
+        captions = {"\u00e9.png": "one", "b.png": "two", "c.png": "three"}
+        rows = "".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in captions.items())
+        touch(tmp_path / kind, rows if kind.endswith("l") else json.dumps(captions))
+        table = records_of(tmp_path).sources[0].table
+        found = {table.key(row): table.captions(row) for row in range(len(table))}
+        assert (found["e\u0301.png"], found["c.png"]) == (("one",), ("three",))
+        assert table.refused == [("b.png", "is listed but not there; 'b.PNG' is")]
+
     @pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
     @pytest.mark.parametrize("keep", [0, 7, 60, -3])
     def test_a_damaged_parquet_file_is_named(self, tmp_path, flag, keep):

@@ -333,6 +333,10 @@ class Drawer:
         for flag in ("guidance_scale", "guidance_rescale", "negative_prompt", "height", "width"):
             if getattr(options, flag) is not None and flag not in self._takes:
                 raise UserError(f"--{flag} is not taken by a {name}; leave it out")
+        default = inspect.signature(type(self.pipeline).__call__).parameters.get("guidance_scale")
+        guidance = options.guidance_scale if default is None or options.guidance_scale is not None else default.default
+        if options.negative_prompt is not None and isinstance(guidance, int | float) and guidance <= 1:
+            logger.warning("--negative_prompt has no effect at a guidance of %g; it takes one above 1", guidance)
         vae, unet = (getattr(self.pipeline, part, None) for part in ("vae", "unet"))
         if vae is not None and vae.config.get("scaling_factor", 1.0) is None:
             raise UserError("the config of the pipeline's VAE says no scaling_factor")

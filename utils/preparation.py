@@ -17,7 +17,15 @@ from utils.data.headers import Survey, add_digests, survey, survey_masks
 from utils.data.images import ImageOptions
 from utils.data.ledger import Ledger
 from utils.data.listing import HELD_OUT, Fate
-from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions, check_bad, hold_out, plan_images
+from utils.data.selection import (
+    HeldOutOptions,
+    PlannedImages,
+    SelectionOptions,
+    check_bad,
+    hold_out,
+    plan_images,
+    upscaling,
+)
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
 from utils.data.stream import StreamedImages, open_stream
 from utils.disk import or_without
@@ -33,6 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 REPORT = "data_report.json"
+MUCH_ENLARGED = 2.0  # times, from which an image is blurred
 MOST_NAMED = 20  # held-out images that can't be read
 
 
@@ -287,6 +296,11 @@ def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
             "with --folder_repeats it is used as often as the number says, here %d times",
             *(len(folders), name, count),
         )
+    enlarged = upscaling(images.survey.sizes, images.plan)
+    num_enlarged = int((enlarged > MUCH_ENLARGED).sum())
+    if num_enlarged:
+        message = "%d images are enlarged by more than %g, up to %.3g times; --max_upscale %g leaves them out"
+        logger.warning(message, num_enlarged, MUCH_ENLARGED, enlarged.max(), MUCH_ENLARGED)
     num_whole = int((~images.survey.is_masked).sum()) if images.records.has_masks else 0
     if num_whole:
         logger.warning("%d images have no mask: in them the loss counts everywhere", num_whole)

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -127,6 +128,7 @@ def read_metadata_folder(
     if not files:
         elsewhere = set(every) - set(names)
         files = _metadata_above(images, metadata_files(folder, elsewhere))
+    known_images = _Names(images)
     listed: dict[str, tuple[str, ...]] = {}
     masks: dict[str, str] = {}
     refused: list[tuple[str, str]] = []
@@ -149,10 +151,10 @@ def read_metadata_folder(
                     refused.append((name, refusal))
                     continue
             parent = PurePosixPath(metadata).parent
-            path, reason = _resolve(parent, name, folder, images)
+            path, reason = _resolve(parent, name, folder, known_images)
             mask, mask_reason = "", ""
             if mask_column is not None and row.get(mask_column):
-                mask, mask_reason = _resolve(parent, str(row[mask_column]), folder, images)
+                mask, mask_reason = _resolve(parent, str(row[mask_column]), folder, known_images)
             if path in elsewhere:
                 continue
             if reason or mask_reason:
@@ -297,7 +299,39 @@ def _json_rows(text: str, name: str) -> Iterator[tuple[str, dict, str]]:
         yield f"{name}, line {number}", row if is_object else {}, reason or ("" if is_object else "is no JSON object")
 
 
-def _resolve(base: PurePosixPath, name: str, folder: Path, images: set[str]) -> tuple[str, str]:
+class _Names:
+    """The names of a folder's images, to find those that a list means."""
+
+    def __init__(self, names: Collection[str]):
+        self.there = set(names)
+        self._by_text: dict[str, list[str]] | None = None
+
+    def find(self, name: str) -> str:
+        """The name itself, or the one that is the same text in another Unicode normal form, as macOS writes it; ""."""
+        if name in self.there:
+            return name
+        same = [each for each in self._alike(name) if _text(each) == _text(name)]
+        return same[0] if len(same) == 1 else ""
+
+    def missing(self, name: str) -> str:
+        """Why a listed name is refused that is not there, with the one that may be meant."""
+        alike = self._alike(name)
+        return "is listed but not there" + (f"; {short(alike[0])} is" if alike else "")
+
+    def _alike(self, name: str) -> list[str]:
+        """Those that differ from a name in capitals or the normal form alone."""
+        if self._by_text is None:
+            self._by_text = defaultdict(list)
+            for each in sorted(self.there):
+                self._by_text[_text(each).casefold()].append(each)
+        return self._by_text.get(_text(name).casefold(), [])
+
+
+def _text(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _resolve(base: PurePosixPath, name: str, folder: Path, images: _Names) -> tuple[str, str]:
     """(path within the folder, "") of a listed file name, or ("", why it is refused)."""
     plain = name.replace("\\", "/")
     inside = PurePosixPath(os.path.normpath(base / plain))
@@ -305,13 +339,13 @@ def _resolve(base: PurePosixPath, name: str, folder: Path, images: set[str]) -> 
         return "", "its file_name must be relative to the list's folder; absolute ones are refused"
     if inside.parts[:1] == ("..",):
         return "", "its file_name leaves the folder, which is refused"
-    if str(inside) in images:
-        return str(inside), ""
+    if found := images.find(str(inside)):
+        return found, ""
     try:
         is_there = (folder / inside).is_file()
     except (OSError, ValueError):  # a name that no file can have
         is_there = False
-    return (str(inside), "") if is_there else ("", "is listed but not there")  # named as no image is: its bytes decide
+    return (str(inside), "") if is_there else ("", images.missing(str(inside)))  # named as no image: its bytes decide
 
 
 def split_of(part: str) -> str | None:
@@ -421,7 +455,7 @@ def read_caption_file_folder(folder: Path, names: list[str], split: str, encodin
     has_split_folders = any(part.lower() in ALL_SPLIT_WORDS for name in images for part in name.split("/")[:-1])
     pool = of_split(images, split)[0] if has_split_folders else images
     by_ending = _by_ending(pool)
-    elsewhere = _by_ending(images)
+    known, elsewhere = _Names(by_ending), _by_ending(images)
     captions: dict[str, tuple[str, ...]] = {}
     refused = []
     for name, value in mapping.items():
@@ -430,13 +464,13 @@ def read_caption_file_folder(folder: Path, names: list[str], split: str, encodin
             refused.append((name, refusal))
             continue
         plain = name.replace("\\", "/")
-        path = by_ending.get(plain)
+        path = by_ending.get(known.find(plain))
         if plain.startswith("/") or ".." in PurePosixPath(plain).parts:
             refused.append((name, "its file_name leaves the folder, which is refused"))
         elif path is not None:
             captions[path] = found
         elif plain not in elsewhere:  # else it is of another split
-            refused.append((name, "is listed but not there"))
+            refused.append((name, known.missing(plain)))
     if is_of_split and not has_split_folders:  # there the list says which images are of the split
         pool = [name for name in pool if name in captions]
     table = FileTable(folder, pool, [captions.get(name, ()) for name in pool], refused, len(every) - len(images))
