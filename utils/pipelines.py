@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,7 @@ class PipelineOptions:
             require(Path(self.images).is_dir(), "images", self.images, "be a folder that exists")
         if self.lora is not None and self.pipeline is None:
             raise UserError("--lora goes on top of a --pipeline")
+        require(math.isfinite(self.lora_scale), "lora_scale", self.lora_scale, "be a finite number")
         for name in ("pipeline", "lora"):
             value = getattr(self, name)
             fits = value is None or not is_path(value) or Path(value).exists()

@@ -102,9 +102,15 @@ class DataPreparation:
             selection = replace(selection, max_bad_fraction=1.0, on_bad_image="skip")
         images = plan_images(records, known, resolution, group_size, self.buckets, selection, self._report_bad)
         if records.has_masks and not images.survey.is_masked.any():
-            raise UserError(
-                "no image has a mask; those of --mask_dir are found by the images' paths within their folder"
-            )
+            flags = ("alpha_mask", "mask_dir", "mask_column")  # a --dataset_file has them in its sources
+            flag = next((name for name in flags if getattr(self.source, name)), "dataset_file")
+            cures = {
+                "alpha_mask": "none has a transparent part; leave it out",
+                "mask_dir": "they are found by the images' paths within their folder",
+                "mask_column": "the column is empty",
+                "dataset_file": "look at the mask options of its sources",
+            }
+            raise UserError(f"--{flag}: no image has a mask; {cures[flag]}")
         say_what_was_left_out(images, group_size)
         self.ledger.train_on(images)
         return images
