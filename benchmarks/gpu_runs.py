@@ -177,7 +177,7 @@ def hearing(said: io.StringIO) -> Iterator[None]:
 
 @contextmanager
 def process_of_its_own() -> Iterator[None]:
-    """Within it a run finds accelerate and the compiler as in a fresh process; what it sets for itself is put back."""
+    """Context manager: resets accelerate and the compiler as in a fresh process, and restores a run's settings."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     AcceleratorState._reset_state(reset_partial_state=True)

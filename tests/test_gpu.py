@@ -1,4 +1,4 @@
-"""The GPU proof: its runner goes on after whatever fails, and its sections run in small on a CPU."""
+"""The GPU proof: its runner continues after any failure, and its sections run at a small size on a CPU."""
 
 import json
 import signal

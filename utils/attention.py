@@ -22,7 +22,7 @@ TOLERANCE = 3e-2  # relative, in norm, to what PyTorch's own choice gives
 
 @contextmanager
 def attention_by(backend: str | None) -> Iterator[None]:
-    """Within it PyTorch's attention takes a kernel wherever that can do the shape and the precision.
+    """Context manager: PyTorch's attention uses a kernel wherever it supports the shape and the precision.
 
     Attention that is not PyTorch's (xformers, sliced) is as it was.
 

@@ -316,7 +316,7 @@ class Drawer:
         self._encode = encode
         self._around = around
         self._eta = options.eta or 0.0
-        self._takes = call_parameters(type(self.pipeline))
+        self._takes = inspect.signature(type(self.pipeline).__call__).parameters
         self._batch_size = BatchSize(options.batch_size, device)
         self._fitting_steps = fitting_steps(self.pipeline) if options.num_inference_steps is None else None
         if self._fitting_steps is not None:
@@ -333,7 +333,7 @@ class Drawer:
         for flag in ("guidance_scale", "guidance_rescale", "negative_prompt", "height", "width"):
             if getattr(options, flag) is not None and flag not in self._takes:
                 raise UserError(f"--{flag} is not taken by a {name}; leave it out")
-        default = inspect.signature(type(self.pipeline).__call__).parameters.get("guidance_scale")
+        default = self._takes.get("guidance_scale")
         guidance = options.guidance_scale if default is None or options.guidance_scale is not None else default.default
         if options.negative_prompt is not None and isinstance(guidance, int | float) and guidance <= 1:
             logger.warning("--negative_prompt has no effect at a guidance of %g; it takes one above 1", guidance)
@@ -350,11 +350,10 @@ class Drawer:
 
     def _check_steps(self) -> None:
         """Refuses a number of steps that the scheduler would not take as such, and warns of one that begins late."""
-        defaults = inspect.signature(type(self.pipeline).__call__).parameters
-        own = defaults.get("num_inference_steps")
+        own = self._takes.get("num_inference_steps")
         steps = self._options.num_inference_steps or self._fitting_steps or (own.default if own else None)
-        if isinstance(steps, int) and "strength" in defaults:
-            strength = self._options.strength or defaults["strength"].default
+        if isinstance(steps, int) and "strength" in self._takes:
+            strength = self._options.strength or self._takes["strength"].default
             if int(steps * strength) < 1:
                 raise UserError(
                     f"--strength {strength:g} of {steps} denoising steps leaves none; raise --num_inference_steps or "

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -309,8 +309,9 @@ def hasten(
     """
     speed, accelerator = options.speed, gradients.accelerator
     has_tf32 = accelerator.device.type == "cuda" and is_tf32_allowed()
+    draw_once = cache(draw_batch)
     if speed.fast:
-        _choose_attention(options, state, partial(gradients.of, draw_batch()), sizes_vary)
+        _choose_attention(options, state, lambda: gradients.of(draw_once()), sizes_vary)
     compiled = compiled_part(speed.compiled, denoiser, accelerator.num_processes)
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     times_convolutions = speed.cudnn_benchmark and not sizes_vary and not is_deterministic
@@ -320,7 +321,7 @@ def hasten(
     torch.backends.cudnn.benchmark = times_convolutions
     if compiled is not None:
         is_exact = accelerator.mixed_precision == "no" and not has_tf32
-        batch, how = draw_batch(), Compilation(compiled, sizes_vary, speed.cuda_graphs, speed.activation_memory)
+        batch, how = draw_once(), Compilation(compiled, sizes_vary, speed.cuda_graphs, speed.activation_memory)
         gradients.settle_gate_scale(batch)
         passes = partial(gradients.of, batch)
         is_optional = speed.fast and any(part.name == "compile" for part in fast_parts)

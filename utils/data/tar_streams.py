@@ -48,8 +48,8 @@ class RemoteShard:
         """The last part of its address."""
         return PurePosixPath(self.address).name
 
-    def samples(self, refused: list[tuple[str, str]]) -> Iterator[tuple[str, Members]]:
-        """(name, members) of its samples: files beside each other whose names agree up to the first dot.
+    def samples(self, refused: list[tuple[str, str]]) -> Iterator[Members]:
+        """The members of its samples: files beside each other whose names agree up to the first dot.
 
         Args:
             refused: takes the names of what is left out, and why.
@@ -61,7 +61,7 @@ class RemoteShard:
             for sample, name, _, _, content in found:
                 if sample != current:
                     if members:
-                        yield current, members
+                        yield members
                     before.add(current)
                     current, members = sample, {}
                 if sample in before:
@@ -70,7 +70,7 @@ class RemoteShard:
                 ending = PurePosixPath(name).name.partition(".")[2].lower()
                 members.setdefault(ending, (name, content))
         if members:
-            yield current, members
+            yield members
 
 
 def _most_read(name: str) -> int:
@@ -96,7 +96,7 @@ class TarSamples(WebDataset):
         }
         endings: dict[str, None] = {}
         for shard in itertools.chain.from_iterable(shards.values()):
-            found = [members for _, members in itertools.islice(shard.samples([]), SAMPLES_LOOKED_AT)]
+            found = list(itertools.islice(shard.samples([]), SAMPLES_LOOKED_AT))
             endings |= dict.fromkeys(ending for members in found for ending in members)
             if found:
                 break
@@ -110,7 +110,7 @@ class TarSamples(WebDataset):
         for number, shard in enumerate(shards):
             rows = itertools.count()
             refused: list[tuple[str, str]] = []
-            for _, members in shard.samples(refused):
+            for members in shard.samples(refused):
                 yield Key(number, next(rows)), self._row(members)
                 yield from ((Key(number, next(rows)), self._left_out(*each)) for each in refused)
                 refused.clear()

@@ -206,7 +206,7 @@ def _members(
 
 
 def _most_of_caption(name: str) -> int:
-    return caption_limit(name) if PurePosixPath(name).suffix.lower() in PAIR_SUFFIXES else 0
+    return caption_limit(name) if is_caption_file(name) else 0
 
 
 def members_of(
