@@ -25,6 +25,7 @@ from utils.checks import LAUNCHED
 from utils.course import Course
 from utils.encoding import CacheFiller, Encoder
 from utils.held_out import HeldOut
+from utils.options import AGREED_SECONDS, MAIN_SECONDS, Diverged, Stopped, UserError, run_script
 from utils.state import CheckpointSaver
 from utils.stopping import SIGNALS, StopRequests, agreed, resume_command
 from utils.streams import flush_streams, hide, lasting_streams
@@ -383,3 +384,25 @@ def test_loaders_processes_end_with_a_process_that_left_them_running():
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "0.0\n"
     assert not done.stderr
+
+
+def test_an_error_of_every_process_is_printed_by_the_main_one_and_of_one_process_by_that(capsys, monkeypatch):
+    """A launcher ends all processes once one has ended: the others leave the main one time to print its line."""
+    waited = []
+    monkeypatch.setattr("utils.options.time.sleep", waited.append)
+
+    def ended_by(error: Exception, rank: int) -> str:
+        def run(_argv):
+            raise error
+
+        monkeypatch.setenv("RANK", str(rank))
+        assert run_script(run, []) != 0
+        return capsys.readouterr().err
+
+    wrong, stopped, diverged = UserError("--x 1: wrong"), Stopped("stopped at step 3", 15), Diverged("it diverged")
+    assert [ended_by(error, 0) for error in (wrong, stopped)] == ["error: --x 1: wrong\n", "stopped at step 3\n"]
+    assert not waited
+    assert ended_by(wrong, 3) == "process 3: error: --x 1: wrong\n"
+    assert waited == [MAIN_SECONDS]
+    assert [ended_by(error, 3) for error in (stopped, diverged)] == ["", ""]
+    assert waited[1:] == [AGREED_SECONDS] * 2

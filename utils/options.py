@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+MAIN_SECONDS = 30.0  # how much later than another the main process may meet an error: it reads more files
+AGREED_SECONDS = 1.0
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process has terminated")
 
 
@@ -418,16 +421,17 @@ def _run(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         with flags_as(names):
             run(argv)
     except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print_line(str(stopped), sys.stderr)
+        _print_once(str(stopped), is_agreed=True)
         return stopped.status
     except Diverged as diverged:
-        if os.environ.get("RANK", "0") == "0":
-            print_line(f"error: {one_line(diverged)}", sys.stderr)
+        _print_once(f"error: {one_line(diverged)}", is_agreed=True)
         return 1
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
-            print_line(f"error: {one_line(' '.join(str(error).split()))}", sys.stderr)
+        line = f"error: {one_line(' '.join(str(error).split()))}"
+        if isinstance(error, ProcessError):
+            print_line(line, sys.stderr)
+        else:
+            _print_once(line)
         return 2
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -436,6 +440,25 @@ def _run(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         print_line(f"error: the disk refuses{where}: {error.strerror}; checkpoints are as they were", sys.stderr)
         return 2
     return 0
+
+
+def _print_once(line: str, is_agreed: bool = False) -> None:
+    """Prints a line that every process is about to print; only the main process does.
+
+    A launcher ends all processes as soon as one has ended with an error, so the others wait for the main one. A process
+    that still lives after `MAIN_SECONDS` is the only one with its error, and prints it.
+
+    Args:
+        is_agreed: whether the processes decided together to end: then the main process is at this line too.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print_line(line, sys.stderr)
+    elif is_agreed:
+        time.sleep(AGREED_SECONDS)
+    else:
+        time.sleep(MAIN_SECONDS)
+        print_line(f"process {rank}: {line}", sys.stderr)
 
 
 def end_at_once_on_errors() -> None:
