@@ -508,17 +508,23 @@ def gates(bench: Bench) -> Finding:
 
 
 GRAPHS: dict[str, tuple[object, ...]] = {
-    "graphs": BF16,
-    "graphs, accumulation": (*BF16, "--train_batch_size", 2, "--gradient_accumulation_steps", 2),
-    "graphs, LoRA": (*BF16, *LORA),
+    "one graph a step": BF16,
+    "one graph a step, bf16_weights and an average": (*BF16, "--bf16_weights", "--use_ema"),
+    "one graph a step, compiled": (*BF16, *DENOISER),
+    "one graph a step, LoRA": (*BF16, *LORA),
+    "a graph a pass, accumulation": (*BF16, *DENOISER, "--train_batch_size", 2, "--gradient_accumulation_steps", 2),
 }
 
 
 def graph_failures(bench: Bench, name: str, flags: Sequence[object], facts: dict[str, Any]) -> list[str]:
-    """Why the losses of a run with CUDA graphs are not those of the compiled run; nothing if they are."""
-    words = [*flags, *DENOISER, "--max_train_steps", 6, "--no_final_checkpoint", "--learning_rate", 1e-4]
+    """Why the losses of a run with CUDA graphs are not those of the run without; nothing if they are."""
+    words = [*flags, "--max_train_steps", 6, "--no_final_checkpoint", "--learning_rate", 1e-4]
     plain = bench.train("sd", words, fresh_name("graphs"))
     graphs = bench.train("sd", [*words, "--cuda_graphs"], fresh_name("graphs"))
+    if name.startswith("one graph a step") and "--cuda_graphs: recorded a step" not in graphs.said:
+        lines = [line for line in graphs.said.splitlines() if "--cuda_graphs: " in line]
+        facts[name] = " ".join(lines) or "no step was recorded"
+        return [f"{name}: {facts[name]}"]
     broken = next((run for run in (plain, graphs) if run.status), None)
     if broken is not None:
         facts[name] = broken.error

@@ -486,14 +486,14 @@ def test_half_precision_is_held_against_float32(train, monkeypatch, capsys, capl
         return call
 
     handles: list = []
-    drop = Gradients._drop
+    drop = Gradients.drop
 
     def without_hooks(self):
         drop(self)
         while handles:
             handles.pop().remove()
 
-    monkeypatch.setattr(Gradients, "_drop", without_hooks)
+    monkeypatch.setattr(Gradients, "drop", without_hooks)
     monkeypatch.setattr(torch, "compile", compiled)
     is_fine = fault == "rounding"
     with caplog.at_level(logging.INFO):
@@ -622,7 +622,7 @@ def test_training_by_another_attention(train, name, caplog):
 
 
 def test_what_speeds_up_nothing_here(refused):
-    refused(["--cuda_graphs"], "--cuda_graphs", "--compile")
+    refused(["--cuda_graphs"], "--cuda_graphs", "CUDA device", "found cpu")
     refused(["--compile", "--cuda_graphs"], "--cuda_graphs", "CUDA device", "found cpu")
     refused(["--attention_backend", "cudnn"], "--attention_backend cudnn", "flash or math")
     refused(["--attention_backend", "math", "--attention_slicing"], "--attention_backend math", "--attention_slicing")

@@ -103,8 +103,8 @@ class MovingAverage:
         # in float32 also of bfloat16 weights, in which an average would stand still
         self.averages = [self._at_home(parameter.detach().float().clone()) for parameter in self._parameters]
         self._own = [own_part(average) for average in self.averages]
-        is_copied = options.offload_ema or any(each.dtype != torch.float32 for each in self._parameters)
-        self._chunks = _chunks([each.nbytes for each in self._own]) if is_copied else [slice(None)]
+        self._is_copied = options.offload_ema or any(each.dtype != torch.float32 for each in self._parameters)
+        self._chunks = _chunks([each.nbytes for each in self._own])
         self._staging = Staging()
 
     def _at_home(self, tensor: Tensor) -> Tensor:
@@ -134,19 +134,27 @@ class MovingAverage:
         return self._schedule.get_decay(update)
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, is_taken: Tensor | None = None) -> None:
         """average += (1 - decay) * (weight - average), for all weights, by the decay of all steps since the last time.
 
         With `--ema_every` k, every k-th call does.
+
+        Args:
+            is_taken: [] bool on the device, whether the optimizer took its step: if not, the averages stay as they are.
+                The update counts all the same: to count without it, the host would wait for the device at each step.
         """
         self._schedule.optimization_step += 1
         done, every = self._schedule.optimization_step, self._options.ema_every
         if done % every:
             return
         weight = 1 - math.prod(self.decay(step) for step in range(done - every + 1, done + 1))
-        for places in self._chunks:
-            averages = self._own[places]
-            values = [own_part(parameter.detach()).float() for parameter in self._parameters[places]]
+        for places in self._chunks if self._is_copied or is_taken is not None else [slice(None)]:
+            averages, values = self._own[places], [own_part(each) for each in self._parameters[places]]
+            if self._is_copied:
+                values = [value.float() for value in values]
+            if is_taken is not None:
+                here = [average.to(value.device) for average, value in zip(averages, values, strict=True)]
+                values = [torch.where(is_taken, *pair) for pair in zip(values, here, strict=True)]
             if self._options.offload_ema:
                 values = self._staging.take(values)
             if self._options.foreach_ema:

@@ -78,10 +78,10 @@ class AverageLengths:
         self._folder = folder / FOLDER
         self._averages = [PowerAverage(self._parameters, options, length) for length in KEPT_LENGTHS]
 
-    def update(self) -> None:
-        """After each optimizer step."""
+    def update(self, is_taken: torch.Tensor | None = None) -> None:
+        """After each optimizer step; `is_taken` as for `MovingAverage.update`."""
         for average in self._averages:
-            average.update()
+            average.update(is_taken)
 
     def saving(self, buffers: HostBuffers) -> Callable[[Path], None]:
         """Both as they are now, copied, to be written into a checkpoint in float32."""

@@ -60,6 +60,23 @@ class EncodedBatch:
         states = None if self.states is None else {name: state[begin:end] for name, state in self.states.items()}
         return EncodedBatch(self.batch.part(begin, end), self.mean[begin:end], self.std[begin:end], states)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in an order that depends on the shape alone."""
+        states = self.states or {}
+        return [*self.batch.tensors.values(), self.mean, self.std, *(states[name] for name in sorted(states))]
+
+    @property
+    def shape(self) -> tuple:
+        """What two batches share that the same computation can take."""
+        there = (*self.batch.tensors, *sorted(self.states or ()))
+        return there, tuple((each.shape, each.dtype) for each in self.tensors)
+
+    def cloned(self) -> "EncodedBatch":
+        """The same, in memory of its own."""
+        states = None if self.states is None else {name: each.clone() for name, each in self.states.items()}
+        return EncodedBatch(self.batch.cloned(), self.mean.clone(), self.std.clone(), states)
+
     def in_float32(self) -> "EncodedBatch":
         """The same with text states in float32."""
         if self.states is None:

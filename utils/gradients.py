@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.copies import HalfCopy
 from utils.data.workers import LoadingError
-from utils.encoding import Encoder
+from utils.encoding import EncodedBatch, Encoder
 from utils.engines import Engine
 from utils.memory import is_out_of_memory
 from utils.options import ProcessError, UserError
@@ -75,6 +75,7 @@ class Gradients:
         owns_memory: whether gradients are added to memory of their own: what a CUDA graph gives, it overwrites.
         has_static_graph: whether the processes share gradients in an order that is laid down.
         gate_scale: what the loss of `of` is multiplied by, and its gradients divided by.
+        whole_step: takes an optimizer step on a batch and gives its losses, or None if it can't.
     """
 
     engine: Engine
@@ -92,6 +93,7 @@ class Gradients:
     owns_memory: bool = False
     has_static_graph: bool = False
     gate_scale: float = 1.0
+    whole_step: Callable[[EncodedBatch], Tensor | None] | None = None
     _trained: Sequence[nn.Parameter] = ()  # those that have gradients
     _memory: Sequence[Tensor] = ()  # their gradients', where that is kept
     _is_shared: bool = False  # whether the processes are sharing gradients now
@@ -143,7 +145,7 @@ class Gradients:
             scale = self.gate_scale
             yield {name: each.grad if scale == 1 else each.grad / scale for name, each in trained.items()}
         finally:
-            self._drop()
+            self.drop()
 
     def settle_gate_scale(self, batch: Batch) -> None:
         """Finds, for fp16, what the loss of `of` is multiplied by, lest gradients overflow or vanish."""
@@ -189,7 +191,7 @@ class Gradients:
 
         Each of them has all weights, so this one can save what the steps before have come to.
         """
-        self._drop()
+        self.drop()
         where = f"out of memory in step {step + 1}, where it can't be begun again"
         half = -(-self.size // 2)
         ways = [self.cures[0]] if self.cures[:1] == [FREE_CURE] else []
@@ -207,7 +209,7 @@ class Gradients:
             has_begun: whether a part of the step is done, which may have changed weights that step inside the backward
                 pass.
         """
-        self._drop()
+        self.drop()
         if self.rescue is None or self.engine.spreads or (has_begun and not self.can_retry):
             return LoadingError(f"{error}; resume from the last checkpoint with: {resume_command(sys.argv)}")
         if step == 0:
@@ -253,14 +255,14 @@ class Gradients:
             if not self.accelerator.reduce(together).item():
                 break
             self._halve("the rehearsal of the largest batch")
-        self._drop()
+        self.drop()
         if self.accelerator.num_processes > 1:
             if isinstance(self.model, DistributedDataParallel):
                 self.model._set_static_graph()  # its constructor's option asks that the very first pass be shared
                 self.has_static_graph = True
             for _ in range(2 if self.has_static_graph else 1):  # a static graph's first pass takes no note of an order
                 self._backward(0, largest.part(0, 1), shares=True)
-                self._drop()
+                self.drop()
         for buffer, value in buffers:
             buffer.copy_(value)
 
@@ -274,7 +276,7 @@ class Gradients:
                 f"out of memory in the rehearsal of the largest batch; try {self._advice()} or "
                 f"{setting(max(1, self.size // 2), self.num_samples)}"
             ) from error
-        self._drop()
+        self.drop()
 
     def shortened(self, at_once: int) -> int | None:
         """How many samples memory allows in every process, if not so many."""
@@ -289,7 +291,7 @@ class Gradients:
             parts = [batch.part(begin, begin + self.size) for begin in range(0, len(batch), self.size)]
             for place, part in enumerate(parts, start=1):
                 is_last = number == self.num_batches and place == len(parts)
-                losses = self._backward(step, part, shares=is_last)
+                losses = self._backward(step, part, is_last, is_whole=is_last and number == place == 1)
                 sums.loss.add_(losses.sum())
                 sums.losses.append(losses)
             sums.batches.append(batch)
@@ -305,11 +307,23 @@ class Gradients:
         for parameter, gradient in zip(self._trained, self._memory, strict=True):
             parameter.grad = gradient
 
-    def _backward(self, step: int, part: Batch, shares: bool) -> Tensor:
-        """[B] the losses of a part; its gradients are added to those that are there, at the last part of all ranks."""
-        accelerator = self.accelerator
+    def _backward(self, step: int, part: Batch, shares: bool, is_whole: bool = False) -> Tensor:
+        """[B] the losses of a part; its gradients are added to those that are there, at the last part of all ranks.
+
+        Args:
+            is_whole: whether the part is all of a step, which a recorded one may take then.
+        """
         torch.manual_seed(model_seed(self.seed, step, part.slots[0]))  # dropout, where the model has any
-        encoded = self.encoder.encode(part.to(accelerator.device))
+        encoded = self.encoder.encode(part.to(self.accelerator.device))
+        if is_whole and self.whole_step is not None:
+            losses = self.whole_step(encoded)
+            if losses is not None:
+                return losses
+        return self.passes(encoded, shares)
+
+    def passes(self, encoded: EncodedBatch, shares: bool = True) -> Tensor:
+        """[B] the losses of encoded samples; their gradients are added to those that are there."""
+        accelerator = self.accelerator
         accelerator.sync_gradients = shares
         with (
             nullcontext() if shares else accelerator.no_sync(self.model),
@@ -321,12 +335,13 @@ class Gradients:
         self._is_shared = False
         return losses.detach()
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Drops all gradients."""
         for parameter in self.model.parameters():
             parameter.grad = None
 
     def _halve(self, where: str) -> None:
-        self._drop()
+        self.drop()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.size == 1:

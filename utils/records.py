@@ -117,6 +117,18 @@ class Batch:
             changed["states"] = {name: change(state) for name, state in self.states.items()}
         return dataclasses.replace(self, **changed)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        states = self.states or {}
+        found = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        return found | {f"states.{name}": states[name] for name in sorted(states)}
+
+    def cloned(self) -> Self:
+        """The same batch in memory of its own."""
+        return self._map(lambda tensor: tensor.clone())
+
     def part(self, begin: int, end: int) -> Self:
         """Some of the samples; what could not be read is said by the first part."""
         some = self._map(lambda tensor: tensor[begin:end])

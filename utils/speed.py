@@ -40,7 +40,10 @@ class SpeedOptions:
     )
     torch_compile: bool = option(False, "the same as --compile denoiser")
     cuda_graphs: bool = option(
-        False, "with --compile: replay the kernels of a pass as one, which spares small batches the time to launch each"
+        False,
+        "record the kernels of a whole optimizer step, compiled or not, and replay them as one, which spares small "
+        "batches the time to launch each; where a step can't be recorded, the log says why: then only --compile's "
+        "passes are, each for itself",
     )
     activation_memory: float | None = option(
         None,
@@ -72,8 +75,6 @@ class SpeedOptions:
     def __post_init__(self) -> None:
         if self.torch_compile and self.compile == "blocks":
             raise UserError("--torch_compile is --compile denoiser, got --compile blocks; give one")
-        if self.cuda_graphs and self.compiled is None:
-            raise UserError("--cuda_graphs replays what --compile has made; give both")
         if self.activation_memory is not None:
             require_fraction(self, "activation_memory")
             if self.compiled is None:

@@ -51,6 +51,7 @@ from utils.records import Batch
 from utils.runtime import OutputFolder, is_tf32_allowed, on_main_process, start_processes, versions
 from utils.speed import Compilation, Passes, as_before, compile_checked, compile_denoiser, compiled_part
 from utils.state import RunState
+from utils.step_graph import CudaRecorder, StepGraph, obstacle
 from utils.stepping import PerParameter
 from utils.stopping import StopRequests
 from utils.terminal import one_line
@@ -319,15 +320,17 @@ def hasten(
         why = "images of several sizes" if sizes_vary else "--deterministic"
         logger.warning("--cudnn_benchmark is left off: it does not go with %s", why)
     torch.backends.cudnn.benchmark = times_convolutions
+    whole_step = _step_graph(gradients, state, options.optimizer.clip_norm) if speed.cuda_graphs else None
     if compiled is not None:
-        is_exact = accelerator.mixed_precision == "no" and not has_tf32
-        batch, how = draw_once(), Compilation(compiled, sizes_vary, speed.cuda_graphs, speed.activation_memory)
+        is_exact, graphs = accelerator.mixed_precision == "no" and not has_tf32, speed.cuda_graphs and not whole_step
+        batch, how = draw_once(), Compilation(compiled, sizes_vary, graphs, speed.activation_memory)
         gradients.settle_gate_scale(batch)
         passes = partial(gradients.of, batch)
         is_optional = speed.fast and any(part.name == "compile" for part in fast_parts)
         if not _compiles(accelerator, denoiser, how, passes, is_exact, is_optional):
             compiled = None
-        gradients.owns_memory = speed.cuda_graphs and compiled is not None
+        gradients.owns_memory = graphs and compiled is not None
+    gradients.whole_step = whole_step
     inner, num_fused = unwrapped(state.optimizer), num_shortened(gradients.model)
     active = {
         "--cache_latents": options.cache.cache_latents,
@@ -336,7 +339,8 @@ def hasten(
         f"--compile {compiled}": compiled is not None,
         f"--activation_memory {speed.activation_memory}": speed.activation_memory is not None,
         "--cudnn_benchmark": times_convolutions and accelerator.device.type == "cuda",
-        "--cuda_graphs": speed.cuda_graphs,
+        "--cuda_graphs (whole steps)": whole_step is not None,
+        "--cuda_graphs (passes)": gradients.owns_memory,
         f"--attention_backend {speed.attention_backend}": speed.attention_backend is not None,
         f"attention by {state.attention.raced}": bool(state.attention.raced),
         f"--mixed_precision {accelerator.mixed_precision}": accelerator.mixed_precision != "no",
@@ -353,6 +357,15 @@ def hasten(
     }
     logger.info("active for speed: %s", ", ".join(name for name, is_active in active.items() if is_active) or "nothing")
     offer(speed, fast_parts)
+
+
+def _step_graph(gradients: Gradients, state: RunState, max_norm: float) -> StepGraph | None:
+    """What takes whole steps by CUDA graphs, if they can be recorded."""
+    why = obstacle(gradients, state)
+    if why:
+        logger.warning("--cuda_graphs: steps are not recorded as a whole: %s", why)
+        return None
+    return StepGraph(CudaRecorder(), gradients, state, max_norm)
 
 
 def _choose_attention(options: Any, state: RunState, passes: Passes, sizes_vary: bool) -> None:

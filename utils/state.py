@@ -49,6 +49,17 @@ RESULT_ASIDE = ".tmp-result"
 NORM_EPSILON = 1e-6  # that torch's clip_grad_norm_ adds
 
 
+@dataclass
+class Ahead:
+    """A step that was taken with its gradients: by a graph of all of it.
+
+    Attributes:
+        norm: [] of its gradients, until the step is counted.
+    """
+
+    norm: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class RunState:
     """The trained weights, their moving average, the optimizer and fp16's gradient scaler.
@@ -62,6 +73,7 @@ class RunState:
         optimizer_bytes: of the optimizer's state, once all of it is there.
         skips: the steps that were not taken, as far as the log has read.
         attention: what computes attention.
+        ahead: the step that was taken already, if any.
     """
 
     engine: Engine
@@ -76,6 +88,7 @@ class RunState:
     optimizer_bytes: int = 0
     skips: Skips = field(default_factory=Skips)
     attention: Attention = field(default_factory=partial(Attention, None))
+    ahead: Ahead = field(default_factory=Ahead)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scales the gradients down to a norm; gives the norm they had, also of those that are used up already.
@@ -84,9 +97,11 @@ class RunState:
         The gradients of loss terms are scaled apart: however large, they leave the pipeline's as they are. Where they
         are not finite, the norm is not.
         """
+        if self.ahead.norm is not None:
+            return self.ahead.norm
         if self._steps_in_backward:
             return self._inner.grad_norm().to(self.accelerator.device)
-        if self._decides_on_device and not self.own_parameters:
+        if self.decides_on_device and not self.own_parameters:
             gradients = [named.parameter.grad for named in self.parameters if named.parameter.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
             self._inner.grad_scale = ((norm + NORM_EPSILON) / max_norm).clamp(min=1)  # what the kernel divides them by
@@ -98,7 +113,7 @@ class RunState:
         return torch.where(torch.isfinite(own_norm), norm, own_norm)
 
     @property
-    def _decides_on_device(self) -> bool:
+    def decides_on_device(self) -> bool:
         """Whether the optimizer's kernel scales gradients itself, and leaves out a step that is not finite."""
         on_device = self.engine.decides_on_device and self.accelerator.scaler is None
         return on_device and getattr(self._inner, "_step_supports_amp_scaling", False)
@@ -125,27 +140,40 @@ class RunState:
         """An optimizer step, and the average after it, unless the gradients are not finite.
 
         Gradients were summed over the processes, so all decide alike. A fused optimizer decides on the device, and
-        fp16's scaler for itself; else the norm is read here.
+        fp16's scaler for itself; else the norm is read here. A step that a graph has taken already needs the average.
 
         Args:
             grad_norm: norm of the gradients before clipping, a scalar.
         """
-        scaler, inner = self.accelerator.scaler, self._inner
-        scale, was_skipped = 0.0 if scaler is None else scaler.get_scale(), False
-        if self._decides_on_device:
-            inner.found_inf = (~torch.isfinite(grad_norm)).float()
-        elif scaler is None:
-            was_skipped = not torch.isfinite(grad_norm)
-        if not was_skipped:
+        is_taken = None
+        if self.ahead.norm is not None:
+            self.ahead.norm = None
+        elif self.decides_on_device:
+            self.step_on_device(grad_norm)
+            self.optimizer.zero_grad()
+        else:
+            if self.accelerator.scaler is not None:
+                is_taken = torch.isfinite(grad_norm)  # by which the scaler decides too
+            elif not torch.isfinite(grad_norm):
+                self.optimizer.zero_grad()
+                return
             self.engine.step(self.optimizer)
-        if self._decides_on_device:
-            inner.grad_scale = inner.found_inf = None
-        self.optimizer.zero_grad()
-        if scaler is not None:
-            was_skipped = scaler.get_scale() < scale  # a fused optimizer does not say it itself
+            self.optimizer.zero_grad()
         for average in (self.average, self.lengths):
-            if average is not None and not was_skipped:
-                average.update()
+            if average is not None:
+                average.update(is_taken)
+
+    def step_on_device(self, grad_norm: Tensor, is_held: Tensor | None = None) -> None:
+        """A fused optimizer's step, which the device leaves out where the gradients are not finite.
+
+        Args:
+            is_held: [] float32 on the device: where it is 1, the step is left out too.
+        """
+        inner = self._inner
+        not_finite = (~torch.isfinite(grad_norm)).float()
+        inner.found_inf = not_finite if is_held is None else torch.maximum(not_finite, is_held)
+        self.engine.step(self.optimizer)
+        inner.grad_scale = inner.found_inf = None
 
     @contextmanager
     def holding_optimizer_state(self) -> Iterator[None]:
@@ -156,7 +184,7 @@ class RunState:
         """
         inner, held = self._inner, None
         if not inner.state and not self.engine.spreads:
-            if self._decides_on_device:
+            if self.decides_on_device:
                 self._make_state(inner)
             elif self.accelerator.device.type != "cpu" and not getattr(inner, "is_paged", False):
                 held = torch.empty(self.optimizer_bytes, dtype=torch.uint8, device=self.accelerator.device)
