@@ -16,8 +16,11 @@ from tests import tiny
 from tests.test_cache import files
 from tests.test_data import records_of
 from tests.test_equivalences import assert_same_bits, losses, weights
+from utils.data import stream
 from utils.data.cutting import cut_out
+from utils.data.headers import take_census
 from utils.data.images import ImageOptions
+from utils.data.mask_values import MaskCensus, mask_values
 from utils.losses import LossOptions, mask_weights, weighted_loss
 from utils.options import UserError
 from utils.records import MaskFile, Noised, RecordPass
@@ -185,6 +188,117 @@ class TestSources:
             records_of(tmp_path / "shard.tar", mask_column="m.png")
 
 
+def values(array: object, kind: str = "PNG") -> bytes:
+    """A mask's file of an array."""
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(array)).save(file, kind)
+    return file.getvalue()
+
+
+def census_of(*masks: bytes, count: int | None = None) -> MaskCensus:
+    census = MaskCensus("--mask_dir m", len(masks) if count is None else count)
+    for number, mask in enumerate(masks):
+        census.add(f"{number}.png", mask_values(b"", MaskFile(mask, is_alpha=False)))
+    return census
+
+
+def palette(colours: list[int], index: int) -> bytes:
+    image = Image.new("P", (8, 8), index)
+    image.putpalette(colours)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+BLACK, WHITE = values(np.zeros((8, 8), np.uint8)), values(np.full((8, 8), 255, np.uint8))
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("mask", "words"),
+        [
+            (BLACK, "are black everywhere (0.png, 1.png)"),
+            (values(np.ones((8, 8), np.uint8)), "0.0039 of white, so the loss would count almost nowhere; multiply"),
+            (values(np.full((8, 8), 5, np.uint8)), "are nearly black"),
+            (values(np.ones((8, 8), np.uint16)), "1.5e-05 of white"),
+            (values(np.full((8, 8), 255, np.uint16)), "0.0039 of white"),
+            (values(np.full((8, 8, 4), (255, 255, 255, 0), np.uint8)), "are transparent everywhere"),
+            (values(np.full((8, 8, 2), (255, 0), np.uint8)), "are transparent everywhere"),
+            (palette([0, 0, 0, 1, 1, 1], 1), "0.0039 of white"),
+            (palette([0, 0, 0, 255, 255, 255], 0), "are black everywhere"),
+        ],
+    )
+    def test_masks_by_which_nothing_would_be_learnt_are_refused(self, mask, words):
+        with pytest.raises(UserError) as raised:
+            census_of(mask, mask).check()
+        assert str(raised.value).startswith("--mask_dir m: all 2 masks are ")
+        assert words in str(raised.value)
+        census_of(mask, WHITE).check()
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            WHITE,
+            values(np.ones((8, 8), bool)),
+            values(np.full((8, 8), 65535, np.uint16)),
+            values(np.ones((8, 8), np.float32), "TIFF"),
+            palette([0, 0, 0, 255, 255, 255], 1),
+        ],
+    )
+    def test_what_is_white(self, mask):
+        assert census_of(mask).brightest == 1
+        soft = values(np.arange(256, dtype=np.uint8)[None].repeat(2, 0))
+        assert census_of(mask, soft).warnings() == []
+        assert "all 1 masks are white everywhere and change nothing" in census_of(mask).warnings()[0]
+
+    def test_what_is_allowed_but_may_not_be_meant(self):
+        soft, red = values(np.full((8, 8), 77, np.uint8)), values(np.full((8, 8, 3), (255, 0, 0), np.uint8))
+        census_of(soft, soft).check()
+        assert "all 2 masks are at most 0.3 of white" in census_of(soft, soft).warnings()[0]
+        (line,) = census_of(BLACK, BLACK, BLACK, BLACK, WHITE).warnings()
+        assert line.startswith("--mask_dir m: 4 of 5 masks are black everywhere")
+        assert line.endswith("such as 0.png, 1.png, 2.png")
+        assert "1 of 2 masks that were looked at have colours" in census_of(red, WHITE, count=9).warnings()[0]
+        assert "have colours" in census_of(palette([0, 0, 0, 192, 128, 128], 1)).warnings()[0]
+
+    def test_few_are_looked_at_and_all_where_these_are_black(self, tmp_path):
+        data = tiny.make_images(tmp_path / "data", 6)
+        masks = tmp_path / "masks"
+        masks.mkdir()
+        for number, file in enumerate(sorted(data.glob("*.png"))):
+            (masks / file.name).write_bytes(BLACK if number < 5 else WHITE)
+        records = records_of(data, mask_dir=str(masks))
+        (few,) = take_census(records, np.arange(len(records)) > 0, "--mask_dir m", 2)
+        assert (few.looked_at, few.brightest) == (2, 1)
+        (most,) = take_census(records, np.arange(len(records)) != 5, "--mask_dir m", 2)
+        assert most.looked_at == most.black == 5
+        with pytest.raises(UserError, match="all 5 masks are black everywhere"):
+            most.check()
+
+    @pytest.mark.parametrize("flags", [[], ["--dry_run"], ["--normalize_masked_loss", "--unmasked_weight", 0.1]])
+    def test_a_run_ends_before_it_starts(self, refused, tmp_path, flags):
+        data = masked_folder(tmp_path / "data", 3)
+        for file in (tmp_path / "masks").iterdir():
+            Image.open(file).point(lambda value: value // 255).save(file)
+        where = tmp_path / "masks"
+        refused([*STILL, "--mask_dir", where, *flags], f"--mask_dir {where}: all 3 masks are nearly black", data=data)
+
+    def test_clear_images_and_masks_of_a_stream(self, refused, tmp_path, monkeypatch):
+        (tmp_path / "clear").mkdir()
+        Image.new("RGBA", (32, 32), (9, 9, 9, 0)).save(tmp_path / "clear" / "0.png")
+        refused([*STILL, "--alpha_mask"], "all 1 masks are transparent everywhere", data=tmp_path / "clear")
+        with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+            for name, content in ((f"{n}.{end}", c) for n in range(4) for end, c in (("png", WHITE), ("m.png", BLACK))):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        monkeypatch.setattr(stream, "MASKS_LOOKED_AT", 3)
+        flags = [*STILL, "--streaming", "--mask_column", "m.png"]
+        words = "--mask_column m.png: all 3 masks that were looked at are black everywhere"
+        refused(flags, words, data=tmp_path / "shard.tar")
+        refused([*flags, "--dry_run"], words, data=tmp_path / "shard.tar")
+
+
 STILL = ["--train_batch_size", 2, "--max_train_steps", 4, "--learning_rate", 1e-3, "--adam_weight_decay", 0]
 
 
@@ -194,11 +308,14 @@ class TestRuns:
         data = tmp_path / "data"
         data.mkdir()
         for number in range(4):
-            Image.new("RGBA", (32, 32), (60 * number, 99, 0, 0)).save(data / f"{number}.png")
-        still = train("sd", *STILL, "--alpha_mask", data=data)
+            image = Image.new("RGBA", (32, 64), (60 * number, 99, 0, 0))
+            image.paste((0, 0, 0, 255), (0, 0, 32, 8))  # which is cropped away
+            image.save(data / f"{number}.png")
+        flags = [*STILL, "--center_crop"]
+        still = train("sd", *flags, "--alpha_mask", data=data)
         assert_same_bits(weights(still), weights(Path(pipelines["sd"])))
-        moved = train("sd", *STILL, "--alpha_mask", "--unmasked_weight", 0.5, data=data, out="moved")
-        plain = train("sd", *STILL, data=data, out="plain")
+        moved = train("sd", *flags, "--alpha_mask", "--unmasked_weight", 0.5, data=data, out="moved")
+        plain = train("sd", *flags, data=data, out="plain")
         assert losses(moved)[0] == pytest.approx(0.5 * losses(plain)[0], rel=1e-5)
 
     def test_a_cached_run_is_a_live_one_and_masks_encode_no_image_again(self, train, tmp_path):
@@ -246,18 +363,18 @@ class TestRuns:
 
     def test_other_masks_of_the_same_shards_are_read_anew(self, train, tmp_path):
         data = masked_folder(tmp_path / "data", 4)
-        black = io.BytesIO()
-        Image.new("L", (120, 90)).save(black, "PNG")
+        edge = io.BytesIO()
+        mask_image(box=(0, 0, 8, 90)).save(edge, "PNG")  # which is cropped away
         with tarfile.open(tmp_path / "shard.tar", "w") as archive:
             for number in range(4):
                 archive.add(data / f"{number}.webp", f"{number}.webp")
                 left = (tmp_path / "masks" / f"{number}.png").read_bytes()
-                for name, content in (("left", left), ("none", black.getvalue())):
+                for name, content in (("left", left), ("none", edge.getvalue())):
                     member = tarfile.TarInfo(f"{number}.{name}.png")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
         time.sleep(2.1)  # the facts of a newer file would not be remembered
-        flags = [*STILL, "--cache_latents", "--encoding_cache_dir", tmp_path / "cache"]
+        flags = [*STILL, "--center_crop", "--cache_latents", "--encoding_cache_dir", tmp_path / "cache"]
         left = train("sd", *flags, "--mask_column", "left.png", data=tmp_path / "shard.tar", out="left")
         none = train("sd", *flags, "--mask_column", "none.png", data=tmp_path / "shard.tar", out="none")
         assert losses(left)[0] > 0

@@ -243,6 +243,7 @@ def examine_stream(
         f"  no caption     {images.counts['missing_captions']:,} of {images.counts['read']:,} that were read",
         f"  bad files      {len(bad):,}",
         *(f"                 {name}: {reason}" for name, reason in list(bad.items())[:20]),
+        *(f"  masks          {line}" for line in images.census.warnings()),
     ]
 
 
@@ -259,6 +260,7 @@ def examine_data(
     variants = cache.cut_variants, cache.text_variants
     if isinstance(images, StreamedImages):
         samples = list(first_streamed(images, batches, STREAMED_SAMPLES))
+        images.census.check()
         draw_sheet(samples, images.plan.sizes, preparation.image, batches.seed, variants, sheet)
         lines = examine_stream(images, samples, tokenize.num_tokens, tokenize.max_tokens)
         lines = [*(f"  {line}" for line in preparation.ledger.lines()), *lines]

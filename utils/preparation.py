@@ -13,10 +13,11 @@ from utils.data.cache import CACHE_DTYPES, CacheOptions, EntryStore
 from utils.data.cached import Encodings, LatentPlan, MaskPlan, texts_of
 from utils.data.captions import CaptionOptions
 from utils.data.contents import DIGESTED_BYTES
-from utils.data.headers import Survey, add_digests, survey, survey_masks
+from utils.data.headers import Survey, add_digests, survey, survey_masks, take_census
 from utils.data.images import ImageOptions
 from utils.data.ledger import Ledger
 from utils.data.listing import HELD_OUT, Fate
+from utils.data.mask_values import MaskCensus
 from utils.data.selection import (
     HeldOutOptions,
     PlannedImages,
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 REPORT = "data_report.json"
 MUCH_ENLARGED = 2.0  # times, from which an image is blurred
 MOST_NAMED = 20  # held-out images that can't be read
+MASKS_LOOKED_AT = 200  # before the training
+MASKS_LOOKED_AT_DRY = 20_000
 
 
 def _warn_of_bad(num_listed: int, bad: Mapping[str, str]) -> None:
@@ -101,9 +104,20 @@ class DataPreparation:
         if self.report_folder is None:  # a dry run names all that is wrong, where a run would end
             selection = replace(selection, max_bad_fraction=1.0, on_bad_image="skip")
         images = plan_images(records, known, resolution, group_size, self.buckets, selection, self._report_bad)
-        if records.has_masks and not images.survey.is_masked.any():
-            flags = ("alpha_mask", "mask_dir", "mask_column")  # a --dataset_file has them in its sources
-            flag = next((name for name in flags if getattr(self.source, name)), "dataset_file")
+        if records.has_masks:
+            self._check_masks(images)
+        say_what_was_left_out(images, group_size)
+        self.ledger.train_on(images)
+        return images
+
+    def _check_masks(self, images: PlannedImages) -> None:
+        """Looks at masks, and names what is odd in them.
+
+        Raises:
+            UserError: if no image has one, or by all of them the loss would count almost nowhere.
+        """
+        if not images.survey.is_masked.any():
+            flag = self.source.mask_flag or "dataset_file"  # which has them in its sources
             cures = {
                 "alpha_mask": "none has a transparent part; leave it out",
                 "mask_dir": "they are found by the images' paths within their folder",
@@ -111,9 +125,21 @@ class DataPreparation:
                 "dataset_file": "look at the mask options of its sources",
             }
             raise UserError(f"--{flag}: no image has a mask; {cures[flag]}")
-        say_what_was_left_out(images, group_size)
-        self.ledger.train_on(images)
-        return images
+        for census in self._census(images):
+            census.check()
+            for line in census.warnings():
+                logger.warning("%s", line)
+
+    def _census(self, images: PlannedImages) -> list[MaskCensus]:
+        """What is in the masks of each source; the main process looks at them, and tells the others."""
+        from accelerate.utils import broadcast_object_list
+
+        found = None
+        if self.accelerator.is_main_process:
+            where = self.source.masks_given if self.source.has_masks else f"--dataset_file {self.data.dataset_file}"
+            most = MASKS_LOOKED_AT_DRY if self.report_folder is None else MASKS_LOOKED_AT
+            found = take_census(images.records, images.survey.is_masked, where, most)
+        return broadcast_object_list([found])[0]
 
     @property
     def _left_out_of_training(self) -> Mapping[Path, Fate]:
@@ -149,16 +175,13 @@ class DataPreparation:
         if limit is not None and limit < len(records):
             order = generator(self.seed, 0, 0, Stream.HELD_OUT_SPLIT).permutation(len(records))
             records = records.take(np.sort(order[:limit]))
-        buckets, selection = self.buckets, replace(self.selection, max_bad_fraction=1.0)
-        return plan_images(
-            records,
-            self._survey(records, self.report_folder is not None),
-            resolution,
-            1,
-            buckets,
-            selection,
-            _warn_of_bad,
-        )
+        known = self._survey(records, self.report_folder is not None)
+        selection = replace(self.selection, max_bad_fraction=1.0)
+        images = plan_images(records, known, resolution, 1, self.buckets, selection, _warn_of_bad)
+        for census in self._census(images) if records.has_masks else ():
+            if census.is_nearly_black:
+                logger.warning("the validation loss counts almost nowhere: its masks are black or nearly so")
+        return images
 
     def _survey(self, records: Records, knows_contents: bool) -> Survey:
         """What is known of the images.

@@ -1,5 +1,6 @@
 """What image files say before their pixels, read once, by several processes, and remembered."""
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -22,6 +23,7 @@ import pyarrow as pa
 from utils.data.contents import FileFacts
 from utils.data.images import CONVERTED, ODDITIES, image_bytes, read_header, reason_of
 from utils.data.kept_tables import encoded, read_table, write_table
+from utils.data.mask_values import MaskCensus, MaskValues, mask_values
 from utils.data.masks import check_same_shape
 from utils.data.sources import Records, Source
 from utils.data.tables import ImageTable, stamp_of
@@ -36,6 +38,7 @@ SETTLED_NANOSECONDS = 2_000_000_000
 MANY = 5_000  # images from which on several processes read
 CHUNK = 500
 CHUNKS_AHEAD = 256
+MASKS_AHEAD = 2_000  # that are decoded before it is asked whether they were enough
 Result = TypeVar("Result")
 
 
@@ -165,6 +168,52 @@ def survey_masks(
                 known.reasons[index] = str(error)
         elif reason is not None:
             known.reasons.setdefault(index, f"its mask can't be read: {reason}")
+
+
+def take_census(records: Records, is_masked: np.ndarray, where: str, most: int) -> list[MaskCensus]:
+    """What is in the masks of each source: of evenly spread ones, or of all where these are nearly black.
+
+    Args:
+        is_masked: [N] bool, whether an image has a mask.
+        where: the flag that gave them, with its value.
+        most: how many are looked at of a source.
+    """
+    found = []
+    for number, source in enumerate(records.sources):
+        there = np.flatnonzero(is_masked & (records.source_numbers == number))
+        if source.masks is None or not len(there):
+            continue
+        name = f"{where}, source {source.name}" if len(records.sources) > 1 else where
+        census = MaskCensus(name, len(there))
+        places = np.unique(np.linspace(0, len(there) - 1, min(len(there), most)).astype(int))
+        _look_at_masks(records, there[places], census)
+        others = np.delete(there, places)
+        for begin in range(0, len(others), MASKS_AHEAD):
+            if not census.is_nearly_black:
+                break
+            _look_at_masks(records, others[begin : begin + MASKS_AHEAD], census)
+        found.append(census)
+    return found
+
+
+def _look_at_masks(records: Records, indices: np.ndarray, census: MaskCensus) -> None:
+    """Adds the masks of some images to a census; those that can't be read are named elsewhere."""
+    with progress_bar(total=len(indices), desc="decoding masks", leave=False) as progress:
+        for values in map_chunks(_values_of_masks, records, indices, many=50, size=20):
+            progress.update(len(values))
+            for name, found in values:
+                if found is not None:
+                    census.add(name, found)
+
+
+def _values_of_masks(records: Records, indices: np.ndarray) -> list[tuple[str, MaskValues | None]]:
+    values: list[tuple[str, MaskValues | None]] = []
+    for index in indices.tolist():
+        mask, found = records.mask(index), None
+        with contextlib.suppress(OSError, ValueError):
+            found = mask_values(records.image(index) if mask.is_alpha else b"", mask)
+        values.append((records.key(index), found))
+    return values
 
 
 class MaskTable(ImageTable):

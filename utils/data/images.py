@@ -462,9 +462,22 @@ def read_mask(source: str | bytes) -> Image.Image:
     Raises:
         OSError, ValueError: as `decode`.
     """
+    return read_mask_layers(source)[0].convert("L")
+
+
+def read_mask_layers(source: str | bytes) -> tuple[Image.Image, Image.Image | None, tuple[float, float] | None]:
+    """(a mask's values, "RGB", its alpha channel or None, the range of one in more than 8 bits or None).
+
+    The range is that before rounding, from 0 to 255.
+
+    Raises:
+        OSError, ValueError: as `decode`.
+    """
     image = decode(source)
     image.info.pop("icc_profile", None)
-    return _layers(image, "black")[0].convert("L")
+    grey = deep_grey(image)
+    extremes = None if grey is None else (float(grey.min()), float(grey.max()))
+    return *_layers(image, "black"), extremes
 
 
 def read_layers(source: str | bytes, transparency_color: str) -> tuple[Image.Image, Image.Image | None]:

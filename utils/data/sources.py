@@ -50,6 +50,7 @@ from utils.user_files import YAML_LIMIT, TextReader, check_encoding, parse_yaml,
 logger = logging.getLogger(__name__)
 FOLDER_NUMBER = re.compile(r"(\d+)(?:_|$)")  # kohya's rule: what stands in front of the first underscore
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv", CAPTION_FILE)
+MASK_FLAGS = ("alpha_mask", "mask_dir", "mask_column")
 PATTERN_MARKS = ("[", "*", "?", "::")  # of paths, which `datasets` takes for patterns or for chains of URLs
 
 
@@ -96,7 +97,7 @@ class SourceOptions:
         require_positive(self, "max_train_samples")
         if self.text_encoding is not None:
             check_encoding(self.text_encoding, "text_encoding")
-        given = [name for name in ("alpha_mask", "mask_dir", "mask_column") if getattr(self, name)]
+        given = self._mask_flags
         if len(given) > 1:
             raise UserError(f"--{given[0]} and --{given[1]} both say where the loss counts; give one")
         require(
@@ -111,7 +112,22 @@ class SourceOptions:
     @property
     def has_masks(self) -> bool:
         """Whether images have masks."""
-        return self.alpha_mask or self.mask_dir is not None or self.mask_column is not None
+        return self.mask_flag is not None
+
+    @property
+    def mask_flag(self) -> str | None:
+        """The flag that says where the loss counts; None without one."""
+        return next(iter(self._mask_flags), None)
+
+    @property
+    def masks_given(self) -> str:
+        """That flag as it was given."""
+        given = "" if self.alpha_mask else f" {self.mask_dir or self.mask_column}"
+        return f"--{self.mask_flag}{given}"
+
+    @property
+    def _mask_flags(self) -> list[str]:
+        return [name for name in MASK_FLAGS if getattr(self, name) not in (None, False)]
 
     def reader(self, feature: Any = None) -> Callable[[object, str], tuple[str, ...]]:
         """What makes captions of what the caption column holds.

@@ -30,6 +30,7 @@ from utils.data.detection import settle
 from utils.data.folders import list_files, member_captions
 from utils.data.images import check_whole, read_header, reason_of
 from utils.data.listing import Fate, Fates, warn_of_unread
+from utils.data.mask_values import MaskCensus, mask_values
 from utils.data.masks import FolderMasks
 from utils.data.sampler import Draw, Piece
 from utils.data.sources import (
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PIECES_AHEAD = 8
+MASKS_LOOKED_AT = 200  # in each process, as they come
 ENOUGH_READ = 1000  # images of a stream, under which a few bad ones say nothing of the portion
 SHARD_ERRORS = (OSError, ValueError, EOFError, RuntimeError, tarfile.TarError, pa.ArrowException)
 SAVED_SHARDS = 64
@@ -166,6 +168,7 @@ class StreamedImages:
         masks: those that lie in a folder, if there is one.
         bad: why an image could not be trained on, by its name.
         counts: of the images that were read: all, and those without a caption.
+        census: what was found in the first masks.
         fates: what became of the files of its folder, where it has one.
         shards: the files that it is read from, where they lie in a folder.
     """
@@ -182,6 +185,7 @@ class StreamedImages:
     fates: Fates | None = field(default=None, repr=False)
     shards: tuple[Path, ...] = field(default=(), repr=False)
     counts: Counter = field(default_factory=Counter, repr=False)
+    census: MaskCensus = field(default_factory=lambda: MaskCensus("masks", None), repr=False)
 
     def note_missing_caption(self, key: str) -> None:
         """Counts an image without a caption, and warns of the first."""
@@ -199,6 +203,27 @@ class StreamedImages:
         self.counts["masked"] += is_there
         if self.has_masks and self.counts["read"] >= ENOUGH_READ and not self.counts["masked"]:
             raise UserError(f"none of the first {ENOUGH_READ} images of the stream has a mask")
+
+    def look_at_mask(self, record: ImageRecord) -> None:
+        """Looks at the mask of an image if it is one of the first, and warns of the first that is nearly black.
+
+        Raises:
+            UserError: if all of the first are.
+        """
+        census = self.census
+        if census.looked_at >= MASKS_LOOKED_AT:
+            return
+        try:
+            values = mask_values(record.source, record.mask)
+        except (OSError, ValueError):  # it is named where it is cut
+            return
+        census.add(record.key, values)
+        if census.looked_at == 1 and census.is_nearly_black:
+            logger.warning("the mask of %s is black or nearly so; if all are, the run ends", record.key)
+        if census.looked_at == MASKS_LOOKED_AT:
+            census.check()
+            for line in census.warnings():
+                logger.warning("%s", line)
 
     @property
     def has_masks(self) -> bool:
@@ -294,6 +319,7 @@ def open_stream(
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"the stream can't be opened: {first_line(error)}") from error
     columns = dataset.column_names or list(next(iter(dataset)))
+    census = MaskCensus(source.masks_given if source.has_masks else "", None)
     source = _tar_columns(source, columns)
     check_columns(columns, source)
     sizes = (source.width_column, source.height_column)
@@ -315,7 +341,8 @@ def open_stream(
     count = split.num_examples if split is not None and split.num_examples else None
     masks = None if source.mask_dir is None else FolderMasks(Path(source.mask_dir))
     size = data.shuffle_buffer_size
-    return StreamedImages(dataset, source, captions, resolution, buckets, count, {}, size, masks, fates, shards)
+    opened = StreamedImages(dataset, source, captions, resolution, buckets, count, {}, size, masks, fates, shards)
+    return replace(opened, census=census)
 
 
 def _load(source: SourceOptions, cache_dir: str | None):
@@ -486,8 +513,11 @@ class Lane:
         place = f"{self._number} {passing} {number}".encode()
         identity = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
         mask = self._mask(row, key)
-        images.note_mask(mask is not None and (not mask.is_alpha or "transparent" in header.oddities))
+        is_masked = mask is not None and (not mask.is_alpha or "transparent" in header.oddities)
+        images.note_mask(is_masked)
         record = ImageRecord(key, image, captions, mask)
+        if is_masked:
+            images.look_at_mask(record)
         return StreamedSample(record, identity, self._bucket(row, key), passing)
 
     def _captions(self, value: object, column: str) -> tuple[str, ...]:

@@ -1,0 +1,141 @@
+"""What is in masks: found before the training, since masks that are black or hold labels would teach nothing."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from PIL import ImageChops
+
+from utils.data.images import read_layers, read_mask_layers
+from utils.options import UserError
+from utils.records import MaskFile
+
+NEARLY_BLACK = 1 / 16  # of white; labels such as 0 and 1 stay below it
+DIM = 1 / 2
+COLOURED = 1 / 8  # difference between channels, more than JPEG makes of grey
+NUM_NAMED = 3
+WHITE_COUNTS = "only white (255, or 65535 in 16 bits) counts fully"
+
+
+class MaskValues(NamedTuple):
+    """The range of one mask.
+
+    Attributes:
+        darkest, brightest: from 0, black, to 1, white.
+        is_clear: whether it is transparent everywhere.
+        is_coloured: whether it has other colours than grey.
+    """
+
+    darkest: float
+    brightest: float
+    is_clear: bool = False
+    is_coloured: bool = False
+
+
+def mask_values(image: str | bytes, mask: MaskFile) -> MaskValues:
+    """The values of an image's mask, which is decoded for it.
+
+    Raises:
+        OSError, ValueError: if it can't be read.
+    """
+    if mask.is_alpha:
+        alpha = read_layers(image, "black")[1]
+        darkest, brightest = (255, 255) if alpha is None else alpha.getextrema()
+        return MaskValues(darkest / 255, brightest / 255, is_clear=brightest == 0)
+    rgb, alpha, deepest = read_mask_layers(mask.source)
+    darkest, brightest = rgb.convert("L").getextrema() if deepest is None else deepest
+    red, green, blue = rgb.split()
+    differences = (ImageChops.difference(*pair).getextrema()[1] for pair in ((red, green), (green, blue)))
+    is_clear = alpha is not None and alpha.getextrema()[1] == 0
+    return MaskValues(darkest / 255, brightest / 255, is_clear, max(differences) / 255 > COLOURED)
+
+
+@dataclass
+class MaskCensus:
+    """What was found in the masks of one source.
+
+    Attributes:
+        where: the flag that gave them, with its value.
+        num_masks: how many there are; None of a stream.
+        brightest: of all that were looked at, from 0, black, to 1, white.
+        black, clear, coloured, white: how many are black, transparent or white everywhere, or have colours.
+        named: the first names of some of these kinds.
+    """
+
+    where: str
+    num_masks: int | None
+    looked_at: int = 0
+    brightest: float = 0.0
+    black: int = 0
+    clear: int = 0
+    coloured: int = 0
+    white: int = 0
+    named: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, name: str, values: MaskValues) -> None:
+        """Adds one mask, that of the image of this name."""
+        self.looked_at += 1
+        self.brightest = max(self.brightest, values.brightest)
+        self.clear += values.is_clear
+        self.white += values.darkest == 1
+        kinds = {"black": values.brightest == 0, "coloured": values.is_coloured}
+        self.black += kinds["black"]
+        self.coloured += kinds["coloured"]
+        for kind in (kind for kind, holds in kinds.items() if holds):
+            names = self.named.setdefault(kind, [])
+            names += [name] if len(names) < NUM_NAMED else []
+
+    @property
+    def is_nearly_black(self) -> bool:
+        """Whether the loss would count almost nowhere."""
+        return self.brightest < NEARLY_BLACK
+
+    def check(self) -> None:
+        """Refuses masks by which the loss would count almost nowhere.
+
+        Raises:
+            UserError: naming what they are, with the cure.
+        """
+        if self.looked_at and self.is_nearly_black:
+            raise UserError(f"{self.where}: {self._of_all} {self._fault()}")
+
+    def _fault(self) -> str:
+        if self.brightest > 0:
+            return (
+                f"are nearly black: their brightest value is {self.brightest:.2g} of white, so the loss would count "
+                "almost nowhere; multiply labels of 0 and 1 by 255, or by 65535 in 16 bits"
+            )
+        if self.clear == self.looked_at:
+            return "are transparent everywhere, so the loss would count nowhere; save them with an opaque white part"
+        names = self._names("black")
+        return f"are black everywhere ({names}), so the loss would count nowhere; make white what is to be learnt"
+
+    def warnings(self) -> list[str]:
+        """What is allowed but may not be meant, a line each."""
+        found = []
+        if self.black:
+            found.append(
+                f"{self._some(self.black)} are black everywhere, so the loss counts nowhere in their images, such as "
+                f"{self._names('black')}"
+            )
+        if NEARLY_BLACK <= self.brightest < DIM:
+            found.append(f"{self._of_all} are at most {self.brightest:.2g} of white; {WHITE_COUNTS}")
+        if self.coloured:
+            found.append(
+                f"{self._some(self.coloured)} have colours, which count by their brightness, such as "
+                f"{self._names('coloured')}; {WHITE_COUNTS}"
+            )
+        if self.looked_at and self.white == self.looked_at:
+            found.append(f"{self._of_all} are white everywhere and change nothing")
+        return [f"{self.where}: {line}" for line in found]
+
+    @property
+    def _of_all(self) -> str:
+        if self.num_masks is None or self.looked_at < self.num_masks:
+            return f"all {self.looked_at:,} masks that were looked at"
+        return f"all {self.looked_at:,} masks"
+
+    def _some(self, count: int) -> str:
+        return f"{count:,} of {self._of_all.removeprefix('all ')}"
+
+    def _names(self, kind: str) -> str:
+        return ", ".join(self.named[kind])
