@@ -19,7 +19,7 @@ from tests.test_equivalences import assert_same_bits, losses, weights
 from utils.data import stream
 from utils.data.cutting import cut_out
 from utils.data.headers import take_census
-from utils.data.images import ImageOptions
+from utils.data.images import ImageOptions, read_mask
 from utils.data.mask_values import MaskCensus, mask_values
 from utils.losses import LossOptions, mask_weights, weighted_loss
 from utils.options import UserError
@@ -129,6 +129,38 @@ class TestSources:
         (tmp_path / "masks" / "2.png").unlink()
         records = records_of(data, mask_dir=str(tmp_path / "masks"))
         assert masks_of(records) == {"0.webp": "0.png", "1.webp": "1-masklabel.png", "2.webp": None}
+
+    @pytest.mark.parametrize("second", ["0.jpg", "0.PNG", "0.tiff"])
+    def test_of_several_masks_of_an_image_none_is_taken_in_silence(self, train, tmp_path, caplog, capsys, second):
+        data, masks = masked_folder(tmp_path / "data", 3), tmp_path / "masks"
+        Image.new("L", (120, 90)).save(masks / second)
+        records = records_of(data, mask_dir=str(masks))
+        assert f"--mask_dir {masks}: 1 images have several masks, such as " in caplog.text
+        with pytest.raises(OSError, match=r"0\.\w+ and 0\.\w+ are its masks; keep one"):
+            read_mask(records.mask(0).source)
+        assert masks_of(records)["1.webp"] == "1.png"
+        train("sd", *STILL, "--mask_dir", masks, data=data, expect=2)
+        assert "0.webp: its mask can't be read: " in capsys.readouterr().err
+
+    def test_images_of_one_name_take_the_masks_of_their_own_endings(self, tmp_path):
+        data = masked_folder(tmp_path / "data", 1)
+        mask_image().save(data / "0.jpg")
+        for name in ("0.jpg", "0.webp"):
+            mask_image().save(tmp_path / "masks" / name)
+        assert masks_of(records_of(data, mask_dir=str(tmp_path / "masks"))) == {"0.jpg": "0.jpg", "0.webp": "0.webp"}
+
+    def test_an_image_is_not_its_own_mask(self, tmp_path):
+        data = masked_folder(tmp_path / "data", 3)
+        (tmp_path / "masks" / "1.png").rename(data / "1-masklabel.png")
+        (tmp_path / "images").mkdir()
+        shutil.copy(data / "0.webp", tmp_path / "images")
+        with pytest.raises(UserError, match=r"must hold masks called NAME-masklabel\.png"):
+            records_of(tmp_path / "images", mask_dir=str(tmp_path / "images"))
+        assert masks_of(records_of(data, mask_dir=str(data))) == {
+            "0.webp": None,
+            "1.webp": "1-masklabel.png",
+            "2.webp": None,
+        }
 
     @pytest.mark.parametrize("inside", ["masks", "."])
     def test_masks_among_the_images_are_not_images(self, tmp_path, inside):

@@ -1,6 +1,8 @@
 """Where the loss counts in an image: by its alpha channel or by the mask that belongs to it, white for all of it."""
 
+import logging
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,13 +10,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from utils.data.folders import list_images
-from utils.data.images import Cut
+from utils.data.images import Cut, Refused
 from utils.data.tables import ImageTable
 from utils.options import require
 from utils.records import MaskFile
 
 MASK_LABEL = "-masklabel"  # what OneTrainer puts behind an image's name for that of its mask
 ASPECT_TOLERANCE = 0.02
+logger = logging.getLogger(__name__)
 
 
 class AlphaMasks:
@@ -42,16 +45,29 @@ class ColumnMasks:
 class FolderMasks:
     """Masks in a folder under the names of their images, whatever their endings; `a-masklabel.png` is one of `a.jpg`.
 
+    Of several masks of one name, an image takes that of its own ending; without one, it can't be read.
+
     Raises:
         UserError: if it holds none.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, data_folder: Path | None = None):
+        """In the folder of the images themselves, only what is called a mask is one."""
         self.name = f"folder {folder.resolve()}"
         self._folder = folder
-        names = list_images(folder, "mask_dir")
-        self._names = {_stem(name).removesuffix(MASK_LABEL): name for name in sorted(names, key=_is_labelled)}
-        require(bool(names), "mask_dir", folder, "hold images, the masks")
+        names, wanted = list_images(folder, "mask_dir"), "hold images, the masks"
+        if data_folder is not None and data_folder.resolve() == folder.resolve():
+            names = [name for name in names if _is_labelled(name)]
+            wanted = f"hold masks called NAME{MASK_LABEL}.png, as it is the folder of the images"
+        require(bool(names), "mask_dir", folder, wanted)
+        self._names = _by_image(names)
+        several = [found for found in self._names.values() if len(found) > 1]
+        if several:
+            logger.warning(
+                "--mask_dir %s: %d images have several masks, such as %s; each takes the one of its own ending, and is "
+                "left out without one",
+                *(folder, len(several), " and ".join(several[0])),
+            )
 
     def of(self, table: ImageTable, row: int) -> MaskFile | None:
         """The mask under the image's name, None where there is none."""
@@ -59,8 +75,22 @@ class FolderMasks:
 
     def named(self, key: str) -> MaskFile | None:
         """The mask of an image by its path."""
-        name = self._names.get(_stem(key))
-        return None if name is None else MaskFile(str(self._folder / name), is_alpha=False)
+        found = self._names.get(_stem(key), [])
+        alike = [name for name in found if _ending(name) == _ending(key)] if len(found) > 1 else found
+        if len(alike) == 1:
+            return MaskFile(str(self._folder / alike[0]), is_alpha=False)
+        return MaskFile(Refused(f"{' and '.join(found)} are its masks; keep one"), is_alpha=False) if found else None
+
+
+def _by_image(names: Sequence[str]) -> dict[str, list[str]]:
+    """The masks of each image, by its path without an ending; those called masks go before other images."""
+    plain, labelled = defaultdict(list), defaultdict(list)
+    for name in names:
+        if _is_labelled(name):
+            labelled[_stem(name).removesuffix(MASK_LABEL)].append(name)
+        else:
+            plain[_stem(name)].append(name)
+    return dict(plain | labelled)
 
 
 Masks = AlphaMasks | ColumnMasks | FolderMasks
@@ -68,6 +98,10 @@ Masks = AlphaMasks | ColumnMasks | FolderMasks
 
 def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1]
 
 
 def _is_labelled(name: str) -> bool:

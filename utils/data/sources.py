@@ -166,7 +166,7 @@ class SourceOptions:
     def masks(self) -> Masks | None:
         """Where the images' masks are found, None if they have none."""
         if self.mask_dir is not None:
-            return FolderMasks(Path(self.mask_dir))
+            return FolderMasks(Path(self.mask_dir), None if self.train_data_dir is None else Path(self.train_data_dir))
         return AlphaMasks() if self.alpha_mask else ColumnMasks(self.mask_column) if self.mask_column else None
 
 
