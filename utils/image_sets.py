@@ -1,5 +1,6 @@
 """Sets of images to score: drawn ones, a folder's, a dataset's."""
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -197,9 +198,9 @@ def _read_trained(images: PlannedImages, options: ImageOptions, index: int) -> I
 
 
 def _fingerprint(records: Records, options: ReferenceOptions) -> str:
-    """The SHA-256 of the images' bytes, of how they are cut, and of whether their colours are converted.
+    """The SHA-256 of the images' bytes, of how they are cut, and of how their colours and numbers are read.
 
-    Images in sRGB have the fingerprint that they had before other colours were converted.
+    Most images have the fingerprint that they had before colours were converted and bit depths were told apart.
     """
     digest = hashlib.sha256(str(options.reference_resolution).encode())
     for index in range(len(records)):
@@ -208,13 +209,6 @@ def _fingerprint(records: Records, options: ReferenceOptions) -> str:
         except OSError as error:
             raise UserError(f"--reference: {records.key(index)} can't be read: {error.strerror or error}") from error
         digest.update(content)
-        if _is_converted(content):
-            digest.update(b"in sRGB")
+        with contextlib.suppress(OSError, ValueError):  # a broken image is named where its pixels are read
+            digest.update(read_header(content).how_read)
     return digest.hexdigest()
-
-
-def _is_converted(content: bytes) -> bool:
-    try:
-        return read_header(content).is_converted
-    except (OSError, ValueError):  # a broken image, which is named where its pixels are read
-        return False

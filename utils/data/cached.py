@@ -97,8 +97,8 @@ class LatentPlan(CutPlan):
         return make_key("latents 1", self.fingerprint, *self.options.reading)
 
     def _content(self, index: int) -> bytes:
-        survey = self.images.survey  # entries of before colours were converted have the key without that word
-        return survey.digests[index] + (b"in sRGB" if survey.is_converted(index) else b"")
+        survey = self.images.survey
+        return survey.digests[index] + survey.how_read(index)
 
     def read(self, index: int, variant: int) -> tuple[np.ndarray, Crop]:
         """([3, H, W] uint8 pixels, the crop)."""

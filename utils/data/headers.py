@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.data.contents import FileFacts
-from utils.data.images import CONVERTED, ODDITIES, image_bytes, read_header, reason_of
+from utils.data.images import CONVERTED, ODDITIES, UNCOMMON, how_read, image_bytes, read_header, reason_of
 from utils.data.kept_tables import encoded, read_table, write_table
 from utils.data.mask_values import MaskCensus, MaskValues, mask_values
 from utils.data.masks import check_same_shape
@@ -117,9 +117,9 @@ class Survey:
         counts = Counter({name: int((self.oddities >> bit & 1).sum()) for bit, name in enumerate(ODDITIES)})
         return {name: count for name, count in counts.items() if count}
 
-    def is_converted(self, index: int) -> bool:
-        """Whether an image's colours are converted to sRGB."""
-        return bool(self.oddities[index] >> ODDITIES.index(CONVERTED) & 1)
+    def how_read(self, index: int) -> bytes:
+        """What sets an image's pixels apart from those that earlier releases read."""
+        return how_read(*(bool(self.oddities[index] >> ODDITIES.index(name) & 1) for name in (CONVERTED, UNCOMMON)))
 
     def take(self, indices: np.ndarray) -> "Survey":
         """Some of the images, in their order."""
@@ -398,7 +398,7 @@ class _Memory:
     """The remembered facts of one table, a Parquet file; readable images alone, by key and stamp."""
 
     def __init__(self, folder: Path, name: str):
-        digest = hashlib.blake2b(f"with colours, {name}".encode(), digest_size=12).hexdigest()
+        digest = hashlib.blake2b(f"with depths, {name}".encode(), digest_size=12).hexdigest()
         self._path = folder / "headers" / f"{digest}.parquet"
         self._table: pa.Table | None = None
         try:

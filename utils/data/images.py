@@ -15,10 +15,11 @@ from functools import cache
 from typing import BinaryIO, Self
 
 import numpy as np
-from PIL import Image, ImageColor, ImageEnhance, ImageOps, PngImagePlugin
+from PIL import Image, ImageColor, ImageEnhance, PngImagePlugin
 
 from utils.data.colours import conversion_of, grey_to_srgb, has_unusable_profile, strips, to_srgb
-from utils.data.signatures import HEAD_SIZE, is_raw, jxl_size, kind_of, profile_in
+from utils.data.depths import clear_colour, clear_grey, deep_grey, note_samples, take_other_half
+from utils.data.signatures import HEAD_SIZE, is_raw, jxl_size, kind_of, late_png_chunk, profile_in
 from utils.options import UserError, first_line, option, require, require_fraction, require_positive
 from utils.records import Crop, RecordPass
 from utils.seeding import Stream, generator
@@ -86,6 +87,7 @@ UNREAD_SUFFIXES = {
 }
 """Endings of pictures and videos that are never read, by their kind."""
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in UNREAD_SUFFIXES.items() for suffix in suffixes}
+QOI_COLORSPACE = 13  # where it says whether it is linear
 MOST_BYTES = 1 << 30  # of a file
 FULL_PIXELS = 89_478_485  # PIL's own limit; what has more is read in half its size
 MOST_PIXELS = 1 << 28
@@ -95,7 +97,16 @@ Image.MAX_IMAGE_PIXELS = None  # PIL only warns at its limit; `check_pixels` jud
 warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read", module="PIL.TiffImagePlugin")
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # workflows and profiles of many MB
 ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
-TURNED_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations
+TURNS = {  # by EXIF orientations
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TURNED_ON_ITS_SIDE = (5, 6, 7, 8)
 logger = logging.getLogger(__name__)
 
 
@@ -176,12 +187,13 @@ class Header:
     oddities: tuple[str, ...]
 
     @property
-    def is_converted(self) -> bool:
-        """Whether the image's colours are converted to sRGB."""
-        return CONVERTED in self.oddities
+    def how_read(self) -> bytes:
+        """What sets its pixels apart from those that earlier releases read; b"" of most images."""
+        return how_read(CONVERTED in self.oddities, UNCOMMON in self.oddities)
 
 
 CONVERTED = "colours converted to sRGB"
+UNCOMMON = "uncommon bit depth"
 ODDITIES = (
     "CMYK",
     "palette",
@@ -196,7 +208,14 @@ ODDITIES = (
     CONVERTED,
     "unusable colour profile, ignored",
     "over 89 megapixels, read in half the size",
+    UNCOMMON,
+    "marked as linear light (QOI), read as sRGB",
 )
+
+
+def how_read(is_converted: bool, is_uncommon: bool) -> bytes:
+    """What goes into the key of what is remembered of an image's pixels, for it to be made anew where they changed."""
+    return (b"in sRGB" if is_converted else b"") + (b"by bit depth" if is_uncommon else b"")
 
 
 @cache
@@ -299,10 +318,15 @@ def _opened(source: str | bytes) -> BinaryIO:
 
 
 def _identify(file: BinaryIO) -> Image.Image:
-    """The image of an open file, as `open_image` returns it."""
+    """The image of an open file, as `open_image` returns it.
+
+    What is known of it is settled here, once for `read_header` and `decode`: `info["turn"]` is its EXIF orientation,
+    `info["upright"]` its width and height when it is turned and halved.
+    """
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
-    kind = kind_of(file.read(HEAD_SIZE))
+    head = file.read(HEAD_SIZE)
+    kind = kind_of(head)
     if kind is not None and kind not in read_formats():
         raise OSError(_not_read(kind))
     if kind == "JXL":
@@ -311,22 +335,52 @@ def _identify(file: BinaryIO) -> Image.Image:
         image = Image.open(file, formats=read_formats())
         place = file.tell()
         profile = profile_in(image, file)
+        turn = _turn(image, file)
         file.seek(place)
         is_thumbnail = image.format == "TIFF" and is_raw(image)
+        note_samples(image, head)
     except Image.UnidentifiedImageError as error:
-        raise OSError("not an image, or of no format that is read here") from error
+        is_tiff = head[:4] in (b"II*\0", b"MM\0*")
+        unread = "a TIFF whose kind of pixels is not read; save it in 8 or 16 bits"
+        raise OSError(unread if is_tiff else "not an image, or of no format that is read here") from error
     except BROKEN_FILE_ERRORS as error:  # such as the AVIF decoder's
         raise OSError(f"broken image: {error}") from error
     check_pixels(image.size, num_bytes)
     if is_thumbnail:
         raise OSError(_not_read("camera raw"))
+    if image.format == "DDS" and getattr(image, "pixel_format", "").startswith("BC6H"):
+        raise OSError(_not_read("high dynamic range"))
     if is_halved(image):
         image.info["halved"] = True
+        if "clear" in image.info:
+            raise ValueError("16-bit PNGs of over 89 megapixels with a transparent colour are not read")
         if image.format in ("JPEG", "MPO"):
             image.draft(image.mode, (image.width // 2, image.height // 2))
+    image.info |= {"turn": turn, "upright": _upright_size(image, turn)}
+    if image.format == "QOI" and head[QOI_COLORSPACE : QOI_COLORSPACE + 1] == b"\1":
+        image.info["linear"] = True
     if profile is not None:
         image.info["icc_profile"] = profile
     return image
+
+
+def _turn(image: Image.Image, file: BinaryIO) -> int:
+    """The EXIF orientation of an opened image, from 1 to 8; 1 where there is none."""
+    if image.format == "TIFF":
+        image.info.pop("xmp", None)  # by which PIL would turn it when it is decoded
+    elif image.format == "PNG" and "exif" not in image.info:
+        late = late_png_chunk(file, b"eXIf")
+        if late:
+            image.info["exif"] = b"Exif\0\0" + late
+    found = Image.Image.getexif(image).get(0x0112, 1)  # a PNG's own would decode it
+    return found if found in TURNS else 1
+
+
+def _upright_size(image: Image.Image, turn: int) -> tuple[int, int]:
+    """Width and height of an opened image when it is turned and halved."""
+    is_turned = turn in TURNED_ON_ITS_SIDE and image.format != "TIFF"  # whose size PIL says upright
+    width, height = image.size[::-1] if is_turned else image.size
+    return (-(-width // 2), -(-height // 2)) if is_halved(image) else (width, height)
 
 
 def check_pixels(size: tuple[int, int], num_bytes: int) -> None:
@@ -379,38 +433,28 @@ def read_header(source: str | bytes) -> Header:
     """
     try:
         with open_image(source) as image:
-            orientation = _orientation(image)
-            is_turned = orientation in TURNED_ON_ITS_SIDE and image.format != "TIFF"  # whose size PIL says upright
-            width, height = image.size[::-1] if is_turned else image.size
-            if is_halved(image):
-                width, height = -(-width // 2), -(-height // 2)
-            return Header(width, height, _oddities(image, orientation))
+            return Header(*image.info["upright"], _oddities(image))
     except BROKEN_FILE_ERRORS as error:
         raise OSError(f"broken image: {error}") from error
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none. A PNG's is only looked for in front of its pixels."""
-    if image.format == "PNG" and "exif" not in image.info and "Raw profile type exif" not in image.info:
-        return 1  # PIL would decode the whole image to look behind it
-    return image.getexif().get(0x0112, 1)
-
-
-def _oddities(image: Image.Image, orientation: int) -> tuple[str, ...]:
+def _oddities(image: Image.Image) -> tuple[str, ...]:
     mode = image.mode
     found = {
         "CMYK": mode == "CMYK",
         "palette": mode in ("P", "PA"),
         "grey": mode in ("1", "L", "LA", "La"),
         "16-bit or more": mode.startswith("I") or mode == "F",
-        "transparent": mode in ALPHA_MODES or "transparency" in image.info,
-        "turned by EXIF": orientation not in (0, 1),
+        "transparent": mode in ALPHA_MODES or not image.info.keys().isdisjoint(("transparency", "clear")),
+        "turned by EXIF": image.info["turn"] != 1,
         "animated, first frame taken": getattr(image, "is_animated", False),
         "other mode": mode in ("YCbCr", "LAB", "HSV") and image.format != "JPEG",
         "under 64 pixels": min(image.size) < 64,
         CONVERTED: conversion_of(image) is not None,
         "unusable colour profile, ignored": has_unusable_profile(image),
         "over 89 megapixels, read in half the size": "halved" in image.info,
+        UNCOMMON: "uncommon" in image.info,
+        "marked as linear light (QOI), read as sRGB": "linear" in image.info,
     }
     return tuple(name for name, holds in found.items() if holds)
 
@@ -427,18 +471,27 @@ def decode(source: str | bytes, prepare: Callable[[Image.Image], None] | None = 
     with open_image(source) as image:
         if prepare is not None:
             prepare(image)
+        known = dict(image.info)
         try:
             image.load()
+            image.info = known  # what stands behind the pixels of a PNG is in no header
             upright = _halved(image) if is_halved(image) else image
-            ImageOps.exif_transpose(upright, in_place=True)
+            if known["turn"] != 1 and image.format != "TIFF":  # which PIL has turned
+                upright = upright.transpose(TURNS[known["turn"]])
         except BROKEN_FILE_ERRORS as error:
             raise OSError(f"broken image: {error}") from error
+    if upright.size != known["upright"]:
+        raise OSError(
+            "broken image: its pixels are {}x{}, by its header {}x{}".format(*upright.size, *known["upright"])
+        )
+    if "clear" in known and upright.mode == "RGB" and prepare is None:
+        upright.putalpha(clear_colour(upright, decode(source, take_other_half), known["clear"]))
     return upright
 
 
 def _halved(image: Image.Image) -> Image.Image:
     """A decoded image in half its size, each pixel the mean of four."""
-    if image.mode in ("P", "PA"):
+    if image.mode in ("P", "PA") or "transparency" in image.info:
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     elif image.mode == "1" or image.mode.startswith("I;"):
         image = image.convert("L" if image.mode == "1" else "I")
@@ -487,13 +540,26 @@ def read_layers(source: str | bytes, transparency_color: str) -> tuple[Image.Ima
 
 def _layers(image: Image.Image, transparency_color: str) -> tuple[Image.Image, Image.Image | None]:
     """The same as `read_layers`, of a decoded image."""
-    grey = deep_grey(image)
-    if grey is not None:
-        return Image.fromarray(np.rint(grey_to_srgb(grey, image), out=grey).astype(np.uint8)).convert("RGB"), None
-    image = to_srgb(image)
+    image = eight_bits(image)
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         return _flattened(image, transparency_color)
     return image if image.mode == "RGB" else image.convert("RGB"), None
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A decoded image in sRGB of 8 bits: as `to_srgb`, deep grey as RGB or RGBA.
+
+    Raises:
+        ValueError: as `deep_grey`.
+    """
+    grey = deep_grey(image)
+    if grey is None:
+        return to_srgb(image)
+    alpha = clear_grey(image)
+    found = Image.fromarray(np.rint(grey_to_srgb(grey, image), out=grey).astype(np.uint8)).convert("RGB")
+    if alpha is not None:
+        found.putalpha(Image.fromarray(alpha))
+    return found
 
 
 def _flattened(image: Image.Image, color: str) -> tuple[Image.Image, Image.Image]:
@@ -505,26 +571,6 @@ def _flattened(image: Image.Image, color: str) -> tuple[Image.Image, Image.Image
         rgb.paste(Image.alpha_composite(ground, strip), (0, rows.start))
         alpha.paste(strip.getchannel("A"), (0, rows.start))
     return rgb, alpha
-
-
-def deep_grey(image: Image.Image) -> np.ndarray | None:
-    """[H, W] float32 from 0 to 255 of grey in more than 8 bits; None of other images.
-
-    Integers are taken to end at 65535, or if there are larger ones at 2^31 - 1; floating-point numbers at 1, 255 or
-    65535 by their largest.
-    """
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        scale = np.float64(1 / 257 if values.max() <= 65535 else 255 / (2**31 - 1))
-    elif image.mode == "F":  # of TIFF
-        values = np.nan_to_num(np.asarray(image))
-        scale = 255 if values.max() <= 1 else 1 if values.max() <= 255 else 1 / 257
-    else:
-        return None
-    found = np.empty(values.shape, np.float32)
-    for strip in strips(values.shape):  # float64 of all of it would take gigabytes
-        found[strip] = (values[strip] * scale).clip(0, 255)
-    return found
 
 
 @dataclass(frozen=True)

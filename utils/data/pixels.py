@@ -1,15 +1,14 @@
 """Images as a model in pixels sees them: with 1, 3 or 4 channels, and in more than 8 bits where that is asked for."""
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor
 
 from utils.data.colours import deep_to_srgb, grey_to_srgb, to_srgb
-from utils.data.images import ImageOptions, decode, deep_grey, is_halved, open_image, read_layers, read_rgb
+from utils.data.depths import clear_grey, deep_grey, has_two_halves, take_other_half
+from utils.data.images import ImageOptions, decode, eight_bits, is_halved, open_image, read_layers
 from utils.options import UserError, option
 
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -50,10 +49,7 @@ class PixelOptions(ImageOptions):
         if self.preserve_input_precision:
             return read_deep(source, self.image_channels, self.transparency_color)
         if self.image_channels == 4:
-            image = decode(source)
-            if image.mode.startswith("I") or image.mode == "F":
-                image = read_rgb(source)
-            image = to_srgb(image).convert("RGBA")
+            image = eight_bits(decode(source)).convert("RGBA")
             return image, image.getchannel("A")
         image, alpha = read_layers(source, self.transparency_color)
         return image.convert(CHANNELS[self.image_channels]), alpha
@@ -95,7 +91,9 @@ def read_deep(source: str | bytes, channels: int, transparency_color: str) -> tu
     image = decode(source)
     grey = deep_grey(image)
     if grey is not None:
+        alpha = clear_grey(image)
         values = np.repeat(grey_to_srgb(grey, image)[..., None], 3, axis=2)
+        values = values if alpha is None else np.dstack([values, alpha.astype(np.float32)])
     else:
         values = _sixteen_bits(source, image)
         values = None if values is None else deep_to_srgb(values, image)
@@ -109,11 +107,6 @@ def read_deep(source: str | bytes, channels: int, transparency_color: str) -> tu
     return DeepImage([each.convert("F") for each in image.split()]), alpha
 
 
-OTHER_HALF = {f"{bands};16{one}": f"{bands};16{other}" for bands in ("RGB", "RGBA") for one, other in ("BL", "LB")}
-OTHER_HALF |= {f"{bands};16N": f"{bands};16{'B' if sys.byteorder == 'little' else 'L'}" for bands in ("RGB", "RGBA")}
-"""What PIL calls 16-bit colours, of which it keeps the higher byte, and the name under which it keeps the lower one."""
-
-
 def _sixteen_bits(source: str | bytes, high: Image.Image) -> np.ndarray | None:
     """[H, W, 3 or 4] float32 from 0 to 255 of colours in 16 bits; None of other images.
 
@@ -121,14 +114,15 @@ def _sixteen_bits(source: str | bytes, high: Image.Image) -> np.ndarray | None:
         high: the image as PIL decodes it.
     """
     with open_image(source) as opened:
-        modes = {tile.args if isinstance(tile.args, str) else (tile.args or [""])[0] for tile in opened.tile}
-        image_is_halved = is_halved(opened)
-    if not modes or not modes <= OTHER_HALF.keys() or "transparency" in high.info:
+        is_deep, image_is_halved = has_two_halves(opened), is_halved(opened)
+    if not is_deep:
         return None
     if image_is_halved:
         raise ValueError("16-bit colours of over 89 megapixels are not read with --preserve_input_precision")
-    low = decode(source, _take_other_half)
-    return (np.asarray(high).astype(np.float32) * 256 + np.asarray(low)) / 257
+    low = np.asarray(decode(source, take_other_half))
+    values, num_deep = np.asarray(high).astype(np.float32), low.shape[2]
+    values[..., :num_deep] = (values[..., :num_deep] * 256 + low) / 257  # what is more is alpha of a transparent colour
+    return values
 
 
 def _of_channels(values: np.ndarray, channels: int, transparency_color: str) -> tuple[DeepImage, Image.Image | None]:
@@ -145,14 +139,3 @@ def _of_channels(values: np.ndarray, channels: int, transparency_color: str) -> 
     planes = [Image.fromarray(np.ascontiguousarray(each)) for each in np.moveaxis(colours.astype(np.float32), 2, 0)]
     seen = Image.fromarray(alpha[..., 0].round().astype(np.uint8)) if has_alpha else None
     return DeepImage(planes), seen
-
-
-def _take_other_half(opened: Image.Image) -> None:
-    """Tells the decoder of 16-bit colours to take the lower bytes."""
-    opened.tile = [_renamed(tile, OTHER_HALF) for tile in opened.tile]
-
-
-def _renamed(tile: Any, modes: Mapping[str, str]) -> Any:
-    """A part of a file, its decoder told by another name what pixels it holds."""
-    args = tile.args
-    return tile._replace(args=modes[args] if isinstance(args, str) else (modes[args[0]], *args[1:]))

@@ -10,6 +10,7 @@ from PIL import Image
 from utils.data.colours import ADOBE_RGB, LAB, profile_of_code_points, profile_of_gamma
 
 HEAD_SIZE = 4096
+TAIL_SIZE = 1 << 14
 BOXES_SIZE = 1 << 20  # within which an AVIF, HEIF or JPEG 2000 says its colours
 INTEROPERABILITY = 0xA005  # EXIF
 SIGNATURES = {  # kinds by how a file begins, regular expressions
@@ -103,6 +104,31 @@ def _png_chunk(file: BinaryIO, name: bytes) -> bytes:
             return file.read(min(size, HEAD_SIZE))
         file.seek(size + 4, os.SEEK_CUR)
     return b""
+
+
+def late_png_chunk(file: BinaryIO, name: bytes) -> bytes:
+    """The content of a chunk behind a PNG's pixels, where exiftool puts them; b"" where there is none."""
+    begin = max(8, file.seek(0, os.SEEK_END) - TAIL_SIZE)
+    file.seek(begin)
+    last = file.read(TAIL_SIZE).rfind(b"IDAT")  # libpng writes pixels in parts of 8 KiB
+    found = None if last < 4 else _chunk_from(file, begin + last - 4, name)
+    return _chunk_from(file, 8, name) or b"" if found is None else found
+
+
+def _chunk_from(file: BinaryIO, begin: int, name: bytes) -> bytes | None:
+    """The content of a PNG's chunk that stands behind pixels, b"" without it; None if no chunks are there."""
+    file.seek(begin)
+    is_behind = False
+    while len(head := file.read(8)) == 8 and head[4:].isalpha():
+        size = int.from_bytes(head[:4], "big")
+        if head[4:] == b"IEND":
+            return b""
+        if head[4:] == name and is_behind:
+            found = file.read(min(size, BOXES_SIZE))
+            return found if len(found) == size else b""
+        is_behind |= head[4:] == b"IDAT"
+        file.seek(size + 4, os.SEEK_CUR)
+    return None
 
 
 def _profile_in_boxes(file: BinaryIO) -> bytes | None:

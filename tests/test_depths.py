@@ -1,0 +1,335 @@
+"""Pixels of other than 8 bits, transparent colours, and sizes by the header that are those of the pixels."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.test_images import encoded, picture, with_chunk
+from utils.data.images import (
+    MANY_PIXELS,
+    TURNS,
+    UNCOMMON,
+    decode,
+    read_header,
+    read_layers,
+    read_mask,
+    read_rgb,
+)
+from utils.data.mask_values import mask_values
+from utils.data.pixels import PixelOptions, read_deep
+from utils.records import MaskFile
+
+UNSIGNED, SIGNED, FLOAT = 1, 2, 3
+
+
+def tiff(
+    values: np.ndarray | bytes,
+    bits: int,
+    kind: int = UNSIGNED,
+    photometric: int = 1,
+    channels: int = 1,
+    is_planar: bool = False,
+    is_compressed: bool = False,
+    order: str = "<",
+) -> bytes:
+    """A TIFF of 8 x 8 pixels, little-endian unless `order` is ">"."""
+    content = values if isinstance(values, bytes) else values.tobytes()
+    content = zlib.compress(content) if is_compressed else content
+    content += bytes(len(content) % 2)
+    begin = 8 + len(content)
+    count = channels if is_planar else 1
+    parts = [len(content) // count] * count
+    tags: dict[int, tuple[str, list[int]]] = {
+        **{256: ("I", [8]), 257: ("I", [8]), 258: ("H", [bits] * channels), 259: ("H", [8 if is_compressed else 1])},
+        **{262: ("H", [photometric]), 273: ("I", [8 + sum(parts[:part]) for part in range(count)])},
+        **{277: ("H", [channels]), 278: ("I", [8]), 279: ("I", parts)},
+        **{284: ("H", [1 + is_planar]), 339: ("H", [kind] * channels)},
+    }
+    entries, more = b"", b""
+    for tag, (code, numbers) in tags.items():
+        value = struct.pack(f"{order}{len(numbers)}{code}", *numbers)
+        if len(value) > 4:
+            more += value
+            value = struct.pack(f"{order}I", begin + 2 + 12 * len(tags) + 4 + len(more) - len(value))
+        entries += struct.pack(f"{order}HHI", tag, {"H": 3, "I": 4}[code], len(numbers)) + value.ljust(4, b"\0")
+    magic = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", begin)
+    return magic + content + struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + more
+
+
+def flat(value: float, kind: str) -> np.ndarray:
+    return np.full(64, value, kind)
+
+
+def ramp(low: float, high: float, kind: str) -> np.ndarray:
+    return np.linspace(low, high, 64).astype(kind)
+
+
+def png(depth: int, colour: int, pixels: bytes, *chunks: tuple[bytes, bytes], late: tuple[bytes, bytes] = ()) -> bytes:
+    """A PNG of 8 lines of the same pixels, with chunks before its pixels, and behind them."""
+    width = 8 * len(pixels) // (depth * (3 if colour == 2 else 1))
+    head = (b"IHDR", struct.pack(">IIBBBBB", width, 8, depth, colour, 0, 0, 0))
+    body = (b"IDAT", zlib.compress((b"\0" + pixels) * 8))
+    all_chunks = [head, *chunks, body, *([late] if late else []), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in all_chunks
+    )
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("is_compressed", [False, True])
+    @pytest.mark.parametrize(
+        ("content", "arguments", "expected"),
+        [
+            (b"\xff" * 96, {"bits": 12}, [255, 255]),
+            (b"\x80\x08\x00" * 32, {"bits": 12}, [128, 128]),
+            (ramp(0, 65535, "<u2"), {"bits": 16}, [0, 255]),
+            (ramp(0, 65535, "<u2"), {"bits": 16, "photometric": 0}, [255, 0]),
+            (ramp(0, 255, "<u1"), {"bits": 8, "photometric": 0}, [255, 0]),
+            (ramp(0, 1, "<f4"), {"bits": 32, "kind": FLOAT, "photometric": 0}, [255, 0]),
+            (ramp(0, 2**32 - 1, "<u4"), {"bits": 32}, [0, 255]),
+            (ramp(2**31, 2**32 - 1, "<u4"), {"bits": 32}, [128, 255]),
+            (ramp(0, 2**31 - 1, "<i4"), {"bits": 32, "kind": SIGNED}, [0, 255]),
+            (ramp(0, 255, "<u4"), {"bits": 32}, [0, 255]),
+            (ramp(0, 65535, "<i4"), {"bits": 32, "kind": SIGNED}, [0, 255]),
+            (ramp(0, 32767, "<i2"), {"bits": 16, "kind": SIGNED}, [0, 255]),
+            (ramp(0, 255, "<i2"), {"bits": 16, "kind": SIGNED}, [0, 255]),
+            (ramp(0, 1, "<f4"), {"bits": 32, "kind": FLOAT}, [0, 255]),
+            (ramp(-0.05, 1.08, "<f4"), {"bits": 32, "kind": FLOAT}, [0, 255]),
+            (np.r_[flat(0, "<f4")[1:], np.float32("inf")], {"bits": 32, "kind": FLOAT}, [0, 255]),
+            (np.r_[np.float32("nan"), flat(0.5, "<f4")[1:]], {"bits": 32, "kind": FLOAT}, [0, 128]),
+            (ramp(0, 255, "<f4"), {"bits": 32, "kind": FLOAT}, [0, 255]),
+            (ramp(0, 65535, "<f4"), {"bits": 32, "kind": FLOAT}, [0, 255]),
+            (flat(0, "<i4"), {"bits": 32, "kind": SIGNED}, [0, 0]),
+            (flat(0, "<f4"), {"bits": 32, "kind": FLOAT}, [0, 0]),
+        ],
+    )
+    def test_tiffs_of_grey_come_as_bright_as_they_are(self, content, arguments, expected, is_compressed):
+        file = tiff(content, **arguments, is_compressed=is_compressed)
+        found = np.asarray(read_rgb(file))[..., 0].reshape(-1)
+        assert found[[0, -1]].tolist() == expected
+        assert np.abs(np.asarray(read_deep(file, 1, "white")[0]).reshape(-1) - found).max() <= 0.51
+        assert np.array_equal(np.asarray(read_mask(file)).reshape(-1), found)
+        is_usual = (
+            arguments["bits"] <= 16 and not {"kind", "photometric"} & arguments.keys() and arguments["bits"] != 12
+        )
+        assert (UNCOMMON in read_header(file).oddities) == (not is_usual and arguments["bits"] != 8)
+
+    @pytest.mark.parametrize(
+        ("content", "arguments", "words"),
+        [
+            (flat(-100, "<i2"), {"bits": 16, "kind": SIGNED}, "signed, 16 bits, from -100 to 0"),
+            (flat(-5, "<i4"), {"bits": 32, "kind": SIGNED}, "can't be told"),
+            (ramp(-1, 1, "<f4"), {"bits": 32, "kind": FLOAT}, "float, 32 bits, from -1 to 1"),
+            (flat(-0.05, "<f4"), {"bits": 32, "kind": FLOAT}, "can't be told"),
+            (flat(float("nan"), "<f4"), {"bits": 32, "kind": FLOAT}, "can't be told"),
+            (ramp(0, 10, "<f4"), {"bits": 32, "kind": FLOAT}, "from 0 to 10"),
+            (ramp(0, 1e9, "<f4"), {"bits": 32, "kind": FLOAT}, "can't be told"),
+            (ramp(0, 1, "<i4"), {"bits": 32, "kind": SIGNED}, "from 0 to 1"),
+            (ramp(0, 1000, "<u4"), {"bits": 32}, "unsigned, 32 bits, from 0 to 1000"),
+            (ramp(0, 100000, "<u4"), {"bits": 32}, "can't be told"),
+            (ramp(-100, 100, "<i1"), {"bits": 8, "kind": SIGNED}, "signed 8-bit numbers are not read"),
+            (bytes(8 * 64), {"bits": 64, "kind": FLOAT}, "a TIFF whose kind of pixels is not read"),
+            (bytes(3 * 2 * 64), {"bits": 16, "photometric": 2, "channels": 3, "is_planar": True}, "planar"),
+        ],
+    )
+    def test_tiffs_whose_white_cannot_be_told_are_refused(self, content, arguments, words):
+        with pytest.raises((OSError, ValueError), match=words):
+            read_rgb(tiff(content, **arguments))
+
+    def test_big_endian(self):
+        assert np.asarray(read_rgb(tiff(ramp(0, 65535, ">u2"), 16, order=">"))).reshape(-1)[[0, -1]].tolist() == [
+            0,
+            255,
+        ]
+        found = read_rgb(tiff(ramp(0, 255, ">i4"), 32, SIGNED, order=">"))
+        assert np.asarray(found).reshape(-1)[[0, -1]].tolist() == [0, 255]
+
+    def test_planar_colours_of_8_bits_are_read(self):
+        colours = np.concatenate([flat(value, "u1") for value in (10, 20, 30)])
+        assert read_rgb(tiff(colours, 8, photometric=2, channels=3, is_planar=True)).getpixel((3, 3)) == (10, 20, 30)
+
+    def test_other_formats_of_deep_grey(self):
+        """PIL brings a PGM's and a JPEG 2000's to 16 bits; a PFM is of floats."""
+        assert read_rgb(b"P5 8 8 1000\n" + flat(1000, ">u2").tobytes()).getpixel((0, 0)) == (255,) * 3
+        assert read_rgb(b"Pf\n8 8\n-1.0\n" + flat(0.5, "<f4").tobytes()).getpixel((0, 0)) == (128,) * 3
+        with pytest.raises(ValueError, match="from 0 to 7"):
+            read_rgb(b"Pf\n8 8\n-1.0\n" + ramp(0, 7, "<f4").tobytes())
+        deep = Image.fromarray(np.full((8, 8), 65535, np.uint16))
+        for kind in ("PNG", "JPEG2000"):
+            assert read_rgb(encoded(deep, kind)).getpixel((0, 0)) == (255,) * 3
+            assert UNCOMMON not in read_header(encoded(deep, kind)).oddities
+
+    def test_a_mask_of_floats_and_one_of_labels(self):
+        white = mask_values(b"", MaskFile(tiff(flat(1, "<f4"), 32, FLOAT), is_alpha=False))
+        assert white.brightest == 1
+        with pytest.raises(ValueError, match="can't be told"):
+            mask_values(b"", MaskFile(tiff(flat(1, "<i4"), 32, SIGNED), is_alpha=False))
+
+    @pytest.mark.parametrize("kind", ["BC6H_UF16", "BC6H_SF16"])
+    def test_textures_of_a_high_dynamic_range_are_not_read(self, kind):
+        code = {"BC6H_UF16": 95, "BC6H_SF16": 96}[kind]
+        head = struct.pack("<7I44x", 124, 0x1007, 8, 8, 0, 0, 0) + struct.pack("<II4s5I", 32, 4, b"DX10", 0, 0, 0, 0, 0)
+        head += struct.pack("<5I", 0x1000, 0, 0, 0, 0) + struct.pack("<5I", code, 3, 0, 1, 0)
+        with pytest.raises(OSError, match="high dynamic range images are not read"):
+            read_header(b"DDS " + head + bytes(64))
+
+    def test_a_qoi_that_is_marked_as_linear_is_named(self):
+        """Pillow marks all that it writes so: the mark does not say what their colours are."""
+        image, odd = picture(16, 16), "marked as linear light (QOI), read as sRGB"
+        marked, usual = encoded(image, "QOI"), encoded(image, "QOI", colorspace="sRGB")
+        assert [odd in read_header(content).oddities for content in (marked, usual)] == [True, False]
+        assert np.array_equal(np.asarray(read_rgb(marked)), np.asarray(image))
+
+
+KEYED = [  # depth, PNG's kind of colours, the pixels of a line, the transparent one, and the alpha of the first pixels
+    (1, 0, b"\xf0", (1,), [0, 0, 0, 0, 255, 255, 255, 255]),
+    (1, 0, b"\xf0", (0,), [255, 255, 255, 255, 0, 0, 0, 0]),
+    (2, 0, b"\x1b\x1b", (0,), [0, 255, 255, 255]),
+    (2, 0, b"\x1b\x1b", (2,), [255, 255, 0, 255]),
+    (2, 0, b"\x1b\x1b", (3,), [255, 255, 255, 0]),
+    (4, 0, b"\x0f\x17", (15,), [255, 0, 255, 255]),
+    (4, 0, b"\x0f\x17", (1,), [255, 255, 0, 255]),
+    (8, 0, b"\x12\x13", (0x12,), [0, 255]),
+    (8, 0, b"\x12\x13", (0x5512,), [0, 255]),  # of which the lower byte counts
+    (16, 0, b"\x12\x34\x12\x35", (0x1234,), [0, 255]),
+    (8, 2, b"\1\2\3\1\2\4", (1, 2, 3), [0, 255]),
+    (16, 2, b"\x12\x34" * 3 + b"\x12\x34\x12\x34\x12\x35", (0x1234,) * 3, [0, 255]),
+    (16, 2, b"\x12\x34" * 3 + b"\x12\x35" * 3, (0x1234,) * 3, [0, 255]),
+    (16, 2, b"\0\1\0\2\0\3" + b"\1\1\2\2\3\3", (1, 2, 3), [0, 255]),  # PIL compares these with the higher bytes
+]
+
+
+class TestTransparentColours:
+    @pytest.mark.parametrize(("depth", "colour", "pixels", "clear", "alpha"), KEYED)
+    def test_one_transparent_colour_of_a_png(self, depth, colour, pixels, clear, alpha):
+        plain = png(depth, colour, pixels)
+        keyed = png(depth, colour, pixels, (b"tRNS", struct.pack(f">{len(clear)}H", *clear)))
+        assert "transparent" in read_header(keyed).oddities
+        rgb, found = read_layers(keyed, "#010203")
+        assert np.asarray(found)[0, : len(alpha)].tolist() == alpha
+        expected = np.where(np.array(alpha)[:, None] == 0, (1, 2, 3), np.asarray(read_rgb(plain))[0, : len(alpha)])
+        assert np.asarray(rgb)[0, : len(alpha)].tolist() == expected.tolist()
+        assert read_layers(plain, "white")[1] is None
+        for channels in (1, 3, 4):
+            for is_deep in (False, True):
+                options = PixelOptions(resolution=8, image_channels=channels, preserve_input_precision=is_deep)
+                seen = np.asarray(options.layers(keyed)[0])
+                if channels == 4:
+                    assert seen[0, : len(alpha), 3].tolist() == alpha
+                deep = np.asarray(read_deep(keyed, 3, "#010203")[0])[0, : len(alpha)]
+                assert np.abs(deep - expected).max() < 1
+        assert (UNCOMMON in read_header(keyed).oddities) == (
+            clear == (0x5512,) or (depth not in (1, 8) and clear != (0,))
+        )
+
+    def test_the_lower_bytes_are_kept_beside_a_transparent_colour(self):
+        keyed = png(16, 2, b"\x12\x80" * 3 + b"\x12\x34" * 3, (b"tRNS", b"\x12\x34" * 3))
+        found = np.asarray(read_deep(keyed, 4, "white")[0])
+        assert found[0, 0].tolist() == pytest.approx([0x1280 / 257] * 3 + [255])
+        assert found[0, 1, 3] == 0
+
+    def test_large_ones_are_halved_with_their_transparent_colour(self, monkeypatch):
+        monkeypatch.setattr("utils.data.images.FULL_PIXELS", 32)
+        monkeypatch.setattr("utils.data.images.MOST_PIXELS_PER_BYTE", MANY_PIXELS)
+        alpha = read_layers(png(2, 0, b"\xf0\xf0", (b"tRNS", b"\0\3")), "white")[1]
+        assert np.asarray(alpha)[0].tolist() == [0, 255, 0, 255]
+        deep = png(16, 0, b"\x12\x34\x12\x35" * 8, (b"tRNS", b"\x12\x34"))
+        for read in (read_header, read_rgb):
+            with pytest.raises(ValueError, match="with a transparent colour are not read"):
+                read(deep)
+
+    def test_a_transparent_colour_behind_the_pixels_is_none(self):
+        late = png(8, 0, b"\x12\x13", late=(b"tRNS", b"\0\x12"))
+        assert "transparent" not in read_header(late).oddities
+        assert read_layers(late, "white")[1] is None
+
+
+def exif_of(orientation: int, order: str = ">") -> bytes:
+    """The EXIF of an orientation alone."""
+    magic = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    return magic + struct.pack(f"{order}IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+
+
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{}"/></x:xmpmeta>'
+
+
+def turned(kind: str, orientation: int) -> bytes | None:
+    """A picture of 24 x 16 that its file says to turn."""
+    image, exif = picture(24, 16), Image.Exif()
+    exif[0x0112] = orientation
+    if kind == "PNG, early":
+        return with_chunk(encoded(image), b"eXIf", exif_of(orientation))
+    if kind in ("PNG, late", "PNG, late, in small parts", "PNG, late, before much"):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        content, end = file.getvalue()[:-12], file.getvalue()[-12:]
+        begin = content.index(b"IDAT") - 4
+        size = int.from_bytes(content[begin : begin + 4], "big")
+        pixels, parts = content[begin + 8 : begin + 8 + size], content[:begin]
+        step = 7 if "small" in kind else len(pixels)
+        chunks = [(b"IDAT", pixels[place : place + step]) for place in range(0, len(pixels), step)]
+        chunks += [(b"tEXt", b"Comment\0IDAT eXIf"), (b"eXIf", exif_of(orientation, "<"))]
+        chunks += [(b"tEXt", b"Comment\0" + b"IDAT" * 9000)] if "much" in kind else []
+        for name, part in chunks:
+            parts += struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+        return parts + end
+    if kind == "PNG, XMP":
+        return with_chunk(encoded(image), b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP.format(orientation).encode())
+    if kind == "JPEG, XMP":
+        return encoded(image, "JPEG", xmp=XMP.format(orientation).encode())
+    if kind == "TIFF, XMP":
+        return encoded(image, "TIFF", tiffinfo={700: XMP.format(orientation).encode()})
+    if kind == "TIFF, compressed":
+        return encoded(image, "TIFF", exif=exif, compression="tiff_lzw")
+    options = {"exif": exif.tobytes() if kind == "AVIF" else exif}
+    if kind == "WEBP":
+        options["lossless"] = True
+    return encoded(image, kind, **options)
+
+
+TURNED = (
+    *("PNG, early", "PNG, late", "PNG, late, in small parts", "PNG, late, before much", "PNG, XMP", "PNG"),
+    *("JPEG", "JPEG, XMP", "MPO", "TIFF", "TIFF, compressed", "TIFF, XMP", "WEBP", "AVIF"),
+)
+
+
+class TestTurns:
+    @pytest.mark.parametrize("orientation", [0, *range(1, 10)])
+    @pytest.mark.parametrize("kind", TURNED)
+    @pytest.mark.parametrize("is_large", [False, True])
+    def test_the_header_has_the_size_of_the_pixels(self, monkeypatch, kind, orientation, is_large):
+        if kind == "TIFF, compressed" and orientation in (0, 9):
+            pytest.skip("libtiff writes none of these")
+        content = turned(kind, orientation)
+        if is_large:
+            monkeypatch.setattr("utils.data.images.FULL_PIXELS", 300)
+            monkeypatch.setattr("utils.data.images.MOST_PIXELS_PER_BYTE", MANY_PIXELS)
+        header, found = read_header(content), decode(content)
+        assert (header.width, header.height) == found.size
+        ignored = kind == "TIFF, XMP"  # PIL would turn it, but says its size as if not
+        turn = None if ignored else TURNS.get(orientation)
+        assert ("turned by EXIF" in header.oddities) == (turn is not None)
+        if is_large:
+            return
+        expected = picture(24, 16) if turn is None else picture(24, 16).transpose(turn)
+        difference = np.abs(np.asarray(found.convert("RGB")).astype(int) - np.asarray(expected))
+        assert difference.mean() < (14 if kind[:4] in ("JPEG", "MPO", "AVIF") else 0.01)
+
+    def test_damaged_ends_of_a_png_say_nothing(self):
+        content = turned("PNG, late", 6)
+        for end in range(len(content) - 60, len(content)):
+            try:
+                header = read_header(content[:end])
+            except (OSError, ValueError):
+                continue
+            assert (header.width, header.height) in ((24, 16), (16, 24))
+
+    def test_pixels_of_another_size_than_the_header_says_are_refused(self, monkeypatch):
+        monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load_end", lambda image: setattr(image, "_size", (8, 24)))
+        with pytest.raises(OSError, match=r"its pixels are .*, by its header"):
+            decode(encoded(picture(24, 16)))
