@@ -12,7 +12,8 @@ if __name__ == "__main__":
     prelude.start(sys.argv[1:])
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,13 +29,13 @@ from utils.copies import HalfCopy
 from utils.course import Feed, Settings, Validation, start_course
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CacheOptions
+from utils.data.class_folders import describe_counts, same_text, warn_of_twins
 from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
 from utils.data.folders import ALL_SPLIT_WORDS
-from utils.data.labels import LabelledSource, LabelOptions, in_order
+from utils.data.labels import LabelledSource, LabelOptions, count_classes, in_order
 from utils.data.pixels import PixelOptions
 from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions
 from utils.data.sources import DataOptions, source_entries
-from utils.data.stream import StreamedImages
 from utils.disk_use import describe_disk, disk_use
 from utils.doctor import examine_data
 from utils.ema import EmaOptions
@@ -62,7 +63,6 @@ from utils.objective import Objective
 from utils.optim import SCHEDULES, OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
 from utils.options import UserError, leave, option, parse, run_script
 from utils.perceptual import PerceptualOptions
-from utils.preparation import DataPreparation
 from utils.resuming import begin
 from utils.runtime import (
     OutputFolder,
@@ -231,7 +231,8 @@ def run(argv: Sequence[str] | None) -> None:
         logger.info("listing the images of %s", data_name(options))
         images = preparation.choose_images(resolution, group_size)
         held_out_images = preparation.choose_held_out(resolution)
-        classes = class_names(options, preparation, images)
+        class_counts = count_classes(images.records) if options.labels.class_conditional else Counter()
+        classes = class_names(options, images, class_counts)
         beginning = beginning.having(classes=classes)
         batches = images.batches(options.loader.global_batch(num_processes), group_size, seed)
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
@@ -262,7 +263,7 @@ def run(argv: Sequence[str] | None) -> None:
         adaptation.named_parameters(rates)  # which refuses --layer_rates of no weight, on a dry run too
         own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
         model_name = f"{model_options.origin} ({type(family.pipeline).__name__}, {family.latent_space.describe()})"
-        how = f"{len(classes)} classes" if classes else "no classes"
+        how = describe_counts(classes, class_counts) if classes else "no classes"
         counts = images, held_out_images, batches, total_steps
         learning = options.loader, rates, schedule
         plan = describe_run(model_name, how, adaptation.modules, process.describe(), accelerator, *counts, *learning)
@@ -447,20 +448,29 @@ def memory_savers(options: Options) -> dict[str, bool]:
     }
 
 
-def class_names(options: Options, preparation: DataPreparation, images: PlannedImages | StreamedImages) -> list[str]:
-    """The names of the classes, in the order of their numbers; none without classes."""
+def class_names(options: Options, images: PlannedImages, counts: Mapping[str, int]) -> list[str]:
+    """The names of the classes, in the order of their numbers; none without classes.
+
+    Args:
+        counts: how many images have each.
+
+    Raises:
+        UserError: if there are fewer than two.
+    """
     if not options.labels.class_conditional:
         return []
-    orders = [source.table.classes for source in images.records.sources]
-    names = in_order([name for name in preparation.texts(images) if name], orders)
+    orders = [tuple(map(same_text, source.table.classes)) for source in images.records.sources]
+    names = in_order(list(counts), orders)
     if len(names) < 2:
         found = f"one, {names[0]}" if names else "none"
-        is_split = any(name.lower() in ALL_SPLIT_WORDS for name in names) and options.source.caption_column is None
-        taken = f", whose folder is taken for the split {options.source.dataset_split}" if is_split else ""
+        split = images.records.key(0).split("/")[0] if len(images.records) else ""
+        is_split = split.lower() in ALL_SPLIT_WORDS and options.source.caption_column is None
+        taken = f", as the folder {split} is taken for a split" if is_split else ""
         raise UserError(
             f"--class_conditional needs at least two classes, got {found}{taken}; put images into a folder for each, "
             "or name a --label_column"
         )
+    warn_of_twins(names)
     return names
 
 

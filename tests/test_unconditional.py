@@ -18,6 +18,7 @@ from torch import nn
 from tests import tiny
 from tests.conftest import message
 from tests.test_equivalences import assert_same_bits, losses, weights
+from utils.data.class_folders import describe_counts, warn_of_twins
 from utils.data.labels import LabelledSource, LabelOptions, class_numbers, listed_numbers
 from utils.data.sources import DataOptions, read_records
 from utils.families.denoisers import ShapeOptions, unet_config
@@ -346,8 +347,8 @@ def test_names_of_classes_that_a_dit_can_not_list(train, tmp_path, caplog, capsy
     names = ["small, grey", "small, red", " spaced ", "10", "naïve"]
     out = train("labelled latents", *SHORT, data=put_classes(tmp_path / "a", *names), out="first")
     labels = load(out).labels
-    numbers = {name: number for number, name in enumerate(sorted(names))}
-    shown = {name.strip().replace(",", ";"): number for name, number in numbers.items()}
+    numbers = {name: number for number, name in enumerate(sorted(name.strip() for name in names))}
+    shown = {name.replace(",", ";"): number for name, number in numbers.items()}
     assert labels == shown
     assert "the class 'small, grey' is called 'small; grey' in the result" in caplog.text
     assert load(out).get_label_ids(["small; red", "spaced", "naïve"]) == [
@@ -642,11 +643,149 @@ def test_class_folders_called_as_splits_are(tmp_path, classes, caplog, case):
     assert said in caplog.text if said else not caplog.text
 
 
+def class_records(folder: Path, rule: str | None = None) -> dict[str, str]:
+    """The class of each image of a folder."""
+    source = LabelledSource(train_data_dir=str(folder))
+    captions = LabelOptions(class_conditional=True, class_folders=rule).captions(source)
+    records = read_records(DataOptions(), source, captions, 0)
+    return {records.key(index): records.captions(index)[0] for index in range(len(records))}
+
+
+def touch_images(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+    return folder
+
+
+MERGED = {
+    "of two parents": ("cat/old/0.png cat/young/0.png dog/old/0.png dog/young/0.png", "old young", "cat dog"),
+    "at two depths": ("cat/0.png more/cat/0.png more/dog/0.png", "cat dog", "cat more"),
+    "of one name": ("n1/images/0.png n2/images/0.png", "images", "n1 n2"),
+    "below a split": ("train/a/cat/0.png train/b/cat/0.png test/a/cat/0.png", "cat", "a b"),
+    "below a shared folder": ("all/cat/x/0.png all/dog/x/0.png", "x", "cat dog"),
+}
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_folders_of_one_name_in_several_places_are_refused_until_a_rule_is_given(tmp_path, case):
+    names, inner, outer = MERGED[case]
+    touch_images(tmp_path, *names.split())
+    with pytest.raises(UserError, match=rf"--train_data_dir {tmp_path}: .*stand in several places, such as .*/.*inner"):
+        class_records(tmp_path)
+    assert set(class_records(tmp_path, "inner").values()) == set(inner.split())
+    assert set(class_records(tmp_path, "outer").values()) == set(outer.split())
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            "cat/0.png dog/0.png banner.png",
+            "1 images lie in no folder of a class (in its top), beside the folders cat",
+        ),
+        ("train/cat/0.png train/dog/0.png train/1.png", "(in train/), beside the folders cat, dog; put them into"),
+    ],
+)
+def test_images_beside_the_folders_of_classes_are_refused(tmp_path, names, said):
+    touch_images(tmp_path, *names.split())
+    with pytest.raises(UserError) as raised:
+        class_records(tmp_path)
+    assert said in str(raised.value)
+
+
+def test_folders_that_mean_what_they_say_are_no_fault(tmp_path, caplog):
+    touch_images(tmp_path / "a", "all/cat/0.png", "all/dog/0.png")
+    assert set(class_records(tmp_path / "a").values()) == {"cat", "dog"}
+    touch_images(tmp_path / "b", "cat/train/0.png", "dog/train/0.png", "cat/test/0.png")
+    assert class_records(tmp_path / "b") == {"cat/train/0.png": "cat", "dog/train/0.png": "dog"}
+    touch_images(tmp_path / "cats", "0.png")
+    touch_images(tmp_path / "dogs", "train/0.png")
+    (tmp_path / "sources.yaml").write_text("- {train_data_dir: cats}\n- {train_data_dir: dogs}\n")
+    source = LabelledSource()
+    captions = LabelOptions(class_conditional=True).captions(source)
+    records = read_records(DataOptions(dataset_file=str(tmp_path / "sources.yaml")), source, captions, 0)
+    assert [records.captions(index)[0] for index in range(2)] == ["cats", "dogs"]
+    assert not caplog.records
+
+
+def test_nested_folders_without_a_contradiction_are_named(tmp_path, caplog):
+    touch_images(tmp_path, "cat/persian/0.png", "cat/siamese/0.png", "dog/0.png")
+    assert set(class_records(tmp_path).values()) == {"persian", "siamese", "dog"}
+    assert "such as persian of cat/persian; --class_folders outer takes the outer one, such as cat" in caplog.text
+    caplog.clear()
+    assert set(class_records(tmp_path, "outer").values()) == {"cat", "dog"}
+    assert not caplog.records
+
+
+def test_classes_within_shards(tmp_path):
+    import io
+    import tarfile
+
+    def shard(name: str, *members: str) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / name, "w") as archive:
+            for member in members:
+                content = io.BytesIO()
+                Image.new("RGB", (8, 8)).save(content, "PNG")
+                info = tarfile.TarInfo(member)
+                info.size = content.tell()
+                archive.addfile(info, io.BytesIO(content.getvalue()))
+
+    for number in range(2):
+        shard(f"a/{number}.tar", f"./cat/{number}.png", f"train/{number}.png")
+        shard(f"b/{('cat', 'dog')[number]}-{number}.tar", f"{number}.png")
+    assert set(class_records(tmp_path / "a").values()) == {"cat", "train"}
+    assert set(class_records(tmp_path / "b").values()) == {"b"}
+
+
+def test_one_text_is_one_class_and_twins_are_named(tmp_path, caplog):
+    touch_images(tmp_path, "caf\u00e9/0.png", "cafe\u0301/1.png", "cat/0.png", "cat /0.png")
+    assert set(class_records(tmp_path).values()) == {"caf\u00e9", "cat"}
+    assert r"'caf\xe9' and 'cafe\u0301'; 'cat ' and 'cat'" in caplog.text
+    caplog.clear()
+    warn_of_twins(["Cat", "cat", "golden retriever", "golden_retriever", "1", "01", "dog"])
+    assert "3 groups of classes differ only in" in caplog.text
+    caplog.clear()
+    warn_of_twins(["cat", "cats", "10", "100"])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [("0.png", "cat"), ("0.png", "dog"), ("1.png", "dog")],
+        [("0.png", ["cat", "dog"]), ("1.png", "dog")],
+        [("0.png", 1), ("./0.png", "01"), ("1.png", 2)],
+    ],
+)
+def test_an_image_of_two_classes_is_refused(train, tmp_path, capsys, rows):
+    touch_images(tmp_path / "data", "0.png", "1.png")
+    lines = [json.dumps({"file_name": name, "label": label}) for name, label in rows]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
+    train("labels", *SHORT, "--label_column", "label", data=tmp_path / "data", expect=2)
+    assert "--label_column: 1 images have several labels; leave each one label: 0.png: " in message(capsys)
+
+
+def test_the_plan_names_classes_with_their_counts(train, classes, capsys):
+    train("labels", *SHORT, "--dry_run", data=classes)
+    assert "2 classes (cat 3, dog 3), " in capsys.readouterr().out
+    assert describe_counts(list("abcdefg"), dict.fromkeys("abcdefg", 1000)).endswith("e 1,000, and 2 more)")
+
+
+def test_class_folders_go_with_classes_by_folders(tmp_path):
+    touch_images(tmp_path, "cat/0.png")
+    source = LabelledSource(train_data_dir=str(tmp_path), caption_column="label")
+    for is_conditional in (False, True):
+        with pytest.raises(UserError, match="--class_folders outer is for classes by folders"):
+            LabelOptions(class_conditional=is_conditional, class_folders="outer").captions(source)
+
+
 def test_one_class_that_is_a_split_is_named(train, classes, tmp_path, capsys):
     for split in ("train", "test"):
         shutil.copytree(classes / "cat", tmp_path / "data" / split)
     train("labels", *SHORT, data=tmp_path / "data", expect=2)
-    assert "got one, train, whose folder is taken for the split train;" in message(capsys)
+    assert "got one, data, as the folder train is taken for a split;" in message(capsys)
 
 
 def test_an_error_of_one_process_keeps_its_kind_under_this_scripts_names(capsys, monkeypatch):

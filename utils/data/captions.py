@@ -1,7 +1,7 @@
 """From an image's captions to the one that a step trains on."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import ClassVar
@@ -23,12 +23,14 @@ class CaptionOptions:
         refusal: the option by which an image without one may end the run.
         are_expected: whether an image without one is worth a word.
         folder_is_class: whether an image's folder says what it is of, whatever stands beside it.
+        takes_one: whether an image with two of them is a contradiction.
     """
 
     word: ClassVar[str] = "caption"
     refusal: ClassVar[str] = "--on_missing_caption error"
     are_expected: ClassVar[bool] = True
     folder_is_class: ClassVar[bool] = False
+    takes_one: ClassVar[bool] = False
 
     trigger_word: str | None = option(None, "word put in front of each caption that does not hold it", is_text=True)
     caption_prefix: str | None = option(None, "words before each caption", is_text=True)
@@ -56,6 +58,19 @@ class CaptionOptions:
     def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
         """Those of an image's captions that are used."""
         return captions
+
+    def settled(self, keys: Iterable[str], where: str, source: str) -> "CaptionOptions":
+        """The same, of a source whose images are known.
+
+        Args:
+            keys: their names within the source.
+            where: the source as it is named in messages.
+            source: the name of its folder.
+
+        Raises:
+            UserError: if the images' folders don't say what they should.
+        """
+        return self
 
     def of_folder(self, key: str, source: str) -> str:
         """What stands for the caption of an image where its folder's name does."""

@@ -422,7 +422,12 @@ def of_split(
 
 def class_folders(names: Sequence[str]) -> frozenset[str]:
     """Folders of images that are called as splits are, beside folders of images that are not: by their paths."""
-    holding = {parent for name in names if is_image(name) and (parent := str(PurePosixPath(name).parent)) != "."}
+    return class_folders_among({name.rpartition("/")[0] for name in names if is_image(name)})
+
+
+def class_folders_among(folders: Iterable[str]) -> frozenset[str]:
+    """As `class_folders`, of the paths of the folders that hold images."""
+    holding = {folder for folder in folders if folder}
     called = {folder for folder in holding if PurePosixPath(folder).name.lower() in ALL_SPLIT_WORDS}
     places = {PurePosixPath(folder).parent for folder in holding - called}
     return frozenset(folder for folder in called if PurePosixPath(folder).parent in places)

@@ -2,9 +2,9 @@
 
 import logging
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from utils.data.captions import CaptionOptions
-from utils.data.sources import SourceOptions
+from utils.data.class_folders import RULES, count_folders, names_of_folders, same_text
+from utils.data.sources import Records, SourceOptions
 from utils.data.tables import captions_of
 from utils.options import UserError, option, require_fraction
 
@@ -24,6 +25,12 @@ class LabelOptions:
     class_conditional: bool = option(
         False, "train a model of classes: those of --label_column, or else the names of the images' folders"
     )
+    class_folders: str | None = option(
+        None,
+        "which of nested folders names the class: the inner one, which holds the images, or the outer one, the first "
+        "in which their paths differ; by default the inner one, unless folders of one name lie in several places",
+        choices=RULES,
+    )
     label_dropout: float = option(
         0.1, "portion of the samples that train without their class, for classifier-free guidance"
     )
@@ -33,15 +40,21 @@ class LabelOptions:
 
     def captions(self, source: SourceOptions) -> CaptionOptions:
         """How the labels of the data are used in the place of captions."""
+        by_folder = self.class_conditional and source.caption_column is None
+        if self.class_folders is not None and not by_folder:
+            given = "--label_column names them" if self.class_conditional else "give --class_conditional too"
+            raise UserError(f"--class_folders {self.class_folders} is for classes by folders; {given}, or leave it out")
         if not self.class_conditional:
             return NoLabels()
         if source.dataset_name is not None and source.caption_column is None:
             raise UserError(
                 "--class_conditional: a dataset has no folders; name the column of its classes: --label_column"
             )
-        policy = "folder" if source.caption_column is None else "error"
-        used = FolderLabels if source.caption_column is None else ColumnLabels
-        return used(caption_dropout=self.label_dropout, on_missing_caption=policy)
+        if by_folder:
+            return FolderLabels(
+                caption_dropout=self.label_dropout, on_missing_caption="folder", rule=self.class_folders
+            )
+        return ColumnLabels(caption_dropout=self.label_dropout, on_missing_caption="error")
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,11 @@ class ColumnLabels(CaptionOptions):
 
     word: ClassVar[str] = "label"
     refusal: ClassVar[str] = "--label_column: label them, or take them out of the data"
+    takes_one: ClassVar[bool] = True
+
+    def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
+        """Each class once, in one Unicode normal form."""
+        return tuple(dict.fromkeys(map(same_text, captions)))
 
 
 @dataclass(frozen=True)
@@ -65,13 +83,26 @@ class NoLabels(CaptionOptions):
 
 @dataclass(frozen=True)
 class FolderLabels(NoLabels):
-    """Each image has the name of its folder for its class."""
+    """Each image has the name of its folder for its class.
+
+    Attributes:
+        rule: as of `names_of_folders`.
+        names: the class of each folder, by its path; None before the images are known.
+    """
 
     folder_is_class: ClassVar[bool] = True
 
+    rule: str | None = field(default=None, repr=False, compare=False)
+    names: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
+
+    def settled(self, keys: Iterable[str], where: str, source: str) -> CaptionOptions:
+        """The same, which knows the class of each folder."""
+        counts = count_folders(keys)
+        return replace(self, names=names_of_folders(counts, self.rule, where, source))
+
     def of_folder(self, key: str, source: str) -> str:
         """The whole name: 5_1 and 6_1 are two classes."""
-        return PurePosixPath(key).parent.name or PurePosixPath(source).name
+        return (self.names or {})[key.rpartition("/")[0]]
 
 
 @dataclass(frozen=True)
@@ -118,6 +149,13 @@ class NamedLabels:
 def labels_of(value: object, where: str) -> tuple[str, ...]:
     """The name of a class that stands as a string, as a whole number or as a boolean."""
     return (str(value),) if isinstance(value, int) else captions_of(value, where)
+
+
+def count_classes(records: Records) -> Counter[str]:
+    """How many images have each class."""
+    counts = Counter(records.captions(index)[0] for index in range(len(records)))
+    del counts[""]
+    return counts
 
 
 def in_order(names: Sequence[str], orders: Sequence[tuple[str, ...]] = ()) -> list[str]:

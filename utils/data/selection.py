@@ -18,6 +18,7 @@ from utils.data.sampler import GlobalBatches, Pieces
 from utils.data.sources import Records
 from utils.options import UserError, as_number, option, require, require_fraction, require_positive
 from utils.seeding import Stream, generator
+from utils.user_files import short
 
 
 @dataclass(frozen=True)
@@ -310,15 +311,28 @@ def check_bad(bad: dict[str, str], num_listed: int, options: SelectionOptions) -
 
 
 def look_at_captions(records: Records) -> tuple[list[int], dict[int, str]]:
-    """(the images without a caption, why some can't be trained on with theirs)."""
+    """(the images without a caption, why some can't be trained on with theirs).
+
+    Raises:
+        UserError: if an image has several where it must have one, such as classes.
+    """
     if not any(source.captions.are_expected for source in records.sources):
         return [], {}
-    missing, reasons = [], {}
+    missing, reasons, several = [], {}, {}
     for index, captions in enumerate(records.all_captions()):
         if not captions:
             missing.append(index)
+        elif len(captions) > 1 and records.source(index).captions.takes_one:
+            several[index] = captions
         elif refusal := refusal_of(captions):
             reasons[index] = refusal
+    if several:
+        shown = "; ".join(f"{records.key(index)}: {', '.join(map(short, several[index]))}" for index in [*several][:5])
+        captions = records.source(next(iter(several))).captions
+        word = captions.word
+        raise UserError(
+            f"--{word}_column: {len(several):,} images have several {word}s; leave each one {word}: {shown}"
+        )
     return missing, reasons
 
 

@@ -110,6 +110,12 @@ class SourceOptions:
             raise UserError(f"--data_format {self.data_format} says what --train_data_dir is; give that alone")
 
     @property
+    def given_as(self) -> str:
+        """The flag that names the data, and its value."""
+        is_folder = self.dataset_name is None
+        return f"--train_data_dir {self.train_data_dir}" if is_folder else f"--dataset_name {self.dataset_name}"
+
+    @property
     def has_masks(self) -> bool:
         """Whether images have masks."""
         return self.mask_flag is not None
@@ -378,6 +384,7 @@ def read_records(
     sources, rows, copies = [], [], []
     for entry in source_entries(data, source, captions):
         table = read_table(entry.source, data.cache_dir, entry.captions, left_out)
+        entry = entry._replace(captions=_settled(entry, table))
         sources.append(Source(entry.name, table, *entry[2:], entry.source.masks()))
         rows.append(_subset(table, entry.source, seed))
         copies.append(_copies(table, rows[-1], entry))
@@ -385,6 +392,19 @@ def read_records(
     numbers = [np.full(len(each), number, np.uint16) for number, each in enumerate(rows)]
     together = np.concatenate(copies)
     return Records(sources, np.concatenate(numbers), np.concatenate(rows), None if (together == 1).all() else together)
+
+
+def _settled(entry: "SourceEntry", table: ImageTable) -> CaptionOptions:
+    """How the captions of a source are used whose images are known."""
+    source = entry.source
+    if entry.captions.folder_is_class and isinstance(table, RowTable):
+        raise UserError(
+            f"--class_conditional: {source.given_as} holds rows, which lie in no folders of classes; name the column "
+            "of the classes: --label_column"
+        )
+    path = Path(source.train_data_dir or source.dataset_name).resolve()
+    keys = (table.key(row) for row in range(len(table)))
+    return entry.captions.settled(keys, source.given_as, path.stem if path.is_file() else path.name)
 
 
 def folder_of(key: str) -> str:

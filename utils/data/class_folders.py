@@ -1,0 +1,164 @@
+"""The classes that the folders of images say: which of nested folders names one, and what is doubtful."""
+
+import logging
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from utils.data.folders import ALL_SPLIT_WORDS, class_folders_among
+from utils.options import UserError
+
+logger = logging.getLogger(__name__)
+INNER, OUTER = "inner", "outer"
+RULES = (INNER, OUTER)
+NUM_SHOWN = 5
+
+
+def same_text(name: str) -> str:
+    """A name in one Unicode normal form and without spaces around it: what is the same text is one class."""
+    return unicodedata.normalize("NFC", name).strip() or name
+
+
+def names_of_folders(counts: Mapping[str, int], rule: str | None, where: str, source: str) -> dict[str, str]:
+    """The class of each folder of images, by its path.
+
+    A split's folder and tar shards are no part of a class's path. Images that all lie in no folder are of one class,
+    which is called as their source is.
+
+    Args:
+        counts: how many images lie in each folder; "" is the top.
+        rule: of nested folders, `inner` takes the one that holds the images and `outer` the first in which their paths
+            differ. None for the inner one where the two don't contradict each other.
+        where: what is read, as it is named in messages.
+        source: the name of a class without a folder.
+
+    Raises:
+        UserError: if some images lie in no folder while others do, or folders of one name lie in several places and no
+            rule is given.
+    """
+    own = class_folders_among(counts)
+    paths = {folder: _class_path(folder, own) for folder in counts}
+    loose = [folder for folder, path in paths.items() if not path]
+    if len(loose) == len(paths):
+        return dict.fromkeys(paths, source)
+    if loose:
+        _refuse_loose(counts, loose, paths, where)
+    distinct = sorted(set(map(tuple, paths.values())))
+    outer = _outer_names(distinct)
+    inner = {path: path[-1] for path in distinct}
+    if rule is None:
+        _check_inner(inner, outer, where)
+    _name_spellings(paths, where)
+    chosen = outer if rule == OUTER else inner
+    return {folder: chosen[path] for folder, path in paths.items()}
+
+
+def describe_counts(names: Sequence[str], counts: Mapping[str, int]) -> str:
+    """Classes in words: how many, and the first with how many images each has."""
+    some = ", ".join(f"{name:.40} {counts[name]:,}" for name in names[:NUM_SHOWN])
+    more = f", and {len(names) - NUM_SHOWN:,} more" if len(names) > NUM_SHOWN else ""
+    return f"{len(names):,} classes ({some}{more})"
+
+
+def warn_of_twins(names: Iterable[str]) -> None:
+    """Names classes that differ only in what people write in several ways: capitals, spaces, zeros before a number."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[_plain(name)].append(name)
+    twins = [same for same in alike.values() if len(same) > 1]
+    if twins:
+        shown = "; ".join(" and ".join(map(repr, same[:4])) for same in twins[:NUM_SHOWN])
+        logger.warning(
+            "%d groups of classes differ only in capitals, spaces or leading zeros, and are trained as different "
+            "classes: %s; if they are the same, give them one name",
+            *(len(twins), shown),
+        )
+
+
+def _plain(name: str) -> str:
+    text = "".join(letter for letter in unicodedata.normalize("NFKC", name).casefold() if letter not in " \t_-")
+    return str(int(text)) if text.isdecimal() and len(text) < 300 else text or name
+
+
+def _class_path(folder: str, own: frozenset[str]) -> tuple[str, ...]:
+    """The folders of a path that may say a class."""
+    parts = folder.split("/") if folder else []
+    shard = max((number for number, part in enumerate(parts) if part.lower().endswith(".tar")), default=None)
+    if shard is not None:  # the folders within a shard say it, else those that it lies in
+        parts = parts[shard + 1 :] or parts[:shard]
+        return tuple(map(same_text, _within(parts)))
+    kept = [
+        part
+        for depth, part in enumerate(parts, start=1)
+        if part.lower() not in ALL_SPLIT_WORDS or "/".join(parts[:depth]) in own
+    ]
+    return tuple(map(same_text, _within(kept)))
+
+
+def _within(parts: Sequence[str]) -> list[str]:
+    return [part for part in parts if part not in ("", ".")]
+
+
+def _outer_names(paths: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """The first folder of each path below those that all of them share."""
+    shared = 0
+    while all(len(path) > shared + 1 for path in paths) and len({path[shared] for path in paths}) == 1:
+        shared += 1
+    return {path: path[shared] for path in paths}
+
+
+def _refuse_loose(
+    counts: Mapping[str, int], loose: Sequence[str], paths: Mapping[str, tuple[str, ...]], where: str
+) -> None:
+    """Refuses images beside the folders of classes, which would be a class of their own."""
+    count = sum(counts[folder] for folder in loose)
+    places = ", ".join(f"{folder}/" if folder else "its top" for folder in loose[:3])
+    names = sorted({path[-1] for path in paths.values() if path})
+    raise UserError(
+        f"{where}: {count:,} images lie in no folder of a class (in {places}), beside the folders "
+        f"{', '.join(names[:NUM_SHOWN])}; put them into the folder of their class, or take them out"
+    )
+
+
+def _check_inner(inner: Mapping[tuple[str, ...], str], outer: Mapping[tuple[str, ...], str], where: str) -> None:
+    """Refuses folders of one name in several places, and names nested ones that may be meant otherwise."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for path, name in inner.items():
+        places[name].append("/".join(path))
+    merged = {name: found for name, found in places.items() if len(found) > 1}
+    by_outer = sorted(set(outer.values()))
+    if merged:
+        name, found = next(iter(merged.items()))
+        cure = f"--class_folders {INNER} makes each name one class, such as {name}"
+        if len(by_outer) > 1:
+            cure += f"; --class_folders {OUTER} takes the outer folders, such as {', '.join(by_outer[:3])}"
+        raise UserError(
+            f"{where}: {len(merged):,} names of folders stand in several places, such as {', '.join(found[:3])}, and "
+            f"nothing says whether they are one class; {cure}"
+        )
+    if outer != inner and len(by_outer) > 1:
+        path = next(path for path in inner if outer[path] != inner[path])
+        logger.warning(
+            "%s: of nested folders the inner one names the class, such as %s of %s; --class_folders %s takes the outer "
+            "one, such as %s",
+            *(where, inner[path], "/".join(path), OUTER, outer[path]),
+        )
+
+
+def _name_spellings(paths: Mapping[str, tuple[str, ...]], where: str) -> None:
+    """Names folders that are one class though their names are not the same bytes."""
+    spellings: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for folder, path in paths.items():
+        spellings[path].add(folder.rpartition("/")[2])
+    alike = [found for found in spellings.values() if len({same_text(name) for name in found}) == 1 < len(found)]
+    if alike:
+        shown = "; ".join(" and ".join(sorted(map(ascii, found))) for found in alike[:NUM_SHOWN])
+        logger.warning(
+            "%s: taken for one class, as the names differ only in Unicode normal form or spaces around them: %s",
+            *(where, shown),
+        )
+
+
+def count_folders(keys: Iterable[str]) -> Counter[str]:
+    """How many images lie in each folder, by their paths."""
+    return Counter(key.rpartition("/")[0] for key in keys)
