@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from utils.data.ledger import Ledger
 from utils.data.listing import Fate, list_folder
 from utils.data.selection import SelectionOptions, plan_images
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records
+from utils.data.stream import open_stream
 from utils.disk import MARKER, mark_as_own
 from utils.options import UserError, option, parse, with_values
 
@@ -251,6 +253,62 @@ class TestDetection:
         picture(tmp_path / "banner.png")
         assert len(records_of(dataset_name=str(tmp_path))) == 6
         assert "is read as parquet; 1 other files of it that may be data are not, such as banner.png" in caplog.text
+
+
+class TestSeries:
+    @pytest.mark.parametrize(
+        ("there", "told"),
+        [
+            (["train-00000-of-00003.parquet"], "1 of the 3 .*: train-00001-of-00003.parquet, train-00002-of-00003"),
+            (["data/a-00001-of-00003.tar", "data/a-00003-of-00003.tar"], "2 of the 3 .*: data/a-00002-of-00003.tar;"),
+            (["train-00001-of-00002-0123456789abcdef.parquet"], "missing: train-00000-of-00002.parquet;"),
+            (["0_of_10.tar"], "missing: 1_of_10.tar, 2_of_10.tar, 3_of_10.tar, ...;"),
+            (["x-00000-of-00002.tar", "y-00001-of-00002.tar"], "missing: x-00001-of-00002.tar"),
+        ],
+    )
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_missing_shards_are_named(self, tmp_path, caplog, there, told, streaming):
+        for name in there:
+            parquet(tmp_path / name) if name.endswith(".parquet") else tar(tmp_path / name, "a.png", "a.txt")
+        if streaming:
+            source = SourceOptions(train_data_dir=str(tmp_path))
+            open_stream(DataOptions(streaming=True), source, CaptionOptions(), 32, BucketOptions())
+        else:
+            assert len(records_of(tmp_path))
+        assert re.search(told, caplog.text)
+
+    @pytest.mark.parametrize(
+        "there",
+        [
+            ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
+            ["train-00000-of-00002-0123456789abcdef.parquet", "train-00001-of-00002-fedcba9876543210.parquet"],
+            ["1-of-2.parquet", "2-of-2.parquet"],
+            ["train-00000-of-00001.parquet", "test-00000-of-00002.parquet"],
+            ["s-000000.parquet", "s-000002.parquet"],
+            ["profound-12.parquet", "of-3.parquet"],
+        ],
+    )
+    @pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
+    def test_whole_series_and_other_names_are_no_fault(self, tmp_path, caplog, there, flag):
+        for name in there:
+            parquet(tmp_path / name)
+        assert len(records_of(**{flag: str(tmp_path)}))
+        assert "missing" not in caplog.text
+
+    def test_a_single_shard_and_shards_of_a_dataset(self, tmp_path, caplog):
+        parquet(tmp_path / "train-00000-of-00002.parquet")
+        records_of(tmp_path / "train-00000-of-00002.parquet")
+        assert "missing: train-00001-of-00002.parquet" in caplog.text
+        caplog.clear()
+        records_of(dataset_name=str(tmp_path))
+        assert f"--dataset_name {tmp_path}: 1 of the 2 shards" in caplog.text
+
+    def test_pages_of_a_book_are_no_shards(self, tmp_path, caplog):
+        for name in ("page-1-of-9.png", "page-3-of-9.png"):
+            picture(tmp_path / name)
+            touch(tmp_path / name.replace(".png", ".txt"))
+        assert len(records_of(tmp_path)) == 2
+        assert not caplog.records
 
 
 class TestFates:

@@ -37,9 +37,11 @@ from utils.data.folders import (
     read_caption_file_folder,
     read_metadata_folder,
     read_pairs_folder,
+    split_of,
 )
 from utils.data.listing import MASK, SHARD, Fate, Listing, list_folder, warn_of_unread
 from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
+from utils.data.series import warn_of_gaps
 from utils.data.tables import FileTable, ImageTable, RowTable, captions_of, data_folders
 from utils.data.tars import read_tars
 from utils.options import UserError, as_number, first_line, nearest, option, require, require_positive, with_values
@@ -637,6 +639,7 @@ def check_dataset_folder(options: SourceOptions) -> None:
         )
     names = list_folder(folder).names
     check_parquet(folder, [name for name in names if name.lower().endswith(".parquet")], "dataset_name")
+    _warn_of_gaps_of_split(options, names)
     images = [name for name in names if is_image(name)]
     if not images or options.train_data_dir is not None or metadata_files(folder, names):
         return
@@ -647,6 +650,14 @@ def check_dataset_folder(options: SourceOptions) -> None:
             f"--dataset_name {folder} is a folder of images with captions beside them, such as {pair}; give it as "
             f"--train_data_dir {folder}"
         )
+
+
+def _warn_of_gaps_of_split(options: SourceOptions, names: Sequence[str]) -> None:
+    """Names the missing shards of the split that is read, and of those that no name says a split of."""
+    wanted = split_of(options.dataset_split) or options.dataset_split
+    said = {name: next(filter(None, map(split_of, name.split("/"))), None) for name in names}
+    shards = [name for name in names if said[name] in (None, wanted) and not is_image(name)]
+    warn_of_gaps(options.given_as, [name for name in shards if not is_caption_file(name)])
 
 
 def plain_path(path: str, cache_dir: str | None) -> str:
@@ -753,6 +764,7 @@ def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderCo
     names = [name for name in listing.names if name.lower().endswith(suffix)]
     if Path(path).is_file():
         require(bool(names), "train_data_dir", path, f"be a {suffix} file")
+        warn_of_gaps(options.given_as, names)
         return FolderContent(None, listing.names, dict.fromkeys(names, SHARD))
     require(bool(names), "train_data_dir", path, f"hold {suffix} files")
     if suffix == ".parquet":
@@ -762,6 +774,7 @@ def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderCo
     chosen = set(of_split(names, split, by_file_name=True)[0])
     of_others = set(names) - chosen
     used = {name: SHARD for name in names if name in chosen}
+    warn_of_gaps(options.given_as, used)
     return FolderContent(None, [name for name in listing.names if name not in of_others], used)
 
 
