@@ -136,9 +136,103 @@ class TestMetadata:
         assert dict(records.refused) == {
             "metadata.jsonl, line 2": "is nested more than 100 deep",
             "metadata.jsonl, line 3": "holds a number of 5000 digits; at most 300 are read",
-            "metadata.jsonl, line 4": "is no JSON object",
+            "metadata.jsonl, line 4": "is no JSON object but a list; write an object for each image",
             "1.png": "its caption has 1,000,000 characters; at most 65,536 are read",
         }
+
+    def test_several_rows_of_an_image_are_counted_and_named(self, tmp_path, caplog):
+        make_pictures(tmp_path, "0.png", "1.png", "2.png")
+        names = ("0.png", "./0.png", "x/../1.png", "1.png", "2.png")
+        rows = [{"file_name": name, "text": f"t{number}"} for number, name in enumerate(names)]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        assert found(records_of(tmp_path)) == {"0.png": ("t0", "t1"), "1.png": ("t2", "t3"), "2.png": ("t4",)}
+        assert "metadata.jsonl: 2 images stand in several rows, such as '0.png'; each is used once" in caplog.text
+        caplog.clear()
+        records_of(tmp_path, caption_column=None)
+        assert "one of its captions" not in caplog.text
+
+    @pytest.mark.parametrize("folder", ["", "sub/"])
+    def test_lists_that_contradict_each_other_are_refused(self, tmp_path, caplog, folder):
+        make_pictures(tmp_path, "sub/0.png", "sub/1.png", "sub/2.png")
+        prefix = "" if folder else "sub/"
+        (tmp_path / "metadata.csv").write_text("file_name,text\nsub/0.png,a\nsub/1.png,b\n")
+        rows = [{"file_name": f"{prefix}0.png", "text": "a"}, {"file_name": f"{prefix}2.png", "text": "c"}]
+        other = tmp_path / folder / "metadata.jsonl"
+        other.write_text("\n".join(map(json.dumps, rows)))
+        assert found(records_of(tmp_path)) == {"sub/0.png": ("a",), "sub/1.png": ("b",), "sub/2.png": ("c",)}
+        assert not caplog.records
+        rows[0]["text"] = "not a"
+        other.write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(
+            UserError, match=r"give 1 images different captions, such as 'sub/0.png'; remove one"
+        ) as told:
+            records_of(tmp_path)
+        assert f"metadata.csv and {folder}metadata.jsonl" in str(told.value)
+
+    def test_two_masks_of_an_image_are_refused(self, tmp_path):
+        make_pictures(tmp_path, "0.png", "1.png", "m/a.png", "m/b.png")
+        lines = ["file_name,text,mask", "0.png,x,m/a.png", "0.png,y,m/a.png", "1.png,z,m/b.png"]
+        (tmp_path / "metadata.csv").write_text("\n".join(lines))
+        table = records_of(tmp_path, mask_column="mask").sources[0].table
+        assert [Path(table.mask(row)).name for row in range(2)] == ["a.png", "b.png"]
+        (tmp_path / "metadata.csv").write_text("\n".join([*lines, "./1.png,z,m/a.png"]))
+        told = r"--mask_column mask: 1 images have two masks, such as '1.png': 'm/b.png' and 'm/a.png'; leave each one"
+        with pytest.raises(UserError, match=told):
+            records_of(tmp_path, mask_column="mask")
+
+    def test_a_mask_column_of_captions_is_named(self, tmp_path):
+        make_pictures(tmp_path, "0.png", "1.png", "m.png")
+        (tmp_path / "metadata.csv").write_text("file_name,text,mask\n0.png,a dog,m.png\n1.png,a cat,gone.png\n")
+        with pytest.raises(UserError, match=r"--mask_column text: none of its 2 values .* is the name .* as 'a dog'"):
+            records_of(tmp_path, mask_column="text")
+        assert len(records_of(tmp_path, mask_column="mask").refused) == 1
+
+    def test_what_tables_write_for_nothing_is_no_caption(self, tmp_path, caplog):
+        marks = ["NULL", "NaN", "None", "<NA>", " n/a ", '"NaN"', ""]
+        make_pictures(tmp_path, *(f"{number}.png" for number in range(len(marks) + 1)))
+        rows = "".join(f"{number}.png,{mark}\n" for number, mark in enumerate([*marks, "Nan"]))
+        (tmp_path / "metadata.csv").write_text(f"file_name,text\n{rows}")
+        captions = found(records_of(tmp_path))
+        assert [captions.pop(f"{number}.png") for number in range(len(marks))] == [("",)] * len(marks)
+        assert set(captions.values()) == {("Nan",)}
+        assert "metadata.csv: 6 cells hold NaN, NULL, None, the first in line 2, and are read as empty" in caplog.text
+        caplog.clear()
+        lines = [json.dumps({"file_name": "0.png", "text": "NaN"}), '{"file_name": "1.png", "text": NaN}']
+        (tmp_path / "metadata.csv").unlink()
+        (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+        assert found(records_of(tmp_path)) == {"0.png": ("NaN",), "1.png": ("",)}
+
+    @pytest.mark.parametrize(
+        ("name", "text", "told"),
+        [
+            ("metadata.csv", "file_name,text\n", r"metadata.csv: lists no images; write a row for each, or remove it"),
+            ("metadata.jsonl", "", r"metadata.jsonl: lists no images"),
+            ("metadata.tsv", "\n\n", r"metadata.tsv: lists no images"),
+            (
+                "metadata.jsonl",
+                '[\n {"file_name": "0.png"}\n]',
+                "of metadata.jsonl .*line 1: begins a JSON array; write",
+            ),
+            ("metadata.jsonl", '[{"file_name": "0.png"}]', "line 1: is no JSON object but a list; write an object"),
+            ("metadata.jsonl", '{"file_name": "0.png"}{"file_name": "1.png"}', "Extra data.*on a line of its own"),
+            ("metadata.jsonl", '{"file_name": "0.png", "text": "a", "text": "b"}', "none of the 1 .*'text' twice"),
+            ("metadata.csv", "0.png,a dog\n1.png,a cat\n", "no column file_name.*; write a header above its first"),
+            ("metadata.csv", "#comment\nfile_name,text\n0.png,a\n", "no column file_name.*; call that of the images'"),
+        ],
+    )
+    def test_a_list_that_says_nothing_is_named_with_its_fault(self, tmp_path, name, text, told):
+        make_pictures(tmp_path, "0.png", "1.png")
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=told) as raised:
+            records_of(tmp_path)
+        assert "there are no images" not in str(raised.value)
+
+    def test_an_empty_list_beside_another_is_named(self, tmp_path, caplog):
+        make_pictures(tmp_path, "a/0.png", "b/0.png")
+        (tmp_path / "a" / "metadata.csv").write_text("file_name,text\n0.png,x\n")
+        (tmp_path / "b" / "metadata.csv").write_text("")
+        assert len(records_of(tmp_path)) == 1
+        assert "b/metadata.csv: lists no images" in caplog.text
 
 
 class TestCaptionFiles:
@@ -200,6 +294,20 @@ class TestCaptionFiles:
         (tmp_path / "captions.json").write_text('{"0.png": "one", "0.png": "two"}')
         with pytest.raises(UserError, match=r"captions.json: names '0.png' twice, with different values"):
             records_of(tmp_path)
+
+    @pytest.mark.parametrize("other", ["images/0.png", "./0.png", "x\\..\\0.png"])
+    def test_two_names_of_one_image_in_a_captions_json(self, tmp_path, other):
+        make_pictures(tmp_path / "images", "0.png", "1.png")
+        (tmp_path / "captions.json").write_text(json.dumps({"0.png": "one", other: "one", "1.png": None}))
+        if ".." not in other:
+            assert found(records_of(tmp_path)) == {"images/0.png": ("one",), "images/1.png": ("",)}
+            (tmp_path / "captions.json").write_text(json.dumps({"0.png": "one", other: "two"}))
+            with pytest.raises(
+                UserError, match=r"captions.json: 1 images have two entries .* as '0.png' and '.*'; leave"
+            ):
+                records_of(tmp_path)
+        else:
+            assert [name for name, _ in records_of(tmp_path).refused] == [other]
 
     def test_long_captions_in_rows_cost_their_images(self, tmp_path):
         from datasets import Dataset

@@ -12,6 +12,11 @@ from utils.user_files import FileError, short
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 SAID_DELIMITER = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)  # Excel's own line for it
 
+MISSING = {  # what pandas, and so `datasets`, read as an empty cell
+    *("NULL", "null", "NaN", "nan", "-NaN", "-nan", "None", "NA", "<NA>", "N/A", "n/a", "#NA", "#N/A", "#N/A N/A"),
+    *("1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
+}
+
 
 class Row(NamedTuple):
     """A row below the header.
@@ -74,6 +79,11 @@ def read_rows(
             dict(zip(filter(None, columns), _named(columns, cells), strict=False)),
             _ragged(columns, cells, delimiter),
         )
+
+
+def is_missing(cell: str) -> bool:
+    """Whether a cell is empty, or holds what tables write for nothing, such as NULL or NaN."""
+    return not cell or cell.strip() in MISSING
 
 
 def _delimiter(header: str, names: Sequence[str]) -> str:

@@ -570,12 +570,30 @@ def json_lines(
 
 def parse_json_lines(text: str) -> Iterator[tuple[int, Any, str]]:
     """As `json_lines`, of text."""
+    is_begin = True
     for number, line in enumerate(lines_of(text), start=1):
         if line.strip():
+            if is_begin and line.lstrip()[0] == "[" and text.rstrip()[-1] == "]" and not _is_json(line):
+                yield (
+                    number,
+                    None,
+                    "begins a JSON array; write each of its values on a line of its own, without brackets",
+                )
+                return
+            is_begin = False
             try:
                 yield number, parse_json(line, f"line {number}"), ""
             except FileError as error:
-                yield number, None, error.reason.replace(": line 1, column", ": column")
+                cure = "; write each value on a line of its own" if "Extra data" in error.reason else ""
+                yield number, None, error.reason.replace(": line 1, column", ": column") + cure
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text, "")
+    except FileError:
+        return False
+    return True
 
 
 def parse_yaml(text: str, where: object) -> Any:

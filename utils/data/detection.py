@@ -12,15 +12,11 @@ import pyarrow as pa
 
 from utils.data.folders import (
     CAPTION_FILE,
-    METADATA_NAMES,
     PAIR_SUFFIXES,
     PHOTO_SUFFIXES,
     FolderContent,
-    is_binary,
     is_caption_file,
     is_image,
-    metadata_files,
-    parquet_columns,
     split_of,
 )
 from utils.data.images import unread_reason
@@ -35,6 +31,8 @@ from utils.data.listing import (
     Fates,
     Listing,
 )
+from utils.data.metadata import METADATA_NAMES, metadata_files
+from utils.data.parquet_files import is_binary, parquet_columns
 from utils.data.tables import FileTable
 from utils.options import UserError
 from utils.user_files import FileError, open_regular

@@ -5,34 +5,26 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import pyarrow as pa
-
 from utils.data.captions import MAX_CAPTION, refusal_of
 from utils.data.images import OPTIONAL_FORMATS, UNREAD_SUFFIXES, image_suffixes, unread_reason
-from utils.data.listing import CAPTION, MASK, METADATA, NO_READER, Fate, Fates, list_folder, warn_of_unread
+from utils.data.listing import CAPTION, METADATA, NO_READER, Fate, Fates, list_folder, warn_of_unread
 from utils.data.tables import FileTable, ImageTable, captions_of
-from utils.delimited import read_rows
-from utils.options import UserError, first_line, nearest
+from utils.options import UserError, first_line
 from utils.user_files import (
     CertainTexts,
     FileError,
     TextReader,
-    open_regular,
     parse_json,
-    parse_json_lines,
     read_bytes,
     short,
     size_text,
 )
 
 logger = logging.getLogger(__name__)
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
-NAME_COLUMN = "file_name"
-NAME_COLUMNS = ("filename", "file", "image", "path", "imagefile", "imagepath", "filepath", "imagefilename")
 MAX_CAPTION_JSON = 1 << 20  # bytes of a JSON file beside an image, which holds other facts too
 CAPTION_FILE = "captions.json"
 PAIR_SUFFIXES = (".txt", ".caption", ".json")
@@ -96,210 +88,7 @@ def is_caption_file(name: str) -> bool:
     return name.lower().endswith(PAIR_SUFFIXES)
 
 
-def read_metadata_folder(
-    folder: Path,
-    names: list[str],
-    caption_column: str | None,
-    mask_column: str | None,
-    split: str,
-    read: Callable[[object, str], tuple[str, ...]] = captions_of,
-    folder_is_class: bool = False,
-    encoding: str | None = None,
-) -> FolderContent:
-    """A folder with `metadata.jsonl`, `.csv`, `.tsv` or `.parquet`, at its top or below: its rows are the images.
-
-    Where the folder has splits, the metadata of one lies in it, or above it if there is none in it.
-
-    Args:
-        names: the folder's files.
-        caption_column: None where nothing of the metadata but the names is wanted.
-        read: makes captions of what that column holds.
-        folder_is_class: as of `of_split`.
-        encoding: that of the metadata, where the user says it.
-
-    Raises:
-        UserError: for metadata that can't be read, or without the columns `file_name` and `caption_column`.
-    """
-    texts = TextReader(encoding)
-    every = names
-    names, num_of_none = of_split(every, split, folder_is_class=folder_is_class)
-    images = {name for name in names if is_image(name)}
-    files, elsewhere = metadata_files(folder, names), set()
-    if not files:
-        elsewhere = set(every) - set(names)
-        files = _metadata_above(images, metadata_files(folder, elsewhere))
-    known_images = _Names(images)
-    listed: dict[str, tuple[str, ...]] = {}
-    masks: dict[str, str] = {}
-    refused: list[tuple[str, str]] = []
-    for metadata in files:
-        known: set[str] = set()
-        columns = [column for column in (caption_column, mask_column) if column is not None]
-        file = folder / metadata
-        is_parquet = metadata.endswith(".parquet")
-        for place, row, reason in _parquet_rows(file) if is_parquet else _metadata_rows(file, columns, texts):
-            name = row.get(NAME_COLUMN)
-            if reason or not isinstance(name, str) or not name:
-                refused.append((place, reason or "has no file_name"))
-                continue
-            known |= row.keys()
-            captions: tuple[str, ...] = ()
-            if caption_column is not None:
-                _check_metadata_column("caption_column", caption_column, known, place)
-                captions = read(row.get(caption_column), f"--caption_column {caption_column}: {place}")
-                if refusal := refusal_of(captions):
-                    refused.append((name, refusal))
-                    continue
-            parent = PurePosixPath(metadata).parent
-            path, reason = _resolve(parent, name, folder, known_images)
-            mask, mask_reason = "", ""
-            if mask_column is not None and row.get(mask_column):
-                mask, mask_reason = _resolve(parent, str(row[mask_column]), folder, known_images)
-            if path in elsewhere:
-                continue
-            if reason or mask_reason:
-                refused.append((name, reason or f"its mask {row[mask_column]}: {mask_reason}"))
-                continue
-            listed[path] = listed.get(path, ()) + captions
-            if mask:
-                masks[path] = mask
-        if mask_column is not None and known:
-            _check_metadata_column("mask_column", mask_column, known, metadata)
-    num_left_out = len(images - listed.keys() - set(masks.values())) + num_of_none
-    by_image = None if mask_column is None else [masks.get(name) for name in listed]
-    table = FileTable(folder, list(listed), list(listed.values()), refused, num_left_out, by_image)
-    table.texts = texts
-    return FolderContent(table, names, dict.fromkeys(masks.values(), MASK) | dict.fromkeys(files, METADATA))
-
-
-def metadata_files(folder: Path, names: Iterable[str]) -> list[str]:
-    """Those of some files of a folder that are metadata; one of Parquet only where no other lies beside it."""
-    found = [name for name in names if name.rpartition("/")[2] in METADATA_NAMES]
-    places = {name.rpartition("/")[0] for name in found if not name.endswith(".parquet")}
-    return [
-        name
-        for name in found
-        if not name.endswith(".parquet")
-        or (name.rpartition("/")[0] not in places and "file_name" in parquet_columns(folder / name))
-    ]
-
-
-def _metadata_above(images: Collection[str], metadata: Iterable[str]) -> list[str]:
-    """Those of some metadata files that lie in a folder that, further down, holds some of the images."""
-    places = ((name, name.rpartition("/")[0]) for name in sorted(metadata))
-    return [name for name, place in places if any(not place or image.startswith(f"{place}/") for image in images)]
-
-
-def _check_metadata_column(flag: str, column: str, known: set[str], place: str) -> None:
-    """Refuses metadata without a column."""
-    if column in known:
-        return
-    there = sorted(known - {NAME_COLUMN})
-    hint = next((name for name in there if _plain(name) == _plain(column)), "") or nearest(column, there)
-    shown = ", ".join(f"{name:.40}" for name in there[:20]) or f"none beside {NAME_COLUMN}"
-    raise UserError(
-        f"--{flag} {column} is not a column of the data: {place} has {shown}; "
-        + (f"did you mean --{flag} {hint:.40}?" if hint else f"name one with --{flag}")
-    )
-
-
-def parquet_columns(file: Path) -> dict[str, pa.DataType]:
-    """The types of the columns of a Parquet file by their names; none if it can't be read."""
-    from pyarrow import parquet
-
-    try:
-        return {column.name: column.type for column in parquet.read_schema(file)}
-    except (OSError, pa.ArrowException):
-        return {}
-
-
-def check_parquet(folder: Path, names: Iterable[str], flag: str) -> None:
-    """Refuses Parquet files of a folder whose ends can't be read, which say what is in them.
-
-    Raises:
-        UserError: naming the file.
-    """
-    from pyarrow import parquet
-
-    for name in names:
-        try:
-            with open_regular(folder / name) as file:
-                parquet.read_metadata(file)
-        except (OSError, pa.ArrowException) as error:
-            cure = "fetch it again, or take it out of the folder"
-            raise UserError(f"--{flag} {folder}: {name} can't be read: {first_line(error)}; {cure}") from error
-
-
-def is_binary(kind: pa.DataType) -> bool:
-    """Whether a column holds bytes, such as images."""
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, dict, str]]:
-    """As `_metadata_rows`, of a Parquet file; columns of bytes are left out."""
-    from pyarrow import parquet
-
-    columns = [name for name, kind in parquet_columns(file).items() if not is_binary(kind)]
-    number = 0
-    try:
-        with parquet.ParquetFile(file) as opened:
-            for batch in opened.iter_batches(1000, columns=columns):
-                for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020  it is counted on
-                    yield f"{file.name}, row {number}", row, ""
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} can't be read: {first_line(error)}") from error
-
-
-def _plain(column: str) -> str:
-    """A column's name without what people write in several ways."""
-    return re.sub(r"[\s_-]", "", column).casefold()
-
-
-def _metadata_rows(file: Path, columns: Sequence[str], texts: TextReader) -> Iterator[tuple[str, dict, str]]:
-    """(where it stands, the row, why it can't be read) of each row of a metadata file, its name under `file_name`.
-
-    Args:
-        columns: those that are wanted beside the name.
-    """
-    try:
-        text = texts.read(file)
-    except OSError as error:
-        raise UserError(f"{file} can't be read: {first_line(error)}") from error
-    said: set[str] = set()
-    is_table = file.suffix != ".jsonl"
-    for place, row, reason in _table_rows(text, file, columns) if is_table else _json_rows(text, file.name):
-        name = NAME_COLUMN if NAME_COLUMN in row else _name_column(row)
-        if is_table and not name:
-            raise FileError(file, f"has no column {NAME_COLUMN}; its columns are {short(list(row))}")
-        if name not in ("", NAME_COLUMN):
-            if name not in said:
-                logger.info("%s: the column %s holds the images' names, as %s would", file, short(name), NAME_COLUMN)
-            said.add(name)
-            row = row | {NAME_COLUMN: row[name]}
-        yield place, row, reason
-
-
-def _name_column(row: Mapping[str, object]) -> str:
-    """The column that holds the images' names though it is not called `file_name`, or ""."""
-    plain = {_plain(name): name for name in row}
-    return next((plain[each] for each in (_plain(NAME_COLUMN), *NAME_COLUMNS) if each in plain), "")
-
-
-def _table_rows(text: str, file: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict, str]]:
-    def names_an_image(column: str, cell: str) -> bool:
-        return is_image(cell) and bool(_name_column({column: cell}))
-
-    for line, values, reason in read_rows(text, file, (NAME_COLUMN, *NAME_COLUMNS, *columns), names_an_image):
-        yield f"{file.name}, line {line}", {name: value or None for name, value in values.items()}, reason
-
-
-def _json_rows(text: str, name: str) -> Iterator[tuple[str, dict, str]]:
-    for number, row, reason in parse_json_lines(text):
-        is_object = isinstance(row, dict)
-        yield f"{name}, line {number}", row if is_object else {}, reason or ("" if is_object else "is no JSON object")
-
-
-class _Names:
+class KnownNames:
     """The names of a folder's images, to find those that a list means."""
 
     def __init__(self, names: Collection[str]):
@@ -331,7 +120,7 @@ def _text(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _resolve(base: PurePosixPath, name: str, folder: Path, images: _Names) -> tuple[str, str]:
+def resolve_listed(base: PurePosixPath, name: str, folder: Path, images: KnownNames) -> tuple[str, str]:
     """(path within the folder, "") of a listed file name, or ("", why it is refused)."""
     plain = name.replace("\\", "/")
     inside = PurePosixPath(os.path.normpath(base / plain))
@@ -460,22 +249,31 @@ def read_caption_file_folder(folder: Path, names: list[str], split: str, encodin
     has_split_folders = any(part.lower() in ALL_SPLIT_WORDS for name in images for part in name.split("/")[:-1])
     pool = of_split(images, split)[0] if has_split_folders else images
     by_ending = _by_ending(pool)
-    known, elsewhere = _Names(by_ending), _by_ending(images)
+    known, elsewhere = KnownNames(by_ending), _by_ending(images)
     captions: dict[str, tuple[str, ...]] = {}
+    entries: dict[str, str] = {}
+    twice: list[tuple[str, str]] = []
     refused = []
     for name, value in mapping.items():
         found = captions_of(_caption_field(value), f"{file}: {short(name)}")
         if refusal := refusal_of(found):
             refused.append((name, refusal))
             continue
-        plain = name.replace("\\", "/")
+        plain = name.replace("\\", "/").removeprefix("./")
         path = by_ending.get(known.find(plain))
         if plain.startswith("/") or ".." in PurePosixPath(plain).parts:
             refused.append((name, "its file_name leaves the folder, which is refused"))
         elif path is not None:
-            captions[path] = found
+            if captions.get(path, found) != found:
+                twice.append((entries[path], name))
+            captions[path], entries[path] = found, name
         elif plain not in elsewhere:  # else it is of another split
             refused.append((name, known.missing(plain)))
+    if twice:
+        both = " and ".join(map(short, twice[0]))
+        raise UserError(
+            f"{file}: {len(twice):,} images have two entries with different captions, such as {both}; leave one of them"
+        )
     if is_of_split and not has_split_folders:  # there the list says which images are of the split
         pool = [name for name in pool if name in captions]
     table = FileTable(folder, pool, [captions.get(name, ()) for name in pool], refused, len(every) - len(images))

@@ -29,18 +29,17 @@ from utils.data.detection import (
 from utils.data.folders import (
     CAPTION_FILE,
     FolderContent,
-    check_parquet,
     is_caption_file,
     is_image,
-    metadata_files,
     of_split,
     read_caption_file_folder,
-    read_metadata_folder,
     read_pairs_folder,
     split_of,
 )
-from utils.data.listing import MASK, SHARD, Fate, Listing, list_folder, warn_of_unread
+from utils.data.listing import MASK, METADATA, SHARD, Fate, Listing, list_folder, warn_of_unread
 from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
+from utils.data.metadata import ListColumns, metadata_files, read_metadata_folder
+from utils.data.parquet_files import check_parquet
 from utils.data.series import warn_of_gaps
 from utils.data.tables import FileTable, ImageTable, RowTable, captions_of, data_folders
 from utils.data.tars import read_tars
@@ -564,9 +563,7 @@ def read_table(
     table, lists = content.table, unread_lists(listing.names, content)
     where = f"--train_data_dir {options.train_data_dir}"
     if len(table) == 0:
-        reasons = [f"the first of {len(table.refused)} says: {': '.join(table.refused[0])}"] if table.refused else []
-        reasons += describe_unread(table.fates, lists) if not reasons else []
-        raise UserError("; ".join([f"there are no images in {where}, such as .png, .jpg or .webp files", *reasons]))
+        raise UserError(_nothing_there(where, content, lists))
     if table.num_left_out:
         logger.warning("%d images in %s are in no list or split of it and left out", table.num_left_out, table.name)
     is_bare = isinstance(table, FileTable) and captions.are_expected and table.num_without_captions() > 0
@@ -575,6 +572,18 @@ def read_table(
     for fates in filter(None, (table.fates, table.member_fates)):
         warn_of_unread(where, fates)
     return table
+
+
+def _nothing_there(where: str, content: FolderContent, lists: Sequence[str]) -> str:
+    """Why a folder has no image to train on."""
+    table = content.table
+    if table.refused:
+        listed = [name for name, word in content.used.items() if word == METADATA]
+        there = f" of {', '.join(listed[:3])}" if listed else ""
+        first = ": ".join(table.refused[0])
+        return f"{where}: none of the {len(table.refused):,} images{there} can be read; the first: {first}"
+    reasons = describe_unread(table.fates, lists)
+    return "; ".join([f"there are no images in {where}, such as .png, .jpg or .webp files", *reasons])
 
 
 def detect(options: SourceOptions, listing: Listing) -> str:
@@ -708,9 +717,9 @@ def _read_imagefolder(
 ) -> FolderContent:
     if options.image_column != "image":
         raise UserError(f"--image_column {options.image_column} is not a column of a folder of images; leave it out")
-    columns = (options.caption_column, options.mask_column)
-    found = listing.root, listing.names, *columns, options.dataset_split
-    return read_metadata_folder(*found, options.reader(), folder_is_class, options.text_encoding)
+    columns = ListColumns(options.caption_column, options.mask_column, options.reader())
+    found = listing.root, listing.names, columns, options.dataset_split
+    return read_metadata_folder(*found, folder_is_class, options.text_encoding)
 
 
 def _read_pairs(

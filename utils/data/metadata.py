@@ -1,0 +1,322 @@
+"""Lists of a folder's images with their captions and masks: metadata.jsonl, .csv, .tsv and .parquet."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from utils.data.captions import refusal_of
+from utils.data.folders import FolderContent, KnownNames, is_image, of_split, resolve_listed
+from utils.data.listing import MASK, METADATA
+from utils.data.parquet_files import is_binary, parquet_columns
+from utils.data.tables import FileTable, captions_of
+from utils.delimited import is_missing, read_rows
+from utils.options import UserError, first_line, nearest
+from utils.user_files import FileError, TextReader, parse_json_lines, short
+
+logger = logging.getLogger(__name__)
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
+NAME_COLUMN = "file_name"
+NAME_COLUMNS = ("filename", "file", "image", "path", "imagefile", "imagepath", "filepath", "imagefilename")
+NUM_SHOWN = 3
+
+
+class ListColumns(NamedTuple):
+    """What is wanted of a list beside the images' names.
+
+    Attributes:
+        caption: the column of the captions; None where none are wanted.
+        mask: the column of the masks' names; None without masks.
+        read: makes captions of what the caption column holds.
+    """
+
+    caption: str | None
+    mask: str | None = None
+    read: Callable[[object, str], tuple[str, ...]] = captions_of
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that are wanted."""
+        return [column for column in (self.caption, self.mask) if column is not None]
+
+
+def read_metadata_folder(
+    folder: Path,
+    names: list[str],
+    columns: ListColumns,
+    split: str,
+    folder_is_class: bool = False,
+    encoding: str | None = None,
+) -> FolderContent:
+    """A folder with `metadata.jsonl`, `.csv`, `.tsv` or `.parquet`, at its top or below: its rows are the images.
+
+    Where the folder has splits, the metadata of one lies in it, or above it if there is none in it. Several rows of an
+    image in one list give it several captions; several lists must agree on an image.
+
+    Args:
+        names: the folder's files.
+        folder_is_class: as of `of_split`.
+        encoding: that of the metadata, where the user says it.
+
+    Raises:
+        UserError: for metadata that can't be read, is empty, lacks a column, or says two things of an image.
+    """
+    texts = TextReader(encoding)
+    every = names
+    names, num_of_none = of_split(every, split, folder_is_class=folder_is_class)
+    images = {name for name in names if is_image(name)}
+    files, elsewhere = metadata_files(folder, names), set()
+    if not files:
+        elsewhere = set(every) - set(names)
+        files = _metadata_above(images, metadata_files(folder, elsewhere))
+    lists = _Lists(folder, columns, images, elsewhere, texts)
+    for metadata in files:
+        lists.read(metadata)
+    lists.check(files)
+    masks = lists.masks
+    num_left_out = len(images - lists.captions.keys() - set(masks.values())) + num_of_none
+    by_image = None if columns.mask is None else [masks.get(name) for name in lists.captions]
+    found = list(lists.captions), list(lists.captions.values())
+    table = FileTable(folder, *found, lists.refused, num_left_out, by_image)
+    table.texts = texts
+    return FolderContent(table, names, dict.fromkeys(masks.values(), MASK) | dict.fromkeys(files, METADATA))
+
+
+class _Lists:
+    """What the lists of a folder say, read one after the other.
+
+    Attributes:
+        captions: of each image, by its path.
+        masks: their paths, by the images'.
+        refused: (image or place, reason) of what can't be had.
+    """
+
+    def __init__(
+        self, folder: Path, columns: ListColumns, images: Collection[str], elsewhere: Collection[str], texts: TextReader
+    ):
+        """`elsewhere` are files of other splits, whose rows are passed over."""
+        self.captions: dict[str, tuple[str, ...]] = {}
+        self.masks: dict[str, str] = {}
+        self.refused: list[tuple[str, str]] = []
+        self._folder, self._columns, self._texts = folder, columns, texts
+        self._images, self._elsewhere = KnownNames(images), elsewhere
+        self._list_of: dict[str, str] = {}  # filled from the second list on
+        self._num_rows: Counter[str] = Counter()
+        self._num_masks, self._lost_masks = 0, []
+        self._two_masks: dict[str, tuple[str, str]] = {}
+        self._differing: dict[str, tuple[str, str]] = {}
+
+    def read(self, metadata: str) -> None:
+        """Adds the rows of a list."""
+        here: dict[str, tuple[str, ...]] = {}
+        repeated: set[str] = set()
+        known: set[str] = set()
+        file, columns = self._folder / metadata, self._columns
+        rows = (
+            _parquet_rows(file) if metadata.endswith(".parquet") else _metadata_rows(file, columns.names, self._texts)
+        )
+        for place, row, reason in rows:
+            self._num_rows[metadata] += 1
+            name = row.get(NAME_COLUMN)
+            if reason or not isinstance(name, str) or not name:
+                self.refused.append((place, reason or "has no file_name"))
+                continue
+            known |= row.keys()
+            captions: tuple[str, ...] = ()
+            if columns.caption is not None:
+                _check_metadata_column("caption_column", columns.caption, known, place)
+                captions = columns.read(row.get(columns.caption), f"--caption_column {columns.caption}: {place}")
+                if refusal := refusal_of(captions):
+                    self.refused.append((name, refusal))
+                    continue
+            path = self._path_of(PurePosixPath(metadata).parent, name, row)
+            if path is None:
+                continue
+            if path in here:
+                repeated.add(path)
+            here[path] = here.get(path, ()) + captions
+        if columns.mask is not None and known:
+            _check_metadata_column("mask_column", columns.mask, known, metadata)
+        if repeated:
+            use = ", with one of its captions drawn at each step" if columns.caption is not None else ""
+            logger.warning(
+                "%s: %d images stand in several rows, such as %s; each is used once an epoch%s",
+                *(file, len(repeated), short(min(repeated)), use),
+            )
+        self._add(metadata, here)
+
+    def _path_of(self, parent: PurePosixPath, name: str, row: Mapping[str, object]) -> str | None:
+        """The path of a row's image, whose mask is kept; None if it is refused or of another split."""
+        path, reason = resolve_listed(parent, name, self._folder, self._images)
+        mask, mask_reason, value = "", "", row.get(self._columns.mask) if self._columns.mask is not None else None
+        if value:
+            mask, mask_reason = resolve_listed(parent, str(value), self._folder, self._images)
+        if path in self._elsewhere:
+            return None
+        self._num_masks += bool(value)
+        if reason or mask_reason:
+            if not reason:
+                self._lost_masks.append(str(value))
+            self.refused.append((name, reason or f"its mask {value}: {mask_reason}"))
+            return None
+        if mask and self.masks.setdefault(path, mask) != mask:
+            self._two_masks[path] = self.masks[path], mask
+        return path
+
+    def _add(self, metadata: str, here: dict[str, tuple[str, ...]]) -> None:
+        """Puts what one list says to what the others say."""
+        if not self.captions:
+            self.captions = here
+            self._list_of = dict.fromkeys(here, metadata)
+            return
+        for path, captions in here.items():
+            before = self.captions.get(path, ())
+            if before and captions and set(before) != set(captions):
+                self._differing[path] = self._list_of[path], metadata
+            self.captions[path] = before or captions
+            self._list_of.setdefault(path, metadata)
+
+    def check(self, files: Sequence[str]) -> None:
+        """Refuses lists that say nothing, or two things of an image.
+
+        Raises:
+            UserError: naming the lists and the first images.
+        """
+        if self._differing:
+            path, (first, second) = next(iter(self._differing.items()))
+            raise UserError(
+                f"{self._folder}: {first} and {second} give {len(self._differing):,} images different captions, such "
+                f"as {short(path)}; remove one of the two, or put all captions of an image into one"
+            )
+        if self._two_masks:
+            path, masks = next(iter(self._two_masks.items()))
+            raise UserError(
+                f"--mask_column {self._columns.mask}: {len(self._two_masks):,} images have two masks, such as "
+                f"{short(path)}: {' and '.join(map(short, masks))}; leave each one mask"
+            )
+        if self._lost_masks and len(self._lost_masks) == self._num_masks:
+            there = short(self._lost_masks[0])
+            raise UserError(
+                f"--mask_column {self._columns.mask}: none of its {self._num_masks:,} values in {', '.join(files[:3])} "
+                f"is the name of a file, such as {there}; name the column of the masks' file names"
+            )
+        empty = [name for name in files if not self._num_rows[name]]
+        if empty and len(empty) == len(files):
+            raise UserError(
+                f"{self._folder / empty[0]}: lists no images; write a row for each, or remove it to train on the "
+                "images with the captions beside them"
+            )
+        for name in empty:
+            logger.warning("%s: lists no images", self._folder / name)
+
+
+def metadata_files(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of some files of a folder that are metadata; one of Parquet only where no other lies beside it."""
+    found = [name for name in names if name.rpartition("/")[2] in METADATA_NAMES]
+    places = {name.rpartition("/")[0] for name in found if not name.endswith(".parquet")}
+    return [
+        name
+        for name in found
+        if not name.endswith(".parquet")
+        or (name.rpartition("/")[0] not in places and "file_name" in parquet_columns(folder / name))
+    ]
+
+
+def _metadata_above(images: Collection[str], metadata: Iterable[str]) -> list[str]:
+    """Those of some metadata files that lie in a folder that, further down, holds some of the images."""
+    places = ((name, name.rpartition("/")[0]) for name in sorted(metadata))
+    return [name for name, place in places if any(not place or image.startswith(f"{place}/") for image in images)]
+
+
+def _check_metadata_column(flag: str, column: str, known: set[str], place: str) -> None:
+    """Refuses metadata without a column."""
+    if column in known:
+        return
+    there = sorted(known - {NAME_COLUMN})
+    hint = next((name for name in there if _plain(name) == _plain(column)), "") or nearest(column, there)
+    shown = ", ".join(f"{name:.40}" for name in there[:20]) or f"none beside {NAME_COLUMN}"
+    raise UserError(
+        f"--{flag} {column} is not a column of the data: {place} has {shown}; "
+        + (f"did you mean --{flag} {hint:.40}?" if hint else f"name one with --{flag}")
+    )
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, dict, str]]:
+    """As `_metadata_rows`, of a Parquet file; columns of bytes are left out."""
+    from pyarrow import parquet
+
+    columns = [name for name, kind in parquet_columns(file).items() if not is_binary(kind)]
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(1000, columns=columns):
+                for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020  it is counted on
+                    yield f"{file.name}, row {number}", row, ""
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file} can't be read: {first_line(error)}") from error
+
+
+def _plain(column: str) -> str:
+    """A column's name without what people write in several ways."""
+    return re.sub(r"[\s_-]", "", column).casefold()
+
+
+def _metadata_rows(file: Path, columns: Sequence[str], texts: TextReader) -> Iterator[tuple[str, dict, str]]:
+    """(where it stands, the row, why it can't be read) of each row of a metadata file, its name under `file_name`.
+
+    Args:
+        columns: those that are wanted beside the name.
+    """
+    try:
+        text = texts.read(file)
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {first_line(error)}") from error
+    said: set[str] = set()
+    is_table = file.suffix != ".jsonl"
+    for place, row, reason in _table_rows(text, file, columns) if is_table else _json_rows(text, file.name):
+        name = NAME_COLUMN if NAME_COLUMN in row else _name_column(row)
+        if is_table and not name:
+            is_row = any(map(is_image, row))
+            cure = "write a header above its first row" if is_row else f"call that of the images' names {NAME_COLUMN}"
+            raise FileError(file, f"has no column {NAME_COLUMN}; its columns are {short(list(row))}; {cure}")
+        if name not in ("", NAME_COLUMN):
+            if name not in said:
+                logger.info("%s: the column %s holds the images' names, as %s would", file, short(name), NAME_COLUMN)
+            said.add(name)
+            row = row | {NAME_COLUMN: row[name]}
+        yield place, row, reason
+
+
+def _name_column(row: Mapping[str, object]) -> str:
+    """The column that holds the images' names though it is not called `file_name`, or ""."""
+    plain = {_plain(name): name for name in row}
+    return next((plain[each] for each in (_plain(NAME_COLUMN), *NAME_COLUMNS) if each in plain), "")
+
+
+def _table_rows(text: str, file: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict, str]]:
+    def names_an_image(column: str, cell: str) -> bool:
+        return is_image(cell) and bool(_name_column({column: cell}))
+
+    missing: Counter[str] = Counter()
+    first = 0
+    for line, values, reason in read_rows(text, file, (NAME_COLUMN, *NAME_COLUMNS, *columns), names_an_image):
+        marks = [values[name] for name in columns if values.get(name) and is_missing(values[name])]
+        first = first or (line if marks else 0)
+        missing.update(marks)
+        found = {name: None if is_missing(value) else value for name, value in values.items()}
+        yield f"{file.name}, line {line}", found, reason
+    if missing:
+        shown = ", ".join(mark for mark, _ in missing.most_common(NUM_SHOWN))
+        said = "%s: %d cells hold %s, the first in line %d, and are read as empty; metadata.jsonl can hold such texts"
+        logger.warning(said, file, missing.total(), shown, first)
+
+
+def _json_rows(text: str, name: str) -> Iterator[tuple[str, dict, str]]:
+    for number, row, reason in parse_json_lines(text):
+        is_object = isinstance(row, dict)
+        told = "" if is_object else f"is no JSON object but a {type(row).__name__}; write an object for each image"
+        yield f"{name}, line {number}", row if is_object else {}, reason or told
