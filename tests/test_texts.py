@@ -1,9 +1,12 @@
 """Captions, metadata and lists of sources as people and programs write them, in any encoding, whole or broken."""
 
+import bz2
 import contextlib
+import gzip
 import io
 import json
 import logging
+import lzma
 import os
 import random
 import tarfile
@@ -284,6 +287,38 @@ class TestCaptionFiles:
         }
         assert planned(records, tmp_path / "m").bad == dict(records.refused)
 
+    @pytest.mark.parametrize("is_tar", [False, True])
+    def test_captions_that_differ_are_counted_and_the_first_is_named(self, tmp_path, caplog, is_tar):
+        texts = {"0.txt": "a", "0.caption": "b", "0.json": '"c"', "1.txt": "a, b", "1.json": '{"tags": ["a", "b"]}'}
+        texts |= {"2.caption": "x", "2.json": '{"width": 5}', "3.txt": "", "3.caption": "y"}
+        if is_tar:
+            members = {f"{number}.png": png() for number in range(4)}
+            write_tar(tmp_path / "a.tar", members | {name: text.encode() for name, text in texts.items()})
+        else:
+            make_pictures(tmp_path, *(f"{number}.png" for number in range(4)))
+            for name, text in texts.items():
+                (tmp_path / name).write_text(text)
+        captions = found(records_of(tmp_path))
+        assert list(captions.values()) == [("a",), ("a, b",), ("x",), ("",)]
+        place = "a.tar/" if is_tar else ""
+        told = "2 images have several caption files with different captions; the first is read (.txt before .caption "
+        assert f"{told}before .json), such as {place}0.txt and not {place}0.caption, {place}0.json" in caplog.text
+
+    def test_two_spellings_of_an_ending_and_names_with_both(self, tmp_path, caplog):
+        make_pictures(tmp_path, "0.png", "1.png")
+        for name, text in {"0.TXT": "upper", "0.txt": "lower", "1.txt": "one", "1.png.txt": "one"}.items():
+            (tmp_path / name).write_text(text)
+        records_of(tmp_path)
+        assert "1 images have several caption files with different captions" in caplog.text
+
+    def test_captions_beside_images_that_a_list_names_are_counted(self, tmp_path, caplog):
+        caplog.set_level(logging.INFO)
+        make_pictures(tmp_path, "0.png", "1.png")
+        (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a\n1.png,b\n")
+        (tmp_path / "0.txt").write_text("not a")
+        assert found(records_of(tmp_path)) == {"0.png": ("a",), "1.png": ("b",)}
+        assert "captions are read from metadata.csv; 1 beside images are not, such as 0.txt" in caplog.text
+
     def test_a_captions_json_is_read_so_too(self, tmp_path):
         make_pictures(tmp_path, "0.png", "1.png")
         texts = {"0.png": CHINESE, "1.png": "x" * (MAX_CAPTION + 1)}
@@ -387,6 +422,41 @@ class TestTars:
         assert found(records) == {"a.tar/0.png": ("a dog",)}
         assert any(reason in told for _, told in records.refused)
         assert all(name.startswith("a.tar") for name, _ in records.refused)
+
+    def test_two_samples_of_one_name_are_named(self, tmp_path, caplog):
+        members = [("0.png", png()), ("0.txt", b"one"), ("0.png", png()), ("0.txt", b"two"), ("1.left.png", png())]
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            for name, content in [*members, ("1.right.png", png())]:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+        records = records_of(tmp_path)
+        assert found(records) == {"a.tar/0.png": ("one",), "a.tar/1.left.png": ("",)}
+        assert (
+            "2 images are left out, as another of their sample comes before them, such as a.tar/0.png;" in caplog.text
+        )
+        assert "such as a.tar/0.txt and not a.tar/another 0.txt" in caplog.text
+        assert "in no list or split" not in caplog.text
+        words = [fate.word for _, fate in records.sources[0].table.member_fates]
+        assert sorted(words) == ["caption", "duplicate", "duplicate", "other"]
+
+    @pytest.mark.parametrize(
+        ("content", "kind"),
+        [
+            (gzip.compress(b"x" * 100), "compressed by gzip, of which gunzip makes a plain one"),
+            (bz2.compress(b"x"), "compressed by bzip2"),
+            (lzma.compress(b"x"), "compressed by xz"),
+            (b"PK\x03\x04" + b"x" * 600, "a zip archive; unpack it"),
+            (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS; fetch the file itself"),
+            (b"<!DOCTYPE html><html>", "a web page; fetch the file again"),
+        ],
+    )
+    def test_what_is_only_called_tar_is_named(self, tmp_path, content, kind):
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(UserError, match=f"a.tar: is no tar file but {kind}"):
+            records_of(tmp_path)
+        write_tar(tmp_path / "b.tar", {"BZh.png": png()})
+        assert len(records_of(tmp_path).refused) == 1
 
 
 class TestFolders:

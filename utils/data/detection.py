@@ -49,6 +49,7 @@ DECORATION_FOLDERS = {"assets", "docs", "doc", "figures", "media", "static"}
 MOST_DECORATIONS = 20
 README_LIMIT = 1 << 20  # bytes
 NOTES = {"readme", "license", "licence", "changelog", "notice", "requirements", "classes", "todo", "notes", "info"}
+BESIDE_LIST = "a caption beside its image, of which the list of captions is read"
 KINDS_OF_IMAGES = ("pairs", "imagefolder", "captions_json")
 RENAMED = "rename it to metadata.csv or metadata.jsonl, with the images' names in a column file_name"
 
@@ -332,8 +333,8 @@ def _leftover(name: str, kind: str, stems: Collection[str], pictures: dict[str, 
         return Fate(NO_READER, f"{suffix} (archive) is not read; unpack it")
     if kind in KINDS_OF_IMAGES and suffix in PAIR_SUFFIXES:
         if stem in stems or os.path.splitext(stem)[0] in stems:
-            instead = "the file of another ending" if kind == "pairs" else "the list of captions"
-            return Fate(OTHER, f"a caption beside its image, of which {instead} is read")
+            is_pair = kind == "pairs"
+            return Fate(OTHER, "a caption beside its image, which has another that is read" if is_pair else BESIDE_LIST)
         if stem in pictures:
             return Fate(LONE_CAPTION, f"its picture can't be read: {unread_reason(_suffix(pictures[stem]))}")
         is_note = PurePosixPath(stem).name.lower() in NOTES or LIST_WORDS.search(PurePosixPath(stem).name)

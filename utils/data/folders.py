@@ -47,11 +47,13 @@ class FolderContent(NamedTuple):
         table: its images; None before they are read.
         names: its files of the split that was read, or of none.
         used: what files beside the images were read or taken as, by their names.
+        findings: what is to be said of the captions, a line each.
     """
 
     table: ImageTable | None
     names: Sequence[str]
     used: Mapping[str, str]
+    findings: Sequence[str] = ()
 
 
 def list_files(folder: Path) -> list[str]:
@@ -320,25 +322,21 @@ def read_pairs_folder(
 ) -> FolderContent:
     """Images with captions in files of the same name: `a.txt`, `a.caption` or `a.json` beside `a.jpg`.
 
-    Each line of a text is a caption; of JSON a string, a list, or an object's field such as "caption" is.
+    Each line of a text is a caption; of JSON a string, a list, or an object's field such as "caption" is. Of several
+    files beside an image the first in the order of `PAIR_SUFFIXES` is read.
 
     Args:
         folder_is_class: as of `of_split`.
         encoding: that of the captions, where the user says it.
     """
     names, num_of_none = of_split(names, split, folder_is_class=folder_is_class)
-    there = {os.path.splitext(name)[0] + os.path.splitext(name)[1].lower(): name for name in names}
+    there: dict[str, list[str]] = defaultdict(list)
+    for name in filter(is_caption_file, names):
+        there[os.path.splitext(name)[0] + os.path.splitext(name)[1].lower()].append(name)
     images = list(filter(is_image, names))
-    pairs = {name: pair for name in images if (pair := _pair_of(name, there)) is not None}
-    contents: dict[str, bytes] = {}
-    broken: dict[str, str] = {}
-    for pair in dict.fromkeys(pairs.values()):
-        try:
-            contents[pair] = read_bytes(folder / pair, caption_limit(pair))
-        except FileError as error:
-            broken[pair] = error.reason
-        except OSError as error:
-            broken[pair] = error.strerror or first_line(error)
+    beside = {name: found for name in images if (found := _pairs_of(name, there))}
+    pairs = {name: found[0] for name, found in beside.items()}
+    contents, broken = _read_caption_files(folder, pairs.values())
     texts = TextReader(encoding)
     captions, more_broken = captions_in(contents, texts)
     broken |= more_broken
@@ -350,15 +348,51 @@ def read_pairs_folder(
     kept = [name for name in images if pairs.get(name) not in broken]
     table = FileTable(folder, kept, [captions.get(pairs.get(name), ()) for name in kept], refused, num_of_none)
     table.texts = texts
-    return FolderContent(table, names, dict.fromkeys(pairs.values(), CAPTION))
+    others, _ = _read_caption_files(folder, [other for found in beside.values() for other in found[1:]])
+    differing = differing_captions(beside, captions | captions_in(others, TextReader(encoding))[0])
+    return FolderContent(table, names, dict.fromkeys(pairs.values(), CAPTION), differing)
 
 
-def _pair_of(name: str, there: Mapping[str, str]) -> str | None:
-    """The caption file of an image, None without one."""
+def _pairs_of(name: str, there: Mapping[str, Sequence[str]]) -> list[str]:
+    """The caption files of an image, of which the first is read."""
     stem = os.path.splitext(name)[0]
-    return next(
-        (there[pair] for suffix in PAIR_SUFFIXES for pair in (stem + suffix, name + suffix) if pair in there), None
-    )
+    pairs = (pair for suffix in PAIR_SUFFIXES for pair in (stem + suffix, name + suffix))
+    return [found for pair in pairs for found in there.get(pair, ())]
+
+
+def _read_caption_files(folder: Path, names: Iterable[str]) -> tuple[dict[str, bytes], dict[str, str]]:
+    """(the bytes of caption files by their names, why others can't be read)."""
+    contents: dict[str, bytes] = {}
+    broken: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        try:
+            contents[name] = read_bytes(folder / name, caption_limit(name))
+        except FileError as error:
+            broken[name] = error.reason
+        except OSError as error:
+            broken[name] = error.strerror or first_line(error)
+    return contents, broken
+
+
+def differing_captions(beside: Mapping[str, Sequence[str]], captions: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line that counts the images whose caption files do not say the same, or none.
+
+    Args:
+        beside: the caption files of each image, of which the first is read.
+        captions: in these files, by their names; none of a file that can't be read.
+    """
+    differing = [
+        found
+        for found in beside.values()
+        if any(captions.get(other) and captions[other] != captions.get(found[0]) for other in found[1:])
+    ]
+    if not differing:
+        return []
+    order = " before ".join(PAIR_SUFFIXES)
+    return [
+        f"{len(differing):,} images have several caption files with different captions; the first is read ({order}), "
+        f"such as {differing[0][0]} and not {', '.join(differing[0][1:])}"
+    ]
 
 
 def caption_limit(name: str) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 
 from utils.data.captions import FOLDER_REPEATS, CaptionOptions
 from utils.data.detection import (
+    BESIDE_LIST,
     check_configurations,
     cure_of,
     describe_unread,
@@ -566,12 +567,28 @@ def read_table(
         raise UserError(_nothing_there(where, content, lists))
     if table.num_left_out:
         logger.warning("%d images in %s are in no list or split of it and left out", table.num_left_out, table.name)
+    if captions.are_expected:
+        _say_which_captions_are_read(where, content)
     is_bare = isinstance(table, FileTable) and captions.are_expected and table.num_without_captions() > 0
     for name in lists[:5] if table.num_left_out or is_bare else ():
         logger.warning("%s: %s is not read; if it lists captions, %s", where, name, cure_of(name))
     for fates in filter(None, (table.fates, table.member_fates)):
         warn_of_unread(where, fates)
     return table
+
+
+def _say_which_captions_are_read(where: str, content: FolderContent) -> None:
+    """Names captions that stand in several places, of which one is read."""
+    for finding in content.findings:
+        logger.warning("%s: %s", where, finding)
+    fates = content.table.fates
+    num_beside = sum(count for fate, count in fates.by_fate().items() if fate.reason == BESIDE_LIST) if fates else 0
+    if num_beside:
+        first = next(name for name, fate in fates if fate.reason == BESIDE_LIST)
+        lists = ", ".join([name for name, word in content.used.items() if word == METADATA][:3])
+        logger.info(
+            "%s: captions are read from %s; %d beside images are not, such as %s", where, lists, num_beside, first
+        )
 
 
 def _nothing_there(where: str, content: FolderContent, lists: Sequence[str]) -> str:
@@ -751,7 +768,14 @@ def _read_webdataset(
 ) -> FolderContent:
     content = shards_of(options, listing, ".tar")
     files = [listing.root / name for name in content.used]
-    return content._replace(table=read_tars(files, options.mask_column, options.text_encoding))
+    table = read_tars(files, options.mask_column, options.text_encoding)
+    if table.doubled:
+        logger.warning(
+            "%s: %d images are left out, as another of their sample comes before them, such as %s; a sample is what "
+            "has one name up to the first dot",
+            *(options.given_as, len(table.doubled), table.doubled[0]),
+        )
+    return content._replace(table=table, findings=table.findings)
 
 
 SOURCES = {

@@ -2,14 +2,23 @@
 
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from utils.data.folders import PAIR_SUFFIXES, PHOTO_SUFFIXES, caption_limit, captions_in, is_caption_file, is_image
+from utils.data.folders import (
+    PAIR_SUFFIXES,
+    PHOTO_SUFFIXES,
+    caption_limit,
+    captions_in,
+    differing_captions,
+    is_caption_file,
+    is_image,
+)
 from utils.data.images import MOST_BYTES, unread_reason
 from utils.data.listing import (
     CAPTION,
@@ -30,11 +39,34 @@ from utils.user_files import TextReader, open_regular, size_text
 MOST_PADDING = 1 << 16  # bytes behind the last member that are looked at
 IMAGE_COLUMN, CAPTION_COLUMN, MASK_COLUMN, REASON_COLUMN = "__image__", "__caption__", "__mask__", "__reason__"
 """Columns of a streamed sample: its image, its captions, its mask, and why it is left out."""
+OTHER_FILES = {
+    b"\x1f\x8b": "compressed by gzip, of which gunzip makes a plain one",
+    b"BZh": "compressed by bzip2, of which bunzip2 makes a plain one",
+    b"\xfd7zXZ\x00": "compressed by xz, of which unxz makes a plain one",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd, of which unzstd makes a plain one",
+    b"\x04\x22\x4d\x18": "compressed by lz4, of which unlz4 makes a plain one",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
+    b"Rar!": "a rar archive; unpack it",
+    b"PAR1": "a Parquet file; rename it to .parquet",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with git lfs pull",
+    b"<!DOCTYPE": "a web page; fetch the file again",
+    b"<html": "a web page; fetch the file again",
+}
+"""What is called .tar and is none, by its first bytes."""
 MAX_HEADER = 1 << 14  # bytes of a long name or other facts in front of a member; tarfile's time goes with their square
 
 
 class TarTable(ImageTable):
-    """Images that are members of tar files."""
+    """Images that are members of tar files.
+
+    Attributes:
+        findings: what is to be said of the captions, a line each.
+        doubled: names of members that are left out, as another image of their sample comes before them.
+    """
+
+    findings: Sequence[str] = ()
+    doubled: Sequence[str] = ()
 
     def __init__(
         self,
@@ -111,56 +143,139 @@ def read_tars(
         UserError: if none of them can be read or has the ending; they must not be compressed.
     """
     keys, places, masks, captions, refused = [], [], [], [], []
-    num_left_out, reader = 0, reads(encoding)
+    reader = reads(encoding)
     root = Path(os.path.commonpath([shard.parent for shard in shards]))
     fates = Fates(root)
+    beside: dict[str, list[str]] = {}
+    said: dict[str, tuple[str, ...]] = {}
+    doubled: list[str] = []
     for number, shard in enumerate(shards):
-        images: dict[str, tuple[str, int, int]] = {}
-        files: dict[str, tuple[str, bytes]] = {}
-        masked: dict[str, tuple[int, int]] = {}
-        seen: list[tuple[str, str]] = []
         place = f"{shard.relative_to(root)}/"
-        for sample, member, begin, length, content in _members(shard, place, refused, fates):
-            seen.append((sample, member))
-            if is_mask(member, mask_ending):
-                masked[sample] = (begin, length)
-            elif is_image(member):
-                num_left_out += sample in images
-                images.setdefault(sample, (member, begin, length))
-            elif content is not None and _comes_first(member, files.get(sample)):
-                files[sample] = (member, content)
-        too_long = {sample: _too_long(*file) for sample, file in files.items() if len(file[1]) > caption_limit(file[0])}
-        whole = {sample: file for sample, file in files.items() if sample not in too_long}
-        texts, broken = captions_in(dict(whole.values()), reader)
-        reasons = too_long | {sample: broken[member] for sample, (member, _) in whole.items() if member in broken}
-        taken = {member: sample for sample, (member, _, _) in images.items()}
-        for sample, member in seen:
-            if member in taken:
-                if sample in reasons:
-                    fates.add(place + member, Fate(UNREADABLE, reasons[sample]))
-                continue
-            caption = files[sample][0] if sample in files else ""
-            fate = Fate(MASK) if is_mask(member, mask_ending) else _fate_beside(member, caption, sample in images)
-            fates.add(place + member, fate)
-            is_photo = PurePosixPath(member).suffix.lower() in PHOTO_SUFFIXES
-            if fate.word == NO_READER and sample not in images and (is_photo or sample in files):
-                refused.append((place + member, fate.reason))
-        for sample, (member, begin, length) in images.items():
-            key = f"{shard.relative_to(root)}/{member}"
+        samples = _Samples(mask_ending)
+        for found in _members(shard, place, refused, fates):
+            samples.add(*found)
+        texts, reasons = samples.read_captions(reader)
+        others, of_others = samples.other_captions(place, texts, reads(encoding))
+        beside, said = beside | others, said | of_others
+        doubled += [place + member for member in samples.doubled]
+        refused += samples.settle(place, reasons, fates)
+        for sample, (member, begin, length) in samples.images.items():
+            key = place + member
             if sample in reasons:
-                refused.append((key, f"its caption file {files[sample][0]} can't be read: {reasons[sample]}"))
+                refused.append((key, f"its caption file {samples.first(sample).name} can't be read: {reasons[sample]}"))
                 continue
             keys.append(key)
             places.append((number, begin, length))
-            masks.append((number, *masked.get(sample, (0, 0))))
-            captions.append(texts.get(files.get(sample, ("",))[0], ()))
+            masks.append((number, *samples.masks.get(sample, (0, 0))))
+            captions.append(texts.get(sample, ()))
     if shards and not keys and refused:
         raise UserError(f"no image can be read from {len(shards)} tar shards; {': '.join(refused[0])}")
     if mask_ending is not None and not any(length for _, _, length in masks):
         raise UserError(f"--mask_column {mask_ending} is the ending of no member of the {len(shards)} tar shards")
     table = TarTable(shards, keys, _places(places), captions, refused, _places(masks))
-    table.num_left_out, table.texts, table.member_fates = num_left_out, reader, fates
+    table.texts, table.member_fates, table.doubled = reader, fates, doubled
+    table.findings = differing_captions(beside, said)
     return table
+
+
+class _Caption(NamedTuple):
+    """A member that holds captions."""
+
+    name: str
+    content: bytes
+    begin: int
+
+
+class _Samples:
+    """The members of a shard by their samples.
+
+    Attributes:
+        images: (member, begin, length) of each sample's image, the first.
+        masks: (begin, length) of each sample's mask.
+        doubled: members that are further images of their samples.
+    """
+
+    def __init__(self, mask_ending: str | None):
+        self.images: dict[str, tuple[str, int, int]] = {}
+        self.masks: dict[str, tuple[int, int]] = {}
+        self.doubled: list[str] = []
+        self._mask_ending = mask_ending
+        self._captions: dict[str, list[_Caption]] = defaultdict(list)
+        self._seen: list[tuple[str, str, int]] = []
+
+    def add(self, sample: str, member: str, begin: int, length: int, content: bytes | None) -> None:
+        """Adds a member, whose content is that of captions."""
+        self._seen.append((sample, member, begin))
+        if is_mask(member, self._mask_ending):
+            self.masks[sample] = (begin, length)
+        elif is_image(member):
+            if self.images.setdefault(sample, (member, begin, length))[1] != begin:
+                self.doubled.append(member)
+        elif content is not None:
+            self._captions[sample].append(_Caption(member, content, begin))
+
+    def first(self, sample: str) -> _Caption | None:
+        """The member that a sample's captions are of."""
+        found = self._captions.get(sample)
+        return min(found, key=_order) if found else None
+
+    def read_captions(self, reader: TextReader) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        """(the captions of each sample, why those of others can't be read)."""
+        files = {sample: self.first(sample) for sample in self._captions}
+        reasons = {
+            sample: f"has over {size_text(len(file.content) - 1)}; no more are read"
+            for sample, file in files.items()
+            if len(file.content) > caption_limit(file.name)
+        }
+        whole = {sample: file for sample, file in files.items() if sample not in reasons}
+        texts, broken = captions_in({file.name: file.content for file in whole.values()}, reader)
+        reasons |= {sample: broken[file.name] for sample, file in whole.items() if file.name in broken}
+        return {sample: texts[file.name] for sample, file in whole.items() if file.name in texts}, reasons
+
+    def other_captions(
+        self, place: str, texts: Mapping[str, tuple[str, ...]], reader: TextReader
+    ) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]]]:
+        """(the names of all members of captions of each sample that has several, what they say)."""
+        beside: dict[str, list[str]] = {}
+        contents: dict[str, bytes] = {}
+        said: dict[str, tuple[str, ...]] = {}
+        for sample, found in self._captions.items():
+            if len(found) < 2 or sample not in self.images:
+                continue
+            first, *others = sorted(found, key=_order)
+            names = [place + first.name]
+            for other in others:
+                same = sum(name.endswith(other.name) for name in names)
+                names.append(f"{place}{'another ' * same}{other.name}")
+                contents[names[-1]] = other.content
+            said[names[0]] = texts.get(sample, ())
+            beside[place + sample] = names
+        return beside, said | captions_in(contents, reader)[0]
+
+    def settle(self, place: str, reasons: Mapping[str, str], fates: Fates) -> list[tuple[str, str]]:
+        """Gives each member but the images that are had its fate.
+
+        Args:
+            reasons: why samples are left out.
+
+        Returns:
+            (name, reason) of pictures that are meant to be images but that nothing here reads.
+        """
+        refused = []
+        for sample, member, begin in self._seen:
+            image, caption = self.images.get(sample), self.first(sample)
+            if image is not None and image[1] == begin:
+                if sample in reasons:
+                    fates.add(place + member, Fate(UNREADABLE, reasons[sample]))
+                continue
+            is_read = caption is not None and caption.begin == begin
+            is_of_mask = is_mask(member, self._mask_ending)
+            fate = Fate(MASK) if is_of_mask else _fate_beside(member, is_read, image is not None)
+            fates.add(place + member, fate)
+            is_photo = PurePosixPath(member).suffix.lower() in PHOTO_SUFFIXES
+            if fate.word == NO_READER and image is None and (is_photo or caption is not None):
+                refused.append((place + member, fate.reason))
+        return refused
 
 
 def is_mask(member: str, ending: str | None) -> bool:
@@ -168,15 +283,11 @@ def is_mask(member: str, ending: str | None) -> bool:
     return ending is not None and PurePosixPath(member).name.partition(".")[2].lower() == ending.lower()
 
 
-def _too_long(name: str, content: bytes) -> str:
-    return f"has over {size_text(len(content) - 1)}; no more are read"
-
-
-def _fate_beside(member: str, caption: str, has_image: bool) -> Fate:
+def _fate_beside(member: str, is_read: bool, has_image: bool) -> Fate:
     """The fate of a member that is neither its sample's image nor a mask.
 
     Args:
-        caption: the member that the sample's captions are of.
+        is_read: whether the sample's captions are of it.
     """
     if is_image(member):
         return Fate(DUPLICATE, "another image of its sample comes before it")
@@ -187,7 +298,7 @@ def _fate_beside(member: str, caption: str, has_image: bool) -> Fate:
         return Fate(OTHER)
     if not has_image:
         return Fate(LONE_CAPTION, "its sample has no image that can be read")
-    return Fate(CAPTION) if member == caption else Fate(OTHER, "another caption of its sample is read")
+    return Fate(CAPTION) if is_read else Fate(OTHER, "another caption of its sample is read")
 
 
 def _places(rows: list[tuple[int, int, int]]) -> np.ndarray:
@@ -227,8 +338,11 @@ def members_of(
         fates: of the members that are not given.
         most_read: the most bytes that are read of a member of some name; one more shows that there are more.
     """
+    length, last, head = 0, -1, b""
     try:
-        length, last = file.seek(0, os.SEEK_END), -1
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        head = file.read(tarfile.BLOCKSIZE)
         file.seek(0)
         with tarfile.open(fileobj=_BoundedReads(file), mode="r:") as archive:
             for member in archive:
@@ -269,7 +383,14 @@ def members_of(
                 raise tarfile.ReadError(what)
     except (OSError, tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         # beside its own errors the library raises these, of numbers that are none and of headers before headers
-        refused.append((shard, f"the shard is broken, what follows in it is left out: {first_line(error)}"))
+        kind = _other_kind(head) if last < 0 else ""
+        broken = f"the shard is broken, what follows in it is left out: {first_line(error)}"
+        refused.append((shard, f"is no tar file but {kind}" if kind else broken))
+
+
+def _other_kind(head: bytes) -> str:
+    """What a file is that is no tar shard, whatever its name says; "" if that is not known."""
+    return next((kind for magic, kind in OTHER_FILES.items() if head.startswith(magic)), "")
 
 
 class _BoundedReads:
@@ -290,7 +411,6 @@ class _BoundedReads:
         return self._file.read(size)
 
 
-def _comes_first(name: str, held: tuple[str, bytes] | None) -> bool:
-    """Whether a caption file goes before the one that is held."""
-    order = [PurePosixPath(each).suffix.lower() for each in (name, held[0])] if held else []
-    return not held or PAIR_SUFFIXES.index(order[0]) < PAIR_SUFFIXES.index(order[1])
+def _order(file: _Caption) -> int:
+    """The place of a caption file among those of its sample, of which the first is read."""
+    return PAIR_SUFFIXES.index(PurePosixPath(file.name).suffix.lower())
