@@ -79,6 +79,8 @@ def test_prompts_files_are_read_as_they_are_written(tmp_path, name, text, found)
         ("p.json", b"1" * 5000, "holds a number of 5000 digits"),
         ("p.txt", b"x" * 100_000, "line 1 has a prompt of 100,000 characters; at most 65,536 are read"),
         ("p.txt", bytes(range(256)), "is no text"),
+        ("p.csv", b"prompt,n\na dog,1\nNaN,2\n", "line 3: prompt is 'NaN', an empty cell; write a prompt, or take"),
+        ("p.jsonl", b'[\n"a",\n"b"\n]', "line 1: begins a JSON array; write each of its values on a line"),
     ],
 )
 def test_prompts_files_in_any_encoding_and_whatever_they_hold(tmp_path, name, content, found):
@@ -115,3 +117,46 @@ def test_ragged_rows_and_numbers_that_are_not_meant_are_refused(tmp_path):
         plan_tasks([Prompt("a"), Prompt("b")], PromptOptions(images_per_prompt=10**7))
     with pytest.raises(UserError, match="--strength must be above 0"):
         GenerationOptions(strength=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "p.jsonl",
+            '{"prompt": "a", "negative_prompt": "n", "seed": 7}\n{"prompt": "b"}',
+            "'negative_prompt', 'seed' of 1 r",
+        ),
+        (
+            "p.json",
+            '["b", {"text": "a", "CFG Scale": 7}]',
+            "'CFG Scale' of 1 rows are not read; flags set them, for all",
+        ),
+        ("p.csv", "prompt,Width,height\na,512,\nb,,768\n", "'Width', 'height' of 2 rows"),
+        (
+            "p.txt",
+            "a dog --n ugly --w 512\na cat\n",
+            "1 prompts hold what looks like flags, such as --n; they are drawn",
+        ),
+        ("p.jsonl", '"a tower --ar=3:2"', "1 prompts hold what looks like flags, such as --ar"),
+    ],
+)
+def test_settings_of_single_prompts_that_are_not_read_are_named(tmp_path, caplog, name, content, told):
+    (tmp_path / name).write_text(content)
+    assert read_prompts(PromptOptions(prompts_file=str(tmp_path / name)))
+    assert told in caplog.text
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", '{"prompt": "a", "tag": "x", "seed": null, "source": "y"}'),
+        ("p.csv", "prompt,width,category\na,,b\n"),
+        ("p.txt", "a dog -- a good one\nmid-size -- red\n"),
+    ],
+)
+def test_facts_beside_prompts_are_no_fault(tmp_path, caplog, name, content):
+    (tmp_path / name).write_text(content)
+    assert read_prompts(PromptOptions(prompts_file=str(tmp_path / name)))
+    assert not caplog.records

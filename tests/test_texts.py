@@ -205,6 +205,16 @@ class TestMetadata:
         (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
         assert found(records_of(tmp_path)) == {"0.png": ("NaN",), "1.png": ("",)}
 
+    @pytest.mark.parametrize("text", ["['a', 'b']", '["a"]', "('a', 'b')", "{'en': 'a'}", ' [ "a", ] '])
+    def test_captions_that_are_the_text_of_a_list_are_named(self, tmp_path, caplog, text):
+        make_pictures(tmp_path, "0.png", "1.png")
+        rows = [{"file_name": "0.png", "text": text}, {"file_name": "1.png", "text": ["[1girl, solo]", "(x:1.2) {y}"]}]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        records = records_of(tmp_path)
+        planned(records, tmp_path / "m")
+        assert records.captions(0) == (text.strip(),)
+        assert "1 captions are texts that look like lists, such as" in caplog.text
+
     @pytest.mark.parametrize(
         ("name", "text", "told"),
         [

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from utils.data.captions import MAX_CAPTION, CaptionOptions
 from utils.data.folders import list_images
 from utils.data.sources import DataOptions, SourceOptions, is_saved_dataset, read_records
-from utils.delimited import read_rows
+from utils.delimited import is_missing, read_rows
 from utils.options import UserError, first_line, flags_as, nearest, option, require, require_positive
 from utils.user_files import (
     FileError,
@@ -27,6 +27,19 @@ from utils.user_files import (
 
 logger = logging.getLogger(__name__)
 PROMPT_COLUMNS = ("prompt", "text", "caption")
+SETTINGS = frozenset(
+    name.replace("_", "")
+    for names in (
+        ("negative_prompt", "negative", "neg_prompt", "prompt_2", "negative_prompt_2", "clip_skip", "lora", "loras"),
+        ("seed", "seeds", "width", "height", "size", "resolution", "aspect_ratio", "lora_scale", "init_image"),
+        ("guidance_scale", "guidance", "cfg", "cfg_scale", "scale", "guidance_rescale", "strength", "init_images"),
+        ("num_inference_steps", "steps", "num_steps", "scheduler", "sampler", "sampler_name", "eta"),
+        ("num_images", "num_images_per_prompt", "images_per_prompt", "denoising_strength"),
+    )
+    for name in names
+)
+"""Columns by which other programs draw each prompt in its own way."""
+FLAG_IN_PROMPT = re.compile(r"(?:^|\s)(--[a-z][a-z_]{0,30})(?=\s|=|$)", re.IGNORECASE)  # a dog --n ugly --w 512
 DEFAULT_EACH, DEFAULT_UNCONDITIONAL = 4, 64
 MOST_IMAGES = 10**7
 PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
@@ -174,7 +187,22 @@ def _file_prompts(file: Path, column: str | None, encoding: str | None) -> list[
     for place, row in _prompt_rows(text, flag, suffix, column):
         prompt = _text_of(row, column, f"{flag}, {place}")
         found.append((prompt, row if isinstance(row, dict) else {"prompt": prompt}))
+    _warn_of_settings(flag, [facts for _, facts in found], [text for text, _ in found])
     return found
+
+
+def _warn_of_settings(flag: str, rows: Sequence[Mapping[str, object]], texts: Sequence[str]) -> None:
+    """Names what the rows of a file say of how to draw their prompts, and flags within the prompts: neither is read."""
+    columns = {name: re.sub(r"[\s_-]", "", name).casefold() for row in rows for name in row if isinstance(name, str)}
+    unread = [name for name, plain in columns.items() if plain in SETTINGS and any(row.get(name) for row in rows)]
+    if unread:
+        count = sum(any(row.get(name) for name in unread) for row in rows)
+        said = "%s: %s of %d rows are not read; flags set them, for all prompts alike"
+        logger.warning(said, flag, ", ".join(map(short, unread[:6])), count)
+    flags = [match[1] for text in texts if (match := FLAG_IN_PROMPT.search(text))]
+    if flags:
+        said = "%s: %d prompts hold what looks like flags, such as %s; they are drawn as words"
+        logger.warning(said, flag, len(flags), flags[0])
 
 
 def _prompt_rows(text: str, flag: str, suffix: str, column: str | None) -> Iterator[tuple[str, object]]:
@@ -183,6 +211,10 @@ def _prompt_rows(text: str, flag: str, suffix: str, column: str | None) -> Itera
         for line, values, reason in read_rows(text, flag, (column,) if column else PROMPT_COLUMNS):
             if reason:
                 raise UserError(f"{flag}, line {line}: {reason}")
+            name = column or next((name for name in PROMPT_COLUMNS if name in values), "")
+            if values.get(name) and is_missing(values[name]):
+                cure = "write a prompt, or take the row out"
+                raise UserError(f"{flag}, line {line}: {name:.40} is {short(values[name])}, an empty cell; {cure}")
             yield f"line {line}", values
     elif suffix == ".json":
         rows = parse_json(text, flag)
@@ -235,6 +267,7 @@ def _dataset_prompts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
     names = found.column_names
+    _warn_of_settings(flag, [dict.fromkeys(names, True)] if len(found) else [], [])
     column = options.prompts_column or next((each for each in PROMPT_COLUMNS if each in names), None)
     if column not in names:
         hint = nearest(column or "", names)

@@ -11,6 +11,9 @@ from utils.records import RecordPass
 from utils.seeding import Stream, generator
 
 FOLDER_REPEATS = re.compile(r"^(\d+)_")
+WRITTEN_LIST = re.compile(
+    r"""\s*(\[\s*(['"]).*\2\s*,?\s*\]|\(\s*(['"]).*\3\s*,.*\)|\{\s*(['"]).*\4\s*:.*\})\s*""", re.DOTALL
+)
 MAX_CAPTION = 1 << 16  # characters of a caption, and bytes of a text file of them
 
 
@@ -92,6 +95,11 @@ def refusal_of(captions: Sequence[str]) -> str:
     """Why an image can't be trained on with these captions, or ""; a tokenizer takes minutes for some megabytes."""
     longest = max(map(len, captions), default=0)
     return f"its caption has {longest:,} characters; at most {MAX_CAPTION:,} are read" if longest > MAX_CAPTION else ""
+
+
+def is_written_list(caption: str) -> bool:
+    """Whether a caption is the text of a list, tuple or mapping of texts, as Python or JSON write one."""
+    return caption.lstrip()[:1] in ("[", "(", "{") and WRITTEN_LIST.fullmatch(caption) is not None
 
 
 def folder_caption(key: str, source: str) -> str:

@@ -1,6 +1,7 @@
 """Which of the listed images are trained on, at which size, and what became of the others."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.data.buckets import NONE, BucketOptions, BucketPlan, plan_buckets
-from utils.data.captions import refusal_of
+from utils.data.captions import is_written_list, refusal_of
 from utils.data.contents import content_table
 from utils.data.headers import Survey
 from utils.data.listing import FILTERED, TRAINED, UNREADABLE, Fate
@@ -19,6 +20,8 @@ from utils.data.sources import Records
 from utils.options import UserError, as_number, option, require, require_fraction, require_positive
 from utils.seeding import Stream, generator
 from utils.user_files import short
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -318,7 +321,7 @@ def look_at_captions(records: Records) -> tuple[list[int], dict[int, str]]:
     """
     if not any(source.captions.are_expected for source in records.sources):
         return [], {}
-    missing, reasons, several = [], {}, {}
+    missing, reasons, several, lists = [], {}, {}, []
     for index, captions in enumerate(records.all_captions()):
         if not captions:
             missing.append(index)
@@ -326,6 +329,13 @@ def look_at_captions(records: Records) -> tuple[list[int], dict[int, str]]:
             several[index] = captions
         elif refusal := refusal_of(captions):
             reasons[index] = refusal
+        lists += [caption for caption in captions if is_written_list(caption)]
+    if lists:
+        logger.warning(
+            "%d captions are texts that look like lists, such as %s; each is read as one caption: metadata.jsonl and "
+            "Parquet can hold a list, of which one is drawn",
+            *(len(lists), short(lists[0])),
+        )
     if several:
         shown = "; ".join(f"{records.key(index)}: {', '.join(map(short, several[index]))}" for index in [*several][:5])
         captions = records.source(next(iter(several))).captions

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.data.buckets import BucketOptions, BucketPlan, plan_buckets
-from utils.data.captions import CaptionOptions, folder_caption, refusal_of
+from utils.data.captions import CaptionOptions, folder_caption, is_written_list, refusal_of
 from utils.data.contents import content_table, file_facts
 from utils.data.detection import settle
 from utils.data.folders import list_files, member_captions
@@ -50,7 +50,7 @@ from utils.data.tars import CAPTION_COLUMN, IMAGE_COLUMN, MASK_COLUMN, REASON_CO
 from utils.options import UserError, first_line
 from utils.records import ImageRecord, MaskFile
 from utils.seeding import Stream, generator
-from utils.user_files import FileError
+from utils.user_files import FileError, short
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -193,6 +193,15 @@ class StreamedImages:
         if self.counts["missing_captions"] == 1:
             instead = "the name of its folder" if self.captions.on_missing_caption == "folder" else "an empty one"
             logger.warning("%s has no caption and trains on %s, as all others without one will", key, instead)
+
+    def note_written_list(self, key: str, caption: str) -> None:
+        """Counts a caption that is the text of a list, and warns of the first."""
+        self.counts["written_lists"] += 1
+        if self.counts["written_lists"] == 1:
+            said = (
+                "%s: its caption is a text that looks like a list and is read as one caption: %s; store a list as one"
+            )
+            logger.warning(said, key, short(caption))
 
     def note_mask(self, is_there: bool) -> None:
         """Counts an image with a mask.
@@ -504,6 +513,8 @@ class Lane:
         if refusal := refusal_of(captions):
             self.bad.append((key, refusal))
             return None
+        for caption in filter(is_written_list, captions):
+            images.note_written_list(key, caption)
         if not captions and images.captions.are_expected:
             if images.captions.on_missing_caption == "error":
                 raise UserError(f"{key} has no caption (--on_missing_caption error)")
