@@ -1,14 +1,18 @@
 """The validation loss, early stopping and the best weights."""
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, weights
+from utils.data.captions import CaptionOptions
 from utils.held_out import EarlyStoppingOptions, History, Measurement, measurement_of, relative_loss
 
 
@@ -22,7 +26,6 @@ COMMON = ["--validation_split", 0.3, "--validation_steps", 2, "--train_batch_siz
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd2"])
 def test_the_loss_before_the_first_step_is_that_of_an_independent_computation(train, pipelines, tmp_path, name):
     from diffusers import DDPMScheduler, DiffusionPipeline
-    from PIL import Image
 
     from utils.seeding import Stream, generator
 
@@ -143,6 +146,59 @@ def test_the_held_out_images_are_not_trained_on(train, tmp_path):
     names = [{records.key(index) for index in range(len(records))} for records in (few, many)]
     assert names[0] <= names[1]
     assert len(few) == 20 - report["trained"]
+
+
+@pytest.mark.parametrize("kind", ["files", "long files", "rows"])
+def test_copies_of_an_image_are_on_one_side(tmp_path, kind):
+    """Also of files of which only pieces are compared, and of rows; images of equal length and size are no copies."""
+    from datasets import Dataset
+
+    from tests.test_data import records_of
+    from utils.data.headers import survey
+    from utils.data.same_bytes import first_of_same
+    from utils.data.selection import hold_out
+    from utils.data.sources import DataOptions, SourceOptions, read_records
+
+    edge = 600 if kind == "long files" else 8
+    contents = []
+    for number in range(10):
+        pixels = np.random.default_rng(number).integers(0, 255, (edge, edge, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "BMP")
+        contents += [file.getvalue()] * 3
+    if kind == "rows":
+        rows = {"image": [{"bytes": content, "path": None} for content in contents], "text": ["x"] * 30}
+        Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+        source = SourceOptions(dataset_name=str(tmp_path / "saved"))
+        records = read_records(DataOptions(), source, CaptionOptions(), 0)
+    else:
+        for number, content in enumerate(contents):
+            (tmp_path / f"{number:02d}.bmp").write_bytes(content)
+        records = records_of(tmp_path)
+    firsts = first_of_same(records, survey(records, tmp_path / "memory"))
+    assert len(np.unique(firsts)) == 10
+    assert all(len(set(firsts[begin : begin + 3])) == 1 for begin in range(0, 30, 3))
+    for seed in range(5):
+        sides = hold_out(records, 0.3, seed, firsts)
+        kept, held = ({contents[row] for row in side.rows} for side in sides)
+        assert kept
+        assert held
+        assert not kept & held
+    assert len(hold_out(records, 0.3, 0, np.zeros(30, int))[1]) == len(hold_out(records, 0.3, 0)[1])
+
+
+def test_held_out_copies_of_what_is_trained_on_are_named(train, tmp_path, caplog):
+    data = tiny.make_images(tmp_path / "data" / "train", 6)
+    held = tmp_path / "data" / "test"
+    held.mkdir()
+    shutil.copy(data / "003.png", held / "copy.png")
+    Image.new("RGB", (40, 40), "red").save(held / "other.png")
+    (held / "metadata.csv").write_text("file_name,text\ncopy.png,x\nother.png,y\n")
+    for flags in (["--validation_split", "test"], ["--validation_data_dir", held]):
+        caplog.clear()
+        train("sd", "--max_train_steps", 1, *flags, "--dry_run", data=data if "dir" in flags[0] else tmp_path / "data")
+        assert "1 of the 2 held-out images have the bytes of images that are trained on, such as " in caplog.text
+        assert "copy.png" in caplog.text
 
 
 def test_relative_loss_and_history(tmp_path):

@@ -18,6 +18,7 @@ from utils.data.images import ImageOptions
 from utils.data.ledger import Ledger
 from utils.data.listing import HELD_OUT, Fate
 from utils.data.mask_values import MaskCensus
+from utils.data.same_bytes import first_of_same, shared_with
 from utils.data.selection import (
     HeldOutOptions,
     PlannedImages,
@@ -65,6 +66,7 @@ class DataPreparation:
         requests: which may end it.
         left_out: folders whose files are no data where they lie within a folder of data, and what becomes of these.
         ledger: what became of every file.
+        firsts: of images of the same bytes the number of one, once that is known.
     """
 
     accelerator: "Accelerator"
@@ -81,6 +83,7 @@ class DataPreparation:
     requests: StopRequests
     left_out: Mapping[Path, Fate]
     ledger: Ledger = field(default_factory=Ledger)
+    firsts: list[np.ndarray] = field(default_factory=list, repr=False)
 
     def choose_images(self, resolution: int, group_size: int) -> PlannedImages | StreamedImages:
         """The images to train on and their buckets; the main process reads headers, and tells the others.
@@ -98,7 +101,8 @@ class DataPreparation:
         with self.accelerator.main_process_first():  # which fills `datasets`' cache for all
             records = read_records(self.data, self.source, self.captions, self.seed, self._left_out_of_training)
         if self.held_out.fraction is not None:
-            records, _ = hold_out(records, self.held_out.fraction, self.seed)
+            firsts = self._first_of_same(records)
+            records, _ = hold_out(records, self.held_out.fraction, self.seed, firsts)
         known = self._survey(records, self.report_folder is not None)
         selection = self.selection
         if self.report_folder is None:  # a dry run names all that is wrong, where a run would end
@@ -170,7 +174,7 @@ class DataPreparation:
         with flags_as(names | {"dataset_split": "validation_split"}), self.accelerator.main_process_first():
             records = read_records(data, source, self.captions, self.seed, self.left_out)
         if options.fraction is not None:
-            _, records = hold_out(records, options.fraction, self.seed)
+            _, records = hold_out(records, options.fraction, self.seed, self._first_of_same(records))
         limit = options.max_validation_samples
         if limit is not None and limit < len(records):
             order = generator(self.seed, 0, 0, Stream.HELD_OUT_SPLIT).permutation(len(records))
@@ -181,7 +185,42 @@ class DataPreparation:
         for census in self._census(images) if records.has_masks else ():
             if census.is_nearly_black:
                 logger.warning("the validation loss counts almost nowhere: its masks are black or nearly so")
+        if options.fraction is None:
+            self._warn_of_shared(images)
         return images
+
+    def _first_of_same(self, records: Records) -> np.ndarray:
+        """As `first_of_same`, which the main process finds out once and tells the others."""
+        from accelerate.utils import broadcast_object_list
+
+        if not self.firsts:
+            found = None
+            if self.accelerator.is_main_process:
+                found = first_of_same(records, survey(records, self.cache.folder, show_progress=True))
+                num_copies = int((found != np.arange(len(found))).sum())
+                if num_copies == len(found) - 1:
+                    said = (
+                        "all %d images have the same bytes: those of --validation_split are trained on too, as copies"
+                    )
+                    logger.warning(said, len(found))
+                elif num_copies:
+                    said = "%d images have the bytes of another and are on the same side of --validation_split"
+                    logger.info(said, num_copies)
+            self.firsts.append(broadcast_object_list([found])[0])
+        return self.firsts[0]
+
+    def _warn_of_shared(self, found: PlannedImages) -> None:
+        """Names held-out images that are trained on too, as copies."""
+        trained = self.ledger.images
+        if not self.accelerator.is_main_process or not isinstance(trained, PlannedImages):
+            return
+        shared = shared_with(found.records, found.survey, trained.records, trained.survey)
+        if shared:
+            logger.warning(
+                "%d of the %d held-out images have the bytes of images that are trained on, such as %s; the loss on "
+                "them does not tell how well the model does on others",
+                *(len(shared), len(found.records), found.records.key(shared[0])),
+            )
 
     def _survey(self, records: Records, knows_contents: bool) -> Survey:
         """What is known of the images.

@@ -74,8 +74,12 @@ class HeldOutOptions:
         return self.validation_split is not None or self.validation_data_dir is not None
 
 
-def hold_out(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
+def hold_out(records: Records, fraction: float, seed: int, firsts: np.ndarray | None = None) -> tuple[Records, Records]:
     """(those to train on, those held out): each image is drawn by its name, whatever others there are.
+
+    Args:
+        firsts: [N] of images of the same bytes the number of one, by whose name all of them are drawn,
+            unless all images are the same.
 
     Raises:
         UserError: if there are fewer than two.
@@ -85,7 +89,10 @@ def hold_out(records: Records, fraction: float, seed: int) -> tuple[Records, Rec
     drawn = np.array(
         [generator(seed, records.identity(index), 0, Stream.HELD_OUT_SPLIT).random() for index in range(len(records))]
     )
-    threshold = np.clip(fraction, np.sort(drawn)[0], np.sort(drawn)[-2])  # at least one of each
+    if firsts is not None and len(np.unique(firsts)) > 1:
+        drawn = drawn[firsts]
+    distinct = np.unique(drawn)
+    threshold = np.clip(fraction, distinct[0], distinct[-2])  # at least one of each
     return records.take(np.flatnonzero(drawn > threshold)), records.take(np.flatnonzero(drawn <= threshold))
 
 
