@@ -523,7 +523,15 @@ class TestDatasetFile:
             ("[" * 200_000, "is nested more than 100 deep"),
             ("- train_data_dir: [a, [b]]", r"source 1: train_data_dir must be one value, got \['a', \['b'\]\]"),
             ("- {train_data_dir: x, repeats: " + "9" * 1000 + "}", "a number of 1000 digits"),
-            ("- {train_data_dir: x, repeats: 2020-01-01}", "repeats must be a number from 1e-6 to 1e6, got datetime"),
+            ("- {train_data_dir: x, repeats: 2020-01-01}", "'repeats': '2020-01-01' is a date to YAML"),
+            ("- {train_data_dir: x, trigger_word: 007}", "'trigger_word': '007' is the number 7 .* quote it .\"007\""),
+            (
+                "- {train_data_dir: x, trigger_word: 7}",
+                'trigger_word must be .* got 7; a text stands in quotes: .*: "7"',
+            ),
+            ("- {train_data_dir: x, trigger_word: true}", "got True; a text stands in quotes"),
+            ("- {train_data_dir: x, name: no}", "'name': 'no' is false to YAML"),
+            ("- {train_data_dir: x, keep_tokens: 010}", "'keep_tokens': '010' is the number 8 to YAML"),
             ("- {train_data_dir: x, ? [a] : b}", "unhashable key"),
             ("- {? {a: b} : b}", "unhashable key"),
             ("- {1: 2}", "source 1: 1 is unknown"),
@@ -546,6 +554,15 @@ class TestDatasetFile:
         assert time.monotonic() - begin < 5
         assert "sources.yaml" in str(raised.value)
         assert len(str(raised.value)) < 500
+
+    def test_yes_and_no_are_true_and_false_where_nothing_else_can_be_meant(self, tmp_path):
+        make_pictures(tmp_path / "x", "0.png")
+        text = "- {train_data_dir: x, shuffle_tags: yes, folder_repeats: off}\n"
+        (tmp_path / "sources.yaml").write_text(text)
+        data = DataOptions(dataset_file=str(tmp_path / "sources.yaml"))
+        (entry,) = source_entries(data, SourceOptions(), CaptionOptions())
+        assert entry.captions.shuffle_tags
+        assert not entry.source.folder_repeats
 
     def test_each_source_has_its_encoding_and_the_file_its_own(self, tmp_path, caplog):
         for name in ("红色", "b"):

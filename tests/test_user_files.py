@@ -168,7 +168,19 @@ class TestStructured:
             ("- a: 1\n  a: 2", "'a' stands twice in a mapping: line 1, column 3"),
             ("x: " + "1" * 1000, "a number of 1000 digits: line 1, column 4"),
             ("x: 1" + ":00" * 1000, "a number of 3001 digits"),
-            ("x: 2001-99-99", "month must be in 1..12"),
+            ("x: 2001-99-99", "'x': '2001-99-99' is a date to YAML; if it is meant as it stands, quote it"),
+            ("x: 2001-01-01", "'x': '2001-01-01' is a date to YAML"),
+            ("x: 2001-01-01 10:00:00", "'x': '2001-01-01 10:00:00' is a date to YAML"),
+            ("x: 010", "'x': '010' is the number 8 to YAML; .* else write the number 8 plainly: line 1, column 4"),
+            ("x: -0_1_0", "'x': '-0_1_0' is the number -8 to YAML"),
+            ("x: 1:30", "'x': '1:30' is the number 90 to YAML"),
+            ("x: 1:30.5", "'x': '1:30.5' is the number 90.5 to YAML"),
+            ("x: 0b11", "'x': '0b11' is the number 3 to YAML"),
+            ("x: 1_000", "'x': '1_000' is the number 1000 to YAML"),
+            ("x: No", "'x': 'No' is false to YAML"),
+            ("x: {y: [a, on]}", "'y': 'on' is true to YAML"),
+            ("off: 1", "'off' is false to YAML"),
+            ("- 1:30", "'1:30' is the number 90 to YAML"),
             ("x: !!timestamp z", ""),
             ("x: !!set [1]", ""),
             ("x: !!bool z", ""),
@@ -181,6 +193,14 @@ class TestStructured:
     def test_yaml(self, text, reason):
         with pytest.raises(FileError, match=f"^f.yaml: can't be read as YAML: {reason}"):
             parse_yaml(text, "f.yaml")
+
+    def test_values_that_all_read_alike_are_fine(self):
+        text = "[1, -2, 0, 0x1F, 1.5, .5, 1., 1.5e+3, .inf, true, False, null, ~, '010', \"no\", 1:30x, y]"
+        assert parse_yaml(text, "") == [
+            *(1, -2, 0, 31, 1.5, 0.5, 1.0, 1500.0, float("inf"), True, False, None, None),
+            *("010", "no", "1:30x", "y"),
+        ]
+        assert parse_yaml("a: yes\nb: [off]\nc: 'on'", "", {"a", "b"}) == {"a": True, "b": [False], "c": "on"}
 
     def test_aliases_in_bounds_are_fine(self):
         assert parse_yaml("a: &a {k: 1}\nb: {<<: *a, l: 2}\nc: *a", "") == {

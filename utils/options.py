@@ -366,7 +366,9 @@ def with_values(group: typing.Any, values: Mapping[str, typing.Any], where: str)
             value = float(as_number(value))
         names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in known)
         if type(value) not in known:
-            raise UserError(f"{where}: {field.name} must be {names}, got {value!r:.100}")
+            is_text = str in known and isinstance(value, int | float)
+            cure = f'; a text stands in quotes: {field.name}: "{value!s:.40}"' if is_text else ""
+            raise UserError(f"{where}: {field.name} must be {names}, got {value!r:.100}{cure}")
         choices = field.metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
             raise UserError(f"{where}: {field.name} must be one of {', '.join(choices)}, got {value!s:.100}")

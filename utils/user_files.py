@@ -14,7 +14,7 @@ import reprlib
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -596,18 +596,22 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def parse_yaml(text: str, where: object) -> Any:
+def parse_yaml(text: str, where: object, booleans: Collection[str] = ()) -> Any:
     """What YAML holds, with plain Python types alone.
+
+    Args:
+        booleans: keys whose values are true or false, which may be written yes, no, on and off too.
 
     Raises:
         FileError: naming `where` it stands and the line, if it is none, has aliases that expand beyond bounds or refer
-            to themselves, is nested too deeply, or names a key twice.
+            to themselves, is nested too deeply, names a key twice, or holds a value that YAML 1.1 takes for something
+            else than what is written, such as 010 for 8.
     """
     import yaml
 
     try:
         _check_yaml(text)
-        return yaml.load(text, Loader=_yaml_loader())
+        return yaml.load(text, Loader=_yaml_loader(booleans))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f": line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -649,17 +653,58 @@ def _check_yaml(text: str) -> None:
                 sizes[anchor] = total - before
 
 
-def _yaml_loader() -> type:
+A_DATE = "a date"
+AS_WRITTEN = {  # plain YAML values that every version reads alike, by the ends of their tags
+    "bool": re.compile(r"true|false", re.IGNORECASE),
+    "int": re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+"),
+    "float": re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", re.IGNORECASE),
+    "timestamp": re.compile(r"(?!)"),
+}
+
+
+def _yaml_loader(booleans: Collection[str]) -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Refuses a key that stands twice in a mapping, and integers that are no number for anyone."""
+        """Refuses a key that stands twice in a mapping, integers that are no number for anyone, and surprises."""
+
+        def __init__(self, stream: str):
+            super().__init__(stream)
+            self._keys: dict[yaml.Node, str] = {}
+
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+            if isinstance(node, yaml.ScalarNode) and node.style is None and (surprise := self._surprise(node)):
+                key = self._keys.get(node, "")
+                reason = f"{f'{short(key)}: ' if key else ''}{short(node.value)} is {surprise} to YAML"
+                cure = f'if it is meant as it stands, quote it ("{node.value:.40}")'
+                cure += "" if surprise == A_DATE else f"; else write {surprise} plainly"
+                raise yaml.MarkedYAMLError(None, None, f"{reason}; {cure}", node.start_mark)
+            return super().construct_object(node, deep)
+
+        def _surprise(self, node: yaml.ScalarNode) -> str:
+            """What YAML 1.1 makes of a plain value that is written as something else, else ""."""
+            kind, is_implied = (
+                node.tag.rpartition(":")[2],
+                self.resolve(type(node), node.value, (True, False)) == node.tag,
+            )
+            pattern = AS_WRITTEN.get(kind)
+            if pattern is None or not is_implied or pattern.fullmatch(node.value):
+                return ""
+            if kind == "bool":
+                return "" if self._keys.get(node) in booleans else str(self.construct_yaml_bool(node)).lower()
+            if kind == "timestamp":
+                return A_DATE
+            value = self.construct_yaml_int(node) if kind == "int" else self.construct_yaml_float(node)
+            return f"the number {short(value)}"
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
             counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             twice = next((key for key, count in counts.items() if count > 1 and key != "<<"), None)
             if twice is not None:
                 raise yaml.MarkedYAMLError(None, None, f"{short(twice)} stands twice in a mapping", node.start_mark)
+            for key, value in node.value:
+                named = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                self._keys |= dict.fromkeys(named, key.value) if isinstance(key, yaml.ScalarNode) else {}
             return super().construct_mapping(node, deep)
 
         def construct_yaml_int(self, node: yaml.ScalarNode) -> int:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -478,8 +478,10 @@ def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionO
 def _entries(file: Path, encoding: str | None) -> Iterator[tuple[dict[str, Any], str]]:
     """(options, where they stand) of each source in a dataset file; paths in it are relative to its folder."""
     texts = TextReader(encoding)
+    options = (*fields(SourceOptions), *fields(CaptionOptions))
+    booleans = {each.name for each in options if each.type is bool}
     try:
-        content = parse_yaml(texts.read(file, YAML_LIMIT), f"--dataset_file {file}")
+        content = parse_yaml(texts.read(file, YAML_LIMIT), f"--dataset_file {file}", booleans)
     except OSError as error:
         raise UserError(f"--dataset_file {file} can't be read: {first_line(error)}") from error
     for finding in texts.findings():
