@@ -1,5 +1,6 @@
 """Which files of a folder are the data, and what becomes of every other."""
 
+import base64
 import io
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import re
 import tarfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -253,6 +255,81 @@ class TestDetection:
         picture(tmp_path / "banner.png")
         assert len(records_of(dataset_name=str(tmp_path))) == 6
         assert "is read as parquet; 1 other files of it that may be data are not, such as banner.png" in caplog.text
+
+
+class TestShardsOfTables:
+    """Parquet files that `datasets` reads wrongly, or refuses without a name."""
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize(
+        ("columns", "told"),
+        [
+            ({"caption": ["x", "y"]}, "it has the columns image, caption, the other image, text"),
+            ({}, "it has the columns image, the other image, text"),
+            ({"text": ["x", "y"], "more": [1, 2]}, "it has the columns image, text, more, the other image, text"),
+            ({"text": [["x"], ["y"]]}, r"its column text holds list<\w+: string>, that of the other string"),
+        ],
+    )
+    def test_shards_of_other_columns_are_named(self, tmp_path, columns, told, streaming):
+        parquet(tmp_path / "train-0.parquet", image=[png(), png()], text=["a", "b"])
+        parquet(tmp_path / "train-1.parquet", image=[png(), png()], **columns)
+        source = SourceOptions(train_data_dir=str(tmp_path))
+        read = partial(records_of, tmp_path)
+        if streaming:
+            read = partial(open_stream, DataOptions(streaming=True), source, CaptionOptions(), 32, BucketOptions())
+        with pytest.raises(UserError, match=rf"train-1.parquet is no shard of the same .* train-0.parquet: {told}"):
+            read()
+
+    def test_shards_that_are_read_together_are_no_fault(self, tmp_path, caplog):
+        import pyarrow as pa
+
+        images = [png()]
+        texts = [pa.array(["a"], kind) for kind in (pa.string(), pa.large_string())]
+        for number, text in enumerate(
+            [*texts, pa.array([None], pa.null()), pa.array([7]), pa.array(["a"]).dictionary_encode()]
+        ):
+            parquet(tmp_path / f"train-{number}.parquet", image=images, text=text)
+        parquet(tmp_path / "train-9.parquet", text=["z"], image=images)
+        parquet(tmp_path / "test-0.parquet", image=images, caption=["z"])
+        assert [records_of(tmp_path).captions(row)[0] for row in range(6)] == ["a", "a", "", "7", "a", "z"]
+        assert not caplog.records
+
+    def test_files_without_rows(self, tmp_path, caplog):
+        parquet(tmp_path / "train-0.parquet", image=[png()], text=["a"])
+        import pyarrow as pa
+
+        parquet(tmp_path / "train-1.parquet", image=pa.array([], pa.binary()), text=pa.array([], pa.string()))
+        assert len(records_of(tmp_path)) == 1
+        assert "1 files have no rows, such as train-1.parquet" in caplog.text
+        (tmp_path / "train-0.parquet").unlink()
+        with pytest.raises(UserError, match=rf"--train_data_dir {tmp_path}: train-1.parquet has no rows"):
+            records_of(tmp_path)
+        with pytest.raises(UserError, match=r"train-1.parquet has no rows"):
+            records_of(tmp_path / "train-1.parquet")
+
+    @pytest.mark.parametrize(
+        ("value", "told"),
+        [
+            (base64.b64encode(png()).decode(), "its row holds an image as base64 text; decode it, and store its bytes"),
+            ("/9j/" + "A" * 60 + "==", "an image as base64 text"),
+            ("data:image/png;base64,AAAA", "an image as base64 text"),
+            ("https://example.com/a.png", "the address of an image; fetch it, and store its bytes"),
+        ],
+    )
+    def test_texts_in_place_of_images_are_named(self, tmp_path, value, told):
+        parquet(tmp_path / "0.parquet", image=[value], text=["a"])
+        records = records_of(tmp_path)
+        known = survey(records, tmp_path / "memory")
+        assert told in known.reasons[0]
+
+    def test_a_list_of_images_is_named(self, tmp_path):
+        parquet(tmp_path / "a" / "0.parquet", image=[[png()], [png()]], text=["a", "b"])
+        with pytest.raises(
+            UserError, match="--image_column image must hold one image in each row, got a list; make a row"
+        ):
+            records_of(tmp_path / "a")
+        parquet(tmp_path / "b" / "0.parquet", image=[[[[255, 0, 0]] * 8] * 8], text=["pixels"])
+        assert len(records_of(tmp_path / "b")) == 1
 
 
 class TestSeries:

@@ -40,7 +40,7 @@ from utils.data.folders import (
 from utils.data.listing import MASK, METADATA, SHARD, Fate, Listing, list_folder, warn_of_unread
 from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
 from utils.data.metadata import ListColumns, metadata_files, read_metadata_folder
-from utils.data.parquet_files import check_parquet
+from utils.data.parquet_files import check_parquet, check_shards
 from utils.data.series import warn_of_gaps
 from utils.data.tables import FileTable, ImageTable, RowTable, captions_of, data_folders
 from utils.data.tars import read_tars
@@ -800,6 +800,8 @@ def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderCo
     if Path(path).is_file():
         require(bool(names), "train_data_dir", path, f"be a {suffix} file")
         warn_of_gaps(options.given_as, names)
+        if suffix == ".parquet":
+            check_shards(listing.root, names, (), "train_data_dir")
         return FolderContent(None, listing.names, dict.fromkeys(names, SHARD))
     require(bool(names), "train_data_dir", path, f"hold {suffix} files")
     if suffix == ".parquet":
@@ -807,6 +809,11 @@ def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderCo
         names = image_tables(listing.root, names, options.image_column)
         check_configurations(listing.root, names)
     chosen = set(of_split(names, split, by_file_name=True)[0])
+    if suffix == ".parquet":
+        needed = (options.image_column, options.caption_column, options.mask_column)
+        kept = check_shards(listing.root, sorted(chosen), [name for name in needed if name], "train_data_dir")
+        names = [name for name in names if name in kept or name not in chosen]
+        chosen = set(kept)
     of_others = set(names) - chosen
     used = {name: SHARD for name in names if name in chosen}
     warn_of_gaps(options.given_as, used)
@@ -821,9 +828,10 @@ def _rows(options: SourceOptions, load) -> RowTable:
     try:
         loaded = load()
     except DatasetGenerationError as error:
-        raise UserError(f"the dataset can't be read: {first_line(error.__cause__ or error)}") from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{options.given_as} can't be read: {reason:.300}") from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"the dataset can't be loaded: {first_line(error)}") from error
+        raise UserError(f"{options.given_as} can't be loaded: {first_line(error)}") from error
     if not isinstance(loaded, datasets.Dataset):
         split = options.dataset_split
         if split not in loaded:
@@ -869,10 +877,17 @@ def check_image_feature(feature: Any, flag: str, column: str) -> None:
     Raises:
         UserError: naming the column and its type.
     """
-    from datasets import Value
+    from datasets import LargeList, List, Value
 
     kinds = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
     is_other = isinstance(feature, Value) and feature.dtype not in kinds
+    inner = feature
+    while isinstance(inner, List | LargeList):
+        inner = inner.feature
+    if inner is not feature and not (isinstance(inner, Value) and inner.dtype.startswith(("int", "uint", "float"))):
+        raise UserError(
+            f"--{flag} {column} must hold one image in each row, got a list; make a row of each of its images"
+        )
     if is_other or (isinstance(feature, dict) and not feature.keys() & {"bytes", "path"}):
         raise UserError(f"--{flag} {column} must hold images, their bytes or their paths, got {feature}")
 

@@ -1,6 +1,7 @@
 """The images of one source, listed but not read: what every kind of source gives."""
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -206,6 +207,9 @@ def declared(values: dict, size_columns: tuple[str, str]) -> tuple[int, int] | N
     return (int(sizes[0]), int(sizes[1])) if is_size else None
 
 
+NO_PATH = re.compile(  # what stands in a column of texts in place of images; base64 by how PNG, JPEG, WebP, GIF begin
+    r"(?P<address>(?:https?|s3|gs|ftp|hf)://)|data:image/|(?:iVBORw0KGgo|/9j/|UklGR|R0lGOD)[A-Za-z0-9+/\s]{20,}={0,2}\s*$"
+)
 GENERATED = ("imagefolder", "videofolder", "audiofolder")  # builders that list files, and write their paths themselves
 
 
@@ -241,6 +245,9 @@ def image_of(value: object, folders: Sequence[Path]) -> str | bytes:
     content, path = value.get("bytes"), value.get("path")
     if content is not None:
         return content
+    if path and (match := NO_PATH.match(path)):
+        what = "the address of an image; fetch it" if match["address"] else "an image as base64 text; decode it"
+        return Refused(f"its row holds {what}, and store its bytes")
     for folder in folders if path else ():
         try:
             found = os.path.realpath(folder / path)
