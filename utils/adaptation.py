@@ -574,7 +574,8 @@ def _metadata(config: "PeftConfig") -> dict[str, object]:
 
 def fuse_lora(pipeline: "DiffusionPipeline", folder: Path) -> None:
     """Adds the LoRA file of a folder to the pipeline's own weights."""
-    load_lora(pipeline, str(folder), ADAPTER, f"the LoRA weights {folder}")
+    # the result of a run that diverged is written all the same
+    load_lora(pipeline, str(folder), ADAPTER, f"the LoRA weights {folder}", must_be_finite=False)
     pipeline.fuse_lora(components=pipeline.get_list_adapters().keys())
     pipeline.unload_lora_weights()
 

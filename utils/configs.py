@@ -3,7 +3,7 @@
 import codecs
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,6 +194,21 @@ def read_config(file: Path, flag: str) -> dict[str, Any]:
         if key in config and not wanted.fits(config[key]):
             raise UserError(f"{flag}: {file}: {key} must be {wanted.words}, got {short(config[key])}")
     return config
+
+
+def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
+    """Refuses to train on a part whose config says that its weights are quantised.
+
+    Raises:
+        UserError: naming `where` the config stands.
+    """
+    found = config.get("quantization_config")
+    if found is not None:
+        kind = found.get("quant_method") if isinstance(found, dict) else found
+        raise UserError(
+            f"{where} says quantization_config ({kind!s:.40}): quantised weights can't be trained; give the model "
+            "as it was before, and --quantize_base for a LoRA on a base that is quantised here"
+        )
 
 
 def short(value: Any) -> str:

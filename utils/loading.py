@@ -22,6 +22,7 @@ from utils.configs import INDEX, read_config
 from utils.options import UserError, option, require
 from utils.tensor_files import require_regular_files
 from utils.terminal import one_line
+from utils.weight_files import Stored, check_finite, check_stored, stored_in, weight_files
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -199,6 +200,7 @@ def load_module(
     part: str,
     dtype: torch.dtype,
     reads: Callable[[nn.Module], Tensor] | None = None,
+    must_be_finite: bool = True,
     **arguments: Any,
 ) -> Any:
     """A pretrained module of diffusers or transformers, from a folder or the Hub, in evaluation mode.
@@ -209,6 +211,7 @@ def load_module(
         part: the name of the part.
         reads: runs the module and returns what is used of it, where that is not all: weights that this does not read
             may be missing.
+        must_be_finite: whether NaN and infinite weights are refused; else a warning names them.
         arguments: further ones of `from_pretrained`.
 
     Raises:
@@ -216,13 +219,15 @@ def load_module(
     """
     arguments = {name: value for name, value in arguments.items() if value is not None}
     require_regular_files(Path(name, arguments.get("subfolder", "")))
-    config = Path(name, arguments.get("subfolder", ""), "config.json")
-    if config.is_file():  # a library would make something of a config of wrong types
-        read_config(config, what)
+    folder = Path(name, arguments.get("subfolder", ""))
+    if folder.is_dir():  # before the library reads them
+        _check_files(folder, what, part, arguments)
     with loading(what):
         module, found = kind.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
+    if not folder.is_dir() and (folder := _downloaded(name, arguments)) is not None:
+        _check_files(folder, what, part, arguments)
     missing = [each for each in found["missing_keys"] if not each.endswith(COUNTERS)]
     if missing and reads is not None:
         read = _names_read(module, reads, what)
@@ -230,7 +235,37 @@ def load_module(
     own = module.state_dict().keys()
     report = WeightReport(own, missing, list(found["unexpected_keys"]), list(found["mismatched_keys"]))
     make_up(module, report.check(what, part))
+    check_finite(module.named_parameters(), what, must_be_finite)
     return module.eval()
+
+
+def _check_files(folder: Path, what: str, part: str, arguments: Mapping[str, Any]) -> None:
+    """Refuses a config of wrong types, of which a library would make something, and weights that it would misread."""
+    config = folder / "config.json"
+    is_quantized = config.is_file() and read_config(config, what).get("quantization_config") is not None
+    if is_quantized:  # the library knows the scales
+        return
+    with_pickles = not arguments.get("use_safetensors")
+    for file in weight_files(folder, arguments.get("variant"), with_pickles):
+        with loading(what):
+            stored = stored_in(file)
+        check_read(f"{what}: {file.name}", part, stored)
+
+
+def check_read(what: str, part: str, stored: Mapping[str, Stored]) -> None:
+    """`check_stored` of a part's weights without those that --allow_missing_weights leaves out."""
+    check_stored(what, {name: each for name, each in stored.items() if not _is_allowed(name, part)})
+
+
+def _downloaded(name: str, arguments: Mapping[str, Any]) -> Path | None:
+    """The folder in the Hub's cache that a model was loaded from; None if it is not there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        root = snapshot_download(name, revision=arguments.get("revision"), local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return Path(root, arguments.get("subfolder", ""))
 
 
 def _names_read(module: nn.Module, reads: Callable[[nn.Module], Tensor], what: str) -> set[str]:

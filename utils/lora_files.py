@@ -1,34 +1,46 @@
 """LoRA files: loaded whole into a pipeline, or refused with the reason in one line."""
 
-from collections.abc import Mapping
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from utils.loading import loading, names_of
 from utils.options import UserError
 from utils.tensor_files import open_safetensors
 from utils.user_files import require_regular
+from utils.weight_files import check_finite, check_stored, stored_in, stored_tensors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+logger = logging.getLogger(__name__)
 LORA_FILE = "pytorch_lora_weights.safetensors"
 MODELS_BY_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 """What a UNet is of, by the width of the text states that it reads."""
-OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "dora_scale": "DoRA"}
+OTHER_KINDS = {
+    **{"hada_": "LoHa", "lokr_": "LoKr", "b?oft_": "OFT", "dora_scale": "DoRA"},
+    **{"lora_mid": "LoCon", "lora_t[12]": "LoCon", "(on_input|ia3)": "IA3", "bundle_emb": "LoRA and embedding"},
+    **{"(w_norm|b_norm)$": "LoRA and norm", r"diff(_b)?$": "whole-difference"},
+}
+"""Kinds of files that diffusers does not read, or not whole, by how a word of a tensor's name begins."""
 
 
-def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: str) -> None:
+def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: str, must_be_finite: bool = True) -> None:
     """Loads a LoRA file of any of the usual formats (diffusers', peft's, kohya's) as an adapter of a pipeline.
 
     Args:
         source: a file, a folder, or a Hub name.
         what: the flag and its value, as messages name them.
+        must_be_finite: whether NaN and infinite numbers are refused; else a warning names them.
 
     Raises:
-        UserError: if it can't be loaded, or a part of it is not of this pipeline.
+        UserError: if it can't be loaded, a part of it is not of this pipeline, or it has no effect.
     """
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"{what}: a {type(pipeline).__name__} takes no LoRA")
@@ -39,7 +51,7 @@ def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: st
     else:
         root, given = source, {"weight_name": LORA_FILE} if (path / LORA_FILE).is_file() else {}
     with loading(what):
-        counts = _check(pipeline, root, given)
+        counts, alphas = _check(pipeline, root, given, what)
         pipeline.load_lora_weights(root, adapter_name=adapter, use_safetensors=True, **given)
         adapted = pipeline.get_list_adapters()
         if not any(adapter in names for names in adapted.values()):
@@ -48,21 +60,67 @@ def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: st
             found = _num_loaded(getattr(pipeline, part), adapter)
             if found != count:
                 raise ValueError(f"of its {count} tensors for the {part} {found} were loaded")
+    modules = {part: getattr(pipeline, part) for part, names in adapted.items() if adapter in names}
+    for part, module in modules.items():
+        _set_alphas(module, adapter, alphas.get(part, {}))
+    _check_numbers(list(modules.values()), adapter, what, must_be_finite)
 
 
-def _check(pipeline: "DiffusionPipeline", root: str, given: Mapping[str, str]) -> dict[str, int]:
-    """Refuses what would be loaded in part; how many tensors there are of each part."""
+def _set_alphas(module: nn.Module, adapter: str, alphas: Mapping[str, float]) -> None:
+    """Scales each layer by its own alpha, which diffusers loses where it renames layers of attention."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config = module.peft_config[adapter]
+    config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+    for name, layer in module.named_modules():
+        if name in alphas and isinstance(layer, BaseTunerLayer) and adapter in layer.r:
+            layer.lora_alpha[adapter] = alphas[name]
+            layer.scaling[adapter] = alphas[name] / layer.r[adapter]
+
+
+def _check_numbers(modules: Sequence[nn.Module], adapter: str, what: str, must_be_finite: bool) -> None:
+    """Refuses a LoRA that is not finite, or of which each layer is scaled to nothing; names some that are."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import get_peft_model_state_dict
+
+    scalings: list[float] = []
+    for module in modules:
+        check_finite(get_peft_model_state_dict(module, adapter_name=adapter).items(), what, must_be_finite)
+        layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+        scalings += [float(layer.scaling[adapter]) for layer in layers if adapter in getattr(layer, "scaling", {})]
+    not_finite = sum(not math.isfinite(scaling) for scaling in scalings)
+    num_off = sum(scaling == 0 for scaling in scalings)
+    if not_finite and must_be_finite:
+        raise UserError(
+            f"{what}: the alpha of {not_finite} of its {len(scalings)} layers is NaN or infinite; the file is damaged: "
+            "give another"
+        )
+    if scalings and num_off == len(scalings):
+        raise UserError(f"{what}: the alpha of all its {num_off} layers is 0, so that it changes nothing; give another")
+    if num_off:
+        said = "%s: the alpha of %d of its %d layers is 0: they change nothing"
+        logger.warning(said, what, num_off, len(scalings))
+
+
+def _check(
+    pipeline: "DiffusionPipeline", root: str, given: Mapping[str, str], what: str
+) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
+    """Refuses what would be loaded in part; (number of tensors, alphas of layers that have their own) of each part."""
     from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
     if "weight_name" in given:
-        _refuse_other_kinds(Path(root, given["weight_name"]))
+        stored = stored_in(Path(root, given["weight_name"]))
+        _refuse_other_kinds(stored)
+        check_stored(what, stored)
     arguments = dict(given)
     if isinstance(pipeline, StableDiffusionXLLoraLoaderMixin):
         arguments["unet_config"] = pipeline.unet.config
     elif not isinstance(pipeline, StableDiffusionLoraLoaderMixin):
-        return {}
+        return {}, {}
     read = _num_read(Path(root, given["weight_name"])) if "weight_name" in given else None
-    tensors, _ = pipeline.lora_state_dict(root, use_safetensors=True, **arguments)
+    tensors, listed = pipeline.lora_state_dict(root, use_safetensors=True, **arguments)
+    if read is None:  # from the Hub
+        check_stored(what, stored_tensors(tensors))
     if read is not None and len(tensors) != read:
         raise ValueError(f"of its {read} tensors only {len(tensors)} are understood")
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
@@ -82,16 +140,29 @@ def _check(pipeline: "DiffusionPipeline", root: str, given: Mapping[str, str]) -
             f"it has {len(homeless)} tensors for parts that this {type(pipeline).__name__} does not have: "
             f"{names_of(sorted(homeless))}"
         )
-    return {name: sum(map(len, layers.values())) for name, layers in found.items()}
+    counts = {name: sum(map(len, layers.values())) for name, layers in found.items()}
+    return counts, {name: _alphas(name, listed or {}, modules[name]) for name in found}
 
 
-def _refuse_other_kinds(file: Path) -> None:
-    with open_safetensors(file) as opened:
-        names = list(opened.keys())
-    for mark, kind in OTHER_KINDS.items():
-        found = next((name for name in names if mark in name), None)
-        if found is not None:
-            raise ValueError(f"it holds {found}: it is a {kind} file of other tools, which is not read here")
+def _alphas(part: str, listed: Mapping[str, float], module: nn.Module) -> dict[str, float]:
+    """The alphas of a part's layers, of those that diffusers lists by the names of their down matrices."""
+    own = {
+        name.removeprefix(f"{part}.").removesuffix(".alpha"): torch.tensor(float(alpha), dtype=torch.float64)
+        for name, alpha in listed.items()
+        if name.startswith(f"{part}.")
+    }
+    layers = _layers(part, own, module) if own else {}
+    return {name: float(tensors["A.weight"]) for name, tensors in layers.items() if "A.weight" in tensors}
+
+
+def _refuse_other_kinds(names: Iterable[str]) -> None:
+    for name in names:
+        kind = next((kind for mark, kind in OTHER_KINDS.items() if re.search(rf"(?<![A-Za-z]){mark}", name)), None)
+        if kind is not None:
+            raise ValueError(
+                f"it holds {names_of([name])}: it is a {kind} file of other tools, which is not read here; merge it "
+                "into its base by the tool that made it, and start from the result"
+            )
 
 
 def _num_read(file: Path) -> int:

@@ -137,7 +137,7 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
         _merge_adapters(getattr(pipeline, name, None), folder)
     lora = spec.lora if content.lora is None else str(content.lora)
     if lora is not None:
-        _add_lora(pipeline, lora, spec.lora_scale)
+        _add_lora(pipeline, lora, spec.lora_scale, must_be_finite=content.lora is None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -221,9 +221,9 @@ def _loaded_parts(folders: Mapping[str, Path], index: Mapping[str, Any], dtype: 
     for name, folder in folders.items():
         library, kind = index[name][:2]
         what = f"--checkpoints: {folder}"
-        parts[name] = load_module(
-            getattr(libraries[library], kind), str(folder), what, name, dtype, use_safetensors=True
-        )
+        found = getattr(libraries[library], kind)
+        # one of several checkpoints may be of a run that diverged, which its images show
+        parts[name] = load_module(found, str(folder), what, name, dtype, must_be_finite=False, use_safetensors=True)
     return parts
 
 
@@ -242,8 +242,8 @@ def _merge_adapters(module: torch.nn.Module | None, folder: Path) -> None:
         adapted.merge_and_unload()
 
 
-def _add_lora(pipeline: "DiffusionPipeline", lora: str, scale: float) -> None:
-    load_lora(pipeline, lora, "evaluated", f"--lora {lora}")
+def _add_lora(pipeline: "DiffusionPipeline", lora: str, scale: float, must_be_finite: bool) -> None:
+    load_lora(pipeline, lora, "evaluated", f"--lora {lora}", must_be_finite)
     if scale != 1.0:
         pipeline.set_adapters("evaluated", scale)
 

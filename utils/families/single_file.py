@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from utils.configs import read_config
-from utils.loading import LOADING_ERRORS, PICKLES, WeightReport, load_module, loading, make_up, names_of
+from utils.loading import LOADING_ERRORS, PICKLES, WeightReport, check_read, load_module, loading, make_up, names_of
 from utils.options import UserError, first_line
 from utils.tensor_files import open_safetensors, read_pickle
+from utils.weight_files import Stored, check_finite, stored_in, stored_tensors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -61,12 +62,14 @@ class SingleFile:
     Attributes:
         flag: the option that named it.
         weights: tensors without memory, by their names.
+        stored: the dtypes and shapes of the same.
         metadata: what else its header says.
     """
 
     path: Path
     flag: str
     weights: Mapping[str, Tensor]
+    stored: Mapping[str, Stored]
     metadata: Mapping[str, str]
 
     @classmethod
@@ -77,12 +80,13 @@ class SingleFile:
             UserError: if it can't be read.
         """
         if path.suffix in PICKLES:
-            return cls(path, flag, _weights_in_pickle(path, flag), {})
+            held = _weights_in_pickle(path, flag)
+            return cls(path, flag, held, stored_tensors(held), {})
         try:
+            stored = stored_in(path)
+            weights = {name: torch.empty(each.shape, device="meta") for name, each in stored.items()}
             with open_safetensors(path) as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-                weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-                return cls(path, flag, weights, file.metadata() or {})
+                return cls(path, flag, weights, stored, file.metadata() or {})
         except (OSError, SafetensorError) as error:
             raise UserError(f"{flag} {path} can't be read as safetensors: {first_line(error)}") from error
 
@@ -171,6 +175,9 @@ class SingleFile:
         from diffusers.loaders.single_file_utils import SingleFileComponentError
 
         kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+        for name in (*kinds, *TEXT_PREFIXES):
+            if name not in given:
+                self._check_numbers(name)
         expected = {name: self._expect(name, each, config, name) for name, each in kinds.items() if name not in given}
         try:
             with loading(self.what):
@@ -190,7 +197,14 @@ class SingleFile:
                 part = load_module(type(module), str(Path(config, name)), what, name, torch.float32)
                 setattr(pipeline, name, part)
         self._say_what_is_not_used({*TEXT_PREFIXES, *expected})
+        for name in (*kinds, *TEXT_PREFIXES):
+            if name not in given and isinstance(module := getattr(pipeline, name, None), nn.Module):
+                check_finite(module.named_parameters(), f"{self.what}: {name}")
         return pipeline
+
+    def _check_numbers(self, part: str) -> None:
+        """Refuses weights of a part whose numbers are not what is stored."""
+        check_read(f"{self.what}: {part}", part, {name: self.stored[name] for name in _own(part, self.weights)})
 
     def load_vae(self, config: str | None, subfolder: str | None, dtype: torch.dtype) -> nn.Module:
         """The VAE in the file, which may hold one alone, or a whole model.
@@ -200,12 +214,14 @@ class SingleFile:
         """
         from diffusers import AutoencoderKL
 
+        self._check_numbers("vae")
         is_partial = self._expect("vae", AutoencoderKL, config, subfolder)
         with loading(self.what):
             vae = AutoencoderKL.from_single_file(
                 str(self.path), config=config, subfolder=subfolder, low_cpu_mem_usage=not is_partial
             )
-        return vae.to(dtype).eval()
+        check_finite(vae.to(dtype).named_parameters(), self.what)
+        return vae.eval()
 
     def _expect(self, name: str, kind: Any, config: str | None, subfolder: str | None) -> bool:
         """Looks at a part's weights before they are loaded, by its config; whether some may be missing."""

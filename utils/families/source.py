@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from utils.configs import index_file, is_path, read_config, read_config_file
+from utils.configs import index_file, is_path, read_config, read_config_file, refuse_quantized
 from utils.families.single_file import SingleFile
 from utils.loading import LOADING_ERRORS, PICKLES, load_module, load_pipeline_folder, variant_of
 from utils.options import UserError, first_line, option, require, require_positive
@@ -162,7 +162,10 @@ class PipelineSource:
             return None
         if is_path(root) and not Path(root).is_dir():
             raise UserError(f"{flag} {root} does not exist")
-        return read_config_file(root, str(PurePosixPath(part, file)), revision, flag)
+        found = read_config_file(root, str(PurePosixPath(part, file)), revision, flag)
+        if not self.is_single_file or root != self.options.pretrained_model_config:  # whose weights are not read
+            refuse_quantized(found, f"{flag} {root}: {PurePosixPath(part, file)}")
+        return found
 
     def load(
         self, pipeline_class: "type[DiffusionPipeline]", dtypes: ComponentDtypes, text_encoder_names: tuple[str, ...]
@@ -308,6 +311,8 @@ def check_weight_files(
         if name in replaced or not isinstance(entry, list) or not any(entry) or not part.is_dir():
             continue
         variant_of(part, options.variant, f"{flag}: {name}")
+        if (part / "config.json").is_file():
+            refuse_quantized(read_config(part / "config.json", flag), f"{flag}: {name}/config.json")
         pickles = [file.name for suffix in PICKLES for file in part.glob(f"*{suffix}")]
         if pickles and not options.allow_pickle and not list(part.glob("*.safetensors")):
             raise UserError(

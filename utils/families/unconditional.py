@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from utils.configs import index_file, is_path, read_config, read_config_file
+from utils.configs import index_file, is_path, read_config, read_config_file, refuse_quantized
 from utils.data.labels import ClassNumbers, class_numbers, listed_numbers, plain_name
 from utils.disk import write_text
 from utils.families.base import Family, TextStates, fitting_steps
@@ -696,6 +696,7 @@ def coder_config(name: str) -> tuple[dict, str | None]:
     class_name = config.get("_class_name")
     if class_name not in CODERS:
         raise UserError(f"--vae {name} is a {class_name}; supported are {', '.join(CODERS)}")
+    refuse_quantized(config, f"--vae {name}: config.json")
     return config | {"block_out_channels": config.get("block_out_channels") or [64]}, subfolder
 
 
