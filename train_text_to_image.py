@@ -62,6 +62,7 @@ from utils.runtime import (
     weight_dtype,
 )
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
+from utils.scheduler_trials import check_trial, check_trial_of
 from utils.seeding import model_seed
 from utils.speed import SpeedOptions
 from utils.starting import (
@@ -191,6 +192,7 @@ def run(argv: Sequence[str] | None) -> None:
             family.use_channels_last(vae=not options.cache.cache_latents)
         requests.check()
         process = forward_process(options.noise, family.pipeline.scheduler.config)
+        check_trial(family.pipeline.scheduler, *drawing(options, family.pipeline.scheduler.config))
         terms = loss_terms(options.perceptual, options.term, family.latent_space, process.num_timesteps)
         adaptation.named_parameters(rates)  # which refuses --layer_rates of no weight, on a dry run too
         own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
@@ -363,6 +365,16 @@ def check_before_loading(
     scheduler = source.config("scheduler")
     if scheduler is not None:
         forward_process(options.noise, scheduler)
+        check_trial_of(scheduler, options.noise.scheduler_changes, *drawing(options, scheduler))
+
+
+def drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]:
+    """(denoising steps of a sample, what names the pipeline, the flag that says the steps)."""
+    steps = options.validation.validation_num_inference_steps
+    if not options.validation.prompts:  # then nothing is drawn by so many
+        steps = min(10, steps, max(1, (scheduler_config.get("num_train_timesteps") or 1000) // 2))
+    where = f"--pretrained_model {options.model.pretrained_model_name_or_path}"
+    return steps, where, "validation_num_inference_steps"
 
 
 def forward_process(options: NoiseOptions, scheduler_config: Mapping) -> ForwardProcess:

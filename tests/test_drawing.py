@@ -198,7 +198,11 @@ def pixel_scheduler(kind: str, **more):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_evaluation_clips_consistently(name, kind, overshoot, guidance):
     pipeline = classes_of(Ideal(kind, overshoot), pixel_scheduler(kind))
-    set_scheduler(pipeline, name)
+    try:
+        set_scheduler(pipeline, name)
+    except UserError:
+        assert kind == "sample"
+        pytest.skip("diffusers does not have it")
     reference = Ideal(kind, overshoot, guidance, clips=True)
     try:
         wanted = (

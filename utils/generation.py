@@ -23,9 +23,9 @@ from PIL.PngImagePlugin import PngInfo
 from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
 from utils.disk import replacing
 from utils.families.base import fitting_steps
-from utils.loading import LOADING_ERRORS
 from utils.memory import is_out_of_memory
 from utils.metrics.features import weights_hash
+from utils.noise import SCHEDULER_ERRORS
 from utils.options import (
     ProcessError,
     UserError,
@@ -41,6 +41,7 @@ from utils.prompts import STATE_KEY, Prompt, Task, drawn_texts, prompts_hash
 from utils.runtime import write_json
 from utils.samplers import check_steps, converted, is_ddim
 from utils.sampling_controls import SamplingControls, drawing_scheduler
+from utils.scheduler_trials import unfit
 from utils.seeding import Stream, generator
 from utils.stopping import StopRequests
 from utils.terminal import progress_bar
@@ -132,29 +133,43 @@ def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
     Raises:
         UserError: if the pipeline can't go with it.
     """
-    import diffusers
-
     if name is None:
         return
     class_name, changes = SCHEDULERS.get(name, (name, {}))
-    known = {each.__name__ for each in pipeline.scheduler.compatibles} | {type(pipeline.scheduler).__name__}
-    flag = f"--scheduler {name}"
-    if class_name not in known:
+    known, flag = _compatible(pipeline.scheduler), f"--scheduler {name}"
+    reason = f"diffusers does not put it in the place of a {type(pipeline.scheduler).__name__}"
+    scheduler = None
+    if class_name in known:
+        scheduler, reason = _converted(pipeline.scheduler, class_name, changes)
+    if reason:
+        fitting = [each for each in known if not _converted(pipeline.scheduler, each, {})[1]]
+        shown = [each for each, (of, _) in SCHEDULERS.items() if of in fitting]
+        shown += [each for each in fitting if each not in {of for of, _ in SCHEDULERS.values()}]
         raise UserError(
-            f"{flag} does not go with a {type(pipeline).__name__}; choose one of {', '.join(sorted(known))}"
+            f"{flag} does not go with this {type(pipeline).__name__}: {reason}; choose one of {', '.join(shown)}"
         )
-    try:
-        scheduler = converted(pipeline.scheduler, getattr(diffusers, class_name), **changes)
-        scheduler.set_timesteps(10)
-    # another scheduler made of this one's config: what it lacks or misreads fails in a way of each class's own
-    except (*LOADING_ERRORS, TypeError, AttributeError, NotImplementedError) as error:
-        raise UserError(f"{flag} can't be used: {first_line(error)}") from error
     scales = abs(float(getattr(scheduler, "init_noise_sigma", 1.0)) - 1) > 1e-6
     if scales and "scale_model_input" not in inspect.getsource(type(pipeline).__call__):
         raise UserError(
             f"{flag} needs its input scaled, which {type(pipeline).__name__} does not do; try ddim or dpm++_2m"
         )
     pipeline.scheduler = scheduler
+
+
+def _compatible(scheduler: Any) -> list[str]:
+    """The classes that diffusers takes for interchangeable with a scheduler's, whether they draw or not."""
+    return sorted({each.__name__ for each in scheduler.compatibles} | {type(scheduler).__name__})
+
+
+def _converted(own: Any, class_name: str, changes: Mapping[str, Any]) -> tuple[Any, str]:
+    """(a scheduler of another class in the place of a pipeline's own, why it does not draw what that does or "")."""
+    import diffusers
+
+    try:
+        scheduler = converted(own, getattr(diffusers, class_name), **changes)
+    except SCHEDULER_ERRORS as error:
+        return None, first_line(error)
+    return scheduler, unfit(scheduler, own)
 
 
 def class_numbers(labels: Sequence[str], names: Mapping[str, int]) -> list[int]:

@@ -22,6 +22,7 @@ from utils.options import UserError, first_line, option, require, require_not_ne
 from utils.runtime import autocast, on_main_process, write_json
 from utils.samplers import SAMPLERS, check_steps, sampler_of
 from utils.sampling_controls import SamplingControls
+from utils.scheduler_trials import check_trial
 from utils.sharding import unsharded
 from utils.stopping import StopRequests
 from utils.tracking import Sample
@@ -83,8 +84,10 @@ class SamplingOptions:
         if not is_flow(scheduler) and not is_score(scheduler):
             must = f"be at most {longest}, the length of the noise schedule"
             require(steps <= longest, "num_inference_steps", steps, must)
+        drawn_by = sampler_of(scheduler, self.sampler, self.eta)
+        check_trial(drawn_by, steps, "the pipeline", "num_inference_steps")
         try:
-            check_steps(sampler_of(scheduler, self.sampler, self.eta), steps)
+            check_steps(drawn_by, steps)
         except ValueError as error:
             name = self.sampler or type(scheduler).__name__
             raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error

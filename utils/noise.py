@@ -1,14 +1,18 @@
 """Forward diffusion: which noise and timesteps are drawn, and what they make of a latent."""
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from utils.configs import SCHEDULER_CONFIG, short
+from utils.loading import CONFIG_ERRORS, LOADING_ERRORS, reason_of
 from utils.options import UserError, option, require, require_fraction, require_not_negative, require_positive
 from utils.records import Noised
 from utils.seeding import Stream, generator
@@ -23,6 +27,8 @@ BETA_SCHEDULES = {
     "sigmoid": "sigmoid",
 }
 """Spellings of the noise schedules, and diffusers' names for them."""
+SCHEDULER_ERRORS = (*LOADING_ERRORS, *CONFIG_ERRORS, ImportError, UserError)
+"""What diffusers' schedulers raise for configs and numbers of steps that make no sense to them."""
 TIMESTEP_DISTRIBUTIONS = ("uniform", "log_normal", "logit_normal")
 TIMESTEP_BIASES = ("none", "earlier", "later", "range")
 
@@ -106,6 +112,40 @@ def explicit_config(config: Mapping) -> dict[str, object]:
     return {name: value for name, value in config.items() if name != "_use_default_values"}
 
 
+def blamed(kind: type, config: Mapping, tried: Callable[[Any], object]) -> str:
+    """The one value of a scheduler's config that is to blame, as `key value`: with its default all is well; else "".
+
+    Args:
+        kind: the scheduler's class.
+        tried: raises one of `SCHEDULER_ERRORS` for a scheduler that can't be used.
+    """
+    known = inspect.signature(kind.__init__).parameters
+    for name in (name for name in known if name in config and config[name] != known[name].default):
+        try:
+            tried(kind.from_config({**explicit_config(config), name: known[name].default}))
+        except SCHEDULER_ERRORS:
+            continue
+        return f"{name} {short(config[name])}"
+    return ""
+
+
+def scheduler_of(kind: type, config: Mapping, changes: Mapping[str, object]) -> Any:
+    """A scheduler of a class by a user's config, whose defaults are its own.
+
+    Raises:
+        UserError: naming the value that is to blame, if the class makes none of it.
+    """
+    config = {**explicit_config(config), **changes}
+    try:
+        return kind.from_config(config)
+    except SCHEDULER_ERRORS as error:
+        value = blamed(kind, config, lambda scheduler: scheduler)
+        raise UserError(
+            f"the pipeline's {SCHEDULER_CONFIG}: {value or 'its values'} can't be used by a {kind.__name__}: "
+            f"{reason_of(error)}"
+        ) from error
+
+
 class ForwardProcess:
     """q(x_t | x_0) of a diffusers noise scheduler, and the target of its prediction type, in float32.
 
@@ -128,10 +168,11 @@ class ForwardProcess:
         if "beta_start" not in scheduler_config and scheduler_config.get("trained_betas") is None:
             name = scheduler_config.get("_class_name", "the pipeline's scheduler")
             raise UserError(f"{name} has no noise schedule by betas, and what was trained with it is not trained here")
-        self.scheduler = DDPMScheduler.from_config(explicit_config(scheduler_config), **changes)
+        self.scheduler = scheduler_of(DDPMScheduler, scheduler_config, changes)
         self.prediction_type = self.scheduler.config.prediction_type
         self.num_timesteps = self.scheduler.config.num_train_timesteps
         self.alphas_cumprod = alphas_cumprod = self.scheduler.alphas_cumprod.float()
+        self._check_betas()
         if self.prediction_type not in PREDICTION_TYPES:
             raise UserError(
                 f"the pipeline's scheduler has prediction_type {self.prediction_type!r}; "
@@ -143,6 +184,17 @@ class ForwardProcess:
                 "at the last timestep epsilon says nothing of the image"
             )
         self._snr = alphas_cumprod / (1 - alphas_cumprod)
+
+    def _check_betas(self) -> None:
+        """Refuses a noise schedule of another length than the config says, or that is none."""
+        count, alphas = len(self.alphas_cumprod), self.alphas_cumprod
+        if count != self.num_timesteps:
+            raise UserError(
+                f"the pipeline's {SCHEDULER_CONFIG}: trained_betas has {count:,} betas, but num_train_timesteps is "
+                f"{self.num_timesteps:,}; they must be as many"
+            )
+        if not bool(((alphas >= 0) & (alphas <= 1)).all()):
+            raise UserError(f"the pipeline's {SCHEDULER_CONFIG}: its betas must be in [0, 1], and no NaN")
 
     def describe(self) -> str:
         """What is predicted, and the noise schedule, in words."""

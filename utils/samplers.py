@@ -229,11 +229,10 @@ def check_steps(scheduler: Any, steps: int) -> None:
         ValueError: naming what is wrong.
     """
     scheduler.set_timesteps(steps)
+    refuse_rounding(scheduler, steps)
     count, timesteps = scheduler.config.get("num_train_timesteps"), scheduler.timesteps
     if "timestep_spacing" not in parameters_of(type(scheduler)) or not isinstance(count, int):
         return
-    if float(timesteps.min()) < 0 and not hasattr(scheduler, "sigmas"):  # those with sigmas repeat the last one
-        raise ValueError(f"by rounding it would end with a timestep of -1; try {steps - 1} or {steps + 1}")
     left_out = count - 1 - float(timesteps.max())
     if left_out > min(2 * count / steps, 0.75 * count):
         logger.warning(
@@ -241,6 +240,16 @@ def check_steps(scheduler: Any, steps: int) -> None:
             "that divides %d begins later",
             *(steps, type(scheduler).__name__, float(timesteps.max()), count, count),
         )
+
+
+def refuse_rounding(scheduler: Any, steps: int) -> None:
+    """Refuses timesteps that were set and of which one is below 0; schedulers with sigmas repeat the last one there.
+
+    Raises:
+        ValueError: with numbers of steps to try.
+    """
+    if float(scheduler.timesteps.min()) < 0 and not hasattr(scheduler, "sigmas"):
+        raise ValueError(f"by rounding it would end with a timestep of -1; try {steps - 1} or {steps + 1}")
 
 
 def same_steps(one: Any, other: Any) -> bool:

@@ -1,0 +1,165 @@
+"""Schedulers of a user's config and choice: tried before anything is trained or drawn, and offered only if they fit."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+
+from tests import tiny
+from tests.conftest import message
+from utils.generation import SCHEDULERS, set_scheduler
+from utils.options import UserError
+from utils.samplers import converted
+from utils.scheduler_trials import check_trial, check_trial_of, kind_of, level_of, misfit, unfit
+
+SHORT = ("--max_train_steps", 1, "--train_batch_size", 1, "--no_final_checkpoint")
+KINDS = ("epsilon", "v_prediction")
+WITHOUT_FIT = (
+    *("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "IPNDMScheduler"),
+    *("CMStochasticIterativeScheduler", "KarrasVeScheduler", "ScoreSdeVeScheduler", "UnCLIPScheduler"),
+    *("DDIMInverseScheduler", "CosineDPMSolverMultistepScheduler"),
+)
+
+
+class Drawing:
+    """As much of a Stable Diffusion pipeline as choosing a scheduler asks for."""
+
+    __call__ = diffusers.StableDiffusionPipeline.__call__
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+
+def offered(own) -> list[str]:
+    """The names that the error of a scheduler that does not go offers."""
+    with pytest.raises(UserError, match="choose one of") as raised:
+        set_scheduler(Drawing(own), "EDMEulerScheduler")
+    return str(raised.value).partition("choose one of ")[2].split(", ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_that_are_offered_draw_what_the_model_was_trained_for(kind):
+    own = tiny.scheduler(kind)
+    names = offered(own)
+    assert {"ddim", "ddpm", "euler", "dpm++_2m", "unipc"} <= set(names)
+    assert not {"EDMEulerScheduler", *WITHOUT_FIT} & set(names)
+    for name in names:
+        for steps in (4, 20, 50):
+            class_name, changes = SCHEDULERS.get(name, (name, {}))
+            scheduler = converted(own, getattr(diffusers, class_name), **changes)
+            assert misfit(scheduler, level_of(own), kind, steps) == "", (name, steps)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_all_names_draw_of_epsilon_and_v(name):
+    for kind in KINDS:
+        pipeline = Drawing(tiny.scheduler(kind))
+        set_scheduler(pipeline, name)
+        assert type(pipeline.scheduler).__name__ == SCHEDULERS[name][0]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sample"])
+@pytest.mark.parametrize("name", WITHOUT_FIT)
+def test_schedulers_of_other_noise_do_not_fit(name, kind):
+    own = tiny.scheduler(kind)
+    try:
+        scheduler = converted(own, getattr(diffusers, name))
+    except (ImportError, ValueError):
+        return
+    assert unfit(scheduler, own)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"},
+        {"prediction_type": "v_prediction"},
+    ],
+)
+def test_another_noise_schedule_or_prediction_does_not_fit(changes):
+    own = tiny.scheduler()
+    assert misfit(DDIMScheduler.from_config(own.config, **changes), level_of(own), "epsilon", 10)
+    assert not misfit(own, level_of(own), "epsilon", 10)
+
+
+@pytest.mark.parametrize("kind", ["sample", "epsilon", "v_prediction"])
+def test_pipelines_own_schedulers_fit(kind, caplog):
+    """Of all classes that the tests and the usual models have, whatever their spacing, range or length."""
+    for own in (
+        *(DDPMScheduler(prediction_type=kind), DDPMScheduler(num_train_timesteps=20, prediction_type=kind)),
+        DDPMScheduler(prediction_type=kind, clip_sample=False, variance_type="learned_range"),
+        DDIMScheduler.from_config(tiny.scheduler(kind).config, timestep_spacing="trailing"),
+        EulerDiscreteScheduler.from_config(tiny.scheduler(kind).config),
+    ):
+        for steps in (1, 2, 20):
+            check_trial(own, steps, "x", "steps")
+    for name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "ScoreSdeVeScheduler"):
+        check_trial(getattr(diffusers, name)(), 20, "x", "steps")
+    assert not caplog.text
+
+
+def test_an_own_scheduler_that_draws_something_else_is_said(caplog):
+    own = EDMEulerScheduler.from_config(tiny.scheduler().config)
+    check_trial(own, 10, "--pretrained_model x", "steps")
+    assert "--pretrained_model x: its EDMEulerScheduler does not draw what the model is trained for" in caplog.text
+
+
+BROKEN = [
+    ({"trained_betas": [0.5, 0.1]}, "trained_betas has 2 betas, but num_train_timesteps is 1,000"),
+    ({"trained_betas": [0.001] * 500}, "trained_betas has 500 betas"),
+    ({"trained_betas": [3.0] * 1000}, "betas must be in [0, 1]"),
+    ({"timestep_spacing": "odd"}, 'timestep_spacing "odd" can\'t be drawn with'),
+    ({"beta_schedule": "exponential"}, 'beta_schedule "exponential" can\'t be used'),
+    ({"prediction_type": "noise"}, "prediction_type"),
+    ({"steps_offset": 5000}, "steps_offset 5000 can't be drawn with"),
+    ({"set_alpha_to_one": "x", "steps_offset": "one"}, "can't be drawn with"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), BROKEN, ids=str)
+def test_a_config_that_can_not_draw_is_refused_before_the_training(changes, said):
+    config = dict(tiny.scheduler().config) | {"_class_name": "DDIMScheduler"} | changes
+    with pytest.raises(UserError) as raised:
+        check_trial_of(config, {}, 10, "--pretrained_model x", "validation_num_inference_steps")
+    line = str(raised.value)
+    assert said in line
+    assert "scheduler_config.json" in line or "prediction_type" in line
+
+
+def test_the_scripts_refuse_it_in_one_line(train, capsys, pipelines, more_pipelines, images, tmp_path):
+    from train_unconditional import main
+
+    for key, value in (("timestep_spacing", "odd"), ("beta_schedule", "exponential"), ("trained_betas", [0.1, 0.2])):
+        folder = shutil.copytree(pipelines["sd"], tmp_path / key)
+        file = folder / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+        train(str(folder), *SHORT, "--validation_prompt", "a", expect=2)
+        assert key in message(capsys)
+        pixels = shutil.copytree(more_pipelines["ddpm"], tmp_path / f"ddpm {key}")
+        file = pixels / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+        words = ["--pretrained_model", pixels, "--train_data_dir", images, "--output_dir", tmp_path / "out"]
+        assert main([str(word) for word in (*words, *SHORT, "--resolution", 16)]) == 2
+        assert key in message(capsys)
+
+
+def test_more_steps_than_the_schedule_has_name_their_flag(train, capsys, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": 20, "steps_offset": 0}))
+    train(str(folder), *SHORT, "--dry_run")
+    train(str(folder), *SHORT, "--dry_run", "--validation_prompt", "a", expect=2)
+    assert "--validation_num_inference_steps 25 can't be taken by the pipeline's DDIMScheduler" in message(capsys)
+
+
+def test_a_trial_leaves_no_trace():
+    own, state = tiny.scheduler(), torch.get_rng_state()
+    before = dict(vars(own))
+    check_trial(own, 10, "x", "steps")
+    assert all(before[name] is value for name, value in vars(own).items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert kind_of(SimpleNamespace(config={"prediction_type": "epsilon"})) == "epsilon"

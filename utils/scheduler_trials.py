@@ -1,0 +1,203 @@
+"""Whether a scheduler draws what a model was trained to, tried on a model of one image, whose prediction is exact.
+
+Of one image the noise of a noisy sample is known. A scheduler fits a model if, at each of its steps, the noise that the
+sample holds at the timestep that the model is told has a standard deviation of 1, and if the last sample is the image.
+"""
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.configs import SCHEDULER_CONFIG
+from utils.flow import is_flow, is_score
+from utils.loading import class_of, reason_of
+from utils.noise import SCHEDULER_ERRORS, ForwardProcess, blamed, scheduler_of
+from utils.options import UserError
+from utils.samplers import changed_scheduler, refuse_rounding
+
+logger = logging.getLogger(__name__)
+EDGE = 32  # of the image
+MOST_STEPS = 50  # that are all taken
+FEWER_STEPS = 10
+SPREAD = 0.2  # by which the noise may be off
+DISTANCE = 0.2  # from the image, on average: some schedules end before all noise is gone
+SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
+Level = Callable[[float], tuple[float, float]]
+"""(alpha, sigma) of a timestep: a noisy sample is alpha * image + sigma * noise."""
+
+
+def level_of(scheduler: Any) -> Level | None:
+    """The noise levels that a model with this scheduler was trained at; None where no schedule says them."""
+    if is_score(scheduler):
+        return None
+    if is_flow(scheduler):
+        count = float(scheduler.config.num_train_timesteps)
+        return lambda t: (1 - t / count, t / count)
+    if "beta_start" not in scheduler.config and scheduler.config.get("trained_betas") is None:
+        return None
+    bar = ForwardProcess(scheduler.config, {}).alphas_cumprod.double().numpy()
+    with np.errstate(divide="ignore"):
+        log_sigmas = np.minimum(np.log((1 - bar) / bar) / 2, 20.0)
+
+    def level(t: float) -> tuple[float, float]:
+        sigma = math.exp(np.interp(t, np.arange(len(bar)), log_sigmas))
+        return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
+
+    return level
+
+
+def misfit(scheduler: Any, level: Level, kind: str, steps: int) -> str:
+    """Why a scheduler does not draw the image of a model of these noise levels, or "" where it does.
+
+    Args:
+        kind: what the model predicts; "flow" for a flow.
+
+    Raises:
+        one of `SCHEDULER_ERRORS`: if it can't take its steps.
+    """
+    with _silent():
+        return _misfit(type(scheduler).from_config(scheduler.config), level, kind, steps)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Context manager: what diffusers says of a trial is not said of the run."""
+    from diffusers.utils import logging as diffusers_logging
+
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before)
+
+
+def _misfit(scheduler: Any, level: Level, kind: str, steps: int) -> str:
+    scheduler.set_timesteps(steps)
+    refuse_rounding(scheduler, steps)
+    if len(scheduler.timesteps) > 2 * MOST_STEPS:
+        scheduler.set_timesteps(FEWER_STEPS)
+    reads_variance = str(vars(scheduler).get("variance_type") or scheduler.config.get("variance_type") or "")
+    known = inspect.signature(scheduler.step).parameters
+    drawn = torch.Generator().manual_seed(0)
+    extra = {"generator": drawn} if "generator" in known else {}
+    image = torch.linspace(-0.9, 0.9, EDGE * EDGE).view(1, 1, EDGE, EDGE).flip(-1)
+    pure = torch.randn(image.shape, generator=drawn)
+    sample = None
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for t in scheduler.timesteps:
+            alpha, sigma = level(float(t))
+            if sample is None:  # as noisy as the model expects at the first timestep
+                scale = _scaled(scheduler, torch.ones(1), t).reciprocal()
+                start = float(getattr(scheduler, "init_noise_sigma", 1.0)) / float(scale)
+                if not sigma - SPREAD < start < 1 + SPREAD:
+                    return f"it begins with {start:.3g} times the noise that the model expects"
+                sample = (alpha * image + sigma * pure) * scale
+            noise = (_scaled(scheduler, sample, t) - alpha * image) / max(sigma, 1e-4)
+            spread = float(noise.std())
+            if sigma > 0.1 and not abs(spread - 1) < SPREAD:
+                return f"at timestep {float(t):g} its sample holds {spread:.3g} times the noise that the model expects"
+            output = _predicted(kind, image, noise, alpha, sigma)
+            if reads_variance.startswith("learned"):
+                output = torch.cat([output, torch.full_like(output, -float(reads_variance == "learned_range"))], 1)
+            sample = scheduler.step(output, t, sample, **extra).prev_sample
+    distance = float((sample - image).abs().mean())
+    return "" if distance < DISTANCE else f"of a model of one image it draws another, {distance:.3g} away from it"
+
+
+def _scaled(scheduler: Any, sample: Tensor, t: Tensor) -> Tensor:
+    """A sample as the model is given it."""
+    return scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
+
+
+def _predicted(kind: str, image: Tensor, noise: Tensor, alpha: float, sigma: float) -> Tensor:
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return alpha * noise - sigma * image
+    return noise - image if kind == "flow" else image
+
+
+def unfit(scheduler: Any, own: Any) -> str:
+    """Why a scheduler does not draw in the place of a pipeline's own, or "" where it does."""
+    level = level_of(own)
+    try:
+        if level is not None:
+            return misfit(scheduler, level, kind_of(own), FEWER_STEPS)
+        scheduler.set_timesteps(FEWER_STEPS)
+    except SCHEDULER_ERRORS as error:
+        return reason_of(error)
+    ours, theirs = (inspect.signature(type(each).__init__).parameters for each in (own, scheduler))
+    missing = [name for name in SIGMAS if name in ours and name not in theirs]
+    return f"it knows no {missing[0]}, by which the pipeline's own has its noise levels" if missing else ""
+
+
+def kind_of(scheduler: Any) -> str:
+    """What a model with this scheduler predicts."""
+    return "flow" if is_flow(scheduler) else str(scheduler.config.get("prediction_type", "epsilon"))
+
+
+def check_trial_of(config: Mapping[str, Any], changes: Mapping[str, object], steps: int, where: str, flag: str) -> None:
+    """`check_trial` of a scheduler before it is loaded, by its config; of a class that is not known nothing.
+
+    Args:
+        changes: what is to be otherwise than in it.
+    """
+    from diffusers import SchedulerMixin
+
+    kind = class_of("diffusers", config.get("_class_name"))
+    if kind is not None and issubclass(kind, SchedulerMixin):
+        check_trial(changed_scheduler(scheduler_of(kind, config, {}), changes), steps, where, flag)
+
+
+def check_trial(scheduler: Any, steps: int, where: str, flag: str) -> None:
+    """Refuses a scheduler that can't take its steps, and warns of one that does not draw what is trained.
+
+    Args:
+        where: the flag that names the pipeline, and its value.
+        flag: the one that says the number of steps.
+
+    Raises:
+        UserError: naming the value of its config that is to blame, where one alone is, or the number of steps.
+    """
+    level, name = level_of(scheduler), type(scheduler).__name__
+    if level is None:
+        return
+    try:
+        found = misfit(scheduler, level, kind_of(scheduler), steps)
+    except SCHEDULER_ERRORS as error:
+        fewer = min(FEWER_STEPS, steps - 1, int(scheduler.config.num_train_timesteps))
+        if fewer and _takes(scheduler, level, fewer):
+            raise UserError(f"--{flag} {steps} can't be taken by the pipeline's {name}: {reason_of(error)}") from error
+        value = blamed(type(scheduler), scheduler.config, partial(_try, steps=steps))
+        raise UserError(
+            f"{where}: its {SCHEDULER_CONFIG}: {value or 'these values'} can't be drawn with by a {name}: "
+            f"{reason_of(error)}"
+        ) from error
+    if found:
+        logger.warning(
+            "%s: its %s does not draw what the model is trained for: %s; give the pipeline another scheduler",
+            *(where, name, found),
+        )
+
+
+def _takes(scheduler: Any, level: Level, steps: int) -> bool:
+    try:
+        misfit(scheduler, level, kind_of(scheduler), steps)
+    except SCHEDULER_ERRORS:
+        return False
+    return True
+
+
+def _try(scheduler: Any, steps: int) -> None:
+    level = level_of(scheduler)
+    if level is not None:
+        misfit(scheduler, level, kind_of(scheduler), steps)
