@@ -85,12 +85,17 @@ class EncodedBatch:
         return replace(self, states=states)
 
 
+WATCHED = 3  # first batches
+CURE = "use --mixed_precision bf16 or no, or another VAE or text encoder"
+
+
 class Encoder:
     """Gives a batch its encodings: those that it carries from the cache, the others computed."""
 
     def __init__(self, family: Family, text_encoders_train: bool):
         self._family = family
         self._text_encoders_train = text_encoders_train
+        self._num_watched = WATCHED
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> EncodedBatch:
@@ -99,7 +104,22 @@ class Encoder:
             mean, std = self._family.latent_space.moments(batch.pixels)
         else:
             mean, std = batch.moments.float().unbind(1)
-        return EncodedBatch(batch, mean, std, self._states(batch))
+        states = self._states(batch)
+        if self._num_watched:
+            self._num_watched -= 1
+            self._watch(mean + std, states)
+        return EncodedBatch(batch, mean, std, states)
+
+    def _watch(self, moments: Tensor, states: TextStates | None) -> None:
+        """Says of the first batches whether their encodings are finite; of all of them the device would be waited for.
+
+        Otherwise the loss alone would show it, and the learning rate be blamed.
+        """
+        floats = [state for state in (states or {}).values() if state.is_floating_point()]
+        for name, values in (("the VAE's encodings", [moments]), ("the text encoders' states", floats)):
+            if not all(bool(each.isfinite().all()) for each in values):
+                self._num_watched = 0
+                logger.warning("%s are NaN or infinite, and no step can train on them; %s", name, CURE)
 
     def _states(self, batch: Batch) -> TextStates | None:
         if self._text_encoders_train:

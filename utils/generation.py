@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
 from utils.disk import replacing
 from utils.families.base import fitting_steps
+from utils.families.vae import warn_of_nan
 from utils.memory import is_out_of_memory
 from utils.metrics.features import weights_hash
 from utils.noise import SCHEDULER_ERRORS
@@ -556,7 +557,9 @@ def decoding_apart(pipeline: "DiffusionPipeline") -> Iterator[None]:
 
     def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device, enabled=False):
-            return own(latents.to(vae.dtype), *args, **kwargs)
+            found = own(latents.to(vae.dtype), *args, **kwargs)
+        warn_of_nan(latents, found[0], vae, vae)
+        return found
 
     vae.decode = decode
     try:

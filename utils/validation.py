@@ -141,7 +141,7 @@ class Sampler:
                     break
                 latents.append(self._denoise(request, prompt))
         with family.alone("vae"):  # outside of autocast, in which it could overflow
-            decoded = (family.latent_space.decode(each) for each in latents)
+            decoded = (family.latent_space.pictures(each) for each in latents)
             return [processor.postprocess(each, output_type="pil")[0] for each in decoded]
 
     def _denoise(self, request: SampleRequest, prompt: dict[str, Tensor]) -> Tensor:

@@ -280,7 +280,7 @@ class UnconditionalFamily(Family):
             guidance: over 1 enlarges the difference that the class makes.
         """
         latents = self._denoise(seeds, labels, scheduler, steps, guidance, eta)
-        images = (self.latent_space.decode(latents) / 2 + 0.5).clamp(0, 1)
+        images = (self.latent_space.pictures(latents) / 2 + 0.5).clamp(0, 1)
         return self.pipeline.numpy_to_pil(images.float().cpu().permute(0, 2, 3, 1).numpy())
 
     @torch.no_grad()

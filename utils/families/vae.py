@@ -1,9 +1,34 @@
 """The latent space of a pretrained VAE: its scaling is that of its own config, at encoding and at decoding."""
 
+import logging
 import math
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+_SAID: WeakSet = WeakSet()  # of which it was said that they draw NaN
+
+
+def warn_of_nan(latents: Tensor, images: Tensor, vae: torch.nn.Module | None, of: object) -> None:
+    """Says that samples are not finite, whether by the denoiser or by the VAE, and what to do.
+
+    Args:
+        of: what it is said of once.
+    """
+    if bool(images.isfinite().all()) or of in _SAID:
+        return
+    _SAID.add(of)
+    if not bool(latents.isfinite().all()):
+        logger.warning("the denoiser's samples are NaN or infinite: they are black; its weights have diverged")
+    elif vae is not None and vae.dtype == torch.float16:
+        logger.warning(
+            "the VAE overflows in fp16: samples are black; use --mixed_precision bf16, or of SDXL a VAE for fp16 "
+            "(madebyollin/sdxl-vae-fp16-fix)"
+        )
+    else:
+        logger.warning("the VAE decodes to NaN or infinite numbers: samples are black; give another VAE")
 
 
 class LatentSpace:
@@ -78,6 +103,13 @@ class LatentSpace:
             sample = sample + self._shift
         with torch.autocast(self.vae.device.type, enabled=False):
             return self.vae.decode(sample, return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        """As `decode`, to be looked at: black where it is not finite, which a warning names the first time."""
+        images = self.decode(latents)
+        warn_of_nan(latents, images, self.vae, self)
+        return images.nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0)
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         return latents / self._scaling

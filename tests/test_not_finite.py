@@ -1,0 +1,88 @@
+"""Encodings and samples that are NaN are named with what is to blame, not shown as black pictures or a bad rate."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests import tiny
+from utils.families.vae import LatentSpace, PixelSpace
+
+
+class Broken(nn.Module):
+    """A part of a VAE that gives NaN."""
+
+    def __init__(self, own: nn.Module):
+        super().__init__()
+        self.own = own
+
+    def forward(self, *args, **kwargs):
+        return self.own(*args, **kwargs) * float("nan")
+
+
+def space(dtype: torch.dtype = torch.float32, part: str = "decoder") -> LatentSpace:
+    vae = tiny.vae().to(dtype)
+    setattr(vae, part, Broken(getattr(vae, part)))
+    return LatentSpace(vae)
+
+
+def test_a_decoder_that_gives_nan_is_named_once_with_a_cure(caplog):
+    latents = torch.zeros(1, 4, 8, 8)
+    broken = space()
+    for _ in range(2):
+        assert torch.equal(broken.pictures(latents), torch.full((1, 3, 16, 16), -1.0))
+    assert [record.message for record in caplog.records] == [
+        "the VAE decodes to NaN or infinite numbers: samples are black; give another VAE"
+    ]
+    caplog.clear()
+    space(torch.float16).pictures(latents)
+    assert "--mixed_precision bf16, or of SDXL a VAE for fp16 (madebyollin/sdxl-vae-fp16-fix)" in caplog.text
+    caplog.clear()
+    LatentSpace(tiny.vae()).pictures(latents * float("nan"))
+    assert "the denoiser's samples are NaN" in caplog.text
+    caplog.clear()
+    assert torch.isfinite(PixelSpace(3).pictures(torch.full((1, 3, 4, 4), float("nan")))).all()
+    assert torch.isfinite(LatentSpace(tiny.vae()).pictures(latents)).all()
+
+
+@pytest.mark.parametrize("flags", [("--cache_latents",), ()])
+def test_an_encoder_that_gives_nan_is_named(train, monkeypatch, capsys, caplog, flags):
+    own = LatentSpace.moments
+
+    def moments(self, pixels):
+        mean, std = own(self, pixels)
+        return mean * float("nan"), std
+
+    monkeypatch.setattr(LatentSpace, "moments", moments)
+    train("sd", "--max_train_steps", 2, "--no_final_checkpoint", *flags, expect=2 if flags else 1)
+    if flags:
+        assert "the VAE's encoding of it is not finite" in capsys.readouterr().err + caplog.text
+    else:
+        said = [record.message for record in caplog.records if "the VAE's encodings are NaN" in record.message]
+        assert len(said) == 1
+        assert "--mixed_precision bf16" in said[0]
+
+
+def test_samples_of_a_broken_decoder_say_so(train, monkeypatch, caplog, recwarn):
+    own = LatentSpace.decode
+    monkeypatch.setattr(LatentSpace, "decode", lambda self, latents: own(self, latents) * float("nan"))
+    out = train("sd", "--max_train_steps", 1, "--no_final_checkpoint", "--validation_prompt", "a")
+    assert caplog.text.count("the VAE decodes to NaN") == 1
+    assert not any("invalid value" in str(each.message) for each in recwarn)
+    assert np.array(list(out.glob("samples/final/*.png"))).size
+
+
+def test_evaluation_names_the_decoder(more_pipelines, tmp_path, caplog):
+    from diffusers import StableDiffusionPipeline
+
+    from utils.generation import Drawer, GenerationOptions
+    from utils.prompts import Prompt, Task
+    from utils.sampling_controls import SamplingControls
+
+    pipeline = StableDiffusionPipeline.from_pretrained(more_pipelines["sd"])
+    pipeline.vae.decoder = Broken(pipeline.vae.decoder)
+    drawer = Drawer(
+        pipeline, GenerationOptions(num_inference_steps=1), SamplingControls(), 0, torch.device("cpu"), is_placed=True
+    )
+    drawer.call([Task(0, 0, Prompt("a"))])
+    assert caplog.text.count("the VAE decodes to NaN") == 1
