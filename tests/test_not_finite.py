@@ -31,7 +31,7 @@ def test_a_decoder_that_gives_nan_is_named_once_with_a_cure(caplog):
     broken = space()
     for _ in range(2):
         assert torch.equal(broken.pictures(latents), torch.full((1, 3, 16, 16), -1.0))
-    assert [record.message for record in caplog.records] == [
+    assert [record.message for record in caplog.records if record.name.startswith("utils.")] == [
         "the VAE decodes to NaN or infinite numbers: samples are black; give another VAE"
     ]
     caplog.clear()

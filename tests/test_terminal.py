@@ -140,6 +140,11 @@ def test_a_bar_or_a_log_line_that_cannot_be_written_ends_nothing(kind, monkeypat
     [
         ("No LoRA keys associated to CLIPTextModel found with the prefix='text_encoder'. This is safe", None),
         ("Could not load the weights", "Could not load the weights"),
+        ("In this conversion only the non-EMA weights are extracted. If you want", None),
+        ("There are modules in UNet2DConditionModel that should be kept in float32: []. Casting directly", None),
+        (said := "There are modules in T5 that should be kept in float32: ['wo']. Casting directly", said),
+        ("Some weights of the model checkpoint were not used when initializing CLIPTextModel: \n ['a']", None),
+        (said := "Some weights of CLIPTextModel were not initialized from the model checkpoint", said),
         (
             "The following part of your input was truncated because CLIP can only handle sequences up to 77 tokens: "
             "['<|endoftext|><|endoftext|>', 'in the rain <|endoftext|>']",

@@ -14,12 +14,17 @@ DROPPED_WARNINGS = (
     r"`gradient_checkpointing_enable` is deprecated",  # transformers; diffusers and accelerate call it
     r"`broadcast_buffers` is deprecated",  # torch's DDP; accelerate has no other name for it yet
     r"This DataLoader will create \d+ worker processes",  # the number of workers is chosen, or asked for
+    r"The following alpha_pattern keys did not match",  # peft; layers of LoRA files get their alphas here
 )
 DROPPED_LOGS = re.compile(
     r"No LoRA keys associated to \w+ found with"  # diffusers, for each part that a LoRA file does not train
     r"|requires torchvision \(not installed\); falling back to"  # transformers; nothing here needs torchvision
     r"|The config attributes \{'decay': .*'power': [\d.]+\} were passed"  # diffusers, of an average's own config
     r"|Token indices sequence length is longer than"  # transformers, where prompts are measured before they are cut
+    r"|only the non-EMA weights are extracted"  # diffusers, of single files; the flag that it names is another tool's
+    r"|modules in \w+ that should be kept in float32: \[\]"  # diffusers, of none
+    r"|Some weights of the model checkpoint were not used"  # both, of what utils.loading says itself
+    r"|Changing scheduler \{self\.config\} to have"  # diffusers, of DPM-Solver's last steps
 )
 CUT_PROMPT = re.compile(r"(The following part of your input was truncated because .*?: )(.*)", re.DOTALL)
 PADDING = re.compile(r"(<\|endoftext\|>|!)+")

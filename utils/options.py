@@ -21,9 +21,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from utils.foreign_flags import FOREIGN_FLAGS
+from utils.idle_flags import idle_flags
 from utils.streams import flush_streams, hide, lasting_streams
 from utils.terminal import one_line, print_line
 
+logger = logging.getLogger(__name__)
 SECRET_OPTIONS = ("hub_token",)
 WRITTEN_PATHS = ("output_dir", "logging_dir", "encoding_cache_dir", "cache_dir", "save_reference", "export_geneval")
 CLOSE = 0.8  # similarity from which an unknown flag is taken for a misspelled one
@@ -303,7 +305,17 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
         for field in dataclasses.fields(group):
             if getattr(group, field.name) == "" and not field.name.endswith("prompt"):
                 raise UserError(f"--{field.name} must not be empty; leave it out or give a value")
+    _warn_of_idle(values.values())
     return options(**values)
+
+
+def _warn_of_idle(groups: Iterable[typing.Any]) -> None:
+    """Says in one line which flags are given without another one that they need to change anything."""
+    fields = [(group, field) for group in groups for field in dataclasses.fields(group)]
+    values = {field.name: getattr(group, field.name) for group, field in fields}
+    idle = list(idle_flags(values, {field.name: field.default for _, field in fields}))
+    if idle:
+        logger.warning("%s no effect: %s", "this flag has" if len(idle) == 1 else "these flags have", ", ".join(idle))
 
 
 def refuse_missing_docstrings() -> None:
