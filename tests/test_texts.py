@@ -179,7 +179,7 @@ class TestMetadata:
         table = records_of(tmp_path, mask_column="mask").sources[0].table
         assert [Path(table.mask(row)).name for row in range(2)] == ["a.png", "b.png"]
         (tmp_path / "metadata.csv").write_text("\n".join([*lines, "./1.png,z,m/a.png"]))
-        told = r"--mask_column mask: 1 images have two masks, such as '1.png': 'm/b.png' and 'm/a.png'; leave each one"
+        told = r"--mask_column mask: 1 images have two masks, such as '1.png': 'm/b.png' and 'm/a.png'; keep one for"
         with pytest.raises(UserError, match=told):
             records_of(tmp_path, mask_column="mask")
 

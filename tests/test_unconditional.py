@@ -764,13 +764,13 @@ def test_an_image_of_two_classes_is_refused(train, tmp_path, capsys, rows):
     lines = [json.dumps({"file_name": name, "label": label}) for name, label in rows]
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
     train("labels", *SHORT, "--label_column", "label", data=tmp_path / "data", expect=2)
-    assert "--label_column: 1 images have several labels; leave each one label: 0.png: " in message(capsys)
+    assert "--label_column: 1 images have several labels; give each image one: 0.png: " in message(capsys)
 
 
 def test_the_plan_names_classes_with_their_counts(train, classes, capsys):
     train("labels", *SHORT, "--dry_run", data=classes)
-    assert "2 classes (cat 3, dog 3), " in capsys.readouterr().out
-    assert describe_counts(list("abcdefg"), dict.fromkeys("abcdefg", 1000)).endswith("e 1,000, and 2 more)")
+    assert "2 classes (cat: 3, dog: 3), " in capsys.readouterr().out
+    assert describe_counts(list("abcdefg"), dict.fromkeys("abcdefg", 1000)).endswith("e: 1,000, and 2 more)")
 
 
 def test_class_folders_go_with_classes_by_folders(tmp_path):

@@ -55,7 +55,7 @@ def names_of_folders(counts: Mapping[str, int], rule: str | None, where: str, so
 
 def describe_counts(names: Sequence[str], counts: Mapping[str, int]) -> str:
     """Classes in words: how many, and the first with how many images each has."""
-    some = ", ".join(f"{name:.40} {counts[name]:,}" for name in names[:NUM_SHOWN])
+    some = ", ".join(f"{name:.40}: {counts[name]:,}" for name in names[:NUM_SHOWN])
     more = f", and {len(names) - NUM_SHOWN:,} more" if len(names) > NUM_SHOWN else ""
     return f"{len(names):,} classes ({some}{more})"
 

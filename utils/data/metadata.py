@@ -196,7 +196,7 @@ class _Lists:
             path, masks = next(iter(self._two_masks.items()))
             raise UserError(
                 f"--mask_column {self._columns.mask}: {len(self._two_masks):,} images have two masks, such as "
-                f"{short(path)}: {' and '.join(map(short, masks))}; leave each one mask"
+                f"{short(path)}: {' and '.join(map(short, masks))}; keep one for each image"
             )
         if self._lost_masks and len(self._lost_masks) == self._num_masks:
             there = short(self._lost_masks[0])

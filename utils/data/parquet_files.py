@@ -59,9 +59,8 @@ def check_shards(folder: Path, names: Sequence[str], needed: Sequence[str], flag
     counts = {name: parquet.read_metadata(folder / name).num_rows for name in names}
     filled = [name for name in names if counts[name]]
     if not filled:
-        raise UserError(
-            f"--{flag} {folder}: {', '.join(names[:NUM_SHOWN])} {'have' if len(names) > 1 else 'has'} no rows"
-        )
+        has, them = ("have", "them") if len(names) > 1 else ("has", "it")
+        raise UserError(f"--{flag} {folder}: {', '.join(names[:NUM_SHOWN])} {has} no rows; fetch {them} again")
     empty = [name for name in names if not counts[name]]
     if empty:
         logger.warning("--%s %s: %d files have no rows, such as %s", flag, folder, len(empty), empty[0])

@@ -347,9 +347,7 @@ def look_at_captions(records: Records) -> tuple[list[int], dict[int, str]]:
         shown = "; ".join(f"{records.key(index)}: {', '.join(map(short, several[index]))}" for index in [*several][:5])
         captions = records.source(next(iter(several))).captions
         word = captions.word
-        raise UserError(
-            f"--{word}_column: {len(several):,} images have several {word}s; leave each one {word}: {shown}"
-        )
+        raise UserError(f"--{word}_column: {len(several):,} images have several {word}s; give each image one: {shown}")
     return missing, reasons
 
 

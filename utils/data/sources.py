@@ -773,8 +773,8 @@ def _read_webdataset(
     table = read_tars(files, options.mask_column, options.text_encoding)
     if table.doubled:
         logger.warning(
-            "%s: %d images are left out, as another of their sample comes before them, such as %s; a sample is what "
-            "has one name up to the first dot",
+            "%s: %d images are left out, as another of their sample comes before them, such as %s; members of "
+            "one name up to the first dot are a sample, so give each image a name of its own",
             *(options.given_as, len(table.doubled), table.doubled[0]),
         )
     return content._replace(table=table, findings=table.findings)
