@@ -11,8 +11,21 @@ import pytest
 
 from utils import user_files
 from utils.configs import read_config
+from utils.data.sources import SourceOptions
 from utils.options import UserError
-from utils.user_files import FileError, check_encoding, decode, parse_json, parse_yaml, read_bytes, read_json, short
+from utils.user_files import (
+    FileError,
+    check_encoding,
+    decode,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+    read_json,
+    require_file,
+    require_folder,
+    short,
+    what_is_at,
+)
 
 TEXTS = {
     "gb18030": ["一只猫", "一只猫坐在草地上", "一个女孩,长发,微笑,站在海边"],
@@ -280,3 +293,43 @@ class TestStructured:
             for parse in (parse_json, parse_yaml):
                 with contextlib.suppress(FileError):
                     assert len(short(parse(text, "file"))) <= 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("pipe", "it is a pipe"),
+        ("file", "it is a file"),
+        ("folder", "it is a folder"),
+        ("device", "it is a device"),
+        ("nothing", "it does not exist"),
+        ("link to nothing", "it is a link to what does not exist"),
+        ("link to itself", "it is a link that leads to itself"),
+        ("a" * 300, "File name too long"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_file_or_folder_is_named(tmp_path, kind, words):
+    path = tmp_path / (kind if len(kind) > 100 else "x")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "file":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind.startswith("link"):
+        path.symlink_to(path if "itself" in kind else "nowhere")
+    assert what_is_at(path) == words
+    for require, good in ((require_folder, "folder"), (require_file, "file")):
+        if kind == good:
+            require(str(path), "some_flag")
+        else:
+            with pytest.raises(UserError, match=rf"--some_flag must be a {good} that exists, got .*; {words}$"):
+                require(str(path), "some_flag")
+    for flags in ({"mask_dir": str(path)}, {"train_data_dir": str(path)}):
+        if kind == "folder" or (kind == "file" and "train_data_dir" in flags):
+            SourceOptions(**flags)
+        else:
+            with pytest.raises(UserError, match=words):
+                SourceOptions(**flags)

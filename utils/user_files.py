@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from utils.options import UserError, first_line
+from utils.options import UserError, first_line, require
 
 TEXT_LIMIT = 1 << 30  # bytes of a file that lists images or prompts
 CONFIG_LIMIT = 16 << 20  # bytes of a config
@@ -132,12 +132,49 @@ def require_regular(path: str | os.PathLike, facts: os.stat_result | None = None
         FileError: naming what it is.
         OSError: if there is nothing.
     """
-    facts = os.stat(path) if facts is None else facts
-    if stat.S_ISREG(facts.st_mode):
-        return
-    kinds = {"folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
-    kind = next((name for name, holds in kinds.items() if holds(facts.st_mode)), "device")
-    raise FileError(path, f"is a {kind}, not a file")
+    kind = _kind_of(os.stat(path) if facts is None else facts)
+    if kind != "file":
+        raise FileError(path, f"is a {kind}, not a file")
+
+
+def _kind_of(facts: os.stat_result) -> str:
+    kinds = {"file": stat.S_ISREG, "folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
+    return next((name for name, holds in kinds.items() if holds(facts.st_mode)), "device")
+
+
+def require_folder(path: str, flag: str, or_file: bool = False) -> None:
+    """Refuses what is no folder.
+
+    Args:
+        or_file: whether a regular file may stand there too.
+
+    Raises:
+        UserError: naming what stands there.
+    """
+    if not (os.path.isdir(path) or (or_file and os.path.isfile(path))):
+        require(False, flag, path, "be a folder that exists", what_is_at(path))
+
+
+def require_file(path: str, flag: str, must: str = "be a file that exists") -> None:
+    """Refuses what is no regular file.
+
+    Raises:
+        UserError: naming what stands there.
+    """
+    if not os.path.isfile(path):
+        require(False, flag, path, must, what_is_at(path))
+
+
+def what_is_at(path: str | os.PathLike) -> str:
+    """What stands at a path that is not what it should be, in words: "it does not exist", "it is a pipe"."""
+    try:
+        return f"it is a {_kind_of(os.stat(path))}"
+    except FileNotFoundError:
+        return "it is a link to what does not exist" if os.path.islink(path) else "it does not exist"
+    except OSError as error:
+        return "it is a link that leads to itself" if error.errno == errno.ELOOP else f"{error.strerror or error}"
+    except ValueError as error:
+        return f"it is no name of a file: {first_line(error)}"
 
 
 def read_bytes(path: str | os.PathLike, limit: int) -> bytes:

@@ -4,7 +4,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from utils.data.sampler import GlobalBatches, Pieces
 from utils.data.sources import Records
 from utils.options import UserError, as_number, option, require, require_fraction, require_positive
 from utils.seeding import Stream, generator
-from utils.user_files import short
+from utils.user_files import require_folder, short
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +58,8 @@ class HeldOutOptions:
             require(
                 0 < fraction < 1, "validation_split", self.validation_split, "be between 0 and 1, or a split's name"
             )
-        folder = self.validation_data_dir
-        require(folder is None or Path(folder).exists(), "validation_data_dir", folder, "be a folder that exists")
+        if self.validation_data_dir is not None:
+            require_folder(self.validation_data_dir, "validation_data_dir", or_file=True)
 
     @property
     def fraction(self) -> float | None:

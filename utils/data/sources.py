@@ -47,7 +47,7 @@ from utils.data.tars import read_tars
 from utils.options import UserError, as_number, first_line, nearest, option, require, require_positive, with_values
 from utils.records import MaskFile
 from utils.seeding import Stream, generator
-from utils.user_files import YAML_LIMIT, TextReader, check_encoding, parse_yaml, short
+from utils.user_files import YAML_LIMIT, TextReader, check_encoding, parse_yaml, require_file, require_folder, short
 
 logger = logging.getLogger(__name__)
 FOLDER_NUMBER = re.compile(r"(\d+)(?:_|$)")  # kohya's rule: what stands in front of the first underscore
@@ -102,12 +102,10 @@ class SourceOptions:
         given = self._mask_flags
         if len(given) > 1:
             raise UserError(f"--{given[0]} and --{given[1]} both say where the loss counts; give one")
-        require(
-            self.mask_dir is None or Path(self.mask_dir).is_dir(), "mask_dir", self.mask_dir, "be a folder that exists"
-        )
-        folder = self.train_data_dir
-        if folder is not None and self.dataset_name is None and not Path(folder).exists():
-            require(False, "train_data_dir", folder, "be a folder", "it does not exist here")
+        if self.mask_dir is not None:
+            require_folder(self.mask_dir, "mask_dir")
+        if self.train_data_dir is not None and self.dataset_name is None:
+            require_folder(self.train_data_dir, "train_data_dir", or_file=True)
         if self.data_format is not None and (self.dataset_name is not None or self.train_data_dir is None):
             raise UserError(f"--data_format {self.data_format} says what --train_data_dir is; give that alone")
 
@@ -192,7 +190,7 @@ class DataOptions:
         if self.streaming and self.dataset_file is not None:
             raise UserError("--streaming reads one source; give it as --dataset_name or --train_data_dir")
         if self.dataset_file is not None:
-            require(Path(self.dataset_file).is_file(), "dataset_file", self.dataset_file, "be a YAML file that exists")
+            require_file(self.dataset_file, "dataset_file", "be a YAML file that exists")
 
 
 @dataclass(frozen=True)
