@@ -18,8 +18,9 @@ from tests import tiny
 from utils.data import images
 from utils.data.buckets import NONE, BucketOptions, area_buckets, plan_buckets
 from utils.data.captions import CaptionOptions, compose, folder_caption
+from utils.data.cuts import make_cut, plan_cut
 from utils.data.headers import survey
-from utils.data.images import ImageOptions, make_cut, open_image, plan_cut, read_header, read_rgb
+from utils.data.images import ImageOptions, open_image, read_header, read_rgb
 from utils.data.sampler import GlobalBatches, Pieces
 from utils.data.selection import PlannedImages, SelectionOptions, plan_images
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records

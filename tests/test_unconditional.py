@@ -515,7 +515,8 @@ def test_a_vae_without_a_scaling_has_one_measured(train, pipelines, said, tmp_pa
 
 
 def _centre(path: Path) -> Image.Image:
-    from utils.data.images import ImageOptions, make_cut, plan_cut
+    from utils.data.cuts import make_cut, plan_cut
+    from utils.data.images import ImageOptions
     from utils.records import RecordPass
 
     image, options = Image.open(path).convert("RGB"), ImageOptions(center_crop=True)

@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 
 from utils.data.cache import KEY_SIZE, EntryStore, make_key
 from utils.data.captions import compose
+from utils.data.cuts import plan_cut
 from utils.data.cutting import cut_out
 from utils.data.headers import map_chunks
-from utils.data.images import ImageOptions, plan_cut
+from utils.data.images import ImageOptions
 from utils.data.selection import PlannedImages
 from utils.options import first_line
 from utils.records import Crop, RecordPass

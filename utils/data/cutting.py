@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.data.images import ImageOptions, make_cut, plan_cut, read_mask
+from utils.data.cuts import make_cut, plan_cut
+from utils.data.images import ImageOptions, read_mask
 from utils.data.masks import cut_mask
 from utils.records import Crop, MaskFile, RecordPass
 

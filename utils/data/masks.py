@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from utils.data.cuts import Cut
 from utils.data.folders import list_images
-from utils.data.images import Cut, Refused
+from utils.data.images import Refused
 from utils.data.tables import ImageTable
 from utils.options import require
 from utils.records import MaskFile
