@@ -122,11 +122,11 @@ class TestNumbers:
     @pytest.mark.parametrize(
         ("content", "arguments", "words"),
         [
-            (flat(-100, "<i2"), {"bits": 16, "kind": SIGNED}, "signed, 16 bits, from -100 to 0"),
+            (flat(-100, "<i2"), {"bits": 16, "kind": SIGNED}, "signed, 16 bits, from -100 to -100"),
             (flat(-5, "<i4"), {"bits": 32, "kind": SIGNED}, "can't be told"),
             (ramp(-1, 1, "<f4"), {"bits": 32, "kind": FLOAT}, "float, 32 bits, from -1 to 1"),
             (flat(-0.05, "<f4"), {"bits": 32, "kind": FLOAT}, "can't be told"),
-            (flat(float("nan"), "<f4"), {"bits": 32, "kind": FLOAT}, "can't be told"),
+            (flat(float("nan"), "<f4"), {"bits": 32, "kind": FLOAT}, "no finite number"),
             (ramp(0, 10, "<f4"), {"bits": 32, "kind": FLOAT}, "from 0 to 10"),
             (ramp(0, 1e9, "<f4"), {"bits": 32, "kind": FLOAT}, "can't be told"),
             (ramp(0, 1, "<i4"), {"bits": 32, "kind": SIGNED}, "from 0 to 1"),

@@ -128,12 +128,17 @@ def _white(values: np.ndarray, samples: Samples) -> int:
     if kind == "unsigned" and bits <= 16:
         return (1 << bits) - 1
     is_float = kind == "float"
-    known = np.isfinite(values) if is_float else True
-    lowest, highest = values.min(where=known, initial=0), values.max(where=known, initial=0)
+    if is_float:
+        known = np.isfinite(values)
+        if not known.any():
+            raise ValueError("it holds no finite number")
+        lowest, highest = values.min(where=known, initial=np.inf), values.max(where=known, initial=-np.inf)
+    else:
+        lowest, highest = values.min(), values.max()
     top = (1 << (bits - 1 if kind == "signed" else bits)) - 1
     scales = FLOAT_SCALES if is_float else [*(scale for scale in INTEGER_SCALES if scale < top), top]
     white = next((scale for scale in scales if highest <= scale * (OVERSHOOT if is_float else 1)), None)
-    if white is not None and np.any(known) and lowest >= -white * (OVERSHOOT - 1):
+    if white is not None and lowest >= -white * (OVERSHOOT - 1):
         is_black = highest == 0 == lowest
         darkest = 0 if white == 1 else white * DARKEST
         if is_black or (highest > 0 and highest >= darkest):
