@@ -11,11 +11,9 @@ from utils import prelude
 if __name__ == "__main__":
     prelude.start(sys.argv[1:], adds_to_output=True)
 
-import errno
 import logging
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +58,7 @@ from utils.options import (
     run_script,
     without_secrets,
 )
+from utils.output_folder import check_writable
 from utils.pipelines import (
     PipelineOptions,
     PipelineSpec,
@@ -341,19 +340,6 @@ def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> list[Pro
         if options.prompts.class_labels is not None:
             class_numbers(options.prompts.class_labels, indexed_names(each.spec.index))
     return prompts
-
-
-def check_writable(flag: str, path: Path, is_folder: bool) -> None:
-    """Refuses a place that can't be written, by writing a file there that is gone at once."""
-    try:
-        if not is_folder and path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        folder = path if is_folder else path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--{flag} {path} can't be written: {error.strerror or error}") from error
 
 
 def prepare_reference(

@@ -48,3 +48,22 @@ def test_at_the_first_step_nothing_has_moved(train, pipelines):
 def test_what_does_not_go(refused):
     named = "--use_dora True goes with --adaptation lora, got --adaptation lokr"
     refused(["--adaptation", "lokr", "--use_dora"], named)
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "loha"])
+def test_a_rank_that_no_layer_can_have_is_refused_before_it_is_built(refused, adaptation):
+    flags = ("--adaptation", adaptation, "--dry_run", "--rank")
+    refused([*flags, 10**6], "--rank must be at most 32, the width of the widest layer that is adapted, got 1000000")
+    refused([*flags, 33, "--train_text_encoder"], "at most 32")
+    conv = ("--lora_target_modules", "conv1") if adaptation == "lora" else ()
+    if conv:
+        refused([*flags, 33, *conv], "at most 32, the width")
+
+
+def test_a_rank_above_some_layers_is_named_and_a_large_one_of_lokr_is_not(train, caplog):
+    train("sdxl", "--adaptation", "lora", "--train_text_encoder", "--rank", 24, "--dry_run")
+    assert "--rank 24 is above the width of 12 of the " in caplog.text
+    caplog.clear()
+    train("sd", "--adaptation", "lokr", "--rank", 10**6, "--dry_run")
+    train("sd", "--adaptation", "lora", "--rank", 32, "--dry_run")
+    assert "above the width" not in caplog.text

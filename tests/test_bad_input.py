@@ -131,6 +131,34 @@ def test_an_output_folder_that_cannot_be_written(train, capsys, tmp_path):
     assert "--output_dir" in message(capsys)
 
 
+@pytest.mark.parametrize("flag", ["--output_dir", "--encoding_cache_dir", "--cache_dir", "--logging_dir"])
+@pytest.mark.parametrize("is_below", [False, True])
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_a_path_to_write_to_that_is_or_lies_below_a_file(refused, tmp_path, flag, is_below, is_dry):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, kind in (("file", "a file"), ("link", "no folder")):
+        place = tmp_path / name / "deep" / "er" if is_below else tmp_path / name
+        where = tmp_path / name if is_below else "it"
+        refused([flag, place, *["--dry_run"] * is_dry], f"{flag} {place} can't be written: {where} is {kind}")
+
+
+def test_evaluation_refuses_such_paths_too(pipelines, capsys, tmp_path):
+    from evaluate_pipeline import main
+
+    (tmp_path / "file").write_text("a file")
+    for flag, name in (("--output_dir", "file"), ("--export_geneval", "file/x"), ("--save_reference", "file/x.npz")):
+        words = ["--pipeline", pipelines["sd"], "--prompts", "a", "--reference", tmp_path, flag, tmp_path / name]
+        assert main([str(word) for word in words]) == 2
+        assert f"{flag} {tmp_path / name} can't be written: " in message(capsys)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_dry_run_into_a_folder_that_may_not_be_written(refused, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    refused(["--dry_run", "--output_dir", tmp_path / "closed" / "out"], "can't be written: Permission denied")
+
+
 def test_an_output_folder_that_holds_another_run(train, capsys):
     out = train("sd", "--max_train_steps", 1, "--train_batch_size", 1)
     before = (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()

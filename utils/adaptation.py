@@ -1,9 +1,11 @@
 """What of a pipeline trains, and how that is saved: all weights, or low-rank adapters."""
 
 import json
+import logging
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from utils.families.base import Family
 from utils.families.quantization import QUANTIZATIONS, check_quantization
 from utils.families.source import ComponentDtypes
 from utils.loading import load_module
-from utils.lora_files import LORA_FILE, load_lora
+from utils.lora_files import LORA_FILE, layer_shape, load_lora
 from utils.lora_layers import shorten
 from utils.optim import NamedParameter, OptimizerOptions
 from utils.options import UserError, first_line, option, require, require_positive
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from peft import PeftConfig
 
+logger = logging.getLogger(__name__)
 ADAPTER = "default"
 PEFT_FILE = "adapter_model.safetensors"
 WRAPPED = "base_model.model."  # what a PeftModel puts in front of the names of the model that it wraps
@@ -300,6 +303,7 @@ class AdapterTuning(Adaptation):
 
     trains_base = False
     prefix: str  # of the names of an adapter's own parameters
+    rank_is_bounded = True  # by the widths of the layers
 
     def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
         super().__init__(family, options, start)
@@ -320,13 +324,29 @@ class AdapterTuning(Adaptation):
                 parameter.data.copy_(saved)
 
     def _make_adapters(self, start: Path | None) -> None:
+        if start is None and self.rank_is_bounded:
+            check_rank(self.options.lora_rank, {name: self._widths(name) for name in self.modules})
         for name, module in self.modules.items():
-            default = self.family.unet_lora_targets if name == "unet" else self.family.text_encoder_lora_targets
-            targets = (self.options.targets if name == "unet" else None) or list(default)
             try:
-                module.add_adapter(self._config(targets), adapter_name=ADAPTER)
+                module.add_adapter(self._config(self._targets(name)), adapter_name=ADAPTER)
             except ValueError as error:
                 raise UserError(f"--lora_target_modules {' '.join(self.options.targets or [])}: {error}") from error
+
+    def _targets(self, name: str) -> list[str]:
+        """Ends of the names of the layers of a module that are adapted."""
+        default = self.family.unet_lora_targets if name == "unet" else self.family.text_encoder_lora_targets
+        return (self.options.targets if name == "unet" else None) or list(default)
+
+    def _widths(self, name: str) -> list[int]:
+        """The rank that the weight of each adapted layer of a module can have at most."""
+        targets = self._targets(name)
+        return [
+            min(shape[0], math.prod(shape[1:]))
+            for layer_name, layer in self.modules[name].named_modules()
+            if any(f".{layer_name}".endswith(f".{target}") for target in targets)
+            and isinstance(getattr(layer, "weight", None), Tensor)
+            and len(shape := layer_shape(layer)) > 1
+        ]
 
     @abstractmethod
     def _config(self, targets: list[str]) -> "PeftConfig":
@@ -464,6 +484,7 @@ class KroneckerAdaptation(PeftAdaptation):
 
     prefix = "lokr_"
     config_class_name = "LoKrConfig"
+    rank_is_bounded = False  # a large one stands for whole factors
 
 
 class LowRankAdaptation(AdapterTuning):
@@ -560,6 +581,26 @@ class LowRankAdaptation(AdapterTuning):
             pipeline = self._base_models()
             fuse_lora(pipeline, folder)
             self._save_fused(pipeline, folder)
+
+
+def check_rank(rank: int, widths: Mapping[str, Sequence[int]]) -> None:
+    """Refuses a rank that no adapted layer can have, and names how many can't have it.
+
+    Args:
+        widths: the rank that each layer's weight can have at most, by modules.
+    """
+    found = [width for each in widths.values() for width in each]
+    if not found:  # which peft refuses by the names
+        return
+    must = f"be at most {max(found)}, the width of the widest layer that is adapted"
+    require(rank <= max(found), "rank", rank, must, "4 to 128 are usual")
+    num_narrow = sum(width < rank for width in found)
+    if num_narrow:
+        logger.warning(
+            "--rank %d is above the width of %d of the %d layers that are adapted, the narrowest of %d: there it adds "
+            "weights and no freedom",
+            *(rank, num_narrow, len(found), min(found)),
+        )
 
 
 def _metadata(config: "PeftConfig") -> dict[str, object]:

@@ -21,6 +21,7 @@ from utils.data.selection import PlannedImages, upscaling
 from utils.data.sources import Records
 from utils.data.stream import StreamedBatches, StreamedImages, StreamedRecords
 from utils.families.base import Family
+from utils.output_folder import check_writable
 from utils.preparation import DataPreparation
 from utils.runtime import write_json
 from utils.terminal import one_line, progress_bar
@@ -255,6 +256,7 @@ def examine_data(
     folder: Path,
 ) -> str:
     """What the dataset doctor finds, a fact a line; what the model will see is drawn, and all of it written down."""
+    check_writable("output_dir", folder, is_folder=True)
     sheet, report = folder / "contact_sheet.png", folder / "dry_run_report.json"
     cache, tokenize = preparation.cache, family.tokenizer()
     variants = cache.cut_variants, cache.text_variants

@@ -206,14 +206,14 @@ def _check_layers(layers: Mapping[str, Mapping[str, Tensor]], modules: Mapping[s
     wrong = [
         name
         for name, tensors in known.items()
-        if tensors["A.weight"].shape[1:] != _shape(modules[name])[1:]
-        or tensors["B.weight"].shape[0] != _shape(modules[name])[0]
+        if tensors["A.weight"].shape[1:] != layer_shape(modules[name])[1:]
+        or tensors["B.weight"].shape[0] != layer_shape(modules[name])[0]
     ]
     if wrong or unknown:
         raise ValueError(f"{part}: " + _of_another_model(layers, modules, wrong, unknown))
 
 
-def _shape(module: nn.Module) -> tuple[int, ...]:
+def layer_shape(module: nn.Module) -> tuple[int, ...]:
     """The shape of a layer's weight; a quantised one of a linear layer keeps it in another."""
     is_linear = isinstance(module, nn.Linear)
     return (module.out_features, module.in_features) if is_linear else tuple(module.weight.shape)
@@ -225,7 +225,7 @@ def _of_another_model(
     """Why layers do not fit: by the width of the text states where they are another model's."""
     reading = [name for name in layers if name.endswith("attn2.to_k") and "A.weight" in layers[name]]
     given = {layers[name]["A.weight"].shape[1] for name in reading}
-    own = {_shape(module)[1] for name, module in modules.items() if name.endswith("attn2.to_k")}
+    own = {layer_shape(module)[1] for name, module in modules.items() if name.endswith("attn2.to_k")}
     counted = f"{len(wrong)} of its {len(layers)} layers have other shapes" if wrong else ""
     missing = (
         f"{len(unknown)} of its {len(layers)} layers are not in this model: {names_of(unknown)}" if unknown else ""

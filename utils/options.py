@@ -28,6 +28,7 @@ from utils.terminal import one_line, print_line
 logger = logging.getLogger(__name__)
 SECRET_OPTIONS = ("hub_token",)
 WRITTEN_PATHS = ("output_dir", "logging_dir", "encoding_cache_dir", "cache_dir", "save_reference", "export_geneval")
+WRITTEN_FILES = ("save_reference",)  # of these, what are no folders
 CLOSE = 0.8  # similarity from which an unknown flag is taken for a misspelled one
 NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own would take -1e-4 for a flag
 
@@ -297,6 +298,7 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
             hide(secret)
     for name in WRITTEN_PATHS:
         _require_unicode(name, getattr(found, name, None))
+        _require_place(name, getattr(found, name, None), getattr(found, "output_dir", None))
     values = {
         name: group(**{field.name: expanded(field, getattr(found, field.name)) for field in dataclasses.fields(group)})
         for name, group in groups.items()
@@ -353,6 +355,21 @@ def _require_unicode(name: str, path: str | None) -> None:
     except UnicodeEncodeError as error:
         cure = "choose another name, or rename the folder"
         raise UserError(f"--{name} must be UTF-8, got {one_line(path)}; {cure}") from error
+
+
+def _require_place(name: str, path: str | None, output_dir: str | None) -> None:
+    """Refuses a path to write to that is, or lies below, something that is no folder."""
+    if path is None:
+        return
+    base = output_dir or "" if name == "logging_dir" else ""
+    whole = os.path.join(os.path.expanduser(base), os.path.expanduser(path))
+    place = os.path.dirname(whole) if name in WRITTEN_FILES else whole
+    while place and not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if place and not os.path.isdir(place):
+        kind = "a file" if os.path.isfile(place) else "no folder"
+        where = "it" if place == whole else one_line(place)
+        raise UserError(f"--{name} {one_line(path)} can't be written: {where} is {kind}; choose another place")
 
 
 def as_number(value: object) -> object:
