@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from utils.checks import refuse_same_folder
+from utils.configs import require_model
 from utils.disk import write_text
 from utils.generation import (
     Drawer,
@@ -60,6 +61,7 @@ from utils.options import (
 )
 from utils.output_folder import check_writable
 from utils.pipelines import (
+    MODEL_CURE,
     PipelineOptions,
     PipelineSpec,
     checkpoint_content,
@@ -149,6 +151,8 @@ class ComparisonOptions:
             require(fits, "labels", " ".join(self.labels), must)
         if self.baseline_lora is not None and self.baseline is None:
             raise UserError("--baseline_lora goes on top of a --baseline")
+        for name in ("baseline", "baseline_lora"):
+            require_model(name, getattr(self, name), MODEL_CURE, (".safetensors",))
         if self.best_by is not None and self.checkpoints is None:
             raise UserError("--best_by chooses among --checkpoints; give both or neither")
 

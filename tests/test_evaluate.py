@@ -525,7 +525,7 @@ def test_texts_in_the_report_are_escaped(evaluate, pipelines, flags):
     ("words", "named"),
     [
         ([], "--pipeline PATH says what to draw from"),
-        (["--pipeline", "/nowhere"], "--pipeline must be a folder that exists"),
+        (["--pipeline", "/nowhere"], "--pipeline /nowhere does not exist; give a folder"),
         (["--pipeline", "{sd}"], "draws prompts; give --prompts"),
         (["--pipeline", "{sd}", "--prompts", "a", "--metrics", "fidd"], "--metrics"),
         (["--pipeline", "{sd}", "--prompts", "a", "--scheduler", "eulr"], "did you mean euler"),

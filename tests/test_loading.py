@@ -549,6 +549,59 @@ def test_a_pipe_in_place_of_a_file_of_tensors_is_one_line(train, capsys, tmp_pat
     assert "x.safetensors" in message(capsys)
 
 
+OTHER_THINGS = {
+    "model.gguf": "is a GGUF file, whose weights are quantised",
+    "model.onnx": "is an ONNX file",
+    "model.zip": "is an archive; unpack it",
+    "model.json": "is a .json file",
+    "model": "is a file",
+    "pipe": "is a pipe",
+    "pipe.safetensors": "is a pipe",
+    "link.gguf": "is a link to nothing",
+    "missing.gguf": "does not exist",
+    "/dev/zero": "is a device",
+    "/nowhere/model": "does not exist",
+}
+
+
+def put(folder: Path, name: str) -> Path:
+    """Something that is no model, by the name of what it is."""
+    path = folder / name
+    if name.startswith("pipe"):
+        os.mkfifo(path)
+    elif name.startswith("link"):
+        path.symlink_to(folder / "nothing")
+    elif name.startswith("model"):
+        path.write_bytes(b"GGUF" + bytes(100))
+    return path
+
+
+@pytest.mark.parametrize("name", OTHER_THINGS)
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--pretrained_model", "--pretrained_vae_model_name_or_path", "--lora_weights", "--pretrained_model_config"),
+        *("--vae", "--pipeline", "--lora", "--baseline", "--pipeline_config", "unconditional --pretrained_model"),
+    ],
+)
+def test_what_is_no_model_is_named_for_what_it_is(refused, capsys, pipelines, images, tmp_path, flag, name):
+    from evaluate_pipeline import main as evaluate
+    from train_unconditional import main as train_unconditional
+
+    path, known = put(tmp_path, name), flag.rpartition(" ")[2]
+    said = f"{known} {path} {OTHER_THINGS[name]}"
+    if flag in ("--pipeline", "--lora", "--baseline", "--pipeline_config"):
+        words = ["--prompts", "a", *["--pipeline", pipelines["sd"]] * (flag != "--pipeline"), flag, path]
+        assert evaluate([str(word) for word in words]) == 2
+        assert said in message(capsys)
+    elif flag in ("--vae", "unconditional --pretrained_model"):
+        words = ["--train_data_dir", images, "--output_dir", tmp_path / "out", known, path]
+        assert train_unconditional([str(word) for word in words]) == 2
+        assert said in message(capsys)
+    else:
+        refused([*["--adaptation", "lora"] * (flag == "--lora_weights"), "--dry_run", flag, path], said)
+
+
 @pytest.mark.parametrize(
     "change",
     [

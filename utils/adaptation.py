@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from utils.background import HostBuffers
+from utils.configs import require_model
 from utils.disk import write_tensors
 from utils.ema import MovingAverage
 from utils.families.base import Family
 from utils.families.quantization import QUANTIZATIONS, check_quantization
 from utils.families.source import ComponentDtypes
-from utils.loading import load_module
+from utils.loading import PICKLES, load_module
 from utils.lora_files import LORA_FILE, layer_shape, load_lora
 from utils.lora_layers import shorten
 from utils.optim import NamedParameter, OptimizerOptions
@@ -115,11 +116,15 @@ class AdaptationOptions(TrainedOptions):
             if value not in (None, False, 0.0):
                 raise UserError(f"--{name} {value} goes with --adaptation lora, got --adaptation {self.adaptation}")
         if self.lora_weights is not None:
-            require(
-                Path(self.lora_weights).exists(), "lora_weights", self.lora_weights, "be a file or folder that exists"
-            )
-            if Path(self.lora_weights).is_file() and not self.lora_weights.endswith(".safetensors"):
-                raise UserError(f"--lora_weights {self.lora_weights} would need unpickling, which can run code")
+            if Path(self.lora_weights).suffix in PICKLES:
+                raise UserError(
+                    f"--lora_weights {self.lora_weights} would need unpickling, which can run code; convert it to a "
+                    ".safetensors file"
+                )
+            cure = "give a .safetensors file, or a folder that holds one"
+            require_model("lora_weights", self.lora_weights, cure, (".safetensors",))
+            must = "be a file or folder that exists"
+            require(Path(self.lora_weights).exists(), "lora_weights", self.lora_weights, must)
             for name in ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora"):
                 if getattr(self, name) not in (None, False):
                     raise UserError(f"--{name} is that of the file given as --lora_weights; leave it out")

@@ -3,7 +3,7 @@
 import codecs
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +119,40 @@ SCHEDULER_VALUES = {"num_train_timesteps": TIMESTEPS}
 def is_path(name: str) -> bool:
     """Whether a name that may be a path or a repository's on the Hub can only be a path."""
     return Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
+
+
+FILE_KINDS = {
+    ".gguf": "a GGUF file, whose weights are quantised and can't be read here",
+    ".onnx": "an ONNX file, which can't be read here",
+    **dict.fromkeys((".zip", ".tar", ".gz", ".7z"), "an archive; unpack it"),
+}
+
+
+def require_model(flag: str, name: str | None, cure: str, endings: Sequence[str] = ()) -> None:
+    """Refuses a path at which no model can stand: something else is there, or nothing.
+
+    Args:
+        cure: what to give instead, in words.
+        endings: of the single files that are read.
+
+    Raises:
+        UserError: naming what it is. Names that may be a repository's on the Hub pass.
+    """
+    if name is None:
+        return
+    path = Path(name)
+    try:
+        kind = user_files.kind_of(path.stat().st_mode)
+    except (OSError, ValueError):
+        is_file_name = path.suffix in (*endings, *FILE_KINDS, ".ckpt", ".safetensors")
+        if path.is_symlink() or is_path(name) or is_file_name:
+            what = "is a link to nothing" if path.is_symlink() else "does not exist"
+            raise UserError(f"--{flag} {name} {what}; {cure}") from None
+        return
+    if kind == "folder" or (kind == "file" and path.suffix in endings):
+        return
+    what = FILE_KINDS.get(path.suffix.lower(), f"a {path.suffix} file" if path.suffix else "a file")
+    raise UserError(f"--{flag} {name} is {what if kind == 'file' else f'a {kind}'}; {cure}")
 
 
 def hub_file(repository: str, file: str, revision: str | None, failure: str) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from utils.adaptation import PEFT_FILE
-from utils.configs import INDEX, index_file, is_path, read_config
+from utils.configs import INDEX, index_file, read_config, require_model
 from utils.families.single_file import SingleFile
 from utils.loading import load_module, load_parts, load_pipeline_folder, loading, named_parts
 from utils.lora_files import LORA_FILE, load_lora
@@ -23,6 +23,7 @@ from utils.tensor_files import read_safetensors
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+MODEL_CURE = "give a folder, a Hub name or a .safetensors file"
 OWN_PIPELINES = {"ConditionalDDPMPipeline": "utils.families.conditional_ddpm"}
 
 
@@ -45,9 +46,8 @@ class PipelineOptions:
             raise UserError("--lora goes on top of a --pipeline")
         require(math.isfinite(self.lora_scale), "lora_scale", self.lora_scale, "be a finite number")
         for name in ("pipeline", "lora"):
-            value = getattr(self, name)
-            fits = value is None or not is_path(value) or Path(value).exists()
-            require(fits, name, value, "be a folder that exists, or a Hub name")
+            require_model(name, getattr(self, name), MODEL_CURE, (".safetensors",))
+        require_model("pipeline_config", self.pipeline_config, "give a pipeline folder or a Hub name")
 
 
 @dataclass(frozen=True)

@@ -132,14 +132,15 @@ def require_regular(path: str | os.PathLike, facts: os.stat_result | None = None
         FileError: naming what it is.
         OSError: if there is nothing.
     """
-    kind = _kind_of(os.stat(path) if facts is None else facts)
+    kind = kind_of((os.stat(path) if facts is None else facts).st_mode)
     if kind != "file":
         raise FileError(path, f"is a {kind}, not a file")
 
 
-def _kind_of(facts: os.stat_result) -> str:
+def kind_of(mode: int) -> str:
+    """What stands at a path, by its mode: file, folder, pipe, socket or device."""
     kinds = {"file": stat.S_ISREG, "folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
-    return next((name for name, holds in kinds.items() if holds(facts.st_mode)), "device")
+    return next((name for name, holds in kinds.items() if holds(mode)), "device")
 
 
 def require_folder(path: str, flag: str, or_file: bool = False) -> None:
@@ -168,7 +169,7 @@ def require_file(path: str, flag: str, must: str = "be a file that exists") -> N
 def what_is_at(path: str | os.PathLike) -> str:
     """What stands at a path that is not what it should be, in words: "it does not exist", "it is a pipe"."""
     try:
-        return f"it is a {_kind_of(os.stat(path))}"
+        return f"it is a {kind_of(os.stat(path).st_mode)}"
     except FileNotFoundError:
         return "it is a link to what does not exist" if os.path.islink(path) else "it does not exist"
     except OSError as error:

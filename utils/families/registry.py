@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.configs import is_path
+from utils.configs import require_model
 from utils.families.sd import StableDiffusion
 from utils.families.sdxl import StableDiffusionXL
 from utils.families.source import PipelineSource, check_weight_files
@@ -34,10 +34,12 @@ def pick_family(source: PipelineSource) -> type[TextFamily]:
             raise UserError(
                 f"--{flag} {name} would need unpickling, which can run code; convert it, or give --allow_pickle"
             )
+    files = (".safetensors", *PICKLES)
+    for flag, name in given.items():
+        require_model(flag, name, "give a folder, Hub name or .safetensors file", files)
+    require_model("pretrained_model_config", options.pretrained_model_config, "give a pipeline folder or a Hub name")
     if source.is_single_file:
         return _family_of_file(source)
-    if not path.is_dir() and is_path(source.path):
-        raise UserError(f"--pretrained_model {path} does not exist; give a folder, Hub name or .safetensors file")
     index = source.index()
     name = index.get("_class_name")
     name = name[-1] if isinstance(name, list) else name

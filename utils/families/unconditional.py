@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from utils.configs import index_file, is_path, read_config, read_config_file, refuse_quantized
+from utils.configs import index_file, read_config, read_config_file, refuse_quantized, require_model
 from utils.data.labels import ClassNumbers, class_numbers, listed_numbers, plain_name
 from utils.disk import write_text
 from utils.families.base import Family, TextStates, fitting_steps
@@ -633,8 +633,7 @@ def pick_unconditional(
         family = FRESH_FAMILIES[options.vae is not None, has_classes]
         return ImplicitPixels if family is Pixels and sampler == "ddim" else family
     path = Path(name)
-    if not path.is_dir() and is_path(name):
-        raise UserError(f"--pretrained_model {name} does not exist; give a pipeline folder or a Hub name")
+    require_model("pretrained_model", name, "give a pipeline folder or a Hub name")
     index = read_config(index_file(name, options.revision, "--pretrained_model"), "--pretrained_model")
     class_name = index.get("_class_name")
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
@@ -690,8 +689,7 @@ def coder_config(name: str) -> tuple[dict, str | None]:
         UserError: if there is none, or of no supported class.
     """
     subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
-    if is_path(name) and not Path(name).exists():
-        raise UserError(f"--vae {name} does not exist; give the folder or Hub name of a VAE")
+    require_model("vae", name, "give the folder or Hub name of a VAE")
     config = read_config_file(name, f"{subfolder}/config.json" if subfolder else "config.json", None, "--vae")
     class_name = config.get("_class_name")
     if class_name not in CODERS:
