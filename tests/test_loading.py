@@ -549,6 +549,35 @@ def test_a_pipe_in_place_of_a_file_of_tensors_is_one_line(train, capsys, tmp_pat
     assert "x.safetensors" in message(capsys)
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        *(("text_encoder", "hidden_act", "bogus"), ("text_encoder", "num_attention_heads", 5)),
+        *(("unet", "act_fn", "bogus"), ("unet", "down_block_types", ["No", "Block"])),
+        ("vae", "norm_num_groups", 7),
+    ],
+)
+def test_a_value_that_a_constructor_refuses_is_named(pipelines, tmp_path, part, key, value):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    file = folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"{folder}: {part}: .*{key}") as raised:
+        loaded(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_single_file_without_a_text_encoder_says_what_to_give(pipelines, tmp_path):
+    for kind, prefix, part in (
+        *(("sd", "cond_stage_model.", "text_encoder"), ("sdxl", "conditioner.embedders.0.", "text_encoder")),
+    ):
+        tensors = load_file(tiny.write_single_file(pipelines[kind], tmp_path / "a.safetensors"))
+        save_file(
+            {name: each for name, each in tensors.items() if not name.startswith(prefix)}, tmp_path / "b.safetensors"
+        )
+        with pytest.raises(UserError, match=rf"b\.safetensors holds no {part}, .*give the whole model"):
+            loaded(tmp_path / "b.safetensors", pretrained_model_config=str(pipelines[kind]))
+
+
 OTHER_THINGS = {
     "model.gguf": "is a GGUF file, whose weights are quantised",
     "model.onnx": "is an ONNX file",

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from utils.configs import INDEX, read_config
+from utils.configs import INDEX, read_config, short
 from utils.options import UserError, option, require
 from utils.tensor_files import require_regular_files
 from utils.terminal import one_line
@@ -222,10 +222,19 @@ def load_module(
     folder = Path(name, arguments.get("subfolder", ""))
     if folder.is_dir():  # before the library reads them
         _check_files(folder, what, part, arguments)
-    with loading(what):
-        module, found = kind.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
-        )
+    try:
+        with loading(what):
+            module, found = kind.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+            )
+    except UserError as error:
+        reason = reason_of(error.__cause__ or error)
+        value = _blamed(kind, folder / "config.json", what, reason)
+        if value:
+            raise UserError(
+                f"{what}: config.json: {value} makes no {kind.__name__} ({reason}); give the config of these weights"
+            ) from error
+        raise
     if not folder.is_dir() and (folder := _downloaded(name, arguments)) is not None:
         _check_files(folder, what, part, arguments)
     missing = [each for each in found["missing_keys"] if not each.endswith(COUNTERS)]
@@ -250,6 +259,40 @@ def _check_files(folder: Path, what: str, part: str, arguments: Mapping[str, Any
         with loading(what):
             stored = stored_in(file)
         check_read(f"{what}: {file.name}", part, stored)
+
+
+def _blamed(kind: type, file: Path, what: str, reason: str) -> str:
+    """The value of a model's config that is to blame, as `key value`, or "".
+
+    It is one that the library's error names, or without which a model can be made; at best both.
+    """
+    config = read_config(file, what) if file.is_file() else {}
+    if not config or _is_made(kind, config):
+        return ""
+    words = set(re.findall(r"\w+", reason))
+    keys = [key for key in config if not key.startswith("_") and config[key] is not None]
+    named = [key for key in keys if type(config[key]) in (int, str) and str(config[key]) in words]
+    listed = [key for key in keys if isinstance(config[key], list) and any(str(each) in words for each in config[key])]
+    without = (key for key in (*named, *keys) if _is_made(kind, {name: config[name] for name in config if name != key}))
+    found = next(without, "") if len(named) != 1 else named[0]
+    found = found or next(iter(listed), "")
+    return f"{found} {short(config[found])}" if found else ""
+
+
+def _is_made(kind: type, config: Mapping[str, Any]) -> bool:
+    """Whether a class of diffusers or transformers makes a model of a config, without memory; of others True."""
+    config_class = getattr(kind, "config_class", None)
+    if config_class is None and not hasattr(kind, "load_config"):
+        return True
+    try:
+        with loading(""), torch.device("meta"):
+            if config_class is None:
+                kind.from_config(dict(config))
+            else:
+                kind(config_class.from_dict(dict(config)))
+    except UserError:
+        return False
+    return True
 
 
 def check_read(what: str, part: str, stored: Mapping[str, Stored]) -> None:

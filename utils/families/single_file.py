@@ -1,7 +1,7 @@
 """Single files of weights, as other tools write them: what their headers say, and whether all weights are used."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -184,8 +184,12 @@ class SingleFile:
                 # with the library's default, what is missing would have no memory
                 arguments = {"low_cpu_mem_usage": False} if any(expected.values()) else {}
                 pipeline = kind.from_single_file(str(self.path), config=config, **given, **arguments)
-        except SingleFileComponentError as error:
-            raise UserError(f"{self.what} can't be loaded: {first_line(error)}") from error
+        except (SingleFileComponentError, UserError) as error:
+            lacking = self._lacking_encoder(given)
+            if lacking is None and isinstance(error, UserError):
+                raise
+            why = lacking or f"can't be loaded: {first_line(error)}; give the whole model, or a pipeline folder"
+            raise UserError(f"{self.what} {why}") from error
         for name in TEXT_PREFIXES:
             module = getattr(pipeline, name, None)
             if module is None or name in given:
@@ -201,6 +205,16 @@ class SingleFile:
             if name not in given and isinstance(module := getattr(pipeline, name, None), nn.Module):
                 check_finite(module.named_parameters(), f"{self.what}: {name}")
         return pipeline
+
+    def _lacking_encoder(self, given: Collection[str]) -> str | None:
+        """What says that the file lacks a text encoder, if it does."""
+        for name in (name for name in TEXT_PREFIXES if name in self.index and name not in given):
+            if not _own(name, self.weights):
+                return (
+                    f"holds no {name}, whose weights begin with {' or '.join(TEXT_PREFIXES[name])}; give the whole "
+                    "model, or a pipeline folder with all its parts"
+                )
+        return None
 
     def _check_numbers(self, part: str) -> None:
         """Refuses weights of a part whose numbers are not what is stored."""
