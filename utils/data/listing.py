@@ -3,7 +3,6 @@
 import heapq
 import logging
 import os
-import stat
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 from utils.disk import MARKER
 from utils.options import UserError, first_line
-from utils.user_files import FileError, read_json
+from utils.user_files import FileError, kind_of, read_json
 
 logger = logging.getLogger(__name__)
 TRAINED = "trained"
@@ -229,8 +228,7 @@ def _kind_of(path: str) -> str:
         mode = os.stat(path).st_mode
     except OSError as error:
         return error.strerror or first_line(error)
-    kinds = {"pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
-    return f"is a {next((name for name, holds in kinds.items() if holds(mode)), 'device')}, not a file"
+    return f"is a {kind_of(mode)}, not a file"
 
 
 def _fate_of_output(folder: Path, names: set[str]) -> Fate | None:
