@@ -51,6 +51,14 @@ def test_a_lora_on_a_quantised_base(train, pipelines, name, kind):
     assert losses(parts) == losses(quantised)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_trains_in_bf16_on_a_cpu(train, kind):
+    flags = ["--adaptation", "lora", "--max_train_steps", 2, "--train_batch_size", 2, "--mixed_precision", "bf16"]
+    plain = train("sd", *flags, out="plain")
+    quantised = train("sd", *flags, "--quantize_base", kind, "--validation_prompt", "a", out="quantised")
+    assert losses(quantised) == pytest.approx(losses(plain), rel=0.05)
+
+
 def test_slices_and_tiles(train, capsys):
     flags = ["--max_train_steps", 3, "--train_batch_size", 3, "--learning_rate", 1e-3, "--adam_epsilon", 1e-5]
     plain = train("sd", *flags, out="plain")

@@ -4,7 +4,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.options import UserError
 
@@ -40,4 +40,12 @@ def _quantized(layer: nn.Linear, kind: str) -> nn.Module:
         made.weight = parts.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    made.register_forward_pre_hook(_cast_on_cpu)
     return made
+
+
+def _cast_on_cpu(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Under a CPU's autocast the input in its dtype, as it casts for plain layers: the norms behind take no other."""
+    if inputs[0].device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return inputs
+    return (inputs[0].to(torch.get_autocast_dtype("cpu")), *inputs[1:])
