@@ -23,8 +23,10 @@ from benchmarks import attention as race
 from benchmarks.gpu_runs import FAILED, HOLDS, Bench, Finding, Run, relative_distance, tensors_of
 from utils.attention import ATTENTION, CPU_ATTENTION
 from utils.course import Course
+from utils.encoding import EncodedBatch
 from utils.gradients import Gradients
 from utils.speed import Reference, allowed_error
+from utils.step_graph import Outcome, StepGraph
 from utils.tracking import SentNumbers
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "bitsandbytes", "triton")
@@ -501,6 +503,7 @@ def gates(bench: Bench) -> Finding:
         if bench.is_cuda:
             for name, flags in GRAPHS.items():
                 failures += graph_failures(bench, name, flags, facts)
+            failures += failed_recording(bench, facts)
         else:
             facts["CUDA graphs"] = "skipped: needs CUDA"
     graphs = f"{len(GRAPHS)} graphs replay" if bench.is_cuda else "CUDA graphs need CUDA"
@@ -534,6 +537,25 @@ def graph_failures(bench: Bench, name: str, flags: Sequence[object], facts: dict
     )
     bench.note(f"{name}: losses {worst:.1e} off")
     return [] if worst <= SAME else [f"{name}: losses {worst:.1e} off"]
+
+
+def failed_recording(bench: Bench, facts: dict[str, Any]) -> list[str]:
+    """Why a run goes wrong whose step reads from the device and so cannot be recorded; nothing if it trains plainly."""
+
+    def reads(self: StepGraph, encoded: EncodedBatch) -> Outcome:
+        encoded.mean.sum().item()
+        return compute(self, encoded)
+
+    compute, words = StepGraph._compute, [*BF16, "--max_train_steps", 4, "--no_final_checkpoint"]
+    plain = bench.train("sd", words, fresh_name("graphs"))
+    with patch.object(StepGraph, "_compute", reads):
+        run = bench.train("sd", [*words, "--cuda_graphs"], fresh_name("graphs"))
+    said = "a step that cannot be recorded"
+    if run.status or "computed without a graph" not in run.said:
+        facts[said] = run.error or "it was recorded"
+        return [f"{said}: {facts[said]}"]
+    facts[said] = worst = max(abs(one - other) / abs(one) for one, other in zip(plain.losses, run.losses, strict=True))
+    return [] if worst <= SAME else [f"{said}: losses {worst:.1e} off"]
 
 
 # Attention

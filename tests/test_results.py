@@ -1,5 +1,6 @@
 """What a run leaves behind: pipelines and LoRA files that diffusers loads, checkpoints, samples, records."""
 
+import itertools
 import json
 import os
 import shutil
@@ -416,7 +417,8 @@ def test_clip_skip_samples_as_the_pipeline_does(train):
     assert np.array_equal(sample, draw(load(out), negative_prompt="blue", clip_skip=1))
 
 
-def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"offload_ema": True}, {"ema_every": 3}])
+def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch, options):
     from utils.ema import EmaOptions, MovingAverage
     from utils.state import RunState
 
@@ -437,14 +439,17 @@ def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch):
 
     accelerator = Accelerator()
     accelerator.scaler = scaler
-    average = MovingAverage([parameter], EmaOptions(use_ema=True))
+    average = MovingAverage([parameter], EmaOptions(use_ema=True, **options))
     state = RunState(Engine(accelerator), None, average, None, Scaled(), [], [], [], None)
     monkeypatch.setattr(scaler, "get_scale", None)  # it would wait for the device
     found = [torch.ones(4)]
-    for value in (1.0, float("inf"), 1.0):
+    for value in (1.0, float("inf"), 1.0, 1.0, 1.0, float("inf")):
         scaler.scale((parameter * value).sum()).backward()
         state.step(torch.tensor(value))
         found.append(average.averages[0].clone())
+    if "ema_every" in options:  # an update after a step that was left out is that of the steps before
+        assert [torch.equal(*pair) for pair in itertools.pairwise(found)] == [True, True, False, True, True, False]
+        return
     assert torch.equal(found[1], found[2])
     assert not torch.equal(found[0], found[1])
     assert not torch.equal(found[2], found[3])

@@ -14,7 +14,7 @@ from tests.conftest import message
 from tests.test_loading import FILES, SHORT, changed, kohya_names, loaded, write_lora
 from utils.loading import LoadingOptions, allowing_missing, load_module
 from utils.options import UserError
-from utils.weight_files import Stored, check_finite, check_stored, weight_files
+from utils.weight_files import Stored, check_finite, check_stored, stored_in, weight_files
 
 Tensors = dict[str, torch.Tensor]
 
@@ -135,13 +135,32 @@ def test_what_is_whole_numbers_by_nature_is_no_quantised_weight(pipelines, tmp_p
 
 def test_a_tensor_that_nothing_reads_may_be_left_out(pipelines, tmp_path):
     def change(tensors: Tensors) -> Tensors:
-        return tensors | {"conv_in.note": torch.ones(3)}
+        name = "conv_in.weight"
+        return tensors | {name: tensors[name].to(torch.float8_e4m3fn), "conv_in.note": torch.ones(3)}
 
     folder = changed(pipelines["sd"], tmp_path / "sd", "unet", change)
     with pytest.raises(UserError, match=r"--allow_missing_weights conv_in\.note"):
         loaded(folder)
     with allowing_missing(LoadingOptions(["conv_in.note"])):
         assert loaded(folder)
+
+
+def test_what_stands_beside_whole_weights_is_no_scale():
+    """As in files of older releases, and in merges."""
+    layer = {"a.weight": Stored("F32", (4,)), "a.W": Stored("F32", (4,)), "a.mask": Stored("BOOL", (4, 4))}
+    check_stored("x", layer)
+    check_stored("x", {"text_projection": Stored("F16", (4, 4)), "text_projection.weight": Stored("F16", (4, 4))})
+    for few in ("F8_E4M3", "I8", "U8"):
+        with pytest.raises(UserError, match="scaled or quantised"):
+            check_stored("x", layer | {"a.weight": Stored(few, (4,))})
+
+
+def test_pickles_of_old_releases_are_read(tmp_path):
+    tensors = {"a.weight": torch.ones(2, 2)}
+    torch.save(tensors, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    torch.save(tensors, tmp_path / "new.bin")
+    for name in ("old.bin", "new.bin"):
+        assert stored_in(tmp_path / name) == {"a.weight": Stored("float32", (2, 2))}
 
 
 def test_a_quantised_pipeline_says_so_in_training(train, capsys, pipelines, tmp_path):

@@ -142,19 +142,25 @@ class MovingAverage:
         Args:
             is_taken: [] bool on the device, whether the optimizer took its step: if not, the averages stay as they are.
                 The update counts all the same: to count without it, the host would wait for the device at each step.
+                With `--ema_every` over 1 the steps before count, and the averages move.
         """
         self._schedule.optimization_step += 1
         done, every = self._schedule.optimization_step, self._options.ema_every
         if done % every:
             return
+        if every > 1:
+            is_taken = None
+        elif self._options.offload_ema and is_taken is not None:  # this waits for the device anyway
+            if not is_taken:
+                return
+            is_taken = None
         weight = 1 - math.prod(self.decay(step) for step in range(done - every + 1, done + 1))
         for places in self._chunks if self._is_copied or is_taken is not None else [slice(None)]:
             averages, values = self._own[places], [own_part(each) for each in self._parameters[places]]
             if self._is_copied:
                 values = [value.float() for value in values]
             if is_taken is not None:
-                here = [average.to(value.device) for average, value in zip(averages, values, strict=True)]
-                values = [torch.where(is_taken, *pair) for pair in zip(values, here, strict=True)]
+                values = [torch.where(is_taken, *pair) for pair in zip(values, averages, strict=True)]
             if self._options.offload_ema:
                 values = self._staging.take(values)
             if self._options.foreach_ema:

@@ -138,7 +138,7 @@ def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
         return
     class_name, changes = SCHEDULERS.get(name, (name, {}))
     known, flag = _compatible(pipeline.scheduler), f"--scheduler {name}"
-    reason = f"diffusers does not put it in the place of a {type(pipeline.scheduler).__name__}"
+    reason = f"diffusers cannot use it instead of a {type(pipeline.scheduler).__name__}"
     scheduler = None
     if class_name in known:
         scheduler, reason = _converted(pipeline.scheduler, class_name, changes)

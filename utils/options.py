@@ -477,7 +477,7 @@ def _print_once(line: str, is_agreed: bool = False) -> None:
     """Prints a line that every process is about to print; only the main process does.
 
     A launcher ends all processes as soon as one has ended with an error, so the others wait for the main one. A process
-    that still lives after `MAIN_SECONDS` is the only one with its error, and prints it.
+    that still lives after `MAIN_SECONDS` is the only one with its error, or no launcher ends it: it prints the line.
 
     Args:
         is_agreed: whether the processes decided together to end: then the main process is at this line too.

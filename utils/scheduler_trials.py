@@ -128,7 +128,10 @@ def _predicted(kind: str, image: Tensor, noise: Tensor, alpha: float, sigma: flo
 
 def unfit(scheduler: Any, own: Any) -> str:
     """Why a scheduler does not draw in the place of a pipeline's own, or "" where it does."""
-    level = level_of(own)
+    try:
+        level = level_of(own)
+    except UserError:  # of noise that is not trained with here
+        level = None
     try:
         if level is not None:
             return misfit(scheduler, level, kind_of(own), FEWER_STEPS)
@@ -137,7 +140,7 @@ def unfit(scheduler: Any, own: Any) -> str:
         return reason_of(error)
     ours, theirs = (inspect.signature(type(each).__init__).parameters for each in (own, scheduler))
     missing = [name for name in SIGMAS if name in ours and name not in theirs]
-    return f"it knows no {missing[0]}, by which the pipeline's own has its noise levels" if missing else ""
+    return f"it has no {missing[0]}, which sets the noise levels of the pipeline's own" if missing else ""
 
 
 def kind_of(scheduler: Any) -> str:

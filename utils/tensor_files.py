@@ -4,6 +4,7 @@ What they raise of a broken file is theirs; `FileError` says that it is no file.
 """
 
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,11 +40,11 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, "Tensor"]:
     return load_file(path)
 
 
-def read_pickle(path: str | os.PathLike, **arguments: Any) -> Any:
+def read_pickle(path: str | os.PathLike, mmap: bool = False) -> Any:
     """What a file that `torch.save` wrote holds, on the CPU, of which nothing but tensors is unpickled.
 
     Args:
-        arguments: further ones of `torch.load`.
+        mmap: whether the tensors are mapped and not read, where the file is of torch 1.6 or later.
 
     Raises:
         FileError: if it is no regular file; else as `torch.load`.
@@ -51,7 +52,8 @@ def read_pickle(path: str | os.PathLike, **arguments: Any) -> Any:
     import torch
 
     require_regular(path)
-    return torch.load(path, map_location="cpu", weights_only=True, **arguments)
+    is_mapped = mmap and zipfile.is_zipfile(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
 
 
 def read_arrays(path: str | os.PathLike, names: tuple[str, ...]) -> Mapping[str, Any]:

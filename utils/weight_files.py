@@ -23,6 +23,7 @@ FULL_FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bf
 """Dtypes whose numbers are the weights, by safetensors' names and by torch's."""
 EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "float8_e4m3fn", "float8_e5m2")
 EIGHT_BIT_FLOATS += ("float8_e4m3fnuz", "float8_e5m2fnuz")
+TRUTH_VALUES = ("BOOL", "bool")
 COUNTED = ("position_ids", "relative_position_index", "num_batches_tracked", "num_updates")
 """Last words of the names of tensors that are whole numbers by nature."""
 OF_A_LAYER = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -101,19 +102,25 @@ def check_stored(what: str, stored: Mapping[str, Stored]) -> None:
 
 
 def _is_scale(name: str, stored: Mapping[str, Stored]) -> bool:
-    """Whether a tensor says how another one is scaled or packed: by its name, or because no layer has such a tensor."""
+    """Whether a tensor says how another one is scaled or packed: by its name, or because that one is of few bits.
+
+    Beside weights in full floating point other tensors may stand: older releases of diffusers saved `W` there.
+    """
     layer, _, last = name.rpartition(".")
     if SCALES.fullmatch(last):
         return True
-    is_beside = f"{layer}.weight" in stored and last not in OF_A_LAYER
     words = layer.split(".")
-    return is_beside or any(".".join(words[:count]) in stored for count in range(1, len(words) + 1))
+    owners = [".".join(words[:count]) for count in range(1, len(words) + 1)]
+    owners += [f"{layer}.weight"] if last not in OF_A_LAYER else []
+    return any(stored[owner].dtype not in FULL_FLOATS for owner in owners if owner in stored)
 
 
 def _is_packed(name: str, each: Stored) -> bool:
-    """Whether a tensor holds anything but floating-point numbers where those are expected."""
-    is_float = each.dtype in FULL_FLOATS or each.dtype in EIGHT_BIT_FLOATS
-    return not is_float and math.prod(each.shape) > 1 and name.rpartition(".")[2] not in COUNTED
+    """Whether a tensor holds whole numbers where floating-point ones are expected; truth values may be a mask."""
+    last = name.rpartition(".")[2]
+    if each.dtype in (*FULL_FLOATS, *EIGHT_BIT_FLOATS) or last in COUNTED or math.prod(each.shape) <= 1:
+        return False
+    return each.dtype not in TRUTH_VALUES or last in OF_A_LAYER
 
 
 def weight_files(folder: Path, variant: str | None, with_pickles: bool) -> list[Path]:
