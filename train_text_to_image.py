@@ -365,7 +365,8 @@ def check_before_loading(
     scheduler = source.config("scheduler")
     if scheduler is not None:
         forward_process(options.noise, scheduler)
-        check_trial_of(scheduler, options.noise.scheduler_changes, *drawing(options, scheduler))
+        entry = None if source.is_single_file else source.index().get("scheduler")
+        check_trial_of(entry, scheduler, options.noise.scheduler_changes, *drawing(options, scheduler))
 
 
 def drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]:

@@ -122,9 +122,11 @@ BROKEN = [
 
 @pytest.mark.parametrize(("changes", "said"), BROKEN, ids=str)
 def test_a_config_that_can_not_draw_is_refused_before_the_training(changes, said):
-    config = dict(tiny.scheduler().config) | {"_class_name": "DDIMScheduler"} | changes
+    config = dict(tiny.scheduler().config) | changes
     with pytest.raises(UserError) as raised:
-        check_trial_of(config, {}, 10, "--pretrained_model x", "validation_num_inference_steps")
+        check_trial_of(
+            ["diffusers", "DDIMScheduler"], config, {}, 10, "--pretrained_model x", "validation_num_inference_steps"
+        )
     line = str(raised.value)
     assert said in line
     assert "scheduler_config.json" in line or "prediction_type" in line

@@ -148,17 +148,22 @@ def kind_of(scheduler: Any) -> str:
     return "flow" if is_flow(scheduler) else str(scheduler.config.get("prediction_type", "epsilon"))
 
 
-def check_trial_of(config: Mapping[str, Any], changes: Mapping[str, object], steps: int, where: str, flag: str) -> None:
+def check_trial_of(
+    entry: object, config: Mapping[str, Any], changes: Mapping[str, object], steps: int, where: str, flag: str
+) -> None:
     """`check_trial` of a scheduler before it is loaded, by its config; of a class that is not known nothing.
 
     Args:
-        changes: what is to be otherwise than in it.
+        entry: its library and class, as a pipeline's index names them.
+        changes: what is to be otherwise than in its config.
     """
     from diffusers import SchedulerMixin
 
-    kind = class_of("diffusers", config.get("_class_name"))
+    kind = class_of(*[*entry, None, None][:2]) if isinstance(entry, list) else None
     if kind is not None and issubclass(kind, SchedulerMixin):
-        check_trial(changed_scheduler(scheduler_of(kind, config, {}), changes), steps, where, flag)
+        with _silent():
+            scheduler = changed_scheduler(scheduler_of(kind, config, {}), changes)
+        check_trial(scheduler, steps, where, flag)
 
 
 def check_trial(scheduler: Any, steps: int, where: str, flag: str) -> None:

@@ -312,7 +312,8 @@ def check_weight_files(
             continue
         variant_of(part, options.variant, f"{flag}: {name}")
         if (part / "config.json").is_file():
-            refuse_quantized(read_config(part / "config.json", flag), f"{flag}: {name}/config.json")
+            config = read_config(part / "config.json", flag.partition(" ")[0])
+            refuse_quantized(config, f"{flag}: {name}/config.json")
         pickles = [file.name for suffix in PICKLES for file in part.glob(f"*{suffix}")]
         if pickles and not options.allow_pickle and not list(part.glob("*.safetensors")):
             raise UserError(
