@@ -74,7 +74,7 @@ def test_quantised_weights_of_a_single_file_are_refused(pipelines, tmp_path, pre
     whole = {name: each for name, each in tensors.items() if name not in own} | QUANTIZED[change](own)
     for file, save in (("b.safetensors", save_file), ("b.ckpt", torch.save)):
         save({name: each.contiguous() for name, each in whole.items()}, tmp_path / file)
-        with pytest.raises(UserError, match=rf"{file}: \w+ holds {prefix}.*give the model in fp32"):
+        with pytest.raises(UserError, match=rf"{file}: \w+ holds {prefix}.*give the weights in fp32"):
             loaded(tmp_path / file, pretrained_model_config=str(pipelines["sd"]), allow_pickle=file.endswith("ckpt"))
 
 

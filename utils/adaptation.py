@@ -533,7 +533,9 @@ class LowRankAdaptation(AdapterTuning):
         """Makes the adapters of a LoRA file, of either key style, with its ranks and alphas."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        load_lora(self.family.pipeline, str(source), ADAPTER, f"the LoRA weights {source}")
+        is_given = Path(self.options.lora_weights or "") == source
+        what = f"--lora_weights {source}" if is_given else f"the LoRA weights {source}"
+        load_lora(self.family.pipeline, str(source), ADAPTER, what)
         adapted = {
             name
             for name in self.family.trainable_names()
@@ -541,9 +543,9 @@ class LowRankAdaptation(AdapterTuning):
         }
         if missing := sorted(set(self.modules) - adapted):
             cure = "" if "unet" in missing else "; leave --train_text_encoder out"
-            raise UserError(f"the LoRA weights {source} adapt no layer of {', '.join(missing)}{cure}")
+            raise UserError(f"{what} adapt no layer of {', '.join(missing)}{cure}")
         if untrained := sorted(adapted - set(self.modules)):
-            raise UserError(f"the LoRA weights {source} adapt {', '.join(untrained)} too; add --train_text_encoder")
+            raise UserError(f"{what} adapt {', '.join(untrained)} too; add --train_text_encoder")
         dropout = self.options.lora_dropout
         for module in self.modules.values():
             module.peft_config[ADAPTER].lora_dropout = dropout

@@ -35,7 +35,7 @@ SCALES = re.compile(
 )
 """Last words of the names of what the usual tools write beside quantised weights."""
 STEMS = "diffusion_pytorch_model|pytorch_model|model"
-CURE = "give the model in fp32, fp16 or bf16"
+CURE = "give the weights in fp32, fp16 or bf16"
 LONGEST_NAME = 120
 
 
