@@ -162,7 +162,8 @@ def run(argv: Sequence[str] | None) -> None:
         beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
         start, group_size = beginning.start, beginning.group_size
         repository = open_repository(options, accelerator, folder)
-        preparation = prepare_data(options, options.captions, accelerator, folder, requests)
+        by_content = beginning.splits_by_content
+        preparation = prepare_data(options, options.captions, accelerator, folder, requests, by_content)
         logger.info("listing the images of %s", data_name(options))
         images = preparation.choose_images(resolution, group_size)
         held_out_images = preparation.choose_held_out(resolution)

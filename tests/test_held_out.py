@@ -187,6 +187,29 @@ def test_copies_of_an_image_are_on_one_side(tmp_path, kind):
     assert len(hold_out(records, 0.3, 0, np.zeros(30, int))[1]) == len(hold_out(records, 0.3, 0)[1])
 
 
+def test_a_run_from_before_copies_stayed_together_resumes_with_its_own_split(train, tmp_path, caplog, monkeypatch):
+    """Its training images are what they were, also when it is resumed twice; a new run has the new split."""
+    data = tiny.make_images(tmp_path / "data", 8)
+    (data / "metadata.jsonl").unlink()  # in which the copies are not listed
+    for number in range(4):
+        shutil.copy(data / f"{number:03d}.png", data / f"copy{number}.png")
+    flags = ["--validation_split", 0.3, "--train_batch_size", 1, "--checkpointing_steps", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.resuming._splits_by_content", lambda *_: False)
+        train("sd", *flags, "--max_train_steps", 1, data=data)
+    resumed = [*flags, "--resume_from_checkpoint", "latest", "--max_train_steps"]
+    for more in ([2], [3, "--dry_run"]):
+        caplog.clear()
+        train("sd", *resumed, *more, data=data)
+        assert "this run keeps that split" in caplog.text
+        assert "bytes of another" not in caplog.text
+    caplog.clear()
+    train("sd", *flags, "--max_train_steps", 1, data=data, out="new")
+    train("sd", *resumed, 2, "--dry_run", data=data, out="new")
+    assert caplog.text.count("have the bytes of another and are on the same side") == 2
+    assert "keeps that split" not in caplog.text
+
+
 def test_held_out_copies_of_what_is_trained_on_are_named(train, tmp_path, caplog):
     data = tiny.make_images(tmp_path / "data" / "train", 6)
     held = tmp_path / "data" / "test"

@@ -65,6 +65,7 @@ class DataPreparation:
         report_folder: where `data_report.json` and `data_report.jsonl` are written; None on a dry run.
         requests: which may end it.
         left_out: folders whose files are no data where they lie within a folder of data, and what becomes of these.
+        splits_by_content: whether copies of an image stay on one side of a portion that is held out.
         ledger: what became of every file.
         firsts: of images of the same bytes the number of one, once that is known.
     """
@@ -82,6 +83,7 @@ class DataPreparation:
     report_folder: Path | None
     requests: StopRequests
     left_out: Mapping[Path, Fate]
+    splits_by_content: bool = True
     ledger: Ledger = field(default_factory=Ledger)
     firsts: list[np.ndarray] = field(default_factory=list, repr=False)
 
@@ -189,10 +191,12 @@ class DataPreparation:
             self._warn_of_shared(images)
         return images
 
-    def _first_of_same(self, records: Records) -> np.ndarray:
-        """As `first_of_same`, which the main process finds out once and tells the others."""
+    def _first_of_same(self, records: Records) -> np.ndarray | None:
+        """As `first_of_same`, which the main process finds out once and tells the others; None where it is not used."""
         from accelerate.utils import broadcast_object_list
 
+        if not self.splits_by_content:
+            return None
         if not self.firsts:
             found = None
             if self.accelerator.is_main_process:

@@ -13,7 +13,7 @@ from utils.checkpoint import CheckpointOptions, Checkpoints, RunFacts, check_str
 from utils.data.buckets import BucketOptions
 from utils.data.contents import compare, content_name, is_content_name, read_content, write_content
 from utils.data.dataset import LoaderOptions
-from utils.data.selection import PlannedImages
+from utils.data.selection import HeldOutOptions, PlannedImages
 from utils.data.stream import StreamedImages
 from utils.ema_lengths import has_averages, set_aside_snapshots
 from utils.engines import Engine
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 RECORD_FACT = "data_record"  # which file beside the checkpoints says what the images were
 HELD_OUT_FACT = "held_out_record"  # the same of the held-out images
+# a checkpoint without this drew each held-out image by its name
+SPLIT_RULE_FACT, SPLIT_BY_CONTENT = "validation_split_rule", "by content"
 
 WARMUP = "lr_warmup_steps"
 # what a resumed run may change: its length, intervals and logging, how it is spread, what only saves memory or time,
@@ -75,6 +77,8 @@ class Beginning:
         training: what else changes the training, by flag.
         may_change: whether that may be other than the checkpoint has it.
         keeps_record: whether it is noted in the output folder what the images are; not on a dry run.
+        splits_by_content: whether a portion is held out so that copies of an image stay together; earlier releases did
+            not, and a run resumed from one of their checkpoints trains on the same images as before.
     """
 
     accelerator: "Accelerator"
@@ -86,6 +90,7 @@ class Beginning:
     training: Mapping[str, object]
     may_change: bool
     keeps_record: bool
+    splits_by_content: bool = True
 
     def having(self, **structure: object) -> "Beginning":
         """The same with more that a checkpoint can only be resumed with.
@@ -133,6 +138,8 @@ class Beginning:
         training = {**self.training, WARMUP: schedule.lr_warmup_steps, **data, **use, RECORD_FACT: name}
         if held_out_name is not None:
             training[HELD_OUT_FACT] = held_out_name
+        if self.splits_by_content:
+            training[SPLIT_RULE_FACT] = SPLIT_BY_CONTENT
         return RunFacts(dict(self.structure), training, total_steps)
 
     def _compare_data(self, images: PlannedImages | StreamedImages) -> str:
@@ -226,7 +233,24 @@ def begin(options: Any, engine: Engine, folder: OutputFolder, requests: StopRequ
         on_main_process(accelerator, requests.remove_files)
     may_change, is_dry = asked.allow_changed_options, options.runtime.dry_run
     whole = accelerator, folder.path, checkpoints
-    return Beginning(*whole, start, group_size, structure, training, may_change, keeps_record=not is_dry)
+    by_content = _splits_by_content(start, options.held_out)
+    return Beginning(*whole, start, group_size, structure, training, may_change, not is_dry, by_content)
+
+
+def _splits_by_content(start: Path | None, held_out: HeldOutOptions) -> bool:
+    """Whether copies of an image stay together in the split: not where a checkpoint continues a split without that."""
+    if start is None or held_out.fraction is None:
+        return True
+    recorded = read_state(start).facts.training
+    is_same_split = recorded.get("validation_split") == held_out.validation_split
+    if SPLIT_RULE_FACT in recorded or not is_same_split:
+        return True
+    logger.info(
+        "%s is of an earlier release, which held out each image by its name alone; this run keeps that split, and "
+        "copies of an image may be both trained on and held out",
+        start,
+    )
+    return False
 
 
 def _defaults(options: Any) -> dict[str, object]:

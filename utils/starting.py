@@ -107,12 +107,18 @@ def open_repository(options: Any, accelerator: "Accelerator", folder: OutputFold
 
 
 def prepare_data(
-    options: Any, captions: CaptionOptions, accelerator: "Accelerator", folder: OutputFolder, requests: StopRequests
+    options: Any,
+    captions: CaptionOptions,
+    accelerator: "Accelerator",
+    folder: OutputFolder,
+    requests: StopRequests,
+    splits_by_content: bool,
 ) -> DataPreparation:
     """The options of the data, and what else its preparation needs.
 
     Args:
         options: all of a script's, by group.
+        splits_by_content: whether a portion is held out so that copies of an image stay together.
     """
     return DataPreparation(
         accelerator,
@@ -128,6 +134,7 @@ def prepare_data(
         None if options.runtime.dry_run else folder.path,
         requests,
         own_folders(options, folder),
+        splits_by_content,
     )
 
 
