@@ -15,11 +15,11 @@ import pytest
 from PIL import Image, ImageFilter
 
 from tests import tiny
-from utils.data import images
+from utils.data import headers, images
 from utils.data.buckets import NONE, BucketOptions, area_buckets, plan_buckets
 from utils.data.captions import CaptionOptions, compose, folder_caption
 from utils.data.cuts import make_cut, plan_cut
-from utils.data.headers import survey
+from utils.data.headers import add_digests, survey
 from utils.data.images import ImageOptions, open_image, read_header, read_rgb
 from utils.data.sampler import GlobalBatches, Pieces
 from utils.data.selection import PlannedImages, SelectionOptions, plan_images
@@ -536,7 +536,7 @@ class TestSurvey:
         folder = tmp_path / "data"
         for number in range(4):
             make_picture(folder / f"{number}.png", (30 + number, 20))
-        monkeypatch.setattr("utils.data.headers.SETTLED_NANOSECONDS", 0)
+        monkeypatch.setattr("utils.data.remembered.SETTLED_NANOSECONDS", 0)
         first = survey(records_of(folder), tmp_path / "memory")
         make_picture(folder / "2.png", (77, 55))
         make_picture(folder / "new.png", (11, 12))
@@ -547,6 +547,27 @@ class TestSurvey:
         assert sorted(Path(path).name for path in read) == ["2.png", "new.png"]
         assert first.sizes.tolist() == [[30, 20], [31, 20], [32, 20], [33, 20]]
         assert second.sizes.tolist() == [[30, 20], [31, 20], [77, 55], [33, 20], [11, 12]]
+
+    @pytest.mark.parametrize("is_plain_first", [False, True])
+    def test_digests_that_an_earlier_release_remembers_are_taken_over(self, tmp_path, monkeypatch, is_plain_first):
+        """No file is read whole again for what only its header tells anew, but one that was changed."""
+        monkeypatch.setattr("utils.data.remembered.SETTLED_NANOSECONDS", 0)
+        for number in range(4):
+            make_picture(tmp_path / "data" / f"{number}.png", (30 + number, 20))
+        memory, wanted = tmp_path / "memory", np.ones(4, bool)
+        with monkeypatch.context() as patch:
+            patch.setattr("utils.data.headers.NOW", headers.BEFORE)
+            first = survey(records_of(tmp_path / "data"), memory)
+            add_digests(first, records_of(tmp_path / "data"), wanted, memory)
+        make_picture(tmp_path / "data" / "2.png", (77, 55))
+        records, read = records_of(tmp_path / "data"), []
+        original = headers.image_bytes
+        monkeypatch.setattr("utils.data.headers.image_bytes", lambda image: read.append(image) or original(image))
+        second = survey(records, memory) if is_plain_first else headers.Survey.unknown(4)
+        add_digests(second, records, wanted, memory)
+        assert [Path(path).name for path in read] == ["2.png"]
+        assert (second.digests == first.digests).tolist() == [True, True, False, True]
+        assert second.digests.all()
 
     def test_a_file_that_was_just_changed_is_not_remembered(self, tmp_path):
         make_picture(tmp_path / "data" / "a.png", (30, 20))
@@ -1132,7 +1153,7 @@ class TestOddNamesAndLines:
 
 
 def test_an_edited_file_that_a_dataset_names_is_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.data.headers.SETTLED_NANOSECONDS", 0)
+    monkeypatch.setattr("utils.data.remembered.SETTLED_NANOSECONDS", 0)
     import pyarrow as pa
     import pyarrow.parquet
 

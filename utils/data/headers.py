@@ -3,17 +3,14 @@
 import contextlib
 import hashlib
 import itertools
-import logging
 import multiprocessing
 import os
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,19 +19,21 @@ import pyarrow as pa
 
 from utils.data.contents import FileFacts
 from utils.data.images import CONVERTED, ODDITIES, UNCOMMON, how_read, image_bytes, read_header, reason_of
-from utils.data.kept_tables import encoded, read_table, write_table
 from utils.data.mask_values import MaskCensus, MaskValues, mask_values
 from utils.data.masks import check_same_shape
+from utils.data.remembered import Remembered, stamps_of
 from utils.data.sources import Records, Source
 from utils.data.tables import ImageTable, stamp_of
-from utils.disk import mark_as_own
 from utils.options import UserError
 from utils.terminal import progress_bar
 
-logger = logging.getLogger(__name__)
 DIGEST_SIZE = 16
 STAMP_PARTS = 3  # size and two times
-SETTLED_NANOSECONDS = 2_000_000_000
+NOW, BEFORE = "with depths", "with colours"  # names of what is remembered, which change with what headers tell
+REMEMBERED = {
+    **{"width": pa.int32(), "height": pa.int32(), "oddities": pa.uint16()},
+    **{"num_bytes": pa.int64(), "digest": pa.binary()},
+}
 MANY = 5_000  # images from which on several processes read
 CHUNK = 500
 CHUNKS_AHEAD = 256
@@ -127,6 +126,15 @@ class Survey:
         reasons = {places[index]: reason for index, reason in self.reasons.items() if index in places}
         arrays = {name: value[indices] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return Survey(**arrays, reasons=reasons)
+
+    def followed_by(self, other: "Survey") -> "Survey":
+        """Of the images of this one, then of those of another."""
+        pairs = {
+            name: (value, vars(other)[name]) for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
+        arrays = {name: np.concatenate(pair) for name, pair in pairs.items()}
+        moved = {index + len(self.sizes): reason for index, reason in other.reasons.items()}
+        return Survey(**arrays, reasons=self.reasons | moved)
 
 
 def survey(records: Records, folder: Path, show_progress: bool = False) -> Survey:
@@ -263,11 +271,8 @@ def _survey_table(
     show_progress: bool,
 ) -> None:
     """Fills in the facts of some rows of a table, at their places."""
-    memory = _Memory(folder, table.name)
-    keys = [table.key(int(row)) for row in rows]
-    chunks = [rows[begin : begin + CHUNK] for begin in range(0, len(rows), CHUNK)]
-    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-        stamps = [stamp for found in pool.map(partial(_stamp_chunk, table), chunks) for stamp in found]
+    memory = _memory(folder, NOW, table)
+    keys, stamps = [table.key(int(row)) for row in rows], stamps_of(table, rows)
     found.times[places] = [_time_of(stamp, table.name) for stamp in stamps]
     known = memory.find(keys, stamps)
     is_known = known >= 0
@@ -280,17 +285,48 @@ def _survey_table(
         found.digests[places[is_known]] = memory.column("digest")[at]
         is_known &= ~with_digest | (found.digests[places] != b"")
     unread = np.flatnonzero(~is_known)
-    work = [(int(rows[place]), bool(with_digest[place])) for place in unread]
+    if len(unread):
+        _take_digests(_memory(folder, BEFORE, table), keys, stamps, found, places)
+    work = [(int(rows[place]), bool(with_digest[place] and not found.digests[places[place]])) for place in unread]
     for place, facts in zip(unread, read_facts(table, work, show_progress), strict=True):
         index = int(places[place])
         found.sizes[index] = facts.width, facts.height
         found.oddities[index] = facts.oddities
         found.num_bytes[index] = facts.num_bytes
-        found.digests[index] = facts.digest
+        found.digests[index] = b"" if facts.reason else facts.digest or found.digests[index]
         if facts.reason:
             found.reasons[index] = facts.reason
     if len(unread):
-        memory.remember(keys, stamps, found, places)
+        _remember(memory, keys, stamps, found, places)
+
+
+def _memory(folder: Path, release: str, table: ImageTable) -> Remembered:
+    """The remembered facts of a table."""
+    digest = hashlib.blake2b(f"{release}, {table.name}".encode(), digest_size=12).hexdigest()
+    return Remembered(folder / "headers" / f"{digest}.parquet", REMEMBERED)
+
+
+def _take_digests(
+    memory: Remembered, keys: Sequence[str], stamps: Sequence[str], found: Survey, places: np.ndarray
+) -> None:
+    """Takes digests that are not known yet from an earlier release, which knew the bytes, if not all of the headers."""
+    at = memory.find(keys, stamps)
+    missing = (at >= 0) & (found.digests[places] == b"")
+    if missing.any():
+        found.digests[places[missing]] = memory.column("digest")[at[missing]]
+
+
+def _remember(
+    memory: Remembered, keys: Sequence[str], stamps: Sequence[str], found: Survey, places: np.ndarray
+) -> None:
+    """Keeps the facts of those that can be read."""
+    chosen = np.flatnonzero((found.sizes[places, 0] > 0) & (found.num_bytes[places] >= 0))
+    at = places[chosen]
+    columns = {
+        **{"width": found.sizes[at, 0], "height": found.sizes[at, 1], "oddities": found.oddities[at]},
+        **{"num_bytes": found.num_bytes[at], "digest": found.digests[at]},
+    }
+    memory.add([keys[place] for place in chosen], [stamps[place] for place in chosen], columns)
 
 
 def _time_of(stamp: str, name: str) -> int:
@@ -299,10 +335,6 @@ def _time_of(stamp: str, name: str) -> int:
     if len(parts) == STAMP_PARTS:
         return int(parts[1])
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
-
-
-def _stamp_chunk(table: ImageTable, rows: np.ndarray) -> list[str]:
-    return [table.stamp(int(row)) for row in rows]
 
 
 def read_facts(table: ImageTable, work: Sequence[tuple[int, bool]], show_progress: bool) -> Iterator[Facts]:
@@ -379,83 +411,3 @@ def _read(table: ImageTable, row: int, with_digest: bool) -> Facts:
     oddities = sum(1 << bit for bit, name in enumerate(ODDITIES) if name in names)
     digest = hashlib.blake2b(image, digest_size=DIGEST_SIZE).digest() if with_digest else b""
     return Facts(header.width, header.height, oddities, num_bytes, digest, "")
-
-
-MEMORY_SCHEMA = pa.schema(
-    {
-        "key": pa.large_binary(),
-        "stamp": pa.large_string(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "oddities": pa.uint16(),
-        "num_bytes": pa.int64(),
-        "digest": pa.binary(),
-    }
-)
-
-
-class _Memory:
-    """The remembered facts of one table, a Parquet file; readable images alone, by key and stamp."""
-
-    def __init__(self, folder: Path, name: str):
-        digest = hashlib.blake2b(f"with depths, {name}".encode(), digest_size=12).hexdigest()
-        self._path = folder / "headers" / f"{digest}.parquet"
-        self._table: pa.Table | None = None
-        try:
-            self._table = read_table(self._path, MEMORY_SCHEMA)
-        except (OSError, ValueError):
-            return
-
-    def find(self, keys: list[str], stamps: list[str]) -> np.ndarray:
-        """[n] where each is remembered as it is now, else -1."""
-        if self._table is None or not len(self._table) or not keys:
-            return np.full(len(keys), -1)
-        from pyarrow import compute
-
-        at = compute.index_in(encoded(keys), value_set=self._table["key"].combine_chunks())
-        at = at.fill_null(-1).to_numpy(zero_copy_only=False)
-        remembered = self._table["stamp"].to_pandas().to_numpy()
-        return np.where((at >= 0) & (remembered[at] == np.array(stamps, object)), at, -1)
-
-    def column(self, name: str) -> np.ndarray:
-        """The values of all remembered images."""
-        return np.array(self._table[name].to_pylist(), object) if name == "digest" else self._table[name].to_numpy()
-
-    def remember(self, keys: list[str], stamps: list[str], found: Survey, places: np.ndarray) -> None:
-        """Adds facts, but not of files that were changed a moment ago: another change might leave the stamp alike."""
-        from pyarrow import compute
-
-        now = time.time_ns()
-        chosen = [
-            number
-            for number, (place, stamp) in enumerate(zip(places, stamps, strict=True))
-            if found.sizes[place, 0] > 0 and found.num_bytes[place] >= 0 and _is_settled(stamp, now)
-        ]
-        at = places[chosen]
-        new = pa.table(
-            {
-                "key": encoded([keys[number] for number in chosen]),
-                "stamp": pa.array([stamps[number] for number in chosen], pa.large_string()),
-                "width": found.sizes[at, 0],
-                "height": found.sizes[at, 1],
-                "oddities": found.oddities[at],
-                "num_bytes": found.num_bytes[at],
-                "digest": pa.array(list(found.digests[at]), pa.binary()),
-            },
-            schema=MEMORY_SCHEMA,
-        )
-        if self._table is not None and len(self._table):
-            renewed = compute.is_in(self._table["key"], value_set=new["key"].combine_chunks())
-            new = pa.concat_tables([self._table.filter(compute.invert(renewed)), new])
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            mark_as_own(self._path.parent.parent)
-            write_table(self._path, new)
-        except OSError as error:
-            logger.warning("%s can't be written, headers will be read again next time: %s", self._path, error)
-
-
-def _is_settled(stamp: str, now: int) -> bool:
-    """Whether the file was last changed long enough ago for its times to tell the next change."""
-    times = stamp.split(":")[1:]
-    return all(int(time_) + SETTLED_NANOSECONDS < now for time_ in times)
