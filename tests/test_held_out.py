@@ -175,7 +175,7 @@ def test_copies_of_an_image_are_on_one_side(tmp_path, kind):
         for number, content in enumerate(contents):
             (tmp_path / f"{number:02d}.bmp").write_bytes(content)
         records = records_of(tmp_path)
-    firsts = first_of_same(records, survey(records, tmp_path / "memory"))
+    firsts = first_of_same(records, survey(records, tmp_path / "memory"), tmp_path / "memory")
     assert len(np.unique(firsts)) == 10
     assert all(len(set(firsts[begin : begin + 3])) == 1 for begin in range(0, 30, 3))
     for seed in range(5):
@@ -185,6 +185,43 @@ def test_copies_of_an_image_are_on_one_side(tmp_path, kind):
         assert held
         assert not kept & held
     assert len(hold_out(records, 0.3, 0, np.zeros(30, int))[1]) == len(hold_out(records, 0.3, 0)[1])
+
+
+def test_few_bytes_are_read_to_find_copies_and_none_twice(tmp_path, monkeypatch):
+    """Of files of one length and size a piece each, and all of those only that it does not tell apart."""
+    from tests.test_data import records_of
+    from utils.data import same_bytes
+    from utils.data.headers import add_digests, survey
+
+    monkeypatch.setattr("utils.data.remembered.SETTLED_NANOSECONDS", 0)
+    data, memory = tmp_path / "data", tmp_path / "memory"
+    data.mkdir()
+    for number in range(8):
+        pixels = np.random.default_rng(number // 2).integers(0, 255, (64, 64, 3), np.uint8)
+        pixels[:10] = number if number < 4 else number // 2  # far from the middle; the last two pairs are copies
+        Image.fromarray(pixels).save(data / f"{number}.bmp")
+    read: list[str] = []
+    for name in ("_piece", "_whole"):
+        original = getattr(same_bytes, name)
+
+        def counted(image, name=name, original=original):
+            return read.append(name) or original(image)
+
+        monkeypatch.setattr(same_bytes, name, counted)
+    records = records_of(data)
+    known = survey(records, memory)
+    for _ in range(2):
+        firsts = same_bytes.first_of_same(records, known, memory)
+        assert [len(set(firsts[begin : begin + 2].tolist())) for begin in range(0, 8, 2)] == [2, 2, 1, 1]
+        assert (read.count("_piece"), read.count("_whole")) == (8, 8)
+    halves = records.take(np.arange(0, 8, 2)), records.take(np.arange(1, 8, 2))
+    of_halves = [survey(half, memory) for half in halves]
+    shared = same_bytes.shared_with(halves[0], of_halves[0], halves[1], of_halves[1], memory)
+    assert [halves[0].key(index) for index in shared] == ["4.bmp", "6.bmp"]
+    read.clear()
+    add_digests(known, records, np.ones(8, bool), memory)
+    assert same_bytes.first_of_same(records, known, tmp_path / "other").tolist() == firsts.tolist()
+    assert not read
 
 
 def test_a_run_from_before_copies_stayed_together_resumes_with_its_own_split(train, tmp_path, caplog, monkeypatch):

@@ -200,7 +200,8 @@ class DataPreparation:
         if not self.firsts:
             found = None
             if self.accelerator.is_main_process:
-                found = first_of_same(records, survey(records, self.cache.folder, show_progress=True))
+                known = survey(records, self.cache.folder, show_progress=True)
+                found = first_of_same(records, known, self.cache.folder)
                 num_copies = int((found != np.arange(len(found))).sum())
                 if num_copies == len(found) - 1:
                     said = (
@@ -218,7 +219,7 @@ class DataPreparation:
         trained = self.ledger.images
         if not self.accelerator.is_main_process or not isinstance(trained, PlannedImages):
             return
-        shared = shared_with(found.records, found.survey, trained.records, trained.survey)
+        shared = shared_with(found.records, found.survey, trained.records, trained.survey, self.cache.folder)
         if shared:
             logger.warning(
                 "%d of the %d held-out images have the bytes of images that are trained on, such as %s; the loss on "
