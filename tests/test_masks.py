@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from tests import tiny
 from tests.test_cache import files
 from tests.test_data import records_of
 from tests.test_equivalences import assert_same_bits, losses, weights
-from utils.data import stream
+from utils.data import headers, stream
+from utils.data.cached import MaskPlan
 from utils.data.cutting import cut_out
 from utils.data.headers import take_census
-from utils.data.images import ImageOptions, read_mask
+from utils.data.images import ODDITIES, UNCOMMON, ImageOptions, read_mask
 from utils.data.mask_values import MaskCensus, mask_values
 from utils.losses import LossOptions, mask_weights, weighted_loss
 from utils.options import UserError
@@ -293,19 +295,27 @@ class TestValues:
         assert "1 of 2 masks that were looked at have colours" in census_of(red, WHITE, count=9).warnings()[0]
         assert "have colours" in census_of(palette([0, 0, 0, 192, 128, 128], 1)).warnings()[0]
 
-    def test_few_are_looked_at_and_all_where_these_are_black(self, tmp_path):
+    def test_few_are_looked_at_and_all_where_these_are_black(self, tmp_path, monkeypatch):
         data = tiny.make_images(tmp_path / "data", 6)
         masks = tmp_path / "masks"
         masks.mkdir()
         for number, file in enumerate(sorted(data.glob("*.png"))):
             (masks / file.name).write_bytes(BLACK if number < 5 else WHITE)
         records = records_of(data, mask_dir=str(masks))
+        looked = []
+        original = headers.mask_values
+        monkeypatch.setattr(headers, "mask_values", lambda *each: looked.append(each) or original(*each))
         (few,) = take_census(records, np.arange(len(records)) > 0, "--mask_dir m", 2)
         assert (few.looked_at, few.brightest) == (2, 1)
         (most,) = take_census(records, np.arange(len(records)) != 5, "--mask_dir m", 2)
         assert most.looked_at == most.black == 5
         with pytest.raises(UserError, match="all 5 masks are black everywhere"):
             most.check()
+        for file in masks.iterdir():
+            file.write_bytes(WHITE[:40])
+        (none,) = take_census(records, np.ones(len(records), bool), "--mask_dir m", 2)
+        assert none.looked_at == 0
+        assert len(looked) == 2 + 5 + 2  # of masks that can't be read, as many as asked for
 
     @pytest.mark.parametrize("flags", [[], ["--dry_run"], ["--normalize_masked_loss", "--unmasked_weight", 0.1]])
     def test_a_run_ends_before_it_starts(self, refused, tmp_path, flags):
@@ -315,7 +325,7 @@ class TestValues:
         where = tmp_path / "masks"
         refused([*STILL, "--mask_dir", where, *flags], f"--mask_dir {where}: all 3 masks are nearly black", data=data)
 
-    def test_clear_images_and_masks_of_a_stream(self, refused, tmp_path, monkeypatch):
+    def test_clear_images_and_masks_of_a_stream(self, refused, train, tmp_path, monkeypatch, caplog):
         (tmp_path / "clear").mkdir()
         Image.new("RGBA", (32, 32), (9, 9, 9, 0)).save(tmp_path / "clear" / "0.png")
         refused([*STILL, "--alpha_mask"], "all 1 masks are transparent everywhere", data=tmp_path / "clear")
@@ -327,8 +337,41 @@ class TestValues:
         monkeypatch.setattr(stream, "MASKS_LOOKED_AT", 3)
         flags = [*STILL, "--streaming", "--mask_column", "m.png"]
         words = "--mask_column m.png: all 3 masks that were looked at are black everywhere"
-        refused(flags, words, data=tmp_path / "shard.tar")
         refused([*flags, "--dry_run"], words, data=tmp_path / "shard.tar")
+        train("sd", *flags, data=tmp_path / "shard.tar")  # where masks of another kind may follow
+        assert words in caplog.text
+
+
+def test_what_is_cached_of_masks_changes_with_how_they_are_read(tmp_path):
+    """Masks of uncommon bit depths are made anew, and those of 8 and 16 bits keep the keys that they had."""
+    masks, data = tmp_path / "masks", tmp_path / "data"
+    for folder in (masks, data):
+        folder.mkdir()
+    ramp = np.arange(64).reshape(8, 8)
+    modes = {"a": ramp.astype(np.uint8), "b": (ramp * 1000).astype(np.uint16), "c": (ramp / 64).astype(np.float32)}
+    for name, pixels in modes.items():
+        Image.fromarray(ramp.astype(np.uint8)).save(data / f"{name}.png")
+        Image.fromarray(pixels).save(masks / f"{name}.tiff")
+    transparent = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    transparent.save(data / "d.png", transparency=(0, 0, 0))
+    for flags, expected in (
+        ({"mask_dir": str(masks)}, [b"", b"", b"by bit depth", None]),
+        ({"alpha_mask": True}, [b"", b"", b"", b""]),
+    ):
+        records = records_of(data, **flags)
+        known = headers.survey(records, tmp_path / "memory")
+        wanted = np.ones(len(records), bool)
+        headers.add_digests(known, records, wanted, tmp_path / "memory")
+        headers.survey_masks(known, records, tmp_path / "memory", with_digests=True)
+        planned = SimpleNamespace(survey=known, records=records)
+        plan = MaskPlan(planned, ImageOptions(), 0, 1, None)
+        for index, how in enumerate(expected):
+            bytes_of = known.digests if "alpha_mask" in flags else known.mask_digests
+            start = b"alpha" if "alpha_mask" in flags else b""
+            content = b"everywhere" if how is None else start + bytes_of[index] + how
+            assert plan._content(index) == content
+        known.oddities[:] |= 1 << ODDITIES.index(UNCOMMON)
+        assert plan._content(0).endswith(b"by bit depth") == ("alpha_mask" in flags)
 
 
 STILL = ["--train_batch_size", 2, "--max_train_steps", 4, "--learning_rate", 1e-3, "--adam_weight_decay", 0]

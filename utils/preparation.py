@@ -17,7 +17,7 @@ from utils.data.headers import Survey, add_digests, survey, survey_masks, take_c
 from utils.data.images import ImageOptions
 from utils.data.ledger import Ledger
 from utils.data.listing import HELD_OUT, Fate
-from utils.data.mask_values import MaskCensus
+from utils.data.mask_values import MASKS_LOOKED_AT, MaskCensus
 from utils.data.same_bytes import first_of_same, shared_with
 from utils.data.selection import (
     HeldOutOptions,
@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 REPORT = "data_report.json"
 MUCH_ENLARGED = 2.0  # times, from which an image is blurred
 MOST_NAMED = 20  # held-out images that can't be read
-MASKS_LOOKED_AT = 200  # before the training
 MASKS_LOOKED_AT_DRY = 20_000
 
 

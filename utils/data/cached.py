@@ -126,7 +126,8 @@ class MaskPlan(CutPlan):
         survey, mask = self.images.survey, self.images.records.mask(index)
         if mask is None:
             return b"everywhere"
-        return b"alpha" + survey.digests[index] if mask.is_alpha else survey.mask_digests[index]
+        content = b"alpha" + survey.digests[index] if mask.is_alpha else survey.mask_digests[index]
+        return content + survey.how_mask_read(index, mask.is_alpha)
 
     def read(self, index: int, variant: int) -> tuple[np.ndarray, Crop]:
         """([1, h, w] uint8 the mask of the latents, the crop)."""

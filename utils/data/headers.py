@@ -66,6 +66,7 @@ class Survey:
         is_masked: [N] bool, whether the image has a mask.
         times: [N] int64, when the files, or the shards that they are in, were last changed.
         mask_bytes, mask_times: the like of mask files; -1 bytes without one.
+        mask_oddities: [N] uint16, those of mask files; 0 without one.
     """
 
     sizes: np.ndarray
@@ -78,6 +79,7 @@ class Survey:
     times: np.ndarray = field(repr=False)
     mask_bytes: np.ndarray = field(repr=False)
     mask_times: np.ndarray = field(repr=False)
+    mask_oddities: np.ndarray = field(repr=False)
 
     @staticmethod
     def unknown(count: int) -> "Survey":
@@ -94,6 +96,7 @@ class Survey:
             times=np.zeros(count, np.int64),
             mask_bytes=np.full(count, -1, np.int64),
             mask_times=np.zeros(count, np.int64),
+            mask_oddities=np.zeros(count, np.uint16),
         )
 
     @property
@@ -118,7 +121,11 @@ class Survey:
 
     def how_read(self, index: int) -> bytes:
         """What sets an image's pixels apart from those that earlier releases read."""
-        return how_read(*(bool(self.oddities[index] >> ODDITIES.index(name) & 1) for name in (CONVERTED, UNCOMMON)))
+        return how_read(_has(self.oddities[index], CONVERTED), _has(self.oddities[index], UNCOMMON))
+
+    def how_mask_read(self, index: int, is_alpha: bool) -> bytes:
+        """The same of its mask, which no colour profile changes."""
+        return how_read(False, _has((self.oddities if is_alpha else self.mask_oddities)[index], UNCOMMON))
 
     def take(self, indices: np.ndarray) -> "Survey":
         """Some of the images, in their order."""
@@ -135,6 +142,10 @@ class Survey:
         arrays = {name: np.concatenate(pair) for name, pair in pairs.items()}
         moved = {index + len(self.sizes): reason for index, reason in other.reasons.items()}
         return Survey(**arrays, reasons=self.reasons | moved)
+
+
+def _has(oddities: int, name: str) -> bool:
+    return bool(oddities >> ODDITIES.index(name) & 1)
 
 
 def survey(records: Records, folder: Path, show_progress: bool = False) -> Survey:
@@ -163,6 +174,7 @@ def survey_masks(
     found = _survey(of_masks, folder, np.full(len(in_files), with_digests), show_progress)
     known.mask_digests[in_files] = found.digests
     known.mask_bytes[in_files], known.mask_times[in_files] = found.num_bytes, found.times
+    known.mask_oddities[in_files] = found.oddities
     is_transparent = (known.oddities >> ODDITIES.index("transparent") & 1).astype(bool)
     known.is_masked[:] = [
         mask is not None and (not mask.is_alpha or clear) for mask, clear in zip(masks, is_transparent, strict=True)
@@ -197,7 +209,7 @@ def take_census(records: Records, is_masked: np.ndarray, where: str, most: int) 
         _look_at_masks(records, there[places], census)
         others = np.delete(there, places)
         for begin in range(0, len(others), MASKS_AHEAD):
-            if not census.is_nearly_black:
+            if not census.looked_at or not census.is_nearly_black:
                 break
             _look_at_masks(records, others[begin : begin + MASKS_AHEAD], census)
         found.append(census)

@@ -13,6 +13,7 @@ NEARLY_BLACK = 1 / 16  # of white; labels such as 0 and 1 stay below it
 DIM = 1 / 2
 COLOURED = 1 / 8  # difference between channels, more than JPEG makes of grey
 NUM_NAMED = 3
+MASKS_LOOKED_AT = 200  # of a source before the training, or of a stream in each process, as they come
 WHITE_COUNTS = "only white (255, or 65535 in 16 bits) counts fully"
 
 
@@ -95,8 +96,18 @@ class MaskCensus:
         Raises:
             UserError: naming what they are, with the cure.
         """
-        if self.looked_at and self.is_nearly_black:
-            raise UserError(f"{self.where}: {self._of_all} {self._fault()}")
+        if fault := self._fault_of_all():
+            raise UserError(fault)
+
+    def all_warnings(self) -> list[str]:
+        """What `check` refuses, or else what `warnings` says, where the run has begun."""
+        fault = self._fault_of_all()
+        return [fault] if fault else self.warnings()
+
+    def _fault_of_all(self) -> str:
+        """Why the loss would count almost nowhere; "" where it counts."""
+        is_wrong = self.looked_at and self.is_nearly_black
+        return f"{self.where}: {self._of_all} {self._fault()}" if is_wrong else ""
 
     def _fault(self) -> str:
         if self.brightest > 0:

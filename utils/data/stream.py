@@ -30,7 +30,7 @@ from utils.data.detection import settle
 from utils.data.folders import list_files, member_captions
 from utils.data.images import check_whole, read_header, reason_of
 from utils.data.listing import Fate, Fates, warn_of_unread
-from utils.data.mask_values import MaskCensus, mask_values
+from utils.data.mask_values import MASKS_LOOKED_AT, MaskCensus, mask_values
 from utils.data.masks import FolderMasks
 from utils.data.sampler import Draw, Piece
 from utils.data.sources import (
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PIECES_AHEAD = 8
-MASKS_LOOKED_AT = 200  # in each process, as they come
 ENOUGH_READ = 1000  # images of a stream, under which a few bad ones say nothing of the portion
 SHARD_ERRORS = (OSError, ValueError, EOFError, RuntimeError, tarfile.TarError, pa.ArrowException)
 SAVED_SHARDS = 64
@@ -214,10 +213,9 @@ class StreamedImages:
             raise UserError(f"none of the first {ENOUGH_READ} images of the stream has a mask")
 
     def look_at_mask(self, record: ImageRecord) -> None:
-        """Looks at the mask of an image if it is one of the first, and warns of the first that is nearly black.
+        """Looks at the mask of an image if it is one of the first, and warns of what they are.
 
-        Raises:
-            UserError: if all of the first are.
+        No run ends by them: others may follow, as in shards that are sorted by class; a dry run refuses black ones.
         """
         census = self.census
         if census.looked_at >= MASKS_LOOKED_AT:
@@ -228,10 +226,9 @@ class StreamedImages:
             return
         census.add(record.key, values)
         if census.looked_at == 1 and census.is_nearly_black:
-            logger.warning("the mask of %s is black or nearly so; if all are, the run ends", record.key)
+            logger.warning("the mask of %s is black or nearly so, and its loss counts almost nowhere", record.key)
         if census.looked_at == MASKS_LOOKED_AT:
-            census.check()
-            for line in census.warnings():
+            for line in census.all_warnings():
                 logger.warning("%s", line)
 
     @property
@@ -328,7 +325,7 @@ def open_stream(
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"the stream can't be opened: {first_line(error)}") from error
     columns = dataset.column_names or list(next(iter(dataset)))
-    census = MaskCensus(source.masks_given if source.has_masks else "", None)
+    census = MaskCensus(source.masks_given if source.has_masks else "", None)  # by the names that the user gave
     source = _tar_columns(source, columns)
     check_columns(columns, source)
     sizes = (source.width_column, source.height_column)
@@ -348,10 +345,9 @@ def open_stream(
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
     split = dataset.info.splits.get(source.dataset_split) if dataset.info.splits else None
     count = split.num_examples if split is not None and split.num_examples else None
-    masks = None if source.mask_dir is None else FolderMasks(Path(source.mask_dir))
-    size = data.shuffle_buffer_size
-    opened = StreamedImages(dataset, source, captions, resolution, buckets, count, {}, size, masks, fates, shards)
-    return replace(opened, census=census)
+    masks = source.masks() if source.mask_dir is not None else None
+    size, whole = data.shuffle_buffer_size, (dataset, source, captions, resolution, buckets)
+    return StreamedImages(*whole, count, {}, size, masks, fates, shards, census=census)
 
 
 def _load(source: SourceOptions, cache_dir: str | None):
