@@ -23,6 +23,7 @@ from utils.data.cutting import cut_out
 from utils.data.headers import take_census
 from utils.data.images import ODDITIES, UNCOMMON, ImageOptions, read_mask
 from utils.data.mask_values import MaskCensus, mask_values
+from utils.data.masks import FolderMasks
 from utils.losses import LossOptions, mask_weights, weighted_loss
 from utils.options import UserError
 from utils.records import MaskFile, Noised, RecordPass
@@ -144,9 +145,26 @@ class TestSources:
         train("sd", *STILL, "--mask_dir", masks, data=data, expect=2)
         assert "0.webp: its mask can't be read: " in capsys.readouterr().err
 
+    @pytest.mark.parametrize("as_bytes", [False, True])
+    def test_a_copy_of_the_image_is_no_mask_of_it(self, tmp_path, as_bytes):
+        data, masks = masked_folder(tmp_path / "data", 3), tmp_path / "masks"
+        shutil.copy(data / "0.webp", masks)
+        shutil.copy(data / "1.webp", masks)
+        (masks / "1.png").rename(masks / "1.tiff")
+        shutil.copy(data / "2.webp", masks)
+        shutil.copy(data / "2.webp", masks / "2.png")
+        table = FolderMasks(masks)
+
+        def mask_of(key: str) -> str | bytes:
+            return table.named(key, lambda: (data / key).read_bytes() if as_bytes else str(data / key)).source
+
+        assert [Path(mask_of(key)).name for key in ("0.webp", "1.webp")] == ["0.png", "1.tiff"]
+        with pytest.raises(OSError, match=r"2\.\w+ and 2\.\w+ are copies of it and no masks"):
+            read_mask(mask_of("2.webp"))
+
     def test_images_of_one_name_take_the_masks_of_their_own_endings(self, tmp_path):
         data = masked_folder(tmp_path / "data", 1)
-        mask_image().save(data / "0.jpg")
+        mask_image().rotate(180).save(data / "0.jpg")
         for name in ("0.jpg", "0.webp"):
             mask_image().save(tmp_path / "masks" / name)
         assert masks_of(records_of(data, mask_dir=str(tmp_path / "masks"))) == {"0.jpg": "0.jpg", "0.webp": "0.webp"}

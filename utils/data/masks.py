@@ -1,9 +1,10 @@
 """Where the loss counts in an image: by its alpha channel or by the mask that belongs to it, white for all of it."""
 
+import filecmp
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,8 @@ class ColumnMasks:
 class FolderMasks:
     """Masks in a folder under the names of their images, whatever their endings; `a-masklabel.png` is one of `a.jpg`.
 
-    Of several masks of one name, an image takes that of its own ending; without one, it can't be read.
+    Of several masks of one name, a copy of the image itself is none, and of others an image takes that of its own
+    ending; without one, it can't be read.
 
     Raises:
         UserError: if it holds none.
@@ -62,25 +64,56 @@ class FolderMasks:
             wanted = f"hold masks called NAME{MASK_LABEL}.png, as it is the folder of the images"
         require(bool(names), "mask_dir", folder, wanted)
         self._names = _by_image(names)
+        self._chosen: dict[str, MaskFile] = {}  # of images with several masks, of which bytes are compared once
         several = [found for found in self._names.values() if len(found) > 1]
         if several:
             logger.warning(
-                "--mask_dir %s: %d images have several masks, such as %s; each takes the one of its own ending, and is "
-                "left out without one",
+                "--mask_dir %s: %d images have several masks, such as %s; copies of the image itself are ignored, and "
+                "of others each image takes the one of its own ending, and is left out without one",
                 *(folder, len(several), " and ".join(several[0])),
             )
 
     def of(self, table: ImageTable, row: int) -> MaskFile | None:
         """The mask under the image's name, None where there is none."""
-        return self.named(table.key(row))
+        return self.named(table.key(row), lambda: table.image(row))
 
-    def named(self, key: str) -> MaskFile | None:
-        """The mask of an image by its path."""
+    def named(self, key: str, image: Callable[[], str | bytes]) -> MaskFile | None:
+        """The mask of an image by its path.
+
+        Args:
+            image: returns its path or bytes, with which several masks are compared.
+        """
         found = self._names.get(_stem(key), [])
-        alike = [name for name in found if _ending(name) == _ending(key)] if len(found) > 1 else found
+        if len(found) <= 1:
+            return self._file(found[0]) if found else None
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(found, key, image)
+        return self._chosen[key]
+
+    def _choose(self, found: Sequence[str], key: str, image: Callable[[], str | bytes]) -> MaskFile:
+        """The one of several masks that is meant."""
+        masks = [name for name in found if not _is_copy(self._folder / name, image)]
+        if not masks:
+            refusal = Refused(f"{' and '.join(found)} are copies of it and no masks; save its mask under its name")
+            return MaskFile(refusal, is_alpha=False)
+        alike = [name for name in masks if _ending(name) == _ending(key)] if len(masks) > 1 else masks
         if len(alike) == 1:
-            return MaskFile(str(self._folder / alike[0]), is_alpha=False)
-        return MaskFile(Refused(f"{' and '.join(found)} are its masks; keep one"), is_alpha=False) if found else None
+            return self._file(alike[0])
+        return MaskFile(Refused(f"{' and '.join(masks)} are its masks; keep one"), is_alpha=False)
+
+    def _file(self, name: str) -> MaskFile:
+        return MaskFile(str(self._folder / name), is_alpha=False)
+
+
+def _is_copy(file: Path, image: Callable[[], str | bytes]) -> bool:
+    """Whether a file has the bytes of an image."""
+    try:
+        found = image()
+        if isinstance(found, str):
+            return filecmp.cmp(file, found, shallow=False)
+        return file.stat().st_size == len(found) and file.read_bytes() == found
+    except (OSError, ValueError):  # it is named where it is read
+        return False
 
 
 def _by_image(names: Sequence[str]) -> dict[str, list[str]]:

@@ -519,7 +519,7 @@ class Lane:
             captions = (folder_caption(key, "") if by_folder else "",)
         place = f"{self._number} {passing} {number}".encode()
         identity = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
-        mask = self._mask(row, key)
+        mask = self._mask(row, key, image)
         is_masked = mask is not None and (not mask.is_alpha or "transparent" in header.oddities)
         images.note_mask(is_masked)
         record = ImageRecord(key, image, captions, mask)
@@ -540,12 +540,12 @@ class Lane:
         name, content = (value["path"], value["bytes"]) if is_chosen else (f"*.{column}", value)
         return member_captions(name, content, self._images.source.text_encoding)
 
-    def _mask(self, row: dict, key: str) -> MaskFile | None:
+    def _mask(self, row: dict, key: str, image: str | bytes) -> MaskFile | None:
         source, masks = self._images.source, self._images.masks
         if source.alpha_mask:
             return MaskFile(b"", is_alpha=True)
         if masks is not None:
-            return masks.named(key)
+            return masks.named(key, lambda: image)
         mask = None if source.mask_column is None else image_of(row[source.mask_column], self._folders)
         return MaskFile(mask, is_alpha=False) if mask else None
 
