@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.test_data import records_of
 from tests.test_images import encoded, picture, with_chunk
+from utils.data import headers, images
 from utils.data.images import (
     MANY_PIXELS,
     TURNS,
@@ -140,6 +142,25 @@ class TestNumbers:
     def test_tiffs_whose_white_cannot_be_told_are_refused(self, content, arguments, words):
         with pytest.raises((OSError, ValueError), match=words):
             read_rgb(tiff(content, **arguments))
+
+    @pytest.mark.parametrize("kind", ["images", "masks"])
+    def test_they_are_named_before_the_training(self, tmp_path, kind):
+        """As are those of floats without a range, while those that can be read are kept."""
+        contents = [
+            *[tiff(ramp(0, 1, "<f4"), 32, FLOAT), tiff(ramp(0, 4095, "<u2"), 16), tiff(ramp(-9, 9, "<f4"), 32, FLOAT)],
+            *[tiff(ramp(-700, 900, "<i4"), 32, SIGNED), tiff(flat(np.nan, "<f4"), 32, FLOAT)],
+        ]
+        for folder in ("images", "masks"):
+            (tmp_path / folder).mkdir()
+            for number, content in enumerate(contents):
+                (tmp_path / folder / f"{number}.tiff").write_bytes(content if folder == kind else contents[0])
+        records = records_of(tmp_path / "images", mask_dir=str(tmp_path / "masks"))
+        for _ in range(2):
+            known = headers.survey(records, tmp_path / "memory")
+            headers.survey_masks(known, records, tmp_path / "memory", with_digests=False)
+            assert sorted(known.reasons) == [2, 3, 4]
+            assert "which of its numbers is white can't be told" in known.reasons[2]
+            assert "no finite number" in known.reasons[4]
 
     def test_big_endian(self):
         assert np.asarray(read_rgb(tiff(ramp(0, 65535, ">u2"), 16, order=">"))).reshape(-1)[[0, -1]].tolist() == [
@@ -328,6 +349,25 @@ class TestTurns:
             except (OSError, ValueError):
                 continue
             assert (header.width, header.height) in ((24, 16), (16, 24))
+
+    @pytest.mark.parametrize(
+        ("said", "size", "is_read"),
+        [
+            *[((640, 480), (640, 479), True), ((641, 481), (640, 480), True), ((24, 16), (24, 15), True)],
+            *[((640, 480), (480, 640), False), ((102, 100), (100, 102), False), ((100, 99), (99, 100), False)],
+            *[((640, 480), (320, 240), False), ((24, 16), (8, 24), False), ((640, 480), (640, 400), False)],
+        ],
+    )
+    def test_an_edge_that_the_decoder_has_cut_off_is_no_other_size(self, monkeypatch, said, size, is_read):
+        """As plug-ins correct it when they decode; a turn is never taken for that."""
+        content = encoded(picture(*size))
+        original = images._upright_size
+        monkeypatch.setattr(images, "_upright_size", lambda image, turn: original(image, turn) and said)
+        if is_read:
+            assert decode(content).size == size
+        else:
+            with pytest.raises(OSError, match="by its header"):
+                decode(content)
 
     def test_pixels_of_another_size_than_the_header_says_are_refused(self, monkeypatch):
         monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load_end", lambda image: setattr(image, "_size", (8, 24)))

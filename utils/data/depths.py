@@ -57,10 +57,8 @@ def note_samples(image: Image.Image, head: bytes) -> None:
 
 
 def _note_tiff(image: Image.Image) -> None:
-    bits, kind = (
-        image.tag_v2.get(BITS_PER_SAMPLE, (1,)),
-        KINDS.get(image.tag_v2.get(SAMPLE_FORMAT, (1,))[0], "unsigned"),
-    )
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, (1,))
+    kind = KINDS.get(image.tag_v2.get(SAMPLE_FORMAT, (1,))[0], "unsigned")
     if kind == "signed" and bits[0] == 8:
         raise OSError("TIFFs of signed 8-bit numbers are not read; save it with unsigned ones")
     if image.tag_v2.get(PLANAR) == 2 and len(bits) > 1 and bits[0] > 8:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.data.contents import FileFacts
-from utils.data.images import CONVERTED, ODDITIES, UNCOMMON, how_read, image_bytes, read_header, reason_of
+from utils.data.images import CONVERTED, ODDITIES, UNCOMMON, check_values, how_read, image_bytes, read_header, reason_of
 from utils.data.mask_values import MaskCensus, MaskValues, mask_values
 from utils.data.masks import check_same_shape
 from utils.data.remembered import Remembered, stamps_of
@@ -416,6 +416,7 @@ def _read(table: ImageTable, row: int, with_digest: bool) -> Facts:
         if with_digest and isinstance(image, str):
             image = image_bytes(image)
         header = read_header(image)
+        check_values(image, header)
         num_bytes = len(image) if isinstance(image, bytes) else os.stat(image).st_size
     except (OSError, ValueError) as error:
         return Facts(0, 0, 0, -1, b"", reason_of(error))

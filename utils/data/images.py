@@ -86,6 +86,7 @@ UNREAD_SUFFIXES = {
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in UNREAD_SUFFIXES.items() for suffix in suffixes}
 QOI_COLORSPACE = 13  # where it says whether it is linear
 MOST_BYTES = 1 << 30  # of a file
+BLOCK = 16  # pixels of an edge that codecs for photographs store together
 FULL_PIXELS = 89_478_485  # PIL's own limit; what has more is read in half its size
 MOST_PIXELS = 1 << 28
 MOST_PIXELS_PER_BYTE = 100  # of what has over FULL_PIXELS; photographs have 1 to 40, one colour as PNG 130 to 8000
@@ -435,6 +436,16 @@ def read_header(source: str | bytes) -> Header:
         raise OSError(f"broken image: {error}") from error
 
 
+def check_values(source: str | bytes, header: Header) -> None:
+    """Decodes an image of an uncommon bit depth, whose header does not tell which of its numbers is white.
+
+    Raises:
+        OSError, ValueError: if it can't be read, as `read_layers`.
+    """
+    if UNCOMMON in header.oddities:
+        eight_bits(decode(source))
+
+
 def _oddities(image: Image.Image) -> tuple[str, ...]:
     mode = image.mode
     found = {
@@ -477,13 +488,24 @@ def decode(source: str | bytes, prepare: Callable[[Image.Image], None] | None = 
                 upright = upright.transpose(TURNS[known["turn"]])
         except BROKEN_FILE_ERRORS as error:
             raise OSError(f"broken image: {error}") from error
-    if upright.size != known["upright"]:
+    if not _is_size(upright.size, known["upright"]):
         raise OSError(
             "broken image: its pixels are {}x{}, by its header {}x{}".format(*upright.size, *known["upright"])
         )
     if "clear" in known and upright.mode == "RGB" and prepare is None:
         upright.putalpha(clear_colour(upright, decode(source, take_other_half), known["clear"]))
     return upright
+
+
+def _is_size(size: tuple[int, int], said: tuple[int, int]) -> bool:
+    """Whether pixels are of the size that their header says, but for an edge that a decoder has cut to its blocks.
+
+    Plug-ins for HEIF and others know the exact size only then. A turn that the header does not tell is none of that.
+    """
+    is_turned = size == said[::-1] != said
+    return not is_turned and all(
+        abs(one - other) <= min(BLOCK, other // 8) for one, other in zip(size, said, strict=True)
+    )
 
 
 def _halved(image: Image.Image) -> Image.Image:
