@@ -212,6 +212,9 @@ class TestDetection:
         damaged.write_bytes(damaged.read_bytes()[:keep])
         with pytest.raises(UserError, match=rf"--{flag} {tmp_path}: b\.parquet can't be read: .*; fetch it again"):
             read_records(DataOptions(), SourceOptions(**{flag: str(tmp_path)}), CaptionOptions(), 0)
+        if flag == "train_data_dir":
+            with pytest.raises(UserError, match=r"--train_data_dir .*: b\.parquet can't be read: .*; fetch it again"):
+                records_of(damaged)
 
     def test_a_table_without_images_beside_shards_of_several_splits(self, tmp_path, caplog):
         for name in ("train-0.parquet", "test-0.parquet"):
@@ -294,6 +297,21 @@ class TestShardsOfTables:
         assert [records_of(tmp_path).captions(row)[0] for row in range(6)] == ["a", "a", "", "7", "a", "z"]
         assert not caplog.records
 
+    def test_types_that_datasets_casts_are_no_fault(self, tmp_path):
+        """Numbers written as texts in a column that is not used; bytes where the first shard has bytes with a path."""
+        import datasets
+
+        first = {"image": [{"bytes": png(), "path": None}], "text": ["a"], "size": [1]}
+        features = {"image": datasets.Image(), "text": datasets.Value("string"), "size": datasets.Value("int64")}
+        datasets.Dataset.from_dict(first, datasets.Features(features)).to_parquet(tmp_path / "train-0.parquet")
+        parquet(tmp_path / "train-1.parquet", image=[png()], text=["b"], size=["2"])
+        records = records_of(tmp_path)
+        assert [records.captions(row)[0] for row in range(2)] == ["a", "b"]
+        assert all(isinstance(records.image(row), bytes) for row in range(2))
+        parquet(tmp_path / "train-0.parquet", image=[{"bytes": png(), "path": None}], text=["a"], size=[1])
+        with pytest.raises(UserError, match=r"train-1.parquet is no shard .*: its column image holds binary"):
+            records_of(tmp_path)  # nothing in it says that the column holds images
+
     def test_files_without_rows(self, tmp_path, caplog):
         parquet(tmp_path / "train-0.parquet", image=[png()], text=["a"])
         import pyarrow as pa
@@ -338,7 +356,10 @@ class TestSeries:
         [
             (["train-00000-of-00003.parquet"], "1 of the 3 .*: train-00001-of-00003.parquet, train-00002-of-00003"),
             (["data/a-00001-of-00003.tar", "data/a-00003-of-00003.tar"], "2 of the 3 .*: data/a-00002-of-00003.tar;"),
-            (["train-00001-of-00002-0123456789abcdef.parquet"], "missing: train-00000-of-00002.parquet;"),
+            (["train-00001-of-00002-0123456789abcdef.parquet"], "missing: train-00000-of-00002.parquet or train-00002"),
+            (["1-of-4.tar", "3-of-4.tar"], "2 of the 4 .* missing: 2-of-4.tar, 0-of-4.tar or 4-of-4.tar;"),
+            (["1-of-4.tar", "4-of-4.tar"], "2 of the 4 .* missing: 2-of-4.tar, 3-of-4.tar;"),
+            (["a01of11.tar", "a10of11.tar", "a11of11.tar"], "missing: a02of11.tar, a03of11.tar, a04of11.tar, ...;"),
             (["0_of_10.tar"], "missing: 1_of_10.tar, 2_of_10.tar, 3_of_10.tar, ...;"),
             (["x-00000-of-00002.tar", "y-00001-of-00002.tar"], "missing: x-00001-of-00002.tar"),
         ],
@@ -363,6 +384,8 @@ class TestSeries:
             ["train-00000-of-00001.parquet", "test-00000-of-00002.parquet"],
             ["s-000000.parquet", "s-000002.parquet"],
             ["profound-12.parquet", "of-3.parquet"],
+            ["top10of100.parquet", "best5of9.parquet"],
+            ["10of50.parquet", "7-of-3.parquet"],
         ],
     )
     @pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
@@ -374,8 +397,10 @@ class TestSeries:
 
     def test_a_single_shard_and_shards_of_a_dataset(self, tmp_path, caplog):
         parquet(tmp_path / "train-00000-of-00002.parquet")
-        records_of(tmp_path / "train-00000-of-00002.parquet")
-        assert "missing: train-00001-of-00002.parquet" in caplog.text
+        with caplog.at_level("INFO"):
+            records_of(tmp_path / "train-00000-of-00002.parquet")
+        (told,) = (record for record in caplog.records if "missing: train-00001-of-00002.parquet" in record.message)
+        assert told.levelname == "INFO"  # it was asked for
         caplog.clear()
         records_of(dataset_name=str(tmp_path))
         assert f"--dataset_name {tmp_path}: 1 of the 2 shards" in caplog.text

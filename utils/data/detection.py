@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from utils.data.listing import (
     Listing,
 )
 from utils.data.metadata import METADATA_NAMES, metadata_files
-from utils.data.parquet_files import is_binary, parquet_columns
+from utils.data.parquet_files import Footer, is_binary, parquet_columns
 from utils.data.tables import FileTable
 from utils.options import UserError
 from utils.user_files import FileError, open_regular
@@ -135,20 +135,24 @@ def _kind_of_images(folder: Path, names: Sequence[str]) -> str:
 
 def holds_images(file: Path, image_column: str) -> bool:
     """Whether a Parquet file holds images: bytes, or a column of that name. One that can't be read may do so."""
-    columns = parquet_columns(file)
+    return _may_hold_images(parquet_columns(file), image_column)
+
+
+def _may_hold_images(columns: Mapping[str, pa.DataType], image_column: str) -> bool:
     kinds = [each for kind in columns.values() for each in (list(kind) if pa.types.is_struct(kind) else [kind])]
     return not columns or image_column in columns or any(is_binary(getattr(kind, "type", kind)) for kind in kinds)
 
 
-def image_tables(folder: Path, names: Sequence[str], image_column: str) -> list[str]:
+def image_tables(footers: Mapping[str, Footer], image_column: str) -> list[str]:
     """Some Parquet files without those that hold no images and say no split, or all if none does; names the others."""
+    names = list(footers)
     unsaid = [name for name in names if not any(split_of(part) for part in name.split("/"))]
     beginnings = {name.rpartition("/")[2].partition("-")[0] for name in names}
     if not unsaid or len(beginnings) == 1:
-        return list(names)
-    others = {name for name in unsaid if not holds_images(folder / name, image_column)}
+        return names
+    others = {name for name in unsaid if not _may_hold_images(footers[name].columns, image_column)}
     if not others or len(others) == len(names):
-        return list(names)
+        return names
     logger.warning("left out, as they hold no images: %s", _described(sorted(others), _KIND_WORDS["parquet"]))
     return [name for name in names if name not in others]
 

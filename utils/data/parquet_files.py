@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from utils.options import UserError, first_line
-from utils.user_files import open_regular
+from utils.user_files import open_regular, parse_json
 
 logger = logging.getLogger(__name__)
 NUM_SHOWN = 3
@@ -23,21 +24,41 @@ def parquet_columns(file: Path) -> dict[str, pa.DataType]:
         return {}
 
 
-def check_parquet(folder: Path, names: Iterable[str], flag: str) -> None:
-    """Refuses Parquet files of a folder whose ends can't be read, which say what is in them.
+class Footer(NamedTuple):
+    """What the end of a Parquet file says is in it.
+
+    Attributes:
+        num_rows: how many rows it has.
+        schema: its columns.
+    """
+
+    num_rows: int
+    schema: pa.Schema
+
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """The types of the columns by their names."""
+        return {column.name: column.type for column in self.schema}
+
+
+def read_footers(folder: Path, names: Iterable[str], flag: str) -> dict[str, Footer]:
+    """The ends of Parquet files of a folder, by the files' names.
 
     Raises:
-        UserError: naming the file.
+        UserError: naming a file whose end can't be read.
     """
     from pyarrow import parquet
 
+    footers: dict[str, Footer] = {}
     for name in names:
         try:
             with open_regular(folder / name) as file:
-                parquet.read_metadata(file)
+                metadata = parquet.read_metadata(file)
+                footers[name] = Footer(metadata.num_rows, metadata.schema.to_arrow_schema())
         except (OSError, pa.ArrowException) as error:
             cure = "fetch it again, or take it out of the folder"
             raise UserError(f"--{flag} {folder}: {name} can't be read: {first_line(error)}; {cure}") from error
+    return footers
 
 
 def is_binary(kind: pa.DataType) -> bool:
@@ -45,29 +66,26 @@ def is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 
-def check_shards(folder: Path, names: Sequence[str], needed: Sequence[str], flag: str) -> list[str]:
+def check_shards(folder: Path, footers: Mapping[str, Footer], needed: Sequence[str], flag: str) -> list[str]:
     """The Parquet files among shards of one table that have rows; names those that have none.
 
     Args:
+        footers: those of the shards, by the files' names.
         needed: columns that are used; where no file has one of them, that is not said here.
 
     Raises:
         UserError: if none has rows, or one has not the columns of the first.
     """
-    from pyarrow import parquet
-
-    counts = {name: parquet.read_metadata(folder / name).num_rows for name in names}
-    filled = [name for name in names if counts[name]]
+    filled = [name for name, footer in footers.items() if footer.num_rows]
+    empty = [name for name, footer in footers.items() if not footer.num_rows]
     if not filled:
-        has, them = ("have", "them") if len(names) > 1 else ("has", "it")
-        raise UserError(f"--{flag} {folder}: {', '.join(names[:NUM_SHOWN])} {has} no rows; fetch {them} again")
-    empty = [name for name in names if not counts[name]]
+        has, them = ("have", "them") if len(empty) > 1 else ("has", "it")
+        raise UserError(f"--{flag} {folder}: {', '.join(empty[:NUM_SHOWN])} {has} no rows; fetch {them} again")
     if empty:
         logger.warning("--%s %s: %d files have no rows, such as %s", flag, folder, len(empty), empty[0])
     first, *others = filled
-    columns = parquet_columns(folder / first)
     for name in others:
-        difference = _difference(columns, parquet_columns(folder / name), needed)
+        difference = _difference(footers[first], footers[name].columns, needed)
         if difference:
             raise UserError(
                 f"--{flag} {folder}: {name} is no shard of the same table as {first}: {difference}; give both the same "
@@ -76,21 +94,37 @@ def check_shards(folder: Path, names: Sequence[str], needed: Sequence[str], flag
     return filled
 
 
-def _difference(first: Mapping[str, pa.DataType], other: Mapping[str, pa.DataType], needed: Sequence[str]) -> str:
+def _difference(first: Footer, other: Mapping[str, pa.DataType], needed: Sequence[str]) -> str:
     """How the columns of a shard differ from those of the first, as far as they can't be read together; "" if not."""
-    new = [name for name in other if name not in first]
-    gone = [name for name in needed if name in first and name not in other]
+    columns = first.columns
+    new = [name for name in other if name not in columns]
+    gone = [name for name in needed if name in columns and name not in other]
     if new or gone:
-        here, there = (", ".join([*columns][:20]) for columns in (other, first))
+        here, there = (", ".join([*names][:20]) for names in (other, columns))
         return f"it has the columns {here}, the other {there}"
-    for name, kind in first.items():
-        if name in other and not _fits(kind, other[name]):
+    image_columns = _image_columns(first.schema)
+    for name, kind in columns.items():
+        if name not in other or _fits(kind, other[name]):
+            continue
+        is_image = name in image_columns and (_is_text(other[name]) or is_binary(other[name]))
+        is_parsed = name not in needed and _is_plain(kind) and _is_text(other[name])  # numbers written as texts
+        if not is_image and not is_parsed:
             return f"its column {name} holds {other[name]}, that of the other {kind}"
     return ""
 
 
+def _image_columns(schema: pa.Schema) -> set[str]:
+    """The columns that `datasets` has noted as images, for which it takes bytes and paths too."""
+    try:
+        noted = (schema.metadata or {}).get(b"huggingface", b"{}").decode()
+        features = parse_json(noted, "huggingface")["info"]["features"]
+        return {name for name, feature in features.items() if feature["_type"] == "Image"}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()
+
+
 def _fits(first: pa.DataType, other: pa.DataType) -> bool:
-    """Whether `datasets` reads values of a shard as the type that the first shard has."""
+    """Whether `datasets` reads all values of a shard as the type that the first shard has."""
     first, other = (kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (first, other))
     if pa.types.is_null(other):
         return True
@@ -101,9 +135,17 @@ def _fits(first: pa.DataType, other: pa.DataType) -> bool:
         )
     if _is_list(first) and _is_list(other):
         return _fits(first.value_type, other.value_type)
+    return _group(first) == _group(other) or (_is_text(first) and _is_plain(other))
+
+
+def _group(kind: pa.DataType) -> int:
+    """The number of the group of types that a type is of; -1 for numbers, booleans and times."""
     groups = (_is_text, is_binary, pa.types.is_struct, _is_list, pa.types.is_null)
-    plain = [next((number for number, holds in enumerate(groups) if holds(kind)), -1) for kind in (first, other)]
-    return plain[0] == plain[1] or (_is_text(first) and plain[1] == -1)
+    return next((number for number, holds in enumerate(groups) if holds(kind)), -1)
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    return _group(kind) == -1
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -40,8 +40,8 @@ from utils.data.folders import (
 from utils.data.listing import MASK, METADATA, SHARD, Fate, Listing, list_folder, warn_of_unread
 from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
 from utils.data.metadata import ListColumns, metadata_files, read_metadata_folder
-from utils.data.parquet_files import check_parquet, check_shards
-from utils.data.series import warn_of_gaps
+from utils.data.parquet_files import check_shards, read_footers
+from utils.data.series import tell_of_gaps
 from utils.data.tables import FileTable, ImageTable, RowTable, captions_of, data_folders
 from utils.data.tars import read_tars
 from utils.options import UserError, as_number, first_line, nearest, option, require, require_positive, with_values
@@ -664,7 +664,7 @@ def check_dataset_folder(options: SourceOptions) -> None:
             f"it as --train_data_dir, or rename the folder"
         )
     names = list_folder(folder).names
-    check_parquet(folder, [name for name in names if name.lower().endswith(".parquet")], "dataset_name")
+    read_footers(folder, [name for name in names if name.lower().endswith(".parquet")], "dataset_name")
     _warn_of_gaps_of_split(options, names)
     images = [name for name in names if is_image(name)]
     if not images or options.train_data_dir is not None or metadata_files(folder, names):
@@ -683,7 +683,7 @@ def _warn_of_gaps_of_split(options: SourceOptions, names: Sequence[str]) -> None
     wanted = split_of(options.dataset_split) or options.dataset_split
     said = {name: next(filter(None, map(split_of, name.split("/"))), None) for name in names}
     shards = [name for name in names if said[name] in (None, wanted) and not is_image(name)]
-    warn_of_gaps(options.given_as, [name for name in shards if not is_caption_file(name)])
+    tell_of_gaps(options.given_as, [name for name in shards if not is_caption_file(name)])
 
 
 def plain_path(path: str, cache_dir: str | None) -> str:
@@ -795,26 +795,28 @@ def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderCo
     """
     path, split = options.train_data_dir, options.dataset_split
     names = [name for name in listing.names if name.lower().endswith(suffix)]
+    needed = [name for name in (options.image_column, options.caption_column, options.mask_column) if name]
     if Path(path).is_file():
         require(bool(names), "train_data_dir", path, f"be a {suffix} file")
-        warn_of_gaps(options.given_as, names)
         if suffix == ".parquet":
-            check_shards(listing.root, names, (), "train_data_dir")
+            check_shards(listing.root, read_footers(listing.root, names, "train_data_dir"), needed, "train_data_dir")
+        tell_of_gaps(options.given_as, names, logging.INFO)  # one shard was asked for
         return FolderContent(None, listing.names, dict.fromkeys(names, SHARD))
     require(bool(names), "train_data_dir", path, f"hold {suffix} files")
     if suffix == ".parquet":
-        check_parquet(listing.root, names, "train_data_dir")
-        names = image_tables(listing.root, names, options.image_column)
+        footers = read_footers(listing.root, names, "train_data_dir")
+        names = image_tables(footers, options.image_column)
         check_configurations(listing.root, names)
     chosen = set(of_split(names, split, by_file_name=True)[0])
     if suffix == ".parquet":
-        needed = (options.image_column, options.caption_column, options.mask_column)
-        kept = check_shards(listing.root, sorted(chosen), [name for name in needed if name], "train_data_dir")
+        kept = set(
+            check_shards(listing.root, {name: footers[name] for name in sorted(chosen)}, needed, "train_data_dir")
+        )
         names = [name for name in names if name in kept or name not in chosen]
-        chosen = set(kept)
+        chosen = kept
     of_others = set(names) - chosen
     used = {name: SHARD for name in names if name in chosen}
-    warn_of_gaps(options.given_as, used)
+    tell_of_gaps(options.given_as, used)
     return FolderContent(None, [name for name in listing.names if name not in of_others], used)
 
 
