@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from utils.data.buckets import BucketOptions
-from utils.data.captions import MAX_CAPTION, CaptionOptions
+from utils.data.captions import MAX_CAPTION, CaptionOptions, is_written_list
 from utils.data.headers import survey
 from utils.data.selection import PlannedImages, SelectionOptions, plan_images
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
@@ -215,6 +215,19 @@ class TestMetadata:
         assert records.captions(0) == (text.strip(),)
         assert "1 captions are texts that look like lists, such as" in caplog.text
 
+    @pytest.mark.parametrize("text", ["['a'", "['a', b]", "('a')", "('a b)", "{'a'}", "['']x", "[']", "''", "[", ""])
+    def test_captions_that_are_no_list(self, text):
+        assert not is_written_list(text)
+
+    @pytest.mark.parametrize("begin", ["['", "('", "{'"])
+    @pytest.mark.parametrize("filling", ["' ", "',", "':", " " * 8, "['"])
+    def test_long_captions_take_no_time(self, begin, filling):
+        text = begin + filling * (MAX_CAPTION // len(filling))
+        start = time.perf_counter()
+        for end in ("x", {"[": "]", "(": ")", "{": "}"}[begin[0]]):
+            is_written_list(text + end)
+        assert time.perf_counter() - start < 1
+
     @pytest.mark.parametrize(
         ("name", "text", "told"),
         [
@@ -320,6 +333,28 @@ class TestCaptionFiles:
             (tmp_path / name).write_text(text)
         records_of(tmp_path)
         assert "1 images have several caption files with different captions" in caplog.text
+
+    def test_of_very_many_images_a_sample_is_compared(self, tmp_path, caplog, monkeypatch):
+        """The files of a few images are held at a time."""
+        monkeypatch.setattr("utils.data.folders.NUM_TOGETHER", 2)
+        for most, told in ((9, "7 images have several"), (5, "4 images of 4 compared have several")):
+            monkeypatch.setattr("utils.data.folders.MOST_COMPARED", most)
+            folder = tmp_path / str(most)
+            folder.mkdir()
+            make_pictures(folder, *(f"{number}.png" for number in range(8)))
+            for number in range(7):
+                (folder / f"{number}.txt").write_text("a")
+                (folder / f"{number}.caption").write_text("b")
+            records_of(folder)
+            assert told in caplog.text
+
+    def test_samples_of_several_shards_are_counted_together(self, tmp_path, caplog):
+        for shard in range(3):
+            members = {"0.png": png(), "0.txt": b"a", "0.json": b'"a"' if shard == 1 else b'"b"'}
+            write_tar(tmp_path / f"{shard}.tar", members)
+        records_of(tmp_path)
+        assert "2 images have several caption files" in caplog.text
+        assert "such as 0.tar/0.txt and not 0.tar/0.json" in caplog.text
 
     def test_captions_beside_images_that_a_list_names_are_counted(self, tmp_path, caplog):
         caplog.set_level(logging.INFO)

@@ -11,9 +11,6 @@ from utils.records import RecordPass
 from utils.seeding import Stream, generator
 
 FOLDER_REPEATS = re.compile(r"^(\d+)_")
-WRITTEN_LIST = re.compile(
-    r"""\s*(\[\s*(['"]).*\2\s*,?\s*\]|\(\s*(['"]).*\3\s*,.*\)|\{\s*(['"]).*\4\s*:.*\})\s*""", re.DOTALL
-)
 MAX_CAPTION = 1 << 16  # characters of a caption, and bytes of a text file of them
 
 
@@ -98,8 +95,21 @@ def refusal_of(captions: Sequence[str]) -> str:
 
 
 def is_written_list(caption: str) -> bool:
-    """Whether a caption is the text of a list, tuple or mapping of texts, as Python or JSON write one."""
-    return caption.lstrip()[:1] in ("[", "(", "{") and WRITTEN_LIST.fullmatch(caption) is not None
+    """Whether a caption is the text of a list, tuple or mapping of texts, as Python or JSON write one.
+
+    Its time grows with the caption's length alone.
+    """
+    text = caption.strip()
+    if text[:1] + text[-1:] not in ("[]", "()", "{}"):
+        return False
+    inner = text[1:-1].strip()
+    quote = inner[:1]
+    if quote not in ("'", '"') or len(inner) < 2:
+        return False
+    if text[0] == "[":
+        return inner.removesuffix(",").rstrip().endswith(quote, 1)
+    mark = "," if text[0] == "(" else ":"
+    return re.compile(rf"{quote}\s*{mark}").search(inner, 1) is not None
 
 
 def folder_caption(key: str, source: str) -> str:

@@ -26,6 +26,8 @@ from utils.user_files import (
 
 logger = logging.getLogger(__name__)
 MAX_CAPTION_JSON = 1 << 20  # bytes of a JSON file beside an image, which holds other facts too
+MOST_COMPARED = 100_000  # images whose further caption files are read to compare them
+NUM_TOGETHER = 2000  # of them at a time
 CAPTION_FILE = "captions.json"
 PAIR_SUFFIXES = (".txt", ".caption", ".json")
 SPLIT_WORDS = {
@@ -348,9 +350,22 @@ def read_pairs_folder(
     kept = [name for name in images if pairs.get(name) not in broken]
     table = FileTable(folder, kept, [captions.get(pairs.get(name), ()) for name in kept], refused, num_of_none)
     table.texts = texts
-    others, _ = _read_caption_files(folder, [other for found in beside.values() for other in found[1:]])
-    differing = differing_captions(beside, captions | captions_in(others, TextReader(encoding))[0])
+    differing = _compare_files(folder, beside, captions, encoding).findings()
     return FolderContent(table, names, dict.fromkeys(pairs.values(), CAPTION), differing)
+
+
+def _compare_files(
+    folder: Path, beside: Mapping[str, Sequence[str]], captions: Mapping[str, Sequence[str]], encoding: str | None
+) -> "CaptionComparison":
+    """Compares the caption files of images that have several, some at a time; of very many images a sample."""
+    several = [found for found in beside.values() if len(found) > 1]
+    step = -(-len(several) // MOST_COMPARED) if several else 1
+    compared, comparison = several[::step], CaptionComparison(len(several))
+    for begin in range(0, len(compared), NUM_TOGETHER):
+        some = compared[begin : begin + NUM_TOGETHER]
+        others, _ = _read_caption_files(folder, [other for found in some for other in found[1:]])
+        comparison.add(some, {found[0]: captions.get(found[0]) for found in some}, others, TextReader(encoding))
+    return comparison
 
 
 def _pairs_of(name: str, there: Mapping[str, Sequence[str]]) -> list[str]:
@@ -374,25 +389,47 @@ def _read_caption_files(folder: Path, names: Iterable[str]) -> tuple[dict[str, b
     return contents, broken
 
 
-def differing_captions(beside: Mapping[str, Sequence[str]], captions: Mapping[str, Sequence[str]]) -> list[str]:
-    """A line that counts the images whose caption files do not say the same, or none.
+class CaptionComparison:
+    """Counts the images whose caption files do not say the same."""
 
-    Args:
-        beside: the caption files of each image, of which the first is read.
-        captions: in these files, by their names; none of a file that can't be read.
-    """
-    differing = [
-        found
-        for found in beside.values()
-        if any(captions.get(other) and captions[other] != captions.get(found[0]) for other in found[1:])
-    ]
-    if not differing:
-        return []
-    order = " before ".join(PAIR_SUFFIXES)
-    return [
-        f"{len(differing):,} images have several caption files with different captions; the first is read ({order}), "
-        f"such as {differing[0][0]} and not {', '.join(differing[0][1:])}"
-    ]
+    def __init__(self, num_images: int | None = None):
+        """`num_images` are those with several caption files; None if all of them are compared."""
+        self._num_images = num_images
+        self._num_compared = self._num_differing = 0
+        self._first: Sequence[str] = ()
+
+    def add(
+        self,
+        images: Iterable[Sequence[str]],
+        read: Mapping[str, Sequence[str] | None],
+        others: Mapping[str, bytes],
+        texts: TextReader,
+    ) -> None:
+        """Compares the caption files of some images.
+
+        Args:
+            images: the names of each one's files, of which the first is read.
+            read: the captions in these first files; nothing of one that can't be read.
+            others: the bytes of the other files.
+            texts: decodes them.
+        """
+        captions = captions_in(others, texts)[0]
+        for first, *further in images:
+            self._num_compared += 1
+            if any(captions.get(name) and captions[name] != read.get(first) for name in further):
+                self._first = self._first or (first, *further)
+                self._num_differing += 1
+
+    def findings(self) -> list[str]:
+        """A line that counts them, or none."""
+        if not self._num_differing:
+            return []
+        is_sample = self._num_images is not None and self._num_compared < self._num_images
+        of = f" of {self._num_compared:,} compared" if is_sample else ""
+        return [
+            f"{self._num_differing:,} images{of} have several caption files with different captions; the first is read "
+            f"({' before '.join(PAIR_SUFFIXES)}), such as {self._first[0]} and not {', '.join(self._first[1:])}"
+        ]
 
 
 def caption_limit(name: str) -> int:

@@ -13,9 +13,9 @@ import pyarrow as pa
 from utils.data.folders import (
     PAIR_SUFFIXES,
     PHOTO_SUFFIXES,
+    CaptionComparison,
     caption_limit,
     captions_in,
-    differing_captions,
     is_caption_file,
     is_image,
 )
@@ -146,8 +146,7 @@ def read_tars(
     reader = reads(encoding)
     root = Path(os.path.commonpath([shard.parent for shard in shards]))
     fates = Fates(root)
-    beside: dict[str, list[str]] = {}
-    said: dict[str, tuple[str, ...]] = {}
+    comparison = CaptionComparison()
     doubled: list[str] = []
     for number, shard in enumerate(shards):
         place = f"{shard.relative_to(root)}/"
@@ -155,8 +154,7 @@ def read_tars(
         for found in _members(shard, place, refused, fates):
             samples.add(*found)
         texts, reasons = samples.read_captions(reader)
-        others, of_others = samples.other_captions(place, texts, reads(encoding))
-        beside, said = beside | others, said | of_others
+        samples.compare_captions(place, texts, comparison, reads(encoding))
         doubled += [place + member for member in samples.doubled]
         refused += samples.settle(place, reasons, fates)
         for sample, (member, begin, length) in samples.images.items():
@@ -174,7 +172,7 @@ def read_tars(
         raise UserError(f"--mask_column {mask_ending} is the ending of no member of the {len(shards)} tar shards")
     table = TarTable(shards, keys, _places(places), captions, refused, _places(masks))
     table.texts, table.member_fates, table.doubled = reader, fates, doubled
-    table.findings = differing_captions(beside, said)
+    table.findings = comparison.findings()
     return table
 
 
@@ -232,13 +230,13 @@ class _Samples:
         reasons |= {sample: broken[file.name] for sample, file in whole.items() if file.name in broken}
         return {sample: texts[file.name] for sample, file in whole.items() if file.name in texts}, reasons
 
-    def other_captions(
-        self, place: str, texts: Mapping[str, tuple[str, ...]], reader: TextReader
-    ) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]]]:
-        """(the names of all members of captions of each sample that has several, what they say)."""
-        beside: dict[str, list[str]] = {}
+    def compare_captions(
+        self, place: str, texts: Mapping[str, tuple[str, ...]], comparison: CaptionComparison, reader: TextReader
+    ) -> None:
+        """Compares what the members of captions say of each sample that has several."""
+        beside: list[list[str]] = []
         contents: dict[str, bytes] = {}
-        said: dict[str, tuple[str, ...]] = {}
+        read: dict[str, tuple[str, ...]] = {}
         for sample, found in self._captions.items():
             if len(found) < 2 or sample not in self.images:
                 continue
@@ -248,9 +246,9 @@ class _Samples:
                 same = sum(name.endswith(other.name) for name in names)
                 names.append(f"{place}{'another ' * same}{other.name}")
                 contents[names[-1]] = other.content
-            said[names[0]] = texts.get(sample, ())
-            beside[place + sample] = names
-        return beside, said | captions_in(contents, reader)[0]
+            read[names[0]] = texts.get(sample, ())
+            beside.append(names)
+        comparison.add(beside, read, contents, reader)
 
     def settle(self, place: str, reasons: Mapping[str, str], fates: Fates) -> list[tuple[str, str]]:
         """Gives each member but the images that are had its fate.
