@@ -233,7 +233,7 @@ def run(argv: Sequence[str] | None) -> None:
         images = preparation.choose_images(resolution, group_size)
         held_out_images = preparation.choose_held_out(resolution)
         class_counts = count_classes(images.records) if options.labels.class_conditional else Counter()
-        classes = class_names(options, images, class_counts)
+        classes = beginning.class_order(class_names(options, images, class_counts))
         beginning = beginning.having(classes=classes)
         batches = images.batches(options.loader.global_batch(num_processes), group_size, seed)
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)

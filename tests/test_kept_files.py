@@ -432,6 +432,14 @@ class TestContents:
             "1 added (new.png), 1 missing (4.png)"
         )
 
+    def test_captions_that_are_read_as_empty_now_are_named(self):
+        then = self.table(captions=[("None",), ("NULL",), ("NA", "x"), ("",), ("None",)])
+        now = self.table(captions=[(), (), ("x",), (), ("None",)])
+        assert compare(then, now).words == (
+            "2 with other captions (2.png, 3.png), 2 with captions such as NULL or None, which are read as empty now "
+            "(0.png, 1.png)"
+        )
+
     def test_a_damaged_record_is_not_believed(self, tmp_path):
         name = write_content(tmp_path, self.table())
         whole = (tmp_path / name).read_bytes()

@@ -172,6 +172,22 @@ class TestMetadata:
             records_of(tmp_path)
         assert f"metadata.csv and {folder}metadata.jsonl" in str(told.value)
 
+    def test_lists_that_differ_in_white_space_agree_and_the_list_of_a_caption_is_named(self, tmp_path):
+        make_pictures(tmp_path, "0.png", "1.png")
+        texts = {"metadata.csv": ("a  red\tdog", ""), "metadata.jsonl": ("a red dog", "b")}
+        for name, (first, second) in texts.items():
+            rows = [{"file_name": "0.png", "text": first}, {"file_name": "1.png", "text": second}]
+            lines = [f"0.png,{first}", f"1.png,{second}"]
+            is_table = name.endswith(".csv")
+            text = "\n".join(["file_name,text", *lines] if is_table else map(json.dumps, rows))
+            (tmp_path / name).write_text(text)
+        assert found(records_of(tmp_path)) == {"0.png": ("a  red\tdog",), "1.png": ("b",)}
+        (tmp_path / "metadata.tsv").write_text("file_name\ttext\n1.png\tc\n")
+        with pytest.raises(
+            UserError, match=r"metadata.jsonl and metadata.tsv give 1 images different captions, .*'1.p"
+        ):
+            records_of(tmp_path)
+
     def test_two_masks_of_an_image_are_refused(self, tmp_path):
         make_pictures(tmp_path, "0.png", "1.png", "m/a.png", "m/b.png")
         lines = ["file_name,text,mask", "0.png,x,m/a.png", "0.png,y,m/a.png", "1.png,z,m/b.png"]

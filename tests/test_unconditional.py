@@ -19,7 +19,7 @@ from tests import tiny
 from tests.conftest import message
 from tests.test_equivalences import assert_same_bits, losses, weights
 from utils.data.class_folders import describe_counts, warn_of_twins
-from utils.data.labels import LabelledSource, LabelOptions, class_numbers, listed_numbers
+from utils.data.labels import LabelledSource, LabelOptions, class_numbers, count_classes, listed_numbers
 from utils.data.sources import DataOptions, read_records
 from utils.families.denoisers import ShapeOptions, unet_config
 from utils.families.unconditional import fresh_scheduler
@@ -1165,10 +1165,45 @@ def test_the_pipeline_is_saved_while_it_trains(train, monkeypatch):
 
 def test_a_model_of_classes_goes_on_with_the_same_classes_alone(train, classes, tmp_path, capsys):
     train("labels", *SHORT)
+    resume = ("--resume_from_checkpoint", "latest")
+    train("labels", *SHORT, *resume, "--class_folders", "inner")  # which is what it did unasked
+    train("labels", *SHORT, *resume, "--class_folders", "outer", expect=2)
+    assert "--class_folders outer (it was None)" in message(capsys)
     more = shutil.copytree(classes, tmp_path / "more")
     shutil.copytree(more / "cat", more / "mouse")
     train("labels", *SHORT, "--resume_from_checkpoint", "latest", data=more, expect=2)
     assert "--classes" in message(capsys)
+
+
+@pytest.mark.parametrize("is_column", [True, False])
+def test_a_model_whose_classes_had_another_spelling_goes_on(train, tmp_path, monkeypatch, is_column):
+    """Classes keep the numbers by which they were learnt, though e with an accent now comes behind f."""
+    names, data = ("cafe\u0301", "caff", "cat"), tmp_path / "data"
+    put_classes(data, *names)
+    flags = [*SHORT, "--class_conditional"]
+    if is_column:
+        rows = [{"file_name": str(file.relative_to(data)), "kind": file.parent.name} for file in data.glob("*/*.png")]
+        (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        flags += ["--label_column", "kind"]
+    with monkeypatch.context() as earlier:
+        for module in ("train_unconditional", "utils.data.labels", "utils.data.class_folders"):
+            earlier.setattr(f"{module}.same_text", lambda name: name)
+        train("labels", *flags, data=data)
+    out = train("labels", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", data=data)
+    assert load(out).labels == {"caf\u00e9": 0, "caff": 1, "cat": 2}
+
+
+def test_names_that_tables_write_for_nothing_are_classes(tmp_path, caplog):
+    labels = ("NA", "None", "DE", "N/A", "NaN", "")
+    touch_images(tmp_path, *(f"{number}.png" for number in range(len(labels))))
+    rows = "".join(f"{number}.png,{label},NA\n" for number, label in enumerate(labels))
+    (tmp_path / "metadata.csv").write_text(f"file_name,kind,more\n{rows}")
+    source = LabelledSource(train_data_dir=str(tmp_path), caption_column="kind")
+    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).captions(source), 0)
+    assert [records.captions(row)[0] for row in range(len(records))] == ["NA", "None", "DE", "N/A", "", ""]
+    assert count_classes(records) == {"NA": 1, "None": 1, "DE": 1, "N/A": 1}
+    assert "3 cells hold NA, None, N/A, the first in line 2, and are read as names" in caplog.text
+    assert "1 cells hold NaN, the first in line 6, and are read as empty" in caplog.text
 
 
 def test_channels_last_and_fused_adamw_are_named_and_train_the_same(train, caplog):

@@ -16,6 +16,7 @@ MISSING = {  # what pandas, and so `datasets`, read as an empty cell
     *("NULL", "null", "NaN", "nan", "-NaN", "-nan", "None", "NA", "<NA>", "N/A", "n/a", "#NA", "#N/A", "#N/A N/A"),
     *("1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
 }
+MAY_BE_NAMES = {"NULL", "null", "None", "NA", "N/A", "n/a"}  # a defect that is none, or Namibia
 
 
 class Row(NamedTuple):
@@ -84,6 +85,11 @@ def read_rows(
 def is_missing(cell: str) -> bool:
     """Whether a cell is empty, or holds what tables write for nothing, such as NULL or NaN."""
     return not cell or cell.strip() in MISSING
+
+
+def may_be_name(cell: str) -> bool:
+    """Whether what tables write for nothing may be meant as a name too, such as NA."""
+    return cell.strip() in MAY_BE_NAMES
 
 
 def _delimiter(header: str, names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from utils.checkpoint import CheckpointOptions, Checkpoints, RunFacts, check_structure, check_training, read_state
 from utils.data.buckets import BucketOptions
+from utils.data.class_folders import INNER, same_text
 from utils.data.contents import compare, content_name, is_content_name, read_content, write_content
 from utils.data.dataset import LoaderOptions
 from utils.data.selection import HeldOutOptions, PlannedImages
@@ -99,8 +100,15 @@ class Beginning:
             UserError: if the checkpoint was made with other.
         """
         if self.start is not None:
-            check_structure(self.start, structure)
+            then = read_state(self.start).facts.structure
+            check_structure(self.start, {name: _as_then(value, then.get(name)) for name, value in structure.items()})
         return replace(self, structure={**self.structure, **structure})
+
+    def class_order(self, names: Sequence[str]) -> list[str]:
+        """The classes in the order of the checkpoint's, if they are the same but for their spelling."""
+        then = [] if self.start is None else read_state(self.start).facts.structure.get("classes")
+        places = {name: place for place, name in enumerate(_spelled(then))} if isinstance(then, list) else {}
+        return sorted(names, key=places.get) if places.keys() == set(names) else list(names)
 
     def schedule(self, options: ScheduleOptions, total_steps: int) -> ScheduleOptions:
         """The course of the learning rate, whose warm-up is the checkpoint's or fits the run where none is asked for.
@@ -226,7 +234,7 @@ def begin(options: Any, engine: Engine, folder: OutputFolder, requests: StopRequ
         del training[WARMUP]
     if start is not None:
         check_structure(start, structure)
-        check_training(start, training, asked.allow_changed_options, _defaults(options))
+        check_training(start, _compared(training, start), asked.allow_changed_options, _defaults(options))
     if not options.runtime.dry_run:
         overwrite = options.runtime.overwrite_output_dir
         on_main_process(accelerator, lambda: _claim(folder, start, asked, overwrite))
@@ -251,6 +259,25 @@ def _splits_by_content(start: Path | None, held_out: HeldOutOptions) -> bool:
         start,
     )
     return False
+
+
+def _as_then(now: object, then: object) -> object:
+    """A checkpoint's names of classes where these are the same but for their spelling; else the names of now."""
+    return then if type(then) is type(now) and _spelled(now) == _spelled(then) else now
+
+
+def _spelled(names: object) -> object:
+    """The names of classes, or what is given by them, in one spelling; anything else as it is."""
+    if isinstance(names, Mapping):
+        return {same_text(name): value for name, value in names.items()}
+    return [same_text(name) if isinstance(name, str) else name for name in names] if isinstance(names, list) else names
+
+
+def _compared(training: Mapping[str, object], start: Path) -> dict[str, object]:
+    """The options that are compared with a checkpoint's: without --class_folders where that only says its default."""
+    rules = training.get("class_folders"), read_state(start).facts.training.get("class_folders")
+    is_same = set(rules) <= {None, INNER}
+    return {name: value for name, value in training.items() if name != "class_folders" or not is_same}
 
 
 def _defaults(options: Any) -> dict[str, object]:

@@ -59,6 +59,10 @@ class CaptionOptions:
         """Those of an image's captions that are used."""
         return captions
 
+    def recorded(self, captions: tuple[str, ...]) -> tuple[str, ...]:
+        """Those by which a resumed run sees that they were edited."""
+        return self.of(captions)
+
     def settled(self, keys: Iterable[str], where: str, source: str) -> "CaptionOptions":
         """The same, of a source whose images are known.
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.data.kept_tables import encoded, read_table, write_table
+from utils.delimited import MISSING
 
 NAME = re.compile(r"data_record-[0-9a-f]{16}\.bin")
 DIGESTED_BYTES = 2 << 30  # of all images together, up to which all of them are read to know their digests
@@ -148,9 +149,11 @@ def compare(then: pa.Table, now: pa.Table) -> Comparison:
     images, unknown = _changed(before, after, "")
     masks, unknown_masks = _changed(before, after, "mask_")
     captions = _objects(before, "captions") != _objects(after, "captions")
+    emptied = _are_marks(before) & (_objects(after, "captions") == _caption_digest(()))
     kinds = {
         "changed": after.filter(images),
-        "with other captions": after.filter(captions),
+        "with other captions": after.filter(captions & ~emptied),
+        "with captions such as NULL or None, which are read as empty now": after.filter(emptied),
         "with other masks": after.filter(masks),
         "added": now.filter(places < 0),
         "missing": then.filter(~is_there),
@@ -168,6 +171,12 @@ def _changed(before: pa.Table, after: pa.Table, prefix: str) -> tuple[np.ndarray
     )
     changed = np.where(is_known, one != other, sizes)
     return changed, ~is_known & ~changed & times
+
+
+def _are_marks(table: pa.Table) -> np.ndarray:
+    """[n] bool whether the caption of each image is what tables write for nothing."""
+    marks = {_caption_digest((mark,)) for mark in MISSING}
+    return np.fromiter((digest in marks for digest in table["captions"].to_pylist()), bool, len(table))
 
 
 def _objects(table: pa.Table, name: str) -> np.ndarray:

@@ -69,6 +69,10 @@ class ColumnLabels(CaptionOptions):
         """Each class once, in one Unicode normal form."""
         return tuple(dict.fromkeys(map(same_text, captions)))
 
+    def recorded(self, captions: tuple[str, ...]) -> tuple[str, ...]:
+        """As they stand in the data."""
+        return captions
+
 
 @dataclass(frozen=True)
 class NoLabels(CaptionOptions):
@@ -108,6 +112,8 @@ class FolderLabels(NoLabels):
 @dataclass(frozen=True)
 class LabelledSource(SourceOptions):
     """One source of images that may have labels."""
+
+    holds_names: ClassVar[bool] = True
 
     caption_column: str | None = option(
         None,
@@ -153,7 +159,7 @@ def labels_of(value: object, where: str) -> tuple[str, ...]:
 
 def count_classes(records: Records) -> Counter[str]:
     """How many images have each class."""
-    counts = Counter(records.captions(index)[0] for index in range(len(records)))
+    counts = Counter(records.first_captions())
     del counts[""]
     return counts
 

@@ -14,7 +14,7 @@ from utils.data.folders import FolderContent, KnownNames, is_image, of_split, re
 from utils.data.listing import MASK, METADATA
 from utils.data.parquet_files import is_binary, parquet_columns
 from utils.data.tables import FileTable, captions_of
-from utils.delimited import is_missing, read_rows
+from utils.delimited import is_missing, may_be_name, read_rows
 from utils.options import UserError, first_line, nearest
 from utils.user_files import FileError, TextReader, parse_json_lines, short
 
@@ -32,11 +32,13 @@ class ListColumns(NamedTuple):
         caption: the column of the captions; None where none are wanted.
         mask: the column of the masks' names; None without masks.
         read: makes captions of what the caption column holds.
+        holds_names: whether it holds names, of which one may be NA or None.
     """
 
     caption: str | None
     mask: str | None = None
     read: Callable[[object, str], tuple[str, ...]] = captions_of
+    holds_names: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -104,7 +106,8 @@ class _Lists:
         self.refused: list[tuple[str, str]] = []
         self._folder, self._columns, self._texts = folder, columns, texts
         self._images, self._elsewhere = KnownNames(images), elsewhere
-        self._list_of: dict[str, str] = {}  # filled from the second list on
+        self._first_list = ""
+        self._list_of: dict[str, str] = {}  # of images whose captions are not of the first list
         self._num_rows: Counter[str] = Counter()
         self._num_masks, self._lost_masks = 0, []
         self._two_masks: dict[str, tuple[str, str]] = {}
@@ -116,9 +119,7 @@ class _Lists:
         repeated: set[str] = set()
         known: set[str] = set()
         file, columns = self._folder / metadata, self._columns
-        rows = (
-            _parquet_rows(file) if metadata.endswith(".parquet") else _metadata_rows(file, columns.names, self._texts)
-        )
+        rows = _parquet_rows(file) if metadata.endswith(".parquet") else _metadata_rows(file, columns, self._texts)
         for place, row, reason in rows:
             self._num_rows[metadata] += 1
             name = row.get(NAME_COLUMN)
@@ -170,15 +171,14 @@ class _Lists:
     def _add(self, metadata: str, here: dict[str, tuple[str, ...]]) -> None:
         """Puts what one list says to what the others say."""
         if not self.captions:
-            self.captions = here
-            self._list_of = dict.fromkeys(here, metadata)
+            self.captions, self._first_list = here, metadata
             return
         for path, captions in here.items():
             before = self.captions.get(path, ())
-            if before and captions and set(before) != set(captions):
-                self._differing[path] = self._list_of[path], metadata
-            self.captions[path] = before or captions
-            self._list_of.setdefault(path, metadata)
+            if before and captions and _words(before) != _words(captions):
+                self._differing[path] = self._list_of.get(path, self._first_list), metadata
+            if not before:
+                self.captions[path], self._list_of[path] = captions, metadata
 
     def check(self, files: Sequence[str]) -> None:
         """Refuses lists that say nothing, or two things of an image.
@@ -265,11 +265,11 @@ def _plain(column: str) -> str:
     return re.sub(r"[\s_-]", "", column).casefold()
 
 
-def _metadata_rows(file: Path, columns: Sequence[str], texts: TextReader) -> Iterator[tuple[str, dict, str]]:
+def _metadata_rows(file: Path, columns: ListColumns, texts: TextReader) -> Iterator[tuple[str, dict, str]]:
     """(where it stands, the row, why it can't be read) of each row of a metadata file, its name under `file_name`.
 
     Args:
-        columns: those that are wanted beside the name.
+        columns: what is wanted beside the name.
     """
     try:
         text = texts.read(file)
@@ -297,22 +297,52 @@ def _name_column(row: Mapping[str, object]) -> str:
     return next((plain[each] for each in (_plain(NAME_COLUMN), *NAME_COLUMNS) if each in plain), "")
 
 
-def _table_rows(text: str, file: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict, str]]:
+def _table_rows(text: str, file: Path, columns: ListColumns) -> Iterator[tuple[str, dict, str]]:
     def names_an_image(column: str, cell: str) -> bool:
         return is_image(cell) and bool(_name_column({column: cell}))
 
-    missing: Counter[str] = Counter()
-    first = 0
-    for line, values, reason in read_rows(text, file, (NAME_COLUMN, *NAME_COLUMNS, *columns), names_an_image):
-        marks = [values[name] for name in columns if values.get(name) and is_missing(values[name])]
-        first = first or (line if marks else 0)
-        missing.update(marks)
+    missing, names = _Marks(), _Marks()
+    known = (NAME_COLUMN, *NAME_COLUMNS, *columns.names)
+    for line, values, reason in read_rows(text, file, known, names_an_image):
         found = {name: None if is_missing(value) else value for name, value in values.items()}
+        for column in columns.names:
+            cell = values.get(column)
+            if not cell or found[column] is not None:
+                continue
+            is_name = columns.holds_names and column == columns.caption and may_be_name(cell)
+            (names if is_name else missing).add(cell, line)
+            if is_name:
+                found[column] = cell
         yield f"{file.name}, line {line}", found, reason
-    if missing:
-        shown = ", ".join(mark for mark, _ in missing.most_common(NUM_SHOWN))
-        said = "%s: %d cells hold %s, the first in line %d, and are read as empty; metadata.jsonl can hold such texts"
-        logger.warning(said, file, missing.total(), shown, first)
+    if missing.counts:
+        told = "and are read as empty; metadata.jsonl can hold such texts"
+        logger.warning("%s: %s, %s", file, missing.describe(), told)
+    if names.counts:
+        told = "and are read as names; leave a cell empty where there is none"
+        logger.warning("%s: %s, %s", file, names.describe(), told)
+
+
+class _Marks:
+    """Counts cells that hold what tables write for nothing."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first = 0
+
+    def add(self, cell: str, line: int) -> None:
+        """Adds a cell of a row that begins in this line."""
+        self._first = self._first or line
+        self.counts[cell] += 1
+
+    def describe(self) -> str:
+        """How many there are, the most frequent and the first of them."""
+        shown = ", ".join(mark for mark, _ in self.counts.most_common(NUM_SHOWN))
+        return f"{self.counts.total():,} cells hold {shown}, the first in line {self._first}"
+
+
+def _words(captions: Iterable[str]) -> set[str]:
+    """Captions whose white space does not tell them apart."""
+    return {" ".join(caption.split()) for caption in captions}
 
 
 def _json_rows(text: str, name: str) -> Iterator[tuple[str, dict, str]]:

@@ -168,7 +168,7 @@ class PlannedImages:
         """The record of the images, by which a resumed run sees whether they were edited."""
         records = self.records
         keys = [records.key(index) for index in range(len(records))]
-        return content_table(keys, self.survey.facts, self.survey.mask_facts, records.all_captions())
+        return content_table(keys, self.survey.facts, self.survey.mask_facts, records.recorded_captions())
 
     def describe_sources(self) -> dict[str, str]:
         """How each source's images are used, where there are several; one is described by the options."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -58,7 +58,13 @@ PATTERN_MARKS = ("[", "*", "?", "::")  # of paths, which `datasets` takes for pa
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """One source of images; each can also stand in a `--dataset_file`."""
+    """One source of images; each can also stand in a `--dataset_file`.
+
+    Attributes:
+        holds_names: whether the caption column holds names, of which one may be NA or None.
+    """
+
+    holds_names: ClassVar[bool] = False
 
     dataset_name: str | None = option(None, "name of a dataset on the Hub, or a local path that `datasets` can load")
     dataset_config_name: str | None = option(None, "configuration of the dataset", is_text=True)
@@ -296,14 +302,28 @@ class Records:
 
     def all_captions(self) -> Iterator[tuple[str, ...]]:
         """The captions of each image in order; none where it has none."""
+        return self._each_captions(lambda options: options.of)
+
+    def recorded_captions(self) -> Iterator[tuple[str, ...]]:
+        """Those by which a resumed run sees that captions were edited."""
+        return self._each_captions(lambda options: options.recorded)
+
+    def first_captions(self) -> Iterator[str]:
+        """The first caption of each image in order, or what stands for it: as `captions`, of all images at once."""
+        for index, captions in enumerate(self.all_captions()):
+            yield captions[0] if captions else self._instead(int(self.source_numbers[index]), int(self.rows[index]))
+
+    def _each_captions(
+        self, use: Callable[[CaptionOptions], Callable[[tuple[str, ...]], tuple[str, ...]]]
+    ) -> Iterator[tuple[str, ...]]:
         for number, source in enumerate(self.sources):  # the images of a source stand together and in order
             rows = self.rows[self.source_numbers == number]
             if len(rows) * 2 < len(source.table):
-                yield from (source.captions.of(source.table.captions(int(row))) for row in rows)
+                yield from (use(source.captions)(source.table.captions(int(row))) for row in rows)
                 continue
             is_taken = np.zeros(len(source.table), bool)
             is_taken[rows] = True
-            yield from map(source.captions.of, itertools.compress(source.table.all_captions(), is_taken))
+            yield from map(use(source.captions), itertools.compress(source.table.all_captions(), is_taken))
 
     def take(self, indices: np.ndarray) -> "Records":
         """Some of the records, in their order."""
@@ -357,13 +377,13 @@ class Records:
         return f"{self.sources[number].name}/{key}" if len(self.sources) > 1 else key
 
     def _present(self, captions: tuple[str, ...], number: int, row: int) -> tuple[str, ...]:
+        return self.sources[number].captions.of(captions) or (self._instead(number, row),)
+
+    def _instead(self, number: int, row: int) -> str:
+        """What stands for the caption of an image without one."""
         source = self.sources[number]
-        captions = source.captions.of(captions)
-        if captions:
-            return captions
-        if source.captions.on_missing_caption == "folder":
-            return (source.captions.of_folder(source.table.key(row), source.table.name),)
-        return ("",)
+        by_folder = source.captions.on_missing_caption == "folder"
+        return source.captions.of_folder(source.table.key(row), source.table.name) if by_folder else ""
 
 
 def read_records(
@@ -734,7 +754,7 @@ def _read_imagefolder(
 ) -> FolderContent:
     if options.image_column != "image":
         raise UserError(f"--image_column {options.image_column} is not a column of a folder of images; leave it out")
-    columns = ListColumns(options.caption_column, options.mask_column, options.reader())
+    columns = ListColumns(options.caption_column, options.mask_column, options.reader(), options.holds_names)
     found = listing.root, listing.names, columns, options.dataset_split
     return read_metadata_folder(*found, folder_is_class, options.text_encoding)
 
