@@ -79,7 +79,8 @@ def test_prompts_files_are_read_as_they_are_written(tmp_path, name, text, found)
         ("p.json", b"1" * 5000, "holds a number of 5000 digits"),
         ("p.txt", b"x" * 100_000, "line 1 has a prompt of 100,000 characters; at most 65,536 are read"),
         ("p.txt", bytes(range(256)), "is no text"),
-        ("p.csv", b"prompt,n\na dog,1\nNaN,2\n", "line 3: prompt is 'NaN', an empty cell; write a prompt, or take"),
+        ("p.csv", b"prompt,n\na dog,1\nNaN,2\nNA,3\n ,4\n,5\nNan,6\n", ["a dog", "Nan"]),
+        ("p.tsv", b"n\tprompt\n1\tNone\n", "p.tsv holds no prompts"),
         ("p.jsonl", b'[\n"a",\n"b"\n]', "line 1: begins a JSON array; write each of its values on a line"),
     ],
 )
@@ -153,6 +154,8 @@ def test_settings_of_single_prompts_that_are_not_read_are_named(tmp_path, caplog
     [
         ("p.jsonl", '{"prompt": "a", "tag": "x", "seed": null, "source": "y"}'),
         ("p.csv", "prompt,width,category\na,,b\n"),
+        ("p.csv", "File Name,text,width,height,aspect-ratio\n0.png,a,512,512,1\n"),
+        ("p.jsonl", '{"url": "x", "text": "a", "WIDTH": 5}'),
         ("p.txt", "a dog -- a good one\nmid-size -- red\n"),
     ],
 )
@@ -160,3 +163,30 @@ def test_facts_beside_prompts_are_no_fault(tmp_path, caplog, name, content):
     (tmp_path / name).write_text(content)
     assert read_prompts(PromptOptions(prompts_file=str(tmp_path / name)))
     assert not caplog.records
+
+
+def test_rows_without_a_prompt_are_left_out_and_counted(tmp_path, caplog):
+    (tmp_path / "p.csv").write_text("n,prompt\n1,a\n2,NULL\n3,\n")
+    assert [prompt.text for prompt in read_prompts(PromptOptions(prompts_file=str(tmp_path / "p.csv")))] == ["a"]
+    assert "2 rows have no prompt, the first in line 3, and are left out; cells such as NULL are empty" in caplog.text
+
+
+def test_settings_in_a_dataset_are_counted_and_sizes_of_its_images_are_none(tmp_path, caplog):
+    from datasets import Dataset
+
+    rows = {"text": ["a", "b --w 5", None], "image": ["0.png"] * 3, "width": [5] * 3, "seed": [1] * 3}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+    assert [prompt.text for prompt in read_prompts(PromptOptions(prompts_dataset=str(tmp_path / "data")))] == rows[
+        "text"
+    ][:2]
+    told = [
+        "'seed' of 3 rows are not read",
+        "1 rows have no 'text', and are left out",
+        "1 prompts hold what looks like",
+    ]
+    assert len(caplog.messages) == 3
+    assert all(part in line for part, line in zip(told, caplog.messages, strict=True))
+    caplog.clear()
+    Dataset.from_dict({"text": ["a"], "width": [5]}).save_to_disk(tmp_path / "sizes")
+    read_prompts(PromptOptions(prompts_dataset=str(tmp_path / "sizes")))
+    assert "'width' of 1 rows are not read" in caplog.text

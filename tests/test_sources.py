@@ -137,7 +137,7 @@ class TestDetection:
             {".png": picture, ".tar": lambda file: tar(file, "x.png"), ".parquet": parquet}.get(file.suffix, touch)(
                 file
             )
-        with pytest.raises(UserError, match="nothing says which are the data; give --data_format") as error:
+        with pytest.raises(UserError, match="it is unclear which are the data; give --data_format") as error:
             records_of(tmp_path)
         assert named in str(error.value)
         kind = "webdataset" if "0.tar" in files else "parquet"

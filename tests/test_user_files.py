@@ -213,7 +213,22 @@ class TestStructured:
             *(1, -2, 0, 31, 1.5, 0.5, 1.0, 1500.0, float("inf"), True, False, None, None),
             *("010", "no", "1:30x", "y"),
         ]
+        assert parse_yaml("a: &x yes\nb: *x\nc: [*x]", "", {"a", "b", "c"}) == {"a": True, "b": True, "c": [True]}
         assert parse_yaml("a: yes\nb: [off]\nc: 'on'", "", {"a", "b"}) == {"a": True, "b": [False], "c": "on"}
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("{a: &x yes, name: *x}", "'a' and 'name': 'yes' is true to YAML"),
+            ("{name: &x no, a: *x}", "'a' and 'name': 'no' is false to YAML"),
+            ("- {a: &x on}\n- {name: *x}", "'a' and 'name': 'on' is true to YAML"),
+            ("{a: &x on, name: [*x]}", "'a' and 'name': 'on' is true to YAML"),
+            ("{a: &x on, b: {*x : 1}}", "'a': 'on' is true to YAML"),
+        ],
+    )
+    def test_a_value_under_several_keys_is_held_against_each(self, text, told):
+        with pytest.raises(FileError, match=told):
+            parse_yaml(text, "", {"a"})
 
     def test_aliases_in_bounds_are_fine(self):
         assert parse_yaml("a: &a {k: 1}\nb: {<<: *a, l: 2}\nc: *a", "") == {

@@ -4,13 +4,14 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.data.captions import MAX_CAPTION, CaptionOptions
 from utils.data.folders import list_images
+from utils.data.metadata import NAME_COLUMN, NAME_COLUMNS
 from utils.data.sources import DataOptions, SourceOptions, is_saved_dataset, read_records
 from utils.delimited import is_missing, read_rows
 from utils.options import UserError, first_line, flags_as, nearest, option, require, require_positive
@@ -21,6 +22,7 @@ from utils.user_files import (
     lines_of,
     parse_json,
     parse_json_lines,
+    plain_spelling,
     read_bytes,
     short,
 )
@@ -39,6 +41,22 @@ SETTINGS = frozenset(
     for name in names
 )
 """Columns by which other programs draw each prompt in its own way."""
+SIZES = frozenset(("width", "height", "size", "resolution", "aspectratio"))
+IMAGE_COLUMNS = frozenset(
+    (
+        *NAME_COLUMNS,
+        plain_spelling(NAME_COLUMN),
+        "images",
+        "img",
+        "picture",
+        "photo",
+        "url",
+        "imageurl",
+        "jpg",
+        "png",
+        "webp",
+    )
+)
 FLAG_IN_PROMPT = re.compile(r"(?:^|\s)(--[a-z][a-z_]{0,30})(?=\s|=|$)", re.IGNORECASE)  # a dog --n ugly --w 512
 DEFAULT_EACH, DEFAULT_UNCONDITIONAL = 4, 64
 MOST_IMAGES = 10**7
@@ -166,7 +184,8 @@ def _texts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
     else:
         return []
     if not found:
-        raise UserError(f"--{'prompts_file' if options.prompts_file else 'prompts_dataset'} holds no prompts")
+        flag = "prompts_file" if options.prompts_file else "prompts_dataset"
+        raise UserError(f"--{flag} {getattr(options, flag)} holds no prompts")
     return found
 
 
@@ -187,18 +206,32 @@ def _file_prompts(file: Path, column: str | None, encoding: str | None) -> list[
     for place, row in _prompt_rows(text, flag, suffix, column):
         prompt = _text_of(row, column, f"{flag}, {place}")
         found.append((prompt, row if isinstance(row, dict) else {"prompt": prompt}))
-    _warn_of_settings(flag, [facts for _, facts in found], [text for text, _ in found])
+    _warn_of_rows(flag, [facts for _, facts in found], [text for text, _ in found])
     return found
 
 
-def _warn_of_settings(flag: str, rows: Sequence[Mapping[str, object]], texts: Sequence[str]) -> None:
-    """Names what the rows of a file say of how to draw their prompts, and flags within the prompts: neither is read."""
-    columns = {name: re.sub(r"[\s_-]", "", name).casefold() for row in rows for name in row if isinstance(name, str)}
-    unread = [name for name, plain in columns.items() if plain in SETTINGS and any(row.get(name) for row in rows)]
+def _warn_of_rows(flag: str, rows: Sequence[Mapping[str, object]], texts: Sequence[str]) -> None:
+    """Names settings of single prompts in the rows of a file, and flags within prompts: neither is read."""
+    columns = dict.fromkeys(name for row in rows for name in row if isinstance(name, str))
+    unread = [name for name in _settings(columns) if any(row.get(name) for row in rows)]
+    _warn_of_settings(flag, unread, sum(any(row.get(name) for name in unread) for row in rows))
+    _warn_of_flags(flag, texts)
+
+
+def _settings(columns: Iterable[str]) -> list[str]:
+    """The columns that say how to draw a prompt; beside an image its size is a fact about that image."""
+    plain = {name: plain_spelling(name) for name in columns}
+    sizes = frozenset() if IMAGE_COLUMNS.isdisjoint(plain.values()) else SIZES
+    return [name for name, word in plain.items() if word in SETTINGS - sizes]
+
+
+def _warn_of_settings(flag: str, unread: Sequence[str], num_rows: int) -> None:
     if unread:
-        count = sum(any(row.get(name) for name in unread) for row in rows)
         said = "%s: %s of %d rows are not read; flags set them, for all prompts alike"
-        logger.warning(said, flag, ", ".join(map(short, unread[:6])), count)
+        logger.warning(said, flag, ", ".join(map(short, unread[:6])), num_rows)
+
+
+def _warn_of_flags(flag: str, texts: Sequence[str]) -> None:
     flags = [match[1] for text in texts if (match := FLAG_IN_PROMPT.search(text))]
     if flags:
         said = "%s: %d prompts hold what looks like flags, such as %s; they are drawn as words"
@@ -208,14 +241,18 @@ def _warn_of_settings(flag: str, rows: Sequence[Mapping[str, object]], texts: Se
 def _prompt_rows(text: str, flag: str, suffix: str, column: str | None) -> Iterator[tuple[str, object]]:
     """(where it stands, the row) of each prompt in a file of this ending."""
     if suffix in (".csv", ".tsv"):
+        empty: list[int] = []
         for line, values, reason in read_rows(text, flag, (column,) if column else PROMPT_COLUMNS):
             if reason:
                 raise UserError(f"{flag}, line {line}: {reason}")
             name = column or next((name for name in PROMPT_COLUMNS if name in values), "")
-            if values.get(name) and is_missing(values[name]):
-                cure = "write a prompt, or take the row out"
-                raise UserError(f"{flag}, line {line}: {name:.40} is {short(values[name])}, an empty cell; {cure}")
+            if name in values and is_missing(values[name].strip()):
+                empty.append(line)
+                continue
             yield f"line {line}", values
+        if empty:
+            said = "%s: %d rows have no prompt, the first in line %d, and are left out; cells such as NULL are empty"
+            logger.warning(said, flag, len(empty), empty[0])
     elif suffix == ".json":
         rows = parse_json(text, flag)
         if not isinstance(rows, list):
@@ -267,7 +304,7 @@ def _dataset_prompts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
     names = found.column_names
-    _warn_of_settings(flag, [dict.fromkeys(names, True)] if len(found) else [], [])
+    _warn_of_settings(flag, _settings(names) if len(found) else [], len(found))
     column = options.prompts_column or next((each for each in PROMPT_COLUMNS if each in names), None)
     if column not in names:
         hint = nearest(column or "", names)
@@ -275,9 +312,14 @@ def _dataset_prompts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]
         raise UserError(f"{flag} has no column {column or ' or '.join(PROMPT_COLUMNS)}; {cure}")
     rows = found.select_columns([column])[: options.max_prompts][column]
     texts = [row[0] if isinstance(row, list) and row else row for row in rows]
-    wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str)), None)
+    num_empty = sum(text is None for text in texts)
+    if num_empty:
+        logger.warning("%s: %d rows have no %s, and are left out", flag, num_empty, short(column))
+    wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str | None)), None)
     if wrong is not None:
         raise UserError(f"{flag}: row {wrong} of {column} must be a text, got {short(texts[wrong])}")
+    texts = [text for text in texts if text is not None]
+    _warn_of_flags(flag, texts)
     return [(_prompt(text, flag), {"prompt": text}) for text in texts]
 
 

@@ -526,6 +526,11 @@ def read_text(path: str | os.PathLike, limit: int = TEXT_LIMIT, encoding: str | 
         raise FileError(path, first_line(error)) from error
 
 
+def plain_spelling(name: str) -> str:
+    """A name without what people write in several ways: capitals, spaces, underscores and hyphens."""
+    return re.sub(r"[\s_-]", "", name).casefold()
+
+
 def lines_of(text: str) -> list[str]:
     """Lines by line feeds and carriage returns alone: U+2028 and its like may stand within one."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -708,12 +713,12 @@ def _yaml_loader(booleans: Collection[str]) -> type:
 
         def __init__(self, stream: str):
             super().__init__(stream)
-            self._keys: dict[yaml.Node, str] = {}
+            self._keys: dict[yaml.Node, set[str]] = {}  # of each value by aliases several; "" where it is a key itself
 
         def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
             if isinstance(node, yaml.ScalarNode) and node.style is None and (surprise := self._surprise(node)):
-                key = self._keys.get(node, "")
-                reason = f"{f'{short(key)}: ' if key else ''}{short(node.value)} is {surprise} to YAML"
+                keys = " and ".join(short(key) for key in sorted(self._keys.get(node, ())) if key)
+                reason = f"{f'{keys}: ' if keys else ''}{short(node.value)} is {surprise} to YAML"
                 cure = f'if it is meant as it stands, quote it ("{node.value:.40}")'
                 cure += "" if surprise == A_DATE else f"; else write {surprise} plainly"
                 raise yaml.MarkedYAMLError(None, None, f"{reason}; {cure}", node.start_mark)
@@ -729,7 +734,9 @@ def _yaml_loader(booleans: Collection[str]) -> type:
             if pattern is None or not is_implied or pattern.fullmatch(node.value):
                 return ""
             if kind == "bool":
-                return "" if self._keys.get(node) in booleans else str(self.construct_yaml_bool(node)).lower()
+                keys = self._keys.get(node, set())
+                is_meant = bool(keys) and keys.issubset(booleans)
+                return "" if is_meant else str(self.construct_yaml_bool(node)).lower()
             if kind == "timestamp":
                 return A_DATE
             value = self.construct_yaml_int(node) if kind == "int" else self.construct_yaml_float(node)
@@ -741,8 +748,9 @@ def _yaml_loader(booleans: Collection[str]) -> type:
             if twice is not None:
                 raise yaml.MarkedYAMLError(None, None, f"{short(twice)} stands twice in a mapping", node.start_mark)
             for key, value in node.value:
-                named = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                self._keys |= dict.fromkeys(named, key.value) if isinstance(key, yaml.ScalarNode) else {}
+                self._keys.setdefault(key, set()).add("")
+                for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    self._keys.setdefault(each, set()).update([key.value] if isinstance(key, yaml.ScalarNode) else [])
             return super().construct_mapping(node, deep)
 
         def construct_yaml_int(self, node: yaml.ScalarNode) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from utils.data.folders import ALL_SPLIT_WORDS, class_folders_among
 from utils.options import UserError
+from utils.user_files import plain_spelling
 
 logger = logging.getLogger(__name__)
 INNER, OUTER = "inner", "outer"
@@ -76,27 +77,24 @@ def warn_of_twins(names: Iterable[str]) -> None:
 
 
 def _plain(name: str) -> str:
-    text = "".join(letter for letter in unicodedata.normalize("NFKC", name).casefold() if letter not in " \t_-")
+    """A class's name without what may be meant alike: 01 and 1 too."""
+    text = plain_spelling(unicodedata.normalize("NFKC", name))
     return str(int(text)) if text.isdecimal() and len(text) < 300 else text or name
 
 
 def _class_path(folder: str, own: frozenset[str]) -> tuple[str, ...]:
     """The folders of a path that may say a class."""
-    parts = folder.split("/") if folder else []
+    parts = [part for part in folder.split("/") if part not in ("", ".")]
     shard = max((number for number, part in enumerate(parts) if part.lower().endswith(".tar")), default=None)
     if shard is not None:  # the folders within a shard say it, else those that it lies in
         parts = parts[shard + 1 :] or parts[:shard]
-        return tuple(map(same_text, _within(parts)))
+        return tuple(map(same_text, parts))
     kept = [
         part
         for depth, part in enumerate(parts, start=1)
         if part.lower() not in ALL_SPLIT_WORDS or "/".join(parts[:depth]) in own
     ]
-    return tuple(map(same_text, _within(kept)))
-
-
-def _within(parts: Sequence[str]) -> list[str]:
-    return [part for part in parts if part not in ("", ".")]
+    return tuple(map(same_text, kept))
 
 
 def _outer_names(paths: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
@@ -134,7 +132,7 @@ def _check_inner(inner: Mapping[tuple[str, ...], str], outer: Mapping[tuple[str,
             cure += f"; --class_folders {OUTER} takes the outer folders, such as {', '.join(by_outer[:3])}"
         raise UserError(
             f"{where}: {len(merged):,} names of folders stand in several places, such as {', '.join(found[:3])}, and "
-            f"nothing says whether they are one class; {cure}"
+            f"it is unclear whether each is one class; {cure}"
         )
     if outer != inner and len(by_outer) > 1:
         path = next(path for path in inner if outer[path] != inner[path])

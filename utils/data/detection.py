@@ -72,7 +72,7 @@ def detect_kind(folder: Path, names: Sequence[str], image_column: str) -> str:
     """Which kind of data a folder holds, by its files.
 
     Raises:
-        UserError: if they are of several kinds and nothing says which are the data.
+        UserError: if they are of several kinds and it is unclear which are the data.
     """
     kinds = _kinds(folder, names, image_column)
     listed = _kind_of_images(folder, names)
@@ -100,7 +100,7 @@ def detect_kind(folder: Path, names: Sequence[str], image_column: str) -> str:
     found += [(listed, _described(kinds.images, "image"))] if kinds.images else []
     choices = " or ".join(f"--data_format {kind}" for kind, _ in found)
     raise UserError(
-        f"--train_data_dir {folder} holds {' and '.join(words for _, words in found)}, and nothing says which are the "
+        f"--train_data_dir {folder} holds {' and '.join(words for _, words in found)}, and it is unclear which are the "
         f"data; give {choices}, or take the others out of the folder"
     )
 

@@ -1,7 +1,6 @@
 """Lists of a folder's images with their captions and masks: metadata.jsonl, .csv, .tsv and .parquet."""
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -16,7 +15,7 @@ from utils.data.parquet_files import is_binary, parquet_columns
 from utils.data.tables import FileTable, captions_of
 from utils.delimited import is_missing, may_be_name, read_rows
 from utils.options import UserError, first_line, nearest
-from utils.user_files import FileError, TextReader, parse_json_lines, short
+from utils.user_files import FileError, TextReader, parse_json_lines, plain_spelling, short
 
 logger = logging.getLogger(__name__)
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
@@ -237,7 +236,9 @@ def _check_metadata_column(flag: str, column: str, known: set[str], place: str) 
     if column in known:
         return
     there = sorted(known - {NAME_COLUMN})
-    hint = next((name for name in there if _plain(name) == _plain(column)), "") or nearest(column, there)
+    hint = next((name for name in there if plain_spelling(name) == plain_spelling(column)), "") or nearest(
+        column, there
+    )
     shown = ", ".join(f"{name:.40}" for name in there[:20]) or f"none beside {NAME_COLUMN}"
     raise UserError(
         f"--{flag} {column} is not a column of the data: {place} has {shown}; "
@@ -258,11 +259,6 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict, str]]:
                     yield f"{file.name}, row {number}", row, ""
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file} can't be read: {first_line(error)}") from error
-
-
-def _plain(column: str) -> str:
-    """A column's name without what people write in several ways."""
-    return re.sub(r"[\s_-]", "", column).casefold()
 
 
 def _metadata_rows(file: Path, columns: ListColumns, texts: TextReader) -> Iterator[tuple[str, dict, str]]:
@@ -293,8 +289,8 @@ def _metadata_rows(file: Path, columns: ListColumns, texts: TextReader) -> Itera
 
 def _name_column(row: Mapping[str, object]) -> str:
     """The column that holds the images' names though it is not called `file_name`, or ""."""
-    plain = {_plain(name): name for name in row}
-    return next((plain[each] for each in (_plain(NAME_COLUMN), *NAME_COLUMNS) if each in plain), "")
+    plain = {plain_spelling(name): name for name in row}
+    return next((plain[each] for each in (plain_spelling(NAME_COLUMN), *NAME_COLUMNS) if each in plain), "")
 
 
 def _table_rows(text: str, file: Path, columns: ListColumns) -> Iterator[tuple[str, dict, str]]:
