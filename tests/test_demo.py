@@ -71,7 +71,8 @@ def test_the_base_is_a_small_stable_diffusion_pipeline():
     assert pipeline.tokenizer("a zebra, ünïcode ☃").input_ids
 
 
-@pytest.mark.parametrize("adaptation", [pytest.param("full", marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_a_short_demo(monkeypatch, tmp_path, capsys, adaptation):
     import run
     from tests.conftest import reset_accelerate

@@ -155,7 +155,16 @@ RESUMED = {
 }
 
 
-SLOW = ("sdxl lora", "lora bf16", "channels last 8-bit", "pixels cosine", "flow", "labels")
+SLOW = (
+    "sdxl lora",
+    "sdxl bf16",
+    "lora bf16",
+    "channels last",
+    "channels last 8-bit",
+    "pixels cosine",
+    "flow",
+    "labels",
+)
 
 
 @pytest.mark.parametrize("case", mostly_slow(RESUMED, *(set(RESUMED) - set(SLOW))))

@@ -51,7 +51,7 @@ def test_a_lora_on_a_quantised_base(train, pipelines, name, kind):
     assert losses(parts) == losses(quantised)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_quantised_base_trains_in_bf16_on_a_cpu(train, kind):
     flags = ["--adaptation", "lora", "--max_train_steps", 2, "--train_batch_size", 2, "--mixed_precision", "bf16"]
     plain = train("sd", *flags, out="plain")

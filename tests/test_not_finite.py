@@ -46,7 +46,7 @@ def test_a_decoder_that_gives_nan_is_named_once_with_a_cure(caplog):
 
 
 @pytest.mark.parametrize("flags", [("--cache_latents",), ()])
-def test_an_encoder_that_gives_nan_is_named(train, monkeypatch, capsys, caplog, flags):
+def test_an_encoder_that_gives_nan_is_named(train, monkeypatch, capsys, caplog, tmp_path, flags):
     own = LatentSpace.moments
 
     def moments(self, pixels):
@@ -54,6 +54,7 @@ def test_an_encoder_that_gives_nan_is_named(train, monkeypatch, capsys, caplog, 
         return mean * float("nan"), std
 
     monkeypatch.setattr(LatentSpace, "moments", moments)
+    flags = [*flags, "--encoding_cache_dir", tmp_path] if flags else []
     train("sd", "--max_train_steps", 2, "--no_final_checkpoint", *flags, expect=2 if flags else 1)
     if flags:
         assert "the VAE's encoding of it is not finite" in capsys.readouterr().err + caplog.text

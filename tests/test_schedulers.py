@@ -41,7 +41,7 @@ def offered(own) -> list[str]:
     return str(raised.value).partition("choose one of ")[2].split(", ")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
 def test_all_that_are_offered_draw_what_the_model_was_trained_for(kind):
     own = tiny.scheduler(kind)
     names = offered(own)

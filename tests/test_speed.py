@@ -264,7 +264,8 @@ def test_logging_together_logs_the_same(train):
     assert losses(each) == losses(together)
 
 
-@pytest.mark.parametrize("name", [pytest.param("sd", marks=pytest.mark.slow), "pixels"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "pixels"])
 def test_a_compiled_run_is_the_plain_one(train, name, caplog, without_inductor):
     """By Dynamo and AOTAutograd; Inductor's own kernels are the slow test's."""
     flags = ["--max_train_steps", 3, "--train_batch_size", 2, "--adam_epsilon", 1e-4]
@@ -351,6 +352,7 @@ def test_channels_last_lays_out_a_vae_that_encodes_in_each_step(train):
     assert losses(changed) == pytest.approx(losses(plain), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_once_for_all_buckets(train, caplog, without_inductor):
     from torch._dynamo.utils import counters
 

@@ -147,7 +147,9 @@ def _check(
 def _alphas(part: str, listed: Mapping[str, float], module: nn.Module) -> dict[str, float]:
     """The alphas of a part's layers, of those that diffusers lists by the names of their down matrices."""
     own = {
-        name.removeprefix(f"{part}.").removesuffix(".alpha"): torch.tensor(float(alpha), dtype=torch.float64)
+        name.removeprefix(f"{part}.").removesuffix(".alpha"): torch.tensor(
+            float(alpha), dtype=torch.float64, device="cpu"
+        )
         for name, alpha in listed.items()
         if name.startswith(f"{part}.")
     }

@@ -43,7 +43,7 @@ def level_of(scheduler: Any) -> Level | None:
         return lambda t: (1 - t / count, t / count)
     if "beta_start" not in scheduler.config and scheduler.config.get("trained_betas") is None:
         return None
-    bar = ForwardProcess(scheduler.config, {}).alphas_cumprod.double().numpy()
+    bar = ForwardProcess(scheduler.config, {}).alphas_cumprod.numpy().astype(np.float64)
     with np.errstate(divide="ignore"):
         log_sigmas = np.minimum(np.log((1 - bar) / bar) / 2, 20.0)
 

@@ -16,6 +16,7 @@ from utils.data.images import Refused
 from utils.data.tables import ImageTable
 from utils.options import require
 from utils.records import MaskFile
+from utils.user_files import read_bytes
 
 MASK_LABEL = "-masklabel"  # what OneTrainer puts behind an image's name for that of its mask
 ASPECT_TOLERANCE = 0.02
@@ -111,7 +112,7 @@ def _is_copy(file: Path, image: Callable[[], str | bytes]) -> bool:
         found = image()
         if isinstance(found, str):
             return filecmp.cmp(file, found, shallow=False)
-        return file.stat().st_size == len(found) and file.read_bytes() == found
+        return file.stat().st_size == len(found) and read_bytes(file, len(found)) == found
     except (OSError, ValueError):  # it is named where it is read
         return False
 
