@@ -62,7 +62,7 @@ from utils.runtime import (
     weight_dtype,
 )
 from utils.sampling_controls import SamplingControlOptions, SamplingControls
-from utils.scheduler_trials import check_trial, check_trial_of
+from utils.scheduler_trials import check_text_trial, check_trial_of
 from utils.seeding import model_seed
 from utils.speed import SpeedOptions
 from utils.starting import (
@@ -193,7 +193,7 @@ def run(argv: Sequence[str] | None) -> None:
             family.use_channels_last(vae=not options.cache.cache_latents)
         requests.check()
         process = forward_process(options.noise, family.pipeline.scheduler.config)
-        check_trial(family.pipeline.scheduler, *drawing(options, family.pipeline.scheduler.config))
+        check_text_trial(family.pipeline.scheduler, *drawing(options, family.pipeline.scheduler.config))
         terms = loss_terms(options.perceptual, options.term, family.latent_space, process.num_timesteps)
         adaptation.named_parameters(rates)  # which refuses --layer_rates of no weight, on a dry run too
         own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)

@@ -131,6 +131,13 @@ def test_an_output_folder_that_cannot_be_written(train, capsys, tmp_path):
     assert "--output_dir" in message(capsys)
 
 
+@pytest.mark.parametrize(
+    ("path", "said"), [("", "must be a path, got ''"), (" ", "must be a path"), ("x" * 300, "at most 255 bytes")]
+)
+def test_an_output_folder_that_is_no_name(refused, path, said):
+    refused(["--dry_run", "--output_dir", path], "--output_dir", said)
+
+
 @pytest.mark.parametrize("flag", ["--output_dir", "--encoding_cache_dir", "--cache_dir", "--logging_dir"])
 @pytest.mark.parametrize("is_below", [False, True])
 @pytest.mark.parametrize("is_dry", [False, True])

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import tarfile
 from collections import Counter
 from fractions import Fraction
@@ -365,6 +366,36 @@ class TestSources:
         records = records_of(tmp_path)
         assert found(records) == {"0.png": ("a", "b"), "1.png": ("",)}
         assert records.sources[0].table.num_left_out == 1
+
+    def test_a_first_row_may_leave_out_what_others_have(self, tmp_path):
+        for index in range(2):
+            make_picture(tmp_path / f"{index}.png")
+        lines = [{"file_name": "0.png"}, {"file_name": "1.png", "text": "a"}]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        assert found(records_of(tmp_path)) == {"0.png": ("",), "1.png": ("a",)}
+
+    def test_shards_number_their_classes_alike(self, tmp_path):
+        from datasets import ClassLabel, Dataset, Features
+        from datasets import Image as ImageFeature
+
+        from utils.data.parquet_files import check_shards, read_footers
+
+        for number, names in enumerate((["cat", "dog"], ["dog", "cat"], ["cat", "dog"])):
+            features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+            rows = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [0, 1]}
+            folder = tmp_path / ("data" if number != 1 else "other")
+            folder.mkdir(exist_ok=True)
+            Dataset.from_dict(rows, features=features).to_parquet(folder / f"{number}.parquet")
+
+        def shards() -> list[str]:
+            names = sorted(file.name for file in (tmp_path / "data").iterdir())
+            footers = read_footers(tmp_path / "data", names, "train_data_dir")
+            return check_shards(tmp_path / "data", footers, ["image", "label"], "train_data_dir")
+
+        assert shards() == ["0.parquet", "2.parquet"]
+        shutil.copy(tmp_path / "other" / "1.parquet", tmp_path / "data")
+        with pytest.raises(UserError, match=r"1\.parquet is no shard.*numbers in its column label stand for dog, cat"):
+            shards()
 
     def test_metadata_csv_in_subfolders(self, tmp_path):
         for name in ("x", "y"):

@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -117,3 +118,19 @@ def test_every_optimizer(train, data, tmp_path, optimizer, adaptation):
         flags.remove("--use_ema")
     rate = ["--learning_rate", 1] if optimizer == "prodigy" else []
     assert_resumes(train, data, tmp_path, [*flags, *rate], random.Random(optimizer))
+
+
+def test_a_stream_is_the_same_whether_its_length_is_known(monkeypatch, tmp_path):
+    """As it is only where a cache of `datasets` says it; earlier releases recorded it."""
+    from utils import resuming
+
+    begun = resuming.Beginning(None, tmp_path, None, tmp_path, 1, {}, {}, False, False)
+    for recorded in (
+        "a stream of None images in 3 shards",
+        "a stream of 40 images in 3 shards",
+        "a stream in 3 shards",
+    ):
+        state = SimpleNamespace(facts=SimpleNamespace(training={"data": recorded}))
+        monkeypatch.setattr(resuming, "read_state", lambda _, state=state: state)
+        assert begun._known_as("a stream in 3 shards") == recorded
+        assert begun._known_as("a stream in 4 shards") == "a stream in 4 shards"

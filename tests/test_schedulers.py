@@ -1,5 +1,6 @@
 """Schedulers of a user's config and choice: tried before anything is trained or drawn, and offered only if they fit."""
 
+import importlib.util
 import json
 import shutil
 from types import SimpleNamespace
@@ -156,6 +157,33 @@ def test_more_steps_than_the_schedule_has_name_their_flag(train, capsys, pipelin
     train(str(folder), *SHORT, "--dry_run")
     train(str(folder), *SHORT, "--dry_run", "--validation_prompt", "a", expect=2)
     assert "--validation_num_inference_steps 25 can't be taken by the pipeline's DDIMScheduler" in message(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("DDPMScheduler", {"variance_type": "learned_range"}, "variance_type"),
+        ("FlowMatchHeunDiscreteScheduler", {}, "has no init_noise_sigma"),
+        ("ScoreSdeVeScheduler", {}, "has no step"),
+        ("KarrasVeScheduler", {}, "can't draw with this pipeline"),
+    ],
+)
+def test_what_a_text_to_image_pipeline_can_not_call_is_refused(name, changes, said):
+    config = dict(tiny.scheduler().config) | changes
+    with pytest.raises(UserError, match="--pretrained_model x") as raised:
+        check_trial_of(["diffusers", name], config, {}, 10, "--pretrained_model x", "validation_num_inference_steps")
+    assert said in str(raised.value)
+
+
+def test_a_scheduler_whose_package_is_absent_is_named(train, capsys, pipelines, tmp_path):
+    if importlib.util.find_spec("torchsde") is not None:
+        pytest.skip("torchsde is installed")
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DPMSolverSDEScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    train(str(folder), *SHORT, "--dry_run", expect=2)
+    assert "torchsde" in message(capsys)
 
 
 def test_a_trial_leaves_no_trace():

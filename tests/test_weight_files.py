@@ -262,6 +262,17 @@ def test_each_layer_has_its_own_alpha(lora, pipelines, tmp_path, caplog):
     assert "the alpha of 1 of its 16 layers is 0" in caplog.text
 
 
+def test_a_layer_without_an_alpha_is_not_scaled(lora, pipelines, tmp_path):
+    """Where others have one: then its rank counts, as in kohya's scripts."""
+    kohya = kohya_names(lora)
+    alphas = [name for name in kohya if name.endswith("alpha")]
+    kept = {name: each for name, each in kohya.items() if name not in alphas[4:]}
+    pipeline = load_in(kept | {name: torch.tensor(16.0) for name in alphas[:4]}, pipelines, tmp_path)
+    layers = [each for _, each in pipeline.unet.named_modules() if hasattr(each, "lora_alpha")]
+    scalings = sorted(each.scaling["default"] for each in layers)
+    assert scalings == [1.0] * (len(layers) - 4) + [16 / layers[0].r["default"]] * 4
+
+
 def test_the_alphas_of_a_text_encoder_are_read(lora, pipelines, tmp_path):
     layers = [f"lora_te_text_model_encoder_layers_0_self_attn_{name}_proj" for name in ("q", "k", "v", "out")]
     more = {f"{layer}.{half}.weight": torch.ones(2, 32) for layer in layers for half in ("lora_down", "lora_up")}

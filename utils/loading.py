@@ -91,7 +91,7 @@ def loading(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (*LOADING_ERRORS, *CONFIG_ERRORS, EOFError, StrictDataclassError) as error:
+    except (*LOADING_ERRORS, *CONFIG_ERRORS, EOFError, ImportError, StrictDataclassError) as error:
         raise UserError(f"{what} can't be loaded: {reason_of(error)}") from error
     except Exception as error:
         if type(error) is not Exception:  # as which alone the tokenizers library, written in Rust, raises its own

@@ -141,11 +141,16 @@ def _check(
             f"{names_of(sorted(homeless))}"
         )
     counts = {name: sum(map(len, layers.values())) for name, layers in found.items()}
-    return counts, {name: _alphas(name, listed or {}, modules[name]) for name in found}
+    return counts, {name: _alphas(name, listed or {}, modules[name], found[name]) for name in found}
 
 
-def _alphas(part: str, listed: Mapping[str, float], module: nn.Module) -> dict[str, float]:
-    """The alphas of a part's layers, of those that diffusers lists by the names of their down matrices."""
+def _alphas(
+    part: str, listed: Mapping[str, float], module: nn.Module, found: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """The alphas of a part's layers, of those that diffusers lists by the names of their down matrices.
+
+    Where some layers have one, the alpha of another is its rank: it is not scaled.
+    """
     own = {
         name.removeprefix(f"{part}.").removesuffix(".alpha"): torch.tensor(
             float(alpha), dtype=torch.float64, device="cpu"
@@ -153,8 +158,11 @@ def _alphas(part: str, listed: Mapping[str, float], module: nn.Module) -> dict[s
         for name, alpha in listed.items()
         if name.startswith(f"{part}.")
     }
-    layers = _layers(part, own, module) if own else {}
-    return {name: float(tensors["A.weight"]) for name, tensors in layers.items() if "A.weight" in tensors}
+    if not own:
+        return {}
+    layers = _layers(part, own, module)
+    ranks = {name: float(tensors["A.weight"].shape[0]) for name, tensors in found.items() if "A.weight" in tensors}
+    return ranks | {name: float(tensors["A.weight"]) for name, tensors in layers.items() if "A.weight" in tensors}
 
 
 def _refuse_other_kinds(names: Iterable[str]) -> None:

@@ -34,6 +34,7 @@ NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+MOST_NAME = 255  # bytes of a file's name
 MAIN_SECONDS = 30.0  # how much later than another the main process may meet an error: it reads more files
 AGREED_SECONDS = 1.0
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process has terminated")
@@ -358,9 +359,14 @@ def _require_unicode(name: str, path: str | None) -> None:
 
 
 def _require_place(name: str, path: str | None, output_dir: str | None) -> None:
-    """Refuses a path to write to that is, or lies below, something that is no folder."""
+    """Refuses a path to write to that is no name, or that is, or lies below, something that is no folder."""
     if path is None:
         return
+    require(bool(path.strip()), name, repr(path), "be a path", "a variable may be unset")
+    longest = max(len(os.fsencode(part)) for part in path.split(os.sep))
+    require(
+        longest <= MOST_NAME, name, one_line(path), f"have names of at most {MOST_NAME} bytes", f"one has {longest}"
+    )
     base = output_dir or "" if name == "logging_dir" else ""
     whole = os.path.join(os.path.expanduser(base), os.path.expanduser(path))
     place = os.path.dirname(whole) if name in WRITTEN_FILES else whole

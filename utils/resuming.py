@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ HELD_OUT_FACT = "held_out_record"  # the same of the held-out images
 # a checkpoint without this drew each held-out image by its name
 SPLIT_RULE_FACT, SPLIT_BY_CONTENT = "validation_split_rule", "by content"
 
+EARLIER_STREAM = re.compile(r"^a stream of (None|\d+) images in")
 WARMUP = "lr_warmup_steps"
 # what a resumed run may change: its length, intervals and logging, how it is spread, what only saves memory or time,
 # and where its data lie, which are compared themselves
@@ -135,7 +137,7 @@ class Beginning:
         Raises:
             UserError: if this one continues with other data, unasked.
         """
-        data, use = {"data": images.fingerprint()}, images.describe_sources()
+        data, use = {"data": self._known_as(images.fingerprint())}, images.describe_sources()
         if self.start is not None:
             check_training(self.start, use, self.may_change)
         name = on_main_process(self.accelerator, lambda: self._compare_data(images))
@@ -149,6 +151,12 @@ class Beginning:
         if self.splits_by_content:
             training[SPLIT_RULE_FACT] = SPLIT_BY_CONTENT
         return RunFacts(dict(self.structure), training, total_steps)
+
+    def _known_as(self, fingerprint: str) -> str:
+        """The fingerprint of the images; that of the checkpoint where it is the same in an earlier release's words."""
+        recorded = None if self.start is None else read_state(self.start).facts.training.get("data")
+        said = EARLIER_STREAM.sub("a stream in", recorded) if isinstance(recorded, str) else None
+        return recorded if said == fingerprint else fingerprint
 
     def _compare_data(self, images: PlannedImages | StreamedImages) -> str:
         """Compares the images with those that the checkpoint was trained on; keeps a record of them, and names it."""

@@ -29,6 +29,7 @@ MOST_STEPS = 50  # that are all taken
 FEWER_STEPS = 10
 SPREAD = 0.2  # by which the noise may be off
 DISTANCE = 0.2  # from the image, on average: some schedules end before all noise is gone
+CALLED = ("init_noise_sigma", "scale_model_input", "step")  # what text-to-image pipelines of diffusers use
 SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
 Level = Callable[[float], tuple[float, float]]
 """(alpha, sigma) of a timestep: a noisy sample is alpha * image + sigma * noise."""
@@ -54,17 +55,18 @@ def level_of(scheduler: Any) -> Level | None:
     return level
 
 
-def misfit(scheduler: Any, level: Level, kind: str, steps: int) -> str:
+def misfit(scheduler: Any, level: Level, kind: str, steps: int, has_variance: bool = True) -> str:
     """Why a scheduler does not draw the image of a model of these noise levels, or "" where it does.
 
     Args:
         kind: what the model predicts; "flow" for a flow.
+        has_variance: whether the model predicts a variance too, where the scheduler reads one.
 
     Raises:
         one of `SCHEDULER_ERRORS`: if it can't take its steps.
     """
     with _silent():
-        return _misfit(type(scheduler).from_config(scheduler.config), level, kind, steps)
+        return _misfit(type(scheduler).from_config(scheduler.config), level, kind, steps, has_variance)
 
 
 @contextmanager
@@ -80,7 +82,7 @@ def _silent() -> Iterator[None]:
         diffusers_logging.set_verbosity(before)
 
 
-def _misfit(scheduler: Any, level: Level, kind: str, steps: int) -> str:
+def _misfit(scheduler: Any, level: Level, kind: str, steps: int, has_variance: bool) -> str:
     scheduler.set_timesteps(steps)
     refuse_rounding(scheduler, steps)
     if len(scheduler.timesteps) > 2 * MOST_STEPS:
@@ -106,7 +108,7 @@ def _misfit(scheduler: Any, level: Level, kind: str, steps: int) -> str:
             if sigma > 0.1 and not abs(spread - 1) < SPREAD:
                 return f"at timestep {float(t):g} its sample holds {spread:.3g} times the noise that the model expects"
             output = _predicted(kind, image, noise, alpha, sigma)
-            if reads_variance.startswith("learned"):
+            if has_variance and reads_variance.startswith("learned"):
                 output = torch.cat([output, torch.full_like(output, -float(reads_variance == "learned_range"))], 1)
             sample = scheduler.step(output, t, sample, **extra).prev_sample
     distance = float((sample - image).abs().mean())
@@ -151,7 +153,7 @@ def kind_of(scheduler: Any) -> str:
 def check_trial_of(
     entry: object, config: Mapping[str, Any], changes: Mapping[str, object], steps: int, where: str, flag: str
 ) -> None:
-    """`check_trial` of a scheduler before it is loaded, by its config; of a class that is not known nothing.
+    """`check_text_trial` of a scheduler before it is loaded, by its config; of a class that is not known nothing.
 
     Args:
         entry: its library and class, as a pipeline's index names them.
@@ -163,15 +165,33 @@ def check_trial_of(
     if kind is not None and issubclass(kind, SchedulerMixin):
         with _silent():
             scheduler = changed_scheduler(scheduler_of(kind, config, {}), changes)
-        check_trial(scheduler, steps, where, flag)
+        check_text_trial(scheduler, steps, where, flag)
 
 
-def check_trial(scheduler: Any, steps: int, where: str, flag: str) -> None:
+def check_text_trial(scheduler: Any, steps: int, where: str, flag: str) -> None:
+    """`check_trial` of the scheduler of a text-to-image pipeline, whose UNet predicts no variance.
+
+    Raises:
+        UserError: if it has not what these pipelines of diffusers call; as `check_trial`.
+    """
+    lacking = next((f"it has no {name}" for name in CALLED if not hasattr(scheduler, name)), "")
+    if not lacking and not {"timestep", "sample"} <= inspect.signature(scheduler.step).parameters.keys():
+        lacking = "its steps take other arguments"
+    if lacking:
+        raise UserError(
+            f"{where}: a {type(scheduler).__name__} can't draw with this pipeline: {lacking}; give it the scheduler "
+            "that it was trained with, such as a DDIMScheduler"
+        )
+    check_trial(scheduler, steps, where, flag, has_variance=False)
+
+
+def check_trial(scheduler: Any, steps: int, where: str, flag: str, has_variance: bool = True) -> None:
     """Refuses a scheduler that can't take its steps, and warns of one that does not draw what is trained.
 
     Args:
         where: the flag that names the pipeline, and its value.
         flag: the one that says the number of steps.
+        has_variance: whether the model predicts a variance too, where the scheduler reads one.
 
     Raises:
         UserError: naming the value of its config that is to blame, where one alone is, or the number of steps.
@@ -179,13 +199,18 @@ def check_trial(scheduler: Any, steps: int, where: str, flag: str) -> None:
     level, name = level_of(scheduler), type(scheduler).__name__
     if level is None:
         return
+
+    def tried(each: Any, count: int) -> str:
+        own = level_of(each)
+        return "" if own is None else misfit(each, own, kind_of(each), count, has_variance)
+
     try:
-        found = misfit(scheduler, level, kind_of(scheduler), steps)
+        found = tried(scheduler, steps)
     except SCHEDULER_ERRORS as error:
         fewer = min(FEWER_STEPS, steps - 1, int(scheduler.config.num_train_timesteps))
-        if fewer and _takes(scheduler, level, fewer):
+        if fewer and _takes(partial(tried, scheduler, fewer)):
             raise UserError(f"--{flag} {steps} can't be taken by the pipeline's {name}: {reason_of(error)}") from error
-        value = blamed(type(scheduler), scheduler.config, partial(_try, steps=steps))
+        value = blamed(type(scheduler), scheduler.config, partial(tried, count=steps))
         raise UserError(
             f"{where}: its {SCHEDULER_CONFIG}: {value or 'these values'} can't be drawn with by a {name}: "
             f"{reason_of(error)}"
@@ -197,15 +222,9 @@ def check_trial(scheduler: Any, steps: int, where: str, flag: str) -> None:
         )
 
 
-def _takes(scheduler: Any, level: Level, steps: int) -> bool:
+def _takes(tried: Callable[[], object]) -> bool:
     try:
-        misfit(scheduler, level, kind_of(scheduler), steps)
+        tried()
     except SCHEDULER_ERRORS:
         return False
     return True
-
-
-def _try(scheduler: Any, steps: int) -> None:
-    level = level_of(scheduler)
-    if level is not None:
-        misfit(scheduler, level, kind_of(scheduler), steps)

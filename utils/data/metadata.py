@@ -128,7 +128,6 @@ class _Lists:
             known |= row.keys()
             captions: tuple[str, ...] = ()
             if columns.caption is not None:
-                _check_metadata_column("caption_column", columns.caption, known, place)
                 captions = columns.read(row.get(columns.caption), f"--caption_column {columns.caption}: {place}")
                 if refusal := refusal_of(captions):
                     self.refused.append((name, refusal))
@@ -139,8 +138,9 @@ class _Lists:
             if path in here:
                 repeated.add(path)
             here[path] = here.get(path, ()) + captions
-        if columns.mask is not None and known:
-            _check_metadata_column("mask_column", columns.mask, known, metadata)
+        for flag, column in (("caption_column", columns.caption), ("mask_column", columns.mask)):
+            if column is not None and known:  # a row of JSON Lines may leave out what others have
+                _check_metadata_column(flag, column, known, metadata)
         if repeated:
             use = ", with one of its captions drawn at each step" if columns.caption is not None else ""
             logger.warning(

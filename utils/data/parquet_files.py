@@ -85,7 +85,7 @@ def check_shards(folder: Path, footers: Mapping[str, Footer], needed: Sequence[s
         logger.warning("--%s %s: %d files have no rows, such as %s", flag, folder, len(empty), empty[0])
     first, *others = filled
     for name in others:
-        difference = _difference(footers[first], footers[name].columns, needed)
+        difference = _difference(footers[first], footers[name], needed)
         if difference:
             raise UserError(
                 f"--{flag} {folder}: {name} is no shard of the same table as {first}: {difference}; give both the same "
@@ -94,33 +94,48 @@ def check_shards(folder: Path, footers: Mapping[str, Footer], needed: Sequence[s
     return filled
 
 
-def _difference(first: Footer, other: Mapping[str, pa.DataType], needed: Sequence[str]) -> str:
+def _difference(first: Footer, other: Footer, needed: Sequence[str]) -> str:
     """How the columns of a shard differ from those of the first, as far as they can't be read together; "" if not."""
-    columns = first.columns
-    new = [name for name in other if name not in columns]
-    gone = [name for name in needed if name in columns and name not in other]
+    columns, found = first.columns, other.columns
+    new = [name for name in found if name not in columns]
+    gone = [name for name in needed if name in columns and name not in found]
     if new or gone:
-        here, there = (", ".join([*names][:20]) for names in (other, columns))
+        here, there = (", ".join([*names][:20]) for names in (found, columns))
         return f"it has the columns {here}, the other {there}"
-    image_columns = _image_columns(first.schema)
+    image_columns, own = _image_columns(first.schema), _class_names(first.schema)
+    classes = _class_names(other.schema)
+    for name in (name for name in own if own[name] != classes.get(name, own[name])):
+        here, there = (", ".join(map(str, names[:5])) for names in (classes[name], own[name]))
+        return f"the numbers in its column {name} stand for {here}, in the other for {there}"
     for name, kind in columns.items():
-        if name not in other or _fits(kind, other[name]):
+        if name not in found or _fits(kind, found[name]):
             continue
-        is_image = name in image_columns and (_is_text(other[name]) or is_binary(other[name]))
-        is_parsed = name not in needed and _is_plain(kind) and _is_text(other[name])  # numbers written as texts
+        is_image = name in image_columns and (_is_text(found[name]) or is_binary(found[name]))
+        is_parsed = name not in needed and _is_plain(kind) and _is_text(found[name])  # numbers written as texts
         if not is_image and not is_parsed:
-            return f"its column {name} holds {other[name]}, that of the other {kind}"
+            return f"its column {name} holds {found[name]}, that of the other {kind}"
     return ""
 
 
 def _image_columns(schema: pa.Schema) -> set[str]:
     """The columns that `datasets` has noted as images, for which it takes bytes and paths too."""
+    return {name for name, feature in _features(schema).items() if feature.get("_type") == "Image"}
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list]:
+    """The names of classes by their numbers, of the columns that `datasets` has noted as classes."""
+    named = {name: each.get("names") for name, each in _features(schema).items() if each.get("_type") == "ClassLabel"}
+    return {name: names for name, names in named.items() if isinstance(names, list)}
+
+
+def _features(schema: pa.Schema) -> dict[str, dict]:
+    """What `datasets` has noted of the columns by their names; nothing where it wrote no file."""
     try:
         noted = (schema.metadata or {}).get(b"huggingface", b"{}").decode()
         features = parse_json(noted, "huggingface")["info"]["features"]
-        return {name for name, feature in features.items() if feature["_type"] == "Image"}
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return set()
+        return {}
 
 
 def _fits(first: pa.DataType, other: pa.DataType) -> bool:

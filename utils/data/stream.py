@@ -247,8 +247,8 @@ class StreamedImages:
         return BucketPlan(self.buckets.sizes(self.resolution), np.zeros(0, np.uint16), [])
 
     def fingerprint(self) -> str:
-        """What is known of the stream to change with its images."""
-        return f"a stream of {self.num_listed} images in {self.dataset.num_shards} shards"
+        """What is known of the stream to change with its images: not their number, which only some caches know."""
+        return f"a stream in {self.dataset.num_shards} shards"
 
     def content(self) -> pa.Table:
         """The record of the files that it is read from, where they lie here."""
