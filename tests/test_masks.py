@@ -287,6 +287,16 @@ class TestValues:
         assert words in str(raised.value)
         census_of(mask, WHITE).check()
 
+    def test_masks_that_hold_numbers_of_classes_are_named(self):
+        """Also inside a border of white, and beside other masks that are white."""
+        classes = np.full((16, 16), 255, np.uint8)
+        classes[2:-2, 2:-2] = np.arange(144).reshape(12, 12) % 12
+        bordered = values(classes)
+        soft = values(np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1)))
+        (line,) = census_of(bordered, values(np.ones((8, 8), np.uint8)), WHITE, soft).warnings()
+        assert "2 of 4 masks hold mostly values near black, as numbers of classes are, such as 0.png, 1.png;" in line
+        assert not census_of(WHITE, soft).warnings()
+
     @pytest.mark.parametrize(
         "mask",
         [

@@ -24,12 +24,14 @@ class MaskValues(NamedTuple):
         darkest, brightest: from 0, black, to 1, white.
         is_clear: whether it is transparent everywhere.
         is_coloured: whether it has other colours than grey.
+        is_labelled: whether most of what is not black in it is nearly so, as the numbers of classes are.
     """
 
     darkest: float
     brightest: float
     is_clear: bool = False
     is_coloured: bool = False
+    is_labelled: bool = False
 
 
 def mask_values(image: str | bytes, mask: MaskFile) -> MaskValues:
@@ -43,11 +45,14 @@ def mask_values(image: str | bytes, mask: MaskFile) -> MaskValues:
         darkest, brightest = (255, 255) if alpha is None else alpha.getextrema()
         return MaskValues(darkest / 255, brightest / 255, is_clear=brightest == 0)
     rgb, alpha, deepest = read_mask_layers(mask.source)
-    darkest, brightest = rgb.convert("L").getextrema() if deepest is None else deepest
+    grey = rgb.convert("L")
+    darkest, brightest = grey.getextrema() if deepest is None else deepest
+    counts = grey.histogram()
+    is_labelled = deepest is None and 2 * sum(counts[1 : int(NEARLY_BLACK * 255) + 1]) > sum(counts[1:])
     red, green, blue = rgb.split()
     differences = (ImageChops.difference(*pair).getextrema()[1] for pair in ((red, green), (green, blue)))
     is_clear = alpha is not None and alpha.getextrema()[1] == 0
-    return MaskValues(darkest / 255, brightest / 255, is_clear, max(differences) / 255 > COLOURED)
+    return MaskValues(darkest / 255, brightest / 255, is_clear, max(differences) / 255 > COLOURED, is_labelled)
 
 
 @dataclass
@@ -59,6 +64,7 @@ class MaskCensus:
         num_masks: how many there are; None of a stream.
         brightest: of all that were looked at, from 0, black, to 1, white.
         black, clear, coloured, white: how many are black, transparent or white everywhere, or have colours.
+        labelled: how many look like numbers of classes.
         named: the first names of some of these kinds.
     """
 
@@ -70,6 +76,7 @@ class MaskCensus:
     clear: int = 0
     coloured: int = 0
     white: int = 0
+    labelled: int = 0
     named: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, name: str, values: MaskValues) -> None:
@@ -78,9 +85,10 @@ class MaskCensus:
         self.brightest = max(self.brightest, values.brightest)
         self.clear += values.is_clear
         self.white += values.darkest == 1
-        kinds = {"black": values.brightest == 0, "coloured": values.is_coloured}
+        kinds = {"black": values.brightest == 0, "coloured": values.is_coloured, "labelled": values.is_labelled}
         self.black += kinds["black"]
         self.coloured += kinds["coloured"]
+        self.labelled += kinds["labelled"]
         for kind in (kind for kind, holds in kinds.items() if holds):
             names = self.named.setdefault(kind, [])
             names += [name] if len(names) < NUM_NAMED else []
@@ -130,6 +138,11 @@ class MaskCensus:
             )
         if NEARLY_BLACK <= self.brightest < DIM:
             found.append(f"{self._of_all} are at most {self.brightest:.2g} of white; {WHITE_COUNTS}")
+        if self.labelled:
+            found.append(
+                f"{self._some(self.labelled)} hold mostly values near black, as numbers of classes are, such as "
+                f"{self._names('labelled')}; {WHITE_COUNTS}"
+            )
         if self.coloured:
             found.append(
                 f"{self._some(self.coloured)} have colours, which count by their brightness, such as "
