@@ -150,7 +150,7 @@ def run(argv: Sequence[str] | None) -> None:
     family_class = pick_family(source)
     resolution = options.image.resolution or family_class.default_resolution
     sizes = options.buckets.sizes(resolution)
-    check_before_loading(options, source, family_class, sizes)
+    was_tried = check_before_loading(options, source, family_class, sizes)
     seed, pure_bf16 = options.runtime.seed, options.adaptation.pure_bf16
     folder = OutputFolder(options.runtime.output_dir or default_output_dir(options, family_class))
     engine = start_engine(options, folder, pure_bf16)
@@ -193,7 +193,8 @@ def run(argv: Sequence[str] | None) -> None:
             family.use_channels_last(vae=not options.cache.cache_latents)
         requests.check()
         process = forward_process(options.noise, family.pipeline.scheduler.config)
-        check_text_trial(family.pipeline.scheduler, *drawing(options, family.pipeline.scheduler.config))
+        if not was_tried:
+            check_text_trial(family.pipeline.scheduler, *drawing(options, family.pipeline.scheduler.config))
         terms = loss_terms(options.perceptual, options.term, family.latent_space, process.num_timesteps)
         adaptation.named_parameters(rates)  # which refuses --layer_rates of no weight, on a dry run too
         own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
@@ -360,14 +361,19 @@ def check_together(options: Options) -> None:
 
 def check_before_loading(
     options: Options, source: PipelineSource, family_class: type[TextFamily], sizes: Sequence[tuple[int, int]]
-) -> None:
-    """Refuses what the pipeline's configs show not to go, before its weights are loaded."""
+) -> bool:
+    """Refuses what the pipeline's configs show not to go, before its weights are loaded.
+
+    Returns:
+        Whether they said enough of the scheduler to try it.
+    """
     family_class.check_before_loading(source, sizes)
     scheduler = source.config("scheduler")
-    if scheduler is not None:
-        forward_process(options.noise, scheduler)
-        entry = None if source.is_single_file else source.index().get("scheduler")
-        check_trial_of(entry, scheduler, options.noise.scheduler_changes, *drawing(options, scheduler))
+    if scheduler is None:
+        return False
+    forward_process(options.noise, scheduler)
+    entry = None if source.is_single_file else source.index().get("scheduler")
+    return check_trial_of(entry, scheduler, options.noise.scheduler_changes, *drawing(options, scheduler))
 
 
 def drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]:

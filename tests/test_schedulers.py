@@ -193,3 +193,11 @@ def test_a_trial_leaves_no_trace():
     assert all(before[name] is value for name, value in vars(own).items())
     assert torch.equal(state, torch.get_rng_state())
     assert kind_of(SimpleNamespace(config={"prediction_type": "epsilon"})) == "epsilon"
+
+
+def test_a_scheduler_that_draws_something_else_is_said_once(train, pipelines, tmp_path, caplog):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "EDMEulerScheduler"]}))
+    train(str(folder), *SHORT, "--dry_run")
+    assert caplog.text.count("does not draw what the model is trained for") == 1

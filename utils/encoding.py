@@ -60,6 +60,10 @@ class EncodedBatch:
         states = None if self.states is None else {name: state[begin:end] for name, state in self.states.items()}
         return EncodedBatch(self.batch.part(begin, end), self.mean[begin:end], self.std[begin:end], states)
 
+    def bare(self) -> "EncodedBatch":
+        """The same without what it was encoded from, which no loss reads."""
+        return replace(self, batch=replace(self.batch, pixels=None, moments=None, states=None))
+
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors, in an order that depends on the shape alone."""

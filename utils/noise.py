@@ -161,7 +161,7 @@ class ForwardProcess:
     def __init__(self, scheduler_config: Mapping, changes: Mapping[str, object]):
         """Args:
         scheduler_config: the config of the pipeline's scheduler, of whichever class.
-        changes: what is to be otherwise than in it.
+        changes: values that replace those of the config.
         """
         from diffusers import DDPMScheduler
 

@@ -119,11 +119,9 @@ class Batch:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
+        """All tensors by name, but for the text states."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        states = self.states or {}
-        found = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-        return found | {f"states.{name}": states[name] for name in sorted(states)}
+        return {name: value for name, value in own.items() if isinstance(value, Tensor)}
 
     def cloned(self) -> Self:
         """The same batch in memory of its own."""

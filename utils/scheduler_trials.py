@@ -152,20 +152,26 @@ def kind_of(scheduler: Any) -> str:
 
 def check_trial_of(
     entry: object, config: Mapping[str, Any], changes: Mapping[str, object], steps: int, where: str, flag: str
-) -> None:
-    """`check_text_trial` of a scheduler before it is loaded, by its config; of a class that is not known nothing.
+) -> bool:
+    """Runs `check_text_trial` on a scheduler before it is loaded.
 
     Args:
         entry: its library and class, as a pipeline's index names them.
-        changes: what is to be otherwise than in its config.
+        config: its config.
+        changes: values that replace those of the config.
+
+    Returns:
+        Whether the class is known, so that it could be tried.
     """
     from diffusers import SchedulerMixin
 
     kind = class_of(*[*entry, None, None][:2]) if isinstance(entry, list) else None
-    if kind is not None and issubclass(kind, SchedulerMixin):
-        with _silent():
-            scheduler = changed_scheduler(scheduler_of(kind, config, {}), changes)
-        check_text_trial(scheduler, steps, where, flag)
+    if kind is None or not issubclass(kind, SchedulerMixin):
+        return False
+    with _silent():
+        scheduler = changed_scheduler(scheduler_of(kind, config, {}), changes)
+    check_text_trial(scheduler, steps, where, flag)
+    return True
 
 
 def check_text_trial(scheduler: Any, steps: int, where: str, flag: str) -> None:

@@ -92,6 +92,7 @@ class StepGraph:
         Returns:
             [B] the losses; None if the step has to be done plainly.
         """
+        encoded = encoded.bare()
         shape = encoded.shape
         if shape not in self._recordings:
             self._recordings[shape] = self._recorded(encoded) if len(self._recordings) < SHAPES else None

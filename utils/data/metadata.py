@@ -126,6 +126,8 @@ class _Lists:
                 self.refused.append((place, reason or "has no file_name"))
                 continue
             known |= row.keys()
+            if not metadata.endswith(".jsonl"):  # of which a row may leave out what others have
+                self._check_columns(known, place)
             captions: tuple[str, ...] = ()
             if columns.caption is not None:
                 captions = columns.read(row.get(columns.caption), f"--caption_column {columns.caption}: {place}")
@@ -138,9 +140,8 @@ class _Lists:
             if path in here:
                 repeated.add(path)
             here[path] = here.get(path, ()) + captions
-        for flag, column in (("caption_column", columns.caption), ("mask_column", columns.mask)):
-            if column is not None and known:  # a row of JSON Lines may leave out what others have
-                _check_metadata_column(flag, column, known, metadata)
+        if known:
+            self._check_columns(known, metadata)
         if repeated:
             use = ", with one of its captions drawn at each step" if columns.caption is not None else ""
             logger.warning(
@@ -148,6 +149,12 @@ class _Lists:
                 *(file, len(repeated), short(min(repeated)), use),
             )
         self._add(metadata, here)
+
+    def _check_columns(self, known: set[str], place: str) -> None:
+        """Refuses a list without a column that is wanted."""
+        for flag, column in (("caption_column", self._columns.caption), ("mask_column", self._columns.mask)):
+            if column is not None:
+                _check_metadata_column(flag, column, known, place)
 
     def _path_of(self, parent: PurePosixPath, name: str, row: Mapping[str, object]) -> str | None:
         """The path of a row's image, whose mask is kept; None if it is refused or of another split."""
