@@ -6,7 +6,7 @@ accelerate launch evaluate_pipeline.py --pipeline ... --prompts_file ... --refer
 
 import sys
 
-from utils import prelude
+from utils.config import first_checks as prelude
 
 if __name__ == "__main__":
     prelude.start(sys.argv[1:], adds_to_output=True)
@@ -23,29 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from utils.checks import refuse_same_folder
-from utils.configs import require_model
-from utils.disk import write_text
-from utils.generation import (
-    Drawer,
-    GenerationOptions,
-    check_prompts,
-    claim_images,
-    class_numbers,
-    complete_prompts,
-    invalid_images,
-    set_scheduler,
-)
-from utils.image_sets import ReferenceOptions, drawn_images, folder_images, read_images
-from utils.loading import LoadingOptions, allowing_missing
-from utils.metrics.case import Case, ScoreOptions
-from utils.metrics.comparison import differences
-from utils.metrics.distances import NotComputable
-from utils.metrics.features import FeatureOptions, Network, Networks, Picture
-from utils.metrics.registry import DEFAULT_METRICS, METRICS, score
-from utils.metrics.scores import Score
-from utils.metrics.subjects import Reference, Statistics, Subject, Workers, write_statistics
-from utils.options import (
+from utils.config.options import (
     Stopped,
     UserError,
     as_record,
@@ -59,19 +37,22 @@ from utils.options import (
     run_script,
     without_secrets,
 )
-from utils.output_folder import check_writable
-from utils.pipelines import (
-    MODEL_CURE,
-    PipelineOptions,
-    PipelineSpec,
-    checkpoint_content,
-    indexed_names,
-    load_pipeline,
-    pipeline_class,
-)
-from utils.prompts import Prompt, PromptOptions, Task, plan_tasks, read_prompts
-from utils.report import Entry, Findings, write_report
-from utils.runtime import (
+from utils.config.output_folder import check_writable
+from utils.config.terminal import json_text, one_line, print_line, set_up_logging
+from utils.config.user_files import FileError, read_json
+from utils.evaluation.metrics.base import Case, ScoreOptions
+from utils.evaluation.metrics.comparison import differences
+from utils.evaluation.metrics.distances import NotComputable
+from utils.evaluation.metrics.features import FeatureOptions, Network, Networks, Picture
+from utils.evaluation.metrics.image_sets import Reference, Statistics, Subject, Workers, write_statistics
+from utils.evaluation.metrics.registry import DEFAULT_METRICS, METRICS, score
+from utils.evaluation.metrics.scores import Score
+from utils.evaluation.references import ReferenceOptions, drawn_images, folder_images, read_images
+from utils.evaluation.report import Entry, Findings, write_report
+from utils.models.loading import LoadingOptions, allowing_missing
+from utils.runtime.atomic_files import write_text
+from utils.runtime.hub_files import require_model
+from utils.runtime.processes import (
     DTYPES,
     OutputFolder,
     RuntimeOptions,
@@ -82,10 +63,29 @@ from utils.runtime import (
     versions,
     weight_dtype,
 )
-from utils.sampling_controls import SamplingControlOptions, SamplingControls
-from utils.stopping import StopRequests
-from utils.terminal import json_text, one_line, print_line, set_up_logging
-from utils.user_files import FileError, read_json
+from utils.runtime.stop_requests import StopRequests
+from utils.sampling.controls import SamplingControlOptions, SamplingControls
+from utils.sampling.drawer import (
+    Drawer,
+    GenerationOptions,
+    check_prompts,
+    claim_images,
+    class_numbers,
+    complete_prompts,
+    invalid_images,
+    set_scheduler,
+)
+from utils.sampling.pipelines import (
+    MODEL_CURE,
+    PipelineOptions,
+    PipelineSpec,
+    checkpoint_content,
+    indexed_names,
+    load_pipeline,
+    pipeline_class,
+)
+from utils.sampling.prompts import Prompt, PromptOptions, Task, plan_tasks, read_prompts
+from utils.training.compatibility import refuse_same_folder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -6,7 +6,7 @@ accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir
 
 import sys
 
-from utils import prelude
+from utils.config import first_checks as prelude
 
 if __name__ == "__main__":
     prelude.start(sys.argv[1:])
@@ -19,53 +19,58 @@ from pathlib import Path
 
 import torch
 
-from utils.adaptation import ADAPTATIONS, AdaptationOptions
-from utils.attention import Attention
-from utils.checkpoint import CheckpointOptions, step_of
-from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_token
-from utils.copies import HalfCopy
-from utils.course import Feed, Settings, Validation, start_course
+from utils.config.options import UserError, leave, parse, run_script
+from utils.config.seeding import model_seed
+from utils.config.terminal import Lines, print_line, set_up_logging
+from utils.config.training_length import LengthOptions
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CacheOptions
 from utils.data.captions import CaptionOptions
-from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
 from utils.data.images import ImageOptions
-from utils.data.sampler import GlobalBatches
-from utils.data.selection import HeldOutOptions, SelectionOptions
+from utils.data.loader import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
+from utils.data.order import GlobalBatches
+from utils.data.plan import HeldOutOptions, SelectionOptions
 from utils.data.sources import DataOptions, SourceOptions, source_entries
 from utils.data.stream import StreamedBatches
-from utils.disk_use import describe_disk, disk_use
-from utils.doctor import examine_data
-from utils.ema import EmaOptions
-from utils.encoding import Encoder
-from utils.export import CardFacts, HubOptions, publish
-from utils.families.registry import pick_family
-from utils.families.source import ModelOptions, PipelineSource
-from utils.families.text import TextFamily
-from utils.gradients import FREE_CURE, setting
-from utils.held_out import EarlyStoppingOptions, History
-from utils.length import LengthOptions
-from utils.loading import LoadingOptions, allowing_missing
-from utils.losses import LossOptions
-from utils.metrics.features import FeatureOptions
-from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
-from utils.objective import Objective
-from utils.optim import OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
-from utils.options import UserError, leave, parse, run_script
-from utils.perceptual import PerceptualOptions
-from utils.resuming import begin
-from utils.runtime import (
+from utils.diffusion.losses import LossOptions
+from utils.diffusion.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
+from utils.evaluation.metrics.features import FeatureOptions
+from utils.evaluation.while_training import EvaluationOptions, TrainingEvaluation
+from utils.models.attention import Attention
+from utils.models.loading import LoadingOptions, allowing_missing
+from utils.models.loss_terms import TermOptions
+from utils.models.perceptual_loss import PerceptualOptions
+from utils.models.pipeline_source import ModelOptions, PipelineSource
+from utils.models.registry import pick_family
+from utils.models.text_to_image import TextFamily
+from utils.runtime.processes import (
     OutputFolder,
     RuntimeOptions,
     ending,
     use_hub_cache_if_offline,
     weight_dtype,
 )
-from utils.sampling_controls import SamplingControlOptions, SamplingControls
-from utils.scheduler_trials import check_text_trial, check_trial_of
-from utils.seeding import model_seed
-from utils.speed import SpeedOptions
-from utils.starting import (
+from utils.runtime.stop_requests import StopRequests
+from utils.sampling.controls import SamplingControlOptions, SamplingControls
+from utils.sampling.prompt_samples import Sampler, ValidationOptions
+from utils.sampling.scheduler_trials import check_text_trial, check_trial_of
+from utils.training.adaptation import ADAPTATIONS, AdaptationOptions
+from utils.training.backward import FREE_CURE, setting
+from utils.training.bf16_weights import HalfCopy
+from utils.training.checkpoint import CheckpointOptions, step_of
+from utils.training.compatibility import check_cache, check_held_out, check_masks, check_optimizer, check_token
+from utils.training.course import Feed, Settings, Validation, start_course
+from utils.training.disk_use import describe_disk, disk_use
+from utils.training.dry_run import examine_data
+from utils.training.ema import EmaOptions
+from utils.training.encoding import Encoder
+from utils.training.log import TrackingOptions
+from utils.training.model_card import CardFacts, HubOptions, publish
+from utils.training.objective import Objective
+from utils.training.optimizers import OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
+from utils.training.resume import begin
+from utils.training.speed import SpeedOptions
+from utils.training.starting import (
     card_settings,
     data_name,
     describe_run,
@@ -82,12 +87,7 @@ from utils.starting import (
     start_engine,
     with_fast,
 )
-from utils.stopping import StopRequests
-from utils.terminal import Lines, print_line, set_up_logging
-from utils.terms import TermOptions
-from utils.tracking import TrackingOptions
-from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
-from utils.validation import Sampler, ValidationOptions
+from utils.training.validation_loss import EarlyStoppingOptions, History
 
 logger = logging.getLogger("utils.train_text_to_image")
 # the docstring's first line, which python -OO leaves out

@@ -6,7 +6,7 @@ accelerate launch train_unconditional.py --train_data_dir ... --output_dir ...
 
 import sys
 
-from utils import prelude
+from utils.config import first_checks as prelude
 
 if __name__ == "__main__":
     prelude.start(sys.argv[1:])
@@ -21,27 +21,31 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from utils.adaptation import FullFineTuning, TrainedOptions
-from utils.attention import Attention
-from utils.checkpoint import CheckpointOptions, step_of
-from utils.checks import check_cache, check_held_out, check_masks, check_optimizer, check_token
-from utils.copies import HalfCopy
-from utils.course import Feed, Settings, Validation, start_course
+from utils.config.options import UserError, leave, option, parse, run_script
+from utils.config.seeding import model_seed
+from utils.config.terminal import Lines, print_line, set_up_logging
+from utils.config.training_length import LengthOptions
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CacheOptions
 from utils.data.class_folders import describe_counts, same_text, warn_of_twins
-from utils.data.dataset import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
+from utils.data.class_labels import LabelledSource, LabelOptions, count_classes, in_order
 from utils.data.folders import ALL_SPLIT_WORDS
-from utils.data.labels import LabelledSource, LabelOptions, count_classes, in_order
+from utils.data.loader import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
 from utils.data.pixels import PixelOptions
-from utils.data.selection import HeldOutOptions, PlannedImages, SelectionOptions
+from utils.data.plan import HeldOutOptions, PlannedImages, SelectionOptions
 from utils.data.sources import DataOptions, source_entries
-from utils.disk_use import describe_disk, disk_use
-from utils.doctor import examine_data
-from utils.ema import EmaOptions
-from utils.encoding import Encoder
-from utils.export import CardFacts, HubOptions, publish
-from utils.families.unconditional import (
+from utils.diffusion.losses import LossOptions
+from utils.diffusion.noise import NoiseDraws
+from utils.diffusion.process import ProcessOptions, process_of
+from utils.evaluation.metrics.features import FeatureOptions
+from utils.evaluation.references import trained_images
+from utils.evaluation.while_training import EvaluationOptions, TrainingEvaluation
+from utils.models.attention import Attention
+from utils.models.latent_scaling import known_scaling, measured_scaling, remember_scaling
+from utils.models.loading import LoadingOptions, allowing_missing
+from utils.models.loss_terms import TermOptions
+from utils.models.perceptual_loss import PerceptualOptions
+from utils.models.unconditional import (
     UnconditionalFamily,
     UnconditionalModelOptions,
     Wanted,
@@ -49,22 +53,7 @@ from utils.families.unconditional import (
     fresh_scheduler,
     pick_unconditional,
 )
-from utils.flow import ProcessOptions, process_of
-from utils.gradients import FREE_CURE, setting
-from utils.grids import GridSampler, SamplingOptions
-from utils.held_out import EarlyStoppingOptions, History
-from utils.image_sets import trained_images
-from utils.length import LengthOptions
-from utils.loading import LoadingOptions, allowing_missing
-from utils.losses import LossOptions
-from utils.metrics.features import FeatureOptions
-from utils.noise import NoiseDraws
-from utils.objective import Objective
-from utils.optim import SCHEDULES, OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
-from utils.options import UserError, leave, option, parse, run_script
-from utils.perceptual import PerceptualOptions
-from utils.resuming import begin
-from utils.runtime import (
+from utils.runtime.processes import (
     OutputFolder,
     RuntimeOptions,
     ending,
@@ -72,11 +61,26 @@ from utils.runtime import (
     use_hub_cache_if_offline,
     weight_dtype,
 )
-from utils.sampling_controls import SamplingControlOptions, SamplingControls
-from utils.scaling import known_scaling, measured_scaling, remember_scaling
-from utils.seeding import model_seed
-from utils.speed import SpeedOptions
-from utils.starting import (
+from utils.runtime.stop_requests import StopRequests
+from utils.sampling.controls import SamplingControlOptions, SamplingControls
+from utils.sampling.grid_samples import GridSampler, SamplingOptions
+from utils.training.adaptation import FullFineTuning, TrainedOptions
+from utils.training.backward import FREE_CURE, setting
+from utils.training.bf16_weights import HalfCopy
+from utils.training.checkpoint import CheckpointOptions, step_of
+from utils.training.compatibility import check_cache, check_held_out, check_masks, check_optimizer, check_token
+from utils.training.course import Feed, Settings, Validation, start_course
+from utils.training.disk_use import describe_disk, disk_use
+from utils.training.dry_run import examine_data
+from utils.training.ema import EmaOptions
+from utils.training.encoding import Encoder
+from utils.training.log import TRACKERS, TrackingOptions
+from utils.training.model_card import CardFacts, HubOptions, publish
+from utils.training.objective import Objective
+from utils.training.optimizers import SCHEDULES, OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
+from utils.training.resume import begin
+from utils.training.speed import SpeedOptions
+from utils.training.starting import (
     card_settings,
     data_name,
     describe_run,
@@ -93,11 +97,7 @@ from utils.starting import (
     start_engine,
     with_fast,
 )
-from utils.stopping import StopRequests
-from utils.terminal import Lines, print_line, set_up_logging
-from utils.terms import TermOptions
-from utils.tracking import TRACKERS, TrackingOptions
-from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
+from utils.training.validation_loss import EarlyStoppingOptions, History
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

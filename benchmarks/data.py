@@ -40,20 +40,20 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from benchmarks.launch import import_torchvision  # noqa: E402
 from benchmarks.printing import print_machine, print_table  # noqa: E402
 from tests import tiny  # noqa: E402
+from utils.config.batch import Batch  # noqa: E402
+from utils.config.library_messages import hear_libraries  # noqa: E402
 from utils.data.buckets import BucketOptions  # noqa: E402
 from utils.data.cache import KEY_SIZE, EntryStore, in_shards, make_key  # noqa: E402
-from utils.data.cached import CachedCuts, CachedTexts, Encodings, LatentPlan, text_key, texts_of  # noqa: E402
 from utils.data.captions import CaptionOptions  # noqa: E402
-from utils.data.dataset import SampleSpec, TrainingDataset, Waiting, batches_by_step  # noqa: E402
-from utils.data.headers import Survey, add_digests, survey  # noqa: E402
+from utils.data.encodings import CachedCuts, CachedTexts, Encodings, LatentPlan, text_key, texts_of  # noqa: E402
 from utils.data.images import ImageOptions  # noqa: E402
-from utils.data.sampler import GlobalBatches  # noqa: E402
-from utils.data.selection import PlannedImages, SelectionOptions, plan_images  # noqa: E402
+from utils.data.loader import SampleSpec, TrainingDataset, Waiting, batches_by_step  # noqa: E402
+from utils.data.order import GlobalBatches  # noqa: E402
+from utils.data.plan import PlannedImages, SelectionOptions, plan_images  # noqa: E402
 from utils.data.sources import DataOptions, Records, Source, SourceOptions, read_records  # noqa: E402
+from utils.data.survey import Survey, add_digests, survey  # noqa: E402
 from utils.data.tables import ImageTable  # noqa: E402
-from utils.library_messages import hear_libraries  # noqa: E402
-from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, SampleDraws  # noqa: E402
-from utils.records import Batch  # noqa: E402
+from utils.diffusion.noise import ForwardProcess, NoiseDraws, NoiseOptions, SampleDraws  # noqa: E402
 
 hear_libraries()
 
@@ -312,9 +312,9 @@ def tiny_contestants(pipeline: Path, folder: Path) -> dict[str, Contestant]:
     """A tiny pipeline's encodings, read and computed; both must be the same."""
     from accelerate import Accelerator
 
-    from utils.encoding import CacheFiller, Encoder
-    from utils.families.registry import pick_family
-    from utils.families.source import ComponentDtypes, ModelOptions, PipelineSource
+    from utils.models.pipeline_source import ComponentDtypes, ModelOptions, PipelineSource
+    from utils.models.registry import pick_family
+    from utils.training.encoding import CacheFiller, Encoder
 
     source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipeline)))
     family = pick_family(source)(source, ComponentDtypes(*[torch.float32] * 3), {})
@@ -342,7 +342,7 @@ def encoded_live(images: PlannedImages) -> Iterator[int]:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from utils.families.vae import LatentSpace
+    from utils.models.latent_space import LatentSpace
 
     vae = AutoencoderKL(
         block_out_channels=[128, 256, 512, 512],

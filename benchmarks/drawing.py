@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.printing import print_machine, print_table
 from train_unconditional import main as train
-from utils.library_messages import hear_libraries
-from utils.metrics.distances import kernel_distance, polynomial_kernel
+from utils.config.library_messages import hear_libraries
+from utils.evaluation.metrics.distances import kernel_distance, polynomial_kernel
 
 hear_libraries()
 

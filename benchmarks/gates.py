@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.speed import allowed_error, typical_error
+from utils.training.speed import allowed_error, typical_error
 
 GRADIENT_ERROR = 1e-4  # float32: relative, of each tensor
 FLOORS = {"fp32": 1e-2, "bf16": 1e-4}  # of the root mean square of all gradients: below it a tensor's own is rounding

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from benchmarks import attention as race
 from benchmarks.gpu_runs import FAILED, HOLDS, Bench, Finding, Run, relative_distance, tensors_of
-from utils.attention import ATTENTION, CPU_ATTENTION
-from utils.course import Course
-from utils.encoding import EncodedBatch
-from utils.gradients import Gradients
-from utils.speed import Reference, allowed_error
-from utils.step_graph import Outcome, StepGraph
-from utils.tracking import SentNumbers
+from utils.models.attention import ATTENTION, CPU_ATTENTION
+from utils.training.backward import Gradients
+from utils.training.course import Course
+from utils.training.encoding import EncodedBatch
+from utils.training.log import SentNumbers
+from utils.training.speed import Reference, allowed_error
+from utils.training.step_graph import Outcome, StepGraph
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "bitsandbytes", "triton")
 PARITY = 1e-4  # of float32 on two devices: the worst tensor's relative error

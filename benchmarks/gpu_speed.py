@@ -27,25 +27,25 @@ from benchmarks.assets import UNCONDITIONAL_UNET, make_images, make_pipeline
 from benchmarks.gpu_runs import FAILED, HOLDS, SKIPPED, Bench, Finding, process_of_its_own
 from benchmarks.made import MODELS, TOKENS, Architecture, MadeSource
 from benchmarks.train import tuned_flags
-from utils.adaptation import ADAPTATIONS, FullFineTuning
-from utils.attention import Attention
-from utils.checkpoint import RunFacts
-from utils.copies import HalfCopy
-from utils.encoding import Encoder
-from utils.families.sd import StableDiffusion
-from utils.families.sdxl import StableDiffusionXL
-from utils.families.unconditional import Pixels, Wanted
-from utils.flow import process_of
-from utils.noise import ForwardProcess
-from utils.objective import Objective
-from utils.optim import set_learning_rate
-from utils.options import parse
-from utils.records import Batch
-from utils.runtime import OutputFolder, weight_dtype
-from utils.speed import Compilation, compile_denoiser
-from utils.starting import hasten, make_gradients, make_state, start_engine
-from utils.step_graph import CudaRecorder, StepGraph
-from utils.tracking import RunLog, StepMetrics
+from utils.config.batch import Batch
+from utils.config.options import parse
+from utils.diffusion.noise import ForwardProcess
+from utils.diffusion.process import process_of
+from utils.models.attention import Attention
+from utils.models.sd import StableDiffusion
+from utils.models.sdxl import StableDiffusionXL
+from utils.models.unconditional import Pixels, Wanted
+from utils.runtime.processes import OutputFolder, weight_dtype
+from utils.training.adaptation import ADAPTATIONS, FullFineTuning
+from utils.training.bf16_weights import HalfCopy
+from utils.training.checkpoint import RunFacts
+from utils.training.encoding import Encoder
+from utils.training.log import RunLog, StepMetrics
+from utils.training.objective import Objective
+from utils.training.optimizers import set_learning_rate
+from utils.training.speed import Compilation, compile_denoiser
+from utils.training.starting import hasten, make_gradients, make_state, start_engine
+from utils.training.step_graph import CudaRecorder, StepGraph
 
 WARM_UP = 3
 BF16 = "--mixed_precision bf16"

@@ -61,10 +61,13 @@ TIMED: dict[str, Sequence[tuple[str, str]]] = {
     ],
     "datasets.arrow_dataset": [("Dataset.map", "caching")],
     "datasets.load": [("load_dataset", "listing")],
-    "utils.preparation": [("DataPreparation.fill_cache", "caching"), ("DataPreparation.choose_images", "listing")],
-    "utils.ema": [("MovingAverage.update", "ema")],
-    "utils.starting": [("hasten", "compiling")],
-    "utils.gradients": [("Gradients.rehearse", "rehearsing")],
+    "utils.training.preparation": [
+        ("DataPreparation.fill_cache", "caching"),
+        ("DataPreparation.choose_images", "listing"),
+    ],
+    "utils.training.ema": [("MovingAverage.update", "ema")],
+    "utils.training.starting": [("hasten", "compiling")],
+    "utils.training.backward": [("Gradients.rehearse", "rehearsing")],
 }
 """Calls by module, and the phase that their time counts in. What a module does not have is passed over."""
 SYNCHRONISING = (

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from tests import tiny
-from utils.families.sd import StableDiffusion
-from utils.families.sdxl import StableDiffusionXL
-from utils.families.source import ComponentDtypes, ModelOptions
-from utils.families.text import TextFamily
+from utils.models.pipeline_source import ComponentDtypes, ModelOptions
+from utils.models.sd import StableDiffusion
+from utils.models.sdxl import StableDiffusionXL
+from utils.models.text_to_image import TextFamily
 
 TOKENS, BEGIN, END = 77, 512, 513  # of the tokenizer that stands in for CLIP's
 

@@ -48,13 +48,13 @@ from benchmarks.made import MODELS, TOKENS, Architecture, MadeSource  # noqa: E4
 from benchmarks.printing import print_table  # noqa: E402
 from tests import tiny  # noqa: E402
 from train_text_to_image import Options  # noqa: E402
-from utils.adaptation import ADAPTATIONS  # noqa: E402
-from utils.ema import MovingAverage  # noqa: E402
-from utils.families.base import TextStates  # noqa: E402
-from utils.families.text import TextFamily  # noqa: E402
-from utils.optim import NamedParameter  # noqa: E402
-from utils.options import UserError, parse, run_script  # noqa: E402
-from utils.starting import make_optimizer  # noqa: E402
+from utils.config.options import UserError, parse, run_script  # noqa: E402
+from utils.models.base import TextStates  # noqa: E402
+from utils.models.text_to_image import TextFamily  # noqa: E402
+from utils.training.adaptation import ADAPTATIONS  # noqa: E402
+from utils.training.ema import MovingAverage  # noqa: E402
+from utils.training.optimizers import NamedParameter  # noqa: E402
+from utils.training.starting import make_optimizer  # noqa: E402
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
 STEPS = 6

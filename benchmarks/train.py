@@ -520,7 +520,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def refuse(message: str) -> NoReturn:
     """Ends with an error's line."""
-    from utils.options import UserError
+    from utils.config.options import UserError
 
     raise UserError(message)
 
@@ -675,7 +675,7 @@ def known_peak(precision: str) -> float | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; gives its exit status: 1 where a gate fails, 2 where it can't run."""
     args = parse_arguments(argv)
-    from utils.options import UserError
+    from utils.config.options import UserError
 
     try:
         return run(args)

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from classifier import judge, train_classifier
 from digits import NEW_DIGITS, PRETRAINED_DIGITS, evaluation_wishes, write_fine_tuning_folder, write_validation_folder
 from run import BASE, DEMO, LORA_TARGETS, NUM_PER_DIGIT, SHARED_ARGUMENTS, StableDiffusionPipeline, draw, load_pipeline
-from utils.adaptation import ADAPTATIONS
-from utils.losses import LOSSES, WEIGHTINGS
-from utils.optim import OPTIMIZERS
+from utils.diffusion.losses import LOSSES, WEIGHTINGS
+from utils.training.adaptation import ADAPTATIONS
+from utils.training.optimizers import OPTIMIZERS
 
 README = DEMO / "README.md"
 BEGIN, END = "<!-- compare: begin -->", "<!-- compare: end -->"

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from classifier import ink_of_pictures, to_network_size, trained_classifier
 from digits import enlarge, split_digits
-from utils.metrics.features import Network
+from utils.evaluation.metrics.features import Network
 
 
 class DigitFeatures(Network):

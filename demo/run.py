@@ -32,7 +32,7 @@ sys.path.insert(0, str(DEMO.parent))
 
 from evaluate_pipeline import main as evaluate  # noqa: E402
 from train_text_to_image import main as train  # noqa: E402
-from utils.library_messages import hear_libraries  # noqa: E402
+from utils.config.library_messages import hear_libraries  # noqa: E402
 
 hear_libraries()
 

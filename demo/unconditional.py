@@ -22,8 +22,8 @@ DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 
 from train_unconditional import main as train  # noqa: E402
-from utils.grids import film, grid_of  # noqa: E402
-from utils.library_messages import hear_libraries  # noqa: E402
+from utils.config.library_messages import hear_libraries  # noqa: E402
+from utils.sampling.grid_samples import film, grid_of  # noqa: E402
 
 hear_libraries()
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from utils.records import Predicted
-from utils.terms import LossTerm, TermFacts
+from utils.config.batch import Predicted
+from utils.models.loss_terms import LossTerm, TermFacts
 
 
 class AdversarialLoss(LossTerm):

@@ -20,10 +20,10 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-import utils.engines
-import utils.runtime
-from utils.optim import OPTIMIZERS
-from utils.options import leave
+import utils.runtime.engines
+import utils.runtime.processes
+from utils.config.options import leave
+from utils.training.optimizers import OPTIMIZERS
 
 
 def shard() -> None:
@@ -38,13 +38,13 @@ def shard() -> None:
         AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2)
 
     accelerate.Accelerator.__init__ = create
-    utils.runtime.check_engine = lambda on_cpu, precision: None
+    utils.runtime.processes.check_engine = lambda on_cpu, precision: None
 
 
 def fail(where: str, error: Exception) -> None:
     """Has one rank raise in one of its backward passes."""
     rank, call = (int(part) for part in where.split(":"))
-    backward, calls = utils.engines.Engine.backward, []
+    backward, calls = utils.runtime.engines.Engine.backward, []
 
     def raising(self, loss) -> None:
         calls.append(None)
@@ -52,12 +52,12 @@ def fail(where: str, error: Exception) -> None:
             raise error
         backward(self, loss)
 
-    utils.engines.Engine.backward = raising
+    utils.runtime.engines.Engine.backward = raising
 
 
 def fail_forward(where: str) -> None:
     """Has one rank run out of memory in one of its forward passes, once."""
-    from utils.objective import Objective
+    from utils.training.objective import Objective
 
     rank, call = (int(part) for part in where.split(":"))
     forward, calls = Objective.forward, []

@@ -5,15 +5,15 @@ from pathlib import Path
 import torch
 
 from tests import tiny
-from utils.metrics.inception import InceptionNetwork
-from utils.metrics.lpips import LpipsNetwork
+from utils.evaluation.metrics.inception import InceptionNetwork
+from utils.evaluation.metrics.lpips import LpipsNetwork
 
 OWN_NETWORK = '''
 import numpy as np
 import torch
 from torch import nn
 
-from utils.metrics.features import Network
+from utils.evaluation.metrics.features import Network
 
 
 class Small(Network):

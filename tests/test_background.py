@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 
 from tests.conftest import message
-from utils.background import BackgroundWriter, HostBuffers
-from utils.checkpoint import Checkpoints
-from utils.optim import NamedParameter
-from utils.options import UserError
+from utils.config.options import UserError
+from utils.runtime.background_writer import BackgroundWriter, HostBuffers
+from utils.training.checkpoint import Checkpoints
+from utils.training.optimizers import NamedParameter
 
 ROOT = Path(__file__).parent.parent
 RUNS = {
@@ -92,7 +92,7 @@ def test_buffers_are_kept_and_counted(monkeypatch, tmp_path):
     assert buffers.copy("a", tensor.half()) is not first
     facts = tmp_path / "meminfo"
     facts.write_text("MemTotal:       100 kB\nMemAvailable:   10 kB\n")
-    monkeypatch.setattr("utils.background.MEMORY_FACTS", facts)
+    monkeypatch.setattr("utils.runtime.background_writer.MEMORY_FACTS", facts)
     assert buffers.have_room_for([torch.zeros(1000)])
     assert not buffers.have_room_for([torch.zeros(5000)])
 
@@ -114,10 +114,10 @@ def test_without_room_the_training_waits(train, monkeypatch, caplog):
 def test_on_a_gpu_with_room_for_two_copies_it_is_the_default(monkeypatch, device, asked, available, is_on):
     from types import SimpleNamespace
 
-    from utils import course
-    from utils.state import RunState
+    from utils.training import course
+    from utils.training.state import RunState
 
-    monkeypatch.setattr("utils.state.available_memory", lambda: available)
+    monkeypatch.setattr("utils.training.state.available_memory", lambda: available)
     monkeypatch.setattr(course, "on_main_process", lambda _, ask: ask())
     weight = NamedParameter("a", torch.nn.Parameter(torch.zeros(500)), 1.0)  # 2,000 bytes
     accelerator = SimpleNamespace(device=torch.device(device))

@@ -175,7 +175,7 @@ def test_an_output_folder_that_holds_another_run(train, capsys):
 
 
 def test_an_output_folder_in_use(train, capsys, tmp_path):
-    from utils.runtime import OutputFolder
+    from utils.runtime.processes import OutputFolder
 
     other = OutputFolder(str(tmp_path / "out"))
     other.claim(resuming=False, overwrite=False)
@@ -288,13 +288,13 @@ def test_only_truncated_images(train, capsys, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed(train, capsys, monkeypatch):
-    monkeypatch.setattr("utils.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("utils.training.log.find_spec", lambda name: None)
     train("sd", "--report_to", "wandb", expect=2)
     assert "pip install wandb" in message(capsys)
 
 
 def test_a_token_that_a_tracker_would_record(train, capsys, monkeypatch):
-    monkeypatch.setattr("utils.tracking.find_spec", lambda name: object())
+    monkeypatch.setattr("utils.training.log.find_spec", lambda name: object())
     train("sd", "--report_to", "wandb", "--push_to_hub", "--hub_token", "hf_x", expect=2)
     assert "hf auth login" in message(capsys)
 

@@ -223,7 +223,7 @@ def test_a_cache_of_an_earlier_version_is_encoded_again(train, tmp_path, caplog)
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_shard_cut_off_in_use_ends_the_run_with_its_name(train, tmp_path, capsys, monkeypatch, num_workers):
-    from utils.gradients import Gradients
+    from utils.training.backward import Gradients
 
     rehearse = Gradients.rehearse
 
@@ -317,7 +317,7 @@ def test_cache_only_and_verify(train, tmp_path, capsys):
 
 
 def test_half_precision_that_overflows_is_stored_wider():
-    from utils.encoding import joined, stored
+    from utils.training.encoding import joined, stored
 
     values = torch.tensor([1.0, 70000.0])
     assert stored(values, torch.float16).dtype == torch.float32
@@ -420,7 +420,7 @@ def test_foreign_and_broken_files_in_the_cache_folder(tmp_path):
 
 
 def test_verifying_finds_what_is_not_finite():
-    from utils.encoding import relative_error
+    from utils.training.encoding import relative_error
 
     assert relative_error(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2.0])) == float("inf")
 

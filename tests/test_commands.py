@@ -46,8 +46,8 @@ def small(command: str) -> list[str]:
 
 @pytest.mark.parametrize("case", DIFFUSERS_COMMANDS)
 def test_a_command_of_the_diffusers_examples(train, pipelines, case, monkeypatch):
-    monkeypatch.setattr("utils.starting.create_repository", lambda folder, options: folder.name)
-    monkeypatch.setattr("utils.export.upload", lambda *arguments: None)
+    monkeypatch.setattr("utils.training.starting.create_repository", lambda folder, options: folder.name)
+    monkeypatch.setattr("utils.training.model_card.upload", lambda *arguments: None)
     name, *rest = case.split()
     out = train(name, *small(DIFFUSERS_COMMANDS[case]))
     if "lora" in rest:
@@ -58,7 +58,7 @@ def test_a_command_of_the_diffusers_examples(train, pipelines, case, monkeypatch
 
 def test_the_readmes_commands_parse(tmp_path):
     from train_text_to_image import Options
-    from utils.options import parse
+    from utils.config.options import parse
 
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     commands = [block.replace("\\\n", " ") for block in blocks if "train_text_to_image.py \\" in block]
@@ -72,8 +72,8 @@ def test_the_readmes_commands_parse(tmp_path):
 
 def test_the_readmes_evaluations_parse(tmp_path):
     from evaluate_pipeline import Options
-    from utils.metrics.registry import METRICS
-    from utils.options import parse
+    from utils.config.options import parse
+    from utils.evaluation.metrics.registry import METRICS
 
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", readme, flags=re.S)

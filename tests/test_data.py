@@ -16,17 +16,18 @@ import pytest
 from PIL import Image, ImageFilter
 
 from tests import tiny
-from utils.data import headers, images
+from utils.config.batch import RecordPass
+from utils.config.options import UserError
+from utils.data import images
+from utils.data import survey as headers
 from utils.data.buckets import NONE, BucketOptions, area_buckets, plan_buckets
 from utils.data.captions import CaptionOptions, compose, folder_caption
-from utils.data.cuts import make_cut, plan_cut
-from utils.data.headers import add_digests, survey
+from utils.data.crop_plan import make_cut, plan_cut
 from utils.data.images import ImageOptions, open_image, read_header, read_rgb
-from utils.data.sampler import GlobalBatches, Pieces
-from utils.data.selection import PlannedImages, SelectionOptions, plan_images
+from utils.data.order import GlobalBatches, Pieces
+from utils.data.plan import PlannedImages, SelectionOptions, plan_images
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records
-from utils.options import UserError
-from utils.records import RecordPass
+from utils.data.survey import add_digests, survey
 
 
 def records_of(folder: Path | None = None, captions: CaptionOptions | None = None, **options) -> Records:
@@ -567,13 +568,13 @@ class TestSurvey:
         folder = tmp_path / "data"
         for number in range(4):
             make_picture(folder / f"{number}.png", (30 + number, 20))
-        monkeypatch.setattr("utils.data.remembered.SETTLED_NANOSECONDS", 0)
+        monkeypatch.setattr("utils.data.image_facts.SETTLED_NANOSECONDS", 0)
         first = survey(records_of(folder), tmp_path / "memory")
         make_picture(folder / "2.png", (77, 55))
         make_picture(folder / "new.png", (11, 12))
         read = []
         original = read_header
-        monkeypatch.setattr("utils.data.headers.read_header", lambda image: read.append(image) or original(image))
+        monkeypatch.setattr("utils.data.survey.read_header", lambda image: read.append(image) or original(image))
         second = survey(records_of(folder), tmp_path / "memory")
         assert sorted(Path(path).name for path in read) == ["2.png", "new.png"]
         assert first.sizes.tolist() == [[30, 20], [31, 20], [32, 20], [33, 20]]
@@ -582,18 +583,18 @@ class TestSurvey:
     @pytest.mark.parametrize("is_plain_first", [False, True])
     def test_digests_that_an_earlier_release_remembers_are_taken_over(self, tmp_path, monkeypatch, is_plain_first):
         """No file is read whole again for what only its header tells anew, but one that was changed."""
-        monkeypatch.setattr("utils.data.remembered.SETTLED_NANOSECONDS", 0)
+        monkeypatch.setattr("utils.data.image_facts.SETTLED_NANOSECONDS", 0)
         for number in range(4):
             make_picture(tmp_path / "data" / f"{number}.png", (30 + number, 20))
         memory, wanted = tmp_path / "memory", np.ones(4, bool)
         with monkeypatch.context() as patch:
-            patch.setattr("utils.data.headers.NOW", headers.BEFORE)
+            patch.setattr("utils.data.survey.NOW", headers.BEFORE)
             first = survey(records_of(tmp_path / "data"), memory)
             add_digests(first, records_of(tmp_path / "data"), wanted, memory)
         make_picture(tmp_path / "data" / "2.png", (77, 55))
         records, read = records_of(tmp_path / "data"), []
         original = headers.image_bytes
-        monkeypatch.setattr("utils.data.headers.image_bytes", lambda image: read.append(image) or original(image))
+        monkeypatch.setattr("utils.data.survey.image_bytes", lambda image: read.append(image) or original(image))
         second = survey(records, memory) if is_plain_first else headers.Survey.unknown(4)
         add_digests(second, records, wanted, memory)
         assert [Path(path).name for path in read] == ["2.png"]
@@ -759,7 +760,7 @@ class TestStream:
         assert (sheet != 255).any(axis=2).mean() > 0.2
 
     def test_a_stream_without_samples_is_examined(self, shards):
-        from utils.doctor import examine_stream
+        from utils.training.dry_run import examine_stream
 
         lines = examine_stream(self.stream(shards), [], lambda texts: np.zeros(len(texts), np.int64), 75)
         assert lines == ["  none came of a stream of unknown length in 4 shards"]
@@ -778,7 +779,7 @@ class TestStreamedTars:
     @pytest.fixture(autouse=True, params=["on a disk", "on the Hub"])
     def place(self, request, monkeypatch, tmp_path) -> str:
         from utils.data import stream
-        from utils.data.listing import Fates
+        from utils.data.file_listing import Fates
         from utils.data.tar_streams import tar_samples
 
         def from_afar(source, cache_dir, left_out):
@@ -975,7 +976,7 @@ def test_the_doctor(train, tmp_path, capsys):
 
 def test_what_is_asked_of_captions_reaches_the_batches(train, pipelines, tmp_path):
     """Prefix, trigger word and dropout, source by source, as the tokens that a batch carries."""
-    from utils.data.dataset import text_of
+    from utils.data.loader import text_of
 
     for name in ("dogs", "cats"):
         for number in range(4):
@@ -1184,7 +1185,7 @@ class TestOddNamesAndLines:
 
 
 def test_an_edited_file_that_a_dataset_names_is_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.data.remembered.SETTLED_NANOSECONDS", 0)
+    monkeypatch.setattr("utils.data.image_facts.SETTLED_NANOSECONDS", 0)
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -1214,7 +1215,7 @@ def test_merging_takes_the_smallest_again_after_each_merge_and_enlarges_nothing_
 
 def test_the_facts_of_a_large_table_are_read_without_sending_it_to_each_process(tmp_path, monkeypatch):
     """Processes inherit the table: a chunk of rows is all that is pickled."""
-    from utils.data import headers
+    from utils.data import survey as headers
 
     for number in range(12):
         make_picture(tmp_path / f"{number}.png", (20 + number, 30))

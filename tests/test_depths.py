@@ -10,7 +10,9 @@ from PIL import Image
 
 from tests.test_data import records_of
 from tests.test_images import encoded, picture, with_chunk
-from utils.data import headers, images
+from utils.config.batch import MaskFile
+from utils.data import images
+from utils.data import survey as headers
 from utils.data.images import (
     MANY_PIXELS,
     TURNS,
@@ -23,7 +25,6 @@ from utils.data.images import (
 )
 from utils.data.mask_values import mask_values
 from utils.data.pixels import PixelOptions, read_deep
-from utils.records import MaskFile
 
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 

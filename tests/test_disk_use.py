@@ -5,10 +5,10 @@ from types import MappingProxyType
 
 import pytest
 
-from utils.checkpoint import CheckpointOptions
-from utils.disk_use import DiskUse, describe_disk, disk_use
-from utils.ema import EmaOptions
-from utils.optim import OPTIMIZERS, STATE_BYTES
+from utils.training.checkpoint import CheckpointOptions
+from utils.training.disk_use import DiskUse, describe_disk, disk_use
+from utils.training.ema import EmaOptions
+from utils.training.optimizers import OPTIMIZERS, STATE_BYTES
 
 FLAGS = ("--lr_scheduler", "constant", "--max_train_steps", 2, "--checkpointing_steps", 1)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from utils.metrics import distances
-from utils.metrics.distances import NotComputable, PairSums
+from utils.evaluation.metrics import distances
+from utils.evaluation.metrics.distances import NotComputable, PairSums
 
 
 def sets(count=300, others=260, width=16, shift=0.3, seed=0):

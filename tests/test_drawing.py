@@ -18,15 +18,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from tests.conftest import message
-from utils.families.conditional_ddpm import ConditionalDDPMPipeline
-from utils.families.unconditional import ImplicitPixels, LabelledPixels, Latents, Pixels, fresh_scheduler
-from utils.flow import ProcessOptions
-from utils.generation import SCHEDULERS, Drawer, GenerationOptions, image_seed, set_scheduler
-from utils.grids import SamplingOptions
-from utils.options import UserError
-from utils.prompts import Prompt, Task
-from utils.samplers import SAMPLERS, exported, same_steps, sampler_of
-from utils.sampling_controls import SamplingControlOptions, SamplingControls
+from utils.config.options import UserError
+from utils.diffusion.process import ProcessOptions
+from utils.diffusion.samplers import SAMPLERS, exported, same_steps, sampler_of
+from utils.models.conditional_ddpm import ConditionalDDPMPipeline
+from utils.models.unconditional import ImplicitPixels, LabelledPixels, Latents, Pixels, fresh_scheduler
+from utils.sampling.controls import SamplingControlOptions, SamplingControls
+from utils.sampling.drawer import SCHEDULERS, Drawer, GenerationOptions, image_seed, set_scheduler
+from utils.sampling.grid_samples import SamplingOptions
+from utils.sampling.prompts import Prompt, Task
 
 KINDS = ("epsilon", "v_prediction", "sample")
 POINTS = torch.tensor([[0.9, -0.7, 0.2, -0.9], [-0.8, 0.5, -1.0, 0.4], [0.1, 0.9, -0.4, 0.8], [-0.9, -0.9, 0.7, 1.0]])

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, lora, losses, weights
-from utils.ema import EmaOptions
-from utils.ema_lengths import KEPT_LENGTHS, AverageLengths, PowerAverage, factors_of, gamma_of, overlap
-from utils.optim import NamedParameter
+from utils.training.ema import EmaOptions
+from utils.training.optimizers import NamedParameter
+from utils.training.posthoc_ema import KEPT_LENGTHS, AverageLengths, PowerAverage, factors_of, gamma_of, overlap
 
 
 def test_the_power_of_a_length():

@@ -21,11 +21,11 @@ from tests import tiny
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_launch import ROOT, command, launcher, run
 from train_text_to_image import Options
-from utils import heartbeat
-from utils.engines import Engine, ShardedEngine, ZeroEngine, check_engine
-from utils.heartbeat import Heartbeat
-from utils.optim import OPTIMIZERS
-from utils.options import UserError
+from utils.config.options import UserError
+from utils.runtime import heartbeat
+from utils.runtime.engines import Engine, ShardedEngine, ZeroEngine, check_engine
+from utils.runtime.heartbeat import Heartbeat
+from utils.training.optimizers import OPTIMIZERS
 
 LAUNCHED = str(ROOT / "tests" / "launched.py")
 # plain SGD shows gradients as they are, if they are not clipped
@@ -165,7 +165,7 @@ def test_fsdp2_leaves_the_batch_in_float32(monkeypatch, precision):
     )
     monkeypatch.setattr(Engine, "prepare", lambda self, model, optimizer, max_norm: (model, optimizer))
     root = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(_lazy_init=lambda: None))
-    monkeypatch.setattr("utils.engines.sharded_parts", lambda modules: [root])
+    monkeypatch.setattr("utils.runtime.engines.sharded_parts", lambda modules: [root])
     objective, _ = ShardedEngine(accelerator).prepare(Sizes(), None, 1.0)
     assert plugin.mixed_precision_policy.cast_forward_inputs is False
     kept, computed = objective(torch.tensor([1023.0, 683.0]))

@@ -78,16 +78,16 @@ class Independent:
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("name", ["sd", "sd2", "sdxl"])
 def test_loss_and_gradients_equal_an_independent_computation(pipelines, images, name, gamma):
-    from utils.adaptation import AdaptationOptions, FullFineTuning
-    from utils.data.dataset import SampleSpec, TrainingDataset
     from utils.data.images import ImageOptions
-    from utils.data.sampler import Piece
-    from utils.encoding import Encoder
-    from utils.families.registry import pick_family
-    from utils.families.source import ModelOptions, PipelineSource
-    from utils.losses import LossOptions
-    from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions
-    from utils.objective import Objective
+    from utils.data.loader import SampleSpec, TrainingDataset
+    from utils.data.order import Piece
+    from utils.diffusion.losses import LossOptions
+    from utils.diffusion.noise import ForwardProcess, NoiseDraws, NoiseOptions
+    from utils.models.pipeline_source import ModelOptions, PipelineSource
+    from utils.models.registry import pick_family
+    from utils.training.adaptation import AdaptationOptions, FullFineTuning
+    from utils.training.encoding import Encoder
+    from utils.training.objective import Objective
 
     source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipelines[name])))
     adaptation_options = AdaptationOptions()

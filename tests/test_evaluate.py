@@ -19,11 +19,11 @@ from tests import networks, tiny
 from tests.conftest import message, reset_accelerate
 from tests.test_generation import assert_same, images_in
 from tests.tiny import class_conditional, unconditional
+from utils.config.options import UserError
 from utils.data import colours
-from utils.image_sets import ReferenceOptions, read_images
-from utils.metrics.features import Network
-from utils.metrics.registry import METRICS
-from utils.options import UserError
+from utils.evaluation.metrics.features import Network
+from utils.evaluation.metrics.registry import METRICS
+from utils.evaluation.references import ReferenceOptions, read_images
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a red square", "a blue square", "a green square"]
@@ -148,7 +148,7 @@ def test_the_scores_do_not_depend_on_batch_size_or_processes(evaluate, pipelines
 
 def test_killed_while_drawing_and_started_again(evaluate, pipelines, tmp_path, monkeypatch):
     """A process that dies after five images, without a chance to tidy."""
-    from utils import generation
+    from utils.sampling import drawer as generation
 
     shared = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--batch_size", 2, "--metrics", "none"]
     _, whole = evaluate(*shared, out="whole")
@@ -452,7 +452,7 @@ def test_sets_that_are_not_of_the_same_prompts_stand_apart(evaluate, flags, tmp_
 
 
 def test_a_score_that_is_not_finite_has_failed(evaluate, images, flags, monkeypatch, capsys):
-    from utils.metrics.scores import Score
+    from utils.evaluation.metrics.scores import Score
 
     metric = METRICS["vendi"]._replace(compute=lambda case: [Score("vendi", float("nan"), "higher")])
     monkeypatch.setitem(METRICS, "vendi", metric)
@@ -489,7 +489,7 @@ def test_a_checkpoint_of_nothing_is_not_scored_as_the_base(evaluate, pipelines, 
 
 
 def test_networks_that_are_not_there_are_listed_with_the_reason(evaluate, images, real_images, monkeypatch, tmp_path):
-    from utils.metrics import features
+    from utils.evaluation.metrics import features
 
     monkeypatch.setattr(features, "INCEPTION_URL", f"file://{tmp_path}/none-6726825d.pth")
     monkeypatch.setitem(features.TRUNK_URLS, "alex", f"file://{tmp_path}/none-7be5be79.pth")
@@ -572,9 +572,9 @@ def in_training(pipelines, models, real_images, tmp_path):
     """in_training(first_step=...) is a TrainingEvaluation and a pipeline that it draws from."""
     from accelerate import Accelerator
 
-    from utils.metrics.features import FeatureOptions
-    from utils.pipelines import PipelineSpec, load_pipeline
-    from utils.training_evaluation import EvaluationOptions, TrainingEvaluation
+    from utils.evaluation.metrics.features import FeatureOptions
+    from utils.evaluation.while_training import EvaluationOptions, TrainingEvaluation
+    from utils.sampling.pipelines import PipelineSpec, load_pipeline
 
     def make(first_step=0, **more):
         reset_accelerate()
@@ -678,7 +678,7 @@ def test_a_pipeline_without_prompts_is_refused_before_the_first_step(in_training
 def test_a_signal_ends_the_drawing_and_the_same_command_goes_on(evaluate, pipelines, monkeypatch, capsys):
     import signal
 
-    from utils import generation
+    from utils.sampling import drawer as generation
 
     shared = ["--pipeline", pipelines["sd"], "--prompts", *PROMPTS, "--batch_size", 2, "--metrics", "none"]
     save = generation.Drawer._save

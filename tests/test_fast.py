@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional
 
 from tests.test_equivalences import assert_same_bits, losses, weights
-from utils import attention
-from utils.attention import CPU_ATTENTION, Call, Recorder, race
-from utils.fast import PARTS, Circumstances, hastened, offer, paying_parts
-from utils.options import UserError
-from utils.speed import Compilation, SpeedOptions, as_before, compile_denoiser
+from utils.config.options import UserError
+from utils.models import attention
+from utils.models.attention import CPU_ATTENTION, Call, Recorder, race
+from utils.training.fast import PARTS, Circumstances, hastened, offer, paying_parts
+from utils.training.speed import Compilation, SpeedOptions, as_before, compile_denoiser
 
 HOPPER = Circumstances(
     device="cuda",
@@ -96,9 +96,9 @@ def test_a_part_whose_gate_fails_is_left_out(train, caplog, monkeypatch):
         compile_denoiser(denoiser, how)
         raise UserError("--compile: compiled, the gradient of conv_in.weight is 44 % off; leave it out")
 
-    monkeypatch.setattr("utils.starting.compile_checked", refuse)
-    monkeypatch.setattr("utils.fast.Circumstances.has_tensor_cores", property(lambda self: True))
-    monkeypatch.setattr("utils.fast.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("utils.training.starting.compile_checked", refuse)
+    monkeypatch.setattr("utils.training.fast.Circumstances.has_tensor_cores", property(lambda self: True))
+    monkeypatch.setattr("utils.training.fast.importlib.util.find_spec", lambda name: object())
     flags = ["--max_train_steps", 2]
     fast = train("sd", *flags, "--fast", out="fast")
     assert "--fast leaves out --compile blocks: compiled, the gradient of conv_in.weight is 44 % off" in caplog.text
@@ -177,8 +177,8 @@ def test_what_won_is_kept_for_a_resumed_run(train, monkeypatch, caplog, winner):
         races.append(len(calls))
         return winner
 
-    monkeypatch.setattr("utils.starting.race", raced)
-    monkeypatch.setattr("utils.starting.RACED_ON", ("cpu",))
+    monkeypatch.setattr("utils.training.starting.race", raced)
+    monkeypatch.setattr("utils.training.starting.RACED_ON", ("cpu",))
     flags = ["--fast", "--checkpointing_steps", 2]
     out = train("sd", *flags, "--max_train_steps", 2)
     assert json.loads((out / "checkpoint-2" / "training_state.json").read_text())["attention"] == winner

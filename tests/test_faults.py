@@ -26,15 +26,15 @@ from tests import tiny
 from tests.conftest import message, reset_accelerate
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_launch import command
-from utils import held_out
-from utils.checkpoint import Checkpoints, damage
-from utils.course import Course
-from utils.data.dataset import TrainingDataset
-from utils.encoding import CacheFiller, Encoder
-from utils.held_out import HeldOut
-from utils.objective import Objective
-from utils.state import CheckpointSaver, RunState
-from utils.tracking import RunLog
+from utils.data.loader import TrainingDataset
+from utils.training import validation_loss as held_out
+from utils.training.checkpoint import Checkpoints, damage
+from utils.training.course import Course
+from utils.training.encoding import CacheFiller, Encoder
+from utils.training.log import RunLog
+from utils.training.objective import Objective
+from utils.training.state import CheckpointSaver, RunState
+from utils.training.validation_loss import HeldOut
 
 BOTH = pytest.mark.parametrize("kind", ["sd", "pixels"])
 FLAGS = ["--train_batch_size", 2, "--learning_rate", 1e-3, "--checkpointing_steps", 2, "--lr_scheduler", "constant"]
@@ -324,8 +324,8 @@ def test_a_worker_that_runs_out_of_memory(train, monkeypatch, capsys):
 
 def test_a_process_that_reads_headers_and_is_killed(train, monkeypatch, capsys, tmp_path):
     data = tiny.make_images(tmp_path / "data", 8)  # of which nothing is remembered
-    monkeypatch.setattr("utils.data.headers.MANY", 1)
-    monkeypatch.setattr("utils.data.headers._read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("utils.data.survey.MANY", 1)
+    monkeypatch.setattr("utils.data.survey._read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     train("sd", *FLAGS, "--max_train_steps", 2, data=data, expect=2)
     assert "a process that reads files was killed" in message(capsys)
 
@@ -448,8 +448,10 @@ def losses_that_are_not_finite(monkeypatch) -> Callable[[set[int]], None]:
 def test_a_diverged_run_says_so_and_ends_with_1(train, kind, losses_that_are_not_finite, capsys, monkeypatch):
     """In its error, its record and its model card; the result is written."""
     cards, verdict = [], "3 of 4 steps had no finite loss and gradient"
-    monkeypatch.setattr("utils.starting.create_repository", lambda folder, options: folder.name)
-    monkeypatch.setattr("utils.export.upload", lambda folder, *_: cards.append((folder / "README.md").read_text()))
+    monkeypatch.setattr("utils.training.starting.create_repository", lambda folder, options: folder.name)
+    monkeypatch.setattr(
+        "utils.training.model_card.upload", lambda folder, *_: cards.append((folder / "README.md").read_text())
+    )
     losses_that_are_not_finite({1, 2, 4})
     out = train(kind, *FLAGS, "--max_train_steps", 4, "--push_to_hub", expect=1)
     assert f"the run has diverged: {verdict}" in message(capsys)

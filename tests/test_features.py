@@ -11,12 +11,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests import networks, tiny
-from utils.metrics.case import Case, ScoreOptions
-from utils.metrics.clip_score import clip_score
-from utils.metrics.comparison import differences
-from utils.metrics.distances import Failed, NotComputable
-from utils.metrics.diversity import lpips_diversity, memorisation
-from utils.metrics.features import (
+from utils.config.options import UserError
+from utils.evaluation.metrics.base import Case, ScoreOptions
+from utils.evaluation.metrics.clip_score import clip_score
+from utils.evaluation.metrics.comparison import differences
+from utils.evaluation.metrics.distances import Failed, NotComputable
+from utils.evaluation.metrics.diversity import lpips_diversity, memorisation
+from utils.evaluation.metrics.features import (
     ClipFeatures,
     DinoFeatures,
     FeatureOptions,
@@ -28,12 +29,11 @@ from utils.metrics.features import (
     load_own_network,
     tensorflow_resize,
 )
-from utils.metrics.fid import fid, inception
-from utils.metrics.inception import InceptionNetwork
-from utils.metrics.kid import kid, prdc
-from utils.metrics.lpips import TRUNKS, LpipsNetwork
-from utils.metrics.subjects import ImageSet, Subject, Workers
-from utils.options import UserError
+from utils.evaluation.metrics.fid import fid, inception
+from utils.evaluation.metrics.image_sets import ImageSet, Subject, Workers
+from utils.evaluation.metrics.inception import InceptionNetwork
+from utils.evaluation.metrics.kid import kid, prdc
+from utils.evaluation.metrics.lpips import TRUNKS, LpipsNetwork
 
 CPU = torch.device("cpu")
 FID_KEYS = "98efe1f4"  # of the names and shapes in pt_inception-2015-12-05-6726825d.pth
@@ -333,7 +333,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from utils.metrics.features import Network
+from utils.evaluation.metrics.features import Network
 
 
 class Loud(Network):

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.generation import (
+from utils.config.options import UserError
+from utils.sampling.controls import SamplingControlOptions, SamplingControls
+from utils.sampling.drawer import (
     Drawer,
     GenerationOptions,
     claim_images,
@@ -19,10 +21,8 @@ from utils.generation import (
     set_scheduler,
     state_of,
 )
-from utils.options import UserError
-from utils.pipelines import PipelineSpec, load_pipeline
-from utils.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
-from utils.sampling_controls import SamplingControlOptions, SamplingControls
+from utils.sampling.pipelines import PipelineSpec, load_pipeline
+from utils.sampling.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
 
 CPU = torch.device("cpu")
 CLOSE = 3  # of 255, in single pixels: sums in another order

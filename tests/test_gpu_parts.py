@@ -11,16 +11,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from utils import ema, tracking
-from utils.background import HostBuffers, taken_bytes
-from utils.ema import EmaOptions, MovingAverage
-from utils.memory import is_out_of_memory
-from utils.optim import NamedParameter, OptimizerOptions, build_optimizer
-from utils.perceptual import _resized
-from utils.runtime import allow_tf32, is_tf32_allowed, without_tf32
-from utils.sharding import _exchanged, spread_like
-from utils.stepping import PerParameter
-from utils.tracking import RunLog, SentNumbers, StepMetrics
+from utils.models.perceptual_loss import _resized
+from utils.runtime.background_writer import HostBuffers, taken_bytes
+from utils.runtime.memory import is_out_of_memory
+from utils.runtime.processes import allow_tf32, is_tf32_allowed, without_tf32
+from utils.runtime.sharding import _exchanged, spread_like
+from utils.training import ema
+from utils.training import log as tracking
+from utils.training.ema import EmaOptions, MovingAverage
+from utils.training.log import RunLog, SentNumbers, StepMetrics
+from utils.training.optimizers import NamedParameter, OptimizerOptions, build_optimizer
+from utils.training.per_parameter import PerParameter
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ class TestTF32:
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == expected
 
     def test_networks_that_score_compute_without_it(self, monkeypatch):
-        from utils.metrics.features import Network
+        from utils.evaluation.metrics.features import Network
 
         seen = []
 
@@ -83,7 +84,7 @@ class TestTF32:
                 seen.append(is_tf32_allowed())
                 return pixels.flatten(1)
 
-        monkeypatch.setattr("utils.metrics.features.read_picture", lambda picture: None)
+        monkeypatch.setattr("utils.evaluation.metrics.features.read_picture", lambda picture: None)
         allow_tf32(True)
         Scores()([SimpleNamespace(name="a")], torch.device("cpu"))
         assert seen == [False]

@@ -11,12 +11,12 @@ import torch
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_launch import command, launcher, run
-from utils.engines import Engine
-from utils.gradients import Gradients, setting
-from utils.memory import is_out_of_memory
-from utils.objective import Objective
-from utils.options import UserError
-from utils.state import RunState
+from utils.config.options import UserError
+from utils.runtime.engines import Engine
+from utils.runtime.memory import is_out_of_memory
+from utils.training.backward import Gradients, setting
+from utils.training.objective import Objective
+from utils.training.state import RunState
 
 FLAGS = ["--max_train_steps", 4, "--learning_rate", 1e-3, "--adam_epsilon", 1e-5]
 

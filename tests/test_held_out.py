@@ -13,7 +13,7 @@ from PIL import Image
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, weights
 from utils.data.captions import CaptionOptions
-from utils.held_out import EarlyStoppingOptions, History, Measurement, measurement_of, relative_loss
+from utils.training.validation_loss import EarlyStoppingOptions, History, Measurement, measurement_of, relative_loss
 
 
 def measured(out: Path) -> list[dict]:
@@ -27,7 +27,7 @@ COMMON = ["--validation_split", 0.3, "--validation_steps", 2, "--train_batch_siz
 def test_the_loss_before_the_first_step_is_that_of_an_independent_computation(train, pipelines, tmp_path, name):
     from diffusers import DDPMScheduler, DiffusionPipeline
 
-    from utils.seeding import Stream, generator
+    from utils.config.seeding import Stream, generator
 
     data = tmp_path / "held"
     data.mkdir()
@@ -140,7 +140,7 @@ def test_the_held_out_images_are_not_trained_on(train, tmp_path):
     assert 0 < report["trained"] < 20
     more = tiny.make_images(tmp_path / "more", 30)  # the same images and ten others
     from tests.test_data import records_of
-    from utils.data.selection import hold_out
+    from utils.data.plan import hold_out
 
     few, many = (hold_out(records_of(folder), 0.3, 0)[1] for folder in (data, more))
     names = [{records.key(index) for index in range(len(records))} for records in (few, many)]
@@ -154,10 +154,10 @@ def test_copies_of_an_image_are_on_one_side(tmp_path, kind):
     from datasets import Dataset
 
     from tests.test_data import records_of
-    from utils.data.headers import survey
-    from utils.data.same_bytes import first_of_same
-    from utils.data.selection import hold_out
+    from utils.data.duplicates import first_of_same
+    from utils.data.plan import hold_out
     from utils.data.sources import DataOptions, SourceOptions, read_records
+    from utils.data.survey import survey
 
     edge = 600 if kind == "long files" else 8
     contents = []
@@ -190,10 +190,10 @@ def test_copies_of_an_image_are_on_one_side(tmp_path, kind):
 def test_few_bytes_are_read_to_find_copies_and_none_twice(tmp_path, monkeypatch):
     """Of files of one length and size a piece each, and all of those only that it does not tell apart."""
     from tests.test_data import records_of
-    from utils.data import same_bytes
-    from utils.data.headers import add_digests, survey
+    from utils.data import duplicates as same_bytes
+    from utils.data.survey import add_digests, survey
 
-    monkeypatch.setattr("utils.data.remembered.SETTLED_NANOSECONDS", 0)
+    monkeypatch.setattr("utils.data.image_facts.SETTLED_NANOSECONDS", 0)
     data, memory = tmp_path / "data", tmp_path / "memory"
     data.mkdir()
     for number in range(8):
@@ -232,7 +232,7 @@ def test_a_run_from_before_copies_stayed_together_resumes_with_its_own_split(tra
         shutil.copy(data / f"{number:03d}.png", data / f"copy{number}.png")
     flags = ["--validation_split", 0.3, "--train_batch_size", 1, "--checkpointing_steps", 1]
     with monkeypatch.context() as patch:
-        patch.setattr("utils.resuming._splits_by_content", lambda *_: False)
+        patch.setattr("utils.training.resume._splits_by_content", lambda *_: False)
         train("sd", *flags, "--max_train_steps", 1, data=data)
     resumed = [*flags, "--resume_from_checkpoint", "latest", "--max_train_steps"]
     for more in ([2], [3, "--dry_run"]):

@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from utils.idle_flags import IDLE_WITHOUT, idle_flags
+from utils.config.idle_flags import IDLE_WITHOUT, idle_flags
 
 SCRIPTS = ("train_text_to_image", "train_unconditional", "evaluate_pipeline")
 

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
+from utils.config.options import UserError
 from utils.data import colours, images
 from utils.data.buckets import BucketOptions
 from utils.data.captions import CaptionOptions
+from utils.data.file_signatures import jxl_size
 from utils.data.images import (
     CONVERTED,
     ImageOptions,
@@ -30,10 +32,8 @@ from utils.data.images import (
     unread_reason,
 )
 from utils.data.pixels import PixelOptions, read_deep
-from utils.data.signatures import jxl_size
 from utils.data.sources import DataOptions, SourceOptions, read_records
 from utils.data.tables import data_folders, image_of
-from utils.options import UserError
 
 JXL_BOXES = "0000000c4a584c200d0a870a00000014667479706a786c20000000006a786c20000000696a786c63"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
@@ -764,7 +764,7 @@ class TestRows:
     def test_a_tar_that_claims_more_than_there_is_costs_nothing(self, tmp_path):
         import tarfile
 
-        from utils.data.tars import read_tars
+        from utils.data.tar_shards import read_tars
 
         with tarfile.open(tmp_path / "x.tar", "w") as archive:
             for name in ("a.png", "b.png"):
@@ -780,8 +780,8 @@ class TestRows:
 
 def test_what_was_cached_in_other_colours_is_not_used_again(tmp_path):
     """Images without a profile keep the key that they had; converted ones have another."""
-    from utils.data.cached import LatentPlan
-    from utils.data.headers import add_digests, survey
+    from utils.data.encodings import LatentPlan
+    from utils.data.survey import add_digests, survey
 
     picture().save(tmp_path / "plain.png")
     picture().save(tmp_path / "wide.png", icc_profile=P3)

@@ -17,13 +17,12 @@ from safetensors.torch import save_file
 from tests import tiny
 from tests.conftest import message
 from tests.test_equivalences import assert_same_bits, weights
-from utils.checkpoint import MANIFEST, OPTIMIZER, STATE, Checkpoints, _hash, damage
-from utils.data.contents import FileFacts, compare, content_name, content_table, read_content, write_content
-from utils.held_out import EarlyStoppingOptions, History, Measurement
-from utils.options import UserError
-from utils.step_lines import keep_steps
-from utils.stopping import StopRequests
-from utils.tracking import JsonLines
+from utils.config.options import UserError
+from utils.data.data_fingerprint import FileFacts, compare, content_name, content_table, read_content, write_content
+from utils.runtime.step_lines import JsonLines, keep_steps
+from utils.runtime.stop_requests import StopRequests
+from utils.training.checkpoint import MANIFEST, OPTIMIZER, STATE, Checkpoints, _hash, damage
+from utils.training.validation_loss import EarlyStoppingOptions, History, Measurement
 
 FLAGS = ("--train_batch_size", 2, "--lr_scheduler", "constant", "--checkpointing_steps", 2)
 ON = ("--resume_from_checkpoint", "latest")
@@ -284,7 +283,7 @@ class TestPruning:
 
     def test_files_are_hashed_as_they_are_at_last(self, tmp_path):
         """What a later job writes anew, and what the one before has written while the next one writes."""
-        from utils import checkpoint
+        from utils.training import checkpoint
 
         order = []
 
@@ -573,7 +572,7 @@ class TestResumed:
 class TestAskingByFolders:
     @pytest.mark.parametrize("name", ["SAVE", "STOP"])
     def test_a_folder_or_a_link_asks_as_a_file_does(self, tmp_path, monkeypatch, name):
-        monkeypatch.setattr("utils.stopping.LOOK_SECONDS", 0)
+        monkeypatch.setattr("utils.runtime.stop_requests.LOOK_SECONDS", 0)
         requests = StopRequests(tmp_path, None)
         for make in (Path.mkdir, Path.touch, lambda path: path.symlink_to("/nowhere")):
             make(tmp_path / name)
@@ -583,7 +582,7 @@ class TestAskingByFolders:
             assert requests.asked(True)[-2:] == [0.0, 0.0]
 
     def test_a_folder_that_can_not_be_removed_asks_once(self, tmp_path, monkeypatch, caplog):
-        monkeypatch.setattr("utils.stopping.LOOK_SECONDS", 0)
+        monkeypatch.setattr("utils.runtime.stop_requests.LOOK_SECONDS", 0)
         requests = StopRequests(tmp_path, None)
         (tmp_path / "SAVE" / "inside").mkdir(parents=True)
         assert requests.asked(True)[-1] == 1
@@ -601,7 +600,7 @@ class TestAskingByFolders:
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"[]", b'{"scaling_factor": "x"}', b'{"scaling_factor": -1}'])
 def test_a_measured_scaling_that_was_edited(tmp_path, content):
-    from utils.scaling import FILE, known_scaling
+    from utils.models.latent_scaling import FILE, known_scaling
 
     assert known_scaling(tmp_path) is None
     (tmp_path / FILE).write_bytes(content)

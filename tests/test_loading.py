@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 from tests import tiny
 from tests.conftest import message, mostly_slow
-from utils.loading import LoadingOptions, allowing_missing, load_module, load_pipeline_folder
-from utils.metrics.features import load_weights
-from utils.metrics.subjects import Statistics
-from utils.options import UserError
+from utils.config.options import UserError
+from utils.evaluation.metrics.features import load_weights
+from utils.evaluation.metrics.image_sets import Statistics
+from utils.models.loading import LoadingOptions, allowing_missing, load_module, load_pipeline_folder
 
 SHORT = ("--max_train_steps", 1, "--train_batch_size", 1, "--no_final_checkpoint")
 FILES = {
@@ -198,7 +198,7 @@ def image_networks() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "dinov2", "clip classifier", "clip", "clip vision"])
 def test_the_trunk_of_a_classifier_is_enough(tmp_path, name):
-    from utils.perceptual import Features
+    from utils.models.perceptual_loss import Features
 
     network = dict(image_networks())[name]()
     network.save_pretrained(tmp_path / "network")
@@ -301,14 +301,14 @@ def true_files(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 
 
 def source_of(path: Path, **options: object):
-    from utils.families.source import ModelOptions, PipelineSource
+    from utils.models.pipeline_source import ModelOptions, PipelineSource
 
     return PipelineSource(ModelOptions(pretrained_model_name_or_path=str(path), **options))
 
 
 def loaded(path: Path, **options: object):
-    from utils.families.registry import pick_family
-    from utils.families.source import ComponentDtypes
+    from utils.models.pipeline_source import ComponentDtypes
+    from utils.models.registry import pick_family
 
     source = source_of(path, **options)
     float32 = ComponentDtypes(*[torch.float32] * 3)
@@ -437,7 +437,7 @@ def test_marks_are_in_the_plan_and_in_the_result_and_flags_go_before_them(train,
 
 
 def test_a_single_file_is_drawn_from_by_its_marks(pipelines, tmp_path):
-    from utils.pipelines import PipelineSpec, load_pipeline, pipeline_class
+    from utils.sampling.pipelines import PipelineSpec, load_pipeline, pipeline_class
 
     marks = {name: torch.zeros(0) for name in ("v_pred", "ztsnr")}
     file = tiny.write_single_file(pipelines["sd"], tmp_path / "model.safetensors", marks)
@@ -815,7 +815,7 @@ LORA_CHANGES = {
 def test_a_lora_of_which_a_part_matches_nothing_is_refused(lora, pipelines, tmp_path, change, script):
     from diffusers import StableDiffusionPipeline
 
-    from utils.lora_files import load_lora
+    from utils.models.lora_files import load_lora
 
     rename, said = LORA_CHANGES[change]
     save_file({rename(name): tensor for name, tensor in lora.items()}, tmp_path / "lora.safetensors")
@@ -840,7 +840,7 @@ def test_loras_of_the_usual_formats_are_read_alike(lora, pipelines, tmp_path, na
     from diffusers import StableDiffusionPipeline
     from peft.utils import get_peft_model_state_dict
 
-    from utils.lora_files import load_lora
+    from utils.models.lora_files import load_lora
 
     save_file(names(lora), tmp_path / "lora.safetensors")
     pipeline = StableDiffusionPipeline.from_pretrained(pipelines["sd"])
@@ -864,7 +864,7 @@ def test_a_lora_of_another_model_is_one_whole_line(train, capsys, pipelines, tmp
 def test_a_dora_of_other_tools_is_not_read_in_half(lora, pipelines, tmp_path):
     from diffusers import StableDiffusionPipeline
 
-    from utils.lora_files import load_lora
+    from utils.models.lora_files import load_lora
 
     more = {f"{name.partition('.')[0]}.dora_scale": torch.ones(1) for name in kohya_names(lora)}
     save_file(kohya_names(lora) | more, tmp_path / "lora.safetensors")

@@ -10,10 +10,10 @@ from PIL import Image
 
 from tests import tiny
 from tests.test_equivalences import losses, weights
-from utils.families.registry import pick_family
-from utils.families.source import ComponentDtypes, ModelOptions, PipelineSource
-from utils.families.text import TextFamily, Tokenize
-from utils.options import UserError
+from utils.config.options import UserError
+from utils.models.pipeline_source import ComponentDtypes, ModelOptions, PipelineSource
+from utils.models.registry import pick_family
+from utils.models.text_to_image import TextFamily, Tokenize
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"  # each is a token of the tiny tokenizer
 SHORT = "a red cat"
@@ -107,7 +107,7 @@ class TestTokenize:
         assert not caplog.records
 
     def test_many_captions_are_counted_piece_by_piece(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("utils.families.text.CAPTIONS_AT_ONCE", 3)
+        monkeypatch.setattr("utils.models.text_to_image.CAPTIONS_AT_ONCE", 3)
         captions = [LETTERS[:length] for length in range(11)]
         assert np.array_equal(Tokenize(self.tokenizers(tmp_path)).num_tokens(captions), np.arange(11))
 

@@ -17,16 +17,17 @@ from tests import tiny
 from tests.test_cache import files
 from tests.test_data import records_of
 from tests.test_equivalences import assert_same_bits, losses, weights
-from utils.data import headers, stream
-from utils.data.cached import MaskPlan
-from utils.data.cutting import cut_out
-from utils.data.headers import take_census
+from utils.config.batch import MaskFile, Noised, RecordPass
+from utils.config.options import UserError
+from utils.data import stream
+from utils.data import survey as headers
+from utils.data.crop_pixels import cut_out
+from utils.data.encodings import MaskPlan
 from utils.data.images import ODDITIES, UNCOMMON, ImageOptions, read_mask
 from utils.data.mask_values import MaskCensus, mask_values
 from utils.data.masks import FolderMasks
-from utils.losses import LossOptions, mask_weights, weighted_loss
-from utils.options import UserError
-from utils.records import MaskFile, Noised, RecordPass
+from utils.data.survey import take_census
+from utils.diffusion.losses import LossOptions, mask_weights, weighted_loss
 
 MASKED = (40, 20, 90, 70)  # left, top, right, bottom
 

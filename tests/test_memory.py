@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.conftest import mostly_slow
 from tests.test_equivalences import assert_same_bits, lora, losses, weights
-from utils.families.quantization import quantize_linears
+from utils.models.quantization import quantize_linears
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 1e-5), ("int8", 0.012)])
@@ -71,7 +71,7 @@ def test_slices_and_tiles(train, capsys):
 
 
 def test_stochastic_rounding_has_the_value_for_its_mean():
-    from utils.stepping import round_stochastically
+    from utils.training.per_parameter import round_stochastically
 
     values = torch.tensor([1.0, 1.001, -3.14159, 1e-20, 0.0, 65504.0, float("inf")])
     random = torch.Generator().manual_seed(0)
@@ -137,7 +137,7 @@ def test_samples_with_one_part_on_the_device_at_a_time(train, monkeypatch, name,
     import numpy as np
     from PIL import Image
 
-    from utils.families.text import TextFamily
+    from utils.models.text_to_image import TextFamily
 
     flags = ["--max_train_steps", 3, "--train_batch_size", 2, "--validation_steps", 2, *cached]
     flags += ["--validation_prompts", "a red square", "blue", "--validation_num_inference_steps", 2]

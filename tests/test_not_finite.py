@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tests import tiny
-from utils.families.vae import LatentSpace, PixelSpace
+from utils.models.latent_space import LatentSpace, PixelSpace
 
 
 class Broken(nn.Module):
@@ -76,9 +76,9 @@ def test_samples_of_a_broken_decoder_say_so(train, monkeypatch, caplog, recwarn)
 def test_evaluation_names_the_decoder(more_pipelines, tmp_path, caplog):
     from diffusers import StableDiffusionPipeline
 
-    from utils.generation import Drawer, GenerationOptions
-    from utils.prompts import Prompt, Task
-    from utils.sampling_controls import SamplingControls
+    from utils.sampling.controls import SamplingControls
+    from utils.sampling.drawer import Drawer, GenerationOptions
+    from utils.sampling.prompts import Prompt, Task
 
     pipeline = StableDiffusionPipeline.from_pretrained(more_pipelines["sd"])
     pipeline.vae.decoder = Broken(pipeline.vae.decoder)

@@ -13,8 +13,9 @@ import train_unconditional
 from tests import tiny
 from tests.conftest import mostly_slow, reset_accelerate
 from tests.test_equivalences import assert_same_bits, losses
-from utils.checkpoint import read_state
-from utils.optim import (
+from utils.config.options import UserError
+from utils.training.checkpoint import read_state
+from utils.training.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
     WITHOUT_WARMUP,
@@ -24,7 +25,6 @@ from utils.optim import (
     build_optimizer,
     rate_factor,
 )
-from utils.options import UserError
 
 STEPS = 4
 RATE = 1e-2

@@ -14,8 +14,8 @@ from tests import tiny
 from tests.other_system import LACKING, MODULES
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_launch import command, run
-from utils.data.dataset import TrainingDataset
-from utils.disk import sync_file, sync_folder
+from utils.data.loader import TrainingDataset
+from utils.runtime.atomic_files import sync_file, sync_folder
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py")])

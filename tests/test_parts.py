@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from utils.ema import EmaOptions, MovingAverage
-from utils.losses import LOSSES, WEIGHTINGS, LossOptions, huber_threshold, loss_weights, weighted_loss
-from utils.noise import ForwardProcess, NoiseDraws, NoiseOptions, rectify, stack_draws, timestep_weights
-from utils.optim import (
+from utils.config.options import UserError
+from utils.config.seeding import Stream, generator
+from utils.diffusion.losses import LOSSES, WEIGHTINGS, LossOptions, huber_threshold, loss_weights, weighted_loss
+from utils.diffusion.noise import ForwardProcess, NoiseDraws, NoiseOptions, rectify, stack_draws, timestep_weights
+from utils.diffusion.samplers import changed_scheduler, parameters_of
+from utils.training.ema import EmaOptions, MovingAverage
+from utils.training.optimizers import (
     NamedParameter,
     OptimizerOptions,
     ScheduleOptions,
@@ -19,9 +22,6 @@ from utils.optim import (
     parameter_groups,
     rate_factor,
 )
-from utils.options import UserError
-from utils.samplers import changed_scheduler, parameters_of
-from utils.seeding import Stream, generator
 
 BETA_SCHEDULERS = (
     *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "UniPCMultistepScheduler"),
@@ -381,7 +381,7 @@ def test_a_process_that_trains_apart_is_refused(monkeypatch, tmp_path):
     from accelerate import Accelerator
 
     from tests.conftest import reset_accelerate
-    from utils.runtime import RuntimeOptions, start_processes
+    from utils.runtime.processes import RuntimeOptions, start_processes
 
     reset_accelerate()
     Accelerator(cpu=True)

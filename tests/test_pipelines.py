@@ -8,11 +8,11 @@ import torch
 
 from tests.test_generation import CPU, images_in
 from tests.tiny import unconditional
-from utils.generation import Drawer, GenerationOptions, complete_prompts
-from utils.options import UserError
-from utils.pipelines import PipelineSpec, indexed_names, load_pipeline, pipeline_class
-from utils.prompts import Prompt, PromptOptions, plan_tasks
-from utils.sampling_controls import SamplingControls
+from utils.config.options import UserError
+from utils.sampling.controls import SamplingControls
+from utils.sampling.drawer import Drawer, GenerationOptions, complete_prompts
+from utils.sampling.pipelines import PipelineSpec, indexed_names, load_pipeline, pipeline_class
+from utils.sampling.prompts import Prompt, PromptOptions, plan_tasks
 
 
 def test_a_lora_on_top_changes_the_images(more_pipelines, train, tmp_path):
@@ -56,7 +56,7 @@ def test_our_own_pipelines_are_assembled_and_the_code_beside_them_is_not_run(tmp
     from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
     from diffusers.utils.torch_utils import randn_tensor
 
-    from utils.pipelines import OWN_PIPELINES
+    from utils.sampling.pipelines import OWN_PIPELINES
 
     class ConditionalDDPMPipeline(DiffusionPipeline):
         def __init__(self, unet, scheduler, id2label=None):

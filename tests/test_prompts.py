@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from utils.generation import GenerationOptions
-from utils.options import UserError
-from utils.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
+from utils.config.options import UserError
+from utils.sampling.drawer import GenerationOptions
+from utils.sampling.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
 
 
 def test_prompts_are_read_from_files_datasets_and_folders(images, tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.conftest import mostly_slow
 from tests.test_equivalences import assert_same_bits, lora, weights
-from utils.engines import Engine
+from utils.runtime.engines import Engine
 
 SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--learning_rate", 1e-3)
 
@@ -126,9 +126,9 @@ def test_fused_is_base_plus_scaled_product(train, pipelines):
 
 
 def test_lora_at_step_0_changes_no_pixel(pipelines):
-    from utils.adaptation import AdaptationOptions, LowRankAdaptation
-    from utils.families.registry import pick_family
-    from utils.families.source import ModelOptions, PipelineSource
+    from utils.models.pipeline_source import ModelOptions, PipelineSource
+    from utils.models.registry import pick_family
+    from utils.training.adaptation import AdaptationOptions, LowRankAdaptation
 
     options = AdaptationOptions(adaptation="lora", train_text_encoder=True)
     source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipelines["sd"])))
@@ -341,8 +341,8 @@ def test_a_single_file_trains_as_its_folder_does(train, pipelines, tmp_path, ada
 
 
 def test_dropped_captions_are_what_inference_has_without_a_prompt(pipelines):
-    from utils.families.registry import pick_family
-    from utils.families.source import ComponentDtypes, ModelOptions, PipelineSource
+    from utils.models.pipeline_source import ComponentDtypes, ModelOptions, PipelineSource
+    from utils.models.registry import pick_family
 
     for name in ("sd", "sdxl"):
         source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipelines[name])))
@@ -419,8 +419,8 @@ def test_clip_skip_samples_as_the_pipeline_does(train):
 
 @pytest.mark.parametrize("options", [{}, {"offload_ema": True}, {"ema_every": 3}])
 def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch, options):
-    from utils.ema import EmaOptions, MovingAverage
-    from utils.state import RunState
+    from utils.training.ema import EmaOptions, MovingAverage
+    from utils.training.state import RunState
 
     parameter = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
@@ -491,7 +491,7 @@ def test_zero_terminal_snr_end_to_end(train, pipelines, tmp_path, prediction_typ
 
 def poison(monkeypatch, steps: range) -> None:
     """Has the losses of some optimizer steps be NaN."""
-    from utils.objective import Objective
+    from utils.training.objective import Objective
 
     forward = Objective.forward
     monkeypatch.setattr(
@@ -529,7 +529,7 @@ def test_a_run_that_diverges_ends_with_its_last_checkpoint_named(train, monkeypa
 
 
 def test_a_fused_optimizer_skips_on_the_device():
-    from utils.state import RunState
+    from utils.training.state import RunState
 
     parameter = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
@@ -779,7 +779,7 @@ def test_files_have_the_modes_that_the_umask_says(train, umask):
 
 
 def test_usual_modes_only_add_and_touch_no_link(tmp_path):
-    from utils.disk import usual_modes
+    from utils.runtime.atomic_files import usual_modes
 
     (tmp_path / "outside").write_text("")
     (tmp_path / "outside").chmod(0o600)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, losses
-from utils.optim import OPTIMIZERS
+from utils.training.optimizers import OPTIMIZERS
 
 # what a run may have, by kind: each value of one kind meets each of every other in some run
 KINDS: dict[str, dict[str, tuple]] = {
@@ -122,7 +122,7 @@ def test_every_optimizer(train, data, tmp_path, optimizer, adaptation):
 
 def test_a_stream_is_the_same_whether_its_length_is_known(monkeypatch, tmp_path):
     """As it is only where a cache of `datasets` says it; earlier releases recorded it."""
-    from utils import resuming
+    from utils.training import resume as resuming
 
     begun = resuming.Beginning(None, tmp_path, None, tmp_path, 1, {}, {}, False, False)
     for recorded in (

@@ -15,17 +15,17 @@ import pytest
 from PIL import Image
 
 from tests import tiny
+from utils.config.options import UserError, option, parse, with_values
 from utils.data.buckets import BucketOptions
 from utils.data.captions import CaptionOptions
+from utils.data.file_ledger import Ledger
+from utils.data.file_listing import Fate, list_folder
 from utils.data.folders import list_files
-from utils.data.headers import survey
-from utils.data.ledger import Ledger
-from utils.data.listing import Fate, list_folder
-from utils.data.selection import SelectionOptions, plan_images
+from utils.data.plan import SelectionOptions, plan_images
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records
 from utils.data.stream import open_stream
-from utils.disk import MARKER, mark_as_own
-from utils.options import UserError, option, parse, with_values
+from utils.data.survey import survey
+from utils.runtime.atomic_files import MARKER, mark_as_own
 
 
 def records_of(folder: Path | None = None, **options) -> Records:

@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import mostly_slow
 from tests.test_equivalences import assert_same_bits, lora, losses, weights
-from utils.attention import attention_by
-from utils.copies import HalfCopy
-from utils.gradients import Gradients
-from utils.memory import align
-from utils.options import UserError
-from utils.speed import (
+from utils.config.options import UserError
+from utils.models.attention import attention_by
+from utils.runtime.memory import align
+from utils.training.backward import Gradients
+from utils.training.bf16_weights import HalfCopy
+from utils.training.speed import (
     Compilation,
     Reference,
     check_errors,
@@ -200,7 +200,7 @@ def test_fused_lora_layers_are_pefts(train, name, precision, tolerance):
 def test_fused_lora_layers_have_pefts_outputs_and_gradients():
     from peft import LoraConfig, inject_adapter_in_model
 
-    from utils.lora_layers import num_shortened, shorten
+    from utils.models.fused_lora import num_shortened, shorten
 
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 10), nn.SiLU(), nn.Linear(10, 3, bias=False), nn.Conv1d(5, 2, 1))
@@ -368,11 +368,11 @@ def test_blocks_are_compiled_once_for_all_buckets(train, caplog, without_inducto
 
 def test_blocks_with_adapters_share_their_graphs(without_inductor, monkeypatch):
     """Twelve blocks: a graph for each would go beyond Dynamo's limit of eight. Convolutions have no adapters here."""
-    monkeypatch.setattr("utils.speed.CONVOLUTIONS", "")
+    monkeypatch.setattr("utils.training.speed.CONVOLUTIONS", "")
     from peft import LoraConfig
     from torch._dynamo.utils import counters
 
-    from utils.lora_layers import num_shortened, shorten
+    from utils.models.fused_lora import num_shortened, shorten
 
     unet, arguments, named = unet_and_inputs(depth=3)
     unet.requires_grad_(False)
@@ -521,7 +521,7 @@ def test_passes_in_float32_leave_all_as_it_was(train, monkeypatch, flags):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     flags = ["--max_train_steps", 2, "--train_batch_size", 2, "--compile", *flags]
     checked = train("sd", *flags, out="checked")
-    monkeypatch.setattr("utils.starting.compile_checked", lambda *how: compile_denoiser(*how[:2]))
+    monkeypatch.setattr("utils.training.starting.compile_checked", lambda *how: compile_denoiser(*how[:2]))
     assert losses(train("sd", *flags, out="unchecked")) == losses(checked)
 
 
@@ -539,7 +539,7 @@ def test_freed_memory_is_kept():
     lines = """
         import ctypes, resource, sys
         ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages
-        from utils.memory import keep_freed_memory
+        from utils.runtime.memory import keep_freed_memory
         assert sys.argv[1] == "as it is" or keep_freed_memory()
         def take(): return b"x" * (48 * 2**20)
         take()

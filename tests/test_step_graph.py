@@ -10,11 +10,11 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_equivalences import assert_same_bits, losses, weights
-from utils import starting
-from utils.engines import Engine
-from utils.optim import NamedParameter
-from utils.state import RunState
-from utils.step_graph import WARM_UPS, Outcome, StepGraph
+from utils.runtime.engines import Engine
+from utils.training import starting
+from utils.training.optimizers import NamedParameter
+from utils.training.state import RunState
+from utils.training.step_graph import WARM_UPS, Outcome, StepGraph
 
 FLAGS = ["--train_batch_size", 2, "--learning_rate", 1e-3, "--lr_scheduler", "linear", "--adam_epsilon", 1e-4]
 FLAGS += ["--max_train_steps", 5, "--no_final_checkpoint"]

@@ -21,15 +21,15 @@ from tests import tiny
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_held_out import measured
 from tests.test_launch import command, launcher
-from utils.checks import LAUNCHED
-from utils.course import Course
-from utils.encoding import CacheFiller, Encoder
-from utils.held_out import HeldOut
-from utils.options import AGREED_SECONDS, MAIN_SECONDS, Diverged, Stopped, UserError, run_script
-from utils.state import CheckpointSaver
-from utils.stopping import SIGNALS, StopRequests, agreed, resume_command
-from utils.streams import flush_streams, hide, lasting_streams
-from utils.validation import Sampler
+from utils.config.options import AGREED_SECONDS, MAIN_SECONDS, Diverged, Stopped, UserError, run_script
+from utils.config.standard_streams import flush_streams, hide, lasting_streams
+from utils.runtime.stop_requests import SIGNALS, StopRequests, agreed, resume_command
+from utils.sampling.prompt_samples import Sampler
+from utils.training.compatibility import LAUNCHED
+from utils.training.course import Course
+from utils.training.encoding import CacheFiller, Encoder
+from utils.training.state import CheckpointSaver
+from utils.training.validation_loss import HeldOut
 
 FLAGS = ["--train_batch_size", 2, "--max_train_steps", 6, "--learning_rate", 1e-3, "--use_ema"]
 
@@ -129,7 +129,7 @@ def test_a_time_limit_is_a_planned_end(train, capsys):
 
 def test_files_ask_too(train, monkeypatch, tmp_path):
     """Also one that is made while what another asked for is done."""
-    monkeypatch.setattr("utils.stopping.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("utils.runtime.stop_requests.LOOK_SECONDS", 0.0)
     out, record, save = tmp_path / "out", Course.record, CheckpointSaver.save
 
     def recorded(course: Course, done: int, *others) -> None:
@@ -164,14 +164,14 @@ def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(pipelines
     time.sleep(1.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
-    from utils.checkpoint import Checkpoints
+    from utils.training.checkpoint import Checkpoints
 
     assert Checkpoints(tmp_path / "out", None).resolve("latest") is not None
 
 
 def test_a_hangup_that_is_ignored_stays_so_and_is_no_second_signal(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.stopping.AGAIN_SECONDS", 0.0)
-    monkeypatch.setattr("utils.stopping.os._exit", lambda status: pytest.fail("it ends at once"))
+    monkeypatch.setattr("utils.runtime.stop_requests.AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("utils.runtime.stop_requests.os._exit", lambda status: pytest.fail("it ends at once"))
     requests = StopRequests(tmp_path, None)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -270,7 +270,7 @@ class TestStreams:
         assert (tmp_path / "ascii").read_text() == "caf\\xe9 \\udce9\n"
 
     def test_a_secret_is_shown_nowhere(self, monkeypatch, capsys):
-        monkeypatch.setattr("utils.streams._SECRETS", set())
+        monkeypatch.setattr("utils.config.standard_streams._SECRETS", set())
         hide("hf_0123456789")
         hide("s")
         with lasting_streams():
@@ -355,7 +355,7 @@ def test_a_time_that_is_none(refused, value):
 
 @pytest.mark.parametrize("variable", LAUNCHED)
 def test_a_token_under_a_launcher_is_refused(refused, monkeypatch, capsys, variable):
-    monkeypatch.setattr("utils.checks.atexit.register", lambda *_: None)
+    monkeypatch.setattr("utils.training.compatibility.atexit.register", lambda *_: None)
     monkeypatch.setenv(variable, "0")
     refused(["--push_to_hub", "--hub_token", "hf_0123456789"], "--hub_token: ", "HF_TOKEN", "hf auth login")
     assert "hf_0123456789" not in capsys.readouterr().err
@@ -389,7 +389,7 @@ def test_loaders_processes_end_with_a_process_that_left_them_running():
 def test_an_error_of_every_process_is_printed_by_the_main_one_and_of_one_process_by_that(capsys, monkeypatch):
     """A launcher ends all processes once one has ended: the others leave the main one time to print its line."""
     waited = []
-    monkeypatch.setattr("utils.options.time.sleep", waited.append)
+    monkeypatch.setattr("utils.config.options.time.sleep", waited.append)
 
     def ended_by(error: Exception, rank: int) -> str:
         def run(_argv):

@@ -1,4 +1,4 @@
-"""The floors of the house hold, and every room is on the plan."""
+"""The layout of the code: its rooms, who may import whom, and what only one function may do."""
 
 import ast
 import importlib
@@ -17,19 +17,20 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_text_to_image", "train_unconditional", "evaluate_pipeline")
 
 
-def test_the_floors_hold():
+def test_the_import_contracts_hold():
     code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     )  # in here it would silence all loggers
 
 
-def test_the_declared_modules_are_those_on_disk():
+def test_the_declared_rooms_are_those_on_disk():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    floors = settings["tool"]["importlinter"]["contracts"][0]["layers"]
-    declared = {name.strip() for floor in floors for name in floor.split("|")}
-    found = {module.name for module in pkgutil.walk_packages(utils.__path__, "utils.") if not module.ispkg}
-    assert declared == found
+    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    declared = {name.strip() for layer in layers for name in layer.split("|")}
+    found = list(pkgutil.iter_modules(utils.__path__, "utils."))
+    assert declared == {each.name for each in found}
+    assert all(each.ispkg for each in found), "a module belongs in a room"
 
 
 def test_every_init_is_empty():
@@ -38,11 +39,11 @@ def test_every_init_is_empty():
 
 def test_families_stay_in_their_place():
     words = ("time_ids", "text_encoder_2", "pooled", "0.18215", "0.13025", "is_sdxl")
-    allowed = {"options.py", "optim.py"}  # optim has the flag --text_encoder_2_lr
+    allowed = {"options.py", "optimizers.py", "foreign_flags.py"}  # they have the flag --text_encoder_2_lr
     offences = [
         (path.name, word)
         for path in [*(ROOT / "utils").rglob("*.py"), *ROOT.glob("*.py")]
-        if "families" not in path.parts and path.name not in allowed
+        if "models" not in path.parts and path.name not in allowed
         for word in words
         if word in path.read_text().replace("text_encoder_2_lr", "")
     ]
@@ -70,30 +71,30 @@ def test_one_function_writes_json_in_readable_letters():
         for path in [*(ROOT / "utils").rglob("*.py"), *ROOT.glob("*.py")]
         if re.search(r"ensure_ascii\s*=\s*False", path.read_text())
     }
-    tokenizers, parsed_again = "utils/pipeline_files.py", "utils/user_files.py"
-    assert uses == {"utils/terminal.py", tokenizers, parsed_again}
+    tokenizers, parsed_again = "utils/models/pipeline_files.py", "utils/config/user_files.py"
+    assert uses == {"utils/config/terminal.py", tokenizers, parsed_again}
 
 
-OTHER_READS = {  # what is read past utils/user_files.py, and why that is no text of a user
-    "utils/adaptation.py": ("read_text loads", "the config that save_pretrained wrote a line before"),
-    "utils/background.py": ("read_text", "/proc/meminfo"),
-    "utils/checkpoint.py": ("loads", "what was dumped in the same line"),
+OTHER_READS = {  # what is read past utils/config/user_files.py, and why that is no text of a user
+    "utils/training/adaptation.py": ("read_text loads", "the config that save_pretrained wrote a line before"),
+    "utils/runtime/background_writer.py": ("read_text", "/proc/meminfo"),
+    "utils/training/checkpoint.py": ("loads", "what was dumped in the same line"),
     "utils/data/cache.py": ("open", "the run's own files of tensors"),
-    "utils/data/contents.py": ("open", "shards, for a digest of their bytes"),
-    "utils/disk.py": ("open", "a file or folder, to sync it"),
-    "utils/generation.py": ("loads", "what was dumped in the same line"),
-    "utils/report.py": ("read_text", "the template beside the code"),
-    "utils/streams.py": ("open", "the null device"),
+    "utils/data/data_fingerprint.py": ("open", "shards, for a digest of their bytes"),
+    "utils/runtime/atomic_files.py": ("open", "a file or folder, to sync it"),
+    "utils/sampling/drawer.py": ("loads", "what was dumped in the same line"),
+    "utils/evaluation/report.py": ("read_text", "the template beside the code"),
+    "utils/config/standard_streams.py": ("open", "the null device"),
     "evaluate_pipeline.py": ("read_text", "the report that was written a line before"),
 }
 
 
 def test_files_of_users_are_read_in_one_place_alone():
-    """Only utils/user_files.py opens, decodes and parses text; others may not pass its bounds by."""
+    """Only utils/config/user_files.py opens, decodes and parses text; others may not pass its bounds by."""
     found = set()
     for path in [*sorted((ROOT / "utils").rglob("*.py")), *(ROOT / f"{script}.py" for script in SCRIPTS)]:
         name = path.relative_to(ROOT).as_posix()
-        if name == "utils/user_files.py":
+        if name == "utils/config/user_files.py":
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         own = {each.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for each in node.names}
@@ -102,18 +103,18 @@ def test_files_of_users_are_read_in_one_place_alone():
             if kind:
                 found.add((name, kind))
     allowed = {(name, kind) for name, (kinds, _) in OTHER_READS.items() for kind in kinds.split()}
-    assert found == allowed, "read these through utils/user_files.py, and list no others"
+    assert found == allowed, "read these through utils/config/user_files.py, and list no others"
 
 
 def test_files_of_tensors_are_opened_in_one_place_alone():
-    """Only utils/tensor_files.py, which never waits for a pipe."""
+    """Only utils/config/tensor_files.py, which never waits for a pipe."""
     ways = re.compile(r"\b(safe_open|load_file|torch\.load|np\.load|load_model)\(")
     found = {
         path.relative_to(ROOT).as_posix()
         for path in [*sorted((ROOT / "utils").rglob("*.py")), *(ROOT / f"{script}.py" for script in SCRIPTS)]
         if ways.search(path.read_text(encoding="utf-8"))
     }
-    assert found == {"utils/tensor_files.py"}
+    assert found == {"utils/config/tensor_files.py"}
 
 
 def test_files_that_may_be_there_are_added_to_in_one_place_alone():
@@ -123,11 +124,11 @@ def test_files_that_may_be_there_are_added_to_in_one_place_alone():
         path.relative_to(ROOT).as_posix(): len(list(added.finditer(path.read_text(encoding="utf-8"))))
         for path in [*sorted((ROOT / "utils").rglob("*.py")), *(ROOT / f"{script}.py" for script in SCRIPTS)]
     }
-    assert {name: count for name, count in found.items() if count} == {"utils/user_files.py": 1}
+    assert {name: count for name, count in found.items() if count} == {"utils/config/user_files.py": 1}
 
 
 def _read_by(call: ast.Call, imported: set[str]) -> str:
-    """The function by which a call reads text or bytes of a file past utils/user_files.py, or ""."""
+    """The function by which a call reads text or bytes of a file past utils/config/user_files.py, or ""."""
     function = call.func
     if isinstance(function, ast.Name):
         modes = [each.value for each in call.args[1:2] if isinstance(each, ast.Constant)] or ["r"]
@@ -137,7 +138,7 @@ def _read_by(call: ast.Call, imported: set[str]) -> str:
     of = function.value.id if isinstance(function.value, ast.Name) else ""
     if of in ("json", "yaml", "csv"):
         reads = ("load", "loads", "safe_load", "full_load", "unsafe_load", "load_all", "parse", "reader", "DictReader")
-        is_shared = of == "csv" and "FileError" in imported  # utils/delimited.py, of text that was read
+        is_shared = of == "csv" and "FileError" in imported  # utils/config/delimited.py, of text that was read
         return function.attr if function.attr in reads and not is_shared else ""
     if function.attr == "open" and of not in ("Image", "tarfile", "self", "store", "PIL"):
         modes = [each.value for each in call.args[:1] if isinstance(each, ast.Constant)] or ["r"]
@@ -195,13 +196,13 @@ def test_one_module_writes_to_the_terminal():
 
 LOADERS = {"from_pretrained", "from_single_file", "load_lora_weights", "load_lora_adapter", "load_adapter"}
 NO_MODULES = {  # where a loader loads no module, or one whose weights are looked at there
-    "utils/loading.py": 2,  # modules; what of a pipeline is no module
-    "utils/families/single_file.py": 2,
-    "utils/lora_files.py": 1,
-    "utils/pipeline_files.py": 1,  # an image processor
-    "utils/pipelines.py": 2,  # schedulers of our own pipelines; adapters, compared with their file
-    "utils/adaptation.py": 1,  # adapters that were written a line above
-    "utils/metrics/features.py": 2,  # configs, processors, tokenizers
+    "utils/models/loading.py": 2,  # modules; what of a pipeline is no module
+    "utils/models/single_file.py": 2,
+    "utils/models/lora_files.py": 1,
+    "utils/models/pipeline_files.py": 1,  # an image processor
+    "utils/sampling/pipelines.py": 2,  # schedulers of our own pipelines; adapters, compared with their file
+    "utils/training/adaptation.py": 1,  # adapters that were written a line above
+    "utils/evaluation/metrics/features.py": 2,  # configs, processors, tokenizers
 }
 
 
@@ -253,7 +254,7 @@ def test_without_docstrings_a_script_ends_in_one_line(script):
 def test_files_of_tensors_are_written_in_one_place():
     """safetensors writes files that nobody but their owner can read, whatever the umask says."""
     found = {path.name for path in (ROOT / "utils").rglob("*.py") if "save_file" in path.read_text(encoding="utf-8")}
-    assert found == {"disk.py"}
+    assert found == {"atomic_files.py"}
 
 
 OPTIONAL = {"wandb", "comet_ml", "deepspeed", "torch_npu", "xformers"}

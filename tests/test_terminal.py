@@ -13,10 +13,10 @@ import pytest
 
 from tests import tiny
 from tests.conftest import message
-from utils.foreign_flags import FOREIGN_FLAGS
-from utils.library_messages import KnownMessages
-from utils.options import UserError, parse
-from utils.terminal import (
+from utils.config.foreign_flags import FOREIGN_FLAGS
+from utils.config.library_messages import KnownMessages
+from utils.config.options import UserError, parse
+from utils.config.terminal import (
     Lines,
     LogFormatter,
     json_text,

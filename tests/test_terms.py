@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from tests.test_equivalences import assert_same_bits, losses, weights
 from tests.test_parts import SD_SCHEDULE
-from utils.noise import ForwardProcess
-from utils.options import UserError
-from utils.perceptual import Features, PerceptualLoss, PerceptualOptions
-from utils.records import Noised, Predicted
-from utils.terms import LossTerm, TermFacts, TermOptions, added_losses, load_term
+from utils.config.batch import Noised, Predicted
+from utils.config.options import UserError
+from utils.diffusion.noise import ForwardProcess
+from utils.models.loss_terms import LossTerm, TermFacts, TermOptions, added_losses, load_term
+from utils.models.perceptual_loss import Features, PerceptualLoss, PerceptualOptions
 
 ROOT = Path(__file__).parent.parent
 BACKWARDS = ("--perceptual_min_timestep", 5, "--perceptual_max_timestep", 5)
@@ -149,7 +149,7 @@ class Counting(LossTerm):
 
 OWN_TERM = """
 import torch
-from utils.terms import LossTerm
+from utils.models.loss_terms import LossTerm
 
 class Constant(LossTerm):
     def __init__(self, facts, value=1.0):
@@ -165,7 +165,7 @@ RUNNING_TERM = """
 from __future__ import annotations
 from dataclasses import dataclass
 import torch
-from utils.terms import LossTerm
+from utils.models.loss_terms import LossTerm
 
 @dataclass
 class Share:
@@ -279,8 +279,12 @@ class TestOwnTerm:
         [
             (None, [], "--loss_module must be a Python file that exists"),
             ("def (", [], "can't be run: SyntaxError"),
-            ("x = 1", [], "must hold one subclass of utils.terms.LossTerm, it holds none"),
-            ("from utils.terms import LossTerm\nclass Own(LossTerm): pass", [], "its Own must define forward"),
+            ("x = 1", [], "must hold one subclass of utils.models.loss_terms.LossTerm, it holds none"),
+            (
+                "from utils.models.loss_terms import LossTerm\nclass Own(LossTerm): pass",
+                [],
+                "its Own must define forward",
+            ),
             (OWN_TERM, ["--loss_module_args", "valu=1"], "unexpected keyword argument 'valu'"),
             (OWN_TERM, ["--loss_module_args", "value"], "--loss_module_args must be NAME=VALUE"),
             (OWN_TERM, ["--loss_module_lr", 0], "--loss_module_lr must be"),
@@ -302,7 +306,7 @@ FROZEN_PARTS = """
 import torch
 from torch import nn
 
-from utils.terms import LossTerm
+from utils.models.loss_terms import LossTerm
 
 
 class Own(LossTerm):

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from utils.config.options import UserError
 from utils.data.buckets import BucketOptions
 from utils.data.captions import MAX_CAPTION, CaptionOptions, is_written_list
-from utils.data.headers import survey
-from utils.data.selection import PlannedImages, SelectionOptions, plan_images
+from utils.data.plan import PlannedImages, SelectionOptions, plan_images
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
-from utils.options import UserError
-from utils.preparation import say_what_was_left_out
+from utils.data.survey import survey
+from utils.training.preparation import say_what_was_left_out
 
 CHINESE = "一只猫坐在草地上"
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.tracking import EpochLosses, JsonLines, LayerNorms, RunLog, Skips, StepMetrics
+from utils.runtime.step_lines import JsonLines
+from utils.training.log import EpochLosses, LayerNorms, RunLog, Skips, StepMetrics
 
 
 def test_numbers_of_epochs_and_a_loss_that_leaves_them(caplog):
@@ -23,7 +24,7 @@ def test_numbers_of_epochs_and_a_loss_that_leaves_them(caplog):
         "mean": sum(1 + 0.01 * (n % 5) for n in range(30)) / 30,
     }
     assert ended[:-1] == [None] * 29
-    with caplog.at_level(logging.WARNING, logger="utils.tracking"):
+    with caplog.at_level(logging.WARNING, logger="utils.training.log"):
         losses.add(30, 1, 1.05)
         assert not caplog.records
         losses.add(31, 1, 1.5)
@@ -149,7 +150,7 @@ def test_layers_and_histograms_of_a_run(train):
 def test_the_speed_of_a_step_is_that_of_its_own_time(tmp_path, monkeypatch, together):
     """A second a step, and hardly any time from the last to the end, are a step's images a second throughout."""
     now = [100.0]
-    monkeypatch.setattr("utils.tracking.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("utils.training.log.time.perf_counter", lambda: now[0])
     accelerator = SimpleNamespace(
         is_main_process=True,
         is_local_main_process=False,

@@ -9,11 +9,9 @@ import time
 
 import pytest
 
-from utils import user_files
-from utils.configs import read_config
-from utils.data.sources import SourceOptions
-from utils.options import UserError
-from utils.user_files import (
+from utils.config import user_files
+from utils.config.options import UserError
+from utils.config.user_files import (
     FileError,
     check_encoding,
     decode,
@@ -26,6 +24,8 @@ from utils.user_files import (
     short,
     what_is_at,
 )
+from utils.data.sources import SourceOptions
+from utils.runtime.hub_files import read_config
 
 TEXTS = {
     "gb18030": ["一只猫", "一只猫坐在草地上", "一个女孩,长发,微笑,站在海边"],

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.conftest import message
 from tests.test_loading import FILES, SHORT, changed, kohya_names, loaded, write_lora
-from utils.loading import LoadingOptions, allowing_missing, load_module
-from utils.options import UserError
-from utils.weight_files import Stored, check_finite, check_stored, stored_in, weight_files
+from utils.config.options import UserError
+from utils.models.loading import LoadingOptions, allowing_missing, load_module
+from utils.models.weight_files import Stored, check_finite, check_stored, stored_in, weight_files
 
 Tensors = dict[str, torch.Tensor]
 
@@ -235,7 +235,7 @@ def load_in(lora: Tensors, pipelines: dict[str, Path], folder: Path):
     """A pipeline with a LoRA file of these tensors."""
     from diffusers import StableDiffusionPipeline
 
-    from utils.lora_files import load_lora
+    from utils.models.lora_files import load_lora
 
     save_file(lora, folder / "lora.safetensors")
     pipeline = StableDiffusionPipeline.from_pretrained(pipelines["sd"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from utils.options import UserError, option, require, require_positive
+from utils.config.options import UserError, option, require, require_positive
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from utils.disk import sync_file, sync_folder, write_tensors
-from utils.options import ProcessError, UserError, option, require_positive
-from utils.user_files import open_regular, parse_json
+from utils.config.options import ProcessError, UserError, option, require_positive
+from utils.config.user_files import open_regular, parse_json
+from utils.runtime.atomic_files import sync_file, sync_folder, write_tensors
 
 logger = logging.getLogger(__name__)
 KEY_SIZE = 16

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import ClassVar
 
-from utils.options import option, require, require_fraction, require_not_negative
-from utils.records import RecordPass
-from utils.seeding import Stream, generator
+from utils.config.batch import RecordPass
+from utils.config.options import option, require, require_fraction, require_not_negative
+from utils.config.seeding import Stream, generator
 
 FOLDER_REPEATS = re.compile(r"^(\d+)_")
 MAX_CAPTION = 1 << 16  # characters of a caption, and bytes of a text file of them

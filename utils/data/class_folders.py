@@ -5,9 +5,9 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from utils.config.options import UserError
+from utils.config.user_files import plain_spelling
 from utils.data.folders import ALL_SPLIT_WORDS, class_folders_among
-from utils.options import UserError
-from utils.user_files import plain_spelling
 
 logger = logging.getLogger(__name__)
 INNER, OUTER = "inner", "outer"

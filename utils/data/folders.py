@@ -9,12 +9,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from utils.data.captions import MAX_CAPTION, refusal_of
-from utils.data.images import OPTIONAL_FORMATS, UNREAD_SUFFIXES, image_suffixes, unread_reason
-from utils.data.listing import CAPTION, METADATA, NO_READER, Fate, Fates, list_folder, warn_of_unread
-from utils.data.tables import FileTable, ImageTable, captions_of
-from utils.options import UserError, first_line
-from utils.user_files import (
+from utils.config.options import UserError, first_line
+from utils.config.user_files import (
     CertainTexts,
     FileError,
     TextReader,
@@ -23,6 +19,10 @@ from utils.user_files import (
     short,
     size_text,
 )
+from utils.data.captions import MAX_CAPTION, refusal_of
+from utils.data.file_listing import CAPTION, METADATA, NO_READER, Fate, Fates, list_folder, warn_of_unread
+from utils.data.images import OPTIONAL_FORMATS, UNREAD_SUFFIXES, image_suffixes, unread_reason
+from utils.data.tables import FileTable, ImageTable, captions_of
 
 logger = logging.getLogger(__name__)
 MAX_CAPTION_JSON = 1 << 20  # bytes of a JSON file beside an image, which holds other facts too

@@ -16,11 +16,11 @@ from typing import BinaryIO, Self
 import numpy as np
 from PIL import Image, ImageColor, PngImagePlugin
 
+from utils.config.options import UserError, first_line, option, require, require_fraction, require_positive
+from utils.config.user_files import FileError, open_regular
+from utils.data.bit_depths import clear_colour, clear_grey, deep_grey, note_samples, take_other_half
 from utils.data.colours import conversion_of, grey_to_srgb, has_unusable_profile, strips, to_srgb
-from utils.data.depths import clear_colour, clear_grey, deep_grey, note_samples, take_other_half
-from utils.data.signatures import HEAD_SIZE, is_raw, jxl_size, kind_of, late_png_chunk, profile_in
-from utils.options import UserError, first_line, option, require, require_fraction, require_positive
-from utils.user_files import FileError, open_regular
+from utils.data.file_signatures import HEAD_SIZE, is_raw, jxl_size, kind_of, late_png_chunk, profile_in
 
 INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,

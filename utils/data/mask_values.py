@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from PIL import ImageChops
 
+from utils.config.batch import MaskFile
+from utils.config.options import UserError
 from utils.data.images import read_layers, read_mask_layers
-from utils.options import UserError
-from utils.records import MaskFile
 
 NEARLY_BLACK = 1 / 16  # of white; labels such as 0 and 1 stay below it
 DIM = 1 / 2

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils.data.cuts import Cut
+from utils.config.batch import MaskFile
+from utils.config.options import require
+from utils.config.user_files import read_bytes
+from utils.data.crop_plan import Cut
 from utils.data.folders import list_images
 from utils.data.images import Refused
 from utils.data.tables import ImageTable
-from utils.options import require
-from utils.records import MaskFile
-from utils.user_files import read_bytes
 
 MASK_LABEL = "-masklabel"  # what OneTrainer puts behind an image's name for that of its mask
 ASPECT_TOLERANCE = 0.02

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from utils.config.delimited import is_missing, may_be_name, read_rows
+from utils.config.options import UserError, first_line, nearest
+from utils.config.user_files import FileError, TextReader, parse_json_lines, plain_spelling, short
 from utils.data.captions import refusal_of
+from utils.data.file_listing import MASK, METADATA
 from utils.data.folders import FolderContent, KnownNames, is_image, of_split, resolve_listed
-from utils.data.listing import MASK, METADATA
 from utils.data.parquet_files import is_binary, parquet_columns
 from utils.data.tables import FileTable, captions_of
-from utils.delimited import is_missing, may_be_name, read_rows
-from utils.options import UserError, first_line, nearest
-from utils.user_files import FileError, TextReader, parse_json_lines, plain_spelling, short
 
 logger = logging.getLogger(__name__)
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from utils.options import UserError, first_line
-from utils.user_files import open_regular, parse_json
+from utils.config.options import UserError, first_line
+from utils.config.user_files import open_regular, parse_json
 
 logger = logging.getLogger(__name__)
 NUM_SHOWN = 3

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageColor
 
+from utils.config.options import UserError, option
+from utils.data.bit_depths import clear_grey, deep_grey, has_two_halves, take_other_half
 from utils.data.colours import deep_to_srgb, grey_to_srgb, to_srgb
-from utils.data.depths import clear_grey, deep_grey, has_two_halves, take_other_half
 from utils.data.images import ImageOptions, decode, eight_bits, is_halved, open_image, read_layers
-from utils.options import UserError, option
 
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 """PIL's modes by the number of channels."""

@@ -15,8 +15,30 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from utils.config.batch import MaskFile
+from utils.config.options import (
+    UserError,
+    as_number,
+    first_line,
+    nearest,
+    option,
+    require,
+    require_positive,
+    with_values,
+)
+from utils.config.seeding import Stream, generator
+from utils.config.user_files import (
+    YAML_LIMIT,
+    TextReader,
+    check_encoding,
+    parse_yaml,
+    require_file,
+    require_folder,
+    short,
+)
 from utils.data.captions import FOLDER_REPEATS, CaptionOptions
-from utils.data.detection import (
+from utils.data.file_listing import MASK, METADATA, SHARD, Fate, Listing, list_folder, warn_of_unread
+from utils.data.folder_contents import (
     BESIDE_LIST,
     check_configurations,
     cure_of,
@@ -37,17 +59,12 @@ from utils.data.folders import (
     read_pairs_folder,
     split_of,
 )
-from utils.data.listing import MASK, METADATA, SHARD, Fate, Listing, list_folder, warn_of_unread
 from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
 from utils.data.metadata import ListColumns, metadata_files, read_metadata_folder
 from utils.data.parquet_files import check_shards, read_footers
-from utils.data.series import tell_of_gaps
+from utils.data.shard_series import tell_of_gaps
 from utils.data.tables import FileTable, ImageTable, RowTable, captions_of, data_folders
-from utils.data.tars import read_tars
-from utils.options import UserError, as_number, first_line, nearest, option, require, require_positive, with_values
-from utils.records import MaskFile
-from utils.seeding import Stream, generator
-from utils.user_files import YAML_LIMIT, TextReader, check_encoding, parse_yaml, require_file, require_folder, short
+from utils.data.tar_shards import read_tars
 
 logger = logging.getLogger(__name__)
 FOLDER_NUMBER = re.compile(r"(\d+)(?:_|$)")  # kohya's rule: what stands in front of the first underscore

@@ -23,16 +23,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from utils.config.batch import ImageRecord, MaskFile
+from utils.config.options import UserError, first_line
+from utils.config.seeding import Stream, generator
+from utils.config.user_files import FileError, short
 from utils.data.buckets import BucketOptions, BucketPlan, plan_buckets
 from utils.data.captions import CaptionOptions, folder_caption, is_written_list, refusal_of
-from utils.data.contents import content_table, file_facts
-from utils.data.detection import settle
+from utils.data.data_fingerprint import content_table, file_facts
+from utils.data.file_listing import Fate, Fates, warn_of_unread
+from utils.data.folder_contents import settle
 from utils.data.folders import list_files, member_captions
 from utils.data.images import check_whole, read_header, reason_of
-from utils.data.listing import Fate, Fates, warn_of_unread
 from utils.data.mask_values import MASKS_LOOKED_AT, MaskCensus, mask_values
 from utils.data.masks import FolderMasks
-from utils.data.sampler import Draw, Piece
+from utils.data.order import Draw, Piece
 from utils.data.sources import (
     DataOptions,
     SourceOptions,
@@ -46,11 +50,7 @@ from utils.data.sources import (
     shards_of,
 )
 from utils.data.tables import captions_of, data_folders, declared, image_of
-from utils.data.tars import CAPTION_COLUMN, IMAGE_COLUMN, MASK_COLUMN, REASON_COLUMN
-from utils.options import UserError, first_line
-from utils.records import ImageRecord, MaskFile
-from utils.seeding import Stream, generator
-from utils.user_files import FileError, short
+from utils.data.tar_shards import CAPTION_COLUMN, IMAGE_COLUMN, MASK_COLUMN, REASON_COLUMN
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from utils.config.options import UserError
+from utils.config.user_files import TextReader
+from utils.data.file_listing import Fates
 from utils.data.images import Refused
-from utils.data.listing import Fates
-from utils.options import UserError
-from utils.user_files import TextReader
 
 if TYPE_CHECKING:
     from datasets import Dataset

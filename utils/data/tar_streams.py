@@ -16,12 +16,20 @@ from datasets.builder import Key
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from datasets.utils.file_utils import xopen
 
+from utils.config.options import UserError
+from utils.config.user_files import CertainTexts
+from utils.data.file_listing import Fates
 from utils.data.folders import PAIR_SUFFIXES, caption_limit, is_caption_file, is_image
 from utils.data.images import MOST_BYTES
-from utils.data.listing import Fates
-from utils.data.tars import CAPTION_COLUMN, IMAGE_COLUMN, MASK_COLUMN, REASON_COLUMN, is_mask, members_of, read_tars
-from utils.options import UserError
-from utils.user_files import CertainTexts
+from utils.data.tar_shards import (
+    CAPTION_COLUMN,
+    IMAGE_COLUMN,
+    MASK_COLUMN,
+    REASON_COLUMN,
+    is_mask,
+    members_of,
+    read_tars,
+)
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -14,9 +14,9 @@ from weakref import WeakSet
 
 from torch.utils.data import DataLoader, Dataset
 
-from utils.memory import is_out_of_memory
-from utils.options import ProcessError, UserError, first_line
-from utils.stopping import SIGNALS
+from utils.config.options import ProcessError, UserError, first_line
+from utils.runtime.memory import is_out_of_memory
+from utils.runtime.stop_requests import SIGNALS
 
 _WORKERS: WeakSet = WeakSet()
 _TORCHS_HANDLER: list[Any] = []

@@ -1,0 +1,527 @@
+"""How a script's options are declared, parsed and refused.
+
+An option group is a frozen dataclass beside the code that reads it; a script's options are one frozen dataclass whose
+fields are groups. Flags are flat: `ImageOptions.resolution` is `--resolution`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import errno
+import logging
+import math
+import os
+import re
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NoReturn
+
+from utils.config.foreign_flags import FOREIGN_FLAGS
+from utils.config.idle_flags import idle_flags
+from utils.config.standard_streams import flush_streams, hide, lasting_streams
+from utils.config.terminal import one_line, print_line
+
+logger = logging.getLogger(__name__)
+SECRET_OPTIONS = ("hub_token",)
+WRITTEN_PATHS = ("output_dir", "logging_dir", "encoding_cache_dir", "cache_dir", "save_reference", "export_geneval")
+WRITTEN_FILES = ("save_reference",)  # of these, what are no folders
+CLOSE = 0.8  # similarity from which an unknown flag is taken for a misspelled one
+NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own would take -1e-4 for a flag
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+MOST_NAME = 255  # bytes of a file's name
+MAIN_SECONDS = 30.0  # how much later than another the main process may meet an error: it reads more files
+AGREED_SECONDS = 1.0
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process has terminated")
+
+
+class UserError(Exception):
+    """Something the user can mend. Shown as one line, `error: <message>`, and the process exits with 2."""
+
+
+class ProcessError(UserError):
+    """A user's error that one process alone has met, and must say whatever its rank."""
+
+
+class Stopped(Exception):  # noqa: N818  no error, as KeyboardInterrupt is none
+    """A run was asked to end before its time, by a signal or as planned (0). Its state is saved."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """The exit status: 128 + the signal, 0 for a planned end."""
+        return 128 + self.number if self.number else 0
+
+
+class Diverged(Exception):  # noqa: N818  no error of the user's, and none of the program's
+    """A run that came to its end and whose result is of no use. It is written all the same; the exit status is 1."""
+
+
+def option(
+    default: typing.Any,
+    help: str,
+    *,
+    aliases: Sequence[str] = (),
+    choices: Iterable | None = None,
+    const: typing.Any = None,
+    is_text: bool = False,
+) -> typing.Any:
+    """A dataclass field that is also a command-line flag.
+
+    Args:
+        aliases: further spellings, dashes included.
+        const: what the flag means without a value, where it can stand alone.
+        is_text: whether the value is words and never a path, so that a leading `~` stays as it is.
+    """
+    metadata: dict[str, typing.Any] = {"help": help.replace("%", "%%"), "is_text": is_text}
+    if aliases:
+        metadata["aliases"] = list(aliases)
+    if choices is not None:
+        metadata["choices"] = list(choices)
+    if const is not None:
+        metadata |= {"const": const, "nargs": "?"}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def require(condition: bool, flag: str, value: typing.Any, must: str, cure: str = "") -> None:
+    """Raises `UserError("--flag must ..., got value; cure")` unless the condition holds."""
+    if not condition:
+        raise UserError(f"--{flag} must {must}, got {value}" + (f"; {cure}" if cure else ""))
+
+
+def require_positive(group: typing.Any, *names: str) -> None:
+    """Refuses options of a group that are given and not finite and above 0."""
+    for name in names:
+        value = getattr(group, name)
+        require(value is None or 0 < value < math.inf, name, value, "be a number above 0")
+
+
+def require_not_negative(group: typing.Any, *names: str) -> None:
+    """Refuses options of a group that are given and not finite and 0 or more."""
+    for name in names:
+        value = getattr(group, name)
+        require(value is None or 0 <= value < math.inf, name, value, "be 0 or more")
+
+
+def require_fraction(group: typing.Any, *names: str) -> None:
+    """Refuses options of a group that are not within [0, 1]."""
+    for name in names:
+        value = getattr(group, name)
+        require(0 <= value <= 1, name, value, "be between 0 and 1")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def flags_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Shows the flags of a part under those that the user gave, in its errors and in what it logs.
+
+    Args:
+        names: the user's name for each of the part's; flags that only begin with such a name are renamed too. Where
+            one stands within another, the inner names are replaced first.
+    """
+
+    def renamed(text: str) -> str:
+        for theirs, ours in names.items():
+            text = text.replace(f"--{theirs}", f"--{ours}")
+        return text
+
+    make_record = logging.getLogRecordFactory() if not _RENAMERS else _RENAMERS[0][0]
+    _RENAMERS.append((make_record, renamed))
+    logging.setLogRecordFactory(_renamed_record)
+    try:
+        yield
+    except UserError as error:
+        kind = ProcessError if isinstance(error, ProcessError) else UserError
+        raise kind(renamed(str(error))) from error
+    finally:
+        _RENAMERS.pop()
+        if not _RENAMERS:
+            logging.setLogRecordFactory(make_record)
+
+
+_RENAMERS: list[tuple[Callable[..., logging.LogRecord], Callable[[str], str]]] = []
+
+
+def _renamed_record(*args: typing.Any, **kwargs: typing.Any) -> logging.LogRecord:
+    make_record, _ = _RENAMERS[0]
+    record = make_record(*args, **kwargs)
+    if not record.name.startswith("utils."):
+        return record
+
+    def shown(value: object) -> object:
+        if not isinstance(value, str | UserError):
+            return value
+        text = str(value)
+        for _, renamed in reversed(_RENAMERS):
+            text = renamed(text)
+        return text if type(value) is str or isinstance(value, UserError) else type(value)(text)
+
+    record.msg = shown(record.msg)  # the arguments stay apart, each of which the formatter shows on one line
+    if isinstance(record.args, tuple):
+        record.args = tuple(map(shown, record.args))
+    return record
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """The known word that is spelled most like `word`, or an empty string where none has a similarity of `cutoff`."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), "")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviated flags, and raises `UserError` where argparse prints its usage and exits.
+
+    It takes what transformers' HfArgumentParser takes (`--train_data_dir` and `--train-data-dir`, `--flag` and
+    `--flag false`, `--no_flag`), whose import takes half as long as torch's.
+    """
+
+    def __init__(self, groups: Mapping[str, type], description: str, is_process: bool):
+        """Args:
+        is_process: whether the arguments are the process's own, which then ends with --help.
+        """
+        super().__init__(usage="%(prog)s --flag value ...", description=description, allow_abbrev=False)
+        self._is_process = is_process
+        self._negative_number_matcher = NEGATIVE_NUMBER
+        for title, group in groups.items():
+            section, hints = self.add_argument_group(title.replace("_", " ")), typing.get_type_hints(group)
+            for field in dataclasses.fields(group):
+                _add_flag(section, field, hints[field.name])
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """After --help: a process at once, for what was read without torch is good for nothing else."""
+        sys.stdout.flush()
+        if self._is_process:
+            os._exit(status)
+        super().exit(status, message)
+
+    def error(self, message: str) -> NoReturn:
+        flag, separator, reason = message.removeprefix("argument ").partition(": ")
+        if separator and flag.startswith("-"):
+            names = flag.split("/")
+            raise UserError(f"{next((name for name in names if '-' not in name[2:]), names[0])}: {reason}")
+        raise UserError(message)
+
+
+def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field, hint: typing.Any) -> None:
+    """The flag of an option; of a switch that is on by default also the one that turns it off."""
+    known = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    kind = known[0] if isinstance(hint, types.UnionType) else hint
+    given = {name: value for name, value in field.metadata.items() if name not in ("aliases", "is_text")}
+    given["default"] = field.default
+    if field.default not in (None, "") and field.default is not False:
+        given["help"] += " (default: %(default)s)"
+    if kind is bool:
+        given |= {"type": parse_truth, "nargs": "?", "const": True, "metavar": "true|false"}
+    elif typing.get_origin(kind) is list:
+        given |= {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "VALUE"}
+    else:
+        given |= {"type": kind} | ({} if "choices" in given else {"metavar": kind.__name__.upper()})
+    section.add_argument(f"--{field.name}", *field.metadata.get("aliases", ()), **given)
+    if kind is bool and field.default is True:
+        section.add_argument(f"--no_{field.name}", action="store_false", dest=field.name, help="turn that off")
+
+
+def _underscored(word: str, known_flags: Sequence[str]) -> str:
+    """`--train_data_dir` for `--train-data-dir`; other words as they are."""
+    flag, assigned, value = word.partition("=")
+    name = "--" + flag[2:].replace("-", "_")
+    return name + assigned + value if flag.startswith("--") and name in known_flags else word
+
+
+def _flag_of(word: str) -> str:
+    """The flag in a word of a command line as argparse takes it, or an empty string."""
+    is_flag = len(word) > 1 and word[0] == "-" and word != "--" and not NEGATIVE_NUMBER.match(word)
+    name = word.partition("=")[0]
+    return name if is_flag and " " not in name else ""
+
+
+def _refuse_unknown(unknown: Sequence[str], known_flags: Sequence[str]) -> None:
+    """Raises `UserError` of all unknown arguments at once, each with the flag that is probably meant."""
+    if not unknown:
+        return
+    shown = [
+        f"{one_line(word, 100)} ({hint})" if (hint := _hint(word, known_flags)) else one_line(word, 100)
+        for word in dict.fromkeys(unknown)
+    ]
+    noun = "argument" if len(shown) == 1 else "arguments"
+    raise UserError(f"unknown {noun} {', '.join(shown)}; --help lists the flags")
+
+
+def _hint(flag: str, known_flags: Sequence[str]) -> str:
+    """What is probably meant by an unknown flag, in words; empty where nothing is close."""
+    if not flag.startswith("-"):
+        return "a value without a flag; quote values that hold spaces"
+    found = FOREIGN_FLAGS.get(flag.lstrip("-").replace("-", "_").lower(), ())
+    for advice in (found,) if isinstance(found, str) else found:
+        target = advice.split(" ")[0].rstrip(",:") if advice.startswith("--") else ""
+        if not target or target in known_flags:
+            return f"here {advice}" if target else advice
+    similar = nearest(flag, known_flags, CLOSE)
+    return f"did you mean {similar}?" if similar else ""
+
+
+def parse_truth(word: str) -> bool:
+    """A switch's value: yes, true, t, y or 1, or no, false, f, n or 0."""
+    for value, words in ((True, ("yes", "true", "t", "y", "1")), (False, ("no", "false", "f", "n", "0"))):
+        if word.lower() in words:
+            return value
+    raise argparse.ArgumentTypeError(f"must be true or false, got {word}")
+
+
+def parse(options: type, argv: Sequence[str] | None, description: str) -> typing.Any:
+    """Parses `argv` (the process's arguments if None) into an instance of `options`, a dataclass of option groups.
+
+    Raises:
+        UserError: for a flag that is unknown or abbreviated, or a value that its group refuses.
+    """
+    groups = typing.get_type_hints(options)
+    parser = _Parser(groups, description, is_process=argv is None)
+    known_flags = [flag for action in parser._actions for flag in action.option_strings]
+    words = [_underscored(word, known_flags) for word in (sys.argv[1:] if argv is None else argv)]
+    _refuse_unknown([flag for flag in map(_flag_of, words) if flag and flag not in known_flags], known_flags)
+    found, unknown = parser.parse_known_args(words)
+    _refuse_unknown(unknown, known_flags)
+    refuse_missing_docstrings()
+    for name in SECRET_OPTIONS:
+        if secret := getattr(found, name, None):
+            hide(secret)
+    for name in WRITTEN_PATHS:
+        _require_unicode(name, getattr(found, name, None))
+        _require_place(name, getattr(found, name, None), getattr(found, "output_dir", None))
+    values = {
+        name: group(**{field.name: expanded(field, getattr(found, field.name)) for field in dataclasses.fields(group)})
+        for name, group in groups.items()
+    }
+    for group in values.values():
+        for field in dataclasses.fields(group):
+            if getattr(group, field.name) == "" and not field.name.endswith("prompt"):
+                raise UserError(f"--{field.name} must not be empty; leave it out or give a value")
+    _warn_of_idle(values.values())
+    return options(**values)
+
+
+def _warn_of_idle(groups: Iterable[typing.Any]) -> None:
+    """Says in one line which flags are given without another one that they need to change anything."""
+    fields = [(group, field) for group in groups for field in dataclasses.fields(group)]
+    values = {field.name: getattr(group, field.name) for group, field in fields}
+    idle = list(idle_flags(values, {field.name: field.default for _, field in fields}))
+    if idle:
+        logger.warning("%s no effect: %s", "this flag has" if len(idle) == 1 else "these flags have", ", ".join(idle))
+
+
+def refuse_missing_docstrings() -> None:
+    """Raises `UserError` under python -OO, where transformers and diffusers can't be imported."""
+    if sys.flags.optimize > 1:
+        raise UserError("python -OO drops docstrings, which transformers reads; start with python or python -O")
+
+
+def expanded(field: dataclasses.Field, value: typing.Any) -> typing.Any:
+    """The value of an option with `~` and `~user` replaced by the home folder; texts and other types as they are.
+
+    It applies to every option that is not marked as a text, so that no option of a path can lack it. Names on the Hub
+    never begin with `~`. A folder that is really called so is `./~`.
+
+    Raises:
+        UserError: for a user who does not exist.
+    """
+    if field.metadata.get("is_text"):
+        return value
+    if isinstance(value, list):
+        return [expanded(field, each) for each in value]
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    path = os.path.expanduser(value)
+    user = value.partition("/")[0]
+    cure = f"there is no user {user[1:]}" if user != "~" else "the home folder is not known"
+    require(path != value, field.name, value, "be a path that exists", f"{cure}; write ./{value} for a name with a ~")
+    return path
+
+
+def _require_unicode(name: str, path: str | None) -> None:
+    """Refuses a path to write to whose bytes are not UTF-8: libraries that write models to it take no other."""
+    try:
+        (path or "").encode()
+    except UnicodeEncodeError as error:
+        cure = "choose another name, or rename the folder"
+        raise UserError(f"--{name} must be UTF-8, got {one_line(path)}; {cure}") from error
+
+
+def _require_place(name: str, path: str | None, output_dir: str | None) -> None:
+    """Refuses a path to write to that is no name, or that is, or lies below, something that is no folder."""
+    if path is None:
+        return
+    require(bool(path.strip()), name, repr(path), "be a path", "a variable may be unset")
+    longest = max(len(os.fsencode(part)) for part in path.split(os.sep))
+    require(
+        longest <= MOST_NAME, name, one_line(path), f"have names of at most {MOST_NAME} bytes", f"one has {longest}"
+    )
+    base = output_dir or "" if name == "logging_dir" else ""
+    whole = os.path.join(os.path.expanduser(base), os.path.expanduser(path))
+    place = os.path.dirname(whole) if name in WRITTEN_FILES else whole
+    while place and not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if place and not os.path.isdir(place):
+        kind = "a file" if os.path.isfile(place) else "no folder"
+        where = "it" if place == whole else one_line(place)
+        raise UserError(f"--{name} {one_line(path)} can't be written: {where} is {kind}; choose another place")
+
+
+def as_number(value: object) -> object:
+    """The number in a string such as 1e-4, which YAML does not take for one; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def with_values(group: typing.Any, values: Mapping[str, typing.Any], where: str) -> typing.Any:
+    """A group with some options replaced by those of a mapping, such as a file's; others' names are left alone.
+
+    Raises:
+        UserError: for a value of another type or choice, naming `where` it stands.
+    """
+    hints, changes = typing.get_type_hints(type(group)), {}
+    for field in dataclasses.fields(group):
+        if field.name not in values:
+            continue
+        value, known = values[field.name], typing.get_args(hints[field.name]) or (hints[field.name],)
+        if float in known and type(as_number(value)) in (int, float):
+            value = float(as_number(value))
+        names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in known)
+        if type(value) not in known:
+            is_text = str in known and isinstance(value, int | float)
+            cure = f'; a text stands in quotes: {field.name}: "{value!s:.40}"' if is_text else ""
+            raise UserError(f"{where}: {field.name} must be {names}, got {value!r:.100}{cure}")
+        choices = field.metadata.get("choices")
+        if choices is not None and value is not None and value not in choices:
+            raise UserError(f"{where}: {field.name} must be one of {', '.join(choices)}, got {value!s:.100}")
+        try:
+            changes[field.name] = expanded(field, value)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    try:
+        return dataclasses.replace(group, **changes)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def as_record(options: typing.Any) -> dict[str, typing.Any]:
+    """All options of a script as one flat, JSON-ready dict without secrets: what a run records."""
+    record: dict[str, typing.Any] = {}
+    for group in dataclasses.fields(options):
+        record |= dataclasses.asdict(getattr(options, group.name))
+    return {name: value for name, value in record.items() if name not in SECRET_OPTIONS}
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """A command line without secret flags and their values: *** for a token would be taken for one."""
+    shown, hide_next = [], False
+    for word in words:
+        flag, assigned, _ = word.partition("=")
+        is_secret = flag.removeprefix("--").replace("-", "_") in SECRET_OPTIONS
+        if not (hide_next or is_secret):
+            shown.append(word)
+        hide_next = is_secret and not assigned
+    return shown
+
+
+def run_script(
+    run: Callable[[Sequence[str] | None], None],
+    argv: Sequence[str] | None = None,
+    names: Mapping[str, str] = types.MappingProxyType({}),
+) -> int:
+    """Runs a script's body; a user's error becomes one line on stderr and exit status 2.
+
+    A run that was stopped says so in a line, and has the status of what stopped it.
+
+    Args:
+        names: what this script calls flags that its parts know by other names.
+    """
+    with lasting_streams():
+        return _run(run, argv, names)
+
+
+def _run(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None, names: Mapping[str, str]) -> int:
+    try:
+        with flags_as(names):
+            run(argv)
+    except Stopped as stopped:
+        _print_once(str(stopped), is_agreed=True)
+        return stopped.status
+    except Diverged as diverged:
+        _print_once(f"error: {one_line(diverged)}", is_agreed=True)
+        return 1
+    except UserError as error:
+        line = f"error: {one_line(' '.join(str(error).split()))}"
+        if isinstance(error, ProcessError):
+            print_line(line, sys.stderr)
+        else:
+            _print_once(line)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print_line(f"error: the disk refuses{where}: {error.strerror}; checkpoints are as they were", sys.stderr)
+        return 2
+    return 0
+
+
+def _print_once(line: str, is_agreed: bool = False) -> None:
+    """Prints a line that every process is about to print; only the main process does.
+
+    A launcher ends all processes as soon as one has ended with an error, so the others wait for the main one. A process
+    that still lives after `MAIN_SECONDS` is the only one with its error, or no launcher ends it: it prints the line.
+
+    Args:
+        is_agreed: whether the processes decided together to end: then the main process is at this line too.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print_line(line, sys.stderr)
+    elif is_agreed:
+        time.sleep(AGREED_SECONDS)
+    else:
+        time.sleep(MAIN_SECONDS)
+        print_line(f"process {rank}: {line}", sys.stderr)
+
+
+def end_at_once_on_errors() -> None:
+    """Has an error that nobody expected end this process without delay, so that the launcher ends the others.
+
+    Where the error says only that another process is gone, that one's is what matters.
+    """
+    show = sys.excepthook
+
+    def end(kind: type, error: BaseException, trace: types.TracebackType | None) -> None:
+        if any(words in str(error) for words in PEER_IS_GONE):
+            print_line("this process ends because another did; see that one's error", sys.stderr)
+        else:
+            show(kind, error, trace)
+        leave(1)
+
+    sys.excepthook = end
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process; where processes were joined at once, without the interpreter's own end.
+
+    There a process group that something still holds would be torn down with the interpreter's lock held, while its
+    threads wait for that lock: seen as an abort or a hang after the work was done.
+    """
+    flush_streams()
+    if "RANK" in os.environ:
+        os._exit(status)
+    sys.exit(status)

@@ -1,0 +1,48 @@
+"""Classes out of Python files that a user names."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils.config.options import UserError, first_line
+
+# where users' own modules of earlier releases import from
+EARLIER_NAMES = {"utils.terms": "utils.models.loss_terms", "utils.records": "utils.config.batch"}
+
+
+@contextmanager
+def running(flag: str, file: str) -> Iterator[None]:
+    """Within it an error of the user's own code becomes a `UserError` that names the flag and its file."""
+    try:
+        yield
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"--{flag} {file} can't be run: {type(error).__name__}: {first_line(error)}") from error
+
+
+def load_class(flag: str, file: str, base: type) -> type[Any]:
+    """The class in the file that a flag names.
+
+    Raises:
+        UserError: if the file can't be run, or holds not one subclass of `base`.
+    """
+    spec = importlib.util.spec_from_file_location(f"{flag}_{Path(file).stem}", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
+    for earlier, name in EARLIER_NAMES.items():
+        sys.modules.setdefault(earlier, importlib.import_module(name))
+    with running(flag, file):
+        spec.loader.exec_module(module)
+    found = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, base) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        names = ", ".join(each.__name__ for each in found) or "none"
+        wanted = f"{base.__module__}.{base.__name__}"
+        raise UserError(f"--{flag} {file} must hold one subclass of {wanted}, it holds {names}")
+    return found[0]

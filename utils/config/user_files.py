@@ -1,0 +1,797 @@
+"""The only way to read text that a user or a stranger wrote: bounded in size, nesting and time, in any encoding.
+
+Only regular files are opened, each up to a limit. Text that is not UTF-8 is decoded by its byte order mark, or
+by a guess that is marked as one. Each error is one line: the file, the place in it, the reason.
+"""
+
+import codecs
+import contextlib
+import errno
+import json
+import os
+import re
+import reprlib
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from utils.config.options import UserError, first_line, require
+
+TEXT_LIMIT = 1 << 30  # bytes of a file that lists images or prompts
+CONFIG_LIMIT = 16 << 20  # bytes of a config
+YAML_LIMIT = 1 << 20
+MAX_DEPTH = 100  # of nested lists and mappings
+MAX_DIGITS = 300  # of an integer: what is longer overflows a float
+MAX_YAML_NODES = 100_000  # with aliases expanded
+MAX_YAML_SCALAR = 4096  # characters
+SHOWN_LENGTH = 100
+
+MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (b"\x84\x31\x95\x33", "gb18030"),
+)
+EAST_ASIAN = ("gb18030", "cp932", "big5hkscs", "cp949", "euc_jis_2004")
+LATIN = ("cp1252", "cp1250", "cp1254", "cp1257")
+OTHER_ALPHABETS = ("cp1251", "cp1253", "cp1255", "cp1256", "cp874", "koi8-r", "cp866")
+WESTERN = re.compile(r"[^\W\d_ðþýÐÞÝªº]")  # letters of cp1252 that stand in Western European words
+SYMBOL_IN_WORD = re.compile(r"[^\W\d_][\u0080-\u00bf\u00d7\u00f7†‡‰ƒˆ˜™€](?<!·)[^\W\d_]")
+SMALL_SETS = (*LATIN, *OTHER_ALPHABETS)
+FEW_BYTES = 16  # that are not ASCII, up to which a text alone does not say its encoding
+SAMPLE_LENGTH = 100_000
+CERTAIN_ENOUGH = 0.1  # chardet's confidence from which another Latin alphabet goes before the Western European one
+NO_TEXT_CODECS = {"idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape", "utf-7"}
+HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x08\x0e-\x19\x1b-\x1f\x7f-\x84\x86-\x9f]")
+
+
+class FileError(UserError, ValueError):
+    """A file that can't be read as what it should be."""
+
+    def __init__(self, path: object, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.reason = reason
+
+
+class Decoded(NamedTuple):
+    """Text, and the encoding that it was read in.
+
+    Attributes:
+        is_guess: whether neither the user nor the bytes say for certain that it is this encoding.
+    """
+
+    text: str
+    encoding: str = "utf-8"
+    is_guess: bool = False
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Opens a regular file, or a link to one, for reading; never waits for a pipe or a device.
+
+    Raises:
+        FileError: if it is something else.
+        OSError: as `open`.
+    """
+    flags = os.O_RDONLY
+    for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    try:
+        require_regular(path)  # before it is opened: opening a device may do something
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FileError(path, "is a link that leads to itself") from error
+        raise
+    except FileError:
+        raise
+    except ValueError as error:  # a name that no file can have
+        raise FileError(short(os.fspath(path)), f"is no name of a file: {first_line(error)}") from error
+    try:
+        require_regular(path, os.fstat(descriptor))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def open_to_append(path: str | os.PathLike) -> FileIO:
+    """Opens a regular file, or a new one, to add to its end; never waits for a pipe. What is written is there at once.
+
+    Raises:
+        FileError: if it is something else.
+        OSError: as `open`.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    if os.path.exists(path):
+        require_regular(path)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        require_regular(path, os.fstat(descriptor))
+        return FileIO(descriptor, "ab")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def require_regular(path: str | os.PathLike, facts: os.stat_result | None = None) -> None:
+    """Refuses what is no regular file, nor a link to one.
+
+    Args:
+        facts: of the path, where they are known.
+
+    Raises:
+        FileError: naming what it is.
+        OSError: if there is nothing.
+    """
+    kind = kind_of((os.stat(path) if facts is None else facts).st_mode)
+    if kind != "file":
+        raise FileError(path, f"is a {kind}, not a file")
+
+
+def kind_of(mode: int) -> str:
+    """What stands at a path, by its mode: file, folder, pipe, socket or device."""
+    kinds = {"file": stat.S_ISREG, "folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
+    return next((name for name, holds in kinds.items() if holds(mode)), "device")
+
+
+def require_folder(path: str, flag: str, or_file: bool = False) -> None:
+    """Refuses what is no folder.
+
+    Args:
+        or_file: whether a regular file may stand there too.
+
+    Raises:
+        UserError: naming what stands there.
+    """
+    if not (os.path.isdir(path) or (or_file and os.path.isfile(path))):
+        require(False, flag, path, "be a folder that exists", what_is_at(path))
+
+
+def require_file(path: str, flag: str, must: str = "be a file that exists") -> None:
+    """Refuses what is no regular file.
+
+    Raises:
+        UserError: naming what stands there.
+    """
+    if not os.path.isfile(path):
+        require(False, flag, path, must, what_is_at(path))
+
+
+def what_is_at(path: str | os.PathLike) -> str:
+    """What stands at a path that is not what it should be, in words: "it does not exist", "it is a pipe"."""
+    try:
+        return f"it is a {kind_of(os.stat(path).st_mode)}"
+    except FileNotFoundError:
+        return "it is a link to what does not exist" if os.path.islink(path) else "it does not exist"
+    except OSError as error:
+        return "it is a link that leads to itself" if error.errno == errno.ELOOP else f"{error.strerror or error}"
+    except ValueError as error:
+        return f"it is no name of a file: {first_line(error)}"
+
+
+def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        FileError: if it has more than `limit`, which is seen before it is read; as `open_regular`.
+        OSError: as `open`.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""
+    if max(size, len(content)) > limit:
+        raise FileError(path, f"has {size_text(max(size, len(content)))}; at most {size_text(limit)} are read")
+    return content
+
+
+def size_text(size: int) -> str:
+    """A number of bytes in words, such as 5.0 GB."""
+    for unit, divisor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= divisor:
+            return f"{size / divisor:.3g} {unit}"
+    return f"{size} bytes"
+
+
+def check_encoding(name: str, flag: str) -> None:
+    """Refuses what is no encoding of text.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    try:
+        known = codecs.lookup(name)
+    except (LookupError, ValueError):
+        known = None
+    if known is None or known.name.replace("_", "-") in NO_TEXT_CODECS or not getattr(known, "_is_text_encoding", True):
+        raise UserError(f"--{flag} must be an encoding, such as utf-8, gb18030, cp932 or cp1252, got {short(name)}")
+
+
+def decode(content: bytes, encoding: str | None = None) -> Decoded:
+    """Text of bytes without its byte order mark.
+
+    Args:
+        encoding: the encoding that the user says; a byte order mark goes before it. None for UTF-8, or by the bytes.
+
+    Raises:
+        ValueError: if they are no text.
+    """
+    found = _decode(content, encoding)
+    if not _is_binary(found.text):
+        return found
+    wide = None if encoding is not None else _wide(content, 1 if b"\x00" in content else 2)
+    if wide is None:
+        raise ValueError("is no text: it holds control characters")
+    return wide
+
+
+def _is_binary(text: str) -> bool:
+    """Whether a text holds zero bytes, or more control characters than slip into one."""
+    return "\x00" in text or len(CONTROL.findall(text)) > max(1, len(text) // 20)
+
+
+def _decode(content: bytes, encoding: str | None) -> Decoded:
+    for mark, name in MARKS:
+        if content.startswith(mark) and not (name == "utf-16" and len(content) % 2):
+            return Decoded(_strictly(content, name).removeprefix("\ufeff"), name)
+    if encoding is not None:
+        return Decoded(_strictly(content, encoding).removeprefix("\ufeff"), codecs.lookup(encoding).name)
+    if b"\x1b$" in content:
+        return Decoded(_strictly(content, "iso2022_jp_2"), "iso2022_jp_2", True)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        found = _wide(content, 1) if 0 in content else _guess(content)
+        if found is None:
+            raise ValueError("is no text: it holds zero bytes") from None
+        return found
+    found = None if content.startswith(codecs.BOM_UTF8) else _east_asian_after_all(content, text)
+    return found or Decoded(text)
+
+
+def _strictly(content: bytes, encoding: str) -> str:
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not {encoding}: byte {error.start} is none of its letters") from error
+
+
+def _wide(content: bytes, least: int) -> Decoded | None:
+    """UTF-16 or UTF-32 without a mark, if each of at least so many letters is then a usual one; else None."""
+    east_asian = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL"}
+    if 0 not in content:  # pairs of GBK look like Korean
+        east_asian.remove("HANGUL")
+    zeros_first = content[::2].count(0) > content[1::2].count(0)  # of Latin letters, spaces and line ends
+    big, little = ("utf-32-be", "utf-16-be"), ("utf-32-le", "utf-16-le")
+    found: list[tuple[int, str, str]] = []
+    for name in (*big, *little) if zeros_first else (*little, *big):
+        try:
+            text = content.decode(name).removeprefix("\ufeff")
+        except UnicodeDecodeError:
+            continue
+        letters = set(text)
+        scripts = {_script(letter) for letter in letters} - {"", "LATIN"}
+        is_one_language = scripts <= east_asian or (len(scripts) == 1 and "HANGUL" not in scripts)
+        if len(text) >= least and is_one_language and all(map(_is_usual, letters)):
+            found.append((len(scripts), text, name))
+    _, text, name = min(found, key=lambda each: each[0], default=(0, "", ""))
+    return Decoded(text, name, True) if name else None
+
+
+def _is_usual(letter: str) -> bool:
+    """Whether a letter is in one of the small old character sets, which left out the rare ones."""
+    if letter.isascii():
+        return letter.isprintable() or letter in "\t\n\v\f\r"
+    for name, last in (
+        ("gb2312", 0xF7),
+        ("big5", 0xC6),
+        ("shift_jis", 0x97),
+        ("euc_kr", 0xC8),
+        *((each, 0xFF) for each in SMALL_SETS),
+    ):
+        try:
+            if letter.encode(name)[0] <= last:
+                return True
+        except UnicodeEncodeError:
+            continue
+    return False
+
+
+def _script(letter: str) -> str:
+    """The script that a letter is of, such as LATIN; "" of what all scripts share."""
+    if letter.isascii() or not (letter.isalpha() or unicodedata.category(letter) == "Mn"):
+        return "LATIN" if letter.isascii() and letter.isalpha() else ""
+    script = unicodedata.name(letter, "").partition(" ")[0]
+    return "" if script in ("COMBINING", "MODIFIER", "FEMININE", "MASCULINE", "MICRO") else script
+
+
+def _guess(content: bytes) -> Decoded:
+    """Text of bytes that are not UTF-8.
+
+    Raises:
+        ValueError: if it is damaged UTF-8, or none of the usual encodings.
+    """
+    others = re.sub(rb"[\x00-\x7f]+", b"", content)
+    whole = others.decode("utf-8", "ignore")
+    is_long = len(others) >= FEW_BYTES or any(letter > "\u07ff" for letter in whole)  # pairs may be so by chance
+    if is_long and len(whole.encode()) > 0.8 * len(others):
+        raise ValueError(f"is damaged UTF-8 in line {_damaged_line(content)}; mend it, or give --text_encoding")
+    name, confidence = _likely_encoding(content, EAST_ASIAN + LATIN + OTHER_ALPHABETS)
+    if name not in EAST_ASIAN or not all(map(_is_usual, set(content.decode(name, "replace")))):
+        wide = _wide(content, 4)
+        if wide is not None:
+            return wide
+    if name not in EAST_ASIAN and _is_western(content, name, confidence):
+        name = "cp1252"
+    try:
+        return Decoded(content.decode(name), name, True)
+    except (UnicodeDecodeError, LookupError) as error:
+        raise ValueError("is in no encoding that is known here; give --text_encoding") from error
+
+
+def _damaged_line(content: bytes) -> int:
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1
+    return 1
+
+
+def _is_western(content: bytes, name: str, confidence: float) -> bool:
+    """Whether short bytes are Western European all the same: chardet takes "à la carte" for Cyrillic."""
+    text = content.decode("cp1252", "replace")
+    letters = [letter for letter in text if letter.isalpha() and not letter.isascii()]
+    if "\ufffd" in text or SYMBOL_IN_WORD.search(text) or not all(map(WESTERN.match, letters)):
+        return False
+    if name in OTHER_ALPHABETS:
+        return not _is_alphabet(content.decode(name, "replace"))
+    return confidence < CERTAIN_ENOUGH
+
+
+def _likely_encoding(content: bytes, among: tuple[str, ...]) -> tuple[str, float]:
+    """(the encoding that bytes are most likely in, how certain that is)."""
+    try:
+        import chardet
+    except ImportError as error:
+        raise ValueError("is not UTF-8; say its encoding with --text_encoding, or install chardet") from error
+    found = chardet.detect(
+        content, include_encodings=among, no_match_encoding="cp1252", compat_names=False, prefer_superset=True
+    )
+    return found["encoding"] or "", found["confidence"]
+
+
+def _is_alphabet(text: str) -> bool:
+    """Whether the words of a text are each of one alphabet, and some of two or more letters not of the Latin one."""
+    words = [{_script(letter) for letter in word} - {""} for word in re.findall(r"[^\W\d_]{2,}", text)]
+    return all(len(scripts) <= 1 for scripts in words) and any(scripts - {"LATIN"} for scripts in words)
+
+
+def _east_asian_after_all(content: bytes, text: str) -> Decoded | None:
+    """Text in an East Asian encoding whose bytes happen to be UTF-8 of letters that never stand together; else None."""
+    others = re.findall(r"[^\x00-\x7f]+", text) if len(content) < 1000 and not content.isascii() else []
+    if not others or max(max(part) for part in others) > "\u07ff":
+        return None
+    if all(len({_script(letter) for letter in part} - {""}) <= 1 for part in others):
+        return None
+    name, _ = _likely_encoding(content, EAST_ASIAN)
+    try:
+        found = content.decode(name)
+    except UnicodeDecodeError:
+        return None
+    return Decoded(found, name, True) if name in EAST_ASIAN else None
+
+
+def decode_together(contents: Sequence[bytes], encoding: str | None = None) -> list[Decoded | ValueError]:
+    """Texts of one folder or archive: what is too short to say its encoding is taken to be in that of most others.
+
+    Returns:
+        Of each the text, or why it is none.
+    """
+    found: list[Decoded | ValueError] = [_decoded_or_why(content, encoding) for content in contents]
+    if encoding is not None:
+        return found
+    names = Counter(each.encoding for each in found if isinstance(each, Decoded) and each.is_guess)
+    unsure = [number for number, content in enumerate(contents) if _is_unsure(content, found[number])]
+    (most, _), *_ = names.most_common(1) or [("", 0)]
+    if not most or not unsure:
+        return found
+    sample = b"\n".join(contents[number] for number in unsure)[:SAMPLE_LENGTH]
+    with contextlib.suppress(ValueError):
+        most = _guess(sample).encoding if names.total() == len(unsure) else most
+    num_plain = sum(isinstance(found[number], Decoded) and not found[number].is_guess for number in unsure)
+    for number in unsure:
+        is_plain = isinstance(found[number], Decoded) and not found[number].is_guess
+        if is_plain and (most not in EAST_ASIAN or 2 * num_plain > names.total()):
+            continue  # it is UTF-8, and as such as likely as not
+        with contextlib.suppress(UnicodeDecodeError):
+            text = contents[number].decode(most)
+            if not _is_binary(text):
+                found[number] = Decoded(text, most, True)
+    return found
+
+
+def _decoded_or_why(content: bytes, encoding: str | None) -> Decoded | ValueError:
+    try:
+        return decode(content, encoding)
+    except ValueError as error:
+        return error
+
+
+def _is_unsure(content: bytes, found: Decoded | ValueError) -> bool:
+    """Whether the few letters of a text may as well be in another encoding without a mark."""
+    num_others = len(re.sub(rb"[\x00-\x7f]", b"", content))
+    if not 0 < num_others <= FEW_BYTES or 0 in content or content.startswith(codecs.BOM_UTF8):
+        return False
+    if isinstance(found, ValueError) or found.is_guess:
+        return True
+    return found.encoding == "utf-8" and max(found.text) <= "\u07ff"
+
+
+class TextReader:
+    """Reads the texts of one source, and counts those that are not UTF-8.
+
+    Attributes:
+        encoding: what the user says of them; None for UTF-8, or by their bytes.
+    """
+
+    def __init__(self, encoding: str | None = None):
+        self.encoding = encoding
+        self._counts: Counter[tuple[str, bool]] = Counter()
+        self._samples: dict[tuple[str, bool], str] = {}
+
+    def read(self, path: str | os.PathLike, limit: int = TEXT_LIMIT) -> str:
+        """A file's text.
+
+        Raises:
+            FileError, OSError: as `read_text`.
+        """
+        found = read_text(path, limit, self.encoding)
+        self._note(os.path.basename(path), found)
+        return found.text
+
+    def decode_together(self, contents: Mapping[str, bytes]) -> dict[str, str | FileError]:
+        """The texts of files that were read, by their names, or why one is none."""
+        found: dict[str, str | FileError] = {}
+        decoded = decode_together(list(contents.values()), self.encoding)
+        for name, each in zip(contents, decoded, strict=True):
+            if isinstance(each, Decoded):
+                self._note(name, each)
+                found[name] = each.text
+            else:
+                found[name] = FileError(name, first_line(each))
+        return found
+
+    def _note(self, name: str, found: Decoded) -> None:
+        key = (found.encoding, found.is_guess)
+        if found.encoding == "utf-8" or (self.encoding is not None and not found.encoding.startswith("utf-")):
+            return
+        self._counts[key] += 1
+        if key not in self._samples:
+            line = next((line for line in found.text.splitlines() if not line.isascii()), found.text)
+            self._samples[key] = f"{name}: {short(line.strip())}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many texts were read in each encoding but UTF-8, and but for that which the user says."""
+        return {f"{name} (guessed)" if is_guess else name: count for (name, is_guess), count in self._counts.items()}
+
+    @property
+    def has_guessed(self) -> bool:
+        """Whether an encoding was guessed."""
+        return any(is_guess for _, is_guess in self._counts)
+
+    def findings(self) -> list[str]:
+        """A line for each of these encodings, with the first text as it was read."""
+        return [
+            f"{count} {'text is' if count == 1 else 'texts are'} not UTF-8 and read as {name}"
+            f"{', a guess; give --text_encoding if it is wrong' if is_guess else ''}: {self._samples[name, is_guess]}"
+            for (name, is_guess), count in self._counts.items()
+        ]
+
+
+class CertainTexts(TextReader):
+    """Reads texts that come too few at once to guess their encoding by: what is not certain is refused."""
+
+    def decode_together(self, contents: Mapping[str, bytes]) -> dict[str, str | FileError]:
+        """Each text by itself."""
+        found: dict[str, str | FileError] = {}
+        for name, content in contents.items():
+            alone = TextReader(self.encoding)
+            text = alone.decode_together({name: content})[name]
+            reason = "is not UTF-8, and a stream's encoding is not guessed; give --text_encoding"
+            found[name] = FileError(name, reason) if alone.has_guessed else text
+        return found
+
+
+def read_text(path: str | os.PathLike, limit: int = TEXT_LIMIT, encoding: str | None = None) -> Decoded:
+    """A file's text.
+
+    Raises:
+        FileError: if it is too long or no text; as `open_regular`.
+        OSError: as `open`.
+    """
+    try:
+        return decode(read_bytes(path, limit), encoding)
+    except FileError:
+        raise
+    except ValueError as error:
+        raise FileError(path, first_line(error)) from error
+
+
+def plain_spelling(name: str) -> str:
+    """A name without what people write in several ways: capitals, spaces, underscores and hyphens."""
+    return re.sub(r"[\s_-]", "", name).casefold()
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines by line feeds and carriage returns alone: U+2028 and its like may stand within one."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def parse_json(text: str, where: object) -> Any:
+    """What JSON holds.
+
+    Raises:
+        FileError: naming `where` it stands and the line, if it is none, names a key twice with two values, is nested
+            too deeply or holds an endless number.
+    """
+    try:
+        value = DECODER.decode(text)
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            _check_depth(value)
+        if HALF_ESCAPE.search(text):  # halves of characters, which JSON can hold but no file
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    except RecursionError as error:
+        raise FileError(where, f"is nested more than {MAX_DEPTH} deep") from error
+    except json.JSONDecodeError as error:
+        raise FileError(
+            where, f"can't be read as JSON: {error.msg}: line {error.lineno}, column {error.colno}"
+        ) from error
+    except ValueError as error:
+        raise FileError(where, first_line(error)) from error
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    for name, value in pairs:
+        if value is not found[name] and (type(value) is not type(found[name]) or value != found[name]):
+            raise ValueError(f"names {short(name)} twice, with different values; leave one")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"holds a number of {len(digits)} digits; at most {MAX_DIGITS} are read")
+    return int(digits)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
+
+
+def _check_depth(value: object) -> None:
+    """Refuses nested lists and mappings."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        nested = [each for each in level if isinstance(each, dict | list)]
+        if not nested:
+            return
+        level = [each for outer in nested for each in (outer.values() if isinstance(outer, Mapping) else outer)]
+    raise ValueError(f"is nested more than {MAX_DEPTH} deep")
+
+
+def read_json(path: str | os.PathLike, limit: int = CONFIG_LIMIT, encoding: str | None = None) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileError: as `read_text` and `parse_json`.
+        OSError: as `open`.
+    """
+    return parse_json(read_text(path, limit, encoding).text, path)
+
+
+def json_lines(
+    path: str | os.PathLike, limit: int = TEXT_LIMIT, encoding: str | None = None
+) -> Iterator[tuple[int, Any, str]]:
+    """(line number, value, why it can't be read or "") of each line of a JSON Lines file that is not blank.
+
+    Raises:
+        FileError, OSError: as `read_text`.
+    """
+    yield from parse_json_lines(read_text(path, limit, encoding).text)
+
+
+def parse_json_lines(text: str) -> Iterator[tuple[int, Any, str]]:
+    """As `json_lines`, of text."""
+    is_begin = True
+    for number, line in enumerate(lines_of(text), start=1):
+        if line.strip():
+            if is_begin and line.lstrip()[0] == "[" and text.rstrip()[-1] == "]" and not _is_json(line):
+                yield (
+                    number,
+                    None,
+                    "begins a JSON array; write each of its values on a line of its own, without brackets",
+                )
+                return
+            is_begin = False
+            try:
+                yield number, parse_json(line, f"line {number}"), ""
+            except FileError as error:
+                cure = "; write each value on a line of its own" if "Extra data" in error.reason else ""
+                yield number, None, error.reason.replace(": line 1, column", ": column") + cure
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text, "")
+    except FileError:
+        return False
+    return True
+
+
+def parse_yaml(text: str, where: object, booleans: Collection[str] = ()) -> Any:
+    """What YAML holds, with plain Python types alone.
+
+    Args:
+        booleans: keys whose values are true or false, which may be written yes, no, on and off too.
+
+    Raises:
+        FileError: naming `where` it stands and the line, if it is none, has aliases that expand beyond bounds or refer
+            to themselves, is nested too deeply, names a key twice, or holds a value that YAML 1.1 takes for something
+            else than what is written, such as 010 for 8.
+    """
+    import yaml
+
+    try:
+        _check_yaml(text)
+        return yaml.load(text, Loader=_yaml_loader(booleans))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f": line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = " ".join(str(error.problem or error.context).split())
+        raise FileError(where, f"can't be read as YAML: {problem:.200}{place}") from error
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError, KeyError) as error:
+        # beside its own errors the library raises these, of a date without such a day or a `!!int` that is none
+        raise FileError(where, f"can't be read as YAML: {first_line(error):.200}") from error
+
+
+def _check_yaml(text: str) -> None:
+    """Refuses YAML that is small as text and huge or endless as a value, by its events alone."""
+    import yaml
+
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []
+    total = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_YAML_SCALAR:
+            raise ValueError(f"a value of {len(event.value)} characters at {line}; at most {MAX_YAML_SCALAR} are read")
+        if isinstance(event, yaml.ScalarEvent) and HALF_CHARACTER.search(event.value):
+            raise ValueError(f"half a character at {line}; write it as it is")
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in {anchor for anchor, _ in open_nodes}:
+                raise ValueError(f"*{event.anchor} at {line} stands within what it refers to")
+            total += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.NodeEvent):
+            total += 1
+        if total > MAX_YAML_NODES:
+            raise ValueError(f"more than {MAX_YAML_NODES} values at {line}, with aliases (*name) expanded")
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, total - 1))
+            if len(open_nodes) > MAX_DEPTH:
+                raise ValueError(f"is nested more than {MAX_DEPTH} deep at {line}")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = total - before
+
+
+A_DATE = "a date"
+AS_WRITTEN = {  # plain YAML values that every version reads alike, by the ends of their tags
+    "bool": re.compile(r"true|false", re.IGNORECASE),
+    "int": re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+"),
+    "float": re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", re.IGNORECASE),
+    "timestamp": re.compile(r"(?!)"),
+}
+
+
+def _yaml_loader(booleans: Collection[str]) -> type:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that stands twice in a mapping, integers that are no number for anyone, and surprises."""
+
+        def __init__(self, stream: str):
+            super().__init__(stream)
+            self._keys: dict[yaml.Node, set[str]] = {}  # of each value by aliases several; "" where it is a key itself
+
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+            if isinstance(node, yaml.ScalarNode) and node.style is None and (surprise := self._surprise(node)):
+                keys = " and ".join(short(key) for key in sorted(self._keys.get(node, ())) if key)
+                reason = f"{f'{keys}: ' if keys else ''}{short(node.value)} is {surprise} to YAML"
+                cure = f'if it is meant as it stands, quote it ("{node.value:.40}")'
+                cure += "" if surprise == A_DATE else f"; else write {surprise} plainly"
+                raise yaml.MarkedYAMLError(None, None, f"{reason}; {cure}", node.start_mark)
+            return super().construct_object(node, deep)
+
+        def _surprise(self, node: yaml.ScalarNode) -> str:
+            """What YAML 1.1 makes of a plain value that is written as something else, else ""."""
+            kind, is_implied = (
+                node.tag.rpartition(":")[2],
+                self.resolve(type(node), node.value, (True, False)) == node.tag,
+            )
+            pattern = AS_WRITTEN.get(kind)
+            if pattern is None or not is_implied or pattern.fullmatch(node.value):
+                return ""
+            if kind == "bool":
+                keys = self._keys.get(node, set())
+                is_meant = bool(keys) and keys.issubset(booleans)
+                return "" if is_meant else str(self.construct_yaml_bool(node)).lower()
+            if kind == "timestamp":
+                return A_DATE
+            value = self.construct_yaml_int(node) if kind == "int" else self.construct_yaml_float(node)
+            return f"the number {short(value)}"
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            twice = next((key for key, count in counts.items() if count > 1 and key != "<<"), None)
+            if twice is not None:
+                raise yaml.MarkedYAMLError(None, None, f"{short(twice)} stands twice in a mapping", node.start_mark)
+            for key, value in node.value:
+                self._keys.setdefault(key, set()).add("")
+                for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    self._keys.setdefault(each, set()).update([key.value] if isinstance(key, yaml.ScalarNode) else [])
+            return super().construct_mapping(node, deep)
+
+        def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+            if len(node.value) > MAX_DIGITS:
+                raise yaml.MarkedYAMLError(None, None, f"a number of {len(node.value)} digits", node.start_mark)
+            return super().construct_yaml_int(node)
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+    return Loader
+
+
+def read_yaml(path: str | os.PathLike, limit: int = YAML_LIMIT, encoding: str | None = None) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        FileError: as `read_text` and `parse_yaml`.
+        OSError: as `open`.
+    """
+    return parse_yaml(read_text(path, limit, encoding).text, Path(path))
+
+
+class _Short(reprlib.Repr):
+    """A representation that costs little, whatever the value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 2, 70, 70, 40
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 3
+
+    def repr_int(self, value: int, level: int) -> str:
+        return super().repr_int(value, level) if value.bit_length() < 4000 else "<a number of over 1000 digits>"
+
+    def repr_dict(self, value: dict, level: int) -> str:
+        some = dict(list(zip(value, value.values(), strict=True))[: self.maxdict + 1]) if len(value) > 1000 else value
+        return super().repr_dict(some, level)
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        return super().repr_str(value[: self.maxstring].decode("latin-1"), level)
+
+
+def short(value: object) -> str:
+    """A value for an error's message: one line of at most 100 characters, of a huge one its beginning."""
+    shown = _Short().repr(value)
+    return shown if len(shown) <= SHOWN_LENGTH else f"{shown[: SHOWN_LENGTH - 3]}..."

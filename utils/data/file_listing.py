@@ -1,0 +1,265 @@
+"""Every file of a folder once: those that may be data, and what became of all others."""
+
+import heapq
+import logging
+import os
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from utils.config.options import UserError, first_line
+from utils.config.user_files import FileError, kind_of, read_json
+from utils.runtime.atomic_files import MARKER
+
+logger = logging.getLogger(__name__)
+TRAINED = "trained"
+HELD_OUT = "held out"
+CAPTION = "caption"
+MASK = "mask"
+METADATA = "metadata"
+SHARD = "shard"
+UNREADABLE = "unreadable"
+NO_READER = "no reader"
+OTHER_SPLIT = "other split"
+HIDDEN = "hidden"
+FILTERED = "filtered"
+NOT_DRAWN = "not drawn"
+UNLISTED = "not listed"
+DUPLICATE = "duplicate"
+LONE_CAPTION = "caption without image"
+OWN = "output of a run"
+OTHER = "other"
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+SYSTEM_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir", "#recycle", "lost+found"}
+RUN_RECORD = "run.json"
+DRY_RUN = {"contact_sheet.png", "dry_run_report.json"}
+
+
+class Fate(NamedTuple):
+    """What became of a file, and why."""
+
+    word: str
+    reason: str = ""
+
+
+class Fates:
+    """The fates of many files of a folder, in little more memory than their names take."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._names = bytearray()
+        self._ends = array("q")
+        self._codes = array("i")
+        self._known: dict[Fate, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def add(self, name: str, fate: Fate) -> None:
+        """Adds a file."""
+        self._names += os.fsencode(name)
+        self._ends.append(len(self._names))
+        self._codes.append(self._known.setdefault(fate, len(self._known)))
+
+    def __iter__(self) -> Iterator[tuple[str, Fate]]:
+        """The files in the order in which they were added."""
+        fates, begin = list(self._known), 0
+        for end, code in zip(self._ends, self._codes, strict=True):
+            yield os.fsdecode(bytes(self._names[begin:end])), fates[code]
+            begin = end
+
+    def without(self, names: Collection[str]) -> "Fates":
+        """The same but for some files."""
+        others = Fates(self.root)
+        for name, fate in self:
+            if name not in names:
+                others.add(name, fate)
+        return others
+
+    def by_fate(self) -> Counter[Fate]:
+        """How many files have each fate."""
+        fates = list(self._known)
+        return Counter({fates[code]: count for code, count in Counter(self._codes).items()})
+
+
+@dataclass
+class Listing:
+    """The files of a folder.
+
+    Attributes:
+        names: paths within the folder of the files that may be data, in order.
+        special: why files that are no regular ones, such as pipes, can't be read, by their paths.
+        unlisted: (folder, reason) of each folder within it that can't be listed.
+        own: (folder, reason) of each folder within it that was left out, such as the output of a run.
+        fates: of the other files.
+    """
+
+    root: Path
+    names: list[str] = field(default_factory=list)
+    special: dict[str, str] = field(default_factory=dict)
+    unlisted: list[tuple[str, str]] = field(default_factory=list)
+    own: list[tuple[str, str]] = field(default_factory=list)
+    fates: Fates = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fates = Fates(self.root)
+
+    def warn(self) -> None:
+        """Names the folders whose files are not among the data, and what is no file."""
+        for name, reason in list(self.special.items())[:5]:
+            logger.warning("left out %s: it %s", self.root / name, reason)
+        for name, reason in self.unlisted:
+            logger.warning("the folder %s can't be listed, its files are left out: %s", self.root / name, reason)
+        for name, reason in self.own:
+            logger.warning("left out the folder %s: %s", self.root / name, reason)
+
+
+def list_folder(folder: Path, left_out: Mapping[Path, Fate] = MappingProxyType({})) -> Listing:
+    """Lists a folder and all folders in it, links followed, each folder once.
+
+    Hidden and system files, and the outputs of runs in folders below it, are none that may be data.
+
+    Args:
+        left_out: folders whose files are none that may be data either, and what becomes of these.
+
+    Raises:
+        UserError: if the folder itself can't be listed.
+    """
+    listing, walk = Listing(folder), _Walk(left_out)
+    while (place := walk.next()) is not None:
+        prefix, fate = place
+        path = folder / prefix
+        try:
+            facts = os.stat(path)
+            if not walk.is_new(facts):  # a link to a folder above it, or a second one to the same folder
+                continue
+            with os.scandir(path) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            if prefix == "":
+                raise UserError(f"--train_data_dir {folder} can't be read: {first_line(error)}") from error
+            listing.unlisted.append((prefix, error.strerror or first_line(error)))
+            continue
+        if fate is None and prefix != "":
+            fate = walk.fate_of(facts) or _fate_of_output(path, {entry.name for entry in entries})
+            if fate is not None:
+                listing.own.append((prefix, fate.reason))
+        is_run = prefix == "" and _is_run_record(path)
+        for entry in entries:
+            _place(entry, prefix, fate, is_run, listing, walk)
+    listing.names.sort()
+    return listing
+
+
+class _Walk:
+    """The folders that are still to be listed: real ones first, so that links to them do not take their place."""
+
+    def __init__(self, left_out: Mapping[Path, Fate]):
+        self._real: list[tuple[str, Fate | None]] = [("", None)]
+        self._linked: list[str] = []
+        self._seen: set[tuple[int, int]] = set()
+        self._left_out: dict[tuple[int, int], Fate] = {}
+        for path, fate in left_out.items():
+            try:
+                facts = os.stat(path)
+            except OSError:  # it is not there yet
+                continue
+            self._left_out[facts.st_dev, facts.st_ino] = fate
+
+    def next(self) -> tuple[str, Fate | None] | None:
+        """The next folder, and the fate of all files in it if they have the same."""
+        if self._real:
+            return self._real.pop()
+        return (heapq.heappop(self._linked), None) if self._linked else None
+
+    def add(self, prefix: str, fate: Fate | None, is_link: bool) -> None:
+        """Adds a folder; links are not followed where all files have the same fate."""
+        if not is_link:
+            self._real.append((prefix, fate))
+        elif fate is None:
+            heapq.heappush(self._linked, prefix)
+
+    def is_new(self, facts: os.stat_result) -> bool:
+        """Whether a folder was not listed yet."""
+        count = len(self._seen)
+        self._seen.add((facts.st_dev, facts.st_ino))
+        return len(self._seen) > count
+
+    def fate_of(self, facts: os.stat_result) -> Fate | None:
+        """The fate of the files of a folder that is left out."""
+        return self._left_out.get((facts.st_dev, facts.st_ino))
+
+
+def _place(entry: os.DirEntry, prefix: str, fate: Fate | None, is_run: bool, listing: Listing, walk: _Walk) -> None:
+    """Puts what a folder holds to the files that may be data, to the others, or to the folders to list.
+
+    Args:
+        fate: of all files of the folder, if they have the same.
+        is_run: whether the folder is the one to list and the output of a run, whose own folders are no data.
+    """
+    name, is_link = prefix + entry.name, entry.is_symlink()
+    try:
+        is_folder, is_file = entry.is_dir(), entry.is_file()
+    except OSError:  # a link to itself, or one that may not be followed: it is named when it is opened
+        is_folder = is_file = False
+    if is_folder:
+        if fate is None and (entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS):
+            fate = Fate(HIDDEN, "in a hidden or system folder")
+        if fate is None and is_run and (entry.name.startswith("checkpoint-") or entry.name in ("samples", "best")):
+            fate = Fate(OWN, f"written by the run whose output {listing.root} is")
+            listing.own.append((name + "/", f"{fate.reason}; give it as a folder of its own to train on it"))
+        walk.add(name + "/", fate, is_link)
+    elif fate is not None:
+        listing.fates.add(name, fate)
+    elif entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
+        listing.fates.add(name, Fate(HIDDEN, "a hidden or system file"))
+    elif is_file or (is_link and not os.path.exists(entry.path)):
+        listing.names.append(name)
+    else:
+        listing.special[name] = _kind_of(entry.path)
+
+
+def _kind_of(path: str) -> str:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return error.strerror or first_line(error)
+    return f"is a {kind_of(mode)}, not a file"
+
+
+def _fate_of_output(folder: Path, names: set[str]) -> Fate | None:
+    """The fate of the files of a folder that a run, an evaluation or a cache wrote."""
+    if MARKER in names:
+        return Fate(OWN, f"this toolkit wrote it (it holds {MARKER})")
+    if names >= DRY_RUN:
+        return Fate(OWN, f"it is the output of a dry run (it holds {', '.join(sorted(DRY_RUN))})")
+    if RUN_RECORD in names and _is_run_record(folder):
+        return Fate(OWN, f"it is the output of a run (it holds {RUN_RECORD})")
+    return None
+
+
+def _is_run_record(folder: Path) -> bool:
+    """Whether a folder holds what a training run records of itself."""
+    try:
+        record = read_json(folder / RUN_RECORD)
+    except (OSError, FileError):
+        return False
+    return isinstance(record, dict) and {"options", "versions", "command"} <= record.keys()
+
+
+def warn_of_unread(where: str, fates: Fates) -> None:
+    """Names the kinds of files that may be meant to be data but are not read."""
+    counts = {fate: count for fate, count in fates.by_fate().items() if fate.word in (NO_READER, LONE_CAPTION)}
+    firsts: dict[Fate, str] = {}
+    for name, fate in fates if counts else ():
+        if fate in counts:
+            firsts.setdefault(fate, name)
+        if len(firsts) == len(counts):
+            break
+    for fate, count in counts.items():
+        what = "captions have no image" if fate.word == LONE_CAPTION else "files are not read"
+        logger.warning("%s: %d %s, such as %s: %s", where, count, what, firsts[fate], fate.reason)

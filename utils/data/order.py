@@ -1,0 +1,196 @@
+"""Which image stands at which place of which step: a function of the seed and the step alone."""
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from math import lcm
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utils.config.seeding import Stream, generator
+
+
+class Draw(NamedTuple):
+    """A record, how many times it was drawn before, and the number of its bucket."""
+
+    record: int
+    passing: int
+    bucket: int
+
+
+class Piece(NamedTuple):
+    """One micro-batch: an optimizer step and the slots of its global batch; of a stream also what stands there."""
+
+    step: int
+    slots: tuple[int, ...]
+    streamed: Any = None
+
+
+class Interleaving:
+    """Several streams merged into one, each in proportion to its share, with no remainder lost.
+
+    A stream of share n gives `unit` at a time, floor((e * n + r) / unit) times before epoch e, where its head start r
+    is drawn by the seed: what is left at an epoch's end comes in the next. Within an epoch a stream's turns are spread
+    evenly, each at a random place of its part.
+    """
+
+    def __init__(self, shares: Sequence[Fraction], unit: int, seed: int, number: int, order: Stream):
+        denominator = lcm(*(share.denominator for share in shares))
+        self._shares = [int(share * denominator) for share in shares]
+        self._unit = unit * denominator
+        self._seed, self._number, self._order = seed, number, order
+        heads = generator(seed, number, order, Stream.HEAD_START)
+        self._heads = [int(heads.integers(self._unit)) for _ in shares]
+        self._epochs: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
+
+    def turns_before(self, epoch: int) -> list[int]:
+        """How often each stream came before an epoch."""
+        pairs = zip(self._shares, self._heads, strict=True)
+        return [(epoch * share + head) // self._unit for share, head in pairs]
+
+    def epoch_of(self, place: int) -> int:
+        """The epoch in which a place of the merged stream lies."""
+        epoch = place * self._unit // sum(self._shares)
+        while sum(self.turns_before(epoch)) > place:
+            epoch -= 1
+        while sum(self.turns_before(epoch + 1)) <= place:
+            epoch += 1
+        return epoch
+
+    def at(self, place: int) -> tuple[int, int]:
+        """(which stream, its how-manieth turn) at a place of the merged stream."""
+        if len(self._shares) == 1:
+            return 0, place
+        for begin, streams, turns in self._epochs.values():
+            if begin <= place < begin + len(streams):
+                return int(streams[place - begin]), int(turns[place - begin])
+        epoch = self.epoch_of(place)
+        while len(self._epochs) >= 2:
+            del self._epochs[next(iter(self._epochs))]
+        begin, streams, turns = self._epochs[epoch] = self._arrange(epoch)
+        return int(streams[place - begin]), int(turns[place - begin])
+
+    def _arrange(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """(first place, streams, turns) of an epoch."""
+        before, after = np.array(self.turns_before(epoch)), np.array(self.turns_before(epoch + 1))
+        counts = after - before
+        streams = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
+        turns = np.concatenate([np.arange(first, last) for first, last in zip(before, after, strict=True)])
+        drawn = generator(self._seed, epoch, self._number, self._order).random(len(streams))
+        order = np.argsort((turns - before[streams] + drawn) / counts[streams], kind="stable")
+        return int(before.sum()), streams[order], turns[order]
+
+
+class Permutations:
+    """The images of one bucket and source: every pass over them a seeded permutation, one after the other."""
+
+    def __init__(self, members: np.ndarray, seed: int, number: int):
+        self._members = members
+        self._seed, self._number = seed, number
+        self._orders: dict[int, np.ndarray] = {}
+
+    def at(self, place: int) -> tuple[int, int]:
+        """(record, pass) at a place of the stream."""
+        passing, within = divmod(place, len(self._members))
+        if passing not in self._orders:
+            while len(self._orders) >= 2:
+                del self._orders[next(iter(self._orders))]
+            order = generator(self._seed, passing, self._number, Stream.ORDER)
+            self._orders[passing] = order.permutation(self._members)
+        return int(self._orders[passing][within]), passing
+
+
+class GlobalBatches:
+    """The stream of global batches over the images.
+
+    A batch consists of groups, each of one bucket. Which bucket a group has, which source each of its samples, and
+    which image that is, are nested streams; nothing is dropped or repeated at an epoch's end, so that over E epochs
+    each image is drawn E times (times its source's repeats), one more or less, however many processes share the work.
+
+    Attributes:
+        size: samples of a global batch.
+        group_size: samples of one bucket that stand together; it divides `size`.
+        samples_per_epoch: images times their repeats.
+    """
+
+    def __init__(
+        self,
+        bucket_of: np.ndarray,
+        source_of: np.ndarray,
+        repeats: Sequence[Fraction],
+        size: int,
+        group_size: int,
+        seed: int,
+    ):
+        self.size = size
+        self.seed = seed
+        num_buckets = int(bucket_of.max()) + 1
+        self.group_size = group_size if num_buckets > 1 else size
+        self._streams: list[list[Permutations]] = []
+        self._sources: list[Interleaving] = []
+        bucket_shares = []
+        for bucket in range(num_buckets):
+            streams, shares = [], []
+            for source, repeat in enumerate(repeats):
+                members = np.flatnonzero((bucket_of == bucket) & (source_of == source)).astype(np.uint32)
+                if len(members):
+                    streams.append(Permutations(members, seed, bucket * len(repeats) + source))
+                    shares.append(repeat * len(members))
+            self._streams.append(streams)
+            self._sources.append(Interleaving(shares, 1, seed, bucket, Stream.SOURCE_ORDER))
+            bucket_shares.append(sum(shares))
+        self._buckets = Interleaving(bucket_shares, self.group_size, seed, 0, Stream.GROUP_ORDER)
+        self.samples_per_epoch = sum(bucket_shares)
+
+    @property
+    def has_buckets(self) -> bool:
+        """Whether images are of more than one size."""
+        return len(self._streams) > 1
+
+    def draw(self, step: int, slot: int) -> Draw:
+        """What stands at `slot`, in [0, size), of the global batch of optimizer step `step`, from 0."""
+        group, within = divmod(step * self.size + slot, self.group_size)
+        bucket, turn = self._buckets.at(group)
+        source, place = self._sources[bucket].at(turn * self.group_size + within)
+        record, passing = self._streams[bucket][source].at(place)
+        return Draw(record, passing, bucket)
+
+    def steps_in(self, epochs: int) -> int:
+        """Optimizer steps after which every image was drawn `epochs` times."""
+        if not self.has_buckets:
+            return -(-epochs * self.samples_per_epoch // self.size)
+        return -(-sum(self._buckets.turns_before(epochs)) * self.group_size // self.size)
+
+    def epochs_before(self, step: int) -> int:
+        """Whole epochs that the first `step` optimizer steps have drawn."""
+        if not self.has_buckets:
+            return step * self.size // self.samples_per_epoch
+        return self._buckets.epoch_of(step * self.size // self.group_size)
+
+
+class Pieces:
+    """The micro-batches of one process, in order: what its DataLoader takes as a sampler.
+
+    The process at `rank` of `num_processes` takes the slots [rank * size / num_processes, (rank + 1) * size /
+    num_processes) of each global batch, in pieces of at most `micro_batch` that lie within one group.
+    """
+
+    def __init__(
+        self, batches: GlobalBatches, micro_batch: int, rank: int, num_processes: int, first_step: int, last_step: int
+    ):
+        size, group = batches.size, batches.group_size
+        begin, end = rank * size // num_processes, (rank + 1) * size // num_processes
+        self.slots: list[tuple[int, ...]] = []
+        while begin < end:
+            until = min(begin + micro_batch, end, (begin // group + 1) * group)
+            self.slots.append(tuple(range(begin, until)))
+            begin = until
+        self.steps = range(first_step, last_step)
+
+    def __iter__(self) -> Iterator[Piece]:
+        for step in self.steps:
+            for slots in self.slots:
+                yield Piece(step, slots)
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.slots)

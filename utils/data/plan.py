@@ -1,0 +1,363 @@
+"""Which of the listed images are trained on, at which size, and what became of the others."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from utils.config.options import UserError, as_number, option, require, require_fraction, require_positive
+from utils.config.seeding import Stream, generator
+from utils.config.user_files import require_folder, short
+from utils.data.buckets import NONE, BucketOptions, BucketPlan, plan_buckets
+from utils.data.captions import is_written_list, refusal_of
+from utils.data.data_fingerprint import content_table
+from utils.data.file_listing import FILTERED, TRAINED, UNREADABLE, Fate
+from utils.data.order import GlobalBatches, Pieces
+from utils.data.sources import Records
+from utils.data.survey import Survey
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    on_bad_image: str = option(
+        "skip", "images that can't be read: train without them, or end the run", choices=["skip", "error"]
+    )
+    max_bad_fraction: float = option(0.05, "portion of the images from which on bad ones end the run in any case")
+    min_image_size: int | None = option(None, "leave out images whose shorter edge has fewer pixels")
+    max_image_size: int | None = option(None, "leave out images whose longer edge has more pixels")
+    max_aspect_ratio: float | None = option(None, "leave out images whose longer edge is more times the shorter one")
+    max_upscale: float | None = option(None, "leave out images that would be enlarged by more than this factor")
+
+    def __post_init__(self) -> None:
+        require_fraction(self, "max_bad_fraction")
+        require_positive(self, "min_image_size", "max_image_size", "max_aspect_ratio", "max_upscale")
+        ratio = self.max_aspect_ratio
+        require(ratio is None or ratio >= 1, "max_aspect_ratio", ratio, "be 1 or more: the longer edge by the shorter")
+
+
+@dataclass(frozen=True)
+class HeldOutOptions:
+    validation_split: str | None = option(
+        None, "measure the loss on images that are not trained on: a portion of them, such as 0.05, or a split's name"
+    )
+    validation_data_dir: str | None = option(None, "or on those of another folder")
+    max_validation_samples: int | None = option(None, "at most this many of them, drawn by the seed")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_validation_samples")
+        if self.validation_split is not None and self.validation_data_dir is not None:
+            raise UserError("--validation_split and --validation_data_dir are two ways to say the same; give one")
+        fraction = self.fraction
+        if fraction is not None:
+            require(
+                0 < fraction < 1, "validation_split", self.validation_split, "be between 0 and 1, or a split's name"
+            )
+        if self.validation_data_dir is not None:
+            require_folder(self.validation_data_dir, "validation_data_dir", or_file=True)
+
+    @property
+    def fraction(self) -> float | None:
+        """The portion of the images that is held out, if it was given so."""
+        value = as_number(self.validation_split)
+        return value if isinstance(value, float) else None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether any image is held out."""
+        return self.validation_split is not None or self.validation_data_dir is not None
+
+
+def hold_out(records: Records, fraction: float, seed: int, firsts: np.ndarray | None = None) -> tuple[Records, Records]:
+    """(those to train on, those held out): each image is drawn by its name, whatever others there are.
+
+    Args:
+        firsts: [N] of images of the same bytes the number of one, by whose name all of them are drawn,
+            unless all images are the same.
+
+    Raises:
+        UserError: if there are fewer than two.
+    """
+    if len(records) < 2:
+        raise UserError(f"--validation_split {fraction:g} needs at least two images, there is {len(records)}")
+    drawn = np.array(
+        [generator(seed, records.identity(index), 0, Stream.HELD_OUT_SPLIT).random() for index in range(len(records))]
+    )
+    if firsts is not None and len(np.unique(firsts)) > 1:
+        drawn = drawn[firsts]
+    distinct = np.unique(drawn)
+    threshold = np.clip(fraction, distinct[0], distinct[-2])  # at least one of each
+    return records.take(np.flatnonzero(drawn > threshold)), records.take(np.flatnonzero(drawn <= threshold))
+
+
+class Outcome(NamedTuple):
+    """What became of each image that was listed.
+
+    Attributes:
+        records: all that were listed.
+        codes: [N] the number of each one's fate.
+    """
+
+    records: Records
+    codes: np.ndarray
+    fates: list[Fate]
+
+
+@dataclass(frozen=True)
+class PlannedImages:
+    """The images to train on.
+
+    Attributes:
+        records, survey, plan: of these images alone, in one order.
+        num_listed: images that the sources list.
+        bad: why an image can't be trained on, by its name.
+        filtered: how many were left out, by the reason.
+        missing_captions: how many have none.
+        named_by_folder: how many of these train on the name of their folder.
+        outcome: what became of each that was listed.
+    """
+
+    records: Records = field(repr=False)
+    survey: Survey = field(repr=False)
+    plan: BucketPlan
+    num_listed: int
+    bad: dict[str, str]
+    filtered: dict[str, int]
+    missing_captions: int
+    outcome: Outcome = field(repr=False)
+    named_by_folder: int = 0
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of an upright image."""
+        width, height = self.survey.sizes[index]
+        return int(width), int(height)
+
+    def target(self, index: int) -> tuple[int, int]:
+        """Width and height of what the model sees of an image."""
+        return self.plan.sizes[int(self.plan.bucket_of[index])]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the loss counts only in parts of some images."""
+        return self.records.has_masks
+
+    @property
+    def num_known(self) -> int:
+        """Images to which a number of bad ones compares."""
+        return self.num_listed
+
+    def fingerprint(self) -> str:
+        """What changes with the images, their sources, their order or their buckets."""
+        digest = hashlib.blake2b(digest_size=8)
+        for array in (self.plan.bucket_of, self.records.source_numbers):
+            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        digest.update(
+            np.array([self.records.identity(index) for index in range(len(self.records))], np.uint64).tobytes()
+        )
+        digest.update(repr([self.plan.sizes, self.records.repeats()]).encode())
+        if self.records.copies is not None:
+            digest.update(np.ascontiguousarray(self.records.copies, np.int64).tobytes())
+        return f"{len(self.records)} images, {digest.hexdigest()}"
+
+    def content(self) -> pa.Table:
+        """The record of the images, by which a resumed run sees whether they were edited."""
+        records = self.records
+        keys = [records.key(index) for index in range(len(records))]
+        return content_table(keys, self.survey.facts, self.survey.mask_facts, records.recorded_captions())
+
+    def describe_sources(self) -> dict[str, str]:
+        """How each source's images are used, where there are several; one is described by the options."""
+        sources = self.records.sources
+        if len(sources) == 1:
+            return {"masks": sources[0].masks.name.partition(" ")[0] if sources[0].masks else "none"}
+        return {f"source {source.name}": source.use for source in sources}
+
+    def describe(self) -> str:
+        """How many images there are, in words."""
+        return f"{len(self.records):,} images, {len(self.bad)} unreadable ones left out"
+
+    def pieces(
+        self, batches: GlobalBatches, micro_batch: int, rank: int, num_processes: int, first_step: int, last_step: int
+    ) -> Pieces:
+        """The micro-batches of one process."""
+        return Pieces(batches, micro_batch, rank, num_processes, first_step, last_step)
+
+    def batches(self, size: int, group_size: int, seed: int) -> GlobalBatches:
+        """The stream of global batches of `size` over them."""
+        return GlobalBatches(self.plan.bucket_of, *self.records.groups(), size, group_size, seed)
+
+    def report(self) -> dict[str, object]:
+        """What `data_report.json` says of them."""
+        encodings = {source.name: source.table.texts.counts for source in self.records.sources if source.table.texts}
+        encodings = {name: counts for name, counts in encodings.items() if counts}
+        counts = np.bincount(self.plan.bucket_of, minlength=len(self.plan.sizes))
+        return {
+            "images": self.num_listed,
+            "trained": self.num_listed - len(self.bad) - sum(self.filtered.values()),
+            "missing_captions": self.missing_captions,
+            **({"masked": int(self.survey.is_masked.sum())} if self.records.has_masks else {}),
+            "converted": self.survey.oddity_counts(),
+            "filtered": self.filtered,
+            "unlisted": sum(source.table.num_left_out for source in self.records.sources),
+            "buckets": {_name(size): int(count) for size, count in zip(self.plan.sizes, counts, strict=True)},
+            "merged_buckets": {_name(size): [_name(goal) for goal in goals] for size, _, goals in self.plan.merged},
+            "unreadable": dict(sorted(self.bad.items())),
+            **({"not_utf_8": encodings} if encodings else {}),
+        }
+
+
+def _name(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def plan_images(
+    records: Records,
+    survey: Survey,
+    resolution: int,
+    group_size: int,
+    buckets: BucketOptions,
+    options: SelectionOptions,
+    report: Callable[[int, dict[str, str]], None],
+) -> PlannedImages:
+    """Leaves out bad images and those that the filters name, and plans the buckets of the others.
+
+    Args:
+        report: is given how many images are listed, and the bad ones before they end the run.
+
+    Raises:
+        UserError: for bad images as the options have it, for missing captions where they are an error, or if no image
+            is left.
+    """
+    missing, reasons = look_at_captions(records)
+    reasons |= survey.reasons
+    bad = dict(records.refused) | {records.key(index): reason for index, reason in reasons.items()}
+    num_listed = len(records) + len(records.refused)
+    report(num_listed, bad)
+    check_bad(bad, num_listed, options)
+    is_kept = np.ones(len(records), bool)
+    is_kept[list(reasons)] = False
+    filtered = {}
+    codes, fates = np.zeros(len(records), np.int32), [Fate(TRAINED)]
+    for index, reason in reasons.items():
+        codes[index] = len(fates)
+        fates.append(Fate(UNREADABLE, reason))
+
+    def leave_out(reason: str, chosen: np.ndarray) -> None:
+        count = int((is_kept & chosen).sum())
+        if count:
+            filtered[reason] = count
+            codes[is_kept & chosen] = len(fates)
+            fates.append(Fate(FILTERED, reason))
+        is_kept[chosen] = False
+
+    shorter, longer = survey.sizes.min(1), survey.sizes.max(1)
+    if options.min_image_size is not None:
+        leave_out(f"shorter edge under {options.min_image_size}", shorter < options.min_image_size)
+    if options.max_image_size is not None:
+        leave_out(f"longer edge over {options.max_image_size}", longer > options.max_image_size)
+    if options.max_aspect_ratio is not None:
+        leave_out(f"aspect ratio over {options.max_aspect_ratio:g}", longer > options.max_aspect_ratio * shorter)
+    group_of, repeats = records.groups()
+    uses = np.array([float(repeat) for repeat in repeats])[group_of]
+    good = np.flatnonzero(is_kept)
+    if len(good):
+        first = plan_buckets(survey.sizes[good], resolution, buckets, uses[good], 1)
+        leave_out("too small for a bucket without enlarging", _spread(first.bucket_of == NONE, good, len(records)))
+        if options.max_upscale is not None:
+            factors = upscaling(survey.sizes[good], first)
+            too_far = _spread(factors > options.max_upscale, good, len(records))
+            leave_out(f"enlarged by more than {options.max_upscale:g}", too_far)
+    kept = np.flatnonzero(is_kept)
+    if not len(kept):
+        reasons = [f"{name}: {reason}" for name, reason in list(bad.items())[:1]]
+        reasons += [f"{reason}: {count} images" for reason, count in filtered.items()]
+        raise UserError(f"no image is left to train on; {'; '.join(reasons)}")
+    plan = plan_buckets(survey.sizes[kept], resolution, buckets, uses[kept], group_size)
+    chosen = records if len(kept) == len(records) else records.take(kept)
+    missing = [index for index in missing if is_kept[index]]
+    check_captions(records, missing)
+    by_folder = sum(records.source(index).captions.on_missing_caption == "folder" for index in missing)
+    outcome = Outcome(records, codes, fates)
+    counts = len(missing), by_folder
+    return PlannedImages(chosen, survey.take(kept), plan, num_listed, bad, filtered, counts[0], outcome, counts[1])
+
+
+def _spread(values: np.ndarray, indices: np.ndarray, length: int) -> np.ndarray:
+    spread = np.zeros(length, bool)
+    spread[indices] = values
+    return spread
+
+
+def upscaling(image_sizes: np.ndarray, plan: BucketPlan) -> np.ndarray:
+    """[N] the factor by which each image is enlarged (over 1) or reduced to cover its bucket; 0 without a bucket."""
+    targets = np.array([*plan.sizes, (0, 0)])
+    numbers = np.where(plan.bucket_of == NONE, len(plan.sizes), plan.bucket_of)
+    return (targets[numbers] / image_sizes).max(1)
+
+
+def check_bad(bad: dict[str, str], num_listed: int, options: SelectionOptions) -> None:
+    """Ends the run where there are more bad images than the options allow.
+
+    Raises:
+        UserError: which names the first of them.
+    """
+    if not bad:
+        return
+    shown = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[:20])
+    shown += "" if len(bad) <= 20 else f"; and {len(bad) - 20} more in data_report.json"
+    if options.on_bad_image == "error":
+        raise UserError(f"{len(bad)} images can't be read (--on_bad_image error): {shown}")
+    if len(bad) > options.max_bad_fraction * num_listed:
+        raise UserError(
+            f"{len(bad)} of {num_listed} images can't be read, more than --max_bad_fraction "
+            f"{options.max_bad_fraction:g} allows; mend or remove them, or raise it: {shown}"
+        )
+
+
+def look_at_captions(records: Records) -> tuple[list[int], dict[int, str]]:
+    """(the images without a caption, why some can't be trained on with theirs).
+
+    Raises:
+        UserError: if an image has several where it must have one, such as classes.
+    """
+    if not any(source.captions.are_expected for source in records.sources):
+        return [], {}
+    missing, reasons, several, lists = [], {}, {}, []
+    for index, captions in enumerate(records.all_captions()):
+        if not captions:
+            missing.append(index)
+        elif len(captions) > 1 and records.source(index).captions.takes_one:
+            several[index] = captions
+        elif refusal := refusal_of(captions):
+            reasons[index] = refusal
+        lists += [caption for caption in captions if is_written_list(caption)]
+    if lists:
+        logger.warning(
+            "%d captions are texts that look like lists, such as %s; each is read as one caption: metadata.jsonl and "
+            "Parquet can hold a list, of which one is drawn",
+            *(len(lists), short(lists[0])),
+        )
+    if several:
+        shown = "; ".join(f"{records.key(index)}: {', '.join(map(short, several[index]))}" for index in [*several][:5])
+        captions = records.source(next(iter(several))).captions
+        word = captions.word
+        raise UserError(f"--{word}_column: {len(several):,} images have several {word}s; give each image one: {shown}")
+    return missing, reasons
+
+
+def check_captions(records: Records, missing: Sequence[int]) -> None:
+    """Refuses images without a caption where they are an error.
+
+    Raises:
+        UserError: if one of them is of a source that has `on_missing_caption` set to error.
+    """
+    refusing = [index for index in missing if records.source(index).captions.on_missing_caption == "error"]
+    if refusing:
+        names = ", ".join(records.key(index) for index in refusing[:10])
+        captions = records.source(refusing[0]).captions
+        raise UserError(f"{len(refusing)} images have no {captions.word} ({captions.refusal}), such as {names}")

@@ -1,0 +1,426 @@
+"""What image files say before their pixels, read once, by several processes, and remembered."""
+
+import contextlib
+import hashlib
+import itertools
+import multiprocessing
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from utils.config.options import UserError
+from utils.config.terminal import progress_bar
+from utils.data.data_fingerprint import FileFacts
+from utils.data.image_facts import Remembered, stamps_of
+from utils.data.images import CONVERTED, ODDITIES, UNCOMMON, check_values, how_read, image_bytes, read_header, reason_of
+from utils.data.mask_values import MaskCensus, MaskValues, mask_values
+from utils.data.masks import check_same_shape
+from utils.data.sources import Records, Source
+from utils.data.tables import ImageTable, stamp_of
+
+DIGEST_SIZE = 16
+STAMP_PARTS = 3  # size and two times
+NOW, BEFORE = "with depths", "with colours"  # names of what is remembered, which change with what headers tell
+REMEMBERED = {
+    **{"width": pa.int32(), "height": pa.int32(), "oddities": pa.uint16()},
+    **{"num_bytes": pa.int64(), "digest": pa.binary()},
+}
+MANY = 5_000  # images from which on several processes read
+CHUNK = 500
+CHUNKS_AHEAD = 256
+MASKS_AHEAD = 2_000  # that are decoded before it is asked whether they were enough
+Result = TypeVar("Result")
+
+
+class Facts(NamedTuple):
+    """One image's: upright size, bit mask of `ODDITIES`, length of the file, digest if wanted, and why it is bad."""
+
+    width: int
+    height: int
+    oddities: int
+    num_bytes: int
+    digest: bytes
+    reason: str
+
+
+@dataclass
+class Survey:
+    """What is known of the images of a run.
+
+    Attributes:
+        sizes: [N, 2] int32 upright widths and heights; 0 of images that can't be read.
+        oddities: [N] uint16 bit masks of `ODDITIES`.
+        num_bytes: [N] int64 lengths of the files, -1 where unknown.
+        digests: [N] of the files' bytes, 16 bytes each; b"" where unknown.
+        reasons: why an image can't be read, by its number.
+        mask_digests: [N] of the bytes of the images' mask files; b"" where unknown, or without one.
+        is_masked: [N] bool, whether the image has a mask.
+        times: [N] int64, when the files, or the shards that they are in, were last changed.
+        mask_bytes, mask_times: the like of mask files; -1 bytes without one.
+        mask_oddities: [N] uint16, those of mask files; 0 without one.
+    """
+
+    sizes: np.ndarray
+    oddities: np.ndarray
+    num_bytes: np.ndarray
+    digests: np.ndarray = field(repr=False)
+    reasons: dict[int, str]
+    mask_digests: np.ndarray = field(repr=False)
+    is_masked: np.ndarray = field(repr=False)
+    times: np.ndarray = field(repr=False)
+    mask_bytes: np.ndarray = field(repr=False)
+    mask_times: np.ndarray = field(repr=False)
+    mask_oddities: np.ndarray = field(repr=False)
+
+    @staticmethod
+    def unknown(count: int) -> "Survey":
+        """Of so many images, of which nothing is known yet."""
+        digests = np.full(count, b"", object)
+        return Survey(
+            sizes=np.zeros((count, 2), np.int32),
+            oddities=np.zeros(count, np.uint16),
+            num_bytes=np.full(count, -1, np.int64),
+            digests=digests,
+            reasons={},
+            mask_digests=digests.copy(),
+            is_masked=np.zeros(count, bool),
+            times=np.zeros(count, np.int64),
+            mask_bytes=np.full(count, -1, np.int64),
+            mask_times=np.zeros(count, np.int64),
+            mask_oddities=np.zeros(count, np.uint16),
+        )
+
+    @property
+    def facts(self) -> FileFacts:
+        """What is known of the files."""
+        return FileFacts(self.num_bytes, self.times, self.digests)
+
+    @property
+    def mask_facts(self) -> FileFacts:
+        """What is known of the mask files."""
+        return FileFacts(self.mask_bytes, self.mask_times, self.mask_digests)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all files, as far as they can be read."""
+        return int(np.maximum(self.num_bytes, 0).sum() + np.maximum(self.mask_bytes, 0).sum())
+
+    def oddity_counts(self) -> dict[str, int]:
+        """How many images have each oddity."""
+        counts = Counter({name: int((self.oddities >> bit & 1).sum()) for bit, name in enumerate(ODDITIES)})
+        return {name: count for name, count in counts.items() if count}
+
+    def how_read(self, index: int) -> bytes:
+        """What sets an image's pixels apart from those that earlier releases read."""
+        return how_read(_has(self.oddities[index], CONVERTED), _has(self.oddities[index], UNCOMMON))
+
+    def how_mask_read(self, index: int, is_alpha: bool) -> bytes:
+        """The same of its mask, which no colour profile changes."""
+        return how_read(False, _has((self.oddities if is_alpha else self.mask_oddities)[index], UNCOMMON))
+
+    def take(self, indices: np.ndarray) -> "Survey":
+        """Some of the images, in their order."""
+        places = {int(index): place for place, index in enumerate(indices)} if self.reasons else {}
+        reasons = {places[index]: reason for index, reason in self.reasons.items() if index in places}
+        arrays = {name: value[indices] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return Survey(**arrays, reasons=reasons)
+
+    def followed_by(self, other: "Survey") -> "Survey":
+        """Of the images of this one, then of those of another."""
+        pairs = {
+            name: (value, vars(other)[name]) for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
+        arrays = {name: np.concatenate(pair) for name, pair in pairs.items()}
+        moved = {index + len(self.sizes): reason for index, reason in other.reasons.items()}
+        return Survey(**arrays, reasons=self.reasons | moved)
+
+
+def _has(oddities: int, name: str) -> bool:
+    return bool(oddities >> ODDITIES.index(name) & 1)
+
+
+def survey(records: Records, folder: Path, show_progress: bool = False) -> Survey:
+    """The facts of all images, of which only headers are read, and those only once: `folder` remembers them."""
+    return _survey(records, folder, np.zeros(len(records), bool), show_progress)
+
+
+def add_digests(known: Survey, records: Records, wanted: np.ndarray, folder: Path, show_progress: bool = False) -> None:
+    """Adds the digests of the images where `wanted`, [N] bool: they are read whole, once."""
+    missing = wanted & (known.digests == b"")
+    if missing.any():
+        found = _survey(records.take(np.flatnonzero(missing)), folder, np.ones(missing.sum(), bool), show_progress)
+        known.digests[missing] = found.digests
+        numbers = np.flatnonzero(missing)
+        known.reasons |= {int(numbers[place]): reason for place, reason in found.reasons.items()}
+
+
+def survey_masks(
+    known: Survey, records: Records, folder: Path, with_digests: bool, show_progress: bool = False
+) -> None:
+    """Adds what the headers of mask files say; an image whose mask can't be read or is of another shape is bad."""
+    masks = [records.mask(index) for index in range(len(records))]
+    in_files = np.flatnonzero([mask is not None and not mask.is_alpha for mask in masks])
+    tables = [replace(source, table=MaskTable(source)) for source in records.sources]
+    of_masks = Records(tables, records.source_numbers[in_files], records.rows[in_files])
+    found = _survey(of_masks, folder, np.full(len(in_files), with_digests), show_progress)
+    known.mask_digests[in_files] = found.digests
+    known.mask_bytes[in_files], known.mask_times[in_files] = found.num_bytes, found.times
+    known.mask_oddities[in_files] = found.oddities
+    is_transparent = (known.oddities >> ODDITIES.index("transparent") & 1).astype(bool)
+    known.is_masked[:] = [
+        mask is not None and (not mask.is_alpha or clear) for mask, clear in zip(masks, is_transparent, strict=True)
+    ]
+    for place, index in enumerate(in_files.tolist()):
+        reason = found.reasons.get(place)
+        if reason is None and known.sizes[index].all():
+            try:
+                check_same_shape(found.sizes[place].tolist(), known.sizes[index].tolist())
+            except ValueError as error:
+                known.reasons[index] = str(error)
+        elif reason is not None:
+            known.reasons.setdefault(index, f"its mask can't be read: {reason}")
+
+
+def take_census(records: Records, is_masked: np.ndarray, where: str, most: int) -> list[MaskCensus]:
+    """What is in the masks of each source: of evenly spread ones, or of all where these are nearly black.
+
+    Args:
+        is_masked: [N] bool, whether an image has a mask.
+        where: the flag that gave them, with its value.
+        most: how many are looked at of a source.
+    """
+    found = []
+    for number, source in enumerate(records.sources):
+        there = np.flatnonzero(is_masked & (records.source_numbers == number))
+        if source.masks is None or not len(there):
+            continue
+        name = f"{where}, source {source.name}" if len(records.sources) > 1 else where
+        census = MaskCensus(name, len(there))
+        places = np.unique(np.linspace(0, len(there) - 1, min(len(there), most)).astype(int))
+        _look_at_masks(records, there[places], census)
+        others = np.delete(there, places)
+        for begin in range(0, len(others), MASKS_AHEAD):
+            if not census.looked_at or not census.is_nearly_black:
+                break
+            _look_at_masks(records, others[begin : begin + MASKS_AHEAD], census)
+        found.append(census)
+    return found
+
+
+def _look_at_masks(records: Records, indices: np.ndarray, census: MaskCensus) -> None:
+    """Adds the masks of some images to a census; those that can't be read are named elsewhere."""
+    with progress_bar(total=len(indices), desc="decoding masks", leave=False) as progress:
+        for values in map_chunks(_values_of_masks, records, indices, many=50, size=20):
+            progress.update(len(values))
+            for name, found in values:
+                if found is not None:
+                    census.add(name, found)
+
+
+def _values_of_masks(records: Records, indices: np.ndarray) -> list[tuple[str, MaskValues | None]]:
+    values: list[tuple[str, MaskValues | None]] = []
+    for index in indices.tolist():
+        mask, found = records.mask(index), None
+        with contextlib.suppress(OSError, ValueError):
+            found = mask_values(records.image(index) if mask.is_alpha else b"", mask)
+        values.append((records.key(index), found))
+    return values
+
+
+class MaskTable(ImageTable):
+    """The mask files of a source's images, as images."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self.name = f"masks of {source.table.name}, {source.masks.name if source.masks else ''}"
+
+    def __len__(self) -> int:
+        return len(self._source.table)
+
+    def key(self, row: int) -> str:
+        """That of the image."""
+        return self._source.table.key(row)
+
+    def image(self, row: int) -> str | bytes:
+        """The mask's path or bytes."""
+        return self._source.masks.of(self._source.table, row).source
+
+    def captions(self, row: int) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def stamp(self, row: int) -> str:
+        """That of the mask's file; bytes lie in what the image's stamp tells of."""
+        mask = self.image(row)
+        return stamp_of(mask) if isinstance(mask, str) else self._source.table.stamp(row)
+
+
+def _survey(records: Records, folder: Path, with_digest: np.ndarray, show_progress: bool) -> Survey:
+    found = Survey.unknown(len(records))
+    for number, source in enumerate(records.sources):
+        places = np.flatnonzero(records.source_numbers == number)
+        if len(places):
+            _survey_table(source.table, records.rows[places], places, found, folder, with_digest[places], show_progress)
+    return found
+
+
+def _survey_table(
+    table: ImageTable,
+    rows: np.ndarray,
+    places: np.ndarray,
+    found: Survey,
+    folder: Path,
+    with_digest: np.ndarray,
+    show_progress: bool,
+) -> None:
+    """Fills in the facts of some rows of a table, at their places."""
+    memory = _memory(folder, NOW, table)
+    keys, stamps = [table.key(int(row)) for row in rows], stamps_of(table, rows)
+    found.times[places] = [_time_of(stamp, table.name) for stamp in stamps]
+    known = memory.find(keys, stamps)
+    is_known = known >= 0
+    if is_known.any():
+        at = known[is_known]
+        found.sizes[places[is_known], 0] = memory.column("width")[at]
+        found.sizes[places[is_known], 1] = memory.column("height")[at]
+        found.oddities[places[is_known]] = memory.column("oddities")[at]
+        found.num_bytes[places[is_known]] = memory.column("num_bytes")[at]
+        found.digests[places[is_known]] = memory.column("digest")[at]
+        is_known &= ~with_digest | (found.digests[places] != b"")
+    unread = np.flatnonzero(~is_known)
+    if len(unread):
+        _take_digests(_memory(folder, BEFORE, table), keys, stamps, found, places)
+    work = [(int(rows[place]), bool(with_digest[place] and not found.digests[places[place]])) for place in unread]
+    for place, facts in zip(unread, read_facts(table, work, show_progress), strict=True):
+        index = int(places[place])
+        found.sizes[index] = facts.width, facts.height
+        found.oddities[index] = facts.oddities
+        found.num_bytes[index] = facts.num_bytes
+        found.digests[index] = b"" if facts.reason else facts.digest or found.digests[index]
+        if facts.reason:
+            found.reasons[index] = facts.reason
+    if len(unread):
+        _remember(memory, keys, stamps, found, places)
+
+
+def _memory(folder: Path, release: str, table: ImageTable) -> Remembered:
+    """The remembered facts of a table."""
+    digest = hashlib.blake2b(f"{release}, {table.name}".encode(), digest_size=12).hexdigest()
+    return Remembered(folder / "headers" / f"{digest}.parquet", REMEMBERED)
+
+
+def _take_digests(
+    memory: Remembered, keys: Sequence[str], stamps: Sequence[str], found: Survey, places: np.ndarray
+) -> None:
+    """Takes digests that are not known yet from an earlier release, which knew the bytes, if not all of the headers."""
+    at = memory.find(keys, stamps)
+    missing = (at >= 0) & (found.digests[places] == b"")
+    if missing.any():
+        found.digests[places[missing]] = memory.column("digest")[at[missing]]
+
+
+def _remember(
+    memory: Remembered, keys: Sequence[str], stamps: Sequence[str], found: Survey, places: np.ndarray
+) -> None:
+    """Keeps the facts of those that can be read."""
+    chosen = np.flatnonzero((found.sizes[places, 0] > 0) & (found.num_bytes[places] >= 0))
+    at = places[chosen]
+    columns = {
+        **{"width": found.sizes[at, 0], "height": found.sizes[at, 1], "oddities": found.oddities[at]},
+        **{"num_bytes": found.num_bytes[at], "digest": found.digests[at]},
+    }
+    memory.add([keys[place] for place in chosen], [stamps[place] for place in chosen], columns)
+
+
+def _time_of(stamp: str, name: str) -> int:
+    """When a file was last changed; of what its table's name tells all, a number that changes with the name."""
+    parts = stamp.split(":")
+    if len(parts) == STAMP_PARTS:
+        return int(parts[1])
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+
+
+def read_facts(table: ImageTable, work: Sequence[tuple[int, bool]], show_progress: bool) -> Iterator[Facts]:
+    """The facts of rows, with the digest where the second value says so, in order."""
+    what = "reading images" if any(with_digest for _, with_digest in work) else "reading headers"
+    progress = progress_bar(total=len(work), desc=what, disable=not show_progress or len(work) < MANY, leave=False)
+    with progress:
+        for facts in map_chunks(_read_chunk, table, work, many=MANY):
+            progress.update(len(facts))
+            yield from facts
+
+
+_shared: dict[int, object] = {}
+_numbers = itertools.count()
+
+
+def map_chunks(
+    function: Callable[[Any, Sequence], Result], shared: object, work: Sequence, many: int, size: int = CHUNK
+) -> Iterator[Result]:
+    """function(shared, chunk) of each chunk of the work, in order, on several cores.
+
+    Processes are forked where there is `many` or more to do: they inherit `shared`, which is large, and are sent only
+    the chunks. Threads else.
+    """
+    number = next(_numbers)
+    _shared[number] = shared
+    try:
+        with executor(len(work), many) as pool:
+            chunks = (work[begin : begin + size] for begin in range(0, len(work), size))
+            waiting: deque = deque()
+            for chunk in chunks:
+                waiting.append(pool.submit(_on_shared, function, number, chunk))
+                if len(waiting) > CHUNKS_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that reads files was killed (out of memory? see dmesg); free some memory and start again"
+        ) from error
+    finally:
+        del _shared[number]
+
+
+def _on_shared(function: Callable[[Any, Sequence], Result], number: int, chunk: Sequence) -> Result:
+    return function(_shared[number], chunk)
+
+
+def executor(count: int, many: int) -> Executor:
+    """Processes, forked at the first use, where there is much to do for Python; threads else.
+
+    Linux alone forks safely: macOS offers it, but its own libraries end a process that was forked.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if count < many or cores == 1 or not sys.platform.startswith("linux"):
+        return ThreadPoolExecutor(4 * cores)
+    return ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork"))
+
+
+def _read_chunk(table: ImageTable, work: Sequence[tuple[int, bool]]) -> list[Facts]:
+    return [_read(table, row, with_digest) for row, with_digest in work]
+
+
+def _read(table: ImageTable, row: int, with_digest: bool) -> Facts:
+    try:
+        image = table.image(row)
+        if with_digest and isinstance(image, str):
+            image = image_bytes(image)
+        header = read_header(image)
+        check_values(image, header)
+        num_bytes = len(image) if isinstance(image, bytes) else os.stat(image).st_size
+    except (OSError, ValueError) as error:
+        return Facts(0, 0, 0, -1, b"", reason_of(error))
+    names = set(header.oddities) | ({"non-ASCII name"} if not table.key(row).isascii() else set())
+    oddities = sum(1 << bit for bit, name in enumerate(ODDITIES) if name in names)
+    digest = hashlib.blake2b(image, digest_size=DIGEST_SIZE).digest() if with_digest else b""
+    return Facts(header.width, header.height, oddities, num_bytes, digest, "")

@@ -1,0 +1,188 @@
+"""The loss of a prediction, and its weight over the timesteps."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.config.batch import Noised
+from utils.config.options import UserError, option, require_fraction, require_not_negative, require_positive
+
+HUBER_SCHEDULES = ("snr", "exponential", "constant")
+LARGEST_SNR = 1000.0
+
+
+def _l2(difference: Tensor, c: Tensor) -> Tensor:
+    return difference.square()
+
+
+def _l1(difference: Tensor, c: Tensor) -> Tensor:
+    return difference.abs()
+
+
+def _huber(difference: Tensor, c: Tensor) -> Tensor:
+    """Pseudo-Huber, 2c (sqrt(d^2 + c^2) - c): d^2 near 0, 2c |d| far off (https://arxiv.org/abs/2403.16728)."""
+    return 2 * c * ((difference.square() + c.square()).sqrt() - c)
+
+
+def _smooth_l1(difference: Tensor, c: Tensor) -> Tensor:
+    """2 (sqrt(d^2 + c^2) - c): d^2 / c near 0, 2 |d| far off."""
+    return 2 * ((difference.square() + c.square()).sqrt() - c)
+
+
+def huber_threshold(options: "LossOptions", noised: Noised) -> Tensor:
+    """[B] the c of each sample's timestep (https://arxiv.org/abs/2403.16728).
+
+    exponential: c^(t / T). snr: (1 - c) / (1 + sigma)^2 + c with sigma = snr^(-1/2), from 1 without noise down to c.
+    """
+    c = options.huber_c
+    if options.huber_schedule == "exponential":
+        return torch.exp(math.log(c) * noised.timesteps / noised.num_timesteps)
+    if options.huber_schedule == "snr":
+        return (1 - c) / (1 + noised.snr.rsqrt()).square() + c
+    return torch.full_like(noised.snr, c)
+
+
+def _on_prediction(on_x0: Tensor, snr: Tensor, prediction_type: str) -> Tensor:
+    """What a weight on the squared error of x0 is on that of the prediction.
+
+    The error of x0 is that of epsilon over sqrt(snr), that of v over sqrt(snr + 1), and that of a flow's velocity times
+    sigma = 1 / (1 + sqrt(snr)).
+    """
+    if prediction_type == "epsilon":
+        return on_x0 / snr
+    if prediction_type == "flow":
+        return on_x0 / (1 + snr.sqrt()).square()
+    return on_x0 / (snr + 1) if prediction_type == "v_prediction" else on_x0
+
+
+def _uniform(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
+    """The simple objective (Ho et al. 2020, equation 14), of whatever is predicted."""
+    return torch.ones_like(snr)
+
+
+def _min_snr(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
+    """min(snr, gamma) on x0 (Hang et al. 2023, section 3.4)."""
+    return _on_prediction(snr.clamp(max=options.snr_gamma or 5.0), snr, prediction_type)
+
+
+def _max_snr(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
+    """max(snr, 1) on x0 ("truncated SNR", Salimans and Ho 2022, equation 9)."""
+    return _on_prediction(snr.clamp(min=1.0), snr, prediction_type)
+
+
+def _snr(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
+    """snr on x0, which is 1 on epsilon (Salimans and Ho 2022, section 4)."""
+    return _on_prediction(snr, snr, prediction_type)
+
+
+def _p2(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
+    """1 / (k + snr)^gamma on epsilon (Choi et al. 2022, equation 8)."""
+    return _on_prediction(snr / (options.p2_k + snr) ** options.p2_gamma, snr, prediction_type)
+
+
+def _debiased(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
+    """1 / sqrt(snr) on epsilon (Yu et al. 2023, https://arxiv.org/abs/2310.08442), 1 / (snr + 1) on v as kohya has it.
+
+    The snr is taken for 1000 where it is more.
+    """
+    clipped = snr.clamp(max=LARGEST_SNR)
+    flow = clipped.sqrt() / (1 + clipped.sqrt()).square()  # 1 / sqrt(snr) on epsilon, whose error is (1 - sigma) times
+    weights = {
+        "epsilon": clipped.rsqrt(),
+        "v_prediction": 1 / (clipped + 1),
+        "sample": clipped.sqrt(),
+        "flow": flow,
+    }
+    return weights[prediction_type]
+
+
+LOSSES = {"l2": _l2, "l1": _l1, "huber": _huber, "smooth_l1": _smooth_l1}
+WEIGHTINGS = {
+    "uniform": _uniform,
+    "min_snr": _min_snr,
+    "max_snr": _max_snr,
+    "snr": _snr,
+    "p2": _p2,
+    "debiased": _debiased,
+}
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    loss: str = option("l2", "what is made of the difference of prediction and target", choices=LOSSES)
+    huber_c: float = option(0.1, "difference at which huber and smooth_l1 turn from squares to absolute values")
+    huber_schedule: str = option("snr", "how that difference depends on the timestep", choices=HUBER_SCHEDULES)
+    weighting: str | None = option(
+        None,
+        "weight of the loss over the timesteps; uniform by default, min_snr with --snr_gamma",
+        choices=WEIGHTINGS,
+    )
+    snr_gamma: float | None = option(
+        None, "gamma of min_snr, 5.0 by default (https://arxiv.org/abs/2303.09556); given alone it chooses min_snr"
+    )
+    p2_gamma: float = option(1.0, "gamma of p2 (https://arxiv.org/abs/2204.00227)")
+    p2_k: float = option(1.0, "k of p2")
+    unmasked_weight: float = option(0.0, "what the loss counts at least, where an image's mask is black")
+    normalize_masked_loss: bool = option(
+        False, "divide an image's loss by the mean of its mask, so that small ones count as much"
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "snr_gamma", "huber_c", "p2_k")
+        require_not_negative(self, "p2_gamma")
+        require_fraction(self, "unmasked_weight")
+        if self.snr_gamma is not None and self.weighting not in (None, "min_snr"):
+            raise UserError(f"--snr_gamma goes with --weighting min_snr, got --weighting {self.weighting}; give one")
+
+    @property
+    def weighting_name(self) -> str:
+        """The name of the weighting in `WEIGHTINGS`."""
+        return self.weighting or ("uniform" if self.snr_gamma is None else "min_snr")
+
+
+def loss_weights(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+    """[B] the weights of `--weighting` on the loss of what is predicted.
+
+    Args:
+        snr: [B] signal-to-noise ratios, 0 or more; for epsilon 0 is taken for the smallest number.
+        prediction_type: what is predicted: epsilon, v_prediction, sample or flow.
+    """
+    if prediction_type == "epsilon":
+        snr = snr.clamp(min=torch.finfo(snr.dtype).tiny)
+    return WEIGHTINGS[options.weighting_name](snr, prediction_type, options)
+
+
+SMALLEST_MASK = 1e-3  # mean of a mask under which its loss is not enlarged further
+
+
+def mask_weights(masks: Tensor, options: LossOptions) -> Tensor:
+    """[B, 1, h, w] float32, what each place's loss counts, of uint8 masks of that shape."""
+    weights = (masks.float() / 255).clamp(min=options.unmasked_weight)
+    if options.normalize_masked_loss:
+        weights = weights / weights.mean((1, 2, 3), keepdim=True).clamp(min=SMALLEST_MASK)
+    return weights
+
+
+def masked_mean(values: Tensor, masks: Tensor | None, options: LossOptions) -> Tensor:
+    """[B] the mean of each sample's [B, C, h, w] values, weighted by its mask where there are masks."""
+    if masks is not None:
+        values = values * mask_weights(masks, options)
+    return values.flatten(1).mean(1)
+
+
+def weighted_loss(
+    prediction: Tensor, noised: Noised, prediction_type: str, options: LossOptions, masks: Tensor | None = None
+) -> Tensor:
+    """[B] the weighted loss of each sample, a mean over all its values, in float32.
+
+    Args:
+        prediction: [B, C, h, w] of the target that `noised` holds.
+        prediction_type: what is predicted: epsilon, v_prediction or sample.
+        masks: [B, 1, h, w] uint8, 255 where the loss counts, or None.
+    """
+    difference = prediction.float() - noised.target.float()
+    c = huber_threshold(options, noised).view(-1, *[1] * (difference.ndim - 1))
+    losses = masked_mean(LOSSES[options.loss](difference, c), masks, options)
+    return loss_weights(noised.snr, prediction_type, options) * losses

@@ -1,0 +1,335 @@
+"""Forward diffusion: which noise and timesteps are drawn, and what they make of a latent."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from utils.config.batch import Noised
+from utils.config.file_names import SCHEDULER_CONFIG
+from utils.config.options import UserError, option, require, require_fraction, require_not_negative, require_positive
+from utils.config.seeding import Stream, generator
+from utils.diffusion.schedulers import scheduler_of
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "quadratic": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+    "squaredcos_cap_v2": "squaredcos_cap_v2",
+    "sigmoid": "sigmoid",
+}
+"""Spellings of the noise schedules, and diffusers' names for them."""
+TIMESTEP_DISTRIBUTIONS = ("uniform", "log_normal", "logit_normal")
+TIMESTEP_BIASES = ("none", "earlier", "later", "range")
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    prediction_type: str | None = option(
+        None, "what the model predicts; by default what the pipeline's scheduler says", choices=PREDICTION_TYPES
+    )
+    beta_schedule: str | None = option(
+        None, "course of the noise; by default what the pipeline's scheduler says", choices=BETA_SCHEDULES
+    )
+    rescale_betas_zero_snr: bool = option(
+        False, "let the last timestep be noise alone (https://arxiv.org/abs/2305.08891); not for epsilon prediction"
+    )
+    noise_offset: float = option(
+        0.0,
+        "scale of the noise that is one number a channel (https://www.crosslabs.org//blog/diffusion-with-offset-noise)",
+    )
+    input_perturbation: float = option(
+        0.0, "scale of the noise added to the model's input only; 0.1 is recommended (https://arxiv.org/abs/2301.11706)"
+    )
+    timestep_bias_strategy: str = option("none", "which timesteps are drawn more often", choices=TIMESTEP_BIASES)
+    timestep_bias_multiplier: float = option(1.0, "how many times as often the biased timesteps are drawn")
+    timestep_bias_begin: int = option(0, "first timestep of the strategy range")
+    timestep_bias_end: int = option(1000, "timestep before which the strategy range ends")
+    timestep_bias_portion: float = option(0.25, "portion of the timesteps that the strategies earlier and later bias")
+
+    timestep_distribution: str = option(
+        "uniform", "how timesteps are distributed, before the bias", choices=TIMESTEP_DISTRIBUTIONS
+    )
+    log_normal_mean: float = option(-1.2, "mean of the log of sigma = snr^(-1/2) under log_normal")
+    log_normal_std: float = option(1.2, "standard deviation of the log of sigma under log_normal")
+    logit_mean: float = option(0.0, "mean of the logit of t / T under logit_normal; more is noisier")
+    logit_std: float = option(1.0, "standard deviation of the logit of t / T under logit_normal")
+    timestep_sampling: str = option(
+        "independent",
+        "timesteps of a global batch: one by one, or one of each stratum",
+        choices=("independent", "stratified"),
+    )
+    min_timestep: int = option(0, "smallest timestep that is trained")
+    max_timestep: int | None = option(None, "timestep before which training ends; by default all are trained")
+    multires_noise_iterations: int = option(
+        0, "scales of noise that are added up (pyramid noise, Whitaker 2023); 6 to 10 are usual, 0 is plain noise"
+    )
+    multires_noise_discount: float = option(0.3, "share of each further scale in pyramid noise")
+    dream_training: bool = option(
+        False, "rectify input and target by the model's own estimate (https://arxiv.org/abs/2312.00210)"
+    )
+    dream_detail_preservation: float = option(1.0, "p of DREAM: larger ones rectify early timesteps less")
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "noise_offset", "input_perturbation", "timestep_bias_begin", "min_timestep")
+        require_not_negative(self, "multires_noise_iterations", "dream_detail_preservation")
+        require_positive(self, "log_normal_std", "logit_std", "max_timestep")
+        require_fraction(self, "multires_noise_discount")
+        require_positive(self, "timestep_bias_multiplier")
+        require(
+            0 < self.timestep_bias_portion <= 1, "timestep_bias_portion", self.timestep_bias_portion, "be in (0, 1]"
+        )
+
+    @property
+    def scheduler_changes(self) -> dict[str, object]:
+        """What of the pipeline's scheduler config is to be otherwise, for training, sampling and the result."""
+        changes: dict[str, object] = {}
+        if self.prediction_type is not None:
+            changes["prediction_type"] = self.prediction_type
+        if self.beta_schedule is not None:
+            changes |= {"beta_schedule": BETA_SCHEDULES[self.beta_schedule], "trained_betas": None}
+        if self.rescale_betas_zero_snr:
+            changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return changes
+
+
+class ForwardProcess:
+    """q(x_t | x_0) of a diffusers noise scheduler, and the target of its prediction type, in float32.
+
+    Attributes:
+        prediction_type: what is predicted.
+        num_timesteps: T, the length of the schedule.
+        alphas_cumprod: [T] alpha_bar of each timestep: with snr = alpha_bar / (1 - alpha_bar).
+        default_distribution: how timesteps are drawn where nothing was asked for.
+    """
+
+    default_distribution = "uniform"
+
+    def __init__(self, scheduler_config: Mapping, changes: Mapping[str, object]):
+        """Args:
+        scheduler_config: the config of the pipeline's scheduler, of whichever class.
+        changes: values that replace those of the config.
+        """
+        from diffusers import DDPMScheduler
+
+        if "beta_start" not in scheduler_config and scheduler_config.get("trained_betas") is None:
+            name = scheduler_config.get("_class_name", "the pipeline's scheduler")
+            raise UserError(f"{name} has no noise schedule by betas, and what was trained with it is not trained here")
+        self.scheduler = scheduler_of(DDPMScheduler, scheduler_config, changes)
+        self.prediction_type = self.scheduler.config.prediction_type
+        self.num_timesteps = self.scheduler.config.num_train_timesteps
+        self.alphas_cumprod = alphas_cumprod = self.scheduler.alphas_cumprod.float()
+        self._check_betas()
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise UserError(
+                f"the pipeline's scheduler has prediction_type {self.prediction_type!r}; "
+                f"--prediction_type takes {', '.join(PREDICTION_TYPES)}"
+            )
+        if self.prediction_type == "epsilon" and float(alphas_cumprod[-1]) == 0:
+            raise UserError(
+                "--prediction_type must be v_prediction or sample with zero terminal SNR, got epsilon; "
+                "at the last timestep epsilon says nothing of the image"
+            )
+        self._snr = alphas_cumprod / (1 - alphas_cumprod)
+
+    def _check_betas(self) -> None:
+        """Refuses a noise schedule of another length than the config says, or that is none."""
+        count, alphas = len(self.alphas_cumprod), self.alphas_cumprod
+        if count != self.num_timesteps:
+            raise UserError(
+                f"the pipeline's {SCHEDULER_CONFIG}: trained_betas has {count:,} betas, but num_train_timesteps is "
+                f"{self.num_timesteps:,}; they must be as many"
+            )
+        if not bool(((alphas >= 0) & (alphas <= 1)).all()):
+            raise UserError(f"the pipeline's {SCHEDULER_CONFIG}: its betas must be in [0, 1], and no NaN")
+
+    def describe(self) -> str:
+        """What is predicted, and the noise schedule, in words."""
+        config = self.scheduler.config
+        betas = f"{config.beta_schedule} betas from {config.beta_start:g} to {config.beta_end:g}"
+        if config.trained_betas is not None:
+            betas = "betas of its own"
+        terminal = "zero" if float(self.alphas_cumprod[-1]) == 0 else f"{float(self._snr[-1]):.3g}"
+        return f"{self.prediction_type}, {betas} in {self.num_timesteps:,} timesteps, terminal SNR {terminal}"
+
+    def apply(self, latents: Tensor, noise: Tensor, timesteps: Tensor, input_perturbation: Tensor | None) -> Noised:
+        """Noises latents (Ho et al. 2020, equation 4) and gives the target of the prediction type.
+
+        Args:
+            latents, noise: [B, C, h, w] float32.
+            timesteps: [B] int64.
+            input_perturbation: [B, C, h, w], added to the noise of the model's input but not to the target's, or None.
+        """
+        added = noise if input_perturbation is None else noise + input_perturbation
+        noisy = self.scheduler.add_noise(latents, added, timesteps)
+        if self.prediction_type == "epsilon":
+            target = noise
+        elif self.prediction_type == "v_prediction":
+            target = self.scheduler.get_velocity(latents, noise, timesteps)
+        else:
+            target = latents
+        self._snr = self._snr.to(latents.device)
+        return Noised(noisy, target, timesteps, self._snr[timesteps], self.num_timesteps)
+
+    def estimate(self, noised: Noised, prediction: Tensor) -> Tensor:
+        """[B, C, h, w] float32 the clean latents that a prediction says (Salimans and Ho 2022, appendix D)."""
+        snr = noised.snr.view(-1, 1, 1, 1)
+        signal, spread = (snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt()  # sqrt(alpha_bar), sqrt(1 - alpha_bar)
+        if self.prediction_type == "epsilon":
+            return (noised.noisy - spread * prediction.float()) / signal
+        if self.prediction_type == "v_prediction":
+            return signal * noised.noisy - spread * prediction.float()
+        return prediction.float()
+
+
+def rectify(noised: Noised, estimate: Tensor, detail_preservation: float) -> Noised:
+    """Moves input and target towards what the model makes of them (DREAM, Zhou et al. 2023, algorithm 1).
+
+    With delta = (1 - alpha_bar)^(p / 2) (target - estimate), the target gains delta and the input its share of it.
+
+    Args:
+        estimate: [B, C, h, w] the model's epsilon for `noised`, without gradient.
+        detail_preservation: p.
+    """
+    spread = (1 / (1 + noised.snr)).sqrt().view(-1, 1, 1, 1)  # sqrt(1 - alpha_bar)
+    delta = spread**detail_preservation * (noised.target - estimate.float())
+    return replace(noised, noisy=noised.noisy + spread * delta, target=noised.target + delta)
+
+
+def timestep_weights(options: NoiseOptions, alphas_cumprod: np.ndarray, default: str = "uniform") -> np.ndarray:
+    """[T] float64, how often each timestep is drawn relative to the others.
+
+    Args:
+        alphas_cumprod: [T] float64, alpha_bar of each timestep.
+        default: the distribution where the options name none.
+    """
+    num_timesteps = len(alphas_cumprod)
+    weights = np.ones(num_timesteps)
+    distribution = options.timestep_distribution or default
+    if distribution == "log_normal":
+        weights = _log_normal_weights(options, alphas_cumprod)
+    elif distribution == "logit_normal":
+        weights = _logit_normal_weights(options, num_timesteps)
+    count = int(options.timestep_bias_portion * num_timesteps)
+    if options.timestep_bias_strategy == "later":
+        weights[num_timesteps - count :] *= options.timestep_bias_multiplier
+    elif options.timestep_bias_strategy == "earlier":
+        weights[:count] *= options.timestep_bias_multiplier
+    elif options.timestep_bias_strategy == "range":
+        begin, end = options.timestep_bias_begin, options.timestep_bias_end
+        require(begin < num_timesteps, "timestep_bias_begin", begin, f"be below {num_timesteps}")
+        require(begin < end <= num_timesteps, "timestep_bias_end", end, f"be in ({begin}, {num_timesteps}]")
+        weights[begin:end] *= options.timestep_bias_multiplier
+    first, end = options.min_timestep, options.max_timestep or num_timesteps
+    require(first < num_timesteps, "min_timestep", first, f"be below {num_timesteps}")
+    require(first < end <= num_timesteps, "max_timestep", end, f"be in ({first}, {num_timesteps}]")
+    weights[:first] = weights[end:] = 0
+    return weights
+
+
+def _log_normal_weights(options: NoiseOptions, alphas_cumprod: np.ndarray) -> np.ndarray:
+    """[T] the share of each timestep where log sigma is normal (Karras et al. 2022, table 1), cut at its two ends."""
+    with np.errstate(divide="ignore"):
+        log_sigma = 0.5 * (np.log1p(-alphas_cumprod) - np.log(alphas_cumprod))
+    log_sigma = np.minimum(log_sigma, 20.0)  # zero terminal SNR has an infinite one
+    middles = (log_sigma[1:] + log_sigma[:-1]) / 2
+    edges = np.concatenate([[log_sigma[0] - (middles[0] - log_sigma[0])], middles, [2 * log_sigma[-1] - middles[-1]]])
+    scaled = (edges - options.log_normal_mean) / (options.log_normal_std * math.sqrt(2))
+    return np.diff([0.5 * math.erf(edge) for edge in scaled])
+
+
+def _logit_normal_weights(options: NoiseOptions, num_timesteps: int) -> np.ndarray:
+    """[T] the share of each timestep where the logit of t / T is normal (Esser et al. 2024, equation 19)."""
+    edges = np.linspace(0, 1, num_timesteps + 1)[1:-1]
+    scaled = (np.log(edges / (1 - edges)) - options.logit_mean) / (options.logit_std * math.sqrt(2))
+    return np.diff([-0.5, *(0.5 * math.erf(edge) for edge in scaled), 0.5])
+
+
+@dataclass(frozen=True)
+class SampleDraws:
+    """What one sample's noising draws; arrays are [C, h, w] float32."""
+
+    posterior_noise: np.ndarray | None
+    noise: np.ndarray
+    input_perturbation: np.ndarray | None
+    timestep: int
+
+
+class NoiseDraws:
+    """Draws each sample's noise and timestep on the CPU, by (seed, step, slot) alone.
+
+    Args:
+        has_posterior: whether latents are drawn too.
+    """
+
+    def __init__(
+        self, options: NoiseOptions, process: ForwardProcess, seed: int, global_batch: int, has_posterior: bool = True
+    ):
+        self.options = options
+        self.has_posterior = has_posterior
+        self.seed = seed
+        self.global_batch = global_batch
+        alphas = process.alphas_cumprod.cpu().double().numpy()
+        weights = timestep_weights(options, alphas, process.default_distribution)
+        self._cumulative = np.cumsum(weights) / weights.sum()
+        self._cumulative[np.flatnonzero(weights)[-1] :] = 1.0
+
+    def draw(self, step: int, slot: int, shape: tuple[int, int, int]) -> SampleDraws:
+        """The draws of the sample at `slot` of the global batch of optimizer step `step`; `shape` is [C, h, w]."""
+        noise = self._normal(step, slot, Stream.NOISE, shape)
+        if self.options.noise_offset:
+            offset = self._normal(step, slot, Stream.NOISE_OFFSET, (shape[0], 1, 1))
+            noise = noise + np.float32(self.options.noise_offset) * offset
+        if self.options.multires_noise_iterations:
+            noise = self._pyramid(noise, step, slot)
+        perturbation = None
+        if self.options.input_perturbation:
+            scale = np.float32(self.options.input_perturbation)
+            perturbation = scale * self._normal(step, slot, Stream.INPUT_PERTURBATION, shape)
+        return SampleDraws(
+            posterior_noise=self._normal(step, slot, Stream.POSTERIOR, shape) if self.has_posterior else None,
+            noise=noise,
+            input_perturbation=perturbation,
+            timestep=int(np.searchsorted(self._cumulative, self._uniform(step, slot), side="right")),
+        )
+
+    def _uniform(self, step: int, slot: int) -> float:
+        """A number in [0, 1); stratified, of each of the global batch's equal parts of it there is one."""
+        uniform = generator(self.seed, step, slot, Stream.TIMESTEP).random()
+        if self.options.timestep_sampling == "independent":
+            return uniform
+        strata = generator(self.seed, step, 0, Stream.STRATA).permutation(self.global_batch)
+        return (strata[slot] + uniform) / self.global_batch
+
+    def _pyramid(self, noise: np.ndarray, step: int, slot: int) -> np.ndarray:
+        """Noise plus noise of ever coarser scales, each by a factor of 2 to 4, of unit variance (Whitaker 2023)."""
+        draws = generator(self.seed, step, slot, Stream.PYRAMID)
+        total, (channels, height, width) = torch.from_numpy(noise)[None], noise.shape
+        for scale in range(self.options.multires_noise_iterations):
+            factor = (2 + 2 * draws.random()) ** scale
+            size = (channels, max(1, int(height / factor)), max(1, int(width / factor)))
+            coarse = torch.from_numpy(draws.standard_normal(size, dtype=np.float32))[None]
+            enlarged = functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
+            total = total + enlarged * self.options.multires_noise_discount**scale
+            if 1 in size[1:]:
+                break
+        return (total / total.std())[0].numpy()
+
+    def _normal(self, step: int, slot: int, stream: Stream, shape: tuple[int, ...]) -> np.ndarray:
+        return generator(self.seed, step, slot, stream).standard_normal(shape, dtype=np.float32)
+
+
+def stack_draws(draws: list[SampleDraws]) -> dict[str, Tensor | None]:
+    """The draws of several samples as the tensors of a batch, by the names that `Batch` has for them."""
+    names = ("posterior_noise", "noise", "input_perturbation")
+    arrays = {name: [getattr(draw, name) for draw in draws] for name in names}
+    stacked = {name: None if each[0] is None else torch.from_numpy(np.stack(each)) for name, each in arrays.items()}
+    return stacked | {
+        "timesteps": torch.tensor([draw.timestep for draw in draws], dtype=torch.int64),
+    }

@@ -1,0 +1,184 @@
+"""Forward processes that no table of betas says (flow matching, noise that only grows), and which is a pipeline's."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.config.batch import Noised
+from utils.config.options import UserError, option, require_positive
+from utils.diffusion.noise import (
+    BETA_SCHEDULES,
+    PREDICTION_TYPES,
+    TIMESTEP_DISTRIBUTIONS,
+    ForwardProcess,
+    NoiseOptions,
+    timestep_weights,
+)
+
+
+@dataclass(frozen=True)
+class ProcessOptions(NoiseOptions):
+    """As those of a pretrained pipeline's noise, and what a model from scratch starts with."""
+
+    prediction_type: str | None = option(
+        None,
+        "what the model predicts; by default what the pretrained pipeline says, else epsilon",
+        choices=PREDICTION_TYPES,
+    )
+    beta_schedule: str | None = option(
+        None,
+        "course of the noise; by default what the pretrained pipeline says, else linear",
+        choices=BETA_SCHEDULES,
+        aliases=["--ddpm_beta_schedule"],
+    )
+    ddpm_num_steps: int | None = option(
+        None, "length of the noise schedule; by default the pretrained pipeline's, else 1000"
+    )
+    timestep_distribution: str | None = option(
+        None,
+        "how timesteps are distributed, before the bias; by default logit_normal in flow matching, else uniform",
+        choices=TIMESTEP_DISTRIBUTIONS,
+    )
+    flow_matching: bool = option(
+        False, "train a rectified flow: from noise to image at constant speed (https://arxiv.org/abs/2209.03003)"
+    )
+    flow_shift: float = option(1.0, "over 1 moves flow matching's times towards the noise, for large images")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "ddpm_num_steps", "flow_shift")
+        given = {
+            "--prediction_type": self.prediction_type is not None,
+            "--beta_schedule": self.beta_schedule is not None,
+            "--rescale_betas_zero_snr": self.rescale_betas_zero_snr,
+            "--dream_training": self.dream_training,
+        }
+        if self.flow_matching and any(given.values()):
+            flag = next(flag for flag, is_given in given.items() if is_given)
+            raise UserError(f"{flag} is of noise by betas, which --flow_matching has not; leave one out")
+        if self.flow_shift != 1 and not self.flow_matching:
+            raise UserError(f"--flow_shift {self.flow_shift:g} goes with --flow_matching; give both or neither")
+
+    @property
+    def scheduler_changes(self) -> dict[str, object]:
+        """What of a pipeline's scheduler config is to be otherwise."""
+        changes = super().scheduler_changes
+        return changes if self.ddpm_num_steps is None else changes | {"num_train_timesteps": self.ddpm_num_steps}
+
+
+class FlowProcess:
+    """x_t = (1 - sigma) x_0 + sigma epsilon and its velocity epsilon - x_0 (Liu et al. 2023, equation 1), in float32.
+
+    The model is told sigma T, as diffusers' flow-match schedulers tell it. Timestep k is sigma (k + 1) / T, shifted.
+    """
+
+    prediction_type = "flow"
+    default_distribution = "logit_normal"
+
+    def __init__(self, scheduler_config: Mapping):
+        self.num_timesteps = count = int(scheduler_config.get("num_train_timesteps", 1000))
+        shift = shift_of(scheduler_config)
+        sigmas = torch.arange(1, count + 1, dtype=torch.float64, device="cpu") / count
+        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        self.sigmas = sigmas.float()
+        self.alphas_cumprod = ((1 - sigmas).square() / ((1 - sigmas).square() + sigmas.square())).float()
+        self._snr = ((1 - sigmas) / sigmas).square().float()
+        self._shift = shift
+
+    def describe(self) -> str:
+        """What is predicted, and the noise levels, in words."""
+        return f"velocity of a flow, {self.num_timesteps:,} timesteps shifted by {self._shift:g}, terminal SNR zero"
+
+    def apply(self, latents: Tensor, noise: Tensor, timesteps: Tensor, input_perturbation: Tensor | None) -> Noised:
+        """Mixes latents with noise; arguments as `ForwardProcess.apply`."""
+        self.sigmas, self._snr = self.sigmas.to(latents.device), self._snr.to(latents.device)
+        sigmas = self.sigmas[timesteps].view(-1, 1, 1, 1)
+        added = noise if input_perturbation is None else noise + input_perturbation
+        noisy = (1 - sigmas) * latents + sigmas * added
+        told = self.sigmas[timesteps] * self.num_timesteps
+        return Noised(noisy, noise - latents, told, self._snr[timesteps], self.num_timesteps)
+
+    def estimate(self, noised: Noised, prediction: Tensor) -> Tensor:
+        """[B, C, h, w] float32 the clean latents that a prediction says: x_t - sigma v."""
+        sigmas = 1 / (1 + noised.snr.sqrt()).view(-1, 1, 1, 1)
+        return noised.noisy - sigmas * prediction.float()
+
+
+class ScoreProcess:
+    """x_t = x_0 + sigma_t epsilon with sigmas in a geometric row (Song et al. 2021, section 3.4), in float32.
+
+    The model is told sigma. What is predicted is sigma times its score, which is -epsilon.
+    """
+
+    prediction_type = "epsilon"
+    default_distribution = "uniform"
+
+    def __init__(self, scheduler_config: Mapping):
+        self.num_timesteps = int(scheduler_config["num_train_timesteps"])
+        ends = math.log(scheduler_config["sigma_min"]), math.log(scheduler_config["sigma_max"])
+        sigmas = torch.linspace(*ends, self.num_timesteps, dtype=torch.float64, device="cpu").exp()
+        self.sigmas = sigmas.float()
+        self.alphas_cumprod = (1 / (1 + sigmas.square())).float()
+        self._snr = sigmas.pow(-2).float()
+
+    def describe(self) -> str:
+        """What is predicted, and the noise levels, in words."""
+        low, high = float(self.sigmas[0]), float(self.sigmas[-1])
+        return f"score, {self.num_timesteps:,} noise levels from {low:g} to {high:g}"
+
+    def apply(self, latents: Tensor, noise: Tensor, timesteps: Tensor, input_perturbation: Tensor | None) -> Noised:
+        """Adds noise to latents; arguments as `ForwardProcess.apply`."""
+        self.sigmas, self._snr = self.sigmas.to(latents.device), self._snr.to(latents.device)
+        told = self.sigmas[timesteps]
+        added = noise if input_perturbation is None else noise + input_perturbation
+        noisy = latents + told.view(-1, 1, 1, 1) * added
+        return Noised(noisy, -noise, told, self._snr[timesteps], self.num_timesteps)
+
+    def estimate(self, noised: Noised, prediction: Tensor) -> Tensor:
+        """[B, C, h, w] float32 the clean latents that a prediction says: x_t + sigma times it."""
+        return noised.noisy + noised.timesteps.view(-1, 1, 1, 1) * prediction.float()
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler is of flow matching."""
+    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+
+
+def is_score(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler is of a score pipeline, whose noise only grows."""
+    return "SdeVe" in type(scheduler).__name__
+
+
+def shift_of(scheduler_config: Mapping) -> float:
+    """How far a flow's times are shifted towards the noise, by whichever name a scheduler has for it."""
+    return float(scheduler_config.get("shift", scheduler_config.get("flow_shift", 1.0)))
+
+
+def check_changes(options: ProcessOptions, scheduler: Any) -> None:
+    """Refuses what is to be otherwise in the noise of a pipeline that has no betas."""
+    flags = {
+        "--prediction_type": options.prediction_type is not None,
+        "--beta_schedule": options.beta_schedule is not None,
+        "--rescale_betas_zero_snr": options.rescale_betas_zero_snr,
+    }
+    name = type(scheduler).__name__
+    if options.flow_matching and is_score(scheduler):
+        raise UserError("--flow_matching: a score pipeline draws by its own noise alone; leave it out")
+    if any(flags.values()) and (is_flow(scheduler) or is_score(scheduler)):
+        flag = next(flag for flag, is_given in flags.items() if is_given)
+        raise UserError(f"{flag} is of noise by betas, which the pretrained pipeline's {name} has not; leave it out")
+
+
+def process_of(options: ProcessOptions, scheduler: Any) -> "ForwardProcess | FlowProcess | ScoreProcess":
+    """The forward process of a diffusers scheduler, which and the options must go together."""
+    name, scheduler_config = type(scheduler).__name__, scheduler.config
+    own = FlowProcess if is_flow(scheduler) else ScoreProcess if is_score(scheduler) else None
+    process = ForwardProcess(scheduler_config, options.scheduler_changes) if own is None else own(scheduler_config)
+    timestep_weights(options, process.alphas_cumprod.cpu().double().numpy(), process.default_distribution)
+    if options.dream_training and (own is not None or process.prediction_type != "epsilon"):
+        raise UserError(f"--dream_training is for epsilon prediction by betas, the pipeline has {name}")
+    return process

@@ -1,0 +1,109 @@
+"""FID, FID-infinity and FD-DINOv2; the Inception Score."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from utils.evaluation.metrics.base import Case, Scores
+from utils.evaluation.metrics.distances import (
+    NotComputable,
+    frechet_by_group,
+    frechet_distance,
+    frechet_infinity,
+    inception_score,
+)
+from utils.evaluation.metrics.image_sets import Subject
+from utils.evaluation.metrics.scores import ByGroup, Score
+
+LEAST_FOR_INFINITY = 60
+
+
+def seed_groups(case: Case) -> np.ndarray | None:
+    """[N] numbers of disjoint groups by the images' seeds; None if there are too few images.
+
+    Where prompts have as many images as there are groups, a group has one seed of each prompt.
+    """
+    count, samples = case.options.fid_groups, case.subject.images.samples
+    if len(samples) < 2 * count:
+        return None
+    if samples.max() + 1 >= count:
+        groups = samples % count
+        if np.bincount(groups, minlength=count).min() >= 2:
+            return groups
+    return np.arange(len(samples)) % count
+
+
+def _frechet(case: Case, network: str, name: str) -> Scores:
+    reference, features = case.needed_reference(), case.subject.features(network)
+    real = reference.moments(network)
+    n, d = features.shape
+    value = frechet_distance(case.subject.moments(network), real)
+    remark = ""
+    if n < d:
+        remark = f"{n} images for {d} features: far too high, comparable at this count alone"
+    elif n < 50000:
+        remark = f"of {n} images: not comparable with an {name.upper()} of 50,000"
+    if isinstance(reference, Subject) and len(reference) < d:
+        remark += f"; the reference has {len(reference)} images"
+    facts = case.facts(network) | {"reference_count": len(reference)}
+    settings = {"preparation": case.networks.get(network).settings, "covariance": "unbiased", "arithmetic": "float64"}
+    found = [Score(name, value, "lower", settings=settings, remark=remark, **facts)]
+    groups = seed_groups(case)
+    if groups is None:
+        reason = f"{n} images are too few for {case.options.fid_groups} groups of two"
+        by_groups = Score(f"{name}_mean_of_groups", None, "lower", reason=reason)
+    else:
+        by_groups = _mean_of_groups(f"{name}_mean_of_groups", frechet_by_group(features, real, groups), groups)
+        by_groups = replace(by_groups, settings=settings, **facts)
+    if n >= LEAST_FOR_INFINITY:
+        infinite = frechet_infinity(features, real)
+        settings = settings | {"extrapolation": "15 subsets of a third to all of the images, a line in 1/N"}
+        remark = f"subsets are smaller than the {d} features" if n < 3 * d else ""
+        found.append(
+            Score(
+                f"{name}_infinity", infinite.value, "lower", infinite.error, settings=settings, remark=remark, **facts
+            )
+        )
+    else:
+        reason = f"{n} images are too few to extrapolate from: at least {LEAST_FOR_INFINITY} are needed"
+        found.append(Score(f"{name}_infinity", None, "lower", reason=reason))
+    return [*found, by_groups]
+
+
+def _mean_of_groups(name: str, by_group: np.ndarray, groups: np.ndarray) -> Score:
+    """The mean distance of groups: far higher than that of all images, so that its difference alone says something."""
+    size = int(np.bincount(groups).min())
+    details = {"groups": len(by_group), "images_of_a_group": size, "deviation_of_groups": float(by_group.std(ddof=1))}
+    remark = f"of {size} images a group, so higher than that of all: for differences alone"
+    return Score(name, float(by_group.mean()), "lower", remark=remark, spread=ByGroup(by_group), details=details)
+
+
+def fid(case: Case) -> Scores:
+    """The Frechet distance in the main network's features, and its extrapolation to infinitely many images."""
+    return _frechet(case, "main", "fid")
+
+
+def fd_dinov2(case: Case) -> Scores:
+    """The Frechet distance in DINOv2's features (Stein et al. 2023)."""
+    return _frechet(case, "dino", "fd_dinov2")
+
+
+def inception(case: Case) -> Scores:
+    """The Inception Score over 10 parts; with features of another network, its own classes take ImageNet's place."""
+    network = case.networks.get("main")
+    if network.class_weights is None:
+        raise NotComputable(f"the network {network.name} has no classes")
+    logits = case.subject.features("main").astype(np.float64) @ network.class_weights.T
+    order = np.random.default_rng(0).permutation(len(logits))  # parts of all prompts, not of a few each
+    found = inception_score(logits[order])
+    settings = {
+        "parts": min(10, len(logits) // 2),
+        "classes": len(network.class_weights),
+        "preparation": network.settings,
+    }
+    remark = "says little of images unlike ImageNet's" if network.name == "inception" else ""
+    deviation = {"deviation_of_parts": found.error}
+    facts = case.facts("main")
+    return [
+        Score("inception_score", found.value, "higher", settings=settings, remark=remark, details=deviation, **facts)
+    ]

@@ -1,0 +1,214 @@
+"""Sets of images to score: drawn ones, a folder's, a dataset's."""
+
+import contextlib
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils.config.batch import RecordPass
+from utils.config.options import UserError, flags_as, option, require, require_positive
+from utils.data.captions import CaptionOptions
+from utils.data.crop_pixels import cut_out
+from utils.data.folders import list_images
+from utils.data.images import ImageOptions, image_bytes, open_image, read_header, read_rgb, reason_of
+from utils.data.plan import PlannedImages
+from utils.data.sources import DataOptions, Records, SourceOptions, is_saved_dataset, read_records
+from utils.evaluation.metrics.features import Picture
+from utils.evaluation.metrics.image_sets import ImageSet
+from utils.runtime.hub_files import is_path
+from utils.sampling.prompts import Task, drawn_texts
+
+logger = logging.getLogger(__name__)
+DRAWN_NAME = re.compile(r"(\d{5,})_(\d{5,})")
+FOLDER_FLAGS = {"train_data_dir": "images"}  # those by which the captions of drawn images are read
+COLUMN_FLAGS = {  # those by which images are read for training, and what they are called here
+    "caption_column": "reference_caption_column",
+    "image_column": "reference_image_column",
+    "dataset_split": "reference_split",
+}
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    reference: str | None = option(
+        None, "real images to compare with: a folder, a dataset, or statistics in an .npz file"
+    )
+    reference_split: str = option("train", "split of a reference that is a dataset", is_text=True)
+    reference_image_column: str = option("image", "column of its images", is_text=True)
+    reference_caption_column: str = option(
+        "text", "column of its captions, where a folder's metadata have another", is_text=True
+    )
+    reference_resolution: int | None = option(
+        None, "the reference is cut to squares of this edge as in training; by default whole images are taken"
+    )
+    max_reference_images: int | None = option(None, "take so many images of it, drawn by the seed")
+    training_images: str | None = option(None, "what was trained on, for memorisation: a folder or a dataset")
+    save_reference: str | None = option(None, "keep the reference's statistics as this .npz file")
+    allow_stats_mismatch: bool = option(False, "take statistics that were made with another network or preparation")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "reference_resolution", "max_reference_images")
+        for name in ("reference", "training_images"):
+            value = getattr(self, name)
+            is_local = value is not None and (is_path(value) or value.endswith(".npz"))
+            require(not is_local or Path(value).exists(), name, value, "be a folder, dataset or file that exists")
+        file = self.save_reference
+        require(file is None or file.endswith(".npz"), "save_reference", file, "end with .npz")
+        if file is not None and (self.reference is None or self.is_statistics):
+            raise UserError("--save_reference keeps what --reference FOLDER gives; give a folder or a dataset")
+
+    @property
+    def is_statistics(self) -> bool:
+        """Whether the reference is a file of statistics."""
+        return self.reference is not None and self.reference.endswith(".npz")
+
+
+def drawn_images(folder: Path, tasks: Sequence[Task]) -> ImageSet:
+    """The images of tasks, drawn into a folder. Without prompts or classes each image is a cluster of its own."""
+    texts = [task.prompt.text for task in tasks]
+    has_texts = all(text is not None for text in texts)
+    is_plain = not has_texts and all(task.prompt.label is None for task in tasks)
+    numbers = np.array([task.number for task in tasks], int)
+    samples = np.array([task.sample for task in tasks], int)
+    paths = [folder / f"{task.name}.png" for task in tasks]
+    pictures = [Picture(path.name, partial(read_rgb, str(path))) for path in paths]
+    clusters = np.arange(len(tasks)) if is_plain else numbers
+    return ImageSet(pictures, texts if has_texts else None, clusters, samples)
+
+
+def folder_images(folder: Path, prompts: Sequence[str] | None = None) -> ImageSet:
+    """The images of a folder in the order of their names, with their prompts where they are known.
+
+    Prompts are those given, or the text `prompt` in the PNGs, or the captions that a folder for training would have.
+    Names of ours, `{prompt}_{sample}.png`, say which images share one; else equal texts do.
+
+    Raises:
+        UserError: if there are none, or other than as many prompts as images.
+    """
+    names = list_images(folder, "images")
+    if not names:
+        raise UserError(f"--images {folder} holds no images")
+    if prompts is not None and len(prompts) != len(names):
+        raise UserError(f"--images {folder} holds {len(names)} images, the prompts are {len(prompts)}; give one each")
+    texts = list(prompts) if prompts is not None else _png_prompts(folder, names) or _captions(folder, names)
+    matches = [DRAWN_NAME.fullmatch(Path(name).stem) for name in names]
+    if all(matches) and texts is not None:
+        clusters = np.array([int(match[1]) for match in matches])
+        samples = np.array([int(match[2]) for match in matches])
+    elif texts is not None:
+        numbers: dict[str, int] = {}
+        clusters = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
+        seen: dict[int, int] = {}
+        samples = np.array([_count(seen, cluster) for cluster in clusters.tolist()])
+    else:
+        clusters = samples = np.arange(len(names))
+    pictures = [Picture(name, partial(read_rgb, str(folder / name))) for name in names]
+    return ImageSet(pictures, texts, clusters, samples)
+
+
+def _count(seen: dict[int, int], key: int) -> int:
+    seen[key] = seen.get(key, -1) + 1
+    return seen[key]
+
+
+def _png_prompts(folder: Path, names: Sequence[str]) -> list[str] | None:
+    """The prompts within PNGs that were drawn here; an empty one of an image that can't be read."""
+    texts, num_broken = [], 0
+    for name in names:
+        if not name.lower().endswith(".png"):
+            return None
+        try:
+            with open_image(str(folder / name)) as image:
+                text = drawn_texts(image.info).get("prompt")
+        except (OSError, ValueError) as error:
+            logger.warning("--images %s can't be read: %s", folder / name, reason_of(error))
+            text, num_broken = "", num_broken + 1
+        if text is None:
+            return None
+        texts.append(text)
+    return texts if num_broken < len(texts) else None
+
+
+def _captions(folder: Path, names: Sequence[str]) -> list[str] | None:
+    try:
+        with flags_as(FOLDER_FLAGS):
+            records = read_records(DataOptions(), SourceOptions(train_data_dir=str(folder)), CaptionOptions(), 0)
+    except UserError as error:
+        logger.warning("%s: no captions are read: %s", folder, error)
+        return None
+    found = {records.key(index): records.captions(index)[0] for index in range(len(records))}
+    texts = [found.get(name, "") for name in names]
+    return texts if all(texts) else None
+
+
+def read_images(flag: str, name: str, options: ReferenceOptions, seed: int) -> ImageSet:
+    """The images of a folder (as for training, captions or none) or a dataset.
+
+    Raises:
+        UserError: if there are none, or they can't be read.
+    """
+    path = Path(name)
+    shared = {
+        "dataset_split": options.reference_split,
+        "image_column": options.reference_image_column,
+        "caption_column": options.reference_caption_column,
+        "max_train_samples": options.max_reference_images if flag == "reference" else None,
+    }
+    source = {"train_data_dir": name} if path.exists() and not is_saved_dataset(path) else {"dataset_name": name}
+    try:
+        with flags_as({"train_data_dir": flag, "dataset_name": flag} | COLUMN_FLAGS):
+            records = read_records(DataOptions(), SourceOptions(**source, **shared), CaptionOptions(), seed)
+    except UserError as error:
+        text, _, cure = str(error).partition("; give --data_format")  # which is no flag here
+        text += "; take the others out of the folder" if cure else ""
+        raise UserError(text if flag in text else f"--{flag} {name}: {text}") from error
+    count = len(records)
+    read = partial(_read_record, records, resolution=options.reference_resolution)
+    pictures = [Picture(records.key(index), partial(read, index)) for index in range(count)]
+    return ImageSet(pictures, None, np.arange(count), np.arange(count), _fingerprint(records, options))
+
+
+def _read_record(records: Records, index: int, resolution: int | None) -> Image.Image:
+    image = read_rgb(records.image(index))
+    return image if resolution is None else ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def trained_images(images: PlannedImages, options: ImageOptions) -> ImageSet:
+    """The images that a model is trained on as it sees them, each cut in the middle; transparency on white."""
+    count, read = len(images.records), partial(_read_trained, images, options.still)
+    pictures = [Picture(images.records.key(index), partial(read, index)) for index in range(count)]
+    return ImageSet(pictures, None, np.arange(count), np.arange(count))
+
+
+def _read_trained(images: PlannedImages, options: ImageOptions, index: int) -> Image.Image:
+    records = images.records
+    passing = RecordPass(records.identity(index), 0)
+    pixels = cut_out(records.image(index), None, images.target(index), options, 0, passing).pixels
+    seen = Image.fromarray(pixels.round().astype(np.uint8).transpose(1, 2, 0).squeeze())
+    if seen.mode == "RGBA":
+        seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return seen.convert("RGB")
+
+
+def _fingerprint(records: Records, options: ReferenceOptions) -> str:
+    """The SHA-256 of the images' bytes, of how they are cut, and of how their colours and numbers are read.
+
+    Most images have the fingerprint that they had before colours were converted and bit depths were told apart.
+    """
+    digest = hashlib.sha256(str(options.reference_resolution).encode())
+    for index in range(len(records)):
+        try:
+            content = image_bytes(records.image(index))
+        except OSError as error:
+            raise UserError(f"--reference: {records.key(index)} can't be read: {error.strerror or error}") from error
+        digest.update(content)
+        with contextlib.suppress(OSError, ValueError):  # a broken image is named where its pixels are read
+            digest.update(read_header(content).how_read)
+    return digest.hexdigest()

@@ -1,0 +1,405 @@
+"""What an evaluation found, written down: results.json, a Markdown table, and one HTML file that needs no network."""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.config.terminal import json_text, markdown, markdown_cell, visible
+from utils.evaluation.metrics.comparison import Difference
+from utils.evaluation.metrics.distances import Interval
+from utils.evaluation.metrics.features import Picture
+from utils.evaluation.metrics.image_sets import Subject
+from utils.evaluation.metrics.scores import Score
+from utils.runtime.atomic_files import write_text
+from utils.runtime.processes import write_json
+
+SCHEMA_VERSION = 1
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+THUMBNAIL = 256
+IMAGES_OF_A_PROMPT = 4
+RANKED = 8
+ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A pipeline, or a folder of images, and what was found of it.
+
+    Attributes:
+        name: as the report calls it.
+        step: optimizer steps of a checkpoint; None of others.
+        facts: what its images were drawn with.
+        invalid: names of images that can't be read, are NaN, black, or of one colour.
+        seconds: the time that drawing took in this run.
+    """
+
+    name: str
+    subject: Subject
+    scores: list[Score]
+    facts: dict[str, object]
+    invalid: dict[str, list[str]]
+    seconds: float = 0.0
+    step: int | None = None
+
+    def score(self, name: str) -> Score | None:
+        """The score of a name."""
+        return next((score for score in self.scores if score.name == name), None)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that an evaluation found.
+
+    Attributes:
+        entries: what was scored; the last one is compared with the first where there are differences.
+        best: the name of the score by which the best checkpoint was chosen, and that checkpoint's.
+        run: options, versions and command.
+        training: what was trained on, for the pairs of memorisation.
+    """
+
+    title: str
+    entries: list[Entry]
+    differences: list[Difference]
+    best: tuple[str, str] | None
+    run: dict[str, object]
+    training: Subject | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def write_report(findings: Findings, folder: Path, num_prompts: int = 24) -> None:
+    """Writes `results.json`, `report.md` and `report.html`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", results(findings))
+    write_text(folder / "report.md", as_markdown(findings))
+    write_text(folder / "report.html", html(findings, num_prompts))
+
+
+def results(findings: Findings) -> dict[str, object]:
+    """All numbers as JSON; what is not finite stands there as null with a reason."""
+    found: dict[str, object] = {"schema_version": SCHEMA_VERSION, "title": findings.title, "entries": {}}
+    for entry in findings.entries:
+        found["entries"][entry.name] = {
+            "images": len(entry.subject),
+            "invalid_images": {state: {"count": len(names), "names": names} for state, names in entry.invalid.items()},
+            "drawn_with": entry.facts,
+            "seconds": round(entry.seconds, 3),
+            "step": entry.step,
+            "scores": {score.name: score.record() for score in entry.scores},
+        }
+    if findings.differences:
+        found["differences"] = {each.name: each.record() for each in findings.differences}
+    if findings.best is not None:
+        found["best_checkpoint"] = {"score": findings.best[0], "checkpoint": findings.best[1]}
+    return _finite(found | {"notes": notes(findings), "run": findings.run})
+
+
+def _finite(value: object) -> object:
+    """The same with null for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def notes(findings: Findings) -> list[str]:
+    """What a reader must know before the numbers."""
+    found = list(findings.notes)
+    for entry in findings.entries:
+        for state, names in entry.invalid.items():
+            if names:
+                what = {"nan": "NaN", "constant": "of one colour"}.get(state, state)
+                ending = "metrics that read them fail" if state == "unreadable" else "they count"
+                shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+                found.append(
+                    f"{entry.name}: {len(names)} of {len(entry.subject)} images are {what} ({shown}); {ending}"
+                )
+    return found
+
+
+def invalid_counts(findings: Findings) -> str:
+    """How many images can't be read, are NaN, black or of one colour, in a line, also if none is."""
+    counts = [
+        f"{entry.name} {sum(map(len, entry.invalid.values()))} of {len(entry.subject)}" for entry in findings.entries
+    ]
+    return f"Images that are unreadable, NaN, black or of one colour: {', '.join(counts)}."
+
+
+def number(value: float | None) -> str:
+    """A number as it is shown, of four digits that say something."""
+    if value is None:
+        return "-"
+    if value == 0 or 0.001 <= abs(value) < 10000:
+        digits = 0 if value == 0 else max(0, 3 - math.floor(math.log10(abs(value))))
+        return f"{value:.{min(digits, 5)}f}"
+    return f"{value:.3e}"
+
+
+def _range(interval: Interval | None) -> str:
+    return "" if interval is None else f"{number(interval.low)} to {number(interval.high)}"
+
+
+def _made_of(score: Score) -> str:
+    """Everything that stands beside a number, in a line."""
+    parts = [f"{score.count} images"]
+    if score.reference_count is not None:
+        parts.append(
+            f"{score.reference_count} of the reference" if score.reference_count else "a reference of unknown size"
+        )
+    parts.append(f"features of {score.network} ({score.weights[:12]})" if score.network else "")
+    parts += [f"{name}: {value}" for name, value in score.settings.items()]
+    if score.error is not None:
+        parts.append(f"standard error {number(score.error)}")
+    parts += [f"{name}: {_shown(value)}" for name, value in score.details.items() if isinstance(value, int | float)]
+    return "; ".join(filter(None, [*parts, score.remark]))
+
+
+def _shown(value: float) -> str:
+    return str(value) if isinstance(value, int) else number(value)
+
+
+def _names(entries: Sequence[Entry]) -> list[str]:
+    return list(dict.fromkeys(score.name for entry in entries for score in entry.scores if score.value is not None))
+
+
+def _missing(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+    """(score, why there is none), each once, where no entry has it or one alone lacks it."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        for score in entry.scores:
+            if score.value is None:
+                found.setdefault((score.name, score.reason), []).append(entry.name)
+    return [
+        (name, reason if len(of) == len(entries) else f"{', '.join(of)}: {reason}")
+        for (name, reason), of in found.items()
+    ]
+
+
+def _rows(findings: Findings) -> list[dict]:
+    by_name = {each.name: each for each in findings.differences}
+    rows = []
+    for name in _names(findings.entries):
+        scores = [entry.score(name) for entry in findings.entries]
+        known = [score for score in scores if score is not None and score.value is not None]
+        cells = [
+            {
+                "value": number(None if score is None else score.value),
+                "interval": "" if score is None else _range(score.interval),
+            }
+            for score in scores
+        ]
+        difference = by_name.get(name)
+        shown = {"value": "", "interval": "", "verdict": "", "style": ""}
+        if difference is not None:
+            style = difference.verdict if difference.verdict in ("better", "worse") else ""
+            sign = "+" if difference.value > 0 else ""
+            shown = {
+                "value": sign + number(difference.value),
+                "interval": _range(difference.interval),
+                "verdict": difference.verdict,
+                "style": style,
+            }
+        rows.append(
+            {
+                "name": name,
+                "arrow": ARROWS[known[0].better],
+                "cells": cells,
+                "difference": shown,
+                "facts": _made_of(known[-1]),
+            }
+        )
+    return rows
+
+
+def as_markdown(findings: Findings) -> str:
+    """The scores as a Markdown table, and what was not computed."""
+    names = [entry.name for entry in findings.entries]
+    head = ["score", *names, *(["difference"] if findings.differences else []), "made of"]
+    lines = [f"# {markdown(findings.title)}", "", *(f"{markdown(note)}\n" for note in notes(findings))]
+    lines += ["| " + " | ".join(markdown_cell(each) for each in head) + " |", "|" + "---|" * len(head)]
+    for row in _rows(findings):
+        cells = [_with_range(cell) for cell in row["cells"]]
+        difference = row["difference"]
+        extra = [f"{_with_range(difference)} {difference['verdict']}".strip()] if findings.differences else []
+        lines.append(
+            "| "
+            + " | ".join(markdown_cell(each) for each in [row["name"] + row["arrow"], *cells, *extra, row["facts"]])
+            + " |"
+        )
+    lines += ["", markdown(invalid_counts(findings))]
+    absent = _missing(findings.entries)
+    if absent:
+        lines += ["", "Not computed:", ""] + [f"- {markdown(name)}: {markdown(reason)}" for name, reason in absent]
+    if findings.best is not None:
+        lines += ["", f"Best checkpoint by {markdown(findings.best[0])}: {markdown(findings.best[1])}"]
+    return "\n".join(lines) + "\n"
+
+
+def _with_range(cell: dict) -> str:
+    return f"{cell['value']} ({cell['interval']})" if cell["interval"] else cell["value"]
+
+
+def data_uri(image: Image.Image, edge: int = THUMBNAIL) -> str:
+    """An image within a page, no larger than `edge`; small ones as PNG, which keeps their pixels."""
+    if max(image.size) > edge:
+        image = image.copy()
+        image.thumbnail((edge, edge), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    is_small = max(image.size) <= 96
+    image.save(buffer, "PNG" if is_small else "JPEG", **({} if is_small else {"quality": 88}))
+    kind = "png" if is_small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _thumbnail(picture: Picture) -> str | None:
+    """A picture within a page; None if it can't be read."""
+    try:
+        return data_uri(picture.read())
+    except (OSError, ValueError):
+        return None
+
+
+def _prompt_sections(entries: Sequence[Entry], num_prompts: int) -> list[dict]:
+    """Prompts and their images: side by side of entries with the same prompts, else one entry's after the other's."""
+    if all(entry.subject.images.is_like(entries[-1].subject.images) for entry in entries):
+        return _sections_of(entries, num_prompts)
+    return [section for entry in entries for section in _sections_of([entry], num_prompts)]
+
+
+def _sections_of(entries: Sequence[Entry], num_prompts: int) -> list[dict]:
+    images = entries[-1].subject.images
+    sections = []
+    if images.prompts is None and len(set(images.clusters.tolist())) == len(images):  # unconditional: one grid of all
+        clusters = [None]
+    else:
+        clusters = _evenly(list(dict.fromkeys(images.clusters.tolist())), num_prompts)
+    for cluster in clusters:
+        chosen = np.arange(len(images)) if cluster is None else (images.clusters == cluster).nonzero()[0]
+        first = int(chosen[0])
+        text = f"class or prompt {cluster}" if images.prompts is None else images.prompts[first]
+        limit = 16 if cluster is None else IMAGES_OF_A_PROMPT
+        sides = []
+        for entry in entries:
+            read = [_thumbnail(entry.subject.images.pictures[index]) for index in chosen[:limit].tolist()]
+            sides.append({"entry": entry.name, "pictures": [each for each in read if each is not None]})
+        sections.append({"text": "" if cluster is None else text, "sides": sides})
+    return sections
+
+
+def _evenly(items: list, count: int) -> list:
+    if len(items) <= count:
+        return items
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def _ranked(entry: Entry) -> list[dict]:
+    score = entry.score("clip_score")
+    prompts = entry.subject.images.prompts
+    if score is None or score.by_image is None or prompts is None or len(prompts) < 2:
+        return []
+    order = np.argsort(score.by_image, kind="stable")
+    count = min(RANKED, len(order) // 2)
+    groups = (("Worst by CLIP score", order[:count]), ("Best by CLIP score", order[::-1][:count]))
+    return [
+        {
+            "title": f"{title}, {entry.name}",
+            "cards": [
+                {"picture": read, "score": number(float(score.by_image[index])), "text": prompts[index]}
+                for index in indices.tolist()
+                if (read := _thumbnail(entry.subject.images.pictures[index])) is not None
+            ],
+        }
+        for title, indices in groups
+    ]
+
+
+def _pairs(findings: Findings) -> list[dict]:
+    entry = findings.entries[-1]
+    score = entry.score("memorisation")
+    if score is None or score.value is None or findings.training is None:
+        return []
+    found = []
+    for pair in score.details["nearest_pairs"]:
+        drawn = _thumbnail(entry.subject.images.pictures[pair["image_index"]])
+        nearest = _thumbnail(findings.training.images.pictures[pair["training_index"]])
+        if drawn is not None and nearest is not None:
+            text = pair["training_image"]
+            found.append({"picture": drawn, "nearest": nearest, "score": number(pair["cosine"]), "text": text})
+    return found
+
+
+def curves(entries: Sequence[Entry]) -> list[dict[str, str]]:
+    """A figure of each score over the checkpoints, as data URIs; none with fewer than two of them."""
+    points = [entry for entry in entries if entry.step is not None]
+    return [_curve(points, name) for name in _names(points)] if len(points) > 1 else []
+
+
+def _curve(points: Sequence[Entry], name: str) -> dict[str, str]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    scores = [(entry.step, entry.score(name)) for entry in points]
+    known = [(step, score) for step, score in scores if score is not None and score.value is not None]
+    steps = [step for step, _ in known]
+    figure = Figure(figsize=(3.6, 2.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, [score.value for _, score in known], marker="o", markersize=3.5, linewidth=1.4)
+    bounds = [score.interval for _, score in known]
+    if None not in bounds:
+        axes.fill_between(steps, [each.low for each in bounds], [each.high for each in bounds], alpha=0.18)
+    axes.set_title(f"{name}{ARROWS[known[0][1].better]}", fontsize=10)
+    axes.set_xlabel("optimizer steps", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    buffer = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    return {"name": name, "picture": f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
+
+
+def html(findings: Findings, num_prompts: int = 24) -> str:
+    """The report as one HTML file; every text in it is escaped."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, finalize=lambda value: visible(value) if type(value) is str else value)
+    entries = findings.entries
+    shown = [entries[0], entries[-1]] if len(entries) > 1 else entries
+    num_all = len(set(entries[-1].subject.images.clusters.tolist()))
+    more = f"{num_prompts} of {num_all} prompts, evenly chosen." if num_all > num_prompts else ""
+    settings = {entry.name: entry.facts for entry in entries} | {"run": findings.run}
+    best, sections = findings.best, _prompt_sections(shown, num_prompts)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=findings.title,
+        subtitle=_subtitle(findings),
+        notes=notes(findings),
+        entries=[entry.name for entry in entries],
+        rows=_rows(findings),
+        has_differences=bool(findings.differences),
+        invalid=invalid_counts(findings),
+        missing=_missing(entries),
+        curves=curves(entries),
+        best="" if best is None else f"Best by {best[0]}: {best[1]}.",
+        prompts=sections,
+        compact=all(len(side["pictures"]) == 1 for section in sections for side in section["sides"]),
+        more_prompts=more if entries[-1].subject.images.prompts is not None else "",
+        ranked=_ranked(entries[-1]),
+        pairs=_pairs(findings),
+        settings=json_text(_finite(settings), indent=2, other=str),
+    )
+
+
+def _subtitle(findings: Findings) -> str:
+    images = findings.entries[-1].subject.images
+    parts = [f"{len(images)} images"]
+    if images.prompts is not None:
+        parts.append(f"{len(set(images.clusters.tolist()))} prompts")
+    return ", ".join(parts) + (
+        f"; {' and '.join(entry.name for entry in findings.entries)}" if len(findings.entries) == 2 else ""
+    )

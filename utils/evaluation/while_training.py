@@ -1,0 +1,252 @@
+"""The scores of evaluate_pipeline.py while a model is trained: images drawn from the pipeline in memory."""
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from utils.config.options import UserError, flags_as, option, require, require_not_negative, require_positive
+from utils.config.user_files import check_encoding
+from utils.evaluation.metrics.base import Case, ScoreOptions
+from utils.evaluation.metrics.distances import NotComputable
+from utils.evaluation.metrics.features import FeatureOptions, Networks
+from utils.evaluation.metrics.image_sets import ImageSet, Reference, Statistics, Subject, Workers
+from utils.evaluation.metrics.registry import METRICS, score
+from utils.evaluation.metrics.scores import Score
+from utils.evaluation.references import ReferenceOptions, drawn_images, read_images
+from utils.models.base import Family
+from utils.models.text_to_image import TextFamily
+from utils.runtime.processes import autocast, on_main_process
+from utils.runtime.sharding import unsharded
+from utils.runtime.step_lines import JsonLines, keep_steps
+from utils.sampling.controls import SamplingControls, controllable
+from utils.sampling.drawer import Drawer, GenerationOptions, complete_prompts
+from utils.sampling.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+RECORD = "evaluation.jsonl"
+REFERENCE_FLAGS = {"reference": "eval_reference"}  # what evaluate_pipeline.py's flag is called here
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    needs_reference: ClassVar[bool] = True  # where there are no images of the training to compare with
+
+    eval_metrics: list[str] | None = option(None, "scores to compute while training", choices=METRICS)
+    eval_steps: int | None = option(
+        None, "optimizer steps between them; by default they come after the last step alone"
+    )
+    eval_prompts_file: str | None = option(
+        None, "prompts to draw for them: .txt, .jsonl or .csv; by default the validation prompts"
+    )
+    eval_prompts_encoding: str | None = option(
+        None, "encoding of --eval_prompts_file, such as gb18030; by default UTF-8, and else a guess, which is logged"
+    )
+    eval_num_images: int = option(64, "images to draw for them, one after the other of each prompt or class")
+    eval_reference: str | None = option(
+        None, "real images to compare with: a folder, a dataset, or statistics in an .npz file"
+    )
+    eval_num_inference_steps: int | None = option(None, "denoising steps; by default the pipeline's")
+    eval_guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
+    eval_sampling_batch_size: int | None = option(
+        None, "images drawn at once; by default it grows until memory is full"
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "eval_steps", "eval_num_images", "eval_num_inference_steps", "eval_sampling_batch_size")
+        require_not_negative(self, "eval_guidance_scale")
+        file = self.eval_prompts_file
+        require(file is None or Path(file).is_file(), "eval_prompts_file", file, "be a file that exists")
+        if self.eval_prompts_encoding is not None:
+            check_encoding(self.eval_prompts_encoding, "eval_prompts_encoding")
+            if file is None:
+                raise UserError("--eval_prompts_encoding is of --eval_prompts_file; give both or neither")
+        for name in ("eval_steps", "eval_prompts_file", "eval_reference"):
+            if getattr(self, name) is not None and not self.eval_metrics:
+                raise UserError(f"--{name} is of --eval_metrics; give both or neither")
+        for name in self.eval_metrics or ():
+            if METRICS[name].compares and self.eval_reference is None and self.needs_reference:
+                raise UserError(f"--eval_metrics {name} compares with real images; give --eval_reference")
+            if name == "memorisation":
+                raise UserError("--eval_metrics memorisation is evaluate_pipeline.py's; leave it out")
+        with flags_as(REFERENCE_FLAGS):
+            ReferenceOptions(reference=self.eval_reference)
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Whether scores are computed after optimizer step number `step`, from 1."""
+        if not self.eval_metrics:
+            return False
+        return step == total_steps or (self.eval_steps is not None and step % self.eval_steps == 0)
+
+
+class TrainingEvaluation:
+    """Draws from a pipeline in memory, scores what it drew, and keeps both in `output_dir/evaluation/`."""
+
+    def __init__(
+        self,
+        options: EvaluationOptions,
+        features: FeatureOptions,
+        accelerator: "Accelerator",
+        folder: Path,
+        seed: int,
+        prompts: list[str] | None = None,
+        controls: SamplingControls | None = None,
+        trained_on: ImageSet | None = None,
+    ):
+        """Reads the prompts, and looks the reference through.
+
+        Args:
+            prompts: to draw where the options name no file.
+            trained_on: what is compared with where the options name no reference.
+
+        Raises:
+            UserError: if the prompts or the reference can't be used.
+        """
+        self._options = options
+        self._accelerator = accelerator
+        self._folder = folder / "evaluation"
+        self._seed = seed
+        self._controls = controls or SamplingControls()
+        self._networks = Networks(features, accelerator.device)
+        self._workers = Workers(accelerator, features.feature_batch_size)
+        self._prompts = [Prompt(text) for text in prompts or ()]
+        if options.eval_prompts_file is not None:
+            given = PromptOptions(prompts_file=options.eval_prompts_file, text_encoding=options.eval_prompts_encoding)
+            self._prompts = read_prompts(given)
+        self._load_networks()
+        self._reference = self._read_reference(trained_on) if options.eval_metrics else None
+
+    def begin(self, first_step: int) -> None:
+        """Forgets what was measured after the step from which the run resumes."""
+        on_main_process(self._accelerator, partial(keep_steps, self._folder / RECORD, first_step))
+
+    def _load_networks(self) -> None:
+        """So that one that is not there ends the run before its first step."""
+        for name in self._options.eval_metrics or ():
+            try:
+                self._networks.get(METRICS[name].network)
+            except NotComputable as reason:
+                raise UserError(f"--eval_metrics {name}: {reason}") from reason
+        self._networks.rest()
+
+    def check(self, pipeline: "DiffusionPipeline") -> None:
+        """Refuses a pipeline that does not go with the prompts, before anything is drawn from it.
+
+        Raises:
+            UserError: such as for a text-to-image pipeline without prompts.
+        """
+        if self._options.eval_metrics:
+            complete_prompts(pipeline, self._prompts, None)
+
+    def _read_reference(self, trained_on: ImageSet | None) -> Reference | None:
+        name, chosen = self._options.eval_reference, ReferenceOptions(reference=self._options.eval_reference)
+        compared = [METRICS[each] for each in self._options.eval_metrics or () if METRICS[each].compares]
+        if not compared:
+            return None
+        if name is None and trained_on is None:
+            raise UserError("--eval_metrics: streamed images are not kept to compare with; give --eval_reference")
+        try:
+            with flags_as(REFERENCE_FLAGS):
+                if chosen.is_statistics:
+                    statistics = Statistics.read(Path(name))
+                    network = self._networks.get("main")
+                    size = None if network.class_weights is None else network.class_weights.shape[1]
+                    statistics.check(network, size, False)
+                    return statistics
+                images = trained_on if name is None else read_images("reference", name, chosen, self._seed)
+                reference = Subject(images, self._networks, self._workers)
+                for network_name in dict.fromkeys(metric.network for metric in compared):
+                    reference.features(network_name)
+                return reference
+        except NotComputable as reason:
+            where = "the images trained on" if name is None else f"--eval_reference {name}"
+            raise UserError(f"{where}: {reason}") from reason
+        finally:
+            self._networks.rest()
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Whether scores are computed after optimizer step number `step`, from 1."""
+        return self._options.is_due(step, total_steps)
+
+    def scores(self, family: "Family", step: int, resolution: int | None = None) -> dict[str, float]:
+        """What is logged of the scores of a family's pipeline after `step`, its weights being those to draw with.
+
+        Args:
+            resolution: edge of the images, where the pipeline draws more than one.
+        """
+        encode = partial(family.prompt_arguments, negative_prompt=None) if isinstance(family, TextFamily) else None
+        size = {} if resolution is None else {"height": resolution, "width": resolution}
+        around = partial(autocast, self._accelerator)
+        with unsharded(family.pipeline.components.values()), controllable(self._controls, family.pipeline):
+            found = self.measure(family.pipeline, step, encode, size, around)
+        return {f"eval/{name}": value for name, value in found.items()}
+
+    def measure(
+        self,
+        pipeline: "DiffusionPipeline",
+        step: int,
+        encode: Callable[[str], Mapping[str, Tensor]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        around: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> dict[str, float]:
+        """The scores by name after `step`; for all processes to call, with the weights to draw with in the pipeline.
+
+        A line with all that stands beside them goes to `evaluation.jsonl`, with what could not be computed, and why.
+
+        Args:
+            encode: gives the arguments, tensors [1, ...], by which the pipeline takes a prompt that a family encodes.
+            arguments: further arguments of the pipeline's call.
+            around: a context to draw in, such as the accelerator's autocast; the VAE decodes outside of it.
+        """
+        options = self._options
+        generation = GenerationOptions(
+            num_inference_steps=options.eval_num_inference_steps,
+            guidance_scale=options.eval_guidance_scale,
+            batch_size=options.eval_sampling_batch_size,
+        )
+        complete = complete_prompts(pipeline, self._prompts, None)
+        tasks = plan_tasks(complete, PromptOptions(num_images=options.eval_num_images))
+        images = self._folder / f"step-{step}"
+        logger.info("drawing %d images for --eval_metrics: %s", len(tasks), images)
+        on_main_process(self._accelerator, partial(_empty, images))
+        drawer = Drawer(
+            pipeline,
+            generation,
+            self._controls,
+            self._seed,
+            self._accelerator.device,
+            is_placed=True,
+            arguments=arguments,
+            encode=encode,
+            around=around,
+        )
+        drawer.draw(tasks, images, self._accelerator)
+        self._accelerator.wait_for_everyone()
+        subject = Subject(drawn_images(images, tasks), self._networks, self._workers)
+        scores = score(Case(subject, self._reference, None, ScoreOptions()), options.eval_metrics or ())
+        self._networks.rest()
+        on_main_process(self._accelerator, partial(_append, self._folder / RECORD, step, scores))
+        return {each.name: each.value for each in scores if each.value is not None}
+
+
+def _empty(folder: Path) -> None:
+    """What an earlier run drew at this step was of other weights."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _append(file: Path, step: int, scores: list[Score]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = JsonLines(file)
+    lines.write({"step": step, "scores": {each.name: each.record() for each in scores}})
+    lines.close()

@@ -1,0 +1,278 @@
+"""What all pipelines that are trained have in common, and what a family must answer."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.config.options import UserError, first_line, require
+from utils.models.latent_space import LatentSpace
+from utils.models.pipeline_source import XFORMERS_CURE, XFORMERS_MISSING
+from utils.models.quantization import quantize_linears
+from utils.runtime.memory import align
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+TextStates = dict[str, Tensor]
+"""What a family's denoiser reads of a caption; the names are the UNet's, the first axis is the sample.
+
+"encoder_hidden_states" [B, chunks * tokens, width]; with several chunks "encoder_attention_mask" [B, chunks * tokens]
+bool, where the caption fills them; and what more the family has, of the first chunk. A family without text encoders
+reads a class ("class_labels" [B] int64) or nothing.
+"""
+
+
+class Words(Protocol):
+    """Makes numbers of captions, in the loader's workers.
+
+    Attributes:
+        max_tokens: tokens that are read of a caption.
+    """
+
+    max_tokens: int
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """[B, text encoders, tokens] int64 of B captions."""
+
+    def num_tokens(self, captions: Sequence[str]) -> np.ndarray:
+        """[B] int64, the tokens of each caption, uncut."""
+
+
+class Family(ABC):
+    """A pipeline of one architecture, its parts loaded, with what its training needs to know of them.
+
+    Attributes:
+        pipeline: the live diffusers pipeline; its parts are those that are trained.
+        latent_space: where it is denoised: the latents of its VAE, or the pixels themselves.
+        options: those of the model, which say how its parts are to save memory.
+        denoiser_name: the pipeline's name for the denoiser.
+        coder_names: the pipeline's names for what makes latents of images, and images of latents, if it has that.
+    """
+
+    pipeline_class_name: str
+    default_resolution: int
+    default_output_dir: str
+    default_validation_epochs: int
+    denoiser_name = "unet"
+    coder_names: ClassVar[tuple[str, ...]] = ("vae",)
+    text_encoder_names: ClassVar[tuple[str, ...]] = ()
+    unet_lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+    text_encoder_lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+    def __init__(self, pipeline: "DiffusionPipeline", latent_space: LatentSpace, options: Any):
+        self.pipeline = pipeline
+        self.latent_space = latent_space
+        self.options = options
+        self._resting: list[str] = []
+        self._is_quantized = False
+        self._device: torch.device | None = None
+
+    @classmethod
+    def pipeline_class(cls) -> "type[DiffusionPipeline]":
+        """The diffusers class of the pipeline."""
+        import diffusers
+
+        return getattr(diffusers, cls.pipeline_class_name)
+
+    @property
+    def unet(self) -> nn.Module:
+        """The denoiser."""
+        return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """In the order of `text_encoder_names`."""
+        return [getattr(self.pipeline, name) for name in self.text_encoder_names]
+
+    @staticmethod
+    def check_sizes(sizes: Sequence[tuple[int, int]], vae_config: Mapping) -> None:
+        """Refuses widths and heights whose latents would not be whole."""
+        factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        for edge in (edge for size in sizes for edge in size):
+            below = edge - edge % factor
+            cure = f"try {below} or {below + factor}" if below else f"try {factor}"
+            flag = "resolution" if len(sizes) == 1 else "bucket_step"
+            require(edge % factor == 0, flag, edge, f"be divisible by {factor} for this VAE", cure)
+
+    @abstractmethod
+    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
+        """The denoiser's prediction [B, C, h, w] of noisy latents, under text states and crops [B, 6]."""
+
+    @abstractmethod
+    def tokenizer(self) -> Words:
+        """A function for the loader's workers: B captions -> [B, text encoders, tokens] int64."""
+
+    @abstractmethod
+    def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
+        """What the denoiser reads of the captions that the ids are of.
+
+        Args:
+            dropped: [B] bool, where the caption was dropped: there it is what inference has without a prompt.
+        """
+
+    @abstractmethod
+    def reads_text_parameter(self, encoder: int, name: str) -> bool:
+        """Whether the pipeline's text states depend on this parameter of a text encoder."""
+
+    @property
+    @abstractmethod
+    def text_dtype(self) -> torch.dtype:
+        """The dtype of the text states."""
+
+    def text_facts(self) -> list[object]:
+        """What text states depend on beside the encoders' weights: the tokenizers, and how both are used."""
+        return []
+
+    @abstractmethod
+    def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
+        """The pipeline in float32 with some parts replaced: what is exported."""
+
+    def prepare_saving(self) -> None:
+        """Fetches what a saved pipeline needs and the training does not, while an error costs nothing."""
+        return
+
+    def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
+        """Writes that pipeline into a folder."""
+        self.float32_pipeline(**parts).save_pretrained(folder)
+
+    def trainable_names(self) -> tuple[str, ...]:
+        """The parts that can be trained, the denoiser first."""
+        return (self.denoiser_name, *self.text_encoder_names)
+
+    @property
+    def _part_names(self) -> tuple[str, ...]:
+        return (*self.trainable_names(), *self.coder_names)
+
+    def freeze(self) -> None:
+        """Freezes all parts and puts them in evaluation mode."""
+        for name in self._part_names:
+            getattr(self.pipeline, name).requires_grad_(False).eval()
+
+    def rest(self, device: torch.device, *, vae: bool, text_encoders: bool) -> None:
+        """Moves encoders, whose work is done, from the device to the CPU until `awake` needs them."""
+        self._resting = list(self.coder_names) * vae + list(self.text_encoder_names) * text_encoders
+        self._device = device
+        self._move(self._resting, torch.device("cpu"))
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Within it all parts are on the device, or those that `alone` says where sampling is to save memory."""
+        one_by_one = self.options.sampling_cpu_offload
+        parts = self._part_names
+        if not one_by_one:
+            self._move(self._resting, self._device)
+        try:
+            yield
+        finally:
+            if one_by_one:
+                self._move([name for name in parts if name not in self._resting], self._device)
+            self._move(self._resting, torch.device("cpu"))
+
+    @contextmanager
+    def alone(self, *names: str) -> Iterator[None]:
+        """Within it, where sampling is to save memory, these parts are on the device, and the pipeline has no others.
+
+        So the pipeline takes that device for its own.
+        """
+        if not self.options.sampling_cpu_offload:
+            yield
+            return
+        others = {name: getattr(self.pipeline, name) for name in self._part_names if name not in names}
+        self._move(list(others), torch.device("cpu"))
+        self._move(names, self._device)
+        for name in others:
+            setattr(self.pipeline, name, None)
+        try:
+            yield
+        finally:
+            for name, part in others.items():
+                setattr(self.pipeline, name, part)
+
+    def _move(self, names: Sequence[str], device: torch.device | None) -> None:
+        for name in names:
+            if not (
+                name == self.denoiser_name and self._is_quantized
+            ):  # whose packed weights stay where they were made
+                getattr(self.pipeline, name).to(device)
+        if names and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def to(self, device: torch.device) -> None:
+        """Moves all parts to the device; an fp16 VAE that overflows runs in bf16 where that is had, else float32."""
+        for vae in (getattr(self.pipeline, name) for name in self.coder_names):
+            if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+                has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+                vae.to(torch.bfloat16 if has_bfloat16 else torch.float32)
+        for name in self._part_names:
+            align(getattr(self.pipeline, name).to(device))
+
+    def use_attention(self) -> None:
+        """Switches the attention kernels that were asked for.
+
+        Raises:
+            UserError: if they don't load here.
+        """
+        options = self.options
+        if options.enable_xformers_memory_efficient_attention:
+            try:
+                self.unet.enable_xformers_memory_efficient_attention()
+            except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:  # no wheel, no GPU, no kernel
+                raise UserError(f"{XFORMERS_MISSING} ({first_line(error)}); {XFORMERS_CURE}") from error
+        if options.enable_npu_flash_attention:
+            try:
+                self.unet.enable_npu_flash_attention()
+            except (ImportError, RuntimeError, AttributeError) as error:
+                raise UserError(f"--enable_npu_flash_attention needs an Ascend NPU and torch_npu: {error}") from error
+
+    def use_channels_last(self, vae: bool) -> None:
+        """Lays the denoiser's weights out with the channels together, and where asked the VAE's too, if there is one.
+
+        Convolutions then give their results, and take their inputs, in the same layout.
+        """
+        self.unet.to(memory_format=torch.channels_last)
+        encoder = getattr(self.latent_space, "vae", None)
+        if vae and isinstance(encoder, torch.nn.Module):
+            encoder.to(memory_format=torch.channels_last)
+
+    def save_memory(self) -> None:
+        """Switches on what computes one part after the other, as the options ask."""
+        options = self.options
+        if options.attention_slicing:
+            self.unet.set_attention_slice("max")
+        if options.vae_slicing:
+            self.latent_space.vae.enable_slicing()
+        if options.vae_tiling:
+            self.latent_space.vae.enable_tiling()
+
+    def quantize_unet(self, kind: str, device: torch.device) -> None:
+        """Keeps the frozen UNet's linear layers in 4 or 8 bits, on the device."""
+        quantize_linears(self.unet, kind, device)
+        self._is_quantized = True
+
+    def use_gradient_checkpointing(self, text_encoders: bool, vae: bool) -> None:
+        """Computes activations again in the backward pass, in the denoiser and in the encoders that are asked for."""
+        self.unet.enable_gradient_checkpointing()
+        if vae:
+            self.latent_space.vae.enable_gradient_checkpointing()
+        if text_encoders:
+            for encoder in self.text_encoders:
+                encoder.gradient_checkpointing_enable()
+
+
+def fitting_steps(pipeline: "DiffusionPipeline") -> int | None:
+    """The length of the noise schedule, where a pipeline draws by more steps if none are named; else None.
+
+    diffusers refuses more steps than a schedule of betas has, and DDPMPipeline's own number is 1000.
+    """
+    own = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
+    longest = pipeline.scheduler.config.get("num_train_timesteps")
+    if own is None or not isinstance(own.default, int) or not isinstance(longest, int):
+        return None
+    return longest if own.default > longest else None

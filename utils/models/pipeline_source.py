@@ -1,0 +1,332 @@
+"""Where a pipeline is loaded from (a folder, the Hub, a single file), and what its configs say before its weights."""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from utils.config.library_errors import LOADING_ERRORS
+from utils.config.options import UserError, first_line, option, require, require_positive
+from utils.models.loading import PICKLES, load_module, load_pipeline_folder, variant_of
+from utils.models.single_file import SingleFile
+from utils.runtime.hub_files import index_file, is_path, read_config, read_config_file, refuse_quantized
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+CHUNK_TOKENS = 75  # of a caption, in one pass of a CLIP text encoder: its 77 less the beginning and the end
+XFORMERS_MISSING = "--enable_xformers_memory_efficient_attention: its kernels do not load here"
+XFORMERS_CURE = "leave the flag out, PyTorch's attention is as fast, or install the xformers wheel of this torch"
+
+
+@dataclass(frozen=True)
+class PartOptions:
+    """How the parts of a pipeline are loaded and run, whatever it draws from."""
+
+    revision: str | None = option(None, "revision of the pipeline on the Hub")
+    variant: str | None = option(None, "variant of the weight files, such as fp16")
+    allow_pickle: bool = option(
+        False, "also load weights that are kept as pickles (.bin, .ckpt); of these too nothing but tensors is read"
+    )
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
+    vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
+    vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
+    enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
+    enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
+
+    def __post_init__(self) -> None:
+        if self.enable_xformers_memory_efficient_attention and find_spec("xformers") is None:
+            raise UserError(f"{XFORMERS_MISSING} (it is not installed); {XFORMERS_CURE}")
+
+    @property
+    def use_safetensors(self) -> bool | None:
+        """As diffusers and transformers take it: True, or None for pickles where there is nothing else."""
+        return None if self.allow_pickle else True
+
+
+@dataclass(frozen=True)
+class ModelOptions(PartOptions):
+    pretrained_model_name_or_path: str | None = option(
+        None, "pipeline folder, Hub name or single .safetensors file to start from", aliases=["--pretrained_model"]
+    )
+    pretrained_vae_model_name_or_path: str | None = option(
+        None, "folder, Hub name or single .safetensors file of another VAE"
+    )
+    pretrained_model_config: str | None = option(
+        None,
+        "pipeline folder or Hub name that describes a single-file model; by default found on the Hub by its weights",
+    )
+    unet_config: str | None = option(None, "JSON config of a fresh UNet, which is trained from scratch")
+    non_ema_revision: str | None = option(None, "revision of the UNet, where it differs")
+    clip_skip: int | None = option(None, "last layers of the text encoders to leave out, as the pipelines' clip_skip")
+    max_token_length: int = option(
+        CHUNK_TOKENS, "tokens of a caption that are read, in chunks of 75; kohya's 150 and 225"
+    )
+    attention_slicing: bool = option(False, "compute attention one head after the other: less memory, slower")
+    sampling_cpu_offload: bool = option(
+        False,
+        "while samples are drawn, keep on the device only the part of the pipeline that is at work; with --use_ema the "
+        "weights that the average stands in for stay there",
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "clip_skip")
+        if self.pretrained_model_name_or_path is None:
+            raise UserError("--pretrained_model is missing; give a pipeline folder, a Hub name or a .safetensors file")
+        if self.unet_config is not None:
+            require(Path(self.unet_config).is_file(), "unet_config", self.unet_config, "be a JSON file that exists")
+        length, below = self.max_token_length, self.num_chunks * CHUNK_TOKENS
+        cure = f"try {below} or {below + CHUNK_TOKENS}" if below > 0 else f"try {CHUNK_TOKENS}"
+        fits = length == below > 0
+        require(fits, "max_token_length", length, f"be a positive multiple of {CHUNK_TOKENS}", cure)
+        if self.enable_xformers_memory_efficient_attention and self.num_chunks > 1:
+            raise UserError(
+                "--enable_xformers_memory_efficient_attention takes no mask, which --max_token_length "
+                f"{length} needs; leave it out, PyTorch's attention is as fast"
+            )
+        if self.attention_slicing and self.enable_xformers_memory_efficient_attention:
+            raise UserError("--attention_slicing would replace xformers' attention; leave one out")
+        super().__post_init__()
+        if self.non_ema_revision is not None and self.pretrained_model_name_or_path.endswith(".safetensors"):
+            raise UserError("--non_ema_revision is of a pipeline on the Hub, not of a single file; leave it out")
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks in which a caption is read, each in a pass of its own."""
+        return self.max_token_length // CHUNK_TOKENS
+
+
+@dataclass(frozen=True)
+class ComponentDtypes:
+    """The dtypes that the weights are loaded in."""
+
+    unet: torch.dtype
+    text_encoders: torch.dtype
+    frozen: torch.dtype
+
+
+@dataclass(frozen=True)
+class PipelineSource:
+    """Where a pipeline is loaded from."""
+
+    options: ModelOptions
+
+    @property
+    def path(self) -> str:
+        """The folder, Hub name or file."""
+        return self.options.pretrained_model_name_or_path
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether it is one file of weights."""
+        return _is_file(self.path)
+
+    @cached_property
+    def file(self) -> SingleFile:
+        """The single file that it is."""
+        return SingleFile.read(Path(self.path), "--pretrained_model")
+
+    def scheduler_marks(self) -> dict[str, object]:
+        """What a single file itself says of its noise; of a folder the scheduler's config says it all."""
+        return self.file.scheduler_marks if self.is_single_file else {}
+
+    def index(self) -> dict:
+        """The pipeline's `model_index.json`."""
+        return read_config(index_file(self.path, self.options.revision, "--pretrained_model"), "--pretrained_model")
+
+    def config(self, part: str) -> dict | None:
+        """The config of a part (unet, vae, scheduler, ...) without its weights; None for a single file's on the Hub.
+
+        Raises:
+            UserError: if it is not there.
+        """
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        root, flag, revision = self.path, "--pretrained_model", self.options.revision
+        if part == "unet" and self.options.unet_config is not None:
+            return read_config(Path(self.options.unet_config), "--unet_config")
+        given_vae = self.options.pretrained_vae_model_name_or_path
+        if part == "vae" and given_vae is not None and not _is_file(given_vae):
+            root, revision = given_vae, None
+            flag = "--pretrained_vae_model_name_or_path"
+            if not (Path(root) / "vae").is_dir():
+                part = ""
+        elif self.is_single_file:
+            root, flag, revision = self.options.pretrained_model_config, "--pretrained_model_config", None
+        if root is None:
+            return None
+        if is_path(root) and not Path(root).is_dir():
+            raise UserError(f"{flag} {root} does not exist")
+        found = read_config_file(root, str(PurePosixPath(part, file)), revision, flag)
+        if not self.is_single_file or root != self.options.pretrained_model_config:  # whose weights are not read
+            refuse_quantized(found, f"{flag} {root}: {PurePosixPath(part, file)}")
+        return found
+
+    def load(
+        self, pipeline_class: "type[DiffusionPipeline]", dtypes: ComponentDtypes, text_encoder_names: tuple[str, ...]
+    ) -> "DiffusionPipeline":
+        """The pipeline with what training and sampling need, on the CPU: no safety checker, no image encoder."""
+        parts: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        parts = {name: part for name, part in parts.items() if name in pipeline_class._optional_components}
+        if "requires_safety_checker" in pipeline_class.__init__.__annotations__:
+            parts["requires_safety_checker"] = False
+        parts |= self._own_parts(dtypes)
+        if self.is_single_file:
+            pipeline = self._load_single_file(pipeline_class, parts)
+            for name in text_encoder_names:
+                getattr(pipeline, name).to(dtypes.text_encoders)
+            pipeline.unet.to(dtypes.unet)
+            pipeline.vae.to(dtypes.frozen)
+            return pipeline
+        by_name = dict.fromkeys(text_encoder_names, dtypes.text_encoders)
+        by_name |= {"unet": dtypes.unet, "default": dtypes.frozen}
+        return self._load_folder(pipeline_class, by_name, parts)
+
+    def load_whole(self, pipeline_class: "type[DiffusionPipeline]", **parts: Any) -> "DiffusionPipeline":
+        """The pipeline with all it came with, in float32, some parts replaced."""
+        float32 = ComponentDtypes(torch.float32, torch.float32, torch.float32)
+        replaced = self._own_parts(float32, with_unet="unet" not in parts) | parts
+        if self.is_single_file:
+            return self._load_single_file(pipeline_class, replaced).to(torch.float32)
+        return self._load_folder(pipeline_class, {"default": torch.float32}, replaced)
+
+    def folder(self, pipeline_class: "type[DiffusionPipeline]") -> Path | None:
+        """The pipeline's folder, downloaded whole if it is on the Hub; None of a single file."""
+        from huggingface_hub.errors import HTTPError
+
+        if self.is_single_file or Path(self.path).is_dir():
+            return None if self.is_single_file else Path(self.path)
+        options = self.options
+        try:
+            return Path(
+                pipeline_class.download(
+                    self.path,
+                    revision=options.revision,
+                    variant=options.variant,
+                    use_safetensors=options.use_safetensors,
+                )
+            )
+        except (HTTPError, *LOADING_ERRORS) as error:
+            raise UserError(f"--pretrained_model {self.path} can't be downloaded: {first_line(error)}") from error
+
+    def vae_folder(self) -> Path | None:
+        """The folder of a VAE that is not the pipeline's; None if it is none of this machine."""
+        path = self.options.pretrained_vae_model_name_or_path
+        folders = [] if path is None else [Path(path, "vae"), Path(path)]
+        return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+    def _own_parts(self, dtypes: ComponentDtypes, with_unet: bool = True) -> dict[str, nn.Module]:
+        """The parts that come from elsewhere than the pipeline."""
+        from diffusers import UNet2DConditionModel
+
+        options, parts = self.options, {}
+        if options.pretrained_vae_model_name_or_path is not None:
+            parts["vae"] = self._load_vae(options.pretrained_vae_model_name_or_path, dtypes.frozen)
+        if with_unet and options.unet_config is not None:
+            parts["unet"] = _fresh_unet(options.unet_config).to(dtypes.unet)
+        elif with_unet and options.non_ema_revision is not None:
+            parts["unet"] = load_module(
+                UNet2DConditionModel,
+                self.path,
+                f"--non_ema_revision {options.non_ema_revision}: unet",
+                "unet",
+                dtypes.unet,
+                subfolder="unet",
+                revision=options.non_ema_revision,
+                use_safetensors=options.use_safetensors,
+            )
+        return parts
+
+    def _load_vae(self, path: str, dtype: torch.dtype) -> nn.Module:
+        """Another VAE than the pipeline's, of a single file with the pipeline's config unless it has its own."""
+        from diffusers import AutoencoderKL
+
+        flag = "--pretrained_vae_model_name_or_path"
+        if _is_file(path):
+            own = Path(path).with_name("config.json").is_file()
+            root = str(Path(path).parent) if own else self.options.pretrained_model_config
+            if root is None and not self.is_single_file:
+                root = self.path
+            return SingleFile.read(Path(path), flag).load_vae(root, None if own else "vae", dtype)
+        subfolder = "vae" if (Path(path) / "vae" / "config.json").is_file() else None
+        what = f"{flag} {path}"
+        return load_module(
+            AutoencoderKL,
+            path,
+            what,
+            "vae",
+            dtype,
+            subfolder=subfolder,
+            variant=variant_of(Path(path, subfolder or ""), self.options.variant, what),
+            use_safetensors=self.options.use_safetensors,
+        )
+
+    def _load_folder(
+        self, pipeline_class: "type[DiffusionPipeline]", dtypes: Mapping[str, torch.dtype], given: Mapping[str, Any]
+    ) -> "DiffusionPipeline":
+        options = self.options
+        return load_pipeline_folder(
+            pipeline_class,
+            self.path,
+            f"--pretrained_model {self.path}",
+            dtypes,
+            revision=options.revision,
+            variant=options.variant,
+            use_safetensors=options.use_safetensors,
+            given=given,
+        )
+
+    def _load_single_file(self, pipeline_class: "type[DiffusionPipeline]", parts: dict) -> "DiffusionPipeline":
+        # a part given as None counts as missing there, and a part that is missing is left out anyway
+        given = {name: part for name, part in parts.items() if part is not None}
+        return self.file.load(pipeline_class, self.options.pretrained_model_config, given)
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name is that of a single file of weights."""
+    return Path(name).suffix in (".safetensors", *PICKLES)
+
+
+def check_weight_files(
+    folder: Path,
+    index: Mapping[str, Any],
+    flag: str,
+    options: PartOptions,
+    replaced: Collection[str] = (),
+) -> None:
+    """Refuses a local pipeline of which a part has weights, but only pickles, or only of a variant not asked for.
+
+    Args:
+        index: its `model_index.json`.
+        flag: the option and its value that name the folder.
+        replaced: parts that come from elsewhere.
+    """
+    for name, entry in index.items():
+        part = folder / name
+        if name in replaced or not isinstance(entry, list) or not any(entry) or not part.is_dir():
+            continue
+        variant_of(part, options.variant, f"{flag}: {name}")
+        if (part / "config.json").is_file():
+            config = read_config(part / "config.json", flag.partition(" ")[0])
+            refuse_quantized(config, f"{flag}: {name}/config.json")
+        pickles = [file.name for suffix in PICKLES for file in part.glob(f"*{suffix}")]
+        if pickles and not options.allow_pickle and not list(part.glob("*.safetensors")):
+            raise UserError(
+                f"{flag}: {name}/{pickles[0]} would need unpickling, which can run code; convert the pipeline with "
+                "save_pretrained(..., safe_serialization=True), or give --allow_pickle"
+            )
+
+
+def _fresh_unet(config_file: str) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    try:
+        return UNet2DConditionModel.from_config(read_config(Path(config_file), "--unet_config"))
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError) as error:
+        raise UserError(f"--unet_config {config_file} makes no UNet2DConditionModel: {first_line(error)}") from error

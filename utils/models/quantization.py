@@ -1,0 +1,51 @@
+"""Frozen weights in 4 or 8 bits, for adapters on top of them (QLoRA, Dettmers et al. 2023)."""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from utils.config.options import UserError
+
+QUANTIZATIONS = ("nf4", "int8")
+
+
+def check_quantization(kind: str | None) -> None:
+    """Refuses a quantisation whose package is missing."""
+    if kind is not None and find_spec("bitsandbytes") is None:
+        raise UserError(f"--quantize_base {kind} needs bitsandbytes; pip install bitsandbytes")
+
+
+def quantize_linears(module: nn.Module, kind: str, device: torch.device) -> None:
+    """Replaces the linear layers of a frozen module, which is moved to the device, by bitsandbytes' quantised ones.
+
+    Args:
+        kind: nf4, of 4 bits with a scale for each 64 weights, or int8, of 8 bits with a scale for each row.
+    """
+    layers = [(name, layer) for name, layer in module.named_modules() if type(layer) is nn.Linear]
+    for name, layer in layers:
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, _quantized(layer, kind).to(device))
+
+
+def _quantized(layer: nn.Linear, kind: str) -> nn.Module:
+    parts = import_module("bitsandbytes").nn
+    sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+    if kind == "nf4":
+        made = parts.Linear4bit(*sizes, compute_dtype=layer.weight.dtype, quant_type="nf4")
+        made.weight = parts.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    else:
+        made = parts.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
+        made.weight = parts.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    made.register_forward_pre_hook(_cast_on_cpu)
+    return made
+
+
+def _cast_on_cpu(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Under a CPU's autocast the input in its dtype, as it casts for plain layers: the norms behind take no other."""
+    if inputs[0].device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return inputs
+    return (inputs[0].to(torch.get_autocast_dtype("cpu")), *inputs[1:])

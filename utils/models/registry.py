@@ -1,0 +1,68 @@
+"""Which family a pipeline belongs to."""
+
+from pathlib import Path
+
+from utils.config.options import UserError
+from utils.models.loading import PICKLES
+from utils.models.pipeline_source import PipelineSource, check_weight_files
+from utils.models.sd import StableDiffusion
+from utils.models.sdxl import StableDiffusionXL
+from utils.models.text_to_image import TextFamily
+from utils.runtime.hub_files import require_model
+
+FAMILIES: dict[str, type[TextFamily]] = {
+    family.pipeline_class_name: family for family in (StableDiffusion, StableDiffusionXL)
+}
+VAE_KEY = "first_stage_model.decoder.conv_in.weight"
+
+
+def pick_family(source: PipelineSource) -> type[TextFamily]:
+    """The family of a pipeline, by its `model_index.json` or, of a single file, by the names of its weights.
+
+    Reads no weights, and checks that none would need unpickling.
+
+    Raises:
+        UserError: if there is no such pipeline, or none of a supported class.
+    """
+    path, options = Path(source.path), source.options
+    given = {
+        "pretrained_model": source.path,
+        "pretrained_vae_model_name_or_path": options.pretrained_vae_model_name_or_path,
+    }
+    for flag, name in given.items():
+        if name is not None and Path(name).suffix in PICKLES and not options.allow_pickle:
+            raise UserError(
+                f"--{flag} {name} would need unpickling, which can run code; convert it, or give --allow_pickle"
+            )
+    files = (".safetensors", *PICKLES)
+    for flag, name in given.items():
+        require_model(flag, name, "give a folder, Hub name or .safetensors file", files)
+    require_model("pretrained_model_config", options.pretrained_model_config, "give a pipeline folder or a Hub name")
+    if source.is_single_file:
+        return _family_of_file(source)
+    index = source.index()
+    name = index.get("_class_name")
+    name = name[-1] if isinstance(name, list) else name
+    if name not in FAMILIES:
+        raise UserError(f"--pretrained_model {path} is a {name}; supported are {', '.join(FAMILIES)}")
+    replaced = {"unet": options.unet_config, "vae": options.pretrained_vae_model_name_or_path}
+    elsewhere = [part for part, given in replaced.items() if given]
+    for part in FAMILIES[name].needed_names():
+        entry = index.get(part)
+        is_named = isinstance(entry, list) and len(entry) >= 2 and all(isinstance(each, str) for each in entry)
+        if not is_named and part not in elsewhere:
+            raise UserError(f"--pretrained_model {path}: its model_index.json names no {part}, which a {name} needs")
+    if path.is_dir():
+        check_weight_files(path, index, f"--pretrained_model {source.path}", options, elsewhere)
+    return FAMILIES[name]
+
+
+def _family_of_file(source: PipelineSource) -> type[TextFamily]:
+    name = source.file.class_name
+    if VAE_KEY not in source.file.weights and source.options.pretrained_vae_model_name_or_path is None:
+        raise UserError(
+            f"--pretrained_model {source.path} is no whole Stable Diffusion model: it has no {VAE_KEY}; "
+            "give its VAE as --pretrained_vae_model_name_or_path"
+        )
+    source.scheduler_marks()
+    return FAMILIES[name]

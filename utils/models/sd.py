@@ -1,0 +1,44 @@
+"""Stable Diffusion 1.x and 2.x."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from utils.models.base import TextStates
+from utils.models.text_to_image import TextFamily, is_in_read_layers
+
+
+class StableDiffusion(TextFamily):
+    """One CLIP text encoder, whose last layer, normed, conditions the UNet (Rombach et al. 2022)."""
+
+    pipeline_class_name = "StableDiffusionPipeline"
+    default_resolution = 512
+    default_output_dir = "sd-model-finetuned"
+    default_validation_epochs = 5
+    text_encoder_names = ("text_encoder",)
+    tokenizer_names = ("tokenizer",)
+    prompt_argument_names: ClassVar = {"encoder_hidden_states": "prompt_embeds"}
+
+    def _encode_chunks(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
+        """{"encoder_hidden_states": [N, tokens, width]} of [N, 1, tokens] ids."""
+        encoder, skip = self.text_encoders[0], self.source.options.clip_skip
+        output = encoder(input_ids[:, 0], output_hidden_states=skip is not None)
+        if skip is None:
+            return {"encoder_hidden_states": output.last_hidden_state}
+        skipped = getattr(encoder, "text_model", encoder).final_layer_norm(output.hidden_states[-(skip + 1)])
+        return {"encoder_hidden_states": torch.where(unskipped.view(-1, 1, 1), output.last_hidden_state, skipped)}
+
+    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
+        """The UNet's prediction [B, C, h, w]; the crops condition nothing here."""
+        return unet(
+            noisy,
+            timesteps,
+            encoder_hidden_states=states["encoder_hidden_states"],
+            encoder_attention_mask=states.get("encoder_attention_mask"),
+        ).sample
+
+    def reads_text_parameter(self, encoder: int, name: str) -> bool:
+        """All but the layers that clip_skip leaves out."""
+        layers = self.text_encoders[encoder].config.num_hidden_layers
+        return is_in_read_layers(name, layers - (self.source.options.clip_skip or 0))

@@ -1,0 +1,67 @@
+"""Stable Diffusion XL base."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from utils.models.base import TextStates
+from utils.models.text_to_image import TextFamily, is_in_read_layers
+
+
+class StableDiffusionXL(TextFamily):
+    """Two text encoders, and conditioning on the image's size and crop (Podell et al. 2023)."""
+
+    pipeline_class_name = "StableDiffusionXLPipeline"
+    default_resolution = 1024
+    default_output_dir = "sdxl-model-finetuned"
+    default_validation_epochs = 1
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+    tokenizer_names = ("tokenizer", "tokenizer_2")
+    prompt_argument_names: ClassVar = {
+        "encoder_hidden_states": "prompt_embeds",
+        "text_embeds": "pooled_prompt_embeds",
+    }
+
+    @property
+    def has_zeros_without_prompt(self) -> bool:
+        """As the pipeline's config says."""
+        return self.pipeline.config.force_zeros_for_empty_prompt
+
+    def _encode_chunks(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
+        """States of [N, 2, tokens] input ids.
+
+        Returns:
+            "encoder_hidden_states" [N, tokens, sum of widths], the layers before the last, unnormed, side by side; and
+            "text_embeds" [N, projection], the second encoder's pooled state.
+        """
+        skip = self.source.options.clip_skip
+        outputs = [
+            encoder(input_ids[:, index], output_hidden_states=True) for index, encoder in enumerate(self.text_encoders)
+        ]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        if skip is not None:
+            skipped = torch.cat([output.hidden_states[-(skip + 2)] for output in outputs], dim=-1)
+            hidden = torch.where(unskipped.view(-1, 1, 1), hidden, skipped)
+        return {"encoder_hidden_states": hidden, "text_embeds": outputs[1].text_embeds}
+
+    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
+        """The UNet's prediction [B, C, h, w]. The crops stay float32: bf16 would turn 1023 pixels into 1024."""
+        conditions = {"text_embeds": states["text_embeds"], "time_ids": crops}
+        return unet(
+            noisy,
+            timesteps,
+            encoder_hidden_states=states["encoder_hidden_states"],
+            encoder_attention_mask=states.get("encoder_attention_mask"),
+            added_cond_kwargs=conditions,
+        ).sample
+
+    def reads_text_parameter(self, encoder: int, name: str) -> bool:
+        """The second encoder whole, for its pooled state; of the first what lies before the layer that is read."""
+        if encoder == 1:
+            return True
+        layers = self.text_encoders[encoder].config.num_hidden_layers
+        return (
+            is_in_read_layers(name, layers - 1 - (self.source.options.clip_skip or 0))
+            and "final_layer_norm" not in name
+        )

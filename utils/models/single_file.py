@@ -1,0 +1,317 @@
+"""Single files of weights, as other tools write them: what their headers say, and whether all weights are used."""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from utils.config.library_errors import LOADING_ERRORS
+from utils.config.options import UserError, first_line
+from utils.config.tensor_files import open_safetensors, read_pickle
+from utils.models.loading import PICKLES, WeightReport, check_read, load_module, loading, make_up, names_of
+from utils.models.weight_files import Stored, check_finite, stored_in, stored_tensors
+from utils.runtime.hub_files import read_config
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+UNET_PREFIX = "model.diffusion_model."
+UNET_KEY = f"{UNET_PREFIX}input_blocks.0.0.weight"
+SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+TEXT_PREFIXES = {
+    "text_encoder": (
+        "cond_stage_model.transformer.",
+        "cond_stage_model.model.",
+        "conditioner.embedders.0.transformer.",
+    ),
+    "text_encoder_2": ("conditioner.embedders.1.model.",),
+}
+EDM_MARKS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+PREDICTION_WORDS = {
+    "v": "v_prediction",
+    "v_pred": "v_prediction",
+    "vpred": "v_prediction",
+    "v_prediction": "v_prediction",
+    "v-prediction": "v_prediction",
+    "velocity": "v_prediction",
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "x0": "sample",
+    "sample": "sample",
+}
+"""What tools write into a file's metadata, and diffusers' names for it."""
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")  # sd-scripts', ComfyUI's
+V2_KEY = f"{UNET_PREFIX}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+V2_WIDTH = 1024
+V2_BIAS = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+V2_DEVIATION = 0.09  # of that bias: more in Stable Diffusion 2's models of 768 pixels, which predict v
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A file of weights.
+
+    Attributes:
+        flag: the option that named it.
+        weights: tensors without memory, by their names.
+        stored: the dtypes and shapes of the same.
+        metadata: what else its header says.
+    """
+
+    path: Path
+    flag: str
+    weights: Mapping[str, Tensor]
+    stored: Mapping[str, Stored]
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def read(cls, path: Path, flag: str) -> "SingleFile":
+        """The header of a safetensors file, or what a pickle holds, of which nothing but tensors is read.
+
+        Raises:
+            UserError: if it can't be read.
+        """
+        if path.suffix in PICKLES:
+            held = _weights_in_pickle(path, flag)
+            return cls(path, flag, held, stored_tensors(held), {})
+        try:
+            stored = stored_in(path)
+            weights = {name: torch.empty(each.shape, device="meta") for name, each in stored.items()}
+            with open_safetensors(path) as file:
+                return cls(path, flag, weights, stored, file.metadata() or {})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{flag} {path} can't be read as safetensors: {first_line(error)}") from error
+
+    @property
+    def what(self) -> str:
+        """The flag and the file."""
+        return f"{self.flag} {self.path}"
+
+    @cached_property
+    def scheduler_marks(self) -> dict[str, object]:
+        """What the file itself says of the noise that it was trained with, as changes of a scheduler's config.
+
+        Raises:
+            UserError: for a model of continuous noise levels, which has no schedule of betas.
+        """
+        if edm := [name for name in EDM_MARKS if name in self.weights]:
+            raise UserError(
+                f"{self.what} holds {edm[0]}: it was trained with EDM's noise levels, which is not supported here"
+            )
+        said = next((self.metadata[key] for key in PREDICTION_KEYS if self.metadata.get(key)), None)
+        found = None if said is None else PREDICTION_WORDS.get(said.strip().lower())
+        if said is not None and found is None:
+            logger.warning(
+                "%s: its metadata says the prediction type %r, which is not known here; see that the plan's is right",
+                *(self.what, said[:40]),
+            )
+        if "v_pred" in self.weights or (found is None and self._is_true("ss_v_parameterization")):
+            if found not in (None, "v_prediction"):
+                logger.warning("%s holds v_pred, but its metadata says %s: taken for v_prediction", self.what, said)
+            found = "v_prediction"
+        if found is None and self.metadata.get("modelspec.architecture", "").startswith("stable-diffusion-v2-768-v"):
+            found = "v_prediction"
+        marks: dict[str, object] = {} if found is None else {"prediction_type": found}
+        if "ztsnr" in self.weights or self._is_true("ss_zero_terminal_snr"):
+            marks |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return marks
+
+    def _is_true(self, key: str) -> bool:
+        return self.metadata.get(key, "").lower() == "true"
+
+    def looks_like_v2(self) -> str | None:
+        """Of Stable Diffusion 2, whose files say nothing of it, the prediction type by a statistic of a weight."""
+        width = self.weights[V2_KEY].shape[-1] if V2_KEY in self.weights else None
+        if width != V2_WIDTH or V2_BIAS not in self.weights or self.path.suffix in PICKLES:
+            return None
+        with open_safetensors(self.path) as file:
+            deviation = float(file.get_tensor(V2_BIAS).float().std(correction=0))
+        return "v_prediction" if deviation > V2_DEVIATION else "epsilon"
+
+    @property
+    def class_name(self) -> str:
+        """The class of the pipeline whose weights these are, by their names.
+
+        Raises:
+            UserError: if they are those of no whole model.
+        """
+        if UNET_KEY not in self.weights:
+            raise UserError(
+                f"{self.what} is no whole Stable Diffusion model: it has no {UNET_KEY}; a LoRA file goes to "
+                "--lora_weights, a VAE to --pretrained_vae_model_name_or_path"
+            )
+        return "StableDiffusionXLPipeline" if SDXL_KEY in self.weights else "StableDiffusionPipeline"
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """What the `model_index.json` of a folder of the same parts says."""
+        found = {"_class_name": self.class_name, "unet": ["diffusers", "UNet2DConditionModel"]}
+        found |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"]}
+        if self.class_name == "StableDiffusionXLPipeline":
+            found["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        return found
+
+    def load(
+        self, kind: "type[DiffusionPipeline]", config: str | None, given: Mapping[str, Any]
+    ) -> "DiffusionPipeline":
+        """The pipeline in the file, on the CPU, in the dtypes of the file.
+
+        Args:
+            config: folder or Hub name of a pipeline that describes it; None finds one on the Hub.
+            given: parts that come from elsewhere.
+
+        Raises:
+            UserError: if it can't be loaded, or weights are missing.
+        """
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+        kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+        for name in (*kinds, *TEXT_PREFIXES):
+            if name not in given:
+                self._check_numbers(name)
+        expected = {name: self._expect(name, each, config, name) for name, each in kinds.items() if name not in given}
+        try:
+            with loading(self.what):
+                # with the library's default, what is missing would have no memory
+                arguments = {"low_cpu_mem_usage": False} if any(expected.values()) else {}
+                pipeline = kind.from_single_file(str(self.path), config=config, **given, **arguments)
+        except (SingleFileComponentError, UserError) as error:
+            lacking = self._lacking_encoder(given)
+            if lacking is None and isinstance(error, UserError):
+                raise
+            why = lacking or f"can't be loaded: {first_line(error)}; give the whole model, or a pipeline folder"
+            raise UserError(f"{self.what} {why}") from error
+        for name in TEXT_PREFIXES:
+            module = getattr(pipeline, name, None)
+            if module is None or name in given:
+                continue
+            if own := _own(name, self.weights):
+                make_up(module, self._check_part(name, module, own))
+            else:  # diffusers takes it from the folder that describes the file
+                what = f"{self.what}: {name} of {config}"
+                part = load_module(type(module), str(Path(config, name)), what, name, torch.float32)
+                setattr(pipeline, name, part)
+        self._say_what_is_not_used({*TEXT_PREFIXES, *expected})
+        for name in (*kinds, *TEXT_PREFIXES):
+            if name not in given and isinstance(module := getattr(pipeline, name, None), nn.Module):
+                check_finite(module.named_parameters(), f"{self.what}: {name}")
+        return pipeline
+
+    def _lacking_encoder(self, given: Collection[str]) -> str | None:
+        """What says that the file lacks a text encoder, if it does."""
+        for name in (name for name in TEXT_PREFIXES if name in self.index and name not in given):
+            if not _own(name, self.weights):
+                return (
+                    f"holds no {name}, whose weights begin with {' or '.join(TEXT_PREFIXES[name])}; give the whole "
+                    "model, or a pipeline folder with all its parts"
+                )
+        return None
+
+    def _check_numbers(self, part: str) -> None:
+        """Refuses weights of a part whose numbers are not what is stored."""
+        check_read(f"{self.what}: {part}", part, {name: self.stored[name] for name in _own(part, self.weights)})
+
+    def load_vae(self, config: str | None, subfolder: str | None, dtype: torch.dtype) -> nn.Module:
+        """The VAE in the file, which may hold one alone, or a whole model.
+
+        Args:
+            config: folder or Hub name of the config; None finds it on the Hub.
+        """
+        from diffusers import AutoencoderKL
+
+        self._check_numbers("vae")
+        is_partial = self._expect("vae", AutoencoderKL, config, subfolder)
+        with loading(self.what):
+            vae = AutoencoderKL.from_single_file(
+                str(self.path), config=config, subfolder=subfolder, low_cpu_mem_usage=not is_partial
+            )
+        check_finite(vae.to(dtype).named_parameters(), self.what)
+        return vae.eval()
+
+    def _expect(self, name: str, kind: Any, config: str | None, subfolder: str | None) -> bool:
+        """Looks at a part's weights before they are loaded, by its config; whether some may be missing."""
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+        with loading(f"{self.what}: {name}"):
+            if config is not None and Path(config, subfolder or "", "config.json").is_file():
+                read_config(Path(config, subfolder or "", "config.json"), self.what)
+            root = config or fetch_diffusers_config(dict(self.weights))["pretrained_model_name_or_path"]
+            with torch.device("meta"):
+                module = kind.from_config(kind.load_config(root, subfolder=subfolder))
+        return bool(self._check_part(name, module, _own(name, self.weights)))
+
+    def _check_part(self, name: str, module: nn.Module, own: Mapping[str, Tensor]) -> list[str]:
+        """Refuses weights of a part that are missing, of other shapes or of further layers; those allowed to miss."""
+        what, state = f"{self.what}: {name}", module.state_dict()
+        with loading(what):
+            try:
+                converted = own if name == "vae" and state.keys() <= own.keys() else _converted(name, module, own)
+            except KeyError as error:  # which diffusers raises for the first of some that it looks for by name
+                raise UserError(f"{what} lacks {error.args[0]}; give a model that has it") from error
+        missing = [key for key in state if key not in converted]
+        left_over = [key for key in converted if key not in state]
+        mismatched = [
+            (key, converted[key].shape, each.shape)
+            for key, each in state.items()
+            if key in converted and converted[key].shape != each.shape
+        ]
+        return WeightReport(state.keys(), missing, left_over, mismatched).check(what, name)
+
+    def _say_what_is_not_used(self, parts: set[str]) -> None:
+        prefixes = tuple(prefix for part in parts for prefix in _prefixes(part))
+        left_over = [key for key in self.weights if not key.startswith(prefixes)]
+        if left_over:
+            kinds = sorted({key.partition(".")[0] for key in left_over})
+            logger.info("%s: %d weights are not used: %s", self.what, len(left_over), names_of(kinds))
+
+
+def _own(part: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a part by their names in the file; of a file of a VAE alone all."""
+    own = {key: value for key, value in weights.items() if key.startswith(_prefixes(part))}
+    return dict(weights) if part == "vae" and not own else own
+
+
+def _prefixes(part: str) -> tuple[str, ...]:
+    return {"unet": (UNET_PREFIX,), "vae": VAE_PREFIXES}.get(part) or TEXT_PREFIXES[part]
+
+
+def _converted(part: str, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What diffusers makes of the weights of a part, under its own names."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    weights = dict(weights)
+    if part == "unet":
+        return theirs.convert_ldm_unet_checkpoint(weights, config=dict(module.config))
+    if part == "vae":
+        return theirs.convert_ldm_vae_checkpoint(weights, config=dict(module.config))
+    prefix = next(each for each in TEXT_PREFIXES[part] if any(key.startswith(each) for key in weights))
+    if prefix.endswith("model."):
+        converted = theirs.convert_open_clip_checkpoint(module, weights, prefix=prefix)
+    else:
+        converted = theirs.convert_ldm_clip_checkpoint(weights)
+    if not hasattr(module, "text_model"):
+        return {key.removeprefix("text_model."): value for key, value in converted.items()}
+    return converted
+
+
+def _weights_in_pickle(path: Path, flag: str) -> dict[str, Tensor]:
+    try:
+        held = read_pickle(path, mmap=True)
+    except (*LOADING_ERRORS, EOFError) as error:
+        raise UserError(f"{flag} {path} can't be read as tensors alone: {first_line(error)}") from error
+    if not isinstance(held, dict):
+        raise UserError(f"{flag} {path} holds no weights by name")
+    held = held.get("state_dict", held)
+    if not isinstance(held, dict):
+        raise UserError(f"{flag} {path} holds no weights by name")
+    return {str(name): value for name, value in held.items() if isinstance(value, Tensor)}

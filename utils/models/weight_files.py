@@ -1,0 +1,184 @@
+"""What files of weights hold: the numbers are read as they are stored, so what needs scales or unpacking is refused.
+
+Every way in which weights come asks here: folders, shards, single files, LoRA files, VAEs and text encoders.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.config.options import UserError
+from utils.config.tensor_files import open_safetensors, read_pickle
+from utils.config.terminal import one_line
+from utils.config.user_files import FileError, read_json
+
+logger = logging.getLogger(__name__)
+FULL_FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+"""Dtypes whose numbers are the weights, by safetensors' names and by torch's."""
+EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "float8_e4m3fn", "float8_e5m2")
+EIGHT_BIT_FLOATS += ("float8_e4m3fnuz", "float8_e5m2fnuz")
+TRUTH_VALUES = ("BOOL", "bool")
+COUNTED = ("position_ids", "relative_position_index", "num_batches_tracked", "num_updates")
+"""Last words of the names of tensors that are whole numbers by nature."""
+OF_A_LAYER = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+"""What stands in a file for a layer, if nothing is scaled or packed."""
+SCALES = re.compile(
+    r"scale_(weight|input)|(\w+_)?(weight|input|output)_scale\w*|scaled_fp8|\w*absmax|quant_\w+|comfy_quant|SCB|qweight"
+    r"|q?zeros|[qw]?scales|weight_(packed|format|zero_point|shape)|\w*zero_point|smooth_factor\w*",
+    re.IGNORECASE,
+)
+"""Last words of the names of what the usual tools write beside quantised weights."""
+STEMS = "diffusion_pytorch_model|pytorch_model|model"
+CURE = "give the weights in fp32, fp16 or bf16"
+LONGEST_NAME = 120
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its dtype, by safetensors' or torch's name, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_in(path: Path) -> dict[str, Stored]:
+    """What a file of tensors holds, by its names; of a safetensors file the header alone is read.
+
+    Raises:
+        FileError, OSError, SafetensorError: if it can't be read; of a pickle as `read_pickle`.
+    """
+    if path.suffix != ".safetensors":
+        return stored_tensors(read_pickle(path, mmap=True))
+    with open_safetensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: Stored(each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+
+
+def stored_tensors(held: object) -> dict[str, Stored]:
+    """The same of tensors by name; of anything else nothing."""
+    items = held.items() if isinstance(held, Mapping) else ()
+    return {
+        str(name): Stored(str(each.dtype).removeprefix("torch."), tuple(each.shape))
+        for name, each in items
+        if isinstance(each, Tensor)
+    }
+
+
+def check_stored(what: str, stored: Mapping[str, Stored]) -> None:
+    """Refuses weights whose numbers are not what is stored, and warns of 8-bit floating-point ones.
+
+    Args:
+        what: the flag, its value and the part or file, as messages name them.
+
+    Raises:
+        UserError: for quantised or scaled weights, naming the first tensor that says so.
+    """
+    scale = next((name for name in stored if _is_scale(name, stored)), None)
+    if scale is not None:
+        is_known = SCALES.fullmatch(scale.rpartition(".")[2])
+        cure = CURE if is_known else f"{CURE}, or --allow_missing_weights {scale} if it can be left out"
+        raise UserError(
+            f"{what} holds {one_line(scale, LONGEST_NAME)}, so its weights are scaled or quantised: without that "
+            f"tensor, which is not read here, they would be wrong; {cure}"
+        )
+    packed = next((name for name, each in stored.items() if _is_packed(name, each)), None)
+    if packed is not None:
+        raise UserError(
+            f"{what} holds {one_line(packed, LONGEST_NAME)} as {stored[packed].dtype}: it is quantised, and its "
+            f"numbers are not the weights; {CURE}"
+        )
+    coarse = [name for name, each in stored.items() if each.dtype in EIGHT_BIT_FLOATS]
+    if coarse:
+        logger.warning(
+            "%s: %d of its %d tensors are 8-bit floating-point numbers (%s), which are taken as they are; a file in "
+            "fp16 or fp32 holds the model more exactly",
+            *(what, len(coarse), len(stored), stored[coarse[0]].dtype),
+        )
+
+
+def _is_scale(name: str, stored: Mapping[str, Stored]) -> bool:
+    """Whether a tensor says how another one is scaled or packed: by its name, or because that one is of few bits.
+
+    Beside weights in full floating point other tensors may stand: older releases of diffusers saved `W` there.
+    """
+    layer, _, last = name.rpartition(".")
+    if SCALES.fullmatch(last):
+        return True
+    words = layer.split(".")
+    owners = [".".join(words[:count]) for count in range(1, len(words) + 1)]
+    owners += [f"{layer}.weight"] if last not in OF_A_LAYER else []
+    return any(stored[owner].dtype not in FULL_FLOATS for owner in owners if owner in stored)
+
+
+def _is_packed(name: str, each: Stored) -> bool:
+    """Whether a tensor holds whole numbers where floating-point ones are expected; truth values may be a mask."""
+    last = name.rpartition(".")[2]
+    if each.dtype in (*FULL_FLOATS, *EIGHT_BIT_FLOATS) or last in COUNTED or math.prod(each.shape) <= 1:
+        return False
+    return each.dtype not in TRUTH_VALUES or last in OF_A_LAYER
+
+
+def weight_files(folder: Path, variant: str | None, with_pickles: bool) -> list[Path]:
+    """The files of weights in a model's folder that diffusers or transformers would read."""
+    infix = "" if variant is None else rf"\.{re.escape(variant)}"
+    for suffix in ("safetensors", "bin") if with_pickles else ("safetensors",):
+        single = re.compile(rf"({STEMS})({infix}(-\d+-of-\d+)?|-\d+-of-\d+{infix})\.{suffix}")
+        index = re.compile(rf"({STEMS})\.{suffix}\.index{infix}\.json")
+        found = {path for path in folder.glob(f"*.{suffix}") if single.fullmatch(path.name)}
+        for path in folder.glob("*.json"):
+            if index.fullmatch(path.name):
+                found |= {folder / name for name in _shards(path)}
+        if found := {path for path in found if path.is_file()}:
+            return sorted(found)
+    return []
+
+
+def _shards(index: Path) -> set[str]:
+    """The names of files in a table of shards; none if it can't be read, which the library says itself."""
+    try:
+        names = read_json(index)["weight_map"].values()
+    except (OSError, FileError, TypeError, KeyError, AttributeError):
+        return set()
+    return {name for name in names if isinstance(name, str) and Path(name).name == name}
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str, is_refused: bool = True) -> None:
+    """Refuses weights that hold NaN or infinite numbers, which no training mends.
+
+    Args:
+        tensors: with their names.
+        what: the flag, its value and the part, as messages name them.
+        is_refused: whether they are; else a warning names them.
+
+    Raises:
+        UserError: naming the first such tensor.
+    """
+    bad = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor)]
+    if not bad:
+        return
+    name, tensor = bad[0]
+    count = int((~tensor.float().isfinite()).sum())
+    others = f", as do {len(bad) - 1} other tensors" if len(bad) > 1 else ""
+    said = (
+        f"{what}: {one_line(name, LONGEST_NAME)} holds {count:,} of {tensor.numel():,} numbers that are NaN or infinite"
+        f"{others}"
+    )
+    if is_refused:
+        cure = "the file is damaged or of a run that diverged: give another"
+        if tensor.dtype == torch.float16 and not bool(tensor.isnan().any()):
+            cure = "they are too large for fp16: use --mixed_precision bf16, or give another file"
+        raise UserError(f"{said}; {cure}")
+    logger.warning("%s: what is drawn will be NaN", said)
+
+
+@torch.no_grad()
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite, by one pass over them: a sum of such is, unless it overflows itself."""
+    if tensor.is_meta or math.isfinite(float(tensor.sum(dtype=torch.float32))):
+        return True
+    return bool(tensor.isfinite().all())

@@ -1,0 +1,105 @@
+"""A run's JSON Lines by step: a resumed run drops those that it writes again, and keeps what it can't read."""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from utils.config.user_files import FileError, open_regular, open_to_append, parse_json
+from utils.runtime.atomic_files import replacing
+
+logger = logging.getLogger(__name__)
+LINE_LIMIT = 16 << 20  # bytes of a line; what is longer is not one of ours
+BEGINNING = b'{"step": '
+STEP = re.compile(rb'\{"step": (\d{1,18})\D')
+
+
+def keep_steps(path: Path, last_step: int) -> None:
+    """Drops the lines after `last_step`, which a resumed run writes again; what can't be read stays where it is."""
+    if not path.is_file():
+        return
+    num_unread = 0
+    with replacing(path) as aside, open_regular(path) as old, aside.open("wb") as new:
+        for line, is_whole, is_end in _lines(old):
+            values = read_line(line) if is_whole else None
+            if values is None and is_whole and _is_written_again(line, last_step):
+                logger.warning("%s: left out a line that was cut off", path)
+            elif values is None or values["step"] <= last_step:
+                num_unread += values is None and bool(line.strip()) and is_end
+                new.write(line if line.endswith(b"\n") or not is_end else line + b"\n")
+    warn_of_unread(path, num_unread)
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool, bool]]:
+    """(a line, or a part of one that is too long; whether it is a whole line; whether a line ends with it)."""
+    is_continued = False
+    while line := file.readline(LINE_LIMIT):
+        is_end = line.endswith(b"\n") or len(line) < LINE_LIMIT
+        yield line, is_end and not is_continued, is_end
+        is_continued = not is_end
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """What a line says of a step; None of what is no such line."""
+    try:
+        values = parse_json(line.decode("utf-8"), "a line")
+    except ValueError:
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    return values if type(step) in (int, float) and 0 <= step < math.inf else None
+
+
+def _is_written_again(line: bytes, last_step: int) -> bool:
+    """Whether a line that was cut off is of a step that the run does again."""
+    if line.endswith(b"\n"):
+        return False
+    if found := STEP.match(line):
+        return int(found[1]) > last_step
+    return BEGINNING.startswith(line) or (line.startswith(BEGINNING) and line[len(BEGINNING) :].isdigit())
+
+
+def warn_of_unread(path: Path, count: int) -> None:
+    """Says that lines can't be read and are kept."""
+    if count:
+        logger.warning("%s: %d lines are no JSON of a step; they are kept as they are, and not looked at", path, count)
+
+
+class JsonLines:
+    """A file to which lines of JSON are added. Lines that the disk refuses are left out, with a warning."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: FileIO | None = None
+        self._is_cut = False  # within a line, by a disk that is full
+        self._has_failed = False
+
+    def write(self, values: Mapping[str, object]) -> None:
+        """Adds a line, which is in the file afterwards."""
+        line = (b"\n" if self._is_cut else b"") + json.dumps(values).encode() + b"\n"
+        try:
+            if self._file is None:
+                self._file = open_to_append(self._path)
+            written = self._file.write(line)
+        except FileError as error:
+            self._warn(error.reason)
+            return
+        except OSError as error:
+            self._warn(error.strerror or str(error))
+            return
+        self._is_cut = written < len(line)
+        if self._is_cut:
+            self._warn("no space left on the disk")
+
+    def _warn(self, why: str) -> None:
+        if not self._has_failed:
+            logger.warning("%s can't be written: %s; lines will be missing from it", self._path, why)
+        self._has_failed = True
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,663 @@
+"""Images drawn from any pipeline, so that each depends on the seed, its prompt and its number alone.
+
+Each image has a generator of its own on the CPU, seeded by (seed, prompt i, sample j). So batch size, order, number of
+processes and interruptions change nothing but the last bits. A pipeline that draws from the global generator is seen
+doing so, and draws one image at a time.
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from utils.config.options import (
+    ProcessError,
+    UserError,
+    first_line,
+    nearest,
+    option,
+    require,
+    require_not_negative,
+    require_positive,
+)
+from utils.config.seeding import Stream, generator
+from utils.config.terminal import progress_bar
+from utils.config.user_files import FileError, read_json
+from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
+from utils.diffusion.samplers import check_steps, converted, is_ddim
+from utils.diffusion.schedulers import SCHEDULER_ERRORS
+from utils.models.base import fitting_steps
+from utils.models.fingerprint import weights_hash
+from utils.models.latent_space import warn_of_nan
+from utils.runtime.atomic_files import replacing
+from utils.runtime.memory import is_out_of_memory
+from utils.runtime.processes import write_json
+from utils.runtime.stop_requests import StopRequests
+from utils.sampling.controls import SamplingControls, drawing_scheduler
+from utils.sampling.pipelines import call_parameters, class_names
+from utils.sampling.prompts import STATE_KEY, Prompt, Task, drawn_texts, prompts_hash
+from utils.sampling.scheduler_trials import unfit
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++_2s": ("DPMSolverSinglestepScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+}
+MOST_ON_CPU = 8
+MOST_AT_ONCE = 64  # a signal is looked for between batches
+MEMORY_SHARE = 0.9
+RECORD = "generation.json"
+FREE_SETTINGS = ("batch_size", "fail_on_invalid", "scheduler")  # no facts: the scheduler is one by what it comes to
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    scheduler: str | None = option(None, f"{', '.join(SCHEDULERS)}, or a class of diffusers; by default the pipeline's")
+    num_inference_steps: int | None = option(
+        None, "denoising steps; by default the pipeline's, or all of a shorter schedule"
+    )
+    guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
+    guidance_rescale: float | None = option(None, "rescaling of the guided prediction, for zero terminal SNR")
+    negative_prompt: str | None = option(None, "what images should not show", is_text=True)
+    eta: float | None = option(None, "noise of DDIM's steps, from 0 to 1")
+    height: int | None = option(None, "pixels; by default the pipeline's")
+    width: int | None = option(None, "pixels; by default the pipeline's")
+    strength: float | None = option(
+        None, "how far --init_images are changed, above 0 up to 1; by default the pipeline's"
+    )
+    batch_size: int | None = option(None, "images at once; by default it grows until memory is full")
+    fail_on_invalid: bool = option(False, "end with an error if an image is NaN, black or of one colour")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_inference_steps", "height", "width", "batch_size")
+        require_not_negative(self, "guidance_scale", "guidance_rescale", "eta")
+        strength = self.strength
+        fits = strength is None or 0 < strength <= 1
+        require(fits, "strength", strength, "be above 0 and at most 1", "at 0 none changes")
+        for name in ("guidance_rescale", "eta"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= 1, name, value, "be between 0 and 1")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            require(value is None or value % 8 == 0, name, value, "be divisible by 8")
+        known = self.scheduler is None or self.scheduler in SCHEDULERS or self.scheduler.endswith("Scheduler")
+        hint = nearest(self.scheduler or "", SCHEDULERS)
+        cure = f"did you mean {hint}?" if hint else "such as EulerDiscreteScheduler"
+        require(known, "scheduler", self.scheduler, f"be one of {', '.join(SCHEDULERS)} or a class of diffusers", cure)
+
+
+def image_seed(seed: int, number: int, sample: int) -> int:
+    """The seed, of 32 bits, of sample `sample` of prompt `number`: no two alike below 65,536 of each.
+
+    torch.Generator keeps 32 bits of its seed. So (number, sample) is taken for the two halves of a word that a keyed
+    Feistel network turns into another, one to one; higher bits go into the key.
+    """
+    keys = generator(seed, number >> 16, sample >> 16, Stream.EVALUATION).integers(0, 2**32, 6, np.uint64).tolist()
+    left, right = number & 0xFFFF, sample & 0xFFFF
+    for key in keys:
+        mixed = ((right ^ (key & 0xFFFF)) * 0x9E3779B1 + key) & 0xFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA6B) & 0xFFFFFFFF
+        left, right = right, left ^ (mixed >> 16)
+    return left << 16 | right
+
+
+def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
+    """Gives the pipeline the scheduler of a name in `SCHEDULERS` or of a class of diffusers, with its own settings.
+
+    Raises:
+        UserError: if the pipeline can't go with it.
+    """
+    if name is None:
+        return
+    class_name, changes = SCHEDULERS.get(name, (name, {}))
+    known, flag = _compatible(pipeline.scheduler), f"--scheduler {name}"
+    reason = f"diffusers cannot use it instead of a {type(pipeline.scheduler).__name__}"
+    scheduler = None
+    if class_name in known:
+        scheduler, reason = _converted(pipeline.scheduler, class_name, changes)
+    if reason:
+        fitting = [each for each in known if not _converted(pipeline.scheduler, each, {})[1]]
+        shown = [each for each, (of, _) in SCHEDULERS.items() if of in fitting]
+        shown += [each for each in fitting if each not in {of for of, _ in SCHEDULERS.values()}]
+        raise UserError(
+            f"{flag} does not go with this {type(pipeline).__name__}: {reason}; choose one of {', '.join(shown)}"
+        )
+    scales = abs(float(getattr(scheduler, "init_noise_sigma", 1.0)) - 1) > 1e-6
+    if scales and "scale_model_input" not in inspect.getsource(type(pipeline).__call__):
+        raise UserError(
+            f"{flag} needs its input scaled, which {type(pipeline).__name__} does not do; try ddim or dpm++_2m"
+        )
+    pipeline.scheduler = scheduler
+
+
+def _compatible(scheduler: Any) -> list[str]:
+    """The classes that diffusers takes for interchangeable with a scheduler's, whether they draw or not."""
+    return sorted({each.__name__ for each in scheduler.compatibles} | {type(scheduler).__name__})
+
+
+def _converted(own: Any, class_name: str, changes: Mapping[str, Any]) -> tuple[Any, str]:
+    """(a scheduler of another class in the place of a pipeline's own, why it does not draw what that does or "")."""
+    import diffusers
+
+    try:
+        scheduler = converted(own, getattr(diffusers, class_name), **changes)
+    except SCHEDULER_ERRORS as error:
+        return None, first_line(error)
+    return scheduler, unfit(scheduler, own)
+
+
+def class_numbers(labels: Sequence[str], names: Mapping[str, int]) -> list[int]:
+    """The numbers of classes that are given by name or by number.
+
+    A name goes before a number. Where all names are numbers, as those of folders may be, only names are taken.
+
+    Raises:
+        UserError: for a name that is none of the pipeline's.
+    """
+    numbers, are_numbers = [], bool(names) and all(name.isdecimal() for name in names)
+    for label in labels:
+        if label in names:
+            if label.isdecimal() and names[label] != int(label):
+                said = "--class_labels %s is taken for the class of this name, which is number %d"
+                logger.warning(said, label, names[label])
+            numbers.append(names[label])
+            continue
+        if label.isdecimal() and not are_numbers:
+            numbers.append(int(label))
+            continue
+        if label not in names:
+            hint = nearest(label, names)
+            cure = f"did you mean {hint}?" if hint else "give numbers" if not names else f"such as {min(names)}"
+            if are_numbers:
+                cure = f"they are {', '.join(sorted(names, key=int)[:20])}"
+            raise UserError(
+                f"--class_labels {label} is none of the {len(names)} names of the pipeline's classes; {cure}"
+            )
+        numbers.append(names[label])
+    return numbers
+
+
+def check_prompts(pipeline_type: type, prompts: Sequence[Prompt], labels: Sequence[str] | None) -> None:
+    """Refuses prompts and classes that a pipeline does not take, and the lack of prompts where it draws them."""
+    takes, name = call_parameters(pipeline_type), pipeline_type.__name__
+    if "class_labels" in takes:
+        if prompts:
+            raise UserError(f"a {name} draws classes, not prompts; give --class_labels")
+        return
+    if labels is not None:
+        raise UserError(f"a {name} has no classes; leave out --class_labels")
+    if "prompt" in takes and not prompts:
+        raise UserError(f"a {name} draws prompts; give --prompts, --prompts_file, --prompts_dataset or --captions_dir")
+    if "prompt" not in takes and prompts:
+        raise UserError(f"a {name} takes no prompts; leave them out")
+
+
+def complete_prompts(
+    pipeline: "DiffusionPipeline", prompts: Sequence[Prompt], labels: Sequence[str] | None
+) -> list[Prompt]:
+    """The prompts as the pipeline takes them: texts, classes, or a single one of neither.
+
+    Raises:
+        UserError: if it takes others than those given.
+    """
+    check_prompts(type(pipeline), prompts, labels)
+    if "class_labels" not in call_parameters(type(pipeline)):
+        return list(prompts) or [Prompt(None)]
+    known = class_names(pipeline)
+    numbers = class_numbers(labels or (), getattr(pipeline, "labels", None) or {})
+    wrong = [number for number in numbers if known and number not in known]
+    require(not wrong, "class_labels", wrong, f"be among the pipeline's {len(known)} classes")
+    chosen = numbers if labels is not None else list(known)
+    if not chosen:
+        raise UserError(f"a {type(pipeline).__name__} does not say how many classes it has; give --class_labels")
+    return [Prompt(known.get(label), label) for label in chosen]
+
+
+class BatchSize:
+    """How many images are drawn at once: a number that is given, or one that doubles until memory is full."""
+
+    def __init__(self, given: int | None, device: torch.device):
+        self.at_once = given or 1
+        self._most = given or (MOST_ON_CPU if device.type == "cpu" else MOST_AT_ONCE)
+        self.grows = given is None
+        self._device = device
+        if device.type == "cuda":  # what an earlier pipeline took at most says nothing of this one
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def worked(self, count: int) -> None:
+        """After a batch of `count`: doubles it, if twice the memory is there."""
+        if count < self.at_once or 2 * self.at_once > self._most:
+            return
+        if self._device.type == "cuda":
+            total = torch.cuda.mem_get_info(self._device)[1]
+            if 2 * torch.cuda.max_memory_reserved(self._device) > MEMORY_SHARE * total:
+                self._most = self.at_once
+                return
+        self.at_once *= 2
+
+    def failed(self, count: int, error: BaseException) -> None:
+        """After a batch of `count` found no memory: halves it for good.
+
+        Raises:
+            ProcessError: if it was a single image.
+        """
+        if count == 1:
+            raise ProcessError(
+                f"one image alone is too large for the memory ({first_line(error)}); try a smaller --height "
+                "and --width, or --mixed_precision fp16"
+            ) from error
+        self.at_once = self._most = count // 2
+        logger.warning("%s with %d images at once; continuing with %d", first_line(error), count, self.at_once)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def alone(self) -> None:
+        """One image at a time from now on."""
+        self.at_once = self._most = 1
+
+
+def state_of(pixels: np.ndarray) -> str:
+    """`nan`, `black`, `constant` or `ok`, of an image [H, W, 3] of floats in [0, 1]."""
+    if not np.isfinite(pixels).all():
+        return "nan"
+    if pixels.max() < 1 / 255:
+        return "black"
+    return "constant" if np.ptp(pixels, axis=(0, 1)).max() < 1 / 255 else "ok"
+
+
+class Drawer:
+    """Draws tasks with a pipeline into a folder, each process its share, and continues where an earlier run stopped."""
+
+    def __init__(
+        self,
+        pipeline: "DiffusionPipeline",
+        options: GenerationOptions,
+        controls: SamplingControls,
+        seed: int,
+        device: torch.device,
+        requests: StopRequests | None = None,
+        starts_from_images: bool = False,
+        is_placed: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+        encode: Callable[[str], Mapping[str, torch.Tensor]] | None = None,
+        around: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        """Args:
+        starts_from_images: whether the tasks' prompts have images to start from.
+        is_placed: whether the pipeline's parts are where they are to be.
+        arguments: further arguments of the pipeline's call.
+        encode: gives the arguments, tensors [1, ...], by which the pipeline takes an encoded prompt; by default the
+            pipeline encodes it.
+        around: a context to draw in, such as autocast; the VAE decodes outside of it, in its own dtype.
+
+        Raises:
+            UserError: if the pipeline does not take the options.
+        """
+        self.pipeline = _for_init_images(pipeline) if starts_from_images else pipeline
+        self._options = options
+        self._controls = controls
+        self._seed = seed
+        self._device = device
+        self._requests = requests
+        self._is_placed = is_placed
+        self._more = dict(arguments or {})
+        self._encode = encode
+        self._around = around
+        self._eta = options.eta or 0.0
+        self._takes = inspect.signature(type(self.pipeline).__call__).parameters
+        self._batch_size = BatchSize(options.batch_size, device)
+        self._fitting_steps = fitting_steps(self.pipeline) if options.num_inference_steps is None else None
+        if self._fitting_steps is not None:
+            logger.info("%d denoising steps, as many as the noise schedule has", self._fitting_steps)
+        self._check()
+        self._check_steps()
+        controls.check(self.pipeline.scheduler)
+        if starts_from_images and controls.noise_scale != 1.0:
+            raise UserError("--initial_noise_scale would scale the images of --init_images too; leave one out")
+
+    def _check(self) -> None:
+        """Refuses options that the pipeline does not take."""
+        options, name = self._options, type(self.pipeline).__name__
+        for flag in ("guidance_scale", "guidance_rescale", "negative_prompt", "height", "width"):
+            if getattr(options, flag) is not None and flag not in self._takes:
+                raise UserError(f"--{flag} is not taken by a {name}; leave it out")
+        default = self._takes.get("guidance_scale")
+        guidance = options.guidance_scale if default is None or options.guidance_scale is not None else default.default
+        if options.negative_prompt is not None and isinstance(guidance, int | float) and guidance <= 1:
+            logger.warning("--negative_prompt has no effect at a guidance of %g; it takes one above 1", guidance)
+        vae, unet = (getattr(self.pipeline, part, None) for part in ("vae", "unet"))
+        if vae is not None and vae.config.get("scaling_factor", 1.0) is None:
+            raise UserError("the config of the pipeline's VAE says no scaling_factor")
+        is_sized = options.height is not None and options.width is not None
+        if vae is not None and unet is not None and unet.config.get("sample_size") is None and not is_sized:
+            raise UserError("the config of the pipeline's UNet says no sample_size; give --height and --width")
+        if options.strength is not None and "strength" not in self._takes:
+            raise UserError("--strength is of variations; give --init_images")
+        if options.eta is not None and not is_ddim(self.pipeline.scheduler):
+            raise UserError(f"--eta is DDIM's, the scheduler is {type(self.pipeline.scheduler).__name__}")
+
+    def _check_steps(self) -> None:
+        """Refuses a number of steps that the scheduler would not take as such, and warns of one that begins late."""
+        own = self._takes.get("num_inference_steps")
+        steps = self._options.num_inference_steps or self._fitting_steps or (own.default if own else None)
+        if isinstance(steps, int) and "strength" in self._takes:
+            strength = self._options.strength or self._takes["strength"].default
+            if int(steps * strength) < 1:
+                raise UserError(
+                    f"--strength {strength:g} of {steps} denoising steps leaves none; raise --num_inference_steps or "
+                    "--strength"
+                )
+        scheduler = drawing_scheduler(self.pipeline, self._eta)
+        known = {class_name for class_name, _ in SCHEDULERS.values()} | {"ConsistentDDIMScheduler"}
+        longest = scheduler.config.get("num_train_timesteps") or 0
+        if not isinstance(steps, int) or steps > longest or type(scheduler).__name__ not in known:
+            return  # what no schedule has so many steps for is refused in drawing
+        try:
+            check_steps(type(scheduler).from_config(scheduler.config), steps)
+        except ValueError as error:
+            name = type(self.pipeline.scheduler).__name__
+            raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error
+
+    def facts(self, prompts: Sequence[Prompt]) -> dict[str, object]:
+        """What the images depend on: what a resumed run must have in common with the one before."""
+        pipeline = self.pipeline
+        weights = {
+            name: weights_hash(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
+        }
+        config = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+        text, used = json.dumps(config, sort_keys=True, default=str), drawing_scheduler(pipeline, self._eta)
+        settings = {name: value for name, value in asdict(self._options).items() if name not in FREE_SETTINGS}
+        return {
+            "pipeline": type(pipeline).__name__,
+            "weights": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
+            "scheduler": type(used).__name__,
+            "scheduler_config": hashlib.sha256(text.encode()).hexdigest(),
+            "dtype": str(pipeline.dtype),
+            "prompts": prompts_hash(prompts),
+            "seed": self._seed,
+            "safety_checker": getattr(pipeline, "safety_checker", None) is not None,
+            "controls": self._controls.facts(),
+            **settings,
+        }
+
+    def draw(self, tasks: Sequence[Task], folder: Path, accelerator: "Accelerator | None" = None) -> None:
+        """Draws what is not there of the tasks into `{prompt}_{sample}.png`; a signal ends it between two batches.
+
+        Raises:
+            UserError: if an image can't be drawn.
+        """
+        rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        left = [task for task in tasks[rank::count] if not is_whole(folder / f"{task.name}.png")]
+        if not self._is_placed:
+            self.pipeline.to(self._device)
+        bar = progress_bar(
+            total=len(left),
+            desc=f"drawing {folder.name}",
+            unit="image",
+            disable=rank != 0 or not left,
+        )
+        with bar:
+            while left:
+                if self._requests is not None and self._requests.is_asked:
+                    return
+                batch = left[: self._batch_size.at_once]
+                images = self._try(batch)
+                if images is None:
+                    continue
+                for task, pixels in zip(batch, images, strict=True):
+                    self._save(pixels, task, folder / f"{task.name}.png")
+                left = left[len(batch) :]
+                bar.update(len(batch))
+                self._batch_size.worked(len(batch))
+
+    def _try(self, batch: Sequence[Task]) -> np.ndarray | None:
+        """[B, H, W, 3] of a batch; None if it was too large, and will be smaller."""
+        try:
+            with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+                return self.call(batch)
+        except (RuntimeError, MemoryError) as error:
+            # large batches also meet limits of kernels, which are said in other words
+            if not is_out_of_memory(error) and (len(batch) == 1 or not self._batch_size.grows):
+                raise ProcessError(f"the pipeline can't draw with these settings: {first_line(error)}") from error
+            self._batch_size.failed(len(batch), error)
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            raise ProcessError(f"the pipeline can't draw with these settings: {first_line(error)}") from error
+        return None
+
+    def call(self, batch: Sequence[Task]) -> np.ndarray | None:
+        """[B, H, W, 3] floats of tasks; None if not all draws were each image's own: then they are drawn alone."""
+        seeds = [image_seed(self._seed, task.number, task.sample) for task in batch]
+        torch.manual_seed(seeds[0])
+        before = _global_state(self._device)
+        attached = self._controls.attached(self.pipeline, eta=self._eta)
+        with torch.no_grad(), attached, decoding_apart(self.pipeline), self._around():
+            given = self._arguments(batch, seeds) | self._encoded(batch)
+            if None in given.values():
+                self._batch_size.alone()
+                return None
+            images = self.pipeline(**given).images
+        drew = any(not torch.equal(*pair) for pair in zip(before, _global_state(self._device), strict=True))
+        if drew and len(batch) > 1:
+            logger.warning("%s draws from the global generator; one image at a time from now on", _names(self.pipeline))
+            self._batch_size.alone()
+            return None
+        pixels = np.stack([np.asarray(image, np.float32) for image in images])
+        if pixels.ndim == 3:
+            pixels = pixels[..., None]
+        return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+    def _arguments(self, batch: Sequence[Task], seeds: Sequence[int]) -> dict[str, Any]:
+        options, takes = self._options, self._takes
+        given: dict[str, Any] = {
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "output_type": "np",
+            **self._more,
+        }
+        for name in ("num_inference_steps", "guidance_scale", "guidance_rescale", "eta", "strength"):
+            if getattr(options, name) is not None and (name != "eta" or "eta" in takes):
+                given[name] = getattr(options, name)
+        if self._fitting_steps is not None:
+            given.setdefault("num_inference_steps", self._fitting_steps)
+        if "class_labels" in takes:
+            given["class_labels"] = [task.prompt.label for task in batch]
+        elif self._encode is not None:
+            pass
+        elif "prompt" in takes:
+            given["prompt"] = [task.prompt.text for task in batch]
+            if options.negative_prompt is not None:
+                given["negative_prompt"] = [options.negative_prompt] * len(batch)
+        else:
+            given["batch_size"] = len(batch)
+        if batch[0].prompt.init_image is not None:
+            size = self._init_size()
+            given["image"] = [_init_image(task.prompt.init_image, size) for task in batch]
+        else:
+            given |= {
+                name: getattr(options, name) for name in ("height", "width") if getattr(options, name) is not None
+            }
+        return given
+
+    def _encoded(self, batch: Sequence[Task]) -> dict[str, torch.Tensor | None]:
+        """The encoded prompts; None where they have different lengths, and can't be drawn at once."""
+        if self._encode is None:
+            return {}
+        each = [self._encode(task.prompt.text) for task in batch]
+        return {
+            name: torch.cat([one[name] for one in each]) if len({one[name].shape for one in each}) == 1 else None
+            for name in each[0]
+        }
+
+    def _init_size(self) -> tuple[int, int]:
+        """Width and height of what drawing starts from."""
+        pipeline = self.pipeline
+        sample = (
+            pipeline.unet.config.sample_size if hasattr(pipeline, "unet") else pipeline.transformer.config.sample_size
+        )
+        edge = (sample if isinstance(sample, int) else sample[0]) * getattr(pipeline, "vae_scale_factor", 1)
+        return self._options.width or edge, self._options.height or edge
+
+    def _save(self, pixels: np.ndarray, task: Task, path: Path) -> None:
+        """Writes a PNG by way of another name, so that what stands there is whole; it says what it was drawn from."""
+        text, prompt = PngInfo(), task.prompt
+        facts = {
+            "prompt": prompt.text,
+            "class": prompt.label,
+            "seed": image_seed(self._seed, task.number, task.sample),
+            STATE_KEY: state_of(pixels),
+        }
+        for name, value in facts.items():
+            if value is not None:
+                text.add_itxt(name, str(value))
+        finite = np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)
+        rounded = (finite.clip(0, 1) * 255).round().astype(np.uint8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with replacing(path) as aside:
+                Image.fromarray(rounded).save(aside, "PNG", pnginfo=text, compress_level=1)
+        except OSError as error:
+            raise ProcessError(f"{path} can't be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def decoding_apart(pipeline: "DiffusionPipeline") -> Iterator[None]:
+    """Within it the VAE decodes in its own dtype whatever autocast there is, in which it could overflow."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        yield
+        return
+    own, device = vae.decode, pipeline.device.type
+
+    def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            found = own(latents.to(vae.dtype), *args, **kwargs)
+        warn_of_nan(latents, found[0], vae, vae)
+        return found
+
+    vae.decode = decode
+    try:
+        yield
+    finally:
+        del vae.decode
+
+
+def _names(pipeline: "DiffusionPipeline") -> str:
+    return f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}"
+
+
+def _global_state(device: torch.device) -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _for_init_images(pipeline: "DiffusionPipeline") -> "DiffusionPipeline":
+    """The image-to-image pipeline of the same parts."""
+    from diffusers import AutoPipelineForImage2Image
+
+    try:
+        found = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--init_images: there is no image-to-image pipeline for a {type(pipeline).__name__}"
+        ) from error
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def _init_image(path: Path, size: tuple[int, int]) -> Image.Image:
+    """An image cut to the middle and resized."""
+    try:
+        return ImageOps.fit(read_rgb(str(path)), size, Image.Resampling.LANCZOS)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--init_images {path} can't be read: {first_line(error)}") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an image stands at a path, with all its pixels."""
+    if not path.is_file():
+        return False
+    try:
+        with open_image(str(path)) as image:
+            image.load()
+    except (OSError, ValueError, *BROKEN_FILE_ERRORS):
+        return False
+    return True
+
+
+def claim_images(folder: Path, facts: dict[str, object], overwrite: bool) -> None:
+    """Takes a folder for images of these facts; images of others are refused, or removed if that was asked for.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    record, images = folder / RECORD, list(folder.glob("[!.]*.png"))
+    known: dict[str, object] = {}
+    if record.is_file():
+        try:
+            read = read_json(record)
+        except (OSError, FileError):
+            read = None
+        known = read if isinstance(read, dict) else {}
+    differing = [name for name, value in facts.items() if known.get(name) != json.loads(json.dumps(value))]
+    if images and differing and not overwrite:
+        names = ", ".join(differing)
+        raise UserError(
+            f"--output_dir: {folder} holds images drawn with another {names}; choose another folder, or give "
+            "--overwrite_output_dir"
+        )
+    if differing:
+        for image in images:
+            image.unlink()
+    for left in folder.glob(".tmp-*.png"):
+        left.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(record, facts)
+    except OSError as error:
+        raise UserError(f"--output_dir: {folder} can't be written: {error.strerror or error}") from error
+
+
+def invalid_images(paths: Sequence[Path], note: Callable[[int], None] | None = None) -> dict[str, list[str]]:
+    """The names of images that can't be read, are NaN, black, or of one colour, by which of these they are."""
+    found: dict[str, list[str]] = {"unreadable": [], "nan": [], "black": [], "constant": []}
+    for path in paths:
+        try:
+            with open_image(str(path)) as image:
+                state = drawn_texts(image.info).get(STATE_KEY)
+            pixels = read_rgb(str(path))
+        except (OSError, ValueError):
+            state = "unreadable"
+        else:
+            state = state or state_of(np.asarray(pixels, np.float32) / 255)
+        if state in found:
+            found[state].append(path.name)
+        if note is not None:
+            note(1)
+    return found

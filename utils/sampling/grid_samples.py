@@ -1,0 +1,269 @@
+"""Samples of a model without words, drawn from the same noise each time: pictures, a grid of them, a film strip."""
+
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from utils.config.options import UserError, first_line, option, require, require_not_negative, require_positive
+from utils.config.user_files import read_json
+from utils.data.images import decode
+from utils.diffusion.process import is_flow, is_score
+from utils.diffusion.samplers import SAMPLERS, check_steps, sampler_of
+from utils.models.unconditional import UnconditionalFamily
+from utils.runtime.atomic_files import or_without
+from utils.runtime.processes import autocast, on_main_process, write_json
+from utils.runtime.sharding import unsharded
+from utils.runtime.stop_requests import StopRequests
+from utils.sampling.controls import SamplingControls
+from utils.sampling.samples import Sample
+from utils.sampling.scheduler_trials import check_trial
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+GRID, STRIP, RECORD = "grid.png", "film_strip.png", "samples.json"
+LAST = "final"
+STEP = re.compile(r"step-[0-9]{1,18}")
+FRAMES = 20  # of a film strip
+GAP = 2  # pixels between the pictures of a grid
+LARGEST_PICTURE = 256
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    sampler: str | None = option(
+        None,
+        "what samples are drawn by; by default as the exported pipeline draws: DDPM in pixels, DDIM in latents, Euler "
+        "in flow matching",
+        choices=SAMPLERS,
+    )
+    ddpm_num_inference_steps: int | None = option(
+        None,
+        "denoising steps of a sample; by default 1000, or all that a shorter noise schedule has",
+        aliases=["--num_inference_steps"],
+    )
+    eta: float = option(0.0, "share of DDPM's noise that DDIM draws anew at each step")
+    guidance_scale: float = option(1.0, "classifier-free guidance of samples of classes; over 1 it is on")
+    num_samples: int | None = option(None, "samples drawn each time, or 0; by default --eval_batch_size")
+    eval_batch_size: int = option(16, "samples that a process draws at once")
+    save_images_epochs: int = option(10, "epochs between samples")
+    save_images_steps: int | None = option(None, "optimizer steps between samples, instead of --save_images_epochs")
+    save_model_epochs: int = option(10, "epochs between saves of the pipeline as it is then, in output_dir")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "ddpm_num_inference_steps", "eval_batch_size", "save_images_epochs", "save_images_steps")
+        require_positive(self, "save_model_epochs")
+        require_not_negative(self, "num_samples", "guidance_scale")
+        require(0 <= self.eta <= 1, "eta", self.eta, "be from 0 to 1")
+        require(self.eta == 0 or self.sampler == "ddim", "eta", self.eta, "be 0 without --sampler ddim")
+
+    @property
+    def count(self) -> int:
+        """Samples drawn each time."""
+        return self.eval_batch_size if self.num_samples is None else self.num_samples
+
+    def steps_of(self, scheduler: Any) -> int:
+        """Denoising steps of a sample that a pipeline with this scheduler draws.
+
+        Raises:
+            UserError: if the sampler does not take so many or so few.
+        """
+        longest = scheduler.config.num_train_timesteps
+        steps = self.ddpm_num_inference_steps or min(1000, longest)
+        if not is_flow(scheduler) and not is_score(scheduler):
+            must = f"be at most {longest}, the length of the noise schedule"
+            require(steps <= longest, "num_inference_steps", steps, must)
+        drawn_by = sampler_of(scheduler, self.sampler, self.eta)
+        check_trial(drawn_by, steps, "the pipeline", "num_inference_steps")
+        try:
+            check_steps(drawn_by, steps)
+        except ValueError as error:
+            name = self.sampler or type(scheduler).__name__
+            raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error
+        return steps
+
+    def is_due(self, step: int, epochs_before: int, epochs_after: int) -> bool:
+        """Whether samples are drawn after optimizer step number `step`, from 1, which ended these epochs.
+
+        As in the diffusers examples, the first epoch is always followed by samples.
+        """
+        if self.save_images_steps is not None:
+            return step % self.save_images_steps == 0
+        return any(epoch % self.save_images_epochs == 0 for epoch in range(epochs_before, epochs_after))
+
+    def is_model_due(self, epochs_before: int, epochs_after: int) -> bool:
+        """Whether the pipeline is saved after a step that ended these epochs."""
+        return any((epoch + 1) % self.save_model_epochs == 0 for epoch in range(epochs_before, epochs_after))
+
+
+class GridSampler:
+    """Draws the samples of a run, each process its share, and keeps them in `output_dir/samples/`.
+
+    Sample n is drawn from the seed `seed + n`, and of class n modulo their number, at every time.
+    """
+
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        family: UnconditionalFamily,
+        options: SamplingOptions,
+        folder: Path,
+        seed: int,
+        requests: StopRequests,
+        controls: SamplingControls | None = None,
+    ):
+        self._controls = controls or SamplingControls()
+        self._controls.check(sampler_of(family.pipeline.scheduler, options.sampler, options.eta))
+        if options.eta > 0:
+            said = "--eta %g: the run's samples are drawn with that noise, but the exported pipeline draws with none"
+            logger.warning(said, options.eta)
+        self._steps = options.steps_of(family.pipeline.scheduler)
+        self._accelerator = accelerator
+        self._family = family
+        self._options = options
+        self._folder = folder / "samples"
+        self._requests = requests
+        self._seeds = [(seed + number) % 2**63 for number in range(options.count)]
+        classes = sorted(family.classes)
+        self._labels = [classes[number % len(classes)] for number in range(options.count)] if classes else []
+
+    def begin(self, first_step: int) -> None:
+        """Drops what was drawn after the step from which the run resumes."""
+        on_main_process(self._accelerator, partial(keep_until, self._folder, first_step))
+
+    def draw(self, step: int, is_last: bool = False) -> list[Sample]:
+        """Draws all samples, or those until a signal; gives them, in order, to every process.
+
+        They go to `samples/step-{step}/`, the last ones to `samples/final/`.
+
+        The denoiser must be in evaluation mode, and hold the weights to draw with.
+        """
+        from accelerate.utils import gather_object
+
+        rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
+        mine = list(range(len(self._seeds)))[rank::num_processes]
+        drawn: list[tuple[int, np.ndarray]] = []
+        at_once = self._options.eval_batch_size
+        logger.info("drawing %d samples of step %d: %s", len(self._seeds), step, self._folder)
+        with self._family.awake(), unsharded(self._family.pipeline.components.values()):
+            for begin in range(0, len(mine), at_once):
+                if self._requests.is_asked:
+                    break
+                numbers = mine[begin : begin + at_once]
+                drawn += zip(numbers, map(np.asarray, self._draw(numbers)), strict=True)
+        shared = sorted(gather_object(drawn), key=lambda pair: pair[0])
+        images = [Image.fromarray(pixels) for _, pixels in shared]
+        if self._accelerator.is_main_process and images:
+            with or_without(f"a part of {self._folder}"):
+                self._save(images, [number for number, _ in shared], step, is_last)
+        return [Sample(image, self._caption(number)) for image, (number, _) in zip(images, shared, strict=True)]
+
+    def _draw(self, numbers: Sequence[int]) -> list[Image.Image]:
+        options, family = self._options, self._family
+        scheduler = sampler_of(family.pipeline.scheduler, options.sampler, options.eta)
+        seeds = [self._seeds[number] for number in numbers]
+        labels = [self._labels[number] for number in numbers] if self._labels else []
+        with autocast(self._accelerator), self._controls.attached(family.pipeline, scheduler):
+            return family.draw(seeds, labels, scheduler, self._steps, options.guidance_scale, options.eta)
+
+    def _caption(self, number: int) -> str:
+        return self._family.classes[self._labels[number]] if self._labels else f"sample {number}"
+
+    def _save(self, images: Sequence[Image.Image], numbers: Sequence[int], step: int, is_last: bool) -> None:
+        of_step = self._folder / f"step-{step}"
+        folder = self._folder / LAST if is_last else of_step
+        for old in (folder, of_step):  # a run that had ended may be ended again
+            shutil.rmtree(old, ignore_errors=True)
+        folder.mkdir(parents=True)
+        drawn = []
+        for place, (number, image) in enumerate(zip(numbers, images, strict=True)):
+            file = f"{place:03d}.png"
+            image.save(folder / file)
+            drawn.append({"file": file, "seed": self._seeds[number], "of": self._caption(number)})
+        write_json(folder / RECORD, {"step": step, "samples": drawn})
+        grid_of(images, math.ceil(math.sqrt(len(images)))).save(folder / GRID)
+        frames = film(self._folder)
+        grid_of(frames, len(frames)).save(self._folder / STRIP)
+
+
+def keep_until(folder: Path, step: int) -> None:
+    """Drops the samples that a run drew after a step, which it does again from there, or of another run."""
+    if not folder.is_dir():
+        return
+    last = folder / LAST
+    drawn_at = _drawn_at(last / RECORD)
+    if drawn_at is not None:
+        shutil.rmtree(folder / f"step-{drawn_at}", ignore_errors=True)
+        os.replace(last, folder / f"step-{drawn_at}")  # this run ends later than the one before
+    shutil.rmtree(last, ignore_errors=True)
+    for path in folder.glob("step-*"):
+        if STEP.fullmatch(path.name) and int(path.name.partition("-")[2]) > step:
+            shutil.rmtree(path)
+    (folder / STRIP).unlink(missing_ok=True)
+
+
+def _drawn_at(record: Path) -> int | None:
+    """The step at which the samples beside a record were drawn; None where it does not say."""
+    try:
+        found = read_json(record)
+    except (OSError, ValueError):
+        return None
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if type(step) is int and step >= 0 else None
+
+
+def film(folder: Path) -> list[Image.Image]:
+    """The first sample at each time that samples were drawn, the last one at the end.
+
+    Of more than FRAMES times those that are evenly spread in the logarithm of the step: most changes come early.
+    """
+    found = {
+        math.inf if path.name == LAST else int(path.name.partition("-")[2]): path / "000.png"
+        for path in folder.iterdir()
+        if (path.name == LAST or STEP.fullmatch(path.name)) and (path / "000.png").is_file()
+    }
+    frames = []
+    for step in _spread(sorted(found)):
+        frames.append(decode(str(found[step])))
+    return frames
+
+
+def _spread(steps: list[float]) -> list[float]:
+    """At most FRAMES of ascending steps, the first and the last among them."""
+    if len(steps) <= FRAMES:
+        return steps
+    ordered = np.array(steps[:-1])
+    wanted = np.geomspace(max(ordered[0], 1), ordered[-1], FRAMES - 1)
+    near = {int(np.abs(ordered - step).argmin()) for step in wanted}
+    return [steps[number] for number in sorted(near)] + steps[-1:]
+
+
+def grid_of(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of one size in rows, small ones enlarged without smoothing and large ones reduced."""
+    width, height = images[0].size
+    scale = (
+        max(1, 64 // max(width, height))
+        if max(width, height) <= LARGEST_PICTURE
+        else LARGEST_PICTURE / max(width, height)
+    )
+    width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    rows = math.ceil(len(images) / columns)
+    size = (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP)
+    sheet = Image.new("RGBA" if images[0].mode == "RGBA" else "RGB", size, "white")
+    for number, image in enumerate(images):
+        shown = image.convert(sheet.mode)
+        if shown.size != (width, height):
+            shown = shown.resize((width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+        sheet.paste(shown, (GAP + number % columns * (width + GAP), GAP + number // columns * (height + GAP)))
+    return sheet

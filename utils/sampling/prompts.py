@@ -1,0 +1,391 @@
+"""Which images are drawn: prompts, classes or neither, how many of each, and what an image starts from."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.config.delimited import is_missing, read_rows
+from utils.config.options import UserError, first_line, flags_as, nearest, option, require, require_positive
+from utils.config.user_files import (
+    FileError,
+    TextReader,
+    check_encoding,
+    lines_of,
+    parse_json,
+    parse_json_lines,
+    plain_spelling,
+    read_bytes,
+    short,
+)
+from utils.data.captions import MAX_CAPTION, CaptionOptions
+from utils.data.folders import list_images
+from utils.data.metadata import NAME_COLUMN, NAME_COLUMNS
+from utils.data.sources import DataOptions, SourceOptions, is_saved_dataset, read_records
+
+logger = logging.getLogger(__name__)
+PROMPT_COLUMNS = ("prompt", "text", "caption")
+SETTINGS = frozenset(
+    name.replace("_", "")
+    for names in (
+        ("negative_prompt", "negative", "neg_prompt", "prompt_2", "negative_prompt_2", "clip_skip", "lora", "loras"),
+        ("seed", "seeds", "width", "height", "size", "resolution", "aspect_ratio", "lora_scale", "init_image"),
+        ("guidance_scale", "guidance", "cfg", "cfg_scale", "scale", "guidance_rescale", "strength", "init_images"),
+        ("num_inference_steps", "steps", "num_steps", "scheduler", "sampler", "sampler_name", "eta"),
+        ("num_images", "num_images_per_prompt", "images_per_prompt", "denoising_strength"),
+    )
+    for name in names
+)
+"""Columns by which other programs draw each prompt in its own way."""
+SIZES = frozenset(("width", "height", "size", "resolution", "aspectratio"))
+IMAGE_COLUMNS = frozenset(
+    (
+        *NAME_COLUMNS,
+        plain_spelling(NAME_COLUMN),
+        "images",
+        "img",
+        "picture",
+        "photo",
+        "url",
+        "imageurl",
+        "jpg",
+        "png",
+        "webp",
+    )
+)
+FLAG_IN_PROMPT = re.compile(r"(?:^|\s)(--[a-z][a-z_]{0,30})(?=\s|=|$)", re.IGNORECASE)  # a dog --n ugly --w 512
+DEFAULT_EACH, DEFAULT_UNCONDITIONAL = 4, 64
+MOST_IMAGES = 10**7
+PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
+MOST_PROMPT_BYTES, MOST_IMAGE_BYTES = 256 << 20, 4 << 30
+CAPTION_FLAGS = {  # those by which a folder's captions are read, and what they are called here
+    "train_data_dir": "captions_dir",
+    "dataset_name": "captions_dir",
+    "caption_column": "prompts_column",
+    "dataset_split": "prompts_split",
+}
+STATE_KEY = "state"  # of the texts in a drawn PNG
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    prompts: list[str] | None = option(None, "prompts to draw", aliases=["--prompt"], is_text=True)
+    prompts_file: str | None = option(
+        None, "prompts of a file: .txt one a line; .jsonl, .json (a list) or .csv with a column prompt, text or caption"
+    )
+    text_encoding: str | None = option(
+        None,
+        "encoding of --prompts_file, such as gb18030 or cp1252; by default UTF-8, and else a guess, which is logged",
+    )
+    prompts_dataset: str | None = option(None, "prompts of a dataset: a Hub name or a local path")
+    prompts_split: str = option("train", "split of that dataset", is_text=True)
+    prompts_column: str | None = option(
+        None, "column of the prompts, in the file, the dataset or the folder's metadata", is_text=True
+    )
+    captions_dir: str | None = option(None, "prompts are the captions of a folder of images, the first of each")
+    max_prompts: int | None = option(None, "take the first so many prompts")
+    class_labels: list[str] | None = option(
+        None, "classes that a class-conditional pipeline draws, by name or else by number; by default all", is_text=True
+    )
+    num_images: int | None = option(None, "images in total, one after the other of each prompt or class")
+    images_per_prompt: int | None = option(None, "images of each prompt or class; by default 4")
+    init_images: str | None = option(None, "image or folder of images that drawing starts from: variations of them")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_prompts", "num_images", "images_per_prompt")
+        for name in ("num_images", "images_per_prompt"):
+            value = getattr(self, name)
+            require(value is None or value <= MOST_IMAGES, name, value, f"be at most {MOST_IMAGES}")
+        if self.text_encoding is not None:
+            check_encoding(self.text_encoding, "text_encoding")
+        given = [name for name in ("prompts", "prompts_file", "prompts_dataset", "captions_dir") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"--{given[0]} and --{given[1]} both say which prompts to draw; give one")
+        if given and self.class_labels is not None:
+            raise UserError(f"--{given[0]} are texts and --class_labels classes; a pipeline takes one or the other")
+        for name in ("prompts_file",):
+            file = getattr(self, name)
+            require(file is None or Path(file).is_file(), name, file, "be a file that exists")
+        folder = self.captions_dir
+        require(folder is None or Path(folder).is_dir(), "captions_dir", folder, "be a folder that exists")
+        start = self.init_images
+        require(start is None or Path(start).exists(), "init_images", start, "be an image or a folder that exists")
+        below = next((label for label in self.class_labels or () if re.fullmatch(r"-\d+", label)), None)
+        require(below is None, "class_labels", below, "be names, or numbers from 0")
+        if self.num_images is not None and self.images_per_prompt is not None:
+            raise UserError("--num_images and --images_per_prompt both say how many images; give one")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one or more images are drawn of.
+
+    Attributes:
+        text: the prompt, or the class's name where it has one.
+        label: the class; None of texts.
+        init_image: what drawing starts from; None for noise.
+        facts: the row of the file that it comes from.
+    """
+
+    text: str | None
+    label: int | None = None
+    init_image: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
+
+
+class Task(NamedTuple):
+    """An image to draw: sample number `sample` of prompt number `number`."""
+
+    number: int
+    sample: int
+    prompt: Prompt
+
+    @property
+    def name(self) -> str:
+        """The stem of its file, of numbers alone."""
+        return f"{self.number:05d}_{self.sample:05d}"
+
+
+def read_prompts(options: PromptOptions) -> list[Prompt]:
+    """The prompts that the options name, with what each starts from; none without.
+
+    Raises:
+        UserError: if they can't be read, or there are none.
+    """
+    prompts = [Prompt(text, facts=facts) for text, facts in _texts(options)]
+    if options.init_images is not None:
+        prompts = _with_init_images(prompts, _init_images(Path(options.init_images)))
+    return prompts[: options.max_prompts]
+
+
+def _texts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
+    if options.prompts is not None:
+        return [(text, {"prompt": text}) for text in options.prompts]
+    if options.prompts_file is not None:
+        found = _file_prompts(Path(options.prompts_file), options.prompts_column, options.text_encoding)
+    elif options.prompts_dataset is not None:
+        found = _dataset_prompts(options)
+    elif options.captions_dir is not None:
+        source = SourceOptions(
+            train_data_dir=options.captions_dir,
+            caption_column=options.prompts_column or "text",
+            text_encoding=options.text_encoding,
+        )
+        with flags_as(CAPTION_FLAGS):
+            records = read_records(DataOptions(), source, CaptionOptions(), 0)
+        captions = [records.captions(index)[0] for index in range(len(records))]
+        found = [(text, {"prompt": text}) for text in captions if text]
+        if not found:
+            raise UserError(f"--captions_dir {options.captions_dir} has images, but no captions")
+    else:
+        return []
+    if not found:
+        flag = "prompts_file" if options.prompts_file else "prompts_dataset"
+        raise UserError(f"--{flag} {getattr(options, flag)} holds no prompts")
+    return found
+
+
+def _file_prompts(file: Path, column: str | None, encoding: str | None) -> list[tuple[str, dict[str, Any]]]:
+    flag, suffix = f"--prompts_file {file}", file.suffix.lower()
+    if suffix not in ("", *PROMPT_FILES):
+        raise UserError(f"{flag} must end with one of {', '.join(PROMPT_FILES)}, got {file.suffix}")
+    reader = TextReader(encoding)
+    try:
+        text = reader.read(file, MOST_PROMPT_BYTES)
+    except OSError as error:
+        raise UserError(f"{flag} can't be read: {first_line(error)}") from error
+    except FileError as error:
+        raise UserError(f"{flag} {error.reason}") from error
+    for finding in reader.findings():
+        logger.warning("%s: %s", flag, finding)
+    found = []
+    for place, row in _prompt_rows(text, flag, suffix, column):
+        prompt = _text_of(row, column, f"{flag}, {place}")
+        found.append((prompt, row if isinstance(row, dict) else {"prompt": prompt}))
+    _warn_of_rows(flag, [facts for _, facts in found], [text for text, _ in found])
+    return found
+
+
+def _warn_of_rows(flag: str, rows: Sequence[Mapping[str, object]], texts: Sequence[str]) -> None:
+    """Names settings of single prompts in the rows of a file, and flags within prompts: neither is read."""
+    columns = dict.fromkeys(name for row in rows for name in row if isinstance(name, str))
+    unread = [name for name in _settings(columns) if any(row.get(name) for row in rows)]
+    _warn_of_settings(flag, unread, sum(any(row.get(name) for name in unread) for row in rows))
+    _warn_of_flags(flag, texts)
+
+
+def _settings(columns: Iterable[str]) -> list[str]:
+    """The columns that say how to draw a prompt; beside an image its size is a fact about that image."""
+    plain = {name: plain_spelling(name) for name in columns}
+    sizes = frozenset() if IMAGE_COLUMNS.isdisjoint(plain.values()) else SIZES
+    return [name for name, word in plain.items() if word in SETTINGS - sizes]
+
+
+def _warn_of_settings(flag: str, unread: Sequence[str], num_rows: int) -> None:
+    if unread:
+        said = "%s: %s of %d rows are not read; flags set them, for all prompts alike"
+        logger.warning(said, flag, ", ".join(map(short, unread[:6])), num_rows)
+
+
+def _warn_of_flags(flag: str, texts: Sequence[str]) -> None:
+    flags = [match[1] for text in texts if (match := FLAG_IN_PROMPT.search(text))]
+    if flags:
+        said = "%s: %d prompts hold what looks like flags, such as %s; they are drawn as words"
+        logger.warning(said, flag, len(flags), flags[0])
+
+
+def _prompt_rows(text: str, flag: str, suffix: str, column: str | None) -> Iterator[tuple[str, object]]:
+    """(where it stands, the row) of each prompt in a file of this ending."""
+    if suffix in (".csv", ".tsv"):
+        empty: list[int] = []
+        for line, values, reason in read_rows(text, flag, (column,) if column else PROMPT_COLUMNS):
+            if reason:
+                raise UserError(f"{flag}, line {line}: {reason}")
+            name = column or next((name for name in PROMPT_COLUMNS if name in values), "")
+            if name in values and is_missing(values[name].strip()):
+                empty.append(line)
+                continue
+            yield f"line {line}", values
+        if empty:
+            said = "%s: %d rows have no prompt, the first in line %d, and are left out; cells such as NULL are empty"
+            logger.warning(said, flag, len(empty), empty[0])
+    elif suffix == ".json":
+        rows = parse_json(text, flag)
+        if not isinstance(rows, list):
+            raise UserError(f"{flag} must hold a list of prompts, got a {type(rows).__name__}")
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    elif suffix == ".jsonl":
+        for number, row, reason in parse_json_lines(text):
+            if reason:
+                raise UserError(f"{flag}, line {number}: {reason}")
+            yield f"line {number}", row
+    else:
+        lines = enumerate(map(str.strip, lines_of(text)), start=1)
+        yield from ((f"line {number}", line) for number, line in lines if line)
+
+
+def _text_of(row: object, column: str | None, where: str) -> str:
+    if isinstance(row, str):
+        return _prompt(row, where)
+    columns = list(row) if isinstance(row, dict) else []
+    name = column or next((name for name in PROMPT_COLUMNS if name in columns), None)
+    if name not in columns:
+        hint = nearest(column, columns) if column else ""
+        asked = f"no column {column}" if column else f"none of the columns {', '.join(PROMPT_COLUMNS)}"
+        cure = f"did you mean --prompts_column {hint}?" if hint else "name one with --prompts_column"
+        raise UserError(f"{where} has {asked}; {cure}")
+    value = row[name]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {name:.40} must be a text, got {short(value)}")
+    return _prompt(value, where)
+
+
+def _prompt(text: str, where: str) -> str:
+    """Refuses a prompt so long that a tokenizer would take minutes for it."""
+    if len(text) > MAX_CAPTION:
+        raise UserError(f"{where} has a prompt of {len(text):,} characters; at most {MAX_CAPTION:,} are read")
+    return text
+
+
+def _dataset_prompts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    name, flag = options.prompts_dataset, f"--prompts_dataset {options.prompts_dataset}"
+    try:
+        if is_saved_dataset(Path(name)):
+            found = load_from_disk(name)
+            found = found if isinstance(found, Dataset) else found[options.prompts_split]
+        else:
+            found = load_dataset(name, split=options.prompts_split)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
+    names = found.column_names
+    _warn_of_settings(flag, _settings(names) if len(found) else [], len(found))
+    column = options.prompts_column or next((each for each in PROMPT_COLUMNS if each in names), None)
+    if column not in names:
+        hint = nearest(column or "", names)
+        cure = f"did you mean --prompts_column {hint}?" if hint else f"it has {', '.join(names)}; name one"
+        raise UserError(f"{flag} has no column {column or ' or '.join(PROMPT_COLUMNS)}; {cure}")
+    rows = found.select_columns([column])[: options.max_prompts][column]
+    texts = [row[0] if isinstance(row, list) and row else row for row in rows]
+    num_empty = sum(text is None for text in texts)
+    if num_empty:
+        logger.warning("%s: %d rows have no %s, and are left out", flag, num_empty, short(column))
+    wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str | None)), None)
+    if wrong is not None:
+        raise UserError(f"{flag}: row {wrong} of {column} must be a text, got {short(texts[wrong])}")
+    texts = [text for text in texts if text is not None]
+    _warn_of_flags(flag, texts)
+    return [(_prompt(text, flag), {"prompt": text}) for text in texts]
+
+
+def _init_images(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    found = [path / name for name in list_images(path, "init_images")]
+    if not found:
+        raise UserError(f"--init_images {path} holds no images")
+    return found
+
+
+def _with_init_images(prompts: Sequence[Prompt], images: Sequence[Path]) -> list[Prompt]:
+    """Each prompt with its image: one of a kind goes with all of the other, else they go in pairs."""
+    if not prompts:
+        prompts = [Prompt("")]
+    if len(prompts) == 1:
+        return [Prompt(prompts[0].text, init_image=image, facts=prompts[0].facts) for image in images]
+    if len(images) == 1:
+        return [Prompt(prompt.text, init_image=images[0], facts=prompt.facts) for prompt in prompts]
+    if len(prompts) != len(images):
+        raise UserError(
+            f"--init_images are {len(images)} and the prompts {len(prompts)}; give one of either, or as many of both"
+        )
+    return [
+        Prompt(prompt.text, init_image=image, facts=prompt.facts) for prompt, image in zip(prompts, images, strict=True)
+    ]
+
+
+def plan_tasks(prompts: Sequence[Prompt], options: PromptOptions) -> list[Task]:
+    """The images to draw, prompt by prompt.
+
+    `--num_images` gives each prompt one in turn until there are enough. Without prompts there is a single one, None.
+
+    Raises:
+        UserError: if they are too many to be meant.
+    """
+    count = len(prompts)
+    default = DEFAULT_UNCONDITIONAL if count == 1 and prompts[0].text is None and prompts[0].label is None else None
+    total = options.num_images
+    if total is not None:
+        each = [total // count + (number < total % count) for number in range(count)]
+    else:
+        each = [options.images_per_prompt or default or DEFAULT_EACH] * count
+        most = f"be at most {MOST_IMAGES} images in all {count} prompts"
+        require(sum(each) <= MOST_IMAGES, "images_per_prompt", each[0], most)
+    return [Task(number, sample, prompt) for number, prompt in enumerate(prompts) for sample in range(each[number])]
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """The SHA-256 of prompts, classes and the bytes of what they start from."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        start = prompt.init_image
+        content = None if start is None else hashlib.sha256(read_bytes(start, MOST_IMAGE_BYTES)).hexdigest()
+        digest.update(json.dumps([prompt.text, prompt.label, content]).encode())
+    return digest.hexdigest()
+
+
+def drawn_texts(info: Mapping[object, object]) -> dict[str, str]:
+    """The texts of a PNG that was drawn here; none of others, whose texts may mean something else.
+
+    Each image of evaluate_pipeline.py has its seed and its state, beside its prompt or class where it has one; samples
+    of a training have their seed and their number of steps.
+    """
+    texts = {name: value for name, value in info.items() if isinstance(name, str) and isinstance(value, str)}
+    has_state = texts.get(STATE_KEY) in ("ok", "nan", "black", "constant")
+    is_sample = texts.get("num_inference_steps", "").isdecimal()
+    return texts if texts.get("seed", "").isdecimal() and (has_state or is_sample) else {}

@@ -1,0 +1,238 @@
+"""Whether a scheduler draws what a model was trained to, tried on a model of one image, whose prediction is exact.
+
+Of one image the noise of a noisy sample is known. A scheduler fits a model if, at each of its steps, the noise that the
+sample holds at the timestep that the model is told has a standard deviation of 1, and if the last sample is the image.
+"""
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.config.file_names import SCHEDULER_CONFIG
+from utils.config.library_errors import reason_of
+from utils.config.options import UserError
+from utils.diffusion.noise import ForwardProcess
+from utils.diffusion.process import is_flow, is_score
+from utils.diffusion.samplers import changed_scheduler, refuse_rounding
+from utils.diffusion.schedulers import SCHEDULER_ERRORS, blamed, scheduler_of
+from utils.models.loading import class_of
+
+logger = logging.getLogger(__name__)
+EDGE = 32  # of the image
+MOST_STEPS = 50  # that are all taken
+FEWER_STEPS = 10
+SPREAD = 0.2  # by which the noise may be off
+DISTANCE = 0.2  # from the image, on average: some schedules end before all noise is gone
+CALLED = ("init_noise_sigma", "scale_model_input", "step")  # what text-to-image pipelines of diffusers use
+SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
+Level = Callable[[float], tuple[float, float]]
+"""(alpha, sigma) of a timestep: a noisy sample is alpha * image + sigma * noise."""
+
+
+def level_of(scheduler: Any) -> Level | None:
+    """The noise levels that a model with this scheduler was trained at; None where no schedule says them."""
+    if is_score(scheduler):
+        return None
+    if is_flow(scheduler):
+        count = float(scheduler.config.num_train_timesteps)
+        return lambda t: (1 - t / count, t / count)
+    if "beta_start" not in scheduler.config and scheduler.config.get("trained_betas") is None:
+        return None
+    bar = ForwardProcess(scheduler.config, {}).alphas_cumprod.numpy().astype(np.float64)
+    with np.errstate(divide="ignore"):
+        log_sigmas = np.minimum(np.log((1 - bar) / bar) / 2, 20.0)
+
+    def level(t: float) -> tuple[float, float]:
+        sigma = math.exp(np.interp(t, np.arange(len(bar)), log_sigmas))
+        return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
+
+    return level
+
+
+def misfit(scheduler: Any, level: Level, kind: str, steps: int, has_variance: bool = True) -> str:
+    """Why a scheduler does not draw the image of a model of these noise levels, or "" where it does.
+
+    Args:
+        kind: what the model predicts; "flow" for a flow.
+        has_variance: whether the model predicts a variance too, where the scheduler reads one.
+
+    Raises:
+        one of `SCHEDULER_ERRORS`: if it can't take its steps.
+    """
+    with _silent():
+        return _misfit(type(scheduler).from_config(scheduler.config), level, kind, steps, has_variance)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Context manager: what diffusers says of a trial is not said of the run."""
+    from diffusers.utils import logging as diffusers_logging
+
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before)
+
+
+def _misfit(scheduler: Any, level: Level, kind: str, steps: int, has_variance: bool) -> str:
+    scheduler.set_timesteps(steps)
+    refuse_rounding(scheduler, steps)
+    if len(scheduler.timesteps) > 2 * MOST_STEPS:
+        scheduler.set_timesteps(FEWER_STEPS)
+    reads_variance = str(vars(scheduler).get("variance_type") or scheduler.config.get("variance_type") or "")
+    known = inspect.signature(scheduler.step).parameters
+    drawn = torch.Generator().manual_seed(0)
+    extra = {"generator": drawn} if "generator" in known else {}
+    image = torch.linspace(-0.9, 0.9, EDGE * EDGE).view(1, 1, EDGE, EDGE).flip(-1)
+    pure = torch.randn(image.shape, generator=drawn)
+    sample = None
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for t in scheduler.timesteps:
+            alpha, sigma = level(float(t))
+            if sample is None:  # as noisy as the model expects at the first timestep
+                scale = _scaled(scheduler, torch.ones(1), t).reciprocal()
+                start = float(getattr(scheduler, "init_noise_sigma", 1.0)) / float(scale)
+                if not sigma - SPREAD < start < 1 + SPREAD:
+                    return f"it begins with {start:.3g} times the noise that the model expects"
+                sample = (alpha * image + sigma * pure) * scale
+            noise = (_scaled(scheduler, sample, t) - alpha * image) / max(sigma, 1e-4)
+            spread = float(noise.std())
+            if sigma > 0.1 and not abs(spread - 1) < SPREAD:
+                return f"at timestep {float(t):g} its sample holds {spread:.3g} times the noise that the model expects"
+            output = _predicted(kind, image, noise, alpha, sigma)
+            if has_variance and reads_variance.startswith("learned"):
+                output = torch.cat([output, torch.full_like(output, -float(reads_variance == "learned_range"))], 1)
+            sample = scheduler.step(output, t, sample, **extra).prev_sample
+    distance = float((sample - image).abs().mean())
+    return "" if distance < DISTANCE else f"of a model of one image it draws another, {distance:.3g} away from it"
+
+
+def _scaled(scheduler: Any, sample: Tensor, t: Tensor) -> Tensor:
+    """A sample as the model is given it."""
+    return scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
+
+
+def _predicted(kind: str, image: Tensor, noise: Tensor, alpha: float, sigma: float) -> Tensor:
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return alpha * noise - sigma * image
+    return noise - image if kind == "flow" else image
+
+
+def unfit(scheduler: Any, own: Any) -> str:
+    """Why a scheduler does not draw in the place of a pipeline's own, or "" where it does."""
+    try:
+        level = level_of(own)
+    except UserError:  # of noise that is not trained with here
+        level = None
+    try:
+        if level is not None:
+            return misfit(scheduler, level, kind_of(own), FEWER_STEPS)
+        scheduler.set_timesteps(FEWER_STEPS)
+    except SCHEDULER_ERRORS as error:
+        return reason_of(error)
+    ours, theirs = (inspect.signature(type(each).__init__).parameters for each in (own, scheduler))
+    missing = [name for name in SIGMAS if name in ours and name not in theirs]
+    return f"it has no {missing[0]}, which sets the noise levels of the pipeline's own" if missing else ""
+
+
+def kind_of(scheduler: Any) -> str:
+    """What a model with this scheduler predicts."""
+    return "flow" if is_flow(scheduler) else str(scheduler.config.get("prediction_type", "epsilon"))
+
+
+def check_trial_of(
+    entry: object, config: Mapping[str, Any], changes: Mapping[str, object], steps: int, where: str, flag: str
+) -> bool:
+    """Runs `check_text_trial` on a scheduler before it is loaded.
+
+    Args:
+        entry: its library and class, as a pipeline's index names them.
+        config: its config.
+        changes: values that replace those of the config.
+
+    Returns:
+        Whether the class is known, so that it could be tried.
+    """
+    from diffusers import SchedulerMixin
+
+    kind = class_of(*[*entry, None, None][:2]) if isinstance(entry, list) else None
+    if kind is None or not issubclass(kind, SchedulerMixin):
+        return False
+    with _silent():
+        scheduler = changed_scheduler(scheduler_of(kind, config, {}), changes)
+    check_text_trial(scheduler, steps, where, flag)
+    return True
+
+
+def check_text_trial(scheduler: Any, steps: int, where: str, flag: str) -> None:
+    """`check_trial` of the scheduler of a text-to-image pipeline, whose UNet predicts no variance.
+
+    Raises:
+        UserError: if it has not what these pipelines of diffusers call; as `check_trial`.
+    """
+    lacking = next((f"it has no {name}" for name in CALLED if not hasattr(scheduler, name)), "")
+    if not lacking and not {"timestep", "sample"} <= inspect.signature(scheduler.step).parameters.keys():
+        lacking = "its steps take other arguments"
+    if lacking:
+        raise UserError(
+            f"{where}: a {type(scheduler).__name__} can't draw with this pipeline: {lacking}; give it the scheduler "
+            "that it was trained with, such as a DDIMScheduler"
+        )
+    check_trial(scheduler, steps, where, flag, has_variance=False)
+
+
+def check_trial(scheduler: Any, steps: int, where: str, flag: str, has_variance: bool = True) -> None:
+    """Refuses a scheduler that can't take its steps, and warns of one that does not draw what is trained.
+
+    Args:
+        where: the flag that names the pipeline, and its value.
+        flag: the one that says the number of steps.
+        has_variance: whether the model predicts a variance too, where the scheduler reads one.
+
+    Raises:
+        UserError: naming the value of its config that is to blame, where one alone is, or the number of steps.
+    """
+    level, name = level_of(scheduler), type(scheduler).__name__
+    if level is None:
+        return
+
+    def tried(each: Any, count: int) -> str:
+        own = level_of(each)
+        return "" if own is None else misfit(each, own, kind_of(each), count, has_variance)
+
+    try:
+        found = tried(scheduler, steps)
+    except SCHEDULER_ERRORS as error:
+        fewer = min(FEWER_STEPS, steps - 1, int(scheduler.config.num_train_timesteps))
+        if fewer and _takes(partial(tried, scheduler, fewer)):
+            raise UserError(f"--{flag} {steps} can't be taken by the pipeline's {name}: {reason_of(error)}") from error
+        value = blamed(type(scheduler), scheduler.config, partial(tried, count=steps))
+        raise UserError(
+            f"{where}: its {SCHEDULER_CONFIG}: {value or 'these values'} can't be drawn with by a {name}: "
+            f"{reason_of(error)}"
+        ) from error
+    if found:
+        logger.warning(
+            "%s: its %s does not draw what the model is trained for: %s; give the pipeline another scheduler",
+            *(where, name, found),
+        )
+
+
+def _takes(tried: Callable[[], object]) -> bool:
+    try:
+        tried()
+    except SCHEDULER_ERRORS:
+        return False
+    return True

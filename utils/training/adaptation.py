@@ -1,0 +1,662 @@
+"""What of a pipeline trains, and how that is saved: all weights, or low-rank adapters."""
+
+import json
+import logging
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from utils.config.options import UserError, first_line, option, require, require_positive
+from utils.config.tensor_files import read_safetensors
+from utils.models.base import Family
+from utils.models.fused_lora import shorten
+from utils.models.loading import PICKLES, load_module
+from utils.models.lora_files import LORA_FILE, PEFT_FILE, layer_shape, load_lora
+from utils.models.pipeline_files import save_module
+from utils.models.pipeline_source import ComponentDtypes
+from utils.models.quantization import QUANTIZATIONS, check_quantization
+from utils.runtime.atomic_files import write_tensors
+from utils.runtime.background_writer import HostBuffers
+from utils.runtime.hub_files import require_model
+from utils.runtime.sharding import plain_class, sharded_parts
+from utils.training.ema import MovingAverage
+from utils.training.optimizers import NamedParameter, OptimizerOptions
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+ADAPTER = "default"
+WRAPPED = "base_model.model."  # what a PeftModel puts in front of the names of the model that it wraps
+ADAPTER_ONLY = ("rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+LORA_ONLY = ("use_dora", "use_rslora", "lora_weights", "export_fused", "quantize_base")
+
+
+@dataclass(frozen=True)
+class TrainedOptions:
+    """Which weights train, and in which arithmetic, where all of them may.
+
+    Attributes:
+        train_text_encoder: whether text encoders train too.
+    """
+
+    train_text_encoder: ClassVar[bool] = False
+
+    train_layers: str | None = option(
+        None,
+        "regular expression that the names of the weights to train must hold, such as attn2 for cross-attention",
+        is_text=True,
+    )
+    pure_bf16: bool = option(
+        False, "keep the weights that train in bfloat16 alone, stepped in float32 and rounded stochastically"
+    )
+
+    def __post_init__(self) -> None:
+        if self.train_layers is not None:
+            try:
+                re.compile(self.train_layers)
+            except re.error as error:
+                raise UserError(f"--train_layers {self.train_layers} is no regular expression: {error}") from error
+
+    @property
+    def structure(self) -> dict[str, object]:
+        """What a checkpoint can only be resumed with, by flag."""
+        return {name: getattr(self, name) for name in ("train_text_encoder", "train_layers", "pure_bf16")}
+
+
+@dataclass(frozen=True)
+class AdaptationOptions(TrainedOptions):
+    adaptation: str = option(
+        "full",
+        "what trains: all weights, or adapters: lora, loha (https://arxiv.org/abs/2108.06098), "
+        "lokr (https://arxiv.org/abs/2212.10650)",
+        choices=("full", "lora", "loha", "lokr"),
+    )
+    train_text_encoder: bool = option(False, "train the text encoders too")
+    rank: int | None = option(None, "rank of the adapters' matrices, 4 by default")
+    lora_alpha: float | None = option(None, "scale of the adapters' update times the rank; by default the rank")
+    lora_dropout: float = option(0.0, "dropout of the LoRA layers' input, or of the ranks of LoHa and LoKr")
+    lora_target_modules: list[str] | None = option(
+        None, "ends of the names of the UNet layers that are adapted; by default to_k to_q to_v to_out.0", is_text=True
+    )
+    use_dora: bool = option(False, "weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)")
+    use_rslora: bool = option(False, "scale by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)")
+    quantize_base: str | None = option(
+        None, "keep the frozen UNet under the LoRA in nf4 (4 bits) or int8, by bitsandbytes", choices=QUANTIZATIONS
+    )
+    fused_lora: bool = option(
+        True, "compute LoRA layers by fewer kernels than peft, which saves and loads them as ever"
+    )
+    lora_weights: str | None = option(None, "LoRA file, or a folder that holds one, whose training continues")
+    export_fused: bool = option(False, "also save the pipeline with the LoRA fused in, in output_dir/fused")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank", "lora_alpha")
+        check_quantization(self.quantize_base)
+        super().__post_init__()
+        if self.train_layers is not None and self.adaptation != "full":
+            raise UserError("--train_layers goes with --adaptation full; adapters have --lora_target_modules")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "be in [0, 1)")
+        if self.pure_bf16 and self.adaptation != "full":
+            raise UserError("--pure_bf16 is for --adaptation full: adapters are small, and train in float32")
+        refused = {"lora": (), "full": ADAPTER_ONLY + LORA_ONLY}.get(self.adaptation, LORA_ONLY)
+        for name in refused:
+            value = getattr(self, name)
+            if value not in (None, False, 0.0):
+                raise UserError(f"--{name} {value} goes with --adaptation lora, got --adaptation {self.adaptation}")
+        if self.lora_weights is not None:
+            if Path(self.lora_weights).suffix in PICKLES:
+                raise UserError(
+                    f"--lora_weights {self.lora_weights} would need unpickling, which can run code; convert it to a "
+                    ".safetensors file"
+                )
+            cure = "give a .safetensors file, or a folder that holds one"
+            require_model("lora_weights", self.lora_weights, cure, (".safetensors",))
+            must = "be a file or folder that exists"
+            require(Path(self.lora_weights).exists(), "lora_weights", self.lora_weights, must)
+            for name in ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora"):
+                if getattr(self, name) not in (None, False):
+                    raise UserError(f"--{name} is that of the file given as --lora_weights; leave it out")
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank of new LoRA matrices."""
+        return self.rank or 4
+
+    @property
+    def structure(self) -> dict[str, object]:
+        """What a checkpoint can only be resumed with, by flag."""
+        shared = {"adaptation": self.adaptation} | super().structure
+        if self.adaptation == "full" or self.lora_weights is not None:
+            return shared
+        adapters = {
+            "rank": self.lora_rank,
+            "lora_alpha": self.lora_alpha or self.lora_rank,
+            "lora_target_modules": self.targets,
+        }
+        if self.adaptation == "lora":
+            names = ("use_dora", "use_rslora", "quantize_base")
+            adapters |= {name: getattr(self, name) for name in names}
+        return shared | adapters
+
+    @property
+    def targets(self) -> list[str] | None:
+        """The UNet's target modules, also where they were given with commas."""
+        if self.lora_target_modules is None:
+            return None
+        return [name for word in self.lora_target_modules for name in word.split(",") if name]
+
+
+class Adaptation(ABC):
+    """The trained parts of a family's pipeline, in float32, and how they are saved.
+
+    Attributes:
+        modules: the modules with trained weights by their names in the pipeline.
+    """
+
+    trains_base: bool
+
+    def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
+        """Args:
+        start: where the weights of a checkpoint are, to resume from; None starts from the pipeline's.
+        """
+        self.family = family
+        self.options = options
+        names = family.trainable_names() if options.train_text_encoder else family.trainable_names()[:1]
+        self.modules = {name: getattr(family.pipeline, name) for name in names}
+        family.freeze()
+
+    @property
+    def exports_pipeline(self) -> bool:
+        """Whether the result is a whole pipeline."""
+        return True
+
+    @classmethod
+    def dtypes(cls, options: AdaptationOptions, frozen: torch.dtype) -> ComponentDtypes:
+        """The dtypes to load weights in: float32 where they train, the mixed precision's where they are frozen."""
+        trained = torch.bfloat16 if options.pure_bf16 else torch.float32
+        unet = trained if cls.trains_base else frozen
+        text_encoders = trained if cls.trains_base and options.train_text_encoder else frozen
+        return ComponentDtypes(unet, text_encoders, frozen)
+
+    def named_parameters(self, rates: OptimizerOptions) -> list[NamedParameter]:
+        """The trained parameters, in a fixed order, named `unet.conv_in.weight`."""
+        found = [
+            (f"{module_name}.{name}", parameter, rates.rate_of(module_name))
+            for module_name, module in self.modules.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        ]
+        for rule in rates.layer_rates or ():
+            if not any(re.search(rule.rpartition("=")[0], name) for name, _, _ in found):
+                raise UserError(f"--layer_rates {rule} is in the name of no weight that trains, such as {found[0][0]}")
+        return [NamedParameter(name, parameter, rate * rates.factor_of(name)) for name, parameter, rate in found]
+
+    def train_mode(self) -> None:
+        """Puts the trained modules in training mode."""
+        for module in self.modules.values():
+            module.train()
+
+    def evaluation_mode(self) -> None:
+        """Puts the trained modules in evaluation mode, as sampling wants them."""
+        for module in self.modules.values():
+            module.eval()
+
+    @abstractmethod
+    def save(self, folder: Path, average: MovingAverage | None) -> None:
+        """Writes the trained weights, and beside them their average if there is one, each loadable on its own."""
+
+    @abstractmethod
+    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> list[Callable[[Path], None]]:
+        """What `save` would write now, copied, to be written later into the folder that it is given."""
+
+    @abstractmethod
+    def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
+        """Resumes from the average that `save` wrote, after so many updates."""
+
+    @abstractmethod
+    def exporting(self, buffers: HostBuffers) -> Callable[[Path], None]:
+        """What writes the result of the weights as they are: what `from_pretrained` or `load_lora_weights` takes.
+
+        It is for one process to run. Where weights are spread over the processes all must call this, which gathers
+        them in the buffers; else it copies nothing.
+        """
+
+    def _freeze_unread(self) -> None:
+        """Freezes the weights of text encoders that the pipeline never reads, which get no gradient."""
+        for index, name in enumerate(self.family.text_encoder_names):
+            if name in self.modules:
+                for parameter_name, parameter in self.modules[name].named_parameters():
+                    if parameter.requires_grad and not self.family.reads_text_parameter(index, parameter_name):
+                        parameter.requires_grad_(False)
+
+
+class FullFineTuning(Adaptation):
+    """All weights train."""
+
+    trains_base = True
+
+    def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
+        super().__init__(family, options, start)
+        family.prepare_saving()
+        for name, module in self.modules.items():
+            if start is not None:
+                module.load_state_dict(_saved_like(module, start / name).state_dict())
+            for parameter_name, parameter in module.named_parameters():
+                parameter.requires_grad_(self._is_trained(f"{name}.{parameter_name}"))
+        self._freeze_unread()
+        if not any(parameter.requires_grad for module in self.modules.values() for parameter in module.parameters()):
+            raise UserError(
+                f"--train_layers {options.train_layers} is in the name of no weight, such as unet.conv_in.weight"
+            )
+
+    def _is_trained(self, name: str) -> bool:
+        return self.options.train_layers is None or re.search(self.options.train_layers, name) is not None
+
+    def save(self, folder: Path, average: MovingAverage | None) -> None:
+        """Writes `unet/` (and the trained text encoders) and `unet_ema/`, in diffusers' layout."""
+        _write_modules(self.modules, None, folder)
+        if average is not None:
+            with average.lent():
+                _write_modules(self.modules, average.state, folder)
+
+    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> list[Callable[[Path], None]]:
+        """The same of copies of the modules."""
+        jobs = [partial(_write_modules, self._copies(buffers, ""), None)]
+        if average is not None:
+            with average.lent():
+                jobs.append(partial(_write_modules, self._copies(buffers, "_ema"), average.state))
+        return jobs
+
+    def _copies(self, buffers: HostBuffers, ending: str) -> dict[str, nn.Module]:
+        return {name: _copied(module, buffers, name + ending) for name, module in self.modules.items()}
+
+    def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
+        """Resumes from `unet_ema/` and the text encoders' like."""
+        averages = [
+            saved
+            for name, module in self.modules.items()
+            for saved, parameter in zip(
+                _saved_like(module, folder / f"{name}_ema").parameters(), module.parameters(), strict=True
+            )
+            if parameter.requires_grad
+        ]
+        average.load(averages, num_updates)
+
+    def exporting(self, buffers: HostBuffers) -> Callable[[Path], None]:
+        """Writes a pipeline folder in float32."""
+        is_spread = bool(sharded_parts(self.modules.values()))
+        return partial(self._export, self._copies(buffers, "") if is_spread else self.modules)
+
+    def _export(self, modules: dict[str, nn.Module], folder: Path) -> None:
+        self.family.save_pipeline(folder, **modules)
+
+
+class AdapterTuning(Adaptation):
+    """Adapters of peft train, in float32; the pipeline's weights stay as they are."""
+
+    trains_base = False
+    prefix: str  # of the names of an adapter's own parameters
+    rank_is_bounded = True  # by the widths of the layers
+
+    def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
+        super().__init__(family, options, start)
+        if self.exports_pipeline:
+            family.prepare_saving()
+        self._make_adapters(start)
+        for module in self.modules.values():
+            for name, parameter in module.named_parameters():
+                if self.prefix in name:
+                    parameter.data = parameter.data.float()
+                parameter.requires_grad_(self.prefix in name)
+        self._freeze_unread()
+        named = {tensor.data_ptr(): name for name, tensor in self._named_tensors().items()}
+        trained = [each for module in self.modules.values() for each in module.parameters() if each.requires_grad]
+        self._names = [named[parameter.data_ptr()] for parameter in trained]  # in a file, by the parameters' order
+        if start is not None:
+            for parameter, saved in zip(trained, self._saved_like(trained, start, average=False), strict=True):
+                parameter.data.copy_(saved)
+
+    def _make_adapters(self, start: Path | None) -> None:
+        if start is None and self.rank_is_bounded:
+            check_rank(self.options.lora_rank, {name: self._widths(name) for name in self.modules})
+        for name, module in self.modules.items():
+            try:
+                module.add_adapter(self._config(self._targets(name)), adapter_name=ADAPTER)
+            except ValueError as error:
+                raise UserError(f"--lora_target_modules {' '.join(self.options.targets or [])}: {error}") from error
+
+    def _targets(self, name: str) -> list[str]:
+        """Ends of the names of the layers of a module that are adapted."""
+        default = self.family.unet_lora_targets if name == "unet" else self.family.text_encoder_lora_targets
+        return (self.options.targets if name == "unet" else None) or list(default)
+
+    def _widths(self, name: str) -> list[int]:
+        """The rank that the weight of each adapted layer of a module can have at most."""
+        targets = self._targets(name)
+        return [
+            min(shape[0], math.prod(shape[1:]))
+            for layer_name, layer in self.modules[name].named_modules()
+            if any(f".{layer_name}".endswith(f".{target}") for target in targets)
+            and isinstance(getattr(layer, "weight", None), Tensor)
+            and len(shape := layer_shape(layer)) > 1
+        ]
+
+    @abstractmethod
+    def _config(self, targets: list[str]) -> "PeftConfig":
+        """The adapters' config."""
+
+    @abstractmethod
+    def _saved(self, folder: Path, average: bool) -> dict[str, Tensor]:
+        """What `save` wrote, of the adapters or of their averages, by the names of `_named_tensors`."""
+
+    @abstractmethod
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """All adapters' tensors, which share the parameters' storage, by their names in a file."""
+
+    @abstractmethod
+    def _write(self, tensors: dict[str, Tensor], is_average: bool, folder: Path) -> None:
+        """Writes all adapters' tensors, or their averages, by their names in a file."""
+
+    def save(self, folder: Path, average: MovingAverage | None) -> None:
+        """Writes the adapters, and in `unet_ema/` (and the text encoders' like) their averages."""
+        self._write(self._named_tensors(), False, folder)
+        if average is not None:
+            with average.lent():
+                self._write(self._named_tensors(), True, folder)
+
+    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> list[Callable[[Path], None]]:
+        """The same of copies of the tensors."""
+        jobs = [partial(self._write, self._copies(buffers, False), False)]
+        if average is not None:
+            with average.lent():
+                jobs.append(partial(self._write, self._copies(buffers, True), True))
+        return jobs
+
+    def _copies(self, buffers: HostBuffers, is_average: bool) -> dict[str, Tensor]:
+        tensors = self._named_tensors().items()
+        return {name: buffers.copy(f"{name} average" if is_average else name, tensor) for name, tensor in tensors}
+
+    def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
+        """Resumes from the averages beside the adapters."""
+        trained = [each for module in self.modules.values() for each in module.parameters() if each.requires_grad]
+        average.load(self._saved_like(trained, folder, average=True), num_updates)
+
+    def _saved_like(self, trained: Sequence[nn.Parameter], folder: Path, average: bool) -> list[Tensor]:
+        """What `save` wrote of each of the trained parameters.
+
+        Raises:
+            UserError: if one is missing, or of another shape.
+        """
+        try:
+            saved = self._saved(folder, average)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the adapters of {folder} can't be read: {first_line(error)}") from error
+        for name, parameter in zip(self._names, trained, strict=True):
+            if name not in saved or saved[name].shape != parameter.shape:
+                raise UserError(f"the adapters of {folder} do not hold {name} of this run's shape")
+        return [saved[name] for name in self._names]
+
+    def exporting(self, buffers: HostBuffers) -> Callable[[Path], None]:
+        """Writes the adapters, and the pipeline with them fused in where that is asked for."""
+        is_spread = bool(sharded_parts(self.modules.values()))
+        return partial(self._export, self._copies(buffers, False) if is_spread else self._named_tensors())
+
+    @abstractmethod
+    def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Writes the result of all adapters' tensors, by their names in a file."""
+
+    def _base_models(self) -> "DiffusionPipeline":
+        """The pipeline that is trained from, in float32, without the parts that are never adapted."""
+        others = set(self.family.pipeline.components) - {*self.family.trainable_names(), "scheduler"}
+        return self.family.float32_pipeline(**dict.fromkeys(sorted(others)))
+
+    def _save_fused(self, pipeline: "DiffusionPipeline", folder: Path) -> None:
+        """Writes the pipeline into `fused/`, its adapted parts with the adapters merged in."""
+        self.family.save_pipeline(folder / "fused", **{name: getattr(pipeline, name) for name in self.modules})
+
+
+class PeftAdaptation(AdapterTuning):
+    """Adapters that diffusers has no file format for: saved as PEFT adapter folders, and fused into a pipeline."""
+
+    config_class_name: str  # in peft
+
+    def _config(self, targets: list[str]) -> "PeftConfig":
+        import peft
+
+        options = self.options
+        return getattr(peft, self.config_class_name)(
+            r=options.lora_rank,
+            alpha=options.lora_alpha or options.lora_rank,
+            rank_dropout=options.lora_dropout,
+            target_modules=targets,
+        )
+
+    def _saved(self, folder: Path, average: bool) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key.removeprefix(WRAPPED)}": tensor
+            for name in self.modules
+            for key, tensor in read_safetensors(folder / (f"{name}_ema" if average else name) / PEFT_FILE).items()
+        }
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        from peft.utils import get_peft_model_state_dict
+
+        return {
+            f"{name}.{key}": tensor
+            for name, module in self.modules.items()
+            for key, tensor in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()
+        }
+
+    def _write(self, tensors: dict[str, Tensor], is_average: bool, folder: Path) -> None:
+        for name, module in self.modules.items():
+            target = folder / (f"{name}_ema" if is_average else name)
+            module.peft_config[ADAPTER].save_pretrained(target)
+            own = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
+            write_tensors({WRAPPED + key: each.contiguous() for key, each in own.items()}, target / PEFT_FILE)
+
+    def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Writes the adapter folders, and in `fused/` the pipeline with them merged in."""
+        from peft import PeftModel
+
+        self._write(tensors, False, folder)
+        pipeline = self._base_models()
+        for name in self.modules:
+            PeftModel.from_pretrained(getattr(pipeline, name), folder / name).merge_and_unload()
+        self._save_fused(pipeline, folder)
+
+
+class HadamardAdaptation(PeftAdaptation):
+    """LoHa: the Hadamard product of two low-rank updates (Hyeon-Woo et al. 2022, FedPara)."""
+
+    prefix = "hada_"
+    config_class_name = "LoHaConfig"
+
+
+class KroneckerAdaptation(PeftAdaptation):
+    """LoKr: the Kronecker product of a small and a low-rank matrix (Edalati et al. 2022, KronA)."""
+
+    prefix = "lokr_"
+    config_class_name = "LoKrConfig"
+    rank_is_bounded = False  # a large one stands for whole factors
+
+
+class LowRankAdaptation(AdapterTuning):
+    """LoRA (Hu et al. 2021) or DoRA matrices train."""
+
+    prefix = "lora_"
+
+    def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
+        super().__init__(family, options, start)
+        if options.fused_lora:
+            for module in self.modules.values():
+                shorten(module, ADAPTER)
+
+    @property
+    def exports_pipeline(self) -> bool:
+        """Only if it is asked for."""
+        return self.options.export_fused
+
+    def _make_adapters(self, start: Path | None) -> None:
+        given = self.options.lora_weights
+        source = start if start is not None else Path(given) if given else None
+        if source is None:
+            super()._make_adapters(start)
+        else:
+            self._load_adapters(source)
+
+    def _config(self, targets: list[str]) -> "PeftConfig":
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.options.lora_rank,
+            lora_alpha=self.options.lora_alpha or self.options.lora_rank,
+            lora_dropout=self.options.lora_dropout,
+            target_modules=targets,
+            init_lora_weights="gaussian",
+            use_dora=self.options.use_dora,
+            use_rslora=self.options.use_rslora,
+        )
+
+    def _load_adapters(self, source: Path) -> None:
+        """Makes the adapters of a LoRA file, of either key style, with its ranks and alphas."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        is_given = Path(self.options.lora_weights or "") == source
+        what = f"--lora_weights {source}" if is_given else f"the LoRA weights {source}"
+        load_lora(self.family.pipeline, str(source), ADAPTER, what)
+        adapted = {
+            name
+            for name in self.family.trainable_names()
+            if ADAPTER in getattr(getattr(self.family.pipeline, name), "peft_config", {})
+        }
+        if missing := sorted(set(self.modules) - adapted):
+            cure = "" if "unet" in missing else "; leave --train_text_encoder out"
+            raise UserError(f"{what} adapt no layer of {', '.join(missing)}{cure}")
+        if untrained := sorted(adapted - set(self.modules)):
+            raise UserError(f"{what} adapt {', '.join(untrained)} too; add --train_text_encoder")
+        dropout = self.options.lora_dropout
+        for module in self.modules.values():
+            module.peft_config[ADAPTER].lora_dropout = dropout
+            for layer in module.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    layer.lora_dropout[ADAPTER] = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def _layers(self, name: str) -> dict[str, Tensor]:
+        """The adapter's tensors of a module, which share the parameters' storage, by their names in a LoRA file."""
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+
+        by_peft = get_peft_model_state_dict(self.modules[name], adapter_name=ADAPTER)
+        layers = convert_state_dict_to_diffusers(by_peft)
+        if set(layers) & set(by_peft):  # it renames attention layers alone, and loaders take one style or the other
+            layers = by_peft
+        if name == "unet" or any(key.startswith("text_model.") for key in layers):
+            return layers
+        return {f"text_model.{key}": value for key, value in layers.items()}  # the prefix that other tools expect
+
+    def _saved(self, folder: Path, average: bool) -> dict[str, Tensor]:
+        return read_safetensors((folder / "unet_ema" if average else folder) / LORA_FILE)
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        return {f"{name}.{key}": tensor for name in self.modules for key, tensor in self._layers(name).items()}
+
+    def _write(self, tensors: dict[str, Tensor], is_average: bool, folder: Path) -> None:
+        """Writes the LoRA file, that of the averages into `unet_ema/`."""
+        arguments: dict[str, dict] = {}
+        for name, module in self.modules.items():
+            own = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
+            arguments[f"{name}_lora_layers"] = own
+            arguments[f"{name}_lora_adapter_metadata"] = _metadata(module.peft_config[ADAPTER])
+        self.family.pipeline_class().save_lora_weights(folder / "unet_ema" if is_average else folder, **arguments)
+
+    def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Writes the LoRA file with its metadata, and if asked the fused pipeline."""
+        self._write(tensors, False, folder)
+        if self.options.export_fused:
+            pipeline = self._base_models()
+            fuse_lora(pipeline, folder)
+            self._save_fused(pipeline, folder)
+
+
+def check_rank(rank: int, widths: Mapping[str, Sequence[int]]) -> None:
+    """Refuses a rank that no adapted layer can have, and names how many can't have it.
+
+    Args:
+        widths: the rank that each layer's weight can have at most, by modules.
+    """
+    found = [width for each in widths.values() for width in each]
+    if not found:  # which peft refuses by the names
+        return
+    must = f"be at most {max(found)}, the width of the widest layer that is adapted"
+    require(rank <= max(found), "rank", rank, must, "4 to 128 are usual")
+    num_narrow = sum(width < rank for width in found)
+    if num_narrow:
+        logger.warning(
+            "--rank %d is above the width of %d of the %d layers that are adapted, the narrowest of %d: there it adds "
+            "weights and no freedom",
+            *(rank, num_narrow, len(found), min(found)),
+        )
+
+
+def _metadata(config: "PeftConfig") -> dict[str, object]:
+    """What a LoRA file says of its adapter: fields at their defaults are left out, which older releases lack."""
+    default = type(config)().to_dict()
+    needed = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")  # which diffusers looks up
+    values = {name: value for name, value in config.to_dict().items() if name in needed or value != default.get(name)}
+    if not isinstance(values["target_modules"], str):  # a set, in the order of which a file's bytes would differ
+        values["target_modules"] = sorted(values["target_modules"] or ())
+    return values
+
+
+def fuse_lora(pipeline: "DiffusionPipeline", folder: Path) -> None:
+    """Adds the LoRA file of a folder to the pipeline's own weights."""
+    # the result of a run that diverged is written all the same
+    load_lora(pipeline, str(folder), ADAPTER, f"the LoRA weights {folder}", must_be_finite=False)
+    pipeline.fuse_lora(components=pipeline.get_list_adapters().keys())
+    pipeline.unload_lora_weights()
+
+
+def _write_modules(modules: dict[str, nn.Module], average: dict[str, object] | None, folder: Path) -> None:
+    """Writes modules in diffusers' layout; as averages, with their fields in the config, where those are given."""
+    for name, module in modules.items():
+        target = folder / (name if average is None else f"{name}_ema")
+        save_module(module, target)
+        if average is not None:
+            config = json.loads((target / "config.json").read_text(encoding="utf-8")) | average
+            (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copied(module: nn.Module, buffers: HostBuffers, name: str) -> nn.Module:
+    """The module with copies of its weights for its own."""
+    kind = plain_class(module)
+    make = getattr(kind, "from_config", kind)  # diffusers' and transformers' way
+    with torch.device("meta"):
+        copied = make(module.config)
+    tensors = {key: buffers.copy(f"{name} {key}", tensor) for key, tensor in module.state_dict().items()}
+    copied.load_state_dict(tensors, assign=True)
+    return copied
+
+
+def _saved_like(module: nn.Module, folder: Path) -> nn.Module:
+    """The saved model in a folder, of the class of `module`, in float32 on the CPU."""
+    kind, name = plain_class(module), folder.name
+    return load_module(kind, str(folder), f"the checkpoint's {folder}", name, torch.float32, use_safetensors=True)
+
+
+ADAPTATIONS: dict[str, type[Adaptation]] = {
+    "full": FullFineTuning,
+    "lora": LowRankAdaptation,
+    "loha": HadamardAdaptation,
+    "lokr": KroneckerAdaptation,
+}

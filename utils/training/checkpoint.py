@@ -1,0 +1,561 @@
+"""Checkpoints: written whole or not at all, found again, and pruned."""
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from utils.config.options import UserError, first_line, option, require_positive
+from utils.config.tensor_files import open_safetensors, read_safetensors
+from utils.config.user_files import FileError, open_regular, read_json, short
+from utils.models.attention import ATTENTION
+from utils.runtime.atomic_files import sync_file, sync_folder, usual_modes, write_tensors
+from utils.runtime.background_writer import HostBuffers
+from utils.runtime.engines import Engine
+from utils.runtime.processes import write_json
+from utils.training.optimizers import NamedParameter
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+HASHED_AT_ONCE = 2  # files
+STATE = "training_state.json"
+OPTIMIZER = "optimizer.safetensors"
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+READ_SUFFIXES = (".safetensors", ".json")  # of the files that a resumed run reads
+OWN_GROUP_OPTIONS = ("lr", "peak_lr", "weight_decay", "eps")  # a resumed run's own, not its checkpoint's
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    checkpointing_steps: int = option(500, "optimizer steps between checkpoints")
+    checkpoints_total_limit: int | None = option(None, "newest checkpoints to keep; by default all")
+    final_checkpoint: bool = option(
+        True, "also write a checkpoint after the last step, so that a longer run can resume"
+    )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "resume from latest, from checkpoint-N in output_dir, or from a path; latest without a checkpoint starts anew",
+    )
+    async_checkpointing: bool | None = option(
+        None,
+        "write checkpoints from copies in host memory while training continues; by default on a GPU, where that memory "
+        "holds the copies twice",
+    )
+    allow_changed_options: bool = option(
+        False, "resume although options that change the training, or the data, are others than the checkpoint's"
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "checkpointing_steps", "checkpoints_total_limit")
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Whether a checkpoint is written after optimizer step number `step`, from 1."""
+        return step % self.checkpointing_steps == 0 or (self.final_checkpoint and step == total_steps)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a resumed run is compared with.
+
+    Attributes:
+        structure: the options that it must share.
+        training: what else changes the training, which it may change if asked: options by flag, and the data.
+        total_steps: optimizer steps of the whole run, on which some learning rates depend.
+    """
+
+    structure: dict[str, object]
+    training: dict[str, object]
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run resumes from, beside weights and optimizer. The data's position and the rates follow from the step.
+
+    Attributes:
+        step: optimizer steps done.
+        ema_updates: updates of the moving average, or None without one.
+        scaler: state of fp16's gradient scaler, or None.
+        samples_at_once: what memory allowed, where it was short; else None.
+        skipped_steps: of these, steps that had no finite loss and gradient.
+        skipped_in_a_row: the last of them, without one between.
+        attention: as of `Attention.raced`.
+    """
+
+    step: int
+    facts: RunFacts
+    ema_updates: int | None
+    scaler: dict[str, float | int] | None
+    samples_at_once: int | None = None
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    attention: str | None = None
+
+
+class Checkpoints:
+    """The folders `checkpoint-{step}` of a run's output folder."""
+
+    def __init__(self, folder: Path, limit: int | None):
+        self.folder = folder
+        self.limit = limit
+        self._kept: set[Path] = set()  # what could not be removed, and was warned of
+
+    def listed(self) -> list[Path]:
+        """The checkpoints by their names, oldest first; `checkpoint-007` is none."""
+        steps = {step_of(path): path for path in self.folder.glob("checkpoint-*") if os.path.isdir(path)}
+        return [steps[step] for step in sorted(step for step in steps if step is not None)]
+
+    def found(self) -> list[Path]:
+        """Those whose files are all there, in their sizes, oldest first."""
+        return [path for path in self.listed() if not damage(path, by_content=False)]
+
+    def resolve(self, asked: str | None) -> Path | None:
+        """The checkpoint that `--resume_from_checkpoint` names, or None to start anew; it is read and checked whole.
+
+        Raises:
+            UserError: if a named checkpoint is not there or damaged, or those of `latest` are another program's.
+        """
+        if asked is None:
+            return None
+        if asked == "latest":
+            return self._latest()
+        inside = self.folder / asked
+        path = inside if os.path.isdir(inside) else Path(asked)
+        if not os.path.isdir(path):
+            there = ", ".join(found.name for found in self.found()) or "none"
+            raise UserError(
+                f"--resume_from_checkpoint {asked} is no folder in {self.folder}, nor elsewhere; there are: {there}"
+            )
+        if foreign := foreign_kind(path):
+            raise UserError(f"--resume_from_checkpoint {asked} {foreign}")
+        if wrong := damage(path):
+            raise UserError(f"--resume_from_checkpoint {asked} is damaged: {wrong}")
+        return path
+
+    def _latest(self) -> Path | None:
+        foreign = ""
+        for path in reversed(self.listed()):
+            wrong = foreign_kind(path)
+            foreign = foreign or (f"{path} {wrong}" if wrong else "")
+            wrong = wrong or damage(path)
+            if not wrong:
+                return path
+            logger.warning("--resume_from_checkpoint latest passes over %s: %s", path.name, wrong)
+        if foreign:
+            raise UserError(f"--resume_from_checkpoint latest: {foreign}, in another --output_dir")
+        logger.warning("--resume_from_checkpoint latest: no checkpoint in %s, starting anew", self.folder)
+        return None
+
+    def save(self, step: int, jobs: Sequence[Callable[[Path], None]], is_alone: bool = False) -> Path:
+        """Has jobs fill a folder aside, makes it `checkpoint-{step}`, and then prunes the oldest.
+
+        What one job has written is hashed while the next one writes. Where `is_alone`, another process may be writing
+        one too, whose files are left.
+        """
+        target = self.folder / f"checkpoint-{step}"
+        aside = self.folder / f".tmp-checkpoint-{step}-{os.getpid()}"
+        if not is_alone:
+            self.clean()
+        try:
+            with _Hashes(aside) as hashes:
+                for job in jobs:
+                    job(aside)
+                    hashes.begin()
+                usual_modes(aside)
+                _sync(aside)
+                write_json(aside / MANIFEST, {"files": hashes.facts()})
+            sync_file(aside / MANIFEST)
+            sync_folder(aside)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(f"checkpoint-{step} can't be written to {self.folder}: {error}") from error
+        try:
+            replaced = self._give_way(target)
+            os.replace(aside, target)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise UserError(f"checkpoint-{step} can't be written to {self.folder}: {error}") from error
+        if replaced is not None:
+            self._remove(replaced)
+        self._prune()
+        return target
+
+    def _give_way(self, target: Path) -> Path | None:
+        """Renames what has a checkpoint's name, if anything has; gives it where it is to be removed.
+
+        It is one that is not whole, or of a run that went further before it was resumed from an earlier step. What is
+        no checkpoint of this program's is kept.
+        """
+        if not os.path.lexists(target):
+            return None
+        is_own = (target / MANIFEST).exists() or (target.is_dir() and not any(target.iterdir()))
+        if is_own:
+            replaced = self.folder / f".tmp-{target.name}-replaced-{os.getpid()}"
+            os.replace(target, replaced)
+            return replaced
+        kept = _set_aside(target)
+        logger.warning("%s is no checkpoint of this run; it is %s now", target.name, kept.name)
+        return None
+
+    def clean(self) -> None:
+        """Removes what a killed run left half written."""
+        for path in self.folder.glob(".tmp-checkpoint-*"):
+            self._remove(path)
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames the checkpoints of later steps, which a run resumed from `step` has left behind.
+
+        Else they would pass for its own, be resumed from, and keep its own from being kept.
+        """
+        for path in self.found():
+            if step_of(path) > step:
+                try:
+                    aside = _set_aside(path)
+                except OSError as error:
+                    raise UserError(f"{path}, of a later step, can't be renamed: {error}") from error
+                logger.warning("%s is of a run that this one does not resume from; it is %s now", path.name, aside.name)
+
+    def _prune(self) -> None:
+        if self.limit is None:
+            return
+        for path in self.found()[: -self.limit]:
+            if path.is_symlink():
+                self._keep(path, f"it is a link, to {os.path.realpath(path)}")
+                continue
+            doomed = self.folder / f".tmp-{path.name}-pruned-{os.getpid()}"
+            try:
+                os.replace(path, doomed)  # so that it is no checkpoint any more while its files go
+            except OSError as error:
+                self._keep(path, str(error))
+                continue
+            self._remove(doomed)
+
+    def _remove(self, path: Path) -> None:
+        """Removes a folder, a file or a link; what it can't is warned of, once."""
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            return
+        except (OSError, RecursionError) as error:  # shutil can't remove folders nested a thousand deep
+            self._keep(path, str(error))
+
+    def _keep(self, path: Path, reason: str) -> None:
+        if path not in self._kept:
+            logger.warning("%s can't be removed, though it is no longer needed: %s", path, reason)
+        self._kept.add(path)
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's name says; None of what is not named as this program names them."""
+    match = NAME.fullmatch(path.name)
+    return None if match is None else int(match[1])
+
+
+def _set_aside(path: Path) -> Path:
+    """Gives a folder a name under which it is no checkpoint."""
+    names = (f"abandoned-{path.name}" + (f"-{number}" if number else "") for number in itertools.count())
+    aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+    path.rename(aside)
+    return aside
+
+
+def foreign_kind(path: Path) -> str:
+    """What another program's checkpoint is, with the cure; "" of one of this program's, and of what is none."""
+    if (path / MANIFEST).exists() or not any((path / name).is_file() for name in ("optimizer.bin", "scheduler.bin")):
+        return ""
+    lora = next((path / name for name in LORA_FILES if (path / name).is_file()), None)
+    weights = ""
+    if (path / "unet").is_dir():
+        weights = (
+            f" from its weights: put {path / 'unet'} in the place of unet/ in a copy of the pipeline, and give that"
+        )
+    elif lora is not None:
+        weights = f" from its weights: --adaptation lora --lora_weights {lora}"
+    programs = "another program's, such as diffusers' scripts, kohya's or SimpleTuner's"
+    return f"is a checkpoint of {programs}: its optimizer can't be resumed here; start anew{weights}"
+
+
+LORA_FILES = ("pytorch_lora_weights.safetensors", "model.safetensors")
+
+
+def damage(path: Path, by_content: bool = True) -> str:
+    """What of a checkpoint is not as it was written, or ""; by the files' sizes, and by their content if asked."""
+    try:
+        return _wrong_files(path, by_content) or (_wrong_state(path) if by_content else "")
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return first_line(error)
+
+
+def _wrong_files(path: Path, by_content: bool) -> str:
+    try:
+        content = read_json(path / MANIFEST)
+    except FileError as error:
+        return f"{MANIFEST} can't be read: {error.reason}"
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
+        return f"{MANIFEST} lists no files"
+    for name, facts in files.items():
+        if not _is_inside(name):
+            return f"{MANIFEST} lists {short(name)}, which is no file in it"
+        if not (isinstance(facts, dict) and type(facts.get("size")) is int and isinstance(facts.get("sha256"), str)):
+            return f"{MANIFEST} does not say what {name} is"
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["size"]:
+            return f"{name} has {file.stat().st_size} bytes, {facts['size']} were written"
+        if by_content and _hash(file) != facts["sha256"]:
+            return f"{name} is not what was written (its sha256 differs)"
+    there = [file.relative_to(path).as_posix() for file in _read_files(path) if file.suffix in READ_SUFFIXES]
+    for name in (STATE, OPTIMIZER, *there):
+        if name not in files and name != MANIFEST:
+            return f"{MANIFEST} does not list {name}"
+    return ""
+
+
+def _read_files(path: Path) -> list[Path]:
+    """The files of a checkpoint that a run may read: those in it and in its folders, and none below."""
+    return [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if file.is_file()]
+
+
+def _is_inside(name: str) -> bool:
+    """Whether the name of a file leads nowhere but into the folder that it is in."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and "\0" not in name and "\\" not in name and not {"..", "/"} & set(parts) and ":" not in name
+
+
+def _wrong_state(path: Path) -> str:
+    """What a run could not resume from, although the files are those that the manifest lists."""
+    state = read_state(path)
+    if step_of(path) not in (None, state.step):
+        return f"its state is that of step {state.step}"
+    for file in _read_files(path):
+        if file.suffix != ".safetensors":
+            continue
+        try:
+            with open_safetensors(file):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{file.relative_to(path)} can't be read: {first_line(error)}"
+    return ""
+
+
+class _Hashes:
+    """The digests of a folder's files, computed on threads while others are written."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._pool = ThreadPoolExecutor(HASHED_AT_ONCE)
+        self._found: dict[tuple[Path, int, int], Future[str]] = {}
+
+    def __enter__(self) -> "_Hashes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self) -> list[tuple[Path, int, int]]:
+        """Begins with the files that are new, or are not as they were; gives all, each with its size and its time."""
+        files = [path for path in sorted(self._folder.rglob("*")) if path.is_file()]
+        versions = [(path, (facts := path.stat()).st_size, facts.st_mtime_ns) for path in files]
+        for version in versions:
+            if version not in self._found:
+                self._found[version] = self._pool.submit(_hash, version[0])
+        return versions
+
+    def facts(self) -> dict[str, dict[str, int | str]]:
+        """What the manifest says of each file as it is now."""
+        return {
+            str(version[0].relative_to(self._folder)): {"size": version[1], "sha256": self._found[version].result()}
+            for version in self.begin()
+        }
+
+
+def _hash(file: Path) -> str:
+    with open_regular(file) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+class OptimizerContent(NamedTuple):
+    """An optimizer's state by the names of the parameters: tensors on the CPU, numbers, and those of its groups."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, dict[str, Any]]
+    groups: list[dict[str, float | int | bool]]
+
+
+def optimizer_content(
+    engine: Engine, optimizer: torch.optim.Optimizer, parameters: list[NamedParameter], buffers: HostBuffers
+) -> OptimizerContent:
+    """The optimizer's state as it is now, copied; for all to call where it is spread over the processes."""
+    content = OptimizerContent({}, {}, _group_numbers(optimizer))
+    for name, parameter, _ in parameters:
+        for key, value in engine.optimizer_state(optimizer, parameter).items():
+            if isinstance(value, Tensor):
+                content.tensors[f"{name}/{key}"] = buffers.copy(f"optimizer {name}/{key}", value)
+            else:
+                content.numbers.setdefault(name, {})[key] = value
+    return content
+
+
+def write_state(folder: Path, state: TrainingState, optimizer: OptimizerContent) -> None:
+    """Writes the training state as JSON and the optimizer's tensors as safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(optimizer.tensors, folder / OPTIMIZER)
+    numbers = {"optimizer": optimizer.numbers, "optimizer_groups": optimizer.groups}
+    write_json(folder / STATE, asdict(state) | numbers)
+
+
+def _group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float | int | bool]]:
+    """What some optimizers keep by group, such as the rate that Prodigy has found; as JSON keeps floats exactly."""
+    return [
+        {name: value for name, value in group.items() if isinstance(value, bool | int | float) and math.isfinite(value)}
+        for group in optimizer.param_groups
+    ]
+
+
+class _Saved(NamedTuple):
+    """What the state file of a checkpoint holds."""
+
+    state: TrainingState
+    numbers: dict[str, dict[str, Any]]
+    groups: list[dict[str, float | int | bool]]
+
+
+def read_state(folder: Path) -> TrainingState:
+    """The training state of a checkpoint.
+
+    Raises:
+        UserError: if it can't be read, or is none.
+    """
+    return _read_saved(folder).state
+
+
+def _read_saved(folder: Path) -> _Saved:
+    file = folder / STATE
+    try:
+        values = read_json(file)
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error.strerror or error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no training state")
+    values = {"samples_at_once": None, "skipped_steps": 0, "skipped_in_a_row": 0, "attention": None, **values}
+    facts = values.get("facts")
+    is_fact = isinstance(facts, dict) and {name: type(each) for name, each in facts.items()} == FACT_TYPES
+    if not is_fact:
+        raise UserError(f"{file} does not say what options its run had")
+    known = {"facts", "optimizer", "optimizer_groups", *STATE_CHECKS}
+    unknown = next((name for name in values if name not in known), None)
+    if unknown is not None:
+        raise UserError(f"{file} holds {short(unknown)}, which is unknown here; a later version may have written it")
+    for name, is_right in STATE_CHECKS.items():
+        if name not in values or not is_right(values[name]):
+            raise UserError(f"{file}: {name} is not what it should be: {short(values.get(name))}")
+    numbers, groups = values.get("optimizer"), values.get("optimizer_groups", [])
+    is_whole = isinstance(numbers, dict) and all(isinstance(each, dict) for each in numbers.values())
+    if not (is_whole and isinstance(groups, list) and all(_are_numbers(group) for group in groups)):
+        raise UserError(f"{file} does not hold the optimizer's numbers")
+    state = TrainingState(**{name: values[name] for name in STATE_CHECKS}, facts=RunFacts(**facts))
+    return _Saved(state, numbers, groups)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 60
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values())
+
+
+FACT_TYPES = {"structure": dict, "training": dict, "total_steps": int}
+STATE_CHECKS: dict[str, Callable[[object], bool]] = {
+    "step": _is_count,
+    "attention": lambda value: value in (None, "", *ATTENTION),
+    "ema_updates": lambda value: value is None or _is_count(value),
+    "scaler": lambda value: value is None or _are_numbers(value),
+    "samples_at_once": lambda value: value is None or (_is_count(value) and value > 0),
+    "skipped_steps": _is_count,
+    "skipped_in_a_row": _is_count,
+}
+
+
+def check_structure(folder: Path, structure: dict[str, object]) -> None:
+    """Refuses a checkpoint that was made with other options than `structure`, each of which is named."""
+    if changes := _changes(structure, read_state(folder).facts.structure):
+        raise UserError(f"{folder} can't be gone on from with {changes}; give the options it was made with")
+
+
+def check_training(
+    folder: Path, training: dict[str, object], may_change: bool, defaults: Mapping[str, object] = MappingProxyType({})
+) -> None:
+    """Refuses, or where it may change names, what else changes the training and is not as the checkpoint has it.
+
+    Args:
+        defaults: the values of what a checkpoint of an earlier release does not say.
+    """
+    changes = _changes(training, {**defaults, **read_state(folder).facts.training})
+    if changes and not may_change:
+        cure = "give the options it was made with, or --allow_changed_options"
+        raise UserError(f"{folder} was made otherwise than with {changes}; {cure}")
+    if changes:
+        logger.warning("resuming from %s with %s", folder, changes)
+
+
+def _changes(now: dict[str, object], then: dict[str, object]) -> str:
+    """The options that differ, each with its value now and then."""
+    now = json.loads(json.dumps(now))
+    return ", ".join(f"--{name} {now[name]} (it was {then.get(name)})" for name in now if then.get(name) != now[name])
+
+
+def load_optimizer(
+    folder: Path, engine: Engine, optimizer: torch.optim.Optimizer, parameters: list[NamedParameter]
+) -> None:
+    """Restores the optimizer's state from a checkpoint.
+
+    Raises:
+        UserError: if the checkpoint's parameters are others than these.
+    """
+    _, saved, own_groups = _read_saved(folder)
+    on_cpu = {name for name, parameter, _ in parameters if parameter.device.type == "cpu"}
+    for name, tensor in read_safetensors(folder / OPTIMIZER).items():
+        parameter_name, _, key = name.rpartition("/")
+        # a tensor that stays where it is would keep the file mapped, which Windows then does not let be pruned
+        saved.setdefault(parameter_name, {})[key] = tensor.clone() if parameter_name in on_cpu else tensor
+    unknown = set(saved) - {name for name, _, _ in parameters}
+    if unknown:
+        raise UserError(f"{folder} trains {min(unknown)}, which this run does not; give the options it was made with")
+    groups = [
+        {name: value for name, value in numbers.items() if name not in OWN_GROUP_OPTIONS} for numbers in own_groups
+    ]
+    states = {parameter: saved[name] for name, parameter, _ in parameters if name in saved}
+    engine.load_optimizer_state(optimizer, states, groups)
+
+
+def _sync(folder: Path) -> None:
+    """Has the disk hold every file below the folder before it gets its final name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync_file(path)
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync_folder(path)

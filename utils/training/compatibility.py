@@ -1,0 +1,216 @@
+"""Which options don't go together, whatever is trained."""
+
+import atexit
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from utils.config.options import UserError
+from utils.data.cache import CacheOptions
+from utils.data.captions import CaptionOptions
+from utils.data.images import ImageOptions
+from utils.data.plan import HeldOutOptions
+from utils.data.sources import DataOptions, SourceEntry, source_entries
+from utils.diffusion.losses import LossOptions
+from utils.models.attention import ATTENTION, CPU_ATTENTION
+from utils.models.pipeline_source import PartOptions
+from utils.training.ema import EmaOptions
+from utils.training.log import TrackingOptions
+from utils.training.model_card import HubOptions
+from utils.training.optimizers import OPTIMIZER_PACKAGES, WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
+from utils.training.speed import SpeedOptions
+from utils.training.validation_loss import EarlyStoppingOptions
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK")
+ACCELERATE = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
+
+
+def check_output_folder(options: Any, output: Path) -> None:
+    """Refuses to write into a folder of data, among which the next run would find the results of this one.
+
+    Args:
+        options: all of a script's, by group.
+        output: the folder of the run.
+    """
+    data = {"validation_data_dir": [options.held_out.validation_data_dir], "eval_reference": []}
+    data["eval_reference"].append(options.evaluation.eval_reference)
+    entries = source_entries(options.data, options.source, CaptionOptions())
+    for name in ("train_data_dir", "dataset_name", "mask_dir"):
+        data[name] = [getattr(entry.source, name) for entry in entries]
+    written = {
+        "output_dir": output,
+        "encoding_cache_dir": options.cache.encoding_cache_dir,
+        "cache_dir": options.data.cache_dir,
+    }
+    refuse_same_folder(written, data)
+
+
+def refuse_same_folder(
+    written: Mapping[str, str | Path | None], read: Mapping[str, Sequence[str | Path | None]]
+) -> None:
+    """Refuses a folder to write to that is one of those that data are read from, all of them by their flags."""
+    places = {os.path.realpath(folder): flag for flag, folders in read.items() for folder in folders if folder}
+    for flag, folder in written.items():
+        known = None if folder is None else places.get(os.path.realpath(folder))
+        if known is not None:
+            raise UserError(
+                f"--{flag} {folder} is the folder of --{known}: what is written there would be read as data; choose "
+                f"another, such as {Path(folder) / 'output'}"
+            )
+
+
+def check_optimizer(options: OptimizerOptions, schedule: ScheduleOptions, term_rate: float | None) -> None:
+    """Refuses an optimizer whose package is missing, or that does not go with the schedule or with a term's rate."""
+    name = options.name
+    package = OPTIMIZER_PACKAGES.get(name)
+    if package is not None and find_spec(package) is None:
+        flag = "--use_8bit_adam" if options.use_8bit_adam else f"--optimizer {name}"
+        raise UserError(f"{flag} needs {package}; pip install {package}")
+    if name == "schedule_free_adamw" and schedule.lr_scheduler not in ("constant", "constant_with_warmup"):
+        raise UserError(
+            f"--optimizer {name} needs no schedule; --lr_scheduler must be constant or constant_with_warmup"
+        )
+    if name == "prodigy" and term_rate not in (None, options.learning_rate):
+        raise UserError("--optimizer prodigy has one rate for all it trains; leave out --loss_module_lr")
+    if name == "prodigy" and options.learning_rate < 0.1:
+        rate = options.learning_rate
+        logger.warning("--optimizer prodigy finds its rate itself: --learning_rate %g is a factor on it, try 1", rate)
+    if schedule.lr_scheduler in WITHOUT_WARMUP and schedule.lr_warmup_steps not in (None, 0, 500):
+        logger.warning("--lr_warmup_steps is ignored by --lr_scheduler %s", schedule.lr_scheduler)
+
+
+def check_stepping(
+    options: OptimizerOptions, tracking: TrackingOptions, pure_bf16: bool, accelerator: "Accelerator"
+) -> None:
+    """Refuses what steps parameter by parameter can't do."""
+    if pure_bf16 and accelerator.mixed_precision != "bf16":
+        raise UserError(f"--pure_bf16 needs --mixed_precision bf16, got {accelerator.mixed_precision}")
+    if pure_bf16 and options.name == "prodigy":
+        raise UserError("--optimizer prodigy finds one rate from all gradients; leave out --pure_bf16")
+    if not options.optimizer_in_backward:
+        return
+    steps, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+    if steps > 1:
+        raise UserError(f"--optimizer_in_backward steps after each batch; --gradient_accumulation_steps is {steps}")
+    if processes > 1:
+        raise UserError(f"--optimizer_in_backward steps before processes share their gradients; there are {processes}")
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("--optimizer_in_backward would step by scaled gradients; use --mixed_precision bf16 or no")
+    if tracking.layer_norm_steps is not None or tracking.histogram_steps is not None:
+        raise UserError("--optimizer_in_backward leaves no gradients for --layer_norm_steps and --histogram_steps")
+
+
+def check_speed(
+    options: SpeedOptions, model: PartOptions, steps_in_backward: bool, pure_bf16: bool, accelerator: "Accelerator"
+) -> None:
+    """Refuses what the device does not have, and what would be compared, cast or chosen in vain."""
+    backend, device = options.attention_backend, accelerator.device.type
+    if options.compiled is not None and steps_in_backward:
+        raise UserError("--optimizer_in_backward leaves no gradients for --compile to compare; leave one out")
+    if options.cuda_graphs and device != "cuda":
+        raise UserError(f"--cuda_graphs needs a CUDA device, found {device}; leave it out")
+    kernels = {"cuda": tuple(ATTENTION), "cpu": CPU_ATTENTION}.get(device, ())
+    if backend is not None and backend not in kernels:
+        cure = f"give {' or '.join(kernels)}, or leave it out" if kernels else "leave it out"
+        raise UserError(f"--attention_backend {backend} is not for {device}; {cure}")
+    others = ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention", "attention_slicing")
+    other = next((name for name in others if getattr(model, name, False)), None)
+    if backend is not None and other is not None:
+        raise UserError(f"--attention_backend {backend}: --{other} takes its place; leave one out")
+    if options.bf16_weights and (pure_bf16 or accelerator.mixed_precision != "bf16"):
+        found = "--pure_bf16" if pure_bf16 else accelerator.mixed_precision
+        raise UserError(f"--bf16_weights goes with --mixed_precision bf16, got {found}; leave one out")
+
+
+def check_token(hub: HubOptions, tracking: TrackingOptions) -> None:
+    """Refuses a token on the command line where a tracker would record that, or a launcher would print it."""
+    if hub.hub_token is None:
+        return
+    if any(name in os.environ for name in LAUNCHED):
+        atexit.unregister(_end_launcher)
+        atexit.register(_end_launcher, hub.hub_token)
+        raise UserError(
+            "--hub_token: launchers print the command line, token and all, when a run ends in an error; leave it out, "
+            "and set HF_TOKEN in the environment or log in by `hf auth login`"
+        )
+    if {"wandb", "comet_ml"} & set(tracking.trackers):
+        raise UserError(
+            f"--report_to {tracking.report_to} would record the command with its --hub_token; "
+            "log in by `hf auth login` instead"
+        )
+
+
+def _end_launcher(token: str) -> None:
+    """Ends accelerate's launcher of a single process, if it started this one with the token in its command line.
+
+    It would print that as this process ends with an error, and offers the process that it started no way to prevent
+    it. No other process is touched: a shell, torchrun, and a launcher whose command line has no token live on.
+    """
+    for parent in psutil.Process().parents():
+        try:
+            words = parent.cmdline()
+            is_accelerate = any(Path(word).name in ACCELERATE for word in words[:3])
+            if is_accelerate and any(word in (token, f"--hub_token={token}", f"--hub-token={token}") for word in words):
+                parent.terminate()
+                return
+        except psutil.Error:
+            return
+
+
+def check_masks(options: LossOptions, entries: list[SourceEntry]) -> None:
+    """Refuses what is said of masks where no source has them."""
+    asked = {"--unmasked_weight": options.unmasked_weight > 0, "--normalize_masked_loss": options.normalize_masked_loss}
+    if any(asked.values()) and not any(entry.source.has_masks for entry in entries):
+        flag = next(flag for flag, is_given in asked.items() if is_given)
+        raise UserError(f"{flag} is for images with masks; give --alpha_mask, --mask_dir or --mask_column")
+
+
+def check_held_out(
+    options: HeldOutOptions,
+    data: DataOptions,
+    stopping: EarlyStoppingOptions,
+    schedule: ScheduleOptions,
+    ema: EmaOptions,
+) -> None:
+    """Refuses what goes by the validation loss without one, and images held out of what can't be split."""
+    needs_loss = {
+        "--early_stopping_patience": stopping.early_stopping_patience is not None,
+        "--lr_scheduler reduce_on_plateau": schedule.lr_scheduler == "reduce_on_plateau",
+    }
+    if any(needs_loss.values()) and not options.is_asked:
+        flag = next(flag for flag, is_given in needs_loss.items() if is_given)
+        raise UserError(f"{flag} goes by the validation loss; give --validation_split or --validation_data_dir")
+    named_split = options.validation_split is not None and options.fraction is None
+    if (named_split and data.dataset_file) or (options.fraction is not None and data.streaming):
+        raise UserError(
+            "--validation_split goes with neither --dataset_file nor --streaming; give --validation_data_dir"
+        )
+    if ema.offload_ema and not (ema.use_ema or ema.ema_lengths):
+        raise UserError("--offload_ema goes with --use_ema or --ema_lengths; give one, or leave it out")
+    if len(ema.ema_lengths or ()) > 1 and not options.is_asked:
+        raise UserError(
+            "--ema_lengths: among several the validation loss chooses; give --validation_split or "
+            "--validation_data_dir, or a single length"
+        )
+
+
+def check_cache(cache: CacheOptions, data: DataOptions, image: ImageOptions, captions: CaptionOptions) -> None:
+    """Refuses a cache of what is not known beforehand, and warns of what it keeps from varying."""
+    if data.streaming and (cache.cache_latents or cache.cache_text_embeddings):
+        raise UserError("--streaming does not know its images beforehand, so it has no cache; leave one out")
+    frozen = {
+        "crop and flip": cache.cache_latents and image.varies,
+        "order of tags": cache.cache_text_embeddings and captions.varies,
+    }
+    if cache.cache_variants is None and any(frozen.values()):
+        what = " and ".join(name for name, is_frozen in frozen.items() if is_frozen)
+        logger.warning("each image keeps one %s in the cache; --cache_variants 4 gives it four in turn", what)

@@ -1,0 +1,99 @@
+"""What a run writes to the disk, known before it trains: checkpoints, snapshots of averages, the result."""
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from utils.config.options import first_line
+from utils.config.user_files import size_text
+from utils.training.adaptation import Adaptation
+from utils.training.checkpoint import CheckpointOptions
+from utils.training.ema import EmaOptions
+from utils.training.optimizers import STATE_BYTES
+
+logger = logging.getLogger(__name__)
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes of what a run writes.
+
+    Attributes:
+        checkpoint: of each.
+        num_kept: checkpoints that are kept at once, at the most.
+        snapshots: of all of `--ema_lengths`.
+        result: of the exported pipeline or adapter.
+    """
+
+    checkpoint: int
+    num_kept: int
+    snapshots: int
+    result: int
+
+    @property
+    def total(self) -> int:
+        """At the most at once: a checkpoint is written whole before the oldest is removed."""
+        return self.checkpoint * self.num_kept + self.snapshots + self.result
+
+    def __str__(self) -> str:
+        kinds = [f"{self.num_kept} checkpoints of {size_text(self.checkpoint)}"] if self.num_kept else []
+        kinds += [f"snapshots of {size_text(self.snapshots)}"] if self.snapshots else []
+        return f"{size_text(self.total)}: {', '.join([*kinds, f'a result of {size_text(self.result)}'])}"
+
+
+def disk_use(
+    adaptation: Adaptation, optimizer: str, ema: EmaOptions, checkpoint: CheckpointOptions, steps: range
+) -> DiskUse:
+    """What a run of some optimizer steps writes.
+
+    Args:
+        steps: from the first, which is 0 or a checkpoint's, to the last.
+    """
+    num_trained = _num_parameters(adaptation.modules.values(), are_trained=True)
+    parts = [part for part in adaptation.family.pipeline.components.values() if isinstance(part, nn.Module)]
+    num_exported = _num_parameters(parts) if adaptation.exports_pipeline else num_trained
+    averages = int(ema.use_ema) + 2 * bool(ema.ema_lengths)
+    each = num_trained * (FLOAT32 * (1 + averages) + STATE_BYTES[optimizer])
+    count = len(_due(checkpoint.checkpointing_steps, steps))
+    count += checkpoint.final_checkpoint and bool(steps.stop % checkpoint.checkpointing_steps)
+    if checkpoint.checkpoints_total_limit is not None:
+        count = min(count, checkpoint.checkpoints_total_limit + 1)
+    num_snapshots = 0
+    if ema.ema_lengths:
+        interval = ema.ema_snapshot_steps or checkpoint.checkpointing_steps
+        num_snapshots = len(_due(interval, steps)) + bool(steps.stop % interval)
+    return DiskUse(each, count, num_snapshots * 2 * num_trained * FLOAT32 // 2, num_exported * FLOAT32)
+
+
+def _num_parameters(modules: Iterable[nn.Module], are_trained: bool = False) -> int:
+    """The parameters of modules, or those that are trained."""
+    found = (each for module in modules for each in module.parameters() if each.requires_grad or not are_trained)
+    return sum(each.numel() for each in found)
+
+
+def _due(interval: int, steps: range) -> range:
+    """The multiples of an interval after the first step, up to the last."""
+    return range(math.floor(steps.start / interval) + 1, math.floor(steps.stop / interval) + 1)
+
+
+def describe_disk(use: DiskUse, folder: Path, checkpoint: CheckpointOptions) -> str:
+    """The plan's line on what is written and what is free; warns where it does not fit."""
+    place = next((path for path in (folder, *folder.resolve().parents) if path.exists()), Path(os.sep))
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        return f"\n  {'disk':<14} {use}; how much is free is not known: {first_line(error)}"
+    if use.total > free:
+        cure = "give --checkpoints_total_limit 2" if checkpoint.checkpoints_total_limit is None else "free some"
+        logger.warning(
+            "the disk of %s has %s free, and the run writes up to %s; %s, or the run ends when it is full",
+            *(folder, size_text(free), use, cure),
+        )
+    return f"\n  {'disk':<14} {use}; {size_text(free)} free"

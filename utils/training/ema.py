@@ -1,0 +1,198 @@
+"""The exponential moving average of the trained weights."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from utils.config.options import UserError, option, require, require_positive
+from utils.runtime.sharding import is_sharded, own_part, put_in_place, spread_like
+
+CHUNK = 256 << 20  # bytes of weights that are copied at once to be averaged
+
+
+@dataclass(frozen=True)
+class EmaOptions:
+    use_ema: bool = option(False, "keep a moving average of the trained weights; it is what is validated and exported")
+    ema_decay: float = option(0.9999, "decay of the average; early steps use (1 + n) / (10 + n) where that is smaller")
+    use_ema_warmup: bool = option(False, "let the decay rise as 1 - (1 + n / inv_gamma)^-power instead")
+    ema_inv_gamma: float = option(1.0, "inverse gamma of that rise")
+    ema_power: float = option(0.75, "power of that rise; 2/3 for runs of a million steps, 3/4 for shorter ones")
+    ema_every: int = option(
+        1, "optimizer steps between updates of the average, each by the decay of all of them: fewer passes over it"
+    )
+    offload_ema: bool = option(False, "keep the average in host memory")
+    foreach_ema: bool = option(True, "update the average of all weights by one call instead of one a weight")
+    ema_lengths: list[float] | None = option(
+        None,
+        "instead of --use_ema: export an average of this length, a portion of the training such as 0.1, made "
+        "afterwards of snapshots (https://arxiv.org/abs/2312.02696); of several that with the lowest validation loss",
+    )
+    ema_snapshot_steps: int | None = option(
+        None, "optimizer steps between these snapshots; by default --checkpointing_steps"
+    )
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "be in [0, 1)")
+        require_positive(self, "ema_inv_gamma", "ema_power", "ema_every", "ema_snapshot_steps")
+        for length in self.ema_lengths or ():
+            require(0 < length <= 0.28, "ema_lengths", length, "be over 0 and at most 0.28, the longest there is")
+        if self.use_ema and self.ema_lengths:
+            raise UserError("--use_ema and --ema_lengths are two kinds of averages; give one")
+        if self.ema_every > 1 and not self.use_ema:
+            raise UserError("--ema_every goes with --use_ema; give both or neither")
+        if self.ema_snapshot_steps is not None and not self.ema_lengths:
+            raise UserError("--ema_snapshot_steps goes with --ema_lengths; give both or neither")
+
+
+def _chunks(sizes: Sequence[int]) -> list[slice]:
+    """Consecutive tensors of CHUNK bytes together, or of one that has more."""
+    found, begin, held = [], 0, 0
+    for place, size in enumerate(sizes):
+        if held and held + size > CHUNK:
+            found.append(slice(begin, place))
+            begin, held = place, 0
+        held += size
+    return [*found, slice(begin, len(sizes))]
+
+
+class Staging:
+    """Host memory through which tensors of a GPU come, taken once: pinned, so that they come in one wait."""
+
+    def __init__(self):
+        self._memory = torch.empty(0)
+
+    def take(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Float32 tensors on the host, which last until the next ones are taken."""
+        if all(value.device.type == "cpu" for value in values):
+            return list(values)
+        count = sum(value.numel() for value in values)
+        if count > self._memory.numel():
+            self._memory = torch.empty(count, pin_memory=values[0].is_cuda)
+        taken, begin = [], 0
+        for value in values:
+            part = self._memory[begin : begin + value.numel()].view(value.shape)
+            taken.append(part.copy_(value, non_blocking=True))
+            begin += value.numel()
+        if values[0].is_cuda:
+            torch.cuda.current_stream(values[0].device).synchronize()
+        return taken
+
+
+class MovingAverage:
+    """Averages of some parameters, updated after each optimizer step.
+
+    The decay is that of diffusers' `EMAModel`, whose fields `state` gives for the config of the saved weights.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], options: EmaOptions):
+        from diffusers.training_utils import EMAModel
+
+        self._parameters = list(parameters)
+        self._options = options
+        self._schedule = EMAModel(
+            [],
+            decay=options.ema_decay,
+            use_ema_warmup=options.use_ema_warmup,
+            inv_gamma=options.ema_inv_gamma,
+            power=options.ema_power,
+        )
+        # in float32 also of bfloat16 weights, in which an average would stand still
+        self.averages = [self._at_home(parameter.detach().float().clone()) for parameter in self._parameters]
+        self._own = [own_part(average) for average in self.averages]
+        self._is_copied = options.offload_ema or any(each.dtype != torch.float32 for each in self._parameters)
+        self._chunks = _chunks([each.nbytes for each in self._own])
+        self._staging = Staging()
+
+    def _at_home(self, tensor: Tensor) -> Tensor:
+        if not self._options.offload_ema:
+            return tensor
+        host = tensor.to("cpu")
+        return host.pin_memory() if torch.cuda.is_available() else host
+
+    @property
+    def num_updates(self) -> int:
+        """Updates so far."""
+        return self._schedule.optimization_step
+
+    @property
+    def state(self) -> dict[str, float | int | bool]:
+        """The fields that diffusers keeps in the config of averaged weights."""
+        return {name: value for name, value in self._schedule.state_dict().items() if name != "shadow_params"}
+
+    def load(self, averages: Sequence[Tensor], num_updates: int) -> None:
+        """Resumes from saved averages, in the order of the parameters."""
+        for average, saved in zip(self.averages, averages, strict=True):
+            average.copy_(spread_like(saved, average))
+        self._schedule.optimization_step = num_updates
+
+    def decay(self, update: int) -> float:
+        """The decay at an update, from 1."""
+        return self._schedule.get_decay(update)
+
+    @torch.no_grad()
+    def update(self, is_taken: Tensor | None = None) -> None:
+        """average += (1 - decay) * (weight - average), for all weights, by the decay of all steps since the last time.
+
+        With `--ema_every` k, every k-th call does.
+
+        Args:
+            is_taken: [] bool on the device, whether the optimizer took its step: if not, the averages stay as they are.
+                The update counts all the same: to count without it, the host would wait for the device at each step.
+                With `--ema_every` over 1 the steps before count, and the averages move.
+        """
+        self._schedule.optimization_step += 1
+        done, every = self._schedule.optimization_step, self._options.ema_every
+        if done % every:
+            return
+        if every > 1:
+            is_taken = None
+        elif self._options.offload_ema and is_taken is not None:  # this waits for the device anyway
+            if not is_taken:
+                return
+            is_taken = None
+        weight = 1 - math.prod(self.decay(step) for step in range(done - every + 1, done + 1))
+        for places in self._chunks if self._is_copied or is_taken is not None else [slice(None)]:
+            averages, values = self._own[places], [own_part(each) for each in self._parameters[places]]
+            if self._is_copied:
+                values = [value.float() for value in values]
+            if is_taken is not None:
+                values = [torch.where(is_taken, *pair) for pair in zip(values, averages, strict=True)]
+            if self._options.offload_ema:
+                values = self._staging.take(values)
+            if self._options.foreach_ema:
+                torch._foreach_lerp_(averages, values, weight)
+                continue
+            for average, value in zip(averages, values, strict=True):
+                average.lerp_(value, weight)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Context manager: the parameters hold the averages, on their own device."""
+        undo = []
+        try:
+            for parameter, average in zip(self._parameters, self.averages, strict=True):
+                undo.append(put_in_place(parameter, average))
+            yield
+        finally:
+            for put_back in undo:
+                put_back()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Context manager: the parameters hold the averages where these lie, to be written and not computed with."""
+        if any(map(is_sharded, self._parameters)):
+            with self.in_place():
+                yield
+            return
+        kept = [parameter.data for parameter in self._parameters]
+        try:
+            for parameter, average in zip(self._parameters, self.averages, strict=True):
+                parameter.data = average
+            yield
+        finally:
+            for parameter, values in zip(self._parameters, kept, strict=True):
+                parameter.data = values

@@ -1,0 +1,436 @@
+"""What a run says of itself while it trains: progress bar, metrics.jsonl, TensorBoard and W&B."""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.config.options import ProcessError, UserError, first_line, option, require_positive
+from utils.config.terminal import progress_bar
+from utils.runtime.step_lines import JsonLines, keep_steps
+from utils.runtime.trackers import Trackers, tracker_errors
+from utils.sampling.samples import Sample
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+logger = logging.getLogger(__name__)
+METRICS, EPOCHS, LAYERS = "metrics.jsonl", "epochs.jsonl", "layers.jsonl"
+ENOUGH_LOSSES = 20  # of an epoch, to say what is out of the ordinary in the next
+TIMED_STEP = 3  # of a run on a CPU, whose time is told
+TRACKERS = ("tensorboard", "wandb", "comet_ml")
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    report_to: str = option("tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"))
+    logging_dir: str = option("logs", "folder of the trackers' files in output_dir")
+    tracker_project_name: str = option("text2image-fine-tune", "name of the project in the trackers", is_text=True)
+    logging_steps: int = option(
+        1,
+        "optimizer steps whose numbers are read from the device at once, a step after the last; so often processes "
+        "also agree to stop",
+    )
+    debug_loss: bool = option(False, "log each image's loss under its file's name")
+    max_skipped_steps: int = option(10, "steps in a row without a finite loss and gradient after which the run ends")
+    layer_norm_steps: int | None = option(
+        None,
+        "optimizer steps between gradient norms of each layer in layers.jsonl and the trackers; outliers are named",
+    )
+    histogram_steps: int | None = option(
+        None, "optimizer steps between histograms of each layer's weights and gradients in the trackers"
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "logging_steps", "max_skipped_steps", "layer_norm_steps", "histogram_steps")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers asked for; with all those that are installed.
+
+        Raises:
+            UserError: if one that is named is not installed.
+        """
+        if self.report_to == "none":
+            return []
+        if self.report_to == "all":
+            return [name for name in TRACKERS if find_spec(name)]
+        if not find_spec(self.report_to):
+            raise UserError(f"--report_to {self.report_to} is not installed; pip install {self.report_to}")
+        return [self.report_to]
+
+
+class StepMetrics(NamedTuple):
+    """What an optimizer step measured. Tensors stay on the device until they are read.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: passes over the data so far.
+        loss: mean weighted loss over the global batch.
+        grad_norm: norm of the gradients before clipping.
+        learning_rate: the UNet's.
+        keys: names of this process's images, to be named if the step goes wrong.
+        loss_by_key: with --debug_loss (name, loss) of this process's images.
+        waited: seconds that the training thread waited for data.
+        sums: [n] numbers of all processes together, which the loop wants to know when they are read.
+    """
+
+    step: int
+    epoch: float
+    loss: Tensor
+    grad_norm: Tensor
+    learning_rate: float
+    keys: Sequence[str] = ()
+    loss_by_key: Sequence[tuple[str, Tensor]] = ()
+    waited: float = 0.0
+    sums: Tensor | None = None
+
+
+@dataclass
+class Skips:
+    """Steps of a whole run that had no finite loss and gradient, and were not taken; a checkpoint keeps the counts."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+    LAST: ClassVar[int] = 10
+
+    def verdict(self, steps: int) -> str:
+        """Why a run that has done so many steps has diverged; empty if it has not."""
+        if 2 * self.total > steps:
+            return f"{self.total} of {steps} steps had no finite loss and gradient"
+        if self.in_a_row >= self.LAST:
+            return f"the last {self.in_a_row} of {steps} steps had no finite loss and gradient"
+        return ""
+
+
+class SentNumbers:
+    """A step's numbers on their way from a GPU to the host.
+
+    The copy and an event stand in the stream right behind the step. Reading waits for that event alone, so that what
+    was queued since, the next step, is not waited for, and the GPU never runs out of work.
+    """
+
+    def __init__(self, row: Tensor):
+        """`row` is [n] on the device."""
+        self._row, self._event = row, None
+        if row.is_cuda:
+            self._row = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+            self._row.copy_(row, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    @staticmethod
+    def read(sent: Sequence["SentNumbers"]) -> list[list[float]]:
+        """The numbers of several steps, the last of which is waited for."""
+        if sent[-1]._event is not None:
+            sent[-1]._event.synchronize()
+        return torch.stack([each._row for each in sent]).tolist()
+
+
+class RunLog:
+    """Writes metrics on the main process; steps' numbers are read together, when the next step has been queued.
+
+    `metrics.jsonl` has a line a step: step, epoch, train_loss, grad_norm, learning_rate, images_per_second (the mean of
+    the steps that are read together), the share of the time spent waiting for data (data_wait), and on a GPU the most
+    memory used so far. What is not finite stands there as null. `epochs.jsonl` has a line an epoch: the least, largest
+    and mean loss of its steps.
+
+    Attributes:
+        sums: those of the steps that were read since the step before, added up; none if none were.
+    """
+
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        folder: Path,
+        first_step: int,
+        total_steps: int,
+        images_per_step: int,
+        steps_together: int = 1,
+        skips: Skips | None = None,
+    ):
+        """Args:
+        skips: those of the run so far, which are counted on up to the last step that was read.
+        """
+        self._accelerator = accelerator
+        self._trackers = Trackers(accelerator)
+        self._images_per_step = images_per_step
+        self._skips = skips or Skips()
+        self.sums: list[float] = []
+        self._unread: list[float] = []
+        self._epochs = EpochLosses()
+        self._layers = LayerNorms()
+        self._steps_together = steps_together
+        self._first_step, self._total_steps, self._is_timed = first_step, total_steps, False
+        self._pending: list[tuple[StepMetrics, SentNumbers]] = []
+        self._counted_from = self._last_step_at = time.perf_counter()
+        self._files = {name: JsonLines(folder / name) for name in (METRICS, EPOCHS, LAYERS)}
+        self._bar = progress_bar(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            desc="training",
+            disable=not accelerator.is_local_main_process,
+        )
+        if accelerator.is_main_process:
+            for name in self._files:
+                keep_steps(folder / name, first_step)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Takes a step's metrics, and writes those of the steps before, if they are enough to be read together."""
+        if len(self._pending) >= self._steps_together:
+            self._write_pending()
+        self.sums, self._unread = self._unread, []
+        self._pending.append((metrics, SentNumbers(_numbers(metrics))))
+        self._last_step_at = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training, and does not count in its speed; all steps before it are written first."""
+        self._write_pending()
+        try:
+            yield
+        finally:
+            self._counted_from = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Writes what is left, and ends the bar's line, so that an error's message starts one."""
+        self._write_pending()
+        self._bar.close()
+        for file in self._files.values():
+            file.close()
+
+    def _write_pending(self) -> None:
+        if not self._pending:
+            return
+        steps = [metrics for metrics, _ in self._pending]
+        rows = SentNumbers.read([sent for _, sent in self._pending])
+        self._pending = []
+        seconds = (self._last_step_at - self._counted_from) / len(steps)
+        self._counted_from = self._last_step_at
+        self._say_how_long(steps[-1].step, seconds)
+        before = [self._unread] if self._unread else []
+        self._unread = [sum(column) for column in zip(*(row[2:] for row in rows), *before, strict=True)]
+        for metrics, (loss, grad_norm, *_) in zip(steps, rows, strict=True):
+            self._write(metrics, loss, grad_norm, seconds)
+        self._bar.update(len(steps))
+
+    def _say_how_long(self, done: int, seconds: float) -> None:
+        """On a CPU, says once what a step takes: who has a GPU may not know that it is not used."""
+        if self._is_timed or self._accelerator.device.type != "cpu" or not self._accelerator.is_main_process:
+            return
+        if done < self._first_step + TIMED_STEP:  # the first ones take longer
+            return
+        self._is_timed = True
+        num_left = max(0, self._total_steps - done)
+        left = timedelta(seconds=round(seconds * num_left))
+        logger.info("on the CPU a step takes %.2g s: about %s for the %d steps left", seconds, left, num_left)
+
+    def _write(self, metrics: StepMetrics, loss: float, grad_norm: float, seconds: float) -> None:
+        speed = self._images_per_step / seconds
+        self._bar.set_postfix(
+            loss=f"{loss:.4f}", lr=f"{metrics.learning_rate:.2e}", images_per_s=f"{speed:.1f}", refresh=False
+        )
+        values = {
+            "epoch": round(metrics.epoch, 4),
+            "train_loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": metrics.learning_rate,
+            "images_per_second": round(speed, 3),
+            "data_wait": round(min(1.0, metrics.waited / seconds), 4),
+        }
+        if self._accelerator.device.type == "cuda":
+            values["device_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._append(METRICS, {"step": metrics.step} | finite)
+        self._count_skipped(metrics, loss, grad_norm)
+        ended = self._epochs.add(metrics.step, int(metrics.epoch), loss)
+        if ended is not None:
+            self._append(EPOCHS, ended)
+            numbers = {f"epoch_loss_{name}": ended[name] for name in ("min", "max", "mean")}
+            self._trackers.log(numbers, metrics.step)
+        by_key = {f"loss_for_{key}": value.item() for key, value in metrics.loss_by_key}  # asked for, to find a fault
+        self._trackers.log(values | by_key, metrics.step)
+
+    def _count_skipped(self, metrics: StepMetrics, loss: float, grad_norm: float) -> None:
+        """Names the images of a step that was skipped. All processes see the same numbers, and come here together."""
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or self._scaler_searches()):
+            self._skips.in_a_row = 0
+            return
+        from accelerate.utils import gather_object
+
+        self._skips.total += 1
+        self._skips.in_a_row += 1
+        keys = gather_object(list(metrics.keys))
+        message = "step %d was skipped: loss %s, gradient norm %s; its images: %s"
+        logger.warning(message, metrics.step, loss, grad_norm, ", ".join(keys[:64]))
+
+    def _scaler_searches(self) -> bool:
+        """Whether fp16's scaler looks for the largest scale that fits: a few steps at the start, and one now and then.
+
+        Gradients that overflow even where they are not scaled up are the model's own.
+        """
+        scaler = self._accelerator.scaler
+        return scaler is not None and scaler.get_scale() >= 1
+
+    def layers(self, parameters: Iterable[tuple[str, Tensor]], step: int, options: TrackingOptions) -> None:
+        """Logs each layer's gradient norm, and histograms of its weights and gradients, at the steps that are due."""
+        is_due = options.layer_norm_steps is not None and step % options.layer_norm_steps == 0
+        has_histograms = options.histogram_steps is not None and step % options.histogram_steps == 0
+        named = [(name, each) for name, each in parameters if each.grad is not None] if is_due or has_histograms else []
+        if is_due and named:
+            scaler = self._accelerator.scaler
+            norms = self._layers.measure(named, 1.0 if scaler is None else scaler.get_scale())
+            for name, (norm, usual) in self._layers.outliers(norms).items():
+                logger.warning("step %d: the gradient of %s has norm %.3g, usually it is %.3g", step, name, norm, usual)
+            self._layers.remember(norms)
+            self._append(LAYERS, {"step": step, "grad_norms": norms})
+            self._trackers.log({f"grad_norm/{name}": norm for name, norm in norms.items()}, step)
+        if has_histograms and self._accelerator.is_main_process:
+            for name, parameter in named:
+                self._trackers.each(partial(_log_histogram, name=f"weights/{name}", values=parameter, step=step))
+                gradient = partial(_log_histogram, name=f"gradients/{name}", values=parameter.grad, step=step)
+                self._trackers.each(gradient)
+
+    def _append(self, name: str, values: dict) -> None:
+        if self._accelerator.is_main_process:
+            self._files[name].write(values)
+
+    def values(self, values: dict[str, float], step: int) -> None:
+        """Sends what was measured between steps to the trackers, and to the bar's line."""
+        self._trackers.log(values, step)
+        if "validation_loss" in values and self._accelerator.is_main_process:
+            logger.info("step %d: %s", step, ", ".join(f"{k} {v:.5f}" for k, v in values.items() if "/" not in k))
+
+    def images(self, samples: Sequence[Sample], step: int, tag: str) -> None:
+        """Sends samples to the trackers, under `tag`."""
+        if samples:
+            self._trackers.each(partial(_log_images, samples=samples, step=step, tag=tag))
+
+
+def _log_images(tracker: "GeneralTracker", samples: Sequence[Sample], step: int, tag: str) -> None:
+    if tracker.name == "tensorboard":
+        pixels = np.stack([np.asarray(sample.image.convert("RGB")) for sample in samples])
+        tracker.writer.add_images(tag, pixels, step, dataformats="NHWC")
+    elif tracker.name == "wandb":
+        import wandb
+
+        shown = [wandb.Image(sample.image, caption=f"{i}: {sample.caption}") for i, sample in enumerate(samples)]
+        tracker.log({tag: shown}, step=step)
+    else:
+        for index, sample in enumerate(samples):
+            tracker.tracker.log_image(sample.image, name=f"{tag}_{index}", step=step)
+
+
+def _numbers(metrics: StepMetrics) -> Tensor:
+    """[2 + n] the loss, the gradients' norm and the sums, on the device."""
+    both = torch.stack([metrics.loss.float(), metrics.grad_norm.float()])
+    return both if metrics.sums is None else torch.cat([both, metrics.sums.float()])
+
+
+class EpochLosses:
+    """The losses of an epoch's steps, and whether one leaves what the epoch before it had."""
+
+    def __init__(self):
+        self._epoch = 0
+        self._losses: list[float] = []
+        self._before: tuple[float, float] | None = None
+
+    def add(self, step: int, epoch: int, loss: float) -> dict[str, float] | None:
+        """Takes a step's loss; gives the numbers of the epoch that it ended."""
+        if math.isfinite(loss):
+            self._losses.append(loss)
+            if self._before is not None:
+                least, largest = self._before
+                if loss > largest + (largest - least):
+                    message = "step %d: loss %.4f is far over the last epoch's, which were %.4f to %.4f"
+                    logger.warning(message, step, loss, least, largest)
+        if epoch == self._epoch or not self._losses:
+            return None
+        least, largest, mean = min(self._losses), max(self._losses), sum(self._losses) / len(self._losses)
+        if len(self._losses) >= ENOUGH_LOSSES:
+            self._before = least, largest
+        self._epoch, self._losses = epoch, []
+        return {"step": step, "epoch": epoch, "min": least, "max": largest, "mean": mean}
+
+
+class LayerNorms:
+    """Gradient norms by layer, and which of them are out of the ordinary."""
+
+    OUTLIER = 10.0
+
+    def __init__(self):
+        self._usual: dict[str, float] = {}
+
+    def measure(self, named: Sequence[tuple[str, Tensor]], scale: float) -> dict[str, float]:
+        """The norm of each parameter's gradient, which fp16's scaler has multiplied by `scale`; read all at once."""
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm([each.grad for _, each in named])]) / scale
+        return dict(zip((name for name, _ in named), norms.tolist(), strict=True))
+
+    def outliers(self, norms: dict[str, float]) -> dict[str, tuple[float, float]]:
+        """(norm, what is usual) of each layer whose norm is over ten times its running mean."""
+        return {
+            name: (norm, self._usual[name])
+            for name, norm in norms.items()
+            if name in self._usual and norm > self.OUTLIER * self._usual[name] > 0
+        }
+
+    def remember(self, norms: dict[str, float]) -> None:
+        """Takes norms into the running means."""
+        for name, norm in norms.items():
+            if math.isfinite(norm):
+                self._usual[name] = 0.9 * self._usual.get(name, norm) + 0.1 * norm
+
+
+def _log_histogram(tracker: "GeneralTracker", name: str, values: Tensor, step: int) -> None:
+    numbers = values.detach().float().cpu().numpy()
+    if not np.isfinite(numbers).all():
+        return
+    if tracker.name == "tensorboard":
+        tracker.writer.add_histogram(name, numbers, step)
+    elif tracker.name == "wandb":
+        import wandb
+
+        tracker.log({name: wandb.Histogram(numbers)}, step=step)
+    else:
+        tracker.tracker.log_histogram_3d(numbers, name=name, step=step)
+
+
+def start_trackers(accelerator: "Accelerator", options: TrackingOptions, record: dict) -> None:
+    """Opens the trackers, with a run's options as plain values; `record` holds no secrets.
+
+    Raises:
+        UserError: if one can't be opened.
+    """
+    plain = {
+        name: value if isinstance(value, int | float | bool) else _as_unicode(str(value))
+        for name, value in record.items()
+    }
+    try:
+        accelerator.init_trackers(options.tracker_project_name, config=plain)
+    except tracker_errors() as error:
+        accelerator.trackers.clear()  # one that was not started can't be closed
+        raise ProcessError(
+            f"--report_to {options.report_to} can't be started: {first_line(error)}; --report_to none does without"
+        ) from error
+
+
+def _as_unicode(text: str) -> str:
+    """The text, with the bytes of file names that are not Unicode as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,196 @@
+"""The model card and the upload to the Hub."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from utils.config.options import UserError, first_line, option
+from utils.config.terminal import markdown, markdown_cell
+from utils.config.user_files import read_json
+from utils.sampling.samples import Sample
+
+logger = logging.getLogger(__name__)
+CARD, GRID = "README.md", "val_imgs_grid.png"
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    push_to_hub: bool = option(False, "upload the result and its card")
+    hub_model_id: str | None = option(None, "repository to upload to; by default the name of output_dir")
+    hub_token: str | None = option(
+        None,
+        "token of the Hub; it is written nowhere, yet others on the machine see it in the list of processes, and "
+        "launchers print it, so that it is refused under them: set HF_TOKEN in the environment, or `hf auth login`",
+        is_text=True,
+    )
+    hub_private_repo: bool = option(False, "create the repository as a private one")
+
+    def __post_init__(self) -> None:
+        if not self.push_to_hub and self.hub_model_id is not None:
+            raise UserError("--hub_model_id goes with --push_to_hub; give both or neither")
+        if self.hub_model_id is not None:
+            from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+            try:
+                validate_repo_id(self.hub_model_id)
+            except HFValidationError as error:
+                raise UserError(f"--hub_model_id {self.hub_model_id}: {first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says.
+
+    Attributes:
+        base_model: the pipeline that was trained from; None from scratch.
+        data: the dataset's name or folder name.
+        is_lora: whether the result is a LoRA file.
+        settings: lines of the table of settings, (name, value).
+        call: how an image is drawn, in Python.
+        tag: the Hub's name for what the model does.
+        verdict: why the run has diverged; empty if it has not.
+    """
+
+    base_model: str | None
+    data: str
+    is_lora: bool
+    settings: Sequence[tuple[str, object]]
+    call: str = 'pipeline("a prompt")'
+    tag: str = "text-to-image"
+    verdict: str = ""
+
+
+def create_repository(folder: Path, options: HubOptions) -> str | None:
+    """Creates the repository that the result is uploaded to, unless it exists; before a training that would be in vain.
+
+    Returns:
+        Its whole name; None where no upload was asked for.
+
+    Raises:
+        UserError: without a login, or if the Hub can't be reached, or refuses to create or to write to the repository.
+    """
+    if not options.push_to_hub:
+        return None
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HTTPError
+
+    wanted = options.hub_model_id or folder.resolve().name
+    if options.hub_token is None and get_token() is None:
+        raise UserError("--push_to_hub: there is no login; run `hf auth login`, or set HF_TOKEN")
+    api = HfApi(token=options.hub_token)
+    try:
+        repository = api.create_repo(wanted, private=options.hub_private_repo or None, exist_ok=True).repo_id
+        api.auth_check(repository, write=True)  # create_repo is content with a repository that may only be read
+    except (HTTPError, OSError, ValueError) as error:
+        cure = "give --hub_model_id, or a token that may write there by `hf auth login`, or leave out --push_to_hub"
+        raise UserError(
+            f"--push_to_hub: {wanted} can't be written to: {_without_token(error, options)}; {cure}"
+        ) from error
+    return repository
+
+
+def publish(
+    folder: Path, repository: str | None, options: HubOptions, facts: CardFacts, samples: Sequence[Sample]
+) -> None:
+    """Writes the model card and uploads the result to the repository, if there is one."""
+    if repository is not None:
+        write_card(folder, repository, facts, samples)
+        upload(folder, repository, options)
+
+
+def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequence[Sample]) -> None:
+    """Writes README.md, a model card, and the samples it shows as one picture."""
+    from diffusers.utils import make_image_grid
+    from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_card
+    from huggingface_hub import ModelCard, ModelCardData
+
+    local = facts.base_model is None or Path(facts.base_model).exists()
+    base_model = Path(facts.base_model).name if facts.base_model and local else facts.base_model
+    shown = ""
+    if samples:
+        images: list[Image.Image] = [sample.image for sample in samples]
+        make_image_grid(images, 1, len(images)).save(folder / GRID)
+        prompts = "\n".join(f"- {markdown(sample.caption)}" for sample in samples)
+        shown = f"\nSamples of these prompts, in this order:\n\n{prompts}\n\n![samples](./{GRID})\n"
+    table = "\n".join(f"| {name} | {markdown_cell(value)} |" for name, value in facts.settings)
+    result = "LoRA weights for" if facts.is_lora else "This pipeline was fine-tuned from"
+    origin = f"{result} **{markdown(base_model)}**" if base_model else "This pipeline was trained from scratch"
+    trained = ", trained" if facts.is_lora else ""
+    usage = (
+        f"pipeline = DiffusionPipeline.from_pretrained({_quoted(base_model)})\n"
+        f"pipeline.load_lora_weights({_quoted(repository)})"
+        if facts.is_lora
+        else f"pipeline = DiffusionPipeline.from_pretrained({_quoted(repository)})"
+    )
+    warning = f"\n**The training has diverged: {facts.verdict}.**\n" if facts.verdict else ""
+    description = f"""
+# {markdown(repository)}
+
+{origin}{trained} on **{markdown(facts.data)}**.
+{warning}{shown}
+## Usage
+
+```python
+from diffusers import DiffusionPipeline
+
+{usage}
+image = {facts.call}.images[0]
+```
+
+## Training
+
+| setting | value |
+|---|---|
+{table}
+"""
+    card = ModelCard.from_template(
+        card_data=ModelCardData(
+            license=None, library_name="diffusers", base_model=None if local else base_model, inference=True
+        ),
+        template_path=MODEL_CARD_TEMPLATE_PATH,
+        model_description=description,
+    )
+    tags = [facts.tag, "diffusers", "diffusers-training", *(["lora"] if facts.is_lora else [])]
+    populate_model_card(card, tags=tags).save(folder / CARD)
+
+
+def result_files(folder: Path) -> list[str]:
+    """Patterns of the files that are the result and its card: no checkpoints, logs or records of the run."""
+    index = folder / "model_index.json"
+    parts = [f"{name}/**" for name in read_json(index)] if index.exists() else []
+    return ["model_index.json", *parts, "pipeline.py", "pytorch_lora_weights.safetensors", "fused/**", CARD, GRID]
+
+
+def upload(folder: Path, repository: str, options: HubOptions) -> None:
+    """Uploads the result and its card, and nothing else of the folder; if that fails, the result is still there."""
+    from huggingface_hub import upload_folder
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            token=options.hub_token,
+            commit_message="End of training",
+            allow_patterns=result_files(folder),
+        )
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # hf_xet raises RuntimeError
+        reason = _without_token(error, options)
+        logger.warning(
+            "the upload to %s failed: %s; the result is in %s, upload it with `hf upload`", repository, reason, folder
+        )
+
+
+def _without_token(error: BaseException, options: HubOptions) -> str:
+    """An error in one line, without the token that was given."""
+    reason = first_line(error)
+    return reason.replace(options.hub_token, "***") if options.hub_token else reason
+
+
+def _quoted(name: str | None) -> str:
+    """A name as a string of Python within a block of code that no name can end."""
+    return json.dumps(name).replace("`", "\\u0060")

@@ -1,0 +1,400 @@
+"""What a run does with its data before the first step: images chosen, the cache filled; and what is said of them."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.config.options import UserError, flags_as
+from utils.config.seeding import Stream, generator
+from utils.data.buckets import BucketOptions
+from utils.data.cache import CACHE_DTYPES, CacheOptions, EntryStore
+from utils.data.captions import CaptionOptions
+from utils.data.data_fingerprint import DIGESTED_BYTES
+from utils.data.duplicates import first_of_same, shared_with
+from utils.data.encodings import Encodings, LatentPlan, MaskPlan, texts_of
+from utils.data.file_ledger import Ledger
+from utils.data.file_listing import HELD_OUT, Fate
+from utils.data.images import ImageOptions
+from utils.data.mask_values import MASKS_LOOKED_AT, MaskCensus
+from utils.data.plan import (
+    HeldOutOptions,
+    PlannedImages,
+    SelectionOptions,
+    check_bad,
+    hold_out,
+    plan_images,
+    upscaling,
+)
+from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
+from utils.data.stream import StreamedImages, open_stream
+from utils.data.survey import Survey, add_digests, survey, survey_masks, take_census
+from utils.models.base import Family
+from utils.runtime.atomic_files import or_without
+from utils.runtime.processes import write_json
+from utils.runtime.stop_requests import StopRequests
+from utils.training.encoding import CacheFiller, Verification, verify_latents, verify_texts
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+REPORT = "data_report.json"
+MUCH_ENLARGED = 2.0  # times, from which an image is blurred
+MOST_NAMED = 20  # held-out images that can't be read
+MASKS_LOOKED_AT_DRY = 20_000
+
+
+def _warn_of_bad(num_listed: int, bad: Mapping[str, str]) -> None:
+    """Names held-out images that can't be read: the loss is measured without them."""
+    for key, reason in list(bad.items())[:MOST_NAMED]:
+        logger.warning("left out of the validation %s: %s", key, reason)
+    if len(bad) > MOST_NAMED:
+        logger.warning("left out of the validation: %d of %d images", len(bad), num_listed)
+
+
+@dataclass(frozen=True)
+class DataPreparation:
+    """The data of a run, as its options have it.
+
+    Attributes:
+        report_folder: where `data_report.json` and `data_report.jsonl` are written; None on a dry run.
+        requests: which may end it.
+        left_out: folders whose files are no data where they lie within a folder of data, and what becomes of these.
+        splits_by_content: whether copies of an image stay on one side of a portion that is held out.
+        ledger: what became of every file.
+        firsts: of images of the same bytes the number of one, once that is known.
+    """
+
+    accelerator: "Accelerator"
+    data: DataOptions
+    source: SourceOptions
+    captions: CaptionOptions
+    selection: SelectionOptions
+    image: ImageOptions
+    buckets: BucketOptions
+    cache: CacheOptions
+    held_out: HeldOutOptions
+    seed: int
+    report_folder: Path | None
+    requests: StopRequests
+    left_out: Mapping[Path, Fate]
+    splits_by_content: bool = True
+    ledger: Ledger = field(default_factory=Ledger)
+    firsts: list[np.ndarray] = field(default_factory=list, repr=False)
+
+    def choose_images(self, resolution: int, group_size: int) -> PlannedImages | StreamedImages:
+        """The images to train on and their buckets; the main process reads headers, and tells the others.
+
+        Raises:
+            UserError: as `read_records` and `plan_images`.
+        """
+        if self.data.streaming:
+            (entry,) = source_entries(self.data, self.source, self.captions)
+            images = open_stream(
+                self.data, entry.source, entry.captions, resolution, self.buckets, self._left_out_of_training
+            )
+            self.ledger.train_on(images)
+            return images
+        with self.accelerator.main_process_first():  # which fills `datasets`' cache for all
+            records = read_records(self.data, self.source, self.captions, self.seed, self._left_out_of_training)
+        if self.held_out.fraction is not None:
+            firsts = self._first_of_same(records)
+            records, _ = hold_out(records, self.held_out.fraction, self.seed, firsts)
+        known = self._survey(records, self.report_folder is not None)
+        selection = self.selection
+        if self.report_folder is None:  # a dry run names all that is wrong, where a run would end
+            selection = replace(selection, max_bad_fraction=1.0, on_bad_image="skip")
+        images = plan_images(records, known, resolution, group_size, self.buckets, selection, self._report_bad)
+        if records.has_masks:
+            self._check_masks(images)
+        say_what_was_left_out(images, group_size)
+        self.ledger.train_on(images)
+        return images
+
+    def _check_masks(self, images: PlannedImages) -> None:
+        """Looks at masks, and names what is odd in them.
+
+        Raises:
+            UserError: if no image has one, or by all of them the loss would count almost nowhere.
+        """
+        if not images.survey.is_masked.any():
+            flag = self.source.mask_flag or "dataset_file"  # which has them in its sources
+            cures = {
+                "alpha_mask": "none has a transparent part; leave it out",
+                "mask_dir": "they are found by the images' paths within their folder",
+                "mask_column": "the column is empty",
+                "dataset_file": "look at the mask options of its sources",
+            }
+            raise UserError(f"--{flag}: no image has a mask; {cures[flag]}")
+        for census in self._census(images):
+            census.check()
+            for line in census.warnings():
+                logger.warning("%s", line)
+
+    def _census(self, images: PlannedImages) -> list[MaskCensus]:
+        """What is in the masks of each source; the main process looks at them, and tells the others."""
+        from accelerate.utils import broadcast_object_list
+
+        found = None
+        if self.accelerator.is_main_process:
+            where = self.source.masks_given if self.source.has_masks else f"--dataset_file {self.data.dataset_file}"
+            most = MASKS_LOOKED_AT_DRY if self.report_folder is None else MASKS_LOOKED_AT
+            found = take_census(images.records, images.survey.is_masked, where, most)
+        return broadcast_object_list([found])[0]
+
+    @property
+    def _left_out_of_training(self) -> Mapping[Path, Fate]:
+        folder = self.held_out.validation_data_dir
+        return {
+            **self.left_out,
+            **({} if folder is None else {Path(folder): Fate(HELD_OUT, "the folder of --validation_data_dir")}),
+        }
+
+    def choose_held_out(self, resolution: int) -> PlannedImages | None:
+        """The images on which the validation loss is measured, if that was asked for; says what became of all files."""
+        found = self._choose_held_out(resolution)
+        self.ledger.held_out, self.ledger.is_portion = found, self.held_out.fraction is not None
+        for line in self.ledger.lines():
+            logger.info("%s", line)
+        return found
+
+    def _choose_held_out(self, resolution: int) -> PlannedImages | None:
+        options, data, source = self.held_out, self.data, self.source
+        if not options.is_asked:
+            return None
+        if options.validation_data_dir is not None:
+            data = replace(data, dataset_file=None)
+            source = replace(source, dataset_name=None, train_data_dir=options.validation_data_dir, mask_dir=None)
+        elif options.fraction is None:
+            source = replace(source, dataset_split=options.validation_split)
+        names = {"train_data_dir": "validation_data_dir"} if options.validation_data_dir is not None else {}
+        with flags_as(names | {"dataset_split": "validation_split"}), self.accelerator.main_process_first():
+            records = read_records(data, source, self.captions, self.seed, self.left_out)
+        if options.fraction is not None:
+            _, records = hold_out(records, options.fraction, self.seed, self._first_of_same(records))
+        limit = options.max_validation_samples
+        if limit is not None and limit < len(records):
+            order = generator(self.seed, 0, 0, Stream.HELD_OUT_SPLIT).permutation(len(records))
+            records = records.take(np.sort(order[:limit]))
+        known = self._survey(records, self.report_folder is not None)
+        selection = replace(self.selection, max_bad_fraction=1.0)
+        images = plan_images(records, known, resolution, 1, self.buckets, selection, _warn_of_bad)
+        for census in self._census(images) if records.has_masks else ():
+            if census.is_nearly_black:
+                logger.warning("the validation loss counts almost nowhere: its masks are black or nearly so")
+        if options.fraction is None:
+            self._warn_of_shared(images)
+        return images
+
+    def _first_of_same(self, records: Records) -> np.ndarray | None:
+        """As `first_of_same`, which the main process finds out once and tells the others; None where it is not used."""
+        from accelerate.utils import broadcast_object_list
+
+        if not self.splits_by_content:
+            return None
+        if not self.firsts:
+            found = None
+            if self.accelerator.is_main_process:
+                known = survey(records, self.cache.folder, show_progress=True)
+                found = first_of_same(records, known, self.cache.folder)
+                num_copies = int((found != np.arange(len(found))).sum())
+                if num_copies == len(found) - 1:
+                    said = (
+                        "all %d images have the same bytes: those of --validation_split are trained on too, as copies"
+                    )
+                    logger.warning(said, len(found))
+                elif num_copies:
+                    said = "%d images have the bytes of another and are on the same side of --validation_split"
+                    logger.info(said, num_copies)
+            self.firsts.append(broadcast_object_list([found])[0])
+        return self.firsts[0]
+
+    def _warn_of_shared(self, found: PlannedImages) -> None:
+        """Names held-out images that are trained on too, as copies."""
+        trained = self.ledger.images
+        if not self.accelerator.is_main_process or not isinstance(trained, PlannedImages):
+            return
+        shared = shared_with(found.records, found.survey, trained.records, trained.survey, self.cache.folder)
+        if shared:
+            logger.warning(
+                "%d of the %d held-out images have the bytes of images that are trained on, such as %s; the loss on "
+                "them does not tell how well the model does on others",
+                *(len(shared), len(found.records), found.records.key(shared[0])),
+            )
+
+    def _survey(self, records: Records, knows_contents: bool) -> Survey:
+        """What is known of the images.
+
+        Args:
+            knows_contents: whether their digests are wanted, for a run that resumes from this one to compare them.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        known = None
+        if self.accelerator.is_main_process:
+            known = survey(records, self.cache.folder, show_progress=True)
+            with_digests = self.cache.cache_latents and self.report_folder is not None
+            with_digests |= knows_contents and known.total_bytes <= DIGESTED_BYTES
+            if with_digests:
+                add_digests(known, records, known.sizes[:, 0] > 0, self.cache.folder, show_progress=True)
+            if records.has_masks:
+                survey_masks(known, records, self.cache.folder, with_digests, show_progress=True)
+        return broadcast_object_list([known])[0]
+
+    def _report_bad(self, num_listed: int, bad: dict[str, str]) -> None:
+        """Names the bad images before they may end the run."""
+        if self.report_folder is not None and self.accelerator.is_main_process and bad:
+            with or_without(self.report_folder / REPORT):
+                write_json(self.report_folder / REPORT, {"images": num_listed, "unreadable": bad})
+
+    def fill_cache(
+        self, family: Family, images: PlannedImages | StreamedImages, num_workers: int, keep_vae: bool
+    ) -> Encodings:
+        """Encodes what is not in the cache yet; the encoders that are done leave the device.
+
+        Args:
+            keep_vae: whether the VAE stays all the same.
+        """
+        cache = self.cache
+        filler = self._filler(family, num_workers)
+        latents = masks = texts = None
+        if cache.cache_latents:
+            cuts = (images, self.image, self.seed, self.num_crops)
+            plan = LatentPlan(*cuts, filler.vae_fingerprint())
+            latents = filler.latents(plan, EntryStore(cache.folder / "latents"))
+            bad = latents.bad
+            if images.records.has_masks:
+                masks = filler.masks(MaskPlan(*cuts, family.latent_space.shape), EntryStore(cache.folder / "masks"))
+                bad = masks.bad | bad
+            self.share_unreadable({images.records.key(index): why for index, why in bad.items()}, images)
+            num_crops = int((latents.places[:, :, 0] >= 0).sum())
+            logger.info("%d crops of %d images are in %s", num_crops, len(images.records), cache.folder)
+            if cache.verify_cache:
+                report_verification("images", verify_latents(filler, plan, latents))
+        if cache.cache_text_embeddings:
+            distinct = self.texts(images)
+            texts = filler.texts(distinct, filler.text_fingerprint(), EntryStore(cache.folder / "text"))
+            logger.info("%d captions are in %s", len(distinct), cache.folder)
+            if cache.verify_cache:
+                report_verification("captions", verify_texts(filler, distinct, texts))
+        vae_is_done = cache.cache_latents and not keep_vae
+        family.rest(self.accelerator.device, vae=vae_is_done, text_encoders=cache.cache_text_embeddings)
+        return Encodings(latents, masks, texts)
+
+    def texts(self, images: PlannedImages) -> list[str]:
+        """Each distinct text that the images train on; of tags that come in ever new orders one a caption."""
+        return list(texts_of(images, self.seed, self.cache.text_variants))
+
+    def cache_bytes(self, family: Family, images: PlannedImages, num_texts: int) -> dict[str, int]:
+        """What the cache would take, by kind."""
+        filler = self._filler(family, 0)
+        moments = [family.latent_space.num_cached(size) for size in images.plan.sizes]
+        counts = np.bincount(images.plan.bucket_of, minlength=len(moments))
+        values = int(sum(int(count) * size for count, size in zip(counts, moments, strict=True)))
+        states = filler.states([("", True)])
+        return {
+            "latents": values
+            * (self.cache.cut_variants or 1 if self.image.varies else 1)
+            * filler.latent_dtype.itemsize,
+            "text states": (num_texts + 1) * sum(state.nbytes for state in states.values()),
+        }
+
+    def _filler(self, family: Family, num_workers: int) -> CacheFiller:
+        dtype = None if self.cache.cache_dtype is None else CACHE_DTYPES[self.cache.cache_dtype]
+        size, check = self.cache.cache_batch_size, self.requests.check
+        return CacheFiller(self.accelerator, family, dtype, size, num_workers, check)
+
+    @property
+    def num_crops(self) -> int:
+        """Crops of an image that are cached."""
+        return self.cache.cut_variants if self.image.varies else 1
+
+    def write_report(self, images: PlannedImages | StreamedImages, is_last: bool = True) -> None:
+        """Writes what became of the images and of all files: in numbers, and a line for each file.
+
+        Args:
+            is_last: whether it is not to be written again soon.
+        """
+        if self.accelerator.is_main_process:
+            with or_without(f"the report on the data in {self.report_folder}"):
+                write_json(self.report_folder / REPORT, images.report() | self.ledger.report())
+                self.ledger.write(self.report_folder, is_last)
+
+    def share_unreadable(self, found: dict[str, str], images: PlannedImages | StreamedImages) -> None:
+        """Tells all processes of images that one could not decode, names each once, and writes the report.
+
+        Args:
+            found: why not, by their names; emptied.
+
+        Raises:
+            UserError: on all processes, if there are more than the options allow.
+        """
+        from accelerate.utils import gather_object
+
+        together = dict(gather_object(list(found.items())))
+        found.clear()
+        new = {key: reason for key, reason in together.items() if key not in images.bad}
+        for key, reason in new.items():
+            logger.warning("left out %s: %s", key, reason)
+        images.bad.update(new)
+        if new:
+            self.write_report(images, is_last=False)
+            check_bad(images.bad, images.num_known, self.selection)
+
+
+def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
+    """Logs what became of images that are not trained on as they are."""
+    for name, reason in list(images.bad.items())[:20]:
+        logger.warning("left out %s: %s", name, reason)
+    if images.bad:
+        logger.warning("%d unreadable images are left out of the training", len(images.bad))
+    for reason, count in images.filtered.items():
+        logger.warning("%d images are left out: %s", count, reason)
+    by_folder = images.named_by_folder
+    if by_folder:
+        logger.warning("%d images have no caption and train on the name of their folder", by_folder)
+    if images.missing_captions > by_folder:
+        without = images.missing_captions - by_folder
+        logger.warning("%d images have no caption and train on an empty one (see --on_missing_caption)", without)
+    folders = images.records.numbered_folders() if images.records.copies is None else {}
+    if set(folders.values()) - {1}:
+        name, count = max(folders.items(), key=lambda each: each[1])
+        logger.info(
+            "%d folders are called as kohya's scripts want it, such as %s: each of their images is used once an epoch; "
+            "with --folder_repeats it is used as often as the number says, here %d times",
+            *(len(folders), name, count),
+        )
+    enlarged = upscaling(images.survey.sizes, images.plan)
+    num_enlarged = int((enlarged > MUCH_ENLARGED).sum())
+    if num_enlarged:
+        message = "%d images are enlarged by more than %g, up to %.3g times; --max_upscale %g leaves them out"
+        logger.warning(message, num_enlarged, MUCH_ENLARGED, enlarged.max(), MUCH_ENLARGED)
+    num_whole = int((~images.survey.is_masked).sum()) if images.records.has_masks else 0
+    if num_whole:
+        logger.warning("%d images have no mask: in them the loss counts everywhere", num_whole)
+    for (width, height), count, goals in images.plan.merged:
+        others = ", ".join(f"{goal[0]}x{goal[1]}" for goal in goals)
+        reason = f"under a group of {group_size}"
+        logger.info("the bucket %dx%d has %d images, %s: moved to %s", width, height, count, reason, others)
+
+
+def report_verification(what: str, found: Verification) -> None:
+    """Says what comparing the cache has shown.
+
+    Raises:
+        UserError: if an entry is not what the encoders say now.
+    """
+    quality = ""
+    if found.peak_signal_to_noise is not None:
+        quality = f"; decoded, their PSNR against the pixels is {found.peak_signal_to_noise:.1f} dB"
+    if found.different:
+        names = ", ".join(found.different[:10])
+        raise UserError(
+            f"--verify_cache: {len(found.different)} of {found.num_entries} {what} differ from what is cached, such as "
+            f"{names}; remove the folder of --encoding_cache_dir and fill it again"
+        )
+    logger.info("verified %d cached %s: off by at most %.1e%s", found.num_entries, what, found.worst, quality)

@@ -1,0 +1,332 @@
+"""Whether a run resumes from a checkpoint, and whether that is one of the same run."""
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from utils.config.options import UserError, first_line
+from utils.data.buckets import BucketOptions
+from utils.data.class_folders import INNER, same_text
+from utils.data.data_fingerprint import compare, content_name, is_content_name, read_content, write_content
+from utils.data.loader import LoaderOptions
+from utils.data.plan import HeldOutOptions, PlannedImages
+from utils.data.stream import StreamedImages
+from utils.runtime.engines import Engine
+from utils.runtime.processes import OutputFolder, on_main_process
+from utils.runtime.stop_requests import StopRequests
+from utils.training.checkpoint import (
+    CheckpointOptions,
+    Checkpoints,
+    RunFacts,
+    check_structure,
+    check_training,
+    read_state,
+)
+from utils.training.optimizers import LENGTH_SCHEDULES, ScheduleOptions
+from utils.training.posthoc_ema import has_averages, set_aside_snapshots
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+RECORD_FACT = "data_record"  # which file beside the checkpoints says what the images were
+HELD_OUT_FACT = "held_out_record"  # the same of the held-out images
+# a checkpoint without this drew each held-out image by its name
+SPLIT_RULE_FACT, SPLIT_BY_CONTENT = "validation_split_rule", "by content"
+
+EARLIER_STREAM = re.compile(r"^a stream of (None|\d+) images in")
+WARMUP = "lr_warmup_steps"
+# what a resumed run may change: its length, intervals and logging, how it is spread, what only saves memory or time,
+# and where its data lie, which are compared themselves
+FREE_GROUPS = (
+    "evaluation",
+    "features",
+    "controls",
+    "length",
+    "checkpoint",
+    "tracking",
+    "hub",
+    "validation",
+    "stopping",
+    "runtime",
+    "loader",
+    "sampling",
+    "speed",
+)
+FREE_OPTIONS = {
+    *("dataset_name", "dataset_config_name", "train_data_dir", "dataset_file", "cache_dir", "mask_dir"),
+    *("validation_data_dir", "max_validation_samples", "encoding_cache_dir", "cache_batch_size", "cache_only"),
+    *("verify_cache", "use_ema", "offload_ema", "foreach_ema", "ema_lengths", "ema_snapshot_steps"),
+    *(
+        "gradient_checkpointing",
+        "attention_slicing",
+        "vae_slicing",
+        "sampling_cpu_offload",
+        "export_fused",
+        "fused_lora",
+    ),
+    *("on_bad_image", "fused_adamw", "max_bad_fraction", "bucket_group_size", "loss_module"),
+}
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins.
+
+    Attributes:
+        accelerator, folder, checkpoints: the run's.
+        start: the checkpoint that it resumes from; None for the first step.
+        group_size: samples of one bucket that stand together.
+        structure: what a checkpoint can only be resumed with, by flag.
+        training: what else changes the training, by flag.
+        may_change: whether that may be other than the checkpoint has it.
+        keeps_record: whether it is noted in the output folder what the images are; not on a dry run.
+        splits_by_content: whether a portion is held out so that copies of an image stay together; earlier releases did
+            not, and a run resumed from one of their checkpoints trains on the same images as before.
+    """
+
+    accelerator: "Accelerator"
+    folder: Path
+    checkpoints: Checkpoints
+    start: Path | None
+    group_size: int
+    structure: Mapping[str, object]
+    training: Mapping[str, object]
+    may_change: bool
+    keeps_record: bool
+    splits_by_content: bool = True
+
+    def having(self, **structure: object) -> "Beginning":
+        """The same with more that a checkpoint can only be resumed with.
+
+        Raises:
+            UserError: if the checkpoint was made with other.
+        """
+        if self.start is not None:
+            then = read_state(self.start).facts.structure
+            check_structure(self.start, {name: _as_then(value, then.get(name)) for name, value in structure.items()})
+        return replace(self, structure={**self.structure, **structure})
+
+    def class_order(self, names: Sequence[str]) -> list[str]:
+        """The classes in the order of the checkpoint's, if they are the same but for their spelling."""
+        then = [] if self.start is None else read_state(self.start).facts.structure.get("classes")
+        places = {name: place for place, name in enumerate(_spelled(then))} if isinstance(then, list) else {}
+        return sorted(names, key=places.get) if places.keys() == set(names) else list(names)
+
+    def schedule(self, options: ScheduleOptions, total_steps: int) -> ScheduleOptions:
+        """The course of the learning rate, whose warm-up is the checkpoint's or fits the run where none is asked for.
+
+        It warns of a warm-up that takes most of the run.
+        """
+        recorded = None if self.start is None else read_state(self.start).facts.training.get(WARMUP)
+        schedule = options.fitted(total_steps, recorded)
+        if warning := schedule.warning(total_steps):
+            logger.warning("%s", warning if self.start is None else warning.partition("; ")[0])
+        return schedule
+
+    def facts(
+        self,
+        images: PlannedImages | StreamedImages,
+        held_out: PlannedImages | None,
+        schedule: ScheduleOptions,
+        total_steps: int,
+    ) -> RunFacts:
+        """What a run that resumes from this one will be compared with.
+
+        Other held-out images are warned of: they change the measurements, and no training.
+
+        Raises:
+            UserError: if this one continues with other data, unasked.
+        """
+        data, use = {"data": self._known_as(images.fingerprint())}, images.describe_sources()
+        if self.start is not None:
+            check_training(self.start, use, self.may_change)
+        name = on_main_process(self.accelerator, lambda: self._compare_data(images))
+        held_out_name = on_main_process(self.accelerator, lambda: self._compare_held_out(held_out))
+        if self.start is not None:
+            check_training(self.start, data, self.may_change)
+            _warn_of_length(self.start, schedule, total_steps)
+        training = {**self.training, WARMUP: schedule.lr_warmup_steps, **data, **use, RECORD_FACT: name}
+        if held_out_name is not None:
+            training[HELD_OUT_FACT] = held_out_name
+        if self.splits_by_content:
+            training[SPLIT_RULE_FACT] = SPLIT_BY_CONTENT
+        return RunFacts(dict(self.structure), training, total_steps)
+
+    def _known_as(self, fingerprint: str) -> str:
+        """The fingerprint of the images; that of the checkpoint where it is the same in an earlier release's words."""
+        recorded = None if self.start is None else read_state(self.start).facts.training.get("data")
+        said = EARLIER_STREAM.sub("a stream in", recorded) if isinstance(recorded, str) else None
+        return recorded if said == fingerprint else fingerprint
+
+    def _compare_data(self, images: PlannedImages | StreamedImages) -> str:
+        """Compares the images with those that the checkpoint was trained on; keeps a record of them, and names it."""
+        now = images.content()
+        if self.start is not None:
+            changes = self._changes_since(self.start, now, RECORD_FACT)
+            if changes and not self.may_change:
+                raise UserError(
+                    f"{self.start} was trained on other data: {changes}; put them back, or give --allow_changed_options"
+                )
+            if changes:
+                logger.warning("resuming from %s with other data: %s", self.start, changes)
+        return self._kept(now)
+
+    def _compare_held_out(self, images: PlannedImages | None) -> str | None:
+        """The same of the held-out images, if there are any."""
+        if images is None:
+            return None
+        now = images.content()
+        if self.start is not None and HELD_OUT_FACT in read_state(self.start).facts.training:
+            changes = self._changes_since(self.start, now, HELD_OUT_FACT)
+            if changes:
+                message = "the held-out images are not those of %s: %s; losses measured before it do not compare"
+                logger.warning(message, self.start, changes)
+        return self._kept(now)
+
+    def _kept(self, record: pa.Table) -> str:
+        """The name of a record, which is kept in the output folder."""
+        try:
+            return write_content(self.folder, record) if self.keeps_record else content_name(record)
+        except OSError as error:
+            raise UserError(f"--output_dir: {self.folder} can't be written: {error}") from error
+
+    def _changes_since(self, start: Path, now: pa.Table, fact: str) -> str:
+        name = read_state(start).facts.training.get(fact)
+        if not isinstance(name, str) or not is_content_name(name):
+            logger.warning("%s has no record of its data: whether images or captions changed can't be seen", start)
+            return ""
+        try:
+            beside = [start.absolute().parent, start.resolve().parent]  # it may be a link to another disk
+            then = read_content(next((each for each in beside if (each / name).exists()), beside[0]), name)
+        except (OSError, ValueError) as error:
+            logger.warning("whether images or captions changed since %s can't be seen: %s", start, first_line(error))
+            return ""
+        found = compare(then, now)
+        if found.num_unknown:
+            message = "%d images have other times and the same sizes as for %s; whether they changed can't be seen"
+            logger.warning(message, found.num_unknown, start)
+        return found.words
+
+    def take_over(self) -> None:
+        """Tidies what earlier runs left in the output folder, once nothing can refuse this run any more."""
+        on_main_process(self.accelerator, self._tidy)
+
+    def _tidy(self) -> None:
+        start = self.start
+        step = 0 if start is None else read_state(start).step
+        self.checkpoints.clean()
+        self.checkpoints.set_aside_after(step)
+        set_aside_snapshots(self.folder, step if start is not None and has_averages(start) else 0)
+
+
+def begin(options: Any, engine: Engine, folder: OutputFolder, requests: StopRequests, pipeline_class: str) -> Beginning:
+    """Finds the checkpoint to resume from, compares the options with its own, and takes the output folder.
+
+    Args:
+        options: all of a script's, by group.
+        pipeline_class: the name of the class that is trained.
+
+    Raises:
+        UserError: if the folder or the checkpoint is not this run's.
+    """
+    accelerator, asked = engine.accelerator, options.checkpoint
+    checkpoints = Checkpoints(folder.path, asked.checkpoints_total_limit)
+    start = on_main_process(accelerator, lambda: checkpoints.resolve(asked.resume_from_checkpoint))
+    global_batch = options.loader.global_batch(accelerator.num_processes)
+    group_size = _choose_group_size(options.buckets, options.loader, global_batch, start)
+    structure = options.structure | {"pretrained_model": pipeline_class}
+    structure["bucket_group_size"] = group_size if options.buckets.use_aspect_ratio_buckets else None
+    training = _training_options(options)
+    training |= {"mixed_precision": accelerator.mixed_precision, "global_batch": global_batch}
+    if training[WARMUP] is None:  # the checkpoint's, or one that fits
+        del training[WARMUP]
+    if start is not None:
+        check_structure(start, structure)
+        check_training(start, _compared(training, start), asked.allow_changed_options, _defaults(options))
+    if not options.runtime.dry_run:
+        overwrite = options.runtime.overwrite_output_dir
+        on_main_process(accelerator, lambda: _claim(folder, start, asked, overwrite))
+        on_main_process(accelerator, requests.remove_files)
+    may_change, is_dry = asked.allow_changed_options, options.runtime.dry_run
+    whole = accelerator, folder.path, checkpoints
+    by_content = _splits_by_content(start, options.held_out)
+    return Beginning(*whole, start, group_size, structure, training, may_change, not is_dry, by_content)
+
+
+def _splits_by_content(start: Path | None, held_out: HeldOutOptions) -> bool:
+    """Whether copies of an image stay together in the split: not where a checkpoint continues a split without that."""
+    if start is None or held_out.fraction is None:
+        return True
+    recorded = read_state(start).facts.training
+    is_same_split = recorded.get("validation_split") == held_out.validation_split
+    if SPLIT_RULE_FACT in recorded or not is_same_split:
+        return True
+    logger.info(
+        "%s is of an earlier release, which held out each image by its name alone; this run keeps that split, and "
+        "copies of an image may be both trained on and held out",
+        start,
+    )
+    return False
+
+
+def _as_then(now: object, then: object) -> object:
+    """A checkpoint's names of classes where these are the same but for their spelling; else the names of now."""
+    return then if type(then) is type(now) and _spelled(now) == _spelled(then) else now
+
+
+def _spelled(names: object) -> object:
+    """The names of classes, or what is given by them, in one spelling; anything else as it is."""
+    if isinstance(names, Mapping):
+        return {same_text(name): value for name, value in names.items()}
+    return [same_text(name) if isinstance(name, str) else name for name in names] if isinstance(names, list) else names
+
+
+def _compared(training: Mapping[str, object], start: Path) -> dict[str, object]:
+    """The options that are compared with a checkpoint's: without --class_folders where that only says its default."""
+    rules = training.get("class_folders"), read_state(start).facts.training.get("class_folders")
+    is_same = set(rules) <= {None, INNER}
+    return {name: value for name, value in training.items() if name != "class_folders" or not is_same}
+
+
+def _defaults(options: Any) -> dict[str, object]:
+    """The values of all options that are not given."""
+    groups = (getattr(options, group.name) for group in fields(options))
+    return {each.name: each.default for group in groups for each in fields(group)}
+
+
+def _training_options(options: Any) -> dict[str, object]:
+    """The options that change what is trained, by flag."""
+    groups = (field.name for field in fields(options) if field.name not in FREE_GROUPS)
+    record = {name: value for group in groups for name, value in asdict(getattr(options, group)).items()}
+    return {name: value for name, value in record.items() if name not in FREE_OPTIONS}
+
+
+def _choose_group_size(buckets: BucketOptions, loader: LoaderOptions, global_batch: int, start: Path | None) -> int:
+    """How many samples of one bucket stand together: as asked, as the resumed run had it, or the micro-batch."""
+    recorded = None if start is None else read_state(start).facts.structure.get("bucket_group_size")
+    recorded = recorded if type(recorded) is int and recorded > 0 else None
+    chosen = buckets.bucket_group_size or recorded or math.gcd(loader.train_batch_size, global_batch)
+    if global_batch % chosen:
+        raise UserError(f"--bucket_group_size must divide the global batch of {global_batch}, got {chosen}")
+    return chosen
+
+
+def _claim(folder: OutputFolder, start: Path | None, options: CheckpointOptions, overwrite: bool) -> None:
+    """Takes the output folder for this run."""
+    is_inside = start is not None and start.resolve().parent == folder.path.resolve()
+    folder.claim(is_inside or options.resume_from_checkpoint == "latest", overwrite)
+
+
+def _warn_of_length(start: Path, options: ScheduleOptions, total_steps: int) -> None:
+    """Says so where the learning rate would have another course because the run has another length."""
+    before = read_state(start).facts.total_steps
+    if options.lr_scheduler in LENGTH_SCHEDULES and before != total_steps:
+        message = "--lr_scheduler %s depends on the run's length: it was %d steps and is %d, so the rate jumps"
+        logger.warning(message, options.lr_scheduler, before, total_steps)

@@ -1,0 +1,341 @@
+"""The loss on images that are not trained on: the same noise and timesteps at every measurement."""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.config.batch import Batch, RecordPass
+from utils.config.options import first_line, option, require_not_negative, require_positive
+from utils.config.seeding import Stream, generator
+from utils.config.user_files import read_bytes
+from utils.data.captions import compose
+from utils.data.crop_pixels import cut_out
+from utils.data.images import ImageOptions
+from utils.data.plan import PlannedImages
+from utils.models.base import Family, TextStates
+from utils.runtime.atomic_files import or_without, replacing
+from utils.runtime.memory import is_out_of_memory
+from utils.runtime.processes import autocast
+from utils.runtime.sharding import unsharded
+from utils.runtime.step_lines import read_line, warn_of_unread
+from utils.runtime.stop_requests import StopRequests
+from utils.training.encoding import EncodedBatch
+from utils.training.objective import Objective
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+FILE = "validation.jsonl"
+FILE_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class EarlyStoppingOptions:
+    num_validation_timesteps: int = option(8, "timesteps, evenly spread, at which the validation loss is measured")
+    early_stopping_patience: int | None = option(
+        None, "end the run after this many measurements in a row without a lower validation loss"
+    )
+    early_stopping_threshold: float = option(0.0, "by how much the loss must be lower to count")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_validation_timesteps", "early_stopping_patience")
+        require_not_negative(self, "early_stopping_threshold")
+
+
+class Measurement(NamedTuple):
+    """The validation loss after some optimizer steps.
+
+    Attributes:
+        loss: mean squared error of the prediction over images and timesteps.
+        curve: [T] the same at each timestep.
+        ema_loss, ema_curve: of the averaged weights, where there are any.
+    """
+
+    step: int
+    loss: float
+    curve: list[float]
+    ema_loss: float | None = None
+    ema_curve: list[float] | None = None
+
+    @property
+    def decisive(self) -> float:
+        """What is exported is what counts: the averaged weights' loss where there are any."""
+        return self.loss if self.ema_loss is None else self.ema_loss
+
+
+def measurement_of(step: int, curve: np.ndarray, ema_curve: np.ndarray | None = None) -> Measurement:
+    """A measurement from the losses at each timestep."""
+    averaged = () if ema_curve is None else (float(ema_curve.mean()), ema_curve.tolist())
+    return Measurement(step, float(curve.mean()), curve.tolist(), *averaged)
+
+
+def relative_loss(curve: Sequence[float], base: Sequence[float]) -> float:
+    """The mean over the timesteps of log(loss / the base model's): no timestep outweighs the others."""
+    return float(np.mean(np.log(np.array(curve) / np.array(base))))
+
+
+def _measurement_in(line: bytes) -> Measurement | None:
+    """The measurement in a line of the file; None where it is none."""
+    values = read_line(line)
+    if values is None:
+        return None
+    values.pop("relative_loss", None)
+    optional = {"ema_loss": values.get("ema_loss"), "ema_curve": values.get("ema_curve")}
+    whole = optional | values
+    is_right = (
+        whole.keys() == set(Measurement._fields)
+        and type(whole["step"]) is int
+        and _are_numbers([whole["loss"]])
+        and _are_numbers(whole["curve"])
+        and (whole["ema_loss"] is None or _are_numbers([whole["ema_loss"]]))
+        and (whole["ema_curve"] is None or _are_numbers(whole["ema_curve"]))
+    )
+    return Measurement(**whole) if is_right else None
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and bool(values) and all(type(value) in (int, float) for value in values)
+
+
+class History:
+    """The measurements of a run, in `validation.jsonl`; a resumed run resumes from those up to its first step."""
+
+    def __init__(self, folder: Path, first_step: int, options: EarlyStoppingOptions):
+        self._file = folder / FILE
+        self._options = options
+        self._lines: list[Measurement | bytes] = []  # those of the file; bytes can't be read, and are kept
+        if first_step and self._file.is_file():
+            for line in read_bytes(self._file, FILE_LIMIT).split(b"\n"):
+                found = _measurement_in(line)
+                if (found is None and line.strip()) or (found is not None and found.step <= first_step):
+                    self._lines.append(line if found is None else found)
+            warn_of_unread(self._file, len(self._lines) - len(self.measurements))
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        """Those of the run so far."""
+        return [each for each in self._lines if isinstance(each, Measurement)]
+
+    @property
+    def base(self) -> list[float] | None:
+        """The curve before the first step, where the run knows it."""
+        first = self.measurements[0] if self.measurements else None
+        return first.curve if first is not None and first.step == 0 else None
+
+    def add(self, measurement: Measurement, write: bool) -> None:
+        """Takes a measurement; one process writes the file."""
+        self._lines.append(measurement)
+        if write:
+            lines = [each if isinstance(each, bytes) else self._line(each) for each in self._lines]
+            with or_without(self._file), replacing(self._file) as aside:
+                aside.write_bytes(b"\n".join(lines) + b"\n")
+
+    def _line(self, measurement: Measurement) -> bytes:
+        return json.dumps(self.values(measurement)).encode()
+
+    def values(self, measurement: Measurement) -> dict[str, object]:
+        """A measurement with its loss relative to the base model's."""
+        values = {name: value for name, value in measurement._asdict().items() if value is not None}
+        curve = measurement.ema_curve or measurement.curve
+        if self.base is not None and len(self.base) == len(curve):  # as many as --num_validation_timesteps was then
+            values["relative_loss"] = relative_loss(curve, self.base)
+        return values
+
+    def logged(self, measurement: Measurement) -> dict[str, float]:
+        """What the trackers are told: means, the relative loss, and the loss at each timestep."""
+        values = self.values(measurement)
+        names = {
+            "loss": "validation_loss",
+            "ema_loss": "validation_loss_ema",
+            "relative_loss": "validation_loss_relative",
+        }
+        curve = {f"validation_loss_at/{place}": loss for place, loss in enumerate(measurement.curve)}
+        return {name: values[key] for key, name in names.items() if key in values} | curve
+
+    def best(self) -> Measurement | None:
+        """The first of those with the lowest loss, but for differences under the threshold; not that before step 1."""
+        best = None
+        for each in self.measurements:
+            is_lower = best is None or each.decisive < best.decisive - self._options.early_stopping_threshold
+            if each.step > 0 and is_lower and math.isfinite(each.decisive):
+                best = each
+        return best
+
+    def since_best(self) -> int:
+        """Measurements since the best one."""
+        best = self.best()
+        return 0 if best is None else len(self.measurements) - 1 - self.measurements.index(best)
+
+    def is_over(self) -> bool:
+        """Whether the run should end."""
+        patience = self._options.early_stopping_patience
+        return patience is not None and self.since_best() >= patience
+
+    def reductions(self, patience: int) -> int:
+        """How often a rate that falls after `patience` measurements without a lower loss has fallen."""
+        best, waited, count = math.inf, 0, 0
+        for each in self.measurements:
+            if each.decisive < best - self._options.early_stopping_threshold:
+                best, waited = each.decisive, 0
+            else:
+                waited += 1
+            if waited > patience:
+                count, waited = count + 1, 0
+        return count
+
+
+@dataclass(frozen=True)
+class HeldOutSample:
+    """One image, encoded once; its tensors are on the CPU.
+
+    Attributes:
+        number: its place among the held-out images, by which its noise is drawn.
+        moments: [1, 2, C, h, w] of the VAE's posterior.
+        states: text states, or None where the text encoders train.
+        mask: [1, 1, h, w] uint8, or None without masks.
+    """
+
+    number: int
+    moments: Tensor
+    crop: Tensor
+    input_ids: Tensor
+    states: TextStates | None
+    mask: Tensor | None
+
+
+class HeldOut:
+    """The held-out images of this process, and what their loss is."""
+
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        family: Family,
+        images: PlannedImages,
+        options: EarlyStoppingOptions,
+        image_options: ImageOptions,
+        seed: int,
+        text_encoders_train: bool,
+        requests: StopRequests,
+    ):
+        self._requests = requests
+        self.is_main_process = accelerator.is_main_process
+        self._accelerator = accelerator
+        self._seed = seed
+        steps = options.num_validation_timesteps
+        total = family.pipeline.scheduler.config.num_train_timesteps
+        self._timesteps = torch.tensor([(2 * number + 1) * total // (2 * steps) for number in range(steps)])
+        still = image_options.still
+        mine = range(accelerator.process_index, len(images.records), accelerator.num_processes)
+        self._samples = [
+            sample
+            for number in mine
+            if (sample := _encode(family, images, number, still, accelerator.device, text_encoders_train)) is not None
+        ]
+
+    @torch.no_grad()
+    def losses(self, objective: Objective) -> np.ndarray | None:
+        """[T] float64 mean squared error at each timestep, over the images of all processes.
+
+        Each image is a batch of its own, so that the number is the same on any number of processes. None if a signal
+        to any of them has broken it off.
+        """
+        from accelerate.utils import gather_object
+
+        found = []
+        with unsharded(objective.trained.values()):
+            for sample in self._samples:
+                if self._requests.is_asked:
+                    break
+                batch = self._batch(sample).to(self._accelerator.device)
+                mean, std = batch.moments.float().unbind(1)
+                encoded = EncodedBatch(batch, mean, std, batch.states)
+                found.append((sample.number, self._measured(objective, encoded).cpu().double().numpy()))
+        together = gather_object([(found, len(found) == len(self._samples))])
+        if not all(is_whole for _, is_whole in together):
+            return None
+        every = sorted((pair for some, _ in together for pair in some), key=lambda pair: pair[0])
+        return np.mean([losses for _, losses in every], axis=0)
+
+    def _measured(self, objective: Objective, encoded: EncodedBatch) -> Tensor:
+        """[T] the losses; where memory is short of all timesteps at once, of one after the other."""
+        with autocast(self._accelerator):
+            try:
+                return objective.plain_losses(encoded)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            torch.cuda.empty_cache()
+            parts = (encoded.part(place, place + 1) for place in range(len(encoded.batch)))
+            return torch.cat([objective.plain_losses(part) for part in parts])
+
+    def _batch(self, sample: HeldOutSample) -> Batch:
+        """The image at each timestep, each with noise of its own that never changes."""
+        count, shape = len(self._timesteps), sample.moments.shape[2:]
+
+        def repeated(tensor: Tensor) -> Tensor:
+            return tensor.expand(count, *tensor.shape[1:])
+
+        def noise(stream: Stream) -> Tensor:
+            drawn = [
+                generator(self._seed, sample.number, place, stream).standard_normal(shape, dtype=np.float32)
+                for place in range(count)
+            ]
+            return torch.from_numpy(np.stack(drawn))
+
+        states = None if sample.states is None else {name: repeated(state) for name, state in sample.states.items()}
+        return Batch(
+            step=0,
+            slots=(0,) * count,
+            keys=("",) * count,
+            pixels=None,
+            moments=repeated(sample.moments),
+            input_ids=repeated(sample.input_ids),
+            states=states,
+            caption_dropped=torch.zeros(count, dtype=torch.bool),
+            crops=repeated(sample.crop),
+            loss_weights=torch.ones(count),
+            posterior_noise=noise(Stream.HELD_OUT_POSTERIOR),
+            noise=noise(Stream.HELD_OUT_NOISE),
+            input_perturbation=None,
+            timesteps=self._timesteps,
+            masks=None if sample.mask is None else repeated(sample.mask),
+        )
+
+
+@torch.no_grad()
+def _encode(
+    family: Family,
+    images: PlannedImages,
+    number: int,
+    options: ImageOptions,
+    device: torch.device,
+    text_encoders_train: bool,
+) -> HeldOutSample | None:
+    """An image with its first caption; None if it can't be read."""
+    records, passing = images.records, RecordPass(images.records.identity(number), 0)
+    target = images.target(number)
+    shape = family.latent_space.shape(target)[1:] if records.has_masks else None
+    try:
+        found = cut_out(records.image(number), records.mask(number), target, options, 0, passing, shape)
+    except (OSError, ValueError) as error:
+        logger.warning("left out of the validation %s: %s", records.key(number), first_line(error))
+        return None
+    mean, std = family.latent_space.moments(torch.from_numpy(found.pixels)[None].to(device))
+    plain = replace(records.caption_options(number), shuffle_tags=False, tag_dropout=0.0)
+    input_ids = family.tokenizer()([compose(records.captions(number)[0], plain, 0, passing)])
+    states = None
+    if not text_encoders_train:
+        encoded = family.encode_text(input_ids.to(device), torch.tensor([False], device=device))
+        states = {name: state.cpu() for name, state in encoded.items()}
+    moments = torch.stack([mean, std], dim=1).cpu()
+    mask = None if found.mask is None else torch.from_numpy(found.mask)[None, None]
+    return HeldOutSample(number, moments, torch.tensor([found.crop.row()]), input_ids, states, mask)
