@@ -22,54 +22,42 @@ import torch
 from utils.config.options import UserError, leave, parse, run_script
 from utils.config.seeding import model_seed
 from utils.config.terminal import Lines, print_line, set_up_logging
-from utils.config.training_length import LengthOptions
-from utils.data.buckets import BucketOptions
-from utils.data.cache import CacheOptions
 from utils.data.captions import CaptionOptions
-from utils.data.images import ImageOptions
-from utils.data.loader import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
+from utils.data.loader import SampleSpec, TrainingDataset, Waiting, batches_by_step
 from utils.data.order import GlobalBatches
-from utils.data.plan import HeldOutOptions, SelectionOptions
-from utils.data.sources import DataOptions, SourceOptions, source_entries
+from utils.data.sources import source_entries
 from utils.data.stream import StreamedBatches
-from utils.diffusion.losses import LossOptions
 from utils.diffusion.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
-from utils.evaluation.metrics.features import FeatureOptions
-from utils.evaluation.while_training import EvaluationOptions, TrainingEvaluation
+from utils.evaluation.while_training import TrainingEvaluation
 from utils.models.attention import Attention
-from utils.models.loading import LoadingOptions, allowing_missing
-from utils.models.loss_terms import TermOptions
-from utils.models.perceptual_loss import PerceptualOptions
+from utils.models.loading import allowing_missing
 from utils.models.pipeline_source import ModelOptions, PipelineSource
 from utils.models.registry import pick_family
 from utils.models.text_to_image import TextFamily
 from utils.runtime.processes import (
     OutputFolder,
-    RuntimeOptions,
     ending,
     use_hub_cache_if_offline,
     weight_dtype,
 )
 from utils.runtime.stop_requests import StopRequests
-from utils.sampling.controls import SamplingControlOptions, SamplingControls
+from utils.sampling.controls import SamplingControls
 from utils.sampling.prompt_samples import Sampler, ValidationOptions
 from utils.sampling.scheduler_trials import check_text_trial, check_trial_of
 from utils.training.adaptation import ADAPTATIONS, AdaptationOptions
 from utils.training.backward import FREE_CURE, setting
 from utils.training.bf16_weights import HalfCopy
-from utils.training.checkpoint import CheckpointOptions, step_of
+from utils.training.checkpoint import step_of
 from utils.training.compatibility import check_cache, check_held_out, check_masks, check_optimizer, check_token
 from utils.training.course import Feed, Settings, Validation, start_course
 from utils.training.disk_use import describe_disk, disk_use
 from utils.training.dry_run import examine_data
-from utils.training.ema import EmaOptions
 from utils.training.encoding import Encoder
-from utils.training.log import TrackingOptions
-from utils.training.model_card import CardFacts, HubOptions, publish
+from utils.training.model_card import CardFacts, publish
 from utils.training.objective import Objective
-from utils.training.optimizers import OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
+from utils.training.optimizers import rate_factor, set_learning_rate
+from utils.training.options import TrainingOptions
 from utils.training.resume import begin
-from utils.training.speed import SpeedOptions
 from utils.training.starting import (
     card_settings,
     data_name,
@@ -87,7 +75,7 @@ from utils.training.starting import (
     start_engine,
     with_fast,
 )
-from utils.training.validation_loss import EarlyStoppingOptions, History
+from utils.training.validation_loss import History
 
 logger = logging.getLogger("utils.train_text_to_image")
 # the docstring's first line, which python -OO leaves out
@@ -95,46 +83,13 @@ PURPOSE = "Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions,
 
 
 @dataclass(frozen=True)
-class Options:
-    """All options of this script, by group."""
+class Options(TrainingOptions):
+    """All options of this script: the shared groups, some of them narrowed here."""
 
     model: ModelOptions
-    loading: LoadingOptions
     adaptation: AdaptationOptions
-    data: DataOptions
-    source: SourceOptions
     captions: CaptionOptions
-    selection: SelectionOptions
-    image: ImageOptions
-    buckets: BucketOptions
-    cache: CacheOptions
-    loader: LoaderOptions
-    length: LengthOptions
-    optimizer: OptimizerOptions
-    schedule: ScheduleOptions
-    loss: LossOptions
-    perceptual: PerceptualOptions
-    term: TermOptions
-    noise: NoiseOptions
-    ema: EmaOptions
-    held_out: HeldOutOptions
-    validation: ValidationOptions
-    stopping: EarlyStoppingOptions
-    checkpoint: CheckpointOptions
-    runtime: RuntimeOptions
-    speed: SpeedOptions
-    tracking: TrackingOptions
-    hub: HubOptions
-    evaluation: EvaluationOptions
-    features: FeatureOptions
-    controls: SamplingControlOptions
-
-    @property
-    def structure(self) -> dict[str, object]:
-        """What a checkpoint can only be resumed with, by flag."""
-        term = None if self.term.loss_module is None else Path(self.term.loss_module).name
-        shared = {"seed": self.runtime.seed, "optimizer": self.optimizer.name, "loss_module": term}
-        return shared | self.adaptation.structure
+    samples: ValidationOptions
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -250,10 +205,10 @@ def run(argv: Sequence[str] | None) -> None:
         loader = batches_by_step(
             dataset, pieces, num_workers, options.loader.dataloader_timeout, accelerator.device.type == "cuda", waiting
         )
-        sampler = Sampler(accelerator, family, options.validation, folder.path, resolution, seed, requests, controls)
+        sampler = Sampler(accelerator, family, options.samples, folder.path, resolution, seed, requests, controls)
         evaluation = TrainingEvaluation(
             *(options.evaluation, options.features, accelerator, folder.path, seed),
-            *(options.validation.prompts, controls),
+            *(options.samples.prompts, controls),
         )
         evaluation.check(family.pipeline)
         beginning.take_over()
@@ -378,8 +333,8 @@ def check_before_loading(
 
 def drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]:
     """(denoising steps of a sample, what names the pipeline, the flag that says the steps)."""
-    steps = options.validation.validation_num_inference_steps
-    if not options.validation.prompts:  # then nothing is drawn by so many
+    steps = options.samples.validation_num_inference_steps
+    if not options.samples.prompts:  # then nothing is drawn by so many
         steps = min(10, steps, max(1, (scheduler_config.get("num_train_timesteps") or 1000) // 2))
     where = f"--pretrained_model {options.model.pretrained_model_name_or_path}"
     return steps, where, "validation_num_inference_steps"
@@ -406,7 +361,7 @@ def is_validation_due(
     """Whether samples are drawn after optimizer step number `done`, from 1."""
     default_epochs = 1 if options.adaptation.adaptation != "full" else family.default_validation_epochs
     before, after = batches.epochs_before(done - 1), batches.epochs_before(done)
-    return options.validation.is_due(done, before, after, default_epochs)
+    return options.samples.is_due(done, before, after, default_epochs)
 
 
 def card_facts(options: Options, settings: Sequence[tuple[str, object]], verdict: str) -> CardFacts:

@@ -25,26 +25,20 @@ from utils.config.options import UserError, leave, option, parse, run_script
 from utils.config.seeding import model_seed
 from utils.config.terminal import Lines, print_line, set_up_logging
 from utils.config.training_length import LengthOptions
-from utils.data.buckets import BucketOptions
-from utils.data.cache import CacheOptions
 from utils.data.class_folders import describe_counts, same_text, warn_of_twins
 from utils.data.class_labels import LabelledSource, LabelOptions, count_classes, in_order
 from utils.data.folders import ALL_SPLIT_WORDS
-from utils.data.loader import LoaderOptions, SampleSpec, TrainingDataset, Waiting, batches_by_step
+from utils.data.loader import SampleSpec, TrainingDataset, Waiting, batches_by_step
 from utils.data.pixels import PixelOptions
-from utils.data.plan import HeldOutOptions, PlannedImages, SelectionOptions
-from utils.data.sources import DataOptions, source_entries
-from utils.diffusion.losses import LossOptions
+from utils.data.plan import PlannedImages
+from utils.data.sources import source_entries
 from utils.diffusion.noise import NoiseDraws
 from utils.diffusion.process import ProcessOptions, process_of
-from utils.evaluation.metrics.features import FeatureOptions
 from utils.evaluation.references import trained_images
 from utils.evaluation.while_training import EvaluationOptions, TrainingEvaluation
 from utils.models.attention import Attention
 from utils.models.latent_scaling import known_scaling, measured_scaling, remember_scaling
-from utils.models.loading import LoadingOptions, allowing_missing
-from utils.models.loss_terms import TermOptions
-from utils.models.perceptual_loss import PerceptualOptions
+from utils.models.loading import allowing_missing
 from utils.models.unconditional import (
     UnconditionalFamily,
     UnconditionalModelOptions,
@@ -55,19 +49,18 @@ from utils.models.unconditional import (
 )
 from utils.runtime.processes import (
     OutputFolder,
-    RuntimeOptions,
     ending,
     on_main_process,
     use_hub_cache_if_offline,
     weight_dtype,
 )
 from utils.runtime.stop_requests import StopRequests
-from utils.sampling.controls import SamplingControlOptions, SamplingControls
+from utils.sampling.controls import SamplingControls
 from utils.sampling.grid_samples import GridSampler, SamplingOptions
-from utils.training.adaptation import FullFineTuning, TrainedOptions
+from utils.training.adaptation import FullFineTuning
 from utils.training.backward import FREE_CURE, setting
 from utils.training.bf16_weights import HalfCopy
-from utils.training.checkpoint import CheckpointOptions, step_of
+from utils.training.checkpoint import step_of
 from utils.training.compatibility import check_cache, check_held_out, check_masks, check_optimizer, check_token
 from utils.training.course import Feed, Settings, Validation, start_course
 from utils.training.disk_use import describe_disk, disk_use
@@ -75,11 +68,11 @@ from utils.training.dry_run import examine_data
 from utils.training.ema import EmaOptions
 from utils.training.encoding import Encoder
 from utils.training.log import TRACKERS, TrackingOptions
-from utils.training.model_card import CardFacts, HubOptions, publish
+from utils.training.model_card import CardFacts, publish
 from utils.training.objective import Objective
 from utils.training.optimizers import SCHEDULES, OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
+from utils.training.options import TrainingOptions
 from utils.training.resume import begin
-from utils.training.speed import SpeedOptions
 from utils.training.starting import (
     card_settings,
     data_name,
@@ -97,7 +90,7 @@ from utils.training.starting import (
     start_engine,
     with_fast,
 )
-from utils.training.validation_loss import EarlyStoppingOptions, History
+from utils.training.validation_loss import History
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -162,46 +155,26 @@ class Evaluation(EvaluationOptions):
 
 
 @dataclass(frozen=True)
-class Options:
-    """All options of this script, by group."""
+class Options(TrainingOptions):
+    """All options of this script: the shared groups, some of them narrowed or extended here."""
 
     model: UnconditionalModelOptions
-    loading: LoadingOptions
-    trained: TrainedOptions
-    data: DataOptions
     source: LabelledSource
-    labels: LabelOptions
-    selection: SelectionOptions
+    captions: LabelOptions
     image: PixelOptions
-    buckets: BucketOptions
-    cache: CacheOptions
-    loader: LoaderOptions
     length: Length
     optimizer: Optimizer
     schedule: Schedule
-    loss: LossOptions
-    perceptual: PerceptualOptions
-    term: TermOptions
     noise: ProcessOptions
     ema: Averages
-    held_out: HeldOutOptions
-    sampling: SamplingOptions
-    stopping: EarlyStoppingOptions
-    checkpoint: CheckpointOptions
-    runtime: RuntimeOptions
-    speed: SpeedOptions
+    samples: SamplingOptions
     tracking: Tracking
-    hub: HubOptions
     evaluation: Evaluation
-    features: FeatureOptions
-    controls: SamplingControlOptions
 
     @property
     def structure(self) -> dict[str, object]:
-        """What a checkpoint can only be resumed with, by flag."""
-        term = None if self.term.loss_module is None else Path(self.term.loss_module).name
-        shared = {"seed": self.runtime.seed, "optimizer": self.optimizer.name, "loss_module": term}
-        return shared | self.trained.structure | self.model.structure
+        """The settings that must equal the checkpoint's for a run to resume from it, by flag."""
+        return super().structure | self.model.structure
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -213,10 +186,10 @@ def run(argv: Sequence[str] | None) -> None:
     names = (model_options.pretrained_model_name_or_path, model_options.vae, options.source.dataset_name)
     if not all(name is None or Path(name).exists() for name in names):
         use_hub_cache_if_offline()
-    family_class = pick_unconditional(model_options, options.labels.class_conditional, options.sampling.sampler)
+    family_class = pick_unconditional(model_options, options.captions.class_conditional, options.samples.sampler)
     check_family(options, family_class)
     resolution = options.image.resolution or default_edge(model_options, family_class)
-    seed, pure_bf16 = options.runtime.seed, options.trained.pure_bf16
+    seed, pure_bf16 = options.runtime.seed, options.adaptation.pure_bf16
     folder = OutputFolder(options.runtime.output_dir or family_class.default_output_dir)
     engine = start_engine(options, folder, pure_bf16)
     accelerator = engine.accelerator
@@ -227,12 +200,12 @@ def run(argv: Sequence[str] | None) -> None:
         beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
         start, group_size = beginning.start, beginning.group_size
         repository = open_repository(options, accelerator, folder)
-        captions, by_content = options.labels.captions(options.source), beginning.splits_by_content
+        captions, by_content = options.caption_options, beginning.splits_by_content
         preparation = prepare_data(options, captions, accelerator, folder, requests, by_content)
         logger.info("listing the images of %s", data_name(options))
         images = preparation.choose_images(resolution, group_size)
         held_out_images = preparation.choose_held_out(resolution)
-        class_counts = count_classes(images.records) if options.labels.class_conditional else Counter()
+        class_counts = count_classes(images.records) if options.captions.class_conditional else Counter()
         classes = beginning.class_order(class_names(options, images, class_counts))
         beginning = beginning.having(classes=classes)
         batches = images.batches(options.loader.global_batch(num_processes), group_size, seed)
@@ -244,22 +217,20 @@ def run(argv: Sequence[str] | None) -> None:
 
         options, fast_parts = with_fast(options, engine, not pure_bf16, images)
         torch.manual_seed(model_seed(seed, 0, 0))  # a fresh denoiser's first weights
-        dtypes = FullFineTuning.dtypes(options.trained, weight_dtype(accelerator))
+        dtypes = FullFineTuning.dtypes(options.adaptation, weight_dtype(accelerator))
         wanted = Wanted(resolution, options.image.channels, tuple(classes), images.plan.sizes == [(resolution,) * 2])
         logger.info("loading the model, %s", model_options.origin)
-        family = family_class(
-            model_options, options.noise, wanted, dtypes.unet, dtypes.frozen, options.sampling.sampler
-        )
+        family = family_class(model_options, options.noise, wanted, dtypes.unet, dtypes.frozen, options.samples.sampler)
         if family.added_classes:
             beginning = beginning.having(class_numbers=family.added_classes)
-        adaptation = FullFineTuning(family, options.trained, start)
+        adaptation = FullFineTuning(family, options.adaptation, start)
         family.use_attention()
         family.save_memory()
         if options.speed.channels_last:
             family.use_channels_last(vae=not options.cache.cache_latents)
         requests.check()
         process = process_of(options.noise, family.pipeline.scheduler)
-        options.sampling.steps_of(family.pipeline.scheduler)
+        options.samples.steps_of(family.pipeline.scheduler)
         terms = loss_terms(options.perceptual, options.term, family.latent_space, process.num_timesteps)
         adaptation.named_parameters(rates)  # which refuses --layer_rates of no weight, on a dry run too
         own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
@@ -299,7 +270,7 @@ def run(argv: Sequence[str] | None) -> None:
         history = History(folder.path, first_step, options.stopping)
         validation = Validation(held_out, history, objective, state, folder)
         ended = batches.epochs_before(first_step - 1) if first_step else 0, batches.epochs_before(first_step)
-        if first_step in (0, total_steps) or options.sampling.is_due(first_step, *ended):
+        if first_step in (0, total_steps) or options.samples.is_due(first_step, *ended):
             validation.begin(first_step, requests)
         total_steps = first_step if history.is_over() else total_steps
 
@@ -312,9 +283,9 @@ def run(argv: Sequence[str] | None) -> None:
         loader = batches_by_step(
             dataset, pieces, num_workers, options.loader.dataloader_timeout, accelerator.device.type == "cuda", waiting
         )
-        sampler = GridSampler(accelerator, family, options.sampling, folder.path, seed, requests, controls)
+        sampler = GridSampler(accelerator, family, options.samples, folder.path, seed, requests, controls)
         trained_on = None if options.data.streaming else trained_images(images, options.image)
-        scores = options.evaluation.with_steps(options.sampling.steps_of(family.pipeline.scheduler))
+        scores = options.evaluation.with_steps(options.samples.steps_of(family.pipeline.scheduler))
         evaluation = TrainingEvaluation(
             *(scores, options.features, accelerator, folder.path, seed, None, controls, trained_on)
         )
@@ -354,7 +325,7 @@ def run(argv: Sequence[str] | None) -> None:
                 state.step(grad_norm)
                 course.record(done, found, grad_norm, rate_now)
                 ended = batches.epochs_before(step), batches.epochs_before(done)
-                is_due = done == course.total_steps or options.sampling.is_due(done, *ended)
+                is_due = done == course.total_steps or options.samples.is_due(done, *ended)
                 if is_due:
                     course.measure(done)
                 if evaluation.is_due(done, course.total_steps):
@@ -363,7 +334,7 @@ def run(argv: Sequence[str] | None) -> None:
                 course.save(done)
                 if done == course.total_steps:
                     break
-                is_model_due = options.sampling.is_model_due(*ended)
+                is_model_due = options.samples.is_model_due(*ended)
                 if not (is_due or is_model_due):
                     continue
                 with log.paused(), state.evaluating():
@@ -391,7 +362,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def check_together(options: Options) -> None:
     """Refuses options that don't go together, and warns of those that have no effect."""
-    captions = options.labels.captions(options.source)
+    captions = options.caption_options
     entries = source_entries(options.data, options.source, captions)
     check_token(options.hub, options.tracking)
     if options.optimizer.optimizer_in_backward and options.loader.global_batch_size is not None:
@@ -404,11 +375,11 @@ def check_together(options: Options) -> None:
         raise UserError("--cache_text_embeddings: there are no captions here; leave it out")
     if options.optimizer.text_encoder_lr is not None or options.optimizer.text_encoder_2_lr is not None:
         raise UserError("--text_encoder_lr: there are no text encoders here; leave it out")
-    if options.labels.class_conditional and options.data.streaming:
+    if options.captions.class_conditional and options.data.streaming:
         raise UserError("--class_conditional numbers all classes beforehand, which --streaming does not know")
-    if options.source.caption_column is not None and not options.labels.class_conditional:
+    if options.source.caption_column is not None and not options.captions.class_conditional:
         raise UserError("--label_column goes with --class_conditional; give both or neither")
-    if options.sampling.guidance_scale > 1 and not options.labels.class_conditional:
+    if options.samples.guidance_scale > 1 and not options.captions.class_conditional:
         raise UserError("--guidance_scale goes with --class_conditional; give both or neither")
 
 
@@ -425,7 +396,7 @@ def check_family(options: Options, family_class: type[UnconditionalFamily]) -> N
                 "--ddpm_num_steps, or --beta_schedule cosine",
                 100 * left,
             )
-        options.sampling.steps_of(scheduler)
+        options.samples.steps_of(scheduler)
     if options.perceptual.perceptual_weight is not None and options.image.image_channels != 3:
         raise UserError("--perceptual_weight compares colours, so --image_channels must be 3; leave one out")
     if family_class.coder_names:
@@ -458,7 +429,7 @@ def class_names(options: Options, images: PlannedImages, counts: Mapping[str, in
     Raises:
         UserError: if there are fewer than two.
     """
-    if not options.labels.class_conditional:
+    if not options.captions.class_conditional:
         return []
     orders = [tuple(map(same_text, source.table.classes)) for source in images.records.sources]
     names = in_order(list(counts), orders)

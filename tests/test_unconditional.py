@@ -638,7 +638,7 @@ def test_class_folders_called_as_splits_are(tmp_path, classes, caplog, case):
         shutil.copy(image, tmp_path / folder / "a.png")
         (tmp_path / folder / "a.txt").write_text("beside it")
     source = LabelledSource(train_data_dir=str(tmp_path))
-    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).captions(source), 0)
+    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).for_source(source), 0)
     found = {records.captions(index)[0] for index in range(len(records))}
     assert found == set(names.split())
     assert said in caplog.text if said else not caplog.text
@@ -647,7 +647,7 @@ def test_class_folders_called_as_splits_are(tmp_path, classes, caplog, case):
 def class_records(folder: Path, rule: str | None = None) -> dict[str, str]:
     """The class of each image of a folder."""
     source = LabelledSource(train_data_dir=str(folder))
-    captions = LabelOptions(class_conditional=True, class_folders=rule).captions(source)
+    captions = LabelOptions(class_conditional=True, class_folders=rule).for_source(source)
     records = read_records(DataOptions(), source, captions, 0)
     return {records.key(index): records.captions(index)[0] for index in range(len(records))}
 
@@ -704,7 +704,7 @@ def test_folders_that_mean_what_they_say_are_no_fault(tmp_path, caplog):
     touch_images(tmp_path / "dogs", "train/0.png")
     (tmp_path / "sources.yaml").write_text("- {train_data_dir: cats}\n- {train_data_dir: dogs}\n")
     source = LabelledSource()
-    captions = LabelOptions(class_conditional=True).captions(source)
+    captions = LabelOptions(class_conditional=True).for_source(source)
     records = read_records(DataOptions(dataset_file=str(tmp_path / "sources.yaml")), source, captions, 0)
     assert [records.captions(index)[0] for index in range(2)] == ["cats", "dogs"]
     assert not caplog.records
@@ -779,7 +779,7 @@ def test_class_folders_go_with_classes_by_folders(tmp_path):
     source = LabelledSource(train_data_dir=str(tmp_path), caption_column="label")
     for is_conditional in (False, True):
         with pytest.raises(UserError, match="--class_folders outer is for classes by folders"):
-            LabelOptions(class_conditional=is_conditional, class_folders="outer").captions(source)
+            LabelOptions(class_conditional=is_conditional, class_folders="outer").for_source(source)
 
 
 def test_one_class_that_is_a_split_is_named(train, classes, tmp_path, capsys):
@@ -1199,7 +1199,7 @@ def test_names_that_tables_write_for_nothing_are_classes(tmp_path, caplog):
     rows = "".join(f"{number}.png,{label},NA\n" for number, label in enumerate(labels))
     (tmp_path / "metadata.csv").write_text(f"file_name,kind,more\n{rows}")
     source = LabelledSource(train_data_dir=str(tmp_path), caption_column="kind")
-    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).captions(source), 0)
+    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).for_source(source), 0)
     assert [records.captions(row)[0] for row in range(len(records))] == ["NA", "None", "DE", "N/A", "", ""]
     assert count_classes(records) == {"NA": 1, "None": 1, "DE": 1, "N/A": 1}
     assert "3 cells hold NA, None, N/A, the first in line 2, and are read as names" in caplog.text

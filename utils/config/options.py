@@ -1,7 +1,8 @@
 """How a script's options are declared, parsed and refused.
 
 An option group is a frozen dataclass beside the code that reads it; a script's options are one frozen dataclass whose
-fields are groups. Flags are flat: `ImageOptions.resolution` is `--resolution`.
+fields are groups. Flags are flat: `ImageOptions.resolution` is `--resolution`. A group's section of `--help` is called
+by its field, or by the group's `help_title` if it has one.
 """
 
 import argparse
@@ -194,8 +195,9 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(usage="%(prog)s --flag value ...", description=description, allow_abbrev=False)
         self._is_process = is_process
         self._negative_number_matcher = NEGATIVE_NUMBER
-        for title, group in groups.items():
-            section, hints = self.add_argument_group(title.replace("_", " ")), typing.get_type_hints(group)
+        for name, group in groups.items():
+            title = getattr(group, "help_title", name.replace("_", " "))
+            section, hints = self.add_argument_group(title), typing.get_type_hints(group)
             for field in dataclasses.fields(group):
                 _add_flag(section, field, hints[field.name])
 

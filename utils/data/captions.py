@@ -4,11 +4,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from utils.config.batch import RecordPass
 from utils.config.options import option, require, require_fraction, require_not_negative
 from utils.config.seeding import Stream, generator
+
+if TYPE_CHECKING:
+    from utils.data.sources import SourceOptions
 
 FOLDER_REPEATS = re.compile(r"^(\d+)_")
 MAX_CAPTION = 1 << 16  # characters of a caption, and bytes of a text file of them
@@ -54,6 +57,10 @@ class CaptionOptions:
         require_not_negative(self, "keep_tokens")
         require_fraction(self, "tag_dropout", "caption_dropout")
         require(self.tag_separator != "", "tag_separator", "''", "not be empty", "the usual one is a comma")
+
+    def for_source(self, source: "SourceOptions") -> "CaptionOptions":
+        """How the captions of a source are used: as asked, whatever the source is."""
+        return self
 
     def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
         """Those of an image's captions that are used."""

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabelOptions:
+    help_title: ClassVar[str] = "labels"
+
     class_conditional: bool = option(
         False, "train a model of classes: those of --label_column, or else the names of the images' folders"
     )
@@ -38,7 +40,7 @@ class LabelOptions:
     def __post_init__(self) -> None:
         require_fraction(self, "label_dropout")
 
-    def captions(self, source: SourceOptions) -> CaptionOptions:
+    def for_source(self, source: SourceOptions) -> CaptionOptions:
         """How the labels of the data are used in the place of captions."""
         by_folder = self.class_conditional and source.caption_column is None
         if self.class_folders is not None and not by_folder:

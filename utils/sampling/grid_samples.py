@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -42,6 +42,8 @@ LARGEST_PICTURE = 256
 
 @dataclass(frozen=True)
 class SamplingOptions:
+    help_title: ClassVar[str] = "sampling"
+
     sampler: str | None = option(
         None,
         "what samples are drawn by; by default as the exported pipeline draws: DDPM in pixels, DDIM in latents, Euler "

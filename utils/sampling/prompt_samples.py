@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ValidationOptions:
+    help_title: ClassVar[str] = "validation"
+
     validation_prompts: list[str] | None = option(None, "prompts of which samples are drawn", is_text=True)
     validation_prompt: str | None = option(
         None, "a single prompt, of which --num_validation_images samples are drawn", is_text=True

@@ -47,9 +47,11 @@ class TrainedOptions:
     """Which weights train, and in which arithmetic, where all of them may.
 
     Attributes:
+        help_title: of the group in `--help`.
         train_text_encoder: whether text encoders train too.
     """
 
+    help_title: ClassVar[str] = "trained"
     train_text_encoder: ClassVar[bool] = False
 
     train_layers: str | None = option(
@@ -76,6 +78,8 @@ class TrainedOptions:
 
 @dataclass(frozen=True)
 class AdaptationOptions(TrainedOptions):
+    help_title: ClassVar[str] = "adaptation"
+
     adaptation: str = option(
         "full",
         "what trains: all weights, or adapters: lora, loha (https://arxiv.org/abs/2108.06098), "

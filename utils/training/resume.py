@@ -52,11 +52,10 @@ FREE_GROUPS = (
     "checkpoint",
     "tracking",
     "hub",
-    "validation",
+    "samples",
     "stopping",
     "runtime",
     "loader",
-    "sampling",
     "speed",
 )
 FREE_OPTIONS = {
