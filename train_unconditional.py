@@ -15,30 +15,24 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from utils.config.options import UserError, leave, option, parse, run_script
 from utils.config.seeding import model_seed
-from utils.config.terminal import Lines, print_line, set_up_logging
+from utils.config.terminal import set_up_logging
 from utils.config.training_length import LengthOptions
 from utils.data.class_folders import describe_counts, same_text, warn_of_twins
 from utils.data.class_labels import LabelledSource, LabelOptions, count_classes, in_order
 from utils.data.folders import ALL_SPLIT_WORDS
-from utils.data.loader import SampleSpec, TrainingDataset, Waiting, batches_by_step
 from utils.data.pixels import PixelOptions
 from utils.data.plan import PlannedImages
-from utils.data.sources import source_entries
-from utils.diffusion.noise import NoiseDraws
 from utils.diffusion.process import ProcessOptions, process_of
 from utils.evaluation.references import trained_images
 from utils.evaluation.while_training import EvaluationOptions, TrainingEvaluation
-from utils.models.attention import Attention
 from utils.models.latent_scaling import known_scaling, measured_scaling, remember_scaling
-from utils.models.loading import allowing_missing
 from utils.models.unconditional import (
     UnconditionalFamily,
     UnconditionalModelOptions,
@@ -47,53 +41,28 @@ from utils.models.unconditional import (
     fresh_scheduler,
     pick_unconditional,
 )
-from utils.runtime.processes import (
-    OutputFolder,
-    ending,
-    on_main_process,
-    use_hub_cache_if_offline,
-    weight_dtype,
-)
-from utils.runtime.stop_requests import StopRequests
-from utils.sampling.controls import SamplingControls
+from utils.runtime.processes import on_main_process, use_hub_cache_if_offline, weight_dtype
 from utils.sampling.grid_samples import GridSampler, SamplingOptions
+from utils.sampling.samples import Surroundings
 from utils.training.adaptation import FullFineTuning
-from utils.training.backward import FREE_CURE, setting
-from utils.training.bf16_weights import HalfCopy
-from utils.training.checkpoint import step_of
-from utils.training.compatibility import check_cache, check_held_out, check_masks, check_optimizer, check_token
-from utils.training.course import Feed, Settings, Validation, start_course
-from utils.training.disk_use import describe_disk, disk_use
-from utils.training.dry_run import examine_data
+from utils.training.backward import FREE_CURE, Gradients
+from utils.training.compatibility import check_together
+from utils.training.data import Feed, TrainingData
+from utils.training.description import card_settings, describe_run, report_dry_run
 from utils.training.ema import EmaOptions
-from utils.training.encoding import Encoder
+from utils.training.exchange import Exchange
+from utils.training.learning_rates import LearningRates
 from utils.training.log import TRACKERS, TrackingOptions
-from utils.training.model_card import CardFacts, publish
-from utils.training.objective import Objective
-from utils.training.optimizers import SCHEDULES, OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
+from utils.training.model_card import CardFacts
+from utils.training.optimizers import SCHEDULES, OptimizerOptions, ScheduleOptions
 from utils.training.options import TrainingOptions
-from utils.training.resume import begin
-from utils.training.starting import (
-    card_settings,
-    data_name,
-    describe_run,
-    hasten,
-    loss_terms,
-    make_gradients,
-    make_state,
-    measure_on,
-    open_records,
-    open_repository,
-    own_parameters,
-    prepare_data,
-    samples_at_once,
-    start_engine,
-    with_fast,
-)
-from utils.training.validation_loss import History
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from utils.training.result import exported_weights, finish
+from utils.training.saving import CheckpointWriter
+from utils.training.session import Session
+from utils.training.speed_up import prepare_steps, with_fast
+from utils.training.state import TrainingState
+from utils.training.task import Task
+from utils.training.validation import ValidationLoss
 
 logger = logging.getLogger("utils.train_unconditional")
 # the docstring's first line, which python -OO leaves out
@@ -177,200 +146,195 @@ class Options(TrainingOptions):
         return super().structure | self.model.structure
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """Trains; every step of the way in its order."""
-    set_up_logging()
-    options: Options = parse(Options, argv, PURPOSE)
-    check_together(options)
-    model_options = options.model
-    names = (model_options.pretrained_model_name_or_path, model_options.vae, options.source.dataset_name)
+def train(options: Options) -> None:
+    """Trains a pipeline and exports it. A resumed run continues bit for bit."""
+    # Pipeline: find its family, and check that the options go with it.
+    found = find_pipeline(options)
+
+    # Session: processes, output folder, stop requests, and the checkpoint to resume from, if any.
+    with Session.start(options, found.output_dir, found.family.pipeline_class_name) as session:
+        # Data: list the images, number their classes, and fix their order for every step.
+        data = TrainingData.plan(options, session, found.resolution)
+        classes = find_classes(options, session, data)
+        rates = LearningRates.fit(options, session.resumption, data.batches.size, data.total_steps)
+        facts = session.resumption.facts(
+            data.images, data.held_out_images, rates.schedule, rates.total_steps, classes=classes.names
+        )
+
+        # Model: load the pipeline, or make a fresh one, and define the loss of a batch.
+        options, fast_parts = with_fast(options, session, data)
+        task = load_task(options, found, session, data, rates, classes)
+        if task.family.added_classes:
+            facts = session.resumption.with_structure(facts, class_numbers=task.family.added_classes)
+        plan = describe_run(options, session, data, rates, task)
+        if options.runtime.dry_run:
+            return report_dry_run(plan, session, data, task)
+
+        # Encodings: run the frozen VAE once for each image, where its latents are cached.
+        task.move_to_device(options, session)
+        settle_scaling(options, session, task, data)
+        data.encode(options, session, task)
+        if options.cache.ends_when_filled:
+            return data.write_report()
+
+        # State: everything an optimizer step changes, as it is at the first step or at the checkpoint.
+        state = TrainingState.create(options, session, data, task, rates, facts)
+
+        # Measurements between steps: samples, the validation loss, scores.
+        surroundings = session.surroundings(options.controls)
+        sampler = GridSampler(surroundings, task.family, options.samples)
+        validation = ValidationLoss(options, session, data, task, state)
+        validation.begin(is_due=sampler.is_due(state.progress()))
+        evaluation = make_evaluation(options, surroundings, task, data)
+        session.record(options, plan)
+        data.write_report()
+        sampler.begin(state.step)
+        evaluation.begin(state.step)
+
+        # Steps: what loads their data, computes their gradients, saves their state and logs them.
+        feed = Feed.open(options, session, data, task, range(state.step, state.total_steps))
+        gradients = Gradients.of_run(options, session, task, state, feed, memory_savers(options))
+        prepare_steps(options, task, state, gradients, feed, fast_parts)
+        checkpoints = CheckpointWriter(options, session, state, gradients, feed.at_once)
+        exchange = Exchange(options.tracking, session, data, feed, state)
+
+        with checkpoints, exchange.log as log:
+            for step, micro_batches in feed.steps:
+                rate = state.set_learning_rate(step, validation.reductions)
+
+                # Gradients, summed over micro-batches; where memory is short, these are halved and the step repeated.
+                sums = gradients.add_up(step, micro_batches)
+                log.layers(state.parameters, step + 1, options.tracking)
+
+                # One update of weights and averages, skipped on every process if a gradient is not finite.
+                grad_norm = state.clip(rates.optimizer.clip_norm)
+                state.update(grad_norm)
+                exchange.step(sums, grad_norm, rate)
+
+                # Every now and then: validation loss (it may make this step the last), scores, checkpoint, samples.
+                progress = state.progress()
+                samples_are_due = sampler.is_due(progress)
+                if samples_are_due or progress.is_last:
+                    with log.paused():
+                        log.values(validation.measure(progress) or {}, progress.step)
+                    exchange.listen_again()
+                    progress = state.progress()
+                if evaluation.is_due(progress):
+                    with log.paused(), state.evaluating(), task.family.awake():
+                        log.values(evaluation.scores(task.family, progress.step), progress.step)
+                if checkpoints.is_due(progress, exchange.wish):
+                    with log.paused():
+                        checkpoints.save(progress, exchange.wish)
+                checkpoints.stop_if_wished(progress, exchange.wish)
+                if progress.is_last:
+                    break
+                if samples_are_due:
+                    with log.paused(), state.evaluating():
+                        log.images(sampler.draw(progress), progress.step, "test_samples")
+                if options.samples.is_model_due(progress):
+                    with log.paused(), state.evaluating():
+                        state.export(session.folder.path)
+
+        # Result: the pipeline, the last samples, the model card.
+        with exported_weights(options, session, state, validation) as verdict:
+            samples = sampler.draw(state.progress(), is_last=True)
+        log.images(samples, state.step, "test_samples")
+        finish(options, session, data, state, card_facts(options, task, data, state.step, verdict), samples)
+
+
+class FoundPipeline(NamedTuple):
+    """What is trained, as far as the options say.
+
+    Attributes:
+        family: the class of its family.
+        resolution: edge of the images in pixels.
+        output_dir: of the run.
+    """
+
+    family: type[UnconditionalFamily]
+    resolution: int
+    output_dir: str
+
+
+class Classes(NamedTuple):
+    """The classes of the images.
+
+    Attributes:
+        names: in the order of their numbers; none without classes.
+        counts: how many images have each.
+    """
+
+    names: list[str]
+    counts: Mapping[str, int]
+
+
+def find_pipeline(options: Options) -> FoundPipeline:
+    """The family of what is trained; refuses what it can't do, before data and weights are read."""
+    check_options(options)
+    model = options.model
+    names = (model.pretrained_model_name_or_path, model.vae, options.source.dataset_name)
     if not all(name is None or Path(name).exists() for name in names):
         use_hub_cache_if_offline()
-    family_class = pick_unconditional(model_options, options.captions.class_conditional, options.samples.sampler)
-    check_family(options, family_class)
-    resolution = options.image.resolution or default_edge(model_options, family_class)
-    seed, pure_bf16 = options.runtime.seed, options.adaptation.pure_bf16
-    folder = OutputFolder(options.runtime.output_dir or family_class.default_output_dir)
-    engine = start_engine(options, folder, pure_bf16)
-    accelerator = engine.accelerator
-    rank, num_processes = accelerator.process_index, accelerator.num_processes
-    requests = StopRequests(folder.path, options.length.seconds)
-    attention, allowed = Attention(options.speed.attention_backend), allowing_missing(options.loading)
-    with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening(), attention, allowed:
-        beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
-        start, group_size = beginning.start, beginning.group_size
-        repository = open_repository(options, accelerator, folder)
-        captions, by_content = options.caption_options, beginning.splits_by_content
-        preparation = prepare_data(options, captions, accelerator, folder, requests, by_content)
-        logger.info("listing the images of %s", data_name(options))
-        images = preparation.choose_images(resolution, group_size)
-        held_out_images = preparation.choose_held_out(resolution)
-        class_counts = count_classes(images.records) if options.captions.class_conditional else Counter()
-        classes = beginning.class_order(class_names(options, images, class_counts))
-        beginning = beginning.having(classes=classes)
-        batches = images.batches(options.loader.global_batch(num_processes), group_size, seed)
-        total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
-        rates = options.optimizer.scaled(batches.size)
-        schedule = beginning.schedule(options.schedule, total_steps)
-        factor = rate_factor(schedule, rates.learning_rate, total_steps)
-        facts = beginning.facts(images, held_out_images, schedule, total_steps)
-
-        options, fast_parts = with_fast(options, engine, not pure_bf16, images)
-        torch.manual_seed(model_seed(seed, 0, 0))  # a fresh denoiser's first weights
-        dtypes = FullFineTuning.dtypes(options.adaptation, weight_dtype(accelerator))
-        wanted = Wanted(resolution, options.image.channels, tuple(classes), images.plan.sizes == [(resolution,) * 2])
-        logger.info("loading the model, %s", model_options.origin)
-        family = family_class(model_options, options.noise, wanted, dtypes.unet, dtypes.frozen, options.samples.sampler)
-        if family.added_classes:
-            beginning = beginning.having(class_numbers=family.added_classes)
-        adaptation = FullFineTuning(family, options.adaptation, start)
-        family.use_attention()
-        family.save_memory()
-        if options.speed.channels_last:
-            family.use_channels_last(vae=not options.cache.cache_latents)
-        requests.check()
-        process = process_of(options.noise, family.pipeline.scheduler)
-        options.samples.steps_of(family.pipeline.scheduler)
-        terms = loss_terms(options.perceptual, options.term, family.latent_space, process.num_timesteps)
-        adaptation.named_parameters(rates)  # which refuses --layer_rates of no weight, on a dry run too
-        own = own_parameters(options.term, terms, rates, rates.learning_rate / options.optimizer.learning_rate)
-        model_name = f"{model_options.origin} ({type(family.pipeline).__name__}, {family.latent_space.describe()})"
-        how = describe_counts(classes, class_counts) if classes else "no classes"
-        counts = images, held_out_images, batches, total_steps
-        learning = options.loader, rates, schedule
-        plan = describe_run(model_name, how, adaptation.modules, process.describe(), accelerator, *counts, *learning)
-        steps = range(0 if start is None else step_of(start) or 0, total_steps)
-        use = disk_use(adaptation, rates.name, options.ema, options.checkpoint, steps)
-        plan += describe_disk(use, folder.path, options.checkpoint)
-        if options.runtime.dry_run:
-            if accelerator.is_main_process:
-                print_line(plan)
-                print_line(examine_data(preparation, family, images, batches, folder.path))
-            return
-
-        logger.info("moving the model to %s", accelerator.device)
-        for part in (family, *terms):
-            part.to(accelerator.device)
-        if family.measures_scaling:
-            settle_scaling(options, accelerator, family, images, start, folder)
-        if model_options.gradient_checkpointing or engine.checkpoints_activations:
-            family.use_gradient_checkpointing(text_encoders=False, vae=bool(terms) and bool(family.coder_names))
-        num_workers = options.loader.num_workers(num_processes)
-        requests.check()
-        held_out = measure_on(options, accelerator, family, held_out_images, False, requests)
-        encodings = preparation.fill_cache(family, images, num_workers, keep_vae=bool(terms))
-        if options.cache.cache_only or options.cache.verify_cache:
-            preparation.write_report(images)
-            return
-        encoder = Encoder(family, text_encoders_train=False)
-        objective = Objective(family, adaptation.modules, process, options.noise, options.loss, terms)
-        how = rates, options.ema, folder, facts, seed, attention
-        model, state = make_state(engine, adaptation, objective, own, *how)
-        first_step = 0 if start is None else state.load(start)
-        history = History(folder.path, first_step, options.stopping)
-        validation = Validation(held_out, history, objective, state, folder)
-        ended = batches.epochs_before(first_step - 1) if first_step else 0, batches.epochs_before(first_step)
-        if first_step in (0, total_steps) or options.samples.is_due(first_step, *ended):
-            validation.begin(first_step, requests)
-        total_steps = first_step if history.is_over() else total_steps
-
-        spec = SampleSpec(family.latent_space.shape, family.tokenizer(), options.cache.cut_variants)
-        draws = NoiseDraws(options.noise, process, seed, batches.size, family.latent_space.has_posterior)
-        dataset = TrainingDataset(images, batches, spec, options.image, draws, encodings)
-        at_once = samples_at_once(options.buckets, options.loader, group_size)
-        pieces = images.pieces(batches, at_once, rank, num_processes, first_step, total_steps)
-        waiting, controls = Waiting(), SamplingControls(options.controls)
-        loader = batches_by_step(
-            dataset, pieces, num_workers, options.loader.dataloader_timeout, accelerator.device.type == "cuda", waiting
-        )
-        sampler = GridSampler(accelerator, family, options.samples, folder.path, seed, requests, controls)
-        trained_on = None if options.data.streaming else trained_images(images, options.image)
-        scores = options.evaluation.with_steps(options.samples.steps_of(family.pipeline.scheduler))
-        evaluation = TrainingEvaluation(
-            *(scores, options.features, accelerator, folder.path, seed, None, controls, trained_on)
-        )
-        evaluation.check(family.pipeline)
-        beginning.take_over()
-        sampler.begin(first_step)
-        evaluation.begin(first_step)
-        open_records(options, accelerator, folder, options.tracking)
-        logger.info("training\n%s", Lines(plan))
-        half = HalfCopy(family.unet, state.optimizer) if options.speed.bf16_weights else None
-        steps_in_backward, saving = rates.optimizer_in_backward, memory_savers(options)
-        gradients = make_gradients(
-            engine, model, encoder, pieces, options.loader, at_once, start, seed, steps_in_backward, saving, half
-        )
-        adaptation.train_mode()
-        largest = dataset.largest(at_once, options.perceptual.perceptual_min_timestep)
-        logger.info("running the largest batch once, to see that it fits")
-        gradients.rehearse(largest, state.holding_optimizer_state)
-        draw_batch, sizes_vary = partial(dataset.with_draws, largest), len(images.plan.sizes) > 1
-        hasten(options, gradients, family.unet, state, num_workers, draw_batch, sizes_vary, fast_parts)
-        if options.loader.find_batch_size:
-            groups = f" --bucket_group_size {group_size}" if options.buckets.use_aspect_ratio_buckets else ""
-            logger.info("--find_batch_size: keep %s%s", setting(gradients.size, gradients.num_samples), groups)
-
-        preparation.write_report(images)
-        feed = Feed(preparation, images, batches, waiting)
-        settings = Settings(rates, schedule, options.ema, options.checkpoint, options.tracking, at_once)
-        course = start_course(state, validation, gradients, requests, feed, settings, first_step, total_steps)
-        log = course.log
-        with course.saver.writer, log:
-            for step, micro_batches in loader:
-                done, rate_now = step + 1, course.rate_now(factor(step))
-                set_learning_rate(state.optimizer, rate_now)
-                found = gradients.add_up(step, micro_batches)
-                log.layers(((name, parameter) for name, parameter, _ in state.parameters), done, options.tracking)
-                grad_norm = state.clip(rates.clip_norm)
-                state.step(grad_norm)
-                course.record(done, found, grad_norm, rate_now)
-                ended = batches.epochs_before(step), batches.epochs_before(done)
-                is_due = done == course.total_steps or options.samples.is_due(done, *ended)
-                if is_due:
-                    course.measure(done)
-                if evaluation.is_due(done, course.total_steps):
-                    with log.paused(), state.evaluating(), family.awake():
-                        log.values(evaluation.scores(family, done), done)
-                course.save(done)
-                if done == course.total_steps:
-                    break
-                is_model_due = options.samples.is_model_due(*ended)
-                if not (is_due or is_model_due):
-                    continue
-                with log.paused(), state.evaluating():
-                    if is_due:
-                        log.images(sampler.draw(done), done, "test_samples")
-                    if is_model_due:
-                        state.export(folder.path)
-
-        course.saver.join()
-        with course.ended():
-            verdict = course.verdict()
-            logger.info("writing the result to %s", folder.path)
-            state.export(folder.path)
-            samples = sampler.draw(course.total_steps, is_last=True)
-        if requests.is_asked:
-            logger.warning("a signal broke off the last samples; the result itself is whole")
-        log.images(samples, course.total_steps, "test_samples")
-        course.share_unreadable()
-        preparation.write_report(images)
-        if accelerator.is_main_process:
-            table = card_settings(options, course.total_steps, batches.size, resolution)
-            publish(folder.path, repository, options.hub, card_facts(options, family, table, verdict), samples)
-        course.conclude(verdict)
+    family = pick_unconditional(model, options.captions.class_conditional, options.samples.sampler)
+    check_family(options, family)
+    resolution = options.image.resolution or default_edge(model, family)
+    return FoundPipeline(family, resolution, options.runtime.output_dir or family.default_output_dir)
 
 
-def check_together(options: Options) -> None:
+def find_classes(options: Options, session: Session, data: TrainingData) -> Classes:
+    """The classes of the images, in the order of the checkpoint's, where the run resumes.
+
+    Raises:
+        UserError: if classes are asked for and there are fewer than two.
+    """
+    counts = count_classes(data.images.records) if options.captions.class_conditional else Counter()
+    return Classes(session.resumption.class_order(class_names(options, data.images, counts)), counts)
+
+
+def load_task(
+    options: Options, found: FoundPipeline, session: Session, data: TrainingData, rates: LearningRates, classes: Classes
+) -> Task:
+    """Loads the pipeline, or makes a fresh one, and defines what of it trains, and on which loss."""
+    torch.manual_seed(model_seed(session.seed, 0, 0))  # a fresh denoiser's first weights
+    dtypes = FullFineTuning.dtypes(options.adaptation, weight_dtype(session.accelerator))
+    edge = found.resolution
+    wanted = Wanted(edge, options.image.channels, tuple(classes.names), data.images.plan.sizes == [(edge, edge)])
+    logger.info("loading the model, %s", options.model.origin)
+    family = found.family(options.model, options.noise, wanted, dtypes.unet, dtypes.frozen, options.samples.sampler)
+    adaptation = FullFineTuning(family, options.adaptation, session.checkpoint)
+    process = process_of(options.noise, family.pipeline.scheduler)
+    options.samples.steps_of(family.pipeline.scheduler)
+    origin = f"{options.model.origin} ({type(family.pipeline).__name__}, {family.latent_space.describe()})"
+    method = describe_counts(classes.names, classes.counts) if classes.names else "no classes"
+    return Task.define(options, adaptation, process, rates, origin, method)
+
+
+def make_evaluation(options: Options, surroundings: Surroundings, task: Task, data: TrainingData) -> TrainingEvaluation:
+    """What computes scores of the pipeline while it trains, by default against the images it trains on."""
+    pipeline = task.family.pipeline
+    trained_on = None if options.data.streaming else trained_images(data.images, options.image)
+    scores = options.evaluation.with_steps(options.samples.steps_of(pipeline.scheduler))
+    return TrainingEvaluation(scores, options.features, surroundings, pipeline, trained_on=trained_on)
+
+
+def settle_scaling(options: Options, session: Session, task: Task, data: TrainingData) -> None:
+    """Scales latents whose VAE says no scaling by what is measured on the data, or was before the run resumed."""
+    family, start, folder = task.family, session.checkpoint, session.folder.path
+    if not family.measures_scaling:
+        return
+
+    def settle() -> float:
+        known = None if start is None else known_scaling(start.parent)
+        factor = known or measured_scaling(family, data.images, options.image, session.device, session.seed)
+        remember_scaling(folder, factor)
+        return factor
+
+    family.rescale(on_main_process(session.accelerator, settle))
+
+
+def check_options(options: Options) -> None:
     """Refuses options that don't go together, and warns of those that have no effect."""
-    captions = options.caption_options
-    entries = source_entries(options.data, options.source, captions)
-    check_token(options.hub, options.tracking)
-    if options.optimizer.optimizer_in_backward and options.loader.global_batch_size is not None:
-        raise UserError("--optimizer_in_backward steps after each batch; leave out --global_batch_size")
-    check_optimizer(options.optimizer, options.schedule, options.term.loss_module_lr)
-    check_masks(options.loss, entries)
-    check_held_out(options.held_out, options.data, options.stopping, options.schedule, options.ema)
-    check_cache(options.cache, options.data, options.image, captions)
+    check_together(options)
     if options.cache.cache_text_embeddings:
         raise UserError("--cache_text_embeddings: there are no captions here; leave it out")
     if options.optimizer.text_encoder_lr is not None or options.optimizer.text_encoder_2_lr is not None:
@@ -446,31 +410,17 @@ def class_names(options: Options, images: PlannedImages, counts: Mapping[str, in
     return names
 
 
-def settle_scaling(
-    options: Options,
-    accelerator: "Accelerator",
-    family: UnconditionalFamily,
-    images: PlannedImages,
-    start: Path | None,
-    folder: OutputFolder,
-) -> None:
-    """Scales latents whose VAE says no scaling by what was measured on the data, in this run or before."""
-
-    def settle() -> float:
-        known = None if start is None else known_scaling(start.parent)
-        factor = known or measured_scaling(family, images, options.image, accelerator.device, options.runtime.seed)
-        remember_scaling(folder.path, factor)
-        return factor
-
-    family.rescale(on_main_process(accelerator, settle))
-
-
-def card_facts(
-    options: Options, family: UnconditionalFamily, settings: Sequence[tuple[str, object]], verdict: str
-) -> CardFacts:
+def card_facts(options: Options, task: Task, data: TrainingData, steps: int, verdict: str) -> CardFacts:
     """What the model card says."""
     model, tag = options.model.pretrained_model_name_or_path, "unconditional-image-generation"
-    return CardFacts(model, data_name(options), False, settings, family.example_call(), tag, verdict)
+    settings = card_settings(options, data, steps)
+    return CardFacts(model, options.data_name, False, settings, task.family.example_call(), tag, verdict)
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Reads the options, and trains."""
+    set_up_logging()
+    train(parse(Options, argv, PURPOSE))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,8 +23,8 @@ from benchmarks import attention as race
 from benchmarks.gpu_runs import FAILED, HOLDS, Bench, Finding, Run, relative_distance, tensors_of
 from utils.models.attention import ATTENTION, CPU_ATTENTION
 from utils.training.backward import Gradients
-from utils.training.course import Course
 from utils.training.encoding import EncodedBatch
+from utils.training.exchange import Exchange
 from utils.training.log import SentNumbers
 from utils.training.speed import Reference, allowed_error
 from utils.training.step_graph import Outcome, StepGraph
@@ -295,16 +295,16 @@ class Waits:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Context manager: a run's are counted."""
-        add_up, record, read = Gradients.add_up, Course.record, SentNumbers.read
+        add_up, exchange, read = Gradients.add_up, Exchange.step, SentNumbers.read
 
         def begin(gradients: Gradients, step: int, batches: Any) -> Any:
             if step >= self._first:
                 torch.cuda.set_sync_debug_mode("warn")
             return add_up(gradients, step, batches)
 
-        def end(course: Course, *rest: Any) -> None:
+        def end(*arguments: Any) -> None:
             try:
-                record(course, *rest)
+                exchange(*arguments)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
@@ -316,7 +316,7 @@ class Waits:
             finally:
                 torch.cuda.set_sync_debug_mode(before)
 
-        places = (Gradients, "add_up", begin), (Course, "record", end), (SentNumbers, "read", staticmethod(unheard))
+        places = (Gradients, "add_up", begin), (Exchange, "step", end), (SentNumbers, "read", staticmethod(unheard))
         with warnings.catch_warnings():
             warnings.showwarning = self._hear
             warnings.filterwarnings("always", message=".*synchronizing.*")

@@ -1,9 +1,9 @@
 """The sections of benchmarks/gpu.py that measure speed: our training step on true architectures, and the peers'.
 
 Ours is made of the scripts' own parts, without data and files: parts with random weights on the device, one batch in
-pinned memory, and then what the scripts' loops do in each step: Gradients.add_up, RunState.clip and step, the moving
-average, RunLog. Steps are timed by events in the device's stream; of the host's own time, what it takes to queue a
-step is said beside it. Images and captions come encoded, as --cache_latents and --cache_text_embeddings have them.
+pinned memory, and then what the scripts' loops do in each step: Gradients.add_up, TrainingState.clip and update, the
+moving average, RunLog. Steps are timed by events in the device's stream; of the host's own time, what it takes to queue
+a step is said beside it. Images and captions come encoded, as --cache_latents and --cache_text_embeddings have them.
 """
 
 import itertools
@@ -37,15 +37,18 @@ from utils.models.sdxl import StableDiffusionXL
 from utils.models.unconditional import Pixels, Wanted
 from utils.runtime.processes import OutputFolder, weight_dtype
 from utils.training.adaptation import ADAPTATIONS, FullFineTuning
-from utils.training.bf16_weights import HalfCopy
+from utils.training.backward import Gradients
 from utils.training.checkpoint import RunFacts
-from utils.training.encoding import Encoder
+from utils.training.learning_rates import LearningRates
 from utils.training.log import RunLog, StepMetrics
 from utils.training.objective import Objective
 from utils.training.optimizers import set_learning_rate
+from utils.training.session import start_engine
 from utils.training.speed import Compilation, compile_denoiser
-from utils.training.starting import hasten, make_gradients, make_state, start_engine
+from utils.training.speed_up import speed_up
+from utils.training.state import TrainingState
 from utils.training.step_graph import CudaRecorder, StepGraph
+from utils.training.task import Task
 
 WARM_UP = 3
 BF16 = "--mixed_precision bf16"
@@ -153,32 +156,41 @@ class Training:
         words += [*case.words, *variant.flags.split()]
         make = self._make_pixels if case.architecture is None else self._make_text
         make(case, words, variant.is_live, folder)
-        options, engine, family = self.options, self.engine, self.family
+        engine, family = self.engine, self.family
         if variant.is_live or case.architecture is None:
             family.to(bench.device)
         else:
             family.rest(engine.accelerator.device, vae=True, text_encoders=True)
-        rates, facts = options.optimizer, RunFacts({}, {}, 1)
-        objective = Objective(family, self.adaptation.modules, self.process, options.noise, options.loss)
-        model, self.state = make_state(
-            engine, self.adaptation, objective, [], rates, options.ema, folder, facts, 0, Attention(None)
-        )
-        half = HalfCopy(family.unet, self.state.optimizer) if options.speed.bf16_weights else None
-        pieces = SimpleNamespace(slots=[range(variant.batch)])
-        encoder = Encoder(family, text_encoders_train=False)
-        learning = options.loader, variant.batch, None, 0, False, {}, half
-        self.gradients = make_gradients(engine, model, encoder, pieces, *learning)
+        self._make_steps(folder, variant.batch)
         self.adaptation.train_mode()
         if bench.is_cuda:
             self.batch = self.batch.pin_memory()
         self._compile(variant)
+
+    def _make_steps(self, folder: OutputFolder, batch_size: int) -> None:
+        """The state and the gradients of a run; what they are told of it stands in for a session and its data."""
+        options, engine, family = self.options, self.engine, self.family
+        session = SimpleNamespace(engine=engine, accelerator=engine.accelerator, seed=0, folder=folder)
+        session.attention, session.checkpoint = Attention(None), None
+        session.resumption = SimpleNamespace(samples_at_once=None)
+        batches = SimpleNamespace(size=batch_size, epochs_before=lambda step: 0)
+        objective = Objective(family, self.adaptation.modules, self.process, options.noise, options.loss)
+        self.task = Task(family, self.adaptation, self.process, objective, [], False, "made", "made")
+        rates = LearningRates(options.optimizer, 1.0, options.schedule, 1, lambda step: 1.0)
+        data, facts = SimpleNamespace(batches=batches), RunFacts({}, {}, 1)
+        self.state = TrainingState.create(options, session, data, self.task, rates, facts)
+        dataset = SimpleNamespace(sizes=[None], with_draws=lambda batch: batch)
+        self.feed = SimpleNamespace(dataset=dataset, at_once=batch_size, group_size=batch_size, num_workers=0)
+        self.feed.pieces = SimpleNamespace(slots=[range(batch_size)])
+        self.feed.largest = lambda timestep: self.batch
+        self.gradients = Gradients.of_run(options, session, self.task, self.state, self.feed, {})
 
     def _make_text(self, case: Case, words: list[str], is_live: bool, folder: OutputFolder) -> None:
         from train_text_to_image import Options
 
         words = ["--pretrained_model", "made", *words]
         options = self.options = parse(Options, words, "")
-        engine = self.engine = start_engine(options, folder, options.adaptation.pure_bf16)
+        engine = self.engine = start_engine(options, folder)
         adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
         dtypes = adaptation_class.dtypes(options.adaptation, weight_dtype(engine.accelerator))
         with self.bench.device:
@@ -194,7 +206,7 @@ class Training:
         config = self.bench.folder / "unconditional.json"
         config.write_text(json.dumps(unconditional_config(self.bench.is_tiny, case.edge)), encoding="utf-8")
         options = self.options = parse(Options, [*words, "--model_config_name_or_path", str(config)], "")
-        engine = self.engine = start_engine(options, folder, options.adaptation.pure_bf16)
+        engine = self.engine = start_engine(options, folder)
         dtypes = FullFineTuning.dtypes(options.adaptation, weight_dtype(engine.accelerator))
         wanted = Wanted(case.edge, options.image.channels)
         family = self.family = Pixels(options.model, options.noise, wanted, dtypes.unet, dtypes.frozen, None)
@@ -212,8 +224,7 @@ class Training:
     def _compile(self, variant: Variant) -> None:
         speed = self.options.speed
         if variant.is_gated:
-            which = self.gradients, self.family.unet, self.state
-            hasten(self.options, *which, num_workers=0, draw_batch=lambda: self.batch, sizes_vary=False)
+            speed_up(self.options, self.task, self.state, self.gradients, self.feed, fast_parts=())
             return
         if speed.compiled is not None:
             how = Compilation(speed.compiled, activation_memory=speed.activation_memory)
@@ -242,7 +253,7 @@ class Training:
                 else:
                     sums = self.gradients.add_up(step, [self.batch])
                 norm = state.clip(rates.clip_norm)
-                state.step(norm)
+                state.update(norm)
                 log.step(StepMetrics(step + 1, 0.0, sums.loss / self.batch_size, norm, rates.learning_rate))
                 host.append(time.perf_counter() - began)
                 if is_cuda:

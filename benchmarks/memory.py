@@ -54,7 +54,7 @@ from utils.models.text_to_image import TextFamily  # noqa: E402
 from utils.training.adaptation import ADAPTATIONS  # noqa: E402
 from utils.training.ema import MovingAverage  # noqa: E402
 from utils.training.optimizers import NamedParameter  # noqa: E402
-from utils.training.starting import make_optimizer  # noqa: E402
+from utils.training.state import make_optimizer  # noqa: E402
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
 STEPS = 6

@@ -115,7 +115,7 @@ def test_on_a_gpu_with_room_for_two_copies_it_is_the_default(monkeypatch, device
     from types import SimpleNamespace
 
     from utils.training import course
-    from utils.training.state import RunState
+    from utils.training.state import TrainingState
 
     monkeypatch.setattr("utils.training.state.available_memory", lambda: available)
     monkeypatch.setattr(course, "on_main_process", lambda _, ask: ask())
@@ -124,7 +124,7 @@ def test_on_a_gpu_with_room_for_two_copies_it_is_the_default(monkeypatch, device
     state = SimpleNamespace(
         parameters=[weight], own_parameters=[], average=None, optimizer_bytes=4000, accelerator=accelerator
     )
-    state.copies_fit_twice = lambda: RunState.copies_fit_twice(state)
+    state.copies_fit_twice = lambda: TrainingState.copies_fit_twice(state)
     assert course.saves_behind(asked, state) == is_on
 
 

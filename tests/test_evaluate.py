@@ -20,6 +20,7 @@ from tests.conftest import message, reset_accelerate
 from tests.test_generation import assert_same, images_in
 from tests.tiny import class_conditional, unconditional
 from utils.config.options import UserError
+from utils.config.progress import Progress
 from utils.data import colours
 from utils.evaluation.metrics.features import Network
 from utils.evaluation.metrics.registry import METRICS
@@ -574,25 +575,27 @@ def in_training(pipelines, models, real_images, tmp_path):
 
     from utils.evaluation.metrics.features import FeatureOptions
     from utils.evaluation.while_training import EvaluationOptions, TrainingEvaluation
+    from utils.runtime.stop_requests import StopRequests
     from utils.sampling.pipelines import PipelineSpec, load_pipeline
+    from utils.sampling.samples import Surroundings
 
     def make(first_step=0, **more):
         reset_accelerate()
         options = {"eval_metrics": ["kid", "clip_score"], "eval_steps": 2, "eval_num_images": 6} | more
         options = {"eval_reference": str(real_images), "eval_num_inference_steps": 2} | options
         features = FeatureOptions(feature_module=str(models["own"]), clip_model=str(models["clip"]), no_download=True)
-        evaluation = TrainingEvaluation(
-            EvaluationOptions(**options), features, Accelerator(cpu=True), tmp_path, 3, PROMPTS
-        )
+        surroundings = Surroundings(Accelerator(cpu=True), tmp_path, 3, StopRequests(tmp_path, None))
+        pipeline = load_pipeline(PipelineSpec(str(pipelines["sd"])), torch.float32)
+        evaluation = TrainingEvaluation(EvaluationOptions(**options), features, surroundings, pipeline, PROMPTS)
         evaluation.begin(first_step)
-        return evaluation, load_pipeline(PipelineSpec(str(pipelines["sd"])), torch.float32)
+        return evaluation, pipeline
 
     return make
 
 
 def test_training_is_scored_by_the_same_code(in_training, evaluate, pipelines, flags, real_images, tmp_path):
     evaluation, pipeline = in_training()
-    assert [step for step in range(1, 8) if evaluation.is_due(step, 7)] == [2, 4, 6, 7]
+    assert [step for step in range(1, 8) if evaluation.is_due(Progress(step, 7, 0, 0))] == [2, 4, 6, 7]
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)

@@ -29,11 +29,11 @@ from tests.test_launch import command
 from utils.data.loader import TrainingDataset
 from utils.training import validation_loss as held_out
 from utils.training.checkpoint import Checkpoints, damage
-from utils.training.course import Course
 from utils.training.encoding import CacheFiller, Encoder
 from utils.training.log import RunLog
 from utils.training.objective import Objective
-from utils.training.state import CheckpointSaver, RunState
+from utils.training.saving import CheckpointSaver
+from utils.training.state import TrainingState
 from utils.training.validation_loss import HeldOut
 
 BOTH = pytest.mark.parametrize("kind", ["sd", "pixels"])
@@ -259,7 +259,7 @@ def test_a_loader_that_is_killed(train, kind, monkeypatch, capsys):
     ("owner", "name", "call"),
     [
         (Encoder, "encode", 6),  # in a step of two micro-batches
-        (RunState, "step", 3),
+        (TrainingState, "update", 3),
         (HeldOut, "losses", 2),
         (CheckpointSaver, "save", 1),
         (RunLog, "step", 3),
@@ -483,13 +483,13 @@ def test_a_run_whose_last_steps_are_not_finite(train, losses_that_are_not_finite
 
 def test_weights_that_are_not_finite_are_named(train, monkeypatch, capsys):
     """As after a last step that was too large."""
-    record = Course.record
+    update = TrainingState.update
 
-    def spoil(course, done, *others):
-        record(course, done, *others)
-        course.state.parameters[0].parameter.data.view(-1)[0] = math.inf
+    def spoil(state, *others):
+        update(state, *others)
+        state.parameters[0].parameter.data.view(-1)[0] = math.inf
 
-    monkeypatch.setattr(Course, "record", spoil)
+    monkeypatch.setattr(TrainingState, "update", spoil)
     train("sd", *FLAGS, "--max_train_steps", 1, expect=1)
     assert "the run has diverged: its weights are not all finite" in message(capsys)
 
@@ -508,7 +508,7 @@ def test_a_killed_runs_lock_does_not_block(train, pipelines, images, tmp_path):
 
 def test_an_unexpected_error_of_a_save_is_raised(train, monkeypatch):
     """Nothing hides what nobody foresaw."""
-    monkeypatch.setattr(RunState, "saving", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(TrainingState, "saving", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train("sd", *FLAGS, "--max_train_steps", 2)
 

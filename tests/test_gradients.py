@@ -16,7 +16,7 @@ from utils.runtime.engines import Engine
 from utils.runtime.memory import is_out_of_memory
 from utils.training.backward import Gradients, setting
 from utils.training.objective import Objective
-from utils.training.state import RunState
+from utils.training.state import TrainingState
 
 FLAGS = ["--max_train_steps", 4, "--learning_rate", 1e-3, "--adam_epsilon", 1e-5]
 
@@ -166,7 +166,7 @@ def test_the_rehearsal_holds_the_optimizers_state():
         optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
         accelerator = SimpleNamespace(device=torch.device("cpu"), scaler=None)
         engine = SimpleNamespace(spreads=False, decides_on_device=True, accelerator=accelerator)
-        state = RunState(engine, None, None, None, optimizer, [], [], [], None)
+        state = TrainingState(engine, None, None, None, optimizer, [], [], [], *4 * [None])
         if is_held:
             model = Summing(2)
             with state.holding_optimizer_state():

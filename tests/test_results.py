@@ -420,7 +420,7 @@ def test_clip_skip_samples_as_the_pipeline_does(train):
 @pytest.mark.parametrize("options", [{}, {"offload_ema": True}, {"ema_every": 3}])
 def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch, options):
     from utils.training.ema import EmaOptions, MovingAverage
-    from utils.training.state import RunState
+    from utils.training.state import TrainingState
 
     parameter = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
@@ -440,12 +440,12 @@ def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch, options):
     accelerator = Accelerator()
     accelerator.scaler = scaler
     average = MovingAverage([parameter], EmaOptions(use_ema=True, **options))
-    state = RunState(Engine(accelerator), None, average, None, Scaled(), [], [], [], None)
+    state = TrainingState(Engine(accelerator), None, average, None, Scaled(), [], [], [], *4 * [None])
     monkeypatch.setattr(scaler, "get_scale", None)  # it would wait for the device
     found = [torch.ones(4)]
     for value in (1.0, float("inf"), 1.0, 1.0, 1.0, float("inf")):
         scaler.scale((parameter * value).sum()).backward()
-        state.step(torch.tensor(value))
+        state.update(torch.tensor(value))
         found.append(average.averages[0].clone())
     if "ema_every" in options:  # an update after a step that was left out is that of the steps before
         assert [torch.equal(*pair) for pair in itertools.pairwise(found)] == [True, True, False, True, True, False]
@@ -529,7 +529,7 @@ def test_a_run_that_diverges_ends_with_its_last_checkpoint_named(train, monkeypa
 
 
 def test_a_fused_optimizer_skips_on_the_device():
-    from utils.training.state import RunState
+    from utils.training.state import TrainingState
 
     parameter = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
@@ -537,11 +537,11 @@ def test_a_fused_optimizer_skips_on_the_device():
     class Accelerator:
         scaler = None
 
-    state = RunState(Engine(Accelerator()), None, None, None, optimizer, [], [], [], None)
+    state = TrainingState(Engine(Accelerator()), None, None, None, optimizer, [], [], [], *4 * [None])
     for value, moved in ((1.0, True), (float("nan"), False), (1.0, True)):
         before = parameter.detach().clone()
         parameter.grad = torch.full((4,), value)
-        state.step(parameter.grad.norm())
+        state.update(parameter.grad.norm())
         assert torch.equal(before, parameter) != moved
         assert torch.isfinite(parameter).all()
 

@@ -13,7 +13,7 @@ from tests.test_equivalences import assert_same_bits, losses, weights
 from utils.runtime.engines import Engine
 from utils.training import starting
 from utils.training.optimizers import NamedParameter
-from utils.training.state import RunState
+from utils.training.state import TrainingState
 from utils.training.step_graph import WARM_UPS, Outcome, StepGraph
 
 FLAGS = ["--train_batch_size", 2, "--learning_rate", 1e-3, "--lr_scheduler", "linear", "--adam_epsilon", 1e-4]
@@ -169,8 +169,8 @@ def test_a_recorded_step_that_is_not_finite_changes_nothing():
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
     accelerator = SimpleNamespace(scaler=None, device=torch.device("cpu"))
-    state = RunState(
-        Engine(accelerator), None, None, None, optimizer, [NamedParameter("a", parameter, 0.1)], [], [], None
+    state = TrainingState(
+        Engine(accelerator), None, None, None, optimizer, [NamedParameter("a", parameter, 0.1)], [], [], *4 * [None]
     )
     for gradient, is_held in ((float("nan"), 0.0), (1.0, 1.0), (1.0, 0.0)):
         parameter.grad = torch.full((3,), gradient)

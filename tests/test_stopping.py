@@ -1,6 +1,7 @@
 """Runs that are asked to end before their time, and go on as if they had not been."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -24,11 +25,11 @@ from tests.test_launch import command, launcher
 from utils.config.options import AGREED_SECONDS, MAIN_SECONDS, Diverged, Stopped, UserError, run_script
 from utils.config.standard_streams import flush_streams, hide, lasting_streams
 from utils.runtime.stop_requests import SIGNALS, StopRequests, agreed, resume_command
-from utils.sampling.prompt_samples import Sampler
+from utils.sampling.prompt_samples import PromptSampler
 from utils.training.compatibility import LAUNCHED
-from utils.training.course import Course
 from utils.training.encoding import CacheFiller, Encoder
-from utils.training.state import CheckpointSaver
+from utils.training.exchange import Exchange
+from utils.training.saving import CheckpointSaver
 from utils.training.validation_loss import HeldOut
 
 FLAGS = ["--train_batch_size", 2, "--max_train_steps", 6, "--learning_rate", 1e-3, "--use_ema"]
@@ -87,7 +88,7 @@ def test_a_signal_in_a_step(train, signal_at, monkeypatch, capsys, kind, number)
         (HeldOut, "_batch", 3),
         (HeldOut, "_batch", -1),
         (CheckpointSaver, "save", 1),
-        (Sampler, "_denoise", 1),
+        (PromptSampler, "_denoise", 1),
     ],
 )
 def test_a_signal_while_it_validates_or_saves(train, signal_at, monkeypatch, tmp_path, owner, name, call):
@@ -130,19 +131,20 @@ def test_a_time_limit_is_a_planned_end(train, capsys):
 def test_files_ask_too(train, monkeypatch, tmp_path):
     """Also one that is made while what another asked for is done."""
     monkeypatch.setattr("utils.runtime.stop_requests.LOOK_SECONDS", 0.0)
-    out, record, save = tmp_path / "out", Course.record, CheckpointSaver.save
+    out, exchange, save = tmp_path / "out", Exchange.step, CheckpointSaver.save
+    steps = itertools.count(1)
 
-    def recorded(course: Course, done: int, *others) -> None:
-        if done == 2:
+    def exchanged(*arguments) -> None:
+        if next(steps) == 2:
             (out / "SAVE").touch()
-        record(course, done, *others)
+        exchange(*arguments)
 
     def saved(saver: CheckpointSaver, done: int, *others) -> None:
         save(saver, done, *others)
         if done == 2:
             (out / "STOP").touch()
 
-    monkeypatch.setattr(Course, "record", recorded)
+    monkeypatch.setattr(Exchange, "step", exchanged)
     monkeypatch.setattr(CheckpointSaver, "save", saved)
     train("sd", "--train_batch_size", 1, "--max_train_steps", 10)
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}

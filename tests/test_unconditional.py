@@ -1154,11 +1154,11 @@ def test_overwriting_another_run(train, capsys):
 
 
 def test_the_pipeline_is_saved_while_it_trains(train, monkeypatch):
-    from utils.training.state import RunState
+    from utils.training.state import TrainingState
 
     saved = []
-    export = RunState.export
-    monkeypatch.setattr(RunState, "export", lambda self, folder: (saved.append(folder), export(self, folder)))
+    export = TrainingState.export
+    monkeypatch.setattr(TrainingState, "export", lambda self, folder: (saved.append(folder), export(self, folder)))
     train("pixels", "--num_epochs", 3, "--train_batch_size", 2, "--save_model_epochs", 1, "--save_images_epochs", 2)
     assert len(saved) == 3
 

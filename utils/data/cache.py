@@ -85,6 +85,11 @@ class CacheOptions:
             raise UserError("--cache_dtype goes with --cache_latents or --cache_text_embeddings; give one of them")
 
     @property
+    def ends_when_filled(self) -> bool:
+        """Whether the run ends once the cache is filled."""
+        return self.cache_only or self.verify_cache
+
+    @property
     def folder(self) -> Path:
         """Where encodings and what is known of image files are kept."""
         if self.encoding_cache_dir is not None:

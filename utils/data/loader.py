@@ -61,6 +61,17 @@ class LoaderOptions:
         require(size >= num_processes, "global_batch_size", size, f"be at least {num_processes}, one for each process")
         return size
 
+    def samples_at_once(self, has_buckets: bool, group_size: int) -> int:
+        """How many samples a process takes at once, where memory allows it.
+
+        Args:
+            has_buckets: whether they must be of one bucket, of which `group_size` stand together.
+        """
+        if not self.find_batch_size:
+            return self.train_batch_size
+        wanted = self.train_batch_size * self.gradient_accumulation_steps
+        return min(wanted, group_size) if has_buckets else wanted
+
     def num_workers(self, num_processes: int) -> int:
         """Loader processes for this process, of `num_processes`, which may be on several machines."""
         num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from utils.config.options import UserError, flags_as, option, require, require_not_negative, require_positive
+from utils.config.progress import Progress
 from utils.config.user_files import check_encoding
 from utils.evaluation.metrics.base import Case, ScoreOptions
 from utils.evaluation.metrics.distances import NotComputable
@@ -25,12 +26,12 @@ from utils.models.text_to_image import TextFamily
 from utils.runtime.processes import autocast, on_main_process
 from utils.runtime.sharding import unsharded
 from utils.runtime.step_lines import JsonLines, keep_steps
-from utils.sampling.controls import SamplingControls, controllable
+from utils.sampling.controls import controllable
 from utils.sampling.drawer import Drawer, GenerationOptions, complete_prompts
 from utils.sampling.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
+from utils.sampling.samples import Surroundings
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
@@ -82,11 +83,9 @@ class EvaluationOptions:
         with flags_as(REFERENCE_FLAGS):
             ReferenceOptions(reference=self.eval_reference)
 
-    def is_due(self, step: int, total_steps: int) -> bool:
-        """Whether scores are computed after optimizer step number `step`, from 1."""
-        if not self.eval_metrics:
-            return False
-        return step == total_steps or (self.eval_steps is not None and step % self.eval_steps == 0)
+    def is_due(self, progress: Progress) -> bool:
+        """Whether scores are computed after a step."""
+        return bool(self.eval_metrics) and (progress.is_last or progress.is_multiple_of(self.eval_steps))
 
 
 class TrainingEvaluation:
@@ -96,16 +95,15 @@ class TrainingEvaluation:
         self,
         options: EvaluationOptions,
         features: FeatureOptions,
-        accelerator: "Accelerator",
-        folder: Path,
-        seed: int,
+        surroundings: Surroundings,
+        pipeline: "DiffusionPipeline",
         prompts: list[str] | None = None,
-        controls: SamplingControls | None = None,
         trained_on: ImageSet | None = None,
     ):
         """Reads the prompts, and looks the reference through.
 
         Args:
+            pipeline: what will be drawn with, which must go with the prompts.
             prompts: to draw where the options name no file.
             trained_on: what is compared with where the options name no reference.
 
@@ -113,18 +111,18 @@ class TrainingEvaluation:
             UserError: if the prompts or the reference can't be used.
         """
         self._options = options
-        self._accelerator = accelerator
-        self._folder = folder / "evaluation"
-        self._seed = seed
-        self._controls = controls or SamplingControls()
-        self._networks = Networks(features, accelerator.device)
-        self._workers = Workers(accelerator, features.feature_batch_size)
+        self._accelerator, self._controls = surroundings.accelerator, surroundings.controls
+        self._folder, self._seed = surroundings.folder / "evaluation", surroundings.seed
+        self._networks = Networks(features, self._accelerator.device)
+        self._workers = Workers(self._accelerator, features.feature_batch_size)
         self._prompts = [Prompt(text) for text in prompts or ()]
         if options.eval_prompts_file is not None:
             given = PromptOptions(prompts_file=options.eval_prompts_file, text_encoding=options.eval_prompts_encoding)
             self._prompts = read_prompts(given)
         self._load_networks()
         self._reference = self._read_reference(trained_on) if options.eval_metrics else None
+        if options.eval_metrics:
+            complete_prompts(pipeline, self._prompts, None)
 
     def begin(self, first_step: int) -> None:
         """Forgets what was measured after the step from which the run resumes."""
@@ -138,15 +136,6 @@ class TrainingEvaluation:
             except NotComputable as reason:
                 raise UserError(f"--eval_metrics {name}: {reason}") from reason
         self._networks.rest()
-
-    def check(self, pipeline: "DiffusionPipeline") -> None:
-        """Refuses a pipeline that does not go with the prompts, before anything is drawn from it.
-
-        Raises:
-            UserError: such as for a text-to-image pipeline without prompts.
-        """
-        if self._options.eval_metrics:
-            complete_prompts(pipeline, self._prompts, None)
 
     def _read_reference(self, trained_on: ImageSet | None) -> Reference | None:
         name, chosen = self._options.eval_reference, ReferenceOptions(reference=self._options.eval_reference)
@@ -174,9 +163,9 @@ class TrainingEvaluation:
         finally:
             self._networks.rest()
 
-    def is_due(self, step: int, total_steps: int) -> bool:
-        """Whether scores are computed after optimizer step number `step`, from 1."""
-        return self._options.is_due(step, total_steps)
+    def is_due(self, progress: Progress) -> bool:
+        """Whether scores are computed after a step."""
+        return self._options.is_due(progress)
 
     def scores(self, family: "Family", step: int, resolution: int | None = None) -> dict[str, float]:
         """What is logged of the scores of a family's pipeline after `step`, its weights being those to draw with.

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from utils.config.options import UserError, first_line, option, require, require_not_negative, require_positive
+from utils.config.progress import Progress
 from utils.config.user_files import read_json
 from utils.data.images import decode
 from utils.diffusion.process import is_flow, is_score
@@ -23,17 +24,11 @@ from utils.models.unconditional import UnconditionalFamily
 from utils.runtime.atomic_files import or_without
 from utils.runtime.processes import autocast, on_main_process, write_json
 from utils.runtime.sharding import unsharded
-from utils.runtime.stop_requests import StopRequests
-from utils.sampling.controls import SamplingControls
-from utils.sampling.samples import Sample
+from utils.sampling.samples import LAST, Sample, Surroundings
 from utils.sampling.scheduler_trials import check_trial
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 GRID, STRIP, RECORD = "grid.png", "film_strip.png", "samples.json"
-LAST = "final"
 STEP = re.compile(r"step-[0-9]{1,18}")
 FRAMES = 20  # of a film strip
 GAP = 2  # pixels between the pictures of a grid
@@ -95,18 +90,18 @@ class SamplingOptions:
             raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error
         return steps
 
-    def is_due(self, step: int, epochs_before: int, epochs_after: int) -> bool:
-        """Whether samples are drawn after optimizer step number `step`, from 1, which ended these epochs.
+    def is_due(self, progress: Progress) -> bool:
+        """Whether samples are drawn after a step.
 
         As in the diffusers examples, the first epoch is always followed by samples.
         """
         if self.save_images_steps is not None:
-            return step % self.save_images_steps == 0
-        return any(epoch % self.save_images_epochs == 0 for epoch in range(epochs_before, epochs_after))
+            return progress.is_multiple_of(self.save_images_steps)
+        return any(epoch % self.save_images_epochs == 0 for epoch in progress.ended_epochs)
 
-    def is_model_due(self, epochs_before: int, epochs_after: int) -> bool:
-        """Whether the pipeline is saved after a step that ended these epochs."""
-        return any((epoch + 1) % self.save_model_epochs == 0 for epoch in range(epochs_before, epochs_after))
+    def is_model_due(self, progress: Progress) -> bool:
+        """Whether the pipeline is saved after a step."""
+        return any((epoch + 1) % self.save_model_epochs == 0 for epoch in progress.ended_epochs)
 
 
 class GridSampler:
@@ -115,28 +110,18 @@ class GridSampler:
     Sample n is drawn from the seed `seed + n`, and of class n modulo their number, at every time.
     """
 
-    def __init__(
-        self,
-        accelerator: "Accelerator",
-        family: UnconditionalFamily,
-        options: SamplingOptions,
-        folder: Path,
-        seed: int,
-        requests: StopRequests,
-        controls: SamplingControls | None = None,
-    ):
-        self._controls = controls or SamplingControls()
+    def __init__(self, surroundings: Surroundings, family: UnconditionalFamily, options: SamplingOptions):
+        self._surroundings = surroundings
+        self._accelerator, self._controls = surroundings.accelerator, surroundings.controls
         self._controls.check(sampler_of(family.pipeline.scheduler, options.sampler, options.eta))
         if options.eta > 0:
             said = "--eta %g: the run's samples are drawn with that noise, but the exported pipeline draws with none"
             logger.warning(said, options.eta)
         self._steps = options.steps_of(family.pipeline.scheduler)
-        self._accelerator = accelerator
         self._family = family
         self._options = options
-        self._folder = folder / "samples"
-        self._requests = requests
-        self._seeds = [(seed + number) % 2**63 for number in range(options.count)]
+        self._folder = surroundings.folder / "samples"
+        self._seeds = surroundings.seeds(options.count)
         classes = sorted(family.classes)
         self._labels = [classes[number % len(classes)] for number in range(options.count)] if classes else []
 
@@ -144,32 +129,33 @@ class GridSampler:
         """Drops what was drawn after the step from which the run resumes."""
         on_main_process(self._accelerator, partial(keep_until, self._folder, first_step))
 
-    def draw(self, step: int, is_last: bool = False) -> list[Sample]:
-        """Draws all samples, or those until a signal; gives them, in order, to every process.
+    def is_due(self, progress: Progress) -> bool:
+        """Whether samples are drawn after a step; the validation loss is measured then too."""
+        return self._options.is_due(progress)
+
+    def draw(self, progress: Progress, is_last: bool = False) -> list[Sample]:
+        """Draws all samples, or those until a signal; returns them, in order, on every process.
 
         They go to `samples/step-{step}/`, the last ones to `samples/final/`.
 
         The denoiser must be in evaluation mode, and hold the weights to draw with.
         """
-        from accelerate.utils import gather_object
-
-        rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
-        mine = list(range(len(self._seeds)))[rank::num_processes]
-        drawn: list[tuple[int, np.ndarray]] = []
+        mine = self._surroundings.share(range(len(self._seeds)))
+        drawn: list[tuple[int, Image.Image]] = []
         at_once = self._options.eval_batch_size
-        logger.info("drawing %d samples of step %d: %s", len(self._seeds), step, self._folder)
+        logger.info("drawing %d samples of step %d: %s", len(self._seeds), progress.step, self._folder)
         with self._family.awake(), unsharded(self._family.pipeline.components.values()):
             for begin in range(0, len(mine), at_once):
-                if self._requests.is_asked:
+                if self._surroundings.requests.is_asked:
                     break
                 numbers = mine[begin : begin + at_once]
-                drawn += zip(numbers, map(np.asarray, self._draw(numbers)), strict=True)
-        shared = sorted(gather_object(drawn), key=lambda pair: pair[0])
-        images = [Image.fromarray(pixels) for _, pixels in shared]
-        if self._accelerator.is_main_process and images:
+                drawn += zip(numbers, self._draw(numbers), strict=True)
+        shared = self._surroundings.gather(drawn)
+        if self._accelerator.is_main_process and shared:
+            images, numbers = [image for _, image in shared], [number for number, _ in shared]
             with or_without(f"a part of {self._folder}"):
-                self._save(images, [number for number, _ in shared], step, is_last)
-        return [Sample(image, self._caption(number)) for image, (number, _) in zip(images, shared, strict=True)]
+                self._save(images, numbers, progress.step, is_last)
+        return [Sample(image, self._caption(number)) for number, image in shared]
 
     def _draw(self, numbers: Sequence[int]) -> list[Image.Image]:
         options, family = self._options, self._family

@@ -5,25 +5,21 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from utils.config.options import UserError, option, require_not_negative, require_positive
+from utils.config.progress import Progress
 from utils.models.text_to_image import TextFamily
 from utils.runtime.atomic_files import or_without
 from utils.runtime.processes import autocast
 from utils.runtime.sharding import unsharded
-from utils.runtime.stop_requests import StopRequests
-from utils.sampling.controls import SamplingControls, controllable
-from utils.sampling.samples import Sample
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from utils.sampling.controls import controllable
+from utils.sampling.samples import LAST, Sample, Surroundings
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +51,7 @@ class ValidationOptions:
         return self.validation_prompts or ([self.validation_prompt] if self.validation_prompt else [])
 
     def requests(self, seed: int) -> list["SampleRequest"]:
-        """The samples of one validation; number n has the seed `seed + n`, at every validation."""
+        """The samples drawn at each time; number n has the seed `seed + n`."""
         prompts = self.prompts
         each = self.num_validation_images
         if each is None:
@@ -63,15 +59,15 @@ class ValidationOptions:
         wanted = [(prompt, f"{row:02d}_{column}") for row, prompt in enumerate(prompts) for column in range(each)]
         return [SampleRequest(prompt, name, (seed + index) % 2**63) for index, (prompt, name) in enumerate(wanted)]
 
-    def is_due(self, step: int, epochs_before: int, epochs_after: int, default_epochs: int) -> bool:
-        """Whether samples are drawn after optimizer step number `step`, from 1, which ended these epochs.
+    def is_due(self, progress: Progress, default_epochs: int) -> bool:
+        """Whether samples are drawn after a step.
 
         As in the diffusers examples, the first epoch is always followed by samples.
         """
         if self.validation_steps is not None:
-            return step % self.validation_steps == 0
+            return progress.is_multiple_of(self.validation_steps)
         interval = self.validation_epochs or default_epochs
-        return any(epoch % interval == 0 for epoch in range(epochs_before, epochs_after))
+        return any(epoch % interval == 0 for epoch in progress.ended_epochs)
 
 
 class SampleRequest(NamedTuple):
@@ -82,38 +78,42 @@ class SampleRequest(NamedTuple):
     seed: int
 
 
-class Sampler:
-    """Draws the samples of a run, each process its share, and keeps them in `output_dir/samples/`."""
+class PromptSampler:
+    """Draws the samples of a run's prompts, each process its share, and keeps them in `output_dir/samples/`."""
 
     def __init__(
         self,
-        accelerator: "Accelerator",
+        surroundings: Surroundings,
         family: TextFamily,
         options: ValidationOptions,
-        folder: Path,
         resolution: int,
-        seed: int,
-        requests: StopRequests,
-        controls: SamplingControls | None = None,
+        default_epochs: int,
     ):
-        self._controls = controls or SamplingControls()
-        self._stop_requests = requests
-        self._accelerator = accelerator
+        """Args:
+        resolution: edge of the samples in pixels.
+        default_epochs: epochs between samples where the options name no interval.
+        """
+        self._surroundings = surroundings
+        self._accelerator, self._controls = surroundings.accelerator, surroundings.controls
         self._family = family
         self._options = options
-        self._folder = folder / "samples"
-        self._resolution = resolution
-        self._requests = options.requests(seed)
+        self._folder = surroundings.folder / "samples"
+        self._resolution, self._default_epochs = resolution, default_epochs
+        self._requests = options.requests(surroundings.seed)
 
-    def draw(self, name: str) -> list[Sample]:
-        """Draws all samples, or those until a signal, into `samples/{name}/`; gives them, in order, to every process.
+    def is_due(self, progress: Progress) -> bool:
+        """Whether samples are drawn after a step; the validation loss is measured then too."""
+        return self._options.is_due(progress, self._default_epochs)
+
+    def draw(self, progress: Progress, is_last: bool = False) -> list[Sample]:
+        """Draws all samples, or those until a signal; returns them, in order, on every process.
+
+        They go to `samples/step-{step}/`, the last ones to `samples/final/`.
 
         The pipeline's parts must be in evaluation mode, and hold the weights to draw with.
         """
-        from accelerate.utils import gather_object
-
-        rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
-        mine = dict(list(enumerate(self._requests))[rank::num_processes])
+        name = LAST if is_last else f"step-{progress.step}"
+        mine = dict(self._surroundings.share(list(enumerate(self._requests))))
         drawn = []
         if self._requests:
             logger.info("drawing %d samples: %s", len(self._requests), self._folder / name)
@@ -125,9 +125,9 @@ class Sampler:
                 file = self._folder / name / f"{mine[index].name}.png"
                 with or_without(file):
                     self._save(image, mine[index], file)
-                drawn.append((index, np.asarray(image)))
-        shared = sorted(gather_object(drawn), key=lambda pair: pair[0])
-        return [Sample(Image.fromarray(pixels), self._requests[index].prompt) for index, pixels in shared]
+                drawn.append((index, image))
+        shared = self._surroundings.gather(drawn)
+        return [Sample(image, self._requests[index].prompt) for index, image in shared]
 
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
@@ -139,7 +139,7 @@ class Sampler:
         with family.alone("unet"):
             latents = []
             for request, prompt in zip(requests, prompts, strict=True):
-                if self._stop_requests.is_asked:
+                if self._surroundings.requests.is_asked:
                     break
                 latents.append(self._denoise(request, prompt))
         with family.alone("vae"):  # outside of autocast, in which it could overflow

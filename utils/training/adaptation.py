@@ -71,6 +71,11 @@ class TrainedOptions:
                 raise UserError(f"--train_layers {self.train_layers} is no regular expression: {error}") from error
 
     @property
+    def trains_base(self) -> bool:
+        """Whether the denoiser's own weights train, in float32."""
+        return not self.pure_bf16
+
+    @property
     def structure(self) -> dict[str, object]:
         """What a checkpoint can only be resumed with, by flag."""
         return {name: getattr(self, name) for name in ("train_text_encoder", "train_layers", "pure_bf16")}
@@ -136,6 +141,11 @@ class AdaptationOptions(TrainedOptions):
     def lora_rank(self) -> int:
         """The rank of new LoRA matrices."""
         return self.rank or 4
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the denoiser's own weights train, in float32."""
+        return self.adaptation == "full" and super().trains_base
 
     @property
     def structure(self) -> dict[str, object]:

@@ -2,10 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,12 @@ from utils.runtime.memory import is_out_of_memory
 from utils.runtime.processes import without_tf32
 from utils.runtime.stop_requests import resume_command
 from utils.training.bf16_weights import HalfCopy
+from utils.training.data import Feed
 from utils.training.encoding import EncodedBatch, Encoder
+from utils.training.options import TrainingOptions
+from utils.training.session import Session
+from utils.training.state import TrainingState
+from utils.training.task import Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -97,6 +102,38 @@ class Gradients:
     _trained: Sequence[nn.Parameter] = ()  # those that have gradients
     _memory: Sequence[Tensor] = ()  # their gradients', where that is kept
     _is_shared: bool = False  # whether the processes are sharing gradients now
+
+    @classmethod
+    def of_run(
+        cls,
+        options: TrainingOptions,
+        session: Session,
+        task: Task,
+        state: TrainingState,
+        feed: Feed,
+        savers: Mapping[str, bool],
+    ) -> Self:
+        """Those of a run; a resumed one takes no more samples at once than memory allowed before.
+
+        Args:
+            savers: flags that save memory, in the order to try them, and whether they are given.
+        """
+        loader, engine, accelerator = options.loader, session.engine, session.accelerator
+        allowed = None if loader.find_batch_size else session.resumption.samples_at_once
+        scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / state.batches.size
+        return cls(
+            engine,
+            state.model,
+            Encoder(task.family, task.trains_text_encoders),
+            session.seed,
+            num_batches=len(feed.pieces.slots),
+            num_samples=sum(len(slots) for slots in feed.pieces.slots),
+            loss_scale=scale,
+            size=min(feed.at_once, allowed or feed.at_once),
+            can_retry=engine.can_begin_again and not options.optimizer.optimizer_in_backward,
+            cures=[flag for flag, is_given in savers.items() if not is_given],
+            half_copy=_half_copy(options, task, state),
+        )
 
     @property
     def accelerator(self) -> "Accelerator":
@@ -352,6 +389,16 @@ class Gradients:
 
     def _advice(self) -> str:
         return ", ".join(self.cures) or "a smaller --resolution or another GPU"
+
+
+def _half_copy(options: TrainingOptions, task: Task, state: TrainingState) -> HalfCopy | None:
+    """What the denoiser computes with in the place of its float32 weights, if that was asked for."""
+    if not options.speed.bf16_weights:
+        return None
+    if task.adaptation.trains_base:
+        return HalfCopy(task.family.unet, state.optimizer)
+    logger.info("--bf16_weights is left off: an adapter's weights are few, and the others are bfloat16 already")
+    return None
 
 
 def _again(held: list[Batch], source: Iterator[Batch]) -> Iterator[Batch]:

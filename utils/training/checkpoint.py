@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from utils.config.options import UserError, first_line, option, require_positive
+from utils.config.progress import Progress
 from utils.config.tensor_files import open_safetensors, read_safetensors
 from utils.config.user_files import FileError, open_regular, read_json, short
 from utils.models.attention import ATTENTION
@@ -62,9 +63,9 @@ class CheckpointOptions:
     def __post_init__(self) -> None:
         require_positive(self, "checkpointing_steps", "checkpoints_total_limit")
 
-    def is_due(self, step: int, total_steps: int) -> bool:
-        """Whether a checkpoint is written after optimizer step number `step`, from 1."""
-        return step % self.checkpointing_steps == 0 or (self.final_checkpoint and step == total_steps)
+    def is_due(self, progress: Progress) -> bool:
+        """Whether a checkpoint is written after a step."""
+        return progress.is_multiple_of(self.checkpointing_steps) or (self.final_checkpoint and progress.is_last)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
-class TrainingState:
+class SavedState:
     """What a run resumes from, beside weights and optimizer. The data's position and the rates follow from the step.
 
     Attributes:
@@ -419,7 +420,7 @@ def optimizer_content(
     return content
 
 
-def write_state(folder: Path, state: TrainingState, optimizer: OptimizerContent) -> None:
+def write_state(folder: Path, state: SavedState, optimizer: OptimizerContent) -> None:
     """Writes the training state as JSON and the optimizer's tensors as safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(optimizer.tensors, folder / OPTIMIZER)
@@ -438,12 +439,12 @@ def _group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float | i
 class _Saved(NamedTuple):
     """What the state file of a checkpoint holds."""
 
-    state: TrainingState
+    state: SavedState
     numbers: dict[str, dict[str, Any]]
     groups: list[dict[str, float | int | bool]]
 
 
-def read_state(folder: Path) -> TrainingState:
+def read_state(folder: Path) -> SavedState:
     """The training state of a checkpoint.
 
     Raises:
@@ -476,7 +477,7 @@ def _read_saved(folder: Path) -> _Saved:
     is_whole = isinstance(numbers, dict) and all(isinstance(each, dict) for each in numbers.values())
     if not (is_whole and isinstance(groups, list) and all(_are_numbers(group) for group in groups)):
         raise UserError(f"{file} does not hold the optimizer's numbers")
-    state = TrainingState(**{name: values[name] for name in STATE_CHECKS}, facts=RunFacts(**facts))
+    state = SavedState(**{name: values[name] for name in STATE_CHECKS}, facts=RunFacts(**facts))
     return _Saved(state, numbers, groups)
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -23,6 +23,7 @@ from utils.training.ema import EmaOptions
 from utils.training.log import TrackingOptions
 from utils.training.model_card import HubOptions
 from utils.training.optimizers import OPTIMIZER_PACKAGES, WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
+from utils.training.options import TrainingOptions
 from utils.training.speed import SpeedOptions
 from utils.training.validation_loss import EarlyStoppingOptions
 
@@ -34,11 +35,10 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "
 ACCELERATE = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
 
 
-def check_output_folder(options: Any, output: Path) -> None:
+def check_output_folder(options: TrainingOptions, output: Path) -> None:
     """Refuses to write into a folder of data, among which the next run would find the results of this one.
 
     Args:
-        options: all of a script's, by group.
         output: the folder of the run.
     """
     data = {"validation_data_dir": [options.held_out.validation_data_dir], "eval_reference": []}
@@ -52,6 +52,19 @@ def check_output_folder(options: Any, output: Path) -> None:
         "cache_dir": options.data.cache_dir,
     }
     refuse_same_folder(written, data)
+
+
+def check_together(options: TrainingOptions) -> None:
+    """Refuses options of both training scripts that don't go together, and warns of those that have no effect."""
+    captions = options.caption_options
+    entries = source_entries(options.data, options.source, captions)
+    check_token(options.hub, options.tracking)
+    if options.optimizer.optimizer_in_backward and options.loader.global_batch_size is not None:
+        raise UserError("--optimizer_in_backward steps after each batch; leave out --global_batch_size")
+    check_optimizer(options.optimizer, options.schedule, options.term.loss_module_lr)
+    check_masks(options.loss, entries)
+    check_held_out(options.held_out, options.data, options.stopping, options.schedule, options.ema)
+    check_cache(options.cache, options.data, options.image, captions)
 
 
 def refuse_same_folder(

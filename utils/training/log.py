@@ -21,6 +21,7 @@ from utils.config.terminal import progress_bar
 from utils.runtime.step_lines import JsonLines, keep_steps
 from utils.runtime.trackers import Trackers, tracker_errors
 from utils.sampling.samples import Sample
+from utils.training.optimizers import NamedParameter
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -147,9 +148,6 @@ class RunLog:
     the steps that are read together), the share of the time spent waiting for data (data_wait), and on a GPU the most
     memory used so far. What is not finite stands there as null. `epochs.jsonl` has a line an epoch: the least, largest
     and mean loss of its steps.
-
-    Attributes:
-        sums: those of the steps that were read since the step before, added up; none if none were.
     """
 
     def __init__(
@@ -169,7 +167,6 @@ class RunLog:
         self._trackers = Trackers(accelerator)
         self._images_per_step = images_per_step
         self._skips = skips or Skips()
-        self.sums: list[float] = []
         self._unread: list[float] = []
         self._epochs = EpochLosses()
         self._layers = LayerNorms()
@@ -189,13 +186,18 @@ class RunLog:
             for name in self._files:
                 keep_steps(folder / name, first_step)
 
-    def step(self, metrics: StepMetrics) -> None:
-        """Takes a step's metrics, and writes those of the steps before, if they are enough to be read together."""
+    def step(self, metrics: StepMetrics) -> list[float]:
+        """Takes a step's metrics, and writes those of the steps before, if they are enough to be read together.
+
+        Returns:
+            The sums of the steps that were read since the step before, added up; none if none were.
+        """
         if len(self._pending) >= self._steps_together:
             self._write_pending()
-        self.sums, self._unread = self._unread, []
+        sums, self._unread = self._unread, []
         self._pending.append((metrics, SentNumbers(_numbers(metrics))))
         self._last_step_at = time.perf_counter()
+        return sums
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -289,11 +291,13 @@ class RunLog:
         scaler = self._accelerator.scaler
         return scaler is not None and scaler.get_scale() >= 1
 
-    def layers(self, parameters: Iterable[tuple[str, Tensor]], step: int, options: TrackingOptions) -> None:
+    def layers(self, parameters: Iterable[NamedParameter], step: int, options: TrackingOptions) -> None:
         """Logs each layer's gradient norm, and histograms of its weights and gradients, at the steps that are due."""
         is_due = options.layer_norm_steps is not None and step % options.layer_norm_steps == 0
         has_histograms = options.histogram_steps is not None and step % options.histogram_steps == 0
-        named = [(name, each) for name, each in parameters if each.grad is not None] if is_due or has_histograms else []
+        named = (
+            [(name, each) for name, each, _ in parameters if each.grad is not None] if is_due or has_histograms else []
+        )
         if is_due and named:
             scaler = self._accelerator.scaler
             norms = self._layers.measure(named, 1.0 if scaler is None else scaler.get_scale())

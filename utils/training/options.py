@@ -84,3 +84,9 @@ class TrainingOptions:
         term = None if self.term.loss_module is None else Path(self.term.loss_module).name
         shared = {"seed": self.runtime.seed, "optimizer": self.optimizer.name, "loss_module": term}
         return shared | self.adaptation.structure
+
+    @property
+    def data_name(self) -> str:
+        """The dataset's name, or that of its folder or file."""
+        source = self.source
+        return source.dataset_name or Path(source.train_data_dir or self.data.dataset_file).name

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -27,8 +27,10 @@ from utils.training.checkpoint import (
     check_structure,
     check_training,
     read_state,
+    step_of,
 )
 from utils.training.optimizers import LENGTH_SCHEDULES, ScheduleOptions
+from utils.training.options import TrainingOptions
 from utils.training.posthoc_ema import has_averages, set_aside_snapshots
 
 if TYPE_CHECKING:
@@ -75,12 +77,12 @@ FREE_OPTIONS = {
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """Where a run begins.
+class Resumption:
+    """Where a run begins: at its first step, or at a checkpoint that it must go with.
 
     Attributes:
         accelerator, folder, checkpoints: the run's.
-        start: the checkpoint that it resumes from; None for the first step.
+        checkpoint: the one to resume from; None for a run that begins.
         group_size: samples of one bucket that stand together.
         structure: what a checkpoint can only be resumed with, by flag.
         training: what else changes the training, by flag.
@@ -93,7 +95,7 @@ class Beginning:
     accelerator: "Accelerator"
     folder: Path
     checkpoints: Checkpoints
-    start: Path | None
+    checkpoint: Path | None
     group_size: int
     structure: Mapping[str, object]
     training: Mapping[str, object]
@@ -101,20 +103,32 @@ class Beginning:
     keeps_record: bool
     splits_by_content: bool = True
 
-    def having(self, **structure: object) -> "Beginning":
-        """The same with more that a checkpoint can only be resumed with.
+    @property
+    def first_step(self) -> int:
+        """Optimizer steps that the checkpoint has done; 0 without one."""
+        return 0 if self.checkpoint is None else step_of(self.checkpoint) or 0
+
+    @property
+    def samples_at_once(self) -> int | None:
+        """How many samples memory allowed a process at once where it was short before; else None."""
+        return None if self.checkpoint is None else read_state(self.checkpoint).samples_at_once
+
+    def with_structure(self, facts: RunFacts, **structure: object) -> RunFacts:
+        """The facts with more that a checkpoint can only be resumed with, found once the model is loaded.
+
+        What the checkpoint of an earlier release does not say is not compared.
 
         Raises:
             UserError: if the checkpoint was made with other.
         """
-        if self.start is not None:
-            then = read_state(self.start).facts.structure
-            check_structure(self.start, {name: _as_then(value, then.get(name)) for name, value in structure.items()})
-        return replace(self, structure={**self.structure, **structure})
+        if self.checkpoint is not None:
+            then = read_state(self.checkpoint).facts.structure
+            check_structure(self.checkpoint, {name: value for name, value in structure.items() if name in then})
+        return replace(facts, structure=facts.structure | structure)
 
     def class_order(self, names: Sequence[str]) -> list[str]:
         """The classes in the order of the checkpoint's, if they are the same but for their spelling."""
-        then = [] if self.start is None else read_state(self.start).facts.structure.get("classes")
+        then = [] if self.checkpoint is None else read_state(self.checkpoint).facts.structure.get("classes")
         places = {name: place for place, name in enumerate(_spelled(then))} if isinstance(then, list) else {}
         return sorted(names, key=places.get) if places.keys() == set(names) else list(names)
 
@@ -123,10 +137,10 @@ class Beginning:
 
         It warns of a warm-up that takes most of the run.
         """
-        recorded = None if self.start is None else read_state(self.start).facts.training.get(WARMUP)
+        recorded = None if self.checkpoint is None else read_state(self.checkpoint).facts.training.get(WARMUP)
         schedule = options.fitted(total_steps, recorded)
         if warning := schedule.warning(total_steps):
-            logger.warning("%s", warning if self.start is None else warning.partition("; ")[0])
+            logger.warning("%s", warning if self.checkpoint is None else warning.partition("; ")[0])
         return schedule
 
     def facts(
@@ -135,46 +149,55 @@ class Beginning:
         held_out: PlannedImages | None,
         schedule: ScheduleOptions,
         total_steps: int,
+        **structure: object,
     ) -> RunFacts:
         """What a run that resumes from this one will be compared with.
 
         Other held-out images are warned of: they change the measurements, and no training.
 
+        Args:
+            structure: what the data add to that which a checkpoint can only be resumed with, by flag.
+
         Raises:
-            UserError: if this one continues with other data, unasked.
+            UserError: if this one resumes with another structure, or with other data, unasked.
         """
+        if self.checkpoint is not None:
+            then = read_state(self.checkpoint).facts.structure
+            now = {name: _as_then(value, then.get(name)) for name, value in structure.items()}
+            check_structure(self.checkpoint, now)
         data, use = {"data": self._known_as(images.fingerprint())}, images.describe_sources()
-        if self.start is not None:
-            check_training(self.start, use, self.may_change)
+        if self.checkpoint is not None:
+            check_training(self.checkpoint, use, self.may_change)
         name = on_main_process(self.accelerator, lambda: self._compare_data(images))
         held_out_name = on_main_process(self.accelerator, lambda: self._compare_held_out(held_out))
-        if self.start is not None:
-            check_training(self.start, data, self.may_change)
-            _warn_of_length(self.start, schedule, total_steps)
+        if self.checkpoint is not None:
+            check_training(self.checkpoint, data, self.may_change)
+            _warn_of_length(self.checkpoint, schedule, total_steps)
         training = {**self.training, WARMUP: schedule.lr_warmup_steps, **data, **use, RECORD_FACT: name}
         if held_out_name is not None:
             training[HELD_OUT_FACT] = held_out_name
         if self.splits_by_content:
             training[SPLIT_RULE_FACT] = SPLIT_BY_CONTENT
-        return RunFacts(dict(self.structure), training, total_steps)
+        return RunFacts({**self.structure, **structure}, training, total_steps)
 
     def _known_as(self, fingerprint: str) -> str:
         """The fingerprint of the images; that of the checkpoint where it is the same in an earlier release's words."""
-        recorded = None if self.start is None else read_state(self.start).facts.training.get("data")
+        recorded = None if self.checkpoint is None else read_state(self.checkpoint).facts.training.get("data")
         said = EARLIER_STREAM.sub("a stream in", recorded) if isinstance(recorded, str) else None
         return recorded if said == fingerprint else fingerprint
 
     def _compare_data(self, images: PlannedImages | StreamedImages) -> str:
         """Compares the images with those that the checkpoint was trained on; keeps a record of them, and names it."""
         now = images.content()
-        if self.start is not None:
-            changes = self._changes_since(self.start, now, RECORD_FACT)
+        if self.checkpoint is not None:
+            changes = self._changes_since(self.checkpoint, now, RECORD_FACT)
             if changes and not self.may_change:
                 raise UserError(
-                    f"{self.start} was trained on other data: {changes}; put them back, or give --allow_changed_options"
+                    f"{self.checkpoint} was trained on other data: {changes}; put them back, or give "
+                    "--allow_changed_options"
                 )
             if changes:
-                logger.warning("resuming from %s with other data: %s", self.start, changes)
+                logger.warning("resuming from %s with other data: %s", self.checkpoint, changes)
         return self._kept(now)
 
     def _compare_held_out(self, images: PlannedImages | None) -> str | None:
@@ -182,11 +205,11 @@ class Beginning:
         if images is None:
             return None
         now = images.content()
-        if self.start is not None and HELD_OUT_FACT in read_state(self.start).facts.training:
-            changes = self._changes_since(self.start, now, HELD_OUT_FACT)
+        if self.checkpoint is not None and HELD_OUT_FACT in read_state(self.checkpoint).facts.training:
+            changes = self._changes_since(self.checkpoint, now, HELD_OUT_FACT)
             if changes:
                 message = "the held-out images are not those of %s: %s; losses measured before it do not compare"
-                logger.warning(message, self.start, changes)
+                logger.warning(message, self.checkpoint, changes)
         return self._kept(now)
 
     def _kept(self, record: pa.Table) -> str:
@@ -218,18 +241,19 @@ class Beginning:
         on_main_process(self.accelerator, self._tidy)
 
     def _tidy(self) -> None:
-        start = self.start
+        start = self.checkpoint
         step = 0 if start is None else read_state(start).step
         self.checkpoints.clean()
         self.checkpoints.set_aside_after(step)
         set_aside_snapshots(self.folder, step if start is not None and has_averages(start) else 0)
 
 
-def begin(options: Any, engine: Engine, folder: OutputFolder, requests: StopRequests, pipeline_class: str) -> Beginning:
+def find_resumption(
+    options: TrainingOptions, engine: Engine, folder: OutputFolder, requests: StopRequests, pipeline_class: str
+) -> Resumption:
     """Finds the checkpoint to resume from, compares the options with its own, and takes the output folder.
 
     Args:
-        options: all of a script's, by group.
         pipeline_class: the name of the class that is trained.
 
     Raises:
@@ -256,7 +280,7 @@ def begin(options: Any, engine: Engine, folder: OutputFolder, requests: StopRequ
     may_change, is_dry = asked.allow_changed_options, options.runtime.dry_run
     whole = accelerator, folder.path, checkpoints
     by_content = _splits_by_content(start, options.held_out)
-    return Beginning(*whole, start, group_size, structure, training, may_change, not is_dry, by_content)
+    return Resumption(*whole, start, group_size, structure, training, may_change, not is_dry, by_content)
 
 
 def _splits_by_content(start: Path | None, held_out: HeldOutOptions) -> bool:
@@ -294,13 +318,13 @@ def _compared(training: Mapping[str, object], start: Path) -> dict[str, object]:
     return {name: value for name, value in training.items() if name != "class_folders" or not is_same}
 
 
-def _defaults(options: Any) -> dict[str, object]:
+def _defaults(options: TrainingOptions) -> dict[str, object]:
     """The values of all options that are not given."""
     groups = (getattr(options, group.name) for group in fields(options))
     return {each.name: each.default for group in groups for each in fields(group)}
 
 
-def _training_options(options: Any) -> dict[str, object]:
+def _training_options(options: TrainingOptions) -> dict[str, object]:
     """The options that change what is trained, by flag."""
     groups = (field.name for field in fields(options) if field.name not in FREE_GROUPS)
     record = {name: value for group in groups for name, value in asdict(getattr(options, group)).items()}

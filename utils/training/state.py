@@ -4,41 +4,55 @@ import gc
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from utils.config.options import UserError, first_line
+from utils.config.options import UserError, first_line, require
+from utils.config.progress import Progress
 from utils.config.tensor_files import read_safetensors
+from utils.data.order import GlobalBatches
+from utils.data.stream import StreamedBatches
 from utils.models.attention import Attention
 from utils.models.loss_terms import LossTerm
 from utils.runtime.atomic_files import usual_modes, write_tensors
-from utils.runtime.background_writer import BackgroundWriter, HostBuffers, available_memory, taken_bytes
+from utils.runtime.background_writer import HostBuffers, available_memory, taken_bytes
 from utils.runtime.engines import Engine
 from utils.runtime.processes import on_main_process
 from utils.runtime.sharding import own_part
 from utils.training.adaptation import Adaptation
 from utils.training.checkpoint import (
-    Checkpoints,
     RunFacts,
-    TrainingState,
+    SavedState,
     load_optimizer,
     optimizer_content,
     read_state,
     write_state,
 )
+from utils.training.data import TrainingData
 from utils.training.ema import MovingAverage
+from utils.training.learning_rates import LearningRates
 from utils.training.log import Skips
-from utils.training.optimizers import NamedParameter, unwrapped
+from utils.training.optimizers import (
+    STATE_BYTES,
+    NamedParameter,
+    OptimizerOptions,
+    build_optimizer,
+    set_learning_rate,
+    unwrapped,
+)
+from utils.training.options import TrainingOptions
 from utils.training.per_parameter import PerParameter
 from utils.training.posthoc_ema import AverageLengths
+from utils.training.session import Session
+from utils.training.task import Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,11 +74,16 @@ class Ahead:
     norm: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class RunState:
-    """The trained weights, their moving average, the optimizer and fp16's gradient scaler.
+@dataclass
+class TrainingState:
+    """Everything an optimizer step changes: weights, their averages, the optimizer, fp16's scaler, the step itself.
 
     Attributes:
+        model: maps an encoded batch to losses, under the engine.
+        rates: the learning rate of each step.
+        batches: which images stand in each step.
+        step: optimizer steps done.
+        total_steps: after which the run ends; early stopping lowers it.
         lengths: the averages among which a length is chosen at the end, if it is.
         parameters: the trained ones of the pipeline.
         own_parameters: those of loss terms.
@@ -85,10 +104,76 @@ class RunState:
     own_parameters: list[NamedParameter]
     terms: list[LossTerm]
     facts: RunFacts
+    model: nn.Module
+    rates: LearningRates
+    batches: GlobalBatches | StreamedBatches
     optimizer_bytes: int = 0
     skips: Skips = field(default_factory=Skips)
     attention: Attention = field(default_factory=partial(Attention, None))
     ahead: Ahead = field(default_factory=Ahead)
+    step: int = 0
+    total_steps: int = 0
+
+    @classmethod
+    def create(
+        cls,
+        options: TrainingOptions,
+        session: Session,
+        data: TrainingData,
+        task: Task,
+        rates: LearningRates,
+        facts: RunFacts,
+    ) -> Self:
+        """The state of a run at its first step: that of the checkpoint, if it resumes from one."""
+        adaptation, own, engine, ema = task.adaptation, task.own_parameters, session.engine, options.ema
+        # Optimizer, and what the engine makes of it and of the weights.
+        named = adaptation.named_parameters(rates.optimizer)
+        optimizer = make_optimizer(named + own, rates.optimizer, options.adaptation.pure_bf16, session.seed)
+        model, optimizer = engine.prepare(task.objective, optimizer, rates.optimizer.clip_norm)
+        named = adaptation.named_parameters(
+            rates.optimizer
+        )  # an engine that spreads weights puts others in their place
+        # Moving averages.
+        if ema.use_ema:
+            limit = f"be at most the run's {facts.total_steps} optimizer steps"
+            require(ema.ema_every <= facts.total_steps, "ema_every", ema.ema_every, limit)
+        average = MovingAverage([each.parameter for each in named], ema) if ema.use_ema else None
+        lengths = AverageLengths(named, ema, session.folder.path) if ema.ema_lengths else None
+        state = cls(
+            engine=engine,
+            adaptation=adaptation,
+            average=average,
+            lengths=lengths,
+            optimizer=optimizer,
+            parameters=named,
+            own_parameters=own,
+            terms=task.terms,
+            facts=facts,
+            model=model,
+            rates=rates,
+            batches=data.batches,
+            optimizer_bytes=STATE_BYTES[rates.optimizer.name] * sum(each.parameter.numel() for each in named + own),
+            attention=session.attention,
+            total_steps=rates.total_steps,
+        )
+        if session.checkpoint is not None:
+            state.step = state.load(session.checkpoint)
+        return state
+
+    def progress(self) -> Progress:
+        """How far the run is."""
+        before = self.batches.epochs_before(self.step - 1) if self.step else 0
+        return Progress(self.step, self.total_steps, before, self.batches.epochs_before(self.step))
+
+    def set_learning_rate(self, step: int, reductions: int = 0) -> float:
+        """Sets the rates of optimizer step `step`, from 0; returns the first group's base rate at it.
+
+        Args:
+            reductions: how often reduce_on_plateau has lowered the rates.
+        """
+        factor = self.rates.factor(step, reductions)
+        set_learning_rate(self.optimizer, factor)
+        return self.rates.optimizer.learning_rate * factor
 
     def clip(self, max_norm: float) -> Tensor:
         """Scales the gradients down to a norm; gives the norm they had, also of those that are used up already.
@@ -136,8 +221,8 @@ class RunState:
     def _steps_in_backward(self) -> bool:
         return isinstance(self._inner, PerParameter) and self._inner.in_backward
 
-    def step(self, grad_norm: Tensor) -> None:
-        """An optimizer step, and the average after it, unless the gradients are not finite.
+    def update(self, grad_norm: Tensor) -> None:
+        """An optimizer step, and the averages after it, unless the gradients are not finite; it counts all the same.
 
         Gradients were summed over the processes, so all decide alike. A fused optimizer decides on the device, and
         fp16's scaler for itself; else the norm is read here. A step that a graph has taken already needs the average.
@@ -145,6 +230,7 @@ class RunState:
         Args:
             grad_norm: norm of the gradients before clipping, a scalar.
         """
+        self.step += 1
         is_taken = None
         if self.ahead.norm is not None:
             self.ahead.norm = None
@@ -214,7 +300,7 @@ class RunState:
             is_copied: whether the weights are copied too, so that it can be called later.
         """
         scaler = self.accelerator.scaler
-        state = TrainingState(
+        state = SavedState(
             step=step,
             facts=self.facts,
             ema_updates=None if self.average is None else self.average.num_updates,
@@ -254,6 +340,11 @@ class RunState:
         parts = [own_part(named.parameter.detach()) for named in self.parameters]
         num_bad = torch.stack([(~torch.isfinite(part)).sum() for part in parts]).sum().float()
         return not self.accelerator.reduce(num_bad.to(self.accelerator.device)).item()
+
+    def verdict(self) -> str:
+        """Why the weights that the modules hold now are of a diverged run; empty if they are not; for all to call."""
+        are_finite = self.holds_finite_weights()
+        return self.skips.verdict(self.total_steps) or ("" if are_finite else "its weights are not all finite")
 
     def tensors(self) -> list[Tensor]:
         """All that a checkpoint holds copies of, about."""
@@ -323,6 +414,15 @@ def _move(path: Path, target: Path) -> None:
     os.replace(path, target)
 
 
+def make_optimizer(
+    named: list[NamedParameter], options: OptimizerOptions, pure_bf16: bool, seed: int
+) -> torch.optim.Optimizer:
+    """The optimizer, which steps parameter by parameter where that was asked for."""
+    if pure_bf16 or options.optimizer_in_backward:
+        return PerParameter(named, options, options.optimizer_in_backward, seed)
+    return build_optimizer(named, options)
+
+
 def _write_own(tensors: dict[str, Tensor], folder: Path) -> None:
     write_tensors(tensors, folder / OWN_PARAMETERS)
 
@@ -362,60 +462,3 @@ def averaged_by(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         inner.train()
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.data.copy_(weight)
-
-
-class CheckpointSaver:
-    """Saves a run's state as checkpoints, at once or in the background."""
-
-    def __init__(self, checkpoints: Checkpoints, state: RunState, writer: BackgroundWriter):
-        self.writer = writer
-        self._checkpoints = checkpoints
-        self._state = state
-        self._buffers = HostBuffers(keeps=state.accelerator.is_main_process)
-
-    def save(self, step: int, samples_at_once: int | None) -> None:
-        """Begins to save, once the checkpoint before is written, whose error is raised here; for all to call.
-
-        Where host memory does not hold copies of all, it is saved at once.
-        """
-        accelerator, engine = self._state.accelerator, self._state.engine
-        is_copied = on_main_process(accelerator, self._can_copy)
-        jobs: list[Callable[[Path], None]] = []
-        if engine.spreads or accelerator.is_main_process:
-            buffers = self._buffers if is_copied else HostBuffers(accelerator.is_main_process, are_kept=False)
-            jobs = self._state.saving(step, samples_at_once, buffers, is_copied or engine.spreads)
-        on_main_process(accelerator, lambda: self._write(step, jobs, waits=not is_copied))
-
-    def rescue(self, step: int, samples_at_once: int | None) -> None:
-        """Saves from a process that can go no further, whatever the others do; each has all of the state.
-
-        Where the checkpoint of that step is there already, it stays.
-        """
-        self.writer.join()
-        if self._is_saved(step):
-            return
-        jobs = self._state.saving(step, samples_at_once, HostBuffers(are_kept=False), is_copied=False)
-        try:
-            self._checkpoints.save(step, jobs, is_alone=True)
-        except OSError as error:  # another process may have saved the same step at the same moment
-            if not self._is_saved(step):
-                raise UserError(f"checkpoint-{step} can't be written: {first_line(error)}") from error
-
-    def _is_saved(self, step: int) -> bool:
-        return any(path.name == f"checkpoint-{step}" for path in self._checkpoints.found())
-
-    def join(self) -> None:
-        """Waits until the last checkpoint is written, whose error is raised here; for all to call."""
-        on_main_process(self._state.accelerator, self.writer.join)
-
-    def _can_copy(self) -> bool:
-        self.writer.join()
-        can = self.writer.is_on and self._buffers.have_room_for(self._state.tensors())
-        if self.writer.is_on and not can:
-            logger.warning("--async_checkpointing: host memory is too small for copies, so the training waits")
-        return can
-
-    def _write(self, step: int, jobs: Sequence[Callable[[Path], None]], waits: bool) -> None:
-        self.writer.run(partial(self._checkpoints.save, step, jobs))
-        if waits:
-            self.writer.join()

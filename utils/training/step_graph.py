@@ -19,7 +19,7 @@ from utils.training.backward import Gradients
 from utils.training.encoding import EncodedBatch
 from utils.training.optimizers import unwrapped
 from utils.training.speed import Reference, allowed_error
-from utils.training.state import RunState
+from utils.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 WARM_UPS = 3  # before a recording: libraries take their workspace, and autocast its casts, at first use
@@ -77,7 +77,7 @@ class Recording(NamedTuple):
 class StepGraph:
     """Takes whole optimizer steps by replaying recorded ones, of one shape of batch each."""
 
-    def __init__(self, recorder: Recorder, gradients: Gradients, state: RunState, max_norm: float):
+    def __init__(self, recorder: Recorder, gradients: Gradients, state: TrainingState, max_norm: float):
         self._recorder, self._gradients, self._state, self._max_norm = recorder, gradients, state, max_norm
         self._optimizer = unwrapped(state.optimizer)
         device = gradients.accelerator.device
@@ -87,7 +87,7 @@ class StepGraph:
         self._latest: Recording | None = None
 
     def __call__(self, encoded: EncodedBatch) -> Tensor | None:
-        """Takes an optimizer step on a batch, and leaves the norm of its gradients in `RunState.ahead`.
+        """Takes an optimizer step on a batch, and leaves the norm of its gradients in `TrainingState.ahead`.
 
         Returns:
             [B] the losses; None if the step has to be done plainly.
@@ -182,7 +182,7 @@ class StepGraph:
         logger.warning("--cuda_graphs: batches of this shape are computed without a graph: %s", reason)
 
 
-def obstacle(gradients: Gradients, state: RunState) -> str:
+def obstacle(gradients: Gradients, state: TrainingState) -> str:
     """Why steps of a run can't be recorded; empty if they can."""
     if gradients.accelerator.num_processes > 1:
         return "several processes share their gradients"

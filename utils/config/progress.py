@@ -1,0 +1,39 @@
+"""How far a run is: what decides whether something is due after an optimizer step."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run after an optimizer step.
+
+    Attributes:
+        step: optimizer steps done.
+        total_steps: of the whole run; early stopping lowers it to `step`.
+        epochs_before: epochs that were complete before this step.
+        epochs: epochs that are complete after it.
+    """
+
+    step: int
+    total_steps: int
+    epochs_before: int
+    epochs: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the run ends with this step."""
+        return self.step >= self.total_steps
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no step was done yet."""
+        return self.step == 0
+
+    @property
+    def ended_epochs(self) -> range:
+        """Numbers, from 0, of the epochs that this step completed."""
+        return range(self.epochs_before, self.epochs)
+
+    def is_multiple_of(self, interval: int | None) -> bool:
+        """Whether the step is one of every `interval` steps; never for None."""
+        return interval is not None and self.step % interval == 0

@@ -1,0 +1,179 @@
+"""The images a run trains on, in the order its steps take them, and the batches made of them."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from utils.config.batch import Batch
+from utils.data.encodings import Encodings
+from utils.data.file_listing import OWN, Fate
+from utils.data.loader import SampleSpec, TrainingDataset, Waiting, batches_by_step
+from utils.data.order import GlobalBatches, Pieces
+from utils.data.plan import PlannedImages
+from utils.data.stream import StreamedBatches, StreamedImages, StreamedPieces
+from utils.diffusion.noise import NoiseDraws
+from utils.runtime.processes import OutputFolder
+from utils.training.options import TrainingOptions
+from utils.training.preparation import DataPreparation
+from utils.training.session import Session
+from utils.training.task import Task
+from utils.training.validation_loss import HeldOut
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingData:
+    """What a run trains on, and for how many steps.
+
+    Attributes:
+        preparation: lists images, fills the cache, and reports what became of each file.
+        images: those that are trained on, assigned to buckets.
+        held_out_images: those that the validation loss is measured on, if any.
+        batches: which images stand in the global batch of each step.
+        total_steps: optimizer steps of the whole run.
+        resolution: edge of a square image in pixels.
+        group_size: samples of one bucket that stand together.
+        num_workers: loader processes of this process.
+        encodings: of the cache, once `encode` has filled it.
+        held_out: the held-out images, once `encode` has encoded them.
+    """
+
+    preparation: DataPreparation
+    images: PlannedImages | StreamedImages
+    held_out_images: PlannedImages | None
+    batches: GlobalBatches | StreamedBatches
+    total_steps: int
+    resolution: int
+    group_size: int
+    num_workers: int
+    encodings: Encodings = field(default_factory=Encodings)
+    held_out: HeldOut | None = None
+    _unreadable: dict[str, str] = field(default_factory=dict)  # found by this process and not yet told to the others
+
+    @classmethod
+    def plan(cls, options: TrainingOptions, session: Session, resolution: int) -> Self:
+        """Lists the images, assigns them to buckets, and fixes their order for every step.
+
+        Raises:
+            UserError: if there is nothing to train on, or too much of it can't be read.
+        """
+        resumption, num_processes = session.resumption, session.accelerator.num_processes
+        preparation = _preparation(options, session)
+        logger.info("listing the images of %s", options.data_name)
+        images = preparation.choose_images(resolution, resumption.group_size)
+        held_out = preparation.choose_held_out(resolution)
+        batches = images.batches(options.loader.global_batch(num_processes), resumption.group_size, session.seed)
+        total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
+        num_workers = options.loader.num_workers(num_processes)
+        group_size = resumption.group_size
+        return cls(preparation, images, held_out, batches, total_steps, resolution, group_size, num_workers)
+
+    @property
+    def sizes_vary(self) -> bool:
+        """Whether batches are of several sizes."""
+        return len(self.images.plan.sizes) > 1
+
+    def encode(self, options: TrainingOptions, session: Session, task: Task) -> None:
+        """Encodes the held-out images, and all images and captions that are to be cached."""
+        session.requests.check()
+        if self.held_out_images is not None:
+            self.held_out = HeldOut(
+                session.accelerator,
+                task.family,
+                self.held_out_images,
+                options.stopping,
+                options.image,
+                session.seed,
+                task.trains_text_encoders,
+                session.requests,
+            )
+        keep_vae = bool(task.terms)
+        self.encodings = self.preparation.fill_cache(task.family, self.images, self.num_workers, keep_vae)
+
+    def note_unreadable(self, found: dict[str, str]) -> int:
+        """Remembers images that could not be read, until all processes are told; returns how many are new."""
+        new = {key: why for key, why in found.items() if key not in self.images.bad and key not in self._unreadable}
+        self._unreadable |= new
+        return len(new)
+
+    def share_unreadable(self) -> None:
+        """Tells all processes of images that one could not read; for all to call."""
+        self.preparation.share_unreadable(self._unreadable, self.images)
+
+    def write_report(self) -> None:
+        """Writes `data_report.json`, and a line for each file to `data_report.jsonl`."""
+        self.preparation.write_report(self.images)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """This process's samples, step by step.
+
+    Attributes:
+        dataset: makes them.
+        at_once: samples that a process takes at once, where memory allows it.
+        group_size: samples of one bucket that stand together.
+        num_workers: loader processes of this process.
+        pieces: the micro-batches of each step.
+        waiting: how long the training waited for the current step's data.
+        steps: (step, its micro-batches), from the first step to the last.
+    """
+
+    dataset: TrainingDataset
+    at_once: int
+    group_size: int
+    num_workers: int
+    pieces: Pieces | StreamedPieces
+    waiting: Waiting
+    steps: Iterator[tuple[int, Iterator[Batch]]]
+
+    @classmethod
+    def open(cls, options: TrainingOptions, session: Session, data: TrainingData, task: Task, steps: range) -> Self:
+        """Starts the loader of some optimizer steps."""
+        accelerator, family, loader, batches = session.accelerator, task.family, options.loader, data.batches
+        space = family.latent_space
+        spec = SampleSpec(space.shape, family.tokenizer(), options.cache.cut_variants, options.cache.text_variants)
+        draws = NoiseDraws(options.noise, task.process, session.seed, batches.size, space.has_posterior)
+        dataset = TrainingDataset(data.images, batches, spec, options.image, draws, data.encodings)
+        at_once = loader.samples_at_once(options.buckets.use_aspect_ratio_buckets, data.group_size)
+        pieces = data.images.pieces(
+            batches, at_once, accelerator.process_index, accelerator.num_processes, steps.start, steps.stop
+        )
+        waiting, pins = Waiting(), accelerator.device.type == "cuda"
+        by_step = batches_by_step(dataset, pieces, data.num_workers, loader.dataloader_timeout, pins, waiting)
+        return cls(dataset, at_once, data.group_size, data.num_workers, pieces, waiting, by_step)
+
+    def largest(self, timestep: int) -> Batch:
+        """As `TrainingDataset.largest`, of as many samples as are taken at once."""
+        return self.dataset.largest(self.at_once, timestep)
+
+
+def _preparation(options: TrainingOptions, session: Session) -> DataPreparation:
+    folder = session.folder
+    return DataPreparation(
+        session.accelerator,
+        options.data,
+        options.source,
+        options.caption_options,
+        options.selection,
+        options.image,
+        options.buckets,
+        options.cache,
+        options.held_out,
+        session.seed,
+        None if options.runtime.dry_run else folder.path,
+        session.requests,
+        own_folders(options, folder),
+        session.resumption.splits_by_content,
+    )
+
+
+def own_folders(options: TrainingOptions, folder: OutputFolder) -> dict[Path, Fate]:
+    """The folders that the run itself writes to, whose files are no data."""
+    found = {folder.path: Fate(OWN, "the output of this run"), options.cache.folder: Fate(OWN, "the cache of this run")}
+    if options.data.cache_dir is not None:
+        found[Path(options.data.cache_dir)] = Fate(OWN, "the folder of --cache_dir")
+    return found

@@ -1,0 +1,65 @@
+"""A run in words: the plan that is printed before it starts, and the settings that its model card names."""
+
+from utils.config.terminal import one_line, print_line
+from utils.training.data import TrainingData
+from utils.training.disk_use import describe_disk, disk_use
+from utils.training.dry_run import examine_data
+from utils.training.learning_rates import LearningRates
+from utils.training.optimizers import WITHOUT_WARMUP
+from utils.training.options import TrainingOptions
+from utils.training.session import Session
+from utils.training.task import Task
+
+
+def describe_run(
+    options: TrainingOptions, session: Session, data: TrainingData, rates: LearningRates, task: Task
+) -> str:
+    """What trains on what and for how long, a fact a line: what `--dry_run` prints."""
+    accelerator, loader, schedule, batches = session.accelerator, options.loader, rates.schedule, data.batches
+    trained = {
+        name: sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        for name, module in task.modules.items()
+    }
+    parts = ", ".join(f"{name} {count:,}" for name, count in trained.items())
+    sizes = f"{loader.train_batch_size} x {loader.gradient_accumulation_steps} accumulated"
+    if loader.global_batch_size is not None:
+        sizes = f"at most {loader.train_batch_size} at once"
+    has_warmup = schedule.lr_scheduler not in WITHOUT_WARMUP and schedule.lr_warmup_steps
+    warmup = f" after {schedule.lr_warmup_steps} steps of warm-up" if has_warmup else ""
+    epochs = float(rates.total_steps * batches.size / batches.samples_per_epoch)
+    held_out = "" if data.held_out_images is None else f"; {len(data.held_out_images.records):,} held out"
+    optimizer = rates.optimizer
+    facts = {
+        "model": task.origin,
+        "adaptation": f"{task.method}, {sum(trained.values()):,} parameters train: {parts}",
+        "noise": task.process.describe(),
+        "precision": f"{accelerator.mixed_precision} on {accelerator.num_processes} x {accelerator.device.type}",
+        "data": data.images.describe() + held_out,
+        "resolution": ", ".join(f"{width}x{height}" for width, height in data.images.plan.sizes),
+        "global batch": f"{batches.size} = {sizes} x {accelerator.num_processes} processes",
+        "length": f"{rates.total_steps:,} optimizer steps = {epochs:.2f} epochs",
+        "optimizer": f"{optimizer.name}, {schedule.lr_scheduler} at {optimizer.learning_rate:g}{warmup}",
+    }
+    lines = [f"  {name:<14} {one_line(fact)}" for name, fact in facts.items()]
+    steps = range(session.resumption.first_step, rates.total_steps)
+    use = disk_use(task.adaptation, optimizer.name, options.ema, options.checkpoint, steps)
+    return "\n".join(lines) + describe_disk(use, session.folder.path, options.checkpoint)
+
+
+def report_dry_run(plan: str, session: Session, data: TrainingData, task: Task) -> None:
+    """Prints the plan and what was found in the data, and draws what the model will see."""
+    if session.accelerator.is_main_process:
+        print_line(plan)
+        print_line(examine_data(data.preparation, task.family, data.images, data.batches, session.folder.path))
+
+
+def card_settings(options: TrainingOptions, data: TrainingData, steps: int) -> list[tuple[str, object]]:
+    """The settings that a model card names."""
+    return [
+        ("optimizer steps", steps),
+        ("global batch", data.batches.size),
+        ("learning rate", options.optimizer.learning_rate),
+        ("resolution", data.resolution),
+        ("mixed precision", options.runtime.mixed_precision or "as launched"),
+        ("seed", options.runtime.seed),
+    ]

@@ -1,0 +1,78 @@
+"""The end of a run: its result exported, its last samples drawn, its outcome recorded."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from utils.config.options import Diverged
+from utils.sampling.samples import Sample
+from utils.training.data import TrainingData
+from utils.training.exchange import record_outcome
+from utils.training.model_card import CardFacts, publish
+from utils.training.options import TrainingOptions
+from utils.training.session import Session
+from utils.training.state import TrainingState, evaluating
+from utils.training.validation import ValidationLoss
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def exported_weights(
+    options: TrainingOptions, session: Session, state: TrainingState, validation: ValidationLoss
+) -> Iterator[str]:
+    """Exports the result. Context manager: the trained modules hold its weights, those of the average chosen now.
+
+    Gives:
+        Why the result is that of a diverged run; empty if it is none.
+    """
+    average = state.average
+    if state.lengths is not None:
+        average = validation.choose_length(options.ema.ema_lengths, state.lengths)
+    with evaluating(state.adaptation, average, state.optimizer):
+        verdict = state.verdict()
+        logger.info("writing the result to %s", session.folder.path)
+        state.export(session.folder.path)
+        yield verdict
+
+
+def finish(
+    options: TrainingOptions,
+    session: Session,
+    data: TrainingData,
+    state: TrainingState,
+    facts: CardFacts,
+    samples: Sequence[Sample],
+) -> None:
+    """Writes the last reports, uploads the result where that was asked for, and says what has become of the run.
+
+    Args:
+        facts: of the model card.
+        samples: those of the result.
+
+    Raises:
+        Diverged: if the run has, once all processes are done.
+    """
+    if session.requests.is_asked:
+        logger.warning("a signal broke off the last samples; the result itself is whole")
+    data.share_unreadable()
+    data.write_report()
+    if session.accelerator.is_main_process:
+        publish(session.folder.path, session.repository, options.hub, facts, samples)
+    conclude(session, state, facts.verdict)
+
+
+def conclude(session: Session, state: TrainingState, verdict: str) -> None:
+    """Says where the result is and what has become of the run, in `run.json` too.
+
+    Raises:
+        Diverged: if there is a verdict, once all processes are done.
+    """
+    record_outcome(session, state, verdict)
+    folder = session.folder.path
+    if verdict:
+        raise Diverged(
+            f"the run has diverged: {verdict}; its result is in {folder} all the same; lower --learning_rate, or "
+            "resume from an earlier checkpoint"
+        )
+    logger.info("the result is in %s", folder)

@@ -1,0 +1,155 @@
+"""Checkpoints between steps: when they are due or asked for, and how they are written beside the training."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from utils.config.options import UserError, first_line
+from utils.config.progress import Progress
+from utils.runtime.background_writer import BackgroundWriter, HostBuffers
+from utils.runtime.processes import on_main_process
+from utils.runtime.stop_requests import Wish, stopped
+from utils.training.backward import Gradients
+from utils.training.checkpoint import Checkpoints
+from utils.training.options import TrainingOptions
+from utils.training.session import Session
+from utils.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """Writes what is due between steps: checkpoints, and snapshots of the averages among which a length is chosen.
+
+    Attributes:
+        folders: the checkpoints of the output folder.
+        saver: writes one.
+    """
+
+    def __init__(
+        self, options: TrainingOptions, session: Session, state: TrainingState, gradients: Gradients, at_once: int
+    ):
+        """Args:
+        at_once: samples that a process takes at once, where memory allows it.
+        """
+        asked = options.checkpoint
+        self.folders = Checkpoints(session.folder.path, asked.checkpoints_total_limit)
+        self.saver = CheckpointSaver(
+            self.folders, state, BackgroundWriter(saves_behind(asked.async_checkpointing, state))
+        )
+        self._options, self._ema, self._session = asked, options.ema, session
+        self._state, self._gradients, self._at_once = state, gradients, at_once
+        gradients.rescue = self._rescue
+
+    def __enter__(self) -> Self:
+        self.saver.writer.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Waits for the last checkpoint, whose error is raised on all processes."""
+        try:
+            if kind is None:
+                self.saver.join()
+        finally:
+            self.saver.writer.__exit__(kind, error, traceback)
+
+    def is_due(self, progress: Progress, wish: Wish) -> bool:
+        """Whether something is written after a step, as planned or as wished for."""
+        return wish.saves or self._options.is_due(progress) or self._is_snapshot_due(progress)
+
+    def save(self, progress: Progress, wish: Wish) -> None:
+        """Writes what is due; for all to call."""
+        accelerator, lengths = self._session.accelerator, self._state.lengths
+        if self._is_snapshot_due(progress):
+            on_main_process(accelerator, partial(lengths.snapshot, progress.step))
+        if wish.saves:
+            on_main_process(accelerator, self._session.requests.remove_heard)
+        if wish.saves or self._options.is_due(progress):
+            self.saver.save(progress.step, self._gradients.shortened(self._at_once))
+
+    def stop_if_wished(self, progress: Progress, wish: Wish) -> None:
+        """Ends a run that was asked to end, its state saved.
+
+        Raises:
+            Stopped: if it was.
+        """
+        if wish.number or (wish.ends and not progress.is_last):
+            self.saver.join()
+            raise stopped(wish, progress.step, self._session.folder.path)
+
+    def _is_snapshot_due(self, progress: Progress) -> bool:
+        interval = self._ema.ema_snapshot_steps or self._options.checkpointing_steps
+        return self._state.lengths is not None and (progress.is_multiple_of(interval) or progress.is_last)
+
+    def _rescue(self, step: int, size: int) -> None:
+        self.saver.rescue(step, size if size < self._at_once else None)
+
+
+def saves_behind(asked: bool | None, state: TrainingState) -> bool:
+    """Whether checkpoints are written while training continues; by default on a GPU, where host memory allows it."""
+    if asked is None:
+        accelerator = state.accelerator
+        return accelerator.device.type == "cuda" and on_main_process(accelerator, state.copies_fit_twice)
+    return asked
+
+
+class CheckpointSaver:
+    """Saves a run's state as checkpoints, at once or in the background."""
+
+    def __init__(self, checkpoints: Checkpoints, state: TrainingState, writer: BackgroundWriter):
+        self.writer = writer
+        self._checkpoints = checkpoints
+        self._state = state
+        self._buffers = HostBuffers(keeps=state.accelerator.is_main_process)
+
+    def save(self, step: int, samples_at_once: int | None) -> None:
+        """Begins to save, once the checkpoint before is written, whose error is raised here; for all to call.
+
+        Where host memory does not hold copies of all, it is saved at once.
+        """
+        accelerator, engine = self._state.accelerator, self._state.engine
+        is_copied = on_main_process(accelerator, self._can_copy)
+        jobs: list[Callable[[Path], None]] = []
+        if engine.spreads or accelerator.is_main_process:
+            buffers = self._buffers if is_copied else HostBuffers(accelerator.is_main_process, are_kept=False)
+            jobs = self._state.saving(step, samples_at_once, buffers, is_copied or engine.spreads)
+        on_main_process(accelerator, lambda: self._write(step, jobs, waits=not is_copied))
+
+    def rescue(self, step: int, samples_at_once: int | None) -> None:
+        """Saves from a process that can go no further, whatever the others do; each has all of the state.
+
+        Where the checkpoint of that step is there already, it stays.
+        """
+        self.writer.join()
+        if self._is_saved(step):
+            return
+        jobs = self._state.saving(step, samples_at_once, HostBuffers(are_kept=False), is_copied=False)
+        try:
+            self._checkpoints.save(step, jobs, is_alone=True)
+        except OSError as error:  # another process may have saved the same step at the same moment
+            if not self._is_saved(step):
+                raise UserError(f"checkpoint-{step} can't be written: {first_line(error)}") from error
+
+    def _is_saved(self, step: int) -> bool:
+        return any(path.name == f"checkpoint-{step}" for path in self._checkpoints.found())
+
+    def join(self) -> None:
+        """Waits until the last checkpoint is written, whose error is raised here; for all to call."""
+        on_main_process(self._state.accelerator, self.writer.join)
+
+    def _can_copy(self) -> bool:
+        self.writer.join()
+        can = self.writer.is_on and self._buffers.have_room_for(self._state.tensors())
+        if self.writer.is_on and not can:
+            logger.warning("--async_checkpointing: host memory is too small for copies, so the training waits")
+        return can
+
+    def _write(self, step: int, jobs: Sequence[Callable[[Path], None]], waits: bool) -> None:
+        self.writer.run(partial(self._checkpoints.save, step, jobs))
+        if waits:
+            self.writer.join()

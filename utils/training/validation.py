@@ -1,0 +1,112 @@
+"""The validation loss of a run: measured between steps, recorded, and kept as `best/` where it is the lowest."""
+
+import logging
+import signal
+from collections.abc import Sequence
+
+from utils.config.options import Stopped
+from utils.config.progress import Progress
+from utils.runtime.atomic_files import or_without
+from utils.runtime.processes import on_main_process, write_json
+from utils.training.data import TrainingData
+from utils.training.ema import MovingAverage
+from utils.training.options import TrainingOptions
+from utils.training.posthoc_ema import AverageLengths
+from utils.training.session import Session
+from utils.training.state import TrainingState, evaluating
+from utils.training.task import Task
+from utils.training.validation_loss import History, measurement_of
+
+logger = logging.getLogger(__name__)
+
+
+class ValidationLoss:
+    """Measures the loss on the held-out images, if there are any, and ends a run that no longer improves.
+
+    Attributes:
+        history: the measurements of the run.
+    """
+
+    def __init__(
+        self, options: TrainingOptions, session: Session, data: TrainingData, task: Task, state: TrainingState
+    ):
+        self.history = History(session.folder.path, state.step, options.stopping)
+        self._patience = options.schedule.lr_patience
+        self._session, self._held_out, self._objective, self._state = session, data.held_out, task.objective, state
+
+    @property
+    def reductions(self) -> int:
+        """How often reduce_on_plateau has lowered the learning rate."""
+        return self.history.reductions(self._patience)
+
+    def begin(self, is_due: bool) -> None:
+        """Measures before the first step of a run.
+
+        Args:
+            is_due: whether the step to resume from is one that is measured.
+
+        Raises:
+            Stopped: if a signal broke it off.
+        """
+        state = self._state
+        if (is_due or state.step in (0, state.total_steps)) and self.measure(state.progress()) is None:
+            number = self._session.requests.number or signal.SIGTERM
+            raise Stopped(f"stopped before step {state.step + 1}", number)
+        self._end_if_over()
+
+    def measure(self, progress: Progress) -> dict[str, float] | None:
+        """Measures the loss of the weights and of their average; returns what is logged of it. It may end the run.
+
+        Nothing is measured twice. None where a signal to any process broke it off: the resumed run does it.
+        """
+        if self._held_out is None or any(each.step == progress.step for each in self.history.measurements):
+            return {}
+        state, curves = self._state, []
+        logger.info("measuring the validation loss of step %d", progress.step)
+        for average in (None, state.average) if state.average is not None and not progress.is_first else (None,):
+            with evaluating(state.adaptation, average, state.optimizer):
+                curve = self._held_out.losses(self._objective)
+            if curve is None:
+                return None
+            curves.append(curve)
+        measurement = measurement_of(progress.step, *curves)
+        self.history.add(measurement, write=self._held_out.is_main_process)
+        if not progress.is_first and self.history.best() is measurement:
+            with evaluating(state.adaptation, state.average, state.optimizer):
+                write = state.exporting()
+                on_main_process(state.accelerator, lambda: self._session.folder.replace("best", write))
+        if self._end_if_over():
+            best = self.history.best()
+            logger.info("no lower validation loss since step %d (%.5f): the run ends", best.step, best.decisive)
+        return self.history.logged(measurement)
+
+    def _end_if_over(self) -> bool:
+        """Ends the run with this step if the loss has not improved for as long as the options allow; whether it did."""
+        is_over = self.history.is_over()
+        if is_over:
+            self._state.total_steps = self._state.step
+        return is_over
+
+    def choose_length(self, wanted: Sequence[float], lengths: AverageLengths) -> MovingAverage:
+        """The average of the length with the lowest loss, all of which `ema_lengths.json` holds.
+
+        Raises:
+            Stopped: if a signal broke it off.
+        """
+        if self._held_out is None:
+            return lengths.of_length(wanted[0])
+        state, measured = self._state, {}
+        for length in wanted:
+            with evaluating(state.adaptation, lengths.of_length(length), optimizer=None):
+                curve = self._held_out.losses(self._objective)
+            if curve is None:
+                number = self._session.requests.number or signal.SIGTERM
+                raise Stopped("stopped while the length of the average was chosen", number)
+            measured[length] = float(curve.mean())
+        best = min(measured, key=measured.get)
+        losses = ", ".join(f"{name:g}: {loss:.5f}" for name, loss in measured.items())
+        logger.info("validation loss by length: %s", losses)
+        if self._held_out.is_main_process:
+            with or_without(file := self._session.folder.path / "ema_lengths.json"):
+                write_json(file, {"chosen": best, "validation_loss": measured})
+        return lengths.of_length(best)
