@@ -30,7 +30,6 @@ from utils.models.registry import pick_family
 from utils.models.text_to_image import TextFamily
 from utils.runtime.processes import use_hub_cache_if_offline, weight_dtype
 from utils.sampling.prompt_samples import PromptSampler, ValidationOptions
-from utils.sampling.samples import Surroundings
 from utils.sampling.scheduler_trials import check_text_trial, check_trial_of
 from utils.training.adaptation import ADAPTATIONS, AdaptationOptions
 from utils.training.backward import FREE_CURE, Gradients
@@ -74,7 +73,7 @@ def train(options: Options) -> None:
         # Data: list the images, assign them to buckets, and fix their order for every step.
         data = TrainingData.plan(options, session, found.resolution)
         rates = LearningRates.fit(options, session.resumption, data.batches.size, data.total_steps)
-        facts = session.resumption.facts(data.images, data.held_out_images, rates.schedule, rates.total_steps)
+        facts = session.resumption.facts(data.images, data.held_out_images, rates)
 
         # Model: load the pipeline, choose which weights train, and define the loss of a batch.
         options, fast_parts = with_fast(options, session, data)
@@ -87,20 +86,17 @@ def train(options: Options) -> None:
         task.move_to_device(options, session)
         data.encode(options, session, task)
         if options.cache.ends_when_filled:
-            return data.write_report()
+            return
 
         # State: everything an optimizer step changes, as it is at the first step or at the checkpoint.
         state = TrainingState.create(options, session, data, task, rates, facts)
 
         # Measurements between steps: samples, the validation loss, scores.
-        surroundings = session.surroundings(options.controls)
-        sampler = PromptSampler(surroundings, task.family, options.samples, found.resolution, found.default_epochs)
+        sampler = make_sampler(options, found, session, task)
         validation = ValidationLoss(options, session, data, task, state)
         validation.begin(is_due=sampler.is_due(state.progress()))
-        evaluation = make_evaluation(options, surroundings, task)
-        session.record(options, plan)
-        data.write_report()
-        evaluation.begin(state.step)
+        evaluation = make_evaluation(options, session, task)
+        session.begin(options, plan, [evaluation])
 
         # Steps: what loads their data, computes their gradients, saves their state and logs them.
         feed = Feed.open(options, session, data, task, range(state.step, state.total_steps))
@@ -111,7 +107,7 @@ def train(options: Options) -> None:
 
         with checkpoints, exchange.log as log:
             for step, micro_batches in feed.steps:
-                rate = state.set_learning_rate(step, validation.reductions)
+                state.set_learning_rate(step, validation.reductions)
 
                 # Gradients, summed over micro-batches; where memory is short, these are halved and the step repeated.
                 sums = gradients.add_up(step, micro_batches)
@@ -120,14 +116,12 @@ def train(options: Options) -> None:
                 # One update of weights and averages, skipped on every process if a gradient is not finite.
                 grad_norm = state.clip(rates.optimizer.clip_norm)
                 state.update(grad_norm)
-                exchange.step(sums, grad_norm, rate)
+                exchange.step(sums, grad_norm)
 
                 # Every now and then: validation loss (it may make this step the last), scores, checkpoint, samples.
                 progress = state.progress()
-                samples_are_due = sampler.is_due(progress)
-                if samples_are_due or progress.is_last:
-                    with log.paused():
-                        log.values(validation.measure(progress) or {}, progress.step)
+                if sampler.is_due(progress) or progress.is_last:
+                    validation.measure(progress, log)
                     exchange.listen_again()
                     progress = state.progress()
                 if evaluation.is_due(progress):
@@ -139,15 +133,15 @@ def train(options: Options) -> None:
                 checkpoints.stop_if_wished(progress, exchange.wish)
                 if progress.is_last:
                     break
-                if samples_are_due:
+                if sampler.is_due(progress):
                     with log.paused(), state.evaluating():
                         log.images(sampler.draw(progress), progress.step, "validation")
 
         # Result: the pipeline or adapter, the last samples, the model card.
-        with exported_weights(options, session, state, validation) as verdict:
+        with exported_weights(options, session, state, validation):
             samples = sampler.draw(state.progress(), is_last=True)
         log.images(samples, state.step, "test")
-        finish(options, session, data, state, card_facts(options, data, state.step, verdict), samples)
+        finish(options, session, data, state, card_facts(options, data, state), samples)
 
 
 class FoundPipeline(NamedTuple):
@@ -220,10 +214,15 @@ def load_task(
     return Task.define(options, adaptation, process, rates, origin, method=options.adaptation.adaptation)
 
 
-def make_evaluation(options: Options, surroundings: Surroundings, task: Task) -> TrainingEvaluation:
+def make_sampler(options: Options, found: FoundPipeline, session: Session, task: Task) -> PromptSampler:
+    """What draws samples of the validation prompts."""
+    return PromptSampler(session.surroundings, task.family, options.samples, found.resolution, found.default_epochs)
+
+
+def make_evaluation(options: Options, session: Session, task: Task) -> TrainingEvaluation:
     """What computes scores of the pipeline while it trains."""
     pipeline, prompts = task.family.pipeline, options.samples.prompts
-    return TrainingEvaluation(options.evaluation, options.features, surroundings, pipeline, prompts)
+    return TrainingEvaluation(options.evaluation, options.features, session.surroundings, pipeline, prompts)
 
 
 def memory_savers(options: Options) -> dict[str, bool]:
@@ -273,10 +272,10 @@ def forward_process(options: NoiseOptions, scheduler_config: Mapping) -> Forward
     return process
 
 
-def card_facts(options: Options, data: TrainingData, steps: int, verdict: str) -> CardFacts:
+def card_facts(options: Options, data: TrainingData, state: TrainingState) -> CardFacts:
     """What the model card says."""
     is_lora, model = options.adaptation.adaptation == "lora", options.model.pretrained_model_name_or_path
-    return CardFacts(model, options.data_name, is_lora, card_settings(options, data, steps), verdict=verdict)
+    return CardFacts(model, options.data_name, is_lora, card_settings(options, data, state.step), verdict=state.verdict)
 
 
 def run(argv: Sequence[str] | None) -> None:

@@ -32,7 +32,6 @@ from utils.data.plan import PlannedImages
 from utils.diffusion.process import ProcessOptions, process_of
 from utils.evaluation.references import trained_images
 from utils.evaluation.while_training import EvaluationOptions, TrainingEvaluation
-from utils.models.latent_scaling import known_scaling, measured_scaling, remember_scaling
 from utils.models.unconditional import (
     UnconditionalFamily,
     UnconditionalModelOptions,
@@ -41,9 +40,8 @@ from utils.models.unconditional import (
     fresh_scheduler,
     pick_unconditional,
 )
-from utils.runtime.processes import on_main_process, use_hub_cache_if_offline, weight_dtype
+from utils.runtime.processes import use_hub_cache_if_offline, weight_dtype
 from utils.sampling.grid_samples import GridSampler, SamplingOptions
-from utils.sampling.samples import Surroundings
 from utils.training.adaptation import FullFineTuning
 from utils.training.backward import FREE_CURE, Gradients
 from utils.training.compatibility import check_together
@@ -157,50 +155,41 @@ def train(options: Options) -> None:
         data = TrainingData.plan(options, session, found.resolution)
         classes = find_classes(options, session, data)
         rates = LearningRates.fit(options, session.resumption, data.batches.size, data.total_steps)
-        facts = session.resumption.facts(
-            data.images, data.held_out_images, rates.schedule, rates.total_steps, classes=classes.names
-        )
+        facts = session.resumption.facts(data.images, data.held_out_images, rates, classes=classes.names)
 
         # Model: load the pipeline, or make a fresh one, and define the loss of a batch.
         options, fast_parts = with_fast(options, session, data)
         task = load_task(options, found, session, data, rates, classes)
-        if task.family.added_classes:
-            facts = session.resumption.with_structure(facts, class_numbers=task.family.added_classes)
         plan = describe_run(options, session, data, rates, task)
         if options.runtime.dry_run:
             return report_dry_run(plan, session, data, task)
 
         # Encodings: run the frozen VAE once for each image, where its latents are cached.
         task.move_to_device(options, session)
-        settle_scaling(options, session, task, data)
         data.encode(options, session, task)
         if options.cache.ends_when_filled:
-            return data.write_report()
+            return
 
         # State: everything an optimizer step changes, as it is at the first step or at the checkpoint.
         state = TrainingState.create(options, session, data, task, rates, facts)
 
         # Measurements between steps: samples, the validation loss, scores.
-        surroundings = session.surroundings(options.controls)
-        sampler = GridSampler(surroundings, task.family, options.samples)
+        sampler = GridSampler(session.surroundings, task.family, options.samples)
         validation = ValidationLoss(options, session, data, task, state)
         validation.begin(is_due=sampler.is_due(state.progress()))
-        evaluation = make_evaluation(options, surroundings, task, data)
-        session.record(options, plan)
-        data.write_report()
-        sampler.begin(state.step)
-        evaluation.begin(state.step)
+        evaluation = make_evaluation(options, session, task, data)
+        session.begin(options, plan, [sampler, evaluation])
 
         # Steps: what loads their data, computes their gradients, saves their state and logs them.
         feed = Feed.open(options, session, data, task, range(state.step, state.total_steps))
         gradients = Gradients.of_run(options, session, task, state, feed, memory_savers(options))
         prepare_steps(options, task, state, gradients, feed, fast_parts)
-        checkpoints = CheckpointWriter(options, session, state, gradients, feed.at_once)
+        checkpoints = CheckpointWriter(options, session, state, gradients, feed.at_once, options.samples.is_model_due)
         exchange = Exchange(options.tracking, session, data, feed, state)
 
         with checkpoints, exchange.log as log:
             for step, micro_batches in feed.steps:
-                rate = state.set_learning_rate(step, validation.reductions)
+                state.set_learning_rate(step, validation.reductions)
 
                 # Gradients, summed over micro-batches; where memory is short, these are halved and the step repeated.
                 sums = gradients.add_up(step, micro_batches)
@@ -209,14 +198,12 @@ def train(options: Options) -> None:
                 # One update of weights and averages, skipped on every process if a gradient is not finite.
                 grad_norm = state.clip(rates.optimizer.clip_norm)
                 state.update(grad_norm)
-                exchange.step(sums, grad_norm, rate)
+                exchange.step(sums, grad_norm)
 
                 # Every now and then: validation loss (it may make this step the last), scores, checkpoint, samples.
                 progress = state.progress()
-                samples_are_due = sampler.is_due(progress)
-                if samples_are_due or progress.is_last:
-                    with log.paused():
-                        log.values(validation.measure(progress) or {}, progress.step)
+                if sampler.is_due(progress) or progress.is_last:
+                    validation.measure(progress, log)
                     exchange.listen_again()
                     progress = state.progress()
                 if evaluation.is_due(progress):
@@ -228,18 +215,15 @@ def train(options: Options) -> None:
                 checkpoints.stop_if_wished(progress, exchange.wish)
                 if progress.is_last:
                     break
-                if samples_are_due:
+                if sampler.is_due(progress):
                     with log.paused(), state.evaluating():
                         log.images(sampler.draw(progress), progress.step, "test_samples")
-                if options.samples.is_model_due(progress):
-                    with log.paused(), state.evaluating():
-                        state.export(session.folder.path)
 
         # Result: the pipeline, the last samples, the model card.
-        with exported_weights(options, session, state, validation) as verdict:
+        with exported_weights(options, session, state, validation):
             samples = sampler.draw(state.progress(), is_last=True)
         log.images(samples, state.step, "test_samples")
-        finish(options, session, data, state, card_facts(options, task, data, state.step, verdict), samples)
+        finish(options, session, data, state, card_facts(options, task, data, state), samples)
 
 
 class FoundPipeline(NamedTuple):
@@ -306,30 +290,16 @@ def load_task(
     options.samples.steps_of(family.pipeline.scheduler)
     origin = f"{options.model.origin} ({type(family.pipeline).__name__}, {family.latent_space.describe()})"
     method = describe_counts(classes.names, classes.counts) if classes.names else "no classes"
-    return Task.define(options, adaptation, process, rates, origin, method)
+    task = Task.define(options, adaptation, process, rates, origin, method)
+    return replace(task, structure={"class_numbers": family.added_classes} if family.added_classes else {})
 
 
-def make_evaluation(options: Options, surroundings: Surroundings, task: Task, data: TrainingData) -> TrainingEvaluation:
+def make_evaluation(options: Options, session: Session, task: Task, data: TrainingData) -> TrainingEvaluation:
     """What computes scores of the pipeline while it trains, by default against the images it trains on."""
     pipeline = task.family.pipeline
     trained_on = None if options.data.streaming else trained_images(data.images, options.image)
     scores = options.evaluation.with_steps(options.samples.steps_of(pipeline.scheduler))
-    return TrainingEvaluation(scores, options.features, surroundings, pipeline, trained_on=trained_on)
-
-
-def settle_scaling(options: Options, session: Session, task: Task, data: TrainingData) -> None:
-    """Scales latents whose VAE says no scaling by what is measured on the data, or was before the run resumed."""
-    family, start, folder = task.family, session.checkpoint, session.folder.path
-    if not family.measures_scaling:
-        return
-
-    def settle() -> float:
-        known = None if start is None else known_scaling(start.parent)
-        factor = known or measured_scaling(family, data.images, options.image, session.device, session.seed)
-        remember_scaling(folder, factor)
-        return factor
-
-    family.rescale(on_main_process(session.accelerator, settle))
+    return TrainingEvaluation(scores, options.features, session.surroundings, pipeline, trained_on=trained_on)
 
 
 def check_options(options: Options) -> None:
@@ -410,11 +380,11 @@ def class_names(options: Options, images: PlannedImages, counts: Mapping[str, in
     return names
 
 
-def card_facts(options: Options, task: Task, data: TrainingData, steps: int, verdict: str) -> CardFacts:
+def card_facts(options: Options, task: Task, data: TrainingData, state: TrainingState) -> CardFacts:
     """What the model card says."""
     model, tag = options.model.pretrained_model_name_or_path, "unconditional-image-generation"
-    settings = card_settings(options, data, steps)
-    return CardFacts(model, options.data_name, False, settings, task.family.example_call(), tag, verdict)
+    settings = card_settings(options, data, state.step)
+    return CardFacts(model, options.data_name, False, settings, task.family.example_call(), tag, state.verdict)
 
 
 def run(argv: Sequence[str] | None) -> None:

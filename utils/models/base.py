@@ -54,6 +54,7 @@ class Family(ABC):
         options: those of the model, which say how its parts are to save memory.
         denoiser_name: the pipeline's name for the denoiser.
         coder_names: the pipeline's names for what makes latents of images, and images of latents, if it has that.
+        measures_scaling: whether the scaling of its latents is still to be measured on the data, and set by `rescale`.
     """
 
     pipeline_class_name: str
@@ -62,6 +63,7 @@ class Family(ABC):
     default_validation_epochs: int
     denoiser_name = "unet"
     coder_names: ClassVar[tuple[str, ...]] = ("vae",)
+    measures_scaling: bool = False
     text_encoder_names: ClassVar[tuple[str, ...]] = ()
     unet_lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     text_encoder_lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -255,6 +257,10 @@ class Family(ABC):
         """Keeps the frozen UNet's linear layers in 4 or 8 bits, on the device."""
         quantize_linears(self.unet, kind, device)
         self._is_quantized = True
+
+    def rescale(self, factor: float) -> None:
+        """Sets the scaling of the latents, in a family that measures it."""
+        raise NotImplementedError
 
     def use_gradient_checkpointing(self, text_encoders: bool, vae: bool) -> None:
         """Computes activations again in the backward pass, in the denoiser and in the encoders that are asked for."""

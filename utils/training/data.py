@@ -14,7 +14,9 @@ from utils.data.order import GlobalBatches, Pieces
 from utils.data.plan import PlannedImages
 from utils.data.stream import StreamedBatches, StreamedImages, StreamedPieces
 from utils.diffusion.noise import NoiseDraws
-from utils.runtime.processes import OutputFolder
+from utils.models.base import Family
+from utils.models.latent_scaling import known_scaling, measured_scaling, remember_scaling
+from utils.runtime.processes import OutputFolder, on_main_process
 from utils.training.options import TrainingOptions
 from utils.training.preparation import DataPreparation
 from utils.training.session import Session
@@ -77,7 +79,8 @@ class TrainingData:
         return len(self.images.plan.sizes) > 1
 
     def encode(self, options: TrainingOptions, session: Session, task: Task) -> None:
-        """Encodes the held-out images, and all images and captions that are to be cached."""
+        """Encodes the held-out images, and all images and captions that are to be cached; writes the report."""
+        self._settle_scaling(options, session, task.family)
         session.requests.check()
         if self.held_out_images is not None:
             self.held_out = HeldOut(
@@ -92,6 +95,20 @@ class TrainingData:
             )
         keep_vae = bool(task.terms)
         self.encodings = self.preparation.fill_cache(task.family, self.images, self.num_workers, keep_vae)
+        self.write_report()
+
+    def _settle_scaling(self, options: TrainingOptions, session: Session, family: Family) -> None:
+        """Scales latents whose VAE says no scaling by what is measured on the data, or was before the run resumed."""
+        if not family.measures_scaling:
+            return
+
+        def settle() -> float:
+            known = None if session.checkpoint is None else known_scaling(session.checkpoint.parent)
+            factor = known or measured_scaling(family, self.images, options.image, session.device, session.seed)
+            remember_scaling(session.folder.path, factor)
+            return factor
+
+        family.rescale(on_main_process(session.accelerator, settle))
 
     def note_unreadable(self, found: dict[str, str]) -> int:
         """Remembers images that could not be read, until all processes are told; returns how many are new."""

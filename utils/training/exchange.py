@@ -45,7 +45,7 @@ class Exchange:
         """What all processes agree to do, by what was heard last."""
         return agreed(self._heard)
 
-    def step(self, found: StepSums, grad_norm: Tensor, rate: float) -> None:
+    def step(self, found: StepSums, grad_norm: Tensor) -> None:
         """Exchanges what a step came to, and logs it.
 
         Raises:
@@ -65,7 +65,7 @@ class Exchange:
             epoch=float(step * batches.size / batches.samples_per_epoch),
             loss=total_loss / batches.size,
             grad_norm=grad_norm,
-            learning_rate=rate,
+            learning_rate=self._state.learning_rate,
             keys=found.keys,
             loss_by_key=found.loss_by_key if self._options.debug_loss else (),
             waited=self._feed.waiting.seconds,

@@ -20,20 +20,16 @@ logger = logging.getLogger(__name__)
 @contextmanager
 def exported_weights(
     options: TrainingOptions, session: Session, state: TrainingState, validation: ValidationLoss
-) -> Iterator[str]:
-    """Exports the result. Context manager: the trained modules hold its weights, those of the average chosen now.
-
-    Gives:
-        Why the result is that of a diverged run; empty if it is none.
-    """
+) -> Iterator[None]:
+    """Exports the result. Context manager: the trained modules hold its weights, those of the average chosen now."""
     average = state.average
     if state.lengths is not None:
         average = validation.choose_length(options.ema.ema_lengths, state.lengths)
     with evaluating(state.adaptation, average, state.optimizer):
-        verdict = state.verdict()
+        state.judge()
         logger.info("writing the result to %s", session.folder.path)
         state.export(session.folder.path)
-        yield verdict
+        yield
 
 
 def finish(
@@ -59,20 +55,20 @@ def finish(
     data.write_report()
     if session.accelerator.is_main_process:
         publish(session.folder.path, session.repository, options.hub, facts, samples)
-    conclude(session, state, facts.verdict)
+    conclude(session, state)
 
 
-def conclude(session: Session, state: TrainingState, verdict: str) -> None:
+def conclude(session: Session, state: TrainingState) -> None:
     """Says where the result is and what has become of the run, in `run.json` too.
 
     Raises:
-        Diverged: if there is a verdict, once all processes are done.
+        Diverged: if it has, once all processes are done.
     """
-    record_outcome(session, state, verdict)
+    record_outcome(session, state, state.verdict)
     folder = session.folder.path
-    if verdict:
+    if state.verdict:
         raise Diverged(
-            f"the run has diverged: {verdict}; its result is in {folder} all the same; lower --learning_rate, or "
+            f"the run has diverged: {state.verdict}; its result is in {folder} all the same; lower --learning_rate, or "
             "resume from an earlier checkpoint"
         )
     logger.info("the result is in %s", folder)

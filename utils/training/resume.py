@@ -36,6 +36,8 @@ from utils.training.posthoc_ema import has_averages, set_aside_snapshots
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from utils.training.learning_rates import LearningRates
+
 logger = logging.getLogger(__name__)
 RECORD_FACT = "data_record"  # which file beside the checkpoints says what the images were
 HELD_OUT_FACT = "held_out_record"  # the same of the held-out images
@@ -113,8 +115,8 @@ class Resumption:
         """How many samples memory allowed a process at once where it was short before; else None."""
         return None if self.checkpoint is None else read_state(self.checkpoint).samples_at_once
 
-    def with_structure(self, facts: RunFacts, **structure: object) -> RunFacts:
-        """The facts with more that a checkpoint can only be resumed with, found once the model is loaded.
+    def with_structure(self, facts: RunFacts, structure: Mapping[str, object]) -> RunFacts:
+        """The facts with more that a checkpoint can only be resumed with, known once the model is loaded.
 
         What the checkpoint of an earlier release does not say is not compared.
 
@@ -124,7 +126,7 @@ class Resumption:
         if self.checkpoint is not None:
             then = read_state(self.checkpoint).facts.structure
             check_structure(self.checkpoint, {name: value for name, value in structure.items() if name in then})
-        return replace(facts, structure=facts.structure | structure)
+        return replace(facts, structure={**facts.structure, **structure})
 
     def class_order(self, names: Sequence[str]) -> list[str]:
         """The classes in the order of the checkpoint's, if they are the same but for their spelling."""
@@ -147,8 +149,7 @@ class Resumption:
         self,
         images: PlannedImages | StreamedImages,
         held_out: PlannedImages | None,
-        schedule: ScheduleOptions,
-        total_steps: int,
+        rates: "LearningRates",
         **structure: object,
     ) -> RunFacts:
         """What a run that resumes from this one will be compared with.
@@ -172,13 +173,13 @@ class Resumption:
         held_out_name = on_main_process(self.accelerator, lambda: self._compare_held_out(held_out))
         if self.checkpoint is not None:
             check_training(self.checkpoint, data, self.may_change)
-            _warn_of_length(self.checkpoint, schedule, total_steps)
-        training = {**self.training, WARMUP: schedule.lr_warmup_steps, **data, **use, RECORD_FACT: name}
+            _warn_of_length(self.checkpoint, rates.schedule, rates.total_steps)
+        training = {**self.training, WARMUP: rates.schedule.lr_warmup_steps, **data, **use, RECORD_FACT: name}
         if held_out_name is not None:
             training[HELD_OUT_FACT] = held_out_name
         if self.splits_by_content:
             training[SPLIT_RULE_FACT] = SPLIT_BY_CONTENT
-        return RunFacts({**self.structure, **structure}, training, total_steps)
+        return RunFacts({**self.structure, **structure}, training, rates.total_steps)
 
     def _known_as(self, fingerprint: str) -> str:
         """The fingerprint of the images; that of the checkpoint where it is the same in an earlier release's words."""

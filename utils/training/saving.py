@@ -30,10 +30,17 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, options: TrainingOptions, session: Session, state: TrainingState, gradients: Gradients, at_once: int
+        self,
+        options: TrainingOptions,
+        session: Session,
+        state: TrainingState,
+        gradients: Gradients,
+        at_once: int,
+        exports: Callable[[Progress], bool] = lambda progress: False,
     ):
         """Args:
         at_once: samples that a process takes at once, where memory allows it.
+        exports: whether the pipeline as it is after a step replaces the result; by default it does at the end alone.
         """
         asked = options.checkpoint
         self.folders = Checkpoints(session.folder.path, asked.checkpoints_total_limit)
@@ -42,6 +49,7 @@ class CheckpointWriter:
         )
         self._options, self._ema, self._session = asked, options.ema, session
         self._state, self._gradients, self._at_once = state, gradients, at_once
+        self._exports = exports
         gradients.rescue = self._rescue
 
     def __enter__(self) -> Self:
@@ -60,7 +68,8 @@ class CheckpointWriter:
 
     def is_due(self, progress: Progress, wish: Wish) -> bool:
         """Whether something is written after a step, as planned or as wished for."""
-        return wish.saves or self._options.is_due(progress) or self._is_snapshot_due(progress)
+        planned = (self._options.is_due, self._is_snapshot_due, self._is_export_due)
+        return wish.saves or any(is_due(progress) for is_due in planned)
 
     def save(self, progress: Progress, wish: Wish) -> None:
         """Writes what is due; for all to call."""
@@ -71,6 +80,10 @@ class CheckpointWriter:
             on_main_process(accelerator, self._session.requests.remove_heard)
         if wish.saves or self._options.is_due(progress):
             self.saver.save(progress.step, self._gradients.shortened(self._at_once))
+
+        if self._is_export_due(progress) and not wish.ends:
+            with self._state.evaluating():
+                self._state.export(self._session.folder.path)
 
     def stop_if_wished(self, progress: Progress, wish: Wish) -> None:
         """Ends a run that was asked to end, its state saved.
@@ -85,6 +98,9 @@ class CheckpointWriter:
     def _is_snapshot_due(self, progress: Progress) -> bool:
         interval = self._ema.ema_snapshot_steps or self._options.checkpointing_steps
         return self._state.lengths is not None and (progress.is_multiple_of(interval) or progress.is_last)
+
+    def _is_export_due(self, progress: Progress) -> bool:
+        return self._exports(progress) and not progress.is_last
 
     def _rescue(self, step: int, size: int) -> None:
         self.saver.rescue(step, size if size < self._at_once else None)

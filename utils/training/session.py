@@ -2,12 +2,12 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 
@@ -18,7 +18,7 @@ from utils.models.loading import allowing_missing
 from utils.runtime.engines import Engine, engine_of
 from utils.runtime.processes import OutputFolder, ending, on_main_process, start_processes, versions
 from utils.runtime.stop_requests import StopRequests
-from utils.sampling.controls import SamplingControlOptions, SamplingControls
+from utils.sampling.controls import SamplingControls
 from utils.sampling.samples import Surroundings
 from utils.training.compatibility import check_output_folder, check_speed, check_stepping
 from utils.training.log import start_trackers
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class Recorded(Protocol):
+    """What keeps records of its own in the output folder."""
+
+    def begin(self, first_step: int) -> None:
+        """Drops what was recorded after the step from which the run resumes; for all processes to call."""
+
+
 @dataclass(frozen=True)
 class Session:
     """What a run has before it knows its data and its model.
@@ -43,6 +50,7 @@ class Session:
         attention: the kernel that computes attention.
         resumption: the checkpoint to resume from, if any, and what the run is compared with.
         repository: the Hub repository that the result is uploaded to; None without --push_to_hub.
+        surroundings: where and by whom samples are drawn.
         seed: from which everything random follows.
     """
 
@@ -52,6 +60,7 @@ class Session:
     attention: Attention
     resumption: Resumption
     repository: str | None
+    surroundings: Surroundings
     seed: int
 
     @classmethod
@@ -75,7 +84,9 @@ class Session:
             repository = None
             if not (options.runtime.dry_run or options.cache.ends_when_filled):
                 repository = on_main_process(accelerator, partial(create_repository, folder.path, options.hub))
-            yield cls(engine, folder, requests, attention, resumption, repository, options.runtime.seed)
+            seed, controls = options.runtime.seed, SamplingControls(options.controls)
+            surroundings = Surroundings(accelerator, folder.path, seed, requests, controls)
+            yield cls(engine, folder, requests, attention, resumption, repository, surroundings, seed)
 
     @property
     def accelerator(self) -> "Accelerator":
@@ -92,16 +103,17 @@ class Session:
         """The checkpoint to resume from; None for a run that begins."""
         return self.resumption.checkpoint
 
-    def surroundings(self, controls: SamplingControlOptions) -> Surroundings:
-        """Where and by whom the run's samples are drawn."""
-        return Surroundings(self.accelerator, self.folder.path, self.seed, self.requests, SamplingControls(controls))
-
-    def record(self, options: TrainingOptions, plan: str) -> None:
+    def begin(self, options: TrainingOptions, plan: str, recorded: Sequence[Recorded]) -> None:
         """Tidies what earlier runs left in the output folder, writes `run.json`, opens the trackers, says the plan.
 
         It is called once nothing can refuse this run any more.
+
+        Args:
+            recorded: what keeps records of its own in the output folder.
         """
         self.resumption.take_over()
+        for each in recorded:
+            each.begin(self.resumption.first_step)
         record = as_record(options)
         if self.accelerator.is_main_process:
             self.folder.record(record, versions(), without_secrets(sys.argv))

@@ -84,6 +84,8 @@ class TrainingState:
         batches: which images stand in each step.
         step: optimizer steps done.
         total_steps: after which the run ends; early stopping lowers it.
+        learning_rate: of the current step, that which layers and text encoders don't change.
+        verdict: why the result is that of a diverged run, once it is exported; empty if it is none.
         lengths: the averages among which a length is chosen at the end, if it is.
         parameters: the trained ones of the pipeline.
         own_parameters: those of loss terms.
@@ -113,6 +115,8 @@ class TrainingState:
     ahead: Ahead = field(default_factory=Ahead)
     step: int = 0
     total_steps: int = 0
+    learning_rate: float = 0.0
+    verdict: str = ""
 
     @classmethod
     def create(
@@ -148,7 +152,7 @@ class TrainingState:
             parameters=named,
             own_parameters=own,
             terms=task.terms,
-            facts=facts,
+            facts=session.resumption.with_structure(facts, task.structure),
             model=model,
             rates=rates,
             batches=data.batches,
@@ -165,15 +169,15 @@ class TrainingState:
         before = self.batches.epochs_before(self.step - 1) if self.step else 0
         return Progress(self.step, self.total_steps, before, self.batches.epochs_before(self.step))
 
-    def set_learning_rate(self, step: int, reductions: int = 0) -> float:
-        """Sets the rates of optimizer step `step`, from 0; returns the first group's base rate at it.
+    def set_learning_rate(self, step: int, reductions: int = 0) -> None:
+        """Sets the rates of optimizer step `step`, from 0.
 
         Args:
             reductions: how often reduce_on_plateau has lowered the rates.
         """
         factor = self.rates.factor(step, reductions)
         set_learning_rate(self.optimizer, factor)
-        return self.rates.optimizer.learning_rate * factor
+        self.learning_rate = self.rates.optimizer.learning_rate * factor
 
     def clip(self, max_norm: float) -> Tensor:
         """Scales the gradients down to a norm; gives the norm they had, also of those that are used up already.
@@ -341,10 +345,10 @@ class TrainingState:
         num_bad = torch.stack([(~torch.isfinite(part)).sum() for part in parts]).sum().float()
         return not self.accelerator.reduce(num_bad.to(self.accelerator.device)).item()
 
-    def verdict(self) -> str:
-        """Why the weights that the modules hold now are of a diverged run; empty if they are not; for all to call."""
+    def judge(self) -> None:
+        """Finds whether the weights that the modules hold now are those of a diverged run; for all to call."""
         are_finite = self.holds_finite_weights()
-        return self.skips.verdict(self.total_steps) or ("" if are_finite else "its weights are not all finite")
+        self.verdict = self.skips.verdict(self.total_steps) or ("" if are_finite else "its weights are not all finite")
 
     def tensors(self) -> list[Tensor]:
         """All that a checkpoint holds copies of, about."""

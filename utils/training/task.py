@@ -1,7 +1,7 @@
 """What a run trains: a pipeline's family, which of its weights, and the loss of a batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from torch import nn
@@ -31,6 +31,7 @@ class Task:
         trains_text_encoders: whether text states are computed in each step.
         origin: what is trained from, in words.
         method: how it is trained, in words.
+        structure: what the model adds to that which a checkpoint can only be resumed with, by flag.
     """
 
     family: Family
@@ -41,6 +42,7 @@ class Task:
     trains_text_encoders: bool
     origin: str
     method: str
+    structure: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def define(

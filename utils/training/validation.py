@@ -10,6 +10,7 @@ from utils.runtime.atomic_files import or_without
 from utils.runtime.processes import on_main_process, write_json
 from utils.training.data import TrainingData
 from utils.training.ema import MovingAverage
+from utils.training.log import RunLog
 from utils.training.options import TrainingOptions
 from utils.training.posthoc_ema import AverageLengths
 from utils.training.session import Session
@@ -49,12 +50,17 @@ class ValidationLoss:
             Stopped: if a signal broke it off.
         """
         state = self._state
-        if (is_due or state.step in (0, state.total_steps)) and self.measure(state.progress()) is None:
+        if (is_due or state.step in (0, state.total_steps)) and self._measured(state.progress()) is None:
             number = self._session.requests.number or signal.SIGTERM
             raise Stopped(f"stopped before step {state.step + 1}", number)
         self._end_if_over()
 
-    def measure(self, progress: Progress) -> dict[str, float] | None:
+    def measure(self, progress: Progress, log: RunLog) -> None:
+        """Measures the loss after a step and logs it; it may end the run."""
+        with log.paused():
+            log.values(self._measured(progress) or {}, progress.step)
+
+    def _measured(self, progress: Progress) -> dict[str, float] | None:
         """Measures the loss of the weights and of their average; returns what is logged of it. It may end the run.
 
         Nothing is measured twice. None where a signal to any process broke it off: the resumed run does it.
