@@ -66,7 +66,7 @@ TIMED: dict[str, Sequence[tuple[str, str]]] = {
         ("DataPreparation.choose_images", "listing"),
     ],
     "utils.training.ema": [("MovingAverage.update", "ema")],
-    "utils.training.starting": [("hasten", "compiling")],
+    "utils.training.speed_up": [("speed_up", "compiling")],
     "utils.training.backward": [("Gradients.rehearse", "rehearsing")],
 }
 """Calls by module, and the phase that their time counts in. What a module does not have is passed over."""

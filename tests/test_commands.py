@@ -46,7 +46,7 @@ def small(command: str) -> list[str]:
 
 @pytest.mark.parametrize("case", DIFFUSERS_COMMANDS)
 def test_a_command_of_the_diffusers_examples(train, pipelines, case, monkeypatch):
-    monkeypatch.setattr("utils.training.starting.create_repository", lambda folder, options: folder.name)
+    monkeypatch.setattr("utils.training.session.create_repository", lambda folder, options: folder.name)
     monkeypatch.setattr("utils.training.model_card.upload", lambda *arguments: None)
     name, *rest = case.split()
     out = train(name, *small(DIFFUSERS_COMMANDS[case]))

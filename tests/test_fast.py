@@ -96,7 +96,7 @@ def test_a_part_whose_gate_fails_is_left_out(train, caplog, monkeypatch):
         compile_denoiser(denoiser, how)
         raise UserError("--compile: compiled, the gradient of conv_in.weight is 44 % off; leave it out")
 
-    monkeypatch.setattr("utils.training.starting.compile_checked", refuse)
+    monkeypatch.setattr("utils.training.speed_up.compile_checked", refuse)
     monkeypatch.setattr("utils.training.fast.Circumstances.has_tensor_cores", property(lambda self: True))
     monkeypatch.setattr("utils.training.fast.importlib.util.find_spec", lambda name: object())
     flags = ["--max_train_steps", 2]
@@ -177,8 +177,8 @@ def test_what_won_is_kept_for_a_resumed_run(train, monkeypatch, caplog, winner):
         races.append(len(calls))
         return winner
 
-    monkeypatch.setattr("utils.training.starting.race", raced)
-    monkeypatch.setattr("utils.training.starting.RACED_ON", ("cpu",))
+    monkeypatch.setattr("utils.training.speed_up.race", raced)
+    monkeypatch.setattr("utils.training.speed_up.RACED_ON", ("cpu",))
     flags = ["--fast", "--checkpointing_steps", 2]
     out = train("sd", *flags, "--max_train_steps", 2)
     assert json.loads((out / "checkpoint-2" / "training_state.json").read_text())["attention"] == winner

@@ -448,7 +448,7 @@ def losses_that_are_not_finite(monkeypatch) -> Callable[[set[int]], None]:
 def test_a_diverged_run_says_so_and_ends_with_1(train, kind, losses_that_are_not_finite, capsys, monkeypatch):
     """In its error, its record and its model card; the result is written."""
     cards, verdict = [], "3 of 4 steps had no finite loss and gradient"
-    monkeypatch.setattr("utils.training.starting.create_repository", lambda folder, options: folder.name)
+    monkeypatch.setattr("utils.training.session.create_repository", lambda folder, options: folder.name)
     monkeypatch.setattr(
         "utils.training.model_card.upload", lambda folder, *_: cards.append((folder / "README.md").read_text())
     )

@@ -521,7 +521,7 @@ def test_passes_in_float32_leave_all_as_it_was(train, monkeypatch, flags):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     flags = ["--max_train_steps", 2, "--train_batch_size", 2, "--compile", *flags]
     checked = train("sd", *flags, out="checked")
-    monkeypatch.setattr("utils.training.starting.compile_checked", lambda *how: compile_denoiser(*how[:2]))
+    monkeypatch.setattr("utils.training.speed_up.compile_checked", lambda *how: compile_denoiser(*how[:2]))
     assert losses(train("sd", *flags, out="unchecked")) == losses(checked)
 
 

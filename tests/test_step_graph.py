@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_equivalences import assert_same_bits, losses, weights
 from utils.runtime.engines import Engine
-from utils.training import starting
+from utils.training import speed_up
 from utils.training.optimizers import NamedParameter
 from utils.training.state import TrainingState
 from utils.training.step_graph import WARM_UPS, Outcome, StepGraph
@@ -75,9 +75,9 @@ def recorded(monkeypatch) -> Replays:
         replays.graph = StepGraph(replays, *arguments)
         return replays.graph
 
-    monkeypatch.setattr(starting, "check_speed", lambda *_: None)
-    monkeypatch.setattr(starting, "CudaRecorder", lambda: None)
-    monkeypatch.setattr(starting, "StepGraph", make)
+    monkeypatch.setattr(speed_up, "check_speed", lambda *_: None)
+    monkeypatch.setattr(speed_up, "CudaRecorder", lambda: None)
+    monkeypatch.setattr(speed_up, "StepGraph", make)
     return replays
 
 
