@@ -75,7 +75,7 @@ def recorded(monkeypatch) -> Replays:
         replays.graph = StepGraph(replays, *arguments)
         return replays.graph
 
-    monkeypatch.setattr(speed_up, "check_speed", lambda *_: None)
+    monkeypatch.setattr("utils.training.session.check_speed", lambda *_: None)
     monkeypatch.setattr(speed_up, "CudaRecorder", lambda: None)
     monkeypatch.setattr(speed_up, "StepGraph", make)
     return replays
