@@ -23,7 +23,7 @@ from utils.config.options import UserError, leave, parse, run_script
 from utils.config.seeding import model_seed
 from utils.config.terminal import set_up_logging
 from utils.data.captions import CaptionOptions
-from utils.diffusion.noise import ForwardProcess, NoiseOptions, timestep_weights
+from utils.diffusion.process import process_of
 from utils.evaluation.while_training import TrainingEvaluation
 from utils.models.pipeline_source import ModelOptions, PipelineSource
 from utils.models.registry import pick_family
@@ -175,19 +175,19 @@ def find_pipeline(options: Options) -> FoundPipeline:
     family = pick_family(source)
     resolution = options.image.resolution or family.default_resolution
     family.check_before_loading(source, options.buckets.sizes(resolution))
-    was_tried = try_scheduler(options, source)
+    was_tried = try_scheduler(options, source, family)
     default_dir = family.default_output_dir if adaptation == "full" else f"sd-model-finetuned-{adaptation}"
     default_epochs = family.default_validation_epochs if adaptation == "full" else 1
     output_dir = options.runtime.output_dir or default_dir
     return FoundPipeline(source, family, resolution, output_dir, default_epochs, was_tried)
 
 
-def try_scheduler(options: Options, source: PipelineSource) -> bool:
+def try_scheduler(options: Options, source: PipelineSource, family: type[TextFamily]) -> bool:
     """Refuses a scheduler that does not draw what is trained; returns whether its config says enough to try it."""
     scheduler = source.config("scheduler")
     if scheduler is None:
         return False
-    forward_process(options.noise, scheduler)
+    process_of(options.noise, scheduler.get("_class_name", "scheduler"), scheduler, family.process_kinds)
     entry = None if source.is_single_file else source.index().get("scheduler")
     return check_trial_of(entry, scheduler, options.noise.scheduler_changes, *drawing(options, scheduler))
 
@@ -207,7 +207,7 @@ def load_task(
         family.quantize_unet(options.adaptation.quantize_base, session.device)
     adaptation = adaptation_class(family, options.adaptation, session.checkpoint)
     scheduler = family.pipeline.scheduler
-    process = forward_process(options.noise, scheduler.config)
+    process = process_of(options.noise, type(scheduler).__name__, scheduler.config, family.process_kinds)
     if not found.scheduler_was_tried:
         check_text_trial(scheduler, *drawing(options, scheduler.config))
     origin = f"{model} ({family.pipeline_class_name})"
@@ -261,15 +261,6 @@ def drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]
         steps = min(10, steps, max(1, (scheduler_config.get("num_train_timesteps") or 1000) // 2))
     where = f"--pretrained_model {options.model.pretrained_model_name_or_path}"
     return steps, where, "validation_num_inference_steps"
-
-
-def forward_process(options: NoiseOptions, scheduler_config: Mapping) -> ForwardProcess:
-    """The forward process of a pipeline's scheduler as the options change it, which must go together."""
-    process = ForwardProcess(scheduler_config, options.scheduler_changes)
-    timestep_weights(options, process.alphas_cumprod.cpu().double().numpy())
-    if options.dream_training and process.prediction_type != "epsilon":
-        raise UserError(f"--dream_training is for epsilon prediction, the pipeline has {process.prediction_type}")
-    return process
 
 
 def card_facts(options: Options, data: TrainingData, state: TrainingState) -> CardFacts:

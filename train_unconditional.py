@@ -286,7 +286,7 @@ def load_task(
     logger.info("loading the model, %s", options.model.origin)
     family = found.family(options.model, options.noise, wanted, dtypes.unet, dtypes.frozen, options.samples.sampler)
     adaptation = FullFineTuning(family, options.adaptation, session.checkpoint)
-    process = process_of(options.noise, family.pipeline.scheduler)
+    process = process_of(options.noise, type(family.pipeline.scheduler).__name__, family.pipeline.scheduler.config)
     options.samples.steps_of(family.pipeline.scheduler)
     origin = f"{options.model.origin} ({type(family.pipeline).__name__}, {family.latent_space.describe()})"
     method = describe_counts(classes.names, classes.counts) if classes.names else "no classes"
@@ -323,7 +323,7 @@ def check_family(options: Options, family_class: type[UnconditionalFamily]) -> N
         edge = options.image.resolution or family_class.default_resolution
         family_class.check_shape(options.model, Wanted(edge, options.image.channels))
         scheduler = fresh_scheduler(options.noise, clips=True)
-        left = float(process_of(options.noise, scheduler).alphas_cumprod[-1]) ** 0.5
+        left = float(process_of(options.noise, type(scheduler).__name__, scheduler.config).alphas_cumprod[-1]) ** 0.5
         if left > IMAGE_LEFT:
             logger.warning(
                 "the noise schedule ends with %.0f %% of the image, samples begin with none; try more "

@@ -212,7 +212,8 @@ class Training:
         family = self.family = Pixels(options.model, options.noise, wanted, dtypes.unet, dtypes.frozen, None)
         self.adaptation = FullFineTuning(family, options.adaptation, None)
         self._lay_out(family)
-        self.process = process_of(options.noise, family.pipeline.scheduler)
+        scheduler = family.pipeline.scheduler
+        self.process = process_of(options.noise, type(scheduler).__name__, scheduler.config)
         self.batch = pixel_batch(case.edge, self.batch_size)
 
     def _lay_out(self, family: Any) -> None:
@@ -228,7 +229,7 @@ class Training:
             return
         if speed.compiled is not None:
             how = Compilation(speed.compiled, activation_memory=speed.activation_memory)
-            compile_denoiser(self.family.unet, how)
+            compile_denoiser(self.family.denoiser, how)
         if speed.cuda_graphs:
             recorded = CudaRecorder(), self.gradients, self.state, self.options.optimizer.clip_norm
             self.gradients.whole_step = StepGraph(*recorded)
@@ -290,7 +291,7 @@ def text_batch(case: Case, family: Any, size: int, is_live: bool) -> Batch:
     """A batch as the loader gives it, encoded or not."""
     random = torch.Generator().manual_seed(0)
     shape = (size, *family.latent_space.shape((case.edge, case.edge)))
-    config, crops = family.unet.config, torch.tensor([[case.edge, case.edge, 0, 0, case.edge, case.edge]]).float()
+    config, crops = family.denoiser.config, torch.tensor([[case.edge, case.edge, 0, 0, case.edge, case.edge]]).float()
     if is_live:
         pixels = torch.randint(0, 256, (size, 3, case.edge, case.edge), generator=random, dtype=torch.uint8)
         given = {"pixels": pixels, "moments": None, "states": None}

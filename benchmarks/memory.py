@@ -48,6 +48,7 @@ from benchmarks.made import MODELS, TOKENS, Architecture, MadeSource  # noqa: E4
 from benchmarks.printing import print_table  # noqa: E402
 from tests import tiny  # noqa: E402
 from train_text_to_image import Options  # noqa: E402
+from utils.config.batch import Conditioning  # noqa: E402
 from utils.config.options import UserError, parse, run_script  # noqa: E402
 from utils.models.base import TextStates  # noqa: E402
 from utils.models.text_to_image import TextFamily  # noqa: E402
@@ -235,7 +236,7 @@ def prepared(architecture: Architecture, options: Options) -> tuple[TextFamily, 
     family = architecture.family(MadeSource(options.model, architecture), dtypes, {})
     if options.adaptation.quantize_base is not None:
         family.quantize_unet(options.adaptation.quantize_base, torch.device("cpu"))
-        for module in family.unet.modules():
+        for module in family.denoiser.modules():
             if isinstance(module, bitsandbytes.nn.Linear8bitLt):
                 module.state.threshold = 0.0  # which columns are over it is not known without values
     adaptation = adaptation_class(family, options.adaptation, None)
@@ -253,7 +254,7 @@ def encoded(family: TextFamily, options: Options) -> tuple[Tensor, TextStates]:
     """Noisy latents and text states, out of the encoders where they are not cached."""
     batch, edge = options.loader.train_batch_size, options.image.resolution or family.default_resolution
     if options.cache.cache_latents:
-        shapes = {"encoder_hidden_states": (TOKENS, family.unet.config.cross_attention_dim), "text_embeds": (1280,)}
+        shapes = {"encoder_hidden_states": (TOKENS, family.denoiser.config.cross_attention_dim), "text_embeds": (1280,)}
         states = {name: torch.empty(batch, *shapes[name]).bfloat16() for name in family.prompt_argument_names}
         return torch.empty(batch, *family.latent_space.shape((edge, edge))), states
     mean, std = family.latent_space.moments(torch.empty(batch, 3, edge, edge, dtype=torch.uint8))
@@ -308,7 +309,7 @@ def backward_pass(live: Live, family: TextFamily, options: Options) -> dict[str,
     before, live.phase = live.now, "forward"
     timesteps, crops = torch.zeros(len(noisy), dtype=torch.long), torch.zeros(len(noisy), 6)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = family.predict(family.unet, noisy, timesteps, states, crops).float().square().mean()
+        loss = family.predict(family.denoiser, noisy, timesteps, Conditioning(states, crops)).float().square().mean()
     copies = sum(live.copies.values())
     kept = {"activations": live.now - before - copies, "bf16 copies": copies}
     live.phase = "backward"

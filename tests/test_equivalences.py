@@ -109,7 +109,7 @@ def test_loss_and_gradients_equal_an_independent_computation(pipelines, images, 
 
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for (key, parameter), reference in zip(
-        family.unet.named_parameters(), independent.pipeline.unet.parameters(), strict=True
+        family.denoiser.named_parameters(), independent.pipeline.unet.parameters(), strict=True
     ):
         scale = float(reference.grad.abs().max())
         torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-4, atol=1e-5 * max(scale, 1e-3), msg=key)

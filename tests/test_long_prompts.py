@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.test_equivalences import losses, weights
+from utils.config.batch import Conditioning
 from utils.config.options import UserError
 from utils.models.pipeline_source import ComponentDtypes, ModelOptions, PipelineSource
 from utils.models.registry import pick_family
@@ -50,11 +51,10 @@ def predict(made: TextFamily, *captions: str) -> torch.Tensor:
     """The UNet's predictions, of the same noise for all captions."""
     noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).expand(len(captions), -1, -1, -1)
     return made.predict(
-        made.unet,
+        made.denoiser,
         noisy,
         torch.full((len(captions),), 500),
-        encode(made, *captions),
-        torch.full((len(captions), 6), 32.0),
+        Conditioning(encode(made, *captions), torch.full((len(captions), 6), 32.0)),
     )
 
 
@@ -159,7 +159,10 @@ class TestStates:
                 parameter.requires_grad_(made.reads_text_parameter(index, key))
         states = encode(made, SHORT, "", ALTERED)
         noisy, times = torch.randn(3, 4, 16, 16), torch.tensor([500] * 3)
-        made.predict(made.unet, noisy, times, states, torch.full((3, 6), 32.0)).square().sum().backward()
+        conditioning = Conditioning(states, torch.full((3, 6), 32.0))
+        made.predict(made.denoiser, noisy, times, conditioning).square().sum().backward()
+            made.denoiser, noisy, times, Conditioning(states, torch.full((3, 6), 32.0))
+        ).square().sum().backward()
         late = made.tokenizers[0].convert_tokens_to_ids("?</w>")
         for encoder in made.text_encoders:
             unused = [key for key, weight in encoder.named_parameters() if weight.requires_grad and weight.grad is None]

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,11 @@ from utils.sampling.grid_samples import film
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--learning_rate", 1e-3)
+
+
+def named(scheduler) -> tuple[str, Mapping]:
+    """A scheduler as `process_of` takes it."""
+    return type(scheduler).__name__, scheduler.config
 
 
 def betas_of(schedule: str, count: int) -> np.ndarray:
@@ -64,7 +70,7 @@ def test_the_forward_process_and_its_target(schedule, prediction, zero_snr):
     options = ProcessOptions(
         prediction_type=prediction, beta_schedule=schedule, ddpm_num_steps=500, rescale_betas_zero_snr=zero_snr
     )
-    process = process_of(options, fresh_scheduler(options, clips=True))
+    process = process_of(options, *named(fresh_scheduler(options, clips=True)))
     random = np.random.default_rng(0)
     clean, noise = random.standard_normal((2, 20, 3, 4, 4))
     timesteps = random.integers(0, 500, 20)
@@ -83,7 +89,7 @@ def test_the_forward_process_and_its_target(schedule, prediction, zero_snr):
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_matching_is_a_straight_line(shift):
     options = ProcessOptions(flow_matching=True, flow_shift=shift, ddpm_num_steps=500)
-    process = process_of(options, fresh_scheduler(options, clips=True))
+    process = process_of(options, *named(fresh_scheduler(options, clips=True)))
     random = np.random.default_rng(0)
     clean, noise = random.standard_normal((2, 20, 3, 4, 4))
     timesteps = random.integers(0, 500, 20)
@@ -110,7 +116,7 @@ def test_a_score_process_adds_noise_alone():
 
 def test_logit_normal_times_are_those_of_a_normal_logit():
     options = ProcessOptions(flow_matching=True, logit_mean=0.4, logit_std=0.8)
-    process = process_of(options, fresh_scheduler(options, clips=True))
+    process = process_of(options, *named(fresh_scheduler(options, clips=True)))
     assert process.default_distribution == "logit_normal"
     shares = timestep_weights(options, np.ones(1000) * 0.5, "logit_normal")
     assert shares.sum() == pytest.approx(1)
@@ -176,7 +182,7 @@ def test_eight_gaussians_are_learnt(kind):
     """Within 0.06 of the true density, whose own samples are 0.016 apart; noise is 0.23 away."""
     options = GAUSSIANS[kind]
     scheduler = fresh_scheduler(options, clips=False)
-    process, draws_of = process_of(options, scheduler), torch.Generator().manual_seed(0)
+    process, draws_of = process_of(options, *named(scheduler)), torch.Generator().manual_seed(0)
     shares = timestep_weights(options, process.alphas_cumprod.double().numpy(), process.default_distribution)
     torch.manual_seed(0)
     model, loss_options = Points(), LossOptions()

@@ -143,6 +143,19 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser reads beside noisy latents and their timesteps; the first axis of each tensor is the sample.
+
+    Attributes:
+        states: text states by name, or the numbers of classes.
+        crops: [B, 6] float32, the rows of `Crop`.
+    """
+
+    states: dict[str, Tensor]
+    crops: Tensor
+
+
+@dataclass(frozen=True)
 class Predicted:
     """What a model said of a batch, for what else is to be made of it; the first axis of each tensor is the sample.
 

@@ -1,7 +1,7 @@
 """Forward processes that no table of betas says (flow matching, noise that only grows), and which is a pipeline's."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,14 +143,30 @@ class ScoreProcess:
         return noised.noisy + noised.timesteps.view(-1, 1, 1, 1) * prediction.float()
 
 
+Process = ForwardProcess | FlowProcess | ScoreProcess
+BETAS = (ForwardProcess,)  # for families that are trained by betas alone
+EVERY_PROCESS = (ForwardProcess, FlowProcess, ScoreProcess)
+
+
+def kind_of(name: str, scheduler_config: Mapping) -> type[Process]:
+    """The kind of forward process that a diffusers scheduler is for.
+
+    Args:
+        name: of the scheduler's class.
+    """
+    if "FlowMatch" in name or scheduler_config.get("prediction_type") == "flow_prediction":
+        return FlowProcess
+    return ScoreProcess if "SdeVe" in name else ForwardProcess
+
+
 def is_flow(scheduler: Any) -> bool:
     """Whether a diffusers scheduler is of flow matching."""
-    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+    return kind_of(type(scheduler).__name__, scheduler.config) is FlowProcess
 
 
 def is_score(scheduler: Any) -> bool:
     """Whether a diffusers scheduler is of a score pipeline, whose noise only grows."""
-    return "SdeVe" in type(scheduler).__name__
+    return kind_of(type(scheduler).__name__, scheduler.config) is ScoreProcess
 
 
 def shift_of(scheduler_config: Mapping) -> float:
@@ -173,12 +189,26 @@ def check_changes(options: ProcessOptions, scheduler: Any) -> None:
         raise UserError(f"{flag} is of noise by betas, which the pretrained pipeline's {name} has not; leave it out")
 
 
-def process_of(options: ProcessOptions, scheduler: Any) -> "ForwardProcess | FlowProcess | ScoreProcess":
-    """The forward process of a diffusers scheduler, which and the options must go together."""
-    name, scheduler_config = type(scheduler).__name__, scheduler.config
-    own = FlowProcess if is_flow(scheduler) else ScoreProcess if is_score(scheduler) else None
-    process = ForwardProcess(scheduler_config, options.scheduler_changes) if own is None else own(scheduler_config)
+def process_of(
+    options: NoiseOptions, name: str, scheduler_config: Mapping, kinds: Sequence[type[Process]] = EVERY_PROCESS
+) -> Process:
+    """The forward process of a diffusers scheduler as the options change it.
+
+    Args:
+        name: of the scheduler's class.
+        kinds: those that the family is trained by; any other scheduler is read as one of betas.
+
+    Raises:
+        UserError: if the options do not go with it, or it is none that is trained here.
+    """
+    kind = kind_of(name, scheduler_config)
+    if kind is ForwardProcess or kind not in kinds:
+        process = ForwardProcess(scheduler_config, options.scheduler_changes)
+    else:
+        process = kind(scheduler_config)
     timestep_weights(options, process.alphas_cumprod.cpu().double().numpy(), process.default_distribution)
-    if options.dream_training and (own is not None or process.prediction_type != "epsilon"):
-        raise UserError(f"--dream_training is for epsilon prediction by betas, the pipeline has {name}")
+    if options.dream_training and (type(process) is not ForwardProcess or process.prediction_type != "epsilon"):
+        raise UserError(
+            f"--dream_training needs epsilon prediction by betas, the pipeline's {name} has {process.prediction_type}"
+        )
     return process

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.config.batch import Conditioning
 from utils.config.options import UserError, first_line, require
+from utils.diffusion.process import BETAS, Process
 from utils.models.latent_space import LatentSpace
 from utils.models.pipeline_source import XFORMERS_CURE, XFORMERS_MISSING
 from utils.models.quantization import quantize_linears
@@ -54,6 +56,7 @@ class Family(ABC):
         options: those of the model, which say how its parts are to save memory.
         denoiser_name: the pipeline's name for the denoiser.
         coder_names: the pipeline's names for what makes latents of images, and images of latents, if it has that.
+        process_kinds: the forward processes that it is trained by.
         measures_scaling: whether the scaling of its latents is still to be measured on the data, and set by `rescale`.
     """
 
@@ -64,6 +67,7 @@ class Family(ABC):
     denoiser_name = "unet"
     coder_names: ClassVar[tuple[str, ...]] = ("vae",)
     measures_scaling: bool = False
+    process_kinds: ClassVar[Sequence[type[Process]]] = BETAS
     text_encoder_names: ClassVar[tuple[str, ...]] = ()
     unet_lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     text_encoder_lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -84,8 +88,8 @@ class Family(ABC):
         return getattr(diffusers, cls.pipeline_class_name)
 
     @property
-    def unet(self) -> nn.Module:
-        """The denoiser."""
+    def denoiser(self) -> nn.Module:
+        """The network that is trained to denoise, by its name in the pipeline."""
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
@@ -104,8 +108,8 @@ class Family(ABC):
             require(edge % factor == 0, flag, edge, f"be divisible by {factor} for this VAE", cure)
 
     @abstractmethod
-    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
-        """The denoiser's prediction [B, C, h, w] of noisy latents, under text states and crops [B, 6]."""
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's prediction [B, C, h, w] of noisy latents [B, C, h, w] at timesteps [B]."""
 
     @abstractmethod
     def tokenizer(self) -> Words:
@@ -224,12 +228,12 @@ class Family(ABC):
         options = self.options
         if options.enable_xformers_memory_efficient_attention:
             try:
-                self.unet.enable_xformers_memory_efficient_attention()
+                self.denoiser.enable_xformers_memory_efficient_attention()
             except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:  # no wheel, no GPU, no kernel
                 raise UserError(f"{XFORMERS_MISSING} ({first_line(error)}); {XFORMERS_CURE}") from error
         if options.enable_npu_flash_attention:
             try:
-                self.unet.enable_npu_flash_attention()
+                self.denoiser.enable_npu_flash_attention()
             except (ImportError, RuntimeError, AttributeError) as error:
                 raise UserError(f"--enable_npu_flash_attention needs an Ascend NPU and torch_npu: {error}") from error
 
@@ -238,7 +242,7 @@ class Family(ABC):
 
         Convolutions then give their results, and take their inputs, in the same layout.
         """
-        self.unet.to(memory_format=torch.channels_last)
+        self.denoiser.to(memory_format=torch.channels_last)
         encoder = getattr(self.latent_space, "vae", None)
         if vae and isinstance(encoder, torch.nn.Module):
             encoder.to(memory_format=torch.channels_last)
@@ -247,7 +251,7 @@ class Family(ABC):
         """Switches on what computes one part after the other, as the options ask."""
         options = self.options
         if options.attention_slicing:
-            self.unet.set_attention_slice("max")
+            self.denoiser.set_attention_slice("max")
         if options.vae_slicing:
             self.latent_space.vae.enable_slicing()
         if options.vae_tiling:
@@ -255,7 +259,7 @@ class Family(ABC):
 
     def quantize_unet(self, kind: str, device: torch.device) -> None:
         """Keeps the frozen UNet's linear layers in 4 or 8 bits, on the device."""
-        quantize_linears(self.unet, kind, device)
+        quantize_linears(self.denoiser, kind, device)
         self._is_quantized = True
 
     def rescale(self, factor: float) -> None:
@@ -264,7 +268,7 @@ class Family(ABC):
 
     def use_gradient_checkpointing(self, text_encoders: bool, vae: bool) -> None:
         """Computes activations again in the backward pass, in the denoiser and in the encoders that are asked for."""
-        self.unet.enable_gradient_checkpointing()
+        self.denoiser.enable_gradient_checkpointing()
         if vae:
             self.latent_space.vae.enable_gradient_checkpointing()
         if text_encoders:

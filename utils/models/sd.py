@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from utils.config.batch import Conditioning
 from utils.models.base import TextStates
 from utils.models.text_to_image import TextFamily, is_in_read_layers
 
@@ -29,14 +30,9 @@ class StableDiffusion(TextFamily):
         skipped = getattr(encoder, "text_model", encoder).final_layer_norm(output.hidden_states[-(skip + 1)])
         return {"encoder_hidden_states": torch.where(unskipped.view(-1, 1, 1), output.last_hidden_state, skipped)}
 
-    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet's prediction [B, C, h, w]; the crops condition nothing here."""
-        return unet(
-            noisy,
-            timesteps,
-            encoder_hidden_states=states["encoder_hidden_states"],
-            encoder_attention_mask=states.get("encoder_attention_mask"),
-        ).sample
+        return denoiser(noisy, timesteps, **conditioning.states).sample
 
     def reads_text_parameter(self, encoder: int, name: str) -> bool:
         """All but the layers that clip_skip leaves out."""

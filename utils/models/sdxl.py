@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from utils.config.batch import Conditioning
 from utils.models.base import TextStates
 from utils.models.text_to_image import TextFamily, is_in_read_layers
 
@@ -45,16 +46,11 @@ class StableDiffusionXL(TextFamily):
             hidden = torch.where(unskipped.view(-1, 1, 1), hidden, skipped)
         return {"encoder_hidden_states": hidden, "text_embeds": outputs[1].text_embeds}
 
-    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet's prediction [B, C, h, w]. The crops stay float32: bf16 would turn 1023 pixels into 1024."""
-        conditions = {"text_embeds": states["text_embeds"], "time_ids": crops}
-        return unet(
-            noisy,
-            timesteps,
-            encoder_hidden_states=states["encoder_hidden_states"],
-            encoder_attention_mask=states.get("encoder_attention_mask"),
-            added_cond_kwargs=conditions,
-        ).sample
+        states = dict(conditioning.states)
+        added = {"text_embeds": states.pop("text_embeds"), "time_ids": conditioning.crops}
+        return denoiser(noisy, timesteps, added_cond_kwargs=added, **states).sample
 
     def reads_text_parameter(self, encoder: int, name: str) -> bool:
         """The second encoder whole, for its pooled state; of the first what lies before the layer that is read."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.config.batch import Conditioning
 from utils.config.options import UserError, first_line, require
 from utils.diffusion.samplers import changed_scheduler
 from utils.models.base import Family, TextStates
@@ -51,10 +52,10 @@ class TextFamily(Family):
         self._limit_tokens(pipeline)
         self._warn_of_unknown_tokens()
         self.check(source, {name: getattr(self.pipeline, name).config for name in self._part_names})
-        if self.unet.config.get("sample_size") is None:  # without it the exported pipeline draws at no size
+        if self.denoiser.config.get("sample_size") is None:  # without it the exported pipeline draws at no size
             edge = self.default_resolution // self.latent_space.factor
             logger.warning("the UNet's config says no sample_size; the result's says %d", edge)
-            self.unet.register_to_config(sample_size=edge)
+            self.denoiser.register_to_config(sample_size=edge)
         if source.options.unet_config is not None:
             self._probe_unet()
 
@@ -95,14 +96,14 @@ class TextFamily(Family):
         with torch.no_grad():
             states = self.encode_text(ids, torch.tensor([False]))
         with torch.device("meta"):
-            unet = type(self.unet).from_config(self.unet.config)
+            unet = type(self.denoiser).from_config(self.denoiser.config)
         size = 2 ** len(unet.config.block_out_channels)
         noisy = torch.zeros(1, self.latent_space.channels, size, size, device="meta")
         on_meta = {name: state.to("meta", unet.dtype) for name, state in states.items()}
         flag = f"--unet_config {self.source.options.unet_config}"
         try:
             step, crops = torch.zeros(1, device="meta"), torch.zeros(1, 6, device="meta")
-            prediction = self.predict(unet, noisy, step, on_meta, crops)
+            prediction = self.predict(unet, noisy, step, Conditioning(on_meta, crops))
             (prediction - noisy).sum().backward()
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{flag} does not fit this pipeline: {first_line(error)}") from error

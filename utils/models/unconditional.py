@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from utils.config.batch import Conditioning
 from utils.config.options import UserError, first_line, option, require
 from utils.data.class_labels import ClassNumbers, class_numbers, listed_numbers, plain_name
-from utils.diffusion.process import ProcessOptions, check_changes, is_flow, shift_of
+from utils.diffusion.process import EVERY_PROCESS, ProcessOptions, check_changes, is_flow, shift_of
 from utils.diffusion.samplers import changed_scheduler, exported, sampler_of, warn_of_own_sampler
 from utils.models.base import Family, TextStates, fitting_steps
 from utils.models.from_scratch import (
@@ -104,6 +105,7 @@ class UnconditionalFamily(Family):
     default_validation_epochs = 10
     noisy_name = "sample"
     coder_names: ClassVar[tuple[str, ...]] = ()
+    process_kinds = EVERY_PROCESS
     has_classes = False
 
     def __init__(
@@ -257,9 +259,9 @@ class UnconditionalFamily(Family):
         """There are no text states in floating point."""
         return torch.float32
 
-    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction [B, C, h, w], without a variance behind it; the crops condition nothing here."""
-        return unet(noisy, timesteps, **states).sample[:, : noisy.shape[1]]
+        return denoiser(noisy, timesteps, **conditioning.states).sample[:, : noisy.shape[1]]
 
     def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
         """The pipeline with some parts replaced, its VAE as it was loaded but in float32."""
@@ -289,7 +291,7 @@ class UnconditionalFamily(Family):
     ) -> Tensor:
         from diffusers.utils.torch_utils import randn_tensor
 
-        unet, edge = self.unet, self.unet.config.sample_size
+        unet, edge = self.denoiser, self.denoiser.config.sample_size
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = (len(seeds), unet.config.in_channels, *((edge, edge) if isinstance(edge, int) else edge))
         latents = randn_tensor(shape, generator=generators, device=unet.device, dtype=torch.float32)
@@ -363,9 +365,9 @@ class Score(Pixels):
     def _space(self, parts: Mapping[str, nn.Module]) -> LatentSpace:
         return PixelSpace(parts["unet"].config.in_channels, low=0.0)
 
-    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: TextStates, crops: Tensor) -> Tensor:
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """sigma times the score, which is about -epsilon, whatever sigma is; the timesteps are the sigmas."""
-        return unet(noisy, timesteps).sample * timesteps.view(-1, 1, 1, 1)
+        return denoiser(noisy, timesteps).sample * timesteps.view(-1, 1, 1, 1)
 
     def draw(
         self, seeds: Sequence[int], labels: Sequence[int], scheduler: Any, steps: int, guidance: float, eta: float
@@ -419,7 +421,7 @@ class LabelledPixels(ClassLabelled, Pixels):
 
     @property
     def _no_class(self) -> int:
-        return self.unet.config.num_class_embeds - 1
+        return self.denoiser.config.num_class_embeds - 1
 
     def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
         """Writes the pipeline, and its code beside it."""

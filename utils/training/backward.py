@@ -396,7 +396,7 @@ def _half_copy(options: TrainingOptions, task: Task, state: TrainingState) -> Ha
     if not options.speed.bf16_weights:
         return None
     if task.adaptation.trains_base:
-        return HalfCopy(task.family.unet, state.optimizer)
+        return HalfCopy(task.family.denoiser, state.optimizer)
     logger.info("--bf16_weights is left off: an adapter's weights are few, and the others are bfloat16 already")
     return None
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from utils.config.batch import Batch, Noised, Predicted
+from utils.config.batch import Batch, Conditioning, Noised, Predicted
 from utils.diffusion.losses import LossOptions, masked_mean, weighted_loss
 from utils.diffusion.noise import ForwardProcess, NoiseOptions, rectify
-from utils.models.base import Family, TextStates
+from utils.models.base import Family
 from utils.models.loss_terms import LossTerm, added_losses
 from utils.training.encoding import EncodedBatch
 
@@ -35,22 +35,21 @@ class Objective(nn.Module):
 
     def forward(self, encoded: EncodedBatch) -> Tensor:
         """[B] float32 weighted losses."""
-        batch, family = encoded.batch, self._family
-        latents = family.latent_space.latents(encoded.mean, encoded.std, batch.posterior_noise)
-        noised, states = self._noised(batch, latents), self._states(encoded)
+        batch = encoded.batch
+        latents = self._family.latent_space.latents(encoded.mean, encoded.std, batch.posterior_noise)
+        noised, conditioning = self._noised(batch, latents), self._conditioning(encoded)
+        # DREAM: the noise is bent by the model's own error.
         if self._noise_options.dream_training:
             with torch.no_grad():
-                estimate = family.predict(
-                    self.trained[self._family.denoiser_name], noised.noisy, noised.timesteps, states, batch.crops
-                )
+                estimate = self._predict(noised, conditioning)
             noised = rectify(noised, estimate, self._noise_options.dream_detail_preservation)
-        prediction = family.predict(
-            self.trained[self._family.denoiser_name], noised.noisy, noised.timesteps, states, batch.crops
-        )
+        # The loss of the prediction, and further terms of the clean latents it implies.
+        prediction = self._predict(noised, conditioning)
         losses = weighted_loss(prediction, noised, self._process.prediction_type, self._loss_options, batch.masks)
         if self.terms:
             estimate, prediction = self._process.estimate(noised, prediction), prediction.float()
-            predicted = Predicted(estimate, latents, prediction, noised, states, batch.crops, batch.masks)
+            states, crops = conditioning.states, conditioning.crops
+            predicted = Predicted(estimate, latents, prediction, noised, states, crops, batch.masks)
             losses = losses + sum(added_losses(term, predicted) for term in self.terms)
         return losses * batch.loss_weights
 
@@ -59,17 +58,22 @@ class Objective(nn.Module):
 
         Masks count as they do in training.
         """
-        batch, unet = encoded.batch, self.trained[self._family.denoiser_name]
+        batch = encoded.batch
         latents = self._family.latent_space.latents(encoded.mean, encoded.std, batch.posterior_noise)
         noised = self._noised(batch, latents)
-        prediction = self._family.predict(unet, noised.noisy, noised.timesteps, self._states(encoded), batch.crops)
+        prediction = self._predict(noised, self._conditioning(encoded))
         return masked_mean((prediction.float() - noised.target.float()).square(), batch.masks, self._loss_options)
 
     def _noised(self, batch: Batch, latents: Tensor) -> Noised:
         return self._process.apply(latents, batch.noise, batch.timesteps, batch.input_perturbation)
 
-    def _states(self, encoded: EncodedBatch) -> TextStates:
-        """The text states, computed here where the text encoders train."""
-        if encoded.states is not None:
-            return encoded.states
-        return self._family.encode_text(encoded.batch.input_ids, encoded.batch.caption_dropped)
+    def _predict(self, noised: Noised, conditioning: Conditioning) -> Tensor:
+        denoiser = self.trained[self._family.denoiser_name]
+        return self._family.predict(denoiser, noised.noisy, noised.timesteps, conditioning)
+
+    def _conditioning(self, encoded: EncodedBatch) -> Conditioning:
+        """What the denoiser reads; text states are computed here where the text encoders train."""
+        batch, states = encoded.batch, encoded.states
+        if states is None:
+            states = self._family.encode_text(batch.input_ids, batch.caption_dropped)
+        return Conditioning(states, batch.crops)

@@ -87,7 +87,7 @@ def speed_up(
 
     A compiled denoiser is compared with the plain one on a batch of the largest size.
     """
-    speed, accelerator, denoiser = options.speed, gradients.accelerator, task.family.unet
+    speed, accelerator, denoiser = options.speed, gradients.accelerator, task.family.denoiser
     sizes_vary = len(feed.dataset.sizes) > 1
     has_tf32 = accelerator.device.type == "cuda" and is_tf32_allowed()
     largest = partial(feed.largest, options.perceptual.perceptual_min_timestep)
