@@ -161,8 +161,6 @@ class TestStates:
         noisy, times = torch.randn(3, 4, 16, 16), torch.tensor([500] * 3)
         conditioning = Conditioning(states, torch.full((3, 6), 32.0))
         made.predict(made.denoiser, noisy, times, conditioning).square().sum().backward()
-            made.denoiser, noisy, times, Conditioning(states, torch.full((3, 6), 32.0))
-        ).square().sum().backward()
         late = made.tokenizers[0].convert_tokens_to_ids("?</w>")
         for encoder in made.text_encoders:
             unused = [key for key, weight in encoder.named_parameters() if weight.requires_grad and weight.grad is None]
