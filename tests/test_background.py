@@ -122,7 +122,7 @@ def test_on_a_gpu_with_room_for_two_copies_it_is_the_default(monkeypatch, device
     weight = NamedParameter("a", torch.nn.Parameter(torch.zeros(500)), 1.0)  # 2,000 bytes
     accelerator = SimpleNamespace(device=torch.device(device))
     state = SimpleNamespace(
-        parameters=[weight], own_parameters=[], average=None, optimizer_bytes=4000, accelerator=accelerator
+        parameters=[weight], own_parameters=[], averages=[], optimizer_bytes=4000, accelerator=accelerator
     )
     state.copies_fit_twice = lambda: TrainingState.copies_fit_twice(state)
     assert course.saves_behind(asked, state) == is_on

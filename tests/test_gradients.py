@@ -166,7 +166,7 @@ def test_the_rehearsal_holds_the_optimizers_state():
         optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
         accelerator = SimpleNamespace(device=torch.device("cpu"), scaler=None)
         engine = SimpleNamespace(spreads=False, decides_on_device=True, accelerator=accelerator)
-        state = TrainingState(engine, None, None, None, optimizer, [], [], [], *4 * [None])
+        state = TrainingState(engine, None, [], None, optimizer, [], [], [], *4 * [None])
         if is_held:
             model = Summing(2)
             with state.holding_optimizer_state():

@@ -440,7 +440,7 @@ def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch, options):
     accelerator = Accelerator()
     accelerator.scaler = scaler
     average = MovingAverage([parameter], EmaOptions(use_ema=True, **options))
-    state = TrainingState(Engine(accelerator), None, average, None, Scaled(), [], [], [], *4 * [None])
+    state = TrainingState(Engine(accelerator), None, [average], None, Scaled(), [], [], [], *4 * [None])
     monkeypatch.setattr(scaler, "get_scale", None)  # it would wait for the device
     found = [torch.ones(4)]
     for value in (1.0, float("inf"), 1.0, 1.0, 1.0, float("inf")):
@@ -537,7 +537,7 @@ def test_a_fused_optimizer_skips_on_the_device():
     class Accelerator:
         scaler = None
 
-    state = TrainingState(Engine(Accelerator()), None, None, None, optimizer, [], [], [], *4 * [None])
+    state = TrainingState(Engine(Accelerator()), None, [], None, optimizer, [], [], [], *4 * [None])
     for value, moved in ((1.0, True), (float("nan"), False), (1.0, True)):
         before = parameter.detach().clone()
         parameter.grad = torch.full((4,), value)

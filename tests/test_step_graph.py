@@ -170,7 +170,7 @@ def test_a_recorded_step_that_is_not_finite_changes_nothing():
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
     accelerator = SimpleNamespace(scaler=None, device=torch.device("cpu"))
     state = TrainingState(
-        Engine(accelerator), None, None, None, optimizer, [NamedParameter("a", parameter, 0.1)], [], [], *4 * [None]
+        Engine(accelerator), None, [], None, optimizer, [NamedParameter("a", parameter, 0.1)], [], [], *4 * [None]
     )
     for gradient, is_held in ((float("nan"), 0.0), (1.0, 1.0), (1.0, 0.0)):
         parameter.grad = torch.full((3,), gradient)

@@ -227,11 +227,15 @@ class Adaptation(ABC):
             module.eval()
 
     @abstractmethod
-    def save(self, folder: Path, average: MovingAverage | None) -> None:
-        """Writes the trained weights, and beside them their average if there is one, each loadable on its own."""
+    def save(self, folder: Path, averages: Sequence[MovingAverage]) -> None:
+        """Writes the trained weights, and beside them their average if there is one, each loadable on its own.
+
+        Args:
+            averages: none or one.
+        """
 
     @abstractmethod
-    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> list[Callable[[Path], None]]:
+    def saving(self, averages: Sequence[MovingAverage], buffers: HostBuffers) -> list[Callable[[Path], None]]:
         """What `save` would write now, copied, to be written later into the folder that it is given."""
 
     @abstractmethod
@@ -277,17 +281,17 @@ class FullFineTuning(Adaptation):
     def _is_trained(self, name: str) -> bool:
         return self.options.train_layers is None or re.search(self.options.train_layers, name) is not None
 
-    def save(self, folder: Path, average: MovingAverage | None) -> None:
+    def save(self, folder: Path, averages: Sequence[MovingAverage]) -> None:
         """Writes `unet/` (and the trained text encoders) and `unet_ema/`, in diffusers' layout."""
         _write_modules(self.modules, None, folder)
-        if average is not None:
+        for average in averages:
             with average.lent():
                 _write_modules(self.modules, average.state, folder)
 
-    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> list[Callable[[Path], None]]:
+    def saving(self, averages: Sequence[MovingAverage], buffers: HostBuffers) -> list[Callable[[Path], None]]:
         """The same of copies of the modules."""
         jobs = [partial(_write_modules, self._copies(buffers, ""), None)]
-        if average is not None:
+        for average in averages:
             with average.lent():
                 jobs.append(partial(_write_modules, self._copies(buffers, "_ema"), average.state))
         return jobs
@@ -382,17 +386,17 @@ class AdapterTuning(Adaptation):
     def _write(self, tensors: dict[str, Tensor], is_average: bool, folder: Path) -> None:
         """Writes all adapters' tensors, or their averages, by their names in a file."""
 
-    def save(self, folder: Path, average: MovingAverage | None) -> None:
+    def save(self, folder: Path, averages: Sequence[MovingAverage]) -> None:
         """Writes the adapters, and in `unet_ema/` (and the text encoders' like) their averages."""
         self._write(self._named_tensors(), False, folder)
-        if average is not None:
+        for average in averages:
             with average.lent():
                 self._write(self._named_tensors(), True, folder)
 
-    def saving(self, average: MovingAverage | None, buffers: HostBuffers) -> list[Callable[[Path], None]]:
+    def saving(self, averages: Sequence[MovingAverage], buffers: HostBuffers) -> list[Callable[[Path], None]]:
         """The same of copies of the tensors."""
         jobs = [partial(self._write, self._copies(buffers, False), False)]
-        if average is not None:
+        for average in averages:
             with average.lent():
                 jobs.append(partial(self._write, self._copies(buffers, True), True))
         return jobs

@@ -22,10 +22,10 @@ def exported_weights(
     options: TrainingOptions, session: Session, state: TrainingState, validation: ValidationLoss
 ) -> Iterator[None]:
     """Exports the result. Context manager: the trained modules hold its weights, those of the average chosen now."""
-    average = state.average
+    averages = state.averages
     if state.lengths is not None:
-        average = validation.choose_length(options.ema.ema_lengths, state.lengths)
-    with evaluating(state.adaptation, average, state.optimizer):
+        averages = [validation.choose_length(options.ema.ema_lengths, state.lengths)]
+    with evaluating(state.adaptation, averages, state.optimizer):
         state.judge()
         logger.info("writing the result to %s", session.folder.path)
         state.export(session.folder.path)

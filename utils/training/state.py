@@ -4,7 +4,7 @@ import gc
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,6 +86,7 @@ class TrainingState:
         total_steps: after which the run ends; early stopping lowers it.
         learning_rate: of the current step, that which layers and text encoders don't change.
         verdict: why the result is that of a diverged run, once it is exported; empty if it is none.
+        averages: of the weights: none, or that of --use_ema.
         lengths: the averages among which a length is chosen at the end, if it is.
         parameters: the trained ones of the pipeline.
         own_parameters: those of loss terms.
@@ -99,7 +100,7 @@ class TrainingState:
 
     engine: Engine
     adaptation: Adaptation
-    average: MovingAverage | None
+    averages: Sequence[MovingAverage]
     lengths: AverageLengths | None
     optimizer: torch.optim.Optimizer
     parameters: list[NamedParameter]
@@ -141,12 +142,12 @@ class TrainingState:
         if ema.use_ema:
             limit = f"be at most the run's {facts.total_steps} optimizer steps"
             require(ema.ema_every <= facts.total_steps, "ema_every", ema.ema_every, limit)
-        average = MovingAverage([each.parameter for each in named], ema) if ema.use_ema else None
+        averages = [MovingAverage([each.parameter for each in named], ema)] if ema.use_ema else []
         lengths = AverageLengths(named, ema, session.folder.path) if ema.ema_lengths else None
         state = cls(
             engine=engine,
             adaptation=adaptation,
-            average=average,
+            averages=averages,
             lengths=lengths,
             optimizer=optimizer,
             parameters=named,
@@ -249,9 +250,8 @@ class TrainingState:
                 return
             self.engine.step(self.optimizer)
             self.optimizer.zero_grad()
-        for average in (self.average, self.lengths):
-            if average is not None:
-                average.update(is_taken)
+        for average in (*self.averages, *filter(None, [self.lengths])):
+            average.update(is_taken)
 
     def step_on_device(self, grad_norm: Tensor, is_held: Tensor | None = None) -> None:
         """A fused optimizer's step, which the device leaves out where the gradients are not finite.
@@ -307,7 +307,7 @@ class TrainingState:
         state = SavedState(
             step=step,
             facts=self.facts,
-            ema_updates=None if self.average is None else self.average.num_updates,
+            ema_updates=next((average.num_updates for average in self.averages), None),
             scaler=None if scaler is None else scaler.state_dict(),
             samples_at_once=samples_at_once,
             skipped_steps=self.skips.total,
@@ -317,9 +317,9 @@ class TrainingState:
         content = optimizer_content(self.engine, self.optimizer, self.parameters + self.own_parameters, buffers)
         jobs = [partial(write_state, state=state, optimizer=content)]
         if is_copied:
-            jobs += self.adaptation.saving(self.average, buffers)
+            jobs += self.adaptation.saving(self.averages, buffers)
         else:
-            jobs.append(partial(self.adaptation.save, average=self.average))
+            jobs.append(partial(self.adaptation.save, averages=self.averages))
         if self.lengths is not None:
             jobs.append(self.lengths.saving(buffers))
         for term in self._learning_terms:
@@ -337,7 +337,7 @@ class TrainingState:
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Within it the trained modules are in evaluation mode and hold the average, if there is one."""
-        return evaluating(self.adaptation, self.average, self.optimizer)
+        return evaluating(self.adaptation, self.averages, self.optimizer)
 
     def holds_finite_weights(self) -> bool:
         """Whether all trained weights are finite as they are now; for all to call."""
@@ -353,14 +353,14 @@ class TrainingState:
     def tensors(self) -> list[Tensor]:
         """All that a checkpoint holds copies of, about."""
         trained = [named.parameter.detach() for named in self.parameters + self.own_parameters]
-        averages = [] if self.average is None else self.average.averages
+        averages = [each for average in self.averages for each in average.averages]
         state = [each for values in self.optimizer.state.values() for each in values.values()]
         return [*trained, *averages, *(each for each in state if isinstance(each, Tensor))]
 
     def copies_fit_twice(self) -> bool:
         """Whether host memory holds the pinned copies of a checkpoint twice, so that saving can go without waiting."""
         own = [each.parameter for each in self.parameters + self.own_parameters]
-        averages = [] if self.average is None else self.average.averages
+        averages = [each for average in self.averages for each in average.averages]
         copies = sum(map(taken_bytes, [*own, *averages])) + 2 * self.optimizer_bytes  # pinned, up to a power of two
         return 2 * copies < available_memory()
 
@@ -379,10 +379,11 @@ class TrainingState:
         load_optimizer(folder, self.engine, self.optimizer, self.parameters + self.own_parameters)
         if self.lengths is not None and not self.lengths.load(folder):
             logger.warning("%s has no averages to choose a length of; they start from its weights", folder)
-        if self.average is not None and saved.ema_updates is None:
-            logger.warning("%s has no moving average; it starts from the weights", folder)
-        elif self.average is not None:
-            self.adaptation.load_average(folder, self.average, saved.ema_updates)
+        for average in self.averages:
+            if saved.ema_updates is None:
+                logger.warning("%s has no moving average; it starts from the weights", folder)
+            else:
+                self.adaptation.load_average(folder, average, saved.ema_updates)
         if self.accelerator.scaler is not None and saved.scaler:
             self.accelerator.scaler.load_state_dict(saved.scaler)
         gc.collect()  # lets go of the checkpoint's files, which were mapped, so that Windows can prune them
@@ -433,7 +434,7 @@ def _write_own(tensors: dict[str, Tensor], folder: Path) -> None:
 
 @contextmanager
 def evaluating(
-    adaptation: Adaptation, average: MovingAverage | None, optimizer: torch.optim.Optimizer
+    adaptation: Adaptation, averages: Sequence[MovingAverage], optimizer: torch.optim.Optimizer
 ) -> Iterator[None]:
     """Within it the trained modules are in evaluation mode and hold the averages, where there are any.
 
@@ -441,7 +442,7 @@ def evaluating(
     """
     adaptation.evaluation_mode()
     try:
-        with averaged_by(optimizer) if average is None else average.in_place():
+        with averages[0].in_place() if averages else averaged_by(optimizer):
             yield
     finally:
         adaptation.train_mode()

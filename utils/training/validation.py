@@ -69,8 +69,9 @@ class ValidationLoss:
             return {}
         state, curves = self._state, []
         logger.info("measuring the validation loss of step %d", progress.step)
-        for average in (None, state.average) if state.average is not None and not progress.is_first else (None,):
-            with evaluating(state.adaptation, average, state.optimizer):
+        weights_of = [[], state.averages] if state.averages and not progress.is_first else [[]]
+        for averages in weights_of:
+            with evaluating(state.adaptation, averages, state.optimizer):
                 curve = self._held_out.losses(self._objective)
             if curve is None:
                 return None
@@ -78,7 +79,7 @@ class ValidationLoss:
         measurement = measurement_of(progress.step, *curves)
         self.history.add(measurement, write=self._held_out.is_main_process)
         if not progress.is_first and self.history.best() is measurement:
-            with evaluating(state.adaptation, state.average, state.optimizer):
+            with state.evaluating():
                 write = state.exporting()
                 on_main_process(state.accelerator, lambda: self._session.folder.replace("best", write))
         if self._end_if_over():
@@ -103,7 +104,7 @@ class ValidationLoss:
             return lengths.of_length(wanted[0])
         state, measured = self._state, {}
         for length in wanted:
-            with evaluating(state.adaptation, lengths.of_length(length), optimizer=None):
+            with evaluating(state.adaptation, [lengths.of_length(length)], state.optimizer):
                 curve = self._held_out.losses(self._objective)
             if curve is None:
                 number = self._session.requests.number or signal.SIGTERM
