@@ -4,78 +4,38 @@
 accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir ... --output_dir ...
 """
 
-import sys
-
-from utils.config import first_checks as prelude
-
-if __name__ == "__main__":
-    prelude.start(sys.argv[1:])
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from utils.config.options import UserError, leave, parse, run_script
-from utils.config.seeding import model_seed
 from utils.config.terminal import Lines, print_line, set_up_logging
 from utils.data.captions import CaptionOptions
-from utils.data.loader import SampleSpec, TrainingDataset, Waiting, batches_by_step
-from utils.data.order import GlobalBatches
-from utils.data.sources import source_entries
-from utils.data.stream import StreamedBatches
-from utils.diffusion.noise import ForwardProcess, NoiseDraws, NoiseOptions, timestep_weights
-from utils.evaluation.while_training import TrainingEvaluation
-from utils.models.attention import Attention
-from utils.models.loading import allowing_missing
-from utils.models.pipeline_source import ModelOptions, PipelineSource
-from utils.models.registry import pick_family
-from utils.models.text_to_image import TextFamily
-from utils.runtime.processes import (
-    OutputFolder,
-    ending,
-    use_hub_cache_if_offline,
-    weight_dtype,
-)
+from utils.data.source_options import source_entries
+from utils.diffusion.options import NoiseOptions
+from utils.models.options import ModelOptions
 from utils.runtime.stop_requests import StopRequests
-from utils.sampling.controls import SamplingControls
-from utils.sampling.prompt_samples import Sampler, ValidationOptions
-from utils.sampling.scheduler_trials import check_text_trial, check_trial_of
-from utils.training.adaptation import ADAPTATIONS, AdaptationOptions
-from utils.training.backward import FREE_CURE, setting
-from utils.training.bf16_weights import HalfCopy
-from utils.training.checkpoint import step_of
-from utils.training.compatibility import check_cache, check_held_out, check_masks, check_optimizer, check_token
-from utils.training.course import Feed, Settings, Validation, start_course
-from utils.training.disk_use import describe_disk, disk_use
-from utils.training.dry_run import examine_data
-from utils.training.encoding import Encoder
-from utils.training.model_card import CardFacts, publish
-from utils.training.objective import Objective
-from utils.training.optimizers import rate_factor, set_learning_rate
-from utils.training.options import TrainingOptions
-from utils.training.resume import begin
-from utils.training.starting import (
-    card_settings,
-    data_name,
-    describe_run,
-    hasten,
-    loss_terms,
-    make_gradients,
-    make_state,
-    measure_on,
-    open_records,
-    open_repository,
-    own_parameters,
-    prepare_data,
-    samples_at_once,
-    start_engine,
-    with_fast,
+from utils.sampling.options import ValidationOptions
+from utils.training.compatibility import (
+    announce_run,
+    check_cache,
+    check_held_out,
+    check_masks,
+    check_optimizer,
+    check_token,
 )
-from utils.training.validation_loss import History
+from utils.training.options import AdaptationOptions, TrainingOptions
+
+if TYPE_CHECKING:
+    from utils.data.order import GlobalBatches
+    from utils.data.stream import StreamedBatches
+    from utils.diffusion.noise import ForwardProcess
+    from utils.models.pipeline_source import PipelineSource
+    from utils.models.text_to_image import TextFamily
+    from utils.training.model_card import CardFacts
 
 logger = logging.getLogger("utils.train_text_to_image")
 # the docstring's first line, which python -OO leaves out
@@ -93,10 +53,62 @@ class Options(TrainingOptions):
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Trains; every step of the way in its order."""
+    """Reads the options and refuses those that do not go together, then trains."""
     set_up_logging()
     options: Options = parse(Options, argv, PURPOSE)
     check_together(options)
+    announce_run(options)
+    train(options)
+
+
+def train(options: Options) -> None:
+    """Trains; every step of the way in its order."""
+    # imported here, so that --help and errors of flags come before torch is loaded
+    import torch
+
+    from utils.config.seeding import model_seed
+    from utils.data.loader import SampleSpec, TrainingDataset, Waiting, batches_by_step
+    from utils.diffusion.noise import NoiseDraws
+    from utils.evaluation.while_training import TrainingEvaluation
+    from utils.models.attention import Attention
+    from utils.models.loading import allowing_missing
+    from utils.models.pipeline_source import PipelineSource
+    from utils.models.registry import pick_family
+    from utils.runtime.processes import OutputFolder, ending, use_hub_cache_if_offline, weight_dtype
+    from utils.sampling.controls import SamplingControls
+    from utils.sampling.prompt_samples import Sampler
+    from utils.sampling.scheduler_trials import check_text_trial
+    from utils.training.adaptation import ADAPTATIONS
+    from utils.training.backward import setting
+    from utils.training.bf16_weights import HalfCopy
+    from utils.training.checkpoint import step_of
+    from utils.training.course import Feed, Settings, Validation, start_course
+    from utils.training.disk_use import describe_disk, disk_use
+    from utils.training.dry_run import examine_data
+    from utils.training.encoding import Encoder
+    from utils.training.model_card import publish
+    from utils.training.objective import Objective
+    from utils.training.optimizers import rate_factor, set_learning_rate
+    from utils.training.resume import begin
+    from utils.training.starting import (
+        card_settings,
+        data_name,
+        describe_run,
+        hasten,
+        loss_terms,
+        make_gradients,
+        make_state,
+        measure_on,
+        open_records,
+        open_repository,
+        own_parameters,
+        prepare_data,
+        samples_at_once,
+        start_engine,
+        with_fast,
+    )
+    from utils.training.validation_loss import History
+
     network = options.perceptual.perceptual_network
     names = (options.model.pretrained_model_name_or_path, options.source.dataset_name, network)
     if not all(name is None or Path(name).exists() for name in names):
@@ -280,6 +292,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 def memory_savers(options: Options) -> dict[str, bool]:
     """Flags that save memory, in the order to try them, and whether they are given."""
+    from utils.training.backward import FREE_CURE
+
     return {
         FREE_CURE: options.model.gradient_checkpointing,
         "--cache_latents --cache_text_embeddings": options.cache.cache_latents and options.cache.cache_text_embeddings,
@@ -315,13 +329,15 @@ def check_together(options: Options) -> None:
 
 
 def check_before_loading(
-    options: Options, source: PipelineSource, family_class: type[TextFamily], sizes: Sequence[tuple[int, int]]
+    options: Options, source: "PipelineSource", family_class: "type[TextFamily]", sizes: Sequence[tuple[int, int]]
 ) -> bool:
     """Refuses what the pipeline's configs show not to go, before its weights are loaded.
 
     Returns:
         Whether they said enough of the scheduler to try it.
     """
+    from utils.sampling.scheduler_trials import check_trial_of
+
     family_class.check_before_loading(source, sizes)
     scheduler = source.config("scheduler")
     if scheduler is None:
@@ -340,8 +356,10 @@ def drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]
     return steps, where, "validation_num_inference_steps"
 
 
-def forward_process(options: NoiseOptions, scheduler_config: Mapping) -> ForwardProcess:
+def forward_process(options: NoiseOptions, scheduler_config: Mapping) -> "ForwardProcess":
     """The forward process of a pipeline's scheduler as the options change it, which must go together."""
+    from utils.diffusion.noise import ForwardProcess, timestep_weights
+
     process = ForwardProcess(scheduler_config, options.scheduler_changes)
     timestep_weights(options, process.alphas_cumprod.cpu().double().numpy())
     if options.dream_training and process.prediction_type != "epsilon":
@@ -349,14 +367,14 @@ def forward_process(options: NoiseOptions, scheduler_config: Mapping) -> Forward
     return process
 
 
-def default_output_dir(options: Options, family_class: type[TextFamily]) -> str:
+def default_output_dir(options: Options, family_class: "type[TextFamily]") -> str:
     """The diffusers examples' output folder for this family and adaptation."""
     adaptation = options.adaptation.adaptation
     return family_class.default_output_dir if adaptation == "full" else f"sd-model-finetuned-{adaptation}"
 
 
 def is_validation_due(
-    options: Options, family: TextFamily, batches: GlobalBatches | StreamedBatches, done: int
+    options: Options, family: "TextFamily", batches: "GlobalBatches | StreamedBatches", done: int
 ) -> bool:
     """Whether samples are drawn after optimizer step number `done`, from 1."""
     default_epochs = 1 if options.adaptation.adaptation != "full" else family.default_validation_epochs
@@ -364,8 +382,11 @@ def is_validation_due(
     return options.samples.is_due(done, before, after, default_epochs)
 
 
-def card_facts(options: Options, settings: Sequence[tuple[str, object]], verdict: str) -> CardFacts:
+def card_facts(options: Options, settings: Sequence[tuple[str, object]], verdict: str) -> "CardFacts":
     """What the model card says."""
+    from utils.training.model_card import CardFacts
+    from utils.training.starting import data_name
+
     is_lora = options.adaptation.adaptation == "lora"
     model = options.model.pretrained_model_name_or_path
     return CardFacts(model, data_name(options), is_lora, settings, verdict=verdict)

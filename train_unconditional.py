@@ -4,13 +4,6 @@
 accelerate launch train_unconditional.py --train_data_dir ... --output_dir ...
 """
 
-import sys
-
-from utils.config import first_checks as prelude
-
-if __name__ == "__main__":
-    prelude.start(sys.argv[1:])
-
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,81 +12,34 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from utils.config.options import UserError, leave, option, parse, run_script
-from utils.config.seeding import model_seed
 from utils.config.terminal import Lines, print_line, set_up_logging
 from utils.config.training_length import LengthOptions
-from utils.data.class_folders import describe_counts, same_text, warn_of_twins
-from utils.data.class_labels import LabelledSource, LabelOptions, count_classes, in_order
-from utils.data.folders import ALL_SPLIT_WORDS
-from utils.data.loader import SampleSpec, TrainingDataset, Waiting, batches_by_step
-from utils.data.pixels import PixelOptions
-from utils.data.plan import PlannedImages
-from utils.data.sources import source_entries
-from utils.diffusion.noise import NoiseDraws
-from utils.diffusion.process import ProcessOptions, process_of
-from utils.evaluation.references import trained_images
-from utils.evaluation.while_training import EvaluationOptions, TrainingEvaluation
-from utils.models.attention import Attention
-from utils.models.latent_scaling import known_scaling, measured_scaling, remember_scaling
-from utils.models.loading import allowing_missing
-from utils.models.unconditional import (
-    UnconditionalFamily,
-    UnconditionalModelOptions,
-    Wanted,
-    default_edge,
-    fresh_scheduler,
-    pick_unconditional,
-)
-from utils.runtime.processes import (
-    OutputFolder,
-    ending,
-    on_main_process,
-    use_hub_cache_if_offline,
-    weight_dtype,
-)
+from utils.data.options import PixelOptions
+from utils.data.source_options import LabelledSource, LabelOptions, source_entries
+from utils.diffusion.options import ProcessOptions
+from utils.evaluation.options import EvaluationOptions
+from utils.models.options import UnconditionalModelOptions
 from utils.runtime.stop_requests import StopRequests
-from utils.sampling.controls import SamplingControls
-from utils.sampling.grid_samples import GridSampler, SamplingOptions
-from utils.training.adaptation import FullFineTuning
-from utils.training.backward import FREE_CURE, setting
-from utils.training.bf16_weights import HalfCopy
-from utils.training.checkpoint import step_of
-from utils.training.compatibility import check_cache, check_held_out, check_masks, check_optimizer, check_token
-from utils.training.course import Feed, Settings, Validation, start_course
-from utils.training.disk_use import describe_disk, disk_use
-from utils.training.dry_run import examine_data
-from utils.training.ema import EmaOptions
-from utils.training.encoding import Encoder
-from utils.training.log import TRACKERS, TrackingOptions
-from utils.training.model_card import CardFacts, publish
-from utils.training.objective import Objective
-from utils.training.optimizers import SCHEDULES, OptimizerOptions, ScheduleOptions, rate_factor, set_learning_rate
-from utils.training.options import TrainingOptions
-from utils.training.resume import begin
-from utils.training.starting import (
-    card_settings,
-    data_name,
-    describe_run,
-    hasten,
-    loss_terms,
-    make_gradients,
-    make_state,
-    measure_on,
-    open_records,
-    open_repository,
-    own_parameters,
-    prepare_data,
-    samples_at_once,
-    start_engine,
-    with_fast,
+from utils.sampling.options import SamplingOptions
+from utils.training.compatibility import (
+    announce_run,
+    check_cache,
+    check_held_out,
+    check_masks,
+    check_optimizer,
+    check_token,
 )
-from utils.training.validation_loss import History
+from utils.training.optimizer_options import SCHEDULES, OptimizerOptions, ScheduleOptions
+from utils.training.options import TRACKERS, EmaOptions, TrackingOptions, TrainingOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from utils.data.plan import PlannedImages
+    from utils.models.unconditional import UnconditionalFamily
+    from utils.runtime.processes import OutputFolder
+    from utils.training.model_card import CardFacts
 
 logger = logging.getLogger("utils.train_unconditional")
 # the docstring's first line, which python -OO leaves out
@@ -178,10 +124,64 @@ class Options(TrainingOptions):
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Trains; every step of the way in its order."""
+    """Reads the options and refuses those that do not go together, then trains."""
     set_up_logging()
     options: Options = parse(Options, argv, PURPOSE)
     check_together(options)
+    announce_run(options)
+    train(options)
+
+
+def train(options: Options) -> None:
+    """Trains; every step of the way in its order."""
+    # imported here, so that --help and errors of flags come before torch is loaded
+    import torch
+
+    from utils.config.seeding import model_seed
+    from utils.data.class_folders import describe_counts
+    from utils.data.class_labels import count_classes
+    from utils.data.loader import SampleSpec, TrainingDataset, Waiting, batches_by_step
+    from utils.diffusion.noise import NoiseDraws
+    from utils.diffusion.process import process_of
+    from utils.evaluation.references import trained_images
+    from utils.evaluation.while_training import TrainingEvaluation
+    from utils.models.attention import Attention
+    from utils.models.loading import allowing_missing
+    from utils.models.unconditional import Wanted, default_edge, pick_unconditional
+    from utils.runtime.processes import OutputFolder, ending, use_hub_cache_if_offline, weight_dtype
+    from utils.sampling.controls import SamplingControls
+    from utils.sampling.grid_samples import GridSampler
+    from utils.training.adaptation import FullFineTuning
+    from utils.training.backward import setting
+    from utils.training.bf16_weights import HalfCopy
+    from utils.training.checkpoint import step_of
+    from utils.training.course import Feed, Settings, Validation, start_course
+    from utils.training.disk_use import describe_disk, disk_use
+    from utils.training.dry_run import examine_data
+    from utils.training.encoding import Encoder
+    from utils.training.model_card import publish
+    from utils.training.objective import Objective
+    from utils.training.optimizers import rate_factor, set_learning_rate
+    from utils.training.resume import begin
+    from utils.training.starting import (
+        card_settings,
+        data_name,
+        describe_run,
+        hasten,
+        loss_terms,
+        make_gradients,
+        make_state,
+        measure_on,
+        open_records,
+        open_repository,
+        own_parameters,
+        prepare_data,
+        samples_at_once,
+        start_engine,
+        with_fast,
+    )
+    from utils.training.validation_loss import History
+
     model_options = options.model
     names = (model_options.pretrained_model_name_or_path, model_options.vae, options.source.dataset_name)
     if not all(name is None or Path(name).exists() for name in names):
@@ -383,8 +383,11 @@ def check_together(options: Options) -> None:
         raise UserError("--guidance_scale goes with --class_conditional; give both or neither")
 
 
-def check_family(options: Options, family_class: type[UnconditionalFamily]) -> None:
+def check_family(options: Options, family_class: "type[UnconditionalFamily]") -> None:
     """Refuses what a model in pixels, or one of latents, can't do, before data and weights are read."""
+    from utils.diffusion.process import process_of
+    from utils.models.unconditional import Wanted, fresh_scheduler
+
     if options.model.pretrained_model_name_or_path is None:
         edge = options.image.resolution or family_class.default_resolution
         family_class.check_shape(options.model, Wanted(edge, options.image.channels))
@@ -413,6 +416,8 @@ def check_family(options: Options, family_class: type[UnconditionalFamily]) -> N
 
 def memory_savers(options: Options) -> dict[str, bool]:
     """Flags that save memory, in the order to try them, and whether they are given."""
+    from utils.training.backward import FREE_CURE
+
     return {
         FREE_CURE: options.model.gradient_checkpointing,
         "--cache_latents": options.model.vae is None or options.cache.cache_latents,
@@ -420,7 +425,7 @@ def memory_savers(options: Options) -> dict[str, bool]:
     }
 
 
-def class_names(options: Options, images: PlannedImages, counts: Mapping[str, int]) -> list[str]:
+def class_names(options: Options, images: "PlannedImages", counts: Mapping[str, int]) -> list[str]:
     """The names of the classes, in the order of their numbers; none without classes.
 
     Args:
@@ -429,6 +434,10 @@ def class_names(options: Options, images: PlannedImages, counts: Mapping[str, in
     Raises:
         UserError: if there are fewer than two.
     """
+    from utils.data.class_folders import same_text, warn_of_twins
+    from utils.data.class_labels import in_order
+    from utils.data.folders import ALL_SPLIT_WORDS
+
     if not options.captions.class_conditional:
         return []
     orders = [tuple(map(same_text, source.table.classes)) for source in images.records.sources]
@@ -449,12 +458,14 @@ def class_names(options: Options, images: PlannedImages, counts: Mapping[str, in
 def settle_scaling(
     options: Options,
     accelerator: "Accelerator",
-    family: UnconditionalFamily,
-    images: PlannedImages,
+    family: "UnconditionalFamily",
+    images: "PlannedImages",
     start: Path | None,
-    folder: OutputFolder,
+    folder: "OutputFolder",
 ) -> None:
     """Scales latents whose VAE says no scaling by what was measured on the data, in this run or before."""
+    from utils.models.latent_scaling import known_scaling, measured_scaling, remember_scaling
+    from utils.runtime.processes import on_main_process
 
     def settle() -> float:
         known = None if start is None else known_scaling(start.parent)
@@ -466,9 +477,12 @@ def settle_scaling(
 
 
 def card_facts(
-    options: Options, family: UnconditionalFamily, settings: Sequence[tuple[str, object]], verdict: str
-) -> CardFacts:
+    options: Options, family: "UnconditionalFamily", settings: Sequence[tuple[str, object]], verdict: str
+) -> "CardFacts":
     """What the model card says."""
+    from utils.training.model_card import CardFacts
+    from utils.training.starting import data_name
+
     model, tag = options.model.pretrained_model_name_or_path, "unconditional-image-generation"
     return CardFacts(model, data_name(options), False, settings, family.example_call(), tag, verdict)
 

@@ -11,7 +11,8 @@ from PIL import Image
 from tests import tiny
 from tests.test_equivalences import losses, weights
 from utils.config.options import UserError
-from utils.models.pipeline_source import ComponentDtypes, ModelOptions, PipelineSource
+from utils.models.options import ModelOptions
+from utils.models.pipeline_source import ComponentDtypes, PipelineSource
 from utils.models.registry import pick_family
 from utils.models.text_to_image import TextFamily, Tokenize
 

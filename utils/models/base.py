@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from utils.config.options import UserError, first_line, require
 from utils.models.latent_space import LatentSpace
-from utils.models.pipeline_source import XFORMERS_CURE, XFORMERS_MISSING
+from utils.models.options import XFORMERS_CURE, XFORMERS_MISSING
 from utils.models.quantization import quantize_linears
 from utils.runtime.memory import align
 

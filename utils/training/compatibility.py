@@ -6,25 +6,26 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
+from utils.config.first_checks import announce
 from utils.config.options import UserError
-from utils.data.cache import CacheOptions
 from utils.data.captions import CaptionOptions
-from utils.data.images import ImageOptions
-from utils.data.plan import HeldOutOptions
-from utils.data.sources import DataOptions, SourceEntry, source_entries
-from utils.diffusion.losses import LossOptions
-from utils.models.attention import ATTENTION, CPU_ATTENTION
-from utils.models.pipeline_source import PartOptions
-from utils.training.ema import EmaOptions
-from utils.training.log import TrackingOptions
-from utils.training.model_card import HubOptions
-from utils.training.optimizers import OPTIMIZER_PACKAGES, WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
-from utils.training.speed import SpeedOptions
-from utils.training.validation_loss import EarlyStoppingOptions
+from utils.data.options import CacheOptions, HeldOutOptions, ImageOptions
+from utils.data.source_options import DataOptions, SourceEntry, source_entries
+from utils.diffusion.options import LossOptions
+from utils.models.options import ATTENTION, CPU_ATTENTION, PartOptions
+from utils.training.optimizer_options import OPTIMIZER_PACKAGES, WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
+from utils.training.options import (
+    EarlyStoppingOptions,
+    EmaOptions,
+    HubOptions,
+    SpeedOptions,
+    TrackingOptions,
+    TrainingOptions,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,11 +35,21 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "
 ACCELERATE = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
 
 
-def check_output_folder(options: Any, output: Path) -> None:
+def announce_run(options: TrainingOptions) -> None:
+    """Refuses a used output folder, and says what is loaded and read, before torch is loaded."""
+    source, runtime = options.source, options.runtime
+    sources = {
+        "model": options.model.pretrained_model_name_or_path,
+        "data": source.train_data_dir or source.dataset_name or options.data.dataset_file,
+    }
+    may_be_used = bool(options.checkpoint.resume_from_checkpoint) or runtime.overwrite_output_dir or runtime.dry_run
+    announce(sources, runtime.output_dir, may_be_used)
+
+
+def check_output_folder(options: TrainingOptions, output: Path) -> None:
     """Refuses to write into a folder of data, among which the next run would find the results of this one.
 
     Args:
-        options: all of a script's, by group.
         output: the folder of the run.
     """
     data = {"validation_data_dir": [options.held_out.validation_data_dir], "eval_reference": []}

@@ -21,11 +21,12 @@ from utils.runtime.background_writer import BackgroundWriter
 from utils.runtime.processes import OutputFolder, on_main_process, write_json
 from utils.runtime.stop_requests import StopRequests, agreed, stopped
 from utils.training.backward import Gradients, StepSums
-from utils.training.checkpoint import CheckpointOptions, Checkpoints
-from utils.training.ema import EmaOptions, MovingAverage
-from utils.training.log import RunLog, StepMetrics, TrackingOptions
+from utils.training.checkpoint import Checkpoints
+from utils.training.ema import MovingAverage
+from utils.training.log import RunLog, StepMetrics
 from utils.training.objective import Objective
-from utils.training.optimizers import OptimizerOptions, ScheduleOptions
+from utils.training.optimizer_options import OptimizerOptions, ScheduleOptions
+from utils.training.options import CheckpointOptions, EmaOptions, TrackingOptions
 from utils.training.posthoc_ema import AverageLengths
 from utils.training.preparation import DataPreparation
 from utils.training.state import CheckpointSaver, RunState, evaluating

@@ -13,10 +13,9 @@ import torch
 from utils.config.batch import Batch
 from utils.config.options import UserError, as_record, require, without_secrets
 from utils.config.terminal import one_line
-from utils.data.buckets import BucketOptions
 from utils.data.captions import CaptionOptions
 from utils.data.file_listing import OWN, Fate
-from utils.data.loader import LoaderOptions
+from utils.data.options import BucketOptions, LoaderOptions
 from utils.data.order import GlobalBatches, Pieces
 from utils.data.plan import PlannedImages
 from utils.data.stream import StreamedBatches, StreamedImages, StreamedPieces
@@ -24,8 +23,9 @@ from utils.models.attention import Attention, Recorder, race
 from utils.models.base import Family
 from utils.models.fused_lora import num_shortened
 from utils.models.latent_space import LatentSpace
-from utils.models.loss_terms import LossTerm, TermFacts, TermOptions, load_term
-from utils.models.perceptual_loss import PerceptualLoss, PerceptualOptions
+from utils.models.loss_terms import LossTerm, TermFacts, load_term
+from utils.models.options import PerceptualOptions, TermOptions
+from utils.models.perceptual_loss import PerceptualLoss
 from utils.runtime.engines import Engine, engine_of
 from utils.runtime.memory import keep_freed_memory
 from utils.runtime.processes import OutputFolder, is_tf32_allowed, on_main_process, start_processes, versions
@@ -35,21 +35,15 @@ from utils.training.backward import Gradients
 from utils.training.bf16_weights import HalfCopy
 from utils.training.checkpoint import RunFacts, read_state
 from utils.training.compatibility import check_output_folder, check_speed, check_stepping
-from utils.training.ema import EmaOptions, MovingAverage
+from utils.training.ema import MovingAverage
 from utils.training.encoding import Encoder
 from utils.training.fast import Part, circumstances, hastened, offer, paying_parts
-from utils.training.log import TrackingOptions, start_trackers
+from utils.training.log import start_trackers
 from utils.training.model_card import create_repository
 from utils.training.objective import Objective
-from utils.training.optimizers import (
-    STATE_BYTES,
-    WITHOUT_WARMUP,
-    NamedParameter,
-    OptimizerOptions,
-    ScheduleOptions,
-    build_optimizer,
-    unwrapped,
-)
+from utils.training.optimizer_options import WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
+from utils.training.optimizers import STATE_BYTES, NamedParameter, build_optimizer, unwrapped
+from utils.training.options import EmaOptions, TrackingOptions
 from utils.training.per_parameter import PerParameter
 from utils.training.posthoc_ema import AverageLengths
 from utils.training.preparation import DataPreparation
