@@ -4,25 +4,17 @@
 accelerate launch evaluate_pipeline.py --pipeline ... --prompts_file ... --reference ... --output_dir ...
 """
 
-import sys
-
-from utils.config import first_checks as prelude
-
-if __name__ == "__main__":
-    prelude.start(sys.argv[1:], adds_to_output=True)
-
 import logging
 import re
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from PIL import Image
-
+from utils.config.first_checks import announce
 from utils.config.options import (
     Stopped,
     UserError,
@@ -40,55 +32,25 @@ from utils.config.options import (
 from utils.config.output_folder import check_writable
 from utils.config.terminal import json_text, one_line, print_line, set_up_logging
 from utils.config.user_files import FileError, read_json
-from utils.evaluation.metrics.base import Case, ScoreOptions
-from utils.evaluation.metrics.comparison import differences
-from utils.evaluation.metrics.distances import NotComputable
-from utils.evaluation.metrics.features import FeatureOptions, Network, Networks, Picture
-from utils.evaluation.metrics.image_sets import Reference, Statistics, Subject, Workers, write_statistics
-from utils.evaluation.metrics.registry import DEFAULT_METRICS, METRICS, score
-from utils.evaluation.metrics.scores import Score
-from utils.evaluation.references import ReferenceOptions, drawn_images, folder_images, read_images
-from utils.evaluation.report import Entry, Findings, write_report
-from utils.models.loading import LoadingOptions, allowing_missing
+from utils.evaluation.metrics.table import DEFAULT_METRICS, METRICS
+from utils.evaluation.options import FeatureOptions, ReferenceOptions, ScoreOptions
+from utils.models.options import LoadingOptions
 from utils.runtime.atomic_files import write_text
 from utils.runtime.hub_files import require_model
-from utils.runtime.processes import (
-    DTYPES,
-    OutputFolder,
-    RuntimeOptions,
-    ending,
-    on_main_process,
-    start_processes,
-    use_hub_cache_if_offline,
-    versions,
-    weight_dtype,
-)
+from utils.runtime.options import PRECISIONS, RuntimeOptions
 from utils.runtime.stop_requests import StopRequests
-from utils.sampling.controls import SamplingControlOptions, SamplingControls
-from utils.sampling.drawer import (
-    Drawer,
-    GenerationOptions,
-    check_prompts,
-    claim_images,
-    class_numbers,
-    complete_prompts,
-    invalid_images,
-    set_scheduler,
-)
-from utils.sampling.pipelines import (
-    MODEL_CURE,
-    PipelineOptions,
-    PipelineSpec,
-    checkpoint_content,
-    indexed_names,
-    load_pipeline,
-    pipeline_class,
-)
-from utils.sampling.prompts import Prompt, PromptOptions, Task, plan_tasks, read_prompts
+from utils.sampling.options import MODEL_CURE, GenerationOptions, PipelineOptions, PromptOptions, SamplingControlOptions
 from utils.training.compatibility import refuse_same_folder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from utils.evaluation.metrics.features import Network, Networks
+    from utils.evaluation.metrics.image_sets import Reference, Subject, Workers
+    from utils.evaluation.metrics.scores import Score
+    from utils.evaluation.report import Entry, Findings
+    from utils.sampling.pipelines import PipelineSpec
+    from utils.sampling.prompts import Prompt, Task
 
 logger = logging.getLogger("utils.evaluate_pipeline")
 # the docstring's first line, which python -OO leaves out
@@ -107,7 +69,7 @@ class RunOptions:
     )
     seed: int = option(0, "every image follows from it, its prompt's number and its own")
     mixed_precision: str | None = option(
-        None, "arithmetic of the pipeline; by default what `accelerate launch` says", choices=tuple(DTYPES)
+        None, "arithmetic of the pipeline; by default what `accelerate launch` says", choices=tuple(PRECISIONS)
     )
     allow_tf32: bool = option(False, "matrix products in TF32 on Ampere and later GPUs")
     title: str | None = option(None, "the report's", is_text=True)
@@ -177,16 +139,32 @@ class Wanted(NamedTuple):
     """What is to be scored: a pipeline to draw from, or a folder of images."""
 
     name: str
-    spec: PipelineSpec | None
+    spec: "PipelineSpec | None"
     images: Path | None = None
     step: int | None = None
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Evaluates; every step of the way in its order."""
+    """Reads the options and refuses those that do not go together, then evaluates."""
     set_up_logging()
     options: Options = parse(Options, argv, PURPOSE)
     check_together(options)
+    sources = {"model": options.pipeline.pipeline, "reference": options.reference.reference}
+    announce(sources, options.run.output_dir, takes_used_folder=True)
+    evaluate(options)
+
+
+def evaluate(options: Options) -> None:
+    """Evaluates; every step of the way in its order."""
+    # imported here, so that --help and errors of flags come before torch is loaded
+    from utils.evaluation.metrics.base import Case
+    from utils.evaluation.metrics.features import Networks
+    from utils.evaluation.metrics.image_sets import Subject, Workers
+    from utils.evaluation.metrics.registry import score
+    from utils.evaluation.report import Entry
+    from utils.models.loading import allowing_missing
+    from utils.runtime.processes import OutputFolder, ending, on_main_process, start_processes, use_hub_cache_if_offline
+
     if not all(name is None or Path(name).exists() for name in hub_names(options)):
         use_hub_cache_if_offline()
     wanted = everything_wanted(options)
@@ -280,6 +258,8 @@ def hub_names(options: Options) -> list[str | None]:
 
 def everything_wanted(options: Options) -> list[Wanted]:
     """What is scored, the baseline or the earliest checkpoint first."""
+    from utils.sampling.pipelines import PipelineSpec
+
     pipeline, comparison = options.pipeline, options.comparison
     if pipeline.images is not None:
         own = Wanted("images", None, Path(pipeline.images))
@@ -299,6 +279,8 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) ->
     Raises:
         UserError: if there are none, or the base is not known.
     """
+    from utils.sampling.pipelines import PipelineSpec
+
     found = sorted((int(match[1]), each) for each in folder.iterdir() if (match := CHECKPOINT.fullmatch(each.name)))
     found = [(step, each) for step, each in found if each.is_dir()]
     if not found:
@@ -324,11 +306,15 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) ->
     ]
 
 
-def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> list[Prompt]:
+def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> "list[Prompt]":
     """Reads the prompts, and refuses pipelines that do not take them, before any weights are loaded.
 
     So are checkpoints that hold nothing to draw with, and places that can't be written.
     """
+    from utils.sampling.drawer import check_prompts, class_numbers
+    from utils.sampling.pipelines import checkpoint_content, indexed_names, pipeline_class
+    from utils.sampling.prompts import read_prompts
+
     prompts = read_prompts(options.prompts)
     if options.reference.save_reference is not None:
         check_writable("save_reference", Path(options.reference.save_reference), is_folder=False)
@@ -347,13 +333,18 @@ def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> list[Pro
 
 
 def prepare_reference(
-    options: Options, accelerator: "Accelerator", networks: Networks, workers: Workers
-) -> Reference | None:
+    options: Options, accelerator: "Accelerator", networks: "Networks", workers: "Workers"
+) -> "Reference | None":
     """The reference, looked through before anything is drawn: its statistics checked, or its features computed.
 
     Raises:
         UserError: if it is a bad one.
     """
+    from utils.evaluation.metrics.distances import NotComputable
+    from utils.evaluation.metrics.image_sets import Statistics, Subject, write_statistics
+    from utils.evaluation.references import read_images
+    from utils.runtime.processes import on_main_process
+
     chosen = options.reference
     if chosen.reference is None:
         return None
@@ -388,8 +379,14 @@ def prepare_reference(
     return reference
 
 
-def num_features(network: Network, networks: Networks) -> int | None:
+def num_features(network: "Network", networks: "Networks") -> int | None:
     """How many features a network gives of an image; None if it gives none of the one that is tried."""
+    import numpy as np
+    from PIL import Image
+
+    from utils.evaluation.metrics.distances import NotComputable
+    from utils.evaluation.metrics.features import Picture
+
     values = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
     try:
         return network([Picture("a trial image", lambda: Image.fromarray(values))], networks.device).shape[1]
@@ -398,12 +395,16 @@ def num_features(network: Network, networks: Networks) -> int | None:
         return None
 
 
-def prepare_training(options: Options, networks: Networks, workers: Workers) -> Subject | None:
+def prepare_training(options: Options, networks: "Networks", workers: "Workers") -> "Subject | None":
     """The images that were trained on, where they are named; their features, if they are needed, are computed.
 
     Raises:
         UserError: if one can't be read.
     """
+    from utils.evaluation.metrics.distances import NotComputable
+    from utils.evaluation.metrics.image_sets import Subject
+    from utils.evaluation.references import read_images
+
     name = options.reference.training_images
     if name is None:
         return None
@@ -425,7 +426,7 @@ def prepare_training(options: Options, networks: Networks, workers: Workers) -> 
 def obtain(
     wanted: Wanted,
     options: Options,
-    prompts: Sequence[Prompt],
+    prompts: "Sequence[Prompt]",
     folder: Path,
     accelerator: "Accelerator",
     requests: StopRequests,
@@ -436,6 +437,13 @@ def obtain(
         Stopped: if a signal came; what is drawn stays.
     """
     from accelerate.utils import gather_object
+
+    from utils.evaluation.references import drawn_images, folder_images
+    from utils.runtime.processes import on_main_process, weight_dtype
+    from utils.sampling.controls import SamplingControls
+    from utils.sampling.drawer import Drawer, claim_images, complete_prompts, set_scheduler
+    from utils.sampling.pipelines import load_pipeline
+    from utils.sampling.prompts import plan_tasks
 
     started = time.monotonic()
     if wanted.images is not None:
@@ -474,7 +482,7 @@ def image_folder(folder: Path, wanted: Wanted) -> Path:
     return folder / "images" / wanted.name
 
 
-def export_geneval(tasks: Sequence[Task], images: Path, folder: Path) -> None:
+def export_geneval(tasks: "Sequence[Task]", images: Path, folder: Path) -> None:
     """Copies images as GenEval wants them: `00000/metadata.jsonl`, `00000/samples/00000.png`.
 
     Raises:
@@ -494,6 +502,8 @@ def export_geneval(tasks: Sequence[Task], images: Path, folder: Path) -> None:
 
 def find_invalid(wanted: Wanted, images, folder: Path) -> dict[str, list[str]]:
     """The images that can't be read, are NaN, black, or of one colour; a warning names how many."""
+    from utils.sampling.drawer import invalid_images
+
     root = wanted.images or image_folder(folder, wanted)
     found = invalid_images([root / picture.name for picture in images.pictures])
     for state, names in found.items():
@@ -504,8 +514,12 @@ def find_invalid(wanted: Wanted, images, folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def conclude(options: Options, entries: list[Entry], training: Subject | None) -> Findings:
+def conclude(options: Options, entries: "list[Entry]", training: "Subject | None") -> "Findings":
     """The differences, the best checkpoint, and what the run was."""
+    from utils.evaluation.metrics.comparison import differences
+    from utils.evaluation.report import Findings
+    from utils.runtime.processes import versions
+
     if options.comparison.labels is not None:
         entries = [replace(each, name=name) for each, name in zip(entries, options.comparison.labels, strict=True)]
     compared, notes = [], []
@@ -526,7 +540,7 @@ def conclude(options: Options, entries: list[Entry], training: Subject | None) -
     return Findings(title, entries, compared, best, record, training, notes)
 
 
-def best_checkpoint(options: Options, entries: Sequence[Entry]) -> tuple[str, str] | None:
+def best_checkpoint(options: Options, entries: "Sequence[Entry]") -> tuple[str, str] | None:
     """(score, the checkpoint that is best by it); None if that score was not computed."""
     usable = [each for each in entries[-1].scores if each.value is not None and each.better]
     name = options.comparison.best_by or next((each.name for each in usable), None)
@@ -545,12 +559,14 @@ def best_checkpoint(options: Options, entries: Sequence[Entry]) -> tuple[str, st
     return (name, choose(found)[1]) if found else None
 
 
-def write_down(options: Options, findings: Findings, folder: Path, wanted: Sequence[Wanted]) -> None:
+def write_down(options: Options, findings: "Findings", folder: Path, wanted: Sequence[Wanted]) -> None:
     """Writes the report, and prints its table.
 
     Raises:
         UserError: if it can't be written.
     """
+    from utils.evaluation.report import write_report
+
     try:
         write_report(findings, folder, options.run.report_prompts)
     except OSError as error:
@@ -559,7 +575,7 @@ def write_down(options: Options, findings: Findings, folder: Path, wanted: Seque
     print_line(f"report: {one_line(folder / 'report.html')}\nnumbers: {one_line(folder / 'results.json')}")
 
 
-def check_outcome(options: Options, entries: Sequence[Entry]) -> None:
+def check_outcome(options: Options, entries: "Sequence[Entry]") -> None:
     """Ends with an error, after all is written, where a metric failed, or invalid images are to be one."""
     failed = sorted({each.name for entry in entries for each in entry.scores if each.failed})
     if failed:

@@ -4,42 +4,37 @@
 accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir ... --output_dir ...
 """
 
-import sys
-
-from utils.config import first_checks as prelude
+from utils.config.first_checks import options_of, read_first
+from utils.training.text_to_image_options import Options, read_options
 
 if __name__ == "__main__":
-    prelude.start(sys.argv[1:])
+    # --help and errors of flags come before torch is loaded
+    read_first(read_options)
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from utils.config.options import UserError, leave, parse, run_script
+from utils.config.options import leave, run_script
 from utils.config.seeding import model_seed
-from utils.config.terminal import set_up_logging
-from utils.data.captions import CaptionOptions
 from utils.diffusion.process import process_of
 from utils.evaluation.while_training import TrainingEvaluation
-from utils.models.pipeline_source import ModelOptions, PipelineSource
+from utils.models.pipeline_source import PipelineSource
 from utils.models.registry import pick_family
 from utils.models.text_to_image import TextFamily
 from utils.runtime.processes import use_hub_cache_if_offline, weight_dtype
-from utils.sampling.prompt_samples import PromptSampler, ValidationOptions
+from utils.sampling.prompt_samples import PromptSampler
 from utils.sampling.scheduler_trials import check_text_trial, check_trial_of
-from utils.training.adaptation import ADAPTATIONS, AdaptationOptions
+from utils.training.adaptation import ADAPTATIONS
 from utils.training.backward import FREE_CURE, Gradients
-from utils.training.compatibility import check_together
 from utils.training.data import Feed, TrainingData
 from utils.training.description import card_settings, describe_run, report_dry_run
 from utils.training.exchange import Exchange
 from utils.training.learning_rates import LearningRates
 from utils.training.model_card import CardFacts
-from utils.training.options import TrainingOptions
 from utils.training.result import exported_weights, finish
 from utils.training.saving import CheckpointWriter
 from utils.training.session import Session
@@ -49,18 +44,6 @@ from utils.training.task import Task
 from utils.training.validation import ValidationLoss
 
 logger = logging.getLogger("utils.train_text_to_image")
-# the docstring's first line, which python -OO leaves out
-PURPOSE = "Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions, whole or by LoRA."
-
-
-@dataclass(frozen=True)
-class Options(TrainingOptions):
-    """All options of this script: the shared groups, some of them narrowed here."""
-
-    model: ModelOptions
-    adaptation: AdaptationOptions
-    captions: CaptionOptions
-    samples: ValidationOptions
 
 
 def train(options: Options) -> None:
@@ -99,7 +82,7 @@ def train(options: Options) -> None:
         session.begin(options, plan, [evaluation])
 
         # Steps: what loads their data, computes their gradients, saves their state and logs them.
-        feed = Feed.open(options, session, data, task, range(state.step, state.total_steps))
+        feed = Feed.start(options, session, data, task, range(state.step, state.total_steps))
         gradients = Gradients.of_run(options, session, task, state, feed, memory_savers(options))
         prepare_steps(options, task, state, gradients, feed, fast_parts)
         checkpoints = CheckpointWriter(options, session, state, gradients, feed.at_once)
@@ -166,7 +149,6 @@ class FoundPipeline(NamedTuple):
 
 def find_pipeline(options: Options) -> FoundPipeline:
     """The pretrained pipeline; refuses what its configs show not to go with the options, before weights are loaded."""
-    check_options(options)
     model, adaptation = options.model.pretrained_model_name_or_path, options.adaptation.adaptation
     names = (model, options.source.dataset_name, options.perceptual.perceptual_network)
     if not all(name is None or Path(name).exists() for name in names):
@@ -236,24 +218,6 @@ def memory_savers(options: Options) -> dict[str, bool]:
     }
 
 
-def check_options(options: Options) -> None:
-    """Refuses options that don't go together, and warns of those that have no effect."""
-    check_together(options)
-    if options.model.unet_config is not None and options.adaptation.adaptation != "full":
-        raise UserError("--unet_config trains a fresh UNet, which adapters would leave random; leave one out")
-    text_rates = (options.optimizer.text_encoder_lr, options.optimizer.text_encoder_2_lr)
-    if any(rate is not None for rate in text_rates) and not options.adaptation.train_text_encoder:
-        raise UserError("--text_encoder_lr goes with --train_text_encoder; give both or neither")
-    if options.evaluation.eval_metrics and options.model.sampling_cpu_offload:
-        raise UserError("--eval_metrics draws with the whole pipeline on the device; leave out --sampling_cpu_offload")
-    if options.cache.cache_text_embeddings and options.adaptation.train_text_encoder:
-        raise UserError(
-            "--cache_text_embeddings would keep text states that --train_text_encoder changes; leave one out"
-        )
-    if options.adaptation.train_text_encoder and options.model.clip_skip and options.adaptation.adaptation == "full":
-        logger.warning("--clip_skip %d: the layers left out stay as they are", options.model.clip_skip)
-
-
 def drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]:
     """(denoising steps of a sample, what names the pipeline, the flag that says the steps)."""
     steps = options.samples.validation_num_inference_steps
@@ -271,12 +235,11 @@ def card_facts(options: Options, data: TrainingData, state: TrainingState) -> Ca
 
 def run(argv: Sequence[str] | None) -> None:
     """Reads the options, and trains."""
-    set_up_logging()
-    train(parse(Options, argv, PURPOSE))
+    train(options_of(read_options, argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; gives its exit status."""
+    """Runs the script; returns its exit status."""
     return run_script(run, argv)
 
 

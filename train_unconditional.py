@@ -4,56 +4,41 @@
 accelerate launch train_unconditional.py --train_data_dir ... --output_dir ...
 """
 
-import sys
-
-from utils.config import first_checks as prelude
+from utils.config.first_checks import options_of, read_first
+from utils.training.unconditional_options import OWN_NAMES, Options, read_options
 
 if __name__ == "__main__":
-    prelude.start(sys.argv[1:])
+    # --help and errors of flags come before torch is loaded
+    read_first(read_options, OWN_NAMES)
 
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from utils.config.options import UserError, leave, option, parse, run_script
+from utils.config.options import UserError, leave, run_script
 from utils.config.seeding import model_seed
-from utils.config.terminal import set_up_logging
-from utils.config.training_length import LengthOptions
 from utils.data.class_folders import describe_counts, same_text, warn_of_twins
-from utils.data.class_labels import LabelledSource, LabelOptions, count_classes, in_order
+from utils.data.class_labels import count_classes, in_order
 from utils.data.folders import ALL_SPLIT_WORDS
-from utils.data.pixels import PixelOptions
 from utils.data.plan import PlannedImages
-from utils.diffusion.process import ProcessOptions, process_of
+from utils.diffusion.process import process_of
 from utils.evaluation.references import trained_images
-from utils.evaluation.while_training import EvaluationOptions, TrainingEvaluation
-from utils.models.unconditional import (
-    UnconditionalFamily,
-    UnconditionalModelOptions,
-    Wanted,
-    default_edge,
-    fresh_scheduler,
-    pick_unconditional,
-)
+from utils.evaluation.while_training import TrainingEvaluation
+from utils.models.unconditional import UnconditionalFamily, Wanted, default_edge, fresh_scheduler, pick_unconditional
 from utils.runtime.processes import use_hub_cache_if_offline, weight_dtype
-from utils.sampling.grid_samples import GridSampler, SamplingOptions
+from utils.sampling.grid_samples import GridSampler
 from utils.training.adaptation import FullFineTuning
 from utils.training.backward import FREE_CURE, Gradients
-from utils.training.compatibility import check_together
 from utils.training.data import Feed, TrainingData
 from utils.training.description import card_settings, describe_run, report_dry_run
-from utils.training.ema import EmaOptions
 from utils.training.exchange import Exchange
 from utils.training.learning_rates import LearningRates
-from utils.training.log import TRACKERS, TrackingOptions
 from utils.training.model_card import CardFacts
-from utils.training.optimizers import SCHEDULES, OptimizerOptions, ScheduleOptions
-from utils.training.options import TrainingOptions
 from utils.training.result import exported_weights, finish
 from utils.training.saving import CheckpointWriter
 from utils.training.session import Session
@@ -63,85 +48,7 @@ from utils.training.task import Task
 from utils.training.validation import ValidationLoss
 
 logger = logging.getLogger("utils.train_unconditional")
-# the docstring's first line, which python -OO leaves out
-PURPOSE = (
-    "Trains a diffusion model that draws without words: "
-    "from scratch or fine-tuned, in pixels or latents, of classes too."
-)
-OWN_NAMES = {"caption_column": "label_column"}  # flags that the shared parts call otherwise
 IMAGE_LEFT = 0.15  # a schedule that ends with more of it begins its samples where it never was
-
-
-@dataclass(frozen=True)
-class Length(LengthOptions):
-    num_train_epochs: int = option(100, "passes over the data", aliases=["--num_epochs"])
-
-
-@dataclass(frozen=True)
-class Optimizer(OptimizerOptions):
-    adam_beta1: float = option(0.95, "decay of the mean gradient")
-    adam_weight_decay: float = option(1e-6, "decoupled weight decay, of all but biases and norms")
-
-
-@dataclass(frozen=True)
-class Schedule(ScheduleOptions):
-    lr_scheduler: str = option("cosine", "course of the learning rate", choices=SCHEDULES)
-    lr_warmup_steps: int | None = option(
-        None, "optimizer steps over which the rate rises from 0; by default a tenth of the run, at most 500"
-    )
-
-
-@dataclass(frozen=True)
-class Averages(EmaOptions):
-    ema_decay: float = option(0.9999, "the largest decay of the average", aliases=["--ema_max_decay"])
-    use_ema_warmup: bool = option(True, "let the decay rise as 1 - (1 + n / inv_gamma)^-power up to it")
-
-
-@dataclass(frozen=True)
-class Tracking(TrackingOptions):
-    report_to: str = option(
-        "tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"), aliases=["--logger"]
-    )
-    tracker_project_name: str = option("train_unconditional", "name of the project in the trackers", is_text=True)
-
-
-@dataclass(frozen=True)
-class Evaluation(EvaluationOptions):
-    needs_reference: ClassVar[bool] = False
-
-    eval_reference: str | None = option(
-        None,
-        "real images to compare with: a folder, a dataset, or statistics in an .npz file; by default those trained on, "
-        "cut in the middle",
-    )
-    eval_num_inference_steps: int | None = option(None, "denoising steps; by default --num_inference_steps")
-
-    def with_steps(self, steps: int) -> "Evaluation":
-        """The same, of so many denoising steps where none were named."""
-        return replace(self, eval_num_inference_steps=self.eval_num_inference_steps or steps)
-
-
-@dataclass(frozen=True)
-class Options(TrainingOptions):
-    """All options of this script: the shared groups, some of them narrowed or extended here."""
-
-    model: UnconditionalModelOptions
-    source: LabelledSource
-    captions: LabelOptions
-    image: PixelOptions
-    length: Length
-    optimizer: Optimizer
-    schedule: Schedule
-    noise: ProcessOptions
-    ema: Averages
-    samples: SamplingOptions
-    tracking: Tracking
-    evaluation: Evaluation
-
-    @property
-    def structure(self) -> dict[str, object]:
-        """The settings that must equal the checkpoint's for a run to resume from it, by flag."""
-        return super().structure | self.model.structure
 
 
 def train(options: Options) -> None:
@@ -181,7 +88,7 @@ def train(options: Options) -> None:
         session.begin(options, plan, [sampler, evaluation])
 
         # Steps: what loads their data, computes their gradients, saves their state and logs them.
-        feed = Feed.open(options, session, data, task, range(state.step, state.total_steps))
+        feed = Feed.start(options, session, data, task, range(state.step, state.total_steps))
         gradients = Gradients.of_run(options, session, task, state, feed, memory_savers(options))
         prepare_steps(options, task, state, gradients, feed, fast_parts)
         checkpoints = CheckpointWriter(options, session, state, gradients, feed.at_once, options.samples.is_model_due)
@@ -254,7 +161,6 @@ class Classes(NamedTuple):
 
 def find_pipeline(options: Options) -> FoundPipeline:
     """The family of what is trained; refuses what it can't do, before data and weights are read."""
-    check_options(options)
     model = options.model
     names = (model.pretrained_model_name_or_path, model.vae, options.source.dataset_name)
     if not all(name is None or Path(name).exists() for name in names):
@@ -300,21 +206,6 @@ def make_evaluation(options: Options, session: Session, task: Task, data: Traini
     trained_on = None if options.data.streaming else trained_images(data.images, options.image)
     scores = options.evaluation.with_steps(options.samples.steps_of(pipeline.scheduler))
     return TrainingEvaluation(scores, options.features, session.surroundings, pipeline, trained_on=trained_on)
-
-
-def check_options(options: Options) -> None:
-    """Refuses options that don't go together, and warns of those that have no effect."""
-    check_together(options)
-    if options.cache.cache_text_embeddings:
-        raise UserError("--cache_text_embeddings: there are no captions here; leave it out")
-    if options.optimizer.text_encoder_lr is not None or options.optimizer.text_encoder_2_lr is not None:
-        raise UserError("--text_encoder_lr: there are no text encoders here; leave it out")
-    if options.captions.class_conditional and options.data.streaming:
-        raise UserError("--class_conditional numbers all classes beforehand, which --streaming does not know")
-    if options.source.caption_column is not None and not options.captions.class_conditional:
-        raise UserError("--label_column goes with --class_conditional; give both or neither")
-    if options.samples.guidance_scale > 1 and not options.captions.class_conditional:
-        raise UserError("--guidance_scale goes with --class_conditional; give both or neither")
 
 
 def check_family(options: Options, family_class: type[UnconditionalFamily]) -> None:
@@ -389,12 +280,11 @@ def card_facts(options: Options, task: Task, data: TrainingData, state: Training
 
 def run(argv: Sequence[str] | None) -> None:
     """Reads the options, and trains."""
-    set_up_logging()
-    train(parse(Options, argv, PURPOSE))
+    train(options_of(read_options, argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; gives its exit status."""
+    """Runs the script; returns its exit status."""
     return run_script(run, argv, OWN_NAMES)
 
 

@@ -24,7 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.printing import print_machine, print_table
-from utils.models.attention import ATTENTION, CPU_ATTENTION, attention_by
+from utils.models.attention import attention_by
+from utils.models.options import ATTENTION, CPU_ATTENTION
 
 WORDS = 77
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

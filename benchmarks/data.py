@@ -42,18 +42,19 @@ from benchmarks.printing import print_machine, print_table  # noqa: E402
 from tests import tiny  # noqa: E402
 from utils.config.batch import Batch  # noqa: E402
 from utils.config.library_messages import hear_libraries  # noqa: E402
-from utils.data.buckets import BucketOptions  # noqa: E402
 from utils.data.cache import KEY_SIZE, EntryStore, in_shards, make_key  # noqa: E402
 from utils.data.captions import CaptionOptions  # noqa: E402
 from utils.data.encodings import CachedCuts, CachedTexts, Encodings, LatentPlan, text_key, texts_of  # noqa: E402
-from utils.data.images import ImageOptions  # noqa: E402
 from utils.data.loader import SampleSpec, TrainingDataset, Waiting, batches_by_step  # noqa: E402
+from utils.data.options import BucketOptions, ImageOptions, SelectionOptions  # noqa: E402
 from utils.data.order import GlobalBatches  # noqa: E402
-from utils.data.plan import PlannedImages, SelectionOptions, plan_images  # noqa: E402
-from utils.data.sources import DataOptions, Records, Source, SourceOptions, read_records  # noqa: E402
+from utils.data.plan import PlannedImages, plan_images  # noqa: E402
+from utils.data.source_options import DataOptions, SourceOptions  # noqa: E402
+from utils.data.sources import Records, Source, read_records  # noqa: E402
 from utils.data.survey import Survey, add_digests, survey  # noqa: E402
 from utils.data.tables import ImageTable  # noqa: E402
-from utils.diffusion.noise import ForwardProcess, NoiseDraws, NoiseOptions, SampleDraws  # noqa: E402
+from utils.diffusion.noise import ForwardProcess, NoiseDraws, SampleDraws  # noqa: E402
+from utils.diffusion.options import NoiseOptions  # noqa: E402
 
 hear_libraries()
 
@@ -312,7 +313,8 @@ def tiny_contestants(pipeline: Path, folder: Path) -> dict[str, Contestant]:
     """A tiny pipeline's encodings, read and computed; both must be the same."""
     from accelerate import Accelerator
 
-    from utils.models.pipeline_source import ComponentDtypes, ModelOptions, PipelineSource
+    from utils.models.options import ModelOptions
+    from utils.models.pipeline_source import ComponentDtypes, PipelineSource
     from utils.models.registry import pick_family
     from utils.training.encoding import CacheFiller, Encoder
 

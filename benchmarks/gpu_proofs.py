@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks import attention as race
 from benchmarks.gpu_runs import FAILED, HOLDS, Bench, Finding, Run, relative_distance, tensors_of
-from utils.models.attention import ATTENTION, CPU_ATTENTION
+from utils.models.options import ATTENTION, CPU_ATTENTION
 from utils.training.backward import Gradients
 from utils.training.encoding import EncodedBatch
 from utils.training.exchange import Exchange

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from tests import tiny
-from utils.models.pipeline_source import ComponentDtypes, ModelOptions
+from utils.models.options import ModelOptions
+from utils.models.pipeline_source import ComponentDtypes
 from utils.models.sd import StableDiffusion
 from utils.models.sdxl import StableDiffusionXL
 from utils.models.text_to_image import TextFamily

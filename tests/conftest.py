@@ -1,6 +1,8 @@
 """Fixtures: tiny pipelines and images, made once a session, and the script run in this process."""
 
+import importlib
 import os
+import pkgutil
 import signal
 import tempfile
 
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import utils
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -60,6 +63,13 @@ def classes(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _hangup_is_heard() -> None:
     """As from a terminal: `nohup make test` has SIGHUP ignored, and then a run leaves it so."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _modules_are_loaded() -> None:
+    """Scripts import modules when they run: one first imported under a test's patch would keep what was patched."""
+    for module in pkgutil.walk_packages(utils.__path__, "utils."):
+        importlib.import_module(module.name)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -73,7 +73,7 @@ def test_the_readmes_commands_parse(tmp_path):
 def test_the_readmes_evaluations_parse(tmp_path):
     from evaluate_pipeline import Options
     from utils.config.options import parse
-    from utils.evaluation.metrics.registry import METRICS
+    from utils.evaluation.metrics.table import METRICS
 
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", readme, flags=re.S)

@@ -20,13 +20,15 @@ from utils.config.batch import RecordPass
 from utils.config.options import UserError
 from utils.data import images
 from utils.data import survey as headers
-from utils.data.buckets import NONE, BucketOptions, area_buckets, plan_buckets
+from utils.data.buckets import NONE, plan_buckets
 from utils.data.captions import CaptionOptions, compose, folder_caption
 from utils.data.crop_plan import make_cut, plan_cut
-from utils.data.images import ImageOptions, open_image, read_header, read_rgb
+from utils.data.images import open_image, read_header, read_rgb
+from utils.data.options import BucketOptions, ImageOptions, SelectionOptions, area_buckets
 from utils.data.order import GlobalBatches, Pieces
-from utils.data.plan import PlannedImages, SelectionOptions, plan_images
-from utils.data.sources import DataOptions, Records, SourceOptions, read_records
+from utils.data.plan import PlannedImages, plan_images
+from utils.data.source_options import DataOptions, SourceOptions
+from utils.data.sources import Records, read_records
 from utils.data.survey import add_digests, survey
 
 

@@ -24,7 +24,8 @@ from utils.data.images import (
     read_rgb,
 )
 from utils.data.mask_values import mask_values
-from utils.data.pixels import PixelOptions, read_deep
+from utils.data.options import PixelOptions
+from utils.data.pixels import read_deep
 
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 

@@ -5,10 +5,9 @@ from types import MappingProxyType
 
 import pytest
 
-from utils.training.checkpoint import CheckpointOptions
 from utils.training.disk_use import DiskUse, describe_disk, disk_use
-from utils.training.ema import EmaOptions
 from utils.training.optimizers import OPTIMIZERS, STATE_BYTES
+from utils.training.options import CheckpointOptions, EmaOptions
 
 FLAGS = ("--lr_scheduler", "constant", "--max_train_steps", 2, "--checkpointing_steps", 1)
 
@@ -21,17 +20,13 @@ def size_of(*paths: Path) -> int:
 @pytest.fixture
 def uses(monkeypatch) -> list[DiskUse]:
     """What runs say in their plans."""
-    import train_text_to_image
-    import train_unconditional
-
     said = []
 
     def remember(use, *_):
         said.append(use)
         return describe_disk(use, *_)
 
-    for script in (train_text_to_image, train_unconditional):
-        monkeypatch.setattr(script, "describe_disk", remember)
+    monkeypatch.setattr("utils.training.disk_use.describe_disk", remember)
     return said
 
 

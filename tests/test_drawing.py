@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from tests.conftest import message
 from utils.config.options import UserError
-from utils.diffusion.process import ProcessOptions
-from utils.diffusion.samplers import SAMPLERS, exported, same_steps, sampler_of
+from utils.diffusion.options import SAMPLERS, ProcessOptions
+from utils.diffusion.samplers import exported, same_steps, sampler_of
 from utils.models.conditional_ddpm import ConditionalDDPMPipeline
 from utils.models.unconditional import ImplicitPixels, LabelledPixels, Latents, Pixels, fresh_scheduler
-from utils.sampling.controls import SamplingControlOptions, SamplingControls
-from utils.sampling.drawer import SCHEDULERS, Drawer, GenerationOptions, image_seed, set_scheduler
-from utils.sampling.grid_samples import SamplingOptions
+from utils.sampling.controls import SamplingControls
+from utils.sampling.drawer import Drawer, image_seed, set_scheduler
+from utils.sampling.options import SCHEDULERS, GenerationOptions, SamplingControlOptions, SamplingOptions
 from utils.sampling.prompts import Prompt, Task
 
 KINDS = ("epsilon", "v_prediction", "sample")

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, lora, losses, weights
-from utils.training.ema import EmaOptions
 from utils.training.optimizers import NamedParameter
+from utils.training.options import EmaOptions
 from utils.training.posthoc_ema import KEPT_LENGTHS, AverageLengths, PowerAverage, factors_of, gamma_of, overlap
 
 

@@ -78,16 +78,18 @@ class Independent:
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("name", ["sd", "sd2", "sdxl"])
 def test_loss_and_gradients_equal_an_independent_computation(pipelines, images, name, gamma):
-    from utils.data.images import ImageOptions
     from utils.data.loader import SampleSpec, TrainingDataset
+    from utils.data.options import ImageOptions
     from utils.data.order import Piece
-    from utils.diffusion.losses import LossOptions
-    from utils.diffusion.noise import ForwardProcess, NoiseDraws, NoiseOptions
-    from utils.models.pipeline_source import ModelOptions, PipelineSource
+    from utils.diffusion.noise import ForwardProcess, NoiseDraws
+    from utils.diffusion.options import LossOptions, NoiseOptions
+    from utils.models.options import ModelOptions
+    from utils.models.pipeline_source import PipelineSource
     from utils.models.registry import pick_family
-    from utils.training.adaptation import AdaptationOptions, FullFineTuning
+    from utils.training.adaptation import FullFineTuning
     from utils.training.encoding import Encoder
     from utils.training.objective import Objective
+    from utils.training.options import AdaptationOptions
 
     source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipelines[name])))
     adaptation_options = AdaptationOptions()

@@ -78,7 +78,7 @@ class Three:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("deep", [False, True])
 def test_the_images_trained_on_are_those_that_the_model_sees(images, channels, deep):
-    from utils.data.pixels import CHANNELS, PixelOptions
+    from utils.data.options import CHANNELS, PixelOptions
     from utils.evaluation.references import trained_images
 
     options = PixelOptions(image_channels=channels, preserve_input_precision=deep, random_flip=True)

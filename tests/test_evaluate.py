@@ -23,8 +23,9 @@ from utils.config.options import UserError
 from utils.config.progress import Progress
 from utils.data import colours
 from utils.evaluation.metrics.features import Network
-from utils.evaluation.metrics.registry import METRICS
-from utils.evaluation.references import ReferenceOptions, read_images
+from utils.evaluation.metrics.table import METRICS
+from utils.evaluation.options import ReferenceOptions
+from utils.evaluation.references import read_images
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a red square", "a blue square", "a green square"]
@@ -573,8 +574,8 @@ def in_training(pipelines, models, real_images, tmp_path):
     """in_training(first_step=...) is a TrainingEvaluation and a pipeline that it draws from."""
     from accelerate import Accelerator
 
-    from utils.evaluation.metrics.features import FeatureOptions
-    from utils.evaluation.while_training import EvaluationOptions, TrainingEvaluation
+    from utils.evaluation.options import EvaluationOptions, FeatureOptions
+    from utils.evaluation.while_training import TrainingEvaluation
     from utils.runtime.stop_requests import StopRequests
     from utils.sampling.pipelines import PipelineSpec, load_pipeline
     from utils.sampling.samples import Surroundings

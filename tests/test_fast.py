@@ -13,9 +13,11 @@ from torch.nn import functional
 from tests.test_equivalences import assert_same_bits, losses, weights
 from utils.config.options import UserError
 from utils.models import attention
-from utils.models.attention import CPU_ATTENTION, Call, Recorder, race
+from utils.models.attention import Call, Recorder, race
+from utils.models.options import CPU_ATTENTION
 from utils.training.fast import PARTS, Circumstances, hastened, offer, paying_parts
-from utils.training.speed import Compilation, SpeedOptions, as_before, compile_denoiser
+from utils.training.options import SpeedOptions
+from utils.training.speed import Compilation, as_before, compile_denoiser
 
 HOPPER = Circumstances(
     device="cuda",

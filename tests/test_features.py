@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests import networks, tiny
 from utils.config.options import UserError
-from utils.evaluation.metrics.base import Case, ScoreOptions
+from utils.evaluation.metrics.base import Case
 from utils.evaluation.metrics.clip_score import clip_score
 from utils.evaluation.metrics.comparison import differences
 from utils.evaluation.metrics.distances import Failed, NotComputable
@@ -20,7 +20,6 @@ from utils.evaluation.metrics.diversity import lpips_diversity, memorisation
 from utils.evaluation.metrics.features import (
     ClipFeatures,
     DinoFeatures,
-    FeatureOptions,
     InceptionFeatures,
     LpipsFeatures,
     Networks,
@@ -34,6 +33,7 @@ from utils.evaluation.metrics.image_sets import ImageSet, Subject, Workers
 from utils.evaluation.metrics.inception import InceptionNetwork
 from utils.evaluation.metrics.kid import kid, prdc
 from utils.evaluation.metrics.lpips import TRUNKS, LpipsNetwork
+from utils.evaluation.options import FeatureOptions, ScoreOptions
 
 CPU = torch.device("cpu")
 FID_KEYS = "98efe1f4"  # of the names and shapes in pt_inception-2015-12-05-6726825d.pth

@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from utils.config.options import UserError
-from utils.sampling.controls import SamplingControlOptions, SamplingControls
+from utils.sampling.controls import SamplingControls
 from utils.sampling.drawer import (
     Drawer,
-    GenerationOptions,
     claim_images,
     complete_prompts,
     image_seed,
@@ -21,8 +20,9 @@ from utils.sampling.drawer import (
     set_scheduler,
     state_of,
 )
+from utils.sampling.options import GenerationOptions, PromptOptions, SamplingControlOptions
 from utils.sampling.pipelines import PipelineSpec, load_pipeline
-from utils.sampling.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
+from utils.sampling.prompts import Prompt, plan_tasks, read_prompts
 
 CPU = torch.device("cpu")
 CLOSE = 3  # of 255, in single pixels: sums in another order

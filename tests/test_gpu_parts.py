@@ -18,9 +18,11 @@ from utils.runtime.processes import allow_tf32, is_tf32_allowed, without_tf32
 from utils.runtime.sharding import _exchanged, spread_like
 from utils.training import ema
 from utils.training import log as tracking
-from utils.training.ema import EmaOptions, MovingAverage
+from utils.training.ema import MovingAverage
 from utils.training.log import RunLog, SentNumbers, StepMetrics
-from utils.training.optimizers import NamedParameter, OptimizerOptions, build_optimizer
+from utils.training.optimizer_options import OptimizerOptions
+from utils.training.optimizers import NamedParameter, build_optimizer
+from utils.training.options import EmaOptions
 from utils.training.per_parameter import PerParameter
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, weights
 from utils.data.captions import CaptionOptions
-from utils.training.validation_loss import EarlyStoppingOptions, History, Measurement, measurement_of, relative_loss
+from utils.training.options import EarlyStoppingOptions
+from utils.training.validation_loss import History, Measurement, measurement_of, relative_loss
 
 
 def measured(out: Path) -> list[dict]:
@@ -156,7 +157,8 @@ def test_copies_of_an_image_are_on_one_side(tmp_path, kind):
     from tests.test_data import records_of
     from utils.data.duplicates import first_of_same
     from utils.data.plan import hold_out
-    from utils.data.sources import DataOptions, SourceOptions, read_records
+    from utils.data.source_options import DataOptions, SourceOptions
+    from utils.data.sources import read_records
     from utils.data.survey import survey
 
     edge = 600 if kind == "long files" else 8

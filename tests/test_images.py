@@ -16,12 +16,10 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from utils.config.options import UserError
 from utils.data import colours, images
-from utils.data.buckets import BucketOptions
 from utils.data.captions import CaptionOptions
 from utils.data.file_signatures import jxl_size
 from utils.data.images import (
     CONVERTED,
-    ImageOptions,
     image_bytes,
     image_suffixes,
     read_formats,
@@ -31,8 +29,10 @@ from utils.data.images import (
     reason_of,
     unread_reason,
 )
-from utils.data.pixels import PixelOptions, read_deep
-from utils.data.sources import DataOptions, SourceOptions, read_records
+from utils.data.options import BucketOptions, ImageOptions, PixelOptions
+from utils.data.pixels import read_deep
+from utils.data.source_options import DataOptions, SourceOptions
+from utils.data.sources import read_records
 from utils.data.tables import data_folders, image_of
 
 JXL_BOXES = "0000000c4a584c200d0a870a00000014667479706a786c20000000006a786c20000000696a786c63"

@@ -22,7 +22,8 @@ from utils.data.data_fingerprint import FileFacts, compare, content_name, conten
 from utils.runtime.step_lines import JsonLines, keep_steps
 from utils.runtime.stop_requests import StopRequests
 from utils.training.checkpoint import MANIFEST, OPTIMIZER, STATE, Checkpoints, _hash, damage
-from utils.training.validation_loss import EarlyStoppingOptions, History, Measurement
+from utils.training.options import EarlyStoppingOptions
+from utils.training.validation_loss import History, Measurement
 
 FLAGS = ("--train_batch_size", 2, "--lr_scheduler", "constant", "--checkpointing_steps", 2)
 ON = ("--resume_from_checkpoint", "latest")

@@ -18,7 +18,8 @@ from tests.conftest import message, mostly_slow
 from utils.config.options import UserError
 from utils.evaluation.metrics.features import load_weights
 from utils.evaluation.metrics.image_sets import Statistics
-from utils.models.loading import LoadingOptions, allowing_missing, load_module, load_pipeline_folder
+from utils.models.loading import allowing_missing, load_module, load_pipeline_folder
+from utils.models.options import LoadingOptions
 
 SHORT = ("--max_train_steps", 1, "--train_batch_size", 1, "--no_final_checkpoint")
 FILES = {
@@ -301,7 +302,8 @@ def true_files(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 
 
 def source_of(path: Path, **options: object):
-    from utils.models.pipeline_source import ModelOptions, PipelineSource
+    from utils.models.options import ModelOptions
+    from utils.models.pipeline_source import PipelineSource
 
     return PipelineSource(ModelOptions(pretrained_model_name_or_path=str(path), **options))
 

@@ -12,7 +12,8 @@ from tests import tiny
 from tests.test_equivalences import losses, weights
 from utils.config.batch import Conditioning
 from utils.config.options import UserError
-from utils.models.pipeline_source import ComponentDtypes, ModelOptions, PipelineSource
+from utils.models.options import ModelOptions
+from utils.models.pipeline_source import ComponentDtypes, PipelineSource
 from utils.models.registry import pick_family
 from utils.models.text_to_image import TextFamily, Tokenize
 

@@ -23,11 +23,13 @@ from utils.data import stream
 from utils.data import survey as headers
 from utils.data.crop_pixels import cut_out
 from utils.data.encodings import MaskPlan
-from utils.data.images import ODDITIES, UNCOMMON, ImageOptions, read_mask
+from utils.data.images import ODDITIES, UNCOMMON, read_mask
 from utils.data.mask_values import MaskCensus, mask_values
 from utils.data.masks import FolderMasks
+from utils.data.options import ImageOptions
 from utils.data.survey import take_census
-from utils.diffusion.losses import LossOptions, mask_weights, weighted_loss
+from utils.diffusion.losses import mask_weights, weighted_loss
+from utils.diffusion.options import LossOptions
 
 MASKED = (40, 20, 90, 70)  # left, top, right, bottom
 

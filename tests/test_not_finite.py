@@ -77,7 +77,8 @@ def test_evaluation_names_the_decoder(more_pipelines, tmp_path, caplog):
     from diffusers import StableDiffusionPipeline
 
     from utils.sampling.controls import SamplingControls
-    from utils.sampling.drawer import Drawer, GenerationOptions
+    from utils.sampling.drawer import Drawer
+    from utils.sampling.options import GenerationOptions
     from utils.sampling.prompts import Prompt, Task
 
     pipeline = StableDiffusionPipeline.from_pretrained(more_pipelines["sd"])

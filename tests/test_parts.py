@@ -10,18 +10,14 @@ from torch import nn
 
 from utils.config.options import UserError
 from utils.config.seeding import Stream, generator
-from utils.diffusion.losses import LOSSES, WEIGHTINGS, LossOptions, huber_threshold, loss_weights, weighted_loss
-from utils.diffusion.noise import ForwardProcess, NoiseDraws, NoiseOptions, rectify, stack_draws, timestep_weights
+from utils.diffusion.losses import LOSSES, WEIGHTINGS, huber_threshold, loss_weights, weighted_loss
+from utils.diffusion.noise import ForwardProcess, NoiseDraws, rectify, stack_draws, timestep_weights
+from utils.diffusion.options import LossOptions, NoiseOptions
 from utils.diffusion.samplers import changed_scheduler, parameters_of
-from utils.training.ema import EmaOptions, MovingAverage
-from utils.training.optimizers import (
-    NamedParameter,
-    OptimizerOptions,
-    ScheduleOptions,
-    build_optimizer,
-    parameter_groups,
-    rate_factor,
-)
+from utils.training.ema import MovingAverage
+from utils.training.optimizer_options import OptimizerOptions, ScheduleOptions
+from utils.training.optimizers import NamedParameter, build_optimizer, parameter_groups, rate_factor
+from utils.training.options import EmaOptions
 
 BETA_SCHEDULERS = (
     *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "UniPCMultistepScheduler"),
@@ -381,7 +377,8 @@ def test_a_process_that_trains_apart_is_refused(monkeypatch, tmp_path):
     from accelerate import Accelerator
 
     from tests.conftest import reset_accelerate
-    from utils.runtime.processes import RuntimeOptions, start_processes
+    from utils.runtime.options import RuntimeOptions
+    from utils.runtime.processes import start_processes
 
     reset_accelerate()
     Accelerator(cpu=True)

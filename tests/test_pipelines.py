@@ -10,9 +10,10 @@ from tests.test_generation import CPU, images_in
 from tests.tiny import unconditional
 from utils.config.options import UserError
 from utils.sampling.controls import SamplingControls
-from utils.sampling.drawer import Drawer, GenerationOptions, complete_prompts
+from utils.sampling.drawer import Drawer, complete_prompts
+from utils.sampling.options import GenerationOptions, PromptOptions
 from utils.sampling.pipelines import PipelineSpec, indexed_names, load_pipeline, pipeline_class
-from utils.sampling.prompts import Prompt, PromptOptions, plan_tasks
+from utils.sampling.prompts import Prompt, plan_tasks
 
 
 def test_a_lora_on_top_changes_the_images(more_pipelines, train, tmp_path):

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from utils.config.options import UserError
-from utils.sampling.drawer import GenerationOptions
-from utils.sampling.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
+from utils.sampling.options import GenerationOptions, PromptOptions
+from utils.sampling.prompts import Prompt, plan_tasks, read_prompts
 
 
 def test_prompts_are_read_from_files_datasets_and_folders(images, tmp_path):

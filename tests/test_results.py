@@ -126,9 +126,11 @@ def test_fused_is_base_plus_scaled_product(train, pipelines):
 
 
 def test_lora_at_step_0_changes_no_pixel(pipelines):
-    from utils.models.pipeline_source import ModelOptions, PipelineSource
+    from utils.models.options import ModelOptions
+    from utils.models.pipeline_source import PipelineSource
     from utils.models.registry import pick_family
-    from utils.training.adaptation import AdaptationOptions, LowRankAdaptation
+    from utils.training.adaptation import LowRankAdaptation
+    from utils.training.options import AdaptationOptions
 
     options = AdaptationOptions(adaptation="lora", train_text_encoder=True)
     source = PipelineSource(ModelOptions(pretrained_model_name_or_path=str(pipelines["sd"])))
@@ -341,7 +343,8 @@ def test_a_single_file_trains_as_its_folder_does(train, pipelines, tmp_path, ada
 
 
 def test_dropped_captions_are_what_inference_has_without_a_prompt(pipelines):
-    from utils.models.pipeline_source import ComponentDtypes, ModelOptions, PipelineSource
+    from utils.models.options import ModelOptions
+    from utils.models.pipeline_source import ComponentDtypes, PipelineSource
     from utils.models.registry import pick_family
 
     for name in ("sd", "sdxl"):
@@ -419,7 +422,8 @@ def test_clip_skip_samples_as_the_pipeline_does(train):
 
 @pytest.mark.parametrize("options", [{}, {"offload_ema": True}, {"ema_every": 3}])
 def test_an_overflowed_fp16_step_leaves_the_average(monkeypatch, options):
-    from utils.training.ema import EmaOptions, MovingAverage
+    from utils.training.ema import MovingAverage
+    from utils.training.options import EmaOptions
     from utils.training.state import TrainingState
 
     parameter = torch.nn.Parameter(torch.ones(4))

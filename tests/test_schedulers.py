@@ -14,7 +14,8 @@ from tests import tiny
 from tests.conftest import message
 from utils.config.options import UserError
 from utils.diffusion.samplers import converted
-from utils.sampling.drawer import SCHEDULERS, set_scheduler
+from utils.sampling.drawer import set_scheduler
+from utils.sampling.options import SCHEDULERS
 from utils.sampling.scheduler_trials import check_trial, check_trial_of, kind_of, level_of, misfit, unfit
 
 SHORT = ("--max_train_steps", 1, "--train_batch_size", 1, "--no_final_checkpoint")

@@ -16,13 +16,14 @@ from PIL import Image
 
 from tests import tiny
 from utils.config.options import UserError, option, parse, with_values
-from utils.data.buckets import BucketOptions
 from utils.data.captions import CaptionOptions
 from utils.data.file_ledger import Ledger
 from utils.data.file_listing import Fate, list_folder
 from utils.data.folders import list_files
-from utils.data.plan import SelectionOptions, plan_images
-from utils.data.sources import DataOptions, Records, SourceOptions, read_records
+from utils.data.options import BucketOptions, SelectionOptions
+from utils.data.plan import plan_images
+from utils.data.source_options import DataOptions, SourceOptions
+from utils.data.sources import Records, read_records
 from utils.data.stream import open_stream
 from utils.data.survey import survey
 from utils.runtime.atomic_files import MARKER, mark_as_own

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
@@ -12,6 +13,17 @@ from pathlib import Path
 import pytest
 
 import utils
+from utils.diffusion.losses import LOSSES, WEIGHTINGS
+from utils.diffusion.options import LOSS_NAMES, WEIGHTING_NAMES
+from utils.evaluation.metrics.lpips import TRUNKS
+from utils.evaluation.metrics.table import METRICS
+from utils.evaluation.options import LPIPS_NETWORKS
+from utils.models.from_scratch import TRANSFORMER_SIZES, UNET_SIZES
+from utils.models.options import MODEL_SIZES
+from utils.training.adaptation import ADAPTATIONS
+from utils.training.optimizer_options import OPTIMIZER_NAMES
+from utils.training.optimizers import OPTIMIZERS
+from utils.training.options import ADAPTATION_NAMES
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_text_to_image", "train_unconditional", "evaluate_pipeline")
@@ -39,7 +51,7 @@ def test_every_init_is_empty():
 
 def test_families_stay_in_their_place():
     words = ("time_ids", "text_encoder_2", "pooled", "0.18215", "0.13025", "is_sdxl")
-    allowed = {"options.py", "optimizers.py", "foreign_flags.py"}  # they have the flag --text_encoder_2_lr
+    allowed = {"optimizer_options.py", "foreign_flags.py"}  # they have the flag --text_encoder_2_lr
     offences = [
         (path.name, word)
         for path in [*(ROOT / "utils").rglob("*.py"), *ROOT.glob("*.py")]
@@ -146,29 +158,74 @@ def _read_by(call: ast.Call, imported: set[str]) -> str:
     return function.attr if function.attr in ("read_text", "read_bytes") and of != "user_files" else ""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_options_are_read_before_any_heavy_import(script):
-    heavy = "diffusers transformers datasets peft accelerate scipy matplotlib jinja2 pandas bitsandbytes torchmetrics"
-    code = f"import sys, {script}; print(*sorted({set(heavy.split())} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not found.stdout.split()
+HEAVY = {"torch", "transformers", "diffusers", "numpy", "PIL", "accelerate", "datasets", "peft", "pyarrow"}
+LOADED = """
+import atexit, runpy, sys
+atexit.register(lambda: print("loaded", *sorted({heavy} & set(sys.modules)), file=sys.stderr))
+sys.argv = {argv}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "status", "said"),
+    [
+        *((script, ["--help"], 0, "") for script in SCRIPTS),
+        *((script, ["--no_such_flag"], 2, "unknown argument --no_such_flag") for script in SCRIPTS),
+        *((script, ["--seed", "many"], 2, "--seed") for script in SCRIPTS),
+        ("train_text_to_image", [], 2, "--pretrained_model is missing"),
+        ("train_text_to_image", ["--pretrained_model", "a/b"], 2, "no data to train on"),
+        ("train_text_to_image", ["--pretrained_model", "a/b", "--train_data_dir", "no/folder"], 2, "--train_data_dir"),
+        ("train_text_to_image", ["--pretrained_model=a/b", "--dataset_name=c/d", "--unmasked_weight=1"], 2, "masks"),
+        ("train_text_to_image", ["--pretrained_model=a/b", "--dataset_name=c/d", "--output_dir=."], 2, "another run"),
+        ("train_unconditional", [], 2, "no data to train on"),
+        ("train_unconditional", ["--dataset_name", "a/b", "--guidance_scale", "2"], 2, "--class_conditional"),
+        ("train_unconditional", ["--dataset_name", "a/b", "--hub_model_id", "c"], 2, "--push_to_hub"),
+        ("evaluate_pipeline", [], 2, "give one of them"),
+        ("evaluate_pipeline", ["--pipeline", "a/b", "--best_by", "fid"], 2, "--checkpoints"),
+    ],
+)
+def test_help_and_errors_of_flags_come_before_anything_heavy_is_loaded(script, words, status, said, tmp_path):
+    (tmp_path / "run.json").touch()
+    code = LOADED.format(heavy=HEAVY, argv=[str(ROOT / f"{script}.py"), *words])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    *lines, loaded = found.stderr.splitlines()
+    assert found.returncode == status
+    assert loaded == "loaded"
+    assert said in "".join(lines)
+    assert len(lines) == (status == 2)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_the_same_without_torch(script, monkeypatch, capsys):
-    """A process's own help, shown with placeholders for torch, is what the parser says where torch is loaded."""
-    monkeypatch.setenv("COLUMNS", "100")
-    words = [sys.executable, "-X", "importtime", f"{script}.py", "--help"]
-    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 0
-    assert "torch._C" not in found.stderr
-    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+def test_help_says_types_and_defaults(script, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(script).main(["--help"])
-    assert found.stdout == capsys.readouterr().out
-    assert "--seed INT" in found.stdout
-    assert "(default: 0)" in found.stdout
-    assert "default: None" not in found.stdout
+    said = capsys.readouterr().out
+    assert "--seed INT" in said
+    assert "(default: 0)" in said
+    assert "default: None" not in said
+
+
+def test_modules_of_options_load_nothing_heavy():
+    modules = [path for path in sorted((ROOT / "utils").rglob("*options.py")) if "option(" in path.read_text()]
+    assert len(modules) > 8
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]
+    code = f"import sys, {', '.join(names)}; print({HEAVY} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"
+
+
+def test_names_that_flags_offer_have_something_behind_them():
+    """The choices stand in modules without torch, the tables that use them beside their functions."""
+    assert tuple(LOSSES) == LOSS_NAMES
+    assert tuple(WEIGHTINGS) == WEIGHTING_NAMES
+    assert tuple(OPTIMIZERS) == OPTIMIZER_NAMES
+    assert tuple(ADAPTATIONS) == ADAPTATION_NAMES
+    assert tuple(TRUNKS) == LPIPS_NETWORKS
+    assert tuple(UNET_SIZES) == tuple(TRANSFORMER_SIZES) == MODEL_SIZES
+    for metric in METRICS.values():
+        assert callable(metric.compute.function)
 
 
 def product_calls() -> list[tuple[str, str]]:

@@ -269,7 +269,7 @@ def run_script(script: str, *flags: object) -> tuple[subprocess.Popen, str, floa
 
 def test_a_used_folder_is_refused_before_torch_is_imported(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
-    words = [sys.executable, "-X", "importtime", "train_unconditional.py", "--train_data_dir", "x"]
+    words = [sys.executable, "-X", "importtime", "train_unconditional.py", "--train_data_dir", str(tmp_path)]
     found = subprocess.run([*words, f"--output-dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 2
     assert "torch" not in {line.rpartition("|")[2].strip() for line in found.stderr.splitlines()}

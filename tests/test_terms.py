@@ -14,8 +14,9 @@ from tests.test_parts import SD_SCHEDULE
 from utils.config.batch import Noised, Predicted
 from utils.config.options import UserError
 from utils.diffusion.noise import ForwardProcess
-from utils.models.loss_terms import LossTerm, TermFacts, TermOptions, added_losses, load_term
-from utils.models.perceptual_loss import Features, PerceptualLoss, PerceptualOptions
+from utils.models.loss_terms import LossTerm, TermFacts, added_losses, load_term
+from utils.models.options import PerceptualOptions, TermOptions
+from utils.models.perceptual_loss import Features, PerceptualLoss
 
 ROOT = Path(__file__).parent.parent
 BACKWARDS = ("--perceptual_min_timestep", 5, "--perceptual_max_timestep", 5)

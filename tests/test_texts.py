@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 from utils.config.options import UserError
-from utils.data.buckets import BucketOptions
 from utils.data.captions import MAX_CAPTION, CaptionOptions, is_written_list
-from utils.data.plan import PlannedImages, SelectionOptions, plan_images
-from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
+from utils.data.options import BucketOptions, SelectionOptions
+from utils.data.plan import PlannedImages, plan_images
+from utils.data.source_options import DataOptions, SourceOptions, source_entries
+from utils.data.sources import Records, read_records
 from utils.data.survey import survey
 from utils.training.preparation import say_what_was_left_out
 

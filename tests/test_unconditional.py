@@ -21,13 +21,16 @@ from tests.conftest import message
 from tests.test_equivalences import assert_same_bits, losses, weights
 from utils.config.options import UserError
 from utils.data.class_folders import describe_counts, warn_of_twins
-from utils.data.class_labels import LabelledSource, LabelOptions, class_numbers, count_classes, listed_numbers
-from utils.data.sources import DataOptions, read_records
-from utils.diffusion.losses import LossOptions, loss_weights, weighted_loss
+from utils.data.class_labels import class_numbers, count_classes, listed_numbers
+from utils.data.source_options import DataOptions, LabelledSource, LabelOptions
+from utils.data.sources import read_records
+from utils.diffusion.losses import loss_weights, weighted_loss
 from utils.diffusion.noise import NoiseDraws, timestep_weights
-from utils.diffusion.process import ProcessOptions, ScoreProcess, process_of
-from utils.diffusion.samplers import SAMPLERS, sampler_of
-from utils.models.from_scratch import ShapeOptions, unet_config
+from utils.diffusion.options import SAMPLERS, LossOptions, ProcessOptions
+from utils.diffusion.process import ScoreProcess, process_of
+from utils.diffusion.samplers import sampler_of
+from utils.models.from_scratch import unet_config
+from utils.models.options import ShapeOptions
 from utils.models.unconditional import fresh_scheduler
 from utils.sampling.grid_samples import film
 
@@ -454,7 +457,7 @@ def test_a_flow_is_refused_where_the_pipeline_has_its_own_noise(name, images, tm
 
 
 def test_samples_take_no_more_steps_than_a_short_schedule_has(train, capsys, caplog):
-    from utils.sampling.grid_samples import SamplingOptions
+    from utils.sampling.options import SamplingOptions
 
     options = ProcessOptions(ddpm_num_steps=12)
     assert SamplingOptions().steps_of(fresh_scheduler(options, clips=True)) == 12
@@ -523,7 +526,7 @@ def test_a_vae_without_a_scaling_has_one_measured(train, pipelines, said, tmp_pa
 def _centre(path: Path) -> Image.Image:
     from utils.config.batch import RecordPass
     from utils.data.crop_plan import make_cut, plan_cut
-    from utils.data.images import ImageOptions
+    from utils.data.options import ImageOptions
 
     image, options = Image.open(path).convert("RGB"), ImageOptions(center_crop=True)
     cut = plan_cut(image.size, (32, 32), options, 0, RecordPass(0, 0))
@@ -810,7 +813,7 @@ def test_an_error_of_one_process_keeps_its_kind_under_this_scripts_names(capsys,
 def test_sixteen_bits_reach_the_model(tmp_path):
     from utils.config.batch import RecordPass
     from utils.data.crop_pixels import cut_out
-    from utils.data.pixels import PixelOptions
+    from utils.data.options import PixelOptions
 
     ramp = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
@@ -898,7 +901,7 @@ def test_integers_beyond_sixteen_bits_are_not_all_white(tmp_path):
 def test_channels_of_an_image(tmp_path, channels, deep):
     from utils.config.batch import RecordPass
     from utils.data.crop_pixels import cut_out
-    from utils.data.pixels import PixelOptions
+    from utils.data.options import PixelOptions
 
     pixels = np.zeros((8, 8, 4), np.uint8)
     pixels[..., 0], pixels[:, :4, 3] = 200, 255
@@ -919,7 +922,8 @@ SIZES = {8: 2, 16: 3, 32: 4, 64: 5, 128: 6, 256: 6}
 
 @pytest.mark.parametrize("edge", SIZES)
 def test_a_built_in_size_has_no_level_under_4(edge):
-    from utils.models.from_scratch import ShapeOptions, unet_config
+    from utils.models.from_scratch import unet_config
+    from utils.models.options import ShapeOptions
 
     config = unet_config(ShapeOptions(), edge, 3, None)
     assert len(config["block_out_channels"]) == SIZES[edge]
@@ -929,7 +933,8 @@ def test_a_built_in_size_has_no_level_under_4(edge):
 @pytest.mark.parametrize("init", ["default", "xavier_kaiming"])
 @pytest.mark.parametrize("name", ["UNet2DModel", "DiTTransformer2DModel"])
 def test_first_weights(name, init):
-    from utils.models.from_scratch import ShapeOptions, make_denoiser, transformer_config, unet_config
+    from utils.models.from_scratch import make_denoiser, transformer_config, unet_config
+    from utils.models.options import ShapeOptions
 
     torch.manual_seed(0)
     options = ShapeOptions(model_size="tiny", weight_init=init)
@@ -1192,8 +1197,7 @@ def test_a_model_whose_classes_had_another_spelling_goes_on(train, tmp_path, mon
         (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
         flags += ["--label_column", "kind"]
     with monkeypatch.context() as earlier:
-        for module in ("train_unconditional", "utils.data.class_labels", "utils.data.class_folders"):
-            earlier.setattr(f"{module}.same_text", lambda name: name)
+        earlier.setattr("utils.data.class_folders.same_text", lambda name: name)
         train("labels", *flags, data=data)
     out = train("labels", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", data=data)
     assert load(out).labels == {"caf\u00e9": 0, "caff": 1, "cat": 2}

@@ -24,7 +24,7 @@ from utils.config.user_files import (
     short,
     what_is_at,
 )
-from utils.data.sources import SourceOptions
+from utils.data.source_options import SourceOptions
 from utils.runtime.hub_files import read_config
 
 TEXTS = {

@@ -13,7 +13,8 @@ from tests import tiny
 from tests.conftest import message
 from tests.test_loading import FILES, SHORT, changed, kohya_names, loaded, write_lora
 from utils.config.options import UserError
-from utils.models.loading import LoadingOptions, allowing_missing, load_module
+from utils.models.loading import allowing_missing, load_module
+from utils.models.options import LoadingOptions
 from utils.models.weight_files import Stored, check_finite, check_stored, stored_in, weight_files
 
 Tensors = dict[str, torch.Tensor]

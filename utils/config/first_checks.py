@@ -1,69 +1,65 @@
-"""The first second of a script: what it says and refuses before it imports torch, which takes several."""
+"""The first second of a script: what it reads, refuses and says before it loads torch, which takes several."""
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import TypeVar
 
-from utils.config.help import without_torch
-from utils.config.options import UserError, parse_truth, refuse_missing_docstrings
+from utils.config.options import leave, run_script
 from utils.config.output_folder import refuse_used
 from utils.config.terminal import one_line, print_line
 
-SOURCES = {  # what a run reads, and the flags that say so
-    "model": ("pretrained_model_name_or_path", "pretrained_model", "pipeline"),
-    "data": ("train_data_dir", "dataset_name", "dataset_file"),
-    "reference": ("reference",),
-}
+Read = TypeVar("Read")
+_read: dict[tuple[str, ...], object] = {}
 
 
-def start(words: Sequence[str], adds_to_output: bool = False) -> None:
-    """Refuses a used output folder and says what is being loaded; --help then does without torch.
-
-    The process exits with 2 if the folder is refused. Everything else about the options is judged once they are parsed.
+def read_first(read: Callable[[Sequence[str] | None], object], names: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Reads the options of the command line; ends the process for `--help` and for errors of flags.
 
     Args:
-        adds_to_output: whether a used folder is taken as it is.
+        read: reads options.
+        names: as of `run_script`.
     """
-    without_torch(words)
-    if {"-h", "--help"} & set(words) or os.environ.get("RANK", "0") != "0":
+
+    def keep(argv: Sequence[str] | None) -> None:
+        _read[tuple(sys.argv[1:])] = read(argv)
+
+    status = run_script(keep, None, names)
+    if status:
+        leave(status)
+
+
+def options_of(read: Callable[[Sequence[str] | None], Read], argv: Sequence[str] | None) -> Read:
+    """The options in `argv`, or in the command line if None, which are not read again if they were read first."""
+    words = tuple(sys.argv[1:] if argv is None else argv)
+    return _read.pop(words, None) or read(argv)
+
+
+def announce(sources: Mapping[str, str | None], output_dir: str | None, takes_used_folder: bool) -> None:
+    """Refuses a used output folder, and says what is loaded and read; on the main process alone.
+
+    Args:
+        sources: what is read, such as the model and the data: a path or a name on the Hub, None for what is not given.
+        output_dir: where the result goes; None where the model decides.
+        takes_used_folder: whether the folder may hold an earlier run.
+
+    Raises:
+        UserError: if the folder holds one and may not.
+    """
+    if os.environ.get("RANK", "0") != "0":
         return
-    given = _look_ahead(words)
-    try:
-        refuse_missing_docstrings()
-        is_new = not (adds_to_output or given.resume_from_checkpoint or given.overwrite_output_dir or given.dry_run)
-        if given.output_dir and is_new:
-            refuse_used(Path(os.path.expanduser(given.output_dir)))
-    except UserError as error:
-        print_line(f"error: {error}", sys.stderr)
-        sys.exit(2)
-    print_line(f"loading torch and diffusers, which takes some seconds; {_read(given)}", sys.stderr)
+    if output_dir is not None and not takes_used_folder:
+        refuse_used(Path(output_dir))
+    if "torch" in sys.modules:
+        return
+    parts = [f"{what} {_shown(value)}" for what, value in sources.items() if value is not None]
+    if output_dir is not None:
+        parts.append(f"output {one_line(output_dir, 200)}")
+    said = "; " + ", ".join(parts) if parts else ""
+    print_line(f"loading torch and diffusers, which takes some seconds{said}", sys.stderr)
 
 
-def _look_ahead(words: Sequence[str]) -> argparse.Namespace:
-    """The few flags that matter here, as far as they can be read; all None where a value is missing."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("output_dir", "resume_from_checkpoint", *sum(SOURCES.values(), ())):
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
-    for name in ("overwrite_output_dir", "dry_run"):
-        parser.add_argument(
-            f"--{name}", f"--{name.replace('_', '-')}", dest=name, nargs="?", const=True, type=parse_truth
-        )
-    try:
-        return parser.parse_known_args(list(words))[0]
-    except argparse.ArgumentError:
-        return parser.parse_known_args([])[0]
-
-
-def _read(given: argparse.Namespace) -> str:
-    """What will be read and from where, and where the result goes."""
-    parts = []
-    for what, flags in SOURCES.items():
-        value = next((getattr(given, flag) for flag in flags if getattr(given, flag)), None)
-        if value is not None:
-            where = "" if os.path.exists(os.path.expanduser(value)) else " (from the Hub, or its cache)"
-            parts.append(f"{what} {one_line(value, 200)}{where}")
-    if given.output_dir:
-        parts.append(f"output {one_line(given.output_dir, 200)}")
-    return ", ".join(parts) or "then the options are read"
+def _shown(source: str) -> str:
+    return one_line(source, 200) + ("" if os.path.exists(source) else " (from the Hub, or its cache)")

@@ -1,8 +1,9 @@
 """How a script's options are declared, parsed and refused.
 
-An option group is a frozen dataclass beside the code that reads it; a script's options are one frozen dataclass whose
-fields are groups. Flags are flat: `ImageOptions.resolution` is `--resolution`. A group's section of `--help` is called
-by its field, or by the group's `help_title` if it has one.
+An option group is a frozen dataclass; a script's options are one frozen dataclass whose fields are groups. Modules of
+option groups import nothing heavy, so that a script parses its arguments before it loads torch. Flags are flat:
+`ImageOptions.resolution` is `--resolution`. A group's section of `--help` is called by its field, or by the group's
+`help_title` if it has one.
 """
 
 import argparse
@@ -188,25 +189,14 @@ class _Parser(argparse.ArgumentParser):
     `--flag false`, `--no_flag`), whose import takes half as long as torch's.
     """
 
-    def __init__(self, groups: Mapping[str, type], description: str, is_process: bool):
-        """Args:
-        is_process: whether the arguments are the process's own, which then ends with --help.
-        """
+    def __init__(self, groups: Mapping[str, type], description: str):
         super().__init__(usage="%(prog)s --flag value ...", description=description, allow_abbrev=False)
-        self._is_process = is_process
         self._negative_number_matcher = NEGATIVE_NUMBER
         for name, group in groups.items():
             title = getattr(group, "help_title", name.replace("_", " "))
             section, hints = self.add_argument_group(title), typing.get_type_hints(group)
             for field in dataclasses.fields(group):
                 _add_flag(section, field, hints[field.name])
-
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """After --help: a process at once, for what was read without torch is good for nothing else."""
-        sys.stdout.flush()
-        if self._is_process:
-            os._exit(status)
-        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         flag, separator, reason = message.removeprefix("argument ").partition(": ")
@@ -289,7 +279,7 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
         UserError: for a flag that is unknown or abbreviated, or a value that its group refuses.
     """
     groups = typing.get_type_hints(options)
-    parser = _Parser(groups, description, is_process=argv is None)
+    parser = _Parser(groups, description)
     known_flags = [flag for action in parser._actions for flag in action.option_strings]
     words = [_underscored(word, known_flags) for word in (sys.argv[1:] if argv is None else argv)]
     _refuse_unknown([flag for flag in map(_flag_of, words) if flag and flag not in known_flags], known_flags)

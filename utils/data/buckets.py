@@ -6,78 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from utils.config.options import UserError, option, require, require_positive
-
-
-@dataclass(frozen=True)
-class BucketOptions:
-    use_aspect_ratio_buckets: bool = option(
-        False, "train each image near its own aspect ratio, at the area of --resolution, instead of on square crops"
-    )
-    bucket_step: int | None = option(None, "edges of the buckets are multiples of this; by default 64")
-    min_bucket_size: int | None = option(None, "shortest edge of a bucket; by default half of --resolution")
-    max_bucket_size: int | None = option(None, "longest edge of a bucket; by default twice --resolution")
-    buckets: list[str] | None = option(None, "the buckets themselves, as WIDTHxHEIGHT, instead of all of that area")
-    no_upscale: bool = option(False, "enlarge no image: small ones get buckets of their own size, down to the minimum")
-    bucket_group_size: int | None = option(
-        None, "samples of one bucket that stand together; by default --train_batch_size"
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "bucket_step", "min_bucket_size", "max_bucket_size", "bucket_group_size")
-        if self.bucket_step is not None:
-            require(self.bucket_step % 8 == 0, "bucket_step", self.bucket_step, "be divisible by 8", "try 64")
-        if not self.use_aspect_ratio_buckets:
-            names = ("bucket_step", "min_bucket_size", "max_bucket_size", "buckets", "bucket_group_size")
-            given = [name for name in names if getattr(self, name) is not None] + ["no_upscale"] * self.no_upscale
-            if given:
-                raise UserError(f"--{given[0]} goes with --use_aspect_ratio_buckets; give both or neither")
-        for text in self.buckets or ():
-            _parse(text)
-
-    def sizes(self, resolution: int) -> list[tuple[int, int]]:
-        """Width and height of each bucket: of the square alone, of a given list, or all of the resolution's area."""
-        if not self.use_aspect_ratio_buckets:
-            return [(resolution, resolution)]
-        if self.buckets is not None:
-            return sorted({_parse(text) for text in self.buckets})
-        step, least, most = self.step, self.least(resolution), self.most(resolution)
-        cure = "set --bucket_step, --min_bucket_size and --max_bucket_size to multiples that --resolution lies between"
-        if not (least <= resolution <= most):
-            raise UserError(f"no bucket fits: edges from {least} to {most}, resolution {resolution}; {cure}")
-        return area_buckets(resolution * resolution, step, least, most)
-
-    @property
-    def step(self) -> int:
-        """What the buckets' edges are multiples of."""
-        return self.bucket_step or 64
-
-    def least(self, resolution: int) -> int:
-        """The shortest edge, a multiple of the step."""
-        least = self.min_bucket_size or resolution // 2
-        return max(self.step, -(-least // self.step) * self.step)
-
-    def most(self, resolution: int) -> int:
-        """The longest edge, a multiple of the step."""
-        return (self.max_bucket_size or 2 * resolution) // self.step * self.step
-
-
-def _parse(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    is_size = width.isdigit() and height.isdigit() and int(width) > 0 and int(height) > 0
-    require(is_size, "buckets", text, "be sizes such as 512x768")
-    require(int(width) % 8 == 0 and int(height) % 8 == 0, "buckets", text, "have edges divisible by 8")
-    return int(width), int(height)
-
-
-def area_buckets(area: int, step: int, least: int, most: int) -> list[tuple[int, int]]:
-    """For each edge, a multiple of the step, the longest other edge within the area; both ways round."""
-    found = set()
-    for edge in range(least, most + 1, step):
-        other = min(most, area // edge // step * step)
-        if other >= least:
-            found |= {(edge, other), (other, edge)}
-    return sorted(found)
+from utils.data.options import BucketOptions
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from utils.config.options import ProcessError, UserError, option, require_positive
+from utils.config.options import ProcessError, UserError
 from utils.config.user_files import open_regular, parse_json
 from utils.runtime.atomic_files import sync_file, sync_folder, write_tensors
 
@@ -52,61 +52,6 @@ DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
 }
-CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    cache_latents: bool = option(False, "encode each image once, and train on what the VAE made of it")
-    cache_text_embeddings: bool = option(False, "encode each distinct caption once, and train on that")
-    encoding_cache_dir: str | None = option(
-        None,
-        "where encodings are kept, for this and later runs; by default diffusion_fine_tuning in HF_HOME",
-    )
-    cache_variants: int | None = option(
-        None,
-        "crops, flips and tag orders that an image has: epoch e trains on number e modulo this; by default 1 of what "
-        "is cached, and new ones each epoch of what is not",
-    )
-    cache_dtype: str | None = option(
-        None, "how encodings are stored; by default as they are computed", choices=list(CACHE_DTYPES)
-    )
-    cache_batch_size: int = option(8, "images or captions encoded at once when the cache is filled")
-    cache_only: bool = option(False, "fill the cache and stop")
-    verify_cache: bool = option(False, "fill the cache, encode everything again, compare, and stop")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "cache_variants", "cache_batch_size")
-        is_used = self.cache_latents or self.cache_text_embeddings
-        for name in ("cache_only", "verify_cache"):
-            if getattr(self, name) and not is_used:
-                raise UserError(f"--{name} goes with --cache_latents or --cache_text_embeddings; give one of them")
-        if self.cache_dtype is not None and not is_used:
-            raise UserError("--cache_dtype goes with --cache_latents or --cache_text_embeddings; give one of them")
-
-    @property
-    def ends_when_filled(self) -> bool:
-        """Whether the run ends once the cache is filled."""
-        return self.cache_only or self.verify_cache
-
-    @property
-    def folder(self) -> Path:
-        """Where encodings and what is known of image files are kept."""
-        if self.encoding_cache_dir is not None:
-            return Path(self.encoding_cache_dir)
-        from huggingface_hub.constants import HF_HOME
-
-        return Path(HF_HOME) / "diffusion_fine_tuning"
-
-    @property
-    def cut_variants(self) -> int | None:
-        """Crops and flips of an image, or None where each pass has its own."""
-        return self.cache_variants or (1 if self.cache_latents else None)
-
-    @property
-    def text_variants(self) -> int | None:
-        """Orders of a caption's tags, or None where each pass has its own."""
-        return self.cache_variants or (1 if self.cache_text_embeddings else None)
 
 
 def make_key(*facts: object) -> bytes:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, ClassVar
 
-from utils.config.batch import RecordPass
 from utils.config.options import option, require, require_fraction, require_not_negative
-from utils.config.seeding import Stream, generator
 
 if TYPE_CHECKING:
-    from utils.data.sources import SourceOptions
+    from utils.config.batch import RecordPass
+    from utils.data.source_options import SourceOptions
 
 FOLDER_REPEATS = re.compile(r"^(\d+)_")
 MAX_CAPTION = 1 << 16  # characters of a caption, and bytes of a text file of them
@@ -131,7 +130,7 @@ def folder_caption(key: str, source: str) -> str:
     return FOLDER_REPEATS.sub("", name).strip() or name
 
 
-def compose(caption: str, options: CaptionOptions, seed: int, passing: RecordPass) -> str:
+def compose(caption: str, options: CaptionOptions, seed: int, passing: "RecordPass") -> str:
     """The text that trains: tags shuffled and dropped, the trigger word in front, between prefix and suffix.
 
     Args:
@@ -145,7 +144,9 @@ def compose(caption: str, options: CaptionOptions, seed: int, passing: RecordPas
     return " ".join(filter(None, [options.caption_prefix, caption, options.caption_suffix]))
 
 
-def _vary(caption: str, options: CaptionOptions, seed: int, passing: RecordPass) -> str:
+def _vary(caption: str, options: CaptionOptions, seed: int, passing: "RecordPass") -> str:
+    from utils.config.seeding import Stream, generator
+
     tags = [tag.strip() for tag in caption.split(options.tag_separator)]
     tags = [tag for tag in tags if tag]
     kept, free = tags[: options.keep_tokens], tags[options.keep_tokens :]

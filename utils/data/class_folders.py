@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from utils.config.options import UserError
 from utils.config.user_files import plain_spelling
 from utils.data.folders import ALL_SPLIT_WORDS, class_folders_among
+from utils.data.source_options import INNER, OUTER
 
 logger = logging.getLogger(__name__)
-INNER, OUTER = "inner", "outer"
-RULES = (INNER, OUTER)
 NUM_SHOWN = 5
 
 

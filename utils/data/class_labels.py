@@ -3,140 +3,18 @@
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.config.options import UserError, option, require_fraction
-from utils.data.captions import CaptionOptions
-from utils.data.class_folders import RULES, count_folders, names_of_folders, same_text
-from utils.data.sources import Records, SourceOptions
+from utils.config.options import UserError
+from utils.data.sources import Records
 from utils.data.tables import captions_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LabelOptions:
-    help_title: ClassVar[str] = "labels"
-
-    class_conditional: bool = option(
-        False, "train a model of classes: those of --label_column, or else the names of the images' folders"
-    )
-    class_folders: str | None = option(
-        None,
-        "which of nested folders names the class: the inner one, which holds the images, or the outer one, the first "
-        "in which their paths differ; by default the inner one, unless folders of one name lie in several places",
-        choices=RULES,
-    )
-    label_dropout: float = option(
-        0.1, "portion of the samples that train without their class, for classifier-free guidance"
-    )
-
-    def __post_init__(self) -> None:
-        require_fraction(self, "label_dropout")
-
-    def for_source(self, source: SourceOptions) -> CaptionOptions:
-        """How the labels of the data are used in the place of captions."""
-        by_folder = self.class_conditional and source.caption_column is None
-        if self.class_folders is not None and not by_folder:
-            given = "--label_column names them" if self.class_conditional else "give --class_conditional too"
-            raise UserError(f"--class_folders {self.class_folders} is for classes by folders; {given}, or leave it out")
-        if not self.class_conditional:
-            return NoLabels()
-        if source.dataset_name is not None and source.caption_column is None:
-            raise UserError(
-                "--class_conditional: a dataset has no folders; name the column of its classes: --label_column"
-            )
-        if by_folder:
-            return FolderLabels(
-                caption_dropout=self.label_dropout, on_missing_caption="folder", rule=self.class_folders
-            )
-        return ColumnLabels(caption_dropout=self.label_dropout, on_missing_caption="error")
-
-
-@dataclass(frozen=True)
-class ColumnLabels(CaptionOptions):
-    """Each image has the class that its column says."""
-
-    word: ClassVar[str] = "label"
-    refusal: ClassVar[str] = "--label_column: label them, or take them out of the data"
-    takes_one: ClassVar[bool] = True
-
-    def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        """Each class once, in one Unicode normal form."""
-        return tuple(dict.fromkeys(map(same_text, captions)))
-
-    def recorded(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        """As they stand in the data."""
-        return captions
-
-
-@dataclass(frozen=True)
-class NoLabels(CaptionOptions):
-    """Whatever stands beside the images is left alone."""
-
-    are_expected: ClassVar[bool] = False
-
-    def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-
-@dataclass(frozen=True)
-class FolderLabels(NoLabels):
-    """Each image has the name of its folder for its class.
-
-    Attributes:
-        rule: as of `names_of_folders`.
-        names: the class of each folder, by its path; None before the images are known.
-    """
-
-    folder_is_class: ClassVar[bool] = True
-
-    rule: str | None = field(default=None, repr=False, compare=False)
-    names: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
-
-    def settled(self, keys: Iterable[str], where: str, source: str) -> CaptionOptions:
-        """The same, which knows the class of each folder."""
-        counts = count_folders(keys)
-        return replace(self, names=names_of_folders(counts, self.rule, where, source))
-
-    def of_folder(self, key: str, source: str) -> str:
-        """The whole name: 5_1 and 6_1 are two classes."""
-        return (self.names or {})[key.rpartition("/")[0]]
-
-
-@dataclass(frozen=True)
-class LabelledSource(SourceOptions):
-    """One source of images that may have labels."""
-
-    holds_names: ClassVar[bool] = True
-
-    caption_column: str | None = option(
-        None,
-        "column of the classes, of names or numbers, for --class_conditional; by default the folders' names are",
-        aliases=["--label_column"],
-        is_text=True,
-    )
-
-    def reader(self, feature: Any = None) -> Callable[[object, str], tuple[str, ...]]:
-        """What makes the name of a class of what the column holds: a name, or a number with or without one."""
-        from datasets import ClassLabel, Value
-
-        if isinstance(feature, ClassLabel):
-            return NamedLabels(tuple(feature.names))
-        if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "bool")):
-            return labels_of
-        try:
-            return super().reader(feature) if feature is not None else labels_of
-        except UserError as error:
-            must = "must hold names, whole numbers, booleans or a ClassLabel"
-            raise UserError(f"--label_column {self.caption_column} {must}, got {feature}") from error
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import numpy as np
 
 from utils.config.batch import Crop, MaskFile, RecordPass
 from utils.data.crop_plan import make_cut, plan_cut
-from utils.data.images import ImageOptions, read_mask
+from utils.data.images import read_mask
 from utils.data.masks import cut_mask
+from utils.data.options import ImageOptions
 
 
 class CutOut(NamedTuple):

@@ -8,7 +8,9 @@ from PIL import Image, ImageEnhance
 
 from utils.config.batch import Crop, RecordPass
 from utils.config.seeding import Stream, generator
-from utils.data.images import INTERPOLATIONS, ImageOptions
+from utils.data.options import INTERPOLATIONS, ImageOptions
+
+RESAMPLING = {name: Image.Resampling[name.partition("_")[0].upper()] for name in INTERPOLATIONS}
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def make_cut(image: Image.Image, cut: Cut, options: ImageOptions) -> np.ndarray:
         image = image.rotate(cut.degrees, Image.Resampling.BICUBIC)
     # only the part that is kept is computed: an image of 30,000 x 20 pixels would else be resized to gigabytes
     target = (cut.crop.width, cut.crop.height)
-    taken = image.resize(target, INTERPOLATIONS[options.image_interpolation_mode], box=cut.box)
+    taken = image.resize(target, RESAMPLING[options.image_interpolation_mode], box=cut.box)
     if cut.mirrored:
         taken = taken.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for enhance, factor in (

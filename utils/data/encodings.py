@@ -19,7 +19,7 @@ from utils.data.cache import KEY_SIZE, EntryStore, make_key
 from utils.data.captions import compose
 from utils.data.crop_pixels import cut_out
 from utils.data.crop_plan import plan_cut
-from utils.data.images import ImageOptions
+from utils.data.options import ImageOptions
 from utils.data.plan import PlannedImages
 from utils.data.survey import map_chunks
 

@@ -23,18 +23,11 @@ from utils.data.file_listing import (
     Fates,
     Listing,
 )
-from utils.data.folders import (
-    CAPTION_FILE,
-    PAIR_SUFFIXES,
-    PHOTO_SUFFIXES,
-    FolderContent,
-    is_caption_file,
-    is_image,
-    split_of,
-)
+from utils.data.folders import PAIR_SUFFIXES, PHOTO_SUFFIXES, FolderContent, is_caption_file, is_image, split_of
 from utils.data.images import unread_reason
 from utils.data.metadata import METADATA_NAMES, metadata_files
 from utils.data.parquet_files import Footer, is_binary, parquet_columns
+from utils.data.source_options import CAPTION_FILE
 from utils.data.tables import FileTable
 
 logger = logging.getLogger(__name__)

@@ -22,13 +22,13 @@ from utils.config.user_files import (
 from utils.data.captions import MAX_CAPTION, refusal_of
 from utils.data.file_listing import CAPTION, METADATA, NO_READER, Fate, Fates, list_folder, warn_of_unread
 from utils.data.images import OPTIONAL_FORMATS, UNREAD_SUFFIXES, image_suffixes, unread_reason
+from utils.data.source_options import CAPTION_FILE
 from utils.data.tables import FileTable, ImageTable, captions_of
 
 logger = logging.getLogger(__name__)
 MAX_CAPTION_JSON = 1 << 20  # bytes of a JSON file beside an image, which holds other facts too
 MOST_COMPARED = 100_000  # images whose further caption files are read to compare them
 NUM_TOGETHER = 2000  # of them at a time
-CAPTION_FILE = "captions.json"
 PAIR_SUFFIXES = (".txt", ".caption", ".json")
 SPLIT_WORDS = {
     "train": ("train", "training"),

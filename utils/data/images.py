@@ -9,28 +9,19 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageColor, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
-from utils.config.options import UserError, first_line, option, require, require_fraction, require_positive
+from utils.config.options import first_line
 from utils.config.user_files import FileError, open_regular
 from utils.data.bit_depths import clear_colour, clear_grey, deep_grey, note_samples, take_other_half
 from utils.data.colours import conversion_of, grey_to_srgb, has_unusable_profile, strips, to_srgb
 from utils.data.file_signatures import HEAD_SIZE, is_raw, jxl_size, kind_of, late_png_chunk, profile_in
 
-INTERPOLATIONS = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "nearest": Image.Resampling.NEAREST,
-    "nearest_exact": Image.Resampling.NEAREST,
-}
 BROKEN_FILE_ERRORS = (  # beside OSError and ValueError
     SyntaxError,
     EOFError,
@@ -110,65 +101,6 @@ logger = logging.getLogger(__name__)
 
 class Refused(str):
     """Why an image may not be read, in place of its path."""
-
-
-@dataclass(frozen=True)
-class ImageOptions:
-    resolution: int | None = option(
-        None, "edge of the square crops in pixels, or that of a square of the buckets' area; by default 512, SDXL 1024"
-    )
-    center_crop: bool = option(False, "crop the middle instead of a random part")
-    random_flip: bool = option(False, "mirror half of the images")
-    random_rotation: float = option(0.0, "turn images by up to this many degrees; the corners are cropped away")
-    color_jitter: float = option(
-        0.0, "change brightness, contrast and saturation by a factor of up to 1 - this to 1 + this"
-    )
-    image_interpolation_mode: str = option("lanczos", "how images are resized", choices=INTERPOLATIONS)
-    transparency_color: str = option("white", "what transparent images are laid on: a name, or #rrggbb")
-
-    def __post_init__(self) -> None:
-        require_fraction(self, "color_jitter")
-        require(0 <= self.random_rotation <= 45, "random_rotation", self.random_rotation, "be from 0 to 45 degrees")
-        try:
-            ImageColor.getrgb(self.transparency_color)
-        except ValueError as error:
-            must = "be a colour, such as black or #808080"
-            raise UserError(f"--transparency_color must {must}, got {self.transparency_color}") from error
-        if self.resolution is None:
-            return
-        require_positive(self, "resolution")
-        below = self.resolution - self.resolution % 8
-        cure = f"try {below} or {below + 8}" if below else "try 8"
-        require(self.resolution % 8 == 0, "resolution", self.resolution, "be divisible by 8", cure)
-
-    @property
-    def channels(self) -> int:
-        """Channels of what the model sees."""
-        return 3
-
-    @property
-    def reading(self) -> tuple[object, ...]:
-        """What, beside its bytes and its cut, decides on what is read of an image."""
-        return self.image_interpolation_mode, self.transparency_color
-
-    def layers(self, source: str | bytes) -> tuple["Image.Image", "Image.Image | None"]:
-        """(an image as the model sees its colours, its alpha channel or None)."""
-        return read_layers(source, self.transparency_color)
-
-    @property
-    def pixel_type(self) -> type:
-        """In which numbers pixels come, from 0 to 255."""
-        return np.uint8
-
-    @property
-    def varies(self) -> bool:
-        """Whether the same image is cut another way each time."""
-        return not self.center_crop or self.random_flip or self.random_rotation > 0 or self.color_jitter > 0
-
-    @property
-    def still(self) -> Self:
-        """The same options, but for what varies: each image is cut in its middle."""
-        return replace(self, center_crop=True, random_flip=False, random_rotation=0.0, color_jitter=0.0)
 
 
 @dataclass(frozen=True)

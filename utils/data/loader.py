@@ -1,6 +1,5 @@
 """The loader: from a step's number to its batches, everything random drawn on the way."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -12,12 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.config.batch import Batch, RecordPass
-from utils.config.options import ProcessError, UserError, option, require, require_not_negative, require_positive
+from utils.config.options import ProcessError, UserError
 from utils.config.seeding import Stream, generator
 from utils.data.captions import compose
 from utils.data.crop_pixels import cut_out
 from utils.data.encodings import Encodings
-from utils.data.images import ImageOptions, reason_of
+from utils.data.images import reason_of
+from utils.data.options import ImageOptions
 from utils.data.order import Draw, GlobalBatches, Piece, Pieces
 from utils.data.plan import PlannedImages
 from utils.data.sources import Records
@@ -26,60 +26,6 @@ from utils.data.workers import LoadingError, make_loader
 from utils.diffusion.noise import NoiseDraws, stack_draws
 
 MAX_REPLACEMENTS = 100
-
-
-@dataclass(frozen=True)
-class LoaderOptions:
-    train_batch_size: int = option(16, "samples a process trains on at once")
-    gradient_accumulation_steps: int = option(1, "batches whose gradients are added up to one optimizer step")
-    global_batch_size: int | None = option(
-        None,
-        "samples of an optimizer step over all processes, instead of --gradient_accumulation_steps; each process takes "
-        "an equal part, one more or less",
-    )
-    find_batch_size: bool = option(
-        False, "take all samples of a step at once, or as many as memory allows: half, a quarter, ...; and say how many"
-    )
-    dataloader_num_workers: int | None = option(
-        None, "processes that load and draw; by default up to 8 for each GPU, and 0 without one"
-    )
-    dataloader_timeout: int = option(
-        0, "seconds to wait for a batch of these processes before the run ends, for disks that may hang; 0 waits on"
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "train_batch_size", "gradient_accumulation_steps", "global_batch_size")
-        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
-            raise UserError("--global_batch_size and --gradient_accumulation_steps are two ways to say it; give one")
-        require_not_negative(self, "dataloader_num_workers", "dataloader_timeout")
-
-    def global_batch(self, num_processes: int) -> int:
-        """Samples of an optimizer step, over all processes and accumulated batches."""
-        size = self.global_batch_size
-        if size is None:
-            return self.train_batch_size * self.gradient_accumulation_steps * num_processes
-        require(size >= num_processes, "global_batch_size", size, f"be at least {num_processes}, one for each process")
-        return size
-
-    def samples_at_once(self, has_buckets: bool, group_size: int) -> int:
-        """How many samples a process takes at once, where memory allows it.
-
-        Args:
-            has_buckets: whether they must be of one bucket, of which `group_size` stand together.
-        """
-        if not self.find_batch_size:
-            return self.train_batch_size
-        wanted = self.train_batch_size * self.gradient_accumulation_steps
-        return min(wanted, group_size) if has_buckets else wanted
-
-    def num_workers(self, num_processes: int) -> int:
-        """Loader processes for this process, of `num_processes`, which may be on several machines."""
-        num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-        if self.dataloader_num_workers is not None:
-            return self.dataloader_num_workers
-        if not torch.cuda.is_available():
-            return 0
-        return min(8, max(1, (os.cpu_count() or 1) // num_local_processes - 1))
 
 
 @dataclass(frozen=True)

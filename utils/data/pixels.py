@@ -1,58 +1,14 @@
 """Images as a model in pixels sees them: with 1, 3 or 4 channels, and in more than 8 bits where that is asked for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageColor
 
-from utils.config.options import UserError, option
 from utils.data.bit_depths import clear_grey, deep_grey, has_two_halves, take_other_half
 from utils.data.colours import deep_to_srgb, grey_to_srgb, to_srgb
-from utils.data.images import ImageOptions, decode, eight_bits, is_halved, open_image, read_layers
-
-CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
-"""PIL's modes by the number of channels."""
-
-
-@dataclass(frozen=True)
-class PixelOptions(ImageOptions):
-    resolution: int | None = option(None, "edge of the square crops in pixels; by default 64, or what the model draws")
-    image_channels: int = option(3, "channels of the images: grey, colour, colour with transparency", choices=CHANNELS)
-    preserve_input_precision: bool = option(
-        False,
-        "read 16-bit colour and grey, and 32-bit and floating-point grey, as they are: they would be rounded to 8 bits",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.preserve_input_precision and self.color_jitter:
-            raise UserError("--color_jitter works in 8 bits, which --preserve_input_precision goes beyond; give one")
-
-    @property
-    def channels(self) -> int:
-        """Channels of what the model sees."""
-        return self.image_channels
-
-    @property
-    def reading(self) -> tuple[object, ...]:
-        """As of all images, and whether they are read in more than 8 bits."""
-        return (*super().reading, *(["more than 8 bits, of colours too"] if self.preserve_input_precision else []))
-
-    @property
-    def pixel_type(self) -> type:
-        """Eight bits, or float32."""
-        return np.float32 if self.preserve_input_precision else np.uint8
-
-    def layers(self, source: str | bytes) -> tuple[Image.Image, Image.Image | None]:
-        """(the image with as many channels as asked for, its alpha channel or None)."""
-        if self.preserve_input_precision:
-            return read_deep(source, self.image_channels, self.transparency_color)
-        if self.image_channels == 4:
-            image = eight_bits(decode(source)).convert("RGBA")
-            return image, image.getchannel("A")
-        image, alpha = read_layers(source, self.transparency_color)
-        return image.convert(CHANNELS[self.image_channels]), alpha
+from utils.data.images import decode, is_halved, open_image, read_layers
+from utils.data.options import CHANNELS
 
 
 class DeepImage:

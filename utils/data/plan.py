@@ -9,68 +9,19 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from utils.config.options import UserError, as_number, option, require, require_fraction, require_positive
+from utils.config.options import UserError
 from utils.config.seeding import Stream, generator
-from utils.config.user_files import require_folder, short
-from utils.data.buckets import NONE, BucketOptions, BucketPlan, plan_buckets
+from utils.config.user_files import short
+from utils.data.buckets import NONE, BucketPlan, plan_buckets
 from utils.data.captions import is_written_list, refusal_of
 from utils.data.data_fingerprint import content_table
 from utils.data.file_listing import FILTERED, TRAINED, UNREADABLE, Fate
+from utils.data.options import BucketOptions, SelectionOptions
 from utils.data.order import GlobalBatches, Pieces
 from utils.data.sources import Records
 from utils.data.survey import Survey
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SelectionOptions:
-    on_bad_image: str = option(
-        "skip", "images that can't be read: train without them, or end the run", choices=["skip", "error"]
-    )
-    max_bad_fraction: float = option(0.05, "portion of the images from which on bad ones end the run in any case")
-    min_image_size: int | None = option(None, "leave out images whose shorter edge has fewer pixels")
-    max_image_size: int | None = option(None, "leave out images whose longer edge has more pixels")
-    max_aspect_ratio: float | None = option(None, "leave out images whose longer edge is more times the shorter one")
-    max_upscale: float | None = option(None, "leave out images that would be enlarged by more than this factor")
-
-    def __post_init__(self) -> None:
-        require_fraction(self, "max_bad_fraction")
-        require_positive(self, "min_image_size", "max_image_size", "max_aspect_ratio", "max_upscale")
-        ratio = self.max_aspect_ratio
-        require(ratio is None or ratio >= 1, "max_aspect_ratio", ratio, "be 1 or more: the longer edge by the shorter")
-
-
-@dataclass(frozen=True)
-class HeldOutOptions:
-    validation_split: str | None = option(
-        None, "measure the loss on images that are not trained on: a portion of them, such as 0.05, or a split's name"
-    )
-    validation_data_dir: str | None = option(None, "or on those of another folder")
-    max_validation_samples: int | None = option(None, "at most this many of them, drawn by the seed")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "max_validation_samples")
-        if self.validation_split is not None and self.validation_data_dir is not None:
-            raise UserError("--validation_split and --validation_data_dir are two ways to say the same; give one")
-        fraction = self.fraction
-        if fraction is not None:
-            require(
-                0 < fraction < 1, "validation_split", self.validation_split, "be between 0 and 1, or a split's name"
-            )
-        if self.validation_data_dir is not None:
-            require_folder(self.validation_data_dir, "validation_data_dir", or_file=True)
-
-    @property
-    def fraction(self) -> float | None:
-        """The portion of the images that is held out, if it was given so."""
-        value = as_number(self.validation_split)
-        return value if isinstance(value, float) else None
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether any image is held out."""
-        return self.validation_split is not None or self.validation_data_dir is not None
 
 
 def hold_out(records: Records, fraction: float, seed: int, firsts: np.ndarray | None = None) -> tuple[Records, Records]:

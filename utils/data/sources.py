@@ -7,37 +7,27 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from utils.config.batch import MaskFile
 from utils.config.options import (
     UserError,
-    as_number,
     first_line,
     nearest,
-    option,
     require,
-    require_positive,
-    with_values,
 )
 from utils.config.seeding import Stream, generator
 from utils.config.user_files import (
-    YAML_LIMIT,
-    TextReader,
-    check_encoding,
-    parse_yaml,
-    require_file,
-    require_folder,
     short,
 )
 from utils.data.captions import FOLDER_REPEATS, CaptionOptions
-from utils.data.file_listing import MASK, METADATA, SHARD, Fate, Listing, list_folder, warn_of_unread
+from utils.data.file_listing import METADATA, SHARD, Fate, Listing, list_folder, warn_of_unread
 from utils.data.folder_contents import (
     BESIDE_LIST,
     check_configurations,
@@ -50,7 +40,6 @@ from utils.data.folder_contents import (
     unread_of_dataset,
 )
 from utils.data.folders import (
-    CAPTION_FILE,
     FolderContent,
     is_caption_file,
     is_image,
@@ -59,161 +48,17 @@ from utils.data.folders import (
     read_pairs_folder,
     split_of,
 )
-from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
+from utils.data.masks import Masks
 from utils.data.metadata import ListColumns, metadata_files, read_metadata_folder
 from utils.data.parquet_files import check_shards, read_footers
 from utils.data.shard_series import tell_of_gaps
-from utils.data.tables import FileTable, ImageTable, RowTable, captions_of, data_folders
+from utils.data.source_options import DataOptions, SourceEntry, SourceOptions, source_entries
+from utils.data.tables import FileTable, ImageTable, RowTable, data_folders
 from utils.data.tar_shards import read_tars
 
 logger = logging.getLogger(__name__)
 FOLDER_NUMBER = re.compile(r"(\d+)(?:_|$)")  # kohya's rule: what stands in front of the first underscore
-LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv", CAPTION_FILE)
-MASK_FLAGS = ("alpha_mask", "mask_dir", "mask_column")
 PATTERN_MARKS = ("[", "*", "?", "::")  # of paths, which `datasets` takes for patterns or for chains of URLs
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """One source of images; each can also stand in a `--dataset_file`.
-
-    Attributes:
-        holds_names: whether the caption column holds names, of which one may be NA or None.
-    """
-
-    holds_names: ClassVar[bool] = False
-
-    dataset_name: str | None = option(None, "name of a dataset on the Hub, or a local path that `datasets` can load")
-    dataset_config_name: str | None = option(None, "configuration of the dataset", is_text=True)
-    dataset_split: str = option("train", "split to train on, of a dataset or of a folder that has splits", is_text=True)
-    train_data_dir: str | None = option(
-        None,
-        "folder of images with captions in metadata.jsonl, .csv or .parquet, in captions.json or beside each image, or "
-        "of parquet files or tar shards; with --dataset_name its data_dir",
-    )
-    data_format: str | None = option(
-        None,
-        "what the folder is, where its files don't say it",
-        choices=("imagefolder", "pairs", "captions_json", "parquet", "webdataset"),
-    )
-    image_column: str = option("image", "column of the images", is_text=True)
-    caption_column: str | None = option(
-        "text", "column of the captions: a string, or a list of strings of which one is drawn", is_text=True
-    )
-    width_column: str = option("width", "column of the images' widths, by which a stream fills buckets", is_text=True)
-    height_column: str = option("height", "column of the images' heights", is_text=True)
-    text_encoding: str | None = option(
-        None,
-        "encoding of captions and metadata in text files, such as gb18030, cp932 or cp1252; by default UTF-8, and of "
-        "texts that are not UTF-8 a guess, which is logged",
-        is_text=True,
-    )
-    folder_repeats: bool = option(False, "use the images of a folder 10_name ten times an epoch, as kohya's scripts do")
-    max_train_samples: int | None = option(None, "train on this many images of a source, drawn by the seed")
-    alpha_mask: bool = option(False, "weigh the loss by the images' alpha channel: what is transparent does not count")
-    mask_dir: str | None = option(None, "folder of masks under the images' names: the loss counts where they are white")
-    mask_column: str | None = option(
-        None,
-        "column of the masks: of a dataset images, of metadata file names, of tar shards the members' ending",
-        is_text=True,
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "max_train_samples")
-        if self.text_encoding is not None:
-            check_encoding(self.text_encoding, "text_encoding")
-        given = self._mask_flags
-        if len(given) > 1:
-            raise UserError(f"--{given[0]} and --{given[1]} both say where the loss counts; give one")
-        if self.mask_dir is not None:
-            require_folder(self.mask_dir, "mask_dir")
-        if self.train_data_dir is not None and self.dataset_name is None:
-            require_folder(self.train_data_dir, "train_data_dir", or_file=True)
-        if self.data_format is not None and (self.dataset_name is not None or self.train_data_dir is None):
-            raise UserError(f"--data_format {self.data_format} says what --train_data_dir is; give that alone")
-
-    @property
-    def given_as(self) -> str:
-        """The flag that names the data, and its value."""
-        is_folder = self.dataset_name is None
-        return f"--train_data_dir {self.train_data_dir}" if is_folder else f"--dataset_name {self.dataset_name}"
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether images have masks."""
-        return self.mask_flag is not None
-
-    @property
-    def mask_flag(self) -> str | None:
-        """The flag that says where the loss counts; None without one."""
-        return next(iter(self._mask_flags), None)
-
-    @property
-    def masks_given(self) -> str:
-        """That flag as it was given."""
-        given = "" if self.alpha_mask else f" {self.mask_dir or self.mask_column}"
-        return f"--{self.mask_flag}{given}"
-
-    @property
-    def _mask_flags(self) -> list[str]:
-        return [name for name in MASK_FLAGS if getattr(self, name) not in (None, False)]
-
-    def reader(self, feature: Any = None) -> Callable[[object, str], tuple[str, ...]]:
-        """What makes captions of what the caption column holds.
-
-        Args:
-            feature: what a dataset says of that column, where there is one.
-
-        Raises:
-            UserError: if it says that it holds no captions.
-        """
-        if feature is not None:
-            check_caption_feature(feature, self.caption_column)
-        return captions_of
-
-    def listing(self, left_out: Mapping[Path, Fate]) -> Listing:
-        """The files in the folder of images; masks are none that may be data.
-
-        Args:
-            left_out: as of `list_folder`.
-        """
-        folder = Path(self.train_data_dir)
-        if folder.is_file():
-            return Listing(folder.parent, [folder.name])
-        listing = list_folder(folder, left_out)
-        listing.warn()
-        special = [name for name in listing.special if is_caption_file(name) or name.rpartition("/")[2] in LISTS]
-        listing.names = sorted(
-            [*listing.names, *special]
-        )  # refused when they are opened, so that it is not passed over
-        names = without_masks(listing.names, folder, None if self.mask_dir is None else Path(self.mask_dir))
-        for name in sorted(set(listing.names) - set(names)) if len(names) < len(listing.names) else ():
-            listing.fates.add(name, Fate(MASK))
-        listing.names = names
-        return listing
-
-    def masks(self) -> Masks | None:
-        """Where the images' masks are found, None if they have none."""
-        if self.mask_dir is not None:
-            return FolderMasks(Path(self.mask_dir), None if self.train_data_dir is None else Path(self.train_data_dir))
-        return AlphaMasks() if self.alpha_mask else ColumnMasks(self.mask_column) if self.mask_column else None
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    dataset_file: str | None = option(
-        None, "YAML file of several sources, each with repeats or a weight and its own caption settings"
-    )
-    streaming: bool = option(False, "read the dataset as a stream, never whole: no cache, and buckets by size columns")
-    shuffle_buffer_size: int = option(1000, "images of a stream among which the next is drawn")
-    cache_dir: str | None = option(None, "where `datasets` keeps what it downloads and converts")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "shuffle_buffer_size")
-        if self.streaming and self.dataset_file is not None:
-            raise UserError("--streaming reads one source; give it as --dataset_name or --train_data_dir")
-        if self.dataset_file is not None:
-            require_file(self.dataset_file, "dataset_file", "be a YAML file that exists")
 
 
 @dataclass(frozen=True)
@@ -466,104 +311,6 @@ def _copies(table: ImageTable, rows: np.ndarray, entry: "SourceEntry") -> np.nda
     logger.info("%s: each image is used so often an epoch, by its folder: %s", entry.name, told)
     require(bool((found > 0).any()), "folder_repeats", entry.name, "find a folder whose number is above 0")
     return found
-
-
-class SourceEntry(NamedTuple):
-    """What the options say of one source; `repeats` or `weight` is given where there are several."""
-
-    name: str
-    source: SourceOptions
-    captions: CaptionOptions
-    repeats: Fraction
-    weight: Fraction | None
-    loss_weight: float
-
-
-def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionOptions) -> list[SourceEntry]:
-    """The sources that the command line or the dataset file names; nothing of them is read.
-
-    Raises:
-        UserError: if there is none, or the file is not right.
-    """
-    if data.dataset_file is None:
-        if options.dataset_name is None and options.train_data_dir is None:
-            raise UserError("no data to train on; give --dataset_name, --train_data_dir or --dataset_file")
-        name = options.dataset_name or Path(options.train_data_dir).name
-        return [SourceEntry(name, options, captions, Fraction(1), None, 1.0)]
-    if options.dataset_name is not None or options.train_data_dir is not None:
-        raise UserError("--dataset_file names the sources; leave out --dataset_name and --train_data_dir")
-    found = []
-    for entry, where in _entries(Path(data.dataset_file), options.text_encoding):
-        source = with_values(options, entry, where)
-        if source.dataset_name is None and source.train_data_dir is None:
-            raise UserError(f"{where} has neither dataset_name nor train_data_dir")
-        name = str(entry.get("name") or Path(source.dataset_name or source.train_data_dir).name)
-        repeats = _fraction(entry, "repeats", where) or Fraction(1)
-        weight = _fraction(entry, "weight", where)
-        loss_weight = float(_fraction(entry, "loss_weight", where) or 1)
-        found.append(SourceEntry(name, source, with_values(captions, entry, where), repeats, weight, loss_weight))
-    if len({entry.weight is None for entry in found}) > 1:
-        raise UserError(f"{data.dataset_file}: give all sources a weight, or none (repeats then)")
-    names = [entry.name for entry in found]
-    if len(set(names)) < len(names):
-        found = [entry._replace(name=f"{number}-{entry.name}") for number, entry in enumerate(found)]
-    return found
-
-
-def _entries(file: Path, encoding: str | None) -> Iterator[tuple[dict[str, Any], str]]:
-    """(options, where they stand) of each source in a dataset file; paths in it are relative to its folder."""
-    texts = TextReader(encoding)
-    options = (*fields(SourceOptions), *fields(CaptionOptions))
-    booleans = {each.name for each in options if each.type is bool}
-    try:
-        content = parse_yaml(texts.read(file, YAML_LIMIT), f"--dataset_file {file}", booleans)
-    except OSError as error:
-        raise UserError(f"--dataset_file {file} can't be read: {first_line(error)}") from error
-    for finding in texts.findings():
-        logger.warning("--dataset_file %s: %s", file, finding)
-    entries = content.get("sources") if isinstance(content, dict) else content
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"--dataset_file {file} must hold a list of sources, each a mapping of options")
-    if isinstance(content, dict) and len(content) > 1:
-        extra = _name_of(next(key for key in content if key != "sources"))
-        raise UserError(f"--dataset_file {file}: {extra} is unknown beside sources")
-    known = {
-        "name",
-        "repeats",
-        "weight",
-        "loss_weight",
-        *SourceOptions.__dataclass_fields__,
-        *CaptionOptions.__dataclass_fields__,
-    }
-    for number, entry in enumerate(entries, start=1):
-        where = f"{file}, source {number}"
-        for key, value in entry.items():
-            if key not in known:
-                hint = nearest(f"{key:.100}", known) if isinstance(key, str) else ""
-                raise UserError(f"{where}: {_name_of(key)} is unknown" + (f"; did you mean {hint}?" if hint else ""))
-            if isinstance(value, list | dict | set):
-                raise UserError(f"{where}: {key} must be one value, got {short(value)}")
-        if {"repeats", "weight"} <= entry.keys():
-            raise UserError(f"{where}: repeats and weight are two ways to say how often; give one")
-        entry = dict(entry)
-        for key in ("train_data_dir", "dataset_name", "mask_dir"):
-            value = entry.get(key)
-            if isinstance(value, str) and not value.startswith("~") and (file.parent / value).exists():
-                entry[key] = str(file.parent / entry[key])
-        yield entry, where
-
-
-def _name_of(key: object) -> str:
-    return f"{key:.60}" if isinstance(key, str) else short(key)
-
-
-def _fraction(entry: dict[str, Any], key: str, where: str) -> Fraction | None:
-    value = as_number(entry.get(key))
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e6:
-        raise UserError(f"{where}: {key} must be a number from 1e-6 to 1e6, got {short(value)}")
-    return Fraction(str(value)).limit_denominator(10**6)
 
 
 def _subset(table: ImageTable, options: SourceOptions, seed: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from utils.config.batch import ImageRecord, MaskFile
 from utils.config.options import UserError, first_line
 from utils.config.seeding import Stream, generator
 from utils.config.user_files import FileError, short
-from utils.data.buckets import BucketOptions, BucketPlan, plan_buckets
+from utils.data.buckets import BucketPlan, plan_buckets
 from utils.data.captions import CaptionOptions, folder_caption, is_written_list, refusal_of
 from utils.data.data_fingerprint import content_table, file_facts
 from utils.data.file_listing import Fate, Fates, warn_of_unread
@@ -36,10 +36,10 @@ from utils.data.folders import list_files, member_captions
 from utils.data.images import check_whole, read_header, reason_of
 from utils.data.mask_values import MASKS_LOOKED_AT, MaskCensus, mask_values
 from utils.data.masks import FolderMasks
+from utils.data.options import BucketOptions
 from utils.data.order import Draw, Piece
+from utils.data.source_options import DataOptions, SourceOptions
 from utils.data.sources import (
-    DataOptions,
-    SourceOptions,
     check_columns,
     check_dataset_folder,
     check_image_feature,

@@ -1,15 +1,13 @@
 """The loss of a prediction, and its weight over the timesteps."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from utils.config.batch import Noised
-from utils.config.options import UserError, option, require_fraction, require_not_negative, require_positive
+from utils.diffusion.options import LossOptions
 
-HUBER_SCHEDULES = ("snr", "exponential", "constant")
 LARGEST_SNR = 1000.0
 
 
@@ -107,39 +105,6 @@ WEIGHTINGS = {
     "p2": _p2,
     "debiased": _debiased,
 }
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    loss: str = option("l2", "what is made of the difference of prediction and target", choices=LOSSES)
-    huber_c: float = option(0.1, "difference at which huber and smooth_l1 turn from squares to absolute values")
-    huber_schedule: str = option("snr", "how that difference depends on the timestep", choices=HUBER_SCHEDULES)
-    weighting: str | None = option(
-        None,
-        "weight of the loss over the timesteps; uniform by default, min_snr with --snr_gamma",
-        choices=WEIGHTINGS,
-    )
-    snr_gamma: float | None = option(
-        None, "gamma of min_snr, 5.0 by default (https://arxiv.org/abs/2303.09556); given alone it chooses min_snr"
-    )
-    p2_gamma: float = option(1.0, "gamma of p2 (https://arxiv.org/abs/2204.00227)")
-    p2_k: float = option(1.0, "k of p2")
-    unmasked_weight: float = option(0.0, "what the loss counts at least, where an image's mask is black")
-    normalize_masked_loss: bool = option(
-        False, "divide an image's loss by the mean of its mask, so that small ones count as much"
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "snr_gamma", "huber_c", "p2_k")
-        require_not_negative(self, "p2_gamma")
-        require_fraction(self, "unmasked_weight")
-        if self.snr_gamma is not None and self.weighting not in (None, "min_snr"):
-            raise UserError(f"--snr_gamma goes with --weighting min_snr, got --weighting {self.weighting}; give one")
-
-    @property
-    def weighting_name(self) -> str:
-        """The name of the weighting in `WEIGHTINGS`."""
-        return self.weighting or ("uniform" if self.snr_gamma is None else "min_snr")
 
 
 def loss_weights(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:

@@ -11,92 +11,10 @@ from torch.nn import functional
 
 from utils.config.batch import Noised
 from utils.config.file_names import SCHEDULER_CONFIG
-from utils.config.options import UserError, option, require, require_fraction, require_not_negative, require_positive
+from utils.config.options import UserError, require
 from utils.config.seeding import Stream, generator
+from utils.diffusion.options import PREDICTION_TYPES, NoiseOptions
 from utils.diffusion.schedulers import scheduler_of
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-BETA_SCHEDULES = {
-    "linear": "linear",
-    "scaled_linear": "scaled_linear",
-    "quadratic": "scaled_linear",
-    "cosine": "squaredcos_cap_v2",
-    "squaredcos_cap_v2": "squaredcos_cap_v2",
-    "sigmoid": "sigmoid",
-}
-"""Spellings of the noise schedules, and diffusers' names for them."""
-TIMESTEP_DISTRIBUTIONS = ("uniform", "log_normal", "logit_normal")
-TIMESTEP_BIASES = ("none", "earlier", "later", "range")
-
-
-@dataclass(frozen=True)
-class NoiseOptions:
-    prediction_type: str | None = option(
-        None, "what the model predicts; by default what the pipeline's scheduler says", choices=PREDICTION_TYPES
-    )
-    beta_schedule: str | None = option(
-        None, "course of the noise; by default what the pipeline's scheduler says", choices=BETA_SCHEDULES
-    )
-    rescale_betas_zero_snr: bool = option(
-        False, "let the last timestep be noise alone (https://arxiv.org/abs/2305.08891); not for epsilon prediction"
-    )
-    noise_offset: float = option(
-        0.0,
-        "scale of the noise that is one number a channel (https://www.crosslabs.org//blog/diffusion-with-offset-noise)",
-    )
-    input_perturbation: float = option(
-        0.0, "scale of the noise added to the model's input only; 0.1 is recommended (https://arxiv.org/abs/2301.11706)"
-    )
-    timestep_bias_strategy: str = option("none", "which timesteps are drawn more often", choices=TIMESTEP_BIASES)
-    timestep_bias_multiplier: float = option(1.0, "how many times as often the biased timesteps are drawn")
-    timestep_bias_begin: int = option(0, "first timestep of the strategy range")
-    timestep_bias_end: int = option(1000, "timestep before which the strategy range ends")
-    timestep_bias_portion: float = option(0.25, "portion of the timesteps that the strategies earlier and later bias")
-
-    timestep_distribution: str = option(
-        "uniform", "how timesteps are distributed, before the bias", choices=TIMESTEP_DISTRIBUTIONS
-    )
-    log_normal_mean: float = option(-1.2, "mean of the log of sigma = snr^(-1/2) under log_normal")
-    log_normal_std: float = option(1.2, "standard deviation of the log of sigma under log_normal")
-    logit_mean: float = option(0.0, "mean of the logit of t / T under logit_normal; more is noisier")
-    logit_std: float = option(1.0, "standard deviation of the logit of t / T under logit_normal")
-    timestep_sampling: str = option(
-        "independent",
-        "timesteps of a global batch: one by one, or one of each stratum",
-        choices=("independent", "stratified"),
-    )
-    min_timestep: int = option(0, "smallest timestep that is trained")
-    max_timestep: int | None = option(None, "timestep before which training ends; by default all are trained")
-    multires_noise_iterations: int = option(
-        0, "scales of noise that are added up (pyramid noise, Whitaker 2023); 6 to 10 are usual, 0 is plain noise"
-    )
-    multires_noise_discount: float = option(0.3, "share of each further scale in pyramid noise")
-    dream_training: bool = option(
-        False, "rectify input and target by the model's own estimate (https://arxiv.org/abs/2312.00210)"
-    )
-    dream_detail_preservation: float = option(1.0, "p of DREAM: larger ones rectify early timesteps less")
-
-    def __post_init__(self) -> None:
-        require_not_negative(self, "noise_offset", "input_perturbation", "timestep_bias_begin", "min_timestep")
-        require_not_negative(self, "multires_noise_iterations", "dream_detail_preservation")
-        require_positive(self, "log_normal_std", "logit_std", "max_timestep")
-        require_fraction(self, "multires_noise_discount")
-        require_positive(self, "timestep_bias_multiplier")
-        require(
-            0 < self.timestep_bias_portion <= 1, "timestep_bias_portion", self.timestep_bias_portion, "be in (0, 1]"
-        )
-
-    @property
-    def scheduler_changes(self) -> dict[str, object]:
-        """What of the pipeline's scheduler config is to be otherwise, for training, sampling and the result."""
-        changes: dict[str, object] = {}
-        if self.prediction_type is not None:
-            changes["prediction_type"] = self.prediction_type
-        if self.beta_schedule is not None:
-            changes |= {"beta_schedule": BETA_SCHEDULES[self.beta_schedule], "trained_betas": None}
-        if self.rescale_betas_zero_snr:
-            changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return changes
 
 
 class ForwardProcess:

@@ -2,72 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils.config.batch import Noised
-from utils.config.options import UserError, option, require_positive
-from utils.diffusion.noise import (
-    BETA_SCHEDULES,
-    PREDICTION_TYPES,
-    TIMESTEP_DISTRIBUTIONS,
-    ForwardProcess,
-    NoiseOptions,
-    timestep_weights,
-)
-
-
-@dataclass(frozen=True)
-class ProcessOptions(NoiseOptions):
-    """As those of a pretrained pipeline's noise, and what a model from scratch starts with."""
-
-    prediction_type: str | None = option(
-        None,
-        "what the model predicts; by default what the pretrained pipeline says, else epsilon",
-        choices=PREDICTION_TYPES,
-    )
-    beta_schedule: str | None = option(
-        None,
-        "course of the noise; by default what the pretrained pipeline says, else linear",
-        choices=BETA_SCHEDULES,
-        aliases=["--ddpm_beta_schedule"],
-    )
-    ddpm_num_steps: int | None = option(
-        None, "length of the noise schedule; by default the pretrained pipeline's, else 1000"
-    )
-    timestep_distribution: str | None = option(
-        None,
-        "how timesteps are distributed, before the bias; by default logit_normal in flow matching, else uniform",
-        choices=TIMESTEP_DISTRIBUTIONS,
-    )
-    flow_matching: bool = option(
-        False, "train a rectified flow: from noise to image at constant speed (https://arxiv.org/abs/2209.03003)"
-    )
-    flow_shift: float = option(1.0, "over 1 moves flow matching's times towards the noise, for large images")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "ddpm_num_steps", "flow_shift")
-        given = {
-            "--prediction_type": self.prediction_type is not None,
-            "--beta_schedule": self.beta_schedule is not None,
-            "--rescale_betas_zero_snr": self.rescale_betas_zero_snr,
-            "--dream_training": self.dream_training,
-        }
-        if self.flow_matching and any(given.values()):
-            flag = next(flag for flag, is_given in given.items() if is_given)
-            raise UserError(f"{flag} is of noise by betas, which --flow_matching has not; leave one out")
-        if self.flow_shift != 1 and not self.flow_matching:
-            raise UserError(f"--flow_shift {self.flow_shift:g} goes with --flow_matching; give both or neither")
-
-    @property
-    def scheduler_changes(self) -> dict[str, object]:
-        """What of a pipeline's scheduler config is to be otherwise."""
-        changes = super().scheduler_changes
-        return changes if self.ddpm_num_steps is None else changes | {"num_train_timesteps": self.ddpm_num_steps}
+from utils.config.options import UserError
+from utils.diffusion.noise import ForwardProcess, timestep_weights
+from utils.diffusion.options import NoiseOptions, ProcessOptions
 
 
 class FlowProcess:

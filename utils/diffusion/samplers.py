@@ -11,18 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.config.options import UserError
+from utils.diffusion.options import SAMPLERS
 from utils.diffusion.process import is_flow, is_score, shift_of
 from utils.diffusion.schedulers import explicit_config
 
 logger = logging.getLogger(__name__)
-SAMPLERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-}
-"""What samples can be drawn by, where the noise is by betas."""
 FLOW_SAMPLERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
 CLIPS = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
 """How a scheduler that knows dynamic thresholding, and no other clipping, is told to clip to [-1, 1]."""

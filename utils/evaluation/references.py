@@ -5,7 +5,6 @@ import hashlib
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,16 +12,18 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from utils.config.batch import RecordPass
-from utils.config.options import UserError, flags_as, option, require, require_positive
+from utils.config.options import UserError, flags_as
 from utils.data.captions import CaptionOptions
 from utils.data.crop_pixels import cut_out
 from utils.data.folders import list_images
-from utils.data.images import ImageOptions, image_bytes, open_image, read_header, read_rgb, reason_of
+from utils.data.images import image_bytes, open_image, read_header, read_rgb, reason_of
+from utils.data.options import ImageOptions
 from utils.data.plan import PlannedImages
-from utils.data.sources import DataOptions, Records, SourceOptions, is_saved_dataset, read_records
+from utils.data.source_options import DataOptions, SourceOptions
+from utils.data.sources import Records, is_saved_dataset, read_records
 from utils.evaluation.metrics.features import Picture
 from utils.evaluation.metrics.image_sets import ImageSet
-from utils.runtime.hub_files import is_path
+from utils.evaluation.options import ReferenceOptions
 from utils.sampling.prompts import Task, drawn_texts
 
 logger = logging.getLogger(__name__)
@@ -33,41 +34,6 @@ COLUMN_FLAGS = {  # those by which images are read for training, and what they a
     "image_column": "reference_image_column",
     "dataset_split": "reference_split",
 }
-
-
-@dataclass(frozen=True)
-class ReferenceOptions:
-    reference: str | None = option(
-        None, "real images to compare with: a folder, a dataset, or statistics in an .npz file"
-    )
-    reference_split: str = option("train", "split of a reference that is a dataset", is_text=True)
-    reference_image_column: str = option("image", "column of its images", is_text=True)
-    reference_caption_column: str = option(
-        "text", "column of its captions, where a folder's metadata have another", is_text=True
-    )
-    reference_resolution: int | None = option(
-        None, "the reference is cut to squares of this edge as in training; by default whole images are taken"
-    )
-    max_reference_images: int | None = option(None, "take so many images of it, drawn by the seed")
-    training_images: str | None = option(None, "what was trained on, for memorisation: a folder or a dataset")
-    save_reference: str | None = option(None, "keep the reference's statistics as this .npz file")
-    allow_stats_mismatch: bool = option(False, "take statistics that were made with another network or preparation")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "reference_resolution", "max_reference_images")
-        for name in ("reference", "training_images"):
-            value = getattr(self, name)
-            is_local = value is not None and (is_path(value) or value.endswith(".npz"))
-            require(not is_local or Path(value).exists(), name, value, "be a folder, dataset or file that exists")
-        file = self.save_reference
-        require(file is None or file.endswith(".npz"), "save_reference", file, "end with .npz")
-        if file is not None and (self.reference is None or self.is_statistics):
-            raise UserError("--save_reference keeps what --reference FOLDER gives; give a folder or a dataset")
-
-    @property
-    def is_statistics(self) -> bool:
-        """Whether the reference is a file of statistics."""
-        return self.reference is not None and self.reference.endswith(".npz")
 
 
 def drawn_images(folder: Path, tasks: Sequence[Task]) -> ImageSet:

@@ -4,31 +4,32 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from utils.config.options import UserError, flags_as, option, require, require_not_negative, require_positive
+from utils.config.options import UserError, flags_as
 from utils.config.progress import Progress
-from utils.config.user_files import check_encoding
-from utils.evaluation.metrics.base import Case, ScoreOptions
+from utils.evaluation.metrics.base import Case
 from utils.evaluation.metrics.distances import NotComputable
-from utils.evaluation.metrics.features import FeatureOptions, Networks
+from utils.evaluation.metrics.features import Networks
 from utils.evaluation.metrics.image_sets import ImageSet, Reference, Statistics, Subject, Workers
-from utils.evaluation.metrics.registry import METRICS, score
+from utils.evaluation.metrics.registry import score
 from utils.evaluation.metrics.scores import Score
-from utils.evaluation.references import ReferenceOptions, drawn_images, read_images
+from utils.evaluation.metrics.table import METRICS
+from utils.evaluation.options import REFERENCE_FLAGS, EvaluationOptions, FeatureOptions, ReferenceOptions, ScoreOptions
+from utils.evaluation.references import drawn_images, read_images
 from utils.models.base import Family
 from utils.models.text_to_image import TextFamily
 from utils.runtime.processes import autocast, on_main_process
 from utils.runtime.sharding import unsharded
 from utils.runtime.step_lines import JsonLines, keep_steps
 from utils.sampling.controls import controllable
-from utils.sampling.drawer import Drawer, GenerationOptions, complete_prompts
-from utils.sampling.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
+from utils.sampling.drawer import Drawer, complete_prompts
+from utils.sampling.options import GenerationOptions, PromptOptions
+from utils.sampling.prompts import Prompt, plan_tasks, read_prompts
 from utils.sampling.samples import Surroundings
 
 if TYPE_CHECKING:
@@ -36,56 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 RECORD = "evaluation.jsonl"
-REFERENCE_FLAGS = {"reference": "eval_reference"}  # what evaluate_pipeline.py's flag is called here
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    needs_reference: ClassVar[bool] = True  # where there are no images of the training to compare with
-
-    eval_metrics: list[str] | None = option(None, "scores to compute while training", choices=METRICS)
-    eval_steps: int | None = option(
-        None, "optimizer steps between them; by default they come after the last step alone"
-    )
-    eval_prompts_file: str | None = option(
-        None, "prompts to draw for them: .txt, .jsonl or .csv; by default the validation prompts"
-    )
-    eval_prompts_encoding: str | None = option(
-        None, "encoding of --eval_prompts_file, such as gb18030; by default UTF-8, and else a guess, which is logged"
-    )
-    eval_num_images: int = option(64, "images to draw for them, one after the other of each prompt or class")
-    eval_reference: str | None = option(
-        None, "real images to compare with: a folder, a dataset, or statistics in an .npz file"
-    )
-    eval_num_inference_steps: int | None = option(None, "denoising steps; by default the pipeline's")
-    eval_guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
-    eval_sampling_batch_size: int | None = option(
-        None, "images drawn at once; by default it grows until memory is full"
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "eval_steps", "eval_num_images", "eval_num_inference_steps", "eval_sampling_batch_size")
-        require_not_negative(self, "eval_guidance_scale")
-        file = self.eval_prompts_file
-        require(file is None or Path(file).is_file(), "eval_prompts_file", file, "be a file that exists")
-        if self.eval_prompts_encoding is not None:
-            check_encoding(self.eval_prompts_encoding, "eval_prompts_encoding")
-            if file is None:
-                raise UserError("--eval_prompts_encoding is of --eval_prompts_file; give both or neither")
-        for name in ("eval_steps", "eval_prompts_file", "eval_reference"):
-            if getattr(self, name) is not None and not self.eval_metrics:
-                raise UserError(f"--{name} is of --eval_metrics; give both or neither")
-        for name in self.eval_metrics or ():
-            if METRICS[name].compares and self.eval_reference is None and self.needs_reference:
-                raise UserError(f"--eval_metrics {name} compares with real images; give --eval_reference")
-            if name == "memorisation":
-                raise UserError("--eval_metrics memorisation is evaluate_pipeline.py's; leave it out")
-        with flags_as(REFERENCE_FLAGS):
-            ReferenceOptions(reference=self.eval_reference)
-
-    def is_due(self, progress: Progress) -> bool:
-        """Whether scores are computed after a step."""
-        return bool(self.eval_metrics) and (progress.is_last or progress.is_multiple_of(self.eval_steps))
 
 
 class TrainingEvaluation:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from utils.models.options import ATTENTION
+
 logger = logging.getLogger(__name__)
-ATTENTION = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
-CPU_ATTENTION = ("flash", "math")
 ROUNDS = 3  # of which the fastest counts
 MARGIN = 0.03  # by which a kernel must be faster than PyTorch's own choice
 TOLERANCE = 3e-2  # relative, in norm, to what PyTorch's own choice gives

@@ -15,7 +15,7 @@ from utils.config.batch import Conditioning
 from utils.config.options import UserError, first_line, require
 from utils.diffusion.process import BETAS, Process
 from utils.models.latent_space import LatentSpace
-from utils.models.pipeline_source import XFORMERS_CURE, XFORMERS_MISSING
+from utils.models.options import XFORMERS_CURE, XFORMERS_MISSING
 from utils.models.quantization import quantize_linears
 from utils.runtime.memory import align
 

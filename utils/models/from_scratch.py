@@ -2,20 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from utils.config.options import UserError, first_line, option, require, require_positive
+from utils.config.options import UserError, first_line, require
+from utils.models.options import ShapeOptions
 from utils.runtime.hub_files import hub_file, is_path, read_json
 
 SMALLEST_LEVEL = 4
 CLASS_SLOTS = 1000  # that DiTPipeline expects: its number for no class is 1000
-WEIGHT_INITS = ("default", "xavier_kaiming")
-SHAPE_FLAGS = ("model_channels", "channel_mult", "layers_per_block", "attention_resolutions", "attention_head_dim")
 
 
 class UNetSize(NamedTuple):
@@ -48,54 +46,6 @@ TRANSFORMER_SIZES = {
     "base": TransformerSize(12, 12, 64),  # DiT-B
     "large": TransformerSize(24, 16, 64),  # DiT-L
 }
-
-
-@dataclass(frozen=True)
-class ShapeOptions:
-    """The shape of a denoiser from scratch."""
-
-    model_config_name_or_path: str | None = option(
-        None, "JSON config of the denoiser, or the folder or Hub name that holds one (its weights are left)"
-    )
-    model_size: str | None = option(
-        None, "size of the denoiser: base by default, with as many levels as the resolution allows", choices=UNET_SIZES
-    )
-    model_channels: int | None = option(None, "channels of the first level; of a transformer its width")
-    channel_mult: list[int] | None = option(None, "each level's channels in multiples of that, such as 1 2 2")
-    layers_per_block: int | None = option(None, "residual blocks of a level; of a transformer its blocks")
-    attention_resolutions: list[int] | None = option(None, "edges of the levels that attend, such as 16 8; 0 for none")
-    attention_head_dim: int | None = option(None, "channels of an attention head")
-    patch_size: int | None = option(None, "edge of the patches that a transformer sees, 2 by default")
-    dropout: float = option(0.0, "dropout in the denoiser")
-    weight_init: str = option(
-        "default",
-        "first weights: diffusers' with the last layer of each residual branch at zero, or matrices by Xavier and "
-        "convolutions by Kaiming throughout",
-        choices=WEIGHT_INITS,
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "model_channels", "layers_per_block", "attention_head_dim", "patch_size")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "be in [0, 1)")
-        for multiple in self.channel_mult or ():
-            require(multiple > 0, "channel_mult", multiple, "be whole numbers above 0, such as 1 2 2")
-        for edge in self.attention_resolutions or ():
-            require(edge >= 0, "attention_resolutions", edge, "be edges of levels, such as 16 8")
-        given = [name for name in SHAPE_FLAGS if getattr(self, name) is not None]
-        if self.model_config_name_or_path is not None and (given or self.model_size is not None):
-            flag = given[0] if given else "model_size"
-            raise UserError(f"--model_config_name_or_path says the denoiser's whole shape; leave out --{flag}")
-
-    @property
-    def given(self) -> list[str]:
-        """The flags of a shape that were given."""
-        names = ("model_config_name_or_path", "model_size", *SHAPE_FLAGS, "patch_size")
-        return [name for name in names if getattr(self, name) is not None]
-
-    @property
-    def structure(self) -> dict[str, object]:
-        """What a checkpoint can only be resumed with, by flag."""
-        return {name: getattr(self, name) for name in ("model_size", *SHAPE_FLAGS, "patch_size")}
 
 
 def unet_config(options: ShapeOptions, edge: int, channels: int, num_classes: int | None) -> dict[str, Any]:

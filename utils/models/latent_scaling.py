@@ -12,7 +12,7 @@ from utils.config.options import UserError
 from utils.config.seeding import Stream, generator
 from utils.config.user_files import read_json
 from utils.data.crop_pixels import cut_out
-from utils.data.images import ImageOptions
+from utils.data.options import ImageOptions
 from utils.data.plan import PlannedImages
 from utils.models.base import Family
 from utils.runtime.processes import write_json

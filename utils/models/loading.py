@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.library_errors import CONFIG_ERRORS, LOADING_ERRORS, reason_of, short
-from utils.config.options import UserError, option, require
+from utils.config.options import UserError
 from utils.config.tensor_files import require_regular_files
 from utils.config.terminal import one_line
+from utils.models.options import PICKLES, LoadingOptions
 from utils.models.weight_files import Stored, check_finite, check_stored, stored_in, weight_files
 from utils.runtime.hub_files import INDEX, read_config
 
@@ -28,26 +29,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 MAX_TOKENS = 10_000  # a tokenizer that does not say its length says a number beyond all bounds
 FEWEST_TOKENS = 3  # of a text encoder: beginning, end, and one between them
 SHOWN = 3  # names of weights in a message
 LONGEST_NAME = 120
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 COUNTERS = ("num_batches_tracked",)  # buffers that nothing reads outside training
-
-
-@dataclass(frozen=True)
-class LoadingOptions:
-    allow_missing_weights: list[str] | None = option(
-        None,
-        "beginnings of the names of weights that pretrained parts may lack or have too many of, such as "
-        "text_encoder.text_projection; what is missing is initialised at random",
-    )
-
-    def __post_init__(self) -> None:
-        for prefix in self.allow_missing_weights or ():
-            require(bool(prefix.strip()), "allow_missing_weights", repr(prefix), "be the beginning of a name")
 
 
 _allowed: ContextVar[tuple[str, ...]] = ContextVar("allow_missing_weights", default=())

@@ -1,18 +1,17 @@
 """Further terms of the loss, of a user's own making too, with what they learn from."""
 
 import inspect
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from utils.config.batch import Predicted
-from utils.config.options import UserError, as_number, first_line, option, require, require_positive
+from utils.config.options import UserError, first_line
 from utils.config.user_code import load_class
+from utils.models.options import TermOptions
 
 
 @dataclass(frozen=True)
@@ -55,44 +54,6 @@ class LossTerm(nn.Module, ABC):
     def own_losses(self, predicted: Predicted) -> Tensor | None:
         """[B] what its own parameters learn from, if it has any; the model gets no gradient from it."""
         return None
-
-
-@dataclass(frozen=True)
-class TermOptions:
-    loss_module: str | None = option(
-        None, "Python file with a loss term of your own, such as examples/adversarial_loss.py"
-    )
-    loss_module_args: list[str] | None = option(None, "its arguments, such as weight=0.1", is_text=True)
-    loss_module_lr: float | None = option(
-        None, "peak learning rate of the term's own parameters; by default --learning_rate"
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "loss_module_lr")
-        file = self.loss_module
-        require(
-            file is None or (Path(file).is_file() and file.endswith(".py")),
-            "loss_module",
-            file,
-            "be a Python file that exists",
-        )
-        for name in ("loss_module_args", "loss_module_lr"):
-            if getattr(self, name) is not None and file is None:
-                raise UserError(f"--{name} goes with --loss_module; give both or neither")
-        for word in self.loss_module_args or ():
-            require("=" in word, "loss_module_args", word, "be NAME=VALUE")
-
-    @property
-    def arguments(self) -> dict[str, object]:
-        """The words of `loss_module_args` by their names: numbers as such, and paths under ~ in full."""
-        pairs = (word.partition("=") for word in self.loss_module_args or ())
-        return {name: _as_value(value) for name, _, value in pairs}
-
-
-def _as_value(word: str) -> object:
-    if word.startswith("~/"):  # which the shell leaves as it is behind a =
-        return os.path.expanduser(word)
-    return int(word) if word.lstrip("-").isdigit() else as_number(word)
 
 
 def _rest_what_is_frozen(module: nn.Module) -> None:

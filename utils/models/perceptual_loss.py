@@ -1,6 +1,5 @@
 """A loss between decoded images, in the features of a network that the user names."""
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -8,37 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from utils.config.batch import Predicted
-from utils.config.options import UserError, first_line, option, require, require_not_negative, require_positive
+from utils.config.options import UserError, first_line, require
 from utils.models.loading import frozen, load_module
 from utils.models.loss_terms import LossTerm, TermFacts
+from utils.models.options import PerceptualOptions
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROBE_SIZE = 64
-
-
-@dataclass(frozen=True)
-class PerceptualOptions:
-    perceptual_weight: float | None = option(
-        None, "weight of a loss between decoded images, in the features of --perceptual_network"
-    )
-    perceptual_network: str | None = option(
-        None, "folder or Hub name of an image model of transformers, such as microsoft/resnet-50 or a DINOv2"
-    )
-    perceptual_min_timestep: int = option(0, "smallest timestep that it applies to")
-    perceptual_max_timestep: int | None = option(
-        None, "timestep before which it ends; by default it applies to all, though little is to be seen in late ones"
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "perceptual_weight", "perceptual_max_timestep")
-        require_not_negative(self, "perceptual_min_timestep")
-        if (self.perceptual_weight is None) != (self.perceptual_network is None):
-            raise UserError("--perceptual_weight and --perceptual_network go together; give both or neither")
-        begin, end = self.perceptual_min_timestep, self.perceptual_max_timestep
-        if self.perceptual_weight is None and (begin or end is not None):
-            raise UserError("--perceptual_min_timestep and --perceptual_max_timestep go with --perceptual_weight")
-        if end is not None and end <= begin:
-            raise UserError(f"--perceptual_max_timestep must be over --perceptual_min_timestep {begin}, got {end}")
 
 
 class Features(nn.Module):

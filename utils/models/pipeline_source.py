@@ -4,7 +4,6 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import nn
 
 from utils.config.library_errors import LOADING_ERRORS
-from utils.config.options import UserError, first_line, option, require, require_positive
-from utils.models.loading import PICKLES, load_module, load_pipeline_folder, variant_of
+from utils.config.options import UserError, first_line
+from utils.models.loading import load_module, load_pipeline_folder, variant_of
+from utils.models.options import PICKLES, ModelOptions, PartOptions
 from utils.models.single_file import SingleFile
 from utils.runtime.hub_files import index_file, is_path, read_config, read_config_file, refuse_quantized
 
@@ -21,86 +21,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-CHUNK_TOKENS = 75  # of a caption, in one pass of a CLIP text encoder: its 77 less the beginning and the end
-XFORMERS_MISSING = "--enable_xformers_memory_efficient_attention: its kernels do not load here"
-XFORMERS_CURE = "leave the flag out, PyTorch's attention is as fast, or install the xformers wheel of this torch"
-
-
-@dataclass(frozen=True)
-class PartOptions:
-    """How the parts of a pipeline are loaded and run, whatever it draws from."""
-
-    revision: str | None = option(None, "revision of the pipeline on the Hub")
-    variant: str | None = option(None, "variant of the weight files, such as fp16")
-    allow_pickle: bool = option(
-        False, "also load weights that are kept as pickles (.bin, .ckpt); of these too nothing but tensors is read"
-    )
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
-    vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
-    vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
-    enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
-    enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
-
-    def __post_init__(self) -> None:
-        if self.enable_xformers_memory_efficient_attention and find_spec("xformers") is None:
-            raise UserError(f"{XFORMERS_MISSING} (it is not installed); {XFORMERS_CURE}")
-
-    @property
-    def use_safetensors(self) -> bool | None:
-        """As diffusers and transformers take it: True, or None for pickles where there is nothing else."""
-        return None if self.allow_pickle else True
-
-
-@dataclass(frozen=True)
-class ModelOptions(PartOptions):
-    pretrained_model_name_or_path: str | None = option(
-        None, "pipeline folder, Hub name or single .safetensors file to start from", aliases=["--pretrained_model"]
-    )
-    pretrained_vae_model_name_or_path: str | None = option(
-        None, "folder, Hub name or single .safetensors file of another VAE"
-    )
-    pretrained_model_config: str | None = option(
-        None,
-        "pipeline folder or Hub name that describes a single-file model; by default found on the Hub by its weights",
-    )
-    unet_config: str | None = option(None, "JSON config of a fresh UNet, which is trained from scratch")
-    non_ema_revision: str | None = option(None, "revision of the UNet, where it differs")
-    clip_skip: int | None = option(None, "last layers of the text encoders to leave out, as the pipelines' clip_skip")
-    max_token_length: int = option(
-        CHUNK_TOKENS, "tokens of a caption that are read, in chunks of 75; kohya's 150 and 225"
-    )
-    attention_slicing: bool = option(False, "compute attention one head after the other: less memory, slower")
-    sampling_cpu_offload: bool = option(
-        False,
-        "while samples are drawn, keep on the device only the part of the pipeline that is at work; with --use_ema the "
-        "weights that the average stands in for stay there",
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "clip_skip")
-        if self.pretrained_model_name_or_path is None:
-            raise UserError("--pretrained_model is missing; give a pipeline folder, a Hub name or a .safetensors file")
-        if self.unet_config is not None:
-            require(Path(self.unet_config).is_file(), "unet_config", self.unet_config, "be a JSON file that exists")
-        length, below = self.max_token_length, self.num_chunks * CHUNK_TOKENS
-        cure = f"try {below} or {below + CHUNK_TOKENS}" if below > 0 else f"try {CHUNK_TOKENS}"
-        fits = length == below > 0
-        require(fits, "max_token_length", length, f"be a positive multiple of {CHUNK_TOKENS}", cure)
-        if self.enable_xformers_memory_efficient_attention and self.num_chunks > 1:
-            raise UserError(
-                "--enable_xformers_memory_efficient_attention takes no mask, which --max_token_length "
-                f"{length} needs; leave it out, PyTorch's attention is as fast"
-            )
-        if self.attention_slicing and self.enable_xformers_memory_efficient_attention:
-            raise UserError("--attention_slicing would replace xformers' attention; leave one out")
-        super().__post_init__()
-        if self.non_ema_revision is not None and self.pretrained_model_name_or_path.endswith(".safetensors"):
-            raise UserError("--non_ema_revision is of a pipeline on the Hub, not of a single file; leave it out")
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks in which a caption is read, each in a pass of its own."""
-        return self.max_token_length // CHUNK_TOKENS
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,9 @@
 """Frozen weights in 4 or 8 bits, for adapters on top of them (QLoRA, Dettmers et al. 2023)."""
 
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-
-from utils.config.options import UserError
-
-QUANTIZATIONS = ("nf4", "int8")
-
-
-def check_quantization(kind: str | None) -> None:
-    """Refuses a quantisation whose package is missing."""
-    if kind is not None and find_spec("bitsandbytes") is None:
-        raise UserError(f"--quantize_base {kind} needs bitsandbytes; pip install bitsandbytes")
 
 
 def quantize_linears(module: nn.Module, kind: str, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from utils.config.options import UserError
-from utils.models.loading import PICKLES
+from utils.models.options import PICKLES
 from utils.models.pipeline_source import PipelineSource, check_weight_files
 from utils.models.sd import StableDiffusion
 from utils.models.sdxl import StableDiffusionXL

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from utils.config.library_errors import LOADING_ERRORS
 from utils.config.options import UserError, first_line
 from utils.config.tensor_files import open_safetensors, read_pickle
-from utils.models.loading import PICKLES, WeightReport, check_read, load_module, loading, make_up, names_of
+from utils.models.loading import WeightReport, check_read, load_module, loading, make_up, names_of
+from utils.models.options import PICKLES
 from utils.models.weight_files import Stored, check_finite, stored_in, stored_tensors
 from utils.runtime.hub_files import read_config
 

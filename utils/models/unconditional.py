@@ -15,23 +15,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from utils.config.batch import Conditioning
-from utils.config.options import UserError, first_line, option, require
+from utils.config.options import UserError, first_line, require
 from utils.data.class_labels import ClassNumbers, class_numbers, listed_numbers, plain_name
-from utils.diffusion.process import EVERY_PROCESS, ProcessOptions, check_changes, is_flow, shift_of
+from utils.diffusion.options import ProcessOptions
+from utils.diffusion.process import EVERY_PROCESS, check_changes, is_flow, shift_of
 from utils.diffusion.samplers import changed_scheduler, exported, sampler_of, warn_of_own_sampler
 from utils.models.base import Family, TextStates, fitting_steps
-from utils.models.from_scratch import (
-    CLASS_SLOTS,
-    SMALLEST_LEVEL,
-    ShapeOptions,
-    make_denoiser,
-    transformer_config,
-    unet_config,
-)
+from utils.models.from_scratch import CLASS_SLOTS, SMALLEST_LEVEL, make_denoiser, transformer_config, unet_config
 from utils.models.latent_space import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
 from utils.models.loading import load_module, load_pipeline_folder, variant_of
+from utils.models.options import UnconditionalModelOptions
 from utils.models.pipeline_files import copy_part
-from utils.models.pipeline_source import PartOptions, check_weight_files
+from utils.models.pipeline_source import check_weight_files
 from utils.runtime.atomic_files import write_text
 from utils.runtime.hub_files import index_file, read_config, read_config_file, refuse_quantized, require_model
 
@@ -40,36 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CODERS = ("AutoencoderKL", "VQModel")
-
-
-@dataclass(frozen=True)
-class UnconditionalModelOptions(ShapeOptions, PartOptions):
-    """What is trained: a pretrained pipeline, or a denoiser from scratch."""
-
-    attention_slicing: ClassVar[bool] = False
-    sampling_cpu_offload: ClassVar[bool] = False
-
-    pretrained_model_name_or_path: str | None = option(
-        None,
-        "folder or Hub name of a DDPM, DDIM, LDM, score, DiT or ConditionalDDPM pipeline whose training continues",
-        aliases=["--pretrained_model"],
-    )
-    vae: str | None = option(
-        None, "folder or Hub name of a pretrained VAE in whose latents a denoiser from scratch is trained"
-    )
-
-    def __post_init__(self) -> None:
-        ShapeOptions.__post_init__(self)
-        PartOptions.__post_init__(self)
-        if self.pretrained_model_name_or_path is not None and self.given:
-            raise UserError(f"--{self.given[0]} is of a denoiser from scratch; --pretrained_model has its own")
-        if self.pretrained_model_name_or_path is not None and self.vae is not None:
-            raise UserError("--vae is for a denoiser from scratch; the pipeline of --pretrained_model has its own")
-
-    @property
-    def origin(self) -> str:
-        """What is trained from, in words."""
-        return self.pretrained_model_name_or_path or self.model_config_name_or_path or (self.model_size or "base")
 
 
 @dataclass(frozen=True)

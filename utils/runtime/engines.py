@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.options import UserError
+from utils.runtime.options import PRECISIONS
 from utils.runtime.sharding import sharded_parts, spread_like, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {name: getattr(torch, dtype) for name, dtype in PRECISIONS.items()}
 # what is gathered together under FSDP2: with it go its parts that are not gathered by themselves
 SHARDED_CLASSES = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
 

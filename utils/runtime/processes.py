@@ -8,7 +8,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,13 +18,14 @@ import torch
 from filelock import FileLock, Timeout
 
 from utils.config.library_messages import hear_libraries
-from utils.config.options import UserError, end_at_once_on_errors, first_line, option, require, require_not_negative
+from utils.config.options import UserError, end_at_once_on_errors, first_line, require
 from utils.config.output_folder import refuse_used
 from utils.config.terminal import json_text
 from utils.config.user_files import FileError, read_json
 from utils.runtime.atomic_files import MARKER, mark_as_own, or_without, usual_modes, write_text
 from utils.runtime.engines import DTYPES, asked_engine, check_engine
 from utils.runtime.heartbeat import watching
+from utils.runtime.options import RuntimeOptions
 from utils.runtime.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -37,43 +37,6 @@ OWN_FILES = ("run.json", "results.json", "dry_run_report.json")  # of which a fo
 EXPANDABLE = "expandable_segments:True"
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class RuntimeOptions:
-    output_dir: str | None = option(
-        None,
-        "folder of the result, its checkpoints, samples and logs; by default sd-model-finetuned or "
-        "sdxl-model-finetuned, with -lora behind it for LoRA",
-    )
-    overwrite_output_dir: bool = option(
-        False, "train into a folder that holds another run; its checkpoints are set aside, its result is replaced"
-    )
-    seed: int = option(0, "everything random follows from it")
-    mixed_precision: str | None = option(
-        None, "arithmetic of forward and backward; by default what `accelerate launch` says", choices=tuple(DTYPES)
-    )
-    allow_tf32: bool | None = option(
-        None,
-        "compute float32 matrix products and convolutions in TF32 on Ampere and later GPUs; by default with a mixed "
-        "precision",
-    )
-    deterministic: bool = option(
-        False, "choose kernels that give the same bits each time; on a GPU a resumed run is bit-exact only with it"
-    )
-    peer_timeout: float = option(
-        45.0, "seconds without a sign of life after which another process is taken for dead and the run ends; 0 never"
-    )
-    local_rank: int = option(-1, "ignored: the launcher says it by the environment")
-    dry_run: bool = option(
-        False,
-        "examine the data, draw what the model will see, print what would be trained for how many steps, and stop",
-    )
-
-    def __post_init__(self) -> None:
-        require_not_negative(self, "seed", "peer_timeout")
-        require(not 0 < self.peer_timeout < 10, "peer_timeout", self.peer_timeout, "be 0 or at least 10 seconds")
-        require(self.seed < 2**63, "seed", self.seed, "be below 2**63")
 
 
 def start_processes(

@@ -11,16 +11,17 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from utils.config.options import UserError, option, require, require_positive
+from utils.config.options import UserError
 from utils.diffusion.samplers import clip_range, clips_itself, consistent, converted
 from utils.models.latent_space import LatentSpace
+from utils.sampling.options import SamplingControlOptions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -36,34 +37,6 @@ CLIPPABLE = (
 )
 PIXEL_LIMIT, LATENT_LIMIT = 1.0, 4.0
 SMALLEST_SIGMA = 1e-6
-
-
-@dataclass(frozen=True)
-class SamplingControlOptions:
-    dynamic_thresholding: float | None = option(
-        None,
-        "percentile, such as 99.5, of each predicted clean sample beyond which it is clipped and scaled, as in Imagen",
-    )
-    thresholding_space: str = option(
-        "latent",
-        "where a latent model's samples are thresholded: latents, or decoded pixels",
-        choices=("latent", "pixel"),
-    )
-    thresholding_limit: float | None = option(
-        None, "range that thresholded samples are scaled into; by default 1 for pixels, 4 for latents"
-    )
-    clamp_start: float | None = option(None, "bound on the predicted clean sample at the first step")
-    clamp_end: float | None = option(None, "that bound at the last step; between them it goes in a straight line")
-    initial_noise_scale: float = option(1.0, "factor on the noise that sampling starts from")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "thresholding_limit", "clamp_start", "clamp_end", "initial_noise_scale")
-        share = self.dynamic_thresholding
-        require(share is None or 50 <= share <= 100, "dynamic_thresholding", share, "be a percentile from 50 to 100")
-        if (self.clamp_start is None) != (self.clamp_end is None):
-            raise UserError("--clamp_start and --clamp_end go together; give both or neither")
-        if share is None and (self.thresholding_limit is not None or self.thresholding_space != "latent"):
-            raise UserError("--thresholding_limit and --thresholding_space go with --dynamic_thresholding")
 
 
 class Control(ABC):

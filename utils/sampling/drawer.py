@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,7 @@ from utils.config.options import (
     UserError,
     first_line,
     nearest,
-    option,
     require,
-    require_not_negative,
-    require_positive,
 )
 from utils.config.seeding import Stream, generator
 from utils.config.terminal import progress_bar
@@ -44,6 +41,7 @@ from utils.runtime.memory import is_out_of_memory
 from utils.runtime.processes import write_json
 from utils.runtime.stop_requests import StopRequests
 from utils.sampling.controls import SamplingControls, drawing_scheduler
+from utils.sampling.options import SCHEDULERS, GenerationOptions
 from utils.sampling.pipelines import call_parameters, class_names
 from utils.sampling.prompts import STATE_KEY, Prompt, Task, drawn_texts, prompts_hash
 from utils.sampling.scheduler_trials import unfit
@@ -53,64 +51,11 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm++_2s": ("DPMSolverSinglestepScheduler", {}),
-    "dpm2": ("KDPM2DiscreteScheduler", {}),
-    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-}
 MOST_ON_CPU = 8
 MOST_AT_ONCE = 64  # a signal is looked for between batches
 MEMORY_SHARE = 0.9
 RECORD = "generation.json"
 FREE_SETTINGS = ("batch_size", "fail_on_invalid", "scheduler")  # no facts: the scheduler is one by what it comes to
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    scheduler: str | None = option(None, f"{', '.join(SCHEDULERS)}, or a class of diffusers; by default the pipeline's")
-    num_inference_steps: int | None = option(
-        None, "denoising steps; by default the pipeline's, or all of a shorter schedule"
-    )
-    guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
-    guidance_rescale: float | None = option(None, "rescaling of the guided prediction, for zero terminal SNR")
-    negative_prompt: str | None = option(None, "what images should not show", is_text=True)
-    eta: float | None = option(None, "noise of DDIM's steps, from 0 to 1")
-    height: int | None = option(None, "pixels; by default the pipeline's")
-    width: int | None = option(None, "pixels; by default the pipeline's")
-    strength: float | None = option(
-        None, "how far --init_images are changed, above 0 up to 1; by default the pipeline's"
-    )
-    batch_size: int | None = option(None, "images at once; by default it grows until memory is full")
-    fail_on_invalid: bool = option(False, "end with an error if an image is NaN, black or of one colour")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "num_inference_steps", "height", "width", "batch_size")
-        require_not_negative(self, "guidance_scale", "guidance_rescale", "eta")
-        strength = self.strength
-        fits = strength is None or 0 < strength <= 1
-        require(fits, "strength", strength, "be above 0 and at most 1", "at 0 none changes")
-        for name in ("guidance_rescale", "eta"):
-            value = getattr(self, name)
-            require(value is None or 0 <= value <= 1, name, value, "be between 0 and 1")
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            require(value is None or value % 8 == 0, name, value, "be divisible by 8")
-        known = self.scheduler is None or self.scheduler in SCHEDULERS or self.scheduler.endswith("Scheduler")
-        hint = nearest(self.scheduler or "", SCHEDULERS)
-        cure = f"did you mean {hint}?" if hint else "such as EulerDiscreteScheduler"
-        require(known, "scheduler", self.scheduler, f"be one of {', '.join(SCHEDULERS)} or a class of diffusers", cure)
 
 
 def image_seed(seed: int, number: int, sample: int) -> int:

@@ -6,26 +6,22 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from utils.config.options import UserError, first_line, option, require, require_not_negative, require_positive
 from utils.config.progress import Progress
 from utils.config.user_files import read_json
 from utils.data.images import decode
-from utils.diffusion.process import is_flow, is_score
-from utils.diffusion.samplers import SAMPLERS, check_steps, sampler_of
+from utils.diffusion.samplers import sampler_of
 from utils.models.unconditional import UnconditionalFamily
 from utils.runtime.atomic_files import or_without
 from utils.runtime.processes import autocast, on_main_process, write_json
 from utils.runtime.sharding import unsharded
+from utils.sampling.options import SamplingOptions
 from utils.sampling.samples import LAST, Sample, Surroundings
-from utils.sampling.scheduler_trials import check_trial
 
 logger = logging.getLogger(__name__)
 GRID, STRIP, RECORD = "grid.png", "film_strip.png", "samples.json"
@@ -33,75 +29,6 @@ STEP = re.compile(r"step-[0-9]{1,18}")
 FRAMES = 20  # of a film strip
 GAP = 2  # pixels between the pictures of a grid
 LARGEST_PICTURE = 256
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    help_title: ClassVar[str] = "sampling"
-
-    sampler: str | None = option(
-        None,
-        "what samples are drawn by; by default as the exported pipeline draws: DDPM in pixels, DDIM in latents, Euler "
-        "in flow matching",
-        choices=SAMPLERS,
-    )
-    ddpm_num_inference_steps: int | None = option(
-        None,
-        "denoising steps of a sample; by default 1000, or all that a shorter noise schedule has",
-        aliases=["--num_inference_steps"],
-    )
-    eta: float = option(0.0, "share of DDPM's noise that DDIM draws anew at each step")
-    guidance_scale: float = option(1.0, "classifier-free guidance of samples of classes; over 1 it is on")
-    num_samples: int | None = option(None, "samples drawn each time, or 0; by default --eval_batch_size")
-    eval_batch_size: int = option(16, "samples that a process draws at once")
-    save_images_epochs: int = option(10, "epochs between samples")
-    save_images_steps: int | None = option(None, "optimizer steps between samples, instead of --save_images_epochs")
-    save_model_epochs: int = option(10, "epochs between saves of the pipeline as it is then, in output_dir")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "ddpm_num_inference_steps", "eval_batch_size", "save_images_epochs", "save_images_steps")
-        require_positive(self, "save_model_epochs")
-        require_not_negative(self, "num_samples", "guidance_scale")
-        require(0 <= self.eta <= 1, "eta", self.eta, "be from 0 to 1")
-        require(self.eta == 0 or self.sampler == "ddim", "eta", self.eta, "be 0 without --sampler ddim")
-
-    @property
-    def count(self) -> int:
-        """Samples drawn each time."""
-        return self.eval_batch_size if self.num_samples is None else self.num_samples
-
-    def steps_of(self, scheduler: Any) -> int:
-        """Denoising steps of a sample that a pipeline with this scheduler draws.
-
-        Raises:
-            UserError: if the sampler does not take so many or so few.
-        """
-        longest = scheduler.config.num_train_timesteps
-        steps = self.ddpm_num_inference_steps or min(1000, longest)
-        if not is_flow(scheduler) and not is_score(scheduler):
-            must = f"be at most {longest}, the length of the noise schedule"
-            require(steps <= longest, "num_inference_steps", steps, must)
-        drawn_by = sampler_of(scheduler, self.sampler, self.eta)
-        check_trial(drawn_by, steps, "the pipeline", "num_inference_steps")
-        try:
-            check_steps(drawn_by, steps)
-        except ValueError as error:
-            name = self.sampler or type(scheduler).__name__
-            raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error
-        return steps
-
-    def is_due(self, progress: Progress) -> bool:
-        """Whether samples are drawn after a step.
-
-        As in the diffusers examples, the first epoch is always followed by samples.
-        """
-        if self.save_images_steps is not None:
-            return progress.is_multiple_of(self.save_images_steps)
-        return any(epoch % self.save_images_epochs == 0 for epoch in progress.ended_epochs)
-
-    def is_model_due(self, progress: Progress) -> bool:
-        """Whether the pipeline is saved after a step."""
-        return any((epoch + 1) % self.save_model_epochs == 0 for epoch in progress.ended_epochs)
 
 
 class GridSampler:

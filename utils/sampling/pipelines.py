@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,42 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from utils.config.options import UserError, option, require
+from utils.config.options import UserError
 from utils.config.tensor_files import read_safetensors
 from utils.diffusion.samplers import changed_scheduler
 from utils.models.loading import load_module, load_parts, load_pipeline_folder, loading, named_parts
 from utils.models.lora_files import LORA_FILE, PEFT_FILE, load_lora
 from utils.models.single_file import SingleFile
-from utils.runtime.hub_files import INDEX, index_file, read_config, require_model
+from utils.runtime.hub_files import INDEX, index_file, read_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MODEL_CURE = "give a folder, a Hub name or a .safetensors file"
 OWN_PIPELINES = {"ConditionalDDPMPipeline": "utils.models.conditional_ddpm"}
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    pipeline: str | None = option(None, "pipeline to draw from: a folder, a Hub name or a single .safetensors file")
-    pipeline_config: str | None = option(
-        None, "pipeline folder or Hub name that describes a single-file --pipeline; by default found on the Hub"
-    )
-    lora: str | None = option(None, "LoRA on top of it: a folder, .safetensors file or Hub name")
-    lora_scale: float = option(1.0, "factor on the LoRA")
-    revision: str | None = option(None, "revision of the pipeline on the Hub")
-    variant: str | None = option(None, "variant of the weight files, such as fp16")
-    images: str | None = option(None, "score a folder of images already drawn, instead of drawing any")
-
-    def __post_init__(self) -> None:
-        if self.images is not None:
-            require(Path(self.images).is_dir(), "images", self.images, "be a folder that exists")
-        if self.lora is not None and self.pipeline is None:
-            raise UserError("--lora goes on top of a --pipeline")
-        require(math.isfinite(self.lora_scale), "lora_scale", self.lora_scale, "be a finite number")
-        for name in ("pipeline", "lora"):
-            require_model(name, getattr(self, name), MODEL_CURE, (".safetensors",))
-        require_model("pipeline_config", self.pipeline_config, "give a pipeline folder or a Hub name")
 
 
 @dataclass(frozen=True)

@@ -3,79 +3,23 @@
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from utils.config.options import UserError, option, require_not_negative, require_positive
 from utils.config.progress import Progress
 from utils.models.text_to_image import TextFamily
 from utils.runtime.atomic_files import or_without
 from utils.runtime.processes import autocast
 from utils.runtime.sharding import unsharded
 from utils.sampling.controls import controllable
+from utils.sampling.options import SampleRequest, ValidationOptions
 from utils.sampling.samples import LAST, Sample, Surroundings
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ValidationOptions:
-    help_title: ClassVar[str] = "validation"
-
-    validation_prompts: list[str] | None = option(None, "prompts of which samples are drawn", is_text=True)
-    validation_prompt: str | None = option(
-        None, "a single prompt, of which --num_validation_images samples are drawn", is_text=True
-    )
-    num_validation_images: int | None = option(None, "samples a prompt; by default 4 of a --validation_prompt, else 1")
-    validation_epochs: int | None = option(None, "epochs between samples; 5 by default, for LoRA and SDXL 1")
-    validation_steps: int | None = option(None, "optimizer steps between samples, instead of --validation_epochs")
-    validation_num_inference_steps: int = option(25, "denoising steps of a sample")
-    validation_guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
-    validation_negative_prompt: str | None = option(None, "what the samples should not show", is_text=True)
-
-    def __post_init__(self) -> None:
-        require_positive(self, "validation_epochs", "validation_steps", "validation_num_inference_steps")
-        require_not_negative(self, "num_validation_images", "validation_guidance_scale")
-        if self.validation_prompts is not None and self.validation_prompt is not None:
-            raise UserError("--validation_prompt and --validation_prompts are two ways to say the same; give one")
-
-    @property
-    def prompts(self) -> list[str]:
-        """All that samples are drawn of."""
-        return self.validation_prompts or ([self.validation_prompt] if self.validation_prompt else [])
-
-    def requests(self, seed: int) -> list["SampleRequest"]:
-        """The samples drawn at each time; number n has the seed `seed + n`."""
-        prompts = self.prompts
-        each = self.num_validation_images
-        if each is None:
-            each = 4 if self.validation_prompt else 1
-        wanted = [(prompt, f"{row:02d}_{column}") for row, prompt in enumerate(prompts) for column in range(each)]
-        return [SampleRequest(prompt, name, (seed + index) % 2**63) for index, (prompt, name) in enumerate(wanted)]
-
-    def is_due(self, progress: Progress, default_epochs: int) -> bool:
-        """Whether samples are drawn after a step.
-
-        As in the diffusers examples, the first epoch is always followed by samples.
-        """
-        if self.validation_steps is not None:
-            return progress.is_multiple_of(self.validation_steps)
-        interval = self.validation_epochs or default_epochs
-        return any(epoch % interval == 0 for epoch in progress.ended_epochs)
-
-
-class SampleRequest(NamedTuple):
-    """One sample to draw: its prompt, the stem of its file, and the seed of its CPU generator."""
-
-    prompt: str
-    name: str
-    seed: int
 
 
 class PromptSampler:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.config.delimited import is_missing, read_rows
-from utils.config.options import UserError, first_line, flags_as, nearest, option, require, require_positive
+from utils.config.options import UserError, first_line, flags_as, nearest, require
 from utils.config.user_files import (
     FileError,
     TextReader,
-    check_encoding,
     lines_of,
     parse_json,
     parse_json_lines,
@@ -25,7 +24,9 @@ from utils.config.user_files import (
 from utils.data.captions import MAX_CAPTION, CaptionOptions
 from utils.data.folders import list_images
 from utils.data.metadata import NAME_COLUMN, NAME_COLUMNS
-from utils.data.sources import DataOptions, SourceOptions, is_saved_dataset, read_records
+from utils.data.source_options import DataOptions, SourceOptions
+from utils.data.sources import is_saved_dataset, read_records
+from utils.sampling.options import MOST_IMAGES, PromptOptions
 
 logger = logging.getLogger(__name__)
 PROMPT_COLUMNS = ("prompt", "text", "caption")
@@ -59,7 +60,6 @@ IMAGE_COLUMNS = frozenset(
 )
 FLAG_IN_PROMPT = re.compile(r"(?:^|\s)(--[a-z][a-z_]{0,30})(?=\s|=|$)", re.IGNORECASE)  # a dog --n ugly --w 512
 DEFAULT_EACH, DEFAULT_UNCONDITIONAL = 4, 64
-MOST_IMAGES = 10**7
 PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
 MOST_PROMPT_BYTES, MOST_IMAGE_BYTES = 256 << 20, 4 << 30
 CAPTION_FLAGS = {  # those by which a folder's captions are read, and what they are called here
@@ -69,55 +69,6 @@ CAPTION_FLAGS = {  # those by which a folder's captions are read, and what they 
     "dataset_split": "prompts_split",
 }
 STATE_KEY = "state"  # of the texts in a drawn PNG
-
-
-@dataclass(frozen=True)
-class PromptOptions:
-    prompts: list[str] | None = option(None, "prompts to draw", aliases=["--prompt"], is_text=True)
-    prompts_file: str | None = option(
-        None, "prompts of a file: .txt one a line; .jsonl, .json (a list) or .csv with a column prompt, text or caption"
-    )
-    text_encoding: str | None = option(
-        None,
-        "encoding of --prompts_file, such as gb18030 or cp1252; by default UTF-8, and else a guess, which is logged",
-    )
-    prompts_dataset: str | None = option(None, "prompts of a dataset: a Hub name or a local path")
-    prompts_split: str = option("train", "split of that dataset", is_text=True)
-    prompts_column: str | None = option(
-        None, "column of the prompts, in the file, the dataset or the folder's metadata", is_text=True
-    )
-    captions_dir: str | None = option(None, "prompts are the captions of a folder of images, the first of each")
-    max_prompts: int | None = option(None, "take the first so many prompts")
-    class_labels: list[str] | None = option(
-        None, "classes that a class-conditional pipeline draws, by name or else by number; by default all", is_text=True
-    )
-    num_images: int | None = option(None, "images in total, one after the other of each prompt or class")
-    images_per_prompt: int | None = option(None, "images of each prompt or class; by default 4")
-    init_images: str | None = option(None, "image or folder of images that drawing starts from: variations of them")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "max_prompts", "num_images", "images_per_prompt")
-        for name in ("num_images", "images_per_prompt"):
-            value = getattr(self, name)
-            require(value is None or value <= MOST_IMAGES, name, value, f"be at most {MOST_IMAGES}")
-        if self.text_encoding is not None:
-            check_encoding(self.text_encoding, "text_encoding")
-        given = [name for name in ("prompts", "prompts_file", "prompts_dataset", "captions_dir") if getattr(self, name)]
-        if len(given) > 1:
-            raise UserError(f"--{given[0]} and --{given[1]} both say which prompts to draw; give one")
-        if given and self.class_labels is not None:
-            raise UserError(f"--{given[0]} are texts and --class_labels classes; a pipeline takes one or the other")
-        for name in ("prompts_file",):
-            file = getattr(self, name)
-            require(file is None or Path(file).is_file(), name, file, "be a file that exists")
-        folder = self.captions_dir
-        require(folder is None or Path(folder).is_dir(), "captions_dir", folder, "be a folder that exists")
-        start = self.init_images
-        require(start is None or Path(start).exists(), "init_images", start, "be an image or a folder that exists")
-        below = next((label for label in self.class_labels or () if re.fullmatch(r"-\d+", label)), None)
-        require(below is None, "class_labels", below, "be names, or numbers from 0")
-        if self.num_images is not None and self.images_per_prompt is not None:
-            raise UserError("--num_images and --images_per_prompt both say how many images; give one")
 
 
 @dataclass(frozen=True)

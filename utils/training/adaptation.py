@@ -6,30 +6,29 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from utils.config.options import UserError, first_line, option, require, require_positive
+from utils.config.options import UserError, first_line, require
 from utils.config.tensor_files import read_safetensors
 from utils.models.base import Family
 from utils.models.fused_lora import shorten
-from utils.models.loading import PICKLES, load_module
+from utils.models.loading import load_module
 from utils.models.lora_files import LORA_FILE, PEFT_FILE, layer_shape, load_lora
 from utils.models.pipeline_files import save_module
 from utils.models.pipeline_source import ComponentDtypes
-from utils.models.quantization import QUANTIZATIONS, check_quantization
 from utils.runtime.atomic_files import write_tensors
 from utils.runtime.background_writer import HostBuffers
-from utils.runtime.hub_files import require_model
 from utils.runtime.sharding import plain_class, sharded_parts
 from utils.training.ema import MovingAverage
-from utils.training.optimizers import NamedParameter, OptimizerOptions
+from utils.training.optimizer_options import OptimizerOptions
+from utils.training.optimizers import NamedParameter
+from utils.training.options import AdaptationOptions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,137 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 ADAPTER = "default"
 WRAPPED = "base_model.model."  # what a PeftModel puts in front of the names of the model that it wraps
-ADAPTER_ONLY = ("rank", "lora_alpha", "lora_dropout", "lora_target_modules")
-LORA_ONLY = ("use_dora", "use_rslora", "lora_weights", "export_fused", "quantize_base")
-
-
-@dataclass(frozen=True)
-class TrainedOptions:
-    """Which weights train, and in which arithmetic, where all of them may.
-
-    Attributes:
-        help_title: of the group in `--help`.
-        train_text_encoder: whether text encoders train too.
-    """
-
-    help_title: ClassVar[str] = "trained"
-    train_text_encoder: ClassVar[bool] = False
-
-    train_layers: str | None = option(
-        None,
-        "regular expression that the names of the weights to train must hold, such as attn2 for cross-attention",
-        is_text=True,
-    )
-    pure_bf16: bool = option(
-        False, "keep the weights that train in bfloat16 alone, stepped in float32 and rounded stochastically"
-    )
-
-    def __post_init__(self) -> None:
-        if self.train_layers is not None:
-            try:
-                re.compile(self.train_layers)
-            except re.error as error:
-                raise UserError(f"--train_layers {self.train_layers} is no regular expression: {error}") from error
-
-    @property
-    def trains_base(self) -> bool:
-        """Whether the denoiser's own weights train, in float32."""
-        return not self.pure_bf16
-
-    @property
-    def structure(self) -> dict[str, object]:
-        """What a checkpoint can only be resumed with, by flag."""
-        return {name: getattr(self, name) for name in ("train_text_encoder", "train_layers", "pure_bf16")}
-
-
-@dataclass(frozen=True)
-class AdaptationOptions(TrainedOptions):
-    help_title: ClassVar[str] = "adaptation"
-
-    adaptation: str = option(
-        "full",
-        "what trains: all weights, or adapters: lora, loha (https://arxiv.org/abs/2108.06098), "
-        "lokr (https://arxiv.org/abs/2212.10650)",
-        choices=("full", "lora", "loha", "lokr"),
-    )
-    train_text_encoder: bool = option(False, "train the text encoders too")
-    rank: int | None = option(None, "rank of the adapters' matrices, 4 by default")
-    lora_alpha: float | None = option(None, "scale of the adapters' update times the rank; by default the rank")
-    lora_dropout: float = option(0.0, "dropout of the LoRA layers' input, or of the ranks of LoHa and LoKr")
-    lora_target_modules: list[str] | None = option(
-        None, "ends of the names of the UNet layers that are adapted; by default to_k to_q to_v to_out.0", is_text=True
-    )
-    use_dora: bool = option(False, "weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)")
-    use_rslora: bool = option(False, "scale by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)")
-    quantize_base: str | None = option(
-        None, "keep the frozen UNet under the LoRA in nf4 (4 bits) or int8, by bitsandbytes", choices=QUANTIZATIONS
-    )
-    fused_lora: bool = option(
-        True, "compute LoRA layers by fewer kernels than peft, which saves and loads them as ever"
-    )
-    lora_weights: str | None = option(None, "LoRA file, or a folder that holds one, whose training continues")
-    export_fused: bool = option(False, "also save the pipeline with the LoRA fused in, in output_dir/fused")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "rank", "lora_alpha")
-        check_quantization(self.quantize_base)
-        super().__post_init__()
-        if self.train_layers is not None and self.adaptation != "full":
-            raise UserError("--train_layers goes with --adaptation full; adapters have --lora_target_modules")
-        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "be in [0, 1)")
-        if self.pure_bf16 and self.adaptation != "full":
-            raise UserError("--pure_bf16 is for --adaptation full: adapters are small, and train in float32")
-        refused = {"lora": (), "full": ADAPTER_ONLY + LORA_ONLY}.get(self.adaptation, LORA_ONLY)
-        for name in refused:
-            value = getattr(self, name)
-            if value not in (None, False, 0.0):
-                raise UserError(f"--{name} {value} goes with --adaptation lora, got --adaptation {self.adaptation}")
-        if self.lora_weights is not None:
-            if Path(self.lora_weights).suffix in PICKLES:
-                raise UserError(
-                    f"--lora_weights {self.lora_weights} would need unpickling, which can run code; convert it to a "
-                    ".safetensors file"
-                )
-            cure = "give a .safetensors file, or a folder that holds one"
-            require_model("lora_weights", self.lora_weights, cure, (".safetensors",))
-            must = "be a file or folder that exists"
-            require(Path(self.lora_weights).exists(), "lora_weights", self.lora_weights, must)
-            for name in ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora"):
-                if getattr(self, name) not in (None, False):
-                    raise UserError(f"--{name} is that of the file given as --lora_weights; leave it out")
-
-    @property
-    def lora_rank(self) -> int:
-        """The rank of new LoRA matrices."""
-        return self.rank or 4
-
-    @property
-    def trains_base(self) -> bool:
-        """Whether the denoiser's own weights train, in float32."""
-        return self.adaptation == "full" and super().trains_base
-
-    @property
-    def structure(self) -> dict[str, object]:
-        """What a checkpoint can only be resumed with, by flag."""
-        shared = {"adaptation": self.adaptation} | super().structure
-        if self.adaptation == "full" or self.lora_weights is not None:
-            return shared
-        adapters = {
-            "rank": self.lora_rank,
-            "lora_alpha": self.lora_alpha or self.lora_rank,
-            "lora_target_modules": self.targets,
-        }
-        if self.adaptation == "lora":
-            names = ("use_dora", "use_rslora", "quantize_base")
-            adapters |= {name: getattr(self, name) for name in names}
-        return shared | adapters
-
-    @property
-    def targets(self) -> list[str] | None:
-        """The UNet's target modules, also where they were given with commas."""
-        if self.lora_target_modules is None:
-            return None
-        return [name for word in self.lora_target_modules for name in word.split(",") if name]
 
 
 class Adaptation(ABC):

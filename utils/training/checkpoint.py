@@ -19,11 +19,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from utils.config.options import UserError, first_line, option, require_positive
-from utils.config.progress import Progress
+from utils.config.options import UserError, first_line
 from utils.config.tensor_files import open_safetensors, read_safetensors
 from utils.config.user_files import FileError, open_regular, read_json, short
-from utils.models.attention import ATTENTION
+from utils.models.options import ATTENTION
 from utils.runtime.atomic_files import sync_file, sync_folder, usual_modes, write_tensors
 from utils.runtime.background_writer import HostBuffers
 from utils.runtime.engines import Engine
@@ -38,34 +37,6 @@ OPTIMIZER = "optimizer.safetensors"
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 READ_SUFFIXES = (".safetensors", ".json")  # of the files that a resumed run reads
 OWN_GROUP_OPTIONS = ("lr", "peak_lr", "weight_decay", "eps")  # a resumed run's own, not its checkpoint's
-
-
-@dataclass(frozen=True)
-class CheckpointOptions:
-    checkpointing_steps: int = option(500, "optimizer steps between checkpoints")
-    checkpoints_total_limit: int | None = option(None, "newest checkpoints to keep; by default all")
-    final_checkpoint: bool = option(
-        True, "also write a checkpoint after the last step, so that a longer run can resume"
-    )
-    resume_from_checkpoint: str | None = option(
-        None,
-        "resume from latest, from checkpoint-N in output_dir, or from a path; latest without a checkpoint starts anew",
-    )
-    async_checkpointing: bool | None = option(
-        None,
-        "write checkpoints from copies in host memory while training continues; by default on a GPU, where that memory "
-        "holds the copies twice",
-    )
-    allow_changed_options: bool = option(
-        False, "resume although options that change the training, or the data, are others than the checkpoint's"
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "checkpointing_steps", "checkpoints_total_limit")
-
-    def is_due(self, progress: Progress) -> bool:
-        """Whether a checkpoint is written after a step."""
-        return progress.is_multiple_of(self.checkpointing_steps) or (self.final_checkpoint and progress.is_last)
 
 
 @dataclass(frozen=True)

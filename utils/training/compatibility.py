@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from utils.config.first_checks import announce
 from utils.config.options import UserError
-from utils.data.cache import CacheOptions
 from utils.data.captions import CaptionOptions
-from utils.data.images import ImageOptions
-from utils.data.plan import HeldOutOptions
-from utils.data.sources import DataOptions, SourceEntry, source_entries
-from utils.diffusion.losses import LossOptions
-from utils.models.attention import ATTENTION, CPU_ATTENTION
-from utils.models.pipeline_source import PartOptions
-from utils.training.ema import EmaOptions
-from utils.training.log import TrackingOptions
-from utils.training.model_card import HubOptions
-from utils.training.optimizers import OPTIMIZER_PACKAGES, WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
-from utils.training.options import TrainingOptions
-from utils.training.speed import SpeedOptions
-from utils.training.validation_loss import EarlyStoppingOptions
+from utils.data.options import CacheOptions, HeldOutOptions, ImageOptions
+from utils.data.source_options import DataOptions, SourceEntry, source_entries
+from utils.diffusion.options import LossOptions
+from utils.models.options import ATTENTION, CPU_ATTENTION, PartOptions
+from utils.training.optimizer_options import OPTIMIZER_PACKAGES, WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
+from utils.training.options import (
+    EarlyStoppingOptions,
+    EmaOptions,
+    HubOptions,
+    SpeedOptions,
+    TrackingOptions,
+    TrainingOptions,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,6 +33,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK")
 ACCELERATE = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
+
+
+def announce_run(options: TrainingOptions) -> None:
+    """Refuses a used output folder, and says what is loaded and read, before torch is loaded."""
+    source, runtime = options.source, options.runtime
+    sources = {
+        "model": options.model.pretrained_model_name_or_path,
+        "data": source.train_data_dir or source.dataset_name or options.data.dataset_file,
+    }
+    may_be_used = bool(options.checkpoint.resume_from_checkpoint) or runtime.overwrite_output_dir or runtime.dry_run
+    announce(sources, runtime.output_dir, may_be_used)
 
 
 def check_output_folder(options: TrainingOptions, output: Path) -> None:

@@ -148,7 +148,7 @@ class Feed:
     steps: Iterator[tuple[int, Iterator[Batch]]]
 
     @classmethod
-    def open(cls, options: TrainingOptions, session: Session, data: TrainingData, task: Task, steps: range) -> Self:
+    def start(cls, options: TrainingOptions, session: Session, data: TrainingData, task: Task, steps: range) -> Self:
         """Starts the loader of some optimizer steps."""
         accelerator, family, loader, batches = session.accelerator, task.family, options.loader, data.batches
         space = family.latent_space

@@ -5,7 +5,7 @@ from utils.training.data import TrainingData
 from utils.training.disk_use import describe_disk, disk_use
 from utils.training.dry_run import examine_data
 from utils.training.learning_rates import LearningRates
-from utils.training.optimizers import WITHOUT_WARMUP
+from utils.training.optimizer_options import WITHOUT_WARMUP
 from utils.training.options import TrainingOptions
 from utils.training.session import Session
 from utils.training.task import Task

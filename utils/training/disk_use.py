@@ -13,9 +13,8 @@ from torch import nn
 from utils.config.options import first_line
 from utils.config.user_files import size_text
 from utils.training.adaptation import Adaptation
-from utils.training.checkpoint import CheckpointOptions
-from utils.training.ema import EmaOptions
 from utils.training.optimizers import STATE_BYTES
+from utils.training.options import CheckpointOptions, EmaOptions
 
 logger = logging.getLogger(__name__)
 FLOAT32 = 4

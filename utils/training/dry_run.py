@@ -15,8 +15,9 @@ from utils.config.output_folder import check_writable
 from utils.config.terminal import one_line, progress_bar
 from utils.data.buckets import BucketPlan
 from utils.data.crop_pixels import cut_out
-from utils.data.images import ImageOptions, read_rgb, reason_of
+from utils.data.images import read_rgb, reason_of
 from utils.data.loader import pass_of, text_of
+from utils.data.options import ImageOptions
 from utils.data.order import Draw, GlobalBatches
 from utils.data.plan import PlannedImages, upscaling
 from utils.data.sources import Records

@@ -3,49 +3,14 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from utils.config.options import UserError, option, require, require_positive
 from utils.runtime.sharding import is_sharded, own_part, put_in_place, spread_like
+from utils.training.options import EmaOptions
 
 CHUNK = 256 << 20  # bytes of weights that are copied at once to be averaged
-
-
-@dataclass(frozen=True)
-class EmaOptions:
-    use_ema: bool = option(False, "keep a moving average of the trained weights; it is what is validated and exported")
-    ema_decay: float = option(0.9999, "decay of the average; early steps use (1 + n) / (10 + n) where that is smaller")
-    use_ema_warmup: bool = option(False, "let the decay rise as 1 - (1 + n / inv_gamma)^-power instead")
-    ema_inv_gamma: float = option(1.0, "inverse gamma of that rise")
-    ema_power: float = option(0.75, "power of that rise; 2/3 for runs of a million steps, 3/4 for shorter ones")
-    ema_every: int = option(
-        1, "optimizer steps between updates of the average, each by the decay of all of them: fewer passes over it"
-    )
-    offload_ema: bool = option(False, "keep the average in host memory")
-    foreach_ema: bool = option(True, "update the average of all weights by one call instead of one a weight")
-    ema_lengths: list[float] | None = option(
-        None,
-        "instead of --use_ema: export an average of this length, a portion of the training such as 0.1, made "
-        "afterwards of snapshots (https://arxiv.org/abs/2312.02696); of several that with the lowest validation loss",
-    )
-    ema_snapshot_steps: int | None = option(
-        None, "optimizer steps between these snapshots; by default --checkpointing_steps"
-    )
-
-    def __post_init__(self) -> None:
-        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "be in [0, 1)")
-        require_positive(self, "ema_inv_gamma", "ema_power", "ema_every", "ema_snapshot_steps")
-        for length in self.ema_lengths or ():
-            require(0 < length <= 0.28, "ema_lengths", length, "be over 0 and at most 0.28, the longest there is")
-        if self.use_ema and self.ema_lengths:
-            raise UserError("--use_ema and --ema_lengths are two kinds of averages; give one")
-        if self.ema_every > 1 and not self.use_ema:
-            raise UserError("--ema_every goes with --use_ema; give both or neither")
-        if self.ema_snapshot_steps is not None and not self.ema_lengths:
-            raise UserError("--ema_snapshot_steps goes with --ema_lengths; give both or neither")
 
 
 def _chunks(sizes: Sequence[int]) -> list[slice]:

@@ -11,7 +11,8 @@ from utils.runtime.processes import on_main_process
 from utils.runtime.stop_requests import Wish, agreed
 from utils.training.backward import StepSums
 from utils.training.data import Feed, TrainingData
-from utils.training.log import RunLog, StepMetrics, TrackingOptions
+from utils.training.log import RunLog, StepMetrics
+from utils.training.options import TrackingOptions
 from utils.training.session import Session
 from utils.training.state import TrainingState
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from utils.runtime.engines import Engine
-from utils.training.speed import SpeedOptions
+from utils.training.options import SpeedOptions
 
 logger = logging.getLogger(__name__)
 TENSOR_CORES = (7, 0)  # compute capability from which half precision has them, and Triton compiles

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from utils.training.optimizers import OptimizerOptions, ScheduleOptions, rate_factor
+from utils.training.optimizer_options import OptimizerOptions, ScheduleOptions
+from utils.training.optimizers import rate_factor
 from utils.training.options import TrainingOptions
 from utils.training.resume import Resumption
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
@@ -16,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.config.options import ProcessError, UserError, first_line, option, require_positive
+from utils.config.options import ProcessError, first_line
 from utils.config.terminal import progress_bar
 from utils.runtime.step_lines import JsonLines, keep_steps
 from utils.runtime.trackers import Trackers, tracker_errors
 from utils.sampling.samples import Sample
 from utils.training.optimizers import NamedParameter
+from utils.training.options import TrackingOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,46 +31,6 @@ logger = logging.getLogger(__name__)
 METRICS, EPOCHS, LAYERS = "metrics.jsonl", "epochs.jsonl", "layers.jsonl"
 ENOUGH_LOSSES = 20  # of an epoch, to say what is out of the ordinary in the next
 TIMED_STEP = 3  # of a run on a CPU, whose time is told
-TRACKERS = ("tensorboard", "wandb", "comet_ml")
-
-
-@dataclass(frozen=True)
-class TrackingOptions:
-    report_to: str = option("tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"))
-    logging_dir: str = option("logs", "folder of the trackers' files in output_dir")
-    tracker_project_name: str = option("text2image-fine-tune", "name of the project in the trackers", is_text=True)
-    logging_steps: int = option(
-        1,
-        "optimizer steps whose numbers are read from the device at once, a step after the last; so often processes "
-        "also agree to stop",
-    )
-    debug_loss: bool = option(False, "log each image's loss under its file's name")
-    max_skipped_steps: int = option(10, "steps in a row without a finite loss and gradient after which the run ends")
-    layer_norm_steps: int | None = option(
-        None,
-        "optimizer steps between gradient norms of each layer in layers.jsonl and the trackers; outliers are named",
-    )
-    histogram_steps: int | None = option(
-        None, "optimizer steps between histograms of each layer's weights and gradients in the trackers"
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "logging_steps", "max_skipped_steps", "layer_norm_steps", "histogram_steps")
-
-    @property
-    def trackers(self) -> list[str]:
-        """The trackers asked for; with all those that are installed.
-
-        Raises:
-            UserError: if one that is named is not installed.
-        """
-        if self.report_to == "none":
-            return []
-        if self.report_to == "all":
-            return [name for name in TRACKERS if find_spec(name)]
-        if not find_spec(self.report_to):
-            raise UserError(f"--report_to {self.report_to} is not installed; pip install {self.report_to}")
-        return [self.report_to]
 
 
 class StepMetrics(NamedTuple):

@@ -8,37 +8,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.config.options import UserError, first_line, option
+from utils.config.options import UserError, first_line
 from utils.config.terminal import markdown, markdown_cell
 from utils.config.user_files import read_json
 from utils.sampling.samples import Sample
+from utils.training.options import HubOptions
 
 logger = logging.getLogger(__name__)
 CARD, GRID = "README.md", "val_imgs_grid.png"
-
-
-@dataclass(frozen=True)
-class HubOptions:
-    push_to_hub: bool = option(False, "upload the result and its card")
-    hub_model_id: str | None = option(None, "repository to upload to; by default the name of output_dir")
-    hub_token: str | None = option(
-        None,
-        "token of the Hub; it is written nowhere, yet others on the machine see it in the list of processes, and "
-        "launchers print it, so that it is refused under them: set HF_TOKEN in the environment, or `hf auth login`",
-        is_text=True,
-    )
-    hub_private_repo: bool = option(False, "create the repository as a private one")
-
-    def __post_init__(self) -> None:
-        if not self.push_to_hub and self.hub_model_id is not None:
-            raise UserError("--hub_model_id goes with --push_to_hub; give both or neither")
-        if self.hub_model_id is not None:
-            from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-            try:
-                validate_repo_id(self.hub_model_id)
-            except HFValidationError as error:
-                raise UserError(f"--hub_model_id {self.hub_model_id}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

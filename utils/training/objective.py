@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.batch import Batch, Conditioning, Noised, Predicted
-from utils.diffusion.losses import LossOptions, masked_mean, weighted_loss
-from utils.diffusion.noise import ForwardProcess, NoiseOptions, rectify
+from utils.diffusion.losses import masked_mean, weighted_loss
+from utils.diffusion.noise import ForwardProcess, rectify
+from utils.diffusion.options import LossOptions, NoiseOptions
 from utils.models.base import Family
 from utils.models.loss_terms import LossTerm, added_losses
 from utils.training.encoding import EncodedBatch

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.seeding import Stream, generator
-from utils.training.optimizers import OPTIMIZERS, NamedParameter, OptimizerOptions, page_again, parameter_groups
+from utils.training.optimizer_options import OptimizerOptions
+from utils.training.optimizers import OPTIMIZERS, NamedParameter, page_again, parameter_groups
 
 
 def round_stochastically(values: Tensor, random: torch.Generator) -> Tensor:

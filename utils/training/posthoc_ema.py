@@ -20,8 +20,9 @@ from utils.config.options import UserError, first_line
 from utils.config.tensor_files import open_safetensors, read_safetensors
 from utils.runtime.atomic_files import sync_file, sync_folder, write_tensors
 from utils.runtime.background_writer import HostBuffers
-from utils.training.ema import EmaOptions, MovingAverage
+from utils.training.ema import MovingAverage
 from utils.training.optimizers import NamedParameter
+from utils.training.options import EmaOptions
 
 KEPT_LENGTHS = (0.05, 0.10)
 FOLDER = "ema_snapshots"

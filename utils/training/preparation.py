@@ -7,29 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from utils.config.options import UserError, flags_as
 from utils.config.seeding import Stream, generator
-from utils.data.buckets import BucketOptions
-from utils.data.cache import CACHE_DTYPES, CacheOptions, EntryStore
+from utils.data.cache import EntryStore
 from utils.data.captions import CaptionOptions
 from utils.data.data_fingerprint import DIGESTED_BYTES
 from utils.data.duplicates import first_of_same, shared_with
 from utils.data.encodings import Encodings, LatentPlan, MaskPlan, texts_of
 from utils.data.file_ledger import Ledger
 from utils.data.file_listing import HELD_OUT, Fate
-from utils.data.images import ImageOptions
 from utils.data.mask_values import MASKS_LOOKED_AT, MaskCensus
-from utils.data.plan import (
-    HeldOutOptions,
-    PlannedImages,
-    SelectionOptions,
-    check_bad,
-    hold_out,
-    plan_images,
-    upscaling,
-)
-from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
+from utils.data.options import BucketOptions, CacheOptions, HeldOutOptions, ImageOptions, SelectionOptions
+from utils.data.plan import PlannedImages, check_bad, hold_out, plan_images, upscaling
+from utils.data.source_options import DataOptions, SourceOptions, source_entries
+from utils.data.sources import Records, read_records
 from utils.data.stream import StreamedImages, open_stream
 from utils.data.survey import Survey, add_digests, survey, survey_masks, take_census
 from utils.models.base import Family
@@ -304,7 +297,7 @@ class DataPreparation:
         }
 
     def _filler(self, family: Family, num_workers: int) -> CacheFiller:
-        dtype = None if self.cache.cache_dtype is None else CACHE_DTYPES[self.cache.cache_dtype]
+        dtype = None if self.cache.cache_dtype is None else getattr(torch, self.cache.cache_dtype)
         size, check = self.cache.cache_batch_size, self.requests.check
         return CacheFiller(self.accelerator, family, dtype, size, num_workers, check)
 

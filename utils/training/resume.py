@@ -11,26 +11,18 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from utils.config.options import UserError, first_line
-from utils.data.buckets import BucketOptions
-from utils.data.class_folders import INNER, same_text
+from utils.data.class_folders import same_text
 from utils.data.data_fingerprint import compare, content_name, is_content_name, read_content, write_content
-from utils.data.loader import LoaderOptions
-from utils.data.plan import HeldOutOptions, PlannedImages
+from utils.data.options import BucketOptions, HeldOutOptions, LoaderOptions
+from utils.data.plan import PlannedImages
+from utils.data.source_options import INNER
 from utils.data.stream import StreamedImages
 from utils.runtime.engines import Engine
 from utils.runtime.processes import OutputFolder, on_main_process
 from utils.runtime.stop_requests import StopRequests
-from utils.training.checkpoint import (
-    CheckpointOptions,
-    Checkpoints,
-    RunFacts,
-    check_structure,
-    check_training,
-    read_state,
-    step_of,
-)
-from utils.training.optimizers import LENGTH_SCHEDULES, ScheduleOptions
-from utils.training.options import TrainingOptions
+from utils.training.checkpoint import Checkpoints, RunFacts, check_structure, check_training, read_state, step_of
+from utils.training.optimizer_options import LENGTH_SCHEDULES, ScheduleOptions
+from utils.training.options import CheckpointOptions, TrainingOptions
 from utils.training.posthoc_ema import has_averages, set_aside_snapshots
 
 if TYPE_CHECKING:

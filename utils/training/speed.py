@@ -11,79 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from utils.config.options import UserError, first_line, option, require, require_fraction
-from utils.models.attention import ATTENTION
+from utils.config.options import UserError, first_line, require
 
 logger = logging.getLogger(__name__)
-COMPILED = ("blocks", "denoiser")
 CONVOLUTIONS = "ResnetBlock2D"  # which diffusers' `_repeated_blocks` of transformers do not name
 GRAPHS = 64  # of one function, at most: a block's differ by widths, sizes and strides
 REPLAYS = 3  # of a CUDA graph: its kernels run once as they are, then they are recorded, then replayed
 EXACT = 1e-2  # relative error of a gradient: wrong ones were 15 % off, sums that cancel have come out 0.5 % off
 FURTHEST = 0.3  # the same of half precision, whatever the plain denoiser's own, unless that is further off
 NEGLIGIBLE = 1e-2  # of the root mean square over all gradients, beneath which a parameter's is rounding
-
-
-@dataclass(frozen=True)
-class SpeedOptions:
-    fast: bool = option(
-        False,
-        "turn on what is safe and pays on this device, each part named in the log with its reason; a part whose check "
-        "fails is left out by name. A resumed run may then differ in the last bits",
-    )
-    compile: str | None = option(
-        None,
-        "compile the denoiser whole, or only its repeated blocks, of transformers and convolutions, which takes a "
-        "fifth of the time; its gradients are compared with the plain one's on a batch first",
-        choices=COMPILED,
-        const="denoiser",
-    )
-    torch_compile: bool = option(False, "the same as --compile denoiser")
-    cuda_graphs: bool = option(
-        False,
-        "record the kernels of a whole optimizer step, compiled or not, and replay them as one, which spares small "
-        "batches the time to launch each; where a step can't be recorded, the log says why: then only --compile's "
-        "passes are, each for itself",
-    )
-    activation_memory: float | None = option(
-        None,
-        "with --compile: the portion of the activations' memory to keep, from 0 to 1; the rest is computed again in "
-        "the backward pass, the cheapest first",
-    )
-    cudnn_benchmark: bool = option(
-        False,
-        "where all images have one size: have cuDNN time its convolutions and take the fastest; a resumed run may then "
-        "differ in the last bits",
-    )
-    attention_backend: str | None = option(
-        None,
-        "kernels of PyTorch's attention to try first; by default PyTorch chooses by shape and device",
-        choices=tuple(ATTENTION),
-    )
-    bf16_weights: bool = option(
-        False,
-        "with --mixed_precision bf16: compute with a bfloat16 copy of the denoiser's weights, made once a step, "
-        "instead of casts at each use; what trains and is saved stays float32",
-    )
-    channels_last: bool = option(False, "keep images' channels together in memory, as convolutions on GPUs like it")
-    keep_freed_memory: bool | None = option(
-        None,
-        "on the host, keep memory that a step has freed for the next one; given back to the kernel it would be zeroed "
-        "anew (glibc); by default on a CPU",
-    )
-
-    def __post_init__(self) -> None:
-        if self.torch_compile and self.compile == "blocks":
-            raise UserError("--torch_compile is --compile denoiser, got --compile blocks; give one")
-        if self.activation_memory is not None:
-            require_fraction(self, "activation_memory")
-            if self.compiled is None:
-                raise UserError("--activation_memory says what --compile keeps; give both")
-
-    @property
-    def compiled(self) -> str | None:
-        """What is compiled."""
-        return self.compile or ("denoiser" if self.torch_compile else None)
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,9 @@ from utils.training.backward import Gradients, setting
 from utils.training.data import Feed, TrainingData
 from utils.training.fast import Part, circumstances, hastened, offer, paying_parts
 from utils.training.optimizers import unwrapped
-from utils.training.options import TrainingOptions
+from utils.training.options import SpeedOptions, TrainingOptions
 from utils.training.session import Session
-from utils.training.speed import (
-    Compilation,
-    Passes,
-    SpeedOptions,
-    as_before,
-    compile_checked,
-    compile_denoiser,
-    compiled_part,
-)
+from utils.training.speed import Compilation, Passes, as_before, compile_checked, compile_denoiser, compiled_part
 from utils.training.state import TrainingState
 from utils.training.step_graph import CudaRecorder, StepGraph, obstacle
 from utils.training.task import Task

@@ -40,14 +40,8 @@ from utils.training.data import TrainingData
 from utils.training.ema import MovingAverage
 from utils.training.learning_rates import LearningRates
 from utils.training.log import Skips
-from utils.training.optimizers import (
-    STATE_BYTES,
-    NamedParameter,
-    OptimizerOptions,
-    build_optimizer,
-    set_learning_rate,
-    unwrapped,
-)
+from utils.training.optimizer_options import OptimizerOptions
+from utils.training.optimizers import STATE_BYTES, NamedParameter, build_optimizer, set_learning_rate, unwrapped
 from utils.training.options import TrainingOptions
 from utils.training.per_parameter import PerParameter
 from utils.training.posthoc_ema import AverageLengths

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from utils.config.batch import Batch, RecordPass
-from utils.config.options import first_line, option, require_not_negative, require_positive
+from utils.config.options import first_line
 from utils.config.seeding import Stream, generator
 from utils.config.user_files import read_bytes
 from utils.data.captions import compose
 from utils.data.crop_pixels import cut_out
-from utils.data.images import ImageOptions
+from utils.data.options import ImageOptions
 from utils.data.plan import PlannedImages
 from utils.models.base import Family, TextStates
 from utils.runtime.atomic_files import or_without, replacing
@@ -29,6 +29,7 @@ from utils.runtime.step_lines import read_line, warn_of_unread
 from utils.runtime.stop_requests import StopRequests
 from utils.training.encoding import EncodedBatch
 from utils.training.objective import Objective
+from utils.training.options import EarlyStoppingOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,19 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 FILE = "validation.jsonl"
 FILE_LIMIT = 1 << 30
-
-
-@dataclass(frozen=True)
-class EarlyStoppingOptions:
-    num_validation_timesteps: int = option(8, "timesteps, evenly spread, at which the validation loss is measured")
-    early_stopping_patience: int | None = option(
-        None, "end the run after this many measurements in a row without a lower validation loss"
-    )
-    early_stopping_threshold: float = option(0.0, "by how much the loss must be lower to count")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "num_validation_timesteps", "early_stopping_patience")
-        require_not_negative(self, "early_stopping_threshold")
 
 
 class Measurement(NamedTuple):

@@ -3,25 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.config.options import UserError, option, require_positive
 from utils.evaluation.metrics.distances import NotComputable
 from utils.evaluation.metrics.features import Network, Networks
 from utils.evaluation.metrics.image_sets import Reference, Subject
 from utils.evaluation.metrics.scores import Score
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    kid_subsets: int = option(100, "subsets of the conventional KID, which stands beside the full one")
-    kid_subset_size: int = option(1000, "images of such a subset")
-    fid_groups: int = option(5, "disjoint groups of images over which FID's spread is given")
-    num_duplicate_pairs: int = option(12, "pairs of an image and its nearest training image that memorisation shows")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "kid_subsets", "kid_subset_size", "num_duplicate_pairs")
-        for name in ("kid_subset_size", "fid_groups"):
-            if getattr(self, name) < 2:
-                raise UserError(f"--{name} must be 2 or more, got {getattr(self, name)}")
+from utils.evaluation.options import ScoreOptions
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +21,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from utils.config.options import UserError, first_line, option, require, require_positive
+from utils.config.options import UserError, first_line
 from utils.config.tensor_files import read_pickle, read_safetensors
 from utils.config.user_code import load_class, running
 from utils.evaluation.metrics.distances import Failed, NotComputable
 from utils.evaluation.metrics.inception import INPUT_SIZE, NUM_FEATURES, InceptionNetwork
-from utils.evaluation.metrics.lpips import TRUNKS, LpipsNetwork
+from utils.evaluation.metrics.lpips import LpipsNetwork
+from utils.evaluation.options import FID_MODES, FeatureOptions
 from utils.models.fingerprint import weights_hash
 from utils.models.loading import frozen, load_module
 from utils.runtime.atomic_files import replacing
-from utils.runtime.hub_files import is_path
 from utils.runtime.processes import without_tf32
 
 logger = logging.getLogger(__name__)
@@ -44,64 +43,10 @@ TRUNK_URLS = {
     "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
 }
-FID_MODES = {
-    "clean": "PIL bicubic on floats, antialiased, to 299; (x - 128) / 128",
-    "pytorch-fid": "bilinear without antialiasing to 299; 2 x - 1",
-    "tf": "TensorFlow 1's bilinear, its corners unaligned, to 299; (x - 128) / 128",
-}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIFFERENT_SIZES = "the network takes images as they are, and these have different sizes; for LPIPS give --lpips_size"
 REPEATS_WITHIN = 1e-2  # of the largest feature: kernels for other batch sizes round otherwise
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class FeatureOptions:
-    fid_mode: str = option(
-        "clean",
-        "how images become the Inception network's 299 pixels: three conventions, three numbers",
-        choices=FID_MODES,
-    )
-    inception_weights: str | None = option(
-        None, "pytorch-fid's weight file, .pth or .safetensors; by default it is downloaded once"
-    )
-    feature_module: str | None = option(
-        None,
-        "Python file with a network of your own, whose features KID, FID and their kin take in place of Inception's",
-    )
-    clip_model: str = option(
-        "openai/clip-vit-large-patch14", "CLIP of the CLIP scores and similarities: folder or Hub name"
-    )
-    cmmd_model: str = option("openai/clip-vit-large-patch14-336", "CLIP of CMMD: folder or Hub name")
-    dino_model: str = option("facebook/dinov2-large", "DINOv2 of FD-DINOv2 and the DINO similarity: folder or Hub name")
-    lpips_network: str = option("alex", "trunk of LPIPS", choices=TRUNKS)
-    lpips_weights: str | None = option(
-        None, "torchvision's weight file of that trunk, .pth or .safetensors; by default it is downloaded once"
-    )
-    lpips_size: int | None = option(
-        None, "images are resized to this square for LPIPS; by default they stay as they are"
-    )
-    pickscore_model: str | None = option(
-        None, "PickScore's CLIP, such as yuvalkirstain/PickScore_v1: folder or Hub name"
-    )
-    hpsv2_model: str | None = option(None, "HPSv2's CLIP in the layout of transformers: folder or Hub name")
-    no_download: bool = option(False, "take no network that is not here already; its scores are listed as not computed")
-    feature_batch_size: int = option(32, "images at once in a feature network")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "lpips_size", "feature_batch_size")
-        require(self.lpips_size is None or self.lpips_size >= 64, "lpips_size", self.lpips_size, "be 64 or more")
-        for name in ("inception_weights", "lpips_weights"):
-            file = getattr(self, name)
-            is_file = file is None or (Path(file).is_file() and Path(file).suffix in (".pth", ".pt", ".safetensors"))
-            require(is_file, name, file, "be a .pth or .safetensors file that exists")
-        for name in ("clip_model", "cmmd_model", "dino_model", "pickscore_model", "hpsv2_model"):
-            value = getattr(self, name)
-            fits = value is None or not is_path(value) or Path(value).is_dir()
-            require(fits, name, value, "be a folder that exists, or a Hub name")
-        file = self.feature_module
-        is_module = file is None or (Path(file).is_file() and file.endswith(".py"))
-        require(is_module, "feature_module", file, "be a Python file that exists")
 
 
 class Picture(NamedTuple):

@@ -1,0 +1,417 @@
+"""The options of where images, captions and classes come from, and the sources of a `--dataset_file`."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from utils.config.options import (
+    UserError,
+    as_number,
+    first_line,
+    nearest,
+    option,
+    require_fraction,
+    require_positive,
+    with_values,
+)
+from utils.config.user_files import (
+    YAML_LIMIT,
+    TextReader,
+    check_encoding,
+    parse_yaml,
+    require_file,
+    require_folder,
+    short,
+)
+from utils.data.captions import CaptionOptions
+
+if TYPE_CHECKING:
+    from datasets.features.features import FeatureType
+
+    from utils.data.file_listing import Fate, Listing
+    from utils.data.masks import Masks
+
+INNER, OUTER = "inner", "outer"
+RULES = (INNER, OUTER)
+CAPTION_FILE = "captions.json"
+logger = logging.getLogger(__name__)
+LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv", CAPTION_FILE)
+MASK_FLAGS = ("alpha_mask", "mask_dir", "mask_column")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """One source of images; each can also stand in a `--dataset_file`.
+
+    Attributes:
+        holds_names: whether the caption column holds names, of which one may be NA or None.
+    """
+
+    holds_names: ClassVar[bool] = False
+
+    dataset_name: str | None = option(None, "name of a dataset on the Hub, or a local path that `datasets` can load")
+    dataset_config_name: str | None = option(None, "configuration of the dataset", is_text=True)
+    dataset_split: str = option("train", "split to train on, of a dataset or of a folder that has splits", is_text=True)
+    train_data_dir: str | None = option(
+        None,
+        "folder of images with captions in metadata.jsonl, .csv or .parquet, in captions.json or beside each image, or "
+        "of parquet files or tar shards; with --dataset_name its data_dir",
+    )
+    data_format: str | None = option(
+        None,
+        "what the folder is, where its files don't say it",
+        choices=("imagefolder", "pairs", "captions_json", "parquet", "webdataset"),
+    )
+    image_column: str = option("image", "column of the images", is_text=True)
+    caption_column: str | None = option(
+        "text", "column of the captions: a string, or a list of strings of which one is drawn", is_text=True
+    )
+    width_column: str = option("width", "column of the images' widths, by which a stream fills buckets", is_text=True)
+    height_column: str = option("height", "column of the images' heights", is_text=True)
+    text_encoding: str | None = option(
+        None,
+        "encoding of captions and metadata in text files, such as gb18030, cp932 or cp1252; by default UTF-8, and of "
+        "texts that are not UTF-8 a guess, which is logged",
+        is_text=True,
+    )
+    folder_repeats: bool = option(False, "use the images of a folder 10_name ten times an epoch, as kohya's scripts do")
+    max_train_samples: int | None = option(None, "train on this many images of a source, drawn by the seed")
+    alpha_mask: bool = option(False, "weigh the loss by the images' alpha channel: what is transparent does not count")
+    mask_dir: str | None = option(None, "folder of masks under the images' names: the loss counts where they are white")
+    mask_column: str | None = option(
+        None,
+        "column of the masks: of a dataset images, of metadata file names, of tar shards the members' ending",
+        is_text=True,
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_train_samples")
+        if self.text_encoding is not None:
+            check_encoding(self.text_encoding, "text_encoding")
+        given = self._mask_flags
+        if len(given) > 1:
+            raise UserError(f"--{given[0]} and --{given[1]} both say where the loss counts; give one")
+        if self.mask_dir is not None:
+            require_folder(self.mask_dir, "mask_dir")
+        if self.train_data_dir is not None and self.dataset_name is None:
+            require_folder(self.train_data_dir, "train_data_dir", or_file=True)
+        if self.data_format is not None and (self.dataset_name is not None or self.train_data_dir is None):
+            raise UserError(f"--data_format {self.data_format} says what --train_data_dir is; give that alone")
+
+    @property
+    def given_as(self) -> str:
+        """The flag that names the data, and its value."""
+        is_folder = self.dataset_name is None
+        return f"--train_data_dir {self.train_data_dir}" if is_folder else f"--dataset_name {self.dataset_name}"
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether images have masks."""
+        return self.mask_flag is not None
+
+    @property
+    def mask_flag(self) -> str | None:
+        """The flag that says where the loss counts; None without one."""
+        return next(iter(self._mask_flags), None)
+
+    @property
+    def masks_given(self) -> str:
+        """That flag as it was given."""
+        given = "" if self.alpha_mask else f" {self.mask_dir or self.mask_column}"
+        return f"--{self.mask_flag}{given}"
+
+    @property
+    def _mask_flags(self) -> list[str]:
+        return [name for name in MASK_FLAGS if getattr(self, name) not in (None, False)]
+
+    def reader(self, feature: "FeatureType | None" = None) -> Callable[[object, str], tuple[str, ...]]:
+        """What makes captions of what the caption column holds.
+
+        Args:
+            feature: what a dataset says of that column, where there is one.
+
+        Raises:
+            UserError: if it says that it holds no captions.
+        """
+        from utils.data.sources import check_caption_feature
+        from utils.data.tables import captions_of
+
+        if feature is not None:
+            check_caption_feature(feature, self.caption_column)
+        return captions_of
+
+    def listing(self, left_out: Mapping[Path, "Fate"]) -> "Listing":
+        """The files in the folder of images; masks are none that may be data.
+
+        Args:
+            left_out: as of `list_folder`.
+        """
+        from utils.data.file_listing import MASK, Fate, Listing, list_folder
+        from utils.data.folders import is_caption_file
+        from utils.data.masks import without_masks
+
+        folder = Path(self.train_data_dir)
+        if folder.is_file():
+            return Listing(folder.parent, [folder.name])
+        listing = list_folder(folder, left_out)
+        listing.warn()
+        special = [name for name in listing.special if is_caption_file(name) or name.rpartition("/")[2] in LISTS]
+        listing.names = sorted(
+            [*listing.names, *special]
+        )  # refused when they are opened, so that it is not passed over
+        names = without_masks(listing.names, folder, None if self.mask_dir is None else Path(self.mask_dir))
+        for name in sorted(set(listing.names) - set(names)) if len(names) < len(listing.names) else ():
+            listing.fates.add(name, Fate(MASK))
+        listing.names = names
+        return listing
+
+    def masks(self) -> "Masks | None":
+        """Where the images' masks are found, None if they have none."""
+        from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks
+
+        if self.mask_dir is not None:
+            return FolderMasks(Path(self.mask_dir), None if self.train_data_dir is None else Path(self.train_data_dir))
+        return AlphaMasks() if self.alpha_mask else ColumnMasks(self.mask_column) if self.mask_column else None
+
+
+@dataclass(frozen=True)
+class LabelledSource(SourceOptions):
+    """One source of images that may have labels."""
+
+    holds_names: ClassVar[bool] = True
+
+    caption_column: str | None = option(
+        None,
+        "column of the classes, of names or numbers, for --class_conditional; by default the folders' names are",
+        aliases=["--label_column"],
+        is_text=True,
+    )
+
+    def reader(self, feature: "FeatureType | None" = None) -> Callable[[object, str], tuple[str, ...]]:
+        """What makes the name of a class of what the column holds: a name, or a number with or without one."""
+        from datasets import ClassLabel, Value
+
+        from utils.data.class_labels import NamedLabels, labels_of
+
+        if isinstance(feature, ClassLabel):
+            return NamedLabels(tuple(feature.names))
+        if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "bool")):
+            return labels_of
+        try:
+            return super().reader(feature) if feature is not None else labels_of
+        except UserError as error:
+            must = "must hold names, whole numbers, booleans or a ClassLabel"
+            raise UserError(f"--label_column {self.caption_column} {must}, got {feature}") from error
+
+
+@dataclass(frozen=True)
+class ColumnLabels(CaptionOptions):
+    """Each image has the class that its column says."""
+
+    word: ClassVar[str] = "label"
+    refusal: ClassVar[str] = "--label_column: label them, or take them out of the data"
+    takes_one: ClassVar[bool] = True
+
+    def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
+        """Each class once, in one Unicode normal form."""
+        from utils.data.class_folders import same_text
+
+        return tuple(dict.fromkeys(map(same_text, captions)))
+
+    def recorded(self, captions: tuple[str, ...]) -> tuple[str, ...]:
+        """As they stand in the data."""
+        return captions
+
+
+@dataclass(frozen=True)
+class NoLabels(CaptionOptions):
+    """Whatever stands beside the images is left alone."""
+
+    are_expected: ClassVar[bool] = False
+
+    def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+
+@dataclass(frozen=True)
+class FolderLabels(NoLabels):
+    """Each image has the name of its folder for its class.
+
+    Attributes:
+        rule: as of `names_of_folders`.
+        names: the class of each folder, by its path; None before the images are known.
+    """
+
+    folder_is_class: ClassVar[bool] = True
+
+    rule: str | None = field(default=None, repr=False, compare=False)
+    names: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
+
+    def settled(self, keys: Iterable[str], where: str, source: str) -> CaptionOptions:
+        """The same, which knows the class of each folder."""
+        from utils.data.class_folders import count_folders, names_of_folders
+
+        counts = count_folders(keys)
+        return replace(self, names=names_of_folders(counts, self.rule, where, source))
+
+    def of_folder(self, key: str, source: str) -> str:
+        """The whole name: 5_1 and 6_1 are two classes."""
+        return (self.names or {})[key.rpartition("/")[0]]
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    help_title: ClassVar[str] = "labels"
+
+    class_conditional: bool = option(
+        False, "train a model of classes: those of --label_column, or else the names of the images' folders"
+    )
+    class_folders: str | None = option(
+        None,
+        "which of nested folders names the class: the inner one, which holds the images, or the outer one, the first "
+        "in which their paths differ; by default the inner one, unless folders of one name lie in several places",
+        choices=RULES,
+    )
+    label_dropout: float = option(
+        0.1, "portion of the samples that train without their class, for classifier-free guidance"
+    )
+
+    def __post_init__(self) -> None:
+        require_fraction(self, "label_dropout")
+
+    def for_source(self, source: SourceOptions) -> CaptionOptions:
+        """How the labels of the data are used in the place of captions."""
+        by_folder = self.class_conditional and source.caption_column is None
+        if self.class_folders is not None and not by_folder:
+            given = "--label_column names them" if self.class_conditional else "give --class_conditional too"
+            raise UserError(f"--class_folders {self.class_folders} is for classes by folders; {given}, or leave it out")
+        if not self.class_conditional:
+            return NoLabels()
+        if source.dataset_name is not None and source.caption_column is None:
+            raise UserError(
+                "--class_conditional: a dataset has no folders; name the column of its classes: --label_column"
+            )
+        if by_folder:
+            return FolderLabels(
+                caption_dropout=self.label_dropout, on_missing_caption="folder", rule=self.class_folders
+            )
+        return ColumnLabels(caption_dropout=self.label_dropout, on_missing_caption="error")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    dataset_file: str | None = option(
+        None, "YAML file of several sources, each with repeats or a weight and its own caption settings"
+    )
+    streaming: bool = option(False, "read the dataset as a stream, never whole: no cache, and buckets by size columns")
+    shuffle_buffer_size: int = option(1000, "images of a stream among which the next is drawn")
+    cache_dir: str | None = option(None, "where `datasets` keeps what it downloads and converts")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "shuffle_buffer_size")
+        if self.streaming and self.dataset_file is not None:
+            raise UserError("--streaming reads one source; give it as --dataset_name or --train_data_dir")
+        if self.dataset_file is not None:
+            require_file(self.dataset_file, "dataset_file", "be a YAML file that exists")
+
+
+class SourceEntry(NamedTuple):
+    """What the options say of one source; `repeats` or `weight` is given where there are several."""
+
+    name: str
+    source: SourceOptions
+    captions: CaptionOptions
+    repeats: Fraction
+    weight: Fraction | None
+    loss_weight: float
+
+
+def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionOptions) -> list[SourceEntry]:
+    """The sources that the command line or the dataset file names; nothing of them is read.
+
+    Raises:
+        UserError: if there is none, or the file is not right.
+    """
+    if data.dataset_file is None:
+        if options.dataset_name is None and options.train_data_dir is None:
+            raise UserError("no data to train on; give --dataset_name, --train_data_dir or --dataset_file")
+        name = options.dataset_name or Path(options.train_data_dir).name
+        return [SourceEntry(name, options, captions, Fraction(1), None, 1.0)]
+    if options.dataset_name is not None or options.train_data_dir is not None:
+        raise UserError("--dataset_file names the sources; leave out --dataset_name and --train_data_dir")
+    found = []
+    for entry, where in _entries(Path(data.dataset_file), options.text_encoding):
+        source = with_values(options, entry, where)
+        if source.dataset_name is None and source.train_data_dir is None:
+            raise UserError(f"{where} has neither dataset_name nor train_data_dir")
+        name = str(entry.get("name") or Path(source.dataset_name or source.train_data_dir).name)
+        repeats = _fraction(entry, "repeats", where) or Fraction(1)
+        weight = _fraction(entry, "weight", where)
+        loss_weight = float(_fraction(entry, "loss_weight", where) or 1)
+        found.append(SourceEntry(name, source, with_values(captions, entry, where), repeats, weight, loss_weight))
+    if len({entry.weight is None for entry in found}) > 1:
+        raise UserError(f"{data.dataset_file}: give all sources a weight, or none (repeats then)")
+    names = [entry.name for entry in found]
+    if len(set(names)) < len(names):
+        found = [entry._replace(name=f"{number}-{entry.name}") for number, entry in enumerate(found)]
+    return found
+
+
+def _entries(file: Path, encoding: str | None) -> Iterator[tuple[dict[str, Any], str]]:
+    """(options, where they stand) of each source in a dataset file; paths in it are relative to its folder."""
+    texts = TextReader(encoding)
+    options = (*fields(SourceOptions), *fields(CaptionOptions))
+    booleans = {each.name for each in options if each.type is bool}
+    try:
+        content = parse_yaml(texts.read(file, YAML_LIMIT), f"--dataset_file {file}", booleans)
+    except OSError as error:
+        raise UserError(f"--dataset_file {file} can't be read: {first_line(error)}") from error
+    for finding in texts.findings():
+        logger.warning("--dataset_file %s: %s", file, finding)
+    entries = content.get("sources") if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"--dataset_file {file} must hold a list of sources, each a mapping of options")
+    if isinstance(content, dict) and len(content) > 1:
+        extra = _name_of(next(key for key in content if key != "sources"))
+        raise UserError(f"--dataset_file {file}: {extra} is unknown beside sources")
+    known = {
+        "name",
+        "repeats",
+        "weight",
+        "loss_weight",
+        *SourceOptions.__dataclass_fields__,
+        *CaptionOptions.__dataclass_fields__,
+    }
+    for number, entry in enumerate(entries, start=1):
+        where = f"{file}, source {number}"
+        for key, value in entry.items():
+            if key not in known:
+                hint = nearest(f"{key:.100}", known) if isinstance(key, str) else ""
+                raise UserError(f"{where}: {_name_of(key)} is unknown" + (f"; did you mean {hint}?" if hint else ""))
+            if isinstance(value, list | dict | set):
+                raise UserError(f"{where}: {key} must be one value, got {short(value)}")
+        if {"repeats", "weight"} <= entry.keys():
+            raise UserError(f"{where}: repeats and weight are two ways to say how often; give one")
+        entry = dict(entry)
+        for key in ("train_data_dir", "dataset_name", "mask_dir"):
+            value = entry.get(key)
+            if isinstance(value, str) and not value.startswith("~") and (file.parent / value).exists():
+                entry[key] = str(file.parent / entry[key])
+        yield entry, where
+
+
+def _name_of(key: object) -> str:
+    return f"{key:.60}" if isinstance(key, str) else short(key)
+
+
+def _fraction(entry: dict[str, Any], key: str, where: str) -> Fraction | None:
+    value = as_number(entry.get(key))
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e6:
+        raise UserError(f"{where}: {key} must be a number from 1e-6 to 1e6, got {short(value)}")
+    return Fraction(str(value)).limit_denominator(10**6)

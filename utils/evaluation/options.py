@@ -1,0 +1,166 @@
+"""The options of evaluation: reference, feature networks, scores, and scores while a model is trained."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from utils.config.options import UserError, flags_as, option, require, require_not_negative, require_positive
+from utils.config.progress import Progress
+from utils.config.user_files import check_encoding
+from utils.evaluation.metrics.table import METRICS
+from utils.runtime.hub_files import is_path
+
+LPIPS_NETWORKS = ("alex", "vgg")
+FID_MODES = {
+    "clean": "PIL bicubic on floats, antialiased, to 299; (x - 128) / 128",
+    "pytorch-fid": "bilinear without antialiasing to 299; 2 x - 1",
+    "tf": "TensorFlow 1's bilinear, its corners unaligned, to 299; (x - 128) / 128",
+}
+REFERENCE_FLAGS = {"reference": "eval_reference"}  # what evaluate_pipeline.py's flag is called here
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    kid_subsets: int = option(100, "subsets of the conventional KID, which stands beside the full one")
+    kid_subset_size: int = option(1000, "images of such a subset")
+    fid_groups: int = option(5, "disjoint groups of images over which FID's spread is given")
+    num_duplicate_pairs: int = option(12, "pairs of an image and its nearest training image that memorisation shows")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "kid_subsets", "kid_subset_size", "num_duplicate_pairs")
+        for name in ("kid_subset_size", "fid_groups"):
+            if getattr(self, name) < 2:
+                raise UserError(f"--{name} must be 2 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    fid_mode: str = option(
+        "clean",
+        "how images become the Inception network's 299 pixels: three conventions, three numbers",
+        choices=FID_MODES,
+    )
+    inception_weights: str | None = option(
+        None, "pytorch-fid's weight file, .pth or .safetensors; by default it is downloaded once"
+    )
+    feature_module: str | None = option(
+        None,
+        "Python file with a network of your own, whose features KID, FID and their kin take in place of Inception's",
+    )
+    clip_model: str = option(
+        "openai/clip-vit-large-patch14", "CLIP of the CLIP scores and similarities: folder or Hub name"
+    )
+    cmmd_model: str = option("openai/clip-vit-large-patch14-336", "CLIP of CMMD: folder or Hub name")
+    dino_model: str = option("facebook/dinov2-large", "DINOv2 of FD-DINOv2 and the DINO similarity: folder or Hub name")
+    lpips_network: str = option("alex", "trunk of LPIPS", choices=LPIPS_NETWORKS)
+    lpips_weights: str | None = option(
+        None, "torchvision's weight file of that trunk, .pth or .safetensors; by default it is downloaded once"
+    )
+    lpips_size: int | None = option(
+        None, "images are resized to this square for LPIPS; by default they stay as they are"
+    )
+    pickscore_model: str | None = option(
+        None, "PickScore's CLIP, such as yuvalkirstain/PickScore_v1: folder or Hub name"
+    )
+    hpsv2_model: str | None = option(None, "HPSv2's CLIP in the layout of transformers: folder or Hub name")
+    no_download: bool = option(False, "take no network that is not here already; its scores are listed as not computed")
+    feature_batch_size: int = option(32, "images at once in a feature network")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "lpips_size", "feature_batch_size")
+        require(self.lpips_size is None or self.lpips_size >= 64, "lpips_size", self.lpips_size, "be 64 or more")
+        for name in ("inception_weights", "lpips_weights"):
+            file = getattr(self, name)
+            is_file = file is None or (Path(file).is_file() and Path(file).suffix in (".pth", ".pt", ".safetensors"))
+            require(is_file, name, file, "be a .pth or .safetensors file that exists")
+        for name in ("clip_model", "cmmd_model", "dino_model", "pickscore_model", "hpsv2_model"):
+            value = getattr(self, name)
+            fits = value is None or not is_path(value) or Path(value).is_dir()
+            require(fits, name, value, "be a folder that exists, or a Hub name")
+        file = self.feature_module
+        is_module = file is None or (Path(file).is_file() and file.endswith(".py"))
+        require(is_module, "feature_module", file, "be a Python file that exists")
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    reference: str | None = option(
+        None, "real images to compare with: a folder, a dataset, or statistics in an .npz file"
+    )
+    reference_split: str = option("train", "split of a reference that is a dataset", is_text=True)
+    reference_image_column: str = option("image", "column of its images", is_text=True)
+    reference_caption_column: str = option(
+        "text", "column of its captions, where a folder's metadata have another", is_text=True
+    )
+    reference_resolution: int | None = option(
+        None, "the reference is cut to squares of this edge as in training; by default whole images are taken"
+    )
+    max_reference_images: int | None = option(None, "take so many images of it, drawn by the seed")
+    training_images: str | None = option(None, "what was trained on, for memorisation: a folder or a dataset")
+    save_reference: str | None = option(None, "keep the reference's statistics as this .npz file")
+    allow_stats_mismatch: bool = option(False, "take statistics that were made with another network or preparation")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "reference_resolution", "max_reference_images")
+        for name in ("reference", "training_images"):
+            value = getattr(self, name)
+            is_local = value is not None and (is_path(value) or value.endswith(".npz"))
+            require(not is_local or Path(value).exists(), name, value, "be a folder, dataset or file that exists")
+        file = self.save_reference
+        require(file is None or file.endswith(".npz"), "save_reference", file, "end with .npz")
+        if file is not None and (self.reference is None or self.is_statistics):
+            raise UserError("--save_reference keeps what --reference FOLDER gives; give a folder or a dataset")
+
+    @property
+    def is_statistics(self) -> bool:
+        """Whether the reference is a file of statistics."""
+        return self.reference is not None and self.reference.endswith(".npz")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    needs_reference: ClassVar[bool] = True  # where there are no images of the training to compare with
+
+    eval_metrics: list[str] | None = option(None, "scores to compute while training", choices=METRICS)
+    eval_steps: int | None = option(
+        None, "optimizer steps between them; by default they come after the last step alone"
+    )
+    eval_prompts_file: str | None = option(
+        None, "prompts to draw for them: .txt, .jsonl or .csv; by default the validation prompts"
+    )
+    eval_prompts_encoding: str | None = option(
+        None, "encoding of --eval_prompts_file, such as gb18030; by default UTF-8, and else a guess, which is logged"
+    )
+    eval_num_images: int = option(64, "images to draw for them, one after the other of each prompt or class")
+    eval_reference: str | None = option(
+        None, "real images to compare with: a folder, a dataset, or statistics in an .npz file"
+    )
+    eval_num_inference_steps: int | None = option(None, "denoising steps; by default the pipeline's")
+    eval_guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
+    eval_sampling_batch_size: int | None = option(
+        None, "images drawn at once; by default it grows until memory is full"
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "eval_steps", "eval_num_images", "eval_num_inference_steps", "eval_sampling_batch_size")
+        require_not_negative(self, "eval_guidance_scale")
+        file = self.eval_prompts_file
+        require(file is None or Path(file).is_file(), "eval_prompts_file", file, "be a file that exists")
+        if self.eval_prompts_encoding is not None:
+            check_encoding(self.eval_prompts_encoding, "eval_prompts_encoding")
+            if file is None:
+                raise UserError("--eval_prompts_encoding is of --eval_prompts_file; give both or neither")
+        for name in ("eval_steps", "eval_prompts_file", "eval_reference"):
+            if getattr(self, name) is not None and not self.eval_metrics:
+                raise UserError(f"--{name} is of --eval_metrics; give both or neither")
+        for name in self.eval_metrics or ():
+            if METRICS[name].compares and self.eval_reference is None and self.needs_reference:
+                raise UserError(f"--eval_metrics {name} compares with real images; give --eval_reference")
+            if name == "memorisation":
+                raise UserError("--eval_metrics memorisation is evaluate_pipeline.py's; leave it out")
+        with flags_as(REFERENCE_FLAGS):
+            ReferenceOptions(reference=self.eval_reference)
+
+    def is_due(self, progress: Progress) -> bool:
+        """Whether scores are computed after a step."""
+        return bool(self.eval_metrics) and (progress.is_last or progress.is_multiple_of(self.eval_steps))

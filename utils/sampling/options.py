@@ -1,0 +1,307 @@
+"""The options of drawing: pipelines, prompts, schedulers and bounds, and the samples of a training."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from utils.config.options import (
+    UserError,
+    first_line,
+    nearest,
+    option,
+    require,
+    require_not_negative,
+    require_positive,
+)
+from utils.config.progress import Progress
+from utils.config.user_files import check_encoding
+from utils.diffusion.options import SAMPLERS
+from utils.runtime.hub_files import require_model
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++_2s": ("DPMSolverSinglestepScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+}
+MODEL_CURE = "give a folder, a Hub name or a .safetensors file"
+MOST_IMAGES = 10**7
+
+
+@dataclass(frozen=True)
+class SamplingControlOptions:
+    dynamic_thresholding: float | None = option(
+        None,
+        "percentile, such as 99.5, of each predicted clean sample beyond which it is clipped and scaled, as in Imagen",
+    )
+    thresholding_space: str = option(
+        "latent",
+        "where a latent model's samples are thresholded: latents, or decoded pixels",
+        choices=("latent", "pixel"),
+    )
+    thresholding_limit: float | None = option(
+        None, "range that thresholded samples are scaled into; by default 1 for pixels, 4 for latents"
+    )
+    clamp_start: float | None = option(None, "bound on the predicted clean sample at the first step")
+    clamp_end: float | None = option(None, "that bound at the last step; between them it goes in a straight line")
+    initial_noise_scale: float = option(1.0, "factor on the noise that sampling starts from")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "thresholding_limit", "clamp_start", "clamp_end", "initial_noise_scale")
+        share = self.dynamic_thresholding
+        require(share is None or 50 <= share <= 100, "dynamic_thresholding", share, "be a percentile from 50 to 100")
+        if (self.clamp_start is None) != (self.clamp_end is None):
+            raise UserError("--clamp_start and --clamp_end go together; give both or neither")
+        if share is None and (self.thresholding_limit is not None or self.thresholding_space != "latent"):
+            raise UserError("--thresholding_limit and --thresholding_space go with --dynamic_thresholding")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    scheduler: str | None = option(None, f"{', '.join(SCHEDULERS)}, or a class of diffusers; by default the pipeline's")
+    num_inference_steps: int | None = option(
+        None, "denoising steps; by default the pipeline's, or all of a shorter schedule"
+    )
+    guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
+    guidance_rescale: float | None = option(None, "rescaling of the guided prediction, for zero terminal SNR")
+    negative_prompt: str | None = option(None, "what images should not show", is_text=True)
+    eta: float | None = option(None, "noise of DDIM's steps, from 0 to 1")
+    height: int | None = option(None, "pixels; by default the pipeline's")
+    width: int | None = option(None, "pixels; by default the pipeline's")
+    strength: float | None = option(
+        None, "how far --init_images are changed, above 0 up to 1; by default the pipeline's"
+    )
+    batch_size: int | None = option(None, "images at once; by default it grows until memory is full")
+    fail_on_invalid: bool = option(False, "end with an error if an image is NaN, black or of one colour")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_inference_steps", "height", "width", "batch_size")
+        require_not_negative(self, "guidance_scale", "guidance_rescale", "eta")
+        strength = self.strength
+        fits = strength is None or 0 < strength <= 1
+        require(fits, "strength", strength, "be above 0 and at most 1", "at 0 none changes")
+        for name in ("guidance_rescale", "eta"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= 1, name, value, "be between 0 and 1")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            require(value is None or value % 8 == 0, name, value, "be divisible by 8")
+        known = self.scheduler is None or self.scheduler in SCHEDULERS or self.scheduler.endswith("Scheduler")
+        hint = nearest(self.scheduler or "", SCHEDULERS)
+        cure = f"did you mean {hint}?" if hint else "such as EulerDiscreteScheduler"
+        require(known, "scheduler", self.scheduler, f"be one of {', '.join(SCHEDULERS)} or a class of diffusers", cure)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    help_title: ClassVar[str] = "sampling"
+
+    sampler: str | None = option(
+        None,
+        "what samples are drawn by; by default as the exported pipeline draws: DDPM in pixels, DDIM in latents, Euler "
+        "in flow matching",
+        choices=SAMPLERS,
+    )
+    ddpm_num_inference_steps: int | None = option(
+        None,
+        "denoising steps of a sample; by default 1000, or all that a shorter noise schedule has",
+        aliases=["--num_inference_steps"],
+    )
+    eta: float = option(0.0, "share of DDPM's noise that DDIM draws anew at each step")
+    guidance_scale: float = option(1.0, "classifier-free guidance of samples of classes; over 1 it is on")
+    num_samples: int | None = option(None, "samples drawn each time, or 0; by default --eval_batch_size")
+    eval_batch_size: int = option(16, "samples that a process draws at once")
+    save_images_epochs: int = option(10, "epochs between samples")
+    save_images_steps: int | None = option(None, "optimizer steps between samples, instead of --save_images_epochs")
+    save_model_epochs: int = option(10, "epochs between saves of the pipeline as it is then, in output_dir")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "ddpm_num_inference_steps", "eval_batch_size", "save_images_epochs", "save_images_steps")
+        require_positive(self, "save_model_epochs")
+        require_not_negative(self, "num_samples", "guidance_scale")
+        require(0 <= self.eta <= 1, "eta", self.eta, "be from 0 to 1")
+        require(self.eta == 0 or self.sampler == "ddim", "eta", self.eta, "be 0 without --sampler ddim")
+
+    @property
+    def count(self) -> int:
+        """Samples drawn each time."""
+        return self.eval_batch_size if self.num_samples is None else self.num_samples
+
+    def steps_of(self, scheduler: "SchedulerMixin") -> int:
+        """Denoising steps of a sample that a pipeline with this scheduler draws.
+
+        Raises:
+            UserError: if the sampler does not take so many or so few.
+        """
+        from utils.diffusion.process import is_flow, is_score
+        from utils.diffusion.samplers import check_steps, sampler_of
+        from utils.sampling.scheduler_trials import check_trial
+
+        longest = scheduler.config.num_train_timesteps
+        steps = self.ddpm_num_inference_steps or min(1000, longest)
+        if not is_flow(scheduler) and not is_score(scheduler):
+            must = f"be at most {longest}, the length of the noise schedule"
+            require(steps <= longest, "num_inference_steps", steps, must)
+        drawn_by = sampler_of(scheduler, self.sampler, self.eta)
+        check_trial(drawn_by, steps, "the pipeline", "num_inference_steps")
+        try:
+            check_steps(drawn_by, steps)
+        except ValueError as error:
+            name = self.sampler or type(scheduler).__name__
+            raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error
+        return steps
+
+    def is_due(self, progress: Progress) -> bool:
+        """Whether samples are drawn after a step.
+
+        As in the diffusers examples, the first epoch is always followed by samples.
+        """
+        if self.save_images_steps is not None:
+            return progress.is_multiple_of(self.save_images_steps)
+        return any(epoch % self.save_images_epochs == 0 for epoch in progress.ended_epochs)
+
+    def is_model_due(self, progress: Progress) -> bool:
+        """Whether the pipeline is saved after a step."""
+        return any((epoch + 1) % self.save_model_epochs == 0 for epoch in progress.ended_epochs)
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    pipeline: str | None = option(None, "pipeline to draw from: a folder, a Hub name or a single .safetensors file")
+    pipeline_config: str | None = option(
+        None, "pipeline folder or Hub name that describes a single-file --pipeline; by default found on the Hub"
+    )
+    lora: str | None = option(None, "LoRA on top of it: a folder, .safetensors file or Hub name")
+    lora_scale: float = option(1.0, "factor on the LoRA")
+    revision: str | None = option(None, "revision of the pipeline on the Hub")
+    variant: str | None = option(None, "variant of the weight files, such as fp16")
+    images: str | None = option(None, "score a folder of images already drawn, instead of drawing any")
+
+    def __post_init__(self) -> None:
+        if self.images is not None:
+            require(Path(self.images).is_dir(), "images", self.images, "be a folder that exists")
+        if self.lora is not None and self.pipeline is None:
+            raise UserError("--lora goes on top of a --pipeline")
+        require(math.isfinite(self.lora_scale), "lora_scale", self.lora_scale, "be a finite number")
+        for name in ("pipeline", "lora"):
+            require_model(name, getattr(self, name), MODEL_CURE, (".safetensors",))
+        require_model("pipeline_config", self.pipeline_config, "give a pipeline folder or a Hub name")
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    help_title: ClassVar[str] = "validation"
+
+    validation_prompts: list[str] | None = option(None, "prompts of which samples are drawn", is_text=True)
+    validation_prompt: str | None = option(
+        None, "a single prompt, of which --num_validation_images samples are drawn", is_text=True
+    )
+    num_validation_images: int | None = option(None, "samples a prompt; by default 4 of a --validation_prompt, else 1")
+    validation_epochs: int | None = option(None, "epochs between samples; 5 by default, for LoRA and SDXL 1")
+    validation_steps: int | None = option(None, "optimizer steps between samples, instead of --validation_epochs")
+    validation_num_inference_steps: int = option(25, "denoising steps of a sample")
+    validation_guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
+    validation_negative_prompt: str | None = option(None, "what the samples should not show", is_text=True)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "validation_epochs", "validation_steps", "validation_num_inference_steps")
+        require_not_negative(self, "num_validation_images", "validation_guidance_scale")
+        if self.validation_prompts is not None and self.validation_prompt is not None:
+            raise UserError("--validation_prompt and --validation_prompts are two ways to say the same; give one")
+
+    @property
+    def prompts(self) -> list[str]:
+        """All that samples are drawn of."""
+        return self.validation_prompts or ([self.validation_prompt] if self.validation_prompt else [])
+
+    def requests(self, seed: int) -> list["SampleRequest"]:
+        """The samples of one validation; number n has the seed `seed + n`, at every validation."""
+        prompts = self.prompts
+        each = self.num_validation_images
+        if each is None:
+            each = 4 if self.validation_prompt else 1
+        wanted = [(prompt, f"{row:02d}_{column}") for row, prompt in enumerate(prompts) for column in range(each)]
+        return [SampleRequest(prompt, name, (seed + index) % 2**63) for index, (prompt, name) in enumerate(wanted)]
+
+    def is_due(self, progress: Progress, default_epochs: int) -> bool:
+        """Whether samples are drawn after a step.
+
+        As in the diffusers examples, the first epoch is always followed by samples.
+        """
+        if self.validation_steps is not None:
+            return progress.is_multiple_of(self.validation_steps)
+        interval = self.validation_epochs or default_epochs
+        return any(epoch % interval == 0 for epoch in progress.ended_epochs)
+
+
+class SampleRequest(NamedTuple):
+    """One sample to draw: its prompt, the stem of its file, and the seed of its CPU generator."""
+
+    prompt: str
+    name: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    prompts: list[str] | None = option(None, "prompts to draw", aliases=["--prompt"], is_text=True)
+    prompts_file: str | None = option(
+        None, "prompts of a file: .txt one a line; .jsonl, .json (a list) or .csv with a column prompt, text or caption"
+    )
+    text_encoding: str | None = option(
+        None,
+        "encoding of --prompts_file, such as gb18030 or cp1252; by default UTF-8, and else a guess, which is logged",
+    )
+    prompts_dataset: str | None = option(None, "prompts of a dataset: a Hub name or a local path")
+    prompts_split: str = option("train", "split of that dataset", is_text=True)
+    prompts_column: str | None = option(
+        None, "column of the prompts, in the file, the dataset or the folder's metadata", is_text=True
+    )
+    captions_dir: str | None = option(None, "prompts are the captions of a folder of images, the first of each")
+    max_prompts: int | None = option(None, "take the first so many prompts")
+    class_labels: list[str] | None = option(
+        None, "classes that a class-conditional pipeline draws, by name or else by number; by default all", is_text=True
+    )
+    num_images: int | None = option(None, "images in total, one after the other of each prompt or class")
+    images_per_prompt: int | None = option(None, "images of each prompt or class; by default 4")
+    init_images: str | None = option(None, "image or folder of images that drawing starts from: variations of them")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_prompts", "num_images", "images_per_prompt")
+        for name in ("num_images", "images_per_prompt"):
+            value = getattr(self, name)
+            require(value is None or value <= MOST_IMAGES, name, value, f"be at most {MOST_IMAGES}")
+        if self.text_encoding is not None:
+            check_encoding(self.text_encoding, "text_encoding")
+        given = [name for name in ("prompts", "prompts_file", "prompts_dataset", "captions_dir") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"--{given[0]} and --{given[1]} both say which prompts to draw; give one")
+        if given and self.class_labels is not None:
+            raise UserError(f"--{given[0]} are texts and --class_labels classes; a pipeline takes one or the other")
+        for name in ("prompts_file",):
+            file = getattr(self, name)
+            require(file is None or Path(file).is_file(), name, file, "be a file that exists")
+        folder = self.captions_dir
+        require(folder is None or Path(folder).is_dir(), "captions_dir", folder, "be a folder that exists")
+        start = self.init_images
+        require(start is None or Path(start).exists(), "init_images", start, "be an image or a folder that exists")
+        below = next((label for label in self.class_labels or () if re.fullmatch(r"-\d+", label)), None)
+        require(below is None, "class_labels", below, "be names, or numbers from 0")
+        if self.num_images is not None and self.images_per_prompt is not None:
+            raise UserError("--num_images and --images_per_prompt both say how many images; give one")

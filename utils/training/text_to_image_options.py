@@ -1,0 +1,57 @@
+"""The options of train_text_to_image.py, and which of them go together."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from utils.config.options import UserError, parse
+from utils.config.terminal import set_up_logging
+from utils.data.captions import CaptionOptions
+from utils.models.options import ModelOptions
+from utils.sampling.options import ValidationOptions
+from utils.training.compatibility import announce_run, check_together
+from utils.training.options import AdaptationOptions, TrainingOptions
+
+logger = logging.getLogger(__name__)
+PURPOSE = "Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions, whole or by LoRA."
+
+
+@dataclass(frozen=True)
+class Options(TrainingOptions):
+    """All options of the script: the shared groups, some of them narrowed here."""
+
+    model: ModelOptions
+    adaptation: AdaptationOptions
+    captions: CaptionOptions
+    samples: ValidationOptions
+
+
+def read_options(argv: Sequence[str] | None) -> Options:
+    """The options given; refuses those that don't go together, before torch is loaded.
+
+    Raises:
+        UserError: for a flag that is unknown, or a value that it does not take.
+    """
+    set_up_logging()
+    options: Options = parse(Options, argv, PURPOSE)
+    check_options(options)
+    announce_run(options)
+    return options
+
+
+def check_options(options: Options) -> None:
+    """Refuses options that don't go together, and warns of those that have no effect."""
+    check_together(options)
+    if options.model.unet_config is not None and options.adaptation.adaptation != "full":
+        raise UserError("--unet_config trains a fresh UNet, which adapters would leave random; leave one out")
+    text_rates = (options.optimizer.text_encoder_lr, options.optimizer.text_encoder_2_lr)
+    if any(rate is not None for rate in text_rates) and not options.adaptation.train_text_encoder:
+        raise UserError("--text_encoder_lr goes with --train_text_encoder; give both or neither")
+    if options.evaluation.eval_metrics and options.model.sampling_cpu_offload:
+        raise UserError("--eval_metrics draws with the whole pipeline on the device; leave out --sampling_cpu_offload")
+    if options.cache.cache_text_embeddings and options.adaptation.train_text_encoder:
+        raise UserError(
+            "--cache_text_embeddings would keep text states that --train_text_encoder changes; leave one out"
+        )
+    if options.adaptation.train_text_encoder and options.model.clip_skip and options.adaptation.adaptation == "full":
+        logger.warning("--clip_skip %d: the layers left out stay as they are", options.model.clip_skip)

@@ -1,0 +1,124 @@
+"""The options of train_unconditional.py, and which of them go together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from utils.config.options import UserError, option, parse
+from utils.config.terminal import set_up_logging
+from utils.config.training_length import LengthOptions
+from utils.data.options import PixelOptions
+from utils.data.source_options import LabelledSource, LabelOptions
+from utils.diffusion.options import ProcessOptions
+from utils.evaluation.options import EvaluationOptions
+from utils.models.options import UnconditionalModelOptions
+from utils.sampling.options import SamplingOptions
+from utils.training.compatibility import announce_run, check_together
+from utils.training.optimizer_options import SCHEDULES, OptimizerOptions, ScheduleOptions
+from utils.training.options import TRACKERS, EmaOptions, TrackingOptions, TrainingOptions
+
+PURPOSE = (
+    "Trains a diffusion model that draws without words: "
+    "from scratch or fine-tuned, in pixels or latents, of classes too."
+)
+OWN_NAMES = {"caption_column": "label_column"}  # flags that the shared parts call otherwise
+
+
+@dataclass(frozen=True)
+class Length(LengthOptions):
+    num_train_epochs: int = option(100, "passes over the data", aliases=["--num_epochs"])
+
+
+@dataclass(frozen=True)
+class Optimizer(OptimizerOptions):
+    adam_beta1: float = option(0.95, "decay of the mean gradient")
+    adam_weight_decay: float = option(1e-6, "decoupled weight decay, of all but biases and norms")
+
+
+@dataclass(frozen=True)
+class Schedule(ScheduleOptions):
+    lr_scheduler: str = option("cosine", "course of the learning rate", choices=SCHEDULES)
+    lr_warmup_steps: int | None = option(
+        None, "optimizer steps over which the rate rises from 0; by default a tenth of the run, at most 500"
+    )
+
+
+@dataclass(frozen=True)
+class Averages(EmaOptions):
+    ema_decay: float = option(0.9999, "the largest decay of the average", aliases=["--ema_max_decay"])
+    use_ema_warmup: bool = option(True, "let the decay rise as 1 - (1 + n / inv_gamma)^-power up to it")
+
+
+@dataclass(frozen=True)
+class Tracking(TrackingOptions):
+    report_to: str = option(
+        "tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"), aliases=["--logger"]
+    )
+    tracker_project_name: str = option("train_unconditional", "name of the project in the trackers", is_text=True)
+
+
+@dataclass(frozen=True)
+class Evaluation(EvaluationOptions):
+    needs_reference: ClassVar[bool] = False
+
+    eval_reference: str | None = option(
+        None,
+        "real images to compare with: a folder, a dataset, or statistics in an .npz file; by default those trained on, "
+        "cut in the middle",
+    )
+    eval_num_inference_steps: int | None = option(None, "denoising steps; by default --num_inference_steps")
+
+    def with_steps(self, steps: int) -> "Evaluation":
+        """The same, of so many denoising steps where none were named."""
+        return replace(self, eval_num_inference_steps=self.eval_num_inference_steps or steps)
+
+
+@dataclass(frozen=True)
+class Options(TrainingOptions):
+    """All options of this script: the shared groups, some of them narrowed or extended here."""
+
+    model: UnconditionalModelOptions
+    source: LabelledSource
+    captions: LabelOptions
+    image: PixelOptions
+    length: Length
+    optimizer: Optimizer
+    schedule: Schedule
+    noise: ProcessOptions
+    ema: Averages
+    samples: SamplingOptions
+    tracking: Tracking
+    evaluation: Evaluation
+
+    @property
+    def structure(self) -> dict[str, object]:
+        """The settings that must equal the checkpoint's for a run to resume from it, by flag."""
+        return super().structure | self.model.structure
+
+
+def read_options(argv: Sequence[str] | None) -> Options:
+    """The options given; refuses those that don't go together, before torch is loaded.
+
+    Raises:
+        UserError: for a flag that is unknown, or a value that it does not take.
+    """
+    set_up_logging()
+    options: Options = parse(Options, argv, PURPOSE)
+    check_options(options)
+    announce_run(options)
+    return options
+
+
+def check_options(options: Options) -> None:
+    """Refuses options that don't go together, and warns of those that have no effect."""
+    check_together(options)
+    if options.cache.cache_text_embeddings:
+        raise UserError("--cache_text_embeddings: there are no captions here; leave it out")
+    if options.optimizer.text_encoder_lr is not None or options.optimizer.text_encoder_2_lr is not None:
+        raise UserError("--text_encoder_lr: there are no text encoders here; leave it out")
+    if options.captions.class_conditional and options.data.streaming:
+        raise UserError("--class_conditional numbers all classes beforehand, which --streaming does not know")
+    if options.source.caption_column is not None and not options.captions.class_conditional:
+        raise UserError("--label_column goes with --class_conditional; give both or neither")
+    if options.samples.guidance_scale > 1 and not options.captions.class_conditional:
+        raise UserError("--guidance_scale goes with --class_conditional; give both or neither")
