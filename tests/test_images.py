@@ -20,7 +20,6 @@ from utils.data.buckets import BucketOptions
 from utils.data.captions import CaptionOptions
 from utils.data.file_signatures import jxl_size
 from utils.data.images import (
-    CONVERTED,
     ImageOptions,
     image_bytes,
     image_suffixes,
@@ -31,6 +30,7 @@ from utils.data.images import (
     reason_of,
     unread_reason,
 )
+from utils.data.oddities import CONVERTED
 from utils.data.pixels import PixelOptions, read_deep
 from utils.data.sources import DataOptions, SourceOptions, read_records
 from utils.data.tables import data_folders, image_of

@@ -23,9 +23,10 @@ from utils.data import stream
 from utils.data import survey as headers
 from utils.data.crop_pixels import cut_out
 from utils.data.encodings import MaskPlan
-from utils.data.images import ODDITIES, UNCOMMON, ImageOptions, read_mask
+from utils.data.images import ImageOptions, read_mask
 from utils.data.mask_values import MaskCensus, mask_values
 from utils.data.masks import FolderMasks
+from utils.data.oddities import ODDITIES, UNCOMMON
 from utils.data.survey import take_census
 from utils.diffusion.losses import LossOptions, mask_weights, weighted_loss
 

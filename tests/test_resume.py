@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, losses
+from utils.data.oddities import CONVERTED, DECODING, SMALL_PALETTE, TURNED_ANEW, UNCOMMON, bits_of
+from utils.data.survey import Survey
 from utils.training.optimizers import OPTIMIZERS
 
 # what a run may have, by kind: each value of one kind meets each of every other in some run
@@ -118,6 +120,42 @@ def test_every_optimizer(train, data, tmp_path, optimizer, adaptation):
         flags.remove("--use_ema")
     rate = ["--learning_rate", 1] if optimizer == "prodigy" else []
     assert_resumes(train, data, tmp_path, [*flags, *rate], random.Random(optimizer))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "named"),
+    [
+        ({}, ["converted.png", "deep.png", "turned.png"]),  # of a release from before the records
+        ({"data_record": "x"}, ["deep.png", "turned.png"]),
+        ({"data_record": "x", "validation_split_rule": "by content"}, ["turned.png"]),
+        ({"decoding": 2}, ["turned.png"]),
+        ({"decoding": DECODING}, []),
+        ({"decoding": DECODING + 1}, []),
+    ],
+)
+def test_images_that_an_earlier_release_decoded_otherwise_are_named(monkeypatch, caplog, tmp_path, recorded, named):
+    from utils.training import resume as resuming
+
+    kinds = {"plain": "grey", "converted": CONVERTED, "deep": UNCOMMON, "turned": TURNED_ANEW}
+    known = Survey.unknown(len(kinds))
+    known.oddities[:] = [bits_of([kind]) for kind in kinds.values()]
+    records = type("Named", (list,), {"key": lambda self, index: f"{self[index]}.png"})(kinds)
+    images = SimpleNamespace(survey=known, records=records)
+    monkeypatch.setattr(resuming, "read_state", lambda _: SimpleNamespace(facts=SimpleNamespace(training=recorded)))
+    resuming._warn_of_decoding(tmp_path, images, "held-out ")
+    resuming._warn_of_decoding(tmp_path, None, "")
+    assert len(caplog.messages) == bool(named)
+    if named:
+        assert f"decoded {len(named)} of the 4 held-out images" in caplog.text
+        assert f"such as {', '.join(named)};" in caplog.text
+
+
+def test_masks_that_an_earlier_release_decoded_otherwise_count_too():
+    """But for their colours, which no profile changes."""
+    known = Survey.unknown(3)
+    known.mask_oddities[:] = [bits_of([kind]) for kind in (CONVERTED, UNCOMMON, SMALL_PALETTE)]
+    assert known.decoded_otherwise(0).tolist() == [False, True, True]
+    assert known.decoded_otherwise(DECODING).tolist() == [False] * 3
 
 
 def test_a_stream_is_the_same_whether_its_length_is_known(monkeypatch, tmp_path):

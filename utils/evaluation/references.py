@@ -17,7 +17,7 @@ from utils.config.options import UserError, flags_as, option, require, require_p
 from utils.data.captions import CaptionOptions
 from utils.data.crop_pixels import cut_out
 from utils.data.folders import list_images
-from utils.data.images import ImageOptions, image_bytes, open_image, read_header, read_rgb, reason_of
+from utils.data.images import ImageOptions, check_values, image_bytes, open_image, read_header, read_rgb, reason_of
 from utils.data.plan import PlannedImages
 from utils.data.sources import DataOptions, Records, SourceOptions, is_saved_dataset, read_records
 from utils.evaluation.metrics.features import Picture
@@ -210,5 +210,5 @@ def _fingerprint(records: Records, options: ReferenceOptions) -> str:
             raise UserError(f"--reference: {records.key(index)} can't be read: {error.strerror or error}") from error
         digest.update(content)
         with contextlib.suppress(OSError, ValueError):  # a broken image is named where its pixels are read
-            digest.update(read_header(content).how_read)
+            digest.update(check_values(content, read_header(content)).how_read)
     return digest.hexdigest()

@@ -19,7 +19,8 @@ from utils.data.encodings import Encodings, LatentPlan, MaskPlan, texts_of
 from utils.data.file_ledger import Ledger
 from utils.data.file_listing import HELD_OUT, Fate
 from utils.data.images import ImageOptions
-from utils.data.mask_values import MASKS_LOOKED_AT, MaskCensus
+from utils.data.mask_values import MASKS_LOOKED_AT, NUM_NAMED, MaskCensus
+from utils.data.oddities import DOUBTFUL, bits_of
 from utils.data.plan import (
     HeldOutOptions,
     PlannedImages,
@@ -368,6 +369,7 @@ def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
             "with --folder_repeats it is used as often as the number says, here %d times",
             *(len(folders), name, count),
         )
+    warn_of_guesses(images.records, images.survey)
     enlarged = upscaling(images.survey.sizes, images.plan)
     num_enlarged = int((enlarged > MUCH_ENLARGED).sum())
     if num_enlarged:
@@ -380,6 +382,16 @@ def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
         others = ", ".join(f"{goal[0]}x{goal[1]}" for goal in goals)
         reason = f"under a group of {group_size}"
         logger.info("the bucket %dx%d has %d images, %s: moved to %s", width, height, count, reason, others)
+
+
+def warn_of_guesses(records: Records, known: Survey) -> None:
+    """Warns of images and masks of which it was guessed which number is white."""
+    for doubt in DOUBTFUL:
+        chosen = np.flatnonzero((known.oddities | known.mask_oddities) & bits_of([doubt]))
+        if len(chosen):
+            names = ", ".join(records.key(index) for index in chosen[:NUM_NAMED].tolist())
+            message = "%d images or masks have %s, such as %s; save them with numbers from 0 to 1, or in 8 or 16 bits"
+            logger.warning(message, len(chosen), doubt, names)
 
 
 def report_verification(what: str, found: Verification) -> None:
