@@ -234,7 +234,7 @@ def _values_of_masks(records: Records, indices: np.ndarray) -> list[tuple[str, M
     for index in indices.tolist():
         mask, found = records.mask(index), None
         with contextlib.suppress(OSError, ValueError):
-            found = mask_values(records.image(index) if mask.is_alpha else b"", mask)
+            found = mask_values(records.image(index), mask)
         values.append((records.key(index), found))
     return values
 

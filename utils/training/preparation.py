@@ -20,6 +20,7 @@ from utils.data.file_ledger import Ledger
 from utils.data.file_listing import HELD_OUT, Fate
 from utils.data.images import ImageOptions
 from utils.data.mask_values import MASKS_LOOKED_AT, NUM_NAMED, MaskCensus
+from utils.data.masks import called_masks
 from utils.data.oddities import DOUBTFUL, bits_of
 from utils.data.plan import (
     HeldOutOptions,
@@ -370,6 +371,7 @@ def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
             *(len(folders), name, count),
         )
     warn_of_guesses(images.records, images.survey)
+    warn_of_called_masks(images.records)
     enlarged = upscaling(images.survey.sizes, images.plan)
     num_enlarged = int((enlarged > MUCH_ENLARGED).sum())
     if num_enlarged:
@@ -392,6 +394,17 @@ def warn_of_guesses(records: Records, known: Survey) -> None:
             names = ", ".join(records.key(index) for index in chosen[:NUM_NAMED].tolist())
             message = "%d images or masks have %s, such as %s; save them with numbers from 0 to 1, or in 8 or 16 bits"
             logger.warning(message, len(chosen), doubt, names)
+
+
+def warn_of_called_masks(records: Records) -> None:
+    """Warns of images that are called as masks of others, and are trained on all the same."""
+    found = called_masks(records.key(index) for index in range(len(records)))
+    if found:
+        logger.warning(
+            "%d images are called as masks of others, such as %s of %s, and are trained on as images; put them into a "
+            "folder of their own under their images' names and give --mask_dir, or take them out",
+            *(len(found), *found[0]),
+        )
 
 
 def report_verification(what: str, found: Verification) -> None:
