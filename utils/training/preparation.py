@@ -13,6 +13,7 @@ from utils.config.seeding import Stream, generator
 from utils.data.buckets import BucketOptions
 from utils.data.cache import CACHE_DTYPES, CacheOptions, EntryStore
 from utils.data.captions import CaptionOptions
+from utils.data.class_labels import check_held_out_classes
 from utils.data.data_fingerprint import DIGESTED_BYTES
 from utils.data.duplicates import first_of_same, shared_with
 from utils.data.encodings import Encodings, LatentPlan, MaskPlan, texts_of
@@ -188,9 +189,32 @@ class DataPreparation:
         for census in self._census(images) if records.has_masks else ():
             if census.is_nearly_black:
                 logger.warning("the validation loss counts almost nowhere: its masks are black or nearly so")
-        if options.fraction is None:
-            self._warn_of_shared(images)
+        trained = self.ledger.images
+        if isinstance(trained, StreamedImages):
+            self._tell_stream(trained, images)
+        elif trained is not None:
+            if self.captions.are_classes:
+                check_held_out_classes(trained.records, images.records, self._held_out_flag)
+            if options.fraction is None:
+                self._warn_of_shared(images)
         return images
+
+    @property
+    def _held_out_flag(self) -> str:
+        """The flag that names the held-out images, with its value."""
+        folder, split = self.held_out.validation_data_dir, self.held_out.validation_split
+        return f"--validation_split {split}" if folder is None else f"--validation_data_dir {folder}"
+
+    def _tell_stream(self, trained: StreamedImages, found: PlannedImages) -> None:
+        """Lets a stream know the bytes of held-out images, so that it names those that it trains on as copies."""
+        from accelerate.utils import broadcast_object_list
+
+        known = found.survey
+        if self.accelerator.is_main_process:
+            add_digests(known, found.records, known.sizes[:, 0] > 0, self.cache.folder, show_progress=True)
+        digests = broadcast_object_list([known.digests])[0]
+        names = (found.records.key(index) for index in range(len(found.records)))
+        trained.held_out.learn(names, known.num_bytes, digests.tolist())
 
     def _first_of_same(self, records: Records) -> np.ndarray | None:
         """As `first_of_same`, which the main process finds out once and tells the others; None where it is not used."""
