@@ -194,20 +194,13 @@ class TestSources:
             [
                 *["1.png", "1_mask.png", "2.jpg", "2-MASK.png", "3.png", "3.mask.png", "4.png", "4-masklabel.png"],
                 *["x/5.png", "x/masks/5.jpg", "y/images/6.png", "y/mask/6.png", "z_mask.png", "damask.png"],
-                *[
-                    "masks/7.png",
-                    "cats/7.png",
-                    "8mask.webp",
-                    "8.webp",
-                    "masked.png",
-                    "mask.png",
-                    "9_matte.png",
-                    "9.png",
-                ],
+                *["masks/7.png", "cats/7.png", "8mask.webp", "8.webp", "masked.png", "mask.png", "da.png"],
+                *["9_matte.png", "9.png", "images/10.png", "masks/10_mask.png", "a_mask_mask.png", "a_mask.png"],
             ]
         )
         names = ["1_mask.png", "2-MASK.png", "3.mask.png", "4-masklabel.png", "x/masks/5.jpg", "y/mask/6.png"]
-        assert [mask for mask, _ in pairs] == [*names, "8mask.webp", "9_matte.png"]
+        names += ["8mask.webp", "9_matte.png", "masks/10_mask.png", "a_mask_mask.png"]
+        assert [mask for mask, _ in pairs] == names
         assert dict(pairs)["y/mask/6.png"] == "y/images/6.png"
         for name in ("a.png", "a_mask.png", "b.png"):
             (tmp_path / name).write_bytes(WHITE)

@@ -22,7 +22,7 @@ from utils.data.images import Refused
 from utils.data.tables import ImageTable
 
 MASK_LABEL = "-masklabel"  # what OneTrainer puts behind an image's name for that of its mask
-MASK_ENDING = re.compile(r"[-_. ]?(masks?|masklabel|matte)$")
+MASK_ENDING = re.compile(r"([-_. ]|(?<=[0-9]))(masks?|masklabel|matte)$")
 MASK_FOLDER = re.compile(r"/(masks?|mattes?)$")
 MASK_WORD = re.compile("mask|matte", re.IGNORECASE)
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "photos")
@@ -157,15 +157,18 @@ def called_masks(keys: Iterable[str]) -> list[tuple[str, str]]:
     """(path, that of its image) of the images that are called as masks of others, such as 1_mask.png beside 1.png."""
     keys = list(keys)
     some = [key for key in keys if MASK_WORD.search(key)]
-    images = {_plain(_stem(key)).lower(): key for key in keys if key not in set(some)} if some else {}
+    if not some:
+        return []
+    images = {_plain(_stem(key)).lower(): key for key in keys}
     found = []
     for key in some:
         stem = _plain(_stem(key)).lower()
         folder, _, name = stem.rpartition("/")
-        names = [MASK_ENDING.sub("", stem)] if MASK_ENDING.search(stem) else []
+        bare = MASK_ENDING.sub("", name)
+        names = ["/".join(filter(None, (folder, bare)))] if bare != name else []
         if MASK_FOLDER.search(f"/{folder}"):
-            outer = "/".join(folder.split("/")[:-1])
-            names += ["/".join(filter(None, (outer, beside, name))) for beside in ("", *IMAGE_FOLDERS)]
+            outer, folders = folder.rpartition("/")[0], ("", *IMAGE_FOLDERS)
+            names += ["/".join(filter(None, (outer, beside, each))) for each in (name, bare) for beside in folders]
         image = next((images[each] for each in names if each in images), None)
         if image is not None:
             found.append((key, image))
