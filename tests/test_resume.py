@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,6 +150,25 @@ def test_images_that_an_earlier_release_decoded_otherwise_are_named(monkeypatch,
     if named:
         assert f"decoded {len(named)} of the 4 held-out images" in caplog.text
         assert f"such as {', '.join(named)};" in caplog.text
+
+
+def test_a_resumed_run_warns_of_them_once(train, tmp_path, caplog, monkeypatch):
+    """Its own checkpoints record the decoding of now."""
+    data = tiny.make_images(tmp_path / "data", 4)
+    content = (data / "002.png").read_bytes()
+    text = b"iTXtXML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation='3'/>"
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    (data / "002.png").write_bytes(content[:-12] + chunk + content[-12:])
+    flags = ["--train_batch_size", 2, "--resume_from_checkpoint", "latest", "--max_train_steps"]
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.training.resume.DECODING", 2)
+        train("sd", *flags, 1, data=data)
+    said = "decoded 1 of the 4 images, or their masks, into other pixels, such as 002.png"
+    assert said not in caplog.text
+    for steps, count in ((2, 1), (3, 0)):
+        caplog.clear()
+        train("sd", *flags, steps, data=data)
+        assert caplog.text.count(said) == count
 
 
 def test_masks_that_an_earlier_release_decoded_otherwise_count_too():
