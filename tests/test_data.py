@@ -591,6 +591,7 @@ class TestSurvey:
         memory, wanted = tmp_path / "memory", np.ones(4, bool)
         with monkeypatch.context() as patch:
             patch.setattr("utils.data.survey.NOW", headers.BEFORE)
+            patch.setattr("utils.data.survey.REMEMBERED", headers.REMEMBERED_BEFORE)
             first = survey(records_of(tmp_path / "data"), memory)
             add_digests(first, records_of(tmp_path / "data"), wanted, memory)
         make_picture(tmp_path / "data" / "2.png", (77, 55))

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,8 +16,7 @@ from utils.data import images
 from utils.data import survey as headers
 from utils.data.images import (
     MANY_PIXELS,
-    TURNS,
-    UNCOMMON,
+    check_values,
     decode,
     read_header,
     read_layers,
@@ -24,8 +24,11 @@ from utils.data.images import (
     read_rgb,
 )
 from utils.data.mask_values import mask_values
+from utils.data.oddities import CLIPPED, CONVERTED, DARK, SMALL_PALETTE, TURNED_ANEW, UNCOMMON, how_read
 from utils.data.options import PixelOptions
+from utils.data.orientation import TURNS
 from utils.data.pixels import read_deep
+from utils.training.preparation import warn_of_guesses
 
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 
@@ -39,6 +42,7 @@ def tiff(
     is_planar: bool = False,
     is_compressed: bool = False,
     order: str = "<",
+    colours: Sequence[int] = (),
 ) -> bytes:
     """A TIFF of 8 x 8 pixels, little-endian unless `order` is ">"."""
     content = values if isinstance(values, bytes) else values.tobytes()
@@ -53,6 +57,7 @@ def tiff(
         **{277: ("H", [channels]), 278: ("I", [8]), 279: ("I", parts)},
         **{284: ("H", [1 + is_planar]), 339: ("H", [kind] * channels)},
     }
+    tags = dict(sorted((tags | ({320: ("H", list(colours))} if colours else {})).items()))
     entries, more = b"", b""
     for tag, (code, numbers) in tags.items():
         value = struct.pack(f"{order}{len(numbers)}{code}", *numbers)
@@ -137,7 +142,11 @@ class TestNumbers:
             (ramp(0, 1000, "<u4"), {"bits": 32}, "unsigned, 32 bits, from 0 to 1000"),
             (ramp(0, 100000, "<u4"), {"bits": 32}, "can't be told"),
             (ramp(-100, 100, "<i1"), {"bits": 8, "kind": SIGNED}, "signed 8-bit numbers are not read"),
-            (bytes(8 * 64), {"bits": 64, "kind": FLOAT}, "a TIFF whose kind of pixels is not read"),
+            (
+                bytes(8 * 64),
+                {"bits": 64, "kind": FLOAT},
+                r"a TIFF with 1 channel of 64 bits \(float\) is not read; save it as",
+            ),
             (bytes(3 * 2 * 64), {"bits": 16, "photometric": 2, "channels": 3, "is_planar": True}, "planar"),
         ],
     )
@@ -163,6 +172,56 @@ class TestNumbers:
             assert sorted(known.reasons) == [2, 3, 4]
             assert "which of its numbers is white can't be told" in known.reasons[2]
             assert "no finite number" in known.reasons[4]
+
+    @pytest.mark.parametrize(
+        ("values", "expected", "oddity"),
+        [
+            (np.r_[ramp(0, 1, "<f4")[4:], np.full(4, 20, "<f4")], [16, 255], CLIPPED),  # highlights
+            (np.r_[ramp(0.3, 0.6, "<f4")[1:], np.float32(1e6)], [78, 255], CLIPPED),
+            (np.r_[ramp(0.3, 0.6, "<f4")[8:], np.full(8, 8, "<f4")], [86, 255], CLIPPED),
+            (np.r_[ramp(0, 1, "<f4")[1:], np.float32("inf")], [4, 255], None),
+            (np.r_[ramp(0.5, 250, "<f4")[1:], np.float32(260)], [4, 255], None),  # filters go beyond 255, too
+            (255 * np.exp(-(ramp(6, 0, "<f4") ** 2)), [0, 255], None),  # a soft spot
+            (np.r_[np.zeros(60, "<f4"), flat(255, "<f4")[:4]], [0, 255], None),  # a mask in 255s
+            (np.r_[ramp(2.5, 3.5, "<f4")[1:], np.float32(200)], [3, 200], DARK),
+        ],
+    )
+    def test_highlights_of_floats_do_not_darken_the_others(self, values, expected, oddity):
+        file = tiff(values.astype("<f4"), 32, FLOAT)
+        assert np.asarray(read_rgb(file))[..., 0].reshape(-1)[[0, -1]].tolist() == expected
+        found = set(check_values(file, read_header(file)).oddities) & {CLIPPED, DARK}
+        assert found == ({oddity} if oddity else set())
+
+    def test_floats_of_numbers_of_classes_are_not_taken_for_highlights(self):
+        with pytest.raises(ValueError, match="can't be told"):
+            read_rgb(tiff(np.r_[flat(1, "<f4")[8:], flat(3, "<f4")[:8]], 32, FLOAT))
+
+    def test_images_whose_white_was_guessed_are_named(self, tmp_path, caplog):
+        for number in range(5):
+            values = np.r_[ramp(0, 1, "<f4")[4:], np.full(4, 20 if number else 1, "<f4")]
+            (tmp_path / f"{number}.tiff").write_bytes(tiff(values, 32, FLOAT))
+        records = records_of(tmp_path)
+        for _ in range(2):
+            warn_of_guesses(records, headers.survey(records, tmp_path / "memory"))
+        assert len(caplog.messages) == 2
+        assert f"4 images or masks have {CLIPPED}, such as 1.tiff, 2.tiff, 3.tiff" in caplog.messages[1]
+
+    @pytest.mark.parametrize("is_compressed", [False, True])
+    @pytest.mark.parametrize("order", ["<", ">"])
+    @pytest.mark.parametrize(("full", "is_small"), [(255, True), (200, True), (65535, False), (256, False), (0, False)])
+    def test_a_palette_of_8_bits_is_not_black(self, full, is_small, order, is_compressed):
+        """As old writers leave it in the map of 16 bits, which libtiff tells by its largest number."""
+        colours = [full] * 256 + [0] * 256 + [full // 2] * 256
+        file = tiff(flat(7, "u1"), 8, photometric=3, order=order, is_compressed=is_compressed, colours=colours)
+        scale = 1 if is_small else 256
+        assert read_rgb(file).getpixel((3, 3)) == (full // scale, 0, full // 2 // scale)
+        assert (SMALL_PALETTE in read_header(file).oddities) == is_small
+
+    def test_grey_with_alpha_in_16_bits_is_refused_by_what_it_is(self):
+        with pytest.raises(OSError, match=r"2 channels of 16 bits \(unsigned\) is not read; save it as PNG"):
+            read_rgb(tiff(bytes(4 * 64), 16, channels=2))
+        with pytest.raises(OSError, match="a TIFF of this kind is not read"):
+            read_rgb(b"II*\0" + bytes(60))
 
     def test_big_endian(self):
         assert np.asarray(read_rgb(tiff(ramp(0, 65535, ">u2"), 16, order=">"))).reshape(-1)[[0, -1]].tolist() == [
@@ -279,6 +338,31 @@ def exif_of(orientation: int, order: str = ">") -> bytes:
 
 
 XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{}"/></x:xmpmeta>'
+XMP_ELEMENT = "<x:xmpmeta><rdf:Description><tiff:Orientation>{}</tiff:Orientation></rdf:Description></x:xmpmeta>"
+XMP_SHORT = "<x:xmpmeta><rdf:Description tiff:Make='x' tiff:Orientation = '{}'/></x:xmpmeta>"  # as exiftool writes it
+
+
+def raw_profile(kind: str, content: bytes) -> bytes:
+    """A PNG's text in which ImageMagick keeps metadata."""
+    digits = "\n".join(content.hex()[place : place + 72] for place in range(0, 2 * len(content), 72))
+    text = f"\n{kind}\n{len(content):8}\n{digits}\n"
+    return f"Raw profile type {kind}".encode() + b"\0\0" + zlib.compress(text.encode())
+
+
+def metadata(kind: str, orientation: int) -> tuple[bytes, bytes]:
+    """A PNG's chunk that says an orientation."""
+    exif, xmp = b"Exif\0\0" + exif_of(orientation), XMP_ELEMENT.format(orientation).encode()
+    key = b"XML:com.adobe.xmp\0"
+    return {
+        "eXIf": (b"eXIf", exif_of(orientation)),
+        "raw EXIF": (b"zTXt", raw_profile("exif", exif)),
+        "raw APP1": (b"zTXt", raw_profile("APP1", exif)),
+        "raw XMP": (b"zTXt", raw_profile("xmp", xmp)),
+        "raw XMP in APP1": (b"zTXt", raw_profile("APP1", b"http://ns.adobe.com/xap/1.0/\0" + xmp)),
+        "XMP": (b"iTXt", key + b"\0\0\0\0" + XMP.format(orientation).encode()),
+        "XMP, short": (b"iTXt", key + b"\0\0\0\0" + XMP_SHORT.format(orientation).encode()),
+        "XMP, compressed": (b"iTXt", key + b"\1\0\0\0" + zlib.compress(xmp)),
+    }[kind]
 
 
 def turned(kind: str, orientation: int) -> bytes | None:
@@ -334,14 +418,56 @@ class TestTurns:
             monkeypatch.setattr("utils.data.images.MOST_PIXELS_PER_BYTE", MANY_PIXELS)
         header, found = read_header(content), decode(content)
         assert (header.width, header.height) == found.size
-        ignored = kind == "TIFF, XMP"  # PIL would turn it, but says its size as if not
-        turn = None if ignored else TURNS.get(orientation)
+        turn = TURNS.get(orientation)
         assert ("turned by EXIF" in header.oddities) == (turn is not None)
         if is_large:
             return
         expected = picture(24, 16) if turn is None else picture(24, 16).transpose(turn)
         difference = np.abs(np.asarray(found.convert("RGB")).astype(int) - np.asarray(expected))
         assert difference.mean() < (14 if kind[:4] in ("JPEG", "MPO", "AVIF") else 0.01)
+
+    @pytest.mark.parametrize("is_late", [False, True])
+    @pytest.mark.parametrize(
+        "kind",
+        ["eXIf", "raw EXIF", "raw APP1", "raw XMP", "raw XMP in APP1", "XMP", "XMP, short", "XMP, compressed"],
+    )
+    def test_a_png_is_turned_wherever_that_is_said(self, kind, is_late):
+        """Before its pixels and behind them, where exiftool puts it."""
+        content = encoded(picture(24, 16))
+        place = content.index(b"IEND" if is_late else b"IDAT") - 4
+        said = with_chunk(content, *metadata(kind, 6))
+        chunk = said[33 : len(said) - len(content) + 33]  # which stands behind the head
+        whole = content[:place] + chunk + content[place:]
+        header = read_header(whole)
+        assert (header.width, header.height) == decode(whole).size == (16, 24)
+        known_before = kind == "eXIf" or (kind in ("raw EXIF", "XMP", "XMP, compressed") and not is_late)
+        assert (TURNED_ANEW in header.oddities) != known_before
+
+    @pytest.mark.parametrize(
+        ("early", "late", "size"),
+        [
+            *[(("XMP", 6), ("eXIf", 1), (24, 16)), (("XMP", 1), ("raw APP1", 8), (16, 24))],
+            *[(("XMP", 6), ("XMP", 1), (16, 24)), (("eXIf", 1), ("eXIf", 6), (24, 16))],
+        ],
+    )
+    def test_exif_comes_before_xmp_and_early_before_late(self, early, late, size):
+        content = with_chunk(encoded(picture(24, 16)), *metadata(*early))
+        said = with_chunk(encoded(picture(24, 16)), *metadata(*late))
+        chunk = said[33 : len(said) - len(encoded(picture(24, 16))) + 33]
+        content = content[:-12] + chunk + content[-12:]
+        header = read_header(content)
+        assert (header.width, header.height) == decode(content).size == size
+
+    @pytest.mark.parametrize("damaged", [(b"eXIf", b"none"), (b"tEXt", b"Raw profile type exif\0\nexif\n9\nxyz")])
+    def test_damaged_metadata_says_nothing(self, damaged):
+        content = with_chunk(encoded(picture(24, 16)), *damaged)
+        assert decode(content).size == (24, 16)
+        assert "turned by EXIF" not in read_header(content).oddities
+
+    def test_a_tiff_is_turned_once(self):
+        """By its own tag, whatever its XMP says."""
+        content = encoded(picture(24, 16), "TIFF", tiffinfo={0x0112: 6, 700: XMP.format(8).encode()})
+        assert np.array_equal(decode(content), picture(24, 16).transpose(TURNS[6]))
 
     def test_damaged_ends_of_a_png_say_nothing(self):
         content = turned("PNG, late", 6)
@@ -375,3 +501,10 @@ class TestTurns:
         monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load_end", lambda image: setattr(image, "_size", (8, 24)))
         with pytest.raises(OSError, match=r"its pixels are .*, by its header"):
             decode(encoded(picture(24, 16)))
+
+
+def test_what_is_cached_of_images_stays_but_where_their_pixels_changed():
+    assert how_read(("palette", "turned by EXIF", DARK)) == b""
+    assert how_read((UNCOMMON, CONVERTED)) == b"in sRGBby bit depth"  # as earlier releases wrote it
+    kinds = [(TURNED_ANEW,), (CLIPPED,), (SMALL_PALETTE,), (UNCOMMON,), (UNCOMMON, CLIPPED)]
+    assert len({how_read(names) for names in kinds}) == len(kinds)

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,11 @@ from PIL import Image
 
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, weights
+from utils.config.options import UserError
 from utils.data.captions import CaptionOptions
+from utils.data.class_labels import check_held_out_classes
+from utils.data.source_options import DataOptions, LabelledSource, LabelOptions
+from utils.data.sources import read_records
 from utils.training.options import EarlyStoppingOptions
 from utils.training.validation_loss import History, Measurement, measurement_of, relative_loss
 
@@ -261,6 +266,79 @@ def test_held_out_copies_of_what_is_trained_on_are_named(train, tmp_path, caplog
         train("sd", "--max_train_steps", 1, *flags, "--dry_run", data=data if "dir" in flags[0] else tmp_path / "data")
         assert "1 of the 2 held-out images have the bytes of images that are trained on, such as " in caplog.text
         assert "copy.png" in caplog.text
+
+
+@pytest.mark.parametrize("is_dry", [True, False])
+@pytest.mark.parametrize("form", ["folders", "loose", "split", "column"])
+def test_held_out_classes_that_are_not_trained_on_are_refused(train, classes, tmp_path, capsys, form, is_dry):
+    held, flags, data = tmp_path / "held", [], None
+    for name in ("cat", "bird"):
+        (held / name).mkdir(parents=True)
+        shutil.copy(next((classes / "cat").glob("*.png")), held / name / "x.png")
+    if form == "split":
+        for split, folder in (("train", classes), ("test", held)):
+            shutil.copytree(folder, tmp_path / "data" / split)
+        data = tmp_path / "data"
+    if form == "loose":
+        shutil.move(held / "cat" / "x.png", held / "x.png")
+        shutil.rmtree(held / "cat")
+        shutil.rmtree(held / "bird")
+    if form == "column":
+        data, flags = tmp_path / "data", ["--label_column", "kind"]
+        shutil.copytree(classes, data)
+        for folder in (data, held):
+            names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+            rows = "".join(f"{name},{name.split('/')[0]}\n" for name in names)
+            (folder / "metadata.csv").write_text(f"file_name,kind\n{rows}")
+    where = ["--validation_split", "test"] if form == "split" else ["--validation_data_dir", held]
+    flags += ["--dry_run"] if is_dry else []
+    train("labels", "--max_train_steps", 1, *where, *flags, data=data, expect=2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    unknown = "held" if form == "loose" else "bird"
+    said = f"{where[0]} {where[1]}: 1 images are of classes that are not trained on: {unknown} (such as "
+    assert said in line
+    assert "trained on are cat, dog: " in line
+
+
+def test_held_out_classes_that_are_trained_on_pass(tmp_path):
+    """Few of them, in another normal form, and images without one."""
+    trained, held = tmp_path / "trained", tmp_path / "held"
+    for name in ("caf\u00e9", "dog"):
+        (trained / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(trained / name / "x.png")
+    (held / "cafe\u0301").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(held / "cafe\u0301" / "x.png")
+    labels = LabelOptions(class_conditional=True)
+    both = []
+    for folder in (trained, held):
+        source = LabelledSource(train_data_dir=str(folder))
+        both.append(read_records(DataOptions(), source, labels.captions(source), 0))
+    check_held_out_classes(*both, "--validation_data_dir held")
+    with pytest.raises(UserError, match="--flag: 1 images are of classes that are not trained on: dog "):
+        check_held_out_classes(*both[::-1], "--flag")
+
+
+def test_a_stream_names_held_out_images_that_it_trains_on(train, tmp_path, caplog):
+    """Also on a dry run, and once whatever their number; the report counts them."""
+    data = tiny.make_images(tmp_path / "data", 6)
+    held = tmp_path / "held"
+    held.mkdir()
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for number in range(6):
+            archive.add(data / f"{number:03d}.png", f"{number}.png")
+            (held / f"{number}.txt").write_text("x")
+            archive.add(held / f"{number}.txt", f"{number}.txt")
+    Image.new("RGB", (40, 40), "red").save(held / "5.png")
+    flags = ["--max_train_steps", 3, "--streaming", "--validation_data_dir", held]
+    train("sd", *flags, data=tmp_path / "shard.tar", out="none")
+    assert "has the bytes of" not in caplog.text
+    for number in range(3):
+        shutil.copy(data / f"{number:03d}.png", held / f"{number}.png")
+    for out, dry in (("dry", ["--dry_run"]), ("copies", [])):
+        caplog.clear()
+        folder = train("sd", *flags, *dry, data=tmp_path / "shard.tar", out=out)
+        assert caplog.text.count("has the bytes of the held-out image ") == 1
+    assert json.loads((folder / "data_report.json").read_text())["held_out_copies"] == 3
 
 
 def test_relative_loss_and_history(tmp_path):

@@ -19,7 +19,6 @@ from utils.data import colours, images
 from utils.data.captions import CaptionOptions
 from utils.data.file_signatures import jxl_size
 from utils.data.images import (
-    CONVERTED,
     image_bytes,
     image_suffixes,
     read_formats,
@@ -29,6 +28,7 @@ from utils.data.images import (
     reason_of,
     unread_reason,
 )
+from utils.data.oddities import CONVERTED
 from utils.data.options import BucketOptions, ImageOptions, PixelOptions
 from utils.data.pixels import read_deep
 from utils.data.source_options import DataOptions, SourceOptions

@@ -5,13 +5,14 @@ import json
 import shutil
 import tarfile
 import time
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 
 from tests import tiny
 from tests.test_cache import files
@@ -23,13 +24,15 @@ from utils.data import stream
 from utils.data import survey as headers
 from utils.data.crop_pixels import cut_out
 from utils.data.encodings import MaskPlan
-from utils.data.images import ODDITIES, UNCOMMON, read_mask
+from utils.data.images import read_mask
 from utils.data.mask_values import MaskCensus, mask_values
-from utils.data.masks import FolderMasks
+from utils.data.masks import FolderMasks, called_masks
+from utils.data.oddities import ODDITIES, UNCOMMON
 from utils.data.options import ImageOptions
 from utils.data.survey import take_census
 from utils.diffusion.losses import mask_weights, weighted_loss
 from utils.diffusion.options import LossOptions
+from utils.training.preparation import warn_of_called_masks
 
 MASKED = (40, 20, 90, 70)  # left, top, right, bottom
 
@@ -172,6 +175,40 @@ class TestSources:
             mask_image().save(tmp_path / "masks" / name)
         assert masks_of(records_of(data, mask_dir=str(tmp_path / "masks"))) == {"0.jpg": "0.jpg", "0.webp": "0.webp"}
 
+    @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+    @pytest.mark.parametrize("label", ["", "-masklabel"])
+    def test_names_match_in_any_unicode_normal_form(self, tmp_path, forms, label):
+        """As macOS and archives have them; where both are there, each image takes its own."""
+        key, mask = (unicodedata.normalize(form, "häuser/café") for form in forms)
+        (tmp_path / mask).parent.mkdir()
+        (tmp_path / f"{mask}{label}.png").write_bytes(WHITE)
+        found = FolderMasks(tmp_path).named(f"{key}.jpg", lambda: b"")
+        assert found.source == str(tmp_path / f"{mask}{label}.png")
+        if not label:
+            (tmp_path / key).parent.mkdir()
+            (tmp_path / f"{key}.png").write_bytes(WHITE)
+            found = FolderMasks(tmp_path)
+            for name in (key, mask):
+                assert found.named(f"{name}.png", lambda: b"").source == str(tmp_path / f"{name}.png")
+
+    def test_images_that_are_called_masks_of_others_are_named(self, tmp_path, caplog):
+        pairs = called_masks(
+            [
+                *["1.png", "1_mask.png", "2.jpg", "2-MASK.png", "3.png", "3.mask.png", "4.png", "4-masklabel.png"],
+                *["x/5.png", "x/masks/5.jpg", "y/images/6.png", "y/mask/6.png", "z_mask.png", "damask.png"],
+                *["masks/7.png", "cats/7.png", "8mask.webp", "8.webp", "masked.png", "mask.png", "da.png"],
+                *["9_matte.png", "9.png", "images/10.png", "masks/10_mask.png", "a_mask_mask.png", "a_mask.png"],
+            ]
+        )
+        names = ["1_mask.png", "2-MASK.png", "3.mask.png", "4-masklabel.png", "x/masks/5.jpg", "y/mask/6.png"]
+        names += ["8mask.webp", "9_matte.png", "masks/10_mask.png", "a_mask_mask.png"]
+        assert [mask for mask, _ in pairs] == names
+        assert dict(pairs)["y/mask/6.png"] == "y/images/6.png"
+        for name in ("a.png", "a_mask.png", "b.png"):
+            (tmp_path / name).write_bytes(WHITE)
+        warn_of_called_masks(records_of(tmp_path))
+        assert "1 images are called as masks of others, such as a_mask.png of a.png, and are trained" in caplog.text
+
     def test_an_image_is_not_its_own_mask(self, tmp_path):
         data = masked_folder(tmp_path / "data", 3)
         (tmp_path / "masks" / "1.png").rename(data / "1-masklabel.png")
@@ -299,6 +336,51 @@ class TestValues:
         (line,) = census_of(bordered, values(np.ones((8, 8), np.uint8)), WHITE, soft).warnings()
         assert "2 of 4 masks hold mostly values near black, as numbers of classes are, such as 0.png, 1.png;" in line
         assert not census_of(WHITE, soft).warnings()
+
+    @pytest.mark.parametrize("kind", ["stuff", "cells", "blurred at their edges"])
+    def test_flat_areas_of_many_greys_are_named(self, kind):
+        """As numbers of classes up to 182 are, with 255 for none."""
+        random = np.random.default_rng(0)
+        masks = []
+        for _ in range(3):
+            cells = random.choice([*range(20, 183), 255], (4, 4)).astype(np.uint8)
+            mask = Image.fromarray(cells.repeat(16, 0).repeat(16, 1))
+            if kind == "stuff":
+                mask.paste(0, (0, 0, 64, 20))
+            if kind == "blurred at their edges":
+                mask = mask.resize((48, 48), Image.Resampling.BILINEAR)
+            masks.append(values(mask))
+        lines = [line for line in census_of(*masks, WHITE).warnings() if "greys" in line]
+        assert lines[0].startswith("--mask_dir m: 3 of 4 masks have flat areas of together ")
+        assert len(lines) == 1
+
+    def test_soft_masks_are_none_of_them(self):
+        """Blurred, smooth, noisy, with smooth edges, or of a few grades."""
+        random = np.random.default_rng(0)
+        disc = mask_image().filter(ImageFilter.GaussianBlur(5))
+        wide = Image.fromarray(np.tile(np.linspace(0, 255, 2000).astype(np.uint8), (4, 1)))
+        steps = Image.fromarray(np.array([[0, 128, 255, 64]], np.uint8).repeat(32, 0).repeat(32, 1))
+        smooth = Image.new("L", (400, 400))
+        ImageDraw.Draw(smooth).ellipse((40, 40, 350, 300), 255)
+        smooth = smooth.resize((90, 90), Image.Resampling.LANCZOS)
+        noise = Image.fromarray(random.integers(0, 256, (64, 64), np.uint8))
+        soft = [values(each) for each in (disc, wide, steps, smooth, noise, Image.new("L", (1, 1), 99))]
+        assert not [line for line in census_of(*soft, WHITE).warnings() if "greys" in line]
+
+    @pytest.mark.parametrize("in_bytes", [False, True])
+    def test_masks_that_are_copies_of_their_images_are_named(self, tmp_path, in_bytes):
+        census = MaskCensus("--mask_dir m", 3)
+        for number in range(3):
+            image = tmp_path / f"{number}.png"
+            mask_image(box=(10, 10, 20 + number, 20)).save(image)
+            mask = tmp_path / f"mask{number}.png"
+            mask.write_bytes(image.read_bytes() if number else WHITE)
+            source = mask.read_bytes() if in_bytes else str(mask)
+            for given in (image.read_bytes(), str(image)):
+                assert mask_values(given, MaskFile(source, is_alpha=False)).is_copy == (number > 0)
+            census.add(image.name, mask_values(given, MaskFile(source, is_alpha=False)))
+        assert "2 of 3 masks are copies of their images, whose brightness" in "".join(census.warnings())
+        assert "such as 1.png, 2.png; give masks" in "".join(census.warnings())
 
     @pytest.mark.parametrize(
         "mask",

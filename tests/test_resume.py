@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,8 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.test_equivalences import assert_same_bits, losses
+from utils.data.oddities import CONVERTED, DECODING, SMALL_PALETTE, TURNED_ANEW, UNCOMMON, bits_of
+from utils.data.survey import Survey
 from utils.training.optimizers import OPTIMIZERS
 
 # what a run may have, by kind: each value of one kind meets each of every other in some run
@@ -118,6 +122,61 @@ def test_every_optimizer(train, data, tmp_path, optimizer, adaptation):
         flags.remove("--use_ema")
     rate = ["--learning_rate", 1] if optimizer == "prodigy" else []
     assert_resumes(train, data, tmp_path, [*flags, *rate], random.Random(optimizer))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "named"),
+    [
+        ({}, ["converted.png", "deep.png", "turned.png"]),  # of a release from before the records
+        ({"data_record": "x"}, ["deep.png", "turned.png"]),
+        ({"data_record": "x", "validation_split_rule": "by content"}, ["turned.png"]),
+        ({"decoding": 2}, ["turned.png"]),
+        ({"decoding": DECODING}, []),
+        ({"decoding": DECODING + 1}, []),
+    ],
+)
+def test_images_that_an_earlier_release_decoded_otherwise_are_named(monkeypatch, caplog, tmp_path, recorded, named):
+    from utils.training import resume as resuming
+
+    kinds = {"plain": "grey", "converted": CONVERTED, "deep": UNCOMMON, "turned": TURNED_ANEW}
+    known = Survey.unknown(len(kinds))
+    known.oddities[:] = [bits_of([kind]) for kind in kinds.values()]
+    records = type("Named", (list,), {"key": lambda self, index: f"{self[index]}.png"})(kinds)
+    images = SimpleNamespace(survey=known, records=records)
+    monkeypatch.setattr(resuming, "read_state", lambda _: SimpleNamespace(facts=SimpleNamespace(training=recorded)))
+    resuming._warn_of_decoding(tmp_path, images, "held-out ")
+    resuming._warn_of_decoding(tmp_path, None, "")
+    assert len(caplog.messages) == bool(named)
+    if named:
+        assert f"decoded {len(named)} of the 4 held-out images" in caplog.text
+        assert f"such as {', '.join(named)};" in caplog.text
+
+
+def test_a_resumed_run_warns_of_them_once(train, tmp_path, caplog, monkeypatch):
+    """Its own checkpoints record the decoding of now."""
+    data = tiny.make_images(tmp_path / "data", 4)
+    content = (data / "002.png").read_bytes()
+    text = b"iTXtXML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation='3'/>"
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    (data / "002.png").write_bytes(content[:-12] + chunk + content[-12:])
+    flags = ["--train_batch_size", 2, "--resume_from_checkpoint", "latest", "--max_train_steps"]
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.training.resume.DECODING", 2)
+        train("sd", *flags, 1, data=data)
+    said = "decoded 1 of the 4 images, or their masks, into other pixels, such as 002.png"
+    assert said not in caplog.text
+    for steps, count in ((2, 1), (3, 0)):
+        caplog.clear()
+        train("sd", *flags, steps, data=data)
+        assert caplog.text.count(said) == count
+
+
+def test_masks_that_an_earlier_release_decoded_otherwise_count_too():
+    """But for their colours, which no profile changes."""
+    known = Survey.unknown(3)
+    known.mask_oddities[:] = [bits_of([kind]) for kind in (CONVERTED, UNCOMMON, SMALL_PALETTE)]
+    assert known.decoded_otherwise(0).tolist() == [False, True, True]
+    assert known.decoded_otherwise(DECODING).tolist() == [False] * 3
 
 
 def test_a_stream_is_the_same_whether_its_length_is_known(monkeypatch, tmp_path):

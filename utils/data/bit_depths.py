@@ -1,15 +1,19 @@
 """Pixels of other than 8 bits: what their numbers stand for, by the format, the bit depth and the kind of number."""
 
+import contextlib
+import struct
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImagePalette, TiffImagePlugin
 
 from utils.data.colours import strips
+from utils.data.oddities import CLIPPED, DARK
 
-BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, CHANNELS, PLANAR, COLOR_MAP, SAMPLE_FORMAT = 258, 262, 277, 284, 320, 339  # of TIFF
+TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 KINDS = {1: "unsigned", 2: "signed", 3: "float"}  # by its SampleFormat
 FLOAT_SCALES = (1, 255, 65535)
 INTEGER_SCALES = (255, 65535)
@@ -63,8 +67,28 @@ def _note_tiff(image: Image.Image) -> None:
         raise OSError("TIFFs of signed 8-bit numbers are not read; save it with unsigned ones")
     if image.tag_v2.get(PLANAR) == 2 and len(bits) > 1 and bits[0] > 8:
         raise OSError("TIFFs of more than 8 bits whose channels lie apart (planar) are not read; save it interleaved")
+    colours = image.tag_v2.get(COLOR_MAP, ())
+    if image.mode in ("P", "PA") and max(colours, default=0) in range(1, 256):  # as libtiff tells 8 bits from 16
+        image.palette = ImagePalette.raw("RGB;L", bytes(colours))
+        image.info["small palette"] = True
     if is_deep_grey(image):
         image.info["samples"] = Samples(bits[0], kind, image.tag_v2.get(PHOTOMETRIC) == 0)
+
+
+def unread_tiff(file: BinaryIO) -> str:
+    """Why PIL does not open a TIFF: what its pixels are, with the cure."""
+    cure = "is not read; save it as PNG, or with 8 bits for each channel"
+    with contextlib.suppress(SyntaxError, ValueError, LookupError, TypeError, OSError, struct.error):
+        file.seek(2)
+        is_big = b"+" in file.read(2)
+        file.seek(0)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if is_big else 8))
+        file.seek(tags.next)
+        tags.load(file)
+        bits, kind = tags[BITS_PER_SAMPLE], KINDS.get(tags.get(SAMPLE_FORMAT, (1,))[0], "unsigned")
+        named = {1: "1 channel"}.get(tags.get(CHANNELS, 1), f"{tags.get(CHANNELS, 1)} channels")
+        return f"a TIFF with {named} of {'/'.join(map(str, sorted(set(bits))))} bits ({kind}) {cure}"
+    return f"a TIFF of this kind {cure}"
 
 
 def _note_clear_colour(image: Image.Image, depth: int) -> None:
@@ -91,7 +115,9 @@ def deep_grey(image: Image.Image) -> np.ndarray | None:
     """[H, W] float32 from 0 to 255 of grey in more than 8 bits; None of other images.
 
     Unsigned integers of up to 16 bits end at the largest number of their bits. Others end at 255, 65535 or the largest
-    of their bits, floating-point numbers at 1, 255 or 65535: the first that none goes beyond.
+    of their bits, floating-point numbers at 1, 255 or 65535: the first that none goes beyond. Floating-point numbers
+    that mostly end at 1 do so too where some, as highlights, go beyond it. What is doubtful about their white is
+    noted as `guessed` in the image's `info`, by the names of oddities.
 
     Raises:
         ValueError: if they are of no such range, so that a wrong picture would come out.
@@ -104,7 +130,7 @@ def deep_grey(image: Image.Image) -> np.ndarray | None:
         if "halved" in image.info:  # of numbers that PIL takes for signed ones
             raise ValueError("unsigned 32-bit numbers of over 89 megapixels are not read; save it in 16 bits")
         values = values.view(np.uint32)
-    full = _white(values, samples)
+    full, image.info["guessed"] = _float_white(values) if samples.kind == "float" else (_white(values, samples), ())
     scale = 255 / full if samples.kind == "float" else np.float64(255 / full)
     found = np.empty(values.shape, np.float32)
     for strip in strips(values.shape):  # float64 of all of it would take gigabytes
@@ -117,7 +143,7 @@ def deep_grey(image: Image.Image) -> np.ndarray | None:
 
 
 def _white(values: np.ndarray, samples: Samples) -> int:
-    """The number that stands for white.
+    """The integer that stands for white.
 
     Raises:
         ValueError: if that can't be told.
@@ -125,25 +151,53 @@ def _white(values: np.ndarray, samples: Samples) -> int:
     bits, kind, _ = samples
     if kind == "unsigned" and bits <= 16:
         return (1 << bits) - 1
-    is_float = kind == "float"
-    if is_float:
-        known = np.isfinite(values)
-        if not known.any():
-            raise ValueError("it holds no finite number")
-        lowest, highest = values.min(where=known, initial=np.inf), values.max(where=known, initial=-np.inf)
-    else:
-        lowest, highest = values.min(), values.max()
+    lowest, highest = values.min(), values.max()
     top = (1 << (bits - 1 if kind == "signed" else bits)) - 1
-    scales = FLOAT_SCALES if is_float else [*(scale for scale in INTEGER_SCALES if scale < top), top]
-    white = next((scale for scale in scales if highest <= scale * (OVERSHOOT if is_float else 1)), None)
-    if white is not None and lowest >= -white * (OVERSHOOT - 1):
-        is_black = highest == 0 == lowest
-        darkest = 0 if white == 1 else white * DARKEST
-        if is_black or (highest > 0 and highest >= darkest):
-            return white
-    raise ValueError(
-        f"which of its numbers is white can't be told ({kind}, {bits} bits, from {lowest:.6g} to {highest:.6g}); save "
-        "it in 8 or 16 bits without a sign, or as floating-point numbers from 0 to 1"
+    scales = [*(scale for scale in INTEGER_SCALES if scale < top), top]
+    white = next((scale for scale in scales if highest <= scale), None)
+    if white is None or not _is_range(lowest, highest, white):
+        raise _unknown_white(samples, lowest, highest)
+    return white
+
+
+def _float_white(values: np.ndarray) -> tuple[int, tuple[str, ...]]:
+    """(the floating-point number that stands for white, the oddities that make it doubtful).
+
+    Raises:
+        ValueError: as `_white`.
+    """
+    known = np.isfinite(values)
+    if not known.any():
+        raise ValueError("it holds no finite number")
+    lowest, highest = values.min(where=known, initial=np.inf), values.max(where=known, initial=-np.inf)
+    sample = values.reshape(-1)[:: 1 + (values.size >> 20)]  # a copy of all would take gigabytes
+    seen = sample[sample >= DARKEST]  # what would not be nearly black if 1 were white
+    is_fractional = bool((sample[np.isfinite(sample)] % 1).any())
+    if highest > OVERSHOOT and lowest >= 1 - OVERSHOOT and is_fractional and _is_mostly(seen <= OVERSHOOT):
+        return 1, (CLIPPED,)
+    white = next((scale for scale in FLOAT_SCALES if highest <= scale * OVERSHOOT), None)
+    if white is None or not _is_range(lowest, highest, white):
+        raise _unknown_white(FLOAT, lowest, highest)
+    is_dark = white > 1 and is_fractional and _is_mostly(seen < white * DARKEST)
+    return white, (DARK,) if is_dark else ()
+
+
+def _is_mostly(holds: np.ndarray) -> bool:
+    """Whether something holds for at least half of what there is."""
+    return bool(2 * np.count_nonzero(holds) >= len(holds) > 0)
+
+
+def _is_range(lowest: float, highest: float, white: int) -> bool:
+    """Whether numbers from the lowest to the highest make a picture if this one is white."""
+    darkest = 0 if white == 1 else white * DARKEST
+    is_black = highest == 0 == lowest
+    return bool(lowest >= -white * (OVERSHOOT - 1) and (is_black or (highest > 0 and highest >= darkest)))
+
+
+def _unknown_white(samples: Samples, lowest: float, highest: float) -> ValueError:
+    return ValueError(
+        f"which of its numbers is white can't be told ({samples.kind}, {samples.bits} bits, from {lowest:.6g} to "
+        f"{highest:.6g}); save it in 8 or 16 bits without a sign, or as floating-point numbers from 0 to 1"
     )
 
 

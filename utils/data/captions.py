@@ -25,6 +25,7 @@ class CaptionOptions:
         refusal: the option by which an image without one may end the run.
         are_expected: whether an image without one is worth a word.
         folder_is_class: whether an image's folder says what it is of, whatever stands beside it.
+        are_classes: whether they are names of classes, of which a model knows only those it is trained on.
         takes_one: whether an image with two of them is a contradiction.
     """
 
@@ -32,6 +33,7 @@ class CaptionOptions:
     refusal: ClassVar[str] = "--on_missing_caption error"
     are_expected: ClassVar[bool] = True
     folder_is_class: ClassVar[bool] = False
+    are_classes: ClassVar[bool] = False
     takes_one: ClassVar[bool] = False
 
     trigger_word: str | None = option(None, "word put in front of each caption that does not hold it", is_text=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.config.options import UserError
+from utils.data.class_folders import NUM_SHOWN
 from utils.data.sources import Records
 from utils.data.tables import captions_of
 
@@ -42,6 +43,36 @@ def count_classes(records: Records) -> Counter[str]:
     counts = Counter(records.first_captions())
     del counts[""]
     return counts
+
+
+def check_held_out_classes(trained: Records, held_out: Records, where: str) -> None:
+    """Refuses held-out images of classes that none of those trained on has: the model has no number for them.
+
+    Args:
+        where: the flag that names the held-out images, with its value.
+
+    Raises:
+        UserError: which names the classes.
+    """
+    known = set(trained.first_captions())
+    others: dict[str, list[int]] = {}
+    for index, name in enumerate(held_out.first_captions()):
+        if name and name not in known:
+            others.setdefault(name, []).append(index)
+    if others:
+        known.discard("")
+        count, first = sum(map(len, others.values())), next(iter(others.values()))[0]
+        raise UserError(
+            f"{where}: {count:,} images are of classes that are not trained on: {_shown(sorted(others))} (such as "
+            f"{held_out.key(first)}); trained on are {_shown(in_order(list(known)))}: take them out, give them a class "
+            "that is trained on, or train on theirs too"
+        )
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The first names of classes, and how many more there are."""
+    more = f" and {len(names) - NUM_SHOWN:,} more" if len(names) > NUM_SHOWN else ""
+    return ", ".join(names[:NUM_SHOWN]) + more
 
 
 def in_order(names: Sequence[str], orders: Sequence[tuple[str, ...]] = ()) -> list[str]:

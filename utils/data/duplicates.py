@@ -1,8 +1,9 @@
 """Images of the same bytes: known by lengths, sizes, digests and pieces of the files, so that few are read in full."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pyarrow as pa
 
 from utils.config.user_files import open_regular
 from utils.data.image_facts import Remembered, stamps_of
+from utils.data.images import image_bytes
 from utils.data.sources import Records
-from utils.data.survey import Survey, map_chunks
+from utils.data.survey import DIGEST_SIZE, Survey, map_chunks
 
 FIRST_PIECE = 4 << 10  # from the middle of a file: what is read of each that may be a copy, as much as a header
 WHOLE = 256 << 10  # bytes up to which all of a file is compared
@@ -46,6 +48,34 @@ def shared_with(records: Records, known: Survey, others: Records, known_others: 
     is_other = np.arange(len(both)) >= len(records)
     numbers = _numbers(both, known.followed_by(known_others), folder, is_other, are_two=True)
     return np.flatnonzero(numbers[: len(records)] >= 0).tolist()
+
+
+class KnownBytes:
+    """Tells of images that come one by one whether they have the bytes of one that is known.
+
+    Few are read for it: those as long as a known one.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[bytes, str] = {}
+        self._lengths: frozenset[int] = frozenset()
+
+    def learn(self, names: Iterable[str], num_bytes: np.ndarray, digests: Iterable[bytes]) -> None:
+        """Takes the images that are known, by their names, lengths and digests as of a `Survey`."""
+        self._names = dict(zip(digests, names, strict=True))
+        self._names.pop(b"", None)
+        self._lengths = frozenset(num_bytes.tolist())
+
+    def find(self, image: str | bytes) -> str | None:
+        """The name of a known image of the same bytes, if there is one and the image can be read."""
+        if not self._names:
+            return None
+        with contextlib.suppress(OSError, ValueError):
+            length = len(image) if isinstance(image, bytes) else os.stat(image).st_size
+            if length in self._lengths:
+                content = image_bytes(image)
+                return self._names.get(hashlib.blake2b(content, digest_size=DIGEST_SIZE).digest())
+        return None
 
 
 def _numbers(records: Records, known: Survey, folder: Path, is_other: np.ndarray, are_two: bool) -> np.ndarray:

@@ -106,29 +106,33 @@ def _png_chunk(file: BinaryIO, name: bytes) -> bytes:
     return b""
 
 
-def late_png_chunk(file: BinaryIO, name: bytes) -> bytes:
-    """The content of a chunk behind a PNG's pixels, where exiftool puts them; b"" where there is none."""
+def late_png_chunks(file: BinaryIO) -> list[tuple[bytes, int, int]]:
+    """(name, where its content begins, its length) of each chunk behind a PNG's pixels, where exiftool puts them."""
     begin = max(8, file.seek(0, os.SEEK_END) - TAIL_SIZE)
     file.seek(begin)
     last = file.read(TAIL_SIZE).rfind(b"IDAT")  # libpng writes pixels in parts of 8 KiB
-    found = None if last < 4 else _chunk_from(file, begin + last - 4, name)
-    return _chunk_from(file, 8, name) or b"" if found is None else found
+    if last >= 4:
+        found, is_whole = _chunks_from(file, begin + last - 4)
+        if is_whole:
+            return found
+    return _chunks_from(file, 8)[0]
 
 
-def _chunk_from(file: BinaryIO, begin: int, name: bytes) -> bytes | None:
-    """The content of a PNG's chunk that stands behind pixels, b"" without it; None if no chunks are there."""
+def _chunks_from(file: BinaryIO, begin: int) -> tuple[list[tuple[bytes, int, int]], bool]:
+    """(the chunks of a PNG that stand behind pixels, as of `late_png_chunks`; whether they lead to its end)."""
+    end = file.seek(0, os.SEEK_END)
+    found, is_behind = [], False
     file.seek(begin)
-    is_behind = False
     while len(head := file.read(8)) == 8 and head[4:].isalpha():
-        size = int.from_bytes(head[:4], "big")
-        if head[4:] == b"IEND":
-            return b""
-        if head[4:] == name and is_behind:
-            found = file.read(min(size, BOXES_SIZE))
-            return found if len(found) == size else b""
-        is_behind |= head[4:] == b"IDAT"
+        name, size, place = head[4:], int.from_bytes(head[:4], "big"), file.tell()
+        if name == b"IEND":
+            return found, True
+        if name == b"IDAT":
+            is_behind = True
+        elif is_behind and place + size <= end:
+            found.append((name, place, size))
         file.seek(size + 4, os.SEEK_CUR)
-    return None
+    return found, False
 
 
 def _profile_in_boxes(file: BinaryIO) -> bytes | None:

@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import BinaryIO
 
@@ -18,9 +18,19 @@ from PIL import Image, PngImagePlugin
 
 from utils.config.options import first_line
 from utils.config.user_files import FileError, open_regular
-from utils.data.bit_depths import clear_colour, clear_grey, deep_grey, note_samples, take_other_half
+from utils.data.bit_depths import (
+    TIFF_MAGICS,
+    clear_colour,
+    clear_grey,
+    deep_grey,
+    note_samples,
+    take_other_half,
+    unread_tiff,
+)
 from utils.data.colours import conversion_of, grey_to_srgb, has_unusable_profile, strips, to_srgb
-from utils.data.file_signatures import HEAD_SIZE, is_raw, jxl_size, kind_of, late_png_chunk, profile_in
+from utils.data.file_signatures import HEAD_SIZE, is_raw, jxl_size, kind_of, profile_in
+from utils.data.oddities import CONVERTED, SMALL_PALETTE, TURNED_ANEW, UNCOMMON, how_read
+from utils.data.orientation import Turn, turn_of
 
 BROKEN_FILE_ERRORS = (  # beside OSError and ValueError
     SyntaxError,
@@ -86,16 +96,6 @@ Image.MAX_IMAGE_PIXELS = None  # PIL only warns at its limit; `check_pixels` jud
 warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read", module="PIL.TiffImagePlugin")
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # workflows and profiles of many MB
 ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
-TURNS = {  # by EXIF orientations
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-TURNED_ON_ITS_SIDE = (5, 6, 7, 8)
 logger = logging.getLogger(__name__)
 
 
@@ -108,7 +108,7 @@ class Header:
     """What an image file says before its pixels.
 
     Attributes:
-        width, height: in pixels, upright by its EXIF orientation.
+        width, height: in pixels, upright as EXIF or XMP says.
         oddities: names of what is out of the ordinary in it.
     """
 
@@ -119,33 +119,7 @@ class Header:
     @property
     def how_read(self) -> bytes:
         """What sets its pixels apart from those that earlier releases read; b"" of most images."""
-        return how_read(CONVERTED in self.oddities, UNCOMMON in self.oddities)
-
-
-CONVERTED = "colours converted to sRGB"
-UNCOMMON = "uncommon bit depth"
-ODDITIES = (
-    "CMYK",
-    "palette",
-    "grey",
-    "16-bit or more",
-    "transparent",
-    "turned by EXIF",
-    "animated, first frame taken",
-    "other mode",
-    "non-ASCII name",
-    "under 64 pixels",
-    CONVERTED,
-    "unusable colour profile, ignored",
-    "over 89 megapixels, read in half the size",
-    UNCOMMON,
-    "marked as linear light (QOI), read as sRGB",
-)
-
-
-def how_read(is_converted: bool, is_uncommon: bool) -> bytes:
-    """What goes into the key of what is remembered of an image's pixels, for it to be made anew where they changed."""
-    return (b"in sRGB" if is_converted else b"") + (b"by bit depth" if is_uncommon else b"")
+        return how_read(self.oddities)
 
 
 @cache
@@ -250,7 +224,7 @@ def _opened(source: str | bytes) -> BinaryIO:
 def _identify(file: BinaryIO) -> Image.Image:
     """The image of an open file, as `open_image` returns it.
 
-    What is known of it is settled here, once for `read_header` and `decode`: `info["turn"]` is its EXIF orientation,
+    What is known of it is settled here, once for `read_header` and `decode`: `info["turn"]` is how it has to be turned,
     `info["upright"]` its width and height when it is turned and halved.
     """
     num_bytes = file.seek(0, os.SEEK_END)
@@ -265,14 +239,13 @@ def _identify(file: BinaryIO) -> Image.Image:
         image = Image.open(file, formats=read_formats())
         place = file.tell()
         profile = profile_in(image, file)
-        turn = _turn(image, file)
+        turn = turn_of(image, file)
         file.seek(place)
         is_thumbnail = image.format == "TIFF" and is_raw(image)
         note_samples(image, head)
     except Image.UnidentifiedImageError as error:
-        is_tiff = head[:4] in (b"II*\0", b"MM\0*")
-        unread = "a TIFF whose kind of pixels is not read; save it in 8 or 16 bits"
-        raise OSError(unread if is_tiff else "not an image, or of no format that is read here") from error
+        unread = unread_tiff(file) if head[:4] in TIFF_MAGICS else "not an image, or of no format that is read here"
+        raise OSError(unread) from error
     except BROKEN_FILE_ERRORS as error:  # such as the AVIF decoder's
         raise OSError(f"broken image: {error}") from error
     check_pixels(image.size, num_bytes)
@@ -294,22 +267,9 @@ def _identify(file: BinaryIO) -> Image.Image:
     return image
 
 
-def _turn(image: Image.Image, file: BinaryIO) -> int:
-    """The EXIF orientation of an opened image, from 1 to 8; 1 where there is none."""
-    if image.format == "TIFF":
-        image.info.pop("xmp", None)  # by which PIL would turn it when it is decoded
-    elif image.format == "PNG" and "exif" not in image.info:
-        late = late_png_chunk(file, b"eXIf")
-        if late:
-            image.info["exif"] = b"Exif\0\0" + late
-    found = Image.Image.getexif(image).get(0x0112, 1)  # a PNG's own would decode it
-    return found if found in TURNS else 1
-
-
-def _upright_size(image: Image.Image, turn: int) -> tuple[int, int]:
+def _upright_size(image: Image.Image, turn: Turn) -> tuple[int, int]:
     """Width and height of an opened image when it is turned and halved."""
-    is_turned = turn in TURNED_ON_ITS_SIDE and image.format != "TIFF"  # whose size PIL says upright
-    width, height = image.size[::-1] if is_turned else image.size
+    width, height = image.size[::-1] if turn.swaps else image.size
     return (-(-width // 2), -(-height // 2)) if is_halved(image) else (width, height)
 
 
@@ -368,14 +328,17 @@ def read_header(source: str | bytes) -> Header:
         raise OSError(f"broken image: {error}") from error
 
 
-def check_values(source: str | bytes, header: Header) -> None:
-    """Decodes an image of an uncommon bit depth, whose header does not tell which of its numbers is white.
+def check_values(source: str | bytes, header: Header) -> Header:
+    """The header with what its image's numbers show; one of an uncommon bit depth is decoded for it.
 
     Raises:
-        OSError, ValueError: if it can't be read, as `read_layers`.
+        OSError, ValueError: if it can't be read, as `read_layers`, or which of its numbers is white can't be told.
     """
-    if UNCOMMON in header.oddities:
-        eight_bits(decode(source))
+    if UNCOMMON not in header.oddities:
+        return header
+    image = decode(source)
+    eight_bits(image)
+    return replace(header, oddities=(*header.oddities, *image.info.get("guessed", ())))
 
 
 def _oddities(image: Image.Image) -> tuple[str, ...]:
@@ -386,7 +349,7 @@ def _oddities(image: Image.Image) -> tuple[str, ...]:
         "grey": mode in ("1", "L", "LA", "La"),
         "16-bit or more": mode.startswith("I") or mode == "F",
         "transparent": mode in ALPHA_MODES or not image.info.keys().isdisjoint(("transparency", "clear")),
-        "turned by EXIF": image.info["turn"] != 1,
+        "turned by EXIF": image.info["turn"].orientation != 1,
         "animated, first frame taken": getattr(image, "is_animated", False),
         "other mode": mode in ("YCbCr", "LAB", "HSV") and image.format != "JPEG",
         "under 64 pixels": min(image.size) < 64,
@@ -395,12 +358,14 @@ def _oddities(image: Image.Image) -> tuple[str, ...]:
         "over 89 megapixels, read in half the size": "halved" in image.info,
         UNCOMMON: "uncommon" in image.info,
         "marked as linear light (QOI), read as sRGB": "linear" in image.info,
+        TURNED_ANEW: image.info["turn"].is_new,
+        SMALL_PALETTE: "small palette" in image.info,
     }
     return tuple(name for name, holds in found.items() if holds)
 
 
 def decode(source: str | bytes, prepare: Callable[[Image.Image], None] | None = None) -> Image.Image:
-    """The first frame of an image, as its file has it, turned as its EXIF orientation says.
+    """The first frame of an image, as its file has it, turned as its EXIF or XMP says.
 
     Args:
         prepare: changes the opened image before it is decoded.
@@ -416,8 +381,8 @@ def decode(source: str | bytes, prepare: Callable[[Image.Image], None] | None = 
             image.load()
             image.info = known  # what stands behind the pixels of a PNG is in no header
             upright = _halved(image) if is_halved(image) else image
-            if known["turn"] != 1 and image.format != "TIFF":  # which PIL has turned
-                upright = upright.transpose(TURNS[known["turn"]])
+            if known["turn"].left is not None:
+                upright = upright.transpose(known["turn"].left)
         except BROKEN_FILE_ERRORS as error:
             raise OSError(f"broken image: {error}") from error
     if not _is_size(upright.size, known["upright"]):
@@ -450,7 +415,7 @@ def _halved(image: Image.Image) -> Image.Image:
 
 
 def read_rgb(source: str | bytes, transparency_color: str = "white") -> Image.Image:
-    """Decodes an image (of several frames the first) into RGB, upright by its EXIF orientation, in sRGB.
+    """Decodes an image (of several frames the first) into RGB, upright by EXIF or XMP, in sRGB.
 
     Transparency is laid on the colour; 16-bit grey is scaled, where PIL alone would clip it.
 

@@ -3,15 +3,18 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 from PIL import ImageChops
 
 from utils.config.batch import MaskFile
 from utils.config.options import UserError
 from utils.data.images import read_layers, read_mask_layers
+from utils.data.masks import have_same_bytes
 
 NEARLY_BLACK = 1 / 16  # of white; labels such as 0 and 1 stay below it
 DIM = 1 / 2
 COLOURED = 1 / 8  # difference between channels, more than JPEG makes of grey
+MANY_LEVELS = 4  # greys of flat areas, from which on they may be numbers of classes
 NUM_NAMED = 3
 MASKS_LOOKED_AT = 200  # of a source before the training, or of a stream in each process, as they come
 WHITE_COUNTS = "only white (255, or 65535 in 16 bits) counts fully"
@@ -25,6 +28,8 @@ class MaskValues(NamedTuple):
         is_clear: whether it is transparent everywhere.
         is_coloured: whether it has other colours than grey.
         is_labelled: whether most of what is not black in it is nearly so, as the numbers of classes are.
+        levels: the greys of its flat areas, if these and no slopes make up most of what is grey in it.
+        is_copy: whether it has the bytes of its image.
     """
 
     darkest: float
@@ -32,10 +37,15 @@ class MaskValues(NamedTuple):
     is_clear: bool = False
     is_coloured: bool = False
     is_labelled: bool = False
+    levels: frozenset[int] = frozenset()
+    is_copy: bool = False
 
 
 def mask_values(image: str | bytes, mask: MaskFile) -> MaskValues:
     """The values of an image's mask, which is decoded for it.
+
+    Args:
+        image: its path or bytes; b"" where a mask in a file is not to be compared with it.
 
     Raises:
         OSError, ValueError: if it can't be read.
@@ -52,7 +62,24 @@ def mask_values(image: str | bytes, mask: MaskFile) -> MaskValues:
     red, green, blue = rgb.split()
     differences = (ImageChops.difference(*pair).getextrema()[1] for pair in ((red, green), (green, blue)))
     is_clear = alpha is not None and alpha.getextrema()[1] == 0
-    return MaskValues(darkest / 255, brightest / 255, is_clear, max(differences) / 255 > COLOURED, is_labelled)
+    is_coloured = max(differences) / 255 > COLOURED
+    levels = frozenset() if is_coloured or is_labelled or deepest is not None else _levels(np.asarray(grey))
+    is_copy = image != b"" and have_same_bytes(mask.source, image)
+    return MaskValues(darkest / 255, brightest / 255, is_clear, is_coloured, is_labelled, levels, is_copy)
+
+
+def _levels(mask: np.ndarray) -> frozenset[int]:
+    """As of `MaskValues`, of a mask [H, W] uint8."""
+    inner, right, below = mask[:-1, :-1], mask[:-1, 1:], mask[1:, :-1]
+    is_flat = (inner == right) & (inner == below)
+    counts, flat = np.bincount(inner.reshape(-1), minlength=256), np.bincount(inner[is_flat], minlength=256)
+    grey = slice(1, 255)  # neither black nor white
+    if 2 * flat[grey].sum() < counts[grey].sum():
+        return frozenset()
+    steps = np.maximum(inner, right) - np.minimum(inner, right)
+    is_slope = 2 * np.count_nonzero(steps == 1) > np.count_nonzero(steps)  # so wide that it is flat in 8 bits
+    is_level = (2 * flat >= counts) & (flat > 0)
+    return frozenset() if is_slope else frozenset(number for number in range(1, 255) if is_level[number])
 
 
 @dataclass
@@ -65,6 +92,8 @@ class MaskCensus:
         brightest: of all that were looked at, from 0, black, to 1, white.
         black, clear, coloured, white: how many are black, transparent or white everywhere, or have colours.
         labelled: how many look like numbers of classes.
+        graded: how many have flat areas of grey, of all of which these are the levels.
+        copies: how many have the bytes of their image.
         named: the first names of some of these kinds.
     """
 
@@ -77,6 +106,9 @@ class MaskCensus:
     coloured: int = 0
     white: int = 0
     labelled: int = 0
+    graded: int = 0
+    copies: int = 0
+    levels: set[int] = field(default_factory=set)
     named: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, name: str, values: MaskValues) -> None:
@@ -86,9 +118,13 @@ class MaskCensus:
         self.clear += values.is_clear
         self.white += values.darkest == 1
         kinds = {"black": values.brightest == 0, "coloured": values.is_coloured, "labelled": values.is_labelled}
+        kinds |= {"graded": bool(values.levels), "copies": values.is_copy}
         self.black += kinds["black"]
         self.coloured += kinds["coloured"]
         self.labelled += kinds["labelled"]
+        self.graded += kinds["graded"]
+        self.copies += kinds["copies"]
+        self.levels |= values.levels
         for kind in (kind for kind, holds in kinds.items() if holds):
             names = self.named.setdefault(kind, [])
             names += [name] if len(names) < NUM_NAMED else []
@@ -142,6 +178,18 @@ class MaskCensus:
             found.append(
                 f"{self._some(self.labelled)} hold mostly values near black, as numbers of classes are, such as "
                 f"{self._names('labelled')}; {WHITE_COUNTS}"
+            )
+        if len(self.levels) >= MANY_LEVELS:
+            shown = ", ".join(map(str, sorted(self.levels)[:MANY_LEVELS]))
+            found.append(
+                f"{self._some(self.graded)} have flat areas of together {len(self.levels)} greys ({shown}, ...), as "
+                f"numbers of classes are, such as {self._names('graded')}; each counts by its brightness: make white "
+                "what is to be learnt, unless grades are meant"
+            )
+        if self.copies:
+            found.append(
+                f"{self._some(self.copies)} are copies of their images, whose brightness is then their mask, such as "
+                f"{self._names('copies')}; give masks in their place"
             )
         if self.coloured:
             found.append(

@@ -1,10 +1,13 @@
 """Where the loss counts in an image: by its alpha channel or by the mask that belongs to it, white for all of it."""
 
+import contextlib
 import filecmp
 import logging
 import os
+import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,10 @@ from utils.data.images import Refused
 from utils.data.tables import ImageTable
 
 MASK_LABEL = "-masklabel"  # what OneTrainer puts behind an image's name for that of its mask
+MASK_ENDING = re.compile(r"([-_. ]|(?<=[0-9]))(masks?|masklabel|matte)$")
+MASK_FOLDER = re.compile(r"/(masks?|mattes?)$")
+MASK_WORD = re.compile("mask|matte", re.IGNORECASE)
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "photos")
 ASPECT_TOLERANCE = 0.02
 logger = logging.getLogger(__name__)
 
@@ -84,7 +91,8 @@ class FolderMasks:
         Args:
             image: returns its path or bytes, with which several masks are compared.
         """
-        found = self._names.get(_stem(key), [])
+        found = self._names.get(_plain(_stem(key)), [])
+        found = [name for name in found if _image_of(name) == _stem(key)] or found
         if len(found) <= 1:
             return self._file(found[0]) if found else None
         if key not in self._chosen:
@@ -93,7 +101,7 @@ class FolderMasks:
 
     def _choose(self, found: Sequence[str], key: str, image: Callable[[], str | bytes]) -> MaskFile:
         """The one of several masks that is meant."""
-        masks = [name for name in found if not _is_copy(self._folder / name, image)]
+        masks = [name for name in found if not _is_copy(str(self._folder / name), image)]
         if not masks:
             refusal = Refused(f"{' and '.join(found)} are copies of it and no masks; save its mask under its name")
             return MaskFile(refusal, is_alpha=False)
@@ -106,26 +114,65 @@ class FolderMasks:
         return MaskFile(str(self._folder / name), is_alpha=False)
 
 
-def _is_copy(file: Path, image: Callable[[], str | bytes]) -> bool:
-    """Whether a file has the bytes of an image."""
-    try:
-        found = image()
-        if isinstance(found, str):
-            return filecmp.cmp(file, found, shallow=False)
-        return file.stat().st_size == len(found) and read_bytes(file, len(found)) == found
-    except (OSError, ValueError):  # it is named where it is read
-        return False
+def _is_copy(file: str, image: Callable[[], str | bytes]) -> bool:
+    """Whether a file has the bytes of an image; one that can't be read has not, and is named where it is read."""
+    with contextlib.suppress(OSError, ValueError):
+        return have_same_bytes(file, image())
+    return False
+
+
+def have_same_bytes(mask: str | bytes, image: str | bytes) -> bool:
+    """Whether a mask, by its path or bytes, is a copy of an image.
+
+    Raises:
+        OSError, ValueError: if a file can't be read.
+    """
+    if isinstance(mask, str) and isinstance(image, str):
+        return filecmp.cmp(mask, image, shallow=False)
+    if isinstance(mask, bytes) and isinstance(image, bytes):
+        return mask == image
+    path, content = (mask, image) if isinstance(mask, str) else (image, mask)
+    return os.path.getsize(path) == len(content) and read_bytes(Path(path), len(content)) == content
 
 
 def _by_image(names: Sequence[str]) -> dict[str, list[str]]:
     """The masks of each image, by its path without an ending; those called masks go before other images."""
     plain, labelled = defaultdict(list), defaultdict(list)
     for name in names:
-        if _is_labelled(name):
-            labelled[_stem(name).removesuffix(MASK_LABEL)].append(name)
-        else:
-            plain[_stem(name)].append(name)
+        (labelled if _is_labelled(name) else plain)[_plain(_image_of(name))].append(name)
     return dict(plain | labelled)
+
+
+def _image_of(name: str) -> str:
+    """The path, without an ending, of the image that a mask belongs to by its name."""
+    return _stem(name).removesuffix(MASK_LABEL)
+
+
+def _plain(name: str) -> str:
+    """A name in one Unicode normal form: file systems and archives have several."""
+    return unicodedata.normalize("NFC", name)
+
+
+def called_masks(keys: Iterable[str]) -> list[tuple[str, str]]:
+    """(path, that of its image) of the images that are called as masks of others, such as 1_mask.png beside 1.png."""
+    keys = list(keys)
+    some = [key for key in keys if MASK_WORD.search(key)]
+    if not some:
+        return []
+    images = {_plain(_stem(key)).lower(): key for key in keys}
+    found = []
+    for key in some:
+        stem = _plain(_stem(key)).lower()
+        folder, _, name = stem.rpartition("/")
+        bare = MASK_ENDING.sub("", name)
+        names = ["/".join(filter(None, (folder, bare)))] if bare != name else []
+        if MASK_FOLDER.search(f"/{folder}"):
+            outer, folders = folder.rpartition("/")[0], ("", *IMAGE_FOLDERS)
+            names += ["/".join(filter(None, (outer, beside, each))) for each in (name, bare) for beside in folders]
+        image = next((images[each] for each in names if each in images), None)
+        if image is not None:
+            found.append((key, image))
+    return found
 
 
 Masks = AlphaMasks | ColumnMasks | FolderMasks

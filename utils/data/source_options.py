@@ -213,6 +213,7 @@ class ColumnLabels(CaptionOptions):
 
     word: ClassVar[str] = "label"
     refusal: ClassVar[str] = "--label_column: label them, or take them out of the data"
+    are_classes: ClassVar[bool] = True
     takes_one: ClassVar[bool] = True
 
     def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
@@ -247,6 +248,7 @@ class FolderLabels(NoLabels):
     """
 
     folder_is_class: ClassVar[bool] = True
+    are_classes: ClassVar[bool] = True
 
     rule: str | None = field(default=None, repr=False, compare=False)
     names: Mapping[str, str] | None = field(default=None, repr=False, compare=False)

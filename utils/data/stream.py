@@ -30,6 +30,7 @@ from utils.config.user_files import FileError, short
 from utils.data.buckets import BucketPlan, plan_buckets
 from utils.data.captions import CaptionOptions, folder_caption, is_written_list, refusal_of
 from utils.data.data_fingerprint import content_table, file_facts
+from utils.data.duplicates import KnownBytes
 from utils.data.file_listing import Fate, Fates, warn_of_unread
 from utils.data.folder_contents import settle
 from utils.data.folders import list_files, member_captions
@@ -167,6 +168,7 @@ class StreamedImages:
         masks: those that lie in a folder, if there is one.
         bad: why an image could not be trained on, by its name.
         counts: of the images that were read: all, and those without a caption.
+        held_out: the images that the validation loss is measured on.
         census: what was found in the first masks.
         fates: what became of the files of its folder, where it has one.
         shards: the files that it is read from, where they lie in a folder.
@@ -184,6 +186,7 @@ class StreamedImages:
     fates: Fates | None = field(default=None, repr=False)
     shards: tuple[Path, ...] = field(default=(), repr=False)
     counts: Counter = field(default_factory=Counter, repr=False)
+    held_out: KnownBytes = field(default_factory=KnownBytes, repr=False)
     census: MaskCensus = field(default_factory=lambda: MaskCensus("masks", None), repr=False)
 
     def note_missing_caption(self, key: str) -> None:
@@ -201,6 +204,19 @@ class StreamedImages:
                 "%s: its caption is a text that looks like a list and is read as one caption: %s; store a list as one"
             )
             logger.warning(said, key, short(caption))
+
+    def look_for_copy(self, key: str, image: str | bytes) -> None:
+        """Counts an image of the bytes of a held-out one, and warns of the first."""
+        held_out = self.held_out.find(image)
+        if held_out is None:
+            return
+        self.counts["held_out_copies"] += 1
+        if self.counts["held_out_copies"] == 1:
+            logger.warning(
+                "%s of the stream is trained on and has the bytes of the held-out image %s: the loss on such images "
+                "does not tell how well the model does on others; data_report.json counts them as held_out_copies",
+                *(key, held_out),
+            )
 
     def note_mask(self, is_there: bool) -> None:
         """Counts an image with a mask.
@@ -283,6 +299,7 @@ class StreamedImages:
             "read": self.counts["read"],
             "missing_captions": self.counts["missing_captions"],
             **({"masked": self.counts["masked"]} if self.has_masks else {}),
+            **({"held_out_copies": copies} if (copies := self.counts["held_out_copies"]) else {}),
             "unreadable": dict(sorted(self.bad.items())),
         }
 
@@ -523,6 +540,8 @@ class Lane:
         is_masked = mask is not None and (not mask.is_alpha or "transparent" in header.oddities)
         images.note_mask(is_masked)
         record = ImageRecord(key, image, captions, mask)
+        if passing == 0:
+            images.look_for_copy(key, image)
         if is_masked:
             images.look_at_mask(record)
         return StreamedSample(record, identity, self._bucket(row, key), passing)

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -21,19 +21,21 @@ from utils.config.options import UserError
 from utils.config.terminal import progress_bar
 from utils.data.data_fingerprint import FileFacts
 from utils.data.image_facts import Remembered, stamps_of
-from utils.data.images import CONVERTED, ODDITIES, UNCOMMON, check_values, how_read, image_bytes, read_header, reason_of
+from utils.data.images import check_values, image_bytes, read_header, reason_of
 from utils.data.mask_values import MaskCensus, MaskValues, mask_values
 from utils.data.masks import check_same_shape
+from utils.data.oddities import CONVERTED, ODDITIES, bits_of, changed_since, how_read, names_in
 from utils.data.sources import Records, Source
 from utils.data.tables import ImageTable, stamp_of
 
 DIGEST_SIZE = 16
 STAMP_PARTS = 3  # size and two times
-NOW, BEFORE = "with depths", "with colours"  # names of what is remembered, which change with what headers tell
+NOW, BEFORE = "with turns", "with depths"  # names of what is remembered, which change with what headers tell
 REMEMBERED = {
-    **{"width": pa.int32(), "height": pa.int32(), "oddities": pa.uint16()},
+    **{"width": pa.int32(), "height": pa.int32(), "oddities": pa.uint32()},
     **{"num_bytes": pa.int64(), "digest": pa.binary()},
 }
+REMEMBERED_BEFORE = REMEMBERED | {"oddities": pa.uint16()}
 MANY = 5_000  # images from which on several processes read
 CHUNK = 500
 CHUNKS_AHEAD = 256
@@ -58,7 +60,7 @@ class Survey:
 
     Attributes:
         sizes: [N, 2] int32 upright widths and heights; 0 of images that can't be read.
-        oddities: [N] uint16 bit masks of `ODDITIES`.
+        oddities: [N] uint32 bit masks of `ODDITIES`.
         num_bytes: [N] int64 lengths of the files, -1 where unknown.
         digests: [N] of the files' bytes, 16 bytes each; b"" where unknown.
         reasons: why an image can't be read, by its number.
@@ -66,7 +68,7 @@ class Survey:
         is_masked: [N] bool, whether the image has a mask.
         times: [N] int64, when the files, or the shards that they are in, were last changed.
         mask_bytes, mask_times: the like of mask files; -1 bytes without one.
-        mask_oddities: [N] uint16, those of mask files; 0 without one.
+        mask_oddities: [N] uint32, those of mask files; 0 without one.
     """
 
     sizes: np.ndarray
@@ -87,7 +89,7 @@ class Survey:
         digests = np.full(count, b"", object)
         return Survey(
             sizes=np.zeros((count, 2), np.int32),
-            oddities=np.zeros(count, np.uint16),
+            oddities=np.zeros(count, np.uint32),
             num_bytes=np.full(count, -1, np.int64),
             digests=digests,
             reasons={},
@@ -96,7 +98,7 @@ class Survey:
             times=np.zeros(count, np.int64),
             mask_bytes=np.full(count, -1, np.int64),
             mask_times=np.zeros(count, np.int64),
-            mask_oddities=np.zeros(count, np.uint16),
+            mask_oddities=np.zeros(count, np.uint32),
         )
 
     @property
@@ -121,11 +123,16 @@ class Survey:
 
     def how_read(self, index: int) -> bytes:
         """What sets an image's pixels apart from those that earlier releases read."""
-        return how_read(_has(self.oddities[index], CONVERTED), _has(self.oddities[index], UNCOMMON))
+        return how_read(names_in(int(self.oddities[index])))
 
     def how_mask_read(self, index: int, is_alpha: bool) -> bytes:
         """The same of its mask, which no colour profile changes."""
-        return how_read(False, _has((self.oddities if is_alpha else self.mask_oddities)[index], UNCOMMON))
+        names = names_in(int((self.oddities if is_alpha else self.mask_oddities)[index]))
+        return how_read([name for name in names if name != CONVERTED])
+
+    def decoded_otherwise(self, version: int) -> np.ndarray:
+        """[N] bool, of which an earlier version of `DECODING` made other pixels, or another mask."""
+        return changed_since(self.oddities, version) | changed_since(self.mask_oddities, max(version, 1))
 
     def take(self, indices: np.ndarray) -> "Survey":
         """Some of the images, in their order."""
@@ -142,10 +149,6 @@ class Survey:
         arrays = {name: np.concatenate(pair) for name, pair in pairs.items()}
         moved = {index + len(self.sizes): reason for index, reason in other.reasons.items()}
         return Survey(**arrays, reasons=self.reasons | moved)
-
-
-def _has(oddities: int, name: str) -> bool:
-    return bool(oddities >> ODDITIES.index(name) & 1)
 
 
 def survey(records: Records, folder: Path, show_progress: bool = False) -> Survey:
@@ -231,7 +234,7 @@ def _values_of_masks(records: Records, indices: np.ndarray) -> list[tuple[str, M
     for index in indices.tolist():
         mask, found = records.mask(index), None
         with contextlib.suppress(OSError, ValueError):
-            found = mask_values(records.image(index) if mask.is_alpha else b"", mask)
+            found = mask_values(records.image(index), mask)
         values.append((records.key(index), found))
     return values
 
@@ -283,7 +286,7 @@ def _survey_table(
     show_progress: bool,
 ) -> None:
     """Fills in the facts of some rows of a table, at their places."""
-    memory = _memory(folder, NOW, table)
+    memory = _memory(folder, NOW, table, REMEMBERED)
     keys, stamps = [table.key(int(row)) for row in rows], stamps_of(table, rows)
     found.times[places] = [_time_of(stamp, table.name) for stamp in stamps]
     known = memory.find(keys, stamps)
@@ -298,7 +301,7 @@ def _survey_table(
         is_known &= ~with_digest | (found.digests[places] != b"")
     unread = np.flatnonzero(~is_known)
     if len(unread):
-        _take_digests(_memory(folder, BEFORE, table), keys, stamps, found, places)
+        _take_digests(_memory(folder, BEFORE, table, REMEMBERED_BEFORE), keys, stamps, found, places)
     work = [(int(rows[place]), bool(with_digest[place] and not found.digests[places[place]])) for place in unread]
     for place, facts in zip(unread, read_facts(table, work, show_progress), strict=True):
         index = int(places[place])
@@ -312,10 +315,10 @@ def _survey_table(
         _remember(memory, keys, stamps, found, places)
 
 
-def _memory(folder: Path, release: str, table: ImageTable) -> Remembered:
+def _memory(folder: Path, release: str, table: ImageTable, columns: Mapping[str, pa.DataType]) -> Remembered:
     """The remembered facts of a table."""
     digest = hashlib.blake2b(f"{release}, {table.name}".encode(), digest_size=12).hexdigest()
-    return Remembered(folder / "headers" / f"{digest}.parquet", REMEMBERED)
+    return Remembered(folder / "headers" / f"{digest}.parquet", columns)
 
 
 def _take_digests(
@@ -415,12 +418,11 @@ def _read(table: ImageTable, row: int, with_digest: bool) -> Facts:
         image = table.image(row)
         if with_digest and isinstance(image, str):
             image = image_bytes(image)
-        header = read_header(image)
-        check_values(image, header)
+        header = check_values(image, read_header(image))
         num_bytes = len(image) if isinstance(image, bytes) else os.stat(image).st_size
     except (OSError, ValueError) as error:
         return Facts(0, 0, 0, -1, b"", reason_of(error))
     names = set(header.oddities) | ({"non-ASCII name"} if not table.key(row).isascii() else set())
-    oddities = sum(1 << bit for bit, name in enumerate(ODDITIES) if name in names)
+    oddities = bits_of(names)
     digest = hashlib.blake2b(image, digest_size=DIGEST_SIZE).digest() if with_digest else b""
     return Facts(header.width, header.height, oddities, num_bytes, digest, "")

@@ -16,7 +16,7 @@ from utils.config.options import UserError, flags_as
 from utils.data.captions import CaptionOptions
 from utils.data.crop_pixels import cut_out
 from utils.data.folders import list_images
-from utils.data.images import image_bytes, open_image, read_header, read_rgb, reason_of
+from utils.data.images import check_values, image_bytes, open_image, read_header, read_rgb, reason_of
 from utils.data.options import ImageOptions
 from utils.data.plan import PlannedImages
 from utils.data.source_options import DataOptions, SourceOptions
@@ -176,5 +176,5 @@ def _fingerprint(records: Records, options: ReferenceOptions) -> str:
             raise UserError(f"--reference: {records.key(index)} can't be read: {error.strerror or error}") from error
         digest.update(content)
         with contextlib.suppress(OSError, ValueError):  # a broken image is named where its pixels are read
-            digest.update(read_header(content).how_read)
+            digest.update(check_values(content, read_header(content)).how_read)
     return digest.hexdigest()

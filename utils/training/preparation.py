@@ -13,12 +13,15 @@ from utils.config.options import UserError, flags_as
 from utils.config.seeding import Stream, generator
 from utils.data.cache import EntryStore
 from utils.data.captions import CaptionOptions
+from utils.data.class_labels import check_held_out_classes
 from utils.data.data_fingerprint import DIGESTED_BYTES
 from utils.data.duplicates import first_of_same, shared_with
 from utils.data.encodings import Encodings, LatentPlan, MaskPlan, texts_of
 from utils.data.file_ledger import Ledger
 from utils.data.file_listing import HELD_OUT, Fate
-from utils.data.mask_values import MASKS_LOOKED_AT, MaskCensus
+from utils.data.mask_values import MASKS_LOOKED_AT, NUM_NAMED, MaskCensus
+from utils.data.masks import called_masks
+from utils.data.oddities import DOUBTFUL, bits_of
 from utils.data.options import BucketOptions, CacheOptions, HeldOutOptions, ImageOptions, SelectionOptions
 from utils.data.plan import PlannedImages, check_bad, hold_out, plan_images, upscaling
 from utils.data.source_options import DataOptions, SourceOptions, source_entries
@@ -179,9 +182,32 @@ class DataPreparation:
         for census in self._census(images) if records.has_masks else ():
             if census.is_nearly_black:
                 logger.warning("the validation loss counts almost nowhere: its masks are black or nearly so")
-        if options.fraction is None:
-            self._warn_of_shared(images)
+        trained = self.ledger.images
+        if isinstance(trained, StreamedImages):
+            self._tell_stream(trained, images)
+        elif trained is not None:
+            if self.captions.are_classes:
+                check_held_out_classes(trained.records, images.records, self._held_out_flag)
+            if options.fraction is None:
+                self._warn_of_shared(images)
         return images
+
+    @property
+    def _held_out_flag(self) -> str:
+        """The flag that names the held-out images, with its value."""
+        folder, split = self.held_out.validation_data_dir, self.held_out.validation_split
+        return f"--validation_split {split}" if folder is None else f"--validation_data_dir {folder}"
+
+    def _tell_stream(self, trained: StreamedImages, found: PlannedImages) -> None:
+        """Lets a stream know the bytes of held-out images, so that it names those that it trains on as copies."""
+        from accelerate.utils import broadcast_object_list
+
+        known = found.survey
+        if self.accelerator.is_main_process:
+            add_digests(known, found.records, known.sizes[:, 0] > 0, self.cache.folder, show_progress=True)
+        digests = broadcast_object_list([known.digests])[0]
+        names = (found.records.key(index) for index in range(len(found.records)))
+        trained.held_out.learn(names, known.num_bytes, digests.tolist())
 
     def _first_of_same(self, records: Records) -> np.ndarray | None:
         """As `first_of_same`, which the main process finds out once and tells the others; None where it is not used."""
@@ -361,6 +387,8 @@ def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
             "with --folder_repeats it is used as often as the number says, here %d times",
             *(len(folders), name, count),
         )
+    warn_of_guesses(images.records, images.survey)
+    warn_of_called_masks(images.records)
     enlarged = upscaling(images.survey.sizes, images.plan)
     num_enlarged = int((enlarged > MUCH_ENLARGED).sum())
     if num_enlarged:
@@ -373,6 +401,27 @@ def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
         others = ", ".join(f"{goal[0]}x{goal[1]}" for goal in goals)
         reason = f"under a group of {group_size}"
         logger.info("the bucket %dx%d has %d images, %s: moved to %s", width, height, count, reason, others)
+
+
+def warn_of_guesses(records: Records, known: Survey) -> None:
+    """Warns of images and masks of which it was guessed which number is white."""
+    for doubt in DOUBTFUL:
+        chosen = np.flatnonzero((known.oddities | known.mask_oddities) & bits_of([doubt]))
+        if len(chosen):
+            names = ", ".join(records.key(index) for index in chosen[:NUM_NAMED].tolist())
+            message = "%d images or masks have %s, such as %s; save them with numbers from 0 to 1, or in 8 or 16 bits"
+            logger.warning(message, len(chosen), doubt, names)
+
+
+def warn_of_called_masks(records: Records) -> None:
+    """Warns of images that are called as masks of others, and are trained on all the same."""
+    found = called_masks(records.key(index) for index in range(len(records)))
+    if found:
+        logger.warning(
+            "%d images are called as masks of others, such as %s of %s, and are trained on as images; put them into a "
+            "folder of their own under their images' names and give --mask_dir, or take them out",
+            *(len(found), *found[0]),
+        )
 
 
 def report_verification(what: str, found: Verification) -> None:

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 
 from utils.config.options import UserError, first_line
 from utils.data.class_folders import same_text
-from utils.data.data_fingerprint import compare, content_name, is_content_name, read_content, write_content
+from utils.data.data_fingerprint import NUM_SHOWN, compare, content_name, is_content_name, read_content, write_content
+from utils.data.oddities import DECODING
 from utils.data.options import BucketOptions, HeldOutOptions, LoaderOptions
 from utils.data.plan import PlannedImages
 from utils.data.source_options import INNER
@@ -35,6 +37,7 @@ RECORD_FACT = "data_record"  # which file beside the checkpoints says what the i
 HELD_OUT_FACT = "held_out_record"  # the same of the held-out images
 # a checkpoint without this drew each held-out image by its name
 SPLIT_RULE_FACT, SPLIT_BY_CONTENT = "validation_split_rule", "by content"
+DECODING_FACT = "decoding"  # which version of it made the pixels
 
 EARLIER_STREAM = re.compile(r"^a stream of (None|\d+) images in")
 WARMUP = "lr_warmup_steps"
@@ -161,12 +164,15 @@ class Resumption:
         data, use = {"data": self._known_as(images.fingerprint())}, images.describe_sources()
         if self.checkpoint is not None:
             check_training(self.checkpoint, use, self.may_change)
+            for what, some in {"": images, "held-out ": held_out}.items():
+                _warn_of_decoding(self.checkpoint, some, what)
         name = on_main_process(self.accelerator, lambda: self._compare_data(images))
         held_out_name = on_main_process(self.accelerator, lambda: self._compare_held_out(held_out))
         if self.checkpoint is not None:
             check_training(self.checkpoint, data, self.may_change)
             _warn_of_length(self.checkpoint, rates.schedule, rates.total_steps)
         training = {**self.training, WARMUP: rates.schedule.lr_warmup_steps, **data, **use, RECORD_FACT: name}
+        training[DECODING_FACT] = DECODING
         if held_out_name is not None:
             training[HELD_OUT_FACT] = held_out_name
         if self.splits_by_content:
@@ -290,6 +296,32 @@ def _splits_by_content(start: Path | None, held_out: HeldOutOptions) -> bool:
         start,
     )
     return False
+
+
+def _warn_of_decoding(start: Path, images: PlannedImages | StreamedImages | None, what: str) -> None:
+    """Warns of images that this release decodes into other pixels than the one that wrote the checkpoint."""
+    version = _decoding_of(read_state(start).facts.training)
+    if images is None or version >= DECODING:
+        return
+    if isinstance(images, StreamedImages):
+        logger.warning("%s is of an earlier release, which may have decoded some images of the stream otherwise", start)
+        return
+    chosen = np.flatnonzero(images.survey.decoded_otherwise(version))
+    if len(chosen):
+        names = ", ".join(images.records.key(index) for index in chosen[:NUM_SHOWN].tolist())
+        logger.warning(
+            "%s is of an earlier release, which decoded %d of the %d %simages, or their masks, into other pixels, such "
+            "as %s; the data report names their kinds under converted",
+            *(start, len(chosen), len(images.records), what, names),
+        )
+
+
+def _decoding_of(training: Mapping[str, object]) -> int:
+    """The version of the decoding that a checkpoint was trained with; of earlier releases the least it can be."""
+    version = training.get(DECODING_FACT)
+    if isinstance(version, int):
+        return version
+    return 2 if SPLIT_RULE_FACT in training else int(RECORD_FACT in training)
 
 
 def _as_then(now: object, then: object) -> object:
