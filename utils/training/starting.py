@@ -80,7 +80,7 @@ def start_engine(options: Any, folder: OutputFolder, pure_bf16: bool) -> Engine:
     check_stepping(options.optimizer, tracking, pure_bf16, accelerator)
     check_speed(options.speed, options.model, options.optimizer.optimizer_in_backward, pure_bf16, accelerator)
     engine = engine_of(accelerator)
-    engine.check_options(as_record(options), options.optimizer.name)
+    engine.check_options(options, options.optimizer.name)
     engine.check_batch(loader.global_batch(accelerator.num_processes))
     return engine
 
