@@ -39,7 +39,14 @@ from utils.runtime.atomic_files import write_text
 from utils.runtime.hub_files import require_model
 from utils.runtime.options import PRECISIONS, RuntimeOptions
 from utils.runtime.stop_requests import StopRequests
-from utils.sampling.options import MODEL_CURE, GenerationOptions, PipelineOptions, PromptOptions, SamplingControlOptions
+from utils.sampling.options import (
+    DRAWING,
+    MODEL_CURE,
+    GenerationOptions,
+    PipelineOptions,
+    PromptOptions,
+    SamplingControlOptions,
+)
 from utils.training.compatibility import refuse_same_folder
 
 if TYPE_CHECKING:
@@ -74,7 +81,9 @@ class RunOptions:
     allow_tf32: bool = option(False, "matrix products in TF32 on Ampere and later GPUs")
     title: str | None = option(None, "the report's", is_text=True)
     report_prompts: int = option(24, "prompts whose images the report shows")
-    export_geneval: str | None = option(None, "folder to write the images to in GenEval's layout, for its own tool")
+    export_geneval: str | None = option(
+        None, "folder to write the images to in GenEval's layout, for its own tool", acts_with=DRAWING
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "be from 0 to 2**63 - 1")

@@ -22,13 +22,13 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
+from utils.config.flag_rules import SECRET_OPTIONS, FlagRules, Partner, Resume
 from utils.config.foreign_flags import FOREIGN_FLAGS
 from utils.config.idle_flags import idle_flags
 from utils.config.standard_streams import flush_streams, hide, lasting_streams
 from utils.config.terminal import one_line, print_line
 
 logger = logging.getLogger(__name__)
-SECRET_OPTIONS = ("hub_token",)
 WRITTEN_PATHS = ("output_dir", "logging_dir", "encoding_cache_dir", "cache_dir", "save_reference", "export_geneval")
 WRITTEN_FILES = ("save_reference",)  # of these, what are no folders
 CLOSE = 0.8  # similarity from which an unknown flag is taken for a misspelled one
@@ -75,6 +75,9 @@ def option(
     choices: Iterable | None = None,
     const: typing.Any = None,
     is_text: bool = False,
+    resume: Resume = Resume.FIXED,
+    engines: Mapping[str, str] = types.MappingProxyType({}),
+    acts_with: Sequence[str | Partner] = (),
 ) -> typing.Any:
     """A dataclass field that is also a command-line flag.
 
@@ -82,8 +85,12 @@ def option(
         aliases: further spellings, dashes included.
         const: what the flag means without a value, where it can stand alone.
         is_text: whether the value is words and never a path, so that a leading `~` stays as it is.
+        resume: whether a resumed run may change it, and why.
+        engines: why an engine can't do it, or what to do instead, by the engine's name.
+        acts_with: other flags, or conditions on them, of which one must hold for it to change anything.
     """
-    metadata: dict[str, typing.Any] = {"help": help.replace("%", "%%"), "is_text": is_text}
+    rules = FlagRules.of(resume, engines, acts_with)
+    metadata: dict[str, typing.Any] = {"help": help.replace("%", "%%"), "is_text": is_text, "rules": rules}
     if aliases:
         metadata["aliases"] = list(aliases)
     if choices is not None:
@@ -210,7 +217,7 @@ def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field, hint: 
     """The flag of an option; of a switch that is on by default also the one that turns it off."""
     known = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     kind = known[0] if isinstance(hint, types.UnionType) else hint
-    given = {name: value for name, value in field.metadata.items() if name not in ("aliases", "is_text")}
+    given = {name: value for name, value in field.metadata.items() if name not in ("aliases", "is_text", "rules")}
     given["default"] = field.default
     if field.default not in (None, "") and field.default is not False:
         given["help"] += " (default: %(default)s)"
@@ -304,11 +311,25 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
     return options(**values)
 
 
+def rules_of(field: dataclasses.Field) -> FlagRules:
+    """What `option` was told of a flag."""
+    return field.metadata["rules"]
+
+
+def flags_of(options: typing.Any) -> Iterator[tuple[dataclasses.Field, typing.Any]]:
+    """Each flag of a script's options, a dataclass of option groups, with its value."""
+    for each in dataclasses.fields(options):
+        group = getattr(options, each.name)
+        for field in dataclasses.fields(group):
+            yield field, getattr(group, field.name)
+
+
 def _warn_of_idle(groups: Iterable[typing.Any]) -> None:
     """Says in one line which flags are given without another one that they need to change anything."""
     fields = [(group, field) for group in groups for field in dataclasses.fields(group)]
     values = {field.name: getattr(group, field.name) for group, field in fields}
-    idle = list(idle_flags(values, {field.name: field.default for _, field in fields}))
+    rules, defaults = ({field.name: of(field) for _, field in fields} for of in (rules_of, lambda field: field.default))
+    idle = list(idle_flags(rules, values, defaults))
     if idle:
         logger.warning("%s no effect: %s", "this flag has" if len(idle) == 1 else "these flags have", ", ".join(idle))
 

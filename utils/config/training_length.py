@@ -3,15 +3,18 @@
 import re
 from dataclasses import dataclass
 
+from utils.config.flag_rules import Resume
 from utils.config.options import option, require, require_positive
 
 
 @dataclass(frozen=True)
 class LengthOptions:
-    num_train_epochs: int = option(100, "passes over the data")
-    max_train_steps: int | None = option(None, "optimizer steps, instead of --num_train_epochs")
+    num_train_epochs: int = option(100, "passes over the data", resume=Resume.LENGTH)
+    max_train_steps: int | None = option(None, "optimizer steps, instead of --num_train_epochs", resume=Resume.LENGTH)
     max_train_time: str | None = option(
-        None, "HH:MM:SS after which the run saves its state and ends; --resume_from_checkpoint latest resumes"
+        None,
+        "HH:MM:SS after which the run saves its state and ends; --resume_from_checkpoint latest resumes",
+        resume=Resume.LENGTH,
     )
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from utils.config.batch import RecordPass
     from utils.data.source_options import SourceOptions
 
+TAGS = ("shuffle_tags", "tag_dropout", "dataset_file")  # the file may say those of a source
 FOLDER_REPEATS = re.compile(r"^(\d+)_")
 MAX_CAPTION = 1 << 16  # characters of a caption, and bytes of a text file of them
 
@@ -39,9 +40,9 @@ class CaptionOptions:
     trigger_word: str | None = option(None, "word put in front of each caption that does not hold it", is_text=True)
     caption_prefix: str | None = option(None, "words before each caption", is_text=True)
     caption_suffix: str | None = option(None, "words behind each caption", is_text=True)
-    tag_separator: str = option(",", "what stands between the tags of a caption", is_text=True)
+    tag_separator: str = option(",", "what stands between the tags of a caption", is_text=True, acts_with=TAGS)
     shuffle_tags: bool = option(False, "put the tags of a caption in another order each time")
-    keep_tokens: int = option(0, "first tags of a caption that are neither shuffled nor dropped")
+    keep_tokens: int = option(0, "first tags of a caption that are neither shuffled nor dropped", acts_with=TAGS)
     tag_dropout: float = option(0.0, "portion of the tags that are left out each time")
     caption_dropout: float = option(
         0.0,

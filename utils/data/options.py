@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from utils.config.flag_rules import IsNot, Resume
 from utils.config.options import (
     UserError,
     as_number,
@@ -19,6 +20,7 @@ from utils.config.user_files import require_folder
 if TYPE_CHECKING:
     from PIL import Image
 
+HELD_OUT = ("validation_split", "validation_data_dir")
 CACHE_DTYPES = ("float32", "float16", "bfloat16")
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -36,7 +38,9 @@ class BucketOptions:
     buckets: list[str] | None = option(None, "the buckets themselves, as WIDTHxHEIGHT, instead of all of that area")
     no_upscale: bool = option(False, "enlarge no image: small ones get buckets of their own size, down to the minimum")
     bucket_group_size: int | None = option(
-        None, "samples of one bucket that stand together; by default --train_batch_size"
+        None,
+        "samples of one bucket that stand together; by default --train_batch_size",
+        resume=Resume.COMPARED,
     )
 
     def __post_init__(self) -> None:
@@ -103,6 +107,7 @@ class CacheOptions:
     encoding_cache_dir: str | None = option(
         None,
         "where encodings are kept, for this and later runs; by default diffusion_fine_tuning in HF_HOME",
+        resume=Resume.SAVING,
     )
     cache_variants: int | None = option(
         None,
@@ -112,9 +117,16 @@ class CacheOptions:
     cache_dtype: str | None = option(
         None, "how encodings are stored; by default as they are computed", choices=list(CACHE_DTYPES)
     )
-    cache_batch_size: int = option(8, "images or captions encoded at once when the cache is filled")
-    cache_only: bool = option(False, "fill the cache and stop")
-    verify_cache: bool = option(False, "fill the cache, encode everything again, compare, and stop")
+    cache_batch_size: int = option(
+        8,
+        "images or captions encoded at once when the cache is filled",
+        resume=Resume.COST,
+        acts_with=("cache_latents", "cache_text_embeddings"),
+    )
+    cache_only: bool = option(False, "fill the cache and stop", resume=Resume.SAVING)
+    verify_cache: bool = option(
+        False, "fill the cache, encode everything again, compare, and stop", resume=Resume.SAVING
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "cache_variants", "cache_batch_size")
@@ -271,21 +283,35 @@ class PixelOptions(ImageOptions):
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    train_batch_size: int = option(16, "samples a process trains on at once")
-    gradient_accumulation_steps: int = option(1, "batches whose gradients are added up to one optimizer step")
+    train_batch_size: int = option(16, "samples a process trains on at once", resume=Resume.COMPARED)
+    gradient_accumulation_steps: int = option(
+        1, "batches whose gradients are added up to one optimizer step", resume=Resume.COMPARED
+    )
     global_batch_size: int | None = option(
         None,
         "samples of an optimizer step over all processes, instead of --gradient_accumulation_steps; each process takes "
         "an equal part, one more or less",
+        resume=Resume.COMPARED,
     )
     find_batch_size: bool = option(
-        False, "take all samples of a step at once, or as many as memory allows: half, a quarter, ...; and say how many"
+        False,
+        "take all samples of a step at once, or as many as memory allows: half, a quarter, ...; and say how many",
+        resume=Resume.COST,
+        engines={
+            "DeepSpeed": "gradients that DeepSpeed has taken can't be given back",
+            "FSDP2": "processes that gather weights can't try again one by one",
+        },
     )
     dataloader_num_workers: int | None = option(
-        None, "processes that load and draw; by default up to 8 for each GPU, and 0 without one"
+        None,
+        "processes that load and draw; by default up to 8 for each GPU, and 0 without one",
+        resume=Resume.COST,
     )
     dataloader_timeout: int = option(
-        0, "seconds to wait for a batch of these processes before the run ends, for disks that may hang; 0 waits on"
+        0,
+        "seconds to wait for a batch of these processes before the run ends, for disks that may hang; 0 waits on",
+        resume=Resume.COST,
+        acts_with=(IsNot("dataloader_num_workers", ("0",)),),
     )
 
     def __post_init__(self) -> None:
@@ -328,9 +354,17 @@ class LoaderOptions:
 @dataclass(frozen=True)
 class SelectionOptions:
     on_bad_image: str = option(
-        "skip", "images that can't be read: train without them, or end the run", choices=["skip", "error"]
+        "skip",
+        "images that can't be read: train without them, or end the run",
+        choices=["skip", "error"],
+        resume=Resume.COMPARED,
     )
-    max_bad_fraction: float = option(0.05, "portion of the images from which on bad ones end the run in any case")
+    max_bad_fraction: float = option(
+        0.05,
+        "portion of the images from which on bad ones end the run in any case",
+        resume=Resume.COMPARED,
+        acts_with=("on_bad_image=skip",),
+    )
     min_image_size: int | None = option(None, "leave out images whose shorter edge has fewer pixels")
     max_image_size: int | None = option(None, "leave out images whose longer edge has more pixels")
     max_aspect_ratio: float | None = option(None, "leave out images whose longer edge is more times the shorter one")
@@ -348,8 +382,10 @@ class HeldOutOptions:
     validation_split: str | None = option(
         None, "measure the loss on images that are not trained on: a portion of them, such as 0.05, or a split's name"
     )
-    validation_data_dir: str | None = option(None, "or on those of another folder")
-    max_validation_samples: int | None = option(None, "at most this many of them, drawn by the seed")
+    validation_data_dir: str | None = option(None, "or on those of another folder", resume=Resume.COMPARED)
+    max_validation_samples: int | None = option(
+        None, "at most this many of them, drawn by the seed", resume=Resume.COMPARED, acts_with=HELD_OUT
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "max_validation_samples")

@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from utils.config.flag_rules import Resume
 from utils.config.options import (
     UserError,
     as_number,
@@ -52,13 +53,22 @@ class SourceOptions:
 
     holds_names: ClassVar[bool] = False
 
-    dataset_name: str | None = option(None, "name of a dataset on the Hub, or a local path that `datasets` can load")
-    dataset_config_name: str | None = option(None, "configuration of the dataset", is_text=True)
+    dataset_name: str | None = option(
+        None, "name of a dataset on the Hub, or a local path that `datasets` can load", resume=Resume.COMPARED
+    )
+    dataset_config_name: str | None = option(
+        None,
+        "configuration of the dataset",
+        is_text=True,
+        resume=Resume.COMPARED,
+        acts_with=("dataset_name", "dataset_file"),
+    )
     dataset_split: str = option("train", "split to train on, of a dataset or of a folder that has splits", is_text=True)
     train_data_dir: str | None = option(
         None,
         "folder of images with captions in metadata.jsonl, .csv or .parquet, in captions.json or beside each image, or "
         "of parquet files or tar shards; with --dataset_name its data_dir",
+        resume=Resume.COMPARED,
     )
     data_format: str | None = option(
         None,
@@ -69,8 +79,10 @@ class SourceOptions:
     caption_column: str | None = option(
         "text", "column of the captions: a string, or a list of strings of which one is drawn", is_text=True
     )
-    width_column: str = option("width", "column of the images' widths, by which a stream fills buckets", is_text=True)
-    height_column: str = option("height", "column of the images' heights", is_text=True)
+    width_column: str = option(
+        "width", "column of the images' widths, by which a stream fills buckets", is_text=True, acts_with=("streaming",)
+    )
+    height_column: str = option("height", "column of the images' heights", is_text=True, acts_with=("streaming",))
     text_encoding: str | None = option(
         None,
         "encoding of captions and metadata in text files, such as gb18030, cp932 or cp1252; by default UTF-8, and of "
@@ -80,7 +92,9 @@ class SourceOptions:
     folder_repeats: bool = option(False, "use the images of a folder 10_name ten times an epoch, as kohya's scripts do")
     max_train_samples: int | None = option(None, "train on this many images of a source, drawn by the seed")
     alpha_mask: bool = option(False, "weigh the loss by the images' alpha channel: what is transparent does not count")
-    mask_dir: str | None = option(None, "folder of masks under the images' names: the loss counts where they are white")
+    mask_dir: str | None = option(
+        None, "folder of masks under the images' names: the loss counts where they are white", resume=Resume.COMPARED
+    )
     mask_column: str | None = option(
         None,
         "column of the masks: of a dataset images, of metadata file names, of tar shards the members' ending",
@@ -279,7 +293,9 @@ class LabelOptions:
         choices=RULES,
     )
     label_dropout: float = option(
-        0.1, "portion of the samples that train without their class, for classifier-free guidance"
+        0.1,
+        "portion of the samples that train without their class, for classifier-free guidance",
+        acts_with=("class_conditional",),
     )
 
     def __post_init__(self) -> None:
@@ -307,11 +323,15 @@ class LabelOptions:
 @dataclass(frozen=True)
 class DataOptions:
     dataset_file: str | None = option(
-        None, "YAML file of several sources, each with repeats or a weight and its own caption settings"
+        None,
+        "YAML file of several sources, each with repeats or a weight and its own caption settings",
+        resume=Resume.COMPARED,
     )
     streaming: bool = option(False, "read the dataset as a stream, never whole: no cache, and buckets by size columns")
-    shuffle_buffer_size: int = option(1000, "images of a stream among which the next is drawn")
-    cache_dir: str | None = option(None, "where `datasets` keeps what it downloads and converts")
+    shuffle_buffer_size: int = option(
+        1000, "images of a stream among which the next is drawn", acts_with=("streaming",)
+    )
+    cache_dir: str | None = option(None, "where `datasets` keeps what it downloads and converts", resume=Resume.SAVING)
 
     def __post_init__(self) -> None:
         require_positive(self, "shuffle_buffer_size")

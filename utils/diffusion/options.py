@@ -32,8 +32,17 @@ SAMPLERS = {
 @dataclass(frozen=True)
 class LossOptions:
     loss: str = option("l2", "what is made of the difference of prediction and target", choices=LOSS_NAMES)
-    huber_c: float = option(0.1, "difference at which huber and smooth_l1 turn from squares to absolute values")
-    huber_schedule: str = option("snr", "how that difference depends on the timestep", choices=HUBER_SCHEDULES)
+    huber_c: float = option(
+        0.1,
+        "difference at which huber and smooth_l1 turn from squares to absolute values",
+        acts_with=("loss=huber", "loss=smooth_l1"),
+    )
+    huber_schedule: str = option(
+        "snr",
+        "how that difference depends on the timestep",
+        choices=HUBER_SCHEDULES,
+        acts_with=("loss=huber", "loss=smooth_l1"),
+    )
     weighting: str | None = option(
         None,
         "weight of the loss over the timesteps; uniform by default, min_snr with --snr_gamma",
@@ -42,8 +51,8 @@ class LossOptions:
     snr_gamma: float | None = option(
         None, "gamma of min_snr, 5.0 by default (https://arxiv.org/abs/2303.09556); given alone it chooses min_snr"
     )
-    p2_gamma: float = option(1.0, "gamma of p2 (https://arxiv.org/abs/2204.00227)")
-    p2_k: float = option(1.0, "k of p2")
+    p2_gamma: float = option(1.0, "gamma of p2 (https://arxiv.org/abs/2204.00227)", acts_with=("weighting=p2",))
+    p2_k: float = option(1.0, "k of p2", acts_with=("weighting=p2",))
     unmasked_weight: float = option(0.0, "what the loss counts at least, where an image's mask is black")
     normalize_masked_loss: bool = option(
         False, "divide an image's loss by the mean of its mask, so that small ones count as much"
@@ -81,18 +90,40 @@ class NoiseOptions:
         0.0, "scale of the noise added to the model's input only; 0.1 is recommended (https://arxiv.org/abs/2301.11706)"
     )
     timestep_bias_strategy: str = option("none", "which timesteps are drawn more often", choices=TIMESTEP_BIASES)
-    timestep_bias_multiplier: float = option(1.0, "how many times as often the biased timesteps are drawn")
-    timestep_bias_begin: int = option(0, "first timestep of the strategy range")
-    timestep_bias_end: int = option(1000, "timestep before which the strategy range ends")
-    timestep_bias_portion: float = option(0.25, "portion of the timesteps that the strategies earlier and later bias")
+    timestep_bias_multiplier: float = option(
+        1.0, "how many times as often the biased timesteps are drawn", acts_with=("timestep_bias_strategy",)
+    )
+    timestep_bias_begin: int = option(
+        0, "first timestep of the strategy range", acts_with=("timestep_bias_strategy=range",)
+    )
+    timestep_bias_end: int = option(
+        1000, "timestep before which the strategy range ends", acts_with=("timestep_bias_strategy=range",)
+    )
+    timestep_bias_portion: float = option(
+        0.25,
+        "portion of the timesteps that the strategies earlier and later bias",
+        acts_with=("timestep_bias_strategy=earlier", "timestep_bias_strategy=later"),
+    )
 
     timestep_distribution: str = option(
         "uniform", "how timesteps are distributed, before the bias", choices=TIMESTEP_DISTRIBUTIONS
     )
-    log_normal_mean: float = option(-1.2, "mean of the log of sigma = snr^(-1/2) under log_normal")
-    log_normal_std: float = option(1.2, "standard deviation of the log of sigma under log_normal")
-    logit_mean: float = option(0.0, "mean of the logit of t / T under logit_normal; more is noisier")
-    logit_std: float = option(1.0, "standard deviation of the logit of t / T under logit_normal")
+    log_normal_mean: float = option(
+        -1.2, "mean of the log of sigma = snr^(-1/2) under log_normal", acts_with=("timestep_distribution=log_normal",)
+    )
+    log_normal_std: float = option(
+        1.2, "standard deviation of the log of sigma under log_normal", acts_with=("timestep_distribution=log_normal",)
+    )
+    logit_mean: float = option(
+        0.0,
+        "mean of the logit of t / T under logit_normal; more is noisier",
+        acts_with=("timestep_distribution=logit_normal", "flow_matching"),
+    )
+    logit_std: float = option(
+        1.0,
+        "standard deviation of the logit of t / T under logit_normal",
+        acts_with=("timestep_distribution=logit_normal", "flow_matching"),
+    )
     timestep_sampling: str = option(
         "independent",
         "timesteps of a global batch: one by one, or one of each stratum",
@@ -103,11 +134,15 @@ class NoiseOptions:
     multires_noise_iterations: int = option(
         0, "scales of noise that are added up (pyramid noise, Whitaker 2023); 6 to 10 are usual, 0 is plain noise"
     )
-    multires_noise_discount: float = option(0.3, "share of each further scale in pyramid noise")
+    multires_noise_discount: float = option(
+        0.3, "share of each further scale in pyramid noise", acts_with=("multires_noise_iterations",)
+    )
     dream_training: bool = option(
         False, "rectify input and target by the model's own estimate (https://arxiv.org/abs/2312.00210)"
     )
-    dream_detail_preservation: float = option(1.0, "p of DREAM: larger ones rectify early timesteps less")
+    dream_detail_preservation: float = option(
+        1.0, "p of DREAM: larger ones rectify early timesteps less", acts_with=("dream_training",)
+    )
 
     def __post_init__(self) -> None:
         require_not_negative(self, "noise_offset", "input_perturbation", "timestep_bias_begin", "min_timestep")

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from utils.config.flag_rules import Lists, Partner, Resume
 from utils.config.options import UserError, flags_as, option, require, require_not_negative, require_positive
 from utils.config.progress import Progress
 from utils.config.user_files import check_encoding
-from utils.evaluation.metrics.table import METRICS
+from utils.evaluation.metrics.table import DEFAULT_METRICS, METRICS
 from utils.runtime.hub_files import is_path
 
 LPIPS_NETWORKS = ("alex", "vgg")
@@ -18,13 +19,34 @@ FID_MODES = {
 }
 REFERENCE_FLAGS = {"reference": "eval_reference"}  # what evaluate_pipeline.py's flag is called here
 
+REFERENCE = ("reference", "training_images")
+COMPARING = tuple(name for name, metric in METRICS.items() if metric.compares)
+
+
+def computed(*names: str) -> tuple[Partner, ...]:
+    """That one of some metrics is computed, by the flags of evaluate_pipeline.py and of the training scripts."""
+    return Lists("metrics", (*names, "all"), DEFAULT_METRICS), Lists("eval_metrics", names)
+
+
+def metrics_by(network: str) -> tuple[str, ...]:
+    """The metrics that need a network."""
+    return tuple(name for name, metric in METRICS.items() if metric.network == network)
+
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    kid_subsets: int = option(100, "subsets of the conventional KID, which stands beside the full one")
-    kid_subset_size: int = option(1000, "images of such a subset")
-    fid_groups: int = option(5, "disjoint groups of images over which FID's spread is given")
-    num_duplicate_pairs: int = option(12, "pairs of an image and its nearest training image that memorisation shows")
+    kid_subsets: int = option(
+        100, "subsets of the conventional KID, which stands beside the full one", acts_with=computed("kid")
+    )
+    kid_subset_size: int = option(1000, "images of such a subset", acts_with=computed("kid"))
+    fid_groups: int = option(
+        5, "disjoint groups of images over which FID's spread is given", acts_with=computed("fid", "fd_dinov2")
+    )
+    num_duplicate_pairs: int = option(
+        12,
+        "pairs of an image and its nearest training image that memorisation shows",
+        acts_with=computed("memorisation"),
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "kid_subsets", "kid_subset_size", "num_duplicate_pairs")
@@ -39,32 +61,79 @@ class FeatureOptions:
         "clean",
         "how images become the Inception network's 299 pixels: three conventions, three numbers",
         choices=FID_MODES,
+        resume=Resume.REPORTING,
+        acts_with=(*computed(*metrics_by("main")), "save_reference"),
     )
     inception_weights: str | None = option(
-        None, "pytorch-fid's weight file, .pth or .safetensors; by default it is downloaded once"
+        None,
+        "pytorch-fid's weight file, .pth or .safetensors; by default it is downloaded once",
+        resume=Resume.REPORTING,
+        acts_with=(*computed(*metrics_by("main")), "save_reference"),
     )
     feature_module: str | None = option(
         None,
         "Python file with a network of your own, whose features KID, FID and their kin take in place of Inception's",
+        resume=Resume.REPORTING,
+        acts_with=(*computed(*metrics_by("main")), "save_reference"),
     )
     clip_model: str = option(
-        "openai/clip-vit-large-patch14", "CLIP of the CLIP scores and similarities: folder or Hub name"
+        "openai/clip-vit-large-patch14",
+        "CLIP of the CLIP scores and similarities: folder or Hub name",
+        resume=Resume.REPORTING,
+        acts_with=computed(*metrics_by("clip")),
     )
-    cmmd_model: str = option("openai/clip-vit-large-patch14-336", "CLIP of CMMD: folder or Hub name")
-    dino_model: str = option("facebook/dinov2-large", "DINOv2 of FD-DINOv2 and the DINO similarity: folder or Hub name")
-    lpips_network: str = option("alex", "trunk of LPIPS", choices=LPIPS_NETWORKS)
+    cmmd_model: str = option(
+        "openai/clip-vit-large-patch14-336",
+        "CLIP of CMMD: folder or Hub name",
+        resume=Resume.REPORTING,
+        acts_with=computed(*metrics_by("cmmd")),
+    )
+    dino_model: str = option(
+        "facebook/dinov2-large",
+        "DINOv2 of FD-DINOv2 and the DINO similarity: folder or Hub name",
+        resume=Resume.REPORTING,
+        acts_with=computed(*metrics_by("dino")),
+    )
+    lpips_network: str = option(
+        "alex",
+        "trunk of LPIPS",
+        choices=LPIPS_NETWORKS,
+        resume=Resume.REPORTING,
+        acts_with=computed(*metrics_by("lpips")),
+    )
     lpips_weights: str | None = option(
-        None, "torchvision's weight file of that trunk, .pth or .safetensors; by default it is downloaded once"
+        None,
+        "torchvision's weight file of that trunk, .pth or .safetensors; by default it is downloaded once",
+        resume=Resume.REPORTING,
+        acts_with=computed(*metrics_by("lpips")),
     )
     lpips_size: int | None = option(
-        None, "images are resized to this square for LPIPS; by default they stay as they are"
+        None,
+        "images are resized to this square for LPIPS; by default they stay as they are",
+        resume=Resume.REPORTING,
+        acts_with=computed(*metrics_by("lpips")),
     )
     pickscore_model: str | None = option(
-        None, "PickScore's CLIP, such as yuvalkirstain/PickScore_v1: folder or Hub name"
+        None,
+        "PickScore's CLIP, such as yuvalkirstain/PickScore_v1: folder or Hub name",
+        resume=Resume.REPORTING,
+        acts_with=computed(*metrics_by("pickscore")),
     )
-    hpsv2_model: str | None = option(None, "HPSv2's CLIP in the layout of transformers: folder or Hub name")
-    no_download: bool = option(False, "take no network that is not here already; its scores are listed as not computed")
-    feature_batch_size: int = option(32, "images at once in a feature network")
+    hpsv2_model: str | None = option(
+        None,
+        "HPSv2's CLIP in the layout of transformers: folder or Hub name",
+        resume=Resume.REPORTING,
+        acts_with=computed(*metrics_by("hpsv2")),
+    )
+    no_download: bool = option(
+        False,
+        "take no network that is not here already; its scores are listed as not computed",
+        resume=Resume.REPORTING,
+        acts_with=(*computed(*METRICS), "save_reference"),
+    )
+    feature_batch_size: int = option(
+        32, "images at once in a feature network", resume=Resume.COST, acts_with=(*computed(*METRICS), "save_reference")
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "lpips_size", "feature_batch_size")
@@ -85,20 +154,33 @@ class FeatureOptions:
 @dataclass(frozen=True)
 class ReferenceOptions:
     reference: str | None = option(
-        None, "real images to compare with: a folder, a dataset, or statistics in an .npz file"
+        None,
+        "real images to compare with: a folder, a dataset, or statistics in an .npz file",
+        acts_with=(*computed(*COMPARING), "save_reference"),
     )
-    reference_split: str = option("train", "split of a reference that is a dataset", is_text=True)
-    reference_image_column: str = option("image", "column of its images", is_text=True)
+    reference_split: str = option("train", "split of a reference that is a dataset", is_text=True, acts_with=REFERENCE)
+    reference_image_column: str = option("image", "column of its images", is_text=True, acts_with=REFERENCE)
     reference_caption_column: str = option(
-        "text", "column of its captions, where a folder's metadata have another", is_text=True
+        "text",
+        "column of its captions, where a folder's metadata have another",
+        is_text=True,
+        acts_with=REFERENCE,
     )
     reference_resolution: int | None = option(
-        None, "the reference is cut to squares of this edge as in training; by default whole images are taken"
+        None,
+        "the reference is cut to squares of this edge as in training; by default whole images are taken",
+        acts_with=REFERENCE,
     )
-    max_reference_images: int | None = option(None, "take so many images of it, drawn by the seed")
-    training_images: str | None = option(None, "what was trained on, for memorisation: a folder or a dataset")
-    save_reference: str | None = option(None, "keep the reference's statistics as this .npz file")
-    allow_stats_mismatch: bool = option(False, "take statistics that were made with another network or preparation")
+    max_reference_images: int | None = option(None, "take so many images of it, drawn by the seed", acts_with=REFERENCE)
+    training_images: str | None = option(
+        None, "what was trained on, for memorisation: a folder or a dataset", acts_with=computed("memorisation")
+    )
+    save_reference: str | None = option(
+        None, "keep the reference's statistics as this .npz file", acts_with=("reference",)
+    )
+    allow_stats_mismatch: bool = option(
+        False, "take statistics that were made with another network or preparation", acts_with=("reference",)
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "reference_resolution", "max_reference_images")
@@ -121,24 +203,49 @@ class ReferenceOptions:
 class EvaluationOptions:
     needs_reference: ClassVar[bool] = True  # where there are no images of the training to compare with
 
-    eval_metrics: list[str] | None = option(None, "scores to compute while training", choices=METRICS)
+    eval_metrics: list[str] | None = option(
+        None, "scores to compute while training", choices=METRICS, resume=Resume.REPORTING
+    )
     eval_steps: int | None = option(
-        None, "optimizer steps between them; by default they come after the last step alone"
+        None,
+        "optimizer steps between them; by default they come after the last step alone",
+        resume=Resume.REPORTING,
     )
     eval_prompts_file: str | None = option(
-        None, "prompts to draw for them: .txt, .jsonl or .csv; by default the validation prompts"
+        None,
+        "prompts to draw for them: .txt, .jsonl or .csv; by default the validation prompts",
+        resume=Resume.REPORTING,
     )
     eval_prompts_encoding: str | None = option(
-        None, "encoding of --eval_prompts_file, such as gb18030; by default UTF-8, and else a guess, which is logged"
+        None,
+        "encoding of --eval_prompts_file, such as gb18030; by default UTF-8, and else a guess, which is logged",
+        resume=Resume.REPORTING,
     )
-    eval_num_images: int = option(64, "images to draw for them, one after the other of each prompt or class")
+    eval_num_images: int = option(
+        64,
+        "images to draw for them, one after the other of each prompt or class",
+        resume=Resume.REPORTING,
+        acts_with=("eval_metrics",),
+    )
     eval_reference: str | None = option(
-        None, "real images to compare with: a folder, a dataset, or statistics in an .npz file"
+        None,
+        "real images to compare with: a folder, a dataset, or statistics in an .npz file",
+        resume=Resume.REPORTING,
     )
-    eval_num_inference_steps: int | None = option(None, "denoising steps; by default the pipeline's")
-    eval_guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
+    eval_num_inference_steps: int | None = option(
+        None, "denoising steps; by default the pipeline's", resume=Resume.REPORTING, acts_with=("eval_metrics",)
+    )
+    eval_guidance_scale: float | None = option(
+        None,
+        "classifier-free guidance; by default the pipeline's",
+        resume=Resume.REPORTING,
+        acts_with=("eval_metrics",),
+    )
     eval_sampling_batch_size: int | None = option(
-        None, "images drawn at once; by default it grows until memory is full"
+        None,
+        "images drawn at once; by default it grows until memory is full",
+        resume=Resume.REPORTING,
+        acts_with=("eval_metrics",),
     )
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+from utils.config.flag_rules import Absent, OnHub, Resume
 from utils.config.options import UserError, as_number, option, require, require_not_negative, require_positive
 
 MODEL_SIZES = ("tiny", "small", "base", "large")
@@ -19,6 +20,17 @@ ATTENTION = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cu
 CPU_ATTENTION = ("flash", "math")
 QUANTIZATIONS = ("nf4", "int8")
 
+PROMPTS = ("validation_prompts", "validation_prompt")
+PRETRAINED = (
+    *("pretrained_model_name_or_path", "vae", "perceptual_network", "eval_metrics"),
+    *("pipeline", "checkpoints", "images"),  # the metrics of images need networks too
+)
+
+
+def weight_files(*flags: str) -> tuple[str, ...]:
+    """That one of some flags names a single file of weights."""
+    return tuple(f"{flag}=*{ending}" for flag in flags for ending in (".safetensors", *PICKLES))
+
 
 @dataclass(frozen=True)
 class ShapeOptions:
@@ -28,20 +40,34 @@ class ShapeOptions:
         None, "JSON config of the denoiser, or the folder or Hub name that holds one (its weights are left)"
     )
     model_size: str | None = option(
-        None, "size of the denoiser: base by default, with as many levels as the resolution allows", choices=MODEL_SIZES
+        None,
+        "size of the denoiser: base by default, with as many levels as the resolution allows",
+        choices=MODEL_SIZES,
+        resume=Resume.STRUCTURE,
     )
-    model_channels: int | None = option(None, "channels of the first level; of a transformer its width")
-    channel_mult: list[int] | None = option(None, "each level's channels in multiples of that, such as 1 2 2")
-    layers_per_block: int | None = option(None, "residual blocks of a level; of a transformer its blocks")
-    attention_resolutions: list[int] | None = option(None, "edges of the levels that attend, such as 16 8; 0 for none")
-    attention_head_dim: int | None = option(None, "channels of an attention head")
-    patch_size: int | None = option(None, "edge of the patches that a transformer sees, 2 by default")
-    dropout: float = option(0.0, "dropout in the denoiser")
+    model_channels: int | None = option(
+        None, "channels of the first level; of a transformer its width", resume=Resume.STRUCTURE
+    )
+    channel_mult: list[int] | None = option(
+        None, "each level's channels in multiples of that, such as 1 2 2", resume=Resume.STRUCTURE
+    )
+    layers_per_block: int | None = option(
+        None, "residual blocks of a level; of a transformer its blocks", resume=Resume.STRUCTURE
+    )
+    attention_resolutions: list[int] | None = option(
+        None, "edges of the levels that attend, such as 16 8; 0 for none", resume=Resume.STRUCTURE
+    )
+    attention_head_dim: int | None = option(None, "channels of an attention head", resume=Resume.STRUCTURE)
+    patch_size: int | None = option(
+        None, "edge of the patches that a transformer sees, 2 by default", resume=Resume.STRUCTURE
+    )
+    dropout: float = option(0.0, "dropout in the denoiser", acts_with=(Absent("pretrained_model_name_or_path"),))
     weight_init: str = option(
         "default",
         "first weights: diffusers' with the last layer of each residual branch at zero, or matrices by Xavier and "
         "convolutions by Kaiming throughout",
         choices=WEIGHT_INITS,
+        acts_with=(Absent("pretrained_model_name_or_path"),),
     )
 
     def __post_init__(self) -> None:
@@ -74,6 +100,7 @@ class LoadingOptions:
         None,
         "beginnings of the names of weights that pretrained parts may lack or have too many of, such as "
         "text_encoder.text_projection; what is missing is initialised at random",
+        acts_with=PRETRAINED,
     )
 
     def __post_init__(self) -> None:
@@ -84,7 +111,10 @@ class LoadingOptions:
 @dataclass(frozen=True)
 class TermOptions:
     loss_module: str | None = option(
-        None, "Python file with a loss term of your own, such as examples/adversarial_loss.py"
+        None,
+        "Python file with a loss term of your own, such as examples/adversarial_loss.py",
+        resume=Resume.COMPARED,
+        engines={"DeepSpeed": "train it by DDP", "FSDP2": "train it by DDP"},
     )
     loss_module_args: list[str] | None = option(None, "its arguments, such as weight=0.1", is_text=True)
     loss_module_lr: float | None = option(
@@ -122,7 +152,9 @@ def _as_value(word: str) -> object:
 @dataclass(frozen=True)
 class PerceptualOptions:
     perceptual_weight: float | None = option(
-        None, "weight of a loss between decoded images, in the features of --perceptual_network"
+        None,
+        "weight of a loss between decoded images, in the features of --perceptual_network",
+        engines={"FSDP2": "train with it by DDP"},
     )
     perceptual_network: str | None = option(
         None, "folder or Hub name of an image model of transformers, such as microsoft/resnet-50 or a DINOv2"
@@ -148,13 +180,19 @@ class PerceptualOptions:
 class PartOptions:
     """How the parts of a pipeline are loaded and run, whatever it draws from."""
 
-    revision: str | None = option(None, "revision of the pipeline on the Hub")
+    revision: str | None = option(
+        None, "revision of the pipeline on the Hub", acts_with=(OnHub("pretrained_model_name_or_path"),)
+    )
     variant: str | None = option(None, "variant of the weight files, such as fp16")
     allow_pickle: bool = option(
         False, "also load weights that are kept as pickles (.bin, .ckpt); of these too nothing but tensors is read"
     )
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
-    vae_slicing: bool = option(False, "run the VAE on one image after the other: less memory, the same numbers")
+    gradient_checkpointing: bool = option(
+        False, "compute activations again in the backward pass, to save memory", resume=Resume.COST
+    )
+    vae_slicing: bool = option(
+        False, "run the VAE on one image after the other: less memory, the same numbers", resume=Resume.COST
+    )
     vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
     enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
     enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
@@ -180,18 +218,26 @@ class ModelOptions(PartOptions):
     pretrained_model_config: str | None = option(
         None,
         "pipeline folder or Hub name that describes a single-file model; by default found on the Hub by its weights",
+        acts_with=weight_files("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"),
     )
     unet_config: str | None = option(None, "JSON config of a fresh UNet, which is trained from scratch")
-    non_ema_revision: str | None = option(None, "revision of the UNet, where it differs")
+    non_ema_revision: str | None = option(
+        None, "revision of the UNet, where it differs", acts_with=(OnHub("pretrained_model_name_or_path"),)
+    )
     clip_skip: int | None = option(None, "last layers of the text encoders to leave out, as the pipelines' clip_skip")
     max_token_length: int = option(
         CHUNK_TOKENS, "tokens of a caption that are read, in chunks of 75; kohya's 150 and 225"
     )
-    attention_slicing: bool = option(False, "compute attention one head after the other: less memory, slower")
+    attention_slicing: bool = option(
+        False, "compute attention one head after the other: less memory, slower", resume=Resume.COST
+    )
     sampling_cpu_offload: bool = option(
         False,
         "while samples are drawn, keep on the device only the part of the pipeline that is at work; with --use_ema the "
         "weights that the average stands in for stay there",
+        resume=Resume.COST,
+        engines={"FSDP2": "weights are gathered for sampling on the device"},
+        acts_with=PROMPTS,
     )
 
     def __post_init__(self) -> None:

@@ -7,14 +7,14 @@ training is the same under each, its checkpoints and its results too.
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from utils.config.options import UserError
+from utils.config.options import UserError, flags_of, rules_of
 from utils.runtime.options import PRECISIONS
 from utils.runtime.sharding import sharded_parts, spread_like, whole
 
@@ -31,7 +31,6 @@ class Engine:
 
     Attributes:
         name: in messages.
-        refused: options that it can't do, each with what to do instead.
         optimizers: those that it can step, or None for all.
         spreads: whether no process has all of what a checkpoint holds.
         decides_on_device: whether an optimizer may be told on the device that gradients are not finite.
@@ -40,7 +39,6 @@ class Engine:
     """
 
     name = "DDP"
-    refused: ClassVar[Mapping[str, str]] = {}
     optimizers: Sequence[str] | None = None
     spreads = False
     decides_on_device = True
@@ -51,11 +49,16 @@ class Engine:
         self.accelerator = accelerator
         self.checkpoints_activations = False  # asked of the engine, beside --gradient_checkpointing
 
-    def check_options(self, given: Mapping[str, object], optimizer: str) -> None:
-        """Refuses options, by their names, and an optimizer that do not go with the engine."""
-        for option, cure in self.refused.items():
-            if given.get(option) not in (None, False):
-                raise UserError(f"--{option} does not go with {self.name}: {cure}")
+    def check_options(self, options: object, optimizer: str) -> None:
+        """Refuses flags that are declared not to go with the engine, and an optimizer that it can't step.
+
+        Args:
+            options: all of a script's, by group.
+        """
+        for field, value in flags_of(options):
+            cure = rules_of(field).engines.get(self.name)
+            if cure is not None and value not in (None, False):
+                raise UserError(f"--{field.name} does not go with {self.name}: {cure}")
         if self.optimizers is not None and optimizer not in self.optimizers:
             raise UserError(f"--optimizer must be {' or '.join(self.optimizers)} with {self.name}, got {optimizer}")
 
@@ -114,22 +117,6 @@ class ShardedEngine(Engine):
     optimizers = ("adamw",)
     spreads = True
     decides_on_device = False
-    refused: ClassVar[Mapping[str, str]] = {
-        "offload_ema": "the average is spread already",
-        "ema_lengths": "use --use_ema",
-        "pure_bf16": "weights are spread in float32 and computed with in the mixed precision",
-        "optimizer_in_backward": "gradients are spread already",
-        "quantize_base": "frozen weights are spread already",
-        "layer_norm_steps": "no process has a layer's whole gradient",
-        "histogram_steps": "no process has a layer's whole gradient",
-        "loss_module": "train it by DDP",
-        "perceptual_weight": "train with it by DDP",
-        "sampling_cpu_offload": "weights are gathered for sampling on the device",
-        "find_batch_size": "processes that gather weights can't try again one by one",
-        "bf16_weights": "weights are gathered in the mixed precision",
-        "compile": "leave it out",
-        "torch_compile": "leave it out",
-    }
     can_begin_again = False
 
     def __init__(self, accelerator: "Accelerator"):
@@ -173,17 +160,6 @@ class ZeroEngine(Engine):
     optimizers = ("adamw",)
     spreads = True
     decides_on_device = False
-    refused: ClassVar[Mapping[str, str]] = {
-        "pure_bf16": "use FSDP2",
-        "optimizer_in_backward": "gradients are spread already",
-        "layer_norm_steps": "no process has a layer's whole gradient",
-        "histogram_steps": "no process has a layer's whole gradient",
-        "loss_module": "train it by DDP",
-        "find_batch_size": "gradients that DeepSpeed has taken can't be given back",
-        "bf16_weights": "leave it out",
-        "compile": "leave it out",
-        "torch_compile": "leave it out",
-    }
     can_begin_again = False
     rehearses = False
     STATE = ("exp_avg", "exp_avg_sq")

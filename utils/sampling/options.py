@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from utils.config.flag_rules import IsNot, OnHub, Resume
 from utils.config.options import (
     UserError,
     first_line,
@@ -17,7 +18,9 @@ from utils.config.options import (
 )
 from utils.config.progress import Progress
 from utils.config.user_files import check_encoding
+from utils.data.options import HELD_OUT
 from utils.diffusion.options import SAMPLERS
+from utils.models.options import PROMPTS, weight_files
 from utils.runtime.hub_files import require_model
 
 if TYPE_CHECKING:
@@ -43,24 +46,42 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 MODEL_CURE = "give a folder, a Hub name or a .safetensors file"
 MOST_IMAGES = 10**7
 
+DRAWING = ("pipeline", "checkpoints")
+SAMPLES = (*PROMPTS, "eval_metrics", IsNot("num_samples", ("0",)))
+"""What has samples drawn while a model is trained."""
+
 
 @dataclass(frozen=True)
 class SamplingControlOptions:
     dynamic_thresholding: float | None = option(
         None,
         "percentile, such as 99.5, of each predicted clean sample beyond which it is clipped and scaled, as in Imagen",
+        resume=Resume.REPORTING,
+        acts_with=(*DRAWING, *SAMPLES),
     )
     thresholding_space: str = option(
         "latent",
         "where a latent model's samples are thresholded: latents, or decoded pixels",
         choices=("latent", "pixel"),
+        resume=Resume.REPORTING,
     )
     thresholding_limit: float | None = option(
-        None, "range that thresholded samples are scaled into; by default 1 for pixels, 4 for latents"
+        None,
+        "range that thresholded samples are scaled into; by default 1 for pixels, 4 for latents",
+        resume=Resume.REPORTING,
     )
-    clamp_start: float | None = option(None, "bound on the predicted clean sample at the first step")
-    clamp_end: float | None = option(None, "that bound at the last step; between them it goes in a straight line")
-    initial_noise_scale: float = option(1.0, "factor on the noise that sampling starts from")
+    clamp_start: float | None = option(
+        None,
+        "bound on the predicted clean sample at the first step",
+        resume=Resume.REPORTING,
+        acts_with=(*DRAWING, *SAMPLES),
+    )
+    clamp_end: float | None = option(
+        None, "that bound at the last step; between them it goes in a straight line", resume=Resume.REPORTING
+    )
+    initial_noise_scale: float = option(
+        1.0, "factor on the noise that sampling starts from", resume=Resume.REPORTING, acts_with=(*DRAWING, *SAMPLES)
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "thresholding_limit", "clamp_start", "clamp_end", "initial_noise_scale")
@@ -74,20 +95,28 @@ class SamplingControlOptions:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    scheduler: str | None = option(None, f"{', '.join(SCHEDULERS)}, or a class of diffusers; by default the pipeline's")
-    num_inference_steps: int | None = option(
-        None, "denoising steps; by default the pipeline's, or all of a shorter schedule"
+    scheduler: str | None = option(
+        None, f"{', '.join(SCHEDULERS)}, or a class of diffusers; by default the pipeline's", acts_with=DRAWING
     )
-    guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
-    guidance_rescale: float | None = option(None, "rescaling of the guided prediction, for zero terminal SNR")
-    negative_prompt: str | None = option(None, "what images should not show", is_text=True)
-    eta: float | None = option(None, "noise of DDIM's steps, from 0 to 1")
-    height: int | None = option(None, "pixels; by default the pipeline's")
-    width: int | None = option(None, "pixels; by default the pipeline's")
+    num_inference_steps: int | None = option(
+        None,
+        "denoising steps; by default the pipeline's, or all of a shorter schedule",
+        acts_with=DRAWING,
+    )
+    guidance_scale: float | None = option(
+        None, "classifier-free guidance; by default the pipeline's", acts_with=DRAWING
+    )
+    guidance_rescale: float | None = option(
+        None, "rescaling of the guided prediction, for zero terminal SNR", acts_with=DRAWING
+    )
+    negative_prompt: str | None = option(None, "what images should not show", is_text=True, acts_with=DRAWING)
+    eta: float | None = option(None, "noise of DDIM's steps, from 0 to 1", acts_with=DRAWING)
+    height: int | None = option(None, "pixels; by default the pipeline's", acts_with=DRAWING)
+    width: int | None = option(None, "pixels; by default the pipeline's", acts_with=DRAWING)
     strength: float | None = option(
         None, "how far --init_images are changed, above 0 up to 1; by default the pipeline's"
     )
-    batch_size: int | None = option(None, "images at once; by default it grows until memory is full")
+    batch_size: int | None = option(None, "images at once; by default it grows until memory is full", acts_with=DRAWING)
     fail_on_invalid: bool = option(False, "end with an error if an image is NaN, black or of one colour")
 
     def __post_init__(self) -> None:
@@ -117,19 +146,32 @@ class SamplingOptions:
         "what samples are drawn by; by default as the exported pipeline draws: DDPM in pixels, DDIM in latents, Euler "
         "in flow matching",
         choices=SAMPLERS,
+        resume=Resume.REPORTING,
     )
     ddpm_num_inference_steps: int | None = option(
         None,
         "denoising steps of a sample; by default 1000, or all that a shorter noise schedule has",
         aliases=["--num_inference_steps"],
+        resume=Resume.REPORTING,
+        acts_with=(IsNot("num_samples", ("0",)), "eval_metrics"),
     )
-    eta: float = option(0.0, "share of DDPM's noise that DDIM draws anew at each step")
-    guidance_scale: float = option(1.0, "classifier-free guidance of samples of classes; over 1 it is on")
-    num_samples: int | None = option(None, "samples drawn each time, or 0; by default --eval_batch_size")
-    eval_batch_size: int = option(16, "samples that a process draws at once")
-    save_images_epochs: int = option(10, "epochs between samples")
-    save_images_steps: int | None = option(None, "optimizer steps between samples, instead of --save_images_epochs")
-    save_model_epochs: int = option(10, "epochs between saves of the pipeline as it is then, in output_dir")
+    eta: float = option(0.0, "share of DDPM's noise that DDIM draws anew at each step", resume=Resume.REPORTING)
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance of samples of classes; over 1 it is on", resume=Resume.REPORTING
+    )
+    num_samples: int | None = option(
+        None, "samples drawn each time, or 0; by default --eval_batch_size", resume=Resume.REPORTING
+    )
+    eval_batch_size: int = option(
+        16, "samples that a process draws at once", resume=Resume.REPORTING, acts_with=(IsNot("num_samples", ("0",)),)
+    )
+    save_images_epochs: int = option(10, "epochs between samples", resume=Resume.REPORTING)
+    save_images_steps: int | None = option(
+        None, "optimizer steps between samples, instead of --save_images_epochs", resume=Resume.REPORTING
+    )
+    save_model_epochs: int = option(
+        10, "epochs between saves of the pipeline as it is then, in output_dir", resume=Resume.SAVING
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "ddpm_num_inference_steps", "eval_batch_size", "save_images_epochs", "save_images_steps")
@@ -185,11 +227,15 @@ class SamplingOptions:
 class PipelineOptions:
     pipeline: str | None = option(None, "pipeline to draw from: a folder, a Hub name or a single .safetensors file")
     pipeline_config: str | None = option(
-        None, "pipeline folder or Hub name that describes a single-file --pipeline; by default found on the Hub"
+        None,
+        "pipeline folder or Hub name that describes a single-file --pipeline; by default found on the Hub",
+        acts_with=(*weight_files("pipeline", "baseline"), "checkpoints"),
     )
     lora: str | None = option(None, "LoRA on top of it: a folder, .safetensors file or Hub name")
-    lora_scale: float = option(1.0, "factor on the LoRA")
-    revision: str | None = option(None, "revision of the pipeline on the Hub")
+    lora_scale: float = option(1.0, "factor on the LoRA", acts_with=("lora", "checkpoints"))
+    revision: str | None = option(
+        None, "revision of the pipeline on the Hub", acts_with=(OnHub("pipeline"), "checkpoints")
+    )
     variant: str | None = option(None, "variant of the weight files, such as fp16")
     images: str | None = option(None, "score a folder of images already drawn, instead of drawing any")
 
@@ -208,16 +254,49 @@ class PipelineOptions:
 class ValidationOptions:
     help_title: ClassVar[str] = "validation"
 
-    validation_prompts: list[str] | None = option(None, "prompts of which samples are drawn", is_text=True)
-    validation_prompt: str | None = option(
-        None, "a single prompt, of which --num_validation_images samples are drawn", is_text=True
+    validation_prompts: list[str] | None = option(
+        None, "prompts of which samples are drawn", is_text=True, resume=Resume.REPORTING
     )
-    num_validation_images: int | None = option(None, "samples a prompt; by default 4 of a --validation_prompt, else 1")
-    validation_epochs: int | None = option(None, "epochs between samples; 5 by default, for LoRA and SDXL 1")
-    validation_steps: int | None = option(None, "optimizer steps between samples, instead of --validation_epochs")
-    validation_num_inference_steps: int = option(25, "denoising steps of a sample")
-    validation_guidance_scale: float | None = option(None, "classifier-free guidance; by default the pipeline's")
-    validation_negative_prompt: str | None = option(None, "what the samples should not show", is_text=True)
+    validation_prompt: str | None = option(
+        None,
+        "a single prompt, of which --num_validation_images samples are drawn",
+        is_text=True,
+        resume=Resume.REPORTING,
+    )
+    num_validation_images: int | None = option(
+        None,
+        "samples a prompt; by default 4 of a --validation_prompt, else 1",
+        resume=Resume.REPORTING,
+        acts_with=(*PROMPTS, "eval_metrics"),
+    )
+    validation_epochs: int | None = option(
+        None,
+        "epochs between samples; 5 by default, for LoRA and SDXL 1",
+        resume=Resume.REPORTING,
+        acts_with=(*PROMPTS, *HELD_OUT),
+    )
+    validation_steps: int | None = option(
+        None,
+        "optimizer steps between samples, instead of --validation_epochs",
+        resume=Resume.REPORTING,
+        acts_with=(*PROMPTS, *HELD_OUT),
+    )
+    validation_num_inference_steps: int = option(
+        25, "denoising steps of a sample", resume=Resume.REPORTING, acts_with=(*PROMPTS, "eval_metrics")
+    )
+    validation_guidance_scale: float | None = option(
+        None,
+        "classifier-free guidance; by default the pipeline's",
+        resume=Resume.REPORTING,
+        acts_with=(*PROMPTS, "eval_metrics"),
+    )
+    validation_negative_prompt: str | None = option(
+        None,
+        "what the samples should not show",
+        is_text=True,
+        resume=Resume.REPORTING,
+        acts_with=(*PROMPTS, "eval_metrics"),
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "validation_epochs", "validation_steps", "validation_num_inference_steps")
@@ -267,19 +346,29 @@ class PromptOptions:
     text_encoding: str | None = option(
         None,
         "encoding of --prompts_file, such as gb18030 or cp1252; by default UTF-8, and else a guess, which is logged",
+        acts_with=("prompts_file", "captions_dir"),
     )
     prompts_dataset: str | None = option(None, "prompts of a dataset: a Hub name or a local path")
-    prompts_split: str = option("train", "split of that dataset", is_text=True)
+    prompts_split: str = option(
+        "train", "split of that dataset", is_text=True, acts_with=("prompts_dataset", "captions_dir")
+    )
     prompts_column: str | None = option(
-        None, "column of the prompts, in the file, the dataset or the folder's metadata", is_text=True
+        None,
+        "column of the prompts, in the file, the dataset or the folder's metadata",
+        is_text=True,
+        acts_with=("prompts_file", "prompts_dataset", "captions_dir"),
     )
     captions_dir: str | None = option(None, "prompts are the captions of a folder of images, the first of each")
-    max_prompts: int | None = option(None, "take the first so many prompts")
+    max_prompts: int | None = option(
+        None, "take the first so many prompts", acts_with=("prompts", "prompts_file", "prompts_dataset", "captions_dir")
+    )
     class_labels: list[str] | None = option(
         None, "classes that a class-conditional pipeline draws, by name or else by number; by default all", is_text=True
     )
-    num_images: int | None = option(None, "images in total, one after the other of each prompt or class")
-    images_per_prompt: int | None = option(None, "images of each prompt or class; by default 4")
+    num_images: int | None = option(
+        None, "images in total, one after the other of each prompt or class", acts_with=DRAWING
+    )
+    images_per_prompt: int | None = option(None, "images of each prompt or class; by default 4", acts_with=DRAWING)
     init_images: str | None = option(None, "image or folder of images that drawing starts from: variations of them")
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 
+from utils.config.flag_rules import IsNot, Resume
 from utils.config.options import (
     UserError,
     as_number,
@@ -23,6 +24,7 @@ OPTIMIZER_NAMES = (
     "schedule_free_adamw",
     "muon",
 )
+NOT_TORCH_ADAMW = tuple(name for name in OPTIMIZER_NAMES if name not in ("adamw", "muon"))
 SCHEDULES = (
     "constant",
     "constant_with_warmup",
@@ -65,21 +67,33 @@ class OptimizerOptions:
         None,
         "adamw by default, fused where the device has it; adamw8bit, paged_adamw8bit and lion are bitsandbytes', "
         "adafactor and muon (for the matrices; AdamW for the rest) torch's, prodigy finds its rate itself",
+        resume=Resume.STRUCTURE,
     )
     use_8bit_adam: bool = option(False, "the same as --optimizer adamw8bit")
-    adam_beta1: float = option(0.9, "decay of the mean gradient")
-    adam_beta2: float | None = option(None, "decay of the mean squared gradient; by default 0.999, of lion 0.99")
-    muon_momentum: float = option(0.95, "decay of muon's mean gradient")
+    adam_beta1: float = option(0.9, "decay of the mean gradient", acts_with=(IsNot("optimizer", ("adafactor",)),))
+    adam_beta2: float | None = option(
+        None,
+        "decay of the mean squared gradient; by default 0.999, of lion 0.99",
+        acts_with=(IsNot("optimizer", ("adafactor",)),),
+    )
+    muon_momentum: float = option(0.95, "decay of muon's mean gradient", acts_with=("optimizer=muon",))
     adam_weight_decay: float = option(1e-2, "decoupled weight decay, of all but biases and norms")
-    adam_epsilon: float = option(1e-8, "term in AdamW's denominator")
+    adam_epsilon: float = option(
+        1e-8, "term in AdamW's denominator", acts_with=(IsNot("optimizer", ("lion", "adafactor")),)
+    )
     max_grad_norm: float | None = option(
         None, "gradients are scaled down to this norm, by default 1; 0 leaves them as they are"
     )
     fused_adamw: bool | None = option(
-        None, "AdamW's step, with clipping and the guard against what is not finite, as one kernel; by default on"
+        None,
+        "AdamW's step, with clipping and the guard against what is not finite, as one kernel; by default on",
+        resume=Resume.COST,
+        acts_with=(IsNot("optimizer", NOT_TORCH_ADAMW),),
     )
     optimizer_in_backward: bool = option(
-        False, "step each weight as soon as its gradient is there, and free that: less memory, no clipping"
+        False,
+        "step each weight as soon as its gradient is there, and free that: less memory, no clipping",
+        engines={"DeepSpeed": "gradients are spread already", "FSDP2": "gradients are spread already"},
     )
 
     def __post_init__(self) -> None:
@@ -164,17 +178,28 @@ class OptimizerOptions:
 class ScheduleOptions:
     lr_scheduler: str = option("constant", "course of the learning rate", choices=SCHEDULES)
     lr_warmup_steps: int | None = option(500, "optimizer steps over which the rate rises from 0; ignored by constant")
-    lr_num_cycles: int = option(1, "hard restarts of cosine_with_restarts")
-    lr_power: float = option(1.0, "power of the polynomial schedule")
+    lr_num_cycles: int = option(
+        1, "hard restarts of cosine_with_restarts", acts_with=("lr_scheduler=cosine_with_restarts",)
+    )
+    lr_power: float = option(1.0, "power of the polynomial schedule", acts_with=("lr_scheduler=polynomial",))
     lr_t_0: int | None = option(None, "optimizer steps of the first cycle of cosine_warm_restarts")
-    lr_t_mult: int = option(1, "how many times as long each next cycle of cosine_warm_restarts is")
+    lr_t_mult: int = option(
+        1,
+        "how many times as long each next cycle of cosine_warm_restarts is",
+        acts_with=("lr_scheduler=cosine_warm_restarts",),
+    )
     lr_step_size: int | None = option(None, "optimizer steps after which step multiplies the rate by --lr_gamma")
-    lr_gamma: float = option(0.1, "factor of step and reduce_on_plateau")
+    lr_gamma: float = option(
+        0.1, "factor of step and reduce_on_plateau", acts_with=("lr_scheduler=step", "lr_scheduler=reduce_on_plateau")
+    )
     lr_patience: int = option(
         5,
         "measurements without a lower validation loss after which reduce_on_plateau multiplies the rate by --lr_gamma",
+        acts_with=("lr_scheduler=reduce_on_plateau",),
     )
-    lr_pct_start: float = option(0.3, "portion of the run in which one_cycle rises")
+    lr_pct_start: float = option(
+        0.3, "portion of the run in which one_cycle rises", acts_with=("lr_scheduler=one_cycle",)
+    )
     lr_step_rules: str | None = option(
         None, "rules of piecewise_constant: 1:10,0.1:20,0.01 is 1 to step 10, 0.1 to 20", is_text=True
     )

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+from utils.config.flag_rules import IsNot, Resume
 from utils.config.options import (
     UserError,
     first_line,
@@ -19,6 +20,7 @@ from utils.config.progress import Progress
 from utils.config.training_length import LengthOptions
 from utils.data.captions import CaptionOptions
 from utils.data.options import (
+    HELD_OUT,
     BucketOptions,
     CacheOptions,
     HeldOutOptions,
@@ -67,9 +69,16 @@ class TrainedOptions:
         None,
         "regular expression that the names of the weights to train must hold, such as attn2 for cross-attention",
         is_text=True,
+        resume=Resume.STRUCTURE,
     )
     pure_bf16: bool = option(
-        False, "keep the weights that train in bfloat16 alone, stepped in float32 and rounded stochastically"
+        False,
+        "keep the weights that train in bfloat16 alone, stepped in float32 and rounded stochastically",
+        resume=Resume.STRUCTURE,
+        engines={
+            "DeepSpeed": "use FSDP2",
+            "FSDP2": "weights are spread in float32 and computed with in the mixed precision",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -99,24 +108,41 @@ class AdaptationOptions(TrainedOptions):
         "what trains: all weights, or adapters: lora, loha (https://arxiv.org/abs/2108.06098), "
         "lokr (https://arxiv.org/abs/2212.10650)",
         choices=ADAPTATION_NAMES,
+        resume=Resume.STRUCTURE,
     )
-    train_text_encoder: bool = option(False, "train the text encoders too")
-    rank: int | None = option(None, "rank of the adapters' matrices, 4 by default")
-    lora_alpha: float | None = option(None, "scale of the adapters' update times the rank; by default the rank")
+    train_text_encoder: bool = option(False, "train the text encoders too", resume=Resume.STRUCTURE)
+    rank: int | None = option(None, "rank of the adapters' matrices, 4 by default", resume=Resume.STRUCTURE)
+    lora_alpha: float | None = option(
+        None, "scale of the adapters' update times the rank; by default the rank", resume=Resume.STRUCTURE
+    )
     lora_dropout: float = option(0.0, "dropout of the LoRA layers' input, or of the ranks of LoHa and LoKr")
     lora_target_modules: list[str] | None = option(
-        None, "ends of the names of the UNet layers that are adapted; by default to_k to_q to_v to_out.0", is_text=True
+        None,
+        "ends of the names of the UNet layers that are adapted; by default to_k to_q to_v to_out.0",
+        is_text=True,
+        resume=Resume.STRUCTURE,
     )
-    use_dora: bool = option(False, "weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)")
-    use_rslora: bool = option(False, "scale by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)")
+    use_dora: bool = option(False, "weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)", resume=Resume.STRUCTURE)
+    use_rslora: bool = option(
+        False, "scale by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)", resume=Resume.STRUCTURE
+    )
     quantize_base: str | None = option(
-        None, "keep the frozen UNet under the LoRA in nf4 (4 bits) or int8, by bitsandbytes", choices=QUANTIZATIONS
+        None,
+        "keep the frozen UNet under the LoRA in nf4 (4 bits) or int8, by bitsandbytes",
+        choices=QUANTIZATIONS,
+        resume=Resume.STRUCTURE,
+        engines={"FSDP2": "frozen weights are spread already"},
     )
     fused_lora: bool = option(
-        True, "compute LoRA layers by fewer kernels than peft, which saves and loads them as ever"
+        True,
+        "compute LoRA layers by fewer kernels than peft, which saves and loads them as ever",
+        resume=Resume.COST,
+        acts_with=("adaptation=lora",),
     )
     lora_weights: str | None = option(None, "LoRA file, or a folder that holds one, whose training continues")
-    export_fused: bool = option(False, "also save the pipeline with the LoRA fused in, in output_dir/fused")
+    export_fused: bool = option(
+        False, "also save the pipeline with the LoRA fused in, in output_dir/fused", resume=Resume.SAVING
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "rank", "lora_alpha")
@@ -182,22 +208,31 @@ class AdaptationOptions(TrainedOptions):
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    checkpointing_steps: int = option(500, "optimizer steps between checkpoints")
-    checkpoints_total_limit: int | None = option(None, "newest checkpoints to keep; by default all")
+    checkpointing_steps: int = option(500, "optimizer steps between checkpoints", resume=Resume.SAVING)
+    checkpoints_total_limit: int | None = option(
+        None, "newest checkpoints to keep; by default all", resume=Resume.SAVING
+    )
     final_checkpoint: bool = option(
-        True, "also write a checkpoint after the last step, so that a longer run can resume"
+        True,
+        "also write a checkpoint after the last step, so that a longer run can resume",
+        resume=Resume.SAVING,
     )
     resume_from_checkpoint: str | None = option(
         None,
         "resume from latest, from checkpoint-N in output_dir, or from a path; latest without a checkpoint starts anew",
+        resume=Resume.SAVING,
     )
     async_checkpointing: bool | None = option(
         None,
         "write checkpoints from copies in host memory while training continues; by default on a GPU, where that memory "
         "holds the copies twice",
+        resume=Resume.SAVING,
     )
     allow_changed_options: bool = option(
-        False, "resume although options that change the training, or the data, are others than the checkpoint's"
+        False,
+        "resume although options that change the training, or the data, are others than the checkpoint's",
+        resume=Resume.SAVING,
+        acts_with=("resume_from_checkpoint",),
     )
 
     def __post_init__(self) -> None:
@@ -210,23 +245,44 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class EmaOptions:
-    use_ema: bool = option(False, "keep a moving average of the trained weights; it is what is validated and exported")
-    ema_decay: float = option(0.9999, "decay of the average; early steps use (1 + n) / (10 + n) where that is smaller")
-    use_ema_warmup: bool = option(False, "let the decay rise as 1 - (1 + n / inv_gamma)^-power instead")
-    ema_inv_gamma: float = option(1.0, "inverse gamma of that rise")
-    ema_power: float = option(0.75, "power of that rise; 2/3 for runs of a million steps, 3/4 for shorter ones")
+    use_ema: bool = option(
+        False,
+        "keep a moving average of the trained weights; it is what is validated and exported",
+        resume=Resume.AVERAGING,
+    )
+    ema_decay: float = option(
+        0.9999, "decay of the average; early steps use (1 + n) / (10 + n) where that is smaller", acts_with=("use_ema",)
+    )
+    use_ema_warmup: bool = option(
+        False, "let the decay rise as 1 - (1 + n / inv_gamma)^-power instead", acts_with=("use_ema",)
+    )
+    ema_inv_gamma: float = option(1.0, "inverse gamma of that rise", acts_with=("use_ema",))
+    ema_power: float = option(
+        0.75, "power of that rise; 2/3 for runs of a million steps, 3/4 for shorter ones", acts_with=("use_ema",)
+    )
     ema_every: int = option(
         1, "optimizer steps between updates of the average, each by the decay of all of them: fewer passes over it"
     )
-    offload_ema: bool = option(False, "keep the average in host memory")
-    foreach_ema: bool = option(True, "update the average of all weights by one call instead of one a weight")
+    offload_ema: bool = option(
+        False, "keep the average in host memory", resume=Resume.COST, engines={"FSDP2": "the average is spread already"}
+    )
+    foreach_ema: bool = option(
+        True,
+        "update the average of all weights by one call instead of one a weight",
+        resume=Resume.COST,
+        acts_with=("use_ema",),
+    )
     ema_lengths: list[float] | None = option(
         None,
         "instead of --use_ema: export an average of this length, a portion of the training such as 0.1, made "
         "afterwards of snapshots (https://arxiv.org/abs/2312.02696); of several that with the lowest validation loss",
+        resume=Resume.AVERAGING,
+        engines={"FSDP2": "use --use_ema"},
     )
     ema_snapshot_steps: int | None = option(
-        None, "optimizer steps between these snapshots; by default --checkpointing_steps"
+        None,
+        "optimizer steps between these snapshots; by default --checkpointing_steps",
+        resume=Resume.AVERAGING,
     )
 
     def __post_init__(self) -> None:
@@ -244,22 +300,50 @@ class EmaOptions:
 
 @dataclass(frozen=True)
 class TrackingOptions:
-    report_to: str = option("tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"))
-    logging_dir: str = option("logs", "folder of the trackers' files in output_dir")
-    tracker_project_name: str = option("text2image-fine-tune", "name of the project in the trackers", is_text=True)
+    report_to: str = option(
+        "tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"), resume=Resume.REPORTING
+    )
+    logging_dir: str = option(
+        "logs",
+        "folder of the trackers' files in output_dir",
+        resume=Resume.SAVING,
+        acts_with=(IsNot("report_to", ("none",)),),
+    )
+    tracker_project_name: str = option(
+        "text2image-fine-tune",
+        "name of the project in the trackers",
+        is_text=True,
+        resume=Resume.REPORTING,
+        acts_with=(IsNot("report_to", ("none",)),),
+    )
     logging_steps: int = option(
         1,
         "optimizer steps whose numbers are read from the device at once, a step after the last; so often processes "
         "also agree to stop",
+        resume=Resume.REPORTING,
     )
-    debug_loss: bool = option(False, "log each image's loss under its file's name")
-    max_skipped_steps: int = option(10, "steps in a row without a finite loss and gradient after which the run ends")
+    debug_loss: bool = option(False, "log each image's loss under its file's name", resume=Resume.REPORTING)
+    max_skipped_steps: int = option(
+        10, "steps in a row without a finite loss and gradient after which the run ends", resume=Resume.LENGTH
+    )
     layer_norm_steps: int | None = option(
         None,
         "optimizer steps between gradient norms of each layer in layers.jsonl and the trackers; outliers are named",
+        resume=Resume.REPORTING,
+        engines={
+            "DeepSpeed": "no process has a layer's whole gradient",
+            "FSDP2": "no process has a layer's whole gradient",
+        },
     )
     histogram_steps: int | None = option(
-        None, "optimizer steps between histograms of each layer's weights and gradients in the trackers"
+        None,
+        "optimizer steps between histograms of each layer's weights and gradients in the trackers",
+        resume=Resume.REPORTING,
+        engines={
+            "DeepSpeed": "no process has a layer's whole gradient",
+            "FSDP2": "no process has a layer's whole gradient",
+        },
+        acts_with=(IsNot("report_to", ("none",)),),
     )
 
     def __post_init__(self) -> None:
@@ -283,15 +367,21 @@ class TrackingOptions:
 
 @dataclass(frozen=True)
 class HubOptions:
-    push_to_hub: bool = option(False, "upload the result and its card")
-    hub_model_id: str | None = option(None, "repository to upload to; by default the name of output_dir")
+    push_to_hub: bool = option(False, "upload the result and its card", resume=Resume.SAVING)
+    hub_model_id: str | None = option(
+        None, "repository to upload to; by default the name of output_dir", resume=Resume.SAVING
+    )
     hub_token: str | None = option(
         None,
         "token of the Hub; it is written nowhere, yet others on the machine see it in the list of processes, and "
         "launchers print it, so that it is refused under them: set HF_TOKEN in the environment, or `hf auth login`",
         is_text=True,
+        resume=Resume.SAVING,
+        acts_with=("push_to_hub",),
     )
-    hub_private_repo: bool = option(False, "create the repository as a private one")
+    hub_private_repo: bool = option(
+        False, "create the repository as a private one", resume=Resume.SAVING, acts_with=("push_to_hub",)
+    )
 
     def __post_init__(self) -> None:
         if not self.push_to_hub and self.hub_model_id is not None:
@@ -311,6 +401,7 @@ class SpeedOptions:
         False,
         "turn on what is safe and pays on this device, each part named in the log with its reason; a part whose check "
         "fails is left out by name. A resumed run may then differ in the last bits",
+        resume=Resume.COST,
     )
     compile: str | None = option(
         None,
@@ -318,39 +409,55 @@ class SpeedOptions:
         "fifth of the time; its gradients are compared with the plain one's on a batch first",
         choices=COMPILED,
         const="denoiser",
+        resume=Resume.COST,
+        engines={"DeepSpeed": "leave it out", "FSDP2": "leave it out"},
     )
-    torch_compile: bool = option(False, "the same as --compile denoiser")
+    torch_compile: bool = option(
+        False,
+        "the same as --compile denoiser",
+        resume=Resume.COST,
+        engines={"DeepSpeed": "leave it out", "FSDP2": "leave it out"},
+    )
     cuda_graphs: bool = option(
         False,
         "record the kernels of a whole optimizer step, compiled or not, and replay them as one, which spares small "
         "batches the time to launch each; where a step can't be recorded, the log says why: then only --compile's "
         "passes are, each for itself",
+        resume=Resume.COST,
     )
     activation_memory: float | None = option(
         None,
         "with --compile: the portion of the activations' memory to keep, from 0 to 1; the rest is computed again in "
         "the backward pass, the cheapest first",
+        resume=Resume.COST,
     )
     cudnn_benchmark: bool = option(
         False,
         "where all images have one size: have cuDNN time its convolutions and take the fastest; a resumed run may then "
         "differ in the last bits",
+        resume=Resume.COST,
     )
     attention_backend: str | None = option(
         None,
         "kernels of PyTorch's attention to try first; by default PyTorch chooses by shape and device",
         choices=tuple(ATTENTION),
+        resume=Resume.COST,
     )
     bf16_weights: bool = option(
         False,
         "with --mixed_precision bf16: compute with a bfloat16 copy of the denoiser's weights, made once a step, "
         "instead of casts at each use; what trains and is saved stays float32",
+        resume=Resume.COST,
+        engines={"DeepSpeed": "leave it out", "FSDP2": "weights are gathered in the mixed precision"},
     )
-    channels_last: bool = option(False, "keep images' channels together in memory, as convolutions on GPUs like it")
+    channels_last: bool = option(
+        False, "keep images' channels together in memory, as convolutions on GPUs like it", resume=Resume.COST
+    )
     keep_freed_memory: bool | None = option(
         None,
         "on the host, keep memory that a step has freed for the next one; given back to the kernel it would be zeroed "
         "anew (glibc); by default on a CPU",
+        resume=Resume.COST,
     )
 
     def __post_init__(self) -> None:
@@ -369,11 +476,20 @@ class SpeedOptions:
 
 @dataclass(frozen=True)
 class EarlyStoppingOptions:
-    num_validation_timesteps: int = option(8, "timesteps, evenly spread, at which the validation loss is measured")
-    early_stopping_patience: int | None = option(
-        None, "end the run after this many measurements in a row without a lower validation loss"
+    num_validation_timesteps: int = option(
+        8,
+        "timesteps, evenly spread, at which the validation loss is measured",
+        resume=Resume.REPORTING,
+        acts_with=HELD_OUT,
     )
-    early_stopping_threshold: float = option(0.0, "by how much the loss must be lower to count")
+    early_stopping_patience: int | None = option(
+        None,
+        "end the run after this many measurements in a row without a lower validation loss",
+        resume=Resume.LENGTH,
+    )
+    early_stopping_threshold: float = option(
+        0.0, "by how much the loss must be lower to count", resume=Resume.LENGTH, acts_with=("early_stopping_patience",)
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "num_validation_timesteps", "early_stopping_patience")

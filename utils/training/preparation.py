@@ -28,6 +28,7 @@ from utils.data.source_options import DataOptions, SourceOptions, source_entries
 from utils.data.sources import Records, read_records
 from utils.data.stream import StreamedImages, open_stream
 from utils.data.survey import Survey, add_digests, survey, survey_masks, take_census
+from utils.data.tables import RowTable
 from utils.models.base import Family
 from utils.runtime.atomic_files import or_without
 from utils.runtime.processes import write_json
@@ -97,6 +98,7 @@ class DataPreparation:
             return images
         with self.accelerator.main_process_first():  # which fills `datasets`' cache for all
             records = read_records(self.data, self.source, self.captions, self.seed, self._left_out_of_training)
+        self._warn_of_unused_cache(records)
         if self.held_out.fraction is not None:
             firsts = self._first_of_same(records)
             records, _ = hold_out(records, self.held_out.fraction, self.seed, firsts)
@@ -110,6 +112,18 @@ class DataPreparation:
         say_what_was_left_out(images, group_size)
         self.ledger.train_on(images)
         return images
+
+    def _warn_of_unused_cache(self, records: Records) -> None:
+        """Says so if `--cache_dir` is given and the `datasets` library, which would fill it, reads nothing."""
+        is_used = any(isinstance(source.table, RowTable) for source in records.sources)
+        if self.data.cache_dir is None or is_used or self.held_out.validation_data_dir is not None:
+            return
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "--cache_dir %s has no effect: it is for datasets and parquet files; encodings are kept in "
+                "--encoding_cache_dir",
+                self.data.cache_dir,
+            )
 
     def _check_masks(self, images: PlannedImages) -> None:
         """Looks at masks, and names what is odd in them.

@@ -4,14 +4,14 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from utils.config.options import UserError, first_line
+from utils.config.options import UserError, first_line, flags_of, rules_of
 from utils.data.class_folders import same_text
 from utils.data.data_fingerprint import NUM_SHOWN, compare, content_name, is_content_name, read_content, write_content
 from utils.data.oddities import DECODING
@@ -41,36 +41,6 @@ DECODING_FACT = "decoding"  # which version of it made the pixels
 
 EARLIER_STREAM = re.compile(r"^a stream of (None|\d+) images in")
 WARMUP = "lr_warmup_steps"
-# what a resumed run may change: its length, intervals and logging, how it is spread, what only saves memory or time,
-# and where its data lie, which are compared themselves
-FREE_GROUPS = (
-    "evaluation",
-    "features",
-    "controls",
-    "length",
-    "checkpoint",
-    "tracking",
-    "hub",
-    "samples",
-    "stopping",
-    "runtime",
-    "loader",
-    "speed",
-)
-FREE_OPTIONS = {
-    *("dataset_name", "dataset_config_name", "train_data_dir", "dataset_file", "cache_dir", "mask_dir"),
-    *("validation_data_dir", "max_validation_samples", "encoding_cache_dir", "cache_batch_size", "cache_only"),
-    *("verify_cache", "use_ema", "offload_ema", "foreach_ema", "ema_lengths", "ema_snapshot_steps"),
-    *(
-        "gradient_checkpointing",
-        "attention_slicing",
-        "vae_slicing",
-        "sampling_cpu_offload",
-        "export_fused",
-        "fused_lora",
-    ),
-    *("on_bad_image", "fused_adamw", "max_bad_fraction", "bucket_group_size", "loss_module"),
-}
 
 
 @dataclass(frozen=True)
@@ -345,15 +315,12 @@ def _compared(training: Mapping[str, object], start: Path) -> dict[str, object]:
 
 def _defaults(options: TrainingOptions) -> dict[str, object]:
     """The values of all options that are not given."""
-    groups = (getattr(options, group.name) for group in fields(options))
-    return {each.name: each.default for group in groups for each in fields(group)}
+    return {field.name: field.default for field, _ in flags_of(options)}
 
 
 def _training_options(options: TrainingOptions) -> dict[str, object]:
-    """The options that change what is trained, by flag."""
-    groups = (field.name for field in fields(options) if field.name not in FREE_GROUPS)
-    record = {name: value for group in groups for name, value in asdict(getattr(options, group)).items()}
-    return {name: value for name, value in record.items() if name not in FREE_OPTIONS}
+    """The options that a resumed run may not change, by flag, as a checkpoint records them."""
+    return {field.name: value for field, value in flags_of(options) if not rules_of(field).resume.is_free}
 
 
 def _choose_group_size(buckets: BucketOptions, loader: LoaderOptions, global_batch: int, start: Path | None) -> int:

@@ -135,6 +135,6 @@ def start_engine(options: TrainingOptions, folder: OutputFolder) -> Engine:
     check_stepping(options.optimizer, tracking, pure_bf16, accelerator)
     check_speed(options.speed, options.model, options.optimizer.optimizer_in_backward, pure_bf16, accelerator)
     engine = engine_of(accelerator)
-    engine.check_options(as_record(options), options.optimizer.name)
+    engine.check_options(options, options.optimizer.name)
     engine.check_batch(loader.global_batch(accelerator.num_processes))
     return engine

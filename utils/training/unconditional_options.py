@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from utils.config.flag_rules import IsNot, Resume
 from utils.config.options import UserError, option, parse
 from utils.config.terminal import set_up_logging
 from utils.config.training_length import LengthOptions
@@ -26,12 +27,12 @@ OWN_NAMES = {"caption_column": "label_column"}  # flags that the shared parts ca
 
 @dataclass(frozen=True)
 class Length(LengthOptions):
-    num_train_epochs: int = option(100, "passes over the data", aliases=["--num_epochs"])
+    num_train_epochs: int = option(100, "passes over the data", aliases=["--num_epochs"], resume=Resume.LENGTH)
 
 
 @dataclass(frozen=True)
 class Optimizer(OptimizerOptions):
-    adam_beta1: float = option(0.95, "decay of the mean gradient")
+    adam_beta1: float = option(0.95, "decay of the mean gradient", acts_with=(IsNot("optimizer", ("adafactor",)),))
     adam_weight_decay: float = option(1e-6, "decoupled weight decay, of all but biases and norms")
 
 
@@ -45,16 +46,30 @@ class Schedule(ScheduleOptions):
 
 @dataclass(frozen=True)
 class Averages(EmaOptions):
-    ema_decay: float = option(0.9999, "the largest decay of the average", aliases=["--ema_max_decay"])
-    use_ema_warmup: bool = option(True, "let the decay rise as 1 - (1 + n / inv_gamma)^-power up to it")
+    ema_decay: float = option(
+        0.9999, "the largest decay of the average", aliases=["--ema_max_decay"], acts_with=("use_ema",)
+    )
+    use_ema_warmup: bool = option(
+        True, "let the decay rise as 1 - (1 + n / inv_gamma)^-power up to it", acts_with=("use_ema",)
+    )
 
 
 @dataclass(frozen=True)
 class Tracking(TrackingOptions):
     report_to: str = option(
-        "tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"), aliases=["--logger"]
+        "tensorboard",
+        "where metrics and samples go",
+        choices=(*TRACKERS, "all", "none"),
+        aliases=["--logger"],
+        resume=Resume.REPORTING,
     )
-    tracker_project_name: str = option("train_unconditional", "name of the project in the trackers", is_text=True)
+    tracker_project_name: str = option(
+        "train_unconditional",
+        "name of the project in the trackers",
+        is_text=True,
+        resume=Resume.REPORTING,
+        acts_with=(IsNot("report_to", ("none",)),),
+    )
 
 
 @dataclass(frozen=True)
@@ -65,8 +80,11 @@ class Evaluation(EvaluationOptions):
         None,
         "real images to compare with: a folder, a dataset, or statistics in an .npz file; by default those trained on, "
         "cut in the middle",
+        resume=Resume.REPORTING,
     )
-    eval_num_inference_steps: int | None = option(None, "denoising steps; by default --num_inference_steps")
+    eval_num_inference_steps: int | None = option(
+        None, "denoising steps; by default --num_inference_steps", resume=Resume.REPORTING, acts_with=("eval_metrics",)
+    )
 
     def with_steps(self, steps: int) -> "Evaluation":
         """The same, of so many denoising steps where none were named."""
