@@ -183,7 +183,7 @@ def test_a_stream_is_the_same_whether_its_length_is_known(monkeypatch, tmp_path)
     """As it is only where a cache of `datasets` says it; earlier releases recorded it."""
     from utils.training import resume as resuming
 
-    begun = resuming.Beginning(None, tmp_path, None, tmp_path, 1, {}, {}, False, False)
+    begun = resuming.Resumption(None, tmp_path, None, tmp_path, 1, {}, {}, False, False)
     for recorded in (
         "a stream of None images in 3 shards",
         "a stream of 40 images in 3 shards",
