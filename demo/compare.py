@@ -21,7 +21,7 @@ from digits import NEW_DIGITS, PRETRAINED_DIGITS, evaluation_wishes, write_fine_
 from run import BASE, DEMO, LORA_TARGETS, NUM_PER_DIGIT, SHARED_ARGUMENTS, StableDiffusionPipeline, draw, load_pipeline
 from utils.diffusion.losses import LOSSES, WEIGHTINGS
 from utils.training.adaptation import ADAPTATIONS
-from utils.training.optimizers import OPTIMIZERS
+from utils.training.optimizer_table import OPTIMIZERS
 
 README = DEMO / "README.md"
 BEGIN, END = "<!-- compare: begin -->", "<!-- compare: end -->"

@@ -11,6 +11,7 @@ TEST_FORWARD_MEMORY=1:3 in its third forward pass.
 import importlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,7 +24,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 import utils.runtime.engines
 import utils.runtime.processes
 from utils.config.options import leave
-from utils.training.optimizers import OPTIMIZERS
+from utils.training.optimizer_table import OPTIMIZERS
 
 
 def shard() -> None:
@@ -75,7 +76,7 @@ if __name__ == "__main__":
     if os.environ.get("TEST_ENGINE") == "fsdp":
         shard()
     if os.environ.get("TEST_OPTIMIZER") == "sgd":
-        OPTIMIZERS["adamw"] = lambda groups, options: torch.optim.SGD(groups)
+        OPTIMIZERS["adamw"] = replace(OPTIMIZERS["adamw"], make=lambda groups, options: torch.optim.SGD(groups))
     if "TEST_FAILS" in os.environ:
         fail(os.environ["TEST_FAILS"], RuntimeError("this rank fails"))
     if "TEST_MEMORY" in os.environ:

@@ -6,7 +6,6 @@ from types import MappingProxyType
 import pytest
 
 from utils.training.disk_use import DiskUse, describe_disk, disk_use
-from utils.training.optimizers import OPTIMIZERS, STATE_BYTES
 from utils.training.options import CheckpointOptions, EmaOptions
 
 FLAGS = ("--lr_scheduler", "constant", "--max_train_steps", 2, "--checkpointing_steps", 1)
@@ -28,10 +27,6 @@ def uses(monkeypatch) -> list[DiskUse]:
 
     monkeypatch.setattr("utils.training.disk_use.describe_disk", remember)
     return said
-
-
-def test_each_optimizer_is_known():
-    assert STATE_BYTES.keys() == OPTIMIZERS.keys()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from utils.config.options import UserError, parse
 from utils.runtime import heartbeat
 from utils.runtime.engines import Engine, ShardedEngine, ZeroEngine, check_engine
 from utils.runtime.heartbeat import Heartbeat
-from utils.training.optimizers import OPTIMIZERS
+from utils.training.optimizer_table import OPTIMIZERS
 
 LAUNCHED = str(ROOT / "tests" / "launched.py")
 # plain SGD shows gradients as they are, if they are not clipped
@@ -51,7 +52,8 @@ def assert_close(one: Path, other: Path, name: str = "unet") -> None:
 
 @pytest.fixture
 def sgd(monkeypatch) -> None:
-    monkeypatch.setitem(OPTIMIZERS, "adamw", lambda groups, options: torch.optim.SGD(groups))
+    plain = replace(OPTIMIZERS["adamw"], make=lambda groups, options: torch.optim.SGD(groups))
+    monkeypatch.setitem(OPTIMIZERS, "adamw", plain)
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from tests.test_equivalences import assert_same_bits, losses
 from utils.config.options import UserError
 from utils.training.checkpoint import read_state
 from utils.training.optimizer_options import SCHEDULES, WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
-from utils.training.optimizers import OPTIMIZERS, NamedParameter, build_optimizer, rate_factor
+from utils.training.optimizer_table import OPTIMIZERS
+from utils.training.optimizers import NamedParameter, build_optimizer, rate_factor
 
 STEPS = 4
 RATE = 1e-2

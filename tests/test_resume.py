@@ -15,7 +15,7 @@ from tests import tiny
 from tests.test_equivalences import assert_same_bits, losses
 from utils.data.oddities import CONVERTED, DECODING, SMALL_PALETTE, TURNED_ANEW, UNCOMMON, bits_of
 from utils.data.survey import Survey
-from utils.training.optimizers import OPTIMIZERS
+from utils.training.optimizer_table import OPTIMIZERS
 
 # what a run may have, by kind: each value of one kind meets each of every other in some run
 KINDS: dict[str, dict[str, tuple]] = {

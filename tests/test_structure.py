@@ -21,8 +21,6 @@ from utils.evaluation.options import LPIPS_NETWORKS
 from utils.models.from_scratch import TRANSFORMER_SIZES, UNET_SIZES
 from utils.models.options import MODEL_SIZES
 from utils.training.adaptation import ADAPTATIONS
-from utils.training.optimizer_options import OPTIMIZER_NAMES
-from utils.training.optimizers import OPTIMIZERS
 from utils.training.options import ADAPTATION_NAMES
 
 ROOT = Path(__file__).parent.parent
@@ -224,7 +222,6 @@ def test_names_that_flags_offer_have_something_behind_them():
     """The choices stand in modules without torch, the tables that use them beside their functions."""
     assert tuple(LOSSES) == LOSS_NAMES
     assert tuple(WEIGHTINGS) == WEIGHTING_NAMES
-    assert tuple(OPTIMIZERS) == OPTIMIZER_NAMES
     assert tuple(ADAPTATIONS) == ADAPTATION_NAMES
     assert tuple(TRUNKS) == LPIPS_NETWORKS
     assert tuple(UNET_SIZES) == tuple(TRANSFORMER_SIZES) == MODEL_SIZES

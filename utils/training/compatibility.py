@@ -17,7 +17,7 @@ from utils.data.options import CacheOptions, HeldOutOptions, ImageOptions
 from utils.data.source_options import DataOptions, SourceEntry, source_entries
 from utils.diffusion.options import LossOptions
 from utils.models.options import ATTENTION, CPU_ATTENTION, PartOptions
-from utils.training.optimizer_options import OPTIMIZER_PACKAGES, WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
+from utils.training.optimizer_options import WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
 from utils.training.options import (
     EarlyStoppingOptions,
     EmaOptions,
@@ -94,20 +94,17 @@ def refuse_same_folder(
 
 def check_optimizer(options: OptimizerOptions, schedule: ScheduleOptions, term_rate: float | None) -> None:
     """Refuses an optimizer whose package is missing, or that does not go with the schedule or with a term's rate."""
-    name = options.name
-    package = OPTIMIZER_PACKAGES.get(name)
-    if package is not None and find_spec(package) is None:
+    name, spec = options.name, options.spec
+    if spec.package is not None and find_spec(spec.package) is None:
         flag = "--use_8bit_adam" if options.use_8bit_adam else f"--optimizer {name}"
-        raise UserError(f"{flag} needs {package}; pip install {package}")
-    if name == "schedule_free_adamw" and schedule.lr_scheduler not in ("constant", "constant_with_warmup"):
-        raise UserError(
-            f"--optimizer {name} needs no schedule; --lr_scheduler must be constant or constant_with_warmup"
-        )
-    if name == "prodigy" and term_rate not in (None, options.learning_rate):
-        raise UserError("--optimizer prodigy has one rate for all it trains; leave out --loss_module_lr")
-    if name == "prodigy" and options.learning_rate < 0.1:
-        rate = options.learning_rate
-        logger.warning("--optimizer prodigy finds its rate itself: --learning_rate %g is a factor on it, try 1", rate)
+        raise UserError(f"{flag} needs {spec.package}; pip install {spec.package}")
+    if spec.schedules is not None and schedule.lr_scheduler not in spec.schedules:
+        raise UserError(f"--optimizer {name} needs no schedule; --lr_scheduler must be {' or '.join(spec.schedules)}")
+    if spec.has_one_rate and term_rate not in (None, options.learning_rate):
+        raise UserError(f"--optimizer {name} has one rate for all it trains; leave out --loss_module_lr")
+    if spec.has_one_rate and options.learning_rate < 0.1:
+        said = "--optimizer %s finds its rate itself: --learning_rate %g is a factor on it, try 1"
+        logger.warning(said, name, options.learning_rate)
     if schedule.lr_scheduler in WITHOUT_WARMUP and schedule.lr_warmup_steps not in (None, 0, 500):
         logger.warning("--lr_warmup_steps is ignored by --lr_scheduler %s", schedule.lr_scheduler)
 
@@ -118,8 +115,8 @@ def check_stepping(
     """Refuses what steps parameter by parameter can't do."""
     if pure_bf16 and accelerator.mixed_precision != "bf16":
         raise UserError(f"--pure_bf16 needs --mixed_precision bf16, got {accelerator.mixed_precision}")
-    if pure_bf16 and options.name == "prodigy":
-        raise UserError("--optimizer prodigy finds one rate from all gradients; leave out --pure_bf16")
+    if pure_bf16 and options.spec.has_one_rate:
+        raise UserError(f"--optimizer {options.name} finds one rate from all gradients; leave out --pure_bf16")
     if not options.optimizer_in_backward:
         return
     steps, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes

@@ -13,7 +13,7 @@ from torch import nn
 from utils.config.options import first_line
 from utils.config.user_files import size_text
 from utils.training.adaptation import Adaptation
-from utils.training.optimizers import STATE_BYTES
+from utils.training.optimizer_table import OPTIMIZERS
 from utils.training.options import CheckpointOptions, EmaOptions
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def disk_use(
     parts = [part for part in adaptation.family.pipeline.components.values() if isinstance(part, nn.Module)]
     num_exported = _num_parameters(parts) if adaptation.exports_pipeline else num_trained
     averages = int(ema.use_ema) + 2 * bool(ema.ema_lengths)
-    each = num_trained * (FLOAT32 * (1 + averages) + STATE_BYTES[optimizer])
+    each = num_trained * (FLOAT32 * (1 + averages) + OPTIMIZERS[optimizer].state_bytes)
     count = len(_due(checkpoint.checkpointing_steps, steps))
     count += checkpoint.final_checkpoint and bool(steps.stop % checkpoint.checkpointing_steps)
     if checkpoint.checkpoints_total_limit is not None:

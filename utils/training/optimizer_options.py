@@ -13,18 +13,8 @@ from utils.config.options import (
     require_not_negative,
     require_positive,
 )
+from utils.training.optimizer_table import OPTIMIZERS, OptimizerSpec, without
 
-OPTIMIZER_NAMES = (
-    "adamw",
-    "adamw8bit",
-    "paged_adamw8bit",
-    "adafactor",
-    "lion",
-    "prodigy",
-    "schedule_free_adamw",
-    "muon",
-)
-NOT_TORCH_ADAMW = tuple(name for name in OPTIMIZER_NAMES if name not in ("adamw", "muon"))
 SCHEDULES = (
     "constant",
     "constant_with_warmup",
@@ -41,13 +31,6 @@ SCHEDULES = (
 WITHOUT_WARMUP = ("constant", "piecewise_constant", "one_cycle")
 LONGEST_WARMUP = 500  # optimizer steps, of a warm-up that is not asked for
 LENGTH_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "one_cycle")  # reach to the run's end
-OPTIMIZER_PACKAGES = {
-    "adamw8bit": "bitsandbytes",
-    "paged_adamw8bit": "bitsandbytes",
-    "lion": "bitsandbytes",
-    "prodigy": "prodigyopt",
-    "schedule_free_adamw": "schedulefree",
-}
 
 
 @dataclass(frozen=True)
@@ -70,16 +53,18 @@ class OptimizerOptions:
         resume=Resume.STRUCTURE,
     )
     use_8bit_adam: bool = option(False, "the same as --optimizer adamw8bit")
-    adam_beta1: float = option(0.9, "decay of the mean gradient", acts_with=(IsNot("optimizer", ("adafactor",)),))
+    adam_beta1: float = option(
+        0.9, "decay of the mean gradient", acts_with=(IsNot("optimizer", without("adam_beta1")),)
+    )
     adam_beta2: float | None = option(
         None,
         "decay of the mean squared gradient; by default 0.999, of lion 0.99",
-        acts_with=(IsNot("optimizer", ("adafactor",)),),
+        acts_with=(IsNot("optimizer", without("adam_beta1")),),
     )
     muon_momentum: float = option(0.95, "decay of muon's mean gradient", acts_with=("optimizer=muon",))
     adam_weight_decay: float = option(1e-2, "decoupled weight decay, of all but biases and norms")
     adam_epsilon: float = option(
-        1e-8, "term in AdamW's denominator", acts_with=(IsNot("optimizer", ("lion", "adafactor")),)
+        1e-8, "term in AdamW's denominator", acts_with=(IsNot("optimizer", without("adam_epsilon")),)
     )
     max_grad_norm: float | None = option(
         None, "gradients are scaled down to this norm, by default 1; 0 leaves them as they are"
@@ -88,7 +73,7 @@ class OptimizerOptions:
         None,
         "AdamW's step, with clipping and the guard against what is not finite, as one kernel; by default on",
         resume=Resume.COST,
-        acts_with=(IsNot("optimizer", NOT_TORCH_ADAMW),),
+        acts_with=(IsNot("optimizer", without("fused_adamw")),),
     )
     optimizer_in_backward: bool = option(
         False,
@@ -97,6 +82,13 @@ class OptimizerOptions:
     )
 
     def __post_init__(self) -> None:
+        if self.optimizer is not None:
+            require(
+                self.optimizer in OPTIMIZERS,
+                "optimizer",
+                self.optimizer,
+                f"be one of {', '.join(OPTIMIZERS)}",
+            )
         require_positive(self, "learning_rate", "text_encoder_lr", "text_encoder_2_lr", "adam_epsilon")
         require_not_negative(self, "adam_weight_decay", "max_grad_norm")
         for rule in self.layer_rates or ():
@@ -108,34 +100,34 @@ class OptimizerOptions:
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(f"--layer_rates {pattern} is no regular expression: {error}") from error
-        if self.layer_rates and self.optimizer == "prodigy":
-            raise UserError("--optimizer prodigy has one rate for all it trains; leave out --layer_rates")
+        if self.layer_rates and self.spec.has_one_rate:
+            raise UserError(f"--optimizer {self.name} has one rate for all it trains; leave out --layer_rates")
         if self.optimizer_in_backward and self.max_grad_norm:
             raise UserError(
                 "--optimizer_in_backward never has all gradients at once, for --max_grad_norm; leave one out"
             )
-        if self.optimizer_in_backward and self.optimizer == "prodigy":
-            raise UserError("--optimizer prodigy finds one rate from all gradients; leave out --optimizer_in_backward")
+        if self.optimizer_in_backward and self.spec.has_one_rate:
+            raise UserError(
+                f"--optimizer {self.name} finds one rate from all gradients; leave out --optimizer_in_backward"
+            )
         for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             value = getattr(self, name)
             require(value is None or 0 <= value < 1, name, value, "be in [0, 1)")
-        if self.optimizer is not None:
-            require(
-                self.optimizer in OPTIMIZER_NAMES,
-                "optimizer",
-                self.optimizer,
-                f"be one of {', '.join(OPTIMIZER_NAMES)}",
-            )
         if self.use_8bit_adam and self.optimizer not in (None, "adamw8bit"):
             raise UserError(f"--use_8bit_adam is --optimizer adamw8bit, got --optimizer {self.optimizer}; give one")
         text_rates = {self.rate_of(name) for name in ("text_encoder", "text_encoder_2")}
-        if self.optimizer == "prodigy" and text_rates != {self.learning_rate}:
-            raise UserError("--optimizer prodigy has one rate for all it trains; leave out --text_encoder_lr")
+        if self.spec.has_one_rate and text_rates != {self.learning_rate}:
+            raise UserError(f"--optimizer {self.name} has one rate for all it trains; leave out --text_encoder_lr")
 
     @property
     def name(self) -> str:
         """The name of the optimizer in `OPTIMIZERS`."""
         return self.optimizer or ("adamw8bit" if self.use_8bit_adam else "adamw")
+
+    @property
+    def spec(self) -> OptimizerSpec:
+        """What is known of the optimizer."""
+        return OPTIMIZERS[self.name]
 
     @property
     def clip_norm(self) -> float:
@@ -147,8 +139,7 @@ class OptimizerOptions:
     @property
     def betas(self) -> tuple[float, float]:
         """Decay of the mean gradient and of the mean squared gradient."""
-        default = 0.99 if self.name == "lion" else 0.999
-        return self.adam_beta1, default if self.adam_beta2 is None else self.adam_beta2
+        return self.adam_beta1, self.spec.beta2 if self.adam_beta2 is None else self.adam_beta2
 
     def factor_of(self, name: str) -> float:
         """The factor on the rate of a weight by its name: that of the first of the rules that it holds."""

@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from utils.config.options import UserError
 from utils.training.optimizer_options import OptimizerOptions, ScheduleOptions
+from utils.training.optimizer_table import package_of
 
 logger = logging.getLogger(__name__)
 FUSED_DEVICES = {"cuda", "cpu"}
@@ -42,32 +42,19 @@ def parameter_groups(parameters: list[NamedParameter], weight_decay: float) -> l
     return list(groups.values())
 
 
-def _adamw(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
+def adamw(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
+    """torch's AdamW, fused where the devices have that."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = devices <= FUSED_DEVICES if options.fused_adamw is None else options.fused_adamw
     return torch.optim.AdamW(groups, betas=options.betas, eps=options.adam_epsilon, fused=fused)
 
 
-def _adamw_8bit(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
-    return _of_bitsandbytes("AdamW8bit", options)(groups, betas=options.betas, eps=options.adam_epsilon)
-
-
-def _paged_adamw_8bit(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """Its state moves to the host's memory where the device's is short (Dettmers et al. 2023, section 3)."""
-    return _of_bitsandbytes("PagedAdamW8bit", options)(groups, betas=options.betas, eps=options.adam_epsilon)
-
-
-def _lion(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """The sign of an average of gradients (Chen et al. 2023, algorithm 2); wants a tenth of AdamW's rate."""
-    return _of_bitsandbytes("Lion", options)(groups, betas=options.betas)
-
-
-def _of_bitsandbytes(name: str, options: OptimizerOptions) -> type[torch.optim.Optimizer]:
+def of_bitsandbytes(name: str, options: OptimizerOptions) -> type[torch.optim.Optimizer]:
     """An optimizer of bitsandbytes that waits for the device at most once a step, and stays paged when it is loaded.
 
     By itself it waits after each parameter, and takes paged state back as ordinary memory of the device.
     """
-    package = _package("bitsandbytes", options)
+    package = package_of(options)
     kind, module = getattr(package.optim, name), package.optim.optimizer
 
     class Once(kind):
@@ -110,32 +97,6 @@ def page_again(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state:
             state[name] = buffer.copy_(state[name])
 
 
-def _adafactor(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """Row and column means for the mean squared gradient (Shazeer and Stern 2018), at the rate that is given."""
-    if any(parameter.is_cuda for group in groups for parameter in group["params"]):
-        logger.warning(
-            "--optimizer adafactor waits for the GPU twice for each weight in each step, as PyTorch has it; adamw8bit "
-            "takes little memory too, and waits once a step"
-        )
-    return torch.optim.Adafactor(groups)
-
-
-def _prodigy(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """Finds the rate itself (Mishchenko and Defazio 2023); the learning rate is a factor on it."""
-    return _package("prodigyopt", options).Prodigy(
-        groups, betas=options.betas, eps=options.adam_epsilon, use_bias_correction=True, safeguard_warmup=True
-    )
-
-
-def _schedule_free_adamw(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """Averages its own steps in place of a schedule (Defazio et al. 2024); evaluated at the average."""
-    optimizer = _package("schedulefree", options).AdamWScheduleFree(
-        groups, betas=options.betas, eps=options.adam_epsilon
-    )
-    optimizer.train()
-    return optimizer
-
-
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the matrices, AdamW for all else, as one optimizer.
 
@@ -151,7 +112,7 @@ class Muon(torch.optim.Optimizer):
             momentum, scale = options.muon_momentum, "match_rms_adamw"
             self._parts.append(torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn=scale))
         if others:
-            self._parts.append(_adamw(others, options))
+            self._parts.append(adamw(others, options))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self._share()
 
@@ -179,35 +140,9 @@ def _only(group: dict, chosen: Callable[[nn.Parameter], bool]) -> dict:
     return group | {"params": [parameter for parameter in group["params"] if chosen(parameter)]}
 
 
-def _package(name: str, options: OptimizerOptions):
-    """A package that only some optimizers need."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        flag = "--use_8bit_adam" if options.use_8bit_adam else f"--optimizer {options.name}"
-        raise UserError(f"{flag} needs {name}; pip install {name}") from error
-
-
-OPTIMIZERS: dict[str, Callable[[list[dict], OptimizerOptions], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "adamw8bit": _adamw_8bit,
-    "paged_adamw8bit": _paged_adamw_8bit,
-    "adafactor": _adafactor,
-    "lion": _lion,
-    "prodigy": _prodigy,
-    "schedule_free_adamw": _schedule_free_adamw,
-    "muon": Muon,
-}
-STATE_BYTES = {
-    **{"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "adafactor": 0, "lion": 4, "prodigy": 16},
-    **{"schedule_free_adamw": 8, "muon": 4},
-}
-"""Bytes of an optimizer's state per trained parameter: of matrices, to which what others have comes to little."""
-
-
 def build_optimizer(parameters: list[NamedParameter], options: OptimizerOptions) -> torch.optim.Optimizer:
     """The optimizer of `--optimizer` over the parameters, which must be on their device."""
-    return OPTIMIZERS[options.name](parameter_groups(parameters, options.adam_weight_decay), options)
+    return options.spec.make(parameter_groups(parameters, options.adam_weight_decay), options)
 
 
 def _cosine_warm_restarts(options: ScheduleOptions, total_steps: int, step: int) -> float:

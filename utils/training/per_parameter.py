@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from utils.config.seeding import Stream, generator
 from utils.training.optimizer_options import OptimizerOptions
-from utils.training.optimizers import OPTIMIZERS, NamedParameter, page_again, parameter_groups
+from utils.training.optimizers import NamedParameter, page_again, parameter_groups
 
 
 def round_stochastically(values: Tensor, random: torch.Generator) -> Tensor:
@@ -40,7 +40,7 @@ class PerParameter(torch.optim.Optimizer):
         self._seed = seed
         self._squares: list[Tensor] = []
         groups = [parameter_groups([named], options.adam_weight_decay) for named in parameters]
-        self._parts = [OPTIMIZERS[options.name](group, options) for group in groups]
+        self._parts = [options.spec.make(group, options) for group in groups]
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self.param_groups[0]["rounding_step"] = 0
         for part in self._parts:

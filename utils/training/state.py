@@ -41,7 +41,7 @@ from utils.training.ema import MovingAverage
 from utils.training.learning_rates import LearningRates
 from utils.training.log import Skips
 from utils.training.optimizer_options import OptimizerOptions
-from utils.training.optimizers import STATE_BYTES, NamedParameter, build_optimizer, set_learning_rate, unwrapped
+from utils.training.optimizers import NamedParameter, build_optimizer, set_learning_rate, unwrapped
 from utils.training.options import TrainingOptions
 from utils.training.per_parameter import PerParameter
 from utils.training.posthoc_ema import AverageLengths
@@ -151,7 +151,7 @@ class TrainingState:
             model=model,
             rates=rates,
             batches=data.batches,
-            optimizer_bytes=STATE_BYTES[rates.optimizer.name] * sum(each.parameter.numel() for each in named + own),
+            optimizer_bytes=rates.optimizer.spec.state_bytes * sum(each.parameter.numel() for each in named + own),
             attention=session.attention,
             total_steps=rates.total_steps,
         )

@@ -16,6 +16,7 @@ from utils.models.options import UnconditionalModelOptions
 from utils.sampling.options import SamplingOptions
 from utils.training.compatibility import announce_run, check_together
 from utils.training.optimizer_options import SCHEDULES, OptimizerOptions, ScheduleOptions
+from utils.training.optimizer_table import without
 from utils.training.options import TRACKERS, EmaOptions, TrackingOptions, TrainingOptions
 
 PURPOSE = (
@@ -32,7 +33,9 @@ class Length(LengthOptions):
 
 @dataclass(frozen=True)
 class Optimizer(OptimizerOptions):
-    adam_beta1: float = option(0.95, "decay of the mean gradient", acts_with=(IsNot("optimizer", ("adafactor",)),))
+    adam_beta1: float = option(
+        0.95, "decay of the mean gradient", acts_with=(IsNot("optimizer", without("adam_beta1")),)
+    )
     adam_weight_decay: float = option(1e-6, "decoupled weight decay, of all but biases and norms")
 
 
