@@ -25,7 +25,7 @@ def uses(monkeypatch) -> list[DiskUse]:
         said.append(use)
         return describe_disk(use, *_)
 
-    monkeypatch.setattr("utils.training.disk_use.describe_disk", remember)
+    monkeypatch.setattr("utils.training.description.describe_disk", remember)
     return said
 
 
