@@ -13,12 +13,15 @@ import tarfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from utils.config.options import UserError
 from utils.data.buckets import BucketOptions
 from utils.data.captions import MAX_CAPTION, CaptionOptions, is_written_list
+from utils.data.class_labels import ColumnLabels, LabelledSource
 from utils.data.plan import PlannedImages, SelectionOptions, plan_images
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
 from utils.data.survey import survey
@@ -42,6 +45,19 @@ def records_of(folder: Path, captions: CaptionOptions | None = None, **options) 
 def found(records: Records) -> dict[str, tuple[str, ...]]:
     """Captions by key."""
     return {records.key(index): records.captions(index) for index in range(len(records))}
+
+
+def write_list(file: Path, captions: dict[str, str]) -> None:
+    """A list of images with a caption each, in the form that its name says."""
+    rows = [{"file_name": name, "text": text} for name, text in captions.items()]
+    if file.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), file)
+    elif file.name == "captions.json":
+        file.write_text(json.dumps(captions))
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        file.write_text("".join(f"{name},{text}\n" for name, text in [("file_name", "text"), *captions.items()]))
 
 
 def planned(records: Records, folder: Path) -> PlannedImages:
@@ -375,10 +391,48 @@ class TestCaptionFiles:
     def test_captions_beside_images_that_a_list_names_are_counted(self, tmp_path, caplog):
         caplog.set_level(logging.INFO)
         make_pictures(tmp_path, "0.png", "1.png")
-        (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a\n1.png,b\n")
-        (tmp_path / "0.txt").write_text("not a")
-        assert found(records_of(tmp_path)) == {"0.png": ("a",), "1.png": ("b",)}
+        (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a  b\n1.png,b\n")
+        (tmp_path / "0.txt").write_text("a b\n")
+        assert found(records_of(tmp_path)) == {"0.png": ("a  b",), "1.png": ("b",)}
         assert "captions are read from metadata.csv; 1 beside images are not, such as 0.txt" in caplog.text
+        assert "WARNING" not in caplog.text
+
+    @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.json"])
+    def test_captions_beside_images_that_contradict_a_list_are_named(self, tmp_path, caplog, name):
+        make_pictures(tmp_path, *(f"{number}.png" for number in range(5)))
+        listed = {"0.png": "a", "1.png": "b", "2.png": "c", "3.png": "", "4.png": "e"}
+        write_list(tmp_path / name, listed)
+        beside = {"0.txt": "other", "1.txt": "b", "2.json": '{"width": 5}', "3.caption": "only here", "4.txt": ""}
+        for file, text in beside.items():
+            (tmp_path / file).write_text(text)
+        records_of(tmp_path)
+        told = f"2 images have other captions in {name} than in a file beside them; {name} is used, such as for 0.png"
+        assert f"--train_data_dir {tmp_path}: {told} and not 0.txt" in caplog.text
+        if name == "metadata.jsonl":
+            read_records(DataOptions(), SourceOptions(dataset_name=str(tmp_path)), CaptionOptions(), 0)
+            assert f"--dataset_name {tmp_path}: {told} and not 0.txt" in caplog.text
+
+    def test_labels_in_a_list_are_not_compared_with_captions(self, tmp_path, caplog):
+        make_pictures(tmp_path, "0.png")
+        write_list(tmp_path / "metadata.csv", {"0.png": "cat"})
+        (tmp_path / "0.txt").write_text("a photo of a cat")
+        source = LabelledSource(train_data_dir=str(tmp_path), caption_column="text")
+        read_records(DataOptions(), source, ColumnLabels(), 0)
+        assert "other captions" not in caplog.text
+
+    @pytest.mark.parametrize(
+        ("text", "told"), [("a", ""), ("other", "1 images have other captions in metadata.csv than")]
+    )
+    def test_metadata_beside_a_captions_json(self, tmp_path, caplog, text, told):
+        make_pictures(tmp_path, "0.png", "1.png")
+        write_list(tmp_path / "captions.json", {"0.png": "a", "1.png": "b"})
+        write_list(tmp_path / "metadata.csv", {"0.png": text})
+        assert found(records_of(tmp_path)) == {"0.png": ("a",), "1.png": ("b",)}
+        assert told in caplog.text
+        assert bool(told) == ("other captions" in caplog.text)
+        (tmp_path / "metadata.csv").write_text("file_name,caption\n0.png,a\n")
+        records_of(tmp_path)
+        assert "metadata.csv can't be compared with it: --caption_column text is not a column" in caplog.text
 
     def test_a_captions_json_is_read_so_too(self, tmp_path):
         make_pictures(tmp_path, "0.png", "1.png")

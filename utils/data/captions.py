@@ -98,6 +98,16 @@ def refusal_of(captions: Sequence[str]) -> str:
     return f"its caption has {longest:,} characters; at most {MAX_CAPTION:,} are read" if longest > MAX_CAPTION else ""
 
 
+def say_the_same(first: Iterable[str], second: Iterable[str]) -> bool:
+    """Whether captions are the same texts, in whatever order and with whatever white space between their words."""
+    return _words(first) == _words(second)
+
+
+def _words(captions: Iterable[str]) -> set[str]:
+    lines = (" ".join(line.split()) for caption in captions for line in caption.splitlines())
+    return set(filter(None, lines))
+
+
 def is_written_list(caption: str) -> bool:
     """Whether a caption is the text of a list, tuple or mapping of texts, as Python or JSON write one.
 

@@ -36,7 +36,7 @@ from utils.config.user_files import (
     require_folder,
     short,
 )
-from utils.data.captions import FOLDER_REPEATS, CaptionOptions
+from utils.data.captions import FOLDER_REPEATS, CaptionOptions, say_the_same
 from utils.data.file_listing import MASK, METADATA, SHARD, Fate, Listing, list_folder, warn_of_unread
 from utils.data.folder_contents import (
     BESIDE_LIST,
@@ -52,6 +52,7 @@ from utils.data.folder_contents import (
 from utils.data.folders import (
     CAPTION_FILE,
     FolderContent,
+    compare_with_list,
     is_caption_file,
     is_image,
     of_split,
@@ -60,7 +61,7 @@ from utils.data.folders import (
     split_of,
 )
 from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
-from utils.data.metadata import ListColumns, metadata_files, read_metadata_folder
+from utils.data.metadata import ListColumns, captions_in_lists, metadata_files, read_metadata_folder
 from utils.data.parquet_files import check_shards, read_footers
 from utils.data.shard_series import tell_of_gaps
 from utils.data.tables import FileTable, ImageTable, RowTable, captions_of, data_folders
@@ -70,6 +71,7 @@ logger = logging.getLogger(__name__)
 FOLDER_NUMBER = re.compile(r"(\d+)(?:_|$)")  # kohya's rule: what stands in front of the first underscore
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv", CAPTION_FILE)
 MASK_FLAGS = ("alpha_mask", "mask_dir", "mask_column")
+NUM_LISTS = 3  # of captions, that a message names
 PATTERN_MARKS = ("[", "*", "?", "::")  # of paths, which `datasets` takes for patterns or for chains of URLs
 
 
@@ -605,7 +607,7 @@ def read_table(
     if table.num_left_out:
         logger.warning("%d images in %s are in no list or split of it and left out", table.num_left_out, table.name)
     if captions.are_expected:
-        _say_which_captions_are_read(where, content)
+        _say_which_captions_are_read(where, content, options)
     is_bare = isinstance(table, FileTable) and captions.are_expected and table.num_without_captions() > 0
     for name in lists[:5] if table.num_left_out or is_bare else ():
         logger.warning("%s: %s is not read; if it lists captions, %s", where, name, cure_of(name))
@@ -614,18 +616,44 @@ def read_table(
     return table
 
 
-def _say_which_captions_are_read(where: str, content: FolderContent) -> None:
-    """Names captions that stand in several places, of which one is read."""
-    for finding in content.findings:
+def _say_which_captions_are_read(where: str, content: FolderContent, options: SourceOptions) -> None:
+    """Names captions that stand in several places, of which one is read; texts beside images don't repeat labels."""
+    table, fates = content.table, content.table.fates
+    is_beside = fates is not None and any(fate.reason == BESIDE_LIST for fate in fates.by_fate())
+    beside = [name for name, fate in fates if fate.reason == BESIDE_LIST] if is_beside else []
+    read = [name for name, word in content.used.items() if word == METADATA]
+    shown = ", ".join(read[:NUM_LISTS])
+    findings = list(content.findings)
+    if read and not options.holds_names:
+        captions = dict(zip(table.names(), table.all_captions(), strict=True))
+        findings += compare_with_list(table.root, captions, beside, shown, options.text_encoding)
+        findings += _compare_with_metadata(table.root, captions, content.names, options)
+    for finding in findings:
         logger.warning("%s: %s", where, finding)
-    fates = content.table.fates
-    num_beside = sum(count for fate, count in fates.by_fate().items() if fate.reason == BESIDE_LIST) if fates else 0
-    if num_beside:
-        first = next(name for name, fate in fates if fate.reason == BESIDE_LIST)
-        lists = ", ".join([name for name, word in content.used.items() if word == METADATA][:3])
-        logger.info(
-            "%s: captions are read from %s; %d beside images are not, such as %s", where, lists, num_beside, first
-        )
+    if beside and not findings:
+        told = "%s: captions are read from %s; %d beside images are not, such as %s"
+        logger.info(told, where, shown, len(beside), beside[0])
+
+
+def _compare_with_metadata(
+    root: Path, captions: Mapping[str, Sequence[str]], names: Sequence[str], options: SourceOptions
+) -> list[str]:
+    """A line on the metadata beside a `captions.json` that is read, if it gives images other captions."""
+    others = metadata_files(root, names) if any(name.rpartition("/")[2] == CAPTION_FILE for name in names) else []
+    if not others or options.data_format == "imagefolder":
+        return []
+    shown, columns = ", ".join(others[:NUM_LISTS]), ListColumns(options.caption_column)
+    try:
+        said = captions_in_lists(root, others, captions, columns, options.text_encoding)
+    except UserError as error:
+        return [f"captions are read from {CAPTION_FILE}; {shown} can't be compared with it: {first_line(error)}"]
+    differing = [name for name, own in captions.items() if said.get(name) and not say_the_same(own, said[name])]
+    if not differing:
+        return []
+    return [
+        f"{len(differing):,} images have other captions in {shown} than in {CAPTION_FILE}, such as "
+        f"{short(differing[0])}; {CAPTION_FILE} is used: remove the other, or give --data_format imagefolder to use it"
+    ]
 
 
 def _nothing_there(where: str, content: FolderContent, lists: Sequence[str]) -> str:
@@ -703,8 +731,10 @@ def check_dataset_folder(options: SourceOptions) -> None:
     names = list_folder(folder).names
     read_footers(folder, [name for name in names if name.lower().endswith(".parquet")], "dataset_name")
     _warn_of_gaps_of_split(options, names)
-    images = [name for name in names if is_image(name)]
-    if not images or options.train_data_dir is not None or metadata_files(folder, names):
+    images, lists = [name for name in names if is_image(name)], metadata_files(folder, names)
+    if images and lists and options.caption_column is not None and not options.holds_names:
+        _compare_captions_of_dataset(options, names, lists)
+    if not images or options.train_data_dir is not None or lists:
         return
     stems = {os.path.splitext(name)[0] for name in images}
     pair = next((name for name in names if is_caption_file(name) and os.path.splitext(name)[0] in stems), None)
@@ -713,6 +743,18 @@ def check_dataset_folder(options: SourceOptions) -> None:
             f"--dataset_name {folder} is a folder of images with captions beside them, such as {pair}; give it as "
             f"--train_data_dir {folder}"
         )
+
+
+def _compare_captions_of_dataset(options: SourceOptions, names: Sequence[str], lists: Sequence[str]) -> None:
+    """Names captions beside images that `datasets` does not read, where its metadata gives others."""
+    folder, columns = Path(options.dataset_name), ListColumns(options.caption_column)
+    try:
+        captions = captions_in_lists(folder, lists, list(filter(is_image, names)), columns, options.text_encoding)
+    except UserError:  # `datasets` has its own rules for metadata
+        return
+    shown = ", ".join(lists[:NUM_LISTS])
+    for finding in compare_with_list(folder, captions, names, shown, options.text_encoding):
+        logger.warning("%s: %s", options.given_as, finding)
 
 
 def _warn_of_gaps_of_split(options: SourceOptions, names: Sequence[str]) -> None:
