@@ -227,7 +227,7 @@ def run(argv: Sequence[str] | None) -> None:
         beginning = begin(options, engine, folder, requests, family_class.pipeline_class_name)
         start, group_size = beginning.start, beginning.group_size
         repository = open_repository(options, accelerator, folder)
-        captions, by_content = options.labels.captions(options.source), beginning.splits_by_content
+        captions, by_content = options.labels.captions(options.source, beginning.classes), beginning.splits_by_content
         preparation = prepare_data(options, captions, accelerator, folder, requests, by_content)
         logger.info("listing the images of %s", data_name(options))
         images = preparation.choose_images(resolution, group_size)

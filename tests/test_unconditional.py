@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -16,10 +16,10 @@ from PIL import Image
 from torch import nn
 
 from tests import tiny
-from tests.conftest import message
+from tests.conftest import message, mostly_slow
 from tests.test_equivalences import assert_same_bits, losses, weights
 from utils.config.options import UserError
-from utils.data.class_folders import describe_counts, warn_of_twins
+from utils.data.class_folders import describe_counts, recorded_folders, warn_of_twins
 from utils.data.class_labels import LabelledSource, LabelOptions, class_numbers, count_classes, listed_numbers
 from utils.data.sources import DataOptions, read_records
 from utils.diffusion.losses import LossOptions, loss_weights, weighted_loss
@@ -29,6 +29,7 @@ from utils.diffusion.samplers import SAMPLERS, sampler_of
 from utils.models.from_scratch import ShapeOptions, unet_config
 from utils.models.unconditional import fresh_scheduler
 from utils.sampling.grid_samples import film
+from utils.training.checkpoint import read_state
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--learning_rate", 1e-3)
@@ -1191,6 +1192,56 @@ def test_a_model_whose_classes_had_another_spelling_goes_on(train, tmp_path, mon
         train("labels", *flags, data=data)
     out = train("labels", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", data=data)
     assert load(out).labels == {"caf\u00e9": 0, "caff": 1, "cat": 2}
+
+
+EARLIER_FOLDERS = {
+    "twins": (("cafe\u0301", "caf\u00e9", "dog"), {"cafe\u0301", "caf\u00e9", "dog"}),
+    "loose": ((".", "cat", "dog"), {"data", "cat", "dog"}),
+    "two places": (("a/x", "b/x", "c/y"), {"x", "y"}),
+    "all": ((".", "a/x", "b/x", "cafe\u0301", "caf\u00e9", "dog "), {"data", "x", "cafe\u0301", "caf\u00e9", "dog "}),
+}
+
+
+@pytest.mark.parametrize("case", mostly_slow(EARLIER_FOLDERS, "twins"))
+def test_a_model_of_folders_that_are_refused_today_goes_on(train, tmp_path, monkeypatch, case):
+    names, classes = EARLIER_FOLDERS[case]
+    data = put_classes(tmp_path / "data", *names)
+    flags = [*SHORT, "--class_conditional", "--checkpointing_steps", 2]
+    with monkeypatch.context() as earlier:
+        for module in ("train_unconditional", "utils.data.class_labels", "utils.data.class_folders"):
+            earlier.setattr(f"{module}.same_text", lambda name: name)
+        by_own_name = {folder: PurePosixPath(folder).name or "data" for folder in ("", *names)}
+        earlier.setattr("utils.data.class_labels.names_of_folders", lambda *_: by_own_name)
+        out = train("labels", *flags, data=data)
+    assert set(read_state(out / "checkpoint-2").facts.structure["classes"]) == classes
+    train("labels", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", data=data)
+
+
+@pytest.mark.parametrize(
+    ("folders", "recorded", "names"),
+    [
+        (("cafe\u0301", "caf\u00e9"), ["cafe\u0301", "caf\u00e9"], ["cafe\u0301", "caf\u00e9"]),
+        (("cafe\u0301", "caf\u00e9"), ["caf\u00e9"], None),
+        (("cafe\u0301", "dog"), ["cafe\u0301", "dog"], None),
+        (("", "cat", "dog"), ["cat", "data", "dog"], ["data", "cat", "dog"]),
+        (("", "cat", "dog"), ["cat", "other", "dog"], None),
+        (("a/x", "b/x", "c/y"), ["x", "y"], ["x", "x", "y"]),
+        (("a/x", "b/x", "c/y"), ["a", "b", "c"], None),
+        (("a/x", "b/x", "c/y"), [], None),
+        (("cat/p", "cat/s", "dog"), ["p", "s", "dog"], None),
+    ],
+)
+def test_the_classes_of_a_checkpoint_decide_where_its_release_named_them_so(folders, recorded, names):
+    """None leaves it to today's rule."""
+    found = recorded_folders(dict.fromkeys(folders, 2), recorded, "", "data")
+    assert found == (None if names is None else dict(zip(folders, names, strict=True)))
+
+
+def test_labels_of_a_column_that_were_twins_stay_so():
+    options, twins = LabelOptions(class_conditional=True), ("cafe\u0301", "caf\u00e9")
+    source = LabelledSource(train_data_dir=".", caption_column="kind")
+    assert options.captions(source, twins).of(twins) == twins
+    assert options.captions(source, twins[:1]).of(twins) == twins[1:]
 
 
 def test_names_that_tables_write_for_nothing_are_classes(tmp_path, caplog):

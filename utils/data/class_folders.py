@@ -4,6 +4,7 @@ import logging
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 
 from utils.config.options import UserError
 from utils.config.user_files import plain_spelling
@@ -52,6 +53,45 @@ def names_of_folders(counts: Mapping[str, int], rule: str | None, where: str, so
     _name_spellings(paths, where)
     chosen = outer if rule == OUTER else inner
     return {folder: chosen[path] for folder, path in paths.items()}
+
+
+def recorded_folders(
+    counts: Mapping[str, int], recorded: Sequence[str], where: str, source: str
+) -> dict[str, str] | None:
+    """The class of each folder by the rule of earlier releases: a folder's own name, of images at the top the source's.
+
+    None where this does not give the recorded classes, or no other ones than today's rule, which comes first then.
+
+    Args:
+        counts, where, source: as of `names_of_folders`.
+        recorded: the classes that a model was trained on.
+    """
+    names = {folder: PurePosixPath(folder).name or source for folder in counts}
+    if not has_twins(recorded):
+        names = {folder: same_text(name) for folder, name in names.items()}
+    known = set(recorded) if has_twins(recorded) else set(map(same_text, recorded))
+    found = set(names.values())
+    if not known or not (found <= known or found >= known) or _are_plain(counts, names):
+        return None
+    logger.info(
+        "%s: each folder's own name is its class, as it was for the %d classes of the checkpoint",
+        *(where, len(recorded)),
+    )
+    return names
+
+
+def _are_plain(counts: Iterable[str], names: Mapping[str, str]) -> bool:
+    """Whether today's rule gives these names without a doubt."""
+    own = class_folders_among(counts)
+    paths = {folder: _class_path(folder, own) for folder in counts}
+    places = {path: path[-1] for path in paths.values() if path}
+    is_named = all(path and path[-1] == names[folder] for folder, path in paths.items())
+    return is_named and len(set(places.values())) == len(places)
+
+
+def has_twins(names: Sequence[str]) -> bool:
+    """Whether some names are the same text as others, which earlier releases took for classes of their own."""
+    return len(set(map(same_text, names))) < len(set(names))
 
 
 def describe_counts(names: Sequence[str], counts: Mapping[str, int]) -> str:

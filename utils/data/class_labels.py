@@ -13,7 +13,15 @@ from torch import Tensor
 
 from utils.config.options import UserError, option, require_fraction
 from utils.data.captions import CaptionOptions
-from utils.data.class_folders import RULES, count_folders, names_of_folders, same_text
+from utils.data.class_folders import (
+    INNER,
+    RULES,
+    count_folders,
+    has_twins,
+    names_of_folders,
+    recorded_folders,
+    same_text,
+)
 from utils.data.sources import Records, SourceOptions
 from utils.data.tables import captions_of
 
@@ -38,8 +46,13 @@ class LabelOptions:
     def __post_init__(self) -> None:
         require_fraction(self, "label_dropout")
 
-    def captions(self, source: SourceOptions) -> CaptionOptions:
-        """How the labels of the data are used in the place of captions."""
+    def captions(self, source: SourceOptions, recorded: Sequence[str] = ()) -> CaptionOptions:
+        """How the labels of the data are used in the place of captions.
+
+        Args:
+            recorded: the classes of the checkpoint that the run resumes from.
+        """
+        recorded = tuple(recorded)
         by_folder = self.class_conditional and source.caption_column is None
         if self.class_folders is not None and not by_folder:
             given = "--label_column names them" if self.class_conditional else "give --class_conditional too"
@@ -51,23 +64,29 @@ class LabelOptions:
                 "--class_conditional: a dataset has no folders; name the column of its classes: --label_column"
             )
         if by_folder:
-            return FolderLabels(
-                caption_dropout=self.label_dropout, on_missing_caption="folder", rule=self.class_folders
-            )
-        return ColumnLabels(caption_dropout=self.label_dropout, on_missing_caption="error")
+            policy = {"caption_dropout": self.label_dropout, "on_missing_caption": "folder"}
+            return FolderLabels(**policy, rule=self.class_folders, recorded_names=recorded)
+        policy = {"caption_dropout": self.label_dropout, "on_missing_caption": "error"}
+        return ColumnLabels(**policy, are_twins_apart=has_twins(recorded))
 
 
 @dataclass(frozen=True)
 class ColumnLabels(CaptionOptions):
-    """Each image has the class that its column says."""
+    """Each image has the class that its column says.
+
+    Attributes:
+        are_twins_apart: whether names that are the same text are classes of their own, as in earlier releases.
+    """
 
     word: ClassVar[str] = "label"
     refusal: ClassVar[str] = "--label_column: label them, or take them out of the data"
     takes_one: ClassVar[bool] = True
 
+    are_twins_apart: bool = field(default=False, repr=False, compare=False)
+
     def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
         """Each class once, in one Unicode normal form."""
-        return tuple(dict.fromkeys(map(same_text, captions)))
+        return tuple(dict.fromkeys(captions if self.are_twins_apart else map(same_text, captions)))
 
     def recorded(self, captions: tuple[str, ...]) -> tuple[str, ...]:
         """As they stand in the data."""
@@ -92,17 +111,21 @@ class FolderLabels(NoLabels):
     Attributes:
         rule: as of `names_of_folders`.
         names: the class of each folder, by its path; None before the images are known.
+        recorded_names: the classes of the checkpoint that the run resumes from; they decide where an earlier release's
+            rule gives them, and today's does not.
     """
 
     folder_is_class: ClassVar[bool] = True
 
     rule: str | None = field(default=None, repr=False, compare=False)
     names: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
+    recorded_names: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def settled(self, keys: Iterable[str], where: str, source: str) -> CaptionOptions:
         """The same, which knows the class of each folder."""
         counts = count_folders(keys)
-        return replace(self, names=names_of_folders(counts, self.rule, where, source))
+        names = recorded_folders(counts, self.recorded_names, where, source) if self.rule in (None, INNER) else None
+        return replace(self, names=names or names_of_folders(counts, self.rule, where, source))
 
     def of_folder(self, key: str, source: str) -> str:
         """The whole name: 5_1 and 6_1 are two classes."""
