@@ -7,6 +7,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import NamedTuple
 
 from utils.config.options import UserError, first_line
@@ -50,12 +51,14 @@ class FolderContent(NamedTuple):
         names: its files of the split that was read, or of none.
         used: what files beside the images were read or taken as, by their names.
         findings: what is to be said of the captions, a line each.
+        reading: arguments by which `datasets` reads its shards.
     """
 
     table: ImageTable | None
     names: Sequence[str]
     used: Mapping[str, str]
     findings: Sequence[str] = ()
+    reading: Mapping[str, object] = MappingProxyType({})
 
 
 def list_files(folder: Path) -> list[str]:

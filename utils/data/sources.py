@@ -1,12 +1,11 @@
 """Where images and captions come from: one table of the kinds of sources, and several sources in one run."""
 
-import glob
 import hashlib
 import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -37,6 +36,7 @@ from utils.config.user_files import (
     short,
 )
 from utils.data.captions import FOLDER_REPEATS, CaptionOptions, say_the_same
+from utils.data.dataset_files import PATTERN_MARKS, dataset_paths, plain_path, split_alone
 from utils.data.file_listing import MASK, METADATA, SHARD, Fate, Listing, list_folder, warn_of_unread
 from utils.data.folder_contents import (
     BESIDE_LIST,
@@ -62,7 +62,7 @@ from utils.data.folders import (
 )
 from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks, Masks, without_masks
 from utils.data.metadata import ListColumns, captions_in_lists, metadata_files, read_metadata_folder
-from utils.data.parquet_files import check_shards, read_footers
+from utils.data.parquet_files import NeededColumns, check_shards, read_footers
 from utils.data.shard_series import tell_of_gaps
 from utils.data.tables import FileTable, ImageTable, RowTable, captions_of, data_folders
 from utils.data.tar_shards import read_tars
@@ -70,9 +70,9 @@ from utils.data.tar_shards import read_tars
 logger = logging.getLogger(__name__)
 FOLDER_NUMBER = re.compile(r"(\d+)(?:_|$)")  # kohya's rule: what stands in front of the first underscore
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv", CAPTION_FILE)
+TABLES = (".parquet", ".json", ".jsonl", ".ndjson")
 MASK_FLAGS = ("alpha_mask", "mask_dir", "mask_column")
 NUM_LISTS = 3  # of captions, that a message names
-PATTERN_MARKS = ("[", "*", "?", "::")  # of paths, which `datasets` takes for patterns or for chains of URLs
 
 
 @dataclass(frozen=True)
@@ -703,7 +703,11 @@ def _read_dataset(options: SourceOptions, cache_dir: str | None) -> RowTable:
     arguments = (name, options.dataset_config_name)
 
     def load() -> Any:
-        loaded = datasets.load_dataset(*arguments, cache_dir=cache_dir, data_dir=options.train_data_dir)
+        alone = read_alone(options, cache_dir)
+        if alone is None:
+            loaded = datasets.load_dataset(*arguments, cache_dir=cache_dir, data_dir=options.train_data_dir)
+        else:
+            loaded = datasets.load_dataset(alone[0], cache_dir=cache_dir, **alone[1])
         if Path(name).is_dir() and options.train_data_dir is None:
             builder = next(iter(loaded.values())).builder_name
             others = unread_of_dataset(list_folder(Path(name)).names, builder)
@@ -745,6 +749,26 @@ def check_dataset_folder(options: SourceOptions) -> None:
         )
 
 
+def read_alone(options: SourceOptions, cache_dir: str | None) -> tuple[str, dict[str, object]] | None:
+    """As `split_alone`, of a dataset that is a local folder of files; None of any other.
+
+    Raises:
+        UserError: if the files of the split can't be read together.
+    """
+    import datasets
+
+    folder = Path(options.dataset_name)
+    if not folder.is_dir() or is_saved_dataset(folder):
+        return None
+    names = list_folder(folder).names
+    if sum(map(is_image, names)) > sum(name.lower().endswith(TABLES) for name in names):  # which `datasets` reads alone
+        return None
+    builder = datasets.load_dataset_builder(
+        options.dataset_name, options.dataset_config_name, cache_dir=cache_dir, data_dir=options.train_data_dir
+    )
+    return split_alone(builder, folder, options.dataset_split, _needed(options), cache_dir)
+
+
 def _compare_captions_of_dataset(options: SourceOptions, names: Sequence[str], lists: Sequence[str]) -> None:
     """Names captions beside images that `datasets` does not read, where its metadata gives others."""
     folder, columns = Path(options.dataset_name), ListColumns(options.caption_column)
@@ -765,31 +789,6 @@ def _warn_of_gaps_of_split(options: SourceOptions, names: Sequence[str]) -> None
     tell_of_gaps(options.given_as, [name for name in shards if not is_caption_file(name)])
 
 
-def plain_path(path: str, cache_dir: str | None) -> str:
-    """A path that `datasets` takes for nothing else: one with characters of patterns by a link to it.
-
-    Raises:
-        UserError: if the link can't be made.
-    """
-    if not any(mark in path for mark in PATTERN_MARKS):
-        return path
-    import datasets
-
-    resolved = Path(path).resolve()
-    digest = hashlib.blake2b(os.fsencode(resolved), digest_size=12).hexdigest()
-    link = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "plain_names" / digest
-    try:
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.is_symlink():
-            link.symlink_to(resolved, target_is_directory=True)
-    except FileExistsError:  # another process made it
-        pass
-    except OSError as error:
-        cure = f"rename it without them; a link to it can't be made: {error.strerror or error}"
-        raise UserError(f"{path} holds characters that the library datasets takes for a pattern; {cure}") from error
-    return str(link)
-
-
 def _read_parquet(
     options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
 ) -> FolderContent:
@@ -798,14 +797,9 @@ def _read_parquet(
 
     content = shards_of(options, listing, ".parquet")
     files = {options.dataset_split: dataset_paths(listing.root, content.used, cache_dir)}
-    table = _rows(options, lambda: datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir))
+    arguments = {"data_files": files, "cache_dir": cache_dir, **content.reading}
+    table = _rows(options, lambda: datasets.load_dataset("parquet", **arguments))
     return content._replace(table=table)
-
-
-def dataset_paths(root: Path, names: Iterable[str], cache_dir: str | None) -> list[str]:
-    """The paths of files as `datasets` takes them for nothing else."""
-    folder = plain_path(str(root), cache_dir) if "::" in str(root) else str(root)
-    return [glob.escape(str(Path(folder, name))) for name in names]
 
 
 def _read_imagefolder(
@@ -873,30 +867,36 @@ def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderCo
         UserError: if there is none, or some of them are of no split where others are of several.
     """
     path, split = options.train_data_dir, options.dataset_split
-    names = [name for name in listing.names if name.lower().endswith(suffix)]
-    needed = [name for name in (options.image_column, options.caption_column, options.mask_column) if name]
+    names, reading = [name for name in listing.names if name.lower().endswith(suffix)], {}
     if Path(path).is_file():
         require(bool(names), "train_data_dir", path, f"be a {suffix} file")
         if suffix == ".parquet":
-            check_shards(listing.root, read_footers(listing.root, names, "train_data_dir"), needed, "train_data_dir")
+            footers = read_footers(listing.root, names, "train_data_dir")
+            reading = check_shards(listing.root, footers, _needed(options), "train_data_dir").reading
         tell_of_gaps(options.given_as, names, logging.INFO)  # one shard was asked for
-        return FolderContent(None, listing.names, dict.fromkeys(names, SHARD))
+        return FolderContent(None, listing.names, dict.fromkeys(names, SHARD), reading=reading)
     require(bool(names), "train_data_dir", path, f"hold {suffix} files")
     if suffix == ".parquet":
         footers = read_footers(listing.root, names, "train_data_dir")
         names = image_tables(footers, options.image_column)
         check_configurations(listing.root, names)
     chosen = set(of_split(names, split, by_file_name=True)[0])
+    tell_of_gaps(options.given_as, sorted(chosen))
     if suffix == ".parquet":
-        kept = set(
-            check_shards(listing.root, {name: footers[name] for name in sorted(chosen)}, needed, "train_data_dir")
-        )
-        names = [name for name in names if name in kept or name not in chosen]
-        chosen = kept
+        of_split_alone = {name: footers[name] for name in sorted(chosen)}
+        filled, reading = check_shards(listing.root, of_split_alone, _needed(options), "train_data_dir")
+        names = [name for name in names if name in filled or name not in chosen]
+        chosen = set(filled)
     of_others = set(names) - chosen
     used = {name: SHARD for name in names if name in chosen}
-    tell_of_gaps(options.given_as, used)
-    return FolderContent(None, [name for name in listing.names if name not in of_others], used)
+    return FolderContent(None, [name for name in listing.names if name not in of_others], used, reading=reading)
+
+
+def _needed(options: SourceOptions) -> NeededColumns:
+    """The columns of a table that a source uses."""
+    images = tuple(filter(None, (options.image_column, options.mask_column)))
+    texts = () if options.caption_column is None else (options.caption_column,)
+    return NeededColumns(images, texts, (options.width_column, options.height_column))
 
 
 def _rows(options: SourceOptions, load) -> RowTable:
