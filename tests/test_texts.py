@@ -629,13 +629,12 @@ class TestDatasetFile:
             ("- train_data_dir: [a, [b]]", r"source 1: train_data_dir must be one value, got \['a', \['b'\]\]"),
             ("- {train_data_dir: x, repeats: " + "9" * 1000 + "}", "a number of 1000 digits"),
             ("- {train_data_dir: x, repeats: 2020-01-01}", "'repeats': '2020-01-01' is a date to YAML"),
-            ("- {train_data_dir: x, trigger_word: 007}", "'trigger_word': '007' is the number 7 .* quote it .\"007\""),
-            (
-                "- {train_data_dir: x, trigger_word: 7}",
-                'trigger_word must be .* got 7; a text stands in quotes: .*: "7"',
-            ),
-            ("- {train_data_dir: x, trigger_word: true}", "got True; a text stands in quotes"),
-            ("- {train_data_dir: x, name: no}", "'name': 'no' is false to YAML"),
+            ("- {train_data_dir: x, shuffle_tags: 7}", "shuffle_tags must be bool, got 7"),
+            ("- train_data_dir: x\n  trigger_word: #sks\n", "'trigger_word': '#sks' is a comment to YAML; quote it"),
+            ("- {train_data_dir: x, caption_prefix: Null}", "'caption_prefix': 'Null' is nothing to YAML"),
+            ("- {train_data_dir: x, 0x1F: 1}", "source 1: 0x1F is unknown"),
+            ("- {train_data_dir: x, =: 1}", "source 1: = is unknown"),
+            ("- {train_data_dir: x, <<: 1}", "expected a mapping or list of mappings for merging"),
             ("- {train_data_dir: x, keep_tokens: 010}", "'keep_tokens': '010' is the number 8 to YAML"),
             ("- {train_data_dir: x, ? [a] : b}", "unhashable key"),
             ("- {? {a: b} : b}", "unhashable key"),
@@ -668,6 +667,15 @@ class TestDatasetFile:
         (entry,) = source_entries(data, SourceOptions(), CaptionOptions())
         assert entry.captions.shuffle_tags
         assert not entry.source.folder_repeats
+
+    def test_texts_are_texts_as_they_stand(self, tmp_path):
+        make_pictures(tmp_path / "2024", "0.png")
+        text = "- {train_data_dir: 2024, trigger_word: 0x1F, name: no, caption_prefix: 1.50, caption_suffix: null}\n"
+        (tmp_path / "sources.yaml").write_text(text)
+        data = DataOptions(dataset_file=str(tmp_path / "sources.yaml"))
+        (entry,) = source_entries(data, SourceOptions(), CaptionOptions())
+        assert (entry.name, entry.captions.trigger_word, entry.captions.caption_prefix) == ("no", "0x1F", "1.50")
+        assert entry.captions.caption_suffix is None
 
     def test_each_source_has_its_encoding_and_the_file_its_own(self, tmp_path, caplog):
         for name in ("红色", "b"):

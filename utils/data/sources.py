@@ -517,8 +517,9 @@ def _entries(file: Path, encoding: str | None) -> Iterator[tuple[dict[str, Any],
     texts = TextReader(encoding)
     options = (*fields(SourceOptions), *fields(CaptionOptions))
     booleans = {each.name for each in options if each.type is bool}
+    words = {each.name for each in options if each.type in (str, str | None)} | {"name"}
     try:
-        content = parse_yaml(texts.read(file, YAML_LIMIT), f"--dataset_file {file}", booleans)
+        content = parse_yaml(texts.read(file, YAML_LIMIT), f"--dataset_file {file}", booleans, words)
     except OSError as error:
         raise UserError(f"--dataset_file {file} can't be read: {first_line(error)}") from error
     for finding in texts.findings():
