@@ -426,6 +426,69 @@ class TestShardsOfTables:
         assert len(records_of(tmp_path / "b")) == 1
 
 
+NO_TARS = {
+    "dead link": (lambda file: file.symlink_to("/nowhere/x.tar"), "can't be read: it is a link to what does not exist"),
+    "loop": (lambda file: file.symlink_to(file), "is a link that leads to itself"),
+    "png": (lambda file: file.write_bytes(png()), "is no tar file but an image; rename it to .png"),
+    "json": (lambda file: file.write_text('{"error": "not found"}'), "is no tar file but JSON; fetch the file again"),
+    "text": (lambda file: file.write_text("404 not found\n" * 99), "is no tar file but a text; fetch the file again"),
+    "zeros": (lambda file: file.write_bytes(bytes(10240)), "hold no files"),
+}
+
+
+class TestWhatIsOnlyCalledTar:
+    @pytest.mark.parametrize("case", NO_TARS)
+    def test_it_is_named_and_the_others_are_read(self, tmp_path, caplog, case):
+        make, reason = NO_TARS[case]
+        tar(tmp_path / "0.tar", "a.png", "a.txt")
+        make(tmp_path / "1.tar")
+        records = records_of(tmp_path)
+        assert keys(records) == ["0.tar/a.png"]
+        assert reason in caplog.text if case == "zeros" else records.refused == [("1.tar", reason)]
+        source = SourceOptions(train_data_dir=str(tmp_path))
+        stream = open_stream(DataOptions(streaming=True), source, CaptionOptions(), 32, BucketOptions())
+        reasons = [row["__reason__"] for row in stream.dataset]
+        assert len(reasons) == 2
+        assert reason.replace("hold ", "holds ") in "".join(reasons)
+
+    @pytest.mark.parametrize("case", NO_TARS)
+    def test_beside_images_it_is_no_data(self, tmp_path, caplog, case):
+        make, reason = NO_TARS[case]
+        picture(tmp_path / "a.png")
+        make(tmp_path / "1.tar")
+        assert keys(records_of(tmp_path)) == ["a.png"]
+        assert reason.replace("hold ", "holds ") in caplog.text
+
+    @pytest.mark.parametrize("case", NO_TARS)
+    def test_a_dataset_with_it(self, tmp_path, caplog, case):
+        make, reason = NO_TARS[case]
+        tar(tmp_path / "0.tar", "a.png", "a.txt")
+        make(tmp_path / "1.tar")
+        read = partial(records_of, dataset_name=str(tmp_path), image_column="png", caption_column="txt")
+        if "no tar file" in reason:
+            with pytest.raises(UserError, match=rf"1\.tar {re.escape(reason)}; take it out of the folder"):
+                read()
+        else:
+            assert len(read()) == 1
+            assert f"1.tar {reason.replace('hold ', 'holds ')}" in caplog.text
+
+    def test_a_tar_within_a_tar(self, tmp_path, caplog):
+        tar(tmp_path / "0.tar", "inner.tar", "b.zip")
+        with pytest.raises(
+            UserError, match=r"there are no images .*: an archive within a shard is not read; unpack it"
+        ):
+            records_of(tmp_path)
+        tar(tmp_path / "1.tar", "a.png", "a.txt")
+        assert keys(records_of(tmp_path)) == ["1.tar/a.png"]
+        assert "2 files are not read, such as 0.tar/inner.tar: an archive within a shard" in caplog.text
+
+    def test_shards_without_files_alone(self, tmp_path):
+        for name in "01":
+            tar(tmp_path / f"{name}.tar")
+        with pytest.raises(UserError, match=r"0\.tar, 1\.tar hold no files; fetch them again"):
+            records_of(tmp_path)
+
+
 class TestSeries:
     @pytest.mark.parametrize(
         ("there", "told"),

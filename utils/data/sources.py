@@ -65,7 +65,7 @@ from utils.data.metadata import ListColumns, captions_in_lists, metadata_files, 
 from utils.data.parquet_files import NeededColumns, check_shards, read_footers
 from utils.data.shard_series import tell_of_gaps
 from utils.data.tables import FileTable, ImageTable, RowTable, captions_of, data_folders
-from utils.data.tar_shards import read_tars
+from utils.data.tar_shards import NO_FILES, read_tars, why_no_tar
 
 logger = logging.getLogger(__name__)
 FOLDER_NUMBER = re.compile(r"(\d+)(?:_|$)")  # kohya's rule: what stands in front of the first underscore
@@ -666,6 +666,7 @@ def _nothing_there(where: str, content: FolderContent, lists: Sequence[str]) -> 
         first = ": ".join(table.refused[0])
         return f"{where}: none of the {len(table.refused):,} images{there} can be read; the first: {first}"
     reasons = describe_unread(table.fates, lists)
+    reasons += describe_unread(table.member_fates, ()) if table.member_fates is not None else []
     return "; ".join([f"there are no images in {where}, such as .png, .jpg or .webp files", *reasons])
 
 
@@ -736,6 +737,7 @@ def check_dataset_folder(options: SourceOptions) -> None:
     names = list_folder(folder).names
     read_footers(folder, [name for name in names if name.lower().endswith(".parquet")], "dataset_name")
     _warn_of_gaps_of_split(options, names)
+    _check_tars(options, names)
     images, lists = [name for name in names if is_image(name)], metadata_files(folder, names)
     if images and lists and options.caption_column is not None and not options.holds_names:
         _compare_captions_of_dataset(options, names, lists)
@@ -768,6 +770,25 @@ def read_alone(options: SourceOptions, cache_dir: str | None) -> tuple[str, dict
         options.dataset_name, options.dataset_config_name, cache_dir=cache_dir, data_dir=options.train_data_dir
     )
     return split_alone(builder, folder, options.dataset_split, _needed(options), cache_dir)
+
+
+def _check_tars(options: SourceOptions, names: Sequence[str]) -> None:
+    """Refuses what is only called .tar in a folder of shards: `datasets` would end without its name.
+
+    Raises:
+        UserError: naming the file.
+    """
+    tars = [name for name in names if name.lower().endswith(".tar")]
+    if 2 * len(tars) <= len(names):  # it takes what most of the files are
+        return
+    for name in tars:
+        file = Path(options.dataset_name) / name
+        reason = why_no_tar(file)
+        if reason and file.is_file() and (file.stat().st_size == 0 or reason != NO_FILES):
+            cure = f"take it out of the folder, or give --train_data_dir {options.dataset_name}, which leaves it out"
+            raise UserError(f"{options.given_as}: {name} {reason}; {cure}")
+        if reason:
+            logger.warning("%s: %s %s", options.given_as, name, reason)
 
 
 def _compare_captions_of_dataset(options: SourceOptions, names: Sequence[str], lists: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """WebDataset tar shards on a disk, read in any order: the place of each image within its shard is listed once."""
 
+import logging
 import os
 import tarfile
 from collections import defaultdict
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.config.options import UserError, first_line
-from utils.config.user_files import TextReader, open_regular, size_text
+from utils.config.user_files import FileError, TextReader, decode, open_regular, size_text, what_is_at
 from utils.data.file_listing import (
     CAPTION,
     DUPLICATE,
@@ -36,6 +37,8 @@ from utils.data.folders import (
 from utils.data.images import MOST_BYTES, unread_reason
 from utils.data.tables import ImageTable, stamp_of
 
+logger = logging.getLogger(__name__)
+NUM_SHOWN = 3
 MOST_PADDING = 1 << 16  # bytes behind the last member that are looked at
 IMAGE_COLUMN, CAPTION_COLUMN, MASK_COLUMN, REASON_COLUMN = "__image__", "__caption__", "__mask__", "__reason__"
 """Columns of a streamed sample: its image, its captions, its mask, and why it is left out."""
@@ -52,8 +55,16 @@ OTHER_FILES = {
     b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with git lfs pull",
     b"<!DOCTYPE": "a web page; fetch the file again",
     b"<html": "a web page; fetch the file again",
+    b"\x89PNG": "an image; rename it to .png",
+    b"\xff\xd8\xff": "an image; rename it to .jpg",
+    b"GIF8": "an image; rename it to .gif",
+    b"RIFF": "an image, a sound or a video; rename it to what it is",
+    b"ARROW1": "an Arrow file; give its dataset as --dataset_name",
+    b"SQLite": "a database; export its images",
 }
 """What is called .tar and is none, by its first bytes."""
+ARCHIVES = (".zip", ".7z", ".rar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".cbz", ".cbr")
+NO_FILES = "holds no files"
 MAX_HEADER = 1 << 14  # bytes of a long name or other facts in front of a member; tarfile's time goes with their square
 
 
@@ -148,11 +159,14 @@ def read_tars(
     fates = Fates(root)
     comparison = CaptionComparison()
     doubled: list[str] = []
+    empty: list[Path] = []
     for number, shard in enumerate(shards):
         place = f"{shard.relative_to(root)}/"
-        samples = _Samples(mask_ending)
+        samples, before = _Samples(mask_ending), len(refused) + len(fates)
         for found in _members(shard, place, refused, fates):
             samples.add(*found)
+        if not samples.are_any and len(refused) + len(fates) == before:
+            empty.append(shard)
         texts, reasons = samples.read_captions(reader)
         samples.compare_captions(place, texts, comparison, reads(encoding))
         doubled += [place + member for member in samples.doubled]
@@ -166,6 +180,7 @@ def read_tars(
             places.append((number, begin, length))
             masks.append((number, *samples.masks.get(sample, (0, 0))))
             captions.append(texts.get(sample, ()))
+    _tell_of_empty(empty, len(shards))
     if shards and not keys and refused:
         raise UserError(f"no image can be read from {len(shards)} tar shards; {': '.join(refused[0])}")
     if mask_ending is not None and not any(length for _, _, length in masks):
@@ -174,6 +189,19 @@ def read_tars(
     table.texts, table.member_fates, table.doubled = reader, fates, doubled
     table.findings = comparison.findings()
     return table
+
+
+def _tell_of_empty(empty: Sequence[Path], num_shards: int) -> None:
+    """Names shards without members, as of zeros alone.
+
+    Raises:
+        UserError: if all of them are.
+    """
+    if empty and len(empty) == num_shards:
+        names = ", ".join(shard.name for shard in empty[:NUM_SHOWN])
+        raise UserError(f"{names} {NO_FILES if len(empty) == 1 else 'hold no files'}; fetch them again")
+    if empty:
+        logger.warning("%d tar shards hold no files, such as %s", len(empty), empty[0])
 
 
 class _Caption(NamedTuple):
@@ -211,6 +239,11 @@ class _Samples:
                 self.doubled.append(member)
         elif content is not None:
             self._captions[sample].append(_Caption(member, content, begin))
+
+    @property
+    def are_any(self) -> bool:
+        """Whether a member was added."""
+        return bool(self._seen)
 
     def first(self, sample: str) -> _Caption | None:
         """The member that a sample's captions are of."""
@@ -292,6 +325,8 @@ def _fate_beside(member: str, is_read: bool, has_image: bool) -> Fate:
     reason = unread_reason(PurePosixPath(member).suffix)
     if reason is not None:
         return Fate(NO_READER, reason)
+    if member.lower().endswith((".tar", *ARCHIVES)):
+        return Fate(NO_READER, "an archive within a shard is not read; unpack it into the folder")
     if not is_caption_file(member):
         return Fate(OTHER)
     if not has_image:
@@ -310,8 +345,31 @@ def _members(
     try:
         with open_regular(shard) as file:
             yield from members_of(file, shard.name, place, refused, fates, _most_of_caption)
+    except FileError as error:
+        refused.append((shard.name, error.reason))
     except OSError as error:
-        refused.append((shard.name, f"can't be read: {first_line(error)}"))
+        reason = first_line(error) if shard.is_file() else what_is_at(shard)
+        refused.append((shard.name, f"can't be read: {reason}"))
+
+
+def why_no_tar(shard: Path) -> str:
+    """Why a file holds no members of a tar, by its beginning, or ""."""
+    try:
+        with open_regular(shard) as file:
+            head = file.read(tarfile.BLOCKSIZE)
+    except FileError as error:
+        return error.reason
+    except OSError as error:
+        return f"can't be read: {first_line(error) if os.path.isfile(shard) else what_is_at(shard)}"
+    if not head.strip(b"\0"):
+        return NO_FILES
+    try:
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.TarError as error:
+        return (
+            f"is no tar file but {_other_kind(head)}" if _other_kind(head) else f"is no tar file: {first_line(error)}"
+        )
+    return ""
 
 
 def _most_of_caption(name: str) -> int:
@@ -388,7 +446,14 @@ def members_of(
 
 def _other_kind(head: bytes) -> str:
     """What a file is that is no tar shard, whatever its name says; "" if that is not known."""
-    return next((kind for magic, kind in OTHER_FILES.items() if head.startswith(magic)), "")
+    known = next((kind for magic, kind in OTHER_FILES.items() if head.startswith(magic)), "")
+    if known or not head:
+        return known
+    try:
+        text = decode(head[: head.rfind(b"\n") + 1] or head).text.lstrip()
+    except ValueError:
+        return ""
+    return "JSON; fetch the file again" if text[:1] in ("{", "[") else "a text; fetch the file again"
 
 
 class _BoundedReads:
