@@ -291,7 +291,7 @@ class TestShardsOfTables:
             [*texts, pa.array([None], pa.null()), pa.array([7]), pa.array(["a"]).dictionary_encode()]
         ):
             parquet(tmp_path / f"train-{number}.parquet", image=images, text=text)
-        parquet(tmp_path / "train-9.parquet", text=["z"], image=images)
+        parquet(tmp_path / "train-5.parquet", text=["z"], image=images)
         parquet(tmp_path / "test-0.parquet", image=images, caption=["z"])
         assert [records_of(tmp_path).captions(row)[0] for row in range(6)] == ["a", "a", "", "7", "a", "z"]
         assert not caplog.records
@@ -501,6 +501,18 @@ class TestSeries:
             (["a01of11.tar", "a10of11.tar", "a11of11.tar"], "missing: a02of11.tar, a03of11.tar, a04of11.tar, ...;"),
             (["0_of_10.tar"], "missing: 1_of_10.tar, 2_of_10.tar, 3_of_10.tar, ...;"),
             (["x-00000-of-00002.tar", "y-00001-of-00002.tar"], "missing: x-00001-of-00002.tar"),
+            (
+                ["data_0.parquet", "data_1.parquet", "data_3.parquet"],
+                "of the 4 .* 1 are left out, missing: data_2.parquet",
+            ),
+            (["s-000000.parquet", "s-000002.parquet"], "missing: s-000001.parquet;"),
+            (["a/7.tar", "a/9.tar", "a/10.tar"], "from a/7.tar to a/10.tar 1 are left out, missing: a/8.tar;"),
+            (
+                ["0.tar", "0 (1).tar"],
+                r"1 files are called as copies of others, such as 0 \(1\).tar of 0.tar; take them out",
+            ),
+            (["a.parquet", "a(2).parquet"], r"such as a\(2\).parquet of a.parquet"),
+            (["a.parquet", "a copy.parquet", "a - Copy (2).parquet"], "2 files are called as copies of others"),
         ],
     )
     @pytest.mark.parametrize("streaming", [False, True])
@@ -521,7 +533,10 @@ class TestSeries:
             ["train-00000-of-00002-0123456789abcdef.parquet", "train-00001-of-00002-fedcba9876543210.parquet"],
             ["1-of-2.parquet", "2-of-2.parquet"],
             ["train-00000-of-00001.parquet", "test-00000-of-00002.parquet"],
-            ["s-000000.parquet", "s-000002.parquet"],
+            ["s-000000.parquet", "s-000007.parquet", "s-000100.parquet"],
+            ["data_1 (1).parquet", "data_2.parquet"],
+            ["copy.parquet", "a copy.parquet"],
+            ["2019.parquet", "2020-v2.parquet"],
             ["profound-12.parquet", "of-3.parquet"],
             ["top10of100.parquet", "best5of9.parquet"],
             ["10of50.parquet", "7-of-3.parquet"],
@@ -533,6 +548,7 @@ class TestSeries:
             parquet(tmp_path / name)
         assert len(records_of(**{flag: str(tmp_path)}))
         assert "missing" not in caplog.text
+        assert "copies" not in caplog.text
 
     def test_a_single_shard_and_shards_of_a_dataset(self, tmp_path, caplog):
         parquet(tmp_path / "train-00000-of-00002.parquet")
