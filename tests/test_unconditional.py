@@ -19,9 +19,10 @@ from tests import tiny
 from tests.conftest import message, mostly_slow
 from tests.test_equivalences import assert_same_bits, losses, weights
 from utils.config.options import UserError
+from utils.data.captions import CaptionOptions
 from utils.data.class_folders import describe_counts, recorded_folders, warn_of_twins
 from utils.data.class_labels import LabelledSource, LabelOptions, class_numbers, count_classes, listed_numbers
-from utils.data.sources import DataOptions, read_records
+from utils.data.sources import DataOptions, SourceOptions, read_records
 from utils.diffusion.losses import LossOptions, loss_weights, weighted_loss
 from utils.diffusion.noise import NoiseDraws, timestep_weights
 from utils.diffusion.process import ProcessOptions, ScoreProcess, process_of
@@ -741,10 +742,68 @@ def test_classes_within_shards(tmp_path):
     assert set(class_records(tmp_path / "b").values()) == {"b"}
 
 
+INVISIBLE = ["\u200b", "\ufeff", "\u200f", "\xad", "\xa0", " ", "\u2060"]
+
+
+@pytest.mark.parametrize("mark", INVISIBLE)
+@pytest.mark.parametrize("is_column", [True, False])
+def test_what_is_not_shown_sets_no_classes_apart(tmp_path, caplog, mark, is_column):
+    names = ("cat", f"cat{mark}", f"{mark}dog", "a b", "a\xa0b")
+    if is_column:
+        touch_images(tmp_path, *(f"{number}.png" for number in range(5)))
+        rows = [{"file_name": f"{number}.png", "kind": name} for number, name in enumerate(names)]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        touch_images(tmp_path, *(f"{name}/{number}.png" for number, name in enumerate(names)))
+    source = LabelledSource(train_data_dir=str(tmp_path), caption_column="kind" if is_column else None)
+    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).captions(source), 0)
+    assert count_classes(records) == {"cat": 2, "dog": 1, "a b": 2}
+    told = [line for line in caplog.messages if "characters that are not shown" in line]
+    assert len(told) == 1
+    assert "'a b' and 'a\\xa0b' as 'a b'" in told[0]
+
+
+def test_joiners_that_letters_and_emoji_need_stay(tmp_path, caplog):
+    man, woman, persian = "\U0001f468", "\U0001f469", "\u0645\u06cc"
+    names = (f"{man}\u200d{woman}", f"{man}{woman}", f"{persian}\u200c\u062e", f"{persian}\u062e", "\u200b")
+    touch_images(tmp_path, *(f"{name}/{number}.png" for number, name in enumerate(names)))
+    assert set(class_records(tmp_path).values()) == set(names)
+    assert not caplog.records
+
+
+def test_folders_called_tar_are_classes(tmp_path):
+    touch_images(tmp_path, "cat.tar/0.png", "dog.tar/1.png", "mouse/2.png")
+    assert set(class_records(tmp_path).values()) == {"cat.tar", "dog.tar", "mouse"}
+    source = SourceOptions(train_data_dir=str(tmp_path))
+    records = read_records(DataOptions(), source, CaptionOptions(on_missing_caption="folder"), 0)
+    assert {records.captions(row)[0] for row in range(3)} == {"cat.tar", "dog.tar", "mouse"}
+
+
+@pytest.mark.parametrize("ending", ["cls", ".CLS", "label.txt"])
+def test_labels_that_are_members_of_shards(tmp_path, ending):
+    import io
+    import tarfile
+
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    labels = [b"3", b"03\n", b" cat", b"cat\r\n", b"\xef\xbb\xbfcat"]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, label in enumerate(labels):
+            members = (("png", image.getvalue()), (ending.strip(".").lower(), label), ("txt", b"a caption"))
+            for suffix, content in members:
+                info = tarfile.TarInfo(f"{number}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    source = LabelledSource(train_data_dir=str(tmp_path), caption_column=ending)
+    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).captions(source), 0)
+    is_number = ending != "label.txt"
+    assert count_classes(records) == ({"3": 2, "cat": 3} if is_number else {"3": 1, "03": 1, "cat": 3})
+
+
 def test_one_text_is_one_class_and_twins_are_named(tmp_path, caplog):
     touch_images(tmp_path, "caf\u00e9/0.png", "cafe\u0301/1.png", "cat/0.png", "cat /0.png")
     assert set(class_records(tmp_path).values()) == {"caf\u00e9", "cat"}
-    assert r"'caf\xe9' and 'cafe\u0301'; 'cat ' and 'cat'" in caplog.text
+    assert r"'caf\xe9' and 'cafe\u0301' as 'café'; 'cat ' and 'cat' as 'cat'" in caplog.text
     caplog.clear()
     warn_of_twins(["Cat", "cat", "golden retriever", "golden_retriever", "1", "01", "dog"])
     assert "3 groups of classes differ only in" in caplog.text

@@ -63,22 +63,23 @@ class CaptionOptions:
         """Those by which a resumed run sees that they were edited."""
         return self.of(captions)
 
-    def settled(self, keys: Iterable[str], where: str, source: str) -> "CaptionOptions":
+    def settled(self, keys: Iterable[str], where: str, source: str, in_shards: bool = False) -> "CaptionOptions":
         """The same, of a source whose images are known.
 
         Args:
             keys: their names within the source.
             where: the source as it is named in messages.
             source: the name of its folder.
+            in_shards: whether the images are members of tar shards, which are parts of their names.
 
         Raises:
             UserError: if the images' folders don't say what they should.
         """
         return self
 
-    def of_folder(self, key: str, source: str) -> str:
+    def of_folder(self, key: str, source: str, in_shards: bool = True) -> str:
         """What stands for the caption of an image where its folder's name does."""
-        return folder_caption(key, source)
+        return folder_caption(key, source, in_shards)
 
     @property
     def joiner(self) -> str:
@@ -126,10 +127,14 @@ def is_written_list(caption: str) -> bool:
     return re.compile(rf"{quote}\s*{mark}").search(inner, 1) is not None
 
 
-def folder_caption(key: str, source: str) -> str:
-    """The name of an image's folder, or of its source if it lies at its top; kohya's `10_name` is `name`."""
+def folder_caption(key: str, source: str, in_shards: bool = True) -> str:
+    """The name of an image's folder, or of its source if it lies at its top; kohya's `10_name` is `name`.
+
+    Args:
+        in_shards: whether what ends with .tar is a shard; else it is a folder of that name.
+    """
     folders = [*PurePosixPath(source).parts[-1:], *PurePosixPath(key).parent.parts]
-    names = [name for name in folders if name not in ("", "images") and not name.endswith(".tar")]
+    names = [name for name in folders if name not in ("", "images") and not (in_shards and name.endswith(".tar"))]
     name = names[-1] if names else ""
     return FOLDER_REPEATS.sub("", name).strip() or name
 

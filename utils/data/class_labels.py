@@ -21,6 +21,7 @@ from utils.data.class_folders import (
     names_of_folders,
     recorded_folders,
     same_text,
+    warn_of_spellings,
 )
 from utils.data.sources import Records, SourceOptions
 from utils.data.tables import captions_of
@@ -121,13 +122,13 @@ class FolderLabels(NoLabels):
     names: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
     recorded_names: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
-    def settled(self, keys: Iterable[str], where: str, source: str) -> CaptionOptions:
+    def settled(self, keys: Iterable[str], where: str, source: str, in_shards: bool = False) -> CaptionOptions:
         """The same, which knows the class of each folder."""
-        counts = count_folders(keys)
-        names = recorded_folders(counts, self.recorded_names, where, source) if self.rule in (None, INNER) else None
-        return replace(self, names=names or names_of_folders(counts, self.rule, where, source))
+        counts, known = count_folders(keys), (where, source, in_shards)
+        names = recorded_folders(counts, self.recorded_names, *known) if self.rule in (None, INNER) else None
+        return replace(self, names=names or names_of_folders(counts, self.rule, *known))
 
-    def of_folder(self, key: str, source: str) -> str:
+    def of_folder(self, key: str, source: str, in_shards: bool = True) -> str:
         """The whole name: 5_1 and 6_1 are two classes."""
         return (self.names or {})[key.rpartition("/")[0]]
 
@@ -182,6 +183,10 @@ def labels_of(value: object, where: str) -> tuple[str, ...]:
 
 def count_classes(records: Records) -> Counter[str]:
     """How many images have each class."""
+    for source in records.sources:
+        if isinstance(source.captions, ColumnLabels):
+            names = {name for captions in source.table.all_captions() for name in captions}
+            warn_of_spellings(source.name, names if not source.captions.are_twins_apart else ())
     counts = Counter(records.first_captions())
     del counts[""]
     return counts

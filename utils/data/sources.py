@@ -400,9 +400,9 @@ class Records:
 
     def _instead(self, number: int, row: int) -> str:
         """What stands for the caption of an image without one."""
-        source = self.sources[number]
+        source, table = self.sources[number], self.sources[number].table
         by_folder = source.captions.on_missing_caption == "folder"
-        return source.captions.of_folder(source.table.key(row), source.table.name) if by_folder else ""
+        return source.captions.of_folder(table.key(row), table.name, table.in_shards) if by_folder else ""
 
 
 def read_records(
@@ -443,7 +443,8 @@ def _settled(entry: "SourceEntry", table: ImageTable) -> CaptionOptions:
         )
     path = Path(source.train_data_dir or source.dataset_name).resolve()
     keys = (table.key(row) for row in range(len(table)))
-    return entry.captions.settled(keys, source.given_as, path.stem if path.is_file() else path.name)
+    name = path.stem if path.is_file() else path.name
+    return entry.captions.settled(keys, source.given_as, name, table.in_shards)
 
 
 def folder_of(key: str) -> str:
@@ -863,7 +864,8 @@ def _read_webdataset(
 ) -> FolderContent:
     content = shards_of(options, listing, ".tar")
     files = [listing.root / name for name in content.used]
-    table = read_tars(files, options.mask_column, options.text_encoding)
+    label = options.caption_column if options.holds_names else None
+    table = read_tars(files, options.mask_column, options.text_encoding, label_ending=label)
     if table.doubled:
         logger.warning(
             "%s: %d images are left out, as another of their sample comes before them, such as %s; members of "

@@ -26,6 +26,7 @@ class ImageTable(ABC):
         refused: (key, reason) of each image that the source lists but that can't be had.
         num_left_out: images that are there but that the source's list does not name.
         classes: names of classes in the source's own order, where it has one.
+        in_shards: whether its images are members of tar shards, which are parts of their keys.
         texts: what read its captions, where they are text in files.
         fates: what became of the files of its folder that are no images of it; None where it has no folder.
         member_fates: what became of the members of its shards that are no images of it.
@@ -35,6 +36,7 @@ class ImageTable(ABC):
     refused: Sequence[tuple[str, str]] = ()
     num_left_out: int = 0
     classes: tuple[str, ...] = ()
+    in_shards: bool = False
     texts: TextReader | None = None
     fates: Fates | None = None
     member_fates: Fates | None = None
