@@ -4,6 +4,7 @@ import bz2
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -24,6 +25,7 @@ from utils.data.captions import MAX_CAPTION, CaptionOptions, is_written_list
 from utils.data.class_labels import ColumnLabels, LabelledSource
 from utils.data.plan import PlannedImages, SelectionOptions, plan_images
 from utils.data.sources import DataOptions, Records, SourceOptions, read_records, source_entries
+from utils.data.stream import Lane, open_stream
 from utils.data.survey import survey
 from utils.training.preparation import say_what_was_left_out
 
@@ -617,6 +619,69 @@ class TestFolders:
 def bomb() -> str:
     lines = ["- &a0 [x, x, x, x, x, x, x, x, x, x]"]
     return "\n".join(lines + [f"- &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)])
+
+
+BLANKS = ["", " ", "\n\n", "\u200b", "\xa0", "\u200b \u2060", None]
+
+
+class TestBlankCaptions:
+    """In every format a blank text is no caption."""
+
+    def columns(self, blank: object) -> pa.Table:
+        picture = io.BytesIO()
+        Image.new("RGB", (40, 40)).save(picture, "PNG")
+        images = pa.array([picture.getvalue()] * 2, pa.binary())
+        return pa.table({"image": images, "text": pa.array([blank, "a"], pa.string())})
+
+    def write(self, folder: Path, kind: str, blank: str | None) -> None:
+        """Two images, of which the second has the caption a."""
+        if kind in ("parquet", "dataset"):
+            parquet.write_table(self.columns(blank), folder / "train.parquet")
+            return
+        if kind == "tar":
+            members = {"0.png": png(), "0.txt": (blank or "").encode(), "1.png": png(), "1.txt": b"a"}
+            write_tar(folder / "a.tar", members)
+            return
+        make_pictures(folder, "0.png", "1.png")
+        if kind.startswith("."):
+            text = blank or ""
+            contents = {
+                ".json": json.dumps(blank),
+                ".list.json": json.dumps([blank]),
+                ".map.json": json.dumps({"text": blank}),
+            }
+            suffix = ".json" if "json" in kind else kind
+            (folder / f"0{suffix}").write_text(contents.get(kind, text))
+            (folder / f"1{suffix}").write_text('"a"' if suffix == ".json" else "a")
+        elif kind == "metadata.csv":
+            (folder / kind).write_text(f'file_name,text\n0.png,"{blank or ""}"\n1.png,a\n')
+        else:
+            write_list(folder / kind, {"0.png": blank, "1.png": "a"})
+
+    @pytest.mark.parametrize("blank", BLANKS)
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            *(".txt", ".caption", ".json", ".list.json", ".map.json", "metadata.jsonl", "metadata.csv"),
+            *("metadata.parquet", "captions.json", "parquet", "dataset", "tar"),
+        ],
+    )
+    def test_a_blank_caption_is_none(self, tmp_path, kind, blank):
+        self.write(tmp_path, kind, blank)
+        flag = "dataset_name" if kind == "dataset" else "train_data_dir"
+        options = CaptionOptions(on_missing_caption="empty")
+        records = read_records(DataOptions(), SourceOptions(**{flag: str(tmp_path)}), options, 0)
+        assert list(records.all_captions()) == [(), ("a",)]
+
+    @pytest.mark.parametrize("blank", BLANKS)
+    @pytest.mark.parametrize("kind", ["parquet", "tar"])
+    def test_in_streams_too(self, tmp_path, kind, blank):
+        self.write(tmp_path, kind, blank)
+        options = CaptionOptions(on_missing_caption="error")
+        source = SourceOptions(train_data_dir=str(tmp_path))
+        stream = open_stream(DataOptions(streaming=True), source, options, 32, BucketOptions())
+        with pytest.raises(UserError, match="has no caption"):
+            list(itertools.islice(Lane(stream, 0, 1, 2, 0).groups(), 2))
 
 
 class TestDatasetFile:

@@ -53,6 +53,11 @@ HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 CONTROL = re.compile("[\x00-\x08\x0e-\x19\x1b-\x1f\x7f-\x84\x86-\x9f]")
 
+NOT_SHOWN = re.compile(  # marks without a width, but for the joiners and tags that make other letters and emoji
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufeff\ufff9-\ufffb]"
+)
+
 
 class FileError(UserError, ValueError):
     """A file that can't be read as what it should be."""
@@ -526,6 +531,11 @@ def read_text(path: str | os.PathLike, limit: int = TEXT_LIMIT, encoding: str | 
         raise
     except ValueError as error:
         raise FileError(path, first_line(error)) from error
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: it is empty, or of white space and characters that are not shown."""
+    return not text.strip() or not NOT_SHOWN.sub("", text).strip()
 
 
 def plain_spelling(name: str) -> str:

@@ -1,26 +1,19 @@
 """The classes that the folders of images say: which of nested folders names one, and what is doubtful."""
 
 import logging
-import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from utils.config.options import UserError
-from utils.config.user_files import plain_spelling
+from utils.config.user_files import NOT_SHOWN, plain_spelling
 from utils.data.folders import ALL_SPLIT_WORDS, class_folders_among
 
 logger = logging.getLogger(__name__)
 INNER, OUTER = "inner", "outer"
 RULES = (INNER, OUTER)
 NUM_SHOWN = 5
-
-
-NOT_SHOWN = re.compile(  # marks without a width, but for the joiners and tags that make other letters and emoji
-    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u202a-\u202e"
-    "\u2060-\u206f\u3164\ufeff\ufff9-\ufffb]"
-)
 
 
 def same_text(name: str) -> str:

@@ -23,7 +23,7 @@ from utils.config.user_files import (
 from utils.data.captions import MAX_CAPTION, refusal_of, say_the_same
 from utils.data.file_listing import CAPTION, METADATA, NO_READER, Fate, Fates, list_folder, warn_of_unread
 from utils.data.images import OPTIONAL_FORMATS, UNREAD_SUFFIXES, image_suffixes, unread_reason
-from utils.data.tables import FileTable, ImageTable, captions_of
+from utils.data.tables import FileTable, ImageTable, captions_of, present
 
 logger = logging.getLogger(__name__)
 MAX_CAPTION_JSON = 1 << 20  # bytes of a JSON file beside an image, which holds other facts too
@@ -514,7 +514,7 @@ def member_captions(name: str, content: bytes, encoding: str | None) -> tuple[st
 
 def _captions_of_file(name: str, text: str) -> tuple[str, ...]:
     if not name.lower().endswith(".json"):
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
+        return present(text.splitlines())
     return captions_of(_caption_field(parse_json(text, name)), "the caption")
 
 

@@ -3,14 +3,14 @@
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from utils.config.options import UserError
-from utils.config.user_files import TextReader
+from utils.config.user_files import TextReader, is_blank
 from utils.data.file_listing import Fates
 from utils.data.images import Refused
 
@@ -262,7 +262,7 @@ def image_of(value: object, folders: Sequence[Path]) -> str | bytes:
 
 
 def captions_of(value: object, where: str) -> tuple[str, ...]:
-    """The captions in a string, a list of strings, or nothing; blank ones are none.
+    """The captions in a string, a list of strings, or nothing, by the rule of `present`.
 
     Raises:
         UserError: for anything else, naming `where` it stands.
@@ -272,7 +272,12 @@ def captions_of(value: object, where: str) -> tuple[str, ...]:
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, Sequence) or not all(isinstance(caption, str | None) for caption in found):
         raise UserError(f"{where} must hold a string or a list of strings, got {value!r:.80}")
-    return tuple(_whole(caption.strip()) for caption in found if caption and caption.strip())
+    return present(found)
+
+
+def present(texts: Iterable[str | None]) -> tuple[str, ...]:
+    """The captions among some texts, without white space around them: in every format, a blank text is no caption."""
+    return tuple(_whole(text.strip()) for text in texts if text and not is_blank(text))
 
 
 def _whole(text: str) -> str:
