@@ -381,7 +381,7 @@ class TestSources:
         from datasets import ClassLabel, Dataset, Features
         from datasets import Image as ImageFeature
 
-        from utils.data.parquet_files import check_shards, read_footers
+        from utils.data.parquet_files import NeededColumns, check_shards, read_footers
 
         for number, names in enumerate((["cat", "dog"], ["dog", "cat"], ["cat", "dog"])):
             features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
@@ -393,7 +393,9 @@ class TestSources:
         def shards() -> list[str]:
             names = sorted(file.name for file in (tmp_path / "data").iterdir())
             footers = read_footers(tmp_path / "data", names, "train_data_dir")
-            return check_shards(tmp_path / "data", footers, ["image", "label"], "train_data_dir")
+            return check_shards(
+                tmp_path / "data", footers, NeededColumns(("image",), ("label",)), "train_data_dir"
+            ).names
 
         assert shards() == ["0.parquet", "2.parquet"]
         shutil.copy(tmp_path / "other" / "1.parquet", tmp_path / "data")

@@ -270,7 +270,6 @@ class TestShardsOfTables:
         [
             ({"caption": ["x", "y"]}, "it has the columns image, caption, the other image, text"),
             ({}, "it has the columns image, the other image, text"),
-            ({"text": ["x", "y"], "more": [1, 2]}, "it has the columns image, text, more, the other image, text"),
             ({"text": [["x"], ["y"]]}, r"its column text holds list<\w+: string>, that of the other string"),
         ],
     )
@@ -293,13 +292,13 @@ class TestShardsOfTables:
             [*texts, pa.array([None], pa.null()), pa.array([7]), pa.array(["a"]).dictionary_encode()]
         ):
             parquet(tmp_path / f"train-{number}.parquet", image=images, text=text)
-        parquet(tmp_path / "train-9.parquet", text=["z"], image=images)
+        parquet(tmp_path / "train-5.parquet", text=["z"], image=images)
         parquet(tmp_path / "test-0.parquet", image=images, caption=["z"])
         assert [records_of(tmp_path).captions(row)[0] for row in range(6)] == ["a", "a", "", "7", "a", "z"]
         assert not caplog.records
 
     def test_types_that_datasets_casts_are_no_fault(self, tmp_path):
-        """Numbers written as texts in a column that is not used; bytes where the first shard has bytes with a path."""
+        """Columns that are not used are of any types; bytes where the first shard has bytes with a path."""
         import datasets
 
         first = {"image": [{"bytes": png(), "path": None}], "text": ["a"], "size": [1]}
@@ -310,8 +309,85 @@ class TestShardsOfTables:
         assert [records.captions(row)[0] for row in range(2)] == ["a", "b"]
         assert all(isinstance(records.image(row), bytes) for row in range(2))
         parquet(tmp_path / "train-0.parquet", image=[{"bytes": png(), "path": None}], text=["a"], size=[1])
-        with pytest.raises(UserError, match=r"train-1.parquet is no shard .*: its column image holds binary"):
-            records_of(tmp_path)  # nothing in it says that the column holds images
+        for size in (["2"], ["x"], [[3]], [{"w": 3}], [0.5]):
+            parquet(tmp_path / "train-1.parquet", image=[png()], text=["b"], size=size, more=size)
+            records = records_of(tmp_path)  # nothing in it says that the column holds images
+            assert [records.captions(row)[0] for row in range(2)] == ["a", "b"]
+            assert all(isinstance(records.image(row), bytes) for row in range(2))
+
+    @pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name", "streaming"])
+    @pytest.mark.parametrize("is_turned", [False, True])
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            ({"path": None}, {"path": "x.png"}),
+            ({"text": None}, {"text": "b"}),
+            ({"path": None, "n": 1}, {"path": "x.png", "n": [1]}),
+            ({"n": None, "m": 1}, {"n": "x", "m": 1.5}),
+            ({"mask": None}, {"mask": {"bytes": b"x", "path": "m.png"}}),
+        ],
+    )
+    def test_shards_whose_types_differ_where_nothing_is_lost(self, tmp_path, flag, first, second, is_turned):
+        for number, row in enumerate((second, first) if is_turned else (first, second)):
+            row = {"path": None, "text": "a", "mask": {"bytes": b"x", "path": None}, **row}
+            columns = {"image": {"bytes": png(), "path": row.pop("path")}, **row}
+            parquet(tmp_path / f"train-{number}.parquet", **{name: [value] for name, value in columns.items()})
+        texts = [first.get("text", "a") or "", second.get("text", "a")]
+        texts = texts[::-1] if is_turned else texts
+        if flag == "streaming":
+            source = SourceOptions(train_data_dir=str(tmp_path), mask_column="mask")
+            stream = open_stream(DataOptions(streaming=True), source, CaptionOptions(), 32, BucketOptions())
+            assert [row["text"] or "" for row in stream.dataset] == texts
+            assert all(row["image"]["bytes"] == png() for row in stream.dataset)
+            return
+        records = records_of(**{flag: str(tmp_path)}, mask_column="mask")
+        assert [records.captions(row)[0] for row in range(2)] == texts
+        assert [records.image(row) for row in range(2)] == [png()] * 2
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_json_files_are_read_so_too(self, tmp_path, streaming):
+        """A path that is missing in all rows of a file, columns that are not used, and texts that are left out."""
+        rows = [
+            {"image": {"bytes": None, "path": None}, "text": "a", "n": 1},
+            {"image": {"bytes": None, "path": "1.png"}, "text": "b", "n": [1]},
+            {"image": {"path": "2.png"}, "m": "x"},
+            {"image": "3.png", "text": "d"},
+        ]
+        for number, row in enumerate(rows):
+            (tmp_path / f"train-{number}.jsonl").write_text(json.dumps(row))
+        source = SourceOptions(dataset_name=str(tmp_path))
+        if streaming:
+            stream = open_stream(DataOptions(streaming=True), source, CaptionOptions(), 32, BucketOptions())
+            assert [row["text"] for row in stream.dataset] == ["a", "b", None, "d"]
+            return
+        (tmp_path / "train-5.jsonl").touch()
+        records = records_of(dataset_name=str(tmp_path))
+        assert [records.captions(row)[0] for row in range(4)] == ["a", "b", "", "d"]
+        assert [Path(records.image(row)).name for row in range(1, 4)] == ["1.png", "2.png", "3.png"]
+        (tmp_path / "train-4.jsonl").write_text(json.dumps({"image": "4.png", "text": ["e"]}))
+        with pytest.raises(
+            UserError, match=r"train-4.jsonl is no shard of the same table as train-0.jsonl: its column"
+        ):
+            records_of(dataset_name=str(tmp_path))
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_dataset_with_files_without_rows(self, tmp_path, caplog, streaming):
+        import pyarrow as pa
+
+        parquet(tmp_path / "train-00000-of-00002.parquet", image=pa.array([], pa.null()), text=pa.array([], pa.null()))
+        parquet(tmp_path / "train-00001-of-00002.parquet")
+        parquet(tmp_path / "test-00000-of-00001.parquet", image=[7])
+        if streaming:
+            source = SourceOptions(dataset_name=str(tmp_path))
+            stream = open_stream(DataOptions(streaming=True), source, CaptionOptions(), 32, BucketOptions())
+            assert len(list(stream.dataset)) == 2
+        else:
+            assert len(records_of(dataset_name=str(tmp_path))) == 2
+        assert "1 files have no rows, such as train-00000-of-00002.parquet" in caplog.text
+        assert "missing" not in caplog.text
+        parquet(tmp_path / "train-00001-of-00002.parquet", image=pa.array([], pa.null()), text=pa.array([], pa.null()))
+        with pytest.raises(UserError, match="have no rows; fetch them again"):
+            records_of(dataset_name=str(tmp_path))
 
     def test_files_without_rows(self, tmp_path, caplog):
         parquet(tmp_path / "train-0.parquet", image=[png()], text=["a"])
@@ -351,6 +427,69 @@ class TestShardsOfTables:
         assert len(records_of(tmp_path / "b")) == 1
 
 
+NO_TARS = {
+    "dead link": (lambda file: file.symlink_to("/nowhere/x.tar"), "can't be read: it is a link to what does not exist"),
+    "loop": (lambda file: file.symlink_to(file), "is a link that leads to itself"),
+    "png": (lambda file: file.write_bytes(png()), "is no tar file but an image; rename it to .png"),
+    "json": (lambda file: file.write_text('{"error": "not found"}'), "is no tar file but JSON; fetch the file again"),
+    "text": (lambda file: file.write_text("404 not found\n" * 99), "is no tar file but a text; fetch the file again"),
+    "zeros": (lambda file: file.write_bytes(bytes(10240)), "hold no files"),
+}
+
+
+class TestWhatIsOnlyCalledTar:
+    @pytest.mark.parametrize("case", NO_TARS)
+    def test_it_is_named_and_the_others_are_read(self, tmp_path, caplog, case):
+        make, reason = NO_TARS[case]
+        tar(tmp_path / "0.tar", "a.png", "a.txt")
+        make(tmp_path / "1.tar")
+        records = records_of(tmp_path)
+        assert keys(records) == ["0.tar/a.png"]
+        assert reason in caplog.text if case == "zeros" else records.refused == [("1.tar", reason)]
+        source = SourceOptions(train_data_dir=str(tmp_path))
+        stream = open_stream(DataOptions(streaming=True), source, CaptionOptions(), 32, BucketOptions())
+        reasons = [row["__reason__"] for row in stream.dataset]
+        assert len(reasons) == 2
+        assert reason.replace("hold ", "holds ") in "".join(reasons)
+
+    @pytest.mark.parametrize("case", NO_TARS)
+    def test_beside_images_it_is_no_data(self, tmp_path, caplog, case):
+        make, reason = NO_TARS[case]
+        picture(tmp_path / "a.png")
+        make(tmp_path / "1.tar")
+        assert keys(records_of(tmp_path)) == ["a.png"]
+        assert reason.replace("hold ", "holds ") in caplog.text
+
+    @pytest.mark.parametrize("case", NO_TARS)
+    def test_a_dataset_with_it(self, tmp_path, caplog, case):
+        make, reason = NO_TARS[case]
+        tar(tmp_path / "0.tar", "a.png", "a.txt")
+        make(tmp_path / "1.tar")
+        read = partial(records_of, dataset_name=str(tmp_path), image_column="png", caption_column="txt")
+        if "no tar file" in reason:
+            with pytest.raises(UserError, match=rf"1\.tar {re.escape(reason)}; take it out of the folder"):
+                read()
+        else:
+            assert len(read()) == 1
+            assert f"1.tar {reason.replace('hold ', 'holds ')}" in caplog.text
+
+    def test_a_tar_within_a_tar(self, tmp_path, caplog):
+        tar(tmp_path / "0.tar", "inner.tar", "b.zip")
+        with pytest.raises(
+            UserError, match=r"there are no images .*: an archive within a shard is not read; unpack it"
+        ):
+            records_of(tmp_path)
+        tar(tmp_path / "1.tar", "a.png", "a.txt")
+        assert keys(records_of(tmp_path)) == ["1.tar/a.png"]
+        assert "2 files are not read, such as 0.tar/inner.tar: an archive within a shard" in caplog.text
+
+    def test_shards_without_files_alone(self, tmp_path):
+        for name in "01":
+            tar(tmp_path / f"{name}.tar")
+        with pytest.raises(UserError, match=r"0\.tar, 1\.tar hold no files; fetch them again"):
+            records_of(tmp_path)
+
+
 class TestSeries:
     @pytest.mark.parametrize(
         ("there", "told"),
@@ -363,6 +502,18 @@ class TestSeries:
             (["a01of11.tar", "a10of11.tar", "a11of11.tar"], "missing: a02of11.tar, a03of11.tar, a04of11.tar, ...;"),
             (["0_of_10.tar"], "missing: 1_of_10.tar, 2_of_10.tar, 3_of_10.tar, ...;"),
             (["x-00000-of-00002.tar", "y-00001-of-00002.tar"], "missing: x-00001-of-00002.tar"),
+            (
+                ["data_0.parquet", "data_1.parquet", "data_3.parquet"],
+                "of the 4 .* 1 are left out, missing: data_2.parquet",
+            ),
+            (["s-000000.parquet", "s-000002.parquet"], "missing: s-000001.parquet;"),
+            (["a/7.tar", "a/9.tar", "a/10.tar"], "from a/7.tar to a/10.tar 1 are left out, missing: a/8.tar;"),
+            (
+                ["0.tar", "0 (1).tar"],
+                r"1 files are called as copies of others, such as 0 \(1\).tar of 0.tar; take them out",
+            ),
+            (["a.parquet", "a(2).parquet"], r"such as a\(2\).parquet of a.parquet"),
+            (["a.parquet", "a copy.parquet", "a - Copy (2).parquet"], "2 files are called as copies of others"),
         ],
     )
     @pytest.mark.parametrize("streaming", [False, True])
@@ -383,7 +534,10 @@ class TestSeries:
             ["train-00000-of-00002-0123456789abcdef.parquet", "train-00001-of-00002-fedcba9876543210.parquet"],
             ["1-of-2.parquet", "2-of-2.parquet"],
             ["train-00000-of-00001.parquet", "test-00000-of-00002.parquet"],
-            ["s-000000.parquet", "s-000002.parquet"],
+            ["s-000000.parquet", "s-000007.parquet", "s-000100.parquet"],
+            ["data_1 (1).parquet", "data_2.parquet"],
+            ["copy.parquet", "a copy.parquet"],
+            ["2019.parquet", "2020-v2.parquet"],
             ["profound-12.parquet", "of-3.parquet"],
             ["top10of100.parquet", "best5of9.parquet"],
             ["10of50.parquet", "7-of-3.parquet"],
@@ -395,6 +549,7 @@ class TestSeries:
             parquet(tmp_path / name)
         assert len(records_of(**{flag: str(tmp_path)}))
         assert "missing" not in caplog.text
+        assert "copies" not in caplog.text
 
     def test_a_single_shard_and_shards_of_a_dataset(self, tmp_path, caplog):
         parquet(tmp_path / "train-00000-of-00002.parquet")

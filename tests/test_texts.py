@@ -4,6 +4,7 @@ import bz2
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -13,15 +14,18 @@ import tarfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from utils.config.options import UserError
 from utils.data.captions import MAX_CAPTION, CaptionOptions, is_written_list
 from utils.data.options import BucketOptions, SelectionOptions
 from utils.data.plan import PlannedImages, plan_images
-from utils.data.source_options import DataOptions, SourceOptions, source_entries
+from utils.data.source_options import ColumnLabels, DataOptions, LabelledSource, SourceOptions, source_entries
 from utils.data.sources import Records, read_records
+from utils.data.stream import Lane, open_stream
 from utils.data.survey import survey
 from utils.training.preparation import say_what_was_left_out
 
@@ -43,6 +47,19 @@ def records_of(folder: Path, captions: CaptionOptions | None = None, **options) 
 def found(records: Records) -> dict[str, tuple[str, ...]]:
     """Captions by key."""
     return {records.key(index): records.captions(index) for index in range(len(records))}
+
+
+def write_list(file: Path, captions: dict[str, str]) -> None:
+    """A list of images with a caption each, in the form that its name says."""
+    rows = [{"file_name": name, "text": text} for name, text in captions.items()]
+    if file.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), file)
+    elif file.name == "captions.json":
+        file.write_text(json.dumps(captions))
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        file.write_text("".join(f"{name},{text}\n" for name, text in [("file_name", "text"), *captions.items()]))
 
 
 def planned(records: Records, folder: Path) -> PlannedImages:
@@ -376,10 +393,48 @@ class TestCaptionFiles:
     def test_captions_beside_images_that_a_list_names_are_counted(self, tmp_path, caplog):
         caplog.set_level(logging.INFO)
         make_pictures(tmp_path, "0.png", "1.png")
-        (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a\n1.png,b\n")
-        (tmp_path / "0.txt").write_text("not a")
-        assert found(records_of(tmp_path)) == {"0.png": ("a",), "1.png": ("b",)}
+        (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a  b\n1.png,b\n")
+        (tmp_path / "0.txt").write_text("a b\n")
+        assert found(records_of(tmp_path)) == {"0.png": ("a  b",), "1.png": ("b",)}
         assert "captions are read from metadata.csv; 1 beside images are not, such as 0.txt" in caplog.text
+        assert "WARNING" not in caplog.text
+
+    @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.json"])
+    def test_captions_beside_images_that_contradict_a_list_are_named(self, tmp_path, caplog, name):
+        make_pictures(tmp_path, *(f"{number}.png" for number in range(5)))
+        listed = {"0.png": "a", "1.png": "b", "2.png": "c", "3.png": "", "4.png": "e"}
+        write_list(tmp_path / name, listed)
+        beside = {"0.txt": "other", "1.txt": "b", "2.json": '{"width": 5}', "3.caption": "only here", "4.txt": ""}
+        for file, text in beside.items():
+            (tmp_path / file).write_text(text)
+        records_of(tmp_path)
+        told = f"2 images have other captions in {name} than in a file beside them; {name} is used, such as for 0.png"
+        assert f"--train_data_dir {tmp_path}: {told} and not 0.txt" in caplog.text
+        if name == "metadata.jsonl":
+            read_records(DataOptions(), SourceOptions(dataset_name=str(tmp_path)), CaptionOptions(), 0)
+            assert f"--dataset_name {tmp_path}: {told} and not 0.txt" in caplog.text
+
+    def test_labels_in_a_list_are_not_compared_with_captions(self, tmp_path, caplog):
+        make_pictures(tmp_path, "0.png")
+        write_list(tmp_path / "metadata.csv", {"0.png": "cat"})
+        (tmp_path / "0.txt").write_text("a photo of a cat")
+        source = LabelledSource(train_data_dir=str(tmp_path), caption_column="text")
+        read_records(DataOptions(), source, ColumnLabels(), 0)
+        assert "other captions" not in caplog.text
+
+    @pytest.mark.parametrize(
+        ("text", "told"), [("a", ""), ("other", "1 images have other captions in metadata.csv than")]
+    )
+    def test_metadata_beside_a_captions_json(self, tmp_path, caplog, text, told):
+        make_pictures(tmp_path, "0.png", "1.png")
+        write_list(tmp_path / "captions.json", {"0.png": "a", "1.png": "b"})
+        write_list(tmp_path / "metadata.csv", {"0.png": text})
+        assert found(records_of(tmp_path)) == {"0.png": ("a",), "1.png": ("b",)}
+        assert told in caplog.text
+        assert bool(told) == ("other captions" in caplog.text)
+        (tmp_path / "metadata.csv").write_text("file_name,caption\n0.png,a\n")
+        records_of(tmp_path)
+        assert "metadata.csv can't be compared with it: --caption_column text is not a column" in caplog.text
 
     def test_a_captions_json_is_read_so_too(self, tmp_path):
         make_pictures(tmp_path, "0.png", "1.png")
@@ -566,6 +621,69 @@ def bomb() -> str:
     return "\n".join(lines + [f"- &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)])
 
 
+BLANKS = ["", " ", "\n\n", "\u200b", "\xa0", "\u200b \u2060", None]
+
+
+class TestBlankCaptions:
+    """In every format a blank text is no caption."""
+
+    def columns(self, blank: object) -> pa.Table:
+        picture = io.BytesIO()
+        Image.new("RGB", (40, 40)).save(picture, "PNG")
+        images = pa.array([picture.getvalue()] * 2, pa.binary())
+        return pa.table({"image": images, "text": pa.array([blank, "a"], pa.string())})
+
+    def write(self, folder: Path, kind: str, blank: str | None) -> None:
+        """Two images, of which the second has the caption a."""
+        if kind in ("parquet", "dataset"):
+            parquet.write_table(self.columns(blank), folder / "train.parquet")
+            return
+        if kind == "tar":
+            members = {"0.png": png(), "0.txt": (blank or "").encode(), "1.png": png(), "1.txt": b"a"}
+            write_tar(folder / "a.tar", members)
+            return
+        make_pictures(folder, "0.png", "1.png")
+        if kind.startswith("."):
+            text = blank or ""
+            contents = {
+                ".json": json.dumps(blank),
+                ".list.json": json.dumps([blank]),
+                ".map.json": json.dumps({"text": blank}),
+            }
+            suffix = ".json" if "json" in kind else kind
+            (folder / f"0{suffix}").write_text(contents.get(kind, text))
+            (folder / f"1{suffix}").write_text('"a"' if suffix == ".json" else "a")
+        elif kind == "metadata.csv":
+            (folder / kind).write_text(f'file_name,text\n0.png,"{blank or ""}"\n1.png,a\n')
+        else:
+            write_list(folder / kind, {"0.png": blank, "1.png": "a"})
+
+    @pytest.mark.parametrize("blank", BLANKS)
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            *(".txt", ".caption", ".json", ".list.json", ".map.json", "metadata.jsonl", "metadata.csv"),
+            *("metadata.parquet", "captions.json", "parquet", "dataset", "tar"),
+        ],
+    )
+    def test_a_blank_caption_is_none(self, tmp_path, kind, blank):
+        self.write(tmp_path, kind, blank)
+        flag = "dataset_name" if kind == "dataset" else "train_data_dir"
+        options = CaptionOptions(on_missing_caption="empty")
+        records = read_records(DataOptions(), SourceOptions(**{flag: str(tmp_path)}), options, 0)
+        assert list(records.all_captions()) == [(), ("a",)]
+
+    @pytest.mark.parametrize("blank", BLANKS)
+    @pytest.mark.parametrize("kind", ["parquet", "tar"])
+    def test_in_streams_too(self, tmp_path, kind, blank):
+        self.write(tmp_path, kind, blank)
+        options = CaptionOptions(on_missing_caption="error")
+        source = SourceOptions(train_data_dir=str(tmp_path))
+        stream = open_stream(DataOptions(streaming=True), source, options, 32, BucketOptions())
+        with pytest.raises(UserError, match="has no caption"):
+            list(itertools.islice(Lane(stream, 0, 1, 2, 0).groups(), 2))
+
+
 class TestDatasetFile:
     @pytest.mark.parametrize(
         ("content", "named"),
@@ -576,13 +694,12 @@ class TestDatasetFile:
             ("- train_data_dir: [a, [b]]", r"source 1: train_data_dir must be one value, got \['a', \['b'\]\]"),
             ("- {train_data_dir: x, repeats: " + "9" * 1000 + "}", "a number of 1000 digits"),
             ("- {train_data_dir: x, repeats: 2020-01-01}", "'repeats': '2020-01-01' is a date to YAML"),
-            ("- {train_data_dir: x, trigger_word: 007}", "'trigger_word': '007' is the number 7 .* quote it .\"007\""),
-            (
-                "- {train_data_dir: x, trigger_word: 7}",
-                'trigger_word must be .* got 7; a text stands in quotes: .*: "7"',
-            ),
-            ("- {train_data_dir: x, trigger_word: true}", "got True; a text stands in quotes"),
-            ("- {train_data_dir: x, name: no}", "'name': 'no' is false to YAML"),
+            ("- {train_data_dir: x, shuffle_tags: 7}", "shuffle_tags must be bool, got 7"),
+            ("- train_data_dir: x\n  trigger_word: #sks\n", "'trigger_word': '#sks' is a comment to YAML; quote it"),
+            ("- {train_data_dir: x, caption_prefix: Null}", "'caption_prefix': 'Null' is nothing to YAML"),
+            ("- {train_data_dir: x, 0x1F: 1}", "source 1: 0x1F is unknown"),
+            ("- {train_data_dir: x, =: 1}", "source 1: = is unknown"),
+            ("- {train_data_dir: x, <<: 1}", "expected a mapping or list of mappings for merging"),
             ("- {train_data_dir: x, keep_tokens: 010}", "'keep_tokens': '010' is the number 8 to YAML"),
             ("- {train_data_dir: x, ? [a] : b}", "unhashable key"),
             ("- {? {a: b} : b}", "unhashable key"),
@@ -615,6 +732,15 @@ class TestDatasetFile:
         (entry,) = source_entries(data, SourceOptions(), CaptionOptions())
         assert entry.captions.shuffle_tags
         assert not entry.source.folder_repeats
+
+    def test_texts_are_texts_as_they_stand(self, tmp_path):
+        make_pictures(tmp_path / "2024", "0.png")
+        text = "- {train_data_dir: 2024, trigger_word: 0x1F, name: no, caption_prefix: 1.50, caption_suffix: null}\n"
+        (tmp_path / "sources.yaml").write_text(text)
+        data = DataOptions(dataset_file=str(tmp_path / "sources.yaml"))
+        (entry,) = source_entries(data, SourceOptions(), CaptionOptions())
+        assert (entry.name, entry.captions.trigger_word, entry.captions.caption_prefix) == ("no", "0x1F", "1.50")
+        assert entry.captions.caption_suffix is None
 
     def test_each_source_has_its_encoding_and_the_file_its_own(self, tmp_path, caplog):
         for name in ("红色", "b"):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -17,12 +17,13 @@ from PIL import Image
 from torch import nn
 
 from tests import tiny
-from tests.conftest import message
+from tests.conftest import message, mostly_slow
 from tests.test_equivalences import assert_same_bits, losses, weights
 from utils.config.options import UserError
-from utils.data.class_folders import describe_counts, warn_of_twins
+from utils.data.captions import CaptionOptions
+from utils.data.class_folders import describe_counts, recorded_folders, warn_of_twins
 from utils.data.class_labels import class_numbers, count_classes, listed_numbers
-from utils.data.source_options import DataOptions, LabelledSource, LabelOptions
+from utils.data.source_options import DataOptions, LabelledSource, LabelOptions, SourceOptions
 from utils.data.sources import read_records
 from utils.diffusion.losses import loss_weights, weighted_loss
 from utils.diffusion.noise import NoiseDraws, timestep_weights
@@ -33,6 +34,7 @@ from utils.models.from_scratch import unet_config
 from utils.models.options import ShapeOptions
 from utils.models.unconditional import fresh_scheduler
 from utils.sampling.grid_samples import film
+from utils.training.checkpoint import read_state
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--learning_rate", 1e-3)
@@ -749,10 +751,68 @@ def test_classes_within_shards(tmp_path):
     assert set(class_records(tmp_path / "b").values()) == {"b"}
 
 
+INVISIBLE = ["\u200b", "\ufeff", "\u200f", "\xad", "\xa0", " ", "\u2060"]
+
+
+@pytest.mark.parametrize("mark", INVISIBLE)
+@pytest.mark.parametrize("is_column", [True, False])
+def test_what_is_not_shown_sets_no_classes_apart(tmp_path, caplog, mark, is_column):
+    names = ("cat", f"cat{mark}", f"{mark}dog", "a b", "a\xa0b")
+    if is_column:
+        touch_images(tmp_path, *(f"{number}.png" for number in range(5)))
+        rows = [{"file_name": f"{number}.png", "kind": name} for number, name in enumerate(names)]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        touch_images(tmp_path, *(f"{name}/{number}.png" for number, name in enumerate(names)))
+    source = LabelledSource(train_data_dir=str(tmp_path), caption_column="kind" if is_column else None)
+    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).captions(source), 0)
+    assert count_classes(records) == {"cat": 2, "dog": 1, "a b": 2}
+    told = [line for line in caplog.messages if "characters that are not shown" in line]
+    assert len(told) == 1
+    assert "'a b' and 'a\\xa0b' as 'a b'" in told[0]
+
+
+def test_joiners_that_letters_and_emoji_need_stay(tmp_path, caplog):
+    man, woman, persian = "\U0001f468", "\U0001f469", "\u0645\u06cc"
+    names = (f"{man}\u200d{woman}", f"{man}{woman}", f"{persian}\u200c\u062e", f"{persian}\u062e", "\u200b")
+    touch_images(tmp_path, *(f"{name}/{number}.png" for number, name in enumerate(names)))
+    assert set(class_records(tmp_path).values()) == set(names)
+    assert not caplog.records
+
+
+def test_folders_called_tar_are_classes(tmp_path):
+    touch_images(tmp_path, "cat.tar/0.png", "dog.tar/1.png", "mouse/2.png")
+    assert set(class_records(tmp_path).values()) == {"cat.tar", "dog.tar", "mouse"}
+    source = SourceOptions(train_data_dir=str(tmp_path))
+    records = read_records(DataOptions(), source, CaptionOptions(on_missing_caption="folder"), 0)
+    assert {records.captions(row)[0] for row in range(3)} == {"cat.tar", "dog.tar", "mouse"}
+
+
+@pytest.mark.parametrize("ending", ["cls", ".CLS", "label.txt"])
+def test_labels_that_are_members_of_shards(tmp_path, ending):
+    import io
+    import tarfile
+
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    labels = [b"3", b"03\n", b" cat", b"cat\r\n", b"\xef\xbb\xbfcat"]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, label in enumerate(labels):
+            members = (("png", image.getvalue()), (ending.strip(".").lower(), label), ("txt", b"a caption"))
+            for suffix, content in members:
+                info = tarfile.TarInfo(f"{number}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    source = LabelledSource(train_data_dir=str(tmp_path), caption_column=ending)
+    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).captions(source), 0)
+    is_number = ending != "label.txt"
+    assert count_classes(records) == ({"3": 2, "cat": 3} if is_number else {"3": 1, "03": 1, "cat": 3})
+
+
 def test_one_text_is_one_class_and_twins_are_named(tmp_path, caplog):
     touch_images(tmp_path, "caf\u00e9/0.png", "cafe\u0301/1.png", "cat/0.png", "cat /0.png")
     assert set(class_records(tmp_path).values()) == {"caf\u00e9", "cat"}
-    assert r"'caf\xe9' and 'cafe\u0301'; 'cat ' and 'cat'" in caplog.text
+    assert r"'caf\xe9' and 'cafe\u0301' as 'café'; 'cat ' and 'cat' as 'cat'" in caplog.text
     caplog.clear()
     warn_of_twins(["Cat", "cat", "golden retriever", "golden_retriever", "1", "01", "dog"])
     assert "3 groups of classes differ only in" in caplog.text
@@ -1201,6 +1261,56 @@ def test_a_model_whose_classes_had_another_spelling_goes_on(train, tmp_path, mon
         train("labels", *flags, data=data)
     out = train("labels", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", data=data)
     assert load(out).labels == {"caf\u00e9": 0, "caff": 1, "cat": 2}
+
+
+EARLIER_FOLDERS = {
+    "twins": (("cafe\u0301", "caf\u00e9", "dog"), {"cafe\u0301", "caf\u00e9", "dog"}),
+    "loose": ((".", "cat", "dog"), {"data", "cat", "dog"}),
+    "two places": (("a/x", "b/x", "c/y"), {"x", "y"}),
+    "all": ((".", "a/x", "b/x", "cafe\u0301", "caf\u00e9", "dog "), {"data", "x", "cafe\u0301", "caf\u00e9", "dog "}),
+}
+
+
+@pytest.mark.parametrize("case", mostly_slow(EARLIER_FOLDERS, "twins"))
+def test_a_model_of_folders_that_are_refused_today_goes_on(train, tmp_path, monkeypatch, case):
+    names, classes = EARLIER_FOLDERS[case]
+    data = put_classes(tmp_path / "data", *names)
+    flags = [*SHORT, "--class_conditional", "--checkpointing_steps", 2]
+    with monkeypatch.context() as earlier:
+        for module in ("train_unconditional", "utils.data.class_labels", "utils.data.class_folders"):
+            earlier.setattr(f"{module}.same_text", lambda name: name)
+        by_own_name = {folder: PurePosixPath(folder).name or "data" for folder in ("", *names)}
+        earlier.setattr("utils.data.class_labels.names_of_folders", lambda *_: by_own_name)
+        out = train("labels", *flags, data=data)
+    assert set(read_state(out / "checkpoint-2").facts.structure["classes"]) == classes
+    train("labels", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", data=data)
+
+
+@pytest.mark.parametrize(
+    ("folders", "recorded", "names"),
+    [
+        (("cafe\u0301", "caf\u00e9"), ["cafe\u0301", "caf\u00e9"], ["cafe\u0301", "caf\u00e9"]),
+        (("cafe\u0301", "caf\u00e9"), ["caf\u00e9"], None),
+        (("cafe\u0301", "dog"), ["cafe\u0301", "dog"], None),
+        (("", "cat", "dog"), ["cat", "data", "dog"], ["data", "cat", "dog"]),
+        (("", "cat", "dog"), ["cat", "other", "dog"], None),
+        (("a/x", "b/x", "c/y"), ["x", "y"], ["x", "x", "y"]),
+        (("a/x", "b/x", "c/y"), ["a", "b", "c"], None),
+        (("a/x", "b/x", "c/y"), [], None),
+        (("cat/p", "cat/s", "dog"), ["p", "s", "dog"], None),
+    ],
+)
+def test_the_classes_of_a_checkpoint_decide_where_its_release_named_them_so(folders, recorded, names):
+    """None leaves it to today's rule."""
+    found = recorded_folders(dict.fromkeys(folders, 2), recorded, "", "data")
+    assert found == (None if names is None else dict(zip(folders, names, strict=True)))
+
+
+def test_labels_of_a_column_that_were_twins_stay_so():
+    options, twins = LabelOptions(class_conditional=True), ("cafe\u0301", "caf\u00e9")
+    source = LabelledSource(train_data_dir=".", caption_column="kind")
+    assert options.captions(source, twins).of(twins) == twins
+    assert options.captions(source, twins[:1]).of(twins) == twins[1:]
 
 
 def test_names_that_tables_write_for_nothing_are_classes(tmp_path, caplog):

@@ -192,7 +192,6 @@ class TestStructured:
             ("x: 1_000", "'x': '1_000' is the number 1000 to YAML"),
             ("x: No", "'x': 'No' is false to YAML"),
             ("x: {y: [a, on]}", "'y': 'on' is true to YAML"),
-            ("off: 1", "'off' is false to YAML"),
             ("- 1:30", "'1:30' is the number 90 to YAML"),
             ("x: !!timestamp z", ""),
             ("x: !!set [1]", ""),
@@ -229,6 +228,67 @@ class TestStructured:
     def test_a_value_under_several_keys_is_held_against_each(self, text, told):
         with pytest.raises(FileError, match=told):
             parse_yaml(text, "", {"a"})
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "7",
+            "007",
+            "0x1F",
+            "1.50",
+            "1e5",
+            "true",
+            "No",
+            "2001-01-01",
+            "1:30",
+            "1_000",
+            "=",
+            "<<",
+            ".inf",
+            "C#",
+            "a#b",
+        ],
+    )
+    def test_a_plain_value_is_the_text_that_stands_there_where_a_text_is_expected(self, text):
+        assert parse_yaml(f"a: {text}\nb: [{text}, x]", "", texts={"a", "b"}) == {"a": text, "b": [text, "x"]}
+        assert parse_yaml(f"a: &x {text}\nb: *x", "", texts={"a", "b"}) == {"a": text, "b": text}
+        assert parse_yaml(f"a:\n  {text} # said\nb: '{text}' #x", "", texts={"a", "b"}) == {"a": text, "b": text}
+
+    @pytest.mark.parametrize("text", ["", " null", " ~", " # to do", "\n# to do", " null # to do"])
+    def test_nothing_is_nothing_where_a_text_is_expected(self, text):
+        assert parse_yaml(f"a:{text}\nb: 1", "", texts={"a"}) == {"a": None, "b": 1}
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("a: #sks", r"'a': '#sks' is a comment to YAML; quote it \(\"#sks\"\), or leave the key out: line 1"),
+            ("- a:    #\n  b: 1", r"'a': '#' is a comment to YAML"),
+            ("a: Null", r"'a': 'Null' is nothing to YAML; .*quote it \(\"Null\"\); else write null plainly"),
+            ("a: &x NULL\nb: *x", "'a' and 'b': 'NULL' is nothing to YAML"),
+        ],
+    )
+    def test_texts_that_yaml_takes_for_nothing_are_named(self, text, told):
+        with pytest.raises(FileError, match=told):
+            parse_yaml(text, "", texts={"a", "b"})
+
+    def test_a_text_that_a_comment_may_have_cut_is_named(self, caplog):
+        assert parse_yaml("a: photo of #sks  \nb: 1 #x\nc: x # y", "f", texts={"a", "c"}) == {
+            "a": "photo of",
+            "b": 1,
+            "c": "x",
+        }
+        (told,) = caplog.messages
+        cure = 'if that is part of the text, quote it: "photo of #sks"'
+        assert told == f"f: 'a': 'photo of' is followed by a comment, '#sks'; {cure}"
+
+    @pytest.mark.parametrize("key", ["1", "0x1F", "yes", "null", "~", "=", "2001-01-01", "1.50"])
+    def test_plain_keys_are_texts(self, key):
+        assert parse_yaml(f"{key}: 1", "") == {key: 1}
+
+    def test_the_cure_quotes_a_value_so_that_yaml_reads_it(self):
+        for value in ("1:30", "0_1"):
+            with pytest.raises(FileError, match=rf"quote it \(\"{value}\"\)"):
+                parse_yaml(f"a: {value}", "")
 
     def test_aliases_in_bounds_are_fine(self):
         assert parse_yaml("a: &a {k: 1}\nb: {<<: *a, l: 2}\nc: *a", "") == {

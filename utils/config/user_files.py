@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import reprlib
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from utils.config.options import UserError, first_line, require
 
+logger = logging.getLogger(__name__)
 TEXT_LIMIT = 1 << 30  # bytes of a file that lists images or prompts
 CONFIG_LIMIT = 16 << 20  # bytes of a config
 YAML_LIMIT = 1 << 20
@@ -50,6 +52,11 @@ NO_TEXT_CODECS = {"idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "unde
 HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 CONTROL = re.compile("[\x00-\x08\x0e-\x19\x1b-\x1f\x7f-\x84\x86-\x9f]")
+
+NOT_SHOWN = re.compile(  # marks without a width, but for the joiners and tags that make other letters and emoji
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufeff\ufff9-\ufffb]"
+)
 
 
 class FileError(UserError, ValueError):
@@ -526,6 +533,11 @@ def read_text(path: str | os.PathLike, limit: int = TEXT_LIMIT, encoding: str | 
         raise FileError(path, first_line(error)) from error
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: it is empty, or of white space and characters that are not shown."""
+    return not text.strip() or not NOT_SHOWN.sub("", text).strip()
+
+
 def plain_spelling(name: str) -> str:
     """A name without what people write in several ways: capitals, spaces, underscores and hyphens."""
     return re.sub(r"[\s_-]", "", name).casefold()
@@ -639,11 +651,12 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def parse_yaml(text: str, where: object, booleans: Collection[str] = ()) -> Any:
-    """What YAML holds, with plain Python types alone.
+def parse_yaml(text: str, where: object, booleans: Collection[str] = (), texts: Collection[str] = ()) -> Any:
+    """What YAML holds, with plain Python types alone; plain keys are texts as they stand.
 
     Args:
         booleans: keys whose values are true or false, which may be written yes, no, on and off too.
+        texts: keys whose plain values are texts as they stand, or nothing: empty, null or ~.
 
     Raises:
         FileError: naming `where` it stands and the line, if it is none, has aliases that expand beyond bounds or refer
@@ -654,7 +667,7 @@ def parse_yaml(text: str, where: object, booleans: Collection[str] = ()) -> Any:
 
     try:
         _check_yaml(text)
-        return yaml.load(text, Loader=_yaml_loader(booleans))
+        return yaml.load(text, Loader=_yaml_loader(text, where, booleans, texts))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f": line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -697,6 +710,8 @@ def _check_yaml(text: str) -> None:
 
 
 A_DATE = "a date"
+NOTHING = ("", "~", "null")  # as YAML writes it where a text may stand
+NO_SPACE = re.compile(r"[ \t]+(#(?:\S.*|$))")  # what may be meant as text, as no space stands behind the mark
 AS_WRITTEN = {  # plain YAML values that every version reads alike, by the ends of their tags
     "bool": re.compile(r"true|false", re.IGNORECASE),
     "int": re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+"),
@@ -705,7 +720,12 @@ AS_WRITTEN = {  # plain YAML values that every version reads alike, by the ends 
 }
 
 
-def _yaml_loader(booleans: Collection[str]) -> type:
+def _in_quotes(text: str) -> str:
+    """A text as YAML reads it whole."""
+    return "'" + text.replace("'", "''") + "'" if '"' in text or "\\" in text else f'"{text}"'
+
+
+def _yaml_loader(source: str, where: object, booleans: Collection[str], texts: Collection[str]) -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -716,22 +736,57 @@ def _yaml_loader(booleans: Collection[str]) -> type:
             self._keys: dict[yaml.Node, set[str]] = {}  # of each value by aliases several; "" where it is a key itself
 
         def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-            if isinstance(node, yaml.ScalarNode) and node.style is None and (surprise := self._surprise(node)):
-                keys = " and ".join(short(key) for key in sorted(self._keys.get(node, ())) if key)
-                reason = f"{f'{keys}: ' if keys else ''}{short(node.value)} is {surprise} to YAML"
-                cure = f'if it is meant as it stands, quote it ("{node.value:.40}")'
-                cure += "" if surprise == A_DATE else f"; else write {surprise} plainly"
-                raise yaml.MarkedYAMLError(None, None, f"{reason}; {cure}", node.start_mark)
+            if isinstance(node, yaml.ScalarNode) and node.style is None and self._is_implied(node):
+                keys = self._keys.get(node, set())
+                if keys == {""}:
+                    return node.value
+                if keys and keys.issubset(texts):
+                    return self._text(node)
+                self._refuse_surprise(node)
             return super().construct_object(node, deep)
+
+        def _is_implied(self, node: yaml.ScalarNode) -> bool:
+            return self.resolve(type(node), node.value, (True, False)) == node.tag
+
+        def _text(self, node: yaml.ScalarNode) -> str | None:
+            """A plain value as it stands, where a text is expected."""
+            keys = self._named(node)
+            comment = NO_SPACE.match(source[node.end_mark.index :].partition("\n")[0])
+            if comment is not None and not node.value:
+                cure = f"quote it ({_in_quotes(comment[1].rstrip())}), or leave the key out"
+                problem = f"{keys}{short(comment[1].rstrip())} is a comment to YAML; {cure}"
+                raise yaml.MarkedYAMLError(None, None, problem, node.end_mark)
+            if comment is not None:
+                whole = _in_quotes(f"{node.value}{comment[0].rstrip()}")
+                told = "%s: %s%s is followed by a comment, %s; if that is part of the text, quote it: %s"
+                logger.warning(told, where, keys, short(node.value), short(comment[1].rstrip()), whole)
+            if node.tag.endswith(":null"):
+                if node.value in NOTHING:
+                    return None
+                self._refuse(node, "nothing", "null")
+            return node.value
+
+        def _refuse_surprise(self, node: yaml.ScalarNode) -> None:
+            """Refuses a plain value of which YAML makes something else than is written."""
+            surprise = self._surprise(node)
+            if surprise:
+                self._refuse(node, surprise, "" if surprise == A_DATE else surprise)
+
+        def _refuse(self, node: yaml.ScalarNode, surprise: str, plainly: str) -> None:
+            cure = f"if it is meant as it stands, quote it ({_in_quotes(node.value)})"
+            cure += f"; else write {plainly} plainly" if plainly else ""
+            problem = f"{self._named(node)}{short(node.value)} is {surprise} to YAML; {cure}"
+            raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+
+        def _named(self, node: yaml.ScalarNode) -> str:
+            keys = " and ".join(short(key) for key in sorted(self._keys.get(node, ())) if key)
+            return f"{keys}: " if keys else ""
 
         def _surprise(self, node: yaml.ScalarNode) -> str:
             """What YAML 1.1 makes of a plain value that is written as something else, else ""."""
-            kind, is_implied = (
-                node.tag.rpartition(":")[2],
-                self.resolve(type(node), node.value, (True, False)) == node.tag,
-            )
+            kind = node.tag.rpartition(":")[2]
             pattern = AS_WRITTEN.get(kind)
-            if pattern is None or not is_implied or pattern.fullmatch(node.value):
+            if pattern is None or pattern.fullmatch(node.value):
                 return ""
             if kind == "bool":
                 keys = self._keys.get(node, set())

@@ -60,7 +60,7 @@ class CaptionOptions:
         require_fraction(self, "tag_dropout", "caption_dropout")
         require(self.tag_separator != "", "tag_separator", "''", "not be empty", "the usual one is a comma")
 
-    def for_source(self, source: "SourceOptions") -> "CaptionOptions":
+    def for_source(self, source: "SourceOptions", recorded: Sequence[str] = ()) -> "CaptionOptions":
         """How the captions of a source are used: as asked, whatever the source is."""
         return self
 
@@ -72,22 +72,23 @@ class CaptionOptions:
         """Those by which a resumed run sees that they were edited."""
         return self.of(captions)
 
-    def settled(self, keys: Iterable[str], where: str, source: str) -> "CaptionOptions":
+    def settled(self, keys: Iterable[str], where: str, source: str, in_shards: bool = False) -> "CaptionOptions":
         """The same, of a source whose images are known.
 
         Args:
             keys: their names within the source.
             where: the source as it is named in messages.
             source: the name of its folder.
+            in_shards: whether the images are members of tar shards, which are parts of their names.
 
         Raises:
             UserError: if the images' folders don't say what they should.
         """
         return self
 
-    def of_folder(self, key: str, source: str) -> str:
+    def of_folder(self, key: str, source: str, in_shards: bool = True) -> str:
         """What stands for the caption of an image where its folder's name does."""
-        return folder_caption(key, source)
+        return folder_caption(key, source, in_shards)
 
     @property
     def joiner(self) -> str:
@@ -105,6 +106,16 @@ def refusal_of(captions: Sequence[str]) -> str:
     """Why an image can't be trained on with these captions, or ""; a tokenizer takes minutes for some megabytes."""
     longest = max(map(len, captions), default=0)
     return f"its caption has {longest:,} characters; at most {MAX_CAPTION:,} are read" if longest > MAX_CAPTION else ""
+
+
+def say_the_same(first: Iterable[str], second: Iterable[str]) -> bool:
+    """Whether captions are the same texts, in whatever order and with whatever white space between their words."""
+    return _words(first) == _words(second)
+
+
+def _words(captions: Iterable[str]) -> set[str]:
+    lines = (" ".join(line.split()) for caption in captions for line in caption.splitlines())
+    return set(filter(None, lines))
 
 
 def is_written_list(caption: str) -> bool:
@@ -125,10 +136,14 @@ def is_written_list(caption: str) -> bool:
     return re.compile(rf"{quote}\s*{mark}").search(inner, 1) is not None
 
 
-def folder_caption(key: str, source: str) -> str:
-    """The name of an image's folder, or of its source if it lies at its top; kohya's `10_name` is `name`."""
+def folder_caption(key: str, source: str, in_shards: bool = True) -> str:
+    """The name of an image's folder, or of its source if it lies at its top; kohya's `10_name` is `name`.
+
+    Args:
+        in_shards: whether what ends with .tar is a shard; else it is a folder of that name.
+    """
     folders = [*PurePosixPath(source).parts[-1:], *PurePosixPath(key).parent.parts]
-    names = [name for name in folders if name not in ("", "images") and not name.endswith(".tar")]
+    names = [name for name in folders if name not in ("", "images") and not (in_shards and name.endswith(".tar"))]
     name = names[-1] if names else ""
     return FOLDER_REPEATS.sub("", name).strip() or name
 

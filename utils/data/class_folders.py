@@ -4,9 +4,10 @@ import logging
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 
 from utils.config.options import UserError
-from utils.config.user_files import plain_spelling
+from utils.config.user_files import NOT_SHOWN, plain_spelling
 from utils.data.folders import ALL_SPLIT_WORDS, class_folders_among
 from utils.data.source_options import INNER, OUTER
 
@@ -15,11 +16,41 @@ NUM_SHOWN = 5
 
 
 def same_text(name: str) -> str:
-    """A name in one Unicode normal form and without spaces around it: what is the same text is one class."""
-    return unicodedata.normalize("NFC", name).strip() or name
+    """A name as it is read: in one Unicode normal form, without characters that are not shown, each space one blank.
+
+    What is the same text is one class.
+    """
+    return " ".join(NOT_SHOWN.sub("", unicodedata.normalize("NFC", name)).split()) or name
 
 
-def names_of_folders(counts: Mapping[str, int], rule: str | None, where: str, source: str) -> dict[str, str]:
+def warn_of_spellings(where: str, names: Iterable[str]) -> None:
+    """Names classes that are written in several ways which look alike, or with characters that are not shown.
+
+    Args:
+        names: as they stand in the data.
+    """
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        spellings[same_text(name)].add(name)
+    odd = {
+        name: found
+        for name, found in spellings.items()
+        if len(found) > 1 or any(same_text(each) != unicodedata.normalize("NFC", each) for each in found)
+    }
+    if odd:
+        shown = "; ".join(
+            f"{' and '.join(sorted(map(ascii, found)))} as {name!r}" for name, found in [*odd.items()][:NUM_SHOWN]
+        )
+        logger.warning(
+            "%s: %d classes are written with other spaces, characters that are not shown, or in several Unicode normal "
+            "forms, and taken for one each: %s",
+            *(where, len(odd), shown),
+        )
+
+
+def names_of_folders(
+    counts: Mapping[str, int], rule: str | None, where: str, source: str, in_shards: bool = True
+) -> dict[str, str]:
     """The class of each folder of images, by its path.
 
     A split's folder and tar shards are no part of a class's path. Images that all lie in no folder are of one class,
@@ -31,13 +62,14 @@ def names_of_folders(counts: Mapping[str, int], rule: str | None, where: str, so
             differ. None for the inner one where the two don't contradict each other.
         where: what is read, as it is named in messages.
         source: the name of a class without a folder.
+        in_shards: whether a part of a path that ends with .tar is a shard; else it is a folder of that name.
 
     Raises:
         UserError: if some images lie in no folder while others do, or folders of one name lie in several places and no
             rule is given.
     """
     own = class_folders_among(counts)
-    paths = {folder: _class_path(folder, own) for folder in counts}
+    paths = {folder: _class_path(folder, own, in_shards) for folder in counts}
     loose = [folder for folder, path in paths.items() if not path]
     if len(loose) == len(paths):
         return dict.fromkeys(paths, source)
@@ -48,9 +80,49 @@ def names_of_folders(counts: Mapping[str, int], rule: str | None, where: str, so
     inner = {path: path[-1] for path in distinct}
     if rule is None:
         _check_inner(inner, outer, where)
-    _name_spellings(paths, where)
+    innermost = {folder: folder.rpartition("/")[2] for folder in counts}
+    warn_of_spellings(where, (name for folder, name in innermost.items() if paths[folder][-1] == same_text(name)))
     chosen = outer if rule == OUTER else inner
     return {folder: chosen[path] for folder, path in paths.items()}
+
+
+def recorded_folders(
+    counts: Mapping[str, int], recorded: Sequence[str], where: str, source: str, in_shards: bool = True
+) -> dict[str, str] | None:
+    """The class of each folder by the rule of earlier releases: a folder's own name, of images at the top the source's.
+
+    None where this does not give the recorded classes, or no other ones than today's rule, which comes first then.
+
+    Args:
+        counts, where, source, in_shards: as of `names_of_folders`.
+        recorded: the classes that a model was trained on.
+    """
+    names = {folder: PurePosixPath(folder).name or source for folder in counts}
+    if not has_twins(recorded):
+        names = {folder: same_text(name) for folder, name in names.items()}
+    known = set(recorded) if has_twins(recorded) else set(map(same_text, recorded))
+    found = set(names.values())
+    if not known or not (found <= known or found >= known) or _are_plain(counts, names, in_shards):
+        return None
+    logger.info(
+        "%s: each folder's own name is its class, as it was for the %d classes of the checkpoint",
+        *(where, len(recorded)),
+    )
+    return names
+
+
+def _are_plain(counts: Iterable[str], names: Mapping[str, str], in_shards: bool) -> bool:
+    """Whether today's rule gives these names without a doubt."""
+    own = class_folders_among(counts)
+    paths = {folder: _class_path(folder, own, in_shards) for folder in counts}
+    places = {path: path[-1] for path in paths.values() if path}
+    is_named = all(path and path[-1] == names[folder] for folder, path in paths.items())
+    return is_named and len(set(places.values())) == len(places)
+
+
+def has_twins(names: Sequence[str]) -> bool:
+    """Whether some names are the same text as others, which earlier releases took for classes of their own."""
+    return len(set(map(same_text, names))) < len(set(names))
 
 
 def describe_counts(names: Sequence[str], counts: Mapping[str, int]) -> str:
@@ -81,10 +153,11 @@ def _plain(name: str) -> str:
     return str(int(text)) if text.isdecimal() and len(text) < 300 else text or name
 
 
-def _class_path(folder: str, own: frozenset[str]) -> tuple[str, ...]:
+def _class_path(folder: str, own: frozenset[str], in_shards: bool) -> tuple[str, ...]:
     """The folders of a path that may say a class."""
     parts = [part for part in folder.split("/") if part not in ("", ".")]
-    shard = max((number for number, part in enumerate(parts) if part.lower().endswith(".tar")), default=None)
+    shards = [number for number, part in enumerate(parts) if in_shards and part.lower().endswith(".tar")]
+    shard = max(shards, default=None)
     if shard is not None:  # the folders within a shard say it, else those that it lies in
         parts = parts[shard + 1 :] or parts[:shard]
         return tuple(map(same_text, parts))
@@ -139,20 +212,6 @@ def _check_inner(inner: Mapping[tuple[str, ...], str], outer: Mapping[tuple[str,
             "%s: of nested folders the inner one names the class, such as %s of %s; --class_folders %s takes the outer "
             "one, such as %s",
             *(where, inner[path], "/".join(path), OUTER, outer[path]),
-        )
-
-
-def _name_spellings(paths: Mapping[str, tuple[str, ...]], where: str) -> None:
-    """Names folders that are one class though their names are not the same bytes."""
-    spellings: dict[tuple[str, ...], set[str]] = defaultdict(set)
-    for folder, path in paths.items():
-        spellings[path].add(folder.rpartition("/")[2])
-    alike = [found for found in spellings.values() if len({same_text(name) for name in found}) == 1 < len(found)]
-    if alike:
-        shown = "; ".join(" and ".join(sorted(map(ascii, found))) for found in alike[:NUM_SHOWN])
-        logger.warning(
-            "%s: taken for one class, as the names differ only in Unicode normal form or spaces around them: %s",
-            *(where, shown),
         )
 
 

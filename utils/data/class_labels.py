@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from utils.config.options import UserError
-from utils.data.class_folders import NUM_SHOWN
+from utils.data.class_folders import NUM_SHOWN, warn_of_spellings
+from utils.data.source_options import ColumnLabels
 from utils.data.sources import Records
 from utils.data.tables import captions_of
 
@@ -40,6 +41,10 @@ def labels_of(value: object, where: str) -> tuple[str, ...]:
 
 def count_classes(records: Records) -> Counter[str]:
     """How many images have each class."""
+    for source in records.sources:
+        if isinstance(source.captions, ColumnLabels):
+            names = {name for captions in source.table.all_captions() for name in captions}
+            warn_of_spellings(source.name, names if not source.captions.are_twins_apart else ())
     counts = Counter(records.first_captions())
     del counts[""]
     return counts

@@ -29,9 +29,9 @@ from utils.data.metadata import METADATA_NAMES, metadata_files
 from utils.data.parquet_files import Footer, is_binary, parquet_columns
 from utils.data.source_options import CAPTION_FILE
 from utils.data.tables import FileTable
+from utils.data.tar_shards import ARCHIVES, why_no_tar
 
 logger = logging.getLogger(__name__)
-ARCHIVES = (".zip", ".7z", ".rar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".cbz", ".cbr")
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".xlsx", ".xls", ".ods", ".parquet")
 LIST_WORDS = re.compile(r"meta_?data|captions?|labels?|prompts?|annotations?", re.IGNORECASE)
 DECORATION_WORDS = re.compile(
@@ -108,6 +108,8 @@ def _kinds(folder: Path, names: Sequence[str], image_column: str) -> _Kinds:
     parquet = [name for name in names if name.lower().endswith(".parquet") and name not in metadata]
     if parquet and (images or tars) and not any(holds_images(folder / name, image_column) for name in parquet):
         parquet = []  # tables of something else, which lie beside the data
+    if images or parquet:
+        tars = [name for name in tars if not why_no_tar(folder / name)]
     return _Kinds(images, {"parquet": parquet, "webdataset": tars}, _saved_datasets(names))
 
 
@@ -305,6 +307,8 @@ def _settle_leftovers(
     meant = []
     for name in leftovers:
         fate = _leftover(name, kind, stems, pictures)
+        if fate.word == OTHER and name.lower().endswith(".tar") and (reason := why_no_tar(listing.root / name)):
+            fate = Fate(NO_READER, reason)
         listing.fates.add(name, fate)
         stem, suffix = os.path.splitext(name)[0], _suffix(name)
         is_lone = kind in ("pairs", "captions_json") and suffix in unread and stem not in stems

@@ -7,6 +7,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import NamedTuple
 
 from utils.config.options import UserError, first_line
@@ -19,11 +20,11 @@ from utils.config.user_files import (
     short,
     size_text,
 )
-from utils.data.captions import MAX_CAPTION, refusal_of
+from utils.data.captions import MAX_CAPTION, refusal_of, say_the_same
 from utils.data.file_listing import CAPTION, METADATA, NO_READER, Fate, Fates, list_folder, warn_of_unread
 from utils.data.images import OPTIONAL_FORMATS, UNREAD_SUFFIXES, image_suffixes, unread_reason
 from utils.data.source_options import CAPTION_FILE
-from utils.data.tables import FileTable, ImageTable, captions_of
+from utils.data.tables import FileTable, ImageTable, captions_of, present
 
 logger = logging.getLogger(__name__)
 MAX_CAPTION_JSON = 1 << 20  # bytes of a JSON file beside an image, which holds other facts too
@@ -50,12 +51,14 @@ class FolderContent(NamedTuple):
         names: its files of the split that was read, or of none.
         used: what files beside the images were read or taken as, by their names.
         findings: what is to be said of the captions, a line each.
+        reading: arguments by which `datasets` reads its shards.
     """
 
     table: ImageTable | None
     names: Sequence[str]
     used: Mapping[str, str]
     findings: Sequence[str] = ()
+    reading: Mapping[str, object] = MappingProxyType({})
 
 
 def list_files(folder: Path) -> list[str]:
@@ -332,11 +335,8 @@ def read_pairs_folder(
         encoding: that of the captions, where the user says it.
     """
     names, num_of_none = of_split(names, split, folder_is_class=folder_is_class)
-    there: dict[str, list[str]] = defaultdict(list)
-    for name in filter(is_caption_file, names):
-        there[os.path.splitext(name)[0] + os.path.splitext(name)[1].lower()].append(name)
     images = list(filter(is_image, names))
-    beside = {name: found for name in images if (found := _pairs_of(name, there))}
+    beside = _files_beside(images, names)
     pairs = {name: found[0] for name, found in beside.items()}
     contents, broken = _read_caption_files(folder, pairs.values())
     texts = TextReader(encoding)
@@ -368,6 +368,35 @@ def _compare_files(
     return comparison
 
 
+def compare_with_list(
+    root: Path, captions: Mapping[str, Sequence[str]], names: Iterable[str], lists: str, encoding: str | None
+) -> list[str]:
+    """A line that counts the images whose caption files don't say what the list that is read says, or none.
+
+    Args:
+        captions: those of the list, by the images' paths within `root`.
+        names: the folder's files but for the list itself.
+        lists: the list, as it is named in messages.
+        encoding: that of the caption files, where the user says it.
+    """
+    beside = list(_files_beside(captions, names).items())
+    step = -(-len(beside) // MOST_COMPARED) if beside else 1
+    compared, comparison = beside[::step], CaptionComparison(len(beside), lists)
+    for begin in range(0, len(compared), NUM_TOGETHER):
+        some = [(image, found[0]) for image, found in compared[begin : begin + NUM_TOGETHER]]
+        contents, _ = _read_caption_files(root, [found for _, found in some])
+        comparison.add(some, captions, contents, TextReader(encoding))
+    return comparison.findings()
+
+
+def _files_beside(images: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
+    """The caption files of each image that has some; the first is the one that is read."""
+    there: dict[str, list[str]] = defaultdict(list)
+    for name in filter(is_caption_file, names):
+        there[os.path.splitext(name)[0] + os.path.splitext(name)[1].lower()].append(name)
+    return {name: found for name in images if (found := _pairs_of(name, there))}
+
+
 def _pairs_of(name: str, there: Mapping[str, Sequence[str]]) -> list[str]:
     """The caption files of an image, of which the first is read."""
     stem = os.path.splitext(name)[0]
@@ -390,11 +419,15 @@ def _read_caption_files(folder: Path, names: Iterable[str]) -> tuple[dict[str, b
 
 
 class CaptionComparison:
-    """Counts the images whose caption files do not say the same."""
+    """Counts the images whose captions in several places are not the same."""
 
-    def __init__(self, num_images: int | None = None):
-        """`num_images` are those with several caption files; None if all of them are compared."""
+    def __init__(self, num_images: int | None = None, lists: str = ""):
+        """`num_images` are those with captions in several places; None if all of them are compared.
+
+        `lists` is the list of captions that is read, as messages name it; "" where caption files alone are compared.
+        """
         self._num_images = num_images
+        self._lists = lists
         self._num_compared = self._num_differing = 0
         self._first: Sequence[str] = ()
 
@@ -408,15 +441,16 @@ class CaptionComparison:
         """Compares the caption files of some images.
 
         Args:
-            images: the names of each one's files, of which the first is read.
-            read: the captions in these first files; nothing of one that can't be read.
+            images: the names of each one's files, of which the first is read; the image's own in place of a list.
+            read: the captions that are read, by the first names; nothing of a file that can't be read.
             others: the bytes of the other files.
             texts: decodes them.
         """
         captions = captions_in(others, texts)[0]
         for first, *further in images:
             self._num_compared += 1
-            if any(captions.get(name) and captions[name] != read.get(first) for name in further):
+            used = read.get(first) or ()
+            if any(captions.get(name) and not say_the_same(captions[name], used) for name in further):
                 self._first = self._first or (first, *further)
                 self._num_differing += 1
 
@@ -426,6 +460,12 @@ class CaptionComparison:
             return []
         is_sample = self._num_images is not None and self._num_compared < self._num_images
         of = f" of {self._num_compared:,} compared" if is_sample else ""
+        if self._lists:
+            image, *further = self._first
+            return [
+                f"{self._num_differing:,} images{of} have other captions in {self._lists} than in a file beside them; "
+                f"{self._lists} is used, such as for {image} and not {', '.join(further)}"
+            ]
         return [
             f"{self._num_differing:,} images{of} have several caption files with different captions; the first is read "
             f"({' before '.join(PAIR_SUFFIXES)}), such as {self._first[0]} and not {', '.join(self._first[1:])}"
@@ -474,7 +514,7 @@ def member_captions(name: str, content: bytes, encoding: str | None) -> tuple[st
 
 def _captions_of_file(name: str, text: str) -> tuple[str, ...]:
     if not name.lower().endswith(".json"):
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
+        return present(text.splitlines())
     return captions_of(_caption_field(parse_json(text, name)), "the caption")
 
 

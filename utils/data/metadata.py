@@ -11,7 +11,7 @@ import pyarrow as pa
 from utils.config.delimited import is_missing, may_be_name, read_rows
 from utils.config.options import UserError, first_line, nearest
 from utils.config.user_files import FileError, TextReader, parse_json_lines, plain_spelling, short
-from utils.data.captions import refusal_of
+from utils.data.captions import refusal_of, say_the_same
 from utils.data.file_listing import MASK, METADATA
 from utils.data.folders import FolderContent, KnownNames, is_image, of_split, resolve_listed
 from utils.data.parquet_files import is_binary, parquet_columns
@@ -181,7 +181,7 @@ class _Lists:
             return
         for path, captions in here.items():
             before = self.captions.get(path, ())
-            if before and captions and _words(before) != _words(captions):
+            if before and captions and not say_the_same(before, captions):
                 self._differing[path] = self._list_of.get(path, self._first_list), metadata
             if not before:
                 self.captions[path], self._list_of[path] = captions, metadata
@@ -218,6 +218,21 @@ class _Lists:
             )
         for name in empty:
             logger.warning("%s: lists no images", self._folder / name)
+
+
+def captions_in_lists(
+    folder: Path, files: Sequence[str], images: Collection[str], columns: ListColumns, encoding: str | None = None
+) -> dict[str, tuple[str, ...]]:
+    """The captions that some metadata files of a folder give its images, by the images' paths.
+
+    Raises:
+        UserError: as `read_metadata_folder`.
+    """
+    lists = _Lists(folder, columns, images, (), TextReader(encoding))
+    for metadata in files:
+        lists.read(metadata)
+    lists.check(files)
+    return lists.captions
 
 
 def metadata_files(folder: Path, names: Iterable[str]) -> list[str]:
@@ -341,11 +356,6 @@ class _Marks:
         """How many there are, the most frequent and the first of them."""
         shown = ", ".join(mark for mark, _ in self.counts.most_common(NUM_SHOWN))
         return f"{self.counts.total():,} cells hold {shown}, the first in line {self._first}"
-
-
-def _words(captions: Iterable[str]) -> set[str]:
-    """Captions whose white space does not tell them apart."""
-    return {" ".join(caption.split()) for caption in captions}
 
 
 def _json_rows(text: str, name: str) -> Iterator[tuple[str, dict, str]]:

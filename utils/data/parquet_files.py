@@ -1,7 +1,7 @@
 """Parquet files before they are read: what columns they have, and whether they are whole and alike."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,60 +66,157 @@ def is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 
-def check_shards(folder: Path, footers: Mapping[str, Footer], needed: Sequence[str], flag: str) -> list[str]:
+class NeededColumns(NamedTuple):
+    """The columns of a table that are used.
+
+    Attributes:
+        images: those of images and masks, which may be bytes, paths, or both.
+        texts: those of captions or labels.
+        sizes: those that are used only where all files have them.
+    """
+
+    images: tuple[str, ...]
+    texts: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+
+
+class Shards(NamedTuple):
+    """Parquet files of one table.
+
+    Attributes:
+        names: those that have rows.
+        reading: arguments by which `datasets` reads them all, where it would not read all of them as the first.
+    """
+
+    names: list[str]
+    reading: dict[str, object]
+
+
+def check_shards(folder: Path, footers: Mapping[str, Footer], needed: NeededColumns, flag: str) -> Shards:
     """The Parquet files among shards of one table that have rows; names those that have none.
+
+    Columns that are not used may be of any types, and some shards may lack them.
 
     Args:
         footers: those of the shards, by the files' names.
-        needed: columns that are used; where no file has one of them, that is not said here.
+        needed: where no file has one of these columns, that is not said here.
 
     Raises:
         UserError: if none has rows, or one has not the columns of the first.
     """
-    filled = [name for name, footer in footers.items() if footer.num_rows]
-    empty = [name for name, footer in footers.items() if not footer.num_rows]
+    filled = {name: footer for name, footer in footers.items() if footer.num_rows}
+    empty = [name for name in footers if name not in filled]
     if not filled:
         has, them = ("have", "them") if len(empty) > 1 else ("has", "it")
         raise UserError(f"--{flag} {folder}: {', '.join(empty[:NUM_SHOWN])} {has} no rows; fetch {them} again")
     if empty:
         logger.warning("--%s %s: %d files have no rows, such as %s", flag, folder, len(empty), empty[0])
-    first, *others = filled
-    for name in others:
-        difference = _difference(footers[first], footers[name], needed)
-        if difference:
-            raise UserError(
-                f"--{flag} {folder}: {name} is no shard of the same table as {first}: {difference}; give both the same "
-                "columns, or give them as two sources of a --dataset_file"
-            )
-    return filled
+    decided = deciding_files(folder, filled, needed, flag)
+    are_alike = are_read_alike(filled.values(), needed)
+    return Shards(list(filled), {} if are_alike else _reading(filled, decided, needed))
 
 
-def _difference(first: Footer, other: Footer, needed: Sequence[str]) -> str:
-    """How the columns of a shard differ from those of the first, as far as they can't be read together; "" if not."""
-    columns, found = first.columns, other.columns
-    new = [name for name in found if name not in columns]
-    gone = [name for name in needed if name in columns and name not in found]
-    if new or gone:
-        here, there = (", ".join([*names][:20]) for names in (found, columns))
+def deciding_files(folder: Path, filled: Mapping[str, Footer], needed: NeededColumns, flag: str) -> dict[str, str]:
+    """The file whose type each needed column has: the first in which it holds something.
+
+    Raises:
+        UserError: as `check_shards`.
+    """
+    decided = dict.fromkeys(needed.images + needed.texts, next(iter(filled)))
+    for name, footer in filled.items():
+        for column, other in decided.items():
+            difference = _difference(filled[other], footer, column, column in needed.images)
+            if difference:
+                raise UserError(
+                    f"--{flag} {folder}: {name} is no shard of the same table as {other}: {difference}; give both the "
+                    "same columns, or give them as two sources of a --dataset_file"
+                )
+            if _is_hollow(filled[other].columns.get(column)):
+                decided[column] = name
+    return decided
+
+
+def _difference(first: Footer, other: Footer, column: str, is_image: bool) -> str:
+    """How a shard differs from an earlier one in a column so that they can't be read together; "" if not."""
+    kind, found = first.columns.get(column), other.columns.get(column)
+    if kind is None and found is None:
+        return ""
+    if kind is None or found is None:
+        here, there = (", ".join([*footer.columns][:20]) for footer in (other, first))
         return f"it has the columns {here}, the other {there}"
-    image_columns, own = _image_columns(first.schema), _class_names(first.schema)
-    classes = _class_names(other.schema)
-    for name in (name for name in own if own[name] != classes.get(name, own[name])):
-        here, there = (", ".join(map(str, names[:5])) for names in (classes[name], own[name]))
-        return f"the numbers in its column {name} stand for {here}, in the other for {there}"
-    for name, kind in columns.items():
-        if name not in found or _fits(kind, found[name]):
-            continue
-        is_image = name in image_columns and (_is_text(found[name]) or is_binary(found[name]))
-        is_parsed = name not in needed and _is_plain(kind) and _is_text(found[name])  # numbers written as texts
-        if not is_image and not is_parsed:
-            return f"its column {name} holds {found[name]}, that of the other {kind}"
-    return ""
+    own = _class_names(first.schema).get(column)
+    classes = _class_names(other.schema).get(column, own)
+    if own is not None and classes != own:
+        here, there = (", ".join(map(str, names[:5])) for names in (classes, own))
+        return f"the numbers in its column {column} stand for {here}, in the other for {there}"
+    are_images = is_image and all(map(_may_be_image, (kind, found)))
+    if are_images or _fits(kind, found) or _is_hollow(kind):
+        return ""
+    return f"its column {column} holds {found}, that of the other {kind}"
 
 
-def _image_columns(schema: pa.Schema) -> set[str]:
-    """The columns that `datasets` has noted as images, for which it takes bytes and paths too."""
-    return {name for name, feature in _features(schema).items() if feature.get("_type") == "Image"}
+def are_read_alike(footers: Iterable[Footer], needed: NeededColumns) -> bool:
+    """Whether `datasets` reads all columns of all files with rows as the first of them has them."""
+    first, *others = (footer.columns for footer in footers if footer.num_rows)
+    used = {*needed.images, *needed.texts}
+    return all(
+        name in first and _fits(first[name], kind) and (name in used or _casts(first[name], kind))
+        for other in others
+        for name, kind in other.items()
+    )
+
+
+def _casts(first: pa.DataType, other: pa.DataType) -> bool:
+    """Whether a type that fits another is surely cast to it, whatever the values: an integer takes no 0.5."""
+    return first == other or pa.types.is_null(other) or _is_text(first) or is_binary(first)
+
+
+def _reading(filled: Mapping[str, Footer], decided: Mapping[str, str], needed: NeededColumns) -> dict[str, object]:
+    """The arguments by which `datasets` reads the needed columns alone, each as all files can be read.
+
+    Args:
+        decided: the file whose type each of them has.
+    """
+    from datasets import Features, Image
+
+    sizes = [name for name in needed.sizes if all(_is_plain_in(footer, name) for footer in filled.values())]
+    decided = {name: file for name, file in decided.items() if name in filled[file].columns}
+    decided |= dict.fromkeys(sizes, next(iter(filled)))
+    schemas = {file: filled[file].schema for file in set(decided.values())}
+    features = {
+        name: Image(decode=False)
+        if name in needed.images and _may_be_image(filled[file].columns[name])
+        else Features.from_arrow_schema(schemas[file])[name]
+        for name, file in decided.items()
+    }
+    return {"columns": list(features), "features": Features(features)}
+
+
+def _is_plain_in(footer: Footer, column: str) -> bool:
+    return column in footer.columns and _is_plain(footer.columns[column])
+
+
+def _is_hollow(kind: pa.DataType | None) -> bool:
+    """Whether a column holds nothing, so that its type is what other files say."""
+    if kind is None:
+        return False
+    return pa.types.is_null(kind) or (_is_list(kind) and _is_hollow(kind.value_type))
+
+
+def holds_null(kind: pa.DataType | None) -> bool:
+    """Whether of a column, or of a part of it, nothing says the type."""
+    if kind is None:
+        return False
+    if pa.types.is_struct(kind):
+        return any(holds_null(field.type) for field in kind)
+    return pa.types.is_null(kind) or (_is_list(kind) and holds_null(kind.value_type))
+
+
+def _may_be_image(kind: pa.DataType) -> bool:
+    """Whether `datasets` makes images of what a column holds: bytes, paths, or both in a struct."""
+    if pa.types.is_struct(kind):
+        return bool({field.name for field in kind} & {"bytes", "path"})
+    return pa.types.is_null(kind) or _is_text(kind) or is_binary(kind)
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list]:

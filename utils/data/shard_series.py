@@ -1,5 +1,6 @@
-"""Shards that say in their names how many there are, such as train-00000-of-00003.parquet: which are missing."""
+"""Shards whose names number them, such as train-00000-of-00003.parquet or data_3.tar: which are missing, or copies."""
 
+import itertools
 import logging
 import re
 from collections import defaultdict
@@ -11,6 +12,13 @@ NUMBERED = re.compile(
     r"(?P<head>.*?)(?P<number>\d{1,9})(?P<of>(?P<mark>[-_.]?)of(?P=mark))(?P<total>\d{1,9})(?P<tail>.*)", re.IGNORECASE
 )
 HASH = re.compile(r"^-[0-9a-f]{16}(?=\.)")  # which older versions of `datasets` put behind the numbers
+COPY = re.compile(  # as browsers and file managers call a second file of a name
+    r"(?P<stem>.+?)(?: ?\(\d{1,3}\)| - copy(?: \(\d+\))?| copy(?: \d+)?| \((?:another )?copy(?: \d+)?\))"
+    r"(?P<suffix>\.[^./ ]+)",
+    re.IGNORECASE,
+)
+LAST_NUMBER = re.compile(r"(?P<head>.*?)(?P<number>\d{1,9})(?P<tail>\D*)", re.DOTALL)
+SHARD_SUFFIXES = (".parquet", ".tar", ".arrow", ".jsonl", ".ndjson", ".json", ".csv")
 MOST_SHARDS = 10**6
 NUM_SHOWN = 3
 
@@ -77,13 +85,63 @@ def _gap(parts: tuple[str, ...], there: Mapping[int, str]) -> Gap | None:
     return Gap(sorted(there.values()), count, shown, num_lost) if num_lost else None
 
 
+def copies(names: Iterable[str]) -> dict[str, str]:
+    """The names among some that are called as copies of others of them, by these names: `a (1).tar` of `a.tar`."""
+    there = {name: COPY.fullmatch(name) for name in names}
+    originals = {name: f"{match['stem']}{match['suffix']}" for name, match in there.items() if match is not None}
+    return {name: original for name, original in originals.items() if original in there}
+
+
+def holes(names: Iterable[str]) -> list[Gap]:
+    """The series among some shards, without a total in their names, in which numbers are left out.
+
+    A series of which most numbers are left out is a choice of shards, and none of those.
+    """
+    series: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    for name in names:
+        folder, _, base = name.rpartition("/")
+        match = LAST_NUMBER.fullmatch(base)
+        if match is None or not base.lower().endswith(SHARD_SUFFIXES) or NUMBERED.fullmatch(base) is not None:
+            continue
+        head = f"{folder}/{match['head']}" if folder else match["head"]
+        series[head, match["tail"]][int(match["number"])] = match["number"]
+    found = []
+    for (head, tail), numbers in series.items():
+        span = max(numbers) - min(numbers) + 1
+        num_missing = span - len(numbers)
+        if 0 < num_missing < len(numbers):
+            width = min(map(len, numbers.values()))
+            lost = (number for number in range(min(numbers), max(numbers)) if number not in numbers)
+            shown = [f"{head}{number:0{width}d}{tail}" for number in itertools.islice(lost, NUM_SHOWN)]
+            there = [f"{head}{written}{tail}" for _, written in sorted(numbers.items())]
+            found.append(Gap(there, span, shown, num_missing))
+    return found
+
+
 def tell_of_gaps(where: str, names: Iterable[str], level: int = logging.WARNING) -> None:
-    """Names the shards that are missing from a series of which others are there."""
-    for gap in gaps(names):
+    """Names the shards that are missing from a series of which others are there, and those that may be copies."""
+    there = [name for name in names if name.lower().endswith(SHARD_SUFFIXES)]
+    doubled = copies(there)
+    if doubled:
+        first, original = next(iter(doubled.items()))
+        logger.log(
+            level,
+            "%s: %d files are called as copies of others, such as %s of %s; take them out, unless they hold other data",
+            *(where, len(doubled), first, original),
+        )
+    singles = [name for name in there if name not in doubled]
+    for gap in gaps(singles):
         more = ", ..." if gap.num_missing > len(gap.missing) else ""
         logger.log(
             level,
             "%s: %d of the %d shards that the name of %s counts are there; missing: %s%s; fetch them, unless this part "
             "is all that is meant",
             *(where, len(gap.there), gap.total, gap.there[0], ", ".join(gap.missing), more),
+        )
+    for gap in holes(singles):
+        more = ", ..." if gap.num_missing > len(gap.missing) else ""
+        logger.log(
+            level,
+            "%s: of the %d numbers from %s to %s %d are left out, missing: %s%s; fetch them, unless there are none",
+            *(where, gap.total, gap.there[0], gap.there[-1], gap.num_missing, ", ".join(gap.missing), more),
         )

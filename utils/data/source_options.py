@@ -1,7 +1,7 @@
 """The options of where images, captions and classes come from, and the sources of a `--dataset_file`."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -223,18 +223,24 @@ class LabelledSource(SourceOptions):
 
 @dataclass(frozen=True)
 class ColumnLabels(CaptionOptions):
-    """Each image has the class that its column says."""
+    """Each image has the class that its column says.
+
+    Attributes:
+        are_twins_apart: whether names that are the same text are classes of their own, as in earlier releases.
+    """
 
     word: ClassVar[str] = "label"
     refusal: ClassVar[str] = "--label_column: label them, or take them out of the data"
     are_classes: ClassVar[bool] = True
     takes_one: ClassVar[bool] = True
 
+    are_twins_apart: bool = field(default=False, repr=False, compare=False)
+
     def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
         """Each class once, in one Unicode normal form."""
         from utils.data.class_folders import same_text
 
-        return tuple(dict.fromkeys(map(same_text, captions)))
+        return tuple(dict.fromkeys(captions if self.are_twins_apart else map(same_text, captions)))
 
     def recorded(self, captions: tuple[str, ...]) -> tuple[str, ...]:
         """As they stand in the data."""
@@ -259,6 +265,8 @@ class FolderLabels(NoLabels):
     Attributes:
         rule: as of `names_of_folders`.
         names: the class of each folder, by its path; None before the images are known.
+        recorded_names: the classes of the checkpoint that the run resumes from; they decide where an earlier release's
+            rule gives them, and today's does not.
     """
 
     folder_is_class: ClassVar[bool] = True
@@ -266,15 +274,17 @@ class FolderLabels(NoLabels):
 
     rule: str | None = field(default=None, repr=False, compare=False)
     names: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
+    recorded_names: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
-    def settled(self, keys: Iterable[str], where: str, source: str) -> CaptionOptions:
+    def settled(self, keys: Iterable[str], where: str, source: str, in_shards: bool = False) -> CaptionOptions:
         """The same, which knows the class of each folder."""
-        from utils.data.class_folders import count_folders, names_of_folders
+        from utils.data.class_folders import count_folders, names_of_folders, recorded_folders
 
-        counts = count_folders(keys)
-        return replace(self, names=names_of_folders(counts, self.rule, where, source))
+        counts, known = count_folders(keys), (where, source, in_shards)
+        names = recorded_folders(counts, self.recorded_names, *known) if self.rule in (None, INNER) else None
+        return replace(self, names=names or names_of_folders(counts, self.rule, *known))
 
-    def of_folder(self, key: str, source: str) -> str:
+    def of_folder(self, key: str, source: str, in_shards: bool = True) -> str:
         """The whole name: 5_1 and 6_1 are two classes."""
         return (self.names or {})[key.rpartition("/")[0]]
 
@@ -301,8 +311,15 @@ class LabelOptions:
     def __post_init__(self) -> None:
         require_fraction(self, "label_dropout")
 
-    def for_source(self, source: SourceOptions) -> CaptionOptions:
-        """How the labels of the data are used in the place of captions."""
+    def for_source(self, source: SourceOptions, recorded: Sequence[str] = ()) -> CaptionOptions:
+        """How the labels of the data are used in the place of captions.
+
+        Args:
+            recorded: the classes of the checkpoint that the run resumes from.
+        """
+        from utils.data.class_folders import has_twins
+
+        recorded = tuple(recorded)
         by_folder = self.class_conditional and source.caption_column is None
         if self.class_folders is not None and not by_folder:
             given = "--label_column names them" if self.class_conditional else "give --class_conditional too"
@@ -314,10 +331,10 @@ class LabelOptions:
                 "--class_conditional: a dataset has no folders; name the column of its classes: --label_column"
             )
         if by_folder:
-            return FolderLabels(
-                caption_dropout=self.label_dropout, on_missing_caption="folder", rule=self.class_folders
-            )
-        return ColumnLabels(caption_dropout=self.label_dropout, on_missing_caption="error")
+            policy = {"caption_dropout": self.label_dropout, "on_missing_caption": "folder"}
+            return FolderLabels(**policy, rule=self.class_folders, recorded_names=recorded)
+        policy = {"caption_dropout": self.label_dropout, "on_missing_caption": "error"}
+        return ColumnLabels(**policy, are_twins_apart=has_twins(recorded))
 
 
 @dataclass(frozen=True)
@@ -388,8 +405,9 @@ def _entries(file: Path, encoding: str | None) -> Iterator[tuple[dict[str, Any],
     texts = TextReader(encoding)
     options = (*fields(SourceOptions), *fields(CaptionOptions))
     booleans = {each.name for each in options if each.type is bool}
+    words = {each.name for each in options if each.type in (str, str | None)} | {"name"}
     try:
-        content = parse_yaml(texts.read(file, YAML_LIMIT), f"--dataset_file {file}", booleans)
+        content = parse_yaml(texts.read(file, YAML_LIMIT), f"--dataset_file {file}", booleans, words)
     except OSError as error:
         raise UserError(f"--dataset_file {file} can't be read: {first_line(error)}") from error
     for finding in texts.findings():

@@ -1,12 +1,11 @@
 """Where images and captions come from: one table of the kinds of sources, and several sources in one run."""
 
-import glob
 import hashlib
 import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -26,7 +25,8 @@ from utils.config.seeding import Stream, generator
 from utils.config.user_files import (
     short,
 )
-from utils.data.captions import FOLDER_REPEATS, CaptionOptions
+from utils.data.captions import FOLDER_REPEATS, CaptionOptions, say_the_same
+from utils.data.dataset_files import PATTERN_MARKS, dataset_paths, plain_path, split_alone
 from utils.data.file_listing import METADATA, SHARD, Fate, Listing, list_folder, warn_of_unread
 from utils.data.folder_contents import (
     BESIDE_LIST,
@@ -41,6 +41,7 @@ from utils.data.folder_contents import (
 )
 from utils.data.folders import (
     FolderContent,
+    compare_with_list,
     is_caption_file,
     is_image,
     of_split,
@@ -49,16 +50,17 @@ from utils.data.folders import (
     split_of,
 )
 from utils.data.masks import Masks
-from utils.data.metadata import ListColumns, metadata_files, read_metadata_folder
-from utils.data.parquet_files import check_shards, read_footers
+from utils.data.metadata import ListColumns, captions_in_lists, metadata_files, read_metadata_folder
+from utils.data.parquet_files import NeededColumns, check_shards, read_footers
 from utils.data.shard_series import tell_of_gaps
-from utils.data.source_options import DataOptions, SourceEntry, SourceOptions, source_entries
+from utils.data.source_options import CAPTION_FILE, DataOptions, SourceEntry, SourceOptions, source_entries
 from utils.data.tables import FileTable, ImageTable, RowTable, data_folders
-from utils.data.tar_shards import read_tars
+from utils.data.tar_shards import NO_FILES, read_tars, why_no_tar
 
 logger = logging.getLogger(__name__)
 FOLDER_NUMBER = re.compile(r"(\d+)(?:_|$)")  # kohya's rule: what stands in front of the first underscore
-PATTERN_MARKS = ("[", "*", "?", "::")  # of paths, which `datasets` takes for patterns or for chains of URLs
+TABLES = (".parquet", ".json", ".jsonl", ".ndjson")
+NUM_LISTS = 3  # of captions, that a message names
 
 
 @dataclass(frozen=True)
@@ -243,9 +245,9 @@ class Records:
 
     def _instead(self, number: int, row: int) -> str:
         """What stands for the caption of an image without one."""
-        source = self.sources[number]
+        source, table = self.sources[number], self.sources[number].table
         by_folder = source.captions.on_missing_caption == "folder"
-        return source.captions.of_folder(source.table.key(row), source.table.name) if by_folder else ""
+        return source.captions.of_folder(table.key(row), table.name, table.in_shards) if by_folder else ""
 
 
 def read_records(
@@ -286,7 +288,8 @@ def _settled(entry: "SourceEntry", table: ImageTable) -> CaptionOptions:
         )
     path = Path(source.train_data_dir or source.dataset_name).resolve()
     keys = (table.key(row) for row in range(len(table)))
-    return entry.captions.settled(keys, source.given_as, path.stem if path.is_file() else path.name)
+    name = path.stem if path.is_file() else path.name
+    return entry.captions.settled(keys, source.given_as, name, table.in_shards)
 
 
 def folder_of(key: str) -> str:
@@ -352,7 +355,7 @@ def read_table(
     if table.num_left_out:
         logger.warning("%d images in %s are in no list or split of it and left out", table.num_left_out, table.name)
     if captions.are_expected:
-        _say_which_captions_are_read(where, content)
+        _say_which_captions_are_read(where, content, options)
     is_bare = isinstance(table, FileTable) and captions.are_expected and table.num_without_captions() > 0
     for name in lists[:5] if table.num_left_out or is_bare else ():
         logger.warning("%s: %s is not read; if it lists captions, %s", where, name, cure_of(name))
@@ -361,18 +364,44 @@ def read_table(
     return table
 
 
-def _say_which_captions_are_read(where: str, content: FolderContent) -> None:
-    """Names captions that stand in several places, of which one is read."""
-    for finding in content.findings:
+def _say_which_captions_are_read(where: str, content: FolderContent, options: SourceOptions) -> None:
+    """Names captions that stand in several places, of which one is read; texts beside images don't repeat labels."""
+    table, fates = content.table, content.table.fates
+    is_beside = fates is not None and any(fate.reason == BESIDE_LIST for fate in fates.by_fate())
+    beside = [name for name, fate in fates if fate.reason == BESIDE_LIST] if is_beside else []
+    read = [name for name, word in content.used.items() if word == METADATA]
+    shown = ", ".join(read[:NUM_LISTS])
+    findings = list(content.findings)
+    if read and not options.holds_names:
+        captions = dict(zip(table.names(), table.all_captions(), strict=True))
+        findings += compare_with_list(table.root, captions, beside, shown, options.text_encoding)
+        findings += _compare_with_metadata(table.root, captions, content.names, options)
+    for finding in findings:
         logger.warning("%s: %s", where, finding)
-    fates = content.table.fates
-    num_beside = sum(count for fate, count in fates.by_fate().items() if fate.reason == BESIDE_LIST) if fates else 0
-    if num_beside:
-        first = next(name for name, fate in fates if fate.reason == BESIDE_LIST)
-        lists = ", ".join([name for name, word in content.used.items() if word == METADATA][:3])
-        logger.info(
-            "%s: captions are read from %s; %d beside images are not, such as %s", where, lists, num_beside, first
-        )
+    if beside and not findings:
+        told = "%s: captions are read from %s; %d beside images are not, such as %s"
+        logger.info(told, where, shown, len(beside), beside[0])
+
+
+def _compare_with_metadata(
+    root: Path, captions: Mapping[str, Sequence[str]], names: Sequence[str], options: SourceOptions
+) -> list[str]:
+    """A line on the metadata beside a `captions.json` that is read, if it gives images other captions."""
+    others = metadata_files(root, names) if any(name.rpartition("/")[2] == CAPTION_FILE for name in names) else []
+    if not others or options.data_format == "imagefolder":
+        return []
+    shown, columns = ", ".join(others[:NUM_LISTS]), ListColumns(options.caption_column)
+    try:
+        said = captions_in_lists(root, others, captions, columns, options.text_encoding)
+    except UserError as error:
+        return [f"captions are read from {CAPTION_FILE}; {shown} can't be compared with it: {first_line(error)}"]
+    differing = [name for name, own in captions.items() if said.get(name) and not say_the_same(own, said[name])]
+    if not differing:
+        return []
+    return [
+        f"{len(differing):,} images have other captions in {shown} than in {CAPTION_FILE}, such as "
+        f"{short(differing[0])}; {CAPTION_FILE} is used: remove the other, or give --data_format imagefolder to use it"
+    ]
 
 
 def _nothing_there(where: str, content: FolderContent, lists: Sequence[str]) -> str:
@@ -384,6 +413,7 @@ def _nothing_there(where: str, content: FolderContent, lists: Sequence[str]) -> 
         first = ": ".join(table.refused[0])
         return f"{where}: none of the {len(table.refused):,} images{there} can be read; the first: {first}"
     reasons = describe_unread(table.fates, lists)
+    reasons += describe_unread(table.member_fates, ()) if table.member_fates is not None else []
     return "; ".join([f"there are no images in {where}, such as .png, .jpg or .webp files", *reasons])
 
 
@@ -422,7 +452,11 @@ def _read_dataset(options: SourceOptions, cache_dir: str | None) -> RowTable:
     arguments = (name, options.dataset_config_name)
 
     def load() -> Any:
-        loaded = datasets.load_dataset(*arguments, cache_dir=cache_dir, data_dir=options.train_data_dir)
+        alone = read_alone(options, cache_dir)
+        if alone is None:
+            loaded = datasets.load_dataset(*arguments, cache_dir=cache_dir, data_dir=options.train_data_dir)
+        else:
+            loaded = datasets.load_dataset(alone[0], cache_dir=cache_dir, **alone[1])
         if Path(name).is_dir() and options.train_data_dir is None:
             builder = next(iter(loaded.values())).builder_name
             others = unread_of_dataset(list_folder(Path(name)).names, builder)
@@ -450,8 +484,11 @@ def check_dataset_folder(options: SourceOptions) -> None:
     names = list_folder(folder).names
     read_footers(folder, [name for name in names if name.lower().endswith(".parquet")], "dataset_name")
     _warn_of_gaps_of_split(options, names)
-    images = [name for name in names if is_image(name)]
-    if not images or options.train_data_dir is not None or metadata_files(folder, names):
+    _check_tars(options, names)
+    images, lists = [name for name in names if is_image(name)], metadata_files(folder, names)
+    if images and lists and options.caption_column is not None and not options.holds_names:
+        _compare_captions_of_dataset(options, names, lists)
+    if not images or options.train_data_dir is not None or lists:
         return
     stems = {os.path.splitext(name)[0] for name in images}
     pair = next((name for name in names if is_caption_file(name) and os.path.splitext(name)[0] in stems), None)
@@ -462,37 +499,63 @@ def check_dataset_folder(options: SourceOptions) -> None:
         )
 
 
+def read_alone(options: SourceOptions, cache_dir: str | None) -> tuple[str, dict[str, object]] | None:
+    """As `split_alone`, of a dataset that is a local folder of files; None of any other.
+
+    Raises:
+        UserError: if the files of the split can't be read together.
+    """
+    import datasets
+
+    folder = Path(options.dataset_name)
+    if not folder.is_dir() or is_saved_dataset(folder):
+        return None
+    names = list_folder(folder).names
+    if sum(map(is_image, names)) > sum(name.lower().endswith(TABLES) for name in names):  # which `datasets` reads alone
+        return None
+    builder = datasets.load_dataset_builder(
+        options.dataset_name, options.dataset_config_name, cache_dir=cache_dir, data_dir=options.train_data_dir
+    )
+    return split_alone(builder, folder, options.dataset_split, _needed(options), cache_dir)
+
+
+def _check_tars(options: SourceOptions, names: Sequence[str]) -> None:
+    """Refuses what is only called .tar in a folder of shards: `datasets` would end without its name.
+
+    Raises:
+        UserError: naming the file.
+    """
+    tars = [name for name in names if name.lower().endswith(".tar")]
+    if 2 * len(tars) <= len(names):  # it takes what most of the files are
+        return
+    for name in tars:
+        file = Path(options.dataset_name) / name
+        reason = why_no_tar(file)
+        if reason and file.is_file() and (file.stat().st_size == 0 or reason != NO_FILES):
+            cure = f"take it out of the folder, or give --train_data_dir {options.dataset_name}, which leaves it out"
+            raise UserError(f"{options.given_as}: {name} {reason}; {cure}")
+        if reason:
+            logger.warning("%s: %s %s", options.given_as, name, reason)
+
+
+def _compare_captions_of_dataset(options: SourceOptions, names: Sequence[str], lists: Sequence[str]) -> None:
+    """Names captions beside images that `datasets` does not read, where its metadata gives others."""
+    folder, columns = Path(options.dataset_name), ListColumns(options.caption_column)
+    try:
+        captions = captions_in_lists(folder, lists, list(filter(is_image, names)), columns, options.text_encoding)
+    except UserError:  # `datasets` has its own rules for metadata
+        return
+    shown = ", ".join(lists[:NUM_LISTS])
+    for finding in compare_with_list(folder, captions, names, shown, options.text_encoding):
+        logger.warning("%s: %s", options.given_as, finding)
+
+
 def _warn_of_gaps_of_split(options: SourceOptions, names: Sequence[str]) -> None:
     """Names the missing shards of the split that is read, and of those that no name says a split of."""
     wanted = split_of(options.dataset_split) or options.dataset_split
     said = {name: next(filter(None, map(split_of, name.split("/"))), None) for name in names}
     shards = [name for name in names if said[name] in (None, wanted) and not is_image(name)]
     tell_of_gaps(options.given_as, [name for name in shards if not is_caption_file(name)])
-
-
-def plain_path(path: str, cache_dir: str | None) -> str:
-    """A path that `datasets` takes for nothing else: one with characters of patterns by a link to it.
-
-    Raises:
-        UserError: if the link can't be made.
-    """
-    if not any(mark in path for mark in PATTERN_MARKS):
-        return path
-    import datasets
-
-    resolved = Path(path).resolve()
-    digest = hashlib.blake2b(os.fsencode(resolved), digest_size=12).hexdigest()
-    link = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "plain_names" / digest
-    try:
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.is_symlink():
-            link.symlink_to(resolved, target_is_directory=True)
-    except FileExistsError:  # another process made it
-        pass
-    except OSError as error:
-        cure = f"rename it without them; a link to it can't be made: {error.strerror or error}"
-        raise UserError(f"{path} holds characters that the library datasets takes for a pattern; {cure}") from error
-    return str(link)
 
 
 def _read_parquet(
@@ -503,14 +566,9 @@ def _read_parquet(
 
     content = shards_of(options, listing, ".parquet")
     files = {options.dataset_split: dataset_paths(listing.root, content.used, cache_dir)}
-    table = _rows(options, lambda: datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir))
+    arguments = {"data_files": files, "cache_dir": cache_dir, **content.reading}
+    table = _rows(options, lambda: datasets.load_dataset("parquet", **arguments))
     return content._replace(table=table)
-
-
-def dataset_paths(root: Path, names: Iterable[str], cache_dir: str | None) -> list[str]:
-    """The paths of files as `datasets` takes them for nothing else."""
-    folder = plain_path(str(root), cache_dir) if "::" in str(root) else str(root)
-    return [glob.escape(str(Path(folder, name))) for name in names]
 
 
 def _read_imagefolder(
@@ -552,7 +610,8 @@ def _read_webdataset(
 ) -> FolderContent:
     content = shards_of(options, listing, ".tar")
     files = [listing.root / name for name in content.used]
-    table = read_tars(files, options.mask_column, options.text_encoding)
+    label = options.caption_column if options.holds_names else None
+    table = read_tars(files, options.mask_column, options.text_encoding, label_ending=label)
     if table.doubled:
         logger.warning(
             "%s: %d images are left out, as another of their sample comes before them, such as %s; members of "
@@ -578,30 +637,36 @@ def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderCo
         UserError: if there is none, or some of them are of no split where others are of several.
     """
     path, split = options.train_data_dir, options.dataset_split
-    names = [name for name in listing.names if name.lower().endswith(suffix)]
-    needed = [name for name in (options.image_column, options.caption_column, options.mask_column) if name]
+    names, reading = [name for name in listing.names if name.lower().endswith(suffix)], {}
     if Path(path).is_file():
         require(bool(names), "train_data_dir", path, f"be a {suffix} file")
         if suffix == ".parquet":
-            check_shards(listing.root, read_footers(listing.root, names, "train_data_dir"), needed, "train_data_dir")
+            footers = read_footers(listing.root, names, "train_data_dir")
+            reading = check_shards(listing.root, footers, _needed(options), "train_data_dir").reading
         tell_of_gaps(options.given_as, names, logging.INFO)  # one shard was asked for
-        return FolderContent(None, listing.names, dict.fromkeys(names, SHARD))
+        return FolderContent(None, listing.names, dict.fromkeys(names, SHARD), reading=reading)
     require(bool(names), "train_data_dir", path, f"hold {suffix} files")
     if suffix == ".parquet":
         footers = read_footers(listing.root, names, "train_data_dir")
         names = image_tables(footers, options.image_column)
         check_configurations(listing.root, names)
     chosen = set(of_split(names, split, by_file_name=True)[0])
+    tell_of_gaps(options.given_as, sorted(chosen))
     if suffix == ".parquet":
-        kept = set(
-            check_shards(listing.root, {name: footers[name] for name in sorted(chosen)}, needed, "train_data_dir")
-        )
-        names = [name for name in names if name in kept or name not in chosen]
-        chosen = kept
+        of_split_alone = {name: footers[name] for name in sorted(chosen)}
+        filled, reading = check_shards(listing.root, of_split_alone, _needed(options), "train_data_dir")
+        names = [name for name in names if name in filled or name not in chosen]
+        chosen = set(filled)
     of_others = set(names) - chosen
     used = {name: SHARD for name in names if name in chosen}
-    tell_of_gaps(options.given_as, used)
-    return FolderContent(None, [name for name in listing.names if name not in of_others], used)
+    return FolderContent(None, [name for name in listing.names if name not in of_others], used, reading=reading)
+
+
+def _needed(options: SourceOptions) -> NeededColumns:
+    """The columns of a table that a source uses."""
+    images = tuple(filter(None, (options.image_column, options.mask_column)))
+    texts = () if options.caption_column is None else (options.caption_column,)
+    return NeededColumns(images, texts, (options.width_column, options.height_column))
 
 
 def _rows(options: SourceOptions, load) -> RowTable:

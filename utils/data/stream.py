@@ -30,6 +30,7 @@ from utils.config.user_files import FileError, short
 from utils.data.buckets import BucketPlan, plan_buckets
 from utils.data.captions import CaptionOptions, folder_caption, is_written_list, refusal_of
 from utils.data.data_fingerprint import content_table, file_facts
+from utils.data.dataset_files import dataset_paths, plain_path
 from utils.data.duplicates import KnownBytes
 from utils.data.file_listing import Fate, Fates, warn_of_unread
 from utils.data.folder_contents import settle
@@ -44,10 +45,9 @@ from utils.data.sources import (
     check_columns,
     check_dataset_folder,
     check_image_feature,
-    dataset_paths,
     detect,
     is_saved_dataset,
-    plain_path,
+    read_alone,
     shards_of,
 )
 from utils.data.tables import captions_of, data_folders, declared, image_of
@@ -379,6 +379,9 @@ def _load(source: SourceOptions, cache_dir: str | None):
         return {name: each.to_iterable_dataset(min(SAVED_SHARDS, len(each))) for name, each in splits.items()}
     if Path(source.dataset_name).is_dir():
         check_dataset_folder(source)
+    alone = read_alone(source, cache_dir)
+    if alone is not None:
+        return datasets.load_dataset(alone[0], streaming=True, **alone[1])
     builder = datasets.load_dataset_builder(
         source.dataset_name, source.dataset_config_name, cache_dir=cache_dir, data_dir=source.train_data_dir
     )
@@ -414,7 +417,7 @@ def _load_shards(
     if kind == "webdataset":
         streams = local_samples({source.dataset_split: shards}, source.mask_column, source.text_encoding)
         return streams, listing.fates, shards
-    return datasets.load_dataset(kind, data_files=files, streaming=True), listing.fates, shards
+    return datasets.load_dataset(kind, data_files=files, streaming=True, **content.reading), listing.fates, shards
 
 
 def _local_files(source: SourceOptions) -> list[Path]:

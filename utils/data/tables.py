@@ -3,14 +3,14 @@
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from utils.config.options import UserError
-from utils.config.user_files import TextReader
+from utils.config.user_files import TextReader, is_blank
 from utils.data.file_listing import Fates
 from utils.data.images import Refused
 
@@ -26,6 +26,7 @@ class ImageTable(ABC):
         refused: (key, reason) of each image that the source lists but that can't be had.
         num_left_out: images that are there but that the source's list does not name.
         classes: names of classes in the source's own order, where it has one.
+        in_shards: whether its images are members of tar shards, which are parts of their keys.
         texts: what read its captions, where they are text in files.
         fates: what became of the files of its folder that are no images of it; None where it has no folder.
         member_fates: what became of the members of its shards that are no images of it.
@@ -35,6 +36,7 @@ class ImageTable(ABC):
     refused: Sequence[tuple[str, str]] = ()
     num_left_out: int = 0
     classes: tuple[str, ...] = ()
+    in_shards: bool = False
     texts: TextReader | None = None
     fates: Fates | None = None
     member_fates: Fates | None = None
@@ -260,7 +262,7 @@ def image_of(value: object, folders: Sequence[Path]) -> str | bytes:
 
 
 def captions_of(value: object, where: str) -> tuple[str, ...]:
-    """The captions in a string, a list of strings, or nothing; blank ones are none.
+    """The captions in a string, a list of strings, or nothing, by the rule of `present`.
 
     Raises:
         UserError: for anything else, naming `where` it stands.
@@ -270,7 +272,12 @@ def captions_of(value: object, where: str) -> tuple[str, ...]:
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, Sequence) or not all(isinstance(caption, str | None) for caption in found):
         raise UserError(f"{where} must hold a string or a list of strings, got {value!r:.80}")
-    return tuple(_whole(caption.strip()) for caption in found if caption and caption.strip())
+    return present(found)
+
+
+def present(texts: Iterable[str | None]) -> tuple[str, ...]:
+    """The captions among some texts, without white space around them: in every format, a blank text is no caption."""
+    return tuple(_whole(text.strip()) for text in texts if text and not is_blank(text))
 
 
 def _whole(text: str) -> str:

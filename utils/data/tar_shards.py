@@ -1,9 +1,11 @@
 """WebDataset tar shards on a disk, read in any order: the place of each image within its shard is listed once."""
 
+import logging
 import os
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -11,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.config.options import UserError, first_line
-from utils.config.user_files import TextReader, open_regular, size_text
+from utils.config.user_files import FileError, TextReader, decode, open_regular, size_text, what_is_at
 from utils.data.file_listing import (
     CAPTION,
     DUPLICATE,
@@ -36,6 +38,8 @@ from utils.data.folders import (
 from utils.data.images import MOST_BYTES, unread_reason
 from utils.data.tables import ImageTable, stamp_of
 
+logger = logging.getLogger(__name__)
+NUM_SHOWN = 3
 MOST_PADDING = 1 << 16  # bytes behind the last member that are looked at
 IMAGE_COLUMN, CAPTION_COLUMN, MASK_COLUMN, REASON_COLUMN = "__image__", "__caption__", "__mask__", "__reason__"
 """Columns of a streamed sample: its image, its captions, its mask, and why it is left out."""
@@ -52,8 +56,16 @@ OTHER_FILES = {
     b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with git lfs pull",
     b"<!DOCTYPE": "a web page; fetch the file again",
     b"<html": "a web page; fetch the file again",
+    b"\x89PNG": "an image; rename it to .png",
+    b"\xff\xd8\xff": "an image; rename it to .jpg",
+    b"GIF8": "an image; rename it to .gif",
+    b"RIFF": "an image, a sound or a video; rename it to what it is",
+    b"ARROW1": "an Arrow file; give its dataset as --dataset_name",
+    b"SQLite": "a database; export its images",
 }
 """What is called .tar and is none, by its first bytes."""
+ARCHIVES = (".zip", ".7z", ".rar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".cbz", ".cbr")
+NO_FILES = "holds no files"
 MAX_HEADER = 1 << 14  # bytes of a long name or other facts in front of a member; tarfile's time goes with their square
 
 
@@ -65,6 +77,7 @@ class TarTable(ImageTable):
         doubled: names of members that are left out, as another image of their sample comes before them.
     """
 
+    in_shards = True
     findings: Sequence[str] = ()
     doubled: Sequence[str] = ()
 
@@ -131,6 +144,7 @@ def read_tars(
     mask_ending: str | None = None,
     encoding: str | None = None,
     reads: type[TextReader] = TextReader,
+    label_ending: str | None = None,
 ) -> TarTable:
     """Lists tar shards, whose members of one name (up to the first dot) are a sample: `a.jpg` with `a.txt` or `a.json`.
 
@@ -138,6 +152,8 @@ def read_tars(
         mask_ending: what stands behind the first dot of a mask's name, such as mask.png.
         encoding: that of the captions, where the user says it.
         reads: how captions are read.
+        label_ending: what stands behind the first dot of a label's name, such as cls, whose text is the caption then;
+            as where it is None if no member has it.
 
     Raises:
         UserError: if none of them can be read or has the ending; they must not be compressed.
@@ -148,11 +164,16 @@ def read_tars(
     fates = Fates(root)
     comparison = CaptionComparison()
     doubled: list[str] = []
+    empty: list[Path] = []
+    num_labels = 0
     for number, shard in enumerate(shards):
         place = f"{shard.relative_to(root)}/"
-        samples = _Samples(mask_ending)
-        for found in _members(shard, place, refused, fates):
+        samples, before = _Samples(mask_ending, label_ending), len(refused) + len(fates)
+        for found in _members(shard, place, refused, fates, label_ending):
             samples.add(*found)
+        num_labels += samples.num_labels
+        if not samples.are_any and len(refused) + len(fates) == before:
+            empty.append(shard)
         texts, reasons = samples.read_captions(reader)
         samples.compare_captions(place, texts, comparison, reads(encoding))
         doubled += [place + member for member in samples.doubled]
@@ -166,6 +187,9 @@ def read_tars(
             places.append((number, begin, length))
             masks.append((number, *samples.masks.get(sample, (0, 0))))
             captions.append(texts.get(sample, ()))
+    if label_ending is not None and not num_labels:
+        return read_tars(shards, mask_ending, encoding, reads)
+    _tell_of_empty(empty, len(shards))
     if shards and not keys and refused:
         raise UserError(f"no image can be read from {len(shards)} tar shards; {': '.join(refused[0])}")
     if mask_ending is not None and not any(length for _, _, length in masks):
@@ -174,6 +198,19 @@ def read_tars(
     table.texts, table.member_fates, table.doubled = reader, fates, doubled
     table.findings = comparison.findings()
     return table
+
+
+def _tell_of_empty(empty: Sequence[Path], num_shards: int) -> None:
+    """Names shards without members, as of zeros alone.
+
+    Raises:
+        UserError: if all of them are.
+    """
+    if empty and len(empty) == num_shards:
+        names = ", ".join(shard.name for shard in empty[:NUM_SHOWN])
+        raise UserError(f"{names} {NO_FILES if len(empty) == 1 else 'hold no files'}; fetch them again")
+    if empty:
+        logger.warning("%d tar shards hold no files, such as %s", len(empty), empty[0])
 
 
 class _Caption(NamedTuple):
@@ -191,9 +228,12 @@ class _Samples:
         images: (member, begin, length) of each sample's image, the first.
         masks: (begin, length) of each sample's mask.
         doubled: members that are further images of their samples.
+        num_labels: how many members have the ending of labels.
     """
 
-    def __init__(self, mask_ending: str | None):
+    def __init__(self, mask_ending: str | None, label_ending: str | None = None):
+        self.num_labels = 0
+        self._label_ending = label_ending
         self.images: dict[str, tuple[str, int, int]] = {}
         self.masks: dict[str, tuple[int, int]] = {}
         self.doubled: list[str] = []
@@ -209,8 +249,14 @@ class _Samples:
         elif is_image(member):
             if self.images.setdefault(sample, (member, begin, length))[1] != begin:
                 self.doubled.append(member)
-        elif content is not None:
+        elif content is not None and (self._label_ending is None or has_ending(member, self._label_ending)):
+            self.num_labels += self._label_ending is not None
             self._captions[sample].append(_Caption(member, content, begin))
+
+    @property
+    def are_any(self) -> bool:
+        """Whether a member was added."""
+        return bool(self._seen)
 
     def first(self, sample: str) -> _Caption | None:
         """The member that a sample's captions are of."""
@@ -227,6 +273,10 @@ class _Samples:
         }
         whole = {sample: file for sample, file in files.items() if sample not in reasons}
         texts, broken = captions_in({file.name: file.content for file in whole.values()}, reader)
+        if (
+            self._label_ending is not None and self._label_ending.lower().removeprefix(".") == "cls"
+        ):  # a number, as WebDataset has it
+            texts = {name: tuple(map(_plain_number, captions)) for name, captions in texts.items()}
         reasons |= {sample: broken[file.name] for sample, file in whole.items() if file.name in broken}
         return {sample: texts[file.name] for sample, file in whole.items() if file.name in texts}, reasons
 
@@ -276,9 +326,19 @@ class _Samples:
         return refused
 
 
+def _plain_number(text: str) -> str:
+    """A number without zeros in front of it, as 03 is 3; another text as it is."""
+    return text.lstrip("0") or "0" if text.isascii() and text.isdecimal() else text
+
+
 def is_mask(member: str, ending: str | None) -> bool:
     """Whether a member has a mask's ending, in small letters or capitals."""
-    return ending is not None and PurePosixPath(member).name.partition(".")[2].lower() == ending.lower()
+    return ending is not None and has_ending(member, ending)
+
+
+def has_ending(member: str, ending: str) -> bool:
+    """Whether what stands behind the first dot of a member's name is this, in small letters or capitals."""
+    return PurePosixPath(member).name.partition(".")[2].lower() == ending.lower().removeprefix(".")
 
 
 def _fate_beside(member: str, is_read: bool, has_image: bool) -> Fate:
@@ -292,11 +352,15 @@ def _fate_beside(member: str, is_read: bool, has_image: bool) -> Fate:
     reason = unread_reason(PurePosixPath(member).suffix)
     if reason is not None:
         return Fate(NO_READER, reason)
+    if member.lower().endswith((".tar", *ARCHIVES)):
+        return Fate(NO_READER, "an archive within a shard is not read; unpack it into the folder")
+    if is_read and has_image:
+        return Fate(CAPTION)
     if not is_caption_file(member):
         return Fate(OTHER)
     if not has_image:
         return Fate(LONE_CAPTION, "its sample has no image that can be read")
-    return Fate(CAPTION) if is_read else Fate(OTHER, "another caption of its sample is read")
+    return Fate(OTHER, "another caption of its sample is read")
 
 
 def _places(rows: list[tuple[int, int, int]]) -> np.ndarray:
@@ -304,18 +368,42 @@ def _places(rows: list[tuple[int, int, int]]) -> np.ndarray:
 
 
 def _members(
-    shard: Path, place: str, refused: list[tuple[str, str]], fates: Fates
+    shard: Path, place: str, refused: list[tuple[str, str]], fates: Fates, label_ending: str | None = None
 ) -> Iterator[tuple[str, str, int, int, bytes | None]]:
     """`members_of` a shard on a disk; of the contents, captions alone are read."""
     try:
         with open_regular(shard) as file:
-            yield from members_of(file, shard.name, place, refused, fates, _most_of_caption)
+            yield from members_of(file, shard.name, place, refused, fates, partial(_most_of_caption, label_ending))
+    except FileError as error:
+        refused.append((shard.name, error.reason))
     except OSError as error:
-        refused.append((shard.name, f"can't be read: {first_line(error)}"))
+        reason = first_line(error) if shard.is_file() else what_is_at(shard)
+        refused.append((shard.name, f"can't be read: {reason}"))
 
 
-def _most_of_caption(name: str) -> int:
-    return caption_limit(name) if is_caption_file(name) else 0
+def why_no_tar(shard: Path) -> str:
+    """Why a file holds no members of a tar, by its beginning, or ""."""
+    try:
+        with open_regular(shard) as file:
+            head = file.read(tarfile.BLOCKSIZE)
+    except FileError as error:
+        return error.reason
+    except OSError as error:
+        return f"can't be read: {first_line(error) if os.path.isfile(shard) else what_is_at(shard)}"
+    if not head.strip(b"\0"):
+        return NO_FILES
+    try:
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.TarError as error:
+        return (
+            f"is no tar file but {_other_kind(head)}" if _other_kind(head) else f"is no tar file: {first_line(error)}"
+        )
+    return ""
+
+
+def _most_of_caption(label_ending: str | None, name: str) -> int:
+    is_read = is_caption_file(name) if label_ending is None else has_ending(name, label_ending)
+    return caption_limit(name) if is_read else 0
 
 
 def members_of(
@@ -388,7 +476,14 @@ def members_of(
 
 def _other_kind(head: bytes) -> str:
     """What a file is that is no tar shard, whatever its name says; "" if that is not known."""
-    return next((kind for magic, kind in OTHER_FILES.items() if head.startswith(magic)), "")
+    known = next((kind for magic, kind in OTHER_FILES.items() if head.startswith(magic)), "")
+    if known or not head:
+        return known
+    try:
+        text = decode(head[: head.rfind(b"\n") + 1] or head).text.lstrip()
+    except ValueError:
+        return ""
+    return "JSON; fetch the file again" if text[:1] in ("{", "[") else "a text; fetch the file again"
 
 
 class _BoundedReads:
@@ -411,4 +506,5 @@ class _BoundedReads:
 
 def _order(file: _Caption) -> int:
     """The place of a caption file among those of its sample, of which the first is read."""
-    return PAIR_SUFFIXES.index(PurePosixPath(file.name).suffix.lower())
+    suffix = PurePosixPath(file.name).suffix.lower()
+    return PAIR_SUFFIXES.index(suffix) if suffix in PAIR_SUFFIXES else len(PAIR_SUFFIXES)

@@ -174,7 +174,7 @@ def _preparation(options: TrainingOptions, session: Session) -> DataPreparation:
         session.accelerator,
         options.data,
         options.source,
-        options.caption_options,
+        options.captions.for_source(options.source, session.resumption.classes),
         options.selection,
         options.image,
         options.buckets,

@@ -93,10 +93,17 @@ class Resumption:
             check_structure(self.checkpoint, {name: value for name, value in structure.items() if name in then})
         return replace(facts, structure={**facts.structure, **structure})
 
+    @property
+    def classes(self) -> list[str]:
+        """The classes of the checkpoint, in the order of their numbers; none without."""
+        then = [] if self.checkpoint is None else read_state(self.checkpoint).facts.structure.get("classes")
+        return [name for name in then if isinstance(name, str)] if isinstance(then, list) else []
+
     def class_order(self, names: Sequence[str]) -> list[str]:
         """The classes in the order of the checkpoint's, if they are the same but for their spelling."""
-        then = [] if self.checkpoint is None else read_state(self.checkpoint).facts.structure.get("classes")
-        places = {name: place for place, name in enumerate(_spelled(then))} if isinstance(then, list) else {}
+        if set(self.classes) == set(names):
+            return self.classes
+        places = {name: place for place, name in enumerate(_spelled(self.classes))}
         return sorted(names, key=places.get) if places.keys() == set(names) else list(names)
 
     def schedule(self, options: ScheduleOptions, total_steps: int) -> ScheduleOptions:
