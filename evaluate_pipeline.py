@@ -73,7 +73,6 @@ from utils.sampling.drawer import (
     class_numbers,
     complete_prompts,
     invalid_images,
-    set_scheduler,
 )
 from utils.sampling.pipelines import (
     MODEL_CURE,
@@ -85,6 +84,8 @@ from utils.sampling.pipelines import (
     pipeline_class,
 )
 from utils.sampling.prompts import Prompt, PromptOptions, Task, plan_tasks, read_prompts
+from utils.sampling.scheduler_choice import set_scheduler
+from utils.sampling.scheduler_trials import warn_of_own
 from utils.training.compatibility import refuse_same_folder
 
 if TYPE_CHECKING:
@@ -443,6 +444,8 @@ def obtain(
         return folder_images(wanted.images, texts), {"images": str(wanted.images)}, 0.0
     pipeline = load_pipeline(wanted.spec, weight_dtype(accelerator))
     set_scheduler(pipeline, options.generation.scheduler)
+    if options.generation.scheduler is None:
+        warn_of_own(pipeline.scheduler, options.generation.num_inference_steps, f"--pipeline {wanted.spec.path}")
     complete = complete_prompts(pipeline, prompts, options.prompts.class_labels)
     tasks = plan_tasks(complete, options.prompts)
     drawer = Drawer(

@@ -18,11 +18,11 @@ from utils.sampling.drawer import (
     complete_prompts,
     image_seed,
     invalid_images,
-    set_scheduler,
     state_of,
 )
 from utils.sampling.pipelines import PipelineSpec, load_pipeline
 from utils.sampling.prompts import Prompt, PromptOptions, plan_tasks, read_prompts
+from utils.sampling.scheduler_choice import set_scheduler
 
 CPU = torch.device("cpu")
 CLOSE = 3  # of 255, in single pixels: sums in another order
