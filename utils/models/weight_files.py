@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from utils.config.options import UserError
-from utils.config.tensor_files import open_safetensors, read_pickle
+from utils.config.tensor_files import open_safetensors, read_pickle, refuse_other_content
 from utils.config.terminal import one_line
 from utils.config.user_files import FileError, read_json
 
@@ -53,10 +53,33 @@ def stored_in(path: Path) -> dict[str, Stored]:
         FileError, OSError, SafetensorError: if it can't be read; of a pickle as `read_pickle`.
     """
     if path.suffix != ".safetensors":
-        return stored_tensors(read_pickle(path, mmap=True))
+        return stored_tensors(weights_by_name(read_pickle(path, mmap=True), path))
+    refuse_other_content(path)
     with open_safetensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {name: Stored(each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+
+
+def weights_by_name(held: object, path: Path) -> Mapping[str, object]:
+    """What a pickle of weights holds, if that is tensors by name.
+
+    Raises:
+        FileError: saying what it holds in their place.
+    """
+    cure = "give the file of a state_dict()"
+    if not isinstance(held, Mapping):
+        raise FileError(path, f"holds a {type(held).__name__}, not weights by name; {cure}")
+    odd = [type(name).__name__ for name in held if not isinstance(name, str)]
+    if odd:
+        raise FileError(path, f"names {len(odd)} of its weights by {odd[0]}, not by text; {cure}")
+    if not any(isinstance(each, Tensor) for each in held.values()):
+        inner = next((name for name, each in held.items() if isinstance(each, Mapping)), None)
+        if inner is None:
+            raise FileError(path, f"holds no weights; {cure}")
+        raise FileError(
+            path, f"holds its weights within {one_line(inner, LONGEST_NAME)}; save those as a file of their own"
+        )
+    return held
 
 
 def stored_tensors(held: object) -> dict[str, Stored]:
