@@ -20,6 +20,7 @@ from utils.runtime.processes import autocast
 from utils.runtime.sharding import unsharded
 from utils.runtime.stop_requests import StopRequests
 from utils.sampling.controls import SamplingControls, controllable
+from utils.sampling.prompts import refuse_files, warn_of_written_settings
 from utils.sampling.samples import Sample
 
 if TYPE_CHECKING:
@@ -46,6 +47,12 @@ class ValidationOptions:
         require_not_negative(self, "num_validation_images", "validation_guidance_scale")
         if self.validation_prompts is not None and self.validation_prompt is not None:
             raise UserError("--validation_prompt and --validation_prompts are two ways to say the same; give one")
+        refuse_files(self.prompts_flag, self.prompts, "give its prompts themselves")
+
+    @property
+    def prompts_flag(self) -> str:
+        """The flag that names them."""
+        return "--validation_prompts" if self.validation_prompts else "--validation_prompt"
 
     @property
     def prompts(self) -> list[str]:
@@ -102,6 +109,7 @@ class Sampler:
         self._folder = folder / "samples"
         self._resolution = resolution
         self._requests = options.requests(seed)
+        warn_of_written_settings(options.prompts_flag, options.prompts)
 
     def draw(self, name: str) -> list[Sample]:
         """Draws all samples, or those until a signal, into `samples/{name}/`; gives them, in order, to every process.
