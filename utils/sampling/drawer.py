@@ -38,6 +38,7 @@ from utils.diffusion.samplers import check_steps, is_ddim
 from utils.models.base import fitting_steps
 from utils.models.fingerprint import weights_hash
 from utils.models.latent_space import warn_of_nan
+from utils.models.not_finite import watching
 from utils.runtime.atomic_files import replacing
 from utils.runtime.memory import is_out_of_memory
 from utils.runtime.processes import write_json
@@ -493,12 +494,13 @@ def decoding_apart(pipeline: "DiffusionPipeline") -> Iterator[None]:
     def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device, enabled=False):
             found = own(latents.to(vae.dtype), *args, **kwargs)
-        warn_of_nan(latents, found[0], vae, vae)
+        warn_of_nan(latents, found[0], vae, vae, watch.blame)
         return found
 
     vae.decode = decode
     try:
-        yield
+        with watching(pipeline) as watch:
+            yield
     finally:
         del vae.decode
 

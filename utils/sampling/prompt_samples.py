@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from utils.config.options import UserError, option, require_not_negative, require_positive
+from utils.models.not_finite import watching
 from utils.models.text_to_image import TextFamily
 from utils.runtime.atomic_files import or_without
 from utils.runtime.processes import autocast
@@ -142,14 +144,17 @@ class Sampler:
         processor = family.pipeline.image_processor
         with family.alone(*family.text_encoder_names), autocast(self._accelerator):
             prompts = [family.prompt_arguments(request.prompt, negative) for request in requests]
-        with family.alone("unet"):
-            latents = []
+        with family.alone("unet"), watching(family.pipeline) as watch:
+            latents, blames = [], []
             for request, prompt in zip(requests, prompts, strict=True):
                 if self._stop_requests.is_asked:
                     break
+                watch.forget()
                 latents.append(self._denoise(request, prompt))
+                blames.append("" if bool(latents[-1].isfinite().all()) else watch.blame())
         with family.alone("vae"):  # outside of autocast, in which it could overflow
-            decoded = (family.latent_space.pictures(each) for each in latents)
+            pairs = zip(latents, blames, strict=True)
+            decoded = (family.latent_space.pictures(each, partial(str, blame)) for each, blame in pairs)
             return [processor.postprocess(each, output_type="pil")[0] for each in decoded]
 
     def _denoise(self, request: SampleRequest, prompt: dict[str, Tensor]) -> Tensor:
