@@ -1,5 +1,6 @@
 """Encodings and samples that are NaN are named with what is to blame, not shown as black pictures or a bad rate."""
 
+import functools
 import inspect
 
 import numpy as np
@@ -142,6 +143,7 @@ def test_samples_of_a_training_name_the_scheduler(train, monkeypatch, caplog):
 
     own = DDIMScheduler.step
 
+    @functools.wraps(own)
     def step(self, *args, **kwargs):
         found = own(self, *args, **kwargs)
         if not isinstance(found, tuple):

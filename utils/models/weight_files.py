@@ -23,6 +23,7 @@ FULL_FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bf
 """Dtypes whose numbers are the weights, by safetensors' names and by torch's."""
 EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "float8_e4m3fn", "float8_e5m2")
 EIGHT_BIT_FLOATS += ("float8_e4m3fnuz", "float8_e5m2fnuz")
+COMPLEX = ("C64", "C128", "complex32", "complex64", "complex128")
 TRUTH_VALUES = ("BOOL", "bool")
 COUNTED = ("position_ids", "relative_position_index", "num_batches_tracked", "num_updates")
 """Last words of the names of tensors that are whole numbers by nature."""
@@ -108,6 +109,12 @@ def check_stored(what: str, stored: Mapping[str, Stored]) -> None:
         raise UserError(
             f"{what} holds {one_line(scale, LONGEST_NAME)}, so its weights are scaled or quantised: without that "
             f"tensor, which is not read here, they would be wrong; {cure}"
+        )
+    complex_one = next((name for name, each in stored.items() if each.dtype in COMPLEX), None)
+    if complex_one is not None:
+        raise UserError(
+            f"{what} holds {one_line(complex_one, LONGEST_NAME)} as {stored[complex_one].dtype}: weights "
+            f"are real numbers; {CURE}"
         )
     packed = next((name for name, each in stored.items() if _is_packed(name, each)), None)
     if packed is not None:
