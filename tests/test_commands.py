@@ -87,3 +87,19 @@ def test_the_readmes_evaluations_parse(tmp_path):
         parse(Options, [known.get(word, word) for word in words], "")
     table = readme.partition("| `--metrics` | default")[2].partition("\n\n")[0]
     assert set(re.findall(r"`([a-z_0-9]+)`", table)) >= set(METRICS)
+
+
+def test_a_dry_run_refuses_the_folder_of_its_model_as_the_run_does(tmp_path, capsys, monkeypatch):
+    from utils.config.first_checks import start
+
+    monkeypatch.delenv("RANK", raising=False)
+    (tmp_path / "model_index.json").write_text("{}")
+    words = ["--pretrained_model", str(tmp_path), "--output_dir", f"{tmp_path}/"]
+    for more, said in (([], "holds another run"), (["--dry_run"], "is the folder of --pretrained_model")):
+        with pytest.raises(SystemExit):
+            start([*words, *more])
+        assert said in capsys.readouterr().err
+    for more in (["--dry_run", "--resume_from_checkpoint", "latest"], ["--dry_run", "--overwrite_output_dir"]):
+        start([*words, *more])
+    start(["--pretrained_model", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--dry_run"])
+    start(["--pretrained_model", "a/b", "--output_dir", "a/b", "--dry_run"])

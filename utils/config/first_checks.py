@@ -35,10 +35,28 @@ def start(words: Sequence[str], adds_to_output: bool = False) -> None:
         is_new = not (adds_to_output or given.resume_from_checkpoint or given.overwrite_output_dir or given.dry_run)
         if given.output_dir and is_new:
             refuse_used(Path(os.path.expanduser(given.output_dir)))
+        elif given.dry_run and given.output_dir and not (given.resume_from_checkpoint or given.overwrite_output_dir):
+            _refuse_read_folder(given)
     except UserError as error:
         print_line(f"error: {error}", sys.stderr)
         sys.exit(2)
     print_line(f"loading torch and diffusers, which takes some seconds; {_read(given)}", sys.stderr)
+
+
+def _refuse_read_folder(given: argparse.Namespace) -> None:
+    """Refuses a dry run into the folder of its model, as the run itself is: it would be overwritten.
+
+    Raises:
+        UserError: naming both flags.
+    """
+    place = os.path.realpath(os.path.expanduser(given.output_dir))
+    for flag in SOURCES["model"]:
+        value = getattr(given, flag)
+        if value and os.path.isdir(os.path.expanduser(value)) and os.path.realpath(os.path.expanduser(value)) == place:
+            raise UserError(
+                f"--output_dir {one_line(given.output_dir)} is the folder of --{flag}: the model would be overwritten; "
+                "choose another folder"
+            )
 
 
 def _look_ahead(words: Sequence[str]) -> argparse.Namespace:
