@@ -94,7 +94,7 @@ def read_pickle(path: str | os.PathLike, mmap: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except (UnpicklingError, *DAMAGED) as error:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            cure = "save its state_dict() with safetensors.torch.save_file, or give another"
+            cure = "save its state_dict() as safetensors, or give another file"
             raise FileError(path, f"holds objects other than tensors, which are not unpickled; {cure}") from error
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
