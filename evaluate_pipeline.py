@@ -4,144 +4,67 @@
 accelerate launch evaluate_pipeline.py --pipeline ... --prompts_file ... --reference ... --output_dir ...
 """
 
+from utils.config.first_checks import options_of, read_first
+from utils.evaluation.script_options import Options, read_options
+
+if __name__ == "__main__":
+    # --help and errors of flags come before torch is loaded
+    read_first(read_options)
+
 import logging
 import re
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from utils.config.first_checks import announce
-from utils.config.options import (
-    Stopped,
-    UserError,
-    as_record,
-    first_line,
-    leave,
-    nearest,
-    option,
-    parse,
-    require,
-    require_positive,
-    run_script,
-    without_secrets,
-)
+import numpy as np
+from accelerate.utils import gather_object
+from PIL import Image
+
+from utils.config.options import Stopped, UserError, as_record, first_line, leave, run_script, without_secrets
 from utils.config.output_folder import check_writable
-from utils.config.terminal import json_text, one_line, print_line, set_up_logging
+from utils.config.terminal import json_text, one_line, print_line
 from utils.config.user_files import FileError, read_json
-from utils.evaluation.metrics.table import DEFAULT_METRICS, METRICS
-from utils.evaluation.options import FeatureOptions, ReferenceOptions, ScoreOptions
-from utils.models.options import LoadingOptions
+from utils.evaluation.metrics.base import Case
+from utils.evaluation.metrics.comparison import differences
+from utils.evaluation.metrics.distances import NotComputable
+from utils.evaluation.metrics.features import Network, Networks, Picture
+from utils.evaluation.metrics.image_sets import Reference, Statistics, Subject, Workers, write_statistics
+from utils.evaluation.metrics.registry import score
+from utils.evaluation.metrics.scores import Score
+from utils.evaluation.metrics.table import METRICS
+from utils.evaluation.references import drawn_images, folder_images, read_images
+from utils.evaluation.report import Entry, Findings, write_report
+from utils.models.loading import allowing_missing
 from utils.runtime.atomic_files import write_text
-from utils.runtime.hub_files import require_model
-from utils.runtime.options import PRECISIONS, RuntimeOptions
-from utils.runtime.stop_requests import StopRequests
-from utils.sampling.options import (
-    DRAWING,
-    MODEL_CURE,
-    GenerationOptions,
-    PipelineOptions,
-    PromptOptions,
-    SamplingControlOptions,
+from utils.runtime.options import RuntimeOptions
+from utils.runtime.processes import (
+    OutputFolder,
+    ending,
+    on_main_process,
+    start_processes,
+    use_hub_cache_if_offline,
+    versions,
+    weight_dtype,
 )
-from utils.training.compatibility import refuse_same_folder
+from utils.runtime.stop_requests import StopRequests
+from utils.sampling.controls import SamplingControls
+from utils.sampling.drawer import Drawer, check_prompts, claim_images, class_numbers, complete_prompts, invalid_images
+from utils.sampling.options import PipelineOptions
+from utils.sampling.pipelines import PipelineSpec, checkpoint_content, indexed_names, load_pipeline, pipeline_class
+from utils.sampling.prompts import Prompt, Task, plan_tasks, read_prompts
+from utils.sampling.scheduler_choice import set_scheduler
+from utils.sampling.scheduler_trials import warn_of_own
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from utils.evaluation.metrics.features import Network, Networks
-    from utils.evaluation.metrics.image_sets import Reference, Subject, Workers
-    from utils.evaluation.metrics.scores import Score
-    from utils.evaluation.report import Entry, Findings
-    from utils.sampling.pipelines import PipelineSpec
-    from utils.sampling.prompts import Prompt, Task
-
 logger = logging.getLogger("utils.evaluate_pipeline")
-# the docstring's first line, which python -OO leaves out
-PURPOSE = "Draws images from any diffusers pipeline, on one GPU or many, scores them, and writes a report."
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    output_dir: str = option("evaluation", "folder of the images and the report; a stopped run there continues")
-    overwrite_output_dir: bool = option(False, "replace images there that were drawn with other settings")
-    metrics: list[str] | None = option(
-        None,
-        f"what is computed, by default {', '.join(DEFAULT_METRICS)}; or all, or none",
-        choices=(*METRICS, "all", "none"),
-    )
-    seed: int = option(0, "every image follows from it, its prompt's number and its own")
-    mixed_precision: str | None = option(
-        None, "arithmetic of the pipeline; by default what `accelerate launch` says", choices=tuple(PRECISIONS)
-    )
-    allow_tf32: bool = option(False, "matrix products in TF32 on Ampere and later GPUs")
-    title: str | None = option(None, "the report's", is_text=True)
-    report_prompts: int = option(24, "prompts whose images the report shows")
-    export_geneval: str | None = option(
-        None, "folder to write the images to in GenEval's layout, for its own tool", acts_with=DRAWING
-    )
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "seed", self.seed, "be from 0 to 2**63 - 1")
-        require_positive(self, "report_prompts")
-
-    @property
-    def names(self) -> list[str]:
-        """The metrics to compute, each once."""
-        asked = list(dict.fromkeys(DEFAULT_METRICS if self.metrics is None else self.metrics))
-        return list(METRICS) if "all" in asked else [name for name in asked if name != "none"]
-
-
-@dataclass(frozen=True)
-class ComparisonOptions:
-    baseline: str | None = option(
-        None, "pipeline to compare with, on the same prompts and seeds; with --images a folder of its images"
-    )
-    labels: list[str] | None = option(
-        None, "what the report calls the baseline and the pipeline, in this order", is_text=True
-    )
-    baseline_lora: str | None = option(None, "LoRA on top of the baseline")
-    checkpoints: str | None = option(
-        None, "output folder of a training: each of its checkpoints is scored, and the best one found"
-    )
-    best_by: str | None = option(None, "score by which the best checkpoint is chosen; by default the first computed")
-
-    def __post_init__(self) -> None:
-        folder = self.checkpoints
-        require(folder is None or Path(folder).is_dir(), "checkpoints", folder, "be a folder that exists")
-        if self.baseline is not None and self.checkpoints is not None:
-            raise UserError("--baseline compares two pipelines and --checkpoints many; give one")
-        if self.labels is not None:
-            count = 1 if self.baseline is None else 2
-            fits = len(set(self.labels)) == len(self.labels) == count and self.checkpoints is None
-            must = "be two names with a --baseline, one without, none with --checkpoints"
-            require(fits, "labels", " ".join(self.labels), must)
-        if self.baseline_lora is not None and self.baseline is None:
-            raise UserError("--baseline_lora goes on top of a --baseline")
-        for name in ("baseline", "baseline_lora"):
-            require_model(name, getattr(self, name), MODEL_CURE, (".safetensors",))
-        if self.best_by is not None and self.checkpoints is None:
-            raise UserError("--best_by chooses among --checkpoints; give both or neither")
-
-
-@dataclass(frozen=True)
-class Options:
-    """All options of this script, by group."""
-
-    pipeline: PipelineOptions
-    loading: LoadingOptions
-    prompts: PromptOptions
-    generation: GenerationOptions
-    controls: SamplingControlOptions
-    reference: ReferenceOptions
-    features: FeatureOptions
-    scores: ScoreOptions
-    comparison: ComparisonOptions
-    run: RunOptions
 
 
 class Wanted(NamedTuple):
@@ -154,26 +77,12 @@ class Wanted(NamedTuple):
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Reads the options and refuses those that do not go together, then evaluates."""
-    set_up_logging()
-    options: Options = parse(Options, argv, PURPOSE)
-    check_together(options)
-    sources = {"model": options.pipeline.pipeline, "reference": options.reference.reference}
-    announce(sources, options.run.output_dir, takes_used_folder=True)
-    evaluate(options)
+    """Reads the options, and evaluates."""
+    evaluate(options_of(read_options, argv))
 
 
 def evaluate(options: Options) -> None:
     """Evaluates; every step of the way in its order."""
-    # imported here, so that --help and errors of flags come before torch is loaded
-    from utils.evaluation.metrics.base import Case
-    from utils.evaluation.metrics.features import Networks
-    from utils.evaluation.metrics.image_sets import Subject, Workers
-    from utils.evaluation.metrics.registry import score
-    from utils.evaluation.report import Entry
-    from utils.models.loading import allowing_missing
-    from utils.runtime.processes import OutputFolder, ending, on_main_process, start_processes, use_hub_cache_if_offline
-
     if not all(name is None or Path(name).exists() for name in hub_names(options)):
         use_hub_cache_if_offline()
     wanted = everything_wanted(options)
@@ -209,48 +118,6 @@ def evaluate(options: Options) -> None:
         check_outcome(options, entries)
 
 
-def check_together(options: Options) -> None:
-    """Refuses options that do not go together."""
-    pipeline, comparison, prompts = options.pipeline, options.comparison, options.prompts
-    read = {
-        "images": [pipeline.images],
-        "reference": [options.reference.reference],
-        "training_images": [options.reference.training_images],
-        "captions_dir": [prompts.captions_dir],
-        "init_images": [prompts.init_images],
-        "baseline": [comparison.baseline],
-    }
-    refuse_same_folder({"output_dir": options.run.output_dir, "export_geneval": options.run.export_geneval}, read)
-    given = [
-        name for name, value in (("pipeline", pipeline.pipeline), ("images", pipeline.images)) if value is not None
-    ]
-    if len(given) != 1 and not (comparison.checkpoints is not None and not given):
-        raise UserError("--pipeline PATH says what to draw from, or --images FOLDER what was drawn; give one of them")
-    if pipeline.images is not None:
-        if comparison.checkpoints is not None:
-            raise UserError("--checkpoints are drawn from; leave out --images")
-        if prompts.init_images is not None or prompts.class_labels is not None:
-            raise UserError("--images are drawn already; leave out --init_images and --class_labels")
-        if comparison.baseline is not None and not Path(comparison.baseline).is_dir():
-            raise UserError(f"--baseline {comparison.baseline} must be a folder of images, as --images is")
-    check_best_by(comparison.best_by, options.run.names)
-    if options.generation.strength is not None and prompts.init_images is None:
-        raise UserError("--strength is how far --init_images are changed; give both or neither")
-    size = (options.generation.height, options.generation.width)
-    if (size[0] is None) != (size[1] is None):
-        raise UserError("--height and --width go together; give both or neither")
-
-
-def check_best_by(name: str | None, metrics: Sequence[str]) -> None:
-    """Refuses to choose by a score that there is not, or that is not computed."""
-    of = {each: metric for metric, entry in METRICS.items() for each in entry.scores}
-    if name is None:
-        return
-    hint = nearest(name, of)
-    require(name in of, "best_by", name, f"be one of {', '.join(of)}", f"did you mean {hint}?" if hint else "")
-    require(of[name] in metrics, "best_by", name, "be computed", f"its metric is not among --metrics: add {of[name]}")
-
-
 def hub_names(options: Options) -> list[str | None]:
     """What may have to be looked for on the Hub."""
     features = options.features
@@ -267,8 +134,6 @@ def hub_names(options: Options) -> list[str | None]:
 
 def everything_wanted(options: Options) -> list[Wanted]:
     """What is scored, the baseline or the earliest checkpoint first."""
-    from utils.sampling.pipelines import PipelineSpec
-
     pipeline, comparison = options.pipeline, options.comparison
     if pipeline.images is not None:
         own = Wanted("images", None, Path(pipeline.images))
@@ -288,8 +153,6 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) ->
     Raises:
         UserError: if there are none, or the base is not known.
     """
-    from utils.sampling.pipelines import PipelineSpec
-
     found = sorted((int(match[1]), each) for each in folder.iterdir() if (match := CHECKPOINT.fullmatch(each.name)))
     found = [(step, each) for step, each in found if each.is_dir()]
     if not found:
@@ -320,10 +183,6 @@ def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> "list[Pr
 
     So are checkpoints that hold nothing to draw with, and places that can't be written.
     """
-    from utils.sampling.drawer import check_prompts, class_numbers
-    from utils.sampling.pipelines import checkpoint_content, indexed_names, pipeline_class
-    from utils.sampling.prompts import read_prompts
-
     prompts = read_prompts(options.prompts)
     if options.reference.save_reference is not None:
         check_writable("save_reference", Path(options.reference.save_reference), is_folder=False)
@@ -349,11 +208,6 @@ def prepare_reference(
     Raises:
         UserError: if it is a bad one.
     """
-    from utils.evaluation.metrics.distances import NotComputable
-    from utils.evaluation.metrics.image_sets import Statistics, Subject, write_statistics
-    from utils.evaluation.references import read_images
-    from utils.runtime.processes import on_main_process
-
     chosen = options.reference
     if chosen.reference is None:
         return None
@@ -390,12 +244,6 @@ def prepare_reference(
 
 def num_features(network: "Network", networks: "Networks") -> int | None:
     """How many features a network gives of an image; None if it gives none of the one that is tried."""
-    import numpy as np
-    from PIL import Image
-
-    from utils.evaluation.metrics.distances import NotComputable
-    from utils.evaluation.metrics.features import Picture
-
     values = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
     try:
         return network([Picture("a trial image", lambda: Image.fromarray(values))], networks.device).shape[1]
@@ -410,10 +258,6 @@ def prepare_training(options: Options, networks: "Networks", workers: "Workers")
     Raises:
         UserError: if one can't be read.
     """
-    from utils.evaluation.metrics.distances import NotComputable
-    from utils.evaluation.metrics.image_sets import Subject
-    from utils.evaluation.references import read_images
-
     name = options.reference.training_images
     if name is None:
         return None
@@ -445,21 +289,14 @@ def obtain(
     Raises:
         Stopped: if a signal came; what is drawn stays.
     """
-    from accelerate.utils import gather_object
-
-    from utils.evaluation.references import drawn_images, folder_images
-    from utils.runtime.processes import on_main_process, weight_dtype
-    from utils.sampling.controls import SamplingControls
-    from utils.sampling.drawer import Drawer, claim_images, complete_prompts, set_scheduler
-    from utils.sampling.pipelines import load_pipeline
-    from utils.sampling.prompts import plan_tasks
-
     started = time.monotonic()
     if wanted.images is not None:
         texts = [prompt.text for prompt in prompts] or None
         return folder_images(wanted.images, texts), {"images": str(wanted.images)}, 0.0
     pipeline = load_pipeline(wanted.spec, weight_dtype(accelerator))
     set_scheduler(pipeline, options.generation.scheduler)
+    if options.generation.scheduler is None:
+        warn_of_own(pipeline.scheduler, options.generation.num_inference_steps, f"--pipeline {wanted.spec.path}")
     complete = complete_prompts(pipeline, prompts, options.prompts.class_labels)
     tasks = plan_tasks(complete, options.prompts)
     drawer = Drawer(
@@ -511,8 +348,6 @@ def export_geneval(tasks: "Sequence[Task]", images: Path, folder: Path) -> None:
 
 def find_invalid(wanted: Wanted, images, folder: Path) -> dict[str, list[str]]:
     """The images that can't be read, are NaN, black, or of one colour; a warning names how many."""
-    from utils.sampling.drawer import invalid_images
-
     root = wanted.images or image_folder(folder, wanted)
     found = invalid_images([root / picture.name for picture in images.pictures])
     for state, names in found.items():
@@ -525,10 +360,6 @@ def find_invalid(wanted: Wanted, images, folder: Path) -> dict[str, list[str]]:
 
 def conclude(options: Options, entries: "list[Entry]", training: "Subject | None") -> "Findings":
     """The differences, the best checkpoint, and what the run was."""
-    from utils.evaluation.metrics.comparison import differences
-    from utils.evaluation.report import Findings
-    from utils.runtime.processes import versions
-
     if options.comparison.labels is not None:
         entries = [replace(each, name=name) for each, name in zip(entries, options.comparison.labels, strict=True)]
     compared, notes = [], []
@@ -574,8 +405,6 @@ def write_down(options: Options, findings: "Findings", folder: Path, wanted: Seq
     Raises:
         UserError: if it can't be written.
     """
-    from utils.evaluation.report import write_report
-
     try:
         write_report(findings, folder, options.run.report_prompts)
     except OSError as error:

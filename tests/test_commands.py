@@ -8,6 +8,7 @@ import pytest
 
 from tests import tiny
 from tests.test_equivalences import lora, weights
+from utils.config.options import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,3 +88,16 @@ def test_the_readmes_evaluations_parse(tmp_path):
         parse(Options, [known.get(word, word) for word in words], "")
     table = readme.partition("| `--metrics` | default")[2].partition("\n\n")[0]
     assert set(re.findall(r"`([a-z_0-9]+)`", table)) >= set(METRICS)
+
+
+def test_a_dry_run_refuses_the_folder_of_its_model_as_the_run_does(tmp_path):
+    from utils.training.text_to_image_options import read_options
+
+    (tmp_path / "model_index.json").write_text("{}")
+    words = ["--train_data_dir", str(tmp_path), "--pretrained_model", str(tmp_path), "--output_dir", f"{tmp_path}/"]
+    for more, said in (([], "holds another run"), (["--dry_run"], "is the folder of --pretrained_model")):
+        with pytest.raises(UserError, match=said):
+            read_options([*words, *more])
+    for more in (["--dry_run", "--resume_from_checkpoint", "latest"], ["--dry_run", "--overwrite_output_dir"]):
+        read_options([*words, *more])
+    read_options([*words[:4], "--output_dir", str(tmp_path / "out"), "--dry_run"])

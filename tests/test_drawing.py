@@ -24,9 +24,10 @@ from utils.diffusion.samplers import exported, same_steps, sampler_of
 from utils.models.conditional_ddpm import ConditionalDDPMPipeline
 from utils.models.unconditional import ImplicitPixels, LabelledPixels, Latents, Pixels, fresh_scheduler
 from utils.sampling.controls import SamplingControls
-from utils.sampling.drawer import Drawer, image_seed, set_scheduler
+from utils.sampling.drawer import Drawer, image_seed
 from utils.sampling.options import SCHEDULERS, GenerationOptions, SamplingControlOptions, SamplingOptions
 from utils.sampling.prompts import Prompt, Task
+from utils.sampling.scheduler_choice import set_scheduler
 
 KINDS = ("epsilon", "v_prediction", "sample")
 POINTS = torch.tensor([[0.9, -0.7, 0.2, -0.9], [-0.8, 0.5, -1.0, 0.4], [0.1, 0.9, -0.4, 0.8], [-0.9, -0.9, 0.7, 1.0]])

@@ -17,12 +17,12 @@ from utils.sampling.drawer import (
     complete_prompts,
     image_seed,
     invalid_images,
-    set_scheduler,
     state_of,
 )
 from utils.sampling.options import GenerationOptions, PromptOptions, SamplingControlOptions
 from utils.sampling.pipelines import PipelineSpec, load_pipeline
 from utils.sampling.prompts import Prompt, plan_tasks, read_prompts
+from utils.sampling.scheduler_choice import set_scheduler
 
 CPU = torch.device("cpu")
 CLOSE = 3  # of 255, in single pixels: sums in another order

@@ -805,7 +805,7 @@ LORA_CHANGES = {
         "for parts that this StableDiffusionPipeline",
     ),
     "no part": (lambda name: name.removeprefix("unet."), "for parts that this StableDiffusionPipeline"),
-    "wrapped": (lambda name: f"base_model.model.{name}", "for parts that this StableDiffusionPipeline"),
+    "wrapped": (lambda name: f"base_model.model.{name}", "names of PEFT's own files.*save_lora_weights"),
     "other layers": (lambda name: name.replace("attn1", "attn7"), "are not in this model"),
     "one layer": (lambda name: name.replace("mid_block", "middle"), "are not in this model"),
     "other halves": (lambda name: name.replace("lora_B", "lora_C"), "one half"),
@@ -825,6 +825,37 @@ def test_a_lora_of_which_a_part_matches_nothing_is_refused(lora, pipelines, tmp_
     with pytest.raises(UserError, match=said) as raised:
         load_lora(pipeline, str(tmp_path / "lora.safetensors"), script, "--lora_weights x")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("half", ["lora_A", "lora_B", "lora_up", "lora_down"])
+def test_a_lora_of_which_a_half_is_missing_is_refused(lora, pipelines, tmp_path, half):
+    from diffusers import StableDiffusionPipeline
+
+    from utils.models.lora_files import load_lora
+
+    tensors = kohya_names(lora) if half in ("lora_up", "lora_down") else dict(lora)
+    del tensors[next(name for name in tensors if half in name)]
+    save_file(tensors, tmp_path / "lora.safetensors")
+    pipeline = StableDiffusionPipeline.from_pretrained(pipelines["sd"])
+    with pytest.raises(UserError, match="one half of 1 updates alone"):
+        load_lora(pipeline, str(tmp_path / "lora.safetensors"), "a", "--lora x")
+
+
+@pytest.mark.parametrize("names", [dict, lambda lora: kohya_names(lora)])
+def test_a_lora_that_changes_nothing_is_said_and_complex_numbers_are_refused(lora, pipelines, tmp_path, names, caplog):
+    from diffusers import StableDiffusionPipeline
+
+    from utils.models.lora_files import load_lora
+
+    file = tmp_path / "lora.safetensors"
+    off = {name: 0 * tensor if "lora_B" in name else tensor for name, tensor in lora.items()}
+    save_file(names(off), file)
+    load_lora(StableDiffusionPipeline.from_pretrained(pipelines["sd"]), str(file), "a", "--lora x")
+    assert caplog.text.count("so that it changes nothing") == 1
+    first = next(iter(lora))
+    save_file(names(lora | {first: lora[first].to(torch.complex64)}), file)
+    with pytest.raises(UserError, match="as C64: weights are real numbers"):
+        load_lora(StableDiffusionPipeline.from_pretrained(pipelines["sd"]), str(file), "a", "--lora x")
 
 
 def kohya_names(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,5 +1,8 @@
 """Encodings and samples that are NaN are named with what is to blame, not shown as black pictures or a bad rate."""
 
+import functools
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -88,3 +91,74 @@ def test_evaluation_names_the_decoder(more_pipelines, tmp_path, caplog):
     )
     drawer.call([Task(0, 0, Prompt("a"))])
     assert caplog.text.count("the VAE decodes to NaN") == 1
+
+
+class Step:
+    """A scheduler's step that gives NaN at one of its calls."""
+
+    def __init__(self, own, number: int):
+        self.own, self.number, self.__signature__ = own, number, inspect.signature(own)
+
+    def __call__(self, *args, **kwargs):
+        found = self.own(*args, **kwargs)
+        self.number -= 1
+        return (found[0] * float("nan"), *found[1:]) if self.number == 0 else found
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("step", "step 2 of the DDIMScheduler makes NaN"),
+        ("last step", "step 3 of the DDIMScheduler makes NaN"),
+        ("unet", "the denoiser's prediction is NaN or infinite from step 1 on"),
+        ("text_encoder", "the text encoders' states are NaN"),
+        ("noise", "the noise that sampling starts from is NaN"),
+        ("decoder", "the VAE decodes to NaN"),
+    ],
+)
+def test_the_first_place_that_is_not_finite_is_named(more_pipelines, caplog, monkeypatch, part, said):
+    from diffusers import StableDiffusionPipeline
+
+    from utils.sampling.controls import SamplingControls
+    from utils.sampling.drawer import Drawer
+    from utils.sampling.options import GenerationOptions
+    from utils.sampling.prompts import Prompt, Task
+
+    pipeline = StableDiffusionPipeline.from_pretrained(more_pipelines["sd"])
+    settings = GenerationOptions(num_inference_steps=3)
+    drawer = Drawer(pipeline, settings, SamplingControls(), 0, torch.device("cpu"), is_placed=True)
+    if part.endswith("step"):
+        pipeline.scheduler.step = Step(pipeline.scheduler.step, 3 if part == "last step" else 2)
+    elif part == "noise":
+        pipeline.scheduler.init_noise_sigma = float("inf")
+    elif part == "decoder":
+        pipeline.vae.decoder = Broken(pipeline.vae.decoder)
+    else:
+        next(reversed(list(getattr(pipeline, part).parameters()))).data.fill_(float("nan"))
+    for _ in range(2):
+        drawer.call([Task(0, 0, Prompt("a"))])
+    assert [record.message.count(said) for record in caplog.records if "NaN" in record.message] == [1]
+
+
+def test_samples_of_a_training_name_the_scheduler(train, monkeypatch, caplog):
+    from diffusers import DDIMScheduler
+
+    own = DDIMScheduler.step
+
+    @functools.wraps(own)
+    def step(self, *args, **kwargs):
+        found = own(self, *args, **kwargs)
+        if not isinstance(found, tuple):
+            return found
+        return tuple(each * float("nan") for each in found)
+
+    monkeypatch.setattr(DDIMScheduler, "step", step)
+    train("sd", "--max_train_steps", 1, "--no_final_checkpoint", "--validation_prompt", "a")
+    assert caplog.text.count("step 1 of the DDIMScheduler makes NaN or infinite numbers of finite predictions") == 1
+
+
+def test_latents_that_are_far_too_large_are_named_before_the_learning_rate_is(train, monkeypatch, caplog):
+    own = LatentSpace.moments
+    monkeypatch.setattr(LatentSpace, "moments", lambda self, pixels: tuple(each * 1e25 for each in own(self, pixels)))
+    train("sd", "--max_train_steps", 1, "--no_final_checkpoint", expect=1)
+    assert caplog.text.count("the VAE's encodings are as large as") == 1

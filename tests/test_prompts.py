@@ -5,7 +5,7 @@ import json
 import pytest
 
 from utils.config.options import UserError
-from utils.sampling.options import GenerationOptions, PromptOptions
+from utils.sampling.options import GenerationOptions, PromptOptions, ValidationOptions
 from utils.sampling.prompts import Prompt, plan_tasks, read_prompts
 
 
@@ -190,3 +190,76 @@ def test_settings_in_a_dataset_are_counted_and_sizes_of_its_images_are_none(tmp_
     Dataset.from_dict({"text": ["a"], "width": [5]}).save_to_disk(tmp_path / "sizes")
     read_prompts(PromptOptions(prompts_dataset=str(tmp_path / "sizes")))
     assert "'width' of 1 rows are not read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"prompt": "a", "seed": 0}], "'seed' of 1 rows are not read"),
+        ([{"prompt": "a", "steps": 0.0, "cfg": None}, {"prompt": "b", "steps": 0}], "'steps' of 2 rows"),
+        ([{"prompt": "a", "seed": None, "steps": "", "loras": [], "eta": "NULL"}], ""),
+    ],
+)
+def test_settings_of_zero_are_settings(tmp_path, caplog, rows, said):
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps(rows))
+    read_prompts(PromptOptions(prompts_file=str(file)))
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a dog --n ugly --w 512", "hold what looks like flags, such as --n"),
+        ("a dog --d 7", "such as --d"),
+        (
+            "a dog\nSteps: 20, Sampler: Euler a, Size: 512x512",
+            "as other programs write them, such as Steps: 20",
+        ),
+        ("a dog. Negative prompt: ugly", "such as Negative prompt: ugly"),
+        ("a dog, CFG scale: 7.5", "such as CFG scale: 7"),
+        ("a flight of steps: stone, seed: sunflower, size: big -- well", ""),
+    ],
+)
+def test_settings_within_prompts_are_said_whichever_way_they_come(tmp_path, caplog, text, said):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": text}))
+    for options, flag in (
+        (PromptOptions(prompts=[text, "a cat"]), "--prompts: 1 prompts"),
+        (PromptOptions(prompts_file=str(file)), f"--prompts_file {file}: 1 prompts"),
+    ):
+        caplog.clear()
+        read_prompts(options)
+        assert said in caplog.text
+        assert bool(said) == (flag in caplog.text)
+
+
+def test_settings_within_validation_prompts_are_said_once(train, caplog):
+    short = ("--max_train_steps", 2, "--validation_steps", 1, "--no_final_checkpoint")
+    train("sd", *short, "--validation_prompts", "a --n b")
+    assert caplog.text.count("--validation_prompts: 1 prompts hold what looks like flags, such as --n") == 1
+
+
+def test_a_file_in_the_place_of_prompts_is_named(tmp_path):
+    file = tmp_path / "p.txt"
+    assert len(read_prompts(PromptOptions(prompts=[str(file), "x" * 5000 + ".txt"]))) == 2
+    file.write_text("a")
+    with pytest.raises(UserError, match=r"--prompts .*p.txt is a file, .*; give --prompts_file"):
+        read_prompts(PromptOptions(prompts=[str(file)]))
+    for name, value in (("validation_prompts", [str(file)]), ("validation_prompt", str(file))):
+        with pytest.raises(UserError, match=rf"--{name} .*p.txt is a file"):
+            ValidationOptions(**{name: value})
+
+
+@pytest.mark.parametrize("header", ["Prompt", "PROMPT", "Text", "id,Caption"])
+def test_columns_of_prompts_are_found_in_any_case(tmp_path, header):
+    from datasets import Dataset
+
+    file, last = tmp_path / "p.csv", header.rpartition(",")[2]
+    file.write_text(f"{header}\n{'1,' if ',' in header else ''}a cat\n{'2,' if ',' in header else ''}NULL\n")
+    assert [prompt.text for prompt in read_prompts(PromptOptions(prompts_file=str(file)))] == ["a cat"]
+    Dataset.from_dict({last: ["a cat"]}).save_to_disk(tmp_path / "saved")
+    assert read_prompts(PromptOptions(prompts_dataset=str(tmp_path / "saved")))[0].text == "a cat"
+    file.write_text("Prompt,prompt\na,b\n")
+    assert read_prompts(PromptOptions(prompts_file=str(file)))[0].text == "b"

@@ -14,12 +14,21 @@ from tests import tiny
 from tests.conftest import message
 from utils.config.options import UserError
 from utils.diffusion.samplers import converted
-from utils.sampling.drawer import set_scheduler
-from utils.sampling.options import SCHEDULERS
-from utils.sampling.scheduler_trials import check_trial, check_trial_of, kind_of, level_of, misfit, unfit
+from utils.sampling.options import SCHEDULERS, GenerationOptions
+from utils.sampling.scheduler_choice import scheduler_class, set_scheduler
+from utils.sampling.scheduler_trials import (
+    check_trial,
+    check_trial_of,
+    kind_of,
+    level_of,
+    misfit,
+    unfit,
+    warn_of_own,
+)
 
 SHORT = ("--max_train_steps", 1, "--train_batch_size", 1, "--no_final_checkpoint")
 KINDS = ("epsilon", "v_prediction")
+STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WITHOUT_FIT = (
     *("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "IPNDMScheduler"),
     *("CMStochasticIterativeScheduler", "KarrasVeScheduler", "ScoreSdeVeScheduler", "UnCLIPScheduler"),
@@ -108,6 +117,85 @@ def test_an_own_scheduler_that_draws_something_else_is_said(caplog):
     own = EDMEulerScheduler.from_config(tiny.scheduler().config)
     check_trial(own, 10, "--pretrained_model x", "steps")
     assert "--pretrained_model x: its EDMEulerScheduler does not draw what the model is trained for" in caplog.text
+
+
+V = {"prediction_type": "v_prediction"}
+ELSEWHERE = [
+    (
+        "EulerDiscreteScheduler",
+        V | {"timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 700.0},
+        "timestep_type",
+    ),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "sigma_max": 1.0}, "sigma_max 1.0"),
+    ("UniPCMultistepScheduler", {"use_exponential_sigmas": True, "sigma_max": 3.0}, "sigma_max 3.0"),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "sigma_min": 1.0}, "sigma_min 1.0"),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 999}, "steps_offset 999"),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": -5}, "steps_offset -5"),
+    ("DPMSolverMultistepScheduler", {"lambda_min_clipped": 1.0}, "lambda_min_clipped 1.0"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "blamed"), ELSEWHERE, ids=lambda value: str(value)[:40])
+def test_noise_levels_other_than_the_trained_ones_are_said(name, changes, blamed, caplog):
+    own = getattr(diffusers, name)(**STABLE, **changes)
+    for steps in (4, 50):
+        caplog.clear()
+        check_trial(own, steps, "--pretrained_model x", "steps", has_variance=False)
+        assert "does not draw what the model is trained for" in caplog.text
+        assert f"change {blamed}" in caplog.text
+    caplog.clear()
+    warn_of_own(own, None, "--pipeline x")
+    assert f"--pipeline x: its {name} does not draw" in caplog.text
+
+
+def test_the_whole_range_may_be_reached_by_some_number_of_steps_alone(caplog):
+    """Few steps, short schedules and schedulers of distilled models begin late or end early, and are honest."""
+    for own in (
+        *(diffusers.LCMScheduler(**STABLE), diffusers.TCDScheduler(**STABLE)),
+        diffusers.LCMScheduler(**STABLE, original_inference_steps=5),
+        EulerDiscreteScheduler(**STABLE, use_karras_sigmas=True, sigma_min=0.1, sigma_max=14.6),
+        diffusers.DPMSolverMultistepScheduler(**STABLE, timestep_spacing="leading", num_train_timesteps=20),
+        diffusers.DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1),
+        DDIMScheduler(**STABLE, num_train_timesteps=997, clip_sample=False),
+        EulerDiscreteScheduler(**STABLE, num_train_timesteps=7),
+    ):
+        for steps in (1, 2, 4):
+            check_trial(own, steps, "x", "steps", has_variance=False)
+    assert not caplog.text
+
+
+def test_what_needs_more_than_a_scheduler_is_not_refused_by_the_warning(caplog):
+    warn_of_own(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None, "--pipeline x")
+    warn_of_own(diffusers.EDMEulerScheduler(), None, "--pipeline x")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler", "DDIMParallelScheduler", "SASolverScheduler"])
+def test_whatever_draws_is_taken_in_the_place_of_ddim(name, caplog):
+    pipeline = Drawing(tiny.scheduler())
+    set_scheduler(pipeline, name)
+    assert type(pipeline.scheduler).__name__ == name
+    assert ("models distilled to draw in few steps" in caplog.text) == (name in ("LCMScheduler", "TCDScheduler"))
+    caplog.clear()
+    pipeline = Drawing(diffusers.LCMScheduler.from_config(tiny.scheduler().config))
+    set_scheduler(pipeline, name)
+    pipeline = Drawing(tiny.scheduler())
+    pipeline.get_list_adapters = lambda: {"unet": ["evaluated"]}
+    set_scheduler(pipeline, name)
+    assert not caplog.text
+
+
+def test_names_of_schedulers_in_any_case_with_blanks():
+    for name in ("DDIMScheduler ", " ddimscheduler", "DDIM", "ddim "):
+        GenerationOptions(scheduler=name)
+        assert scheduler_class(name)[0] is DDIMScheduler
+    for name, hint in (("LCM", "LCMScheduler"), ("dpmpp_2m", "dpm++_2m"), ("DDMScheduler", "DD"), ("", "")):
+        with pytest.raises(UserError, match="--scheduler must be one of ddim") as raised:
+            GenerationOptions(scheduler=name)
+        assert f"did you mean {hint}" in str(raised.value) or not hint
+    for name in ("UNet2DModel", "NoSuchScheduler"):
+        with pytest.raises(UserError, match="--scheduler must be"):
+            scheduler_class(name)
 
 
 BROKEN = [

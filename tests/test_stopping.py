@@ -408,3 +408,22 @@ def test_an_error_of_every_process_is_printed_by_the_main_one_and_of_one_process
     assert waited == [MAIN_SECONDS]
     assert [ended_by(error, 3) for error in (stopped, diverged)] == ["", ""]
     assert waited[1:] == [AGREED_SECONDS] * 2
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK"])
+def test_processes_of_other_launchers_wait_for_the_main_one_too(name, capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr("utils.config.options.time.sleep", waited.append)
+    monkeypatch.delenv("RANK", raising=False)
+
+    def run(_argv):
+        raise UserError("--x 1: wrong")
+
+    for rank, said in (("0", "error: --x 1: wrong\n"), ("2", "process 2: error: --x 1: wrong\n")):
+        monkeypatch.setenv(name, rank)
+        assert run_script(run, []) == 2
+        assert capsys.readouterr().err == said
+    assert waited == [MAIN_SECONDS]
+    monkeypatch.setenv("RANK", "0")  # torchrun's or accelerate's own, on each of srun's nodes
+    run_script(run, [])
+    assert capsys.readouterr().err == "error: --x 1: wrong\n"

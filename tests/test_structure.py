@@ -28,6 +28,7 @@ SCRIPTS = ("train_text_to_image", "train_unconditional", "evaluate_pipeline")
 OPTIONS_OF = {
     "train_text_to_image": "utils.training.text_to_image_options",
     "train_unconditional": "utils.training.unconditional_options",
+    "evaluate_pipeline": "utils.evaluation.script_options",
 }
 
 

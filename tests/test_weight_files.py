@@ -1,6 +1,7 @@
 """Numbers of weights: quantised, scaled, packed and damaged ones are refused on every way in, others are read."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests import tiny
 from tests.conftest import message
 from tests.test_loading import FILES, SHORT, changed, kohya_names, loaded, write_lora
 from utils.config.options import UserError
+from utils.config.user_files import FileError
 from utils.models.loading import allowing_missing, load_module
 from utils.models.options import LoadingOptions
 from utils.models.weight_files import Stored, check_finite, check_stored, stored_in, weight_files
@@ -287,3 +289,66 @@ def test_the_alphas_of_a_text_encoder_are_read(lora, pipelines, tmp_path):
     assert {name.rpartition(".")[2]: scaling for name, scaling in found.items()} == {
         **{"q_proj": 0.5, "k_proj": 1.0, "v_proj": 1.5, "out_proj": 2.0}
     }
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 1\n"
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "x.safetensors", "x.ckpt"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (LFS, "pointer of Git LFS; fetch the file itself with git lfs pull"),
+        (b"<!doctype html><html>", "is a web page; fetch the file again"),
+        (b"\n <HTML>", "is a web page; fetch the file again"),
+        (b"", "is empty; fetch the file again"),
+        (b"GGUF" + b"\0" * 99, "GGUF"),
+    ],
+    ids=["lfs", "doctype", "html", "empty", "gguf"],
+)
+def test_what_was_saved_in_the_place_of_weights_is_named(pipelines, tmp_path, name, content, said):
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    if name.endswith(".bin"):
+        (folder / FILES["unet"]).unlink()
+        (folder / "unet" / name).write_bytes(content)
+        path = folder
+    else:
+        path = tmp_path / name
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(said)) as raised:
+        loaded(path, allow_pickle=True, pretrained_model_config=None if path == folder else str(pipelines["sd"]))
+    assert "--pretrained_model" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ([1, 2], "holds a list, not weights by name"),
+        (torch.ones(2), "holds a Tensor, not weights by name"),
+        ({"state_dict": {"a": torch.ones(2)}}, "holds its weights within state_dict"),
+        ({0: torch.ones(2)}, "names 1 of its weights by int"),
+        ({}, "holds no weights"),
+        (torch.nn.Linear(2, 2), "holds objects other than tensors"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_pickles_of_something_else_are_named(tmp_path, held, said):
+    torch.save(held, tmp_path / "a.bin")
+    with pytest.raises(FileError, match=said):
+        stored_in(tmp_path / "a.bin")
+
+
+def test_damaged_pickles_are_named(tmp_path):
+    tensors = {"a.weight": torch.ones(200, 20)}
+    torch.save(tensors, tmp_path / "new.bin")
+    torch.save(tensors, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    for name in ("new.bin", "old.bin"):
+        content = (tmp_path / name).read_bytes()
+        for size in (1, 20, len(content) // 2, len(content) - 30):
+            (tmp_path / "cut.bin").write_bytes(content[:size])
+            with pytest.raises(FileError, match=r"is damaged, cut short or not of torch.save"):
+                stored_in(tmp_path / "cut.bin")
+    save_file(tensors, tmp_path / "s.bin")
+    with pytest.raises(FileError, match=r"let its name end with .safetensors"):
+        stored_in(tmp_path / "s.bin")

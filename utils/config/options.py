@@ -37,6 +37,8 @@ NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 MOST_NAME = 255  # bytes of a file's name
+RANK_NAMES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+"""Variables by which torchrun, MPI and srun say a process's number, before torch is there."""
 MAIN_SECONDS = 30.0  # how much later than another the main process may meet an error: it reads more files
 AGREED_SECONDS = 1.0
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process has terminated")
@@ -501,7 +503,7 @@ def _print_once(line: str, is_agreed: bool = False) -> None:
     Args:
         is_agreed: whether the processes decided together to end: then the main process is at this line too.
     """
-    rank = os.environ.get("RANK", "0")
+    rank = next((os.environ[name] for name in RANK_NAMES if os.environ.get(name, "").isdecimal()), "0")
     if rank == "0":
         print_line(line, sys.stderr)
     elif is_agreed:

@@ -1,7 +1,9 @@
 """What an output folder holds, told without importing anything heavy: a used one is refused before all else."""
 
 import errno
+import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.config.options import UserError
@@ -38,3 +40,17 @@ def check_writable(flag: str, path: Path, is_folder: bool) -> None:
             pass
     except OSError as error:
         raise UserError(f"--{flag} {path} can't be written: {error.strerror or error}") from error
+
+
+def refuse_same_folder(
+    written: Mapping[str, str | Path | None], read: Mapping[str, Sequence[str | Path | None]]
+) -> None:
+    """Refuses a folder to write to that is one of those that data are read from, all of them by their flags."""
+    places = {os.path.realpath(folder): flag for flag, folders in read.items() for folder in folders if folder}
+    for flag, folder in written.items():
+        known = None if folder is None else places.get(os.path.realpath(folder))
+        if known is not None:
+            raise UserError(
+                f"--{flag} {folder} is the folder of --{known}: what is written there would be read as data; choose "
+                f"another, such as {Path(folder) / 'output'}"
+            )

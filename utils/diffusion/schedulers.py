@@ -1,7 +1,7 @@
 """Schedulers of diffusers by a user's config."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from utils.config.file_names import SCHEDULER_CONFIG
@@ -21,15 +21,17 @@ def explicit_config(config: Mapping) -> dict[str, object]:
     return {name: value for name, value in config.items() if name != "_use_default_values"}
 
 
-def blamed(kind: type, config: Mapping, tried: Callable[[Any], object]) -> str:
+def blamed(kind: type, config: Mapping, tried: Callable[[Any], object], settings: Sequence[str] | None = None) -> str:
     """The one value of a scheduler's config that is to blame, as `key value`: with its default all is well; else "".
 
     Args:
         kind: the scheduler's class.
         tried: raises one of `SCHEDULER_ERRORS` for a scheduler that can't be used.
+        settings: the names that may be to blame, the likeliest first; None for all.
     """
     known = inspect.signature(kind.__init__).parameters
-    for name in (name for name in known if name in config and config[name] != known[name].default):
+    settings = list(known) if settings is None else settings
+    for name in (name for name in settings if name in config and config[name] != known[name].default):
         try:
             tried(kind.from_config({**explicit_config(config), name: known[name].default}))
         except SCHEDULER_ERRORS:

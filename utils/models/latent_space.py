@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from weakref import WeakSet
 
 import torch
@@ -11,17 +12,21 @@ logger = logging.getLogger(__name__)
 _SAID: WeakSet = WeakSet()  # of which it was said that they draw NaN
 
 
-def warn_of_nan(latents: Tensor, images: Tensor, vae: torch.nn.Module | None, of: object) -> None:
+def warn_of_nan(
+    latents: Tensor, images: Tensor, vae: torch.nn.Module | None, of: object, blame: Callable[[], str] | None = None
+) -> None:
     """Says that samples are not finite, whether by the denoiser or by the VAE, and what to do.
 
     Args:
         of: what it is said of once.
+        blame: says whose NaN it is that the latents hold.
     """
     if bool(images.isfinite().all()) or of in _SAID:
         return
     _SAID.add(of)
     if not bool(latents.isfinite().all()):
-        logger.warning("the denoiser's samples are NaN or infinite: they are black; its weights have diverged")
+        said = "the denoiser's samples are NaN or infinite: they are black; its weights have diverged"
+        logger.warning("%s", said if blame is None else blame())
     elif vae is not None and vae.dtype == torch.float16:
         logger.warning(
             "the VAE overflows in fp16: samples are black; use --mixed_precision bf16, or of SDXL a VAE for fp16 "
@@ -105,10 +110,14 @@ class LatentSpace:
             return self.vae.decode(sample, return_dict=False)[0].float()
 
     @torch.no_grad()
-    def pictures(self, latents: Tensor) -> Tensor:
-        """As `decode`, to be looked at: black where it is not finite, which a warning names the first time."""
+    def pictures(self, latents: Tensor, blame: Callable[[], str] | None = None) -> Tensor:
+        """As `decode`, to be looked at: black where it is not finite, which a warning names the first time.
+
+        Args:
+            blame: says whose NaN it is that the latents hold.
+        """
         images = self.decode(latents)
-        warn_of_nan(latents, images, self.vae, self)
+        warn_of_nan(latents, images, self.vae, self, blame)
         return images.nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0)
 
     def _unscaled(self, latents: Tensor) -> Tensor:

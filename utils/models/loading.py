@@ -20,6 +20,7 @@ from utils.config.library_errors import CONFIG_ERRORS, LOADING_ERRORS, reason_of
 from utils.config.options import UserError
 from utils.config.tensor_files import require_regular_files
 from utils.config.terminal import one_line
+from utils.config.user_files import FileError
 from utils.models.options import PICKLES, LoadingOptions
 from utils.models.weight_files import Stored, check_finite, check_stored, stored_in, weight_files
 from utils.runtime.hub_files import INDEX, read_config
@@ -61,6 +62,8 @@ def loading(what: str) -> Iterator[None]:
 
     try:
         yield
+    except FileError as error:
+        raise UserError(f"{what}: {error}") from error
     except UserError:
         raise
     except (*LOADING_ERRORS, *CONFIG_ERRORS, EOFError, ImportError, StrictDataclassError) as error:

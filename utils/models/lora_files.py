@@ -30,6 +30,18 @@ OTHER_KINDS = {
 }
 """Kinds of files that diffusers does not read, or not whole, by how a word of a tensor's name begins."""
 
+WRAPPED = "base_model.model."  # what PEFT puts in front of the names in its own files
+HALVES = (
+    *(
+        (r"\blora_A\b", "lora_B"),
+        (r"\blora_B\b", "lora_A"),
+        (r"\blora_down\b", "lora_up"),
+        (r"\blora_up\b", "lora_down"),
+    ),
+    *((r"lora\.down\b", "lora.up"), (r"lora\.up\b", "lora.down")),
+)
+"""How tools name the two matrices of an update, each as a pattern with the other's name."""
+
 
 def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: str, must_be_finite: bool = True) -> None:
     """Loads a LoRA file of any of the usual formats (diffusers', peft's, kohya's) as an adapter of a pipeline.
@@ -84,6 +96,14 @@ def _check_numbers(modules: Sequence[nn.Module], adapter: str, what: str, must_b
     from peft.utils import get_peft_model_state_dict
 
     scalings: list[float] = []
+    ups = [
+        tensor
+        for module in modules
+        for name, tensor in get_peft_model_state_dict(module, adapter_name=adapter).items()
+        if "lora_B" in name
+    ]
+    if ups and not any(bool(tensor.any()) for tensor in ups):
+        logger.warning("%s: the up matrices of all its %d updates are 0, so that it changes nothing", what, len(ups))
     for module in modules:
         check_finite(get_peft_model_state_dict(module, adapter_name=adapter).items(), what, must_be_finite)
         layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
@@ -111,6 +131,7 @@ def _check(
     if "weight_name" in given:
         stored = stored_in(Path(root, given["weight_name"]))
         _refuse_other_kinds(stored)
+        _refuse_halves(stored)
         check_stored(what, stored)
     arguments = dict(given)
     if isinstance(pipeline, StableDiffusionXLLoraLoaderMixin):
@@ -173,6 +194,29 @@ def _refuse_other_kinds(names: Iterable[str]) -> None:
                 f"it holds {names_of([name])}: it is a {kind} file of other tools, which is not read here; merge it "
                 "into its base by the tool that made it, and start from the result"
             )
+
+
+def _refuse_halves(names: Iterable[str]) -> None:
+    """Refuses names that PEFT gives in its own files, and halves of updates, before diffusers looks for the others."""
+    names = set(names)
+    wrapped = sorted(name for name in names if name.startswith(WRAPPED))
+    if wrapped:
+        raise ValueError(
+            f"{len(wrapped)} of its {len(names)} tensors have the names of PEFT's own files, such as "
+            f"{names_of(wrapped[:1])}, which do not say their part of the pipeline; save it by the pipeline's "
+            "save_lora_weights"
+        )
+    lone = sorted(name for name in names if (other := _other_half(name)) and other not in names)
+    if lone:
+        raise ValueError(f"it has one half of {len(lone)} updates alone: {names_of(lone)} without its other half")
+
+
+def _other_half(name: str) -> str:
+    """The name of the tensor that goes with one of an update's two; "" for other tensors."""
+    for one, other in HALVES:
+        if (found := re.sub(one, other, name)) != name:
+            return found
+    return ""
 
 
 def _num_read(file: Path) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from utils.config.library_errors import LOADING_ERRORS
 from utils.config.options import UserError, first_line
 from utils.config.tensor_files import open_safetensors, read_pickle
+from utils.config.user_files import FileError
 from utils.models.loading import WeightReport, check_read, load_module, loading, make_up, names_of
 from utils.models.options import PICKLES
 from utils.models.weight_files import Stored, check_finite, stored_in, stored_tensors
@@ -89,6 +90,8 @@ class SingleFile:
             weights = {name: torch.empty(each.shape, device="meta") for name, each in stored.items()}
             with open_safetensors(path) as file:
                 return cls(path, flag, weights, stored, file.metadata() or {})
+        except FileError as error:
+            raise UserError(f"{flag} {path} {error.reason}") from error
         except (OSError, SafetensorError) as error:
             raise UserError(f"{flag} {path} can't be read as safetensors: {first_line(error)}") from error
 
@@ -308,6 +311,8 @@ def _converted(part: str, module: nn.Module, weights: Mapping[str, Tensor]) -> d
 def _weights_in_pickle(path: Path, flag: str) -> dict[str, Tensor]:
     try:
         held = read_pickle(path, mmap=True)
+    except FileError as error:
+        raise UserError(f"{flag} {path} {error.reason}") from error
     except (*LOADING_ERRORS, EOFError) as error:
         raise UserError(f"{flag} {path} can't be read as tensors alone: {first_line(error)}") from error
     if not isinstance(held, dict):

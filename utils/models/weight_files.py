@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from utils.config.options import UserError
-from utils.config.tensor_files import open_safetensors, read_pickle
+from utils.config.tensor_files import open_safetensors, read_pickle, refuse_other_content
 from utils.config.terminal import one_line
 from utils.config.user_files import FileError, read_json
 
@@ -23,6 +23,7 @@ FULL_FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bf
 """Dtypes whose numbers are the weights, by safetensors' names and by torch's."""
 EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "float8_e4m3fn", "float8_e5m2")
 EIGHT_BIT_FLOATS += ("float8_e4m3fnuz", "float8_e5m2fnuz")
+COMPLEX = ("C64", "C128", "complex32", "complex64", "complex128")
 TRUTH_VALUES = ("BOOL", "bool")
 COUNTED = ("position_ids", "relative_position_index", "num_batches_tracked", "num_updates")
 """Last words of the names of tensors that are whole numbers by nature."""
@@ -53,10 +54,33 @@ def stored_in(path: Path) -> dict[str, Stored]:
         FileError, OSError, SafetensorError: if it can't be read; of a pickle as `read_pickle`.
     """
     if path.suffix != ".safetensors":
-        return stored_tensors(read_pickle(path, mmap=True))
+        return stored_tensors(weights_by_name(read_pickle(path, mmap=True), path))
+    refuse_other_content(path)
     with open_safetensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {name: Stored(each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+
+
+def weights_by_name(held: object, path: Path) -> Mapping[str, object]:
+    """What a pickle of weights holds, if that is tensors by name.
+
+    Raises:
+        FileError: saying what it holds in their place.
+    """
+    cure = "give the file of a state_dict()"
+    if not isinstance(held, Mapping):
+        raise FileError(path, f"holds a {type(held).__name__}, not weights by name; {cure}")
+    odd = [type(name).__name__ for name in held if not isinstance(name, str)]
+    if odd:
+        raise FileError(path, f"names {len(odd)} of its weights by {odd[0]}, not by text; {cure}")
+    if not any(isinstance(each, Tensor) for each in held.values()):
+        inner = next((name for name, each in held.items() if isinstance(each, Mapping)), None)
+        if inner is None:
+            raise FileError(path, f"holds no weights; {cure}")
+        raise FileError(
+            path, f"holds its weights within {one_line(inner, LONGEST_NAME)}; save those as a file of their own"
+        )
+    return held
 
 
 def stored_tensors(held: object) -> dict[str, Stored]:
@@ -85,6 +109,12 @@ def check_stored(what: str, stored: Mapping[str, Stored]) -> None:
         raise UserError(
             f"{what} holds {one_line(scale, LONGEST_NAME)}, so its weights are scaled or quantised: without that "
             f"tensor, which is not read here, they would be wrong; {cure}"
+        )
+    complex_one = next((name for name, each in stored.items() if each.dtype in COMPLEX), None)
+    if complex_one is not None:
+        raise UserError(
+            f"{what} holds {one_line(complex_one, LONGEST_NAME)} as {stored[complex_one].dtype}: weights "
+            f"are real numbers; {CURE}"
         )
     packed = next((name for name, each in stored.items() if _is_packed(name, each)), None)
     if packed is not None:

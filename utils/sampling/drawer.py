@@ -31,11 +31,11 @@ from utils.config.seeding import Stream, generator
 from utils.config.terminal import progress_bar
 from utils.config.user_files import FileError, read_json
 from utils.data.images import BROKEN_FILE_ERRORS, open_image, read_rgb
-from utils.diffusion.samplers import check_steps, converted, is_ddim
-from utils.diffusion.schedulers import SCHEDULER_ERRORS
+from utils.diffusion.samplers import check_steps, is_ddim
 from utils.models.base import fitting_steps
 from utils.models.fingerprint import weights_hash
 from utils.models.latent_space import warn_of_nan
+from utils.models.not_finite import watching
 from utils.runtime.atomic_files import replacing
 from utils.runtime.memory import is_out_of_memory
 from utils.runtime.processes import write_json
@@ -44,7 +44,6 @@ from utils.sampling.controls import SamplingControls, drawing_scheduler
 from utils.sampling.options import SCHEDULERS, GenerationOptions
 from utils.sampling.pipelines import call_parameters, class_names
 from utils.sampling.prompts import STATE_KEY, Prompt, Task, drawn_texts, prompts_hash
-from utils.sampling.scheduler_trials import unfit
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,51 +70,6 @@ def image_seed(seed: int, number: int, sample: int) -> int:
         mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA6B) & 0xFFFFFFFF
         left, right = right, left ^ (mixed >> 16)
     return left << 16 | right
-
-
-def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
-    """Gives the pipeline the scheduler of a name in `SCHEDULERS` or of a class of diffusers, with its own settings.
-
-    Raises:
-        UserError: if the pipeline can't go with it.
-    """
-    if name is None:
-        return
-    class_name, changes = SCHEDULERS.get(name, (name, {}))
-    known, flag = _compatible(pipeline.scheduler), f"--scheduler {name}"
-    reason = f"diffusers cannot use it instead of a {type(pipeline.scheduler).__name__}"
-    scheduler = None
-    if class_name in known:
-        scheduler, reason = _converted(pipeline.scheduler, class_name, changes)
-    if reason:
-        fitting = [each for each in known if not _converted(pipeline.scheduler, each, {})[1]]
-        shown = [each for each, (of, _) in SCHEDULERS.items() if of in fitting]
-        shown += [each for each in fitting if each not in {of for of, _ in SCHEDULERS.values()}]
-        raise UserError(
-            f"{flag} does not go with this {type(pipeline).__name__}: {reason}; choose one of {', '.join(shown)}"
-        )
-    scales = abs(float(getattr(scheduler, "init_noise_sigma", 1.0)) - 1) > 1e-6
-    if scales and "scale_model_input" not in inspect.getsource(type(pipeline).__call__):
-        raise UserError(
-            f"{flag} needs its input scaled, which {type(pipeline).__name__} does not do; try ddim or dpm++_2m"
-        )
-    pipeline.scheduler = scheduler
-
-
-def _compatible(scheduler: Any) -> list[str]:
-    """The classes that diffusers takes for interchangeable with a scheduler's, whether they draw or not."""
-    return sorted({each.__name__ for each in scheduler.compatibles} | {type(scheduler).__name__})
-
-
-def _converted(own: Any, class_name: str, changes: Mapping[str, Any]) -> tuple[Any, str]:
-    """(a scheduler of another class in the place of a pipeline's own, why it does not draw what that does or "")."""
-    import diffusers
-
-    try:
-        scheduler = converted(own, getattr(diffusers, class_name), **changes)
-    except SCHEDULER_ERRORS as error:
-        return None, first_line(error)
-    return scheduler, unfit(scheduler, own)
 
 
 def class_numbers(labels: Sequence[str], names: Mapping[str, int]) -> list[int]:
@@ -503,12 +457,13 @@ def decoding_apart(pipeline: "DiffusionPipeline") -> Iterator[None]:
     def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device, enabled=False):
             found = own(latents.to(vae.dtype), *args, **kwargs)
-        warn_of_nan(latents, found[0], vae, vae)
+        warn_of_nan(latents, found[0], vae, vae, watch.blame)
         return found
 
     vae.decode = decode
     try:
-        yield
+        with watching(pipeline) as watch:
+            yield
     finally:
         del vae.decode
 

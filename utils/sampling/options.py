@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -45,10 +46,23 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MODEL_CURE = "give a folder, a Hub name or a .safetensors file"
 MOST_IMAGES = 10**7
+MAX_PATH = 1024
+PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
 
 DRAWING = ("pipeline", "checkpoints")
 SAMPLES = (*PROMPTS, "eval_metrics", IsNot("num_samples", ("0",)))
 """What has samples drawn while a model is trained."""
+
+
+def refuse_files(flag: str, texts: Sequence[str], cure: str) -> None:
+    """Refuses a prompt that is the name of a file of prompts.
+
+    Raises:
+        UserError: naming it.
+    """
+    for text in texts:
+        if len(text) < MAX_PATH and Path(text).suffix.lower() in PROMPT_FILES and Path(text).is_file():
+            raise UserError(f"{flag} {text} is a file, and would be drawn as words; {cure}")
 
 
 @dataclass(frozen=True)
@@ -131,8 +145,9 @@ class GenerationOptions:
         for name in ("height", "width"):
             value = getattr(self, name)
             require(value is None or value % 8 == 0, name, value, "be divisible by 8")
-        known = self.scheduler is None or self.scheduler in SCHEDULERS or self.scheduler.endswith("Scheduler")
-        hint = nearest(self.scheduler or "", SCHEDULERS)
+        asked = (self.scheduler or "").strip().casefold()  # that diffusers has the class is seen once that is loaded
+        known = self.scheduler is None or asked in SCHEDULERS or asked.endswith("scheduler")
+        hint = nearest(asked, SCHEDULERS)
         cure = f"did you mean {hint}?" if hint else "such as EulerDiscreteScheduler"
         require(known, "scheduler", self.scheduler, f"be one of {', '.join(SCHEDULERS)} or a class of diffusers", cure)
 
@@ -303,6 +318,12 @@ class ValidationOptions:
         require_not_negative(self, "num_validation_images", "validation_guidance_scale")
         if self.validation_prompts is not None and self.validation_prompt is not None:
             raise UserError("--validation_prompt and --validation_prompts are two ways to say the same; give one")
+        refuse_files(self.prompts_flag, self.prompts, "give its prompts themselves")
+
+    @property
+    def prompts_flag(self) -> str:
+        """The flag that names them."""
+        return "--validation_prompts" if self.validation_prompts else "--validation_prompt"
 
     @property
     def prompts(self) -> list[str]:

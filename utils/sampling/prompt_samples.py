@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,12 +12,14 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from utils.config.progress import Progress
+from utils.models.not_finite import watching
 from utils.models.text_to_image import TextFamily
 from utils.runtime.atomic_files import or_without
 from utils.runtime.processes import autocast
 from utils.runtime.sharding import unsharded
 from utils.sampling.controls import controllable
 from utils.sampling.options import SampleRequest, ValidationOptions
+from utils.sampling.prompts import warn_of_written_settings
 from utils.sampling.samples import LAST, Sample, Surroundings
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ class PromptSampler:
         self._folder = surroundings.folder / "samples"
         self._resolution, self._default_epochs = resolution, default_epochs
         self._requests = options.requests(surroundings.seed)
+        warn_of_written_settings(options.prompts_flag, options.prompts)
 
     def is_due(self, progress: Progress) -> bool:
         """Whether samples are drawn after a step; the validation loss is measured then too."""
@@ -80,14 +84,17 @@ class PromptSampler:
         processor = family.pipeline.image_processor
         with family.alone(*family.text_encoder_names), autocast(self._accelerator):
             prompts = [family.prompt_arguments(request.prompt, negative) for request in requests]
-        with family.alone("unet"):
-            latents = []
+        with family.alone("unet"), watching(family.pipeline) as watch:
+            latents, blames = [], []
             for request, prompt in zip(requests, prompts, strict=True):
                 if self._surroundings.requests.is_asked:
                     break
+                watch.forget()
                 latents.append(self._denoise(request, prompt))
+                blames.append("" if bool(latents[-1].isfinite().all()) else watch.blame())
         with family.alone("vae"):  # outside of autocast, in which it could overflow
-            decoded = (family.latent_space.pictures(each) for each in latents)
+            pairs = zip(latents, blames, strict=True)
+            decoded = (family.latent_space.pictures(each, partial(str, blame)) for each, blame in pairs)
             return [processor.postprocess(each, output_type="pil")[0] for each in decoded]
 
     def _denoise(self, request: SampleRequest, prompt: dict[str, Tensor]) -> Tensor:

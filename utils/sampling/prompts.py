@@ -26,7 +26,7 @@ from utils.data.folders import list_images
 from utils.data.metadata import NAME_COLUMN, NAME_COLUMNS
 from utils.data.source_options import DataOptions, SourceOptions
 from utils.data.sources import is_saved_dataset, read_records
-from utils.sampling.options import MOST_IMAGES, PromptOptions
+from utils.sampling.options import MOST_IMAGES, PROMPT_FILES, PromptOptions, refuse_files
 
 logger = logging.getLogger(__name__)
 PROMPT_COLUMNS = ("prompt", "text", "caption")
@@ -59,8 +59,10 @@ IMAGE_COLUMNS = frozenset(
     )
 )
 FLAG_IN_PROMPT = re.compile(r"(?:^|\s)(--[a-z][a-z_]{0,30})(?=\s|=|$)", re.IGNORECASE)  # a dog --n ugly --w 512
+SETTING_IN_PROMPT = re.compile(  # as A1111 and its like write below a prompt
+    r"(?:^|[\s,.])(Negative prompt: ?\S+|(?:Steps|CFG scale|Seed): ?\d+|Size: ?\d+x\d+|(?:Sampler|Model hash): ?\w+)"
+)
 DEFAULT_EACH, DEFAULT_UNCONDITIONAL = 4, 64
-PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
 MOST_PROMPT_BYTES, MOST_IMAGE_BYTES = 256 << 20, 4 << 30
 CAPTION_FLAGS = {  # those by which a folder's captions are read, and what they are called here
     "train_data_dir": "captions_dir",
@@ -115,6 +117,8 @@ def read_prompts(options: PromptOptions) -> list[Prompt]:
 
 def _texts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
     if options.prompts is not None:
+        refuse_files("--prompts", options.prompts, "give --prompts_file")
+        warn_of_written_settings("--prompts", options.prompts)
         return [(text, {"prompt": text}) for text in options.prompts]
     if options.prompts_file is not None:
         found = _file_prompts(Path(options.prompts_file), options.prompts_column, options.text_encoding)
@@ -164,9 +168,22 @@ def _file_prompts(file: Path, column: str | None, encoding: str | None) -> list[
 def _warn_of_rows(flag: str, rows: Sequence[Mapping[str, object]], texts: Sequence[str]) -> None:
     """Names settings of single prompts in the rows of a file, and flags within prompts: neither is read."""
     columns = dict.fromkeys(name for row in rows for name in row if isinstance(name, str))
-    unread = [name for name in _settings(columns) if any(row.get(name) for row in rows)]
-    _warn_of_settings(flag, unread, sum(any(row.get(name) for name in unread) for row in rows))
-    _warn_of_flags(flag, texts)
+    unread = [name for name in _settings(columns) if any(_is_set(row.get(name)) for row in rows)]
+    _warn_of_settings(flag, unread, sum(any(_is_set(row.get(name)) for name in unread) for row in rows))
+    warn_of_written_settings(flag, texts)
+
+
+def _is_set(value: object) -> bool:
+    """Whether a cell or field says something: 0 is a seed, an empty text or list says nothing."""
+    return not is_missing(value) if isinstance(value, str) else value is not None and value not in ([], {})
+
+
+def prompt_column(columns: Iterable[str]) -> str | None:
+    """The first of `PROMPT_COLUMNS` that there is, in whichever spelling (`Prompt`, `TEXT`); None without."""
+    names = [name for name in columns if isinstance(name, str)]
+    plain = {plain_spelling(name): name for name in reversed(names)}
+    exact = next((name for name in PROMPT_COLUMNS if name in names), None)
+    return exact or next((plain[name] for name in PROMPT_COLUMNS if name in plain), None)
 
 
 def _settings(columns: Iterable[str]) -> list[str]:
@@ -182,11 +199,16 @@ def _warn_of_settings(flag: str, unread: Sequence[str], num_rows: int) -> None:
         logger.warning(said, flag, ", ".join(map(short, unread[:6])), num_rows)
 
 
-def _warn_of_flags(flag: str, texts: Sequence[str]) -> None:
+def warn_of_written_settings(flag: str, texts: Sequence[str]) -> None:
+    """Names what other programs read in a prompt, and what is drawn as words here: kohya's flags, A1111's settings."""
     flags = [match[1] for text in texts if (match := FLAG_IN_PROMPT.search(text))]
     if flags:
         said = "%s: %d prompts hold what looks like flags, such as %s; they are drawn as words"
         logger.warning(said, flag, len(flags), flags[0])
+    settings = [match[1] for text in texts if (match := SETTING_IN_PROMPT.search(text))]
+    if settings:
+        said = "%s: %d prompts hold settings as other programs write them, such as %s; they are drawn as words"
+        logger.warning(said, flag, len(settings), settings[0])
 
 
 def _prompt_rows(text: str, flag: str, suffix: str, column: str | None) -> Iterator[tuple[str, object]]:
@@ -196,7 +218,7 @@ def _prompt_rows(text: str, flag: str, suffix: str, column: str | None) -> Itera
         for line, values, reason in read_rows(text, flag, (column,) if column else PROMPT_COLUMNS):
             if reason:
                 raise UserError(f"{flag}, line {line}: {reason}")
-            name = column or next((name for name in PROMPT_COLUMNS if name in values), "")
+            name = column or prompt_column(values) or ""
             if name in values and is_missing(values[name].strip()):
                 empty.append(line)
                 continue
@@ -223,7 +245,7 @@ def _text_of(row: object, column: str | None, where: str) -> str:
     if isinstance(row, str):
         return _prompt(row, where)
     columns = list(row) if isinstance(row, dict) else []
-    name = column or next((name for name in PROMPT_COLUMNS if name in columns), None)
+    name = column or prompt_column(columns)
     if name not in columns:
         hint = nearest(column, columns) if column else ""
         asked = f"no column {column}" if column else f"none of the columns {', '.join(PROMPT_COLUMNS)}"
@@ -256,7 +278,7 @@ def _dataset_prompts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]
         raise UserError(f"{flag} can't be loaded: {first_line(error)}") from error
     names = found.column_names
     _warn_of_settings(flag, _settings(names) if len(found) else [], len(found))
-    column = options.prompts_column or next((each for each in PROMPT_COLUMNS if each in names), None)
+    column = options.prompts_column or prompt_column(names)
     if column not in names:
         hint = nearest(column or "", names)
         cure = f"did you mean --prompts_column {hint}?" if hint else f"it has {', '.join(names)}; name one"
@@ -270,7 +292,7 @@ def _dataset_prompts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]
     if wrong is not None:
         raise UserError(f"{flag}: row {wrong} of {column} must be a text, got {short(texts[wrong])}")
     texts = [text for text in texts if text is not None]
-    _warn_of_flags(flag, texts)
+    warn_of_written_settings(flag, texts)
     return [(_prompt(text, flag), {"prompt": text}) for text in texts]
 
 

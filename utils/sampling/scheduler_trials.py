@@ -2,6 +2,7 @@
 
 Of one image the noise of a noisy sample is known. A scheduler fits a model if, at each of its steps, the noise that the
 sample holds at the timestep that the model is told has a standard deviation of 1, and if the last sample is the image.
+It must also go through the noise levels that the model was trained at, from the last one down to almost none.
 """
 
 import inspect
@@ -21,7 +22,7 @@ from utils.config.library_errors import reason_of
 from utils.config.options import UserError
 from utils.diffusion.noise import ForwardProcess
 from utils.diffusion.process import is_flow, is_score
-from utils.diffusion.samplers import changed_scheduler, refuse_rounding
+from utils.diffusion.samplers import NOISE, changed_scheduler, parameters_of, refuse_rounding
 from utils.diffusion.schedulers import SCHEDULER_ERRORS, blamed, scheduler_of
 from utils.models.loading import class_of
 
@@ -30,6 +31,8 @@ EDGE = 32  # of the image
 MOST_STEPS = 50  # that are all taken
 FEWER_STEPS = 10
 SPREAD = 0.2  # by which the noise may be off
+NEAR = 0.15  # of the ends of the trained noise levels, as angles: honest schedulers are within 0.11
+COUNTS = (FEWER_STEPS, MOST_STEPS, 99, 1000)  # of steps that are tried for where a scheduler begins and ends
 DISTANCE = 0.2  # from the image, on average: some schedules end before all noise is gone
 CALLED = ("init_noise_sigma", "scale_model_input", "step")  # what text-to-image pipelines of diffusers use
 SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
@@ -46,7 +49,8 @@ def level_of(scheduler: Any) -> Level | None:
         return lambda t: (1 - t / count, t / count)
     if "beta_start" not in scheduler.config and scheduler.config.get("trained_betas") is None:
         return None
-    bar = ForwardProcess(scheduler.config, {}).alphas_cumprod.numpy().astype(np.float64)
+    with _silent():
+        bar = ForwardProcess(scheduler.config, {}).alphas_cumprod.numpy().astype(np.float64)
     with np.errstate(divide="ignore"):
         log_sigmas = np.minimum(np.log((1 - bar) / bar) / 2, 20.0)
 
@@ -67,8 +71,10 @@ def misfit(scheduler: Any, level: Level, kind: str, steps: int, has_variance: bo
     Raises:
         one of `SCHEDULER_ERRORS`: if it can't take its steps.
     """
+    make = partial(type(scheduler).from_config, scheduler.config)
     with _silent():
-        return _misfit(type(scheduler).from_config(scheduler.config), level, kind, steps, has_variance)
+        found = _misfit(make(), level, kind, steps, has_variance)
+        return _out_of_range(make(), level, steps) or found
 
 
 @contextmanager
@@ -115,6 +121,43 @@ def _misfit(scheduler: Any, level: Level, kind: str, steps: int, has_variance: b
             sample = scheduler.step(output, t, sample, **extra).prev_sample
     distance = float((sample - image).abs().mean())
     return "" if distance < DISTANCE else f"of a model of one image it draws another, {distance:.3g} away from it"
+
+
+def _out_of_range(scheduler: Any, level: Level, steps: int) -> str:
+    """Why a scheduler leaves out noise levels that the model was trained at, whatever the number of steps, or "".
+
+    A few steps may begin late or end early, which is the number's fault; so several numbers are tried, and the widest
+    range counts. Schedulers for distilled models may end early: their last step goes all the way.
+    """
+    count = int(scheduler.config.num_train_timesteps)
+    scheduler.set_timesteps(steps)
+    lowest = float(scheduler.timesteps.min())
+    if lowest <= -1:
+        return f"its timesteps go down to {lowest:g}, and the model was trained at 0 to {count - 1}"
+    firsts, lasts = [], []
+    for each in {steps, *(each for each in (*COUNTS, count - 1, count) if 0 < each <= min(count, max(COUNTS)))}:
+        try:
+            scheduler.set_timesteps(each)
+        except SCHEDULER_ERRORS:
+            continue
+        firsts.append(float(scheduler.timesteps[0]))
+        lasts.append(float(scheduler.timesteps[-1]))
+    if min(firsts) > count:
+        return f"it begins at timestep {min(firsts):g}, and the model was trained at 0 to {count - 1}"
+
+    def angle(t: float) -> float:
+        alpha, sigma = level(t)
+        return math.atan2(sigma, alpha)
+
+    first, last = max((t for t in firsts if t <= count), key=angle), min(lasts, key=angle)
+    if angle(first) < angle(count - 1) - NEAR:
+        return (
+            f"it begins with noise alone at timestep {first:g}, where the model expects a sample that is still "
+            f"{level(first)[0]:.0%} image ({level(count - 1)[0]:.0%} at the last timestep of its training)"
+        )
+    if angle(last) > angle(0) + NEAR and "original_inference_steps" not in scheduler.config:
+        return f"it ends at timestep {last:g}, where {level(last)[1]:.0%} of a sample is noise"
+    return ""
 
 
 def _scaled(scheduler: Any, sample: Tensor, t: Tensor) -> Tensor:
@@ -208,26 +251,60 @@ def check_trial(scheduler: Any, steps: int, where: str, flag: str, has_variance:
     if level is None:
         return
 
-    def tried(each: Any, count: int) -> str:
-        own = level_of(each)
-        return "" if own is None else misfit(each, own, kind_of(each), count, has_variance)
-
+    tried = partial(_misfit_with_itself, has_variance=has_variance)
     try:
         found = tried(scheduler, steps)
     except SCHEDULER_ERRORS as error:
         fewer = min(FEWER_STEPS, steps - 1, int(scheduler.config.num_train_timesteps))
         if fewer and _takes(partial(tried, scheduler, fewer)):
             raise UserError(f"--{flag} {steps} can't be taken by the pipeline's {name}: {reason_of(error)}") from error
-        value = blamed(type(scheduler), scheduler.config, partial(tried, count=steps))
+        value = blamed(type(scheduler), scheduler.config, partial(tried, steps=steps))
         raise UserError(
             f"{where}: its {SCHEDULER_CONFIG}: {value or 'these values'} can't be drawn with by a {name}: "
             f"{reason_of(error)}"
         ) from error
-    if found:
-        logger.warning(
-            "%s: its %s does not draw what the model is trained for: %s; give the pipeline another scheduler",
-            *(where, name, found),
-        )
+    _warn_of_misfit(scheduler, found, where, partial(tried, steps=steps))
+
+
+def warn_of_own(scheduler: Any, steps: int | None, where: str) -> None:
+    """The warning of `check_trial` alone: what can't be tried is left to the pipeline, which may prepare it.
+
+    Args:
+        steps: None for a number that any scheduler takes.
+        where: the flag that names the pipeline, and its value.
+    """
+    tried = partial(_misfit_with_itself, steps=steps or FEWER_STEPS)
+    try:
+        found = tried(scheduler)
+    except SCHEDULER_ERRORS:
+        return
+    _warn_of_misfit(scheduler, found, where, tried)
+
+
+def _misfit_with_itself(scheduler: Any, steps: int, has_variance: bool = True) -> str:
+    """`misfit` of a scheduler for a model that was trained by its own config."""
+    level = level_of(scheduler)
+    return "" if level is None else misfit(scheduler, level, kind_of(scheduler), steps, has_variance)
+
+
+def _warn_of_misfit(scheduler: Any, found: str, where: str, tried: Callable[[Any], str]) -> None:
+    """Says why a scheduler does not draw what is trained, with the value of its config that is to blame."""
+    if not found:
+        return
+
+    def fits(each: Any) -> None:
+        if reason := tried(each):
+            raise UserError(reason)
+
+    config = scheduler.config
+    settings = [name for name in parameters_of(type(scheduler)) if name not in NOISE]
+    settings.sort(key=lambda name: type(config.get(name)) not in (int, float))  # numbers before what turns them on
+    value = blamed(type(scheduler), config, fits, settings)
+    cure = f"change {value} in its {SCHEDULER_CONFIG}" if value else "give the pipeline another scheduler"
+    logger.warning(
+        "%s: its %s does not draw what the model is trained for: %s; %s",
+        *(where, type(scheduler).__name__, found, cure),
+    )
 
 
 def _takes(tried: Callable[[], object]) -> bool:

@@ -3,7 +3,6 @@
 import atexit
 import logging
 import os
-from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import psutil
 
 from utils.config.first_checks import announce
 from utils.config.options import UserError
+from utils.config.output_folder import refuse_same_folder
 from utils.data.captions import CaptionOptions
 from utils.data.options import CacheOptions, HeldOutOptions, ImageOptions
 from utils.data.source_options import DataOptions, SourceEntry, source_entries
@@ -42,8 +42,21 @@ def announce_run(options: TrainingOptions) -> None:
         "model": options.model.pretrained_model_name_or_path,
         "data": source.train_data_dir or source.dataset_name or options.data.dataset_file,
     }
-    may_be_used = bool(options.checkpoint.resume_from_checkpoint) or runtime.overwrite_output_dir or runtime.dry_run
+    takes_used = bool(options.checkpoint.resume_from_checkpoint) or runtime.overwrite_output_dir
+    if runtime.dry_run and not takes_used:
+        _refuse_model_folder(options)
+    may_be_used = takes_used or runtime.dry_run
     announce(sources, runtime.output_dir, may_be_used)
+
+
+def _refuse_model_folder(options: TrainingOptions) -> None:
+    """Refuses a dry run into the folder of its model, as the run itself is refused: it would be overwritten."""
+    output, model = options.runtime.output_dir, options.model.pretrained_model_name_or_path
+    if output and model and os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
+        raise UserError(
+            f"--output_dir {output} is the folder of --pretrained_model: the model would be overwritten; choose "
+            "another folder"
+        )
 
 
 def check_output_folder(options: TrainingOptions, output: Path) -> None:
@@ -76,20 +89,6 @@ def check_together(options: TrainingOptions) -> None:
     check_masks(options.loss, entries)
     check_held_out(options.held_out, options.data, options.stopping, options.schedule, options.ema)
     check_cache(options.cache, options.data, options.image, captions)
-
-
-def refuse_same_folder(
-    written: Mapping[str, str | Path | None], read: Mapping[str, Sequence[str | Path | None]]
-) -> None:
-    """Refuses a folder to write to that is one of those that data are read from, all of them by their flags."""
-    places = {os.path.realpath(folder): flag for flag, folders in read.items() for folder in folders if folder}
-    for flag, folder in written.items():
-        known = None if folder is None else places.get(os.path.realpath(folder))
-        if known is not None:
-            raise UserError(
-                f"--{flag} {folder} is the folder of --{known}: what is written there would be read as data; choose "
-                f"another, such as {Path(folder) / 'output'}"
-            )
 
 
 def check_optimizer(options: OptimizerOptions, schedule: ScheduleOptions, term_rate: float | None) -> None:

@@ -90,6 +90,7 @@ class EncodedBatch:
 
 
 WATCHED = 3  # first batches
+LARGEST_LATENT = 1e4  # of raw ones; those of the usual VAEs are below 100
 CURE = "use --mixed_precision bf16 or no, or another VAE or text encoder"
 
 
@@ -124,6 +125,15 @@ class Encoder:
             if not all(bool(each.isfinite().all()) for each in values):
                 self._num_watched = 0
                 logger.warning("%s are NaN or infinite, and no step can train on them; %s", name, CURE)
+                return
+        largest = float(moments.abs().max())
+        if largest > LARGEST_LATENT:
+            self._num_watched = 0
+            logger.warning(
+                "the VAE's encodings are as large as %.3g: losses of them overflow, whatever the learning rate; its "
+                "weights are damaged or scaled: give another VAE",
+                largest,
+            )
 
     def _states(self, batch: Batch) -> TextStates | None:
         if self._text_encoders_train:
