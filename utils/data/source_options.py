@@ -317,8 +317,6 @@ class LabelOptions:
         Args:
             recorded: the classes of the checkpoint that the run resumes from.
         """
-        from utils.data.class_folders import has_twins
-
         recorded = tuple(recorded)
         by_folder = self.class_conditional and source.caption_column is None
         if self.class_folders is not None and not by_folder:
@@ -334,6 +332,10 @@ class LabelOptions:
             policy = {"caption_dropout": self.label_dropout, "on_missing_caption": "folder"}
             return FolderLabels(**policy, rule=self.class_folders, recorded_names=recorded)
         policy = {"caption_dropout": self.label_dropout, "on_missing_caption": "error"}
+        if not recorded:
+            return ColumnLabels(**policy)
+        from utils.data.class_folders import has_twins
+
         return ColumnLabels(**policy, are_twins_apart=has_twins(recorded))
 
 
