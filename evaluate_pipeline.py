@@ -53,7 +53,15 @@ from utils.runtime.processes import (
 )
 from utils.runtime.stop_requests import StopRequests
 from utils.sampling.controls import SamplingControls
-from utils.sampling.drawer import Drawer, check_prompts, claim_images, class_numbers, complete_prompts, invalid_images
+from utils.sampling.drawer import (
+    Drawer,
+    check_prompts,
+    claim_images,
+    class_numbers,
+    complete_prompts,
+    for_init_images,
+    invalid_images,
+)
 from utils.sampling.options import PipelineOptions
 from utils.sampling.pipelines import PipelineSpec, checkpoint_content, indexed_names, load_pipeline, pipeline_class
 from utils.sampling.prompts import Prompt, Task, plan_tasks, read_prompts
@@ -300,13 +308,12 @@ def obtain(
     complete = complete_prompts(pipeline, prompts, options.prompts.class_labels)
     tasks = plan_tasks(complete, options.prompts)
     drawer = Drawer(
-        pipeline,
+        pipeline if options.prompts.init_images is None else for_init_images(pipeline),
         options.generation,
         SamplingControls(options.controls),
         options.run.seed,
         accelerator.device,
         requests,
-        starts_from_images=options.prompts.init_images is not None,
     )
     images = image_folder(folder, wanted)
     facts = on_main_process(accelerator, lambda: drawer.facts(complete))

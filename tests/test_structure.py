@@ -91,6 +91,7 @@ def test_one_function_writes_json_in_readable_letters():
 
 
 OTHER_READS = {  # what is read past utils/config/user_files.py, and why that is no text of a user
+    "utils/config/yaml_files.py": ("parse", "text that utils/config/user_files.py read"),
     "utils/training/adaptation.py": ("read_text loads", "the config that save_pretrained wrote a line before"),
     "utils/runtime/background_writer.py": ("read_text", "/proc/meminfo"),
     "utils/training/checkpoint.py": ("loads", "what was dumped in the same line"),

@@ -16,7 +16,6 @@ from utils.config.user_files import (
     check_encoding,
     decode,
     parse_json,
-    parse_yaml,
     read_bytes,
     read_json,
     require_file,
@@ -24,6 +23,7 @@ from utils.config.user_files import (
     short,
     what_is_at,
 )
+from utils.config.yaml_files import parse_yaml
 from utils.data.source_options import SourceOptions
 from utils.runtime.hub_files import read_config
 

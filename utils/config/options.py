@@ -69,7 +69,7 @@ class Diverged(Exception):  # noqa: N818  no error of the user's, and none of th
     """A run that came to its end and whose result is of no use. It is written all the same; the exit status is 1."""
 
 
-def option(
+def option(  # noqa: PLR0913 - the columns of a flag's declaration
     default: typing.Any,
     help: str,
     *,

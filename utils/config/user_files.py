@@ -15,9 +15,8 @@ import reprlib
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from utils.config.options import UserError, first_line, require
@@ -25,11 +24,8 @@ from utils.config.options import UserError, first_line, require
 logger = logging.getLogger(__name__)
 TEXT_LIMIT = 1 << 30  # bytes of a file that lists images or prompts
 CONFIG_LIMIT = 16 << 20  # bytes of a config
-YAML_LIMIT = 1 << 20
 MAX_DEPTH = 100  # of nested lists and mappings
 MAX_DIGITS = 300  # of an integer: what is longer overflows a float
-MAX_YAML_NODES = 100_000  # with aliases expanded
-MAX_YAML_SCALAR = 4096  # characters
 SHOWN_LENGTH = 100
 
 MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
@@ -649,182 +645,6 @@ def _is_json(text: str) -> bool:
     except FileError:
         return False
     return True
-
-
-def parse_yaml(text: str, where: object, booleans: Collection[str] = (), texts: Collection[str] = ()) -> Any:
-    """What YAML holds, with plain Python types alone; plain keys are texts as they stand.
-
-    Args:
-        booleans: keys whose values are true or false, which may be written yes, no, on and off too.
-        texts: keys whose plain values are texts as they stand, or nothing: empty, null or ~.
-
-    Raises:
-        FileError: naming `where` it stands and the line, if it is none, has aliases that expand beyond bounds or refer
-            to themselves, is nested too deeply, names a key twice, or holds a value that YAML 1.1 takes for something
-            else than what is written, such as 010 for 8.
-    """
-    import yaml
-
-    try:
-        _check_yaml(text)
-        return yaml.load(text, Loader=_yaml_loader(text, where, booleans, texts))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f": line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = " ".join(str(error.problem or error.context).split())
-        raise FileError(where, f"can't be read as YAML: {problem:.200}{place}") from error
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError, KeyError) as error:
-        # beside its own errors the library raises these, of a date without such a day or a `!!int` that is none
-        raise FileError(where, f"can't be read as YAML: {first_line(error):.200}") from error
-
-
-def _check_yaml(text: str) -> None:
-    """Refuses YAML that is small as text and huge or endless as a value, by its events alone."""
-    import yaml
-
-    sizes: dict[str, int] = {}
-    open_nodes: list[tuple[str | None, int]] = []
-    total = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = f"line {event.start_mark.line + 1}"
-        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_YAML_SCALAR:
-            raise ValueError(f"a value of {len(event.value)} characters at {line}; at most {MAX_YAML_SCALAR} are read")
-        if isinstance(event, yaml.ScalarEvent) and HALF_CHARACTER.search(event.value):
-            raise ValueError(f"half a character at {line}; write it as it is")
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor in {anchor for anchor, _ in open_nodes}:
-                raise ValueError(f"*{event.anchor} at {line} stands within what it refers to")
-            total += sizes.get(event.anchor, 1)
-        elif isinstance(event, yaml.NodeEvent):
-            total += 1
-        if total > MAX_YAML_NODES:
-            raise ValueError(f"more than {MAX_YAML_NODES} values at {line}, with aliases (*name) expanded")
-        if isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append((event.anchor, total - 1))
-            if len(open_nodes) > MAX_DEPTH:
-                raise ValueError(f"is nested more than {MAX_DEPTH} deep at {line}")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = open_nodes.pop()
-            if anchor is not None:
-                sizes[anchor] = total - before
-
-
-A_DATE = "a date"
-NOTHING = ("", "~", "null")  # as YAML writes it where a text may stand
-NO_SPACE = re.compile(r"[ \t]+(#(?:\S.*|$))")  # what may be meant as text, as no space stands behind the mark
-AS_WRITTEN = {  # plain YAML values that every version reads alike, by the ends of their tags
-    "bool": re.compile(r"true|false", re.IGNORECASE),
-    "int": re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+"),
-    "float": re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", re.IGNORECASE),
-    "timestamp": re.compile(r"(?!)"),
-}
-
-
-def _in_quotes(text: str) -> str:
-    """A text as YAML reads it whole."""
-    return "'" + text.replace("'", "''") + "'" if '"' in text or "\\" in text else f'"{text}"'
-
-
-def _yaml_loader(source: str, where: object, booleans: Collection[str], texts: Collection[str]) -> type:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Refuses a key that stands twice in a mapping, integers that are no number for anyone, and surprises."""
-
-        def __init__(self, stream: str):
-            super().__init__(stream)
-            self._keys: dict[yaml.Node, set[str]] = {}  # of each value by aliases several; "" where it is a key itself
-
-        def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-            if isinstance(node, yaml.ScalarNode) and node.style is None and self._is_implied(node):
-                keys = self._keys.get(node, set())
-                if keys == {""}:
-                    return node.value
-                if keys and keys.issubset(texts):
-                    return self._text(node)
-                self._refuse_surprise(node)
-            return super().construct_object(node, deep)
-
-        def _is_implied(self, node: yaml.ScalarNode) -> bool:
-            return self.resolve(type(node), node.value, (True, False)) == node.tag
-
-        def _text(self, node: yaml.ScalarNode) -> str | None:
-            """A plain value as it stands, where a text is expected."""
-            keys = self._named(node)
-            comment = NO_SPACE.match(source[node.end_mark.index :].partition("\n")[0])
-            if comment is not None and not node.value:
-                cure = f"quote it ({_in_quotes(comment[1].rstrip())}), or leave the key out"
-                problem = f"{keys}{short(comment[1].rstrip())} is a comment to YAML; {cure}"
-                raise yaml.MarkedYAMLError(None, None, problem, node.end_mark)
-            if comment is not None:
-                whole = _in_quotes(f"{node.value}{comment[0].rstrip()}")
-                told = "%s: %s%s is followed by a comment, %s; if that is part of the text, quote it: %s"
-                logger.warning(told, where, keys, short(node.value), short(comment[1].rstrip()), whole)
-            if node.tag.endswith(":null"):
-                if node.value in NOTHING:
-                    return None
-                self._refuse(node, "nothing", "null")
-            return node.value
-
-        def _refuse_surprise(self, node: yaml.ScalarNode) -> None:
-            """Refuses a plain value of which YAML makes something else than is written."""
-            surprise = self._surprise(node)
-            if surprise:
-                self._refuse(node, surprise, "" if surprise == A_DATE else surprise)
-
-        def _refuse(self, node: yaml.ScalarNode, surprise: str, plainly: str) -> None:
-            cure = f"if it is meant as it stands, quote it ({_in_quotes(node.value)})"
-            cure += f"; else write {plainly} plainly" if plainly else ""
-            problem = f"{self._named(node)}{short(node.value)} is {surprise} to YAML; {cure}"
-            raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
-
-        def _named(self, node: yaml.ScalarNode) -> str:
-            keys = " and ".join(short(key) for key in sorted(self._keys.get(node, ())) if key)
-            return f"{keys}: " if keys else ""
-
-        def _surprise(self, node: yaml.ScalarNode) -> str:
-            """What YAML 1.1 makes of a plain value that is written as something else, else ""."""
-            kind = node.tag.rpartition(":")[2]
-            pattern = AS_WRITTEN.get(kind)
-            if pattern is None or pattern.fullmatch(node.value):
-                return ""
-            if kind == "bool":
-                keys = self._keys.get(node, set())
-                is_meant = bool(keys) and keys.issubset(booleans)
-                return "" if is_meant else str(self.construct_yaml_bool(node)).lower()
-            if kind == "timestamp":
-                return A_DATE
-            value = self.construct_yaml_int(node) if kind == "int" else self.construct_yaml_float(node)
-            return f"the number {short(value)}"
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-            counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            twice = next((key for key, count in counts.items() if count > 1 and key != "<<"), None)
-            if twice is not None:
-                raise yaml.MarkedYAMLError(None, None, f"{short(twice)} stands twice in a mapping", node.start_mark)
-            for key, value in node.value:
-                self._keys.setdefault(key, set()).add("")
-                for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    self._keys.setdefault(each, set()).update([key.value] if isinstance(key, yaml.ScalarNode) else [])
-            return super().construct_mapping(node, deep)
-
-        def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-            if len(node.value) > MAX_DIGITS:
-                raise yaml.MarkedYAMLError(None, None, f"a number of {len(node.value)} digits", node.start_mark)
-            return super().construct_yaml_int(node)
-
-    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
-    return Loader
-
-
-def read_yaml(path: str | os.PathLike, limit: int = YAML_LIMIT, encoding: str | None = None) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        FileError: as `read_text` and `parse_yaml`.
-        OSError: as `open`.
-    """
-    return parse_yaml(read_text(path, limit, encoding).text, Path(path))
 
 
 class _Short(reprlib.Repr):

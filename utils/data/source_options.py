@@ -18,15 +18,8 @@ from utils.config.options import (
     require_positive,
     with_values,
 )
-from utils.config.user_files import (
-    YAML_LIMIT,
-    TextReader,
-    check_encoding,
-    parse_yaml,
-    require_file,
-    require_folder,
-    short,
-)
+from utils.config.user_files import TextReader, check_encoding, require_file, require_folder, short
+from utils.config.yaml_files import YAML_LIMIT, parse_yaml
 from utils.data.captions import CaptionOptions
 
 if TYPE_CHECKING:

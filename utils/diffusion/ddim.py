@@ -25,7 +25,7 @@ class ConsistentDDIMScheduler(DDIMScheduler):
         super().set_timesteps(num_inference_steps, device)
         self.timesteps = self.timesteps[self.timesteps >= 0]
 
-    def step(
+    def step(  # noqa: PLR0913 - the signature is that of diffusers
         self,
         model_output: Tensor,
         timestep: int | Tensor,

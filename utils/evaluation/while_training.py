@@ -27,7 +27,7 @@ from utils.runtime.processes import autocast, on_main_process
 from utils.runtime.sharding import unsharded
 from utils.runtime.step_lines import JsonLines, keep_steps
 from utils.sampling.controls import controllable
-from utils.sampling.drawer import Drawer, complete_prompts
+from utils.sampling.drawer import Drawer, InMemory, complete_prompts
 from utils.sampling.options import GenerationOptions, PromptOptions
 from utils.sampling.prompts import Prompt, plan_tasks, read_prompts
 from utils.sampling.samples import Surroundings
@@ -165,10 +165,7 @@ class TrainingEvaluation:
             self._controls,
             self._seed,
             self._accelerator.device,
-            is_placed=True,
-            arguments=arguments,
-            encode=encode,
-            around=around,
+            in_memory=InMemory(arguments or {}, encode, around),
         )
         drawer.draw(tasks, images, self._accelerator)
         self._accelerator.wait_for_everyone()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -417,15 +417,26 @@ def limit_tokens(tokenizer: Any, encoder_config: Any, what: str) -> None:
     tokenizer.model_max_length = int(length)
 
 
+class Download(NamedTuple):
+    """Which files of a pipeline are wanted, where several are there.
+
+    Attributes:
+        revision: of a repository on the Hub.
+        variant: of the weights, such as fp16.
+        use_safetensors: whether only safetensors are; None for those that are there.
+    """
+
+    revision: str | None = None
+    variant: str | None = None
+    use_safetensors: bool | None = None
+
+
 def load_pipeline_folder(
     kind: "type[DiffusionPipeline]",
     name: str,
     flag: str,
     dtypes: Mapping[str, torch.dtype],
-    *,
-    revision: str | None,
-    variant: str | None,
-    use_safetensors: bool | None,
+    wanted: Download,
     given: Mapping[str, Any],
 ) -> "DiffusionPipeline":
     """A pipeline on the CPU, from a folder or the Hub, of whose modules no weight is missing.
@@ -437,14 +448,13 @@ def load_pipeline_folder(
     """
     folder = Path(name)
     if not folder.is_dir():
-        wanted = {"revision": revision, "variant": variant, "use_safetensors": use_safetensors}
         with loading(flag):
-            folder = Path(kind.download(name, **wanted, **given))
+            folder = Path(kind.download(name, **wanted._asdict(), **given))
     require_regular_files(folder)
     index = read_config(folder / INDEX, flag)
     known = inspect.signature(kind.__init__).parameters
     wanted_parts = [each for each in named_parts(index) if each in known and each not in given]
-    parts = load_parts(folder, index, wanted_parts, flag, dtypes, variant, use_safetensors)
+    parts = load_parts(folder, index, wanted_parts, flag, dtypes, wanted.variant, wanted.use_safetensors)
     with loading(flag):
         pipeline = kind.from_pretrained(str(folder), **given, **parts)
     pipeline.register_to_config(_name_or_path=name)

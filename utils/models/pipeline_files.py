@@ -140,13 +140,18 @@ def write_pipeline(
     for name in pipeline.components:
         if name.startswith("tokenizer") and (folder / name).is_dir():
             complete_tokenizer(folder / name)
-    if "safety_checker" in entries and not is_part(entries.get("feature_extractor")):  # which it needs
+    _drop_lonely_checker(entries, folder)
+    written = {"_class_name": type(pipeline).__name__, "_diffusers_version": _diffusers_version()} | entries
+    write_text(folder / INDEX, json.dumps(written, indent=2, sort_keys=True) + "\n")
+
+
+def _drop_lonely_checker(entries: dict[str, Any], folder: Path) -> None:
+    """Leaves out a safety checker whose feature extractor is missing, and what asks for one that is not there."""
+    if "safety_checker" in entries and not is_part(entries.get("feature_extractor")):
         entries["safety_checker"] = [None, None]
         shutil.rmtree(folder / "safety_checker", ignore_errors=True)
     if "requires_safety_checker" in entries and not is_part(entries.get("safety_checker")):
         entries["requires_safety_checker"] = False
-    written = {"_class_name": type(pipeline).__name__, "_diffusers_version": _diffusers_version()} | entries
-    write_text(folder / INDEX, json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
 def load_optional(name: str, folder: Path, variant: str | None, use_safetensors: bool | None) -> Any:

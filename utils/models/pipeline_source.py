@@ -12,7 +12,7 @@ from torch import nn
 
 from utils.config.library_errors import LOADING_ERRORS
 from utils.config.options import UserError, first_line
-from utils.models.loading import load_module, load_pipeline_folder, variant_of
+from utils.models.loading import Download, load_module, load_pipeline_folder, variant_of
 from utils.models.options import PICKLES, ModelOptions, PartOptions
 from utils.models.single_file import SingleFile
 from utils.runtime.hub_files import index_file, is_path, read_config, read_config_file, refuse_quantized
@@ -196,10 +196,8 @@ class PipelineSource:
             self.path,
             f"--pretrained_model {self.path}",
             dtypes,
-            revision=options.revision,
-            variant=options.variant,
-            use_safetensors=options.use_safetensors,
-            given=given,
+            Download(options.revision, options.variant, options.use_safetensors),
+            given,
         )
 
     def _load_single_file(self, pipeline_class: "type[DiffusionPipeline]", parts: dict) -> "DiffusionPipeline":

@@ -23,7 +23,7 @@ from utils.diffusion.samplers import changed_scheduler, exported, sampler_of, wa
 from utils.models.base import Family, TextStates, fitting_steps
 from utils.models.from_scratch import CLASS_SLOTS, SMALLEST_LEVEL, make_denoiser, transformer_config, unet_config
 from utils.models.latent_space import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
-from utils.models.loading import load_module, load_pipeline_folder, variant_of
+from utils.models.loading import Download, load_module, load_pipeline_folder, variant_of
 from utils.models.options import UnconditionalModelOptions
 from utils.models.pipeline_files import copy_part
 from utils.models.pipeline_source import check_weight_files
@@ -632,9 +632,7 @@ def load_pipeline(pipeline_class: "type[DiffusionPipeline]", options: Unconditio
         name,
         f"--pretrained_model {name}",
         {"default": torch.float32},
-        revision=options.revision,
-        variant=options.variant,
-        use_safetensors=options.use_safetensors,
+        Download(options.revision, options.variant, options.use_safetensors),
         given={},
     )
 

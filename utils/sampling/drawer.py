@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +192,22 @@ def state_of(pixels: np.ndarray) -> str:
     return "constant" if np.ptp(pixels, axis=(0, 1)).max() < 1 / 255 else "ok"
 
 
+@dataclass(frozen=True)
+class InMemory:
+    """How a pipeline is drawn from that is in memory already, such as one that is trained.
+
+    Attributes:
+        arguments: further arguments of the pipeline's call.
+        encode: the arguments, tensors [1, ...], by which the pipeline takes an encoded prompt; by default the pipeline
+            encodes it.
+        around: a context to draw in, such as autocast; the VAE decodes outside of it, in its own dtype.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    encode: Callable[[str], Mapping[str, torch.Tensor]] | None = None
+    around: Callable[[], AbstractContextManager] = nullcontext
+
+
 class Drawer:
     """Draws tasks with a pipeline into a folder, each process its share, and continues where an earlier run stopped."""
 
@@ -203,33 +219,22 @@ class Drawer:
         seed: int,
         device: torch.device,
         requests: StopRequests | None = None,
-        starts_from_images: bool = False,
-        is_placed: bool = False,
-        arguments: Mapping[str, Any] | None = None,
-        encode: Callable[[str], Mapping[str, torch.Tensor]] | None = None,
-        around: Callable[[], AbstractContextManager] = nullcontext,
+        in_memory: InMemory | None = None,
     ):
         """Args:
-        starts_from_images: whether the tasks' prompts have images to start from.
-        is_placed: whether the pipeline's parts are where they are to be.
-        arguments: further arguments of the pipeline's call.
-        encode: gives the arguments, tensors [1, ...], by which the pipeline takes an encoded prompt; by default the
-            pipeline encodes it.
-        around: a context to draw in, such as autocast; the VAE decodes outside of it, in its own dtype.
+        in_memory: given where the pipeline's parts are on their devices already.
 
         Raises:
             UserError: if the pipeline does not take the options.
         """
-        self.pipeline = _for_init_images(pipeline) if starts_from_images else pipeline
+        self.pipeline = pipeline
         self._options = options
         self._controls = controls
         self._seed = seed
         self._device = device
         self._requests = requests
-        self._is_placed = is_placed
-        self._more = dict(arguments or {})
-        self._encode = encode
-        self._around = around
+        self._is_placed, live = in_memory is not None, in_memory or InMemory()
+        self._more, self._encode, self._around = dict(live.arguments), live.encode, live.around
         self._eta = options.eta or 0.0
         self._takes = inspect.signature(type(self.pipeline).__call__).parameters
         self._batch_size = BatchSize(options.batch_size, device)
@@ -239,7 +244,7 @@ class Drawer:
         self._check()
         self._check_steps()
         controls.check(self.pipeline.scheduler)
-        if starts_from_images and controls.noise_scale != 1.0:
+        if "image" in self._takes and "strength" in self._takes and controls.noise_scale != 1.0:
             raise UserError("--initial_noise_scale would scale the images of --init_images too; leave one out")
 
     def _check(self) -> None:
@@ -477,7 +482,7 @@ def _global_state(device: torch.device) -> list[torch.Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _for_init_images(pipeline: "DiffusionPipeline") -> "DiffusionPipeline":
+def for_init_images(pipeline: "DiffusionPipeline") -> "DiffusionPipeline":
     """The image-to-image pipeline of the same parts."""
     from diffusers import AutoPipelineForImage2Image
 

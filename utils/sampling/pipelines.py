@@ -13,7 +13,7 @@ import torch
 from utils.config.options import UserError
 from utils.config.tensor_files import read_safetensors
 from utils.diffusion.samplers import changed_scheduler
-from utils.models.loading import load_module, load_parts, load_pipeline_folder, loading, named_parts
+from utils.models.loading import Download, load_module, load_parts, load_pipeline_folder, loading, named_parts
 from utils.models.lora_files import LORA_FILE, PEFT_FILE, load_lora
 from utils.models.single_file import SingleFile
 from utils.runtime.hub_files import INDEX, index_file, read_config
@@ -102,10 +102,8 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
             spec.path,
             flag,
             {"default": dtype},
-            revision=spec.revision,
-            variant=spec.variant,
-            use_safetensors=True,
-            given=parts,
+            Download(spec.revision, spec.variant, use_safetensors=True),
+            parts,
         )
     for name, folder in content.adapters.items():
         _merge_adapters(getattr(pipeline, name, None), folder)

@@ -83,16 +83,7 @@ class TrainingData:
         self._settle_scaling(options, session, task.family)
         session.requests.check()
         if self.held_out_images is not None:
-            self.held_out = HeldOut(
-                session.accelerator,
-                task.family,
-                self.held_out_images,
-                options.stopping,
-                options.image,
-                session.seed,
-                task.trains_text_encoders,
-                session.requests,
-            )
+            self.held_out = HeldOut(options, session, task, self.held_out_images)
         keep_vae = bool(task.terms)
         self.encodings = self.preparation.fill_cache(task.family, self.images, self.num_workers, keep_vae)
         self.write_report()

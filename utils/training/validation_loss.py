@@ -20,19 +20,20 @@ from utils.data.captions import compose
 from utils.data.crop_pixels import cut_out
 from utils.data.options import ImageOptions
 from utils.data.plan import PlannedImages
-from utils.models.base import Family, TextStates
+from utils.models.base import TextStates
 from utils.runtime.atomic_files import or_without, replacing
 from utils.runtime.memory import is_out_of_memory
 from utils.runtime.processes import autocast
 from utils.runtime.sharding import unsharded
 from utils.runtime.step_lines import read_line, warn_of_unread
-from utils.runtime.stop_requests import StopRequests
 from utils.training.encoding import EncodedBatch
 from utils.training.objective import Objective
-from utils.training.options import EarlyStoppingOptions
+from utils.training.options import EarlyStoppingOptions, TrainingOptions
+from utils.training.session import Session
+from utils.training.task import Task
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    pass
 
 logger = logging.getLogger(__name__)
 FILE = "validation.jsonl"
@@ -203,30 +204,21 @@ class HeldOutSample:
 class HeldOut:
     """The held-out images of this process, and what their loss is."""
 
-    def __init__(
-        self,
-        accelerator: "Accelerator",
-        family: Family,
-        images: PlannedImages,
-        options: EarlyStoppingOptions,
-        image_options: ImageOptions,
-        seed: int,
-        text_encoders_train: bool,
-        requests: StopRequests,
-    ):
-        self._requests = requests
+    def __init__(self, options: TrainingOptions, session: Session, task: Task, images: PlannedImages):
+        accelerator, family = session.accelerator, task.family
+        self._requests = session.requests
         self.is_main_process = accelerator.is_main_process
         self._accelerator = accelerator
-        self._seed = seed
-        steps = options.num_validation_timesteps
+        self._seed = session.seed
+        steps = options.stopping.num_validation_timesteps
         total = family.pipeline.scheduler.config.num_train_timesteps
         self._timesteps = torch.tensor([(2 * number + 1) * total // (2 * steps) for number in range(steps)])
-        still = image_options.still
+        still = options.image.still
         mine = range(accelerator.process_index, len(images.records), accelerator.num_processes)
         self._samples = [
             sample
             for number in mine
-            if (sample := _encode(family, images, number, still, accelerator.device, text_encoders_train)) is not None
+            if (sample := _encode(task, images, number, still, accelerator.device)) is not None
         ]
 
     @torch.no_grad()
@@ -301,15 +293,10 @@ class HeldOut:
 
 @torch.no_grad()
 def _encode(
-    family: Family,
-    images: PlannedImages,
-    number: int,
-    options: ImageOptions,
-    device: torch.device,
-    text_encoders_train: bool,
+    task: Task, images: PlannedImages, number: int, options: ImageOptions, device: torch.device
 ) -> HeldOutSample | None:
     """An image with its first caption; None if it can't be read."""
-    records, passing = images.records, RecordPass(images.records.identity(number), 0)
+    family, records, passing = task.family, images.records, RecordPass(images.records.identity(number), 0)
     target = images.target(number)
     shape = family.latent_space.shape(target)[1:] if records.has_masks else None
     try:
@@ -321,7 +308,7 @@ def _encode(
     plain = replace(records.caption_options(number), shuffle_tags=False, tag_dropout=0.0)
     input_ids = family.tokenizer()([compose(records.captions(number)[0], plain, 0, passing)])
     states = None
-    if not text_encoders_train:
+    if not task.trains_text_encoders:
         encoded = family.encode_text(input_ids.to(device), torch.tensor([False], device=device))
         states = {name: state.cpu() for name, state in encoded.items()}
     moments = torch.stack([mean, std], dim=1).cpu()

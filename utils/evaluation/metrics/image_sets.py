@@ -6,7 +6,7 @@ import signal
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -266,49 +266,14 @@ class Statistics:
             found = read_arrays(path, ("mu", "sigma", "n", "feats", "fingerprint"))
         except BROKEN_ARCHIVE as error:
             raise UserError(f"{flag} can't be read as statistics: {first_line(error)}") from error
-        absent = [name for name in ("mu", "sigma") if name not in found]
-        if absent:
-            raise UserError(f"{flag} holds no {absent[0]}; statistics have mu [d] and sigma [d, d]")
-        mean, covariance = np.asarray(found["mu"]), np.asarray(found["sigma"])
-        if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
-            raise UserError(f"{flag}: mu and sigma must be numbers")
-        mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
-        if not mean.size:
-            raise UserError(f"{flag} holds statistics of no feature: mu is empty")
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise UserError(f"{flag}: mu {list(mean.shape)} and sigma {list(covariance.shape)} must be [d] and [d, d]")
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise UserError(f"{flag} holds numbers that are not finite")
-        if not np.allclose(
-            covariance, covariance.T, rtol=SYMMETRY, atol=SYMMETRY * max(np.abs(covariance).max(), 1e-12)
-        ):
-            raise UserError(f"{flag}: sigma is not symmetric, so it is no covariance")
-        if (np.diag(covariance) < 0).any():
-            raise UserError(f"{flag}: sigma has a negative variance, so it is no covariance")
-        if not _is_positive(covariance):
-            raise UserError(f"{flag}: sigma has a negative eigenvalue, so it is no covariance")
-        rows = found.get("feats")
-        if rows is not None:
-            try:
-                rows = as_features(rows, 1)
-            except (NotComputable, ValueError, TypeError) as error:
-                raise UserError(f"{flag}: feats: {first_line(error)}") from error
-            if rows.shape[1] != len(mean):
-                raise UserError(f"{flag}: feats have {rows.shape[1]} features, mu has {len(mean)}")
-        facts = None
-        if "fingerprint" in found:
-            try:
-                facts = parse_json(str(found["fingerprint"])[:CONFIG_LIMIT], flag)
-            except FileError as error:
-                raise UserError(f"{flag}: its fingerprint {error.reason}") from error
-            if not isinstance(facts, dict):
-                raise UserError(f"{flag}: its fingerprint must be a JSON object, got a {type(facts).__name__}")
+        mean, covariance = _mean_and_covariance(found, flag)
+        rows = _features_of(found, flag, len(mean))
         count = 0 if rows is None else len(rows)
         if "n" in found:
             count = _whole_number(found["n"])
             if count is None:
                 raise UserError(f"{flag}: n must be the number of images, got {first_line(ValueError(found['n']))}")
-        return Statistics(Moments(mean, covariance, count), rows, facts, str(path))
+        return Statistics(Moments(mean, covariance, count), rows, _fingerprint_in(found, flag), str(path))
 
     def check(self, network: Network, num_features: int | None, may_differ: bool) -> None:
         """Refuses statistics of another network or preparation.
@@ -363,6 +328,61 @@ class Statistics:
     def _check_name(self, name: str) -> None:
         if name != self.network:
             raise NotComputable(f"{self.source} holds statistics of one network; give the reference's images")
+
+
+def _mean_and_covariance(found: Mapping[str, np.ndarray], flag: str) -> tuple[np.ndarray, np.ndarray]:
+    """([d], [d, d]) float64 of statistics.
+
+    Raises:
+        UserError: if they can't be a mean and a covariance.
+    """
+    absent = [name for name in ("mu", "sigma") if name not in found]
+    if absent:
+        raise UserError(f"{flag} holds no {absent[0]}; statistics have mu [d] and sigma [d, d]")
+    mean, covariance = np.asarray(found["mu"]), np.asarray(found["sigma"])
+    if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
+        raise UserError(f"{flag}: mu and sigma must be numbers")
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    if not mean.size:
+        raise UserError(f"{flag} holds statistics of no feature: mu is empty")
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(f"{flag}: mu {list(mean.shape)} and sigma {list(covariance.shape)} must be [d] and [d, d]")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{flag} holds numbers that are not finite")
+    tolerance = SYMMETRY * max(np.abs(covariance).max(), 1e-12)
+    if not np.allclose(covariance, covariance.T, rtol=SYMMETRY, atol=tolerance):
+        raise UserError(f"{flag}: sigma is not symmetric, so it is no covariance")
+    if (np.diag(covariance) < 0).any():
+        raise UserError(f"{flag}: sigma has a negative variance, so it is no covariance")
+    if not _is_positive(covariance):
+        raise UserError(f"{flag}: sigma has a negative eigenvalue, so it is no covariance")
+    return mean, covariance
+
+
+def _features_of(found: Mapping[str, np.ndarray], flag: str, num_features: int) -> np.ndarray | None:
+    """[n, d] the features of each image, where the file holds them."""
+    if found.get("feats") is None:
+        return None
+    try:
+        rows = as_features(found["feats"], 1)
+    except (NotComputable, ValueError, TypeError) as error:
+        raise UserError(f"{flag}: feats: {first_line(error)}") from error
+    if rows.shape[1] != num_features:
+        raise UserError(f"{flag}: feats have {rows.shape[1]} features, mu has {num_features}")
+    return rows
+
+
+def _fingerprint_in(found: Mapping[str, np.ndarray], flag: str) -> dict[str, object] | None:
+    """Which network and preparation the statistics are of, where the file says it."""
+    if "fingerprint" not in found:
+        return None
+    try:
+        facts = parse_json(str(found["fingerprint"])[:CONFIG_LIMIT], flag)
+    except FileError as error:
+        raise UserError(f"{flag}: its fingerprint {error.reason}") from error
+    if not isinstance(facts, dict):
+        raise UserError(f"{flag}: its fingerprint must be a JSON object, got a {type(facts).__name__}")
+    return facts
 
 
 def _is_positive(covariance: np.ndarray) -> bool:
