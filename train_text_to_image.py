@@ -28,7 +28,6 @@ from utils.models.text_to_image import TextFamily
 from utils.runtime.processes import use_hub_cache_if_offline, weight_dtype
 from utils.sampling.prompt_samples import PromptSampler
 from utils.sampling.scheduler_trials import check_text_trial, check_trial_of
-from utils.training.adaptation import ADAPTATIONS
 from utils.training.backward import FREE_CURE, Gradients
 from utils.training.data import Feed, TrainingData
 from utils.training.description import card_settings, describe_run, report_dry_run
@@ -179,7 +178,7 @@ def load_task(
 ) -> Task:
     """Loads the pipeline and defines what of it trains, and on which loss."""
     torch.manual_seed(model_seed(session.seed, 0, 0))  # LoRA's and a fresh UNet's first weights
-    adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
+    adaptation_class = options.adaptation.spec.kind.value
     dtypes = adaptation_class.dtypes(options.adaptation, weight_dtype(session.accelerator))
     model = options.model.pretrained_model_name_or_path
     logger.info("loading the %s of %s", found.family.pipeline_class_name, model)

@@ -36,7 +36,7 @@ from utils.models.sd import StableDiffusion
 from utils.models.sdxl import StableDiffusionXL
 from utils.models.unconditional import Pixels, Wanted
 from utils.runtime.processes import OutputFolder, weight_dtype
-from utils.training.adaptation import ADAPTATIONS, FullFineTuning
+from utils.training.adaptation import FullFineTuning
 from utils.training.backward import Gradients
 from utils.training.checkpoint import RunFacts
 from utils.training.learning_rates import LearningRates
@@ -191,7 +191,7 @@ class Training:
         words = ["--pretrained_model", "made", *words]
         options = self.options = parse(Options, words, "")
         engine = self.engine = start_engine(options, folder)
-        adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
+        adaptation_class = options.adaptation.spec.kind.value
         dtypes = adaptation_class.dtypes(options.adaptation, weight_dtype(engine.accelerator))
         with self.bench.device:
             family = case.architecture.family(MadeSource(options.model, case.architecture), dtypes, {})

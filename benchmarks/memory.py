@@ -52,7 +52,6 @@ from utils.config.batch import Conditioning  # noqa: E402
 from utils.config.options import UserError, parse, run_script  # noqa: E402
 from utils.models.base import TextStates  # noqa: E402
 from utils.models.text_to_image import TextFamily  # noqa: E402
-from utils.training.adaptation import ADAPTATIONS  # noqa: E402
 from utils.training.ema import MovingAverage  # noqa: E402
 from utils.training.optimizers import NamedParameter  # noqa: E402
 from utils.training.state import make_optimizer  # noqa: E402
@@ -231,7 +230,7 @@ def as_on_cuda() -> Iterator[None]:
 
 def prepared(architecture: Architecture, options: Options) -> tuple[TextFamily, list[NamedParameter]]:
     """The pipeline as the script prepares it, and what of it trains."""
-    adaptation_class = ADAPTATIONS[options.adaptation.adaptation]
+    adaptation_class = options.adaptation.spec.kind.value
     dtypes = adaptation_class.dtypes(options.adaptation, torch.bfloat16)
     family = architecture.family(MadeSource(options.model, architecture), dtypes, {})
     if options.adaptation.quantize_base is not None:

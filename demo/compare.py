@@ -20,7 +20,7 @@ from classifier import judge, train_classifier
 from digits import NEW_DIGITS, PRETRAINED_DIGITS, evaluation_wishes, write_fine_tuning_folder, write_validation_folder
 from run import BASE, DEMO, LORA_TARGETS, NUM_PER_DIGIT, SHARED_ARGUMENTS, StableDiffusionPipeline, draw, load_pipeline
 from utils.diffusion.losses import LOSSES, WEIGHTINGS
-from utils.training.adaptation import ADAPTATIONS
+from utils.training.adapters import ADAPTATIONS
 from utils.training.optimizer_table import OPTIMIZERS
 
 README = DEMO / "README.md"

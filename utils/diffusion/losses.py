@@ -1,48 +1,50 @@
 """The loss of a prediction, and its weight over the timesteps."""
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the tables name the choices of flags, which are read before torch is loaded
+    from torch import Tensor
 
-from utils.config.batch import Noised
-from utils.diffusion.options import LossOptions
+    from utils.config.batch import Noised
+    from utils.diffusion.options import LossOptions
 
 LARGEST_SNR = 1000.0
 
 
-def _l2(difference: Tensor, c: Tensor) -> Tensor:
+def _l2(difference: "Tensor", c: "Tensor") -> "Tensor":
     return difference.square()
 
 
-def _l1(difference: Tensor, c: Tensor) -> Tensor:
+def _l1(difference: "Tensor", c: "Tensor") -> "Tensor":
     return difference.abs()
 
 
-def _huber(difference: Tensor, c: Tensor) -> Tensor:
+def _huber(difference: "Tensor", c: "Tensor") -> "Tensor":
     """Pseudo-Huber, 2c (sqrt(d^2 + c^2) - c): d^2 near 0, 2c |d| far off (https://arxiv.org/abs/2403.16728)."""
     return 2 * c * ((difference.square() + c.square()).sqrt() - c)
 
 
-def _smooth_l1(difference: Tensor, c: Tensor) -> Tensor:
+def _smooth_l1(difference: "Tensor", c: "Tensor") -> "Tensor":
     """2 (sqrt(d^2 + c^2) - c): d^2 / c near 0, 2 |d| far off."""
     return 2 * ((difference.square() + c.square()).sqrt() - c)
 
 
-def huber_threshold(options: "LossOptions", noised: Noised) -> Tensor:
+def huber_threshold(options: "LossOptions", noised: "Noised") -> "Tensor":
     """[B] the c of each sample's timestep (https://arxiv.org/abs/2403.16728).
 
     exponential: c^(t / T). snr: (1 - c) / (1 + sigma)^2 + c with sigma = snr^(-1/2), from 1 without noise down to c.
     """
     c = options.huber_c
     if options.huber_schedule == "exponential":
-        return torch.exp(math.log(c) * noised.timesteps / noised.num_timesteps)
+        return (math.log(c) * noised.timesteps / noised.num_timesteps).exp()
     if options.huber_schedule == "snr":
         return (1 - c) / (1 + noised.snr.rsqrt()).square() + c
-    return torch.full_like(noised.snr, c)
+    return noised.snr.new_full(noised.snr.shape, c)
 
 
-def _on_prediction(on_x0: Tensor, snr: Tensor, prediction_type: str) -> Tensor:
+def _on_prediction(on_x0: "Tensor", snr: "Tensor", prediction_type: str) -> "Tensor":
     """What a weight on the squared error of x0 is on that of the prediction.
 
     The error of x0 is that of epsilon over sqrt(snr), that of v over sqrt(snr + 1), and that of a flow's velocity times
@@ -55,32 +57,32 @@ def _on_prediction(on_x0: Tensor, snr: Tensor, prediction_type: str) -> Tensor:
     return on_x0 / (snr + 1) if prediction_type == "v_prediction" else on_x0
 
 
-def _uniform(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
+def _uniform(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Tensor":
     """The simple objective (Ho et al. 2020, equation 14), of whatever is predicted."""
-    return torch.ones_like(snr)
+    return snr.new_ones(snr.shape)
 
 
-def _min_snr(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
+def _min_snr(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Tensor":
     """min(snr, gamma) on x0 (Hang et al. 2023, section 3.4)."""
     return _on_prediction(snr.clamp(max=options.snr_gamma or 5.0), snr, prediction_type)
 
 
-def _max_snr(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
+def _max_snr(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Tensor":
     """max(snr, 1) on x0 ("truncated SNR", Salimans and Ho 2022, equation 9)."""
     return _on_prediction(snr.clamp(min=1.0), snr, prediction_type)
 
 
-def _snr(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
+def _snr(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Tensor":
     """snr on x0, which is 1 on epsilon (Salimans and Ho 2022, section 4)."""
     return _on_prediction(snr, snr, prediction_type)
 
 
-def _p2(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
+def _p2(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Tensor":
     """1 / (k + snr)^gamma on epsilon (Choi et al. 2022, equation 8)."""
     return _on_prediction(snr / (options.p2_k + snr) ** options.p2_gamma, snr, prediction_type)
 
 
-def _debiased(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tensor:
+def _debiased(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Tensor":
     """1 / sqrt(snr) on epsilon (Yu et al. 2023, https://arxiv.org/abs/2310.08442), 1 / (snr + 1) on v as kohya has it.
 
     The snr is taken for 1000 where it is more.
@@ -96,8 +98,13 @@ def _debiased(snr: Tensor, prediction_type: str, options: "LossOptions") -> Tens
     return weights[prediction_type]
 
 
-LOSSES = {"l2": _l2, "l1": _l1, "huber": _huber, "smooth_l1": _smooth_l1}
-WEIGHTINGS = {
+LOSSES: dict[str, Callable[["Tensor", "Tensor"], "Tensor"]] = {
+    "l2": _l2,
+    "l1": _l1,
+    "huber": _huber,
+    "smooth_l1": _smooth_l1,
+}
+WEIGHTINGS: dict[str, Callable[["Tensor", str, "LossOptions"], "Tensor"]] = {
     "uniform": _uniform,
     "min_snr": _min_snr,
     "max_snr": _max_snr,
@@ -107,7 +114,7 @@ WEIGHTINGS = {
 }
 
 
-def loss_weights(snr: Tensor, prediction_type: str, options: LossOptions) -> Tensor:
+def loss_weights(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Tensor":
     """[B] the weights of `--weighting` on the loss of what is predicted.
 
     Args:
@@ -115,14 +122,16 @@ def loss_weights(snr: Tensor, prediction_type: str, options: LossOptions) -> Ten
         prediction_type: what is predicted: epsilon, v_prediction, sample or flow.
     """
     if prediction_type == "epsilon":
-        snr = snr.clamp(min=torch.finfo(snr.dtype).tiny)
+        from torch import finfo
+
+        snr = snr.clamp(min=finfo(snr.dtype).tiny)
     return WEIGHTINGS[options.weighting_name](snr, prediction_type, options)
 
 
 SMALLEST_MASK = 1e-3  # mean of a mask under which its loss is not enlarged further
 
 
-def mask_weights(masks: Tensor, options: LossOptions) -> Tensor:
+def mask_weights(masks: "Tensor", options: "LossOptions") -> "Tensor":
     """[B, 1, h, w] float32, what each place's loss counts, of uint8 masks of that shape."""
     weights = (masks.float() / 255).clamp(min=options.unmasked_weight)
     if options.normalize_masked_loss:
@@ -130,7 +139,7 @@ def mask_weights(masks: Tensor, options: LossOptions) -> Tensor:
     return weights
 
 
-def masked_mean(values: Tensor, masks: Tensor | None, options: LossOptions) -> Tensor:
+def masked_mean(values: "Tensor", masks: "Tensor | None", options: "LossOptions") -> "Tensor":
     """[B] the mean of each sample's [B, C, h, w] values, weighted by its mask where there are masks."""
     if masks is not None:
         values = values * mask_weights(masks, options)
@@ -138,8 +147,8 @@ def masked_mean(values: Tensor, masks: Tensor | None, options: LossOptions) -> T
 
 
 def weighted_loss(
-    prediction: Tensor, noised: Noised, prediction_type: str, options: LossOptions, masks: Tensor | None = None
-) -> Tensor:
+    prediction: "Tensor", noised: "Noised", prediction_type: str, options: "LossOptions", masks: "Tensor | None" = None
+) -> "Tensor":
     """[B] the weighted loss of each sample, a mean over all its values, in float32.
 
     Args:

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from utils.config.options import UserError, option, require, require_fraction, require_not_negative, require_positive
+from utils.diffusion.losses import LOSSES, WEIGHTINGS
 
-LOSS_NAMES = ("l2", "l1", "huber", "smooth_l1")
-WEIGHTING_NAMES = ("uniform", "min_snr", "max_snr", "snr", "p2", "debiased")
 HUBER_SCHEDULES = ("snr", "exponential", "constant")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = {
@@ -31,7 +30,7 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class LossOptions:
-    loss: str = option("l2", "what is made of the difference of prediction and target", choices=LOSS_NAMES)
+    loss: str = option("l2", "what is made of the difference of prediction and target", choices=tuple(LOSSES))
     huber_c: float = option(
         0.1,
         "difference at which huber and smooth_l1 turn from squares to absolute values",
@@ -46,7 +45,7 @@ class LossOptions:
     weighting: str | None = option(
         None,
         "weight of the loss over the timesteps; uniform by default, min_snr with --snr_gamma",
-        choices=WEIGHTING_NAMES,
+        choices=tuple(WEIGHTINGS),
     )
     snr_gamma: float | None = option(
         None, "gamma of min_snr, 5.0 by default (https://arxiv.org/abs/2303.09556); given alone it chooses min_snr"

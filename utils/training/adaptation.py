@@ -538,11 +538,3 @@ def _saved_like(module: nn.Module, folder: Path) -> nn.Module:
     """The saved model in a folder, of the class of `module`, in float32 on the CPU."""
     kind, name = plain_class(module), folder.name
     return load_module(kind, str(folder), f"the checkpoint's {folder}", name, torch.float32, use_safetensors=True)
-
-
-ADAPTATIONS: dict[str, type[Adaptation]] = {
-    "full": FullFineTuning,
-    "lora": LowRankAdaptation,
-    "loha": HadamardAdaptation,
-    "lokr": KroneckerAdaptation,
-}

@@ -44,11 +44,9 @@ from utils.models.options import (
 from utils.runtime.hub_files import require_model
 from utils.runtime.options import RuntimeOptions
 from utils.sampling.options import SamplingControlOptions, SamplingOptions, ValidationOptions
+from utils.training.adapters import ADAPTATIONS, EVERY_ADAPTER, LORA_ALONE, AdaptationSpec
 from utils.training.optimizer_options import OptimizerOptions, ScheduleOptions
 
-ADAPTATION_NAMES = ("full", "lora", "loha", "lokr")
-ADAPTER_ONLY = ("rank", "lora_alpha", "lora_dropout", "lora_target_modules")
-LORA_ONLY = ("use_dora", "use_rslora", "lora_weights", "export_fused", "quantize_base")
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 COMPILED = ("blocks", "denoiser")
 
@@ -107,7 +105,7 @@ class AdaptationOptions(TrainedOptions):
         "full",
         "what trains: all weights, or adapters: lora, loha (https://arxiv.org/abs/2108.06098), "
         "lokr (https://arxiv.org/abs/2212.10650)",
-        choices=ADAPTATION_NAMES,
+        choices=tuple(ADAPTATIONS),
         resume=Resume.STRUCTURE,
     )
     train_text_encoder: bool = option(False, "train the text encoders too", resume=Resume.STRUCTURE)
@@ -153,10 +151,9 @@ class AdaptationOptions(TrainedOptions):
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "be in [0, 1)")
         if self.pure_bf16 and self.adaptation != "full":
             raise UserError("--pure_bf16 is for --adaptation full: adapters are small, and train in float32")
-        refused = {"lora": (), "full": ADAPTER_ONLY + LORA_ONLY}.get(self.adaptation, LORA_ONLY)
-        for name in refused:
+        for name in EVERY_ADAPTER + LORA_ALONE:
             value = getattr(self, name)
-            if value not in (None, False, 0.0):
+            if name not in self.spec.flags and value not in (None, False, 0.0):
                 raise UserError(f"--{name} {value} goes with --adaptation lora, got --adaptation {self.adaptation}")
         if self.lora_weights is not None:
             if Path(self.lora_weights).suffix in PICKLES:
@@ -180,7 +177,12 @@ class AdaptationOptions(TrainedOptions):
     @property
     def trains_base(self) -> bool:
         """Whether the denoiser's own weights train, in float32."""
-        return self.adaptation == "full" and super().trains_base
+        return self.spec.trains_base and super().trains_base
+
+    @property
+    def spec(self) -> AdaptationSpec:
+        """What is known of the way to train."""
+        return ADAPTATIONS[self.adaptation]
 
     @property
     def structure(self) -> dict[str, object]:

@@ -1,28 +1,17 @@
 """The table of metrics. It imports nothing heavy: the module of a metric is imported when that is computed."""
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
+
+from utils.config.late import Late
 
 if TYPE_CHECKING:
     from utils.evaluation.metrics.base import Case, Scores
 
-ROOM = "utils.evaluation.metrics"
 
-
-class Late(NamedTuple):
-    """A function of a module of this room, which is imported when it is first needed."""
-
-    module: str
-    name: str
-
-    @property
-    def function(self) -> Callable[["Case"], "Scores"]:
-        """The function itself."""
-        return getattr(import_module(f"{ROOM}.{self.module}"), self.name)
-
-    def __call__(self, case: "Case") -> "Scores":
-        return self.function(case)
+def _of(module: str, name: str) -> Late:
+    """A function of a module of this room."""
+    return Late(f"utils.evaluation.metrics.{module}", name)
 
 
 class Metric(NamedTuple):
@@ -47,7 +36,7 @@ class Metric(NamedTuple):
 
 METRICS: dict[str, Metric] = {
     "kid": Metric(
-        Late("kid", "kid"),
+        _of("kid", "kid"),
         "main",
         True,
         True,
@@ -55,7 +44,7 @@ METRICS: dict[str, Metric] = {
         "distance of the feature distributions, unbiased also of few images",
     ),
     "fid": Metric(
-        Late("fid", "fid"),
+        _of("fid", "fid"),
         "main",
         True,
         True,
@@ -63,7 +52,7 @@ METRICS: dict[str, Metric] = {
         "Frechet distance, with FID-infinity and the mean of seed groups, whose difference has an interval",
     ),
     "clip_score": Metric(
-        Late("clip_score", "clip_score"),
+        _of("clip_score", "clip_score"),
         "clip",
         True,
         False,
@@ -71,7 +60,7 @@ METRICS: dict[str, Metric] = {
         "how well images fit their prompts; R-precision",
     ),
     "lpips_diversity": Metric(
-        Late("diversity", "lpips_diversity"),
+        _of("diversity", "lpips_diversity"),
         "lpips",
         True,
         False,
@@ -79,7 +68,7 @@ METRICS: dict[str, Metric] = {
         "perceptual distance of all pairs, within prompts and over all",
     ),
     "prdc": Metric(
-        Late("kid", "prdc"),
+        _of("kid", "prdc"),
         "main",
         True,
         True,
@@ -87,10 +76,10 @@ METRICS: dict[str, Metric] = {
         "precision, recall, density and coverage",
     ),
     "inception_score": Metric(
-        Late("fid", "inception"), "main", False, False, ("inception_score",), "sure and varied classes"
+        _of("fid", "inception"), "main", False, False, ("inception_score",), "sure and varied classes"
     ),
     "fd_dinov2": Metric(
-        Late("fid", "fd_dinov2"),
+        _of("fid", "fd_dinov2"),
         "dino",
         False,
         True,
@@ -98,7 +87,7 @@ METRICS: dict[str, Metric] = {
         "Frechet distance in DINOv2's features",
     ),
     "cmmd": Metric(
-        Late("kid", "cmmd"),
+        _of("kid", "cmmd"),
         "cmmd",
         False,
         True,
@@ -106,16 +95,16 @@ METRICS: dict[str, Metric] = {
         "distance of CLIP's distributions, as published and unbiased",
     ),
     "clip_i": Metric(
-        Late("clip_score", "clip_i"), "clip", False, True, ("clip_i",), "similarity to the reference's images in CLIP"
+        _of("clip_score", "clip_i"), "clip", False, True, ("clip_i",), "similarity to the reference's images in CLIP"
     ),
     "dino_i": Metric(
-        Late("clip_score", "dino_i"), "dino", False, True, ("dino_i",), "similarity to the reference's images in DINOv2"
+        _of("clip_score", "dino_i"), "dino", False, True, ("dino_i",), "similarity to the reference's images in DINOv2"
     ),
     "vendi": Metric(
-        Late("diversity", "vendi"), "main", False, False, ("vendi",), "about how many different images there are"
+        _of("diversity", "vendi"), "main", False, False, ("vendi",), "about how many different images there are"
     ),
     "memorisation": Metric(
-        Late("diversity", "memorisation"),
+        _of("diversity", "memorisation"),
         "main",
         False,
         False,
@@ -123,7 +112,7 @@ METRICS: dict[str, Metric] = {
         "the nearest training image of each, with the nearest pairs",
     ),
     "pickscore": Metric(
-        Late("clip_score", "pickscore"),
+        _of("clip_score", "pickscore"),
         "pickscore",
         False,
         False,
@@ -131,7 +120,7 @@ METRICS: dict[str, Metric] = {
         "what people would pick, by --pickscore_model",
     ),
     "hpsv2": Metric(
-        Late("clip_score", "hpsv2"), "hpsv2", False, False, ("hpsv2",), "human preference, by --hpsv2_model"
+        _of("clip_score", "hpsv2"), "hpsv2", False, False, ("hpsv2",), "human preference, by --hpsv2_model"
     ),
 }
 DEFAULT_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_default)

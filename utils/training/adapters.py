@@ -1,0 +1,31 @@
+"""The ways to train a pipeline: a row for each, known without loading torch. A new adapter is a class and a row here."""
+
+from dataclasses import dataclass
+
+from utils.config.late import Late
+
+EVERY_ADAPTER = ("rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+LORA_ALONE = ("use_dora", "use_rslora", "lora_weights", "export_fused", "quantize_base")
+
+
+@dataclass(frozen=True)
+class AdaptationSpec:
+    """What is known of a way to train.
+
+    Attributes:
+        kind: the subclass of `Adaptation`.
+        flags: those that only some ways have and this one takes.
+        trains_base: whether the denoiser's own weights train.
+    """
+
+    kind: Late
+    flags: tuple[str, ...] = EVERY_ADAPTER
+    trains_base: bool = False
+
+
+ADAPTATIONS: dict[str, AdaptationSpec] = {
+    "full": AdaptationSpec(Late("utils.training.adaptation", "FullFineTuning"), flags=(), trains_base=True),
+    "lora": AdaptationSpec(Late("utils.training.adaptation", "LowRankAdaptation"), flags=EVERY_ADAPTER + LORA_ALONE),
+    "loha": AdaptationSpec(Late("utils.training.adaptation", "HadamardAdaptation")),
+    "lokr": AdaptationSpec(Late("utils.training.adaptation", "KroneckerAdaptation")),
+}
