@@ -221,7 +221,7 @@ def test_names_that_flags_offer_have_something_behind_them():
     assert tuple(TRUNKS) == LPIPS_NETWORKS
     assert tuple(UNET_SIZES) == tuple(TRANSFORMER_SIZES) == MODEL_SIZES
     for metric in METRICS.values():
-        assert callable(metric.compute.function)
+        assert callable(metric.compute.value)
 
 
 def product_calls() -> list[tuple[str, str]]:

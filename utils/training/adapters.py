@@ -1,4 +1,4 @@
-"""The ways to train a pipeline: a row for each, known without loading torch. A new adapter is a class and a row here."""
+"""The ways to train a pipeline: a row for each, known without loading torch. A new one is a class, and a row here."""
 
 from dataclasses import dataclass
 
