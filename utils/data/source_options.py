@@ -21,6 +21,7 @@ from utils.config.options import (
 from utils.config.user_files import TextReader, check_encoding, require_file, require_folder, short
 from utils.config.yaml_files import YAML_LIMIT, parse_yaml
 from utils.data.captions import CaptionOptions
+from utils.data.source_kinds import SOURCES
 
 if TYPE_CHECKING:
     from datasets.features.features import FeatureType
@@ -66,7 +67,7 @@ class SourceOptions:
     data_format: str | None = option(
         None,
         "what the folder is, where its files don't say it",
-        choices=("imagefolder", "pairs", "captions_json", "parquet", "webdataset"),
+        choices=tuple(SOURCES),
     )
     image_column: str = option("image", "column of the images", is_text=True)
     caption_column: str | None = option(

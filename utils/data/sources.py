@@ -53,6 +53,7 @@ from utils.data.masks import Masks
 from utils.data.metadata import ListColumns, captions_in_lists, metadata_files, read_metadata_folder
 from utils.data.parquet_files import NeededColumns, check_shards, read_footers
 from utils.data.shard_series import tell_of_gaps
+from utils.data.source_kinds import SOURCES
 from utils.data.source_options import CAPTION_FILE, DataOptions, SourceEntry, SourceOptions, source_entries
 from utils.data.tables import FileTable, ImageTable, RowTable, data_folders
 from utils.data.tar_shards import NO_FILES, read_tars, why_no_tar
@@ -558,7 +559,7 @@ def _warn_of_gaps_of_split(options: SourceOptions, names: Sequence[str]) -> None
     tell_of_gaps(options.given_as, [name for name in shards if not is_caption_file(name)])
 
 
-def _read_parquet(
+def read_parquet(
     options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
 ) -> FolderContent:
     """Parquet files whose image column holds bytes, by `datasets`."""
@@ -571,9 +572,10 @@ def _read_parquet(
     return content._replace(table=table)
 
 
-def _read_imagefolder(
+def read_image_folder(
     options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
 ) -> FolderContent:
+    """A folder of images with lists of captions, as `datasets` reads it."""
     if options.image_column != "image":
         raise UserError(f"--image_column {options.image_column} is not a column of a folder of images; leave it out")
     columns = ListColumns(options.caption_column, options.mask_column, options.reader(), options.holds_names)
@@ -581,17 +583,17 @@ def _read_imagefolder(
     return read_metadata_folder(*found, folder_is_class, options.text_encoding)
 
 
-def _read_pairs(
-    options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
-) -> FolderContent:
+def read_pairs(options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool) -> FolderContent:
+    """A folder of images with a text file beside each."""
     _refuse_mask_column(options)
     found = listing.root, listing.names, options.dataset_split
     return read_pairs_folder(*found, folder_is_class, options.text_encoding)
 
 
-def _read_captions_json(
+def read_captions_json(
     options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
 ) -> FolderContent:
+    """A folder of images with a `captions.json`."""
     _refuse_mask_column(options)
     found = listing.root, listing.names, options.dataset_split
     return read_caption_file_folder(*found, options.text_encoding)
@@ -605,9 +607,10 @@ def _refuse_mask_column(options: SourceOptions) -> None:
         )
 
 
-def _read_webdataset(
+def read_webdataset(
     options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
 ) -> FolderContent:
+    """Tar shards, as WebDataset has them."""
     content = shards_of(options, listing, ".tar")
     files = [listing.root / name for name in content.used]
     label = options.caption_column if options.holds_names else None
@@ -619,15 +622,6 @@ def _read_webdataset(
             *(options.given_as, len(table.doubled), table.doubled[0]),
         )
     return content._replace(table=table, findings=table.findings)
-
-
-SOURCES = {
-    "imagefolder": _read_imagefolder,
-    "pairs": _read_pairs,
-    "captions_json": _read_captions_json,
-    "parquet": _read_parquet,
-    "webdataset": _read_webdataset,
-}
 
 
 def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderContent:

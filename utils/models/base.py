@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from utils.config.batch import Conditioning
 from utils.config.options import UserError, first_line, require
 from utils.diffusion.process import BETAS, Process
 from utils.models.latent_space import LatentSpace
-from utils.models.options import XFORMERS_CURE, XFORMERS_MISSING
+from utils.models.options import XFORMERS_CURE, XFORMERS_MISSING, PartOptions
 from utils.models.quantization import quantize_linears
 from utils.runtime.memory import align
 
@@ -72,7 +72,7 @@ class Family(ABC):
     unet_lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     text_encoder_lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
 
-    def __init__(self, pipeline: "DiffusionPipeline", latent_space: LatentSpace, options: Any):
+    def __init__(self, pipeline: "DiffusionPipeline", latent_space: LatentSpace, options: PartOptions):
         self.pipeline = pipeline
         self.latent_space = latent_space
         self.options = options
