@@ -10,9 +10,11 @@ from utils.models.sdxl import StableDiffusionXL
 from utils.models.text_to_image import TextFamily
 from utils.runtime.hub_files import require_model
 
-FAMILIES: dict[str, type[TextFamily]] = {
-    family.pipeline_class_name: family for family in (StableDiffusion, StableDiffusionXL)
-}
+FAMILIES_OF_TEXT = (
+    StableDiffusion,
+    StableDiffusionXL,
+)
+FAMILIES: dict[str, type[TextFamily]] = {family.pipeline_class_name: family for family in FAMILIES_OF_TEXT}
 VAE_KEY = "first_stage_model.decoder.conv_in.weight"
 
 
