@@ -69,6 +69,7 @@ check: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
+	$(RUN) tests/house.py --limits
 
 install: $(INSTALLED)
 

@@ -28,9 +28,9 @@ from utils.models.text_to_image import TextFamily
 from utils.runtime.processes import use_hub_cache_if_offline, weight_dtype
 from utils.sampling.prompt_samples import PromptSampler
 from utils.sampling.scheduler_trials import check_text_trial, check_trial_of
-from utils.training.backward import FREE_CURE, Gradients
+from utils.training.backward import Gradients
 from utils.training.data import Feed, TrainingData
-from utils.training.description import card_settings, describe_run, report_dry_run
+from utils.training.description import describe_run, report_dry_run
 from utils.training.exchange import Exchange
 from utils.training.learning_rates import LearningRates
 from utils.training.model_card import CardFacts
@@ -65,7 +65,6 @@ def train(options: Options) -> None:
             return report_dry_run(plan, session, data, task)
 
         # Encodings: run the frozen encoders once for each image and caption, where those are cached.
-        task.move_to_device(options, session)
         data.encode(options, session, task)
         if options.cache.ends_when_filled:
             return
@@ -75,14 +74,13 @@ def train(options: Options) -> None:
 
         # Measurements between steps: samples, the validation loss, scores.
         sampler = make_sampler(options, found, session, task)
-        validation = ValidationLoss(options, session, data, task, state)
-        validation.begin(is_due=sampler.is_due(state.progress()))
+        validation = ValidationLoss.begin(options, session, data, task, state, sampler.is_due(state.progress()))
         evaluation = make_evaluation(options, session, task)
         session.begin(options, plan, [evaluation])
 
         # Steps: what loads their data, computes their gradients, saves their state and logs them.
         feed = Feed.start(options, session, data, task, range(state.step, state.total_steps))
-        gradients = Gradients.of_run(options, session, task, state, feed, memory_savers(options))
+        gradients = Gradients.of_run(options, session, task, state, feed)
         prepare_steps(options, task, state, gradients, feed, fast_parts)
         checkpoints = CheckpointWriter(options, session, state, gradients, feed.at_once)
         exchange = Exchange(options.tracking, session, data, feed, state)
@@ -123,7 +121,7 @@ def train(options: Options) -> None:
         with exported_weights(options, session, state, validation):
             samples = sampler.draw(state.progress(), is_last=True)
         log.images(samples, state.step, "test")
-        finish(options, session, data, state, card_facts(options, data, state), samples)
+        finish(options, session, data, state, card_facts(options), samples)
 
 
 class FoundPipeline(NamedTuple):
@@ -206,17 +204,6 @@ def make_evaluation(options: Options, session: Session, task: Task) -> TrainingE
     return TrainingEvaluation(options.evaluation, options.features, session.surroundings, pipeline, prompts)
 
 
-def memory_savers(options: Options) -> dict[str, bool]:
-    """Flags that save memory, in the order to try them, and whether they are given."""
-    return {
-        FREE_CURE: options.model.gradient_checkpointing,
-        "--cache_latents --cache_text_embeddings": options.cache.cache_latents and options.cache.cache_text_embeddings,
-        "--use_8bit_adam": options.optimizer.name != "adamw",
-        "--adaptation lora": options.adaptation.adaptation != "full",
-        "--quantize_base nf4": options.adaptation.adaptation != "lora" or options.adaptation.quantize_base is not None,
-    }
-
-
 def drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]:
     """(denoising steps of a sample, what names the pipeline, the flag that says the steps)."""
     steps = options.samples.validation_num_inference_steps
@@ -226,10 +213,10 @@ def drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]
     return steps, where, "validation_num_inference_steps"
 
 
-def card_facts(options: Options, data: TrainingData, state: TrainingState) -> CardFacts:
+def card_facts(options: Options) -> CardFacts:
     """What the model card says."""
-    is_lora, model = options.adaptation.adaptation == "lora", options.model.pretrained_model_name_or_path
-    return CardFacts(model, options.data_name, is_lora, card_settings(options, data, state.step), verdict=state.verdict)
+    is_lora = options.adaptation.adaptation == "lora"
+    return CardFacts(options.model.pretrained_model_name_or_path, options.data_name, is_lora)
 
 
 def run(argv: Sequence[str] | None) -> None:

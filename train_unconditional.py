@@ -12,8 +12,7 @@ if __name__ == "__main__":
     read_first(read_options, OWN_NAMES)
 
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +21,6 @@ import torch
 
 from utils.config.options import UserError, leave, run_script
 from utils.config.seeding import model_seed
-from utils.data.class_folders import describe_counts, same_text, warn_of_twins
-from utils.data.class_labels import count_classes, in_order
-from utils.data.folders import ALL_SPLIT_WORDS
-from utils.data.plan import PlannedImages
 from utils.diffusion.process import process_of
 from utils.evaluation.references import trained_images
 from utils.evaluation.while_training import TrainingEvaluation
@@ -33,9 +28,10 @@ from utils.models.unconditional import UnconditionalFamily, Wanted, default_edge
 from utils.runtime.processes import use_hub_cache_if_offline, weight_dtype
 from utils.sampling.grid_samples import GridSampler
 from utils.training.adaptation import FullFineTuning
-from utils.training.backward import FREE_CURE, Gradients
+from utils.training.backward import Gradients
+from utils.training.classes import Classes, find_classes
 from utils.training.data import Feed, TrainingData
-from utils.training.description import card_settings, describe_run, report_dry_run
+from utils.training.description import describe_run, report_dry_run
 from utils.training.exchange import Exchange
 from utils.training.learning_rates import LearningRates
 from utils.training.model_card import CardFacts
@@ -72,7 +68,6 @@ def train(options: Options) -> None:
             return report_dry_run(plan, session, data, task)
 
         # Encodings: run the frozen VAE once for each image, where its latents are cached.
-        task.move_to_device(options, session)
         data.encode(options, session, task)
         if options.cache.ends_when_filled:
             return
@@ -82,14 +77,13 @@ def train(options: Options) -> None:
 
         # Measurements between steps: samples, the validation loss, scores.
         sampler = GridSampler(session.surroundings, task.family, options.samples)
-        validation = ValidationLoss(options, session, data, task, state)
-        validation.begin(is_due=sampler.is_due(state.progress()))
+        validation = ValidationLoss.begin(options, session, data, task, state, sampler.is_due(state.progress()))
         evaluation = make_evaluation(options, session, task, data)
         session.begin(options, plan, [sampler, evaluation])
 
         # Steps: what loads their data, computes their gradients, saves their state and logs them.
         feed = Feed.start(options, session, data, task, range(state.step, state.total_steps))
-        gradients = Gradients.of_run(options, session, task, state, feed, memory_savers(options))
+        gradients = Gradients.of_run(options, session, task, state, feed)
         prepare_steps(options, task, state, gradients, feed, fast_parts)
         checkpoints = CheckpointWriter(options, session, state, gradients, feed.at_once, options.samples.is_model_due)
         exchange = Exchange(options.tracking, session, data, feed, state)
@@ -130,7 +124,7 @@ def train(options: Options) -> None:
         with exported_weights(options, session, state, validation):
             samples = sampler.draw(state.progress(), is_last=True)
         log.images(samples, state.step, "test_samples")
-        finish(options, session, data, state, card_facts(options, task, data, state), samples)
+        finish(options, session, data, state, card_facts(options, task), samples)
 
 
 class FoundPipeline(NamedTuple):
@@ -147,18 +141,6 @@ class FoundPipeline(NamedTuple):
     output_dir: str
 
 
-class Classes(NamedTuple):
-    """The classes of the images.
-
-    Attributes:
-        names: in the order of their numbers; none without classes.
-        counts: how many images have each.
-    """
-
-    names: list[str]
-    counts: Mapping[str, int]
-
-
 def find_pipeline(options: Options) -> FoundPipeline:
     """The family of what is trained; refuses what it can't do, before data and weights are read."""
     model = options.model
@@ -169,16 +151,6 @@ def find_pipeline(options: Options) -> FoundPipeline:
     check_family(options, family)
     resolution = options.image.resolution or default_edge(model, family)
     return FoundPipeline(family, resolution, options.runtime.output_dir or family.default_output_dir)
-
-
-def find_classes(options: Options, session: Session, data: TrainingData) -> Classes:
-    """The classes of the images, in the order of the checkpoint's, where the run resumes.
-
-    Raises:
-        UserError: if classes are asked for and there are fewer than two.
-    """
-    counts = count_classes(data.images.records) if options.captions.class_conditional else Counter()
-    return Classes(session.resumption.class_order(class_names(options, data.images, counts)), counts)
 
 
 def load_task(
@@ -195,8 +167,7 @@ def load_task(
     process = process_of(options.noise, type(family.pipeline.scheduler).__name__, family.pipeline.scheduler.config)
     options.samples.steps_of(family.pipeline.scheduler)
     origin = f"{options.model.origin} ({type(family.pipeline).__name__}, {family.latent_space.describe()})"
-    method = describe_counts(classes.names, classes.counts) if classes.names else "no classes"
-    task = Task.define(options, adaptation, process, rates, origin, method)
+    task = Task.define(options, adaptation, process, rates, origin, method=classes.describe())
     return replace(task, structure={"class_numbers": family.added_classes} if family.added_classes else {})
 
 
@@ -236,46 +207,10 @@ def check_family(options: Options, family_class: type[UnconditionalFamily]) -> N
         raise UserError(f"{flag} is of the latents of a VAE, and this model has none; leave it out, or give --vae")
 
 
-def memory_savers(options: Options) -> dict[str, bool]:
-    """Flags that save memory, in the order to try them, and whether they are given."""
-    return {
-        FREE_CURE: options.model.gradient_checkpointing,
-        "--cache_latents": options.model.vae is None or options.cache.cache_latents,
-        "--use_8bit_adam": options.optimizer.name != "adamw",
-    }
-
-
-def class_names(options: Options, images: PlannedImages, counts: Mapping[str, int]) -> list[str]:
-    """The names of the classes, in the order of their numbers; none without classes.
-
-    Args:
-        counts: how many images have each.
-
-    Raises:
-        UserError: if there are fewer than two.
-    """
-    if not options.captions.class_conditional:
-        return []
-    orders = [tuple(map(same_text, source.table.classes)) for source in images.records.sources]
-    names = in_order(list(counts), orders)
-    if len(names) < 2:
-        found = f"one, {names[0]}" if names else "none"
-        split = images.records.key(0).split("/")[0] if len(images.records) else ""
-        is_split = split.lower() in ALL_SPLIT_WORDS and options.source.caption_column is None
-        taken = f", as the folder {split} is taken for a split" if is_split else ""
-        raise UserError(
-            f"--class_conditional needs at least two classes, got {found}{taken}; put images into a folder for each, "
-            "or name a --label_column"
-        )
-    warn_of_twins(names)
-    return names
-
-
-def card_facts(options: Options, task: Task, data: TrainingData, state: TrainingState) -> CardFacts:
+def card_facts(options: Options, task: Task) -> CardFacts:
     """What the model card says."""
     model, tag = options.model.pretrained_model_name_or_path, "unconditional-image-generation"
-    settings = card_settings(options, data, state.step)
-    return CardFacts(model, options.data_name, False, settings, task.family.example_call(), tag, state.verdict)
+    return CardFacts(model, options.data_name, is_lora=False, call=task.family.example_call(), tag=tag)
 
 
 def run(argv: Sequence[str] | None) -> None:

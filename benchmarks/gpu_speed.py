@@ -183,7 +183,7 @@ class Training:
         self.feed = SimpleNamespace(dataset=dataset, at_once=batch_size, group_size=batch_size, num_workers=0)
         self.feed.pieces = SimpleNamespace(slots=[range(batch_size)])
         self.feed.largest = lambda timestep: self.batch
-        self.gradients = Gradients.of_run(options, session, self.task, self.state, self.feed, {})
+        self.gradients = Gradients.of_run(options, session, self.task, self.state, self.feed)
 
     def _make_text(self, case: Case, words: list[str], is_live: bool, folder: OutputFolder) -> None:
         from train_text_to_image import Options

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -22,7 +22,7 @@ from utils.runtime.stop_requests import resume_command
 from utils.training.bf16_weights import HalfCopy
 from utils.training.data import Feed
 from utils.training.encoding import EncodedBatch, Encoder
-from utils.training.options import TrainingOptions
+from utils.training.options import RECOMPUTING, TrainingOptions
 from utils.training.session import Session
 from utils.training.state import TrainingState
 from utils.training.task import Task
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-FREE_CURE = "--gradient_checkpointing"  # which a resumed run may add
 
 
 class StepSums(NamedTuple):
@@ -104,20 +103,8 @@ class Gradients:
     _is_shared: bool = False  # whether the processes are sharing gradients now
 
     @classmethod
-    def of_run(
-        cls,
-        options: TrainingOptions,
-        session: Session,
-        task: Task,
-        state: TrainingState,
-        feed: Feed,
-        savers: Mapping[str, bool],
-    ) -> Self:
-        """Those of a run; a resumed one takes no more samples at once than memory allowed before.
-
-        Args:
-            savers: flags that save memory, in the order to try them, and whether they are given.
-        """
+    def of_run(cls, options: TrainingOptions, session: Session, task: Task, state: TrainingState, feed: Feed) -> Self:
+        """Those of a run; a resumed one takes no more samples at once than memory allowed before."""
         loader, engine, accelerator = options.loader, session.engine, session.accelerator
         allowed = None if loader.find_batch_size else session.resumption.samples_at_once
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / state.batches.size
@@ -131,7 +118,7 @@ class Gradients:
             loss_scale=scale,
             size=min(feed.at_once, allowed or feed.at_once),
             can_retry=engine.can_begin_again and not options.optimizer.optimizer_in_backward,
-            cures=[flag for flag, is_given in savers.items() if not is_given],
+            cures=[flag for flag, is_given in options.memory_savers.items() if not is_given],
             half_copy=_half_copy(options, task, state),
         )
 
@@ -231,7 +218,7 @@ class Gradients:
         self.drop()
         where = f"out of memory in step {step + 1}, where it can't be begun again"
         half = -(-self.size // 2)
-        ways = [self.cures[0]] if self.cures[:1] == [FREE_CURE] else []
+        ways = [self.cures[0]] if self.cures[:1] == [RECOMPUTING] else []
         if self.can_retry and self.size > 1 and self.rescue is not None:
             self.rescue(step, half)
             ways.insert(0, f"--resume_from_checkpoint latest, which takes {half} samples at once")

@@ -79,7 +79,8 @@ class TrainingData:
         return len(self.images.plan.sizes) > 1
 
     def encode(self, options: TrainingOptions, session: Session, task: Task) -> None:
-        """Encodes the held-out images, and all images and captions that are to be cached; writes the report."""
+        """Moves the model to the device, encodes held-out images and what is to be cached, and writes the report."""
+        task.move_to_device(options, session)
         self._settle_scaling(options, session, task.family)
         session.requests.check()
         if self.held_out_images is not None:

@@ -35,7 +35,7 @@ class CardFacts:
     base_model: str | None
     data: str
     is_lora: bool
-    settings: Sequence[tuple[str, object]]
+    settings: Sequence[tuple[str, object]] = ()
     call: str = 'pipeline("a prompt")'
     tag: str = "text-to-image"
     verdict: str = ""

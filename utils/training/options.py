@@ -48,6 +48,7 @@ from utils.training.adapters import ADAPTATIONS, EVERY_ADAPTER, LORA_ALONE, Adap
 from utils.training.optimizer_options import OptimizerOptions, ScheduleOptions
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
+RECOMPUTING = "--gradient_checkpointing"  # which a resumed run may add when memory is short
 COMPILED = ("blocks", "denoiser")
 
 
@@ -548,6 +549,11 @@ class TrainingOptions:
         term = None if self.term.loss_module is None else Path(self.term.loss_module).name
         shared = {"seed": self.runtime.seed, "optimizer": self.optimizer.name, "loss_module": term}
         return shared | self.adaptation.structure
+
+    @property
+    def memory_savers(self) -> dict[str, bool]:
+        """Flags that save memory, in the order to try them, and whether they are given."""
+        raise NotImplementedError
 
     @property
     def data_name(self) -> str:

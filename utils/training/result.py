@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from utils.config.options import Diverged
 from utils.sampling.samples import Sample
 from utils.training.data import TrainingData
+from utils.training.description import card_settings
 from utils.training.exchange import record_outcome
 from utils.training.model_card import CardFacts, publish
 from utils.training.options import TrainingOptions
@@ -54,7 +56,8 @@ def finish(
     data.share_unreadable()
     data.write_report()
     if session.accelerator.is_main_process:
-        publish(session.folder.path, session.repository, options.hub, facts, samples)
+        whole = replace(facts, settings=card_settings(options, data, state.step), verdict=state.verdict)
+        publish(session.folder.path, session.repository, options.hub, whole, samples)
     conclude(session, state)
 
 

@@ -10,7 +10,7 @@ from utils.data.captions import CaptionOptions
 from utils.models.options import ModelOptions
 from utils.sampling.options import ValidationOptions
 from utils.training.compatibility import announce_run, check_together
-from utils.training.options import AdaptationOptions, TrainingOptions
+from utils.training.options import RECOMPUTING, AdaptationOptions, TrainingOptions
 
 logger = logging.getLogger(__name__)
 PURPOSE = "Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions, whole or by LoRA."
@@ -24,6 +24,17 @@ class Options(TrainingOptions):
     adaptation: AdaptationOptions
     captions: CaptionOptions
     samples: ValidationOptions
+
+    @property
+    def memory_savers(self) -> dict[str, bool]:
+        """Flags that save memory, in the order to try them, and whether they are given."""
+        return {
+            RECOMPUTING: self.model.gradient_checkpointing,
+            "--cache_latents --cache_text_embeddings": self.cache.cache_latents and self.cache.cache_text_embeddings,
+            "--use_8bit_adam": self.optimizer.name != "adamw",
+            "--adaptation lora": self.adaptation.adaptation != "full",
+            "--quantize_base nf4": self.adaptation.adaptation != "lora" or self.adaptation.quantize_base is not None,
+        }
 
 
 def read_options(argv: Sequence[str] | None) -> Options:

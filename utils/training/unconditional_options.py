@@ -17,7 +17,7 @@ from utils.sampling.options import SamplingOptions
 from utils.training.compatibility import announce_run, check_together
 from utils.training.optimizer_options import SCHEDULES, OptimizerOptions, ScheduleOptions
 from utils.training.optimizer_table import without
-from utils.training.options import TRACKERS, EmaOptions, TrackingOptions, TrainingOptions
+from utils.training.options import RECOMPUTING, TRACKERS, EmaOptions, TrackingOptions, TrainingOptions
 
 PURPOSE = (
     "Trains a diffusion model that draws without words: "
@@ -115,6 +115,15 @@ class Options(TrainingOptions):
     def structure(self) -> dict[str, object]:
         """The settings that must equal the checkpoint's for a run to resume from it, by flag."""
         return super().structure | self.model.structure
+
+    @property
+    def memory_savers(self) -> dict[str, bool]:
+        """Flags that save memory, in the order to try them, and whether they are given."""
+        return {
+            RECOMPUTING: self.model.gradient_checkpointing,
+            "--cache_latents": self.model.vae is None or self.cache.cache_latents,
+            "--use_8bit_adam": self.optimizer.name != "adamw",
+        }
 
 
 def read_options(argv: Sequence[str] | None) -> Options:

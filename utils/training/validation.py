@@ -3,6 +3,7 @@
 import logging
 import signal
 from collections.abc import Sequence
+from typing import Self
 
 from utils.config.options import Stopped
 from utils.config.progress import Progress
@@ -35,13 +36,17 @@ class ValidationLoss:
         self._patience = options.schedule.lr_patience
         self._session, self._held_out, self._objective, self._state = session, data.held_out, task.objective, state
 
-    @property
-    def reductions(self) -> int:
-        """How often reduce_on_plateau has lowered the learning rate."""
-        return self.history.reductions(self._patience)
-
-    def begin(self, is_due: bool) -> None:
-        """Measures before the first step of a run.
+    @classmethod
+    def begin(
+        cls,
+        options: TrainingOptions,
+        session: Session,
+        data: TrainingData,
+        task: Task,
+        state: TrainingState,
+        is_due: bool,
+    ) -> Self:
+        """The loss of a run, measured before its first step.
 
         Args:
             is_due: whether the step to resume from is one that is measured.
@@ -49,11 +54,17 @@ class ValidationLoss:
         Raises:
             Stopped: if a signal broke it off.
         """
-        state = self._state
-        if (is_due or state.step in (0, state.total_steps)) and self._measured(state.progress()) is None:
-            number = self._session.requests.number or signal.SIGTERM
+        own = cls(options, session, data, task, state)
+        if (is_due or state.step in (0, state.total_steps)) and own._measured(state.progress()) is None:
+            number = session.requests.number or signal.SIGTERM
             raise Stopped(f"stopped before step {state.step + 1}", number)
-        self._end_if_over()
+        own._end_if_over()
+        return own
+
+    @property
+    def reductions(self) -> int:
+        """How often reduce_on_plateau has lowered the learning rate."""
+        return self.history.reductions(self._patience)
 
     def measure(self, progress: Progress, log: RunLog) -> None:
         """Measures the loss after a step and logs it; it may end the run."""
