@@ -37,7 +37,7 @@ older: $(INSTALLED)
 	$(RUN) tests/environments.py older .venv-older
 
 test-older: older
-	$(RUN) -m pytest tests/test_older_libraries.py
+	$(RUN) -m pytest tests/scripts/test_older_libraries.py
 
 # trains with the lower bounds of requirements.txt and with the newest releases, and what else takes long
 nightly: $(INSTALLED)

@@ -21,6 +21,8 @@ import utils
 from tests import tiny
 
 torch.set_num_threads(1)
+for helper in ("comparing", "launching", "source_files"):
+    pytest.register_assert_rewrite(f"tests.{helper}")  # their assertions say what differs, as those of tests do
 
 
 def mostly_slow(values: Iterable, *fast: object) -> list:
