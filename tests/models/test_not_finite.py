@@ -80,14 +80,19 @@ def test_evaluation_names_the_decoder(more_pipelines, tmp_path, caplog):
     from diffusers import StableDiffusionPipeline
 
     from utils.sampling.controls import SamplingControls
-    from utils.sampling.drawer import Drawer
+    from utils.sampling.drawer import Drawer, InMemory
     from utils.sampling.options import GenerationOptions
     from utils.sampling.prompts import Prompt, Task
 
     pipeline = StableDiffusionPipeline.from_pretrained(more_pipelines["sd"])
     pipeline.vae.decoder = Broken(pipeline.vae.decoder)
     drawer = Drawer(
-        pipeline, GenerationOptions(num_inference_steps=1), SamplingControls(), 0, torch.device("cpu"), is_placed=True
+        pipeline,
+        GenerationOptions(num_inference_steps=1),
+        SamplingControls(),
+        0,
+        torch.device("cpu"),
+        in_memory=InMemory(),
     )
     drawer.call([Task(0, 0, Prompt("a"))])
     assert caplog.text.count("the VAE decodes to NaN") == 1
@@ -120,13 +125,13 @@ def test_the_first_place_that_is_not_finite_is_named(more_pipelines, caplog, mon
     from diffusers import StableDiffusionPipeline
 
     from utils.sampling.controls import SamplingControls
-    from utils.sampling.drawer import Drawer
+    from utils.sampling.drawer import Drawer, InMemory
     from utils.sampling.options import GenerationOptions
     from utils.sampling.prompts import Prompt, Task
 
     pipeline = StableDiffusionPipeline.from_pretrained(more_pipelines["sd"])
     settings = GenerationOptions(num_inference_steps=3)
-    drawer = Drawer(pipeline, settings, SamplingControls(), 0, torch.device("cpu"), is_placed=True)
+    drawer = Drawer(pipeline, settings, SamplingControls(), 0, torch.device("cpu"), in_memory=InMemory())
     if part.endswith("step"):
         pipeline.scheduler.step = Step(pipeline.scheduler.step, 3 if part == "last step" else 2)
     elif part == "noise":

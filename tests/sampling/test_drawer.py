@@ -12,7 +12,15 @@ from PIL import Image
 from tests.comparing import CPU, assert_same, images_in
 from utils.config.options import UserError
 from utils.sampling.controls import SamplingControls
-from utils.sampling.drawer import Drawer, claim_images, complete_prompts, image_seed, invalid_images, state_of
+from utils.sampling.drawer import (
+    Drawer,
+    claim_images,
+    complete_prompts,
+    for_init_images,
+    image_seed,
+    invalid_images,
+    state_of,
+)
 from utils.sampling.options import GenerationOptions, PromptOptions, SamplingControlOptions
 from utils.sampling.pipelines import PipelineSpec, load_pipeline
 from utils.sampling.prompts import Prompt, plan_tasks, read_prompts
@@ -162,7 +170,7 @@ def test_variations_of_an_image(more_pipelines, images, tmp_path):
     found = {}
     for batch_size, strength in ((1, 0.34), (4, 0.34), (4, 1.0)):
         options = GenerationOptions(num_inference_steps=3, batch_size=batch_size, strength=strength)
-        drawer = Drawer(pipeline, options, SamplingControls(), 0, CPU, starts_from_images=True)
+        drawer = Drawer(for_init_images(pipeline), options, SamplingControls(), 0, CPU)
         tasks = plan_tasks(prompts, PromptOptions(images_per_prompt=1))
         folder = tmp_path / f"{batch_size}-{strength}"
         drawer.draw(tasks, folder)
@@ -176,7 +184,7 @@ def test_variations_of_no_step_are_refused(more_pipelines, steps, strength):
     pipeline = load_pipeline(PipelineSpec(str(more_pipelines["sd"])), torch.float32)
     options = GenerationOptions(num_inference_steps=steps, strength=strength)
     with pytest.raises(UserError, match=rf"--strength .* of {steps} denoising steps leaves none"):
-        Drawer(pipeline, options, SamplingControls(), 0, CPU, starts_from_images=True)
+        Drawer(for_init_images(pipeline), options, SamplingControls(), 0, CPU)
 
 
 @pytest.mark.parametrize(("guidance", "is_said"), [(1.0, True), (0.5, True), (None, False), (1.5, False)])

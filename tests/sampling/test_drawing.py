@@ -24,7 +24,7 @@ from utils.diffusion.samplers import exported, same_steps, sampler_of
 from utils.models.conditional_ddpm import ConditionalDDPMPipeline
 from utils.models.unconditional import ImplicitPixels, LabelledPixels, Latents, Pixels, fresh_scheduler
 from utils.sampling.controls import SamplingControls
-from utils.sampling.drawer import Drawer, image_seed
+from utils.sampling.drawer import Drawer, InMemory, image_seed
 from utils.sampling.options import SCHEDULERS, GenerationOptions, SamplingControlOptions, SamplingOptions
 from utils.sampling.prompts import Prompt, Task
 from utils.sampling.scheduler_choice import set_scheduler
@@ -177,7 +177,7 @@ def classes_of(model: Ideal, scheduler) -> ConditionalDDPMPipeline:
 def evaluated(pipeline, labels: Sequence[int] | None = LABELS, **settings) -> np.ndarray:
     """[B, 4] what evaluation draws."""
     options = GenerationOptions(batch_size=len(SEEDS), **settings)
-    drawer = Drawer(pipeline, options, SamplingControls(), 0, torch.device("cpu"), is_placed=True)
+    drawer = Drawer(pipeline, options, SamplingControls(), 0, torch.device("cpu"), in_memory=InMemory())
     tasks = [Task(n, 0, Prompt(None, None if labels is None else labels[n])) for n in range(len(SEEDS))]
     return drawer.call(tasks)[..., 0].reshape(len(SEEDS), -1)
 
@@ -391,7 +391,8 @@ def test_controls_and_clipping_go_together():
         options = SamplingControlOptions(clamp_start=1e6, clamp_end=1e6)
         drawer = Drawer(
             *(pipeline, GenerationOptions(num_inference_steps=5, batch_size=4), SamplingControls(options), 0),
-            *(torch.device("cpu"), None, False, True),
+            torch.device("cpu"),
+            in_memory=InMemory(),
         )
         found = drawer.call([Task(n, 0, Prompt(None, LABELS[n])) for n in range(4)])[..., 0].reshape(4, -1)
         np.testing.assert_allclose(found, plain, atol=2e-3)
