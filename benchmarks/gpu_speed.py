@@ -172,7 +172,7 @@ class Training:
         options, engine, family = self.options, self.engine, self.family
         session = SimpleNamespace(engine=engine, accelerator=engine.accelerator, seed=0, folder=folder)
         session.attention, session.checkpoint = Attention(None), None
-        session.resumption = SimpleNamespace(samples_at_once=None)
+        session.resumption = SimpleNamespace(samples_at_once=None, with_structure=lambda facts, structure: facts)
         batches = SimpleNamespace(size=batch_size, epochs_before=lambda step: 0)
         objective = Objective(family, self.adaptation.modules, self.process, options.noise, options.loss)
         self.task = Task(family, self.adaptation, self.process, objective, [], False, "made", "made")

@@ -131,7 +131,7 @@ def test_what_is_not_shown_sets_no_classes_apart(tmp_path, caplog, mark, is_colu
     else:
         touch_images(tmp_path, *(f"{name}/{number}.png" for number, name in enumerate(names)))
     source = LabelledSource(train_data_dir=str(tmp_path), caption_column="kind" if is_column else None)
-    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).captions(source), 0)
+    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).for_source(source), 0)
     assert count_classes(records) == {"cat": 2, "dog": 1, "a b": 2}
     told = [line for line in caplog.messages if "characters that are not shown" in line]
     assert len(told) == 1
@@ -162,7 +162,7 @@ def test_labels_that_are_members_of_shards(tmp_path, ending):
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
     source = LabelledSource(train_data_dir=str(tmp_path), caption_column=ending)
-    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).captions(source), 0)
+    records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).for_source(source), 0)
     is_number = ending != "label.txt"
     assert count_classes(records) == ({"3": 2, "cat": 3} if is_number else {"3": 1, "03": 1, "cat": 3})
 
@@ -224,8 +224,8 @@ def test_the_classes_of_a_checkpoint_decide_where_its_release_named_them_so(fold
 def test_labels_of_a_column_that_were_twins_stay_so():
     options, twins = LabelOptions(class_conditional=True), ("cafe\u0301", "caf\u00e9")
     source = LabelledSource(train_data_dir=".", caption_column="kind")
-    assert options.captions(source, twins).of(twins) == twins
-    assert options.captions(source, twins[:1]).of(twins) == twins[1:]
+    assert options.for_source(source, twins).of(twins) == twins
+    assert options.for_source(source, twins[:1]).of(twins) == twins[1:]
 
 
 def test_names_that_tables_write_for_nothing_are_classes(tmp_path, caplog):

@@ -52,14 +52,14 @@ def test_weights_that_would_run_code(train, capsys, pipelines, tmp_path, marker,
     pickled(folder / part / ("pytorch_model.bin" if part == "text_encoder" else f"{name}.bin"), marker)
     train(str(folder), *FLAGS, "--max_train_steps", 1, *more, expect=2)
     said = message(capsys)
-    assert "can't be loaded" in said if more else "--allow_pickle" in said
+    assert "not unpickled" in said if more else "--allow_pickle" in said
 
 
 @pytest.mark.parametrize("more", [(), ("--allow_pickle",)])
 def test_a_single_file_that_would_run_code(train, capsys, tmp_path, marker, more):
     pickled(tmp_path / "model.ckpt", marker)
     train(str(tmp_path / "model.ckpt"), *FLAGS, *more, expect=2)
-    assert ("can't be read as tensors alone" if more else "--allow_pickle") in message(capsys)
+    assert ("not unpickled" if more else "--allow_pickle") in message(capsys)
 
 
 def test_pickles_of_tensors_alone_are_loaded_where_allowed(train, pipelines, tmp_path):
@@ -113,4 +113,4 @@ def test_a_model_without_words_that_would_run_code(train, capsys, pipelines, tmp
         == 2
     )
     said = message(capsys)
-    assert "can't be loaded" in said if more else "--allow_pickle" in said
+    assert "not unpickled" in said if more else "--allow_pickle" in said

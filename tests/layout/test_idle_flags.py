@@ -52,7 +52,7 @@ LOCAL = str(Path(__file__).parent)
         (
             "train_text_to_image",
             {"adam_epsilon": 1e-6, "optimizer": "lion"},
-            "--optimizer other than lion and adafactor",
+            "--optimizer other than adafactor and lion",
         ),
         (
             "train_text_to_image",

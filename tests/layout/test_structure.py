@@ -122,6 +122,7 @@ OTHER_READS = {  # what is read past utils/config/user_files.py, and why that is
     "utils/data/cache.py": ("open", "the run's own files of tensors"),
     "utils/data/data_fingerprint.py": ("open", "shards, for a digest of their bytes"),
     "utils/runtime/atomic_files.py": ("open", "a file or folder, to sync it"),
+    "utils/sampling/options.py": ("read_text", "the index of the package diffusers"),
     "utils/sampling/drawer.py": ("loads", "what was dumped in the same line"),
     "utils/evaluation/report.py": ("read_text", "the template beside the code"),
     "utils/config/standard_streams.py": ("open", "the null device"),

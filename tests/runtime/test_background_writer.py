@@ -114,18 +114,18 @@ def test_without_room_the_training_waits(train, monkeypatch, caplog):
 def test_on_a_gpu_with_room_for_two_copies_it_is_the_default(monkeypatch, device, asked, available, is_on):
     from types import SimpleNamespace
 
-    from utils.training import course
+    from utils.training import saving
     from utils.training.state import TrainingState
 
     monkeypatch.setattr("utils.training.state.available_memory", lambda: available)
-    monkeypatch.setattr(course, "on_main_process", lambda _, ask: ask())
+    monkeypatch.setattr(saving, "on_main_process", lambda _, ask: ask())
     weight = NamedParameter("a", torch.nn.Parameter(torch.zeros(500)), 1.0)  # 2,000 bytes
     accelerator = SimpleNamespace(device=torch.device(device))
     state = SimpleNamespace(
         parameters=[weight], own_parameters=[], averages=[], optimizer_bytes=4000, accelerator=accelerator
     )
     state.copies_fit_twice = lambda: TrainingState.copies_fit_twice(state)
-    assert course.saves_behind(asked, state) == is_on
+    assert saving.saves_behind(asked, state) == is_on
 
 
 def test_the_writer_raises_what_its_last_job_raised():

@@ -141,14 +141,14 @@ def in_training(pipelines, models, real_images, tmp_path):
     from utils.sampling.pipelines import PipelineSpec, load_pipeline
     from utils.sampling.samples import Surroundings
 
-    def make(first_step=0, **more):
+    def make(first_step=0, prompts=PROMPTS, **more):
         reset_accelerate()
         options = {"eval_metrics": ["kid", "clip_score"], "eval_steps": 2, "eval_num_images": 6} | more
         options = {"eval_reference": str(real_images), "eval_num_inference_steps": 2} | options
         features = FeatureOptions(feature_module=str(models["own"]), clip_model=str(models["clip"]), no_download=True)
         surroundings = Surroundings(Accelerator(cpu=True), tmp_path, 3, StopRequests(tmp_path, None))
         pipeline = load_pipeline(PipelineSpec(str(pipelines["sd"])), torch.float32)
-        evaluation = TrainingEvaluation(EvaluationOptions(**options), features, surroundings, pipeline, PROMPTS)
+        evaluation = TrainingEvaluation(EvaluationOptions(**options), features, surroundings, pipeline, prompts)
         evaluation.begin(first_step)
         return evaluation, pipeline
 
@@ -233,8 +233,6 @@ def test_bad_options_of_evaluation_in_training(in_training, options, named):
 
 
 def test_a_pipeline_without_prompts_is_refused_before_the_first_step(in_training, pipelines):
-    evaluation, pipeline = in_training()
-    evaluation.check(pipeline)
-    evaluation._prompts = []
+    in_training()
     with pytest.raises(UserError, match="give --prompts"):
-        evaluation.check(pipeline)
+        in_training(prompts=[])

@@ -97,7 +97,7 @@ def test_samples_take_no_more_steps_than_a_short_schedule_has(train, capsys, cap
 def test_the_model_card_draws_from_a_short_schedule(train, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "train_unconditional.publish", lambda folder, repository, hub, facts, samples: calls.append(facts.call)
+        "utils.training.result.publish", lambda folder, repository, hub, facts, samples: calls.append(facts.call)
     )
     for name in ("pixels", "labels"):
         train(name, *SHORT, "--ddpm_num_steps", 8, "--num_inference_steps", 2, "--max_train_steps", 1, out=name)

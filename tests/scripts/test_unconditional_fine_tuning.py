@@ -277,10 +277,10 @@ def test_a_model_of_folders_that_are_refused_today_goes_on(train, tmp_path, monk
     data = put_classes(tmp_path / "data", *names)
     flags = [*SHORT, "--class_conditional", "--checkpointing_steps", 2]
     with monkeypatch.context() as earlier:
-        for module in ("train_unconditional", "utils.data.class_labels", "utils.data.class_folders"):
+        for module in ("utils.training.classes", "utils.data.class_folders"):
             earlier.setattr(f"{module}.same_text", lambda name: name)
         by_own_name = {folder: PurePosixPath(folder).name or "data" for folder in ("", *names)}
-        earlier.setattr("utils.data.class_labels.names_of_folders", lambda *_: by_own_name)
+        earlier.setattr("utils.data.class_folders.names_of_folders", lambda *_: by_own_name)
         out = train("labels", *flags, data=data)
     assert set(read_state(out / "checkpoint-2").facts.structure["classes"]) == classes
     train("labels", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", data=data)

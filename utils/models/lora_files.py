@@ -131,8 +131,8 @@ def _check(
     if "weight_name" in given:
         stored = stored_in(Path(root, given["weight_name"]))
         _refuse_other_kinds(stored)
-        _refuse_halves(stored)
         check_stored(what, stored)
+        _refuse_halves(stored)
     arguments = dict(given)
     if isinstance(pipeline, StableDiffusionXLLoraLoaderMixin):
         arguments["unet_config"] = pipeline.unet.config

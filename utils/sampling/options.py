@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -52,6 +53,36 @@ PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
 DRAWING = ("pipeline", "checkpoints")
 SAMPLES = (*PROMPTS, "eval_metrics", IsNot("num_samples", ("0",)))
 """What has samples drawn while a model is trained."""
+
+
+def scheduler_names() -> list[str]:
+    """The names of diffusers' scheduler classes, read from its index, which is not imported."""
+    found = find_spec("diffusers")
+    if found is None or found.origin is None:
+        return []
+    index = Path(found.origin).read_text(encoding="utf-8")
+    return sorted(set(re.findall(r'"([A-Z]\w*Scheduler)"', index)))
+
+
+def find_scheduler(name: str) -> tuple[str, dict[str, Any]]:
+    """(class of diffusers, changes of its config) of a name in `SCHEDULERS` or of a class, in any case.
+
+    Raises:
+        UserError: if there is none of this name, with the nearest one.
+    """
+    asked = name.strip().casefold()
+    short, names = ({each.casefold(): each for each in known} for known in (SCHEDULERS, scheduler_names()))
+    if asked in short:
+        return SCHEDULERS[short[asked]]
+    if asked in names:
+        return names[asked], {}
+    whole = asked if asked.endswith("scheduler") else f"{asked}scheduler"
+    near_short = "" if whole == asked else nearest(asked, short)
+    hint = names.get(whole) or short.get(near_short) or names.get(nearest(whole, names))
+    raise UserError(
+        f"--scheduler must be one of {', '.join(SCHEDULERS)} or a class of diffusers, got {name!r}; "
+        + (f"did you mean {hint}?" if hint else "such as EulerDiscreteScheduler")
+    )
 
 
 def refuse_files(flag: str, texts: Sequence[str], cure: str) -> None:
@@ -145,11 +176,8 @@ class GenerationOptions:
         for name in ("height", "width"):
             value = getattr(self, name)
             require(value is None or value % 8 == 0, name, value, "be divisible by 8")
-        asked = (self.scheduler or "").strip().casefold()  # that diffusers has the class is seen once that is loaded
-        known = self.scheduler is None or asked in SCHEDULERS or asked.endswith("scheduler")
-        hint = nearest(asked, SCHEDULERS)
-        cure = f"did you mean {hint}?" if hint else "such as EulerDiscreteScheduler"
-        require(known, "scheduler", self.scheduler, f"be one of {', '.join(SCHEDULERS)} or a class of diffusers", cure)
+        if self.scheduler is not None:
+            find_scheduler(self.scheduler)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from utils.config.options import UserError, first_line, nearest
+from utils.config.options import UserError, first_line
 from utils.diffusion.samplers import converted
 from utils.diffusion.schedulers import SCHEDULER_ERRORS
-from utils.sampling.options import SCHEDULERS
+from utils.sampling.options import SCHEDULERS, find_scheduler
 from utils.sampling.scheduler_trials import CALLED, level_of, unfit
 
 if TYPE_CHECKING:
@@ -20,26 +20,17 @@ FEW_STEPS = ("LCMScheduler", "TCDScheduler")
 
 
 def scheduler_class(name: str) -> tuple[type, dict[str, Any]]:
-    """(the class, changes of its config) of a name in `SCHEDULERS` or of a class of diffusers, in any case.
+    """(the class, changes of its config) of a name that `find_scheduler` knows.
 
     Raises:
-        UserError: if there is none of this name, with the nearest one.
+        UserError: if there is none of this name.
     """
     import diffusers
 
-    asked = name.strip().casefold()
-    names = {each.casefold(): each for each in dir(diffusers) if each.endswith("Scheduler")}
-    short = {each.casefold(): each for each in SCHEDULERS}
-    class_name, changes = SCHEDULERS[short[asked]] if asked in short else (names.get(asked, ""), {})
+    class_name, changes = find_scheduler(name)
     found = getattr(diffusers, class_name, None)
     if not inspect.isclass(found):
-        whole = asked if asked.endswith("scheduler") else f"{asked}scheduler"
-        near_short = "" if whole == asked else nearest(asked, short)
-        hint = names.get(whole) or short.get(near_short) or names.get(nearest(whole, names))
-        raise UserError(
-            f"--scheduler must be one of {', '.join(SCHEDULERS)} or a class of diffusers, got {name!r}; "
-            + (f"did you mean {hint}?" if hint else "such as EulerDiscreteScheduler")
-        )
+        raise UserError(f"--scheduler {name}: this version of diffusers does not have a {class_name}")
     return found, changes
 
 
