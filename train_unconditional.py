@@ -162,7 +162,7 @@ def load_task(
     edge = found.resolution
     wanted = Wanted(edge, options.image.channels, tuple(classes.names), data.images.plan.sizes == [(edge, edge)])
     logger.info("loading the model, %s", options.model.origin)
-    family = found.family(options.model, options.noise, wanted, dtypes.unet, dtypes.frozen, options.samples.sampler)
+    family = found.family(options.model, options.noise, wanted, dtypes.denoiser, dtypes.frozen, options.samples.sampler)
     adaptation = FullFineTuning(family, options.adaptation, session.checkpoint)
     process = process_of(options.noise, type(family.pipeline.scheduler).__name__, family.pipeline.scheduler.config)
     options.samples.steps_of(family.pipeline.scheduler)

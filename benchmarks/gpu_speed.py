@@ -209,7 +209,7 @@ class Training:
         engine = self.engine = start_engine(options, folder)
         dtypes = FullFineTuning.dtypes(options.adaptation, weight_dtype(engine.accelerator))
         wanted = Wanted(case.edge, options.image.channels)
-        family = self.family = Pixels(options.model, options.noise, wanted, dtypes.unet, dtypes.frozen, None)
+        family = self.family = Pixels(options.model, options.noise, wanted, dtypes.denoiser, dtypes.frozen, None)
         self.adaptation = FullFineTuning(family, options.adaptation, None)
         self._lay_out(family)
         scheduler = family.pipeline.scheduler

@@ -116,9 +116,9 @@ class MadeSource:
     def folder(self, pipeline_class: type) -> None:
         """There is none."""
 
-    def load(self, pipeline_class: type, dtypes: ComponentDtypes, text_encoder_names: Sequence[str]) -> MadePipeline:
+    def load(self, family: type, dtypes: ComponentDtypes) -> MadePipeline:
         """What of the pipeline a training step needs, where tensors are made just now."""
-        parts, by_name = self.architecture.parts(), {"unet": dtypes.unet, "vae": dtypes.frozen}
+        parts, by_name = self.architecture.parts(), {"unet": dtypes.denoiser, "vae": dtypes.frozen}
         parts = {name: nn.Module.to(part, by_name.get(name, dtypes.text_encoders)) for name, part in parts.items()}
         words = {"model_max_length": TOKENS, "eos_token_id": END, "all_special_tokens": ["<|endoftext|>"]}
         tokenizers = dict.fromkeys(self.architecture.family.tokenizer_names, MadeTokenizer(**words))

@@ -69,7 +69,7 @@ class Family(ABC):
     measures_scaling: bool = False
     process_kinds: ClassVar[Sequence[type[Process]]] = BETAS
     text_encoder_names: ClassVar[tuple[str, ...]] = ()
-    unet_lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+    denoiser_lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     text_encoder_lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     def __init__(self, pipeline: "DiffusionPipeline", latent_space: LatentSpace, options: PartOptions):

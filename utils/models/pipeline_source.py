@@ -20,6 +20,8 @@ from utils.runtime.hub_files import index_file, is_path, read_config, read_confi
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from utils.models.base import Family
+
 logger = logging.getLogger(__name__)
 
 
@@ -27,7 +29,7 @@ logger = logging.getLogger(__name__)
 class ComponentDtypes:
     """The dtypes that the weights are loaded in."""
 
-    unet: torch.dtype
+    denoiser: torch.dtype
     text_encoders: torch.dtype
     frozen: torch.dtype
 
@@ -88,10 +90,9 @@ class PipelineSource:
             refuse_quantized(found, f"{flag} {root}: {PurePosixPath(part, file)}")
         return found
 
-    def load(
-        self, pipeline_class: "type[DiffusionPipeline]", dtypes: ComponentDtypes, text_encoder_names: tuple[str, ...]
-    ) -> "DiffusionPipeline":
-        """The pipeline with what training and sampling need, on the CPU: no safety checker, no image encoder."""
+    def load(self, family: "type[Family]", dtypes: ComponentDtypes) -> "DiffusionPipeline":
+        """A family's pipeline with what training and sampling need, on the CPU: no safety checker, no image encoder."""
+        pipeline_class = family.pipeline_class()
         parts: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
         parts = {name: part for name, part in parts.items() if name in pipeline_class._optional_components}
         if "requires_safety_checker" in pipeline_class.__init__.__annotations__:
@@ -99,19 +100,19 @@ class PipelineSource:
         parts |= self._own_parts(dtypes)
         if self.is_single_file:
             pipeline = self._load_single_file(pipeline_class, parts)
-            for name in text_encoder_names:
+            for name in family.text_encoder_names:
                 getattr(pipeline, name).to(dtypes.text_encoders)
-            pipeline.unet.to(dtypes.unet)
+            getattr(pipeline, family.denoiser_name).to(dtypes.denoiser)
             pipeline.vae.to(dtypes.frozen)
             return pipeline
-        by_name = dict.fromkeys(text_encoder_names, dtypes.text_encoders)
-        by_name |= {"unet": dtypes.unet, "default": dtypes.frozen}
+        by_name = dict.fromkeys(family.text_encoder_names, dtypes.text_encoders)
+        by_name |= {family.denoiser_name: dtypes.denoiser, "default": dtypes.frozen}
         return self._load_folder(pipeline_class, by_name, parts)
 
     def load_whole(self, pipeline_class: "type[DiffusionPipeline]", **parts: Any) -> "DiffusionPipeline":
         """The pipeline with all it came with, in float32, some parts replaced."""
         float32 = ComponentDtypes(torch.float32, torch.float32, torch.float32)
-        replaced = self._own_parts(float32, with_unet="unet" not in parts) | parts
+        replaced = self._own_parts(float32, with_denoiser="unet" not in parts) | parts
         if self.is_single_file:
             return self._load_single_file(pipeline_class, replaced).to(torch.float32)
         return self._load_folder(pipeline_class, {"default": torch.float32}, replaced)
@@ -149,14 +150,14 @@ class PipelineSource:
         if options.pretrained_vae_model_name_or_path is not None:
             parts["vae"] = self._load_vae(options.pretrained_vae_model_name_or_path, dtypes.frozen)
         if with_unet and options.unet_config is not None:
-            parts["unet"] = _fresh_unet(options.unet_config).to(dtypes.unet)
+            parts["unet"] = _fresh_unet(options.unet_config).to(dtypes.denoiser)
         elif with_unet and options.non_ema_revision is not None:
             parts["unet"] = load_module(
                 UNet2DConditionModel,
                 self.path,
                 f"--non_ema_revision {options.non_ema_revision}: unet",
                 "unet",
-                dtypes.unet,
+                dtypes.denoiser,
                 subfolder="unet",
                 revision=options.non_ema_revision,
                 use_safetensors=options.use_safetensors,

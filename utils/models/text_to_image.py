@@ -41,7 +41,7 @@ class TextFamily(Family):
 
     def __init__(self, source: PipelineSource, dtypes: ComponentDtypes, scheduler_changes: Mapping[str, object]):
         self.source = source
-        pipeline = source.load(self.pipeline_class(), dtypes, self.text_encoder_names)
+        pipeline = source.load(type(self), dtypes)
         changes = {**source.scheduler_marks(), **scheduler_changes}
         say_what_marks_do(source, pipeline.scheduler.config, scheduler_changes)
         pipeline.scheduler = changed_scheduler(pipeline.scheduler, changes)
@@ -62,12 +62,12 @@ class TextFamily(Family):
     @classmethod
     def needed_names(cls) -> tuple[str, ...]:
         """The parts without which the pipeline is none."""
-        return ("unet", "vae", *cls.text_encoder_names, *cls.tokenizer_names, "scheduler")
+        return (cls.denoiser_name, "vae", *cls.text_encoder_names, *cls.tokenizer_names, "scheduler")
 
     @classmethod
     def check(cls, source: PipelineSource, configs: Mapping[str, Mapping]) -> None:
         """Refuses parts that don't fit together, by their configs; what a config does not say is taken to fit."""
-        unet, encoders = configs["unet"], [configs[name] for name in cls.text_encoder_names]
+        unet, encoders = configs[cls.denoiser_name], [configs[name] for name in cls.text_encoder_names]
         in_channels, latent_channels = unet.get("in_channels", 4), configs["vae"].get("latent_channels", 4)
         if in_channels != latent_channels:
             raise UserError(
@@ -269,7 +269,7 @@ class TextFamily(Family):
     @classmethod
     def check_before_loading(cls, source: PipelineSource, sizes: Sequence[tuple[int, int]]) -> None:
         """`check` and `check_sizes` from the configs alone, where they can be had without the weights."""
-        configs = {name: source.config(name) for name in ("unet", *cls.text_encoder_names, "vae")}
+        configs = {name: source.config(name) for name in (cls.denoiser_name, *cls.text_encoder_names, "vae")}
         if None not in configs.values():
             cls.check(source, configs)
             cls.check_sizes(sizes, configs["vae"])

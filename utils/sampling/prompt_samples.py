@@ -84,7 +84,7 @@ class PromptSampler:
         processor = family.pipeline.image_processor
         with family.alone(*family.text_encoder_names), autocast(self._accelerator):
             prompts = [family.prompt_arguments(request.prompt, negative) for request in requests]
-        with family.alone("unet"), watching(family.pipeline) as watch:
+        with family.alone(family.denoiser_name), watching(family.pipeline) as watch:
             latents, blames = [], []
             for request, prompt in zip(requests, prompts, strict=True):
                 if self._surroundings.requests.is_asked:

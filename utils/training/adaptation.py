@@ -224,8 +224,10 @@ class AdapterTuning(Adaptation):
 
     def _targets(self, name: str) -> list[str]:
         """Ends of the names of the layers of a module that are adapted."""
-        default = self.family.unet_lora_targets if name == "unet" else self.family.text_encoder_lora_targets
-        return (self.options.targets if name == "unet" else None) or list(default)
+        family = self.family
+        is_denoiser = name == family.denoiser_name
+        default = family.denoiser_lora_targets if is_denoiser else family.text_encoder_lora_targets
+        return (self.options.targets if is_denoiser else None) or list(default)
 
     def _widths(self, name: str) -> list[int]:
         """The rank that the weight of each adapted layer of a module can have at most."""
@@ -427,7 +429,7 @@ class LowRankAdaptation(AdapterTuning):
             if ADAPTER in getattr(getattr(self.family.pipeline, name), "peft_config", {})
         }
         if missing := sorted(set(self.modules) - adapted):
-            cure = "" if "unet" in missing else "; leave --train_text_encoder out"
+            cure = "" if self.family.denoiser_name in missing else "; leave --train_text_encoder out"
             raise UserError(f"{what} adapt no layer of {', '.join(missing)}{cure}")
         if untrained := sorted(adapted - set(self.modules)):
             raise UserError(f"{what} adapt {', '.join(untrained)} too; add --train_text_encoder")
@@ -447,7 +449,7 @@ class LowRankAdaptation(AdapterTuning):
         layers = convert_state_dict_to_diffusers(by_peft)
         if set(layers) & set(by_peft):  # it renames attention layers alone, and loaders take one style or the other
             layers = by_peft
-        if name == "unet" or any(key.startswith("text_model.") for key in layers):
+        if name == self.family.denoiser_name or any(key.startswith("text_model.") for key in layers):
             return layers
         return {f"text_model.{key}": value for key, value in layers.items()}  # the prefix that other tools expect
 
