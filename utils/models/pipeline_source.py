@@ -142,16 +142,16 @@ class PipelineSource:
         folders = [] if path is None else [Path(path, "vae"), Path(path)]
         return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
-    def _own_parts(self, dtypes: ComponentDtypes, with_unet: bool = True) -> dict[str, nn.Module]:
+    def _own_parts(self, dtypes: ComponentDtypes, with_denoiser: bool = True) -> dict[str, nn.Module]:
         """The parts that come from elsewhere than the pipeline."""
         from diffusers import UNet2DConditionModel
 
         options, parts = self.options, {}
         if options.pretrained_vae_model_name_or_path is not None:
             parts["vae"] = self._load_vae(options.pretrained_vae_model_name_or_path, dtypes.frozen)
-        if with_unet and options.unet_config is not None:
+        if with_denoiser and options.unet_config is not None:
             parts["unet"] = _fresh_unet(options.unet_config).to(dtypes.denoiser)
-        elif with_unet and options.non_ema_revision is not None:
+        elif with_denoiser and options.non_ema_revision is not None:
             parts["unet"] = load_module(
                 UNet2DConditionModel,
                 self.path,
