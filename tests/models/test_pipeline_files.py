@@ -16,7 +16,7 @@ from tests.pretrained import SHORT, loaded
 from utils.config.options import UserError
 from utils.evaluation.metrics.features import load_weights
 from utils.evaluation.metrics.image_sets import Statistics
-from utils.models.loading import load_pipeline_folder
+from utils.models.loading import Download, load_pipeline_folder
 
 
 def test_a_repository_of_one_variant_says_so(train, capsys, pipelines, tmp_path):
@@ -305,9 +305,7 @@ def test_a_pipeline_whose_tokenizer_says_no_length_is_evaluated(pipelines, tmp_p
         str(folder),
         "--pipeline",
         {"default": torch.float32},
-        revision=None,
-        variant=None,
-        use_safetensors=True,
+        Download(use_safetensors=True),
         given={},
     )
     assert found.tokenizer.model_max_length == 77
