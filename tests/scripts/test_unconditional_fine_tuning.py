@@ -70,6 +70,14 @@ def test_classes_keep_the_numbers_by_which_they_were_learnt(train, tmp_path):
     assert [each["of"] for each in drawn_of] == ["dog", "ant"]
 
 
+def test_a_run_that_adds_classes_resumes_with_the_same_numbers(train, tmp_path):
+    first = train("labelled latents", *SHORT, data=put_classes(tmp_path / "a", "cat", "dog"), out="first")
+    data = put_classes(tmp_path / "b", "dog", "owl")
+    more = fine_tuned(first, data, tmp_path / "more", "--checkpointing_steps", 1)
+    assert read_state(more / "checkpoint-1").facts.structure["class_numbers"] == {"dog": 1, "owl": 2}
+    fine_tuned(first, data, tmp_path / "more", "--checkpointing_steps", 1, "--resume_from_checkpoint", "checkpoint-1")
+
+
 def test_a_class_for_which_there_is_no_room_is_refused(train, tmp_path, capsys):
     first = train("labels", *SHORT, data=put_classes(tmp_path / "a", "cat", "dog"), out="first")
     fine_tuned(first, put_classes(tmp_path / "b", "ant", "cat"), tmp_path / "more", expect=2)
