@@ -43,8 +43,8 @@ def warn_of_spellings(where: str, names: Iterable[str]) -> None:
             f"{' and '.join(sorted(map(ascii, found)))} as {name!r}" for name, found in [*odd.items()][:NUM_SHOWN]
         )
         logger.warning(
-            "%s: %d class names have unusual spaces, invisible characters or several Unicode normal forms; each is read as "
-            "one class: %s",
+            "%s: %d class names have unusual spaces, invisible characters or several Unicode normal forms; each is "
+            "read as one class: %s",
             *(where, len(odd), shown),
         )
 
