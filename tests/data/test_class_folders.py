@@ -14,17 +14,21 @@ from utils.data.source_options import DataOptions, LabelledSource, LabelOptions,
 from utils.data.sources import read_records
 
 LAYOUTS = {
-    "a class called train": ("train cat dog", "cat dog train", "taken for classes, as folders beside them are: train;"),
-    "classes called test and val": ("test val cat", "cat test val", "beside them are: test, val;"),
+    "a class called train": ("train cat dog", "cat dog train", "read as classes, like the folders beside them: train;"),
+    "classes called test and val": ("test val cat", "cat test val", "beside them: test, val;"),
     "deeper": ("all/train all/cat", "cat train", "all/train"),
     "within splits": ("train/train train/cat val/train val/cat", "cat train", "train/train, val/train"),
     "splits": ("train/cat train/dog test/cat test/dog", "cat dog", None),
     "a split beside folders": (
         "train/cat train/dog more/cat",
         "cat dog",
-        "train is taken for the split train, and 1 im",
+        "train is read as the split train, and 1 im",
     ),
-    "another split alone": ("test/cat cat dog", "cat dog", "trained on too, as there is no folder train: test;"),
+    "another split alone": (
+        "test/cat cat dog",
+        "cat dog",
+        "also training on test, because there is no folder named train;",
+    ),
 }
 
 

@@ -74,7 +74,7 @@ def test_a_class_for_which_there_is_no_room_is_refused(train, tmp_path, capsys):
     first = train("labels", *SHORT, data=put_classes(tmp_path / "a", "cat", "dog"), out="first")
     fine_tuned(first, put_classes(tmp_path / "b", "ant", "cat"), tmp_path / "more", expect=2)
     line = message(capsys)
-    assert "room for only 2" in line
+    assert "room for 2 classes" in line
     assert "ant" in line
     fewer = fine_tuned(first, put_classes(tmp_path / "c", "dog", "cat"), tmp_path / "same")
     assert load(fewer).labels == {"cat": 0, "dog": 1}

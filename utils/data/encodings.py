@@ -87,7 +87,7 @@ class CutPlan(ABC):
 
 @dataclass(frozen=True)
 class LatentPlan(CutPlan):
-    """The crops whose latents are cached, as mean and log-variance ("moments").
+    """The crops whose latents are cached, as mean and standard deviation ("moments").
 
     Attributes:
         fingerprint: identifies the VAE and how its moments are stored.
