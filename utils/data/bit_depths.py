@@ -69,13 +69,14 @@ def _note_tiff(image: Image.Image) -> None:
     bits = image.tag_v2.get(BITS_PER_SAMPLE, (1,))
     kind = KINDS.get(image.tag_v2.get(SAMPLE_FORMAT, (1,))[0], "unsigned")
     if kind == "signed" and bits[0] == 8:
-        raise OSError("TIFFs with signed 8-bit numbers are not read; save it with unsigned numbers")
+        raise OSError("TIFFs with signed 8-bit numbers are not read; save the image with unsigned numbers")
     if image.tag_v2.get(PLANAR) == 2 and len(bits) > 1 and bits[0] > 8:
-        raise OSError("planar TIFFs with more than 8 bits per channel are not read; save it with interleaved channels")
+        raise OSError(
+            "planar TIFFs with over 8 bits per channel are not read; save the image with interleaved channels"
+        )
     colours = image.tag_v2.get(COLOR_MAP, ())
-    if image.mode in ("P", "PA") and max(colours, default=0) in range(
-        1, 256
-    ):  # the rule by which libtiff detects 8-bit palettes
+    # libtiff recognizes 8-bit palettes by the same rule
+    if image.mode in ("P", "PA") and max(colours, default=0) in range(1, 256):
         image.palette = ImagePalette.raw("RGB;L", bytes(colours))
         image.info["small palette"] = True
     if is_deep_grey(image):
@@ -99,7 +100,7 @@ def unread_tiff(file: BinaryIO) -> str:
 
 
 def _note_clear_colour(image: Image.Image, depth: int) -> None:
-    """Scales the transparent colour of a PNG, of which only as many bits are valid as its pixels have."""
+    """Scales the transparent colour of a PNG, using only as many bits as its pixels have."""
     clear, top = image.info["transparency"], (1 << depth) - 1
     numbers = [number & top for number in (clear if isinstance(clear, tuple) else (clear,))]
     if depth == 16:
@@ -136,7 +137,7 @@ def deep_grey(image: Image.Image) -> np.ndarray | None:
     if samples.bits == 32 and samples.kind == "unsigned":
         if "halved" in image.info:  # PIL has averaged the values as signed numbers
             raise ValueError(
-                "images of over 89 megapixels with unsigned 32-bit numbers are not read; save it in 16 bits"
+                "images of over 89 megapixels with unsigned 32-bit numbers are not read; save the image in 16 bits"
             )
         values = values.view(np.uint32)
 

@@ -155,9 +155,8 @@ def resolve_listed(base: PurePosixPath, name: str, folder: Path, images: KnownNa
         is_there = (folder / inside).is_file()
     except (OSError, ValueError):  # a name that no file can have
         is_there = False
-    return (
-        (str(inside), "") if is_there else ("", images.missing(str(inside)))
-    )  # without an image extension: its bytes decide
+    # a file without an image extension is accepted: its bytes decide
+    return (str(inside), "") if is_there else ("", images.missing(str(inside)))
 
 
 def split_of(part: str) -> str | None:
@@ -178,7 +177,7 @@ def of_split(
         names: relative paths of the files.
         split: the value of --dataset_split.
         by_file_name: whether the names of files, not only of folders, can contain splits.
-        folder_is_class: whether the folder of an image is its class; then `test/` beside `cat/` is a class, no split.
+        folder_is_class: whether the folder of an image is its class; then `test/` beside `cat/` is a class.
 
     Returns:
         (names of the split, number of images that are in no split).
