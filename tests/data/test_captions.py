@@ -135,7 +135,7 @@ class TestCaptionFiles:
         assert list(captions.values()) == [("a",), ("a, b",), ("x",), ("",)]
         place = "a.tar/" if is_tar else ""
         told = "2 images have several caption files with different captions; the first is read (.txt before .caption "
-        assert f"{told}before .json), such as {place}0.txt and not {place}0.caption, {place}0.json" in caplog.text
+        assert f"{told}before .json), such as {place}0.txt instead of {place}0.caption, {place}0.json" in caplog.text
 
     def test_two_spellings_of_an_ending_and_names_with_both(self, tmp_path, caplog):
         make_pictures(tmp_path, "0.png", "1.png")
@@ -164,7 +164,7 @@ class TestCaptionFiles:
             write_tar(tmp_path / f"{shard}.tar", members)
         records_of(tmp_path)
         assert "2 images have several caption files" in caplog.text
-        assert "such as 0.tar/0.txt and not 0.tar/0.json" in caplog.text
+        assert "such as 0.tar/0.txt instead of 0.tar/0.json" in caplog.text
 
     def test_captions_beside_images_that_a_list_names_are_counted(self, tmp_path, caplog):
         caplog.set_level(logging.INFO)
@@ -184,11 +184,13 @@ class TestCaptionFiles:
         for file, text in beside.items():
             (tmp_path / file).write_text(text)
         records_of(tmp_path)
-        told = f"2 images have other captions in {name} than in a file beside them; {name} is used, such as for 0.png"
-        assert f"--train_data_dir {tmp_path}: {told} and not 0.txt" in caplog.text
+        told = (
+            f"2 images have different captions in {name} and in a file beside them: {name} is used, such as for 0.png"
+        )
+        assert f"--train_data_dir {tmp_path}: {told} instead of 0.txt" in caplog.text
         if name == "metadata.jsonl":
             read_records(DataOptions(), SourceOptions(dataset_name=str(tmp_path)), CaptionOptions(), 0)
-            assert f"--dataset_name {tmp_path}: {told} and not 0.txt" in caplog.text
+            assert f"--dataset_name {tmp_path}: {told} instead of 0.txt" in caplog.text
 
     def test_labels_in_a_list_are_not_compared_with_captions(self, tmp_path, caplog):
         make_pictures(tmp_path, "0.png")
@@ -196,7 +198,7 @@ class TestCaptionFiles:
         (tmp_path / "0.txt").write_text("a photo of a cat")
         source = LabelledSource(train_data_dir=str(tmp_path), caption_column="text")
         read_records(DataOptions(), source, ColumnLabels(), 0)
-        assert "other captions" not in caplog.text
+        assert "different captions" not in caplog.text
 
     @pytest.mark.parametrize(
         ("text", "told"), [("a", ""), ("other", "1 images have other captions in metadata.csv than")]
@@ -231,7 +233,7 @@ class TestCaptionFiles:
             assert found(records_of(tmp_path)) == {"images/0.png": ("one",), "images/1.png": ("",)}
             (tmp_path / "captions.json").write_text(json.dumps({"0.png": "one", other: "two"}))
             with pytest.raises(
-                UserError, match=r"captions.json: 1 images have two entries .* as '0.png' and '.*'; leave"
+                UserError, match=r"captions.json: 1 images have two entries .* as '0.png' and '.*'; keep"
             ):
                 records_of(tmp_path)
         else:

@@ -14,17 +14,21 @@ from utils.data.source_options import DataOptions, LabelledSource, LabelOptions,
 from utils.data.sources import read_records
 
 LAYOUTS = {
-    "a class called train": ("train cat dog", "cat dog train", "taken for classes, as folders beside them are: train;"),
-    "classes called test and val": ("test val cat", "cat test val", "beside them are: test, val;"),
+    "a class called train": ("train cat dog", "cat dog train", "read as classes, like the folders beside them: train;"),
+    "classes called test and val": ("test val cat", "cat test val", "beside them: test, val;"),
     "deeper": ("all/train all/cat", "cat train", "all/train"),
     "within splits": ("train/train train/cat val/train val/cat", "cat train", "train/train, val/train"),
     "splits": ("train/cat train/dog test/cat test/dog", "cat dog", None),
     "a split beside folders": (
         "train/cat train/dog more/cat",
         "cat dog",
-        "train is taken for the split train, and 1 im",
+        "train is read as the split train, and 1 im",
     ),
-    "another split alone": ("test/cat cat dog", "cat dog", "trained on too, as there is no folder train: test;"),
+    "another split alone": (
+        "test/cat cat dog",
+        "cat dog",
+        "also training on test, because there is no folder named train;",
+    ),
 }
 
 
@@ -56,7 +60,7 @@ MERGED = {
 def test_folders_of_one_name_in_several_places_are_refused_until_a_rule_is_given(tmp_path, case):
     names, inner, outer = MERGED[case]
     touch_images(tmp_path, *names.split())
-    with pytest.raises(UserError, match=rf"--train_data_dir {tmp_path}: .*stand in several places, such as .*/.*inner"):
+    with pytest.raises(UserError, match=rf"--train_data_dir {tmp_path}: .*occur in several places, such as .*/.*inner"):
         class_records(tmp_path)
     assert set(class_records(tmp_path, "inner").values()) == set(inner.split())
     assert set(class_records(tmp_path, "outer").values()) == set(outer.split())
@@ -67,9 +71,9 @@ def test_folders_of_one_name_in_several_places_are_refused_until_a_rule_is_given
     [
         (
             "cat/0.png dog/0.png banner.png",
-            "1 images lie in no folder of a class (in its top), beside the folders cat",
+            "1 images are in no class folder (in the top folder), beside the class folders cat",
         ),
-        ("train/cat/0.png train/dog/0.png train/1.png", "(in train/), beside the folders cat, dog; put them into"),
+        ("train/cat/0.png train/dog/0.png train/1.png", "(in train/), beside the class folders cat, dog; move them to"),
     ],
 )
 def test_images_beside_the_folders_of_classes_are_refused(tmp_path, names, said):
@@ -97,7 +101,7 @@ def test_folders_that_mean_what_they_say_are_no_fault(tmp_path, caplog):
 def test_nested_folders_without_a_contradiction_are_named(tmp_path, caplog):
     touch_images(tmp_path, "cat/persian/0.png", "cat/siamese/0.png", "dog/0.png")
     assert set(class_records(tmp_path).values()) == {"persian", "siamese", "dog"}
-    assert "such as persian of cat/persian; --class_folders outer takes the outer one, such as cat" in caplog.text
+    assert "such as persian for cat/persian; --class_folders outer uses the outer one, such as cat" in caplog.text
     caplog.clear()
     assert set(class_records(tmp_path, "outer").values()) == {"cat", "dog"}
     assert not caplog.records

@@ -25,7 +25,7 @@ def test_numbers_of_classes():
     assert class_numbers(["Tinca tinca", "tench, Tinca tinca", "x"], known, 1000)["x"] == 1
     assert class_numbers(["cafe\u0301"], {"caf\u00e9": 4}, 5) == {"cafe\u0301": 4}
     assert class_numbers(["a, b"], {"a; b": 3}, 5) == {"a, b": 3}
-    with pytest.raises(UserError, match="the data has 3 classes, the model has room for 2"):
+    with pytest.raises(UserError, match="the data has 3 classes, but the model has room for only 2"):
         class_numbers(["a", "b", "c"], {}, 2)
 
 
@@ -133,7 +133,7 @@ def test_what_is_not_shown_sets_no_classes_apart(tmp_path, caplog, mark, is_colu
     source = LabelledSource(train_data_dir=str(tmp_path), caption_column="kind" if is_column else None)
     records = read_records(DataOptions(), source, LabelOptions(class_conditional=True).for_source(source), 0)
     assert count_classes(records) == {"cat": 2, "dog": 1, "a b": 2}
-    told = [line for line in caplog.messages if "characters that are not shown" in line]
+    told = [line for line in caplog.messages if "invisible characters" in line]
     assert len(told) == 1
     assert "'a b' and 'a\\xa0b' as 'a b'" in told[0]
 

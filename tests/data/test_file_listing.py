@@ -82,7 +82,7 @@ class TestListing:
 
         monkeypatch.setattr(os, "scandir", scandir)
         assert list_files(tmp_path) == ["a.png"]
-        assert "locked can't be listed, its files are left out: Permission denied" in caplog.text
+        assert "locked, which can't be listed: Permission denied" in caplog.text
 
     def test_names_that_are_no_unicode(self, tmp_path):
         folder = tmp_path / "data"
@@ -122,7 +122,7 @@ class TestOwnFolders:
         picture(tmp_path / "mine" / "b.png")
         records = records_of(tmp_path)
         assert keys(records) == ["a.png", "mine/b.png"]
-        assert all(f"left out the folder {tmp_path}/{name}:" in caplog.text for name in ("marked", "run", "dry"))
+        assert all(f"skipped the folder {tmp_path}/{name}:" in caplog.text for name in ("marked", "run", "dry"))
         assert keys(records_of(tmp_path / "marked")) == ["samples/s.png"]  # it is asked for by its name
         assert (tmp_path / "marked" / MARKER).exists()
 

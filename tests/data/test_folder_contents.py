@@ -28,7 +28,7 @@ class TestDetection:
         records = records_of(tmp_path)
         assert len(records) == 4
         assert records.captions(3) == ("train-00001-of-00002 1",)
-        assert "left out as decoration: 1 image (banner.png)" in caplog.text
+        assert "skipped as decoration: 1 image (banner.png)" in caplog.text
         assert records_of(tmp_path, data_format="pairs").key(0) == "banner.png"
         assert Counter(fate.word for _, fate in records.sources[0].table.fates) == {
             "shard": 2,
@@ -57,7 +57,7 @@ class TestDetection:
             {".png": picture, ".tar": lambda file: tar(file, "x.png"), ".parquet": parquet}.get(file.suffix, touch)(
                 file
             )
-        with pytest.raises(UserError, match="it is unclear which are the data; give --data_format") as error:
+        with pytest.raises(UserError, match="it is unclear which are the data; add --data_format") as error:
             records_of(tmp_path)
         assert named in str(error.value)
         kind = "webdataset" if "0.tar" in files else "parquet"
@@ -105,9 +105,11 @@ class TestDetection:
         tar(tmp_path / "train-0.tar", "a.png")
         tar(tmp_path / "extra.tar", "b.png")
         assert keys(records_of(tmp_path)) == ["extra.tar/b.png", "train-0.tar/a.png"]
-        assert "taken for the split train too, though their names say no split: extra.tar" in caplog.text
+        assert "read as part of the split train, although their names contain no split: extra.tar" in caplog.text
         tar(tmp_path / "test-0.tar", "c.png")
-        with pytest.raises(UserError, match=r"extra.tar of the data name no split, others are of test, train; rename"):
+        with pytest.raises(
+            UserError, match=r"extra.tar contain no split, those of other files contain test, train; rename"
+        ):
             records_of(tmp_path)
 
     @pytest.mark.parametrize("kind", ["metadata.jsonl", "captions.json"])
@@ -121,7 +123,7 @@ class TestDetection:
         table = records_of(tmp_path).sources[0].table
         found = {table.key(row): table.captions(row) for row in range(len(table))}
         assert (found["e\u0301.png"], found["c.png"]) == (("one",), ("three",))
-        assert table.refused == [("b.png", "is listed but not there; 'b.PNG' is")]
+        assert table.refused == [("b.png", "is listed but does not exist; 'b.PNG' does")]
 
     @pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
     @pytest.mark.parametrize("keep", [0, 7, 60, -3])
@@ -141,14 +143,14 @@ class TestDetection:
             parquet(tmp_path / name)
         parquet(tmp_path / "statistics.parquet", mean=[0.5])
         assert len(records_of(tmp_path)) == 2
-        assert "left out, as they hold no images: 1 parquet file (statistics.parquet)" in caplog.text
+        assert "skipped because they contain no images: 1 parquet file (statistics.parquet)" in caplog.text
 
     def test_several_configurations_of_a_dataset(self, tmp_path):
         for name in ("small", "large"):
             parquet(tmp_path / name / "train-0.parquet")
         header = "configs:\n- config_name: small\n  data_files: small/*\n- config_name: large\n  data_files: large/*"
         touch(tmp_path / "README.md", f"---\n{header}\n---\n# A dataset")
-        with pytest.raises(UserError, match=r"the configurations small, large; give one: .*config_name small"):
+        with pytest.raises(UserError, match=r"the configurations small, large; choose one: .*config_name small"):
             records_of(tmp_path)
         assert len(records_of(tmp_path / "small")) == 2
         assert len(records_of(dataset_name=str(tmp_path), dataset_config_name="large")) == 2
@@ -157,7 +159,7 @@ class TestDetection:
         from datasets import Dataset
 
         Dataset.from_dict({"image": [Image.new("RGB", (8, 8))], "text": ["x"]}).save_to_disk(tmp_path / "saved")
-        with pytest.raises(UserError, match=f"saved dataset in saved; give it as --dataset_name {tmp_path}/saved"):
+        with pytest.raises(UserError, match=f"saved dataset in saved; pass it as --dataset_name {tmp_path}/saved"):
             records_of(tmp_path)
         picture(tmp_path / "a.png")
         with pytest.raises(UserError, match=r"saved dataset in saved beside 1 image .*--data_format pairs"):

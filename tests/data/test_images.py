@@ -49,7 +49,7 @@ class TestFormats:
     @pytest.mark.parametrize(
         ("content", "words"),
         [
-            (EPS, "EPS images are not read; convert it to PNG"),
+            (EPS, "EPS images are not read; convert them to PNG"),
             (b"\xc5\xd0\xd3\xc6" + bytes(60), "EPS images are not read"),
             (b"\n%!PS\n", "EPS images are not read"),
             (b"8BPS\x00\x01" + bytes(60), "Photoshop images are not read"),
@@ -120,7 +120,7 @@ class TestFormats:
         assert not {".eps", ".ps", ".psd", ".ico", ".wmf", ".fits", ".h5", ".mpg"} & image_suffixes()
         assert unread_reason(".png") is None
         assert unread_reason(".txt") is None
-        assert unread_reason(".SVG") == "SVG images are not read; convert it to PNG or JPEG"
+        assert unread_reason(".SVG") == "SVG images are not read; convert them to PNG or JPEG"
         assert "save frames" in unread_reason(".mp4")
         known = {suffix for suffixes in images.UNREAD_SUFFIXES.values() for suffix in suffixes}
         assert not known & image_suffixes()

@@ -82,14 +82,14 @@ class TestSources:
         records = records_of(tmp_path / "data")
         assert list(found(records)) == ["a.png"]
         reasons = dict(records.refused)
-        assert [("leaves the folder" in reasons[name]) for name in names if name != "a.png"] == [
+        assert [("points outside the folder" in reasons[name]) for name in names if name != "a.png"] == [
             True,
             False,
             False,
             True,
         ]
         assert "must be relative" in reasons[names[1]]
-        assert reasons["gone.png"] == "is listed but not there"
+        assert reasons["gone.png"] == "is listed but does not exist"
 
     def test_pairs(self, tmp_path):
         for name in ("a.jpg", "b.png", "c.webp", "d.png", "10_cat/e.png"):

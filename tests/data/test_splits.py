@@ -49,7 +49,7 @@ class TestSplits:
         assert len(self.keys(tmp_path, "validation")) == 3
         assert not any(source.table.refused for source in records_of(tmp_path).sources)
         for wrong in ("vaildation", "test"):
-            with pytest.raises(UserError, match=f"--dataset_split {wrong} is not in .*, which has"):
+            with pytest.raises(UserError, match=f"--dataset_split {wrong} does not exist in .*, which has"):
                 self.keys(tmp_path, wrong)
 
     def test_a_splits_own_metadata_may_list_images_beside_it(self, tmp_path):

@@ -71,7 +71,7 @@ class TestTars:
         assert (
             "2 images are left out, as another of their sample comes before them, such as a.tar/0.png;" in caplog.text
         )
-        assert "such as a.tar/0.txt and not a.tar/another 0.txt" in caplog.text
+        assert "such as a.tar/0.txt instead of a.tar/another 0.txt" in caplog.text
         assert "in no list or split" not in caplog.text
         words = [fate.word for _, fate in records.sources[0].table.member_fates]
         assert sorted(words) == ["caption", "duplicate", "duplicate", "other"]

@@ -98,7 +98,7 @@ class TestStreamedTars:
 
     @pytest.mark.parametrize(
         ("content", "reason"),
-        [(b"a" * (2 << 20), "no more are read"), (b"[" * 100_000, "json"), (b'{"caption": 3}', "a string")],
+        [(b"a" * (2 << 20), "has over 1.05 MB"), (b"[" * 100_000, "json"), (b'{"caption": 3}', "a string")],
     )
     def test_captions_that_cannot_be_read_are_named(self, tmp_path, content, reason):
         members = {"0.png": self.image(), "0.json": content, "1.png": self.image(), "1.txt": b"one"}

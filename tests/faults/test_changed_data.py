@@ -66,7 +66,7 @@ class TestContents:
         then = self.table(captions=[("None",), ("NULL",), ("NA", "x"), ("",), ("None",)])
         now = self.table(captions=[(), (), ("x",), (), ("None",)])
         assert compare(then, now).words == (
-            "2 with other captions (2.png, 3.png), 2 with captions such as NULL or None, which are read as empty now "
+            "2 with other captions (2.png, 3.png), 2 with captions such as NULL or None, which are now read as empty "
             "(0.png, 1.png)"
         )
 

@@ -287,9 +287,9 @@ def test_held_out_classes_that_are_not_trained_on_are_refused(train, classes, tm
     train("labels", "--max_train_steps", 1, *where, *flags, data=data, expect=2)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     unknown = "held" if form == "loose" else "bird"
-    said = f"{where[0]} {where[1]}: 1 images are of classes that are not trained on: {unknown} (such as "
+    said = f"{where[0]} {where[1]}: 1 images have classes that are not trained on: {unknown} (such as "
     assert said in line
-    assert "trained on are cat, dog: " in line
+    assert "the trained classes are cat, dog; " in line
 
 
 def test_held_out_classes_that_are_trained_on_pass(tmp_path):
@@ -306,7 +306,7 @@ def test_held_out_classes_that_are_trained_on_pass(tmp_path):
         source = LabelledSource(train_data_dir=str(folder))
         both.append(read_records(DataOptions(), source, labels.for_source(source), 0))
     check_held_out_classes(*both, "--validation_data_dir held")
-    with pytest.raises(UserError, match="--flag: 1 images are of classes that are not trained on: dog "):
+    with pytest.raises(UserError, match="--flag: 1 images have classes that are not trained on: dog "):
         check_held_out_classes(*both[::-1], "--flag")
 
 

@@ -1,4 +1,7 @@
-"""Pixels of other than 8 bits: what their numbers stand for, by the format, the bit depth and the kind of number."""
+"""Images with more or less than 8 bits per channel: how their values map to brightness.
+
+The mapping depends on the file format, the bit depth and the sample type (unsigned, signed or float).
+"""
 
 import contextlib
 import struct
@@ -12,21 +15,21 @@ from PIL import Image, ImagePalette, TiffImagePlugin
 from utils.data.colours import strips
 from utils.data.oddities import CLIPPED, DARK
 
-BITS_PER_SAMPLE, PHOTOMETRIC, CHANNELS, PLANAR, COLOR_MAP, SAMPLE_FORMAT = 258, 262, 277, 284, 320, 339  # of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, CHANNELS, PLANAR, COLOR_MAP, SAMPLE_FORMAT = 258, 262, 277, 284, 320, 339  # TIFF tags
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-KINDS = {1: "unsigned", 2: "signed", 3: "float"}  # by its SampleFormat
+KINDS = {1: "unsigned", 2: "signed", 3: "float"}  # by value of the tag SampleFormat
 FLOAT_SCALES = (1, 255, 65535)
 INTEGER_SCALES = (255, 65535)
-OVERSHOOT = 1.125  # of white, to which resampling filters go beyond it
-DARKEST = 1 / 16  # of a white that is only guessed, under which a picture would be black
-PNG_DEPTH = 24  # where its first bytes say the bit depth
+OVERSHOOT = 1.125  # times white: resampling filters may exceed white by that much
+DARKEST = 1 / 16  # times a guessed white: an image with a lower maximum would be nearly black
+PNG_DEPTH = 24  # offset of the bit depth in a PNG file
 
 
 class Samples(NamedTuple):
-    """How a file of deep grey stores it.
+    """How a file stores grey values of more than 8 bits.
 
     Attributes:
-        bits: of a number.
+        bits: bits per value.
         kind: unsigned, signed or float.
         is_inverted: whether 0 is white.
     """
@@ -41,16 +44,17 @@ FLOAT = Samples(32, "float")
 
 
 def note_samples(image: Image.Image, head: bytes) -> None:
-    """Notes in the `info` of an opened image what PIL does not tell of its numbers.
+    """Adds to the `info` of an opened image what PIL does not report about its values.
 
-    `samples` of deep grey in a TIFF; `clear`, the transparent grey or colour in 16 bits of a PNG, whose `transparency`
-    otherwise is brought to 8 bits, as its pixels are; `uncommon` where any of that differs from what PIL makes of it.
+    `samples`: how a TIFF stores grey of more than 8 bits. `clear`: the transparent grey or colour of a 16-bit PNG. The
+    `transparency` of other PNGs is scaled to 8 bits, like the pixels. `uncommon`: set if any of these differs from
+    PIL's own interpretation.
 
     Args:
-        head: the file's first bytes.
+        head: first bytes of the file.
 
     Raises:
-        OSError: if PIL would read other values than the file holds.
+        OSError: if PIL would read wrong values.
     """
     if image.format == "TIFF":
         _note_tiff(image)
@@ -61,14 +65,18 @@ def note_samples(image: Image.Image, head: bytes) -> None:
 
 
 def _note_tiff(image: Image.Image) -> None:
+    """Does the part of `note_samples` for a TIFF."""
     bits = image.tag_v2.get(BITS_PER_SAMPLE, (1,))
     kind = KINDS.get(image.tag_v2.get(SAMPLE_FORMAT, (1,))[0], "unsigned")
     if kind == "signed" and bits[0] == 8:
-        raise OSError("TIFFs of signed 8-bit numbers are not read; save it with unsigned ones")
+        raise OSError("TIFFs with signed 8-bit numbers are not read; save the image with unsigned numbers")
     if image.tag_v2.get(PLANAR) == 2 and len(bits) > 1 and bits[0] > 8:
-        raise OSError("TIFFs of more than 8 bits whose channels lie apart (planar) are not read; save it interleaved")
+        raise OSError(
+            "planar TIFFs with over 8 bits per channel are not read; save the image with interleaved channels"
+        )
     colours = image.tag_v2.get(COLOR_MAP, ())
-    if image.mode in ("P", "PA") and max(colours, default=0) in range(1, 256):  # as libtiff tells 8 bits from 16
+    # libtiff recognizes 8-bit palettes by the same rule
+    if image.mode in ("P", "PA") and max(colours, default=0) in range(1, 256):
         image.palette = ImagePalette.raw("RGB;L", bytes(colours))
         image.info["small palette"] = True
     if is_deep_grey(image):
@@ -76,8 +84,8 @@ def _note_tiff(image: Image.Image) -> None:
 
 
 def unread_tiff(file: BinaryIO) -> str:
-    """Why PIL does not open a TIFF: what its pixels are, with the cure."""
-    cure = "is not read; save it as PNG, or with 8 bits for each channel"
+    """Returns why PIL cannot open a TIFF (its channels and bit depth), and how to convert it."""
+    cure = "is not read; save it as PNG, or with 8 bits per channel"
     with contextlib.suppress(SyntaxError, ValueError, LookupError, TypeError, OSError, struct.error):
         file.seek(2)
         is_big = b"+" in file.read(2)
@@ -92,13 +100,13 @@ def unread_tiff(file: BinaryIO) -> str:
 
 
 def _note_clear_colour(image: Image.Image, depth: int) -> None:
-    """Of a PNG's colour that is transparent only as many bits count as its pixels have."""
+    """Scales the transparent colour of a PNG, using only as many bits as its pixels have."""
     clear, top = image.info["transparency"], (1 << depth) - 1
     numbers = [number & top for number in (clear if isinstance(clear, tuple) else (clear,))]
     if depth == 16:
         del image.info["transparency"]
         image.info["clear"] = tuple(numbers)
-    elif image.mode != "1":  # of which PIL has brought it to 8 bits
+    elif image.mode != "1":  # for mode 1, PIL has already scaled it to 8 bits
         numbers = [number * 255 // top for number in numbers]
         image.info["transparency"] = tuple(numbers) if isinstance(clear, tuple) else numbers[0]
     if image.info.get("transparency") != clear:
@@ -106,34 +114,38 @@ def _note_clear_colour(image: Image.Image, depth: int) -> None:
 
 
 def is_deep_grey(image: Image.Image) -> bool:
-    """Whether an image is grey of more than 8 bits."""
+    """Returns whether an image is grey with more than 8 bits."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
 @np.errstate(invalid="ignore")
 def deep_grey(image: Image.Image) -> np.ndarray | None:
-    """[H, W] float32 from 0 to 255 of grey in more than 8 bits; None of other images.
+    """Returns grey of more than 8 bits as [H, W] float32 from 0 to 255; None for other images.
 
-    Unsigned integers of up to 16 bits end at the largest number of their bits. Others end at 255, 65535 or the largest
-    of their bits, floating-point numbers at 1, 255 or 65535: the first that none goes beyond. Floating-point numbers
-    that mostly end at 1 do so too where some, as highlights, go beyond it. What is doubtful about their white is
-    noted as `guessed` in the image's `info`, by the names of oddities.
+    White is the maximum of the bit depth for unsigned integers of up to 16 bits. For other integers it is the first of
+    255, 65535 and the maximum of the bit depth that no value exceeds; for floating point, the first of 1, 255 and
+    65535. It is also 1 if most floating-point values are at most 1 and only some, such as highlights, exceed it. A
+    doubtful choice is recorded in `info["guessed"]`, as names of oddities.
 
     Raises:
-        ValueError: if they are of no such range, so that a wrong picture would come out.
+        ValueError: if the values match none of these ranges.
     """
     if not is_deep_grey(image):
         return None
     samples = image.info.get("samples") or (FLOAT if image.mode == "F" else USUAL)
     values = np.asarray(image)
     if samples.bits == 32 and samples.kind == "unsigned":
-        if "halved" in image.info:  # of numbers that PIL takes for signed ones
-            raise ValueError("unsigned 32-bit numbers of over 89 megapixels are not read; save it in 16 bits")
+        if "halved" in image.info:  # PIL has averaged the values as signed numbers
+            raise ValueError(
+                "images of over 89 megapixels with unsigned 32-bit numbers are not read; save the image in 16 bits"
+            )
         values = values.view(np.uint32)
+
+    # find the value of white, then scale strip by strip: float64 for the whole image would take gigabytes
     full, image.info["guessed"] = _float_white(values) if samples.kind == "float" else (_white(values, samples), ())
     scale = 255 / full if samples.kind == "float" else np.float64(255 / full)
     found = np.empty(values.shape, np.float32)
-    for strip in strips(values.shape):  # float64 of all of it would take gigabytes
+    for strip in strips(values.shape):
         part = values[strip]
         part = np.nan_to_num(part, posinf=full, neginf=0) if samples.kind == "float" else part
         found[strip] = (part * scale).clip(0, 255)
@@ -143,10 +155,10 @@ def deep_grey(image: Image.Image) -> np.ndarray | None:
 
 
 def _white(values: np.ndarray, samples: Samples) -> int:
-    """The integer that stands for white.
+    """Returns the integer that is white.
 
     Raises:
-        ValueError: if that can't be told.
+        ValueError: if the values match no known range.
     """
     bits, kind, _ = samples
     if kind == "unsigned" and bits <= 16:
@@ -161,17 +173,17 @@ def _white(values: np.ndarray, samples: Samples) -> int:
 
 
 def _float_white(values: np.ndarray) -> tuple[int, tuple[str, ...]]:
-    """(the floating-point number that stands for white, the oddities that make it doubtful).
+    """Returns (the floating-point value of white, oddities that make it doubtful).
 
     Raises:
-        ValueError: as `_white`.
+        ValueError: as `_white`, or if no value is finite.
     """
     known = np.isfinite(values)
     if not known.any():
         raise ValueError("it holds no finite number")
     lowest, highest = values.min(where=known, initial=np.inf), values.max(where=known, initial=-np.inf)
-    sample = values.reshape(-1)[:: 1 + (values.size >> 20)]  # a copy of all would take gigabytes
-    seen = sample[sample >= DARKEST]  # what would not be nearly black if 1 were white
+    sample = values.reshape(-1)[:: 1 + (values.size >> 20)]  # every value would take gigabytes
+    seen = sample[sample >= DARKEST]  # values that are not nearly black if white is 1
     is_fractional = bool((sample[np.isfinite(sample)] % 1).any())
     if highest > OVERSHOOT and lowest >= 1 - OVERSHOOT and is_fractional and _is_mostly(seen <= OVERSHOOT):
         return 1, (CLIPPED,)
@@ -183,36 +195,37 @@ def _float_white(values: np.ndarray) -> tuple[int, tuple[str, ...]]:
 
 
 def _is_mostly(holds: np.ndarray) -> bool:
-    """Whether something holds for at least half of what there is."""
+    """Returns whether at least half of the values are true; False for none."""
     return bool(2 * np.count_nonzero(holds) >= len(holds) > 0)
 
 
 def _is_range(lowest: float, highest: float, white: int) -> bool:
-    """Whether numbers from the lowest to the highest make a picture if this one is white."""
+    """Returns whether values from `lowest` to `highest` are plausible for this white: few negative, not all dark."""
     darkest = 0 if white == 1 else white * DARKEST
     is_black = highest == 0 == lowest
     return bool(lowest >= -white * (OVERSHOOT - 1) and (is_black or (highest > 0 and highest >= darkest)))
 
 
 def _unknown_white(samples: Samples, lowest: float, highest: float) -> ValueError:
+    """Returns the error for values that match no known range."""
     return ValueError(
-        f"which of its numbers is white can't be told ({samples.kind}, {samples.bits} bits, from {lowest:.6g} to "
-        f"{highest:.6g}); save it in 8 or 16 bits without a sign, or as floating-point numbers from 0 to 1"
+        f"can't tell which value is white ({samples.kind}, {samples.bits} bits, from {lowest:.6g} to {highest:.6g}); "
+        "save it as unsigned 8-bit or 16-bit integers, or as floating-point numbers from 0 to 1"
     )
 
 
 def clear_grey(image: Image.Image) -> np.ndarray | None:
-    """[H, W] uint8 the alpha channel of 16-bit grey of which one value is transparent; None without one."""
+    """Returns the alpha channel [H, W] uint8 of 16-bit grey with one transparent value; None if it has none."""
     clear = image.info.get("clear")
     return None if clear is None else np.where(np.asarray(image) == clear[0], 0, 255).astype(np.uint8)
 
 
 def clear_colour(high: Image.Image, low: Image.Image, clear: Sequence[int]) -> Image.Image:
-    """The alpha channel of 16-bit colours of which one is transparent.
+    """Returns the alpha channel (mode L) of a 16-bit colour image with one transparent colour.
 
     Args:
-        high, low: images of the higher and the lower bytes.
-        clear: the transparent one, in 16 bits.
+        high, low: images of the high and the low bytes.
+        clear: the transparent colour, 16 bits per channel.
     """
     alpha = np.full(high.size[::-1], 255, np.uint8)
     pair = np.array([number >> 8 for number in clear]), np.array([number & 255 for number in clear])
@@ -224,21 +237,21 @@ def clear_colour(high: Image.Image, low: Image.Image, clear: Sequence[int]) -> I
 
 OTHER_HALF = {f"{bands};16{one}": f"{bands};16{other}" for bands in ("RGB", "RGBA") for one, other in ("BL", "LB")}
 OTHER_HALF |= {f"{bands};16N": f"{bands};16{'B' if sys.byteorder == 'little' else 'L'}" for bands in ("RGB", "RGBA")}
-"""What PIL calls 16-bit colours, of which it keeps the higher byte, and the name under which it keeps the lower one."""
+"""PIL's raw modes of 16-bit colour, of which it keeps the high byte, and the raw modes that keep the low byte."""
 
 
 def has_two_halves(opened: Image.Image) -> bool:
-    """Whether an opened image has 16-bit colours."""
+    """Returns whether an opened image has 16-bit colours."""
     modes = {tile.args if isinstance(tile.args, str) else (tile.args or [""])[0] for tile in opened.tile}
     return bool(modes) and modes <= OTHER_HALF.keys()
 
 
 def take_other_half(opened: Image.Image) -> None:
-    """Tells the decoder of 16-bit colours to take the lower bytes."""
+    """Makes the decoder of a 16-bit colour image read the low bytes instead of the high ones."""
     opened.tile = [_renamed(tile, OTHER_HALF) for tile in opened.tile]
 
 
 def _renamed(tile: Any, modes: Mapping[str, str]) -> Any:
-    """A part of a file, its decoder told by another name what pixels it holds."""
+    """Returns a PIL tile with its raw mode replaced."""
     args = tile.args
     return tile._replace(args=modes[args] if isinstance(args, str) else (modes[args[0]], *args[1:]))

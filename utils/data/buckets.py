@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which few sizes the images are trained at, and which image goes to which."""
+"""Aspect-ratio buckets: the sizes that images are trained at, and the bucket of each image."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from utils.data.options import BucketOptions
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """Which image is trained at which size.
+    """The size that each image is trained at.
 
     Attributes:
-        sizes: [K] width and height of each bucket that has images.
-        bucket_of: [N] uint16 number of each image's bucket, or `NONE`.
-        merged: (size, images, sizes they went to) of each bucket that had fewer images than a group.
+        sizes: [K] (width, height) of each bucket that has images.
+        bucket_of: [N] uint16 index of each image's bucket, or `NONE`.
+        merged: (size, number of images, sizes of their new buckets) of each bucket that had too few images for a group.
     """
 
     sizes: list[tuple[int, int]]
@@ -30,32 +30,38 @@ NONE = np.iinfo(np.uint16).max
 def plan_buckets(
     image_sizes: np.ndarray, resolution: int, options: BucketOptions, uses: np.ndarray, group_size: int
 ) -> BucketPlan:
-    """The bucket of each image: the one nearest by the logarithm of the aspect ratio.
+    """Assigns each image to the bucket with the nearest aspect ratio, measured by its logarithm.
 
-    Under `no_upscale` it must not be larger than the image; an image smaller than all of them gets a bucket of its own
-    size, in steps, and none if that is under the minimum. A bucket whose images fit no other is not merged: in its
-    groups an image may come twice.
+    With `no_upscale`, a bucket must not be larger than the image. An image smaller than every bucket gets a bucket of
+    its own size, rounded down to `bucket_step`, or none if an edge is below the minimum. Buckets with too few images
+    for a group are merged into their neighbours, unless that would enlarge images: then a group repeats images.
 
     Args:
-        image_sizes: [N, 2] widths and heights.
-        uses: [N] how often an image is used an epoch; buckets with fewer uses than `group_size` are merged.
+        image_sizes: [N, 2] widths and heights in pixels.
+        resolution: the area of buckets is the square of this.
+        uses: [N] how often each image is used per epoch.
+        group_size: consecutive samples from one bucket; buckets with fewer uses per epoch are merged.
     """
     sizes = options.sizes(resolution)
     if len(sizes) == 1 and not options.no_upscale:
         return BucketPlan(sizes, np.zeros(len(image_sizes), np.uint16), [])
+
+    # assign distinct shapes instead of images: many images share a shape
     packed = image_sizes[:, 0].astype(np.int64) << 32 | image_sizes[:, 1].astype(np.int64)
-    distinct, shape_of = np.unique(packed, return_inverse=True)  # many images share a shape
+    distinct, shape_of = np.unique(packed, return_inverse=True)
     shapes = np.stack([distinct >> 32, distinct & 0xFFFFFFFF], axis=1)
     nearest = _nearest(shapes, sizes, options.no_upscale)
     if options.no_upscale and options.buckets is None:
         sizes, nearest = _own_buckets(shapes, sizes, nearest, options, resolution)
     bucket_of = nearest[shape_of]
+
+    # merge buckets that are too small for a group, the smallest first
     is_in = bucket_of >= 0
     counts = np.bincount(bucket_of[is_in], uses[is_in], len(sizes))
     merged, kept = [], [number for number in range(len(sizes)) if counts[number] > 0]
-    stuck: set[int] = set()  # whose images would have to be enlarged
+    stuck: set[int] = set()  # buckets whose images would have to be enlarged
     while small := [number for number in kept if counts[number] < group_size and number not in stuck]:
-        # of the smallest the one farthest from a square, which is where the others would go
+        # ties: the one farthest from a square first, because buckets merge towards the square
         number = min(small, key=lambda number: (counts[number], -_distance_from_square(sizes[number])))
         others = [other for other in kept if other != number]
         members = np.flatnonzero(bucket_of == number)
@@ -71,6 +77,8 @@ def plan_buckets(
         counts[number] = 0
         kept = others
         merged.append((sizes[number], len(members), [sizes[goal] for goal in np.unique(goals)]))
+
+    # number the remaining buckets from 0
     renumbered = np.full(len(sizes) + 1, NONE, np.uint16)
     renumbered[kept] = np.arange(len(kept))
     return BucketPlan([sizes[number] for number in kept], renumbered[bucket_of], merged)
@@ -81,7 +89,12 @@ def _distance_from_square(size: tuple[int, int]) -> float:
 
 
 def _nearest(shapes: np.ndarray, sizes: Sequence[tuple[int, int]], must_fit: bool) -> np.ndarray:
-    """[N] the number of the bucket nearest in aspect ratio, of several the largest; -1 if none fits."""
+    """Returns [N] the index of the bucket nearest in aspect ratio, the largest if several are; -1 if none fits.
+
+    Args:
+        shapes: [N, 2] widths and heights.
+        must_fit: whether a bucket must not be larger than the image.
+    """
     buckets = np.array(sizes, np.float64)
     ratios = np.log(buckets[:, 0] / buckets[:, 1])
     areas = buckets.prod(1)
@@ -89,7 +102,7 @@ def _nearest(shapes: np.ndarray, sizes: Sequence[tuple[int, int]], must_fit: boo
     for begin in range(0, len(shapes), 65536):
         part = shapes[begin : begin + 65536].astype(np.float64)
         distance = np.abs(np.log(part[:, 0] / part[:, 1])[:, None] - ratios)
-        distance = distance.round(9) - 1e-10 * areas / areas.max()  # among equals the largest
+        distance = distance.round(9) - 1e-10 * areas / areas.max()  # ties: the largest bucket
         if must_fit:
             distance[(part[:, None, :] < buckets).any(2)] = np.inf
         best = distance.argmin(1)
@@ -100,12 +113,12 @@ def _nearest(shapes: np.ndarray, sizes: Sequence[tuple[int, int]], must_fit: boo
 def _own_buckets(
     shapes: np.ndarray, sizes: list[tuple[int, int]], nearest: np.ndarray, options: BucketOptions, resolution: int
 ) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """Adds buckets for the shapes that an enlargement-free choice would crop more than a step: their own size."""
+    """Returns (sizes, nearest) with buckets added for images smaller than the area, at their own rounded-down size."""
     step, least, most = options.step, options.least(resolution), options.most(resolution)
     area = resolution * resolution
     own = np.minimum(shapes // step * step, most)
     is_small = (shapes.prod(1) < area) | (nearest < 0)
-    too_large = own.prod(1) > area  # a long image: its bucket is of the area
+    too_large = own.prod(1) > area  # a long image: it keeps a bucket of the full area
     usable = is_small & ~too_large & (own >= least).all(1)
     sizes = list(sizes)
     numbers = {size: number for number, size in enumerate(sizes)}

@@ -1,9 +1,10 @@
-"""Encodings kept on the disk under keys that are made of what they were computed from.
+"""Encodings cached on disk, under keys derived from everything they were computed from.
 
-A shard is a safetensors file: `keys` [n, 16], tensors [n, ...] of what lies under each, and `checksums` [n, 8] of both.
-It is written aside, synced and renamed, so that it is whole or not there. Its name follows from its keys, so that the
-same entries make the same file, whoever writes it. Each entry is compared with its checksum when it is read. Files are
-not mapped into memory: one that is cut off while it is in use raises an error, where a mapped one kills the process.
+A shard is a safetensors file with `keys` [n, 16], the tensors [n, ...] of the entries, and `checksums` [n, 8] of both.
+It is written to a temporary file, synced and renamed, so that it is complete or absent. Its name is a digest of its
+keys, so that the same entries make the same file, whichever process writes it. Each entry is verified against its
+checksum when it is read. Files are not memory-mapped: truncating a file in use raises an error, whereas a mapped file
+would kill the process.
 """
 
 import hashlib
@@ -36,8 +37,8 @@ KEY_SIZE = 16
 CHECKSUM_SIZE = 8
 HEADER_LIMIT = 1 << 20
 MAX_DIMENSIONS = 8
-NO_SHARD = "it is no file of this cache"
-NO_CHECKSUMS = "it has no checksums, an earlier version wrote it"
+NO_SHARD = "it is not a file of this cache"
+NO_CHECKSUMS = "it has no checksums because an earlier version wrote it"
 OWN_TENSORS = {"keys": KEY_SIZE, "checksums": CHECKSUM_SIZE}
 READING_THREADS = 8
 SHARD_ENTRIES = 256
@@ -55,16 +56,18 @@ DTYPES = {
 
 
 def make_key(*facts: object) -> bytes:
-    """A key of JSON-ready facts: equal only for equal facts."""
+    """Returns the key [16 bytes] of JSON-serializable facts; equal only for equal facts."""
     text = json.dumps(facts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=KEY_SIZE).digest()
 
 
 class Field(NamedTuple):
-    """Where a tensor [n, ...] lies in a shard: row r in the `row_bytes` bytes from `begin` + r * `row_bytes`.
+    """Location of a tensor [n, ...] in a shard: row r is the `row_bytes` bytes from `begin` + r * `row_bytes`.
 
     Attributes:
-        words: its name, dtype and shape, for the checksums.
+        shape: of one row.
+        begin: offset in the file, in bytes.
+        words: its name, dtype and shape as text, for the checksums.
     """
 
     dtype: torch.dtype
@@ -75,19 +78,19 @@ class Field(NamedTuple):
 
     @staticmethod
     def of(name: str, dtype: torch.dtype, shape: Sequence[int], begin: int) -> "Field":
-        """That of a tensor whose rows have such a shape."""
+        """Returns the field of a tensor whose rows have this shape and whose first byte is at `begin`."""
         row_bytes = math.prod(shape) * dtype.itemsize
         return Field(dtype, tuple(shape), begin, row_bytes, f"{name} {dtype} {tuple(shape)}".encode())
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of a shard once its header has been read.
+    """A shard whose header, keys and checksums have been read.
 
     Attributes:
         fields: the tensors of its entries, by name.
         keys: [n, 16] uint8.
-        checksums: n of `CHECKSUM_SIZE` bytes, one behind the other.
+        checksums: n concatenated checksums of `CHECKSUM_SIZE` bytes each.
     """
 
     path: Path
@@ -100,7 +103,7 @@ class Shard:
         """Reads the header, the keys and the checksums.
 
         Raises:
-            OSError, ValueError: if it can't be read, or is no whole shard.
+            OSError, ValueError: if it can't be read, or is not a complete shard.
         """
         with open_regular(path) as file:
             fields, count = _read_header(file)
@@ -111,15 +114,15 @@ class Shard:
                     raise ValueError(NO_SHARD)
             keys, checksums = (_read_at(file, fields[name].begin, count * size) for name, size in OWN_TENSORS.items())
         if SHARD_NAME.fullmatch(path.name) and path.name != shard_name(keys.tobytes()):
-            raise ValueError("its keys are not those that were written")
+            raise ValueError("its keys have changed since it was written")
         of_entries = {name: each for name, each in fields.items() if name not in OWN_TENSORS}
         return Shard(path, of_entries, keys.reshape(-1, KEY_SIZE), checksums.tobytes())
 
     def rows(self, numbers: Iterable[int]) -> Iterator[dict[str, Tensor]]:
-        """The tensors of entries.
+        """Yields the tensors of the entries at these rows, by name.
 
         Raises:
-            OSError, ValueError: at one that is not what was written.
+            OSError, ValueError: if an entry can't be read or does not match its checksum.
         """
         with open(self.path, "rb", buffering=0) as file:
             for row in numbers:
@@ -129,7 +132,7 @@ class Shard:
                 }
                 written = self.checksums[row * CHECKSUM_SIZE : (row + 1) * CHECKSUM_SIZE]
                 if written != checksum(self.keys[row].tobytes(), self.fields, content):
-                    raise ValueError("an entry is not what was written (its checksum differs)")
+                    raise ValueError("an entry has changed since it was written (its checksum differs)")
                 yield {
                     name: torch.from_numpy(content[name]).view(field.dtype).view(field.shape)
                     for name, field in self.fields.items()
@@ -137,11 +140,11 @@ class Shard:
 
 
 Form = Mapping[str, tuple[tuple[int, ...], Sequence[torch.dtype]]]
-"""What entries must be: the shape of each of their tensors, and the dtypes that it may have."""
+"""The required shape and the allowed dtypes of each tensor of an entry, by name."""
 
 
 class EntryStore:
-    """Entries of one kind in a folder."""
+    """The cached entries of one kind, in one folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -150,7 +153,7 @@ class EntryStore:
         self._places = np.zeros((0, 2), np.int32)
 
     def open(self) -> None:
-        """Creates the folder, removes what killed runs left, and lists the whole shards.
+        """Creates the folder, removes temporary files of killed runs, and lists the complete shards.
 
         Raises:
             UserError: if the folder can't be written.
@@ -163,7 +166,7 @@ class EntryStore:
         self.refresh()
 
     def refresh(self) -> None:
-        """Lists the whole shards that are there now."""
+        """Lists the complete shards that exist now, and removes damaged ones."""
         self._shards, damaged = [], {}
         for path in sorted(self.folder.glob("[!.]*.safetensors")):
             try:
@@ -173,6 +176,8 @@ class EntryStore:
             except (OSError, ValueError) as error:
                 damaged[path.name] = str(error)
         self.remove(damaged)
+
+        # sort all keys by their first half, so that `find` is a binary search
         counts = [len(shard.keys) for shard in self._shards]
         numbers = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         rows = np.concatenate([np.arange(count, dtype=np.int32) for count in counts] or [np.zeros(0, np.int32)])
@@ -183,15 +188,18 @@ class EntryStore:
         self._places = np.stack([numbers, rows], 1)[order]
 
     def remove(self, damaged: Mapping[str, str]) -> None:
-        """Removes damaged shards, so that their entries are encoded again; what is not this cache's stays.
+        """Removes damaged shards, so that their entries are encoded again. Files of anything else are kept.
 
         Args:
-            damaged: why, by the names of the files.
+            damaged: what is wrong with each file, by name.
+
+        Raises:
+            UserError: if a file can't be removed.
         """
         if not damaged:
             return
         name, reason = next(iter(damaged.items()))
-        message = "left aside %d damaged cache files in %s, their entries are encoded again: %s: %s%s"
+        message = "ignored %d damaged cache files in %s; their entries will be encoded again: %s: %s%s"
         more = "" if len(damaged) == 1 else ", and others"
         logger.warning(message, len(damaged), self.folder, name, reason, more)
         for name in filter(SHARD_NAME.fullmatch, damaged):
@@ -204,7 +212,7 @@ class EntryStore:
         return len(self._prefixes)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """[n, 2] int32 shard and row of each of [n, 16] keys, -1 where there is no entry."""
+        """Returns [n, 2] int32 the shard and row of each of [n, 16] keys; -1 for keys without an entry."""
         prefixes = prefixes_of(keys)
         at = np.minimum(np.searchsorted(self._prefixes, prefixes), max(len(self._prefixes) - 1, 0))
         places = np.full((len(keys), 2), -1, np.int32)
@@ -214,7 +222,7 @@ class EntryStore:
         return places
 
     def places_by_shard(self, keys: np.ndarray) -> dict[str, np.ndarray]:
-        """Of [n, 16] keys the rows that are there, ascending, by the names of the shards' files."""
+        """Returns the rows of the entries among [n, 16] keys, ascending, by the file name of their shard."""
         places = self.find(keys)
         places = np.unique(places[places[:, 0] >= 0], axis=0)
         numbers, begins = np.unique(places[:, 0], return_index=True)
@@ -222,20 +230,20 @@ class EntryStore:
         return {self._shards[number].path.name: each for number, each in zip(numbers, rows, strict=True)}
 
     def damaged(self, rows: Mapping[str, np.ndarray], form: Form) -> Iterator[tuple[str, str]]:
-        """(name, what is wrong with it or "") of each shard, as its rows are read and compared, in order.
+        """Reads and verifies rows; yields (shard name, what is wrong with it or "") in order.
 
         Args:
-            rows: those that are wanted, by the shards' names.
-            form: what their entries must be.
+            rows: the rows to verify, by shard name.
+            form: the required shape and dtypes of their tensors.
         """
         shards = {shard.path.name: shard for shard in self._shards}
 
         def look(name: str) -> str:
             shard = shards.get(name)
-            if shard is None:  # on a shared disk this process may see another folder than the main one
+            if shard is None:  # a shared disk may show this process other files than the main process
                 return ""
             if not _has_form(shard, form):
-                return "its entries have other shapes than are wanted"
+                return "its entries have unexpected shapes or dtypes"
             try:
                 for _ in shard.rows(rows[name].tolist()):
                     pass
@@ -249,25 +257,29 @@ class EntryStore:
             yield from zip(rows, pool.map(look, rows), strict=True)
 
     def read(self, place: np.ndarray) -> dict[str, Tensor]:
-        """The tensors of the entry at a place that `find` gave.
+        """Returns the tensors of the entry at a place returned by `find`, by name.
 
         Raises:
-            ProcessError: if it is not what was written: it has changed since the run began.
+            ProcessError: if the entry has changed since the run began.
         """
         shard = self._shards[int(place[0])]
         try:
             return next(shard.rows([int(place[1])]))
         except (OSError, ValueError) as error:
             raise ProcessError(
-                f"--encoding_cache_dir: {shard.path} was changed while it was in use: {error}; start again with "
-                "--resume_from_checkpoint latest, its entries are encoded again"
+                f"--encoding_cache_dir: {shard.path} was changed while in use: {error}; start again with "
+                "--resume_from_checkpoint latest, its entries will be encoded again"
             ) from error
 
     def write(self, keys: Sequence[bytes], tensors: Mapping[str, Tensor]) -> None:
-        """Writes entries as one shard: float16 tensors that overflowed must have been widened before.
+        """Writes entries as one shard. The caller must widen float16 tensors that overflow.
+
+        Args:
+            keys: n keys of `KEY_SIZE` bytes.
+            tensors: [n, ...] by name.
 
         Raises:
-            UserError: if there is no room or no permission.
+            UserError: if the folder can't be written, for example because the disk is full.
         """
         tensors = {name: each.contiguous() for name, each in tensors.items()}
         table, name = b"".join(keys), shard_name(b"".join(keys))
@@ -284,17 +296,20 @@ class EntryStore:
 
 
 def prefixes_of(keys: np.ndarray) -> np.ndarray:
-    """[n] uint64, the first half of [n, 16] keys: enough to tell a billion entries apart but for one time in 37."""
+    """Returns [n] uint64, the first half of [n, 16] keys.
+
+    Among a billion entries, two share a prefix with a probability of 1 in 37.
+    """
     return np.ascontiguousarray(keys[:, :8]).view(np.uint64).reshape(-1)
 
 
 def shard_name(keys: bytes) -> str:
-    """The name of the file of a shard with these keys."""
+    """Returns the file name of a shard with these concatenated keys."""
     return f"{hashlib.blake2b(keys, digest_size=12).hexdigest()}.safetensors"
 
 
 def checksum(key: bytes, fields: Mapping[str, Field], content: Mapping[str, np.ndarray]) -> bytes:
-    """Changes with an entry's key and with the name, dtype, shape and bytes of each of its tensors."""
+    """Returns the checksum of an entry: of its key and the name, dtype, shape and bytes of each tensor."""
     digest = xxhash.xxh3_64(key)
     for name in sorted(fields):
         digest.update(fields[name].words)
@@ -303,6 +318,7 @@ def checksum(key: bytes, fields: Mapping[str, Field], content: Mapping[str, np.n
 
 
 def _checksums(keys: Sequence[bytes], tensors: Mapping[str, Tensor]) -> bytes:
+    """Returns the concatenated checksums of entries."""
     fields, content = {}, {}
     for name, tensor in tensors.items():
         fields[name] = Field.of(name, tensor.dtype, tensor.shape[1:], 0)
@@ -315,19 +331,20 @@ def _checksums(keys: Sequence[bytes], tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _table(content: bytes, width: int) -> Tensor:
+    """Returns bytes as [n, width] uint8."""
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, width)
 
 
 def _read_header(file: BinaryIO) -> tuple[dict[str, Field], int]:
-    """The tensors of a safetensors file and how many rows each has; they must lie side by side and fill it.
+    """Returns (the tensors of a safetensors file, their number of rows). Tensors must be contiguous and fill the file.
 
     Raises:
-        ValueError: if it is not whole, or holds what no cache does.
+        ValueError: if the file is damaged, or not a file of this cache.
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= size - 8:
-        raise ValueError("it is cut off, or no safetensors file")
+        raise ValueError("it is cut off, or not a safetensors file")
     if length > HEADER_LIMIT:
         raise ValueError(NO_SHARD)
     header = parse_json(file.read(length).decode("utf-8"), "its header")
@@ -338,18 +355,22 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Field], int]:
     end, counts = 8 + length, set()
     for begin, count, num_bytes, _ in sorted(fields.values(), key=lambda each: each[0]):
         if begin != end:
-            raise ValueError("its header names bytes twice, or leaves some out")
+            raise ValueError("its header lists some bytes twice, or not at all")
         end += num_bytes
         counts.add(count)
     if end != size:
-        raise ValueError("it is cut off, or longer than it was written")
+        raise ValueError("it is cut off, or has extra bytes at the end")
     if len(counts) != 1:
         raise ValueError(NO_SHARD)
     return {name: field for name, (_, _, _, field) in fields.items()}, counts.pop()
 
 
 def _field(name: str, entry: object, data: int) -> tuple[int, int, int, Field]:
-    """(begin, rows, bytes, where its rows lie) of a tensor, from its place in a header before the byte `data`."""
+    """Returns (first byte, number of rows, number of bytes, field) of a tensor from its header entry.
+
+    Args:
+        data: offset of the byte after the header.
+    """
     wanted = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or entry.keys() != wanted or not isinstance(entry["dtype"], str):
         raise ValueError(NO_SHARD)
@@ -359,22 +380,22 @@ def _field(name: str, entry: object, data: int) -> tuple[int, int, int, Field]:
     begin, num_bytes = data + offsets[0], offsets[1] - offsets[0]
     field = Field.of(name, dtype, shape[1:], begin)
     if num_bytes != shape[0] * field.row_bytes:
-        raise ValueError("its header contradicts itself")
+        raise ValueError("its header is inconsistent")
     return begin, shape[0], num_bytes, field
 
 
 def _are_counts(values: object) -> bool:
-    """Whether it is a list of numbers that count bytes or rows of a file."""
+    """Returns whether a value is a list of plausible sizes or offsets."""
     if not isinstance(values, list) or len(values) > MAX_DIMENSIONS:
         return False
     return all(type(value) is int and 0 <= value < 1 << 60 for value in values)
 
 
 def _read_at(file: BinaryIO, begin: int, count: int) -> np.ndarray:
-    """[count] uint8 of a file.
+    """Returns [count] uint8 of a file, from the byte `begin`.
 
     Raises:
-        ValueError: if it has fewer.
+        ValueError: if the file is too short.
     """
     content, done = np.empty(count, np.uint8), 0
     file.seek(begin)
@@ -387,7 +408,7 @@ def _read_at(file: BinaryIO, begin: int, count: int) -> np.ndarray:
 
 
 def _has_form(shard: Shard, form: Form) -> bool:
-    """Whether a shard's entries are what they must be."""
+    """Returns whether the tensors of a shard have the required names, shapes and dtypes."""
     return shard.fields.keys() == form.keys() and all(
         shard.fields[name].shape == shape and shard.fields[name].dtype in dtypes
         for name, (shape, dtypes) in form.items()
@@ -395,7 +416,7 @@ def _has_form(shard: Shard, form: Form) -> bool:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes what writers that live no more have left half done."""
+    """Removes temporary files of writers that are no longer running."""
     here = socket.gethostname()
     for path in folder.glob(".tmp-*"):
         host, _, rest = path.name.removeprefix(".tmp-").rpartition("-")[0].rpartition("-")
@@ -408,12 +429,17 @@ def _remove_stale(folder: Path) -> None:
 
 
 def _is_alive(process: str) -> bool:
-    """Whether a process of that number runs on this machine."""
+    """Returns whether a process with this id runs on this machine."""
     return process.isascii() and int(process) < LARGEST_PROCESS and psutil.pid_exists(int(process))
 
 
 def in_shards(entries: Sequence, groups: Sequence[int]) -> Iterable[Sequence]:
-    """Splits entries, which stand in runs of equal group, into pieces of at most `SHARD_ENTRIES` within a run."""
+    """Splits entries into slices of at most `SHARD_ENTRIES`, each within one run of equal groups.
+
+    Args:
+        entries: n entries, sorted by group.
+        groups: the group of each entry.
+    """
     begin = 0
     while begin < len(entries):
         end = begin

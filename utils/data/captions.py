@@ -1,4 +1,4 @@
-"""From an image's captions to the one that a step trains on."""
+"""Chooses and modifies captions: tag shuffling and dropout, trigger words, prefixes and suffixes."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from utils.config.batch import RecordPass
     from utils.data.source_options import SourceOptions
 
-TAGS = ("shuffle_tags", "tag_dropout", "dataset_file")  # the file may say those of a source
+TAGS = ("shuffle_tags", "tag_dropout", "dataset_file")  # a dataset file may set them per source
 FOLDER_REPEATS = re.compile(r"^(\d+)_")
-MAX_CAPTION = 1 << 16  # characters of a caption, and bytes of a text file of them
+MAX_CAPTION = 1 << 16  # characters per caption, and bytes per text file of captions
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class CaptionOptions:
     """How a source's captions are used.
 
     Attributes:
-        word: what one is called.
-        refusal: the option by which an image without one may end the run.
-        are_expected: whether an image without one is worth a word.
-        folder_is_class: whether an image's folder says what it is of, whatever stands beside it.
-        are_classes: whether they are names of classes, of which a model knows only those it is trained on.
-        takes_one: whether an image with two of them is a contradiction.
+        word: noun for a caption in messages.
+        refusal: the option that ends the run if an image has none.
+        are_expected: whether to warn about images without one.
+        folder_is_class: whether the folder of an image names its class, whatever files are beside it.
+        are_classes: whether they are class names, of which a model knows only those it was trained on.
+        takes_one: whether an image must not have more than one.
     """
 
     word: ClassVar[str] = "caption"
@@ -37,91 +37,93 @@ class CaptionOptions:
     are_classes: ClassVar[bool] = False
     takes_one: ClassVar[bool] = False
 
-    trigger_word: str | None = option(None, "word put in front of each caption that does not hold it", is_text=True)
-    caption_prefix: str | None = option(None, "words before each caption", is_text=True)
-    caption_suffix: str | None = option(None, "words behind each caption", is_text=True)
-    tag_separator: str = option(",", "what stands between the tags of a caption", is_text=True, acts_with=TAGS)
-    shuffle_tags: bool = option(False, "put the tags of a caption in another order each time")
-    keep_tokens: int = option(0, "first tags of a caption that are neither shuffled nor dropped", acts_with=TAGS)
-    tag_dropout: float = option(0.0, "portion of the tags that are left out each time")
+    trigger_word: str | None = option(None, "word prepended to each caption that does not contain it", is_text=True)
+    caption_prefix: str | None = option(None, "text prepended to each caption", is_text=True)
+    caption_suffix: str | None = option(None, "text appended to each caption", is_text=True)
+    tag_separator: str = option(",", "separator of the tags in a caption", is_text=True, acts_with=TAGS)
+    shuffle_tags: bool = option(False, "shuffle the tags of a caption each time it is used")
+    keep_tokens: int = option(
+        0, "number of tags at the start of a caption that are never shuffled or dropped", acts_with=TAGS
+    )
+    tag_dropout: float = option(0.0, "probability of dropping each tag of a caption")
     caption_dropout: float = option(
         0.0,
-        "portion of the samples that train without a caption, for classifier-free guidance",
+        "probability of training a sample without its caption, for classifier-free guidance",
         aliases=["--proportion_empty_prompts"],
     )
     on_missing_caption: str = option(
         "empty",
-        "images without a caption: train on an empty one, on the name of their folder, or end the run",
+        "for images without a caption: use an empty caption, use the name of their folder, or end the run",
         choices=["empty", "folder", "error"],
     )
 
     def __post_init__(self) -> None:
         require_not_negative(self, "keep_tokens")
         require_fraction(self, "tag_dropout", "caption_dropout")
-        require(self.tag_separator != "", "tag_separator", "''", "not be empty", "the usual one is a comma")
+        require(self.tag_separator != "", "tag_separator", "''", "not be empty", "use a comma, for example")
 
     def for_source(self, source: "SourceOptions", recorded: Sequence[str] = ()) -> "CaptionOptions":
-        """How the captions of a source are used: as asked, whatever the source is."""
+        """Returns the options for a source. Here they are the same for every source."""
         return self
 
     def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of an image's captions that are used."""
+        """Returns the captions of an image that are used."""
         return captions
 
     def recorded(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        """Those by which a resumed run sees that they were edited."""
+        """Returns the captions that a resumed run compares to detect edits."""
         return self.of(captions)
 
     def settled(self, keys: Iterable[str], where: str, source: str, in_shards: bool = False) -> "CaptionOptions":
-        """The same, of a source whose images are known.
+        """Returns the options for a source once its images are listed.
 
         Args:
-            keys: their names within the source.
-            where: the source as it is named in messages.
-            source: the name of its folder.
-            in_shards: whether the images are members of tar shards, which are parts of their names.
+            keys: names of the images within the source.
+            where: name of the source in messages.
+            source: name of its folder.
+            in_shards: whether the images are members of tar shards, whose names are part of the keys.
 
         Raises:
-            UserError: if the images' folders don't say what they should.
+            UserError: if class names are required but the folders do not provide them.
         """
         return self
 
     def of_folder(self, key: str, source: str, in_shards: bool = True) -> str:
-        """What stands for the caption of an image where its folder's name does."""
+        """Returns the caption of an image taken from the name of its folder."""
         return folder_caption(key, source, in_shards)
 
     @property
     def joiner(self) -> str:
-        """What tags are joined by: a single mark is followed by a space."""
+        """The text between tags: the separator, followed by a space if it is a single character."""
         separator = self.tag_separator
         return f"{separator} " if len(separator) == 1 and not separator.isspace() else separator
 
     @property
     def varies(self) -> bool:
-        """Whether the same caption is another text each time."""
+        """Whether the text of a caption differs from pass to pass."""
         return self.shuffle_tags or self.tag_dropout > 0
 
 
 def refusal_of(captions: Sequence[str]) -> str:
-    """Why an image can't be trained on with these captions, or ""; a tokenizer takes minutes for some megabytes."""
+    """Returns why captions are too long to train on, or "". A tokenizer takes minutes for a few megabytes."""
     longest = max(map(len, captions), default=0)
     return f"its caption has {longest:,} characters; at most {MAX_CAPTION:,} are read" if longest > MAX_CAPTION else ""
 
 
 def say_the_same(first: Iterable[str], second: Iterable[str]) -> bool:
-    """Whether captions are the same texts, in whatever order and with whatever white space between their words."""
-    return _words(first) == _words(second)
+    """Returns whether captions have the same lines, ignoring order and white space."""
+    return _normalized_lines(first) == _normalized_lines(second)
 
 
-def _words(captions: Iterable[str]) -> set[str]:
+def _normalized_lines(captions: Iterable[str]) -> set[str]:
     lines = (" ".join(line.split()) for caption in captions for line in caption.splitlines())
     return set(filter(None, lines))
 
 
 def is_written_list(caption: str) -> bool:
-    """Whether a caption is the text of a list, tuple or mapping of texts, as Python or JSON write one.
+    """Returns whether a caption is a list, tuple or mapping of strings written as Python or JSON source.
 
-    Its time grows with the caption's length alone.
+    Takes linear time in the length of the caption.
     """
     text = caption.strip()
     if text[:1] + text[-1:] not in ("[]", "()", "{}"):
@@ -137,10 +139,12 @@ def is_written_list(caption: str) -> bool:
 
 
 def folder_caption(key: str, source: str, in_shards: bool = True) -> str:
-    """The name of an image's folder, or of its source if it lies at its top; kohya's `10_name` is `name`.
+    """Returns the name of an image's folder, or of its source for images at the top; `10_name` (kohya) gives `name`.
 
     Args:
-        in_shards: whether what ends with .tar is a shard; else it is a folder of that name.
+        key: path of the image within the source.
+        source: path of the source.
+        in_shards: whether a part that ends with .tar is a tar shard, not a folder.
     """
     folders = [*PurePosixPath(source).parts[-1:], *PurePosixPath(key).parent.parts]
     names = [name for name in folders if name not in ("", "images") and not (in_shards and name.endswith(".tar"))]
@@ -149,10 +153,10 @@ def folder_caption(key: str, source: str, in_shards: bool = True) -> str:
 
 
 def compose(caption: str, options: CaptionOptions, seed: int, passing: "RecordPass") -> str:
-    """The text that trains: tags shuffled and dropped, the trigger word in front, between prefix and suffix.
+    """Returns the text to train on: tags shuffled and dropped, trigger word, prefix and suffix added.
 
     Args:
-        passing: whose number over the record decides on order and dropout, so that a cached variant is the live one.
+        passing: the record and variant that seed tag order and dropout, so that cached and live runs agree.
     """
     if options.varies:
         caption = _vary(caption, options, seed, passing)
@@ -163,6 +167,7 @@ def compose(caption: str, options: CaptionOptions, seed: int, passing: "RecordPa
 
 
 def _vary(caption: str, options: CaptionOptions, seed: int, passing: "RecordPass") -> str:
+    """Returns the caption with its tags shuffled and dropped."""
     from utils.config.seeding import Stream, generator
 
     tags = [tag.strip() for tag in caption.split(options.tag_separator)]

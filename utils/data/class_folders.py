@@ -1,4 +1,4 @@
-"""The classes that the folders of images say: which of nested folders names one, and what is doubtful."""
+"""Class names from the folders of images: which of nested folders names the class, and warnings of doubtful names."""
 
 import logging
 import unicodedata
@@ -16,18 +16,19 @@ NUM_SHOWN = 5
 
 
 def same_text(name: str) -> str:
-    """A name as it is read: in one Unicode normal form, without characters that are not shown, each space one blank.
+    """Returns a name in Unicode form NFC, without invisible characters, with single spaces.
 
-    What is the same text is one class.
+    Names with the same result are one class.
     """
     return " ".join(NOT_SHOWN.sub("", unicodedata.normalize("NFC", name)).split()) or name
 
 
 def warn_of_spellings(where: str, names: Iterable[str]) -> None:
-    """Names classes that are written in several ways which look alike, or with characters that are not shown.
+    """Warns about classes with several spellings that look the same, or with invisible characters.
 
     Args:
-        names: as they stand in the data.
+        where: name of the data in the message.
+        names: class names as written in the data.
     """
     spellings: dict[str, set[str]] = defaultdict(set)
     for name in names:
@@ -42,8 +43,8 @@ def warn_of_spellings(where: str, names: Iterable[str]) -> None:
             f"{' and '.join(sorted(map(ascii, found)))} as {name!r}" for name, found in [*odd.items()][:NUM_SHOWN]
         )
         logger.warning(
-            "%s: %d classes are written with other spaces, characters that are not shown, or in several Unicode normal "
-            "forms, and taken for one each: %s",
+            "%s: %d class names have unusual spaces, invisible characters or several Unicode normal forms; each is "
+            "read as one class: %s",
             *(where, len(odd), shown),
         )
 
@@ -51,22 +52,22 @@ def warn_of_spellings(where: str, names: Iterable[str]) -> None:
 def names_of_folders(
     counts: Mapping[str, int], rule: str | None, where: str, source: str, in_shards: bool = True
 ) -> dict[str, str]:
-    """The class of each folder of images, by its path.
+    """Returns the class of each folder of images, by the folder's path.
 
-    A split's folder and tar shards are no part of a class's path. Images that all lie in no folder are of one class,
-    which is called as their source is.
+    Folders of splits and tar shards are not part of a class's path. If no image is in a folder, all images are one
+    class, named after their source.
 
     Args:
-        counts: how many images lie in each folder; "" is the top.
-        rule: of nested folders, `inner` takes the one that holds the images and `outer` the first in which their paths
-            differ. None for the inner one where the two don't contradict each other.
-        where: what is read, as it is named in messages.
-        source: the name of a class without a folder.
-        in_shards: whether a part of a path that ends with .tar is a shard; else it is a folder of that name.
+        counts: number of images in each folder; "" is the top folder.
+        rule: for nested folders, `inner` takes the folder that holds the images and `outer` the first folder in which
+            their paths differ. None takes the inner one, if its names are unambiguous.
+        where: name of the data in messages.
+        source: class name of images that are not in a folder.
+        in_shards: whether a part of a path that ends with .tar is a tar shard, not a folder.
 
     Raises:
-        UserError: if some images lie in no folder while others do, or folders of one name lie in several places and no
-            rule is given.
+        UserError: if only some images are in folders, or folders of the same name are in several places and no rule is
+            given.
     """
     own = class_folders_among(counts)
     paths = {folder: _class_path(folder, own, in_shards) for folder in counts}
@@ -89,13 +90,14 @@ def names_of_folders(
 def recorded_folders(
     counts: Mapping[str, int], recorded: Sequence[str], where: str, source: str, in_shards: bool = True
 ) -> dict[str, str] | None:
-    """The class of each folder by the rule of earlier releases: a folder's own name, of images at the top the source's.
+    """Returns the class of each folder by the rule of earlier releases: its own name, or the source's for the top.
 
-    None where this does not give the recorded classes, or no other ones than today's rule, which comes first then.
+    Returns None if this rule does not lead to the recorded classes, or leads to the same names as the current rule,
+    which takes precedence.
 
     Args:
-        counts, where, source, in_shards: as of `names_of_folders`.
-        recorded: the classes that a model was trained on.
+        counts, where, source, in_shards: as in `names_of_folders`.
+        recorded: the classes that the model was trained on.
     """
     names = {folder: PurePosixPath(folder).name or source for folder in counts}
     if not has_twins(recorded):
@@ -105,14 +107,14 @@ def recorded_folders(
     if not known or not (found <= known or found >= known) or _are_plain(counts, names, in_shards):
         return None
     logger.info(
-        "%s: each folder's own name is its class, as it was for the %d classes of the checkpoint",
+        "%s: the class of an image is the name of its folder, as for the %d classes of the checkpoint",
         *(where, len(recorded)),
     )
     return names
 
 
 def _are_plain(counts: Iterable[str], names: Mapping[str, str], in_shards: bool) -> bool:
-    """Whether today's rule gives these names without a doubt."""
+    """Returns whether the current rule unambiguously leads to these names."""
     own = class_folders_among(counts)
     paths = {folder: _class_path(folder, own, in_shards) for folder in counts}
     places = {path: path[-1] for path in paths.values() if path}
@@ -121,19 +123,19 @@ def _are_plain(counts: Iterable[str], names: Mapping[str, str], in_shards: bool)
 
 
 def has_twins(names: Sequence[str]) -> bool:
-    """Whether some names are the same text as others, which earlier releases took for classes of their own."""
+    """Returns whether some names are the same text; earlier releases treated them as different classes."""
     return len(set(map(same_text, names))) < len(set(names))
 
 
 def describe_counts(names: Sequence[str], counts: Mapping[str, int]) -> str:
-    """Classes in words: how many, and the first with how many images each has."""
+    """Describes classes for a log line: their number, and the first few with their numbers of images."""
     some = ", ".join(f"{name:.40}: {counts[name]:,}" for name in names[:NUM_SHOWN])
     more = f", and {len(names) - NUM_SHOWN:,} more" if len(names) > NUM_SHOWN else ""
     return f"{len(names):,} classes ({some}{more})"
 
 
 def warn_of_twins(names: Iterable[str]) -> None:
-    """Names classes that differ only in what people write in several ways: capitals, spaces, zeros before a number."""
+    """Warns about classes that differ only in capitals, spaces or leading zeros."""
     alike: dict[str, list[str]] = defaultdict(list)
     for name in names:
         alike[_plain(name)].append(name)
@@ -142,23 +144,23 @@ def warn_of_twins(names: Iterable[str]) -> None:
         shown = "; ".join(" and ".join(map(repr, same[:4])) for same in twins[:NUM_SHOWN])
         logger.warning(
             "%d groups of classes differ only in capitals, spaces or leading zeros, and are trained as different "
-            "classes: %s; if they are the same, give them one name",
+            "classes: %s; rename them if they are the same class",
             *(len(twins), shown),
         )
 
 
 def _plain(name: str) -> str:
-    """A class's name without what may be meant alike: 01 and 1 too."""
+    """Returns a class name without case, spaces and leading zeros, to compare similar names."""
     text = plain_spelling(unicodedata.normalize("NFKC", name))
     return str(int(text)) if text.isdecimal() and len(text) < 300 else text or name
 
 
 def _class_path(folder: str, own: frozenset[str], in_shards: bool) -> tuple[str, ...]:
-    """The folders of a path that may say a class."""
+    """Returns the folders of a path that may name a class."""
     parts = [part for part in folder.split("/") if part not in ("", ".")]
     shards = [number for number, part in enumerate(parts) if in_shards and part.lower().endswith(".tar")]
     shard = max(shards, default=None)
-    if shard is not None:  # the folders within a shard say it, else those that it lies in
+    if shard is not None:  # folders within the shard name the class; if there are none, folders above it
         parts = parts[shard + 1 :] or parts[:shard]
         return tuple(map(same_text, parts))
     kept = [
@@ -170,7 +172,7 @@ def _class_path(folder: str, own: frozenset[str], in_shards: bool) -> tuple[str,
 
 
 def _outer_names(paths: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """The first folder of each path below those that all of them share."""
+    """Returns the first folder of each path below the folders that all paths share."""
     shared = 0
     while all(len(path) > shared + 1 for path in paths) and len({path[shared] for path in paths}) == 1:
         shared += 1
@@ -180,18 +182,18 @@ def _outer_names(paths: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]
 def _refuse_loose(
     counts: Mapping[str, int], loose: Sequence[str], paths: Mapping[str, tuple[str, ...]], where: str
 ) -> None:
-    """Refuses images beside the folders of classes, which would be a class of their own."""
+    """Refuses images that are not in a class folder if others are."""
     count = sum(counts[folder] for folder in loose)
-    places = ", ".join(f"{folder}/" if folder else "its top" for folder in loose[:3])
+    places = ", ".join(f"{folder}/" if folder else "the top folder" for folder in loose[:3])
     names = sorted({path[-1] for path in paths.values() if path})
     raise UserError(
-        f"{where}: {count:,} images lie in no folder of a class (in {places}), beside the folders "
-        f"{', '.join(names[:NUM_SHOWN])}; put them into the folder of their class, or take them out"
+        f"{where}: {count:,} images are in no class folder (in {places}), beside the class folders "
+        f"{', '.join(names[:NUM_SHOWN])}; move them to the folder of their class, or remove them"
     )
 
 
 def _check_inner(inner: Mapping[tuple[str, ...], str], outer: Mapping[tuple[str, ...], str], where: str) -> None:
-    """Refuses folders of one name in several places, and names nested ones that may be meant otherwise."""
+    """Refuses folders of the same name in several places, and warns if the outer folders may be the classes."""
     places: dict[str, list[str]] = defaultdict(list)
     for path, name in inner.items():
         places[name].append("/".join(path))
@@ -199,22 +201,22 @@ def _check_inner(inner: Mapping[tuple[str, ...], str], outer: Mapping[tuple[str,
     by_outer = sorted(set(outer.values()))
     if merged:
         name, found = next(iter(merged.items()))
-        cure = f"--class_folders {INNER} makes each name one class, such as {name}"
+        cure = f"--class_folders {INNER} treats each name as one class, such as {name}"
         if len(by_outer) > 1:
-            cure += f"; --class_folders {OUTER} takes the outer folders, such as {', '.join(by_outer[:3])}"
+            cure += f"; --class_folders {OUTER} uses the outer folders, such as {', '.join(by_outer[:3])}"
         raise UserError(
-            f"{where}: {len(merged):,} names of folders stand in several places, such as {', '.join(found[:3])}, and "
-            f"it is unclear whether each is one class; {cure}"
+            f"{where}: {len(merged):,} folder names occur in several places, such as {', '.join(found[:3])}, and it is "
+            f"unclear whether each is one class; {cure}"
         )
     if outer != inner and len(by_outer) > 1:
         path = next(path for path in inner if outer[path] != inner[path])
         logger.warning(
-            "%s: of nested folders the inner one names the class, such as %s of %s; --class_folders %s takes the outer "
-            "one, such as %s",
+            "%s: for nested folders the inner one names the class, such as %s for %s; --class_folders %s uses the "
+            "outer one, such as %s",
             *(where, inner[path], "/".join(path), OUTER, outer[path]),
         )
 
 
 def count_folders(keys: Iterable[str]) -> Counter[str]:
-    """How many images lie in each folder, by their paths."""
+    """Returns the number of images in each folder, from the paths of the images."""
     return Counter(key.rpartition("/")[0] for key in keys)

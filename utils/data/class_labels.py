@@ -1,4 +1,4 @@
-"""Classes in place of captions: from a column, or from the names of the images' folders."""
+"""Class labels instead of captions: from a column, or from the names of the images' folders."""
 
 import logging
 import unicodedata
@@ -21,26 +21,30 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NamedLabels:
-    """Makes the name of a class of its number in a column that knows the names.
+    """Maps the numbers of a label column to class names.
 
     Attributes:
-        names: by the numbers.
+        names: class names, by number.
     """
 
     names: tuple[str, ...]
 
     def __call__(self, value: object, where: str) -> tuple[str, ...]:
-        """The name; none of -1, by which `datasets` says that there is no class."""
+        """Returns the name, or () for None and -1, by which `datasets` marks a missing label."""
         return () if value is None or value == -1 else (self.names[int(value)],)
 
 
 def labels_of(value: object, where: str) -> tuple[str, ...]:
-    """The name of a class that stands as a string, as a whole number or as a boolean."""
+    """Returns the class name of a string, integer or boolean label.
+
+    Args:
+        where: name of the value in error messages.
+    """
     return (str(value),) if isinstance(value, int) else captions_of(value, where)
 
 
 def count_classes(records: Records) -> Counter[str]:
-    """How many images have each class."""
+    """Returns the number of images of each class."""
     for source in records.sources:
         if isinstance(source.captions, ColumnLabels):
             names = {name for captions in source.table.all_captions() for name in captions}
@@ -51,13 +55,13 @@ def count_classes(records: Records) -> Counter[str]:
 
 
 def check_held_out_classes(trained: Records, held_out: Records, where: str) -> None:
-    """Refuses held-out images of classes that none of those trained on has: the model has no number for them.
+    """Refuses validation images of classes that are not trained on: the model has no label for them.
 
     Args:
-        where: the flag that names the held-out images, with its value.
+        where: the flag that selects the validation images, with its value.
 
     Raises:
-        UserError: which names the classes.
+        UserError: naming these classes.
     """
     known = set(trained.first_captions())
     others: dict[str, list[int]] = {}
@@ -68,23 +72,23 @@ def check_held_out_classes(trained: Records, held_out: Records, where: str) -> N
         known.discard("")
         count, first = sum(map(len, others.values())), next(iter(others.values()))[0]
         raise UserError(
-            f"{where}: {count:,} images are of classes that are not trained on: {_shown(sorted(others))} (such as "
-            f"{held_out.key(first)}); trained on are {_shown(in_order(list(known)))}: take them out, give them a class "
-            "that is trained on, or train on theirs too"
+            f"{where}: {count:,} images have classes that are not trained on: {_shown(sorted(others))} (such as "
+            f"{held_out.key(first)}); the trained classes are {_shown(in_order(list(known)))}; remove these images, "
+            "give them a trained class, or train on their classes too"
         )
 
 
 def _shown(names: Sequence[str]) -> str:
-    """The first names of classes, and how many more there are."""
+    """Returns the first few class names, and how many more there are."""
     more = f" and {len(names) - NUM_SHOWN:,} more" if len(names) > NUM_SHOWN else ""
     return ", ".join(names[:NUM_SHOWN]) + more
 
 
 def in_order(names: Sequence[str], orders: Sequence[tuple[str, ...]] = ()) -> list[str]:
-    """Distinct names of classes: as the data orders them, else numbers by their size, else by the alphabet.
+    """Returns the distinct class names in the order of the data; else sorted as numbers, or alphabetically.
 
     Args:
-        orders: that of each source, which counts if all have the same.
+        orders: the order of each source; used only if it is the same in all sources and has all names.
     """
     distinct = sorted(set(names))
     if len(set(orders)) == 1 and set(distinct) <= set(orders[0]):
@@ -93,30 +97,30 @@ def in_order(names: Sequence[str], orders: Sequence[tuple[str, ...]] = ()) -> li
 
 
 def plain_name(name: str) -> str:
-    """A class's name as the lists of names in diffusers' pipelines can hold it: they end a name at a comma.
+    """Returns a class name as diffusers pipelines can list it: commas, which separate names there, become semicolons.
 
-    Spaces around it are taken away, and letters have one spelling whatever the file system.
+    Surrounding spaces are stripped, and the name is normalized to Unicode form NFC.
     """
     return unicodedata.normalize("NFC", name).replace(",", ";").strip()
 
 
 def listed_numbers(known: Mapping[int, str]) -> dict[str, int]:
-    """The numbers of classes by their names in a list that gives several for one, with commas between them."""
+    """Returns the number of each class name, from a list whose entries may hold several names separated by commas."""
     return {each.strip(): number for number, names in known.items() for each in (*names.split(","), names)}
 
 
 def class_numbers(names: Sequence[str], known: Mapping[str, int], slots: int) -> dict[str, int]:
-    """The numbers of the data's classes by their names.
+    """Returns the number of each class of the data, by name.
 
-    Those that a pretrained model knows keep their numbers, by which it has learnt them. The others take the lowest
-    numbers that are free.
+    Classes of the pretrained model keep their numbers. New classes take the lowest free numbers.
 
     Args:
-        known: the numbers of the pretrained model's classes by their names, of which a class may have several.
-        slots: how many classes the model can tell apart.
+        names: class names of the data.
+        known: numbers of the pretrained model's classes by name; a class may have several names.
+        slots: number of classes that the model can have.
 
     Raises:
-        UserError: if it has no room for all of them.
+        UserError: if the model has too few slots.
     """
     spellings = {plain_name(name): number for name, number in known.items()} | dict(known)
     numbers = {name: spellings.get(name, spellings.get(plain_name(name))) for name in names}
@@ -127,26 +131,26 @@ def class_numbers(names: Sequence[str], known: Mapping[str, int], slots: int) ->
     missing = [name for name, number in numbers.items() if number is None]
     if missing and known:
         raise UserError(
-            f"the pretrained model has room for {slots} classes, and keeps the {len(set(known.values()))} that it "
-            f"knows; of the data's there is none for {', '.join(missing[:5])}: take them out, or train from scratch"
+            f"the pretrained model has room for {slots} classes and keeps its own {len(set(known.values()))}; there "
+            f"is no room for {', '.join(missing[:5])}; remove these classes from the data, or train from scratch"
         )
     if missing:
-        raise UserError(f"the data has {len(names)} classes, the model has room for {slots}")
+        raise UserError(f"the data has {len(names)} classes, but the model has room for only {slots}")
     by_number: dict[int, list[str]] = {}
     for name, number in numbers.items():
         by_number.setdefault(number, []).append(name)
     for number, same in by_number.items():
         if len(same) > 1:
-            said = "the folders or labels %s are one class to the pretrained model, number %d"
+            said = "the folders or labels %s are the same class, number %d, in the pretrained model"
             logger.warning(said, ", ".join(map(repr, same)), number)
     return numbers
 
 
 class ClassNumbers:
-    """Maps names of classes to the numbers that a model knows them by; for the loader's workers.
+    """Maps class names to the numbers of a model, as a tokenizer; used in the data-loader processes.
 
     Attributes:
-        none: the number that stands for no class, also that of "".
+        none: the number for "no class", also used for "".
     """
 
     max_tokens = 1
@@ -156,16 +160,16 @@ class ClassNumbers:
         self.none = none
 
     def __call__(self, captions: list[str]) -> Tensor:
-        """[B, 1, 1] int64.
+        """Returns [B, 1, 1] int64 class numbers.
 
         Raises:
-            UserError: for a name that is none of the classes'.
+            UserError: for an unknown class name.
         """
         unknown = next((name for name in captions if name and name not in self._numbers), None)
         if unknown is not None:
-            raise UserError(f"the class {unknown} is none of those trained on: {', '.join(self._numbers)}")
+            raise UserError(f"unknown class {unknown}; the trained classes are {', '.join(self._numbers)}")
         return torch.tensor([self._numbers[name] if name else self.none for name in captions]).view(-1, 1, 1)
 
     def num_tokens(self, captions: Sequence[str]) -> np.ndarray:
-        """[B] int64, one for a class and none without."""
+        """Returns [B] int64: 1 for a class, 0 for no class."""
         return np.array([int(name != "") for name in captions], dtype=np.int64)

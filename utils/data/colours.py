@@ -1,7 +1,7 @@
-"""Colours to sRGB: by the ICC profile of an image, or by the primaries and transfer that a PNG, AVIF or HEIF names.
+"""Conversion to sRGB, by the ICC profile of an image or by the primaries and transfer function of a PNG, AVIF or HEIF.
 
-Little CMS converts 8-bit colours, relative colorimetric with black point compensation. What has more bits is converted
-here, by the curves and the matrix of its profile.
+Little CMS converts 8-bit colours (relative colorimetric, with black point compensation). Colours with more bits are
+converted here, by the curves and the matrix of the profile.
 """
 
 import io
@@ -14,34 +14,35 @@ import numpy as np
 from PIL import Image, ImageCms
 
 MAX_PROFILE = 8 << 20  # bytes
-SAME = 2  # of 255, by which a profile that says the same as sRGB may differ: its curves are tables
+SAME = 2  # of 255: largest difference at which a profile counts as sRGB, whose curves may be stored as tables
 D50 = (0.9642, 1.0, 0.8249)
 BT709 = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), (0.3127, 0.3290))
 """x and y of red, green, blue and white."""
-PRIMARIES = {  # by H.273's code points, for others those of sRGB
+PRIMARIES = {  # by code point of H.273; all others use the primaries of sRGB
     9: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), (0.3127, 0.3290)),  # BT.2020
     11: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), (0.314, 0.351)),  # DCI-P3
     12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), (0.3127, 0.3290)),  # Display P3
 }
-GAMMAS = {4: 2.2, 5: 2.8, 8: 1.0, 17: 2.6}  # by H.273's code points, for others the curve of sRGB
+GAMMAS = {4: 2.2, 5: 2.8, 8: 1.0, 17: 2.6}  # by code point of H.273; all others use the curve of sRGB
 HIGH_DYNAMIC_RANGE = (16, 18)  # PQ and HLG
-USUAL_GAMMA = 1 / 2.2  # as gAMA, which with it stands for sRGB's own curve
-UNSUPPORTED = b"unsupported"  # in place of a profile
+USUAL_GAMMA = 1 / 2.2  # a gAMA chunk with this value means the curve of sRGB
+UNSUPPORTED = b"unsupported"  # placeholder for a profile that can't be used
 GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 INPUT_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
-"""PIL's modes by the colour space of a profile."""
+"""PIL modes by colour space of a profile."""
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 Chromaticities = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a profile does.
+    """The conversion of an ICC profile to sRGB.
 
     Attributes:
-        mode: PIL's, of the colours that it is for.
-        transform: to sRGB.
-        changes: whether it says something else than sRGB.
+        profile: its bytes.
+        mode: PIL mode of the colours that it applies to.
+        transform: from this mode to sRGB.
+        changes: whether the profile differs from sRGB.
     """
 
     profile: bytes
@@ -50,7 +51,7 @@ class Conversion:
     changes: bool
 
     def fits(self, mode: str) -> bool:
-        """Whether it can be the profile of an image of this mode."""
+        """Returns whether an image of this mode can have this profile."""
         if self.mode == "L":
             return mode in GREY_MODES
         return mode not in ("CMYK", "LAB") if self.mode == "RGB" else mode == self.mode
@@ -58,19 +59,21 @@ class Conversion:
 
 @lru_cache(maxsize=16)
 def conversion(profile: bytes) -> Conversion | None:
-    """What a profile does; None of one that can't be used."""
+    """Returns the conversion of a profile; None if the profile can't be used."""
     if len(profile) > MAX_PROFILE:
         return None
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = INPUT_MODES[opened.profile.xcolor_space.strip()]
         flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
-        if mode == "LAB":  # whose table, made for speed, is off by 12 of 255
+        if mode == "LAB":  # its optimized lookup table is off by 12 of 255
             flags |= ImageCms.Flags.NOOPTIMIZE
         srgb, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
         transform = ImageCms.buildTransform(opened, srgb, mode, "RGB", intent, flags)
     except (OSError, KeyError, ValueError, TypeError, ImageCms.PyCMSError):
         return None
+
+    # compare converted grey levels and an RGB grid with sRGB
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     if mode == "RGB":
         levels = np.arange(0, 256, 15, dtype=np.uint8)
@@ -84,27 +87,27 @@ def conversion(profile: bytes) -> Conversion | None:
 
 
 def conversion_of(image: Image.Image) -> Conversion | None:
-    """The conversion that an image needs; None where it needs none, or its profile can't be used."""
+    """Returns the conversion that an image needs; None if it is sRGB already or its profile can't be used."""
     profile = image.info.get("icc_profile")
     found = conversion(profile) if profile else None
     return found if found is not None and found.changes and found.fits(image.mode) else None
 
 
 def strips(shape: tuple[int, ...]) -> Iterator[slice]:
-    """The rows of an image [H, W, ...] in parts of about a million pixels."""
+    """Returns slices of the rows of an image [H, W, ...], each of about a million pixels."""
     height = max(1, (1 << 20) // shape[1])
     return (slice(begin, begin + height) for begin in range(0, shape[0], height))
 
 
 def has_unusable_profile(image: Image.Image) -> bool:
-    """Whether an image's profile is damaged, or not one of its kind of colours."""
+    """Returns whether an image's profile is damaged, or is for another colour mode."""
     profile = image.info.get("icc_profile")
     found = conversion(profile) if profile else None
     return bool(profile) and (found is None or not found.fits(image.mode))
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """An image of 8 bits in sRGB: itself where it needs no conversion, else one of mode L, LA, RGB or RGBA."""
+    """Returns an 8-bit image in sRGB: the same image if it needs no conversion, else one of mode L, LA, RGB or RGBA."""
     needed = conversion_of(image)
     if needed is None:
         return image
@@ -125,7 +128,14 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 @np.errstate(all="ignore")
 def grey_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray:
-    """Grey [H, W] from 0 to 255, of more than 8 bits, of an image, in sRGB."""
+    """Converts grey of more than 8 bits to sRGB.
+
+    Args:
+        values: [H, W] float32 from 0 to 255, the pixels of `image`.
+
+    Returns:
+        [H, W] from 0 to 255.
+    """
     needed = conversion_of(image)
     if needed is None:
         return values
@@ -142,9 +152,14 @@ def grey_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray:
 
 @np.errstate(all="ignore")
 def deep_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray | None:
-    """Colours [H, W, 3 or 4] from 0 to 255, of more than 8 bits, of an image, in sRGB.
+    """Converts colours of more than 8 bits to sRGB.
 
-    None where its profile is not made of curves and a matrix, so that Little CMS has to convert it in 8 bits.
+    Args:
+        values: [H, W, 3 or 4] float32 from 0 to 255, the pixels of `image`.
+
+    Returns:
+        Colours in the same shape; None if the profile does not consist of curves and a matrix, so that only Little CMS
+        can convert it, in 8 bits.
     """
     needed = conversion_of(image)
     if needed is None:
@@ -164,11 +179,12 @@ def deep_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray | None:
 
 
 def _as_fixed(numbers) -> bytes:
+    """Returns numbers in the 15.16-bit fixed-point format of ICC profiles."""
     return struct.pack(f">{len(numbers)}i", *(round(float(number) * 65536) for number in numbers))
 
 
 def _matrix(primaries: Chromaticities) -> np.ndarray:
-    """[3, 3] from linear colours of these primaries to XYZ, white adapted to D50."""
+    """Returns the [3, 3] matrix from linear colours of these primaries to XYZ, adapted to a D50 white point."""
     xyz = np.array([[x / y, 1, (1 - x - y) / y] if y else [np.inf] * 3 for x, y in primaries])
     white = xyz[3]
     colours = xyz[:3].T
@@ -178,21 +194,22 @@ def _matrix(primaries: Chromaticities) -> np.ndarray:
 
 
 def matrix_profile(primaries: Chromaticities, gamma: float | None) -> bytes:
-    """An ICC profile of these primaries, with a power as transfer function, or sRGB's where that is None.
+    """Returns an ICC profile of these primaries and this transfer function.
 
     Args:
         primaries: x and y of red, green, blue and white.
+        gamma: exponent of the transfer function; None for the curve of sRGB.
 
     Raises:
-        ValueError: if there are no such colours.
+        ValueError: if the primaries or the gamma are not physically possible.
     """
     with np.errstate(all="ignore"):
         try:
             matrix = _matrix(primaries)
         except np.linalg.LinAlgError as error:
-            raise ValueError("its primaries are on a line") from error
+            raise ValueError("its primaries lie on a line") from error
     if not np.abs(matrix).max() < 10 or (gamma is not None and not 0.1 < gamma < 10):
-        raise ValueError("its primaries or gamma are of no light")
+        raise ValueError("its primaries or gamma are not physically possible")
     kind, numbers = (0, [gamma]) if gamma is not None else (3, [2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045])
     curve = b"para" + bytes(4) + struct.pack(">HH", kind, 0) + _as_fixed(numbers)
     points = dict(zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix.T, strict=True)) | {b"wtpt": D50}
@@ -213,9 +230,9 @@ ADOBE_RGB = matrix_profile(((0.64, 0.33), (0.21, 0.71), (0.15, 0.06), (0.3127, 0
 
 @lru_cache(maxsize=16)
 def profile_of_code_points(primaries: int, transfer: int) -> bytes | None:
-    """The profile that H.273's code points stand for, as PNG, AVIF and HEIF have them; None for sRGB and unknown ones.
+    """Returns the ICC profile for H.273 code points, as stored in PNG, AVIF and HEIF; None for sRGB and unknown ones.
 
-    Those of a high dynamic range stand for a profile that can't be used.
+    Returns `UNSUPPORTED` for transfer functions of high dynamic range.
     """
     if transfer in HIGH_DYNAMIC_RANGE:
         return UNSUPPORTED
@@ -225,11 +242,11 @@ def profile_of_code_points(primaries: int, transfer: int) -> bytes | None:
 
 
 def profile_of_gamma(chromaticity: tuple[float, ...] | None, gamma: float | None) -> bytes | None:
-    """The profile that a PNG's cHRM and gAMA stand for; None for sRGB.
+    """Returns the ICC profile for the cHRM and gAMA chunks of a PNG; None for sRGB.
 
     Args:
         chromaticity: x and y of white, red, green and blue.
-        gamma: the power by which light was encoded; that within 5 % of 1/2.2 stands for sRGB's curve.
+        gamma: encoding exponent; values within 5 % of 1/2.2 mean the curve of sRGB.
     """
     if gamma is not None and abs(gamma / USUAL_GAMMA - 1) < 0.05:
         gamma = None
@@ -246,19 +263,19 @@ def profile_of_gamma(chromaticity: tuple[float, ...] | None, gamma: float | None
 
 
 def _encoded(linear: np.ndarray) -> np.ndarray:
-    """From light, 0 to 1, to sRGB, 0 to 255."""
-    linear = np.nan_to_num(linear).clip(0, 1)  # a damaged curve may be of no number
+    """Converts linear light from 0 to 1 to sRGB from 0 to 255."""
+    linear = np.nan_to_num(linear).clip(0, 1)  # a damaged curve may yield NaN
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
 def _grey_table(needed: Conversion) -> np.ndarray:
-    """[256] the grey in sRGB, 0 to 255, of each of a profile."""
+    """Returns [256] the sRGB grey, 0 to 255, of each grey level of a profile."""
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert(needed.mode)
     return np.asarray(needed.transform.apply(ramp).convert("RGB"))[0, :, 1].astype(np.float64)
 
 
 def _tags(profile: bytes) -> dict[bytes, bytes]:
-    """The tags of a profile that Little CMS could open."""
+    """Returns the tags of a profile that Little CMS can open."""
     found = {}
     for number in range(min(int.from_bytes(profile[128:132], "big"), 100)):
         name, begin, size = struct.unpack_from(">4sII", profile, 132 + 12 * number)
@@ -267,7 +284,7 @@ def _tags(profile: bytes) -> dict[bytes, bytes]:
 
 
 def _linear(curve: bytes, values: np.ndarray) -> np.ndarray | None:
-    """Light of values from 0 to 1 by an ICC curve; None where it is of a kind that can't be read."""
+    """Converts values from 0 to 1 to linear light by an ICC curve; None if the type of the curve is unknown."""
     if curve[:4] == b"curv" and len(curve) >= 12:
         count = int.from_bytes(curve[8:12], "big")
         points = np.frombuffer(curve[12 : 12 + 2 * count], ">u2")
@@ -290,5 +307,5 @@ def _linear(curve: bytes, values: np.ndarray) -> np.ndarray | None:
 
 
 def _fixed(content: bytes) -> list[float]:
-    """Numbers of 15.16 bits."""
+    """Returns numbers from the 15.16-bit fixed-point format of ICC profiles."""
     return [number / 65536 for number in struct.unpack(f">{len(content) // 4}i", content)]

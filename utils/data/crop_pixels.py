@@ -1,4 +1,4 @@
-"""What a model sees of an image: the pixels that are cut from it, and where in them its loss counts."""
+"""Reads an image and its mask, and crops both as planned."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,13 @@ from utils.data.options import ImageOptions
 
 
 class CutOut(NamedTuple):
-    """Pixels [C, H, W] (uint8, or float32 from 0 to 255), their crop, and [h, w] uint8 the mask, if asked for."""
+    """A cropped image.
+
+    Attributes:
+        pixels: [C, H, W] uint8, or float32 from 0 to 255.
+        crop: position and size of the crop, for the model.
+        mask: [h, w] uint8 the loss mask, or None if it was not requested.
+    """
 
     pixels: np.ndarray
     crop: Crop
@@ -28,11 +34,13 @@ def cut_out(
     passing: RecordPass,
     mask_shape: tuple[int, int] | None = None,
 ) -> CutOut:
-    """Reads an image and cuts it, and its mask alike, as it is cut in one of its passes.
+    """Reads an image and its mask and crops both for one pass over the record.
 
     Args:
-        target: width and height of the pixels.
-        mask_shape: height and width of the mask; None leaves it unread. Without a mask the loss counts everywhere.
+        image: path or bytes.
+        mask: the mask of the image; None means that the loss counts everywhere.
+        target: (width, height) of the pixels.
+        mask_shape: (height, width) of the returned mask; None to read no mask.
 
     Raises:
         OSError, ValueError: if the image or its mask can't be read.

@@ -1,4 +1,4 @@
-"""How an image is cut for a model: planned from its size and seeded draws, the same in a cached and in a live run."""
+"""Plans crops and augmentations from image sizes and seeded random numbers, the same in cached and live runs."""
 
 import math
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ RESAMPLING = {name: Image.Resampling[name.partition("_")[0].upper()] for name in
 
 @dataclass(frozen=True)
 class Cut:
-    """How an image becomes what a model sees; all of it follows from the image's size and the draws.
+    """Rotation, crop, flip and colour jitter of an image; depends only on its size and the random numbers.
 
     Attributes:
-        degrees: by which it is turned, counter-clockwise.
-        box: left, top, right and bottom of the part that is resized, in pixels of the (turned) image.
-        mirrored: whether it is mirrored then.
-        brightness, contrast, saturation: factors, 1 for none.
-        crop: where the part lies, for the model.
+        degrees: counter-clockwise rotation.
+        box: left, top, right and bottom of the part that is resized to the target, in pixels of the rotated image.
+        mirrored: whether the resized part is mirrored.
+        brightness, contrast, saturation: factors; 1 for no change.
+        crop: position and size of the crop, for the model.
     """
 
     degrees: float
@@ -37,22 +37,28 @@ class Cut:
 def plan_cut(
     size: tuple[int, int], target: tuple[int, int], options: ImageOptions, seed: int, passing: RecordPass
 ) -> Cut:
-    """The cut of an image in one of its passes: the same in a cached and in a live run.
+    """Plans the crop and augmentations of an image for one pass; the same in cached and live runs.
 
-    The image is resized to cover the target with the least left over, which is cropped away.
+    The image is scaled to just cover the target, and the rest is cropped away.
 
     Args:
-        size: width and height of the upright image.
-        target: width and height of what the model sees.
+        size: (width, height) of the upright image.
+        target: (width, height) of the crop.
+        passing: the record and variant that seed the random numbers.
     """
+    # rotation: keep the largest rectangle of the same aspect ratio without empty corners
     degrees = 0.0
     if options.random_rotation:
         drawn = generator(seed, passing.identity, passing.variant, Stream.ROTATION).random()
         degrees = float((2 * drawn - 1) * options.random_rotation)
     inner = _inscribed(size, degrees)
+
+    # resize: scale that rectangle to cover the target
     resized = _cover(inner, target)
-    scale = inner[0] / resized[0], inner[1] / resized[1]  # pixels of the image for one of the resized
+    scale = inner[0] / resized[0], inner[1] / resized[1]  # image pixels per resized pixel
     margin = (size[0] - inner[0]) / 2, (size[1] - inner[1]) / 2
+
+    # crop: offset of the target in the resized rectangle, at the centre or random
     if options.center_crop:
         left, top = round((resized[0] - target[0]) / 2), round((resized[1] - target[1]) / 2)
     else:
@@ -60,7 +66,9 @@ def plan_cut(
         left = int(horizontal * (resized[0] - target[0] + 1))
         top = int(vertical * (resized[1] - target[1] + 1))
     mirrored = options.random_flip and _is_mirrored(seed, passing)
-    seen_from_left = resized[0] - target[0] - left if mirrored else left  # the crop counts in the mirrored image
+    seen_from_left = resized[0] - target[0] - left if mirrored else left  # the crop refers to the mirrored image
+
+    # the same crop in pixels of the image, clipped against rounding errors
     begin = margin[0] + seen_from_left * scale[0], margin[1] + top * scale[1]
     end = begin[0] + target[0] * scale[0], begin[1] + target[1] * scale[1]
     box = (*begin, min(end[0], size[0]), min(end[1], size[1]))
@@ -76,10 +84,10 @@ def plan_cut(
 
 
 def make_cut(image: Image.Image, cut: Cut, options: ImageOptions) -> np.ndarray:
-    """[C, H, W] what the cut takes of an image, in the numbers that the image has."""
+    """Applies a planned cut to an upright image; returns [C, H, W] with the value range of the image."""
     if cut.degrees:
         image = image.rotate(cut.degrees, Image.Resampling.BICUBIC)
-    # only the part that is kept is computed: an image of 30,000 x 20 pixels would else be resized to gigabytes
+    # resize only the part that is kept: otherwise an image of 30,000 x 20 pixels would need gigabytes
     target = (cut.crop.width, cut.crop.height)
     taken = image.resize(target, RESAMPLING[options.image_interpolation_mode], box=cut.box)
     if cut.mirrored:
@@ -92,11 +100,11 @@ def make_cut(image: Image.Image, cut: Cut, options: ImageOptions) -> np.ndarray:
         if factor != 1:
             taken = enhance(taken).enhance(factor)
     values = np.asarray(taken)
-    return np.array(np.atleast_3d(values).transpose(2, 0, 1), order="C")  # a copy: PIL lends its own memory
+    return np.array(np.atleast_3d(values).transpose(2, 0, 1), order="C")  # copy, because PIL owns the memory
 
 
 def _cover(size: tuple[float, float], target: tuple[int, int]) -> tuple[int, int]:
-    """The size to which an image is resized to cover the target, one edge exactly."""
+    """Returns the smallest (width, height) with the image's aspect ratio that covers the target."""
     (width, height), (target_width, target_height) = size, target
     if target_width * height >= target_height * width:
         return target_width, max(target_height, int(target_width * height // width))
@@ -104,7 +112,10 @@ def _cover(size: tuple[float, float], target: tuple[int, int]) -> tuple[int, int
 
 
 def _inscribed(size: tuple[int, int], degrees: float) -> tuple[float, float]:
-    """The largest part of an image's own aspect ratio, upright around its middle, that the turned image fills."""
+    """Returns (width, height) of the largest upright rectangle that the rotated image fills.
+
+    It has the image's aspect ratio and centre.
+    """
     if not degrees:
         return size
     width, height = size
@@ -118,7 +129,7 @@ def _is_mirrored(seed: int, passing: RecordPass) -> bool:
 
 
 def _jitter(strength: float, seed: int, passing: RecordPass) -> tuple[float, float, float]:
-    """Factors of brightness, contrast and saturation."""
+    """Returns random factors of brightness, contrast and saturation."""
     if not strength:
         return 1.0, 1.0, 1.0
     drawn = generator(seed, passing.identity, passing.variant, Stream.COLOR_JITTER).random(3)

@@ -1,8 +1,8 @@
-"""What a run's images are made of, kept beside its checkpoints, so that a resumed run sees that its data were edited.
+"""A record of the training data, kept in the output folder, by which a resumed run detects edited data.
 
-The record is a file of the output folder, named by what it holds but for the files' times: the same data have the same
-record, wherever they lie. It is Parquet with a digest behind it, but its name does not say so, as an output folder may
-lie among parquet data.
+The file is named by a digest of its content without file times: the same data have the same record, wherever they are
+stored. It is Parquet followed by a digest, but without the extension .parquet, because an output folder may be inside
+a folder of Parquet data.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from utils.config.delimited import MISSING
 from utils.data.disk_tables import encoded, read_table, write_table
 
 NAME = re.compile(r"data_record-[0-9a-f]{16}\.bin")
-DIGESTED_BYTES = 2 << 30  # of all images together, up to which all of them are read to know their digests
+DIGESTED_BYTES = 2 << 30  # total size of the images up to which all are read to compute digests
 NUM_SHOWN = 3
 CAPTION_SIZE = 8
 SCHEMA = pa.schema(
@@ -38,12 +38,12 @@ TIMES = ("time", "mask_time")
 
 
 class FileFacts(NamedTuple):
-    """What is known of N files.
+    """Facts about N files.
 
     Attributes:
-        num_bytes: [N] int64 lengths; -1 of those that are not there.
-        times: [N] int64, when they were last changed, or what else changes with them.
-        digests: [N] of their bytes; b"" where unknown.
+        num_bytes: [N] int64 sizes in bytes; -1 for missing files.
+        times: [N] int64 modification times, or another number that changes with the file.
+        digests: [N] digests of their bytes; b"" if unknown.
     """
 
     num_bytes: np.ndarray
@@ -52,11 +52,11 @@ class FileFacts(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """How data differ from what they were.
+    """How data differ from an earlier record.
 
     Attributes:
-        words: what has changed, "" for nothing.
-        num_unknown: images whose times have changed and whose sizes have not, while no digest tells more.
+        words: description of the changes; "" if there are none.
+        num_unknown: number of images with the same size but another time, and no digest to compare.
     """
 
     words: str
@@ -66,7 +66,14 @@ class Comparison(NamedTuple):
 def content_table(
     keys: Iterable[str], images: FileFacts, masks: FileFacts | None, captions: Iterable[Sequence[str]] | None
 ) -> pa.Table:
-    """The record of images, by their keys, with their masks and captions where there are any."""
+    """Returns the record of the images.
+
+    Args:
+        keys: name of each image.
+        images: facts about the image files.
+        masks: facts about the mask files, or None without masks.
+        captions: captions of each image, or None to leave them out.
+    """
     keys = list(keys)
     if masks is None:
         masks = FileFacts(np.full(len(keys), -1), np.zeros(len(keys), np.int64), np.full(len(keys), b"", object))
@@ -84,7 +91,7 @@ def _caption_digest(captions: Sequence[str]) -> bytes:
 
 
 def content_name(table: pa.Table) -> str:
-    """The name of a record's file."""
+    """Returns the file name of a record: a digest of its content without file times."""
     digest = hashlib.blake2b(digest_size=8)
     for name in SCHEMA.names:
         if name in TIMES:
@@ -99,7 +106,7 @@ def content_name(table: pa.Table) -> str:
 
 
 def _buffers(column: pa.ChunkedArray) -> tuple[np.ndarray, memoryview]:
-    """([n] int64 lengths of a column's values, all of them one behind the other)."""
+    """Returns ([n] int64 lengths of a column's values, the concatenated values)."""
     array = column.combine_chunks()
     _, offsets, content = array.buffers()
     if not len(array):
@@ -109,12 +116,12 @@ def _buffers(column: pa.ChunkedArray) -> tuple[np.ndarray, memoryview]:
 
 
 def is_content_name(name: str) -> bool:
-    """Whether a record's file may have this name."""
+    """Returns whether a file name is that of a record."""
     return NAME.fullmatch(name) is not None
 
 
 def write_content(folder: Path, table: pa.Table) -> str:
-    """Keeps a record in a folder, and gives the name of its file.
+    """Writes a record to a folder and returns the name of its file.
 
     Raises:
         OSError: if it can't be written.
@@ -125,26 +132,29 @@ def write_content(folder: Path, table: pa.Table) -> str:
 
 
 def read_content(folder: Path, name: str) -> pa.Table:
-    """The record of this name in a folder.
+    """Reads the record of this name from a folder.
 
     Raises:
-        OSError, ValueError: if it can't be read, or is not what was written.
+        OSError, ValueError: if it can't be read or has changed since it was written.
     """
     table = read_table(folder / name, SCHEMA)
     if content_name(table) != name:
-        raise ValueError(f"{folder / name} is not what was written")
+        raise ValueError(f"{folder / name} has changed since it was written")
     return table
 
 
 def compare(then: pa.Table, now: pa.Table) -> Comparison:
-    """How the images of one record differ from those of an earlier one."""
+    """Returns how the images of a record differ from those of an earlier one."""
     from pyarrow import compute
 
+    # match images by name
     places = compute.index_in(now["key"], value_set=then["key"].combine_chunks())
     places = np.asarray(places.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
     common = np.flatnonzero(places >= 0)
     is_there = np.zeros(len(then), bool)
     is_there[places[common]] = True
+
+    # compare files, masks and captions of the images in both records
     before, after = then.take(places[common]), now.take(common)
     images, unknown = _changed(before, after, "")
     masks, unknown_masks = _changed(before, after, "mask_")
@@ -153,7 +163,7 @@ def compare(then: pa.Table, now: pa.Table) -> Comparison:
     kinds = {
         "changed": after.filter(images),
         "with other captions": after.filter(captions & ~emptied),
-        "with captions such as NULL or None, which are read as empty now": after.filter(emptied),
+        "with captions such as NULL or None, which are now read as empty": after.filter(emptied),
         "with other masks": after.filter(masks),
         "added": now.filter(places < 0),
         "missing": then.filter(~is_there),
@@ -163,7 +173,7 @@ def compare(then: pa.Table, now: pa.Table) -> Comparison:
 
 
 def _changed(before: pa.Table, after: pa.Table, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """([n] bool whether each file has changed, [n] bool whether that can't be told)."""
+    """Returns ([n] bool whether each file has changed, [n] bool whether that is unknown)."""
     one, other = (_objects(table, f"{prefix}digest") for table in (before, after))
     is_known = (one != b"") & (other != b"")
     sizes, times = (
@@ -174,7 +184,7 @@ def _changed(before: pa.Table, after: pa.Table, prefix: str) -> tuple[np.ndarray
 
 
 def _are_marks(table: pa.Table) -> np.ndarray:
-    """[n] bool whether the caption of each image is what tables write for nothing."""
+    """Returns [n] bool whether the caption of each image is a marker for a missing value, such as NULL."""
     marks = {_caption_digest((mark,)) for mark in MISSING}
     return np.fromiter((digest in marks for digest in table["captions"].to_pylist()), bool, len(table))
 
@@ -189,7 +199,11 @@ def _names(table: pa.Table) -> str:
 
 
 def file_facts(paths: Sequence[Path]) -> FileFacts:
-    """What is known of files; of so many bytes that they can be read at once, their digests too."""
+    """Returns facts about files, with digests if their total size is at most `DIGESTED_BYTES`.
+
+    Raises:
+        OSError: if a file can't be read.
+    """
     facts = [os.stat(path) for path in paths]
     sizes = np.array([each.st_size for each in facts], np.int64)
     digests = np.full(len(paths), b"", object)

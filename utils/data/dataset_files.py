@@ -1,4 +1,4 @@
-"""Local files as the `datasets` library takes them: their paths, and what it would not read together by itself."""
+"""Makes the `datasets` library read local files: paths without patterns, and files whose schemas differ."""
 
 import glob
 import hashlib
@@ -24,13 +24,16 @@ from utils.data.parquet_files import (
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, Features
 
-BEGINNING = 1 << 20  # bytes of a JSON file by which its columns are known
-MOST_BEGINNINGS = 200  # files that are looked at
-PATTERN_MARKS = ("[", "*", "?", "::")  # of paths, which `datasets` takes for patterns or for chains of URLs
+BEGINNING = 1 << 20  # bytes of a JSON file from which its columns are inferred
+MOST_BEGINNINGS = 200  # number of files that are inspected
+PATTERN_MARKS = ("[", "*", "?", "::")  # in paths, `datasets` reads these as patterns or chained URLs
 
 
 def plain_path(path: str, cache_dir: str | None) -> str:
-    """A path that `datasets` takes for nothing else: one with characters of patterns by a link to it.
+    """Returns a path that `datasets` reads literally: a link to it, if it contains pattern characters.
+
+    Args:
+        cache_dir: folder for the link; None for the cache of `datasets`.
 
     Raises:
         UserError: if the link can't be made.
@@ -46,16 +49,16 @@ def plain_path(path: str, cache_dir: str | None) -> str:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(resolved, target_is_directory=True)
-    except FileExistsError:  # another process made it
+    except FileExistsError:  # another process created it
         pass
     except OSError as error:
-        cure = f"rename it without them; a link to it can't be made: {error.strerror or error}"
-        raise UserError(f"{path} holds characters that the library datasets takes for a pattern; {cure}") from error
+        cure = f"rename it (creating a link to it failed: {error.strerror or error})"
+        raise UserError(f"{path} contains characters that the datasets library reads as a pattern; {cure}") from error
     return str(link)
 
 
 def dataset_paths(root: Path, names: Iterable[str], cache_dir: str | None) -> list[str]:
-    """The paths of files as `datasets` takes them for nothing else."""
+    """Returns the paths of files in a form that `datasets` reads literally."""
     folder = plain_path(str(root), cache_dir) if "::" in str(root) else str(root)
     return [glob.escape(str(Path(folder, name))) for name in names]
 
@@ -63,14 +66,15 @@ def dataset_paths(root: Path, names: Iterable[str], cache_dir: str | None) -> li
 def split_alone(
     builder: "DatasetBuilder", folder: Path, split: str, needed: NeededColumns, cache_dir: str | None
 ) -> tuple[str, dict[str, object]] | None:
-    """(a builder's name, its arguments) to read a split of a local folder by, as `datasets` itself would not read it.
+    """Returns (builder name, its arguments) to read a split of a local folder that `datasets` cannot read by itself.
 
-    None where it does. It can't read Parquet files without rows, nor other types in a column than at the beginning of
-    the first file, of whichever split and though the column is not used.
+    Returns None if it can. It cannot read Parquet files without rows, or a column whose type differs from that at the
+    beginning of the first file of any split, even if the column is not used.
 
     Args:
-        builder: the one that `datasets` makes for the folder.
+        builder: the builder that `datasets` chooses for the folder.
         needed: the columns that are used.
+        cache_dir: as in `plain_path`.
 
     Raises:
         UserError: if the files of the split can't be read together.
@@ -78,7 +82,9 @@ def split_alone(
     from datasets.packaged_modules.json.json import Json
     from datasets.packaged_modules.parquet.parquet import Parquet
 
-    if not isinstance(builder, Json | Parquet) or builder.config.features or builder.info.features:  # of its README
+    if (
+        not isinstance(builder, Json | Parquet) or builder.config.features or builder.info.features
+    ):  # its README declares the types
         return None
     root, given = folder.resolve(), builder.config.data_files or {}
     files = {name: [os.path.relpath(file, root) for file in found] for name, found in given.items()}
@@ -95,6 +101,7 @@ def split_alone(
 
 
 def _parquet_alone(folder: Path, files: Mapping[str, list[str]], split: str, needed: NeededColumns) -> Shards | None:
+    """Does the part of `split_alone` for Parquet files."""
     footers = read_footers(folder, [name for given in files.values() for name in given], "dataset_name")
     if all(footer.num_rows for footer in footers.values()) and are_read_alike(footers.values(), needed):
         return None
@@ -102,22 +109,30 @@ def _parquet_alone(folder: Path, files: Mapping[str, list[str]], split: str, nee
 
 
 def _json_alone(folder: Path, names: Sequence[str], needed: NeededColumns) -> Shards | None:
-    """As `split_alone`, of files whose types show in their beginnings alone; of very many files some are looked at."""
+    """Does the part of `split_alone` for JSON files, whose types are inferred from the beginning of each file.
+
+    If there are very many files, only a sample is inspected.
+    """
     from datasets import Features, Image, Json, Value
 
+    # infer the schema of each file
     schemas: dict[str, pa.Schema] = {}
     for name in names[:: -(-len(names) // MOST_BEGINNINGS)]:
         features = _features_at_beginning(folder / name)
-        if features is None:  # whose fault shows when all of it is read
+        if features is None:  # reading the whole file will report the error
             return None
         if features:
             schemas[name] = features.arrow_schema
+
+    # stop if datasets reads them correctly by itself
     columns = list(dict.fromkeys(column for schema in schemas.values() for column in schema.names))
     used = [name for name in (*needed.images, *needed.texts) if name in columns]
     beginnings = {name: Footer(1, _with_columns(schema, used)) for name, schema in schemas.items()}
     are_whole = not any(holds_null(footer.columns.get(name)) for footer in beginnings.values() for name in used)
     if not beginnings or (are_whole and are_read_alike(beginnings.values(), needed)):
         return None
+
+    # choose a type for each column; unused columns with several types are read as JSON
     decided = deciding_files(folder, beginnings, needed, "dataset_name")
     found: dict[str, object] = {}
     for column in columns:
@@ -135,12 +150,12 @@ def _json_alone(folder: Path, names: Sequence[str], needed: NeededColumns) -> Sh
 
 
 def _with_columns(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
-    """The schema with columns that a JSON file may leave out in its rows."""
+    """Returns the schema with missing columns added as null, because rows of a JSON file may omit them."""
     return pa.schema([*schema, *(pa.field(name, pa.null()) for name in names if name not in schema.names)])
 
 
 def _features_at_beginning(file: Path) -> "Features | None":
-    """The columns of a JSON file as its beginning has them; none of an empty file, None where that can't be seen."""
+    """Returns the columns of a JSON file inferred from its beginning: none for an empty file, None if unreadable."""
     import datasets
 
     if file.stat().st_size == 0:

@@ -1,4 +1,4 @@
-"""Tables kept on the disk as Parquet, with a digest of all bytes at the end: what is read is what was written."""
+"""Tables on disk: Parquet followed by a digest of all bytes, which is verified when a table is read."""
 
 import hashlib
 import io
@@ -11,11 +11,11 @@ import pyarrow as pa
 from utils.config.user_files import read_bytes
 
 DIGEST_SIZE = 16
-LIMIT = 8 << 30
+LIMIT = 8 << 30  # bytes of a file
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Writes a table so that the file is at any moment either the old or the new one.
+    """Writes a table atomically: the file is always either the old or the new one.
 
     Raises:
         OSError: if it can't be written.
@@ -36,27 +36,27 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """The table in a file.
+    """Reads the table from a file.
 
     Raises:
-        OSError, ValueError: if it can't be read, is not what was written, or has another schema.
+        OSError, ValueError: if it can't be read, has changed since it was written, or has another schema.
     """
     from pyarrow import parquet
 
     content = memoryview(read_bytes(path, LIMIT))
     if _digest(content[:-DIGEST_SIZE]) != content[-DIGEST_SIZE:]:
-        raise ValueError(f"{path} is not what was written")
+        raise ValueError(f"{path} has changed since it was written")
     try:
         table = parquet.read_table(pa.BufferReader(content[:-DIGEST_SIZE]))
     except pa.ArrowException as error:
-        raise ValueError(f"{path} holds no table: {error}") from error
+        raise ValueError(f"{path} does not contain a table: {error}") from error
     if not table.schema.equals(schema):
-        raise ValueError(f"{path} has other columns than this version writes")
+        raise ValueError(f"{path} has different columns from those this version writes")
     return table
 
 
 def encoded(keys: Sequence[str]) -> pa.Array:
-    """Names as bytes: those of files need not be Unicode."""
+    """Returns names as bytes, because file names need not be Unicode."""
     return pa.array([os.fsencode(key) for key in keys], pa.large_binary())
 
 

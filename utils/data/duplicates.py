@@ -1,4 +1,4 @@
-"""Images of the same bytes: known by lengths, sizes, digests and pieces of the files, so that few are read in full."""
+"""Finds images with identical bytes by file length, image size, digests and pieces of files, to read few in full."""
 
 import contextlib
 import hashlib
@@ -15,18 +15,19 @@ from utils.data.images import image_bytes
 from utils.data.sources import Records
 from utils.data.survey import DIGEST_SIZE, Survey, map_chunks
 
-FIRST_PIECE = 4 << 10  # from the middle of a file: what is read of each that may be a copy, as much as a header
-WHOLE = 256 << 10  # bytes up to which all of a file is compared
-PIECE, NUM_PIECES = 16 << 10, 16  # of longer ones, from the first byte to the last
+FIRST_PIECE = 4 << 10  # bytes read first from the middle of each possible copy, about as long as a header
+WHOLE = 256 << 10  # bytes up to which a file is compared in full
+PIECE, NUM_PIECES = 16 << 10, 16  # bytes and number of pieces of longer files, evenly spaced
 MANY = 5_000
 SIGNATURE_SIZE = 16
 
 
 def first_of_same(records: Records, known: Survey, folder: Path) -> np.ndarray:
-    """[N] of images of the same bytes the number of one, that of the lowest identity; of others their own.
+    """Returns [N]: for each image, the index of the one among its copies with the lowest identity, or its own index.
 
     Args:
-        folder: which remembers what was read of the images.
+        known: lengths, sizes and digests of the images.
+        folder: cache of digests read from the images.
     """
     firsts = np.arange(len(records))
     numbers = _numbers(records, known, folder, np.zeros(len(records), bool), are_two=False)
@@ -39,7 +40,11 @@ def first_of_same(records: Records, known: Survey, folder: Path) -> np.ndarray:
 
 
 def shared_with(records: Records, known: Survey, others: Records, known_others: Survey, folder: Path) -> list[int]:
-    """The numbers of the images whose bytes are among others'; `folder` as of `first_of_same`."""
+    """Returns the indices of the images in `records` whose bytes also occur in `others`.
+
+    Args:
+        folder: as in `first_of_same`.
+    """
     both = Records(
         [*records.sources, *others.sources],
         np.concatenate([records.source_numbers, others.source_numbers + len(records.sources)]),
@@ -51,9 +56,9 @@ def shared_with(records: Records, known: Survey, others: Records, known_others: 
 
 
 class KnownBytes:
-    """Tells of images that come one by one whether they have the bytes of one that is known.
+    """Checks images one by one for having the same bytes as a known image.
 
-    Few are read for it: those as long as a known one.
+    Reads only images of the same length as a known one.
     """
 
     def __init__(self) -> None:
@@ -61,13 +66,19 @@ class KnownBytes:
         self._lengths: frozenset[int] = frozenset()
 
     def learn(self, names: Iterable[str], num_bytes: np.ndarray, digests: Iterable[bytes]) -> None:
-        """Takes the images that are known, by their names, lengths and digests as of a `Survey`."""
+        """Sets the known images.
+
+        Args:
+            names: their names.
+            num_bytes: their lengths in bytes.
+            digests: their digests, as in `Survey`.
+        """
         self._names = dict(zip(digests, names, strict=True))
         self._names.pop(b"", None)
         self._lengths = frozenset(num_bytes.tolist())
 
     def find(self, image: str | bytes) -> str | None:
-        """The name of a known image of the same bytes, if there is one and the image can be read."""
+        """Returns the name of a known image with the same bytes; None if there is none or the image can't be read."""
         if not self._names:
             return None
         with contextlib.suppress(OSError, ValueError):
@@ -79,24 +90,25 @@ class KnownBytes:
 
 
 def _numbers(records: Records, known: Survey, folder: Path, is_other: np.ndarray, are_two: bool) -> np.ndarray:
-    """[N] int64, the same of images of the same bytes; -1 of those that are like no other one.
+    """Returns [N] int64 group numbers: the same for images with the same bytes, -1 for images without a copy.
 
     Args:
-        is_other: [N] bool, of which of two sets an image is.
-        are_two: whether only what is alike across the two sets counts.
+        is_other: [N] bool, whether an image belongs to the second of two sets.
+        are_two: whether to find only copies across the two sets.
     """
+    # group by file length and image size
     numbers = _numbered(known.num_bytes, *known.sizes.T.astype(np.int64))
     numbers[known.num_bytes < 0] = -1
     _drop_single(numbers, is_other, are_two)
 
-    # digests that happen to be known settle it where all that are alike have one
+    # use known digests to split the groups in which every image has one
     has_digest = known.digests != b""
     lacking = np.unique(numbers[~has_digest])
     settled = has_digest & (numbers >= 0) & ~np.isin(numbers, lacking)
     _tell_apart(numbers, np.flatnonzero(settled), known.digests[settled].tolist())
     _drop_single(numbers, is_other, are_two)
 
-    # a small piece tells most others apart; only those that it does not are read further
+    # split the other groups by a small piece of each file, then by the whole file or many pieces
     for name, signature in (("piece", _piece), ("whole", _whole)):
         unsettled = np.flatnonzero((numbers >= 0) & ~settled)
         _tell_apart(numbers, unsettled, _signatures(records, unsettled, folder, name, signature))
@@ -105,7 +117,7 @@ def _numbers(records: Records, known: Survey, folder: Path, is_other: np.ndarray
 
 
 def _numbered(*columns: np.ndarray) -> np.ndarray:
-    """[N] int64, the same where all columns are the same."""
+    """Returns [N] int64 numbers, equal where all columns are equal."""
     order, is_new = np.lexsort(columns), np.zeros(len(columns[0]), bool)
     for column in columns:
         ordered = column[order]
@@ -116,7 +128,7 @@ def _numbered(*columns: np.ndarray) -> np.ndarray:
 
 
 def _drop_single(numbers: np.ndarray, is_other: np.ndarray, are_two: bool) -> None:
-    """Sets the numbers to -1 that only one image has, or only images of one of two sets."""
+    """Sets group numbers to -1 for groups with a single image, or with images of only one of two sets."""
     there = np.flatnonzero(numbers >= 0)
     _, places = np.unique(numbers[there], return_inverse=True)
     counts = np.bincount(places)
@@ -126,7 +138,7 @@ def _drop_single(numbers: np.ndarray, is_other: np.ndarray, are_two: bool) -> No
 
 
 def _tell_apart(numbers: np.ndarray, chosen: np.ndarray, signatures: Sequence[bytes]) -> None:
-    """Gives the chosen images of one number several where their signatures differ; -1 without a signature."""
+    """Splits the groups of the chosen images by signature; sets -1 for images without a signature."""
     if not len(chosen):
         return
     whole = b"".join(signature.ljust(SIGNATURE_SIZE, b"\0") for signature in signatures)
@@ -138,7 +150,12 @@ def _tell_apart(numbers: np.ndarray, chosen: np.ndarray, signatures: Sequence[by
 def _signatures(
     records: Records, indices: np.ndarray, folder: Path, name: str, signature: Callable[[str | bytes], bytes]
 ) -> list[bytes]:
-    """Of each image what changes with its bytes, read once and remembered; b"" if it can't be read."""
+    """Returns the signature of each image, cached in `folder`; b"" if the image can't be read.
+
+    Args:
+        name: cache column of this kind of signature.
+        signature: returns the signature of an image's path or bytes.
+    """
     found = np.full(len(indices), b"", object)
     for number, source in enumerate(records.sources):
         places = np.flatnonzero(records.source_numbers[indices] == number)
@@ -174,16 +191,16 @@ def _read_chunk(shared: tuple[Records, Callable[[str | bytes], bytes]], indices:
 
 
 def _piece(image: str | bytes) -> bytes:
-    """A digest of the middle of an image's bytes."""
+    """Returns a digest of the middle of an image's bytes."""
     if isinstance(image, bytes):
-        return _digest(image)  # which are in memory as it is
+        return _digest(image)  # already in memory
     with open_regular(image) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - FIRST_PIECE) // 2)
         return _digest(file.read(FIRST_PIECE))
 
 
 def _whole(image: str | bytes) -> bytes:
-    """A digest of all of an image's bytes, or of pieces of a long file."""
+    """Returns a digest of all bytes of an image, or of pieces of a long file."""
     if isinstance(image, bytes):
         return _digest(image)
     with open_regular(image) as file:

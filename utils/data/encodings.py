@@ -1,4 +1,4 @@
-"""What of the data is encoded once: which crops of which images, which texts, and where they lie in the cache."""
+"""Cached encodings: which crops and texts are encoded, their cache keys, and reading them back."""
 
 import hashlib
 import struct
@@ -26,10 +26,13 @@ from utils.data.survey import map_chunks
 
 @dataclass(frozen=True)
 class CutPlan(ABC):
-    """The crops of which something is cached: of each image in each of its variants.
+    """The crops whose encodings are cached: K variants of each of N images.
 
     Attributes:
-        num_variants: K, 1 where every pass cuts alike.
+        images: the N images.
+        options: how images are read and cropped.
+        seed: of the random crops.
+        num_variants: K; 1 if every pass uses the same crop.
     """
 
     images: PlannedImages = field(repr=False)
@@ -38,28 +41,28 @@ class CutPlan(ABC):
     num_variants: int
 
     def passing(self, index: int, variant: int) -> RecordPass:
-        """What the cut of an image in a variant is drawn by."""
+        """Returns the record and variant that seed the crop of an image."""
         return RecordPass(self.images.records.identity(index), variant)
 
     @property
     @abstractmethod
     def _common(self) -> bytes:
-        """What the keys of all crops are made of."""
+        """The part of the cache key that all crops share."""
 
     @abstractmethod
     def _content(self, index: int) -> bytes:
-        """What of the image's files the value is made of."""
+        """Returns the part of the cache key that identifies the content of the image's files."""
 
     @abstractmethod
     def read(self, index: int, variant: int) -> tuple[np.ndarray, Crop]:
-        """([C, H, W] uint8 of which the value is made, the crop) of a variant.
+        """Reads a variant of an image; returns ([C, H, W] uint8 to encode, the crop).
 
         Raises:
             OSError, ValueError: if the image can't be read.
         """
 
     def key(self, index: int, variant: int) -> bytes:
-        """Made of all that changes the value: the bytes that are read, how they are cut, and what is common."""
+        """Returns the cache key [16 bytes] of a variant: a digest of everything that affects its encoding."""
         images = self.images
         size, target = images.size(index), images.target(index)
         cut = plan_cut(size, target, self.options, self.seed, self.passing(index, variant))
@@ -68,7 +71,7 @@ class CutPlan(ABC):
         return hashlib.blake2b(content, digest_size=KEY_SIZE).digest()
 
     def keys(self, show_progress: bool = False) -> np.ndarray:
-        """[N * K, 16] uint8; an image's variants stand together."""
+        """Returns [N * K, 16] uint8 cache keys; the variants of an image are adjacent."""
         indices = np.arange(len(self.images.records))
         if len(indices) < FEW_KEYS:
             return np.frombuffer(_keys_of(self, indices), np.uint8).reshape(-1, KEY_SIZE)
@@ -84,17 +87,17 @@ class CutPlan(ABC):
 
 @dataclass(frozen=True)
 class LatentPlan(CutPlan):
-    """The crops whose moments are cached.
+    """The crops whose latents are cached, as mean and standard deviation ("moments").
 
     Attributes:
-        fingerprint: of the VAE and of how its moments are stored.
+        fingerprint: identifies the VAE and how its moments are stored.
     """
 
     fingerprint: str
 
     @cached_property
     def _common(self) -> bytes:
-        """The VAE, and how any image is read and resized."""
+        """The VAE, and how images are read and resized."""
         return make_key("latents 1", self.fingerprint, *self.options.reading)
 
     def _content(self, index: int) -> bytes:
@@ -102,7 +105,7 @@ class LatentPlan(CutPlan):
         return survey.digests[index] + survey.how_read(index)
 
     def read(self, index: int, variant: int) -> tuple[np.ndarray, Crop]:
-        """([3, H, W] uint8 pixels, the crop)."""
+        """Reads a variant of an image; returns ([3, H, W] uint8 pixels, the crop)."""
         image, target = self.images.records.image(index), self.images.target(index)
         found = cut_out(image, None, target, self.options, self.seed, self.passing(index, variant))
         return found.pixels, found.crop
@@ -113,7 +116,7 @@ class MaskPlan(CutPlan):
     """The crops whose masks are cached.
 
     Attributes:
-        latent_shape: of pixels' (width, height) the [C, h, w] of their latents.
+        latent_shape: maps (width, height) of pixels to the shape [C, h, w] of their latents.
     """
 
     latent_shape: Callable[[tuple[int, int]], tuple[int, int, int]] = field(repr=False)
@@ -130,14 +133,14 @@ class MaskPlan(CutPlan):
         return content + survey.how_mask_read(index, mask.is_alpha)
 
     def read(self, index: int, variant: int) -> tuple[np.ndarray, Crop]:
-        """([1, h, w] uint8 the mask of the latents, the crop)."""
+        """Reads the mask of a variant; returns ([1, h, w] uint8 mask at the size of the latents, the crop)."""
         records, target = self.images.records, self.images.target(index)
         passing, shape = self.passing(index, variant), self.latent_shape(target)[1:]
         found = cut_out(records.image(index), records.mask(index), target, self.options, self.seed, passing, shape)
         return found.mask[None], found.crop
 
 
-FEW_KEYS = 20_000  # of which processes would cost more than they save
+FEW_KEYS = 20_000  # below this, starting worker processes costs more than it saves
 CUT_FACTS = struct.Struct("<15d")
 
 
@@ -147,13 +150,13 @@ def _keys_of(plan: CutPlan, indices: np.ndarray) -> bytes:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """One batch on its way to the VAE.
+    """A batch of crops to encode.
 
     Attributes:
-        places: of the crops that could be read, their numbers in the plan (image * K + variant).
+        places: indices in the plan (image * K + variant) of the crops that could be read.
         pixels: [B, C, H, W] uint8.
         crops: [B, 6] float32.
-        bad: why an image could not be read, by its number.
+        bad: why an image could not be read, by image index.
     """
 
     places: list[int]
@@ -163,7 +166,7 @@ class EncodedImages:
 
 
 class ImagesToEncode(Dataset):
-    """Maps a list of a plan's places, all of one bucket, to what the VAE takes; for a DataLoader's workers."""
+    """Dataset of `EncodedImages`; reads lists of a plan's crops, each from one bucket, in data-loader processes."""
 
     def __init__(self, plan: CutPlan, batches: Sequence[Sequence[int]]):
         self._plan = plan
@@ -190,11 +193,11 @@ class ImagesToEncode(Dataset):
 
 @dataclass(frozen=True)
 class CachedCuts:
-    """Where what is kept of each image's crops lies.
+    """The cached encodings of all crops.
 
     Attributes:
-        places: [N, K, 2] int32 shard and row; -1 of an image that could not be read.
-        bad: why not, by the image's number.
+        places: [N, K, 2] int32 shard and row in the store; -1 for images that could not be read.
+        bad: why an image could not be read, by image index.
     """
 
     store: EntryStore
@@ -202,10 +205,10 @@ class CachedCuts:
     bad: dict[int, str]
 
     def read(self, index: int, passing: int) -> dict[str, Tensor]:
-        """Of an image in one of its passes: "moments" [2, C, h, w] or "masks" [1, h, w], and "crops" [6].
+        """Returns the encodings of an image in a pass: "moments" [2, C, h, w] or "masks" [1, h, w], and "crops" [6].
 
         Raises:
-            OSError: if it could not be read.
+            OSError: if the image could not be read.
         """
         place = self.places[index, passing % self.places.shape[1]]
         if place[0] < 0:
@@ -215,17 +218,21 @@ class CachedCuts:
 
 @dataclass(frozen=True)
 class CachedTexts:
-    """Where the text states of each caption lie.
+    """The cached text-encoder states of all captions.
 
     Attributes:
-        fingerprint: of the text encoders and how they are used.
+        fingerprint: identifies the text encoders and how they are used.
     """
 
     store: EntryStore
     fingerprint: str
 
     def read(self, text: str, dropped: bool) -> dict[str, Tensor]:
-        """The states of a text, or those of a dropped caption."""
+        """Returns the states of a text, or of a dropped caption, by name.
+
+        Raises:
+            KeyError: if they are not in the cache.
+        """
         key = np.frombuffer(text_key(self.fingerprint, text, dropped), np.uint8)[None]
         place = self.store.find(key)[0]
         if place[0] < 0:
@@ -235,7 +242,7 @@ class CachedTexts:
 
 @dataclass(frozen=True)
 class Encodings:
-    """What of the data is in the cache; the rest is read and encoded when it is needed."""
+    """The cached encodings of each kind; None for kinds that are computed in each training step."""
 
     latents: CachedCuts | None = None
     masks: CachedCuts | None = None
@@ -243,16 +250,16 @@ class Encodings:
 
 
 def text_key(fingerprint: str, text: str, dropped: bool) -> bytes:
-    """Made of all that changes a caption's states."""
+    """Returns the cache key [16 bytes] of a caption: a digest of everything that affects its states."""
     content = f"text 1 {fingerprint} {int(dropped)} {'' if dropped else text}"
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=KEY_SIZE).digest()
 
 
 def texts_of(images: PlannedImages, seed: int, num_variants: int | None) -> Iterator[str]:
-    """Each distinct text that the images may train on, in order of its first image.
+    """Yields each distinct text that the images may be trained with, in order of its first image.
 
     Args:
-        num_variants: orders of shuffled or dropped tags that are kept; None counts only one of each caption.
+        num_variants: number of variants of captions with shuffled or dropped tags; None for one.
     """
     seen: set[str] = set()
     records = images.records

@@ -1,4 +1,4 @@
-"""What became of every file of the data: counted, and written down a line each."""
+"""Reports the fate of every data file: counts, and data_report.jsonl with one line per file."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ from utils.data.tables import FileTable, RowTable
 from utils.runtime.atomic_files import replacing
 
 FILE = "data_report.jsonl"
-FEW = 100_000  # files, of which all can be written down again and again
+FEW = 100_000  # up to this many files, the report is rewritten each time
 
 
 class Ledger:
-    """The fates of all files of the data, and of the images within shards and datasets.
+    """The fates of all data files, and of the images in shards and datasets.
 
     Attributes:
-        images: those that are trained on; None before they are chosen.
-        held_out: those that are not, and on which the validation loss is measured.
-        is_portion: whether these are a portion of the same images.
+        images: the training images; None before they are chosen.
+        held_out: the validation images.
+        is_portion: whether the validation images are a fraction of the same images.
     """
 
     def __init__(self) -> None:
@@ -34,17 +34,20 @@ class Ledger:
         self.is_portion = False
 
     def train_on(self, images: PlannedImages | StreamedImages) -> None:
-        """Takes the images, as they were chosen."""
+        """Sets the training images."""
         self.images, self._bad = images, frozenset(images.bad)
 
     def counts(self) -> tuple[Counter[str], Counter[str]]:
-        """How many files have each fate, and how many images that are no files of their own."""
+        """Returns (number of files, number of images within shards and datasets), each by fate."""
         files, members = Counter(), Counter()
+        # streams: only counts are known
         if isinstance(self.images, StreamedImages):
             members = Counter({"read": self.images.counts["read"], UNREADABLE: len(self.images.bad)})
             for fate, count in self.images.fates.by_fate().items() if self.images.fates else ():
                 files[fate.word] += count
             return files, members
+
+        # images, files and members of shards of each source
         held = self._held_out_files()
         for number, source in enumerate(self.images.records.sources):
             table, (codes, fates) = source.table, self._row_fates(number)
@@ -55,9 +58,13 @@ class Ledger:
                 files[fate.word] += count
             for fate, count in table.member_fates.by_fate().items() if table.member_fates else ():
                 members[fate.word] += count
+
+            # images that turned out to be unreadable after they were chosen
             late = sum(self._is_late(source, number, row) for row in np.flatnonzero(codes == 0)) if self._late else 0
             counted[TRAINED] -= late
             counted[UNREADABLE] += late
+
+            # files of a split that is held out for validation
             for name, fate in table.fates if held and table.fates else ():
                 if fate.word == OTHER_SPLIT and (table.fates.root, name) in held:
                     files[OTHER_SPLIT] -= 1
@@ -65,7 +72,7 @@ class Ledger:
         return +files, +members
 
     def report(self) -> dict[str, object]:
-        """The counts as `data_report.json` has them."""
+        """Returns the counts in the form of `data_report.json`."""
         files, members = self.counts()
         return {
             "files": sum(files.values()),
@@ -74,7 +81,7 @@ class Ledger:
         }
 
     def lines(self) -> list[str]:
-        """The counts in words."""
+        """Returns the counts as lines of text."""
         files, members = self.counts()
         found = []
         for what, counts in (("files", files), ("in shards", members)):
@@ -84,10 +91,10 @@ class Ledger:
         return found
 
     def write(self, folder: Path, is_last: bool) -> None:
-        """Writes a line for each file; where there are very many only once or at the last.
+        """Writes one line per file to data_report.jsonl. Skips very long reports unless `is_last`.
 
         Args:
-            is_last: whether this is not to be written again soon.
+            is_last: whether this is the last report for now.
         """
         if isinstance(self.images, PlannedImages) and len(self.images.outcome.codes) > FEW and not is_last:
             return
@@ -97,7 +104,7 @@ class Ledger:
                 file.write(line.encode() + b"\n")
 
     def _fates(self) -> Iterator[tuple[str, Fate]]:
-        """Each file and its fate, then those of members of shards; of rows of a dataset only those not trained on."""
+        """Yields (name, fate) of each file and shard member, and of the rows of datasets that are not trained on."""
         if isinstance(self.images, StreamedImages):
             yield from self.images.fates or ()
             yield from ((name, Fate(UNREADABLE, reason)) for name, reason in self.images.bad.items())
@@ -121,15 +128,16 @@ class Ledger:
 
     @property
     def _late(self) -> dict[str, str]:
-        """Why images can't be trained on of which that was found out after they were chosen."""
+        """Why images turned out to be unreadable after they were chosen, by name."""
         return {name: reason for name, reason in self.images.bad.items() if name not in self._bad}
 
     def _is_late(self, source: Source, number: int, row: int) -> bool:
+        """Returns whether a row turned out to be unreadable after it was chosen."""
         several = len(self.images.records.sources) > 1
         return (f"{source.name}/" if several else "") + source.table.key(int(row)) in self._late
 
     def _row_fates(self, number: int) -> tuple[np.ndarray, list[Fate]]:
-        """([N] the number of each row's fate, the fates) of a source; 0 is that of an image that is trained on."""
+        """Returns ([N] index of each row's fate, the fates) of a source; index 0 means trained on."""
         fates = [*self.images.outcome.fates, Fate(NOT_DRAWN, "see --max_train_samples and --max_validation_samples")]
         codes = np.full(len(self.images.records.sources[number].table), len(fates) - 1, np.int32)
         _put(codes, self.images, number, 0)
@@ -140,7 +148,7 @@ class Ledger:
         return codes, fates
 
     def _held_out_files(self) -> dict[tuple[Path, str], Fate]:
-        """The fates of the files of a split that is held out, by the folder and their names."""
+        """Returns the fates of the files of a validation split, by (folder, name)."""
         found: dict[tuple[Path, str], Fate] = {}
         if self.held_out is None or self.is_portion:
             return found
@@ -160,7 +168,12 @@ class Ledger:
 
 
 def _put(codes: np.ndarray, images: PlannedImages, number: int, begin: int) -> None:
-    """Sets the fates of a source's rows that were listed to what became of them."""
+    """Sets the fate indices of those rows of a source that were listed.
+
+    Args:
+        codes: [N] int32 the fate index of each row, changed in place.
+        begin: added to the fate indices of `images`.
+    """
     records, found, _ = images.outcome
     is_of_source = records.source_numbers == number
     codes[records.rows[is_of_source]] = found[is_of_source] + begin

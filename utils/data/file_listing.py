@@ -1,4 +1,4 @@
-"""Every file of a folder once: those that may be data, and what became of all others."""
+"""Lists a folder recursively: files that may be data, and the fate of all others."""
 
 import heapq
 import logging
@@ -40,14 +40,14 @@ DRY_RUN = {"contact_sheet.png", "dry_run_report.json"}
 
 
 class Fate(NamedTuple):
-    """What became of a file, and why."""
+    """What happened to a file, and why."""
 
     word: str
     reason: str = ""
 
 
 class Fates:
-    """The fates of many files of a folder, in little more memory than their names take."""
+    """The fates of the files of a folder, stored compactly for millions of files."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -60,20 +60,20 @@ class Fates:
         return len(self._ends)
 
     def add(self, name: str, fate: Fate) -> None:
-        """Adds a file."""
+        """Adds a file and its fate."""
         self._names += os.fsencode(name)
         self._ends.append(len(self._names))
         self._codes.append(self._known.setdefault(fate, len(self._known)))
 
     def __iter__(self) -> Iterator[tuple[str, Fate]]:
-        """The files in the order in which they were added."""
+        """Yields (name, fate) in the order in which files were added."""
         fates, begin = list(self._known), 0
         for end, code in zip(self._ends, self._codes, strict=True):
             yield os.fsdecode(bytes(self._names[begin:end])), fates[code]
             begin = end
 
     def without(self, names: Collection[str]) -> "Fates":
-        """The same but for some files."""
+        """Returns a copy without some files."""
         others = Fates(self.root)
         for name, fate in self:
             if name not in names:
@@ -81,7 +81,7 @@ class Fates:
         return others
 
     def by_fate(self) -> Counter[Fate]:
-        """How many files have each fate."""
+        """Returns the number of files with each fate."""
         fates = list(self._known)
         return Counter({fates[code]: count for code, count in Counter(self._codes).items()})
 
@@ -91,11 +91,12 @@ class Listing:
     """The files of a folder.
 
     Attributes:
-        names: paths within the folder of the files that may be data, in order.
-        special: why files that are no regular ones, such as pipes, can't be read, by their paths.
-        unlisted: (folder, reason) of each folder within it that can't be listed.
-        own: (folder, reason) of each folder within it that was left out, such as the output of a run.
-        fates: of the other files.
+        root: the folder.
+        names: relative paths of the files that may be data, sorted.
+        special: why special files, such as pipes, can't be read, by relative path.
+        unlisted: (folder, reason) of each subfolder that can't be listed.
+        own: (folder, reason) of each subfolder that was skipped, such as the output of a run.
+        fates: fates of the other files.
     """
 
     root: Path
@@ -109,22 +110,22 @@ class Listing:
         self.fates = Fates(self.root)
 
     def warn(self) -> None:
-        """Names the folders whose files are not among the data, and what is no file."""
+        """Warns about special files and about skipped or unreadable subfolders."""
         for name, reason in list(self.special.items())[:5]:
-            logger.warning("left out %s: it %s", self.root / name, reason)
+            logger.warning("skipped %s: it %s", self.root / name, reason)
         for name, reason in self.unlisted:
-            logger.warning("the folder %s can't be listed, its files are left out: %s", self.root / name, reason)
+            logger.warning("skipped the files in %s, which can't be listed: %s", self.root / name, reason)
         for name, reason in self.own:
-            logger.warning("left out the folder %s: %s", self.root / name, reason)
+            logger.warning("skipped the folder %s: %s", self.root / name, reason)
 
 
 def list_folder(folder: Path, left_out: Mapping[Path, Fate] = MappingProxyType({})) -> Listing:
-    """Lists a folder and all folders in it, links followed, each folder once.
+    """Lists a folder recursively, following links and visiting each folder once.
 
-    Hidden and system files, and the outputs of runs in folders below it, are none that may be data.
+    Hidden and system files, and the outputs of runs in subfolders, do not count as data.
 
     Args:
-        left_out: folders whose files are none that may be data either, and what becomes of these.
+        left_out: further folders whose files do not count as data, with the fate of these files.
 
     Raises:
         UserError: if the folder itself can't be listed.
@@ -135,7 +136,7 @@ def list_folder(folder: Path, left_out: Mapping[Path, Fate] = MappingProxyType({
         path = folder / prefix
         try:
             facts = os.stat(path)
-            if not walk.is_new(facts):  # a link to a folder above it, or a second one to the same folder
+            if not walk.is_new(facts):  # a link to a parent folder, or to a folder already listed
                 continue
             with os.scandir(path) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
@@ -144,6 +145,8 @@ def list_folder(folder: Path, left_out: Mapping[Path, Fate] = MappingProxyType({
                 raise UserError(f"--train_data_dir {folder} can't be read: {first_line(error)}") from error
             listing.unlisted.append((prefix, error.strerror or first_line(error)))
             continue
+
+        # subfolders that are the output of a run are skipped as a whole
         if fate is None and prefix != "":
             fate = walk.fate_of(facts) or _fate_of_output(path, {entry.name for entry in entries})
             if fate is not None:
@@ -156,7 +159,7 @@ def list_folder(folder: Path, left_out: Mapping[Path, Fate] = MappingProxyType({
 
 
 class _Walk:
-    """The folders that are still to be listed: real ones first, so that links to them do not take their place."""
+    """The queue of folders to list. Real folders come before links, so that files get their real paths."""
 
     def __init__(self, left_out: Mapping[Path, Fate]):
         self._real: list[tuple[str, Fate | None]] = [("", None)]
@@ -166,52 +169,53 @@ class _Walk:
         for path, fate in left_out.items():
             try:
                 facts = os.stat(path)
-            except OSError:  # it is not there yet
+            except OSError:  # it does not exist yet
                 continue
             self._left_out[facts.st_dev, facts.st_ino] = fate
 
     def next(self) -> tuple[str, Fate | None] | None:
-        """The next folder, and the fate of all files in it if they have the same."""
+        """Returns (the next folder, the common fate of its files or None); None if all folders are listed."""
         if self._real:
             return self._real.pop()
         return (heapq.heappop(self._linked), None) if self._linked else None
 
     def add(self, prefix: str, fate: Fate | None, is_link: bool) -> None:
-        """Adds a folder; links are not followed where all files have the same fate."""
+        """Adds a folder. A link is not followed if all its files would have the same fate."""
         if not is_link:
             self._real.append((prefix, fate))
         elif fate is None:
             heapq.heappush(self._linked, prefix)
 
     def is_new(self, facts: os.stat_result) -> bool:
-        """Whether a folder was not listed yet."""
+        """Returns whether a folder has not been listed yet, and marks it as listed."""
         count = len(self._seen)
         self._seen.add((facts.st_dev, facts.st_ino))
         return len(self._seen) > count
 
     def fate_of(self, facts: os.stat_result) -> Fate | None:
-        """The fate of the files of a folder that is left out."""
+        """Returns the fate of the files of a skipped folder; None for other folders."""
         return self._left_out.get((facts.st_dev, facts.st_ino))
 
 
 def _place(entry: os.DirEntry, prefix: str, fate: Fate | None, is_run: bool, listing: Listing, walk: _Walk) -> None:
-    """Puts what a folder holds to the files that may be data, to the others, or to the folders to list.
+    """Adds a directory entry to the files that may be data, to the other files, or to the folders to list.
 
     Args:
-        fate: of all files of the folder, if they have the same.
-        is_run: whether the folder is the one to list and the output of a run, whose own folders are no data.
+        prefix: relative path of the folder, with a trailing slash.
+        fate: common fate of all files of the folder, or None.
+        is_run: whether the folder is the listed folder itself and the output of a run, whose subfolders are not data.
     """
     name, is_link = prefix + entry.name, entry.is_symlink()
     try:
         is_folder, is_file = entry.is_dir(), entry.is_file()
-    except OSError:  # a link to itself, or one that may not be followed: it is named when it is opened
+    except OSError:  # a circular or forbidden link: opening it will report the error
         is_folder = is_file = False
     if is_folder:
         if fate is None and (entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS):
             fate = Fate(HIDDEN, "in a hidden or system folder")
         if fate is None and is_run and (entry.name.startswith("checkpoint-") or entry.name in ("samples", "best")):
-            fate = Fate(OWN, f"written by the run whose output {listing.root} is")
-            listing.own.append((name + "/", f"{fate.reason}; give it as a folder of its own to train on it"))
+            fate = Fate(OWN, f"written by the run with output folder {listing.root}")
+            listing.own.append((name + "/", f"{fate.reason}; to train on it, pass this folder itself"))
         walk.add(name + "/", fate, is_link)
     elif fate is not None:
         listing.fates.add(name, fate)
@@ -224,6 +228,7 @@ def _place(entry: os.DirEntry, prefix: str, fate: Fate | None, is_run: bool, lis
 
 
 def _kind_of(path: str) -> str:
+    """Returns why a special file can't be read, such as "is a pipe, not a file"."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -232,18 +237,18 @@ def _kind_of(path: str) -> str:
 
 
 def _fate_of_output(folder: Path, names: set[str]) -> Fate | None:
-    """The fate of the files of a folder that a run, an evaluation or a cache wrote."""
+    """Returns the fate of the files of a folder written by a run, an evaluation or a cache; None for other folders."""
     if MARKER in names:
-        return Fate(OWN, f"this toolkit wrote it (it holds {MARKER})")
+        return Fate(OWN, f"this toolkit wrote it (it contains {MARKER})")
     if names >= DRY_RUN:
-        return Fate(OWN, f"it is the output of a dry run (it holds {', '.join(sorted(DRY_RUN))})")
+        return Fate(OWN, f"it is the output of a dry run (it contains {', '.join(sorted(DRY_RUN))})")
     if RUN_RECORD in names and _is_run_record(folder):
-        return Fate(OWN, f"it is the output of a run (it holds {RUN_RECORD})")
+        return Fate(OWN, f"it is the output of a run (it contains {RUN_RECORD})")
     return None
 
 
 def _is_run_record(folder: Path) -> bool:
-    """Whether a folder holds what a training run records of itself."""
+    """Returns whether a folder contains the record of a training run."""
     try:
         record = read_json(folder / RUN_RECORD)
     except (OSError, FileError):
@@ -252,7 +257,11 @@ def _is_run_record(folder: Path) -> bool:
 
 
 def warn_of_unread(where: str, fates: Fates) -> None:
-    """Names the kinds of files that may be meant to be data but are not read."""
+    """Warns about files that may be meant as data but are not read, one line per reason.
+
+    Args:
+        where: name of the data in the message.
+    """
     counts = {fate: count for fate, count in fates.by_fate().items() if fate.word in (NO_READER, LONE_CAPTION)}
     firsts: dict[Fate, str] = {}
     for name, fate in fates if counts else ():

@@ -1,4 +1,4 @@
-"""What an image file's bytes say where PIL does not look: formats that are not read, colours, the size of a JPEG XL."""
+"""Reads from image files what PIL does not report: unsupported formats, colour profiles, the size of a JPEG XL."""
 
 import os
 import re
@@ -11,9 +11,9 @@ from utils.data.colours import ADOBE_RGB, LAB, profile_of_code_points, profile_o
 
 HEAD_SIZE = 4096
 TAIL_SIZE = 1 << 14
-BOXES_SIZE = 1 << 20  # within which an AVIF, HEIF or JPEG 2000 says its colours
-INTEROPERABILITY = 0xA005  # EXIF
-SIGNATURES = {  # kinds by how a file begins, regular expressions
+BOXES_SIZE = 1 << 20  # bytes of an AVIF, HEIF or JPEG 2000 that are searched for a colour box
+INTEROPERABILITY = 0xA005  # EXIF tag
+SIGNATURES = {  # regular expressions for the start of a file, by kind
     "EPS": rb"\s*%!|\xc5\xd0\xd3\xc6",
     "PDF": rb"\s*%PDF",
     "WMF": rb"\xd7\xcd\xc6\x9a|\x01\x00\x00\x00.{36} EMF",
@@ -40,7 +40,7 @@ JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 
 
 def kind_of(head: bytes) -> str | None:
-    """The kind of a picture or video that PIL alone does not read, or not safely, by its first bytes; else None."""
+    """Returns the kind of an image or video that PIL does not read, or not safely, from its first bytes; else None."""
     if head[4:8] == b"ftyp":
         brands = {head[begin : begin + 4] for begin in range(8, min(int.from_bytes(head[:4], "big"), len(head)), 4)}
         if brands & AVIF_BRANDS:
@@ -56,18 +56,18 @@ def kind_of(head: bytes) -> str | None:
 
 
 def is_raw(tiff: Image.Image) -> bool:
-    """Whether an opened TIFF is a camera's raw file, of which PIL would take the thumbnail for the image."""
+    """Returns whether an opened TIFF is a camera raw file, of which PIL would read only the thumbnail."""
     is_dng, is_reduced, has_others = 50706 in tiff.tag_v2, tiff.tag_v2.get(254) == 1, 330 in tiff.tag_v2
     return is_dng or (is_reduced and has_others)
 
 
 def profile_in(image: Image.Image, file: BinaryIO) -> bytes | None:
-    """The ICC profile of an opened image, or one made of what else its file says of its colours; None of sRGB.
+    """Returns the ICC profile of an opened image, or one built from other colour metadata; None for sRGB.
 
-    In PNG cICP, sRGB, or gAMA and cHRM; in AVIF and HEIF the code points; in JPEG 2000 its own box; the mark of Adobe
-    RGB in EXIF.
+    Other metadata are cICP, sRGB, gAMA and cHRM in PNG, code points in AVIF and HEIF, the colour box of JPEG 2000, and
+    the Adobe RGB flag in EXIF.
     """
-    if image.mode == "LAB":  # of TIFF
+    if image.mode == "LAB":  # a TIFF
         return LAB
     profile = image.info.get("icc_profile")
     if profile:
@@ -87,16 +87,16 @@ def profile_in(image: Image.Image, file: BinaryIO) -> bytes | None:
 
 
 def _is_marked_adobe_rgb(image: Image.Image) -> bool:
-    """Whether EXIF says so, as cameras write it without a profile."""
+    """Returns whether EXIF marks an image as Adobe RGB, as cameras do instead of embedding a profile."""
     try:
         index = image.getexif().get_ifd(INTEROPERABILITY).get(1)
-    except (SyntaxError, ValueError, LookupError, TypeError, OSError, struct.error):  # a damaged mark is none
+    except (SyntaxError, ValueError, LookupError, TypeError, OSError, struct.error):  # ignore damaged EXIF
         return False
     return "R03" in str(index)
 
 
 def _png_chunk(file: BinaryIO, name: bytes) -> bytes:
-    """The content of a chunk before a PNG's pixels, b"" where there is none."""
+    """Returns the content of a chunk before the pixels of a PNG; b"" if there is none."""
     file.seek(8)
     while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
         size = int.from_bytes(head[:4], "big")
@@ -107,7 +107,7 @@ def _png_chunk(file: BinaryIO, name: bytes) -> bytes:
 
 
 def late_png_chunks(file: BinaryIO) -> list[tuple[bytes, int, int]]:
-    """(name, where its content begins, its length) of each chunk behind a PNG's pixels, where exiftool puts them."""
+    """Returns (name, offset of its content, length) of each chunk after a PNG's pixels, where exiftool adds them."""
     begin = max(8, file.seek(0, os.SEEK_END) - TAIL_SIZE)
     file.seek(begin)
     last = file.read(TAIL_SIZE).rfind(b"IDAT")  # libpng writes pixels in parts of 8 KiB
@@ -119,7 +119,11 @@ def late_png_chunks(file: BinaryIO) -> list[tuple[bytes, int, int]]:
 
 
 def _chunks_from(file: BinaryIO, begin: int) -> tuple[list[tuple[bytes, int, int]], bool]:
-    """(the chunks of a PNG that stand behind pixels, as of `late_png_chunks`; whether they lead to its end)."""
+    """Returns (chunks after the pixels of a PNG, as `late_png_chunks`; whether the end of the PNG was reached).
+
+    Args:
+        begin: offset of the first chunk to read.
+    """
     end = file.seek(0, os.SEEK_END)
     found, is_behind = [], False
     file.seek(begin)
@@ -136,6 +140,7 @@ def _chunks_from(file: BinaryIO, begin: int) -> tuple[list[tuple[bytes, int, int
 
 
 def _profile_in_boxes(file: BinaryIO) -> bytes | None:
+    """Returns the profile from the colour box of an AVIF, HEIF or JPEG 2000; None for sRGB."""
     file.seek(0)
     content = file.read(BOXES_SIZE)
     for found in re.finditer(rb"colr(?=nclx|\x02)", content):
@@ -149,10 +154,10 @@ def _profile_in_boxes(file: BinaryIO) -> bytes | None:
 
 
 def jxl_size(file: BinaryIO) -> tuple[int, int]:
-    """Width and height of a JPEG XL.
+    """Returns (width, height) of a JPEG XL in pixels.
 
     Raises:
-        OSError: if it does not say them.
+        OSError: if the file is damaged.
     """
     begin = _jxl_codestream(file)
     file.seek(begin)
@@ -170,26 +175,27 @@ def jxl_size(file: BinaryIO) -> tuple[int, int]:
 
 
 class _Bits:
-    """A number of which bits are taken from the lowest on."""
+    """Reads bits of an integer, the lowest first."""
 
     def __init__(self, value: int):
         self._value = value
 
     def take(self, count: int) -> int:
-        """The next bits as a number."""
+        """Returns the next `count` bits as an integer."""
         found = self._value & ((1 << count) - 1)
         self._value >>= count
         return found
 
 
 def _jxl_length(bits: _Bits, is_small: int) -> int:
+    """Reads the width or height in pixels."""
     if is_small:
         return 8 * (bits.take(5) + 1)
     return bits.take((9, 13, 18, 30)[bits.take(2)]) + 1
 
 
 def _jxl_codestream(file: BinaryIO) -> int:
-    """Where the codestream begins: at once, or in a box."""
+    """Returns the offset of the codestream: the start of the file, or of the content of a box."""
     file.seek(0)
     if file.read(2) == b"\xff\x0a":
         return 0

@@ -1,4 +1,4 @@
-"""What a folder holds: which of its files are the data, where that can be told, and what the others are."""
+"""Detects which files of a folder are the data, and settles the fate of all other files."""
 
 import logging
 import os
@@ -42,18 +42,18 @@ DECORATION_FOLDERS = {"assets", "docs", "doc", "figures", "media", "static"}
 MOST_DECORATIONS = 20
 README_LIMIT = 1 << 20  # bytes
 NOTES = {"readme", "license", "licence", "changelog", "notice", "requirements", "classes", "todo", "notes", "info"}
-BESIDE_LIST = "a caption beside its image, of which the list of captions is read"
+BESIDE_LIST = "a caption file beside its image; the caption is read from the list instead"
 KINDS_OF_IMAGES = ("pairs", "imagefolder", "captions_json")
-RENAMED = "rename it to metadata.csv or metadata.jsonl, with the images' names in a column file_name"
+RENAMED = "rename it to metadata.csv or metadata.jsonl, with the image names in the column file_name"
 
 
 class _Kinds(NamedTuple):
-    """The files of a folder that may each be the data.
+    """The files of a folder that may be the data, by kind.
 
     Attributes:
         images: image files.
-        shards: parquet files that hold images, by `parquet`, and tar shards, by `webdataset`.
-        saved: folders that `save_to_disk` of the `datasets` library wrote.
+        shards: Parquet files that contain images, under `parquet`, and tar shards, under `webdataset`.
+        saved: folders written by `save_to_disk` of the `datasets` library.
     """
 
     images: list[str]
@@ -62,21 +62,29 @@ class _Kinds(NamedTuple):
 
 
 def detect_kind(folder: Path, names: Sequence[str], image_column: str) -> str:
-    """Which kind of data a folder holds, by its files.
+    """Returns the value of --data_format that fits the files of a folder.
+
+    Args:
+        names: relative paths of the files.
+        image_column: column of the images in Parquet files.
 
     Raises:
-        UserError: if they are of several kinds and it is unclear which are the data.
+        UserError: if the folder contains several kinds of data and it is unclear which to use.
     """
     kinds = _kinds(folder, names, image_column)
     listed = _kind_of_images(folder, names)
     shards = {kind: files for kind, files in kinds.shards.items() if files}
+
+    # a dataset saved to disk must be given as --dataset_name
     if kinds.saved:
         there = f" beside {_described(kinds.images, 'image')}" if kinds.images else ""
         cure = f"; or train on the images: --data_format {listed}" if kinds.images else ""
         raise UserError(
-            f"--train_data_dir {folder} holds a saved dataset in {kinds.saved[0]}{there}; "
-            f"give it as --dataset_name {folder / kinds.saved[0]}{cure}"
+            f"--train_data_dir {folder} contains a saved dataset in {kinds.saved[0]}{there}; "
+            f"pass it as --dataset_name {folder / kinds.saved[0]}{cure}"
         )
+
+    # one kind of data, apart from images that only illustrate the dataset
     if not shards:
         return listed
     if len(shards) == 1:
@@ -85,16 +93,18 @@ def detect_kind(folder: Path, names: Sequence[str], image_column: str) -> str:
             return kind
         if listed == "pairs" and _are_decoration(folder, kinds.images, names):
             logger.warning(
-                "trains on %s in %s; left out as decoration: %s; to train on images instead, give --data_format %s",
+                "training on %s in %s; skipped as decoration: %s; to train on images instead, add --data_format %s",
                 *(_described(files, _KIND_WORDS[kind]), folder, _described(kinds.images, "image"), listed),
             )
             return kind
+
+    # several kinds: the user has to choose
     found = [(kind, _described(files, _KIND_WORDS[kind])) for kind, files in shards.items()]
     found += [(listed, _described(kinds.images, "image"))] if kinds.images else []
     choices = " or ".join(f"--data_format {kind}" for kind, _ in found)
     raise UserError(
-        f"--train_data_dir {folder} holds {' and '.join(words for _, words in found)}, and it is unclear which are the "
-        f"data; give {choices}, or take the others out of the folder"
+        f"--train_data_dir {folder} contains {' and '.join(words for _, words in found)}, and it is unclear which are "
+        f"the data; add {choices}, or move the others out of the folder"
     )
 
 
@@ -102,19 +112,20 @@ _KIND_WORDS = {"parquet": "parquet file", "webdataset": "tar shard"}
 
 
 def _kinds(folder: Path, names: Sequence[str], image_column: str) -> _Kinds:
+    """Returns the files that may be the data, by kind."""
     metadata = set(metadata_files(folder, names))
     images = [name for name in names if is_image(name)]
     tars = [name for name in names if name.lower().endswith(".tar")]
     parquet = [name for name in names if name.lower().endswith(".parquet") and name not in metadata]
     if parquet and (images or tars) and not any(holds_images(folder / name, image_column) for name in parquet):
-        parquet = []  # tables of something else, which lie beside the data
+        parquet = []  # tables without images, beside the data
     if images or parquet:
         tars = [name for name in tars if not why_no_tar(folder / name)]
     return _Kinds(images, {"parquet": parquet, "webdataset": tars}, _saved_datasets(names))
 
 
 def _saved_datasets(names: Sequence[str]) -> list[str]:
-    """The folders that `save_to_disk` wrote, by what it always writes."""
+    """Returns the folders written by `save_to_disk`, recognized by the files it always writes."""
     ends = ("/dataset_dict.json", "/state.json")
     places = {name.rpartition("/")[0]: name.endswith(ends[0]) for name in names if name.endswith(ends)}
     info = {name.rpartition("/")[0] for name in names if name.endswith("/dataset_info.json")} if places else set()
@@ -122,24 +133,35 @@ def _saved_datasets(names: Sequence[str]) -> list[str]:
 
 
 def _kind_of_images(folder: Path, names: Sequence[str]) -> str:
-    """How images have captions, by the lists among the files."""
+    """Returns how captions are stored with image files, judging by the lists of captions among the files."""
     if any(name.split("/")[-1] == CAPTION_FILE and name.count("/") < 2 for name in names):
         return "captions_json"
     return "imagefolder" if metadata_files(folder, names) else "pairs"
 
 
 def holds_images(file: Path, image_column: str) -> bool:
-    """Whether a Parquet file holds images: bytes, or a column of that name. One that can't be read may do so."""
+    """Returns whether a Parquet file may contain images: it has a binary column, or a column `image_column`.
+
+    Returns True for a file that can't be read.
+    """
     return _may_hold_images(parquet_columns(file), image_column)
 
 
 def _may_hold_images(columns: Mapping[str, pa.DataType], image_column: str) -> bool:
+    """Returns whether columns may contain images; True if they are unknown."""
     kinds = [each for kind in columns.values() for each in (list(kind) if pa.types.is_struct(kind) else [kind])]
     return not columns or image_column in columns or any(is_binary(getattr(kind, "type", kind)) for kind in kinds)
 
 
 def image_tables(footers: Mapping[str, Footer], image_column: str) -> list[str]:
-    """Some Parquet files without those that hold no images and say no split, or all if none does; names the others."""
+    """Returns the Parquet files without those that have neither images nor the name of a split; warns about these.
+
+    Returns all files if that would leave none.
+
+    Args:
+        footers: footers by relative path.
+        image_column: column of the images.
+    """
     names = list(footers)
     unsaid = [name for name in names if not any(split_of(part) for part in name.split("/"))]
     beginnings = {name.rpartition("/")[2].partition("-")[0] for name in names}
@@ -148,41 +170,42 @@ def image_tables(footers: Mapping[str, Footer], image_column: str) -> list[str]:
     others = {name for name in unsaid if not _may_hold_images(footers[name].columns, image_column)}
     if not others or len(others) == len(names):
         return names
-    logger.warning("left out, as they hold no images: %s", _described(sorted(others), _KIND_WORDS["parquet"]))
+    logger.warning("skipped because they contain no images: %s", _described(sorted(others), _KIND_WORDS["parquet"]))
     return [name for name in names if name not in others]
 
 
 def check_configurations(folder: Path, shards: Sequence[str]) -> None:
-    """Refuses Parquet files of several configurations of a dataset, as its README says them.
+    """Refuses Parquet files that belong to several configurations of a dataset, according to its README.
 
     Raises:
-        UserError: naming the flags that take one.
+        UserError: naming the flags that select one.
     """
     header = re.match(r"\ufeff?---\n(.*?)\n---", _notes(folder, ["README.md"]), re.DOTALL)
     found = re.findall(r"^\s*-?\s*config_name:\s*[\"']?([^\"'\n]+)", header[1], re.MULTILINE) if header else []
     names = list(dict.fromkeys(name.strip() for name in found))
     if len(names) > 1 and len({name.rpartition("/")[0] for name in shards}) > 1:
         raise UserError(
-            f"--train_data_dir {folder} holds the configurations {', '.join(names[:10])}; give one: --dataset_name "
-            f"{folder} --dataset_config_name {names[0]}"
+            f"--train_data_dir {folder} contains the configurations {', '.join(names[:10])}; choose one: "
+            f"--dataset_name {folder} --dataset_config_name {names[0]}"
         )
 
 
 def unread_of_dataset(names: Sequence[str], builder: str | None) -> list[str]:
-    """The files of a folder that may be data too, of those that `datasets` did not take as what it has read."""
+    """Returns the files of a folder that may be data but that `datasets` does not read with this builder."""
     shards = [name for name in names if name.endswith((".parquet", ".tar"))]
     if builder == "imagefolder":
         return [name for name in shards if name.rpartition("/")[2] not in METADATA_NAMES]
     if builder not in ("parquet", "webdataset", "arrow"):
-        return []  # tables that may name images
+        return []  # tables whose rows may refer to these images
     own = {"parquet": ".parquet", "webdataset": ".tar"}.get(builder, ".arrow")
     return [name for name in names if is_image(name)] + [name for name in shards if not name.endswith(own)]
 
 
 def _are_decoration(folder: Path, images: Sequence[str], names: Collection[str]) -> bool:
-    """Whether images beside shards only adorn them: without captions, and of a README, or called or placed so.
+    """Returns whether images beside shards only illustrate the dataset.
 
-    A single image is one in any case.
+    They must have no captions, and be mentioned in a README or have a typical name or folder. A single image without a
+    caption always counts as an illustration.
     """
     stems = {os.path.splitext(name)[0] for name in names if is_caption_file(name)}
     if any(os.path.splitext(name)[0] in stems or name in stems for name in images):
@@ -199,7 +222,7 @@ def _are_decoration(folder: Path, images: Sequence[str], names: Collection[str])
 
 
 def _notes(folder: Path, names: Iterable[str]) -> str:
-    """The text of the READMEs at a folder's top."""
+    """Returns the text of the READMEs in a folder."""
     texts = []
     for name in names:
         if "/" not in name and name.lower().startswith("readme"):
@@ -212,13 +235,13 @@ def _notes(folder: Path, names: Iterable[str]) -> str:
 
 
 def _described(files: Sequence[str], word: str) -> str:
-    """Some files in words: how many, and the first."""
+    """Describes files: their number, and the first few names."""
     some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     return f"{len(files):,} {word}{'s' * (len(files) != 1)} ({some})"
 
 
 def unread_lists(names: Iterable[str], content: FolderContent) -> list[str]:
-    """Files that look like lists of captions but are none that are read."""
+    """Returns the files that look like lists of captions but were not read."""
     found = []
     for name in names:
         base = name.rpartition("/")[2].lower()
@@ -231,39 +254,43 @@ def unread_lists(names: Iterable[str], content: FolderContent) -> list[str]:
 
 
 def describe_unread(fates: Fates, lists: Sequence[str]) -> list[str]:
-    """What lies in a folder without images, in words."""
+    """Describes the files of a folder without images, one line per reason why they are not read."""
     reasons = Counter()
     for fate, count in fates.by_fate().items():
         if fate.word == NO_READER:
             reasons[fate.reason] += count
     found = [f"{count:,} files: {reason}" for reason, count in reasons.most_common(3)]
-    cure = "with the images beside it, or give the folder as --dataset_name if the file is a dataset of its own"
+    cure = "with the images beside it, or pass the folder as --dataset_name if the file itself is a dataset"
     return found + [f"{name} is not read: {cure_of(name)}, {cure}" for name in lists[:1]]
 
 
 def cure_of(name: str) -> str:
-    """How a file that looks like a list of captions comes to be read."""
+    """Returns what the user must do to have a list of captions read."""
     base = name.rpartition("/")[2]
     if base == "metadata.parquet":
-        return "it needs a column file_name with the images' names, and no other metadata beside it"
+        return "it needs a column file_name with the image names, and no other metadata file beside it"
     if base in METADATA_NAMES:
-        return "give --data_format imagefolder"
-    return "give --data_format captions_json" if base == CAPTION_FILE else RENAMED
+        return "add --data_format imagefolder"
+    return "add --data_format captions_json" if base == CAPTION_FILE else RENAMED
 
 
 def settle(listing: Listing, content: FolderContent, kind: str) -> None:
-    """Gives each file that is no image of the table its fate, and refuses pictures that nothing here reads.
+    """Sets the fate of each file that is not an image of the table, and counts images in unsupported formats as bad.
 
-    A picture with a caption beside it, or a photograph that no image of the same name stands for, is meant to be data:
-    it counts as an image that can't be read.
+    An image in an unsupported format counts as a bad image if it has a caption file, or is a photo without a readable
+    image of the same name.
 
     Args:
-        content: what was read; its table is None where that is a stream.
+        listing: all files of the folder; fates are added to it.
+        content: what was read from the folder; its table is None for a stream.
+        kind: the value of --data_format.
     """
     table = content.table
     rows = set(table.names()) if isinstance(table, FileTable) else set()
     refused, considered = dict(() if table is None else table.refused), set(content.names)
     leftovers = []
+
+    # files whose fate is already known
     for name in sorted({*listing.names, *listing.special}) if listing.special else listing.names:
         if name in rows:
             continue
@@ -279,9 +306,11 @@ def settle(listing: Listing, content: FolderContent, kind: str) -> None:
             leftovers.append(name)
             continue
         listing.fates.add(name, fate)
+
+    # files that no reader has taken
     meant = _settle_leftovers(leftovers, listing, kind, {*rows, *refused}) if leftovers else []
     strangers = rows - set(listing.names)
-    if strangers:  # a list may name a hidden image, or one by a link to its folder
+    if strangers:  # a list may refer to a hidden image, or to one through a link
         root = os.path.realpath(listing.root)
         same = {os.path.relpath(os.path.realpath(listing.root / name), root) for name in strangers}
         listing.fates = listing.fates.without(strangers | (same - rows))
@@ -295,10 +324,13 @@ def settle(listing: Listing, content: FolderContent, kind: str) -> None:
 def _settle_leftovers(
     leftovers: Sequence[str], listing: Listing, kind: str, images: Collection[str]
 ) -> list[tuple[str, str]]:
-    """Gives files that no reader has taken their fates.
+    """Sets the fate of files that no reader has taken.
+
+    Args:
+        images: names of the images that were read or refused.
 
     Returns:
-        (name, reason) of pictures that are meant to be data but can't be read.
+        (name, reason) of images that are meant as data but can't be read.
     """
     stems = {os.path.splitext(name)[0] for name in images}
     unread = {suffix for suffix in set(map(_suffix, leftovers)) if unread_reason(suffix) is not None}
@@ -318,11 +350,17 @@ def _settle_leftovers(
 
 
 def _suffix(name: str) -> str:
+    """Returns the extension in lower case."""
     return "." + name.rpartition(".")[2].lower()
 
 
 def _leftover(name: str, kind: str, stems: Collection[str], pictures: dict[str, str]) -> Fate:
-    """The fate of a file that no reader has taken."""
+    """Returns the fate of a file that no reader has taken.
+
+    Args:
+        stems: names of the images without extension.
+        pictures: images in unsupported formats, by name without extension.
+    """
     stem, suffix = os.path.splitext(name)
     suffix = suffix.lower()
     if is_image(name):
@@ -331,14 +369,17 @@ def _leftover(name: str, kind: str, stems: Collection[str], pictures: dict[str, 
     if reason is not None:
         return Fate(NO_READER, reason)
     if suffix in ARCHIVES:
-        return Fate(NO_READER, f"{suffix} (archive) is not read; unpack it")
+        return Fate(NO_READER, f"{suffix} archives are not read; unpack it")
     if kind in KINDS_OF_IMAGES and suffix in PAIR_SUFFIXES:
         if stem in stems or os.path.splitext(stem)[0] in stems:
             is_pair = kind == "pairs"
-            return Fate(OTHER, "a caption beside its image, which has another that is read" if is_pair else BESIDE_LIST)
+            return Fate(
+                OTHER,
+                "a caption file beside its image; another caption file is read instead" if is_pair else BESIDE_LIST,
+            )
         if stem in pictures:
-            return Fate(LONE_CAPTION, f"its picture can't be read: {unread_reason(_suffix(pictures[stem]))}")
+            return Fate(LONE_CAPTION, f"its image can't be read: {unread_reason(_suffix(pictures[stem]))}")
         is_note = PurePosixPath(stem).name.lower() in NOTES or LIST_WORDS.search(PurePosixPath(stem).name)
         if suffix != ".json" and not is_note:
-            return Fate(LONE_CAPTION, "there is no image of its name")
+            return Fate(LONE_CAPTION, "there is no image with the same name")
     return Fate(OTHER)

@@ -1,4 +1,4 @@
-"""Folders of images, and the forms in which captions lie beside them."""
+"""Reads folders of images with captions in files beside the images or in captions.json, and detects splits."""
 
 import logging
 import os
@@ -27,9 +27,9 @@ from utils.data.source_options import CAPTION_FILE
 from utils.data.tables import FileTable, ImageTable, captions_of, present
 
 logger = logging.getLogger(__name__)
-MAX_CAPTION_JSON = 1 << 20  # bytes of a JSON file beside an image, which holds other facts too
-MOST_COMPARED = 100_000  # images whose further caption files are read to compare them
-NUM_TOGETHER = 2000  # of them at a time
+MAX_CAPTION_JSON = 1 << 20  # bytes of a JSON file beside an image, which may contain other metadata
+MOST_COMPARED = 100_000  # up to this many images, all caption files of an image are compared; above, a sample
+NUM_TOGETHER = 2000  # images compared at a time
 PAIR_SUFFIXES = (".txt", ".caption", ".json")
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -44,13 +44,13 @@ CAPTION_FIELDS = ("caption", "captions", "text", "prompt", "tags")
 
 
 class FolderContent(NamedTuple):
-    """What was read of a folder.
+    """The content of a folder of training data.
 
     Attributes:
         table: its images; None before they are read.
-        names: its files of the split that was read, or of none.
-        used: what files beside the images were read or taken as, by their names.
-        findings: what is to be said of the captions, a line each.
+        names: files of the split that was read, or of no split.
+        used: how files other than images were used (the word of a `Fate`), by name.
+        findings: messages about the captions, one line each.
         reading: arguments by which `datasets` reads its shards.
     """
 
@@ -62,9 +62,9 @@ class FolderContent(NamedTuple):
 
 
 def list_files(folder: Path) -> list[str]:
-    """Paths within the folder of all its files, links followed and hidden ones left out, in order.
+    """Returns the sorted relative paths of all files in a folder, following links and skipping hidden files.
 
-    What is no regular file, such as a pipe, is refused when it is opened.
+    Special files, such as pipes, are included; opening them raises an error.
     """
     listing = list_folder(folder)
     listing.warn()
@@ -72,7 +72,11 @@ def list_files(folder: Path) -> list[str]:
 
 
 def list_images(folder: Path, flag: str) -> list[str]:
-    """Paths within a folder of its images, in order; pictures that nothing here reads are named, under the flag."""
+    """Returns the sorted relative paths of the images in a folder; warns about images in unsupported formats.
+
+    Args:
+        flag: name of the flag that gives the folder, for the warning.
+    """
     fates = Fates(folder)
     images = []
     for name in list_files(folder):
@@ -86,36 +90,36 @@ def list_images(folder: Path, flag: str) -> list[str]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name ends as an image's."""
+    """Returns whether a file has the extension of an image format that can be read."""
     return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def is_caption_file(name: str) -> bool:
-    """Whether a file's name ends as that of captions beside an image."""
+    """Returns whether a file has the extension of a caption file."""
     return name.lower().endswith(PAIR_SUFFIXES)
 
 
 class KnownNames:
-    """The names of a folder's images, to find those that a list means."""
+    """The image names of a folder, to look up the names in a list of captions."""
 
     def __init__(self, names: Collection[str]):
         self.there = set(names)
         self._by_text: dict[str, list[str]] | None = None
 
     def find(self, name: str) -> str:
-        """The name itself, or the one that is the same text in another Unicode normal form, as macOS writes it; ""."""
+        """Returns the image with this name, also in another Unicode normal form, as macOS writes names; "" if none."""
         if name in self.there:
             return name
         same = [each for each in self._alike(name) if _text(each) == _text(name)]
         return same[0] if len(same) == 1 else ""
 
     def missing(self, name: str) -> str:
-        """Why a listed name is refused that is not there, with the one that may be meant."""
+        """Returns why a listed name that does not exist is refused, and a similar name that exists."""
         alike = self._alike(name)
-        return "is listed but not there" + (f"; {short(alike[0])} is" if alike else "")
+        return "is listed but does not exist" + (f"; {short(alike[0])} does" if alike else "")
 
     def _alike(self, name: str) -> list[str]:
-        """Those that differ from a name in capitals or the normal form alone."""
+        """Returns the names that differ from a name only in capitals or Unicode normal form."""
         if self._by_text is None:
             self._by_text = defaultdict(list)
             for each in sorted(self.there):
@@ -128,24 +132,35 @@ def _text(name: str) -> str:
 
 
 def resolve_listed(base: PurePosixPath, name: str, folder: Path, images: KnownNames) -> tuple[str, str]:
-    """(path within the folder, "") of a listed file name, or ("", why it is refused)."""
+    """Resolves the file name of a list entry.
+
+    Args:
+        base: relative path of the list's folder.
+        name: the file name in the list.
+        folder: the folder of the data.
+        images: its images.
+
+    Returns:
+        (relative path, "") or ("", why it is refused).
+    """
     plain = name.replace("\\", "/")
     inside = PurePosixPath(os.path.normpath(base / plain))
     if plain.startswith("/") or Path(name).is_absolute():
-        return "", "its file_name must be relative to the list's folder; absolute ones are refused"
+        return "", "its file_name must be relative to the folder of the list; absolute paths are refused"
     if inside.parts[:1] == ("..",):
-        return "", "its file_name leaves the folder, which is refused"
+        return "", "its file_name points outside the folder, which is refused"
     if found := images.find(str(inside)):
         return found, ""
     try:
         is_there = (folder / inside).is_file()
     except (OSError, ValueError):  # a name that no file can have
         is_there = False
-    return (str(inside), "") if is_there else ("", images.missing(str(inside)))  # named as no image: its bytes decide
+    # a file without an image extension is accepted: its bytes decide
+    return (str(inside), "") if is_there else ("", images.missing(str(inside)))
 
 
 def split_of(part: str) -> str | None:
-    """The split that a folder's or a file's name says: `train`, `val-00000-of-00002.parquet`, `test_1`; else None."""
+    """Returns the split in a folder or file name such as `train`, `val-00000-of-00002.parquet`, `test_1`; else None."""
     match = re.match(r"([a-z]+)(?![a-z])", part.lower())
     word = match[1] if match else ""
     return next((split for split, words in SPLIT_WORDS.items() if word in words), None)
@@ -154,17 +169,23 @@ def split_of(part: str) -> str | None:
 def of_split(
     names: Sequence[str], split: str, *, by_file_name: bool = False, folder_is_class: bool = False
 ) -> tuple[list[str], int]:
-    """(the names of one split, how many are of none) where folders, or the files' own names, say splits; else all.
+    """Selects the files of a split, if the names of folders or files contain splits; else all files.
 
-    What was taken for a split though it may be none, or for none though it may be one, is logged.
+    Warns where it is doubtful whether a name means a split.
 
     Args:
-        folder_is_class: whether an image's folder says its class: a folder of images beside such folders of other
-            names, `test/` beside `cat/`, is a class then and no split.
+        names: relative paths of the files.
+        split: the value of --dataset_split.
+        by_file_name: whether the names of files, not only of folders, can contain splits.
+        folder_is_class: whether the folder of an image is its class; then `test/` beside `cat/` is a class.
+
+    Returns:
+        (names of the split, number of images that are in no split).
 
     Raises:
         UserError: if there are splits, but not this one.
     """
+    # group the files by the split in their path
     classes = class_folders(names) if folder_is_class else frozenset()
     found: dict[str | None, list[str]] = defaultdict(list)
     words: dict[str, str] = {}
@@ -184,8 +205,10 @@ def of_split(
     if classes:
         listed = ", ".join(sorted(classes))
         logger.warning(
-            "taken for classes, as folders beside them are: %s; a split holds a folder for each class", listed
+            "read as classes, like the folders beside them: %s; a split would contain one folder per class", listed
         )
+
+    # the split exists: take its files, and those of no split if the split is in file names
     wanted = split_of(split) if split.lower() in ALL_SPLIT_WORDS else None
     if wanted in found and wanted is not None:
         num_of_none = sum(by_file_name or is_image(name) for name in found.get(None, ()))
@@ -194,35 +217,41 @@ def of_split(
             some = ", ".join(found[None][:3])
             if others:
                 raise UserError(
-                    f"{some} of the data name no split, others are of {', '.join(sorted({wanted, *others}))}; rename "
-                    f"them, such as {wanted}-{PurePosixPath(found[None][0]).name}, or take them out of the folder"
+                    f"the names of {some} contain no split, those of other files contain "
+                    f"{', '.join(sorted({wanted, *others}))}; rename them, for example to "
+                    f"{wanted}-{PurePosixPath(found[None][0]).name}, or move them out of the folder"
                 )
-            logger.warning("taken for the split %s too, though their names say no split: %s", split, some)
+            logger.warning("read as part of the split %s, although their names contain no split: %s", split, some)
             return list(names), 0
         if num_of_none:
             logger.warning(
-                "the folder %s is taken for the split %s, and %d images beside it are in none; if it is no split, "
-                "rename it",
+                "the folder %s is read as the split %s, and %d images beside it are in no split; if it is not a "
+                "split, rename it",
                 *(words[wanted], split, num_of_none),
             )
         return found[wanted], num_of_none
+
+    # the split does not exist: train on all files, unless another split is requested
     splits = [name for name in found if name is not None]
-    if split == "train" and "train" not in splits:  # folders of classes may be called so
+    if split == "train" and "train" not in splits:  # folders of classes may have the names of splits
         if splits:
             listed, what = ", ".join(words.values()), "file" if by_file_name else "folder"
-            logger.warning("trained on too, as there is no %s train: %s; if it is a split, take it out", what, listed)
+            logger.warning(
+                "also training on %s, because there is no %s named train; if these are splits, move them elsewhere",
+                *(listed, what),
+            )
         return list(names), 0
     there = ", ".join(splits) or "no splits"
-    raise UserError(f"--dataset_split {split} is not in the data, which has {there}")
+    raise UserError(f"--dataset_split {split} does not exist in the data, which has {there}")
 
 
 def class_folders(names: Sequence[str]) -> frozenset[str]:
-    """Folders of images that are called as splits are, beside folders of images that are not: by their paths."""
+    """Returns the image folders with the name of a split that have image folders with other names beside them."""
     return class_folders_among({name.rpartition("/")[0] for name in names if is_image(name)})
 
 
 def class_folders_among(folders: Iterable[str]) -> frozenset[str]:
-    """As `class_folders`, of the paths of the folders that hold images."""
+    """Does the same as `class_folders`, given the paths of the folders that contain images."""
     holding = {folder for folder in folders if folder}
     called = {folder for folder in holding if PurePosixPath(folder).name.lower() in ALL_SPLIT_WORDS}
     places = {PurePosixPath(folder).parent for folder in holding - called}
@@ -230,31 +259,38 @@ def class_folders_among(folders: Iterable[str]) -> frozenset[str]:
 
 
 def read_caption_file_folder(folder: Path, names: list[str], split: str, encoding: str | None = None) -> FolderContent:
-    """`captions.json`, which maps file names to a string or a list, beside images or their folder `images/`.
+    """Reads images and `captions.json`, which maps file names to a caption or a list of captions.
 
-    Splits may be folders (`train/images/`, `images/train/`), have a `captions.json` each (`train/captions.json`), or be
-    the keys of a single one.
+    The images are beside it or in `images/`. Splits may be folders (`train/images/`, `images/train/`), have one
+    `captions.json` each (`train/captions.json`), or be the top-level keys of a single one.
 
     Args:
-        names: the folder's files.
+        names: relative paths of the files.
+        split: the value of --dataset_split.
+        encoding: text encoding given by the user, or None to detect it.
 
     Raises:
-        UserError: if it can't be read or maps to something else, or has not the split.
+        UserError: if the file can't be read, has another structure, or does not contain the split.
     """
+    # the list: that of the split, or the one of all splits
     own = [name for name in names if name.endswith(f"/{CAPTION_FILE}") and split_of(name.split("/")[0])]
     chosen = [name for name in own if split_of(name.split("/")[0]) == split_of(split)]
     if own and not chosen and CAPTION_FILE not in names:
         there = ", ".join(name.split("/")[0] for name in own)
-        raise UserError(f"--dataset_split {split} is not in {folder}, which has {there}")
+        raise UserError(f"--dataset_split {split} does not exist in {folder}, which has {there}")
     file = folder / (chosen[0] if chosen else CAPTION_FILE)
     texts = TextReader(encoding)
     mapping, is_of_split = _read_caption_file(file, split, texts)
     is_of_split |= bool(chosen)
+
+    # the images of the split
     every = images = [name for name in names if is_image(name)]
     if any(name.split("/")[0] == "images" or "/images/" in name for name in images):
         images = [name for name in images if "images" in name.split("/")[:-1]]
     has_split_folders = any(part.lower() in ALL_SPLIT_WORDS for name in images for part in name.split("/")[:-1])
     pool = of_split(images, split)[0] if has_split_folders else images
+
+    # match list entries with images
     by_ending = _by_ending(pool)
     known, elsewhere = KnownNames(by_ending), _by_ending(images)
     captions: dict[str, tuple[str, ...]] = {}
@@ -269,19 +305,21 @@ def read_caption_file_folder(folder: Path, names: list[str], split: str, encodin
         plain = name.replace("\\", "/").removeprefix("./")
         path = by_ending.get(known.find(plain))
         if plain.startswith("/") or ".." in PurePosixPath(plain).parts:
-            refused.append((name, "its file_name leaves the folder, which is refused"))
+            refused.append((name, "its file_name points outside the folder, which is refused"))
         elif path is not None:
             if captions.get(path, found) != found:
                 twice.append((entries[path], name))
             captions[path], entries[path] = found, name
-        elif plain not in elsewhere:  # else it is of another split
+        elif plain not in elsewhere:  # entries of other splits are not errors
             refused.append((name, known.missing(plain)))
     if twice:
         both = " and ".join(map(short, twice[0]))
         raise UserError(
-            f"{file}: {len(twice):,} images have two entries with different captions, such as {both}; leave one of them"
+            f"{file}: {len(twice):,} images have two entries with different captions, such as {both}; keep one of them"
         )
-    if is_of_split and not has_split_folders:  # there the list says which images are of the split
+
+    # only the list tells which images belong to the split
+    if is_of_split and not has_split_folders:
         pool = [name for name in pool if name in captions]
     table = FileTable(folder, pool, [captions.get(name, ()) for name in pool], refused, len(every) - len(images))
     table.texts = texts
@@ -291,7 +329,7 @@ def read_caption_file_folder(folder: Path, names: list[str], split: str, encodin
 
 
 def _read_caption_file(file: Path, split: str, texts: TextReader) -> tuple[dict, bool]:
-    """(the mapping, whether it is of one split alone)."""
+    """Returns (the mapping of file names to captions, whether it contains only this split)."""
     try:
         mapping = parse_json(texts.read(file), file)
     except OSError as error:
@@ -305,12 +343,12 @@ def _read_caption_file(file: Path, split: str, texts: TextReader) -> tuple[dict,
         return mapping, False
     key = next((name for name in mapping if split_of(name) == split_of(split)), None)
     if key is None:
-        raise UserError(f"--dataset_split {split} is not in {file}, which has {', '.join(mapping)}")
+        raise UserError(f"--dataset_split {split} does not exist in {file}, which has {', '.join(mapping)}")
     return mapping[key], True
 
 
 def _by_ending(names: Sequence[str]) -> dict[str, str]:
-    """Names by themselves, and by what of them stands behind `images/`, a split's folder, or both."""
+    """Returns names by themselves, and by their part after `images/`, a split's folder, or both."""
     found: dict[str, str] = {}
     for name in names:
         parts = name.split("/")
@@ -325,14 +363,16 @@ def _by_ending(names: Sequence[str]) -> dict[str, str]:
 def read_pairs_folder(
     folder: Path, names: list[str], split: str, folder_is_class: bool = False, encoding: str | None = None
 ) -> FolderContent:
-    """Images with captions in files of the same name: `a.txt`, `a.caption` or `a.json` beside `a.jpg`.
+    """Reads images with captions in files of the same name: `a.txt`, `a.caption` or `a.json` beside `a.jpg`.
 
-    Each line of a text is a caption; of JSON a string, a list, or an object's field such as "caption" is. Of several
-    files beside an image the first in the order of `PAIR_SUFFIXES` is read.
+    Each line of a text file is a caption. A JSON file contains a string, a list, or an object with a field such as
+    "caption". If an image has several caption files, the first in the order of `PAIR_SUFFIXES` is read.
 
     Args:
-        folder_is_class: as of `of_split`.
-        encoding: that of the captions, where the user says it.
+        names: relative paths of the files.
+        split: the value of --dataset_split.
+        folder_is_class: as in `of_split`.
+        encoding: text encoding given by the user, or None to detect it.
     """
     names, num_of_none = of_split(names, split, folder_is_class=folder_is_class)
     images = list(filter(is_image, names))
@@ -357,7 +397,7 @@ def read_pairs_folder(
 def _compare_files(
     folder: Path, beside: Mapping[str, Sequence[str]], captions: Mapping[str, Sequence[str]], encoding: str | None
 ) -> "CaptionComparison":
-    """Compares the caption files of images that have several, some at a time; of very many images a sample."""
+    """Compares the caption files of images that have several, in chunks; only a sample of very many images."""
     several = [found for found in beside.values() if len(found) > 1]
     step = -(-len(several) // MOST_COMPARED) if several else 1
     compared, comparison = several[::step], CaptionComparison(len(several))
@@ -371,13 +411,13 @@ def _compare_files(
 def compare_with_list(
     root: Path, captions: Mapping[str, Sequence[str]], names: Iterable[str], lists: str, encoding: str | None
 ) -> list[str]:
-    """A line that counts the images whose caption files don't say what the list that is read says, or none.
+    """Returns a line that counts the images whose caption files differ from the list of captions; [] if none do.
 
     Args:
-        captions: those of the list, by the images' paths within `root`.
-        names: the folder's files but for the list itself.
-        lists: the list, as it is named in messages.
-        encoding: that of the caption files, where the user says it.
+        captions: captions from the list, by image path within `root`.
+        names: the files of the folder, without the list itself.
+        lists: name of the list in the message.
+        encoding: text encoding of the caption files given by the user, or None to detect it.
     """
     beside = list(_files_beside(captions, names).items())
     step = -(-len(beside) // MOST_COMPARED) if beside else 1
@@ -390,7 +430,7 @@ def compare_with_list(
 
 
 def _files_beside(images: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
-    """The caption files of each image that has some; the first is the one that is read."""
+    """Returns the caption files of each image that has any; the first one is read."""
     there: dict[str, list[str]] = defaultdict(list)
     for name in filter(is_caption_file, names):
         there[os.path.splitext(name)[0] + os.path.splitext(name)[1].lower()].append(name)
@@ -398,14 +438,14 @@ def _files_beside(images: Iterable[str], names: Iterable[str]) -> dict[str, list
 
 
 def _pairs_of(name: str, there: Mapping[str, Sequence[str]]) -> list[str]:
-    """The caption files of an image, of which the first is read."""
+    """Returns the caption files of an image; the first one is read."""
     stem = os.path.splitext(name)[0]
     pairs = (pair for suffix in PAIR_SUFFIXES for pair in (stem + suffix, name + suffix))
     return [found for pair in pairs for found in there.get(pair, ())]
 
 
 def _read_caption_files(folder: Path, names: Iterable[str]) -> tuple[dict[str, bytes], dict[str, str]]:
-    """(the bytes of caption files by their names, why others can't be read)."""
+    """Returns (the bytes of caption files, why others can't be read), both by name."""
     contents: dict[str, bytes] = {}
     broken: dict[str, str] = {}
     for name in dict.fromkeys(names):
@@ -419,12 +459,14 @@ def _read_caption_files(folder: Path, names: Iterable[str]) -> tuple[dict[str, b
 
 
 class CaptionComparison:
-    """Counts the images whose captions in several places are not the same."""
+    """Counts the images whose captions differ between several files."""
 
     def __init__(self, num_images: int | None = None, lists: str = ""):
-        """`num_images` are those with captions in several places; None if all of them are compared.
+        """Starts with no images compared.
 
-        `lists` is the list of captions that is read, as messages name it; "" where caption files alone are compared.
+        Args:
+            num_images: number of images with several captions, if only a sample is compared; None if all are.
+            lists: name of the list of captions in messages; "" if only caption files are compared.
         """
         self._num_images = num_images
         self._lists = lists
@@ -441,9 +483,9 @@ class CaptionComparison:
         """Compares the caption files of some images.
 
         Args:
-            images: the names of each one's files, of which the first is read; the image's own in place of a list.
-            read: the captions that are read, by the first names; nothing of a file that can't be read.
-            others: the bytes of the other files.
+            images: the caption files of each image; the first is read. With a list, the first is the image itself.
+            read: the captions that are used, by the first name; None for a file that can't be read.
+            others: the bytes of the other files, by name.
             texts: decodes them.
         """
         captions = captions_in(others, texts)[0]
@@ -455,7 +497,7 @@ class CaptionComparison:
                 self._num_differing += 1
 
     def findings(self) -> list[str]:
-        """A line that counts them, or none."""
+        """Returns a line that counts the images whose captions differ; [] if none do."""
         if not self._num_differing:
             return []
         is_sample = self._num_images is not None and self._num_compared < self._num_images
@@ -463,22 +505,27 @@ class CaptionComparison:
         if self._lists:
             image, *further = self._first
             return [
-                f"{self._num_differing:,} images{of} have other captions in {self._lists} than in a file beside them; "
-                f"{self._lists} is used, such as for {image} and not {', '.join(further)}"
+                f"{self._num_differing:,} images{of} have different captions in {self._lists} and in a file beside "
+                f"them: {self._lists} is used, such as for {image} instead of {', '.join(further)}"
             ]
         return [
             f"{self._num_differing:,} images{of} have several caption files with different captions; the first is read "
-            f"({' before '.join(PAIR_SUFFIXES)}), such as {self._first[0]} and not {', '.join(self._first[1:])}"
+            f"({' before '.join(PAIR_SUFFIXES)}), such as {self._first[0]} instead of {', '.join(self._first[1:])}"
         ]
 
 
 def caption_limit(name: str) -> int:
-    """The most bytes that a caption file may have."""
+    """Returns the maximum size of a caption file in bytes."""
     return MAX_CAPTION_JSON if name.lower().endswith(".json") else MAX_CAPTION
 
 
 def captions_in(contents: Mapping[str, bytes], texts: TextReader) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """(the captions in text and JSON files, by their names; why others can't be read)."""
+    """Returns (the captions in text and JSON files, why others can't be read), both by name.
+
+    Args:
+        contents: bytes of the files, by name.
+        texts: decodes them.
+    """
     captions: dict[str, tuple[str, ...]] = {}
     broken: dict[str, str] = {}
     for name, text in texts.decode_together(contents).items():
@@ -498,14 +545,14 @@ def captions_in(contents: Mapping[str, bytes], texts: TextReader) -> tuple[dict[
 
 
 def member_captions(name: str, content: bytes, encoding: str | None) -> tuple[str, ...]:
-    """The captions in a text or JSON file that comes alone: too little to guess its encoding by.
+    """Returns the captions in a single text or JSON file, which is too short to guess its encoding.
 
     Raises:
-        FileError: if it is too long, not UTF-8 while no encoding is given, or damaged.
+        FileError: if it is too long, damaged, or not UTF-8 although no encoding is given.
     """
     limit = caption_limit(name)
     if len(content) > limit:
-        raise FileError(name, f"has over {size_text(limit)}; no more are read")
+        raise FileError(name, f"has over {size_text(limit)}, the maximum")
     captions, broken = captions_in({name: content}, CertainTexts(encoding))
     if name in broken:
         raise FileError(name, broken[name])
@@ -513,16 +560,17 @@ def member_captions(name: str, content: bytes, encoding: str | None) -> tuple[st
 
 
 def _captions_of_file(name: str, text: str) -> tuple[str, ...]:
+    """Returns the captions in the text of a caption file."""
     if not name.lower().endswith(".json"):
         return present(text.splitlines())
     return captions_of(_caption_field(parse_json(text, name)), "the caption")
 
 
 def _caption_field(value: object) -> object:
-    """What a JSON object says of the caption; anything else as it is."""
+    """Returns the caption field of a JSON object; any other value unchanged."""
     if not isinstance(value, dict):
         return value
     found = next((field for field in CAPTION_FIELDS if value.get(field)), None)
-    if found == "tags" and isinstance(value[found], list):  # one caption of all of them
+    if found == "tags" and isinstance(value[found], list):  # all tags form one caption
         return ", ".join(str(tag) for tag in value[found])
     return value[found] if found else None

@@ -1,4 +1,4 @@
-"""What was found out about the images of a table, kept on the disk under their keys and the stamps of their files."""
+"""A disk cache of facts about the images of a table, stored by image key and file stamp (size and times)."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Remembered:
-    """The remembered values of one table's images, a Parquet file; each holds as long as its stamp is the same."""
+    """Cached values for the images of one table, in a Parquet file. A value is valid while the stamp is unchanged."""
 
     def __init__(self, path: Path, columns: Mapping[str, pa.DataType]):
         self._path = path
@@ -34,7 +34,7 @@ class Remembered:
             return
 
     def find(self, keys: Sequence[str], stamps: Sequence[str]) -> np.ndarray:
-        """[n] where each is remembered as it is now, else -1."""
+        """Returns [n] the row of each image in the cache; -1 if it is missing or its file has changed."""
         if self._table is None or not len(self._table) or not keys:
             return np.full(len(keys), -1)
         from pyarrow import compute
@@ -45,14 +45,14 @@ class Remembered:
         return np.where((at >= 0) & (remembered[at] == np.array(stamps, object)), at, -1)
 
     def column(self, name: str) -> np.ndarray:
-        """The values of all remembered images; bytes as objects."""
+        """Returns the values of all cached images; bytes as an object array."""
         is_bytes = self._schema.field(name).type == pa.binary()
         return (
             np.array([*self._table[name].to_pylist(), None], object)[:-1] if is_bytes else self._table[name].to_numpy()
         )
 
     def add(self, keys: Sequence[str], stamps: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
-        """Adds values, but not of files that were changed a moment ago: another change might leave the stamp alike."""
+        """Adds values, except for files changed moments ago: a further change might not change their stamp."""
         from pyarrow import compute
 
         now = time.time_ns()
@@ -69,17 +69,17 @@ class Remembered:
             mark_as_own(self._path.parent.parent)
             write_table(self._path, new)
         except OSError as error:
-            logger.warning("%s can't be written, its images will be read again next time: %s", self._path, error)
+            logger.warning("can't write %s, so the next run will read its images again: %s", self._path, error)
 
 
 def _is_settled(stamp: str, now: int) -> bool:
-    """Whether the file was last changed long enough ago for its times to tell the next change."""
+    """Returns whether a file was last changed long enough ago that another change would change its times."""
     times = stamp.split(":")[1:]
     return all(int(time_) + SETTLED_NANOSECONDS < now for time_ in times)
 
 
 def stamps_of(table: ImageTable, rows: np.ndarray) -> list[str]:
-    """The stamps of some rows of a table, read by several threads."""
+    """Returns the stamps of rows of a table, read by several threads."""
     chunks = [rows[begin : begin + CHUNK] for begin in range(0, len(rows), CHUNK)]
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
         return [stamp for found in pool.map(partial(_stamp_chunk, table), chunks) for stamp in found]

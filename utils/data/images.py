@@ -1,4 +1,4 @@
-"""From an image file to the pixels that a model sees, all of it by PIL."""
+"""Opens and decodes images with PIL: upright, in sRGB, with limits against broken and malicious files."""
 
 import importlib
 import io
@@ -32,7 +32,7 @@ from utils.data.file_signatures import HEAD_SIZE, is_raw, jxl_size, kind_of, pro
 from utils.data.oddities import CONVERTED, SMALL_PALETTE, TURNED_ANEW, UNCOMMON, how_read
 from utils.data.orientation import Turn, turn_of
 
-BROKEN_FILE_ERRORS = (  # beside OSError and ValueError
+BROKEN_FILE_ERRORS = (  # in addition to OSError and ValueError
     SyntaxError,
     EOFError,
     LookupError,
@@ -47,17 +47,17 @@ BROKEN_FILE_ERRORS = (  # beside OSError and ValueError
 )
 READ_FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "DDS", "SGI", "PCX"),
-    "TGA",  # the last: it has no signature
+    "TGA",  # last, because it has no signature
 )
-"""The formats that are opened, whatever a file is called, by PIL's names: those of photographs, art and textures that
-are decoded in this process from the file alone. Others start programs (EPS), read only part of what the file shows
-(PSD, ICO), are no pictures (FITS, HDF5, GRIB), or are of no use as training data.
+"""PIL names of the formats that are opened, whatever the extension: photographs, art and textures that are decoded in
+this process from the file alone. The others start programs (EPS), decode only part of the image (PSD, ICO), are not
+images (FITS, HDF5, GRIB), or are not useful as training data.
 """
 OPTIONAL_FORMATS = {
     "HEIF": ("pillow_heif", "pillow-heif", (".heic", ".heif", ".hif")),
     "JXL": ("pillow_jxl", "pillow-jxl-plugin", (".jxl",)),
 }
-"""Formats that a package adds to PIL: the module that registers them, the package, and the endings."""
+"""Formats that a package adds to PIL: (module that registers the format, package, extensions)."""
 UNREAD_SUFFIXES = {
     "SVG": (".svg", ".svgz"),
     "EPS": (".eps", ".epsf", ".epsi", ".ps", ".ai"),
@@ -83,16 +83,16 @@ UNREAD_SUFFIXES = {
         *(".m2ts", ".gifv"),
     ),
 }
-"""Endings of pictures and videos that are never read, by their kind."""
+"""Extensions of images and videos that are never read, by kind."""
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in UNREAD_SUFFIXES.items() for suffix in suffixes}
-QOI_COLORSPACE = 13  # where it says whether it is linear
-MOST_BYTES = 1 << 30  # of a file
-BLOCK = 16  # pixels of an edge that codecs for photographs store together
-FULL_PIXELS = 89_478_485  # PIL's own limit; what has more is read in half its size
+QOI_COLORSPACE = 13  # offset of the byte that is 1 for linear light
+MOST_BYTES = 1 << 30  # of an image file
+BLOCK = 16  # edge in pixels of the blocks of photo codecs
+FULL_PIXELS = 89_478_485  # PIL's own limit; larger images are read at half size
 MOST_PIXELS = 1 << 28
-MOST_PIXELS_PER_BYTE = 100  # of what has over FULL_PIXELS; photographs have 1 to 40, one colour as PNG 130 to 8000
-MANY_PIXELS, MOST_OF_MANY_PER_BYTE = 1 << 24, 20_000  # one colour as PNG or GIF has up to 8000 pixels a byte
-Image.MAX_IMAGE_PIXELS = None  # PIL only warns at its limit; `check_pixels` judges
+MOST_PIXELS_PER_BYTE = 100  # above FULL_PIXELS; photos have 1 to 40, single-colour PNGs 130 to 8000
+MANY_PIXELS, MOST_OF_MANY_PER_BYTE = 1 << 24, 20_000  # a single-colour PNG or GIF has up to 8000 pixels per byte
+Image.MAX_IMAGE_PIXELS = None  # PIL only warns at its limit; `check_pixels` enforces ours
 warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read", module="PIL.TiffImagePlugin")
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # workflows and profiles of many MB
 ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
@@ -100,16 +100,16 @@ logger = logging.getLogger(__name__)
 
 
 class Refused(str):
-    """Why an image may not be read, in place of its path."""
+    """The reason why an image must not be read, used in place of its path."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says before its pixels.
+    """What is known about an image without decoding it.
 
     Attributes:
-        width, height: in pixels, upright as EXIF or XMP says.
-        oddities: names of what is out of the ordinary in it.
+        width, height: in pixels, after applying the orientation in EXIF or XMP.
+        oddities: names of its unusual properties.
     """
 
     width: int
@@ -118,20 +118,20 @@ class Header:
 
     @property
     def how_read(self) -> bytes:
-        """What sets its pixels apart from those that earlier releases read; b"" of most images."""
+        """Part of the cache key that differs if earlier releases decoded other pixels; b"" for most images."""
         return how_read(self.oddities)
 
 
 @cache
 def read_formats() -> tuple[str, ...]:
-    """The formats that are opened here: `READ_FORMATS` and those that installed packages add, registered once."""
+    """Returns the formats that are opened: `READ_FORMATS` and those of installed packages, which it registers once."""
     Image.init()
     known = [name for name in READ_FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
     return (*(name for name in OPTIONAL_FORMATS if _register(name)), *known)
 
 
 def _register(name: str) -> bool:
-    """Registers an optional format with PIL; returns whether its package is there."""
+    """Registers an optional format with PIL; returns whether its package is installed and loads."""
     module, package, _ = OPTIONAL_FORMATS[name]
     try:
         found = importlib.import_module(module)  # pillow_jxl registers itself
@@ -140,21 +140,21 @@ def _register(name: str) -> bool:
     except ModuleNotFoundError:
         return False
     except (ImportError, OSError) as error:
-        logger.warning("%s is installed but does not load: %s", package, first_line(error))
+        logger.warning("%s is installed but cannot be loaded: %s", package, first_line(error))
         return False
     return True
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The endings, in small letters, of files that are opened as images."""
+    """Returns the extensions, in lower case, of files that are opened as images."""
     formats = {*read_formats(), "MPO"}  # which PIL opens as JPEG
     optional = [suffix for name in formats & OPTIONAL_FORMATS.keys() for suffix in OPTIONAL_FORMATS[name][2]]
     return frozenset(optional).union(end for end, name in Image.registered_extensions().items() if name in formats)
 
 
 def unread_reason(suffix: str) -> str | None:
-    """Why a picture or video with this ending is not read; None of endings that are read or are of no picture."""
+    """Returns why images or videos with this extension are not read; None for extensions that are read or unknown."""
     suffix = suffix.lower()
     if suffix in image_suffixes():
         return None
@@ -164,45 +164,45 @@ def unread_reason(suffix: str) -> str | None:
 
 
 def _not_read(kind: str) -> str:
-    """That pictures of a kind are not read, with the cure."""
+    """Returns a message that a kind of image is not read, with the cure."""
     if kind in OPTIONAL_FORMATS:
         package = OPTIONAL_FORMATS[kind][1]
         return f"{kind} images need the package {package}: pip install {package}"
     if kind == "video":
         return "videos are not read; save frames as PNG or JPEG"
-    return f"{kind} images are not read; convert it to PNG or JPEG"
+    return f"{kind} images are not read; convert them to PNG or JPEG"
 
 
 @contextmanager
 def open_image(source: str | bytes) -> Iterator[Image.Image]:
-    """Opens an image, of which only the header is read, and closes it at the end.
+    """Context manager: an opened image, of which only the header has been read.
 
-    Its ICC profile, or one made of what else the file says of its colours, is `info["icc_profile"]`. Photographs of
-    over 89 megapixels are read in half their size: a JPEG's is halved here, others' in `decode`.
+    `info["icc_profile"]` is its ICC profile, or one built from other colour metadata. Photos of over 89 megapixels are
+    read at half size: JPEGs are halved here, other formats in `decode`.
 
     Args:
-        source: the path of a regular file, or an image's bytes.
+        source: path of a regular file, or the bytes of an image.
 
     Raises:
         OSError: if it is missing, empty, refused or not an image of `read_formats()`.
-        ValueError: if it has too many pixels, or far more than its bytes can tell of.
+        ValueError: if it has too many pixels, in total or for its number of bytes.
     """
     with _opened(source) as file:
         yield _identify(file)
 
 
 def image_bytes(source: str | bytes) -> bytes:
-    """All bytes of an image.
+    """Returns all bytes of an image.
 
     Raises:
-        OSError: as `open_image`, and if they are more than are read of an image.
+        OSError: as `open_image`, and if the file exceeds `MOST_BYTES`.
     """
     with _opened(source) as file:
         return file.read()
 
 
 def _opened(source: str | bytes) -> BinaryIO:
-    """The regular file at a path, or bytes as a file.
+    """Opens the regular file at a path, or bytes as a file.
 
     Raises:
         OSError: as `image_bytes`.
@@ -218,15 +218,16 @@ def _opened(source: str | bytes) -> BinaryIO:
     if 0 < num_bytes <= MOST_BYTES:
         return file
     file.close()
-    raise OSError(f"it has over {MOST_BYTES >> 20} MiB, the most that is read" if num_bytes else "the file is empty")
+    raise OSError(f"it has over {MOST_BYTES >> 20} MiB, the maximum" if num_bytes else "the file is empty")
 
 
 def _identify(file: BinaryIO) -> Image.Image:
-    """The image of an open file, as `open_image` returns it.
+    """Returns the image of an open file, for `open_image`.
 
-    What is known of it is settled here, once for `read_header` and `decode`: `info["turn"]` is how it has to be turned,
-    `info["upright"]` its width and height when it is turned and halved.
+    Sets `info["turn"]`, the rotation to apply, and `info["upright"]`, the (width, height) after rotating and halving,
+    for `read_header` and `decode`.
     """
+    # refuse unsupported formats by their signature
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(HEAD_SIZE)
@@ -234,7 +235,9 @@ def _identify(file: BinaryIO) -> Image.Image:
     if kind is not None and kind not in read_formats():
         raise OSError(_not_read(kind))
     if kind == "JXL":
-        check_pixels(jxl_size(file), num_bytes)  # before it is opened, when the package decodes it
+        check_pixels(jxl_size(file), num_bytes)  # before opening, because the package decodes it then
+
+    # read the header, the colour profile and the orientation
     try:
         image = Image.open(file, formats=read_formats())
         place = file.tell()
@@ -244,15 +247,19 @@ def _identify(file: BinaryIO) -> Image.Image:
         is_thumbnail = image.format == "TIFF" and is_raw(image)
         note_samples(image, head)
     except Image.UnidentifiedImageError as error:
-        unread = unread_tiff(file) if head[:4] in TIFF_MAGICS else "not an image, or of no format that is read here"
+        unread = unread_tiff(file) if head[:4] in TIFF_MAGICS else "not an image, or its format is not supported"
         raise OSError(unread) from error
     except BROKEN_FILE_ERRORS as error:  # such as the AVIF decoder's
         raise OSError(f"broken image: {error}") from error
+
+    # refuse what PIL would decode wrongly or only in part
     check_pixels(image.size, num_bytes)
     if is_thumbnail:
         raise OSError(_not_read("camera raw"))
     if image.format == "DDS" and getattr(image, "pixel_format", "").startswith("BC6H"):
         raise OSError(_not_read("high dynamic range"))
+
+    # very large images are read at half size
     if is_halved(image):
         image.info["halved"] = True
         if "clear" in image.info:
@@ -268,42 +275,46 @@ def _identify(file: BinaryIO) -> Image.Image:
 
 
 def _upright_size(image: Image.Image, turn: Turn) -> tuple[int, int]:
-    """Width and height of an opened image when it is turned and halved."""
+    """Returns (width, height) of an opened image after rotating and halving."""
     width, height = image.size[::-1] if turn.swaps else image.size
     return (-(-width // 2), -(-height // 2)) if is_halved(image) else (width, height)
 
 
 def check_pixels(size: tuple[int, int], num_bytes: int) -> None:
-    """Refuses an image that would take memory out of proportion to its file.
+    """Refuses an image whose decoded size is out of proportion to its file.
+
+    Args:
+        size: (width, height) in pixels.
+        num_bytes: size of the file.
 
     Raises:
-        ValueError: naming what it has.
+        ValueError: naming its size and the limit.
     """
     pixels = size[0] * size[1]
     if pixels > MOST_PIXELS:
-        raise ValueError(f"{size[0]}x{size[1]} pixels are over the limit of {MOST_PIXELS}")
+        raise ValueError(f"{size[0]}x{size[1]} pixels are over the limit of {MOST_PIXELS} pixels")
     limit, most = (FULL_PIXELS, MOST_PIXELS_PER_BYTE) if pixels > FULL_PIXELS else (MANY_PIXELS, MOST_OF_MANY_PER_BYTE)
     if pixels > limit and num_bytes * most < pixels:
         raise ValueError(
-            f"{size[0]}x{size[1]} pixels in {num_bytes} bytes are no photograph but a decompression bomb; "
-            f"over {limit} pixels need a byte for each {most}"
+            f"{size[0]}x{size[1]} pixels in {num_bytes} bytes look like a decompression bomb; images of over {limit} "
+            f"pixels need at least one byte per {most} pixels"
         )
 
 
 def is_halved(image: Image.Image) -> bool:
-    """Whether an opened image is so large that it is read in half its size."""
+    """Returns whether an opened image is so large that it is read at half size."""
     return image.width * image.height > FULL_PIXELS
 
 
 def reason_of(error: Exception) -> str:
-    """Why an image can't be read, in words."""
+    """Returns why an image can't be read."""
     if isinstance(error, FileNotFoundError):
-        return "the file is not there"
+        return "the file does not exist"
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 def check_whole(content: str | bytes) -> None:
-    """Raises `OSError` if an image's bytes are cut off, as far as their end says it: without decoding them."""
+    """Raises `OSError` if the bytes of an image are cut off, judging by their end; does not decode them."""
     if not isinstance(content, bytes):
         return
     ends = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
@@ -316,7 +327,7 @@ def check_whole(content: str | bytes) -> None:
 
 
 def read_header(source: str | bytes) -> Header:
-    """An image's upright size and oddities; its pixels are not read.
+    """Returns the upright size and the oddities of an image without decoding it.
 
     Raises:
         OSError, ValueError: as `open_image`.
@@ -329,10 +340,10 @@ def read_header(source: str | bytes) -> Header:
 
 
 def check_values(source: str | bytes, header: Header) -> Header:
-    """The header with what its image's numbers show; one of an uncommon bit depth is decoded for it.
+    """Returns the header with oddities found in the pixel values; decodes only images of an uncommon bit depth.
 
     Raises:
-        OSError, ValueError: if it can't be read, as `read_layers`, or which of its numbers is white can't be told.
+        OSError, ValueError: as `read_layers`, also if no value can be identified as white.
     """
     if UNCOMMON not in header.oddities:
         return header
@@ -342,6 +353,7 @@ def check_values(source: str | bytes, header: Header) -> Header:
 
 
 def _oddities(image: Image.Image) -> tuple[str, ...]:
+    """Returns the names of the unusual properties of an opened image."""
     mode = image.mode
     found = {
         "CMYK": mode == "CMYK",
@@ -365,10 +377,11 @@ def _oddities(image: Image.Image) -> tuple[str, ...]:
 
 
 def decode(source: str | bytes, prepare: Callable[[Image.Image], None] | None = None) -> Image.Image:
-    """The first frame of an image, as its file has it, turned as its EXIF or XMP says.
+    """Decodes the first frame of an image and rotates it as EXIF or XMP says; colours are not converted.
 
     Args:
-        prepare: changes the opened image before it is decoded.
+        source: path or bytes.
+        prepare: modifies the opened image before it is decoded.
 
     Raises:
         OSError, ValueError: as `open_image`, and if it is truncated or broken.
@@ -379,7 +392,7 @@ def decode(source: str | bytes, prepare: Callable[[Image.Image], None] | None = 
         known = dict(image.info)
         try:
             image.load()
-            image.info = known  # what stands behind the pixels of a PNG is in no header
+            image.info = known  # discard metadata after the pixels of a PNG, which the header lacks
             upright = _halved(image) if is_halved(image) else image
             if known["turn"].left is not None:
                 upright = upright.transpose(known["turn"].left)
@@ -387,7 +400,7 @@ def decode(source: str | bytes, prepare: Callable[[Image.Image], None] | None = 
             raise OSError(f"broken image: {error}") from error
     if not _is_size(upright.size, known["upright"]):
         raise OSError(
-            "broken image: its pixels are {}x{}, by its header {}x{}".format(*upright.size, *known["upright"])
+            "broken image: its size is {}x{}, but its header says {}x{}".format(*upright.size, *known["upright"])
         )
     if "clear" in known and upright.mode == "RGB" and prepare is None:
         upright.putalpha(clear_colour(upright, decode(source, take_other_half), known["clear"]))
@@ -395,9 +408,13 @@ def decode(source: str | bytes, prepare: Callable[[Image.Image], None] | None = 
 
 
 def _is_size(size: tuple[int, int], said: tuple[int, int]) -> bool:
-    """Whether pixels are of the size that their header says, but for an edge that a decoder has cut to its blocks.
+    """Returns whether an image has the size in its header, up to one block of the codec per edge.
 
-    Plug-ins for HEIF and others know the exact size only then. A turn that the header does not tell is none of that.
+    Plug-ins, such as that for HEIF, know the exact size only after decoding. Swapped width and height never match.
+
+    Args:
+        size: (width, height) after decoding.
+        said: (width, height) in the header.
     """
     is_turned = size == said[::-1] != said
     return not is_turned and all(
@@ -406,7 +423,7 @@ def _is_size(size: tuple[int, int], said: tuple[int, int]) -> bool:
 
 
 def _halved(image: Image.Image) -> Image.Image:
-    """A decoded image in half its size, each pixel the mean of four."""
+    """Returns a decoded image at half size, each pixel the mean of four."""
     if image.mode in ("P", "PA") or "transparency" in image.info:
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     elif image.mode == "1" or image.mode.startswith("I;"):
@@ -415,9 +432,9 @@ def _halved(image: Image.Image) -> Image.Image:
 
 
 def read_rgb(source: str | bytes, transparency_color: str = "white") -> Image.Image:
-    """Decodes an image (of several frames the first) into RGB, upright by EXIF or XMP, in sRGB.
+    """Decodes the first frame of an image into RGB, upright and in sRGB.
 
-    Transparency is laid on the colour; 16-bit grey is scaled, where PIL alone would clip it.
+    Transparent images are laid on a background colour. 16-bit grey is scaled to 8 bits, whereas PIL would clip it.
 
     Raises:
         OSError, ValueError: as `decode`.
@@ -426,7 +443,7 @@ def read_rgb(source: str | bytes, transparency_color: str = "white") -> Image.Im
 
 
 def read_mask(source: str | bytes) -> Image.Image:
-    """A mask, "L": its values as they are, whatever colours a profile would make of them; clear is black.
+    """Decodes a mask into mode L, without colour conversion; transparent pixels are black.
 
     Raises:
         OSError, ValueError: as `decode`.
@@ -435,9 +452,11 @@ def read_mask(source: str | bytes) -> Image.Image:
 
 
 def read_mask_layers(source: str | bytes) -> tuple[Image.Image, Image.Image | None, tuple[float, float] | None]:
-    """(a mask's values, "RGB", its alpha channel or None, the range of one in more than 8 bits or None).
+    """Decodes a mask without colour conversion.
 
-    The range is that before rounding, from 0 to 255.
+    Returns:
+        (values in mode RGB; alpha channel or None; for masks of more than 8 bits the minimum and maximum from 0 to 255
+        before rounding, else None).
 
     Raises:
         OSError, ValueError: as `decode`.
@@ -450,12 +469,16 @@ def read_mask_layers(source: str | bytes) -> tuple[Image.Image, Image.Image | No
 
 
 def read_layers(source: str | bytes, transparency_color: str) -> tuple[Image.Image, Image.Image | None]:
-    """(what `read_rgb` returns, the alpha channel, "L", or None of an opaque image)."""
+    """Decodes an image; returns (the result of `read_rgb`, the alpha channel in mode L or None if it is opaque).
+
+    Raises:
+        OSError, ValueError: as `decode`.
+    """
     return _layers(decode(source), transparency_color)
 
 
 def _layers(image: Image.Image, transparency_color: str) -> tuple[Image.Image, Image.Image | None]:
-    """The same as `read_layers`, of a decoded image."""
+    """Does the same as `read_layers` for a decoded image."""
     image = eight_bits(image)
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         return _flattened(image, transparency_color)
@@ -463,7 +486,7 @@ def _layers(image: Image.Image, transparency_color: str) -> tuple[Image.Image, I
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """A decoded image in sRGB of 8 bits: as `to_srgb`, deep grey as RGB or RGBA.
+    """Converts a decoded image to 8-bit sRGB, as `to_srgb`; grey of more than 8 bits becomes RGB or RGBA.
 
     Raises:
         ValueError: as `deep_grey`.
@@ -479,7 +502,10 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _flattened(image: Image.Image, color: str) -> tuple[Image.Image, Image.Image]:
-    """(a transparent image laid on a colour, its alpha channel), strip by strip: whole copies would take gigabytes."""
+    """Returns (a transparent image laid on a colour, its alpha channel).
+
+    Works strip by strip, because copies of the whole image could take gigabytes.
+    """
     rgb, alpha = Image.new("RGB", image.size), Image.new("L", image.size)
     for rows in strips(image.size[::-1]):
         strip = image.crop((0, rows.start, image.width, min(rows.stop, image.height))).convert("RGBA")

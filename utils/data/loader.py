@@ -1,4 +1,4 @@
-"""The loader: from a step's number to its batches, everything random drawn on the way."""
+"""Loads training batches: reads images, chooses captions, and draws all random numbers by step and slot."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -30,12 +30,13 @@ MAX_REPLACEMENTS = 100
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What the loader must know of the model and of what is drawn.
+    """What the loader needs to know about the model and the random variants.
 
     Attributes:
-        latent_shape: of pixels' (width, height) the [C, h, w] of their latents.
-        tokenize: B captions -> [B, text encoders, tokens] int64.
-        cut_variants, text_variants: passes after which crops and flips, and tag orders, come again; None for never.
+        latent_shape: maps (width, height) of pixels to the shape [C, h, w] of their latents.
+        tokenize: maps B captions to [B, text encoders, tokens] int64.
+        cut_variants, text_variants: number of passes after which crops and flips, and tag orders, repeat; None for
+            never.
     """
 
     latent_shape: Callable[[tuple[int, int]], tuple[int, int, int]] = field(repr=False)
@@ -45,11 +46,11 @@ class SampleSpec:
 
 
 class Sight(NamedTuple):
-    """What a model sees of an image.
+    """One image as the model receives it.
 
     Attributes:
-        values: pixels [3, H, W] uint8, or from the cache moments [2, C, h, w].
-        crop: [6] its row.
+        values: pixels [3, H, W] uint8, or cached moments [2, C, h, w].
+        crop: [6] float32, `Crop.row()`.
         mask: [1, h, w] uint8, or None without masks.
     """
 
@@ -59,7 +60,7 @@ class Sight(NamedTuple):
 
 
 class TrainingDataset(Dataset):
-    """Maps a `Piece` (a step and some slots of its global batch, all of one bucket) to its `Batch`."""
+    """Dataset of batches: maps a `Piece` (a step and slots of its global batch, all from one bucket) to a `Batch`."""
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class TrainingDataset(Dataset):
         self._members: dict[tuple[int, int], np.ndarray] = {}
 
     def __getitem__(self, piece: Piece) -> Batch:
+        # samples: read the image, the caption and the noise of each slot
         records = piece.streamed or self.images.records
         unreadable = [] if piece.streamed is None else list(piece.streamed.bad)
         chosen, keys, seen, texts, dropped, draws = [], [], [], [], [], []
@@ -94,12 +96,16 @@ class TrainingDataset(Dataset):
             dropped.append(drop)
             shape = self.spec.latent_shape(self.sizes[draw.bucket])
             draws.append(self.noise_draws.draw(piece.step, slot, shape))
+
+        # captions: tokenize them, or read their cached states
         states = input_ids = None
         if self.encodings.texts is None:
             input_ids = self.spec.tokenize(["" if drop else text for text, drop in zip(texts, dropped, strict=True)])
         else:
             entries = [self.encodings.texts.read(text, drop) for text, drop in zip(texts, dropped, strict=True)]
             states = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+
+        # batch: stack the samples; values are pixels, or moments if latents are cached
         is_live = self.encodings.latents is None
         values = torch.stack([sight.values for sight in seen])
         return Batch(
@@ -119,7 +125,11 @@ class TrainingDataset(Dataset):
         )
 
     def largest(self, count: int, timestep: int) -> Batch:
-        """A batch of nothing, with the shapes of the largest that there can be: of the largest bucket, all empty."""
+        """Returns an empty batch with the largest possible shapes: `count` samples of the largest bucket.
+
+        Args:
+            timestep: the timestep of all samples.
+        """
         width, height = max(self.sizes, key=lambda size: size[0] * size[1])
         latent = (count, *self.spec.latent_shape((width, height)))
         zeros, encodings = torch.zeros(latent), self.encodings
@@ -149,13 +159,22 @@ class TrainingDataset(Dataset):
         )
 
     def with_draws(self, batch: Batch) -> Batch:
-        """A batch with the noise and the timesteps of the first step, in the place of its own."""
+        """Returns the batch with its noise and timesteps replaced by those of the first step."""
         shape = tuple(batch.noise.shape[1:])
         draws = [self.noise_draws.draw(0, slot, shape) for slot in range(len(batch))]
         return replace(batch, **stack_draws(draws))
 
     def _look(self, piece: Piece, slot: int, unreadable: list) -> tuple[Draw, Sight]:
-        """The slot's image; if it can't be read another of its bucket, drawn by (seed, step, slot): a resume's too."""
+        """Reads the image of a slot; if it is unreadable, another image of the same bucket and source.
+
+        The replacement is drawn by (seed, step, slot), so that a resumed run chooses the same.
+
+        Args:
+            unreadable: (key, reason) of unreadable images; extended in place.
+
+        Raises:
+            ProcessError: if too many images in a row can't be read.
+        """
         if piece.streamed is None:
             records, draw = self.images.records, self.batches.draw(piece.step, slot)
         else:
@@ -168,10 +187,10 @@ class TrainingDataset(Dataset):
             except (OSError, ValueError) as error:
                 unreadable.append((records.key(number), reason_of(error)))
         tried = len(unreadable) - before
-        raise ProcessError(f"{tried} images in a row can't be read, the last is {unreadable[-1][0]}")
+        raise ProcessError(f"{tried} images in a row can't be read, the last one is {unreadable[-1][0]}")
 
     def _candidates(self, piece: Piece, slot: int, draw: Draw) -> Iterator[int]:
-        """The slot's record, and those that stand for it where it can't be read."""
+        """Yields the record of a slot, then its replacements in case it can't be read."""
         yield draw.record
         if piece.streamed is not None:
             yield from piece.streamed.instead(draw.record)
@@ -182,6 +201,7 @@ class TrainingDataset(Dataset):
             yield int(members[replacements.integers(len(members))])
 
     def _see(self, records: Records | StreamedRecords, draw: Draw) -> Sight:
+        """Reads an image and its mask from the cache or from files."""
         latents, masks = self.encodings.latents, self.encodings.masks
         if latents is not None:
             entry = latents.read(draw.record, draw.passing)
@@ -195,7 +215,7 @@ class TrainingDataset(Dataset):
         return Sight(torch.from_numpy(found.pixels), torch.tensor(found.crop.row()), mask)
 
     def _members_like(self, draw: Draw) -> np.ndarray:
-        """The records of the same bucket and source."""
+        """Returns the indices of the records in the same bucket and source."""
         sources = self.images.records.source_numbers
         key = draw.bucket, int(sources[draw.record])
         if key not in self._members:
@@ -204,14 +224,14 @@ class TrainingDataset(Dataset):
 
 
 def pass_of(records: Records | StreamedRecords, draw: Draw, variants: int | None) -> RecordPass:
-    """What a draw's crop and tags are keyed by."""
+    """Returns the record and variant that seed the crop and the tag order of a draw."""
     return RecordPass(records.identity(draw.record), draw.passing if variants is None else draw.passing % variants)
 
 
 def text_of(
     records: Records | StreamedRecords, draw: Draw, seed: int, step: int, slot: int, variants: int | None
 ) -> tuple[str, bool]:
-    """The text of the sample at a slot of a step, and whether it is dropped."""
+    """Returns (the caption text of a slot of a step, whether it is dropped)."""
     captions, options = records.captions(draw.record), records.caption_options(draw.record)
     chosen = 0
     if len(captions) > 1:
@@ -221,23 +241,23 @@ def text_of(
 
 
 class Waiting:
-    """How long the training thread waited for data in the current step."""
+    """Measures how long the training thread waits for data in the current step, in seconds."""
 
     def __init__(self):
         self.seconds = 0.0
 
     def next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
-            LoadingError: if there is none; of a worker's error, its traceback is left out.
+            LoadingError: if loading failed; without the traceback of the data-loader process.
         """
         began = time.perf_counter()
         try:
             return next(batches)
         except LoadingError:
             raise
-        except UserError as error:  # of a worker: its traceback's last line is the message
+        except UserError as error:  # from a data-loader process: the last line of its traceback is the message
             raise LoadingError(str(error).strip().splitlines()[-1].rpartition("ProcessError: ")[2]) from error
         finally:
             self.seconds += time.perf_counter() - began
@@ -251,7 +271,16 @@ def batches_by_step(
     pin_memory: bool,
     waiting: Waiting,
 ) -> Iterator[tuple[int, Iterator[Batch]]]:
-    """(step, this process's micro-batches of that step), step by step; micro-batches come as they are loaded."""
+    """Yields (step, iterator over this process's micro-batches of that step), loading micro-batches in the background.
+
+    Args:
+        dataset: maps pieces to batches.
+        pieces: the micro-batches of each step.
+        num_workers: data-loader processes; 0 loads in the training process.
+        timeout: seconds to wait for a data-loader process; 0 for no limit.
+        pin_memory: whether batches are in page-locked memory.
+        waiting: measures the time spent waiting in each step.
+    """
     loader = make_loader(
         dataset,
         num_workers,

@@ -1,4 +1,4 @@
-"""The options of images: how they are read, cut, selected, put into buckets, cached and loaded."""
+"""Image options: reading, cropping, filtering, aspect-ratio buckets, caching and loading."""
 
 import os
 from dataclasses import dataclass, replace
@@ -24,22 +24,27 @@ HELD_OUT = ("validation_split", "validation_data_dir")
 CACHE_DTYPES = ("float32", "float16", "bfloat16")
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
-"""PIL's modes by the number of channels."""
+"""PIL modes by number of channels."""
 
 
 @dataclass(frozen=True)
 class BucketOptions:
     use_aspect_ratio_buckets: bool = option(
-        False, "train each image near its own aspect ratio, at the area of --resolution, instead of on square crops"
+        False,
+        "train each image near its own aspect ratio, at an area of --resolution squared, instead of on square crops",
     )
-    bucket_step: int | None = option(None, "edges of the buckets are multiples of this; by default 64")
-    min_bucket_size: int | None = option(None, "shortest edge of a bucket; by default half of --resolution")
-    max_bucket_size: int | None = option(None, "longest edge of a bucket; by default twice --resolution")
-    buckets: list[str] | None = option(None, "the buckets themselves, as WIDTHxHEIGHT, instead of all of that area")
-    no_upscale: bool = option(False, "enlarge no image: small ones get buckets of their own size, down to the minimum")
+    bucket_step: int | None = option(None, "bucket edges are multiples of this, in pixels (default: 64)")
+    min_bucket_size: int | None = option(None, "shortest bucket edge in pixels (default: half of --resolution)")
+    max_bucket_size: int | None = option(None, "longest bucket edge in pixels (default: twice --resolution)")
+    buckets: list[str] | None = option(
+        None, "bucket sizes as WIDTHxHEIGHT, such as 512x768 (default: all sizes near the area of --resolution squared)"
+    )
+    no_upscale: bool = option(
+        False, "never enlarge images: small ones get buckets of their own size, down to --min_bucket_size"
+    )
     bucket_group_size: int | None = option(
         None,
-        "samples of one bucket that stand together; by default --train_batch_size",
+        "number of consecutive samples taken from the same bucket (default: --train_batch_size)",
         resume=Resume.COMPARED,
     )
 
@@ -51,38 +56,45 @@ class BucketOptions:
             names = ("bucket_step", "min_bucket_size", "max_bucket_size", "buckets", "bucket_group_size")
             given = [name for name in names if getattr(self, name) is not None] + ["no_upscale"] * self.no_upscale
             if given:
-                raise UserError(f"--{given[0]} goes with --use_aspect_ratio_buckets; give both or neither")
+                raise UserError(f"--{given[0]} needs --use_aspect_ratio_buckets; give both or neither")
         for text in self.buckets or ():
             _parse(text)
 
     def sizes(self, resolution: int) -> list[tuple[int, int]]:
-        """Width and height of each bucket: of the square alone, of a given list, or all of the resolution's area."""
+        """Returns (width, height) of each bucket: the square, the sizes of --buckets, or all sizes of the area.
+
+        Raises:
+            UserError: if `resolution` lies outside the range of bucket edges.
+        """
         if not self.use_aspect_ratio_buckets:
             return [(resolution, resolution)]
         if self.buckets is not None:
             return sorted({_parse(text) for text in self.buckets})
         step, least, most = self.step, self.least(resolution), self.most(resolution)
-        cure = "set --bucket_step, --min_bucket_size and --max_bucket_size to multiples that --resolution lies between"
+        cure = "set --bucket_step, --min_bucket_size and --max_bucket_size so that --resolution lies in this range"
         if not (least <= resolution <= most):
-            raise UserError(f"no bucket fits: edges from {least} to {most}, resolution {resolution}; {cure}")
+            raise UserError(
+                f"--resolution {resolution}: no bucket fits, bucket edges range from {least} to {most}; {cure}"
+            )
         return area_buckets(resolution * resolution, step, least, most)
 
     @property
     def step(self) -> int:
-        """What the buckets' edges are multiples of."""
+        """Bucket edges are multiples of this, in pixels."""
         return self.bucket_step or 64
 
     def least(self, resolution: int) -> int:
-        """The shortest edge, a multiple of the step."""
+        """Returns the shortest bucket edge in pixels, rounded up to a multiple of the step."""
         least = self.min_bucket_size or resolution // 2
         return max(self.step, -(-least // self.step) * self.step)
 
     def most(self, resolution: int) -> int:
-        """The longest edge, a multiple of the step."""
+        """Returns the longest bucket edge in pixels, rounded down to a multiple of the step."""
         return (self.max_bucket_size or 2 * resolution) // self.step * self.step
 
 
 def _parse(text: str) -> tuple[int, int]:
+    """Returns (width, height) of a bucket given as text, such as 512x768."""
     width, _, height = text.lower().partition("x")
     is_size = width.isdigit() and height.isdigit() and int(width) > 0 and int(height) > 0
     require(is_size, "buckets", text, "be sizes such as 512x768")
@@ -91,7 +103,15 @@ def _parse(text: str) -> tuple[int, int]:
 
 
 def area_buckets(area: int, step: int, least: int, most: int) -> list[tuple[int, int]]:
-    """For each edge, a multiple of the step, the longest other edge within the area; both ways round."""
+    """Returns (width, height) of all buckets of an area, landscape and portrait, sorted.
+
+    Each edge is a multiple of `step`; the other edge is the longest multiple that keeps within the area.
+
+    Args:
+        area: pixels of a bucket, at most.
+        step: edges are multiples of this many pixels.
+        least, most: shortest and longest edge in pixels.
+    """
     found = set()
     for edge in range(least, most + 1, step):
         other = min(most, area // edge // step * step)
@@ -102,30 +122,30 @@ def area_buckets(area: int, step: int, least: int, most: int) -> list[tuple[int,
 
 @dataclass(frozen=True)
 class CacheOptions:
-    cache_latents: bool = option(False, "encode each image once, and train on what the VAE made of it")
-    cache_text_embeddings: bool = option(False, "encode each distinct caption once, and train on that")
+    cache_latents: bool = option(False, "encode each image once with the VAE, and train on the cached latents")
+    cache_text_embeddings: bool = option(False, "encode each distinct caption once, and train on the cached embeddings")
     encoding_cache_dir: str | None = option(
         None,
-        "where encodings are kept, for this and later runs; by default diffusion_fine_tuning in HF_HOME",
+        "folder of cached encodings, shared by all runs (default: diffusion_fine_tuning in HF_HOME)",
         resume=Resume.SAVING,
     )
     cache_variants: int | None = option(
         None,
-        "crops, flips and tag orders that an image has: epoch e trains on number e modulo this; by default 1 of what "
-        "is cached, and new ones each epoch of what is not",
+        "number of random variants (crops, flips, tag orders) per image; epoch e trains on variant e modulo this "
+        "number (default: 1 for cached encodings, new variants every epoch for everything else)",
     )
     cache_dtype: str | None = option(
-        None, "how encodings are stored; by default as they are computed", choices=list(CACHE_DTYPES)
+        None, "dtype of cached encodings (default: the dtype they are computed in)", choices=list(CACHE_DTYPES)
     )
     cache_batch_size: int = option(
         8,
-        "images or captions encoded at once when the cache is filled",
+        "number of images or captions per batch when filling the cache",
         resume=Resume.COST,
         acts_with=("cache_latents", "cache_text_embeddings"),
     )
-    cache_only: bool = option(False, "fill the cache and stop", resume=Resume.SAVING)
+    cache_only: bool = option(False, "fill the cache, then exit", resume=Resume.SAVING)
     verify_cache: bool = option(
-        False, "fill the cache, encode everything again, compare, and stop", resume=Resume.SAVING
+        False, "fill the cache, encode everything again, compare both, then exit", resume=Resume.SAVING
     )
 
     def __post_init__(self) -> None:
@@ -133,9 +153,9 @@ class CacheOptions:
         is_used = self.cache_latents or self.cache_text_embeddings
         for name in ("cache_only", "verify_cache"):
             if getattr(self, name) and not is_used:
-                raise UserError(f"--{name} goes with --cache_latents or --cache_text_embeddings; give one of them")
+                raise UserError(f"--{name} needs --cache_latents or --cache_text_embeddings; give one of them")
         if self.cache_dtype is not None and not is_used:
-            raise UserError("--cache_dtype goes with --cache_latents or --cache_text_embeddings; give one of them")
+            raise UserError("--cache_dtype needs --cache_latents or --cache_text_embeddings; give one of them")
 
     @property
     def ends_when_filled(self) -> bool:
@@ -144,7 +164,7 @@ class CacheOptions:
 
     @property
     def folder(self) -> Path:
-        """Where encodings and what is known of image files are kept."""
+        """Folder that stores encodings and the known facts of image files."""
         if self.encoding_cache_dir is not None:
             return Path(self.encoding_cache_dir)
         from huggingface_hub.constants import HF_HOME
@@ -153,12 +173,12 @@ class CacheOptions:
 
     @property
     def cut_variants(self) -> int | None:
-        """Crops and flips of an image, or None where each pass has its own."""
+        """Number of crops and flips per image; None if each pass draws new ones."""
         return self.cache_variants or (1 if self.cache_latents else None)
 
     @property
     def text_variants(self) -> int | None:
-        """Orders of a caption's tags, or None where each pass has its own."""
+        """Number of tag orders per caption; None if each pass draws new ones."""
         return self.cache_variants or (1 if self.cache_text_embeddings else None)
 
 
@@ -166,7 +186,7 @@ WHITE = "white"
 
 
 def _check_colour(name: str) -> None:
-    """Refuses what Pillow does not know as a colour; Pillow is not loaded for the default."""
+    """Refuses names that Pillow does not know as a colour. The default does not load Pillow."""
     if name == WHITE:
         return
     from PIL import ImageColor
@@ -180,16 +200,18 @@ def _check_colour(name: str) -> None:
 @dataclass(frozen=True)
 class ImageOptions:
     resolution: int | None = option(
-        None, "edge of the square crops in pixels, or that of a square of the buckets' area; by default 512, SDXL 1024"
+        None, "edge of the square crops in pixels; with buckets, their area is its square (default: 512, SDXL 1024)"
     )
-    center_crop: bool = option(False, "crop the middle instead of a random part")
-    random_flip: bool = option(False, "mirror half of the images")
-    random_rotation: float = option(0.0, "turn images by up to this many degrees; the corners are cropped away")
+    center_crop: bool = option(False, "center crop instead of a random crop")
+    random_flip: bool = option(False, "mirror images left to right, each with probability 0.5")
+    random_rotation: float = option(
+        0.0, "rotate images by a random angle of up to this many degrees, and crop away the empty corners"
+    )
     color_jitter: float = option(
-        0.0, "change brightness, contrast and saturation by a factor of up to 1 - this to 1 + this"
+        0.0, "multiply brightness, contrast and saturation by random factors from 1 - this to 1 + this"
     )
-    image_interpolation_mode: str = option("lanczos", "how images are resized", choices=INTERPOLATIONS)
-    transparency_color: str = option(WHITE, "what transparent images are laid on: a name, or #rrggbb")
+    image_interpolation_mode: str = option("lanczos", "resampling filter for resizing images", choices=INTERPOLATIONS)
+    transparency_color: str = option(WHITE, "background colour of transparent images: a name or #rrggbb")
 
     def __post_init__(self) -> None:
         require_fraction(self, "color_jitter")
@@ -204,71 +226,78 @@ class ImageOptions:
 
     @property
     def channels(self) -> int:
-        """Channels of what the model sees."""
+        """Number of channels of the images that the model sees."""
         return 3
 
     @property
     def reading(self) -> tuple[object, ...]:
-        """What, beside its bytes and its cut, decides on what is read of an image."""
+        """Everything apart from file bytes and crop that affects the pixels read from an image; part of cache keys."""
         return self.image_interpolation_mode, self.transparency_color
 
     def layers(self, source: str | bytes) -> tuple["Image.Image", "Image.Image | None"]:
-        """(an image as the model sees its colours, its alpha channel or None)."""
+        """Returns (the image in the colours that the model sees, its alpha channel or None)."""
         from utils.data.images import read_layers
 
         return read_layers(source, self.transparency_color)
 
     @property
     def pixel_type(self) -> type:
-        """In which numbers pixels come, from 0 to 255."""
+        """The numpy type of pixels, whose values range from 0 to 255."""
         import numpy as np
 
         return np.uint8
 
     @property
     def varies(self) -> bool:
-        """Whether the same image is cut another way each time."""
+        """Whether the crop of an image or its colours differ from pass to pass."""
         return not self.center_crop or self.random_flip or self.random_rotation > 0 or self.color_jitter > 0
 
     @property
     def still(self) -> Self:
-        """The same options, but for what varies: each image is cut in its middle."""
+        """The same options without random augmentation: center crops only."""
         return replace(self, center_crop=True, random_flip=False, random_rotation=0.0, color_jitter=0.0)
 
 
 @dataclass(frozen=True)
 class PixelOptions(ImageOptions):
-    resolution: int | None = option(None, "edge of the square crops in pixels; by default 64, or what the model draws")
-    image_channels: int = option(3, "channels of the images: grey, colour, colour with transparency", choices=CHANNELS)
+    resolution: int | None = option(
+        None, "edge of the square crops in pixels (default: 64, or the sample size of the pretrained model)"
+    )
+    image_channels: int = option(
+        3, "image channels: 1 for grey, 3 for colour, 4 for colour with transparency", choices=CHANNELS
+    )
     preserve_input_precision: bool = option(
         False,
-        "read 16-bit colour and grey, and 32-bit and floating-point grey, as they are: they would be rounded to 8 bits",
+        "keep the precision of 16-bit colour and of 16-bit, 32-bit and floating-point grey, instead of rounding to "
+        "8 bits",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.preserve_input_precision and self.color_jitter:
-            raise UserError("--color_jitter works in 8 bits, which --preserve_input_precision goes beyond; give one")
+            raise UserError(
+                "--color_jitter works on 8-bit images and cannot be combined with --preserve_input_precision; give one"
+            )
 
     @property
     def channels(self) -> int:
-        """Channels of what the model sees."""
+        """Number of channels of the images that the model sees."""
         return self.image_channels
 
     @property
     def reading(self) -> tuple[object, ...]:
-        """As of all images, and whether they are read in more than 8 bits."""
+        """As in `ImageOptions`, and whether images are read in more than 8 bits."""
         return (*super().reading, *(["more than 8 bits, of colours too"] if self.preserve_input_precision else []))
 
     @property
     def pixel_type(self) -> type:
-        """Eight bits, or float32."""
+        """uint8, or float32 with --preserve_input_precision."""
         import numpy as np
 
         return np.float32 if self.preserve_input_precision else np.uint8
 
     def layers(self, source: str | bytes) -> tuple["Image.Image", "Image.Image | None"]:
-        """(the image with as many channels as asked for, its alpha channel or None)."""
+        """Returns (the image with --image_channels channels, its alpha channel or None)."""
         from utils.data.images import decode, eight_bits, read_layers
         from utils.data.pixels import read_deep
 
@@ -283,33 +312,35 @@ class PixelOptions(ImageOptions):
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    train_batch_size: int = option(16, "samples a process trains on at once", resume=Resume.COMPARED)
+    train_batch_size: int = option(16, "samples per process and micro-batch", resume=Resume.COMPARED)
     gradient_accumulation_steps: int = option(
-        1, "batches whose gradients are added up to one optimizer step", resume=Resume.COMPARED
+        1, "number of micro-batches whose gradients are summed for one optimizer step", resume=Resume.COMPARED
     )
     global_batch_size: int | None = option(
         None,
-        "samples of an optimizer step over all processes, instead of --gradient_accumulation_steps; each process takes "
-        "an equal part, one more or less",
+        "samples per optimizer step over all processes, split as evenly as possible between them; replaces "
+        "--gradient_accumulation_steps",
         resume=Resume.COMPARED,
     )
     find_batch_size: bool = option(
         False,
-        "take all samples of a step at once, or as many as memory allows: half, a quarter, ...; and say how many",
+        "use the largest micro-batch that fits in memory: all samples of a step, half of them, a quarter, ...; logs "
+        "the size",
         resume=Resume.COST,
         engines={
-            "DeepSpeed": "gradients that DeepSpeed has taken can't be given back",
-            "FSDP2": "processes that gather weights can't try again one by one",
+            "DeepSpeed": "DeepSpeed cannot discard gradients after an out-of-memory error",
+            "FSDP2": "processes that gather weights together cannot retry a step independently",
         },
     )
     dataloader_num_workers: int | None = option(
         None,
-        "processes that load and draw; by default up to 8 for each GPU, and 0 without one",
+        "data-loader processes per training process (default: up to 8 per GPU; 0 without a GPU)",
         resume=Resume.COST,
     )
     dataloader_timeout: int = option(
         0,
-        "seconds to wait for a batch of these processes before the run ends, for disks that may hang; 0 waits on",
+        "end the run if a data-loader process does not deliver a batch within this many seconds, such as when a disk "
+        "hangs; 0 waits forever",
         resume=Resume.COST,
         acts_with=(IsNot("dataloader_num_workers", ("0",)),),
     )
@@ -317,22 +348,31 @@ class LoaderOptions:
     def __post_init__(self) -> None:
         require_positive(self, "train_batch_size", "gradient_accumulation_steps", "global_batch_size")
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
-            raise UserError("--global_batch_size and --gradient_accumulation_steps are two ways to say it; give one")
+            raise UserError(
+                "--global_batch_size and --gradient_accumulation_steps both set the optimizer step's samples; give one"
+            )
         require_not_negative(self, "dataloader_num_workers", "dataloader_timeout")
 
     def global_batch(self, num_processes: int) -> int:
-        """Samples of an optimizer step, over all processes and accumulated batches."""
+        """Returns the samples per optimizer step, over all processes and accumulated micro-batches.
+
+        Raises:
+            UserError: if --global_batch_size is smaller than `num_processes`.
+        """
         size = self.global_batch_size
         if size is None:
             return self.train_batch_size * self.gradient_accumulation_steps * num_processes
-        require(size >= num_processes, "global_batch_size", size, f"be at least {num_processes}, one for each process")
+        require(
+            size >= num_processes, "global_batch_size", size, f"be at least {num_processes}, one sample per process"
+        )
         return size
 
     def samples_at_once(self, has_buckets: bool, group_size: int) -> int:
-        """How many samples a process takes at once, where memory allows it.
+        """Returns the micro-batch size of a process, if it fits in memory.
 
         Args:
-            has_buckets: whether they must be of one bucket, of which `group_size` stand together.
+            has_buckets: whether a micro-batch must come from a single bucket.
+            group_size: number of consecutive samples from the same bucket.
         """
         if not self.find_batch_size:
             return self.train_batch_size
@@ -340,7 +380,11 @@ class LoaderOptions:
         return min(wanted, group_size) if has_buckets else wanted
 
     def num_workers(self, num_processes: int) -> int:
-        """Loader processes for this process, of `num_processes`, which may be on several machines."""
+        """Returns the number of data-loader processes for this training process.
+
+        Args:
+            num_processes: training processes on all machines; LOCAL_WORLD_SIZE, if set, counts those of this machine.
+        """
         num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
         if self.dataloader_num_workers is not None:
             return self.dataloader_num_workers
@@ -355,42 +399,49 @@ class LoaderOptions:
 class SelectionOptions:
     on_bad_image: str = option(
         "skip",
-        "images that can't be read: train without them, or end the run",
+        "what to do with unreadable images: skip them, or end the run",
         choices=["skip", "error"],
         resume=Resume.COMPARED,
     )
     max_bad_fraction: float = option(
         0.05,
-        "portion of the images from which on bad ones end the run in any case",
+        "end the run if more than this fraction of the images is unreadable",
         resume=Resume.COMPARED,
         acts_with=("on_bad_image=skip",),
     )
-    min_image_size: int | None = option(None, "leave out images whose shorter edge has fewer pixels")
-    max_image_size: int | None = option(None, "leave out images whose longer edge has more pixels")
-    max_aspect_ratio: float | None = option(None, "leave out images whose longer edge is more times the shorter one")
-    max_upscale: float | None = option(None, "leave out images that would be enlarged by more than this factor")
+    min_image_size: int | None = option(None, "skip images whose shorter edge has fewer pixels than this")
+    max_image_size: int | None = option(None, "skip images whose longer edge has more pixels than this")
+    max_aspect_ratio: float | None = option(
+        None, "skip images whose longer edge exceeds the shorter by more than this factor"
+    )
+    max_upscale: float | None = option(None, "skip images that would be enlarged by more than this factor")
 
     def __post_init__(self) -> None:
         require_fraction(self, "max_bad_fraction")
         require_positive(self, "min_image_size", "max_image_size", "max_aspect_ratio", "max_upscale")
         ratio = self.max_aspect_ratio
-        require(ratio is None or ratio >= 1, "max_aspect_ratio", ratio, "be 1 or more: the longer edge by the shorter")
+        require(ratio is None or ratio >= 1, "max_aspect_ratio", ratio, "be 1 or more: longer edge / shorter edge")
 
 
 @dataclass(frozen=True)
 class HeldOutOptions:
     validation_split: str | None = option(
-        None, "measure the loss on images that are not trained on: a portion of them, such as 0.05, or a split's name"
+        None, "validate the loss on a held-out fraction of the images, such as 0.05, or on the split of this name"
     )
-    validation_data_dir: str | None = option(None, "or on those of another folder", resume=Resume.COMPARED)
+    validation_data_dir: str | None = option(
+        None, "validate the loss on the images of this folder", resume=Resume.COMPARED
+    )
     max_validation_samples: int | None = option(
-        None, "at most this many of them, drawn by the seed", resume=Resume.COMPARED, acts_with=HELD_OUT
+        None,
+        "use at most this many validation images, chosen at random by --seed",
+        resume=Resume.COMPARED,
+        acts_with=HELD_OUT,
     )
 
     def __post_init__(self) -> None:
         require_positive(self, "max_validation_samples")
         if self.validation_split is not None and self.validation_data_dir is not None:
-            raise UserError("--validation_split and --validation_data_dir are two ways to say the same; give one")
+            raise UserError("--validation_split and --validation_data_dir both set the validation images; give one")
         fraction = self.fraction
         if fraction is not None:
             require(
@@ -401,11 +452,11 @@ class HeldOutOptions:
 
     @property
     def fraction(self) -> float | None:
-        """The portion of the images that is held out, if it was given so."""
+        """The held-out fraction of the images; None if --validation_split is not a number."""
         value = as_number(self.validation_split)
         return value if isinstance(value, float) else None
 
     @property
     def is_asked(self) -> bool:
-        """Whether any image is held out."""
+        """Whether any images are held out for validation."""
         return self.validation_split is not None or self.validation_data_dir is not None
