@@ -172,7 +172,7 @@ class TestCaptionFiles:
         (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a  b\n1.png,b\n")
         (tmp_path / "0.txt").write_text("a b\n")
         assert found(records_of(tmp_path)) == {"0.png": ("a  b",), "1.png": ("b",)}
-        assert "captions are read from metadata.csv; 1 beside images are not, such as 0.txt" in caplog.text
+        assert "captions are read from metadata.csv; 1 text files beside images are not, such as 0.txt" in caplog.text
         assert "WARNING" not in caplog.text
 
     @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.json"])

@@ -119,7 +119,7 @@ def test_class_folders_go_with_classes_by_folders(tmp_path):
     touch_images(tmp_path, "cat/0.png")
     source = LabelledSource(train_data_dir=str(tmp_path), caption_column="label")
     for is_conditional in (False, True):
-        with pytest.raises(UserError, match="--class_folders outer is for classes by folders"):
+        with pytest.raises(UserError, match="--class_folders outer needs classes from folder names"):
             LabelOptions(class_conditional=is_conditional, class_folders="outer").for_source(source)
 
 

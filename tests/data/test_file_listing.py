@@ -100,7 +100,7 @@ class TestListing:
         if name == "{a,b}":
             assert len(records_of(dataset_name=str(folder))) == 2
         else:
-            with pytest.raises(UserError, match="in the path of a folder for a pattern; give it as --train_data_dir"):
+            with pytest.raises(UserError, match="in the path of a folder as a pattern; give it as --train_data_dir"):
                 records_of(dataset_name=str(folder))
             records_of(folder).sources[0].table._dataset.save_to_disk(tmp_path / "saved")
             (tmp_path / "saved").rename(tmp_path / f"saved {name}")

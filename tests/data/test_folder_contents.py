@@ -179,15 +179,18 @@ class TestDetection:
             parquet(tmp_path / f"train-{number}.parquet")
         picture(tmp_path / "banner.png")
         assert len(records_of(dataset_name=str(tmp_path))) == 6
-        assert "is read as parquet; 1 other files of it that may be data are not, such as banner.png" in caplog.text
+        assert "is read as parquet; 1 other files that may be data are not read, such as banner.png" in caplog.text
 
 
 NO_TARS = {
     "dead link": (lambda file: file.symlink_to("/nowhere/x.tar"), "can't be read: it is a link to what does not exist"),
     "loop": (lambda file: file.symlink_to(file), "is a link that leads to itself"),
-    "png": (lambda file: file.write_bytes(png()), "is no tar file but an image; rename it to .png"),
-    "json": (lambda file: file.write_text('{"error": "not found"}'), "is no tar file but JSON; fetch the file again"),
-    "text": (lambda file: file.write_text("404 not found\n" * 99), "is no tar file but a text; fetch the file again"),
+    "png": (lambda file: file.write_bytes(png()), "is not a tar file but an image; rename it to .png"),
+    "json": (
+        lambda file: file.write_text('{"error": "not found"}'),
+        "is not a tar file but JSON; fetch the file again",
+    ),
+    "text": (lambda file: file.write_text("404 not found\n" * 99), "is not a tar file but text; fetch the file again"),
     "zeros": (lambda file: file.write_bytes(bytes(10240)), "hold no files"),
 }
 
@@ -221,8 +224,8 @@ class TestWhatIsOnlyCalledTar:
         tar(tmp_path / "0.tar", "a.png", "a.txt")
         make(tmp_path / "1.tar")
         read = partial(records_of, dataset_name=str(tmp_path), image_column="png", caption_column="txt")
-        if "no tar file" in reason:
-            with pytest.raises(UserError, match=rf"1\.tar {re.escape(reason)}; take it out of the folder"):
+        if "not a tar file" in reason:
+            with pytest.raises(UserError, match=rf"1\.tar {re.escape(reason)}; remove it from the folder"):
                 read()
         else:
             assert len(read()) == 1

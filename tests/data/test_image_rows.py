@@ -99,7 +99,7 @@ class TestRows:
             given = [records.mask(row).source if column else records.image(row) for row in range(4)]
             found = [self.reason(each) for each in given]
         assert [bool(reason) for reason in found] == [False, True, True, True]
-        assert all("leads out of the data folder" in reason for reason in found[1:])
+        assert all("is outside the data folder" in reason for reason in found[1:])
 
     def reason(self, source: str | bytes) -> str:
         try:

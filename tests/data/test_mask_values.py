@@ -66,7 +66,7 @@ class TestValues:
         bordered = values(classes)
         soft = values(np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1)))
         (line,) = census_of(bordered, values(np.ones((8, 8), np.uint8)), WHITE, soft).warnings()
-        assert "2 of 4 masks hold mostly values near black, as numbers of classes are, such as 0.png, 1.png;" in line
+        assert "2 of 4 masks hold mostly values near black, which look like class numbers, such as 0.png, 1.png" in line
         assert not census_of(WHITE, soft).warnings()
 
     @pytest.mark.parametrize("kind", ["stuff", "cells", "blurred at their edges"])
@@ -82,8 +82,8 @@ class TestValues:
             if kind == "blurred at their edges":
                 mask = mask.resize((48, 48), Image.Resampling.BILINEAR)
             masks.append(values(mask))
-        lines = [line for line in census_of(*masks, WHITE).warnings() if "greys" in line]
-        assert lines[0].startswith("--mask_dir m: 3 of 4 masks have flat areas of together ")
+        lines = [line for line in census_of(*masks, WHITE).warnings() if "grey levels" in line]
+        assert lines[0].startswith("--mask_dir m: 3 of 4 masks have flat areas in ")
         assert len(lines) == 1
 
     def test_soft_masks_are_none_of_them(self):
@@ -97,7 +97,7 @@ class TestValues:
         smooth = smooth.resize((90, 90), Image.Resampling.LANCZOS)
         noise = Image.fromarray(random.integers(0, 256, (64, 64), np.uint8))
         soft = [values(each) for each in (disc, wide, steps, smooth, noise, Image.new("L", (1, 1), 99))]
-        assert not [line for line in census_of(*soft, WHITE).warnings() if "greys" in line]
+        assert not [line for line in census_of(*soft, WHITE).warnings() if "grey levels" in line]
 
     @pytest.mark.parametrize("in_bytes", [False, True])
     def test_masks_that_are_copies_of_their_images_are_named(self, tmp_path, in_bytes):
@@ -111,8 +111,8 @@ class TestValues:
             for given in (image.read_bytes(), str(image)):
                 assert mask_values(given, MaskFile(source, is_alpha=False)).is_copy == (number > 0)
             census.add(image.name, mask_values(given, MaskFile(source, is_alpha=False)))
-        assert "2 of 3 masks are copies of their images, whose brightness" in "".join(census.warnings())
-        assert "such as 1.png, 2.png; give masks" in "".join(census.warnings())
+        assert "2 of 3 masks are copies of their images, so the image's brightness" in "".join(census.warnings())
+        assert "such as 1.png, 2.png; replace them with masks" in "".join(census.warnings())
 
     @pytest.mark.parametrize(
         "mask",
@@ -137,7 +137,7 @@ class TestValues:
         (line,) = census_of(BLACK, BLACK, BLACK, BLACK, WHITE).warnings()
         assert line.startswith("--mask_dir m: 4 of 5 masks are black everywhere")
         assert line.endswith("such as 0.png, 1.png, 2.png")
-        assert "1 of 2 masks that were looked at have colours" in census_of(red, WHITE, count=9).warnings()[0]
+        assert "1 of 2 inspected masks have colours" in census_of(red, WHITE, count=9).warnings()[0]
         assert "have colours" in census_of(palette([0, 0, 0, 192, 128, 128], 1)).warnings()[0]
 
     def test_few_are_looked_at_and_all_where_these_are_black(self, tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ class TestValues:
                 archive.addfile(member, io.BytesIO(content))
         monkeypatch.setattr(stream, "MASKS_LOOKED_AT", 3)
         flags = [*STILL, "--streaming", "--mask_column", "m.png"]
-        words = "--mask_column m.png: all 3 masks that were looked at are black everywhere"
+        words = "--mask_column m.png: all 3 inspected masks are black everywhere"
         refused([*flags, "--dry_run"], words, data=tmp_path / "shard.tar")
         train("sd", *flags, data=tmp_path / "shard.tar")  # where masks of another kind may follow
         assert words in caplog.text

@@ -59,7 +59,7 @@ class TestCut:
         mask_image().save(tmp_path / "a.png")
         mask_image().rotate(90, expand=True).save(tmp_path / "turned.png")
         file = MaskFile(str(tmp_path / "turned.png"), is_alpha=False)
-        with pytest.raises(ValueError, match="its mask of 90x120 has not the shape of 120x90"):
+        with pytest.raises(ValueError, match="its mask of 90x120 does not have the shape of 120x90"):
             cut_out(str(tmp_path / "a.png"), file, (32, 32), ImageOptions(), 0, RecordPass(0, 0), (4, 4))
 
 
@@ -128,7 +128,7 @@ class TestSources:
             return table.named(key, lambda: (data / key).read_bytes() if as_bytes else str(data / key)).source
 
         assert [Path(mask_of(key)).name for key in ("0.webp", "1.webp")] == ["0.png", "1.tiff"]
-        with pytest.raises(OSError, match=r"2\.\w+ and 2\.\w+ are copies of it and no masks"):
+        with pytest.raises(OSError, match=r"2\.\w+ and 2\.\w+ are copies of it, not masks"):
             read_mask(mask_of("2.webp"))
 
     def test_images_of_one_name_take_the_masks_of_their_own_endings(self, tmp_path):
@@ -239,5 +239,5 @@ class TestSources:
             assert of_tar[f"shard.tar/{number}.webp"] == expected
         with pytest.raises(UserError, match=r"--mask_column masc is not a column.*did you mean --mask_column mask"):
             records_of(tmp_path / "rows", mask_column="masc")
-        with pytest.raises(UserError, match=r"--mask_column m\.png is the ending of no member"):
+        with pytest.raises(UserError, match=r"--mask_column m\.png: no member of the 1 tar shards has this"):
             records_of(tmp_path / "shard.tar", mask_column="m.png")

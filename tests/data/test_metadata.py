@@ -106,7 +106,7 @@ class TestMetadata:
         assert dict(records.refused) == {
             "metadata.jsonl, line 2": "is nested more than 100 deep",
             "metadata.jsonl, line 3": "holds a number of 5000 digits; at most 300 are read",
-            "metadata.jsonl, line 4": "is no JSON object but a list; write an object for each image",
+            "metadata.jsonl, line 4": "is not a JSON object but a list; write an object for each image",
             "1.png": "its caption has 1,000,000 characters; at most 65,536 are read",
         }
 
@@ -116,7 +116,7 @@ class TestMetadata:
         rows = [{"file_name": name, "text": f"t{number}"} for number, name in enumerate(names)]
         (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
         assert found(records_of(tmp_path)) == {"0.png": ("t0", "t1"), "1.png": ("t2", "t3"), "2.png": ("t4",)}
-        assert "metadata.jsonl: 2 images stand in several rows, such as '0.png'; each is used once" in caplog.text
+        assert "metadata.jsonl: 2 images have several rows, such as '0.png'; each is used once" in caplog.text
         caplog.clear()
         records_of(tmp_path, caption_column=None)
         assert "one of its captions" not in caplog.text
@@ -181,7 +181,7 @@ class TestMetadata:
         captions = found(records_of(tmp_path))
         assert [captions.pop(f"{number}.png") for number in range(len(marks))] == [("",)] * len(marks)
         assert set(captions.values()) == {("Nan",)}
-        assert "metadata.csv: 6 cells hold NaN, NULL, None, the first in line 2, and are read as empty" in caplog.text
+        assert "metadata.csv: 6 cells hold NaN, NULL, None, the first on line 2, and are read as empty" in caplog.text
         caplog.clear()
         lines = [json.dumps({"file_name": "0.png", "text": "NaN"}), '{"file_name": "1.png", "text": NaN}']
         (tmp_path / "metadata.csv").unlink()
@@ -196,7 +196,7 @@ class TestMetadata:
         records = records_of(tmp_path)
         planned(records, tmp_path / "m")
         assert records.captions(0) == (text.strip(),)
-        assert "1 captions are texts that look like lists, such as" in caplog.text
+        assert "1 captions are text that looks like a list, such as" in caplog.text
 
     @pytest.mark.parametrize("text", ["['a'", "['a', b]", "('a')", "('a b)", "{'a'}", "['']x", "[']", "''", "[", ""])
     def test_captions_that_are_no_list(self, text):
@@ -220,13 +220,13 @@ class TestMetadata:
             (
                 "metadata.jsonl",
                 '[\n {"file_name": "0.png"}\n]',
-                "of metadata.jsonl .*line 1: begins a JSON array; write",
+                "in metadata.jsonl .*line 1: begins a JSON array; write",
             ),
-            ("metadata.jsonl", '[{"file_name": "0.png"}]', "line 1: is no JSON object but a list; write an object"),
+            ("metadata.jsonl", '[{"file_name": "0.png"}]', "line 1: is not a JSON object but a list; write an object"),
             ("metadata.jsonl", '{"file_name": "0.png"}{"file_name": "1.png"}', "Extra data.*on a line of its own"),
             ("metadata.jsonl", '{"file_name": "0.png", "text": "a", "text": "b"}', "none of the 1 .*'text' twice"),
             ("metadata.csv", "0.png,a dog\n1.png,a cat\n", "no column file_name.*; write a header above its first"),
-            ("metadata.csv", "#comment\nfile_name,text\n0.png,a\n", "no column file_name.*; call that of the images'"),
+            ("metadata.csv", "#comment\nfile_name,text\n0.png,a\n", "no column file_name.*; rename the column"),
         ],
     )
     def test_a_list_that_says_nothing_is_named_with_its_fault(self, tmp_path, name, text, told):

@@ -26,16 +26,16 @@ class TestSeries:
             (["x-00000-of-00002.tar", "y-00001-of-00002.tar"], "missing: x-00001-of-00002.tar"),
             (
                 ["data_0.parquet", "data_1.parquet", "data_3.parquet"],
-                "of the 4 .* 1 are left out, missing: data_2.parquet",
+                "1 of the 4 shards .* are missing: data_2.parquet",
             ),
             (["s-000000.parquet", "s-000002.parquet"], "missing: s-000001.parquet;"),
-            (["a/7.tar", "a/9.tar", "a/10.tar"], "from a/7.tar to a/10.tar 1 are left out, missing: a/8.tar;"),
+            (["a/7.tar", "a/9.tar", "a/10.tar"], "from a/7.tar to a/10.tar are missing: a/8.tar;"),
             (
                 ["0.tar", "0 (1).tar"],
-                r"1 files are called as copies of others, such as 0 \(1\).tar of 0.tar; take them out",
+                r"1 files are named like copies of others, such as 0 \(1\).tar of 0.tar; remove them",
             ),
             (["a.parquet", "a(2).parquet"], r"such as a\(2\).parquet of a.parquet"),
-            (["a.parquet", "a copy.parquet", "a - Copy (2).parquet"], "2 files are called as copies of others"),
+            (["a.parquet", "a copy.parquet", "a - Copy (2).parquet"], "2 files are named like copies of others"),
         ],
     )
     @pytest.mark.parametrize("streaming", [False, True])

@@ -60,7 +60,7 @@ class TestSources:
 
         assert shards() == ["0.parquet", "2.parquet"]
         shutil.copy(tmp_path / "other" / "1.parquet", tmp_path / "data")
-        with pytest.raises(UserError, match=r"1\.parquet is no shard.*numbers in its column label stand for dog, cat"):
+        with pytest.raises(UserError, match=r"1\.parquet is not a shard.*numbers in its column label mean dog, cat"):
             shards()
 
     def test_metadata_csv_in_subfolders(self, tmp_path):
@@ -301,8 +301,8 @@ class TestOddNamesAndLines:
     @pytest.mark.parametrize(
         ("options", "named"),
         [
-            ({"data_format": "parquet", "dataset_name": "x"}, "--data_format parquet says what --train_data_dir is"),
-            ({"data_format": "pairs"}, "--data_format pairs says what --train_data_dir is"),
+            ({"data_format": "parquet", "dataset_name": "x"}, "--data_format parquet is the format of"),
+            ({"data_format": "pairs"}, "--data_format pairs is the format of --train_data_dir"),
         ],
     )
     def test_formats_that_do_not_go(self, options, named):

@@ -103,6 +103,6 @@ class TestStream:
     def test_what_does_not_go(self, refused, shards, tmp_path):
         refused(["--streaming"], "--max_train_steps", data=shards)
         flags = ["--streaming", "--max_train_steps", 2, "--use_aspect_ratio_buckets", "--bucket_step", 8]
-        refused([*flags, "--width_column", "w"], "needs the images' sizes in the rows", data=shards)
+        refused([*flags, "--width_column", "w"], "needs the images' sizes in the columns", data=shards)
         make_picture(tmp_path / "pictures" / "a.png")
-        refused(flags[:3], "a folder of images needs no stream", data=tmp_path / "pictures")
+        refused(flags[:3], "leave --streaming out for a folder of images", data=tmp_path / "pictures")

@@ -26,7 +26,7 @@ class TestShardsOfTables:
         [
             ({"caption": ["x", "y"]}, "it has the columns image, caption, the other image, text"),
             ({}, "it has the columns image, the other image, text"),
-            ({"text": [["x"], ["y"]]}, r"its column text holds list<\w+: string>, that of the other string"),
+            ({"text": [["x"], ["y"]]}, r"its column text holds list<\w+: string>, in the other it holds string"),
         ],
     )
     def test_shards_of_other_columns_are_named(self, tmp_path, columns, told, streaming):
@@ -36,7 +36,7 @@ class TestShardsOfTables:
         read = partial(records_of, tmp_path)
         if streaming:
             read = partial(open_stream, DataOptions(streaming=True), source, CaptionOptions(), 32, BucketOptions())
-        with pytest.raises(UserError, match=rf"train-1.parquet is no shard of the same .* train-0.parquet: {told}"):
+        with pytest.raises(UserError, match=rf"train-1.parquet is not a shard of the same .* train-0.parquet: {told}"):
             read()
 
     def test_shards_that_are_read_together_are_no_fault(self, tmp_path, caplog):
@@ -122,7 +122,7 @@ class TestShardsOfTables:
         assert [Path(records.image(row)).name for row in range(1, 4)] == ["1.png", "2.png", "3.png"]
         (tmp_path / "train-4.jsonl").write_text(json.dumps({"image": "4.png", "text": ["e"]}))
         with pytest.raises(
-            UserError, match=r"train-4.jsonl is no shard of the same table as train-0.jsonl: its column"
+            UserError, match=r"train-4.jsonl is not a shard of the same table as train-0.jsonl: its column"
         ):
             records_of(dataset_name=str(tmp_path))
 
@@ -176,7 +176,7 @@ class TestShardsOfTables:
     def test_a_list_of_images_is_named(self, tmp_path):
         parquet(tmp_path / "a" / "0.parquet", image=[[png()], [png()]], text=["a", "b"])
         with pytest.raises(
-            UserError, match="--image_column image must hold one image in each row, got a list; make a row"
+            UserError, match="--image_column image must hold one image in each row, got a list; write a row"
         ):
             records_of(tmp_path / "a")
         parquet(tmp_path / "b" / "0.parquet", image=[[[[255, 0, 0]] * 8] * 8], text=["pixels"])

@@ -37,8 +37,8 @@ class TestTars:
     @pytest.mark.parametrize(
         ("behind", "reason"),
         [
-            (header("1.txt", 10**13), "the shard ends before its end; its header claims 10 TB"),
-            (header("1.png", 10**13), "the shard ends before its end; its header claims 10 TB"),
+            (header("1.txt", 10**13), "the shard ends in the middle of it; its header claims 10 TB"),
+            (header("1.png", 10**13), "the shard ends in the middle of it; its header claims 10 TB"),
             (header("././@LongLink", 10**13, b"L") + b"x" * 512, "a header of 10 TB"),
             (header("x", 10**9, b"x") + b"x" * 512, "a header of 1 GB"),
             (header("x", 512, b"L") * 3000, "the shard is broken"),
@@ -46,8 +46,8 @@ class TestTars:
             (header("1.bin", -1024, b"Z"), "a header claims -1024 bytes"),
             (header("x", -1024, b"x"), "the shard is broken"),
             (header("x", 10**4, b"x") + b"1" * 10_240, "the shard is broken"),
-            (b"junk" * 200, "no header stands there"),
-            (bytes(10_240) + header("1.png", 512) + b"x" * 512, "its end is followed by more"),
+            (b"junk" * 200, "invalid header"),
+            (bytes(10_240) + header("1.png", 512) + b"x" * 512, "data follows its end"),
         ],
     )
     def test_headers_that_lie_cost_what_follows(self, tmp_path, behind, reason):
@@ -68,20 +68,18 @@ class TestTars:
                 archive.addfile(info, io.BytesIO(content))
         records = records_of(tmp_path)
         assert found(records) == {"a.tar/0.png": ("one",), "a.tar/1.left.png": ("",)}
-        assert (
-            "2 images are left out, as another of their sample comes before them, such as a.tar/0.png;" in caplog.text
-        )
+        assert "skipped 2 images because another image of their sample comes first, such as a.tar/0.png;" in caplog.text
         assert "such as a.tar/0.txt instead of a.tar/another 0.txt" in caplog.text
-        assert "in no list or split" not in caplog.text
+        assert "metadata file or split" not in caplog.text
         words = [fate.word for _, fate in records.sources[0].table.member_fates]
         assert sorted(words) == ["caption", "duplicate", "duplicate", "other"]
 
     @pytest.mark.parametrize(
         ("content", "kind"),
         [
-            (gzip.compress(b"x" * 100, mtime=0), "compressed by gzip, of which gunzip makes a plain one"),
-            (bz2.compress(b"x"), "compressed by bzip2"),
-            (lzma.compress(b"x"), "compressed by xz"),
+            (gzip.compress(b"x" * 100, mtime=0), "compressed with gzip; decompress it with gunzip"),
+            (bz2.compress(b"x"), "compressed with bzip2"),
+            (lzma.compress(b"x"), "compressed with xz"),
             (b"PK\x03\x04" + b"x" * 600, "a zip archive; unpack it"),
             (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS; fetch the file itself"),
             (b"<!DOCTYPE html><html>", "a web page; fetch the file again"),
@@ -89,7 +87,7 @@ class TestTars:
     )
     def test_what_is_only_called_tar_is_named(self, tmp_path, content, kind):
         (tmp_path / "a.tar").write_bytes(content)
-        with pytest.raises(UserError, match=f"a.tar: is no tar file but {kind}"):
+        with pytest.raises(UserError, match=f"a.tar: is not a tar file but {kind}"):
             records_of(tmp_path)
         write_tar(tmp_path / "b.tar", {"BZh.png": png()})
         assert len(records_of(tmp_path).refused) == 1

@@ -129,7 +129,7 @@ class TestStreamedTars:
             assert not bad
         else:
             assert sorted(found) == ["0.png", "1.png", "2.png"]
-            assert sorted(key for key, reason in bad if "beside" in reason) == ["0.txt", "1.txt", "2.txt"]
+            assert sorted(key for key, reason in bad if "consecutive" in reason) == ["0.txt", "1.txt", "2.txt"]
 
     @pytest.mark.parametrize("harm", ["cut", "junk", "put together", "of text alone", "a header of gigabytes"])
     def test_a_shard_that_is_broken_is_named_and_the_others_are_read(self, tmp_path, harm):
@@ -157,7 +157,7 @@ class TestStreamedTars:
         (folder / "b.tar").write_bytes(b"junk" * 900)
         source = SourceOptions(train_data_dir=str(folder))
         stream = open_stream(DataOptions(streaming=True), source, CaptionOptions(), 16, BucketOptions())
-        with pytest.raises(UserError, match=r"no image can be read of .*b\.tar: b\.tar: .*put them together"):
+        with pytest.raises(UserError, match=r"no image can be read from .*b\.tar: b\.tar: .*merge them"):
             next(Lane(stream, 1, 2, 1, 0).groups())
 
     def test_a_dataset_of_tars(self, train, tmp_path):

@@ -36,7 +36,7 @@ LOCAL = str(Path(__file__).parent)
         ("train_text_to_image", {"muon_momentum": 0.9, "optimizer": "lion"}, "(needs --optimizer muon)"),
         ("train_unconditional", {"label_dropout": 0.2}, "--label_dropout 0.2 (needs --class_conditional)"),
         ("train_unconditional", {"use_ema_warmup": False}, "--use_ema_warmup (needs --use_ema)"),
-        ("train_unconditional", {"timestep_bias_end": 9, "timestep_bias_strategy": "later"}, "strategy range"),
+        ("train_unconditional", {"timestep_bias_end": 9, "timestep_bias_strategy": "later"}, "bias_strategy range)"),
         ("train_text_to_image", {"hub_token": "hf_x"}, "--hub_token (needs --push_to_hub)"),
         ("train_text_to_image", {"revision": "v2", "pretrained_model_name_or_path": LOCAL}, "needs a Hub name as"),
         ("train_text_to_image", {"non_ema_revision": "v2", "pretrained_model_name_or_path": LOCAL}, "a Hub name as"),

@@ -379,7 +379,7 @@ def test_numbers_of_steps_that_a_scheduler_does_not_take(caplog):
     for steps, is_late in ((50, False), (30, False), (600, True)):
         caplog.clear()
         SamplingOptions(ddpm_num_inference_steps=steps).steps_of(DDPMScheduler())
-        assert ("begin at timestep 599 of 1000" in caplog.text) == is_late
+        assert ("start at timestep 599 of 1000" in caplog.text) == is_late
 
 
 def test_controls_and_clipping_go_together():

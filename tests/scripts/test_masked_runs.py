@@ -113,7 +113,7 @@ class TestRuns:
         train("sd", *flags, data=data, expect=2)
         error = capsys.readouterr().err
         assert "1.webp: its mask can't be read" in error
-        assert "2.webp: its mask of 90x120 has not the shape of 120x90" in error
+        assert "2.webp: its mask of 90x120 does not have the shape of 120x90" in error
         out = train("sd", *flags, "--max_bad_fraction", 0.5, data=data)
         assert sorted(json.loads((out / "data_report.json").read_text())["unreadable"]) == ["1.webp", "2.webp"]
 

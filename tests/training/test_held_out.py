@@ -323,13 +323,13 @@ def test_a_stream_names_held_out_images_that_it_trains_on(train, tmp_path, caplo
     Image.new("RGB", (40, 40), "red").save(held / "5.png")
     flags = ["--max_train_steps", 3, "--streaming", "--validation_data_dir", held]
     train("sd", *flags, data=tmp_path / "shard.tar", out="none")
-    assert "has the bytes of" not in caplog.text
+    assert "is a copy of the held-out image" not in caplog.text
     for number in range(3):
         shutil.copy(data / f"{number:03d}.png", held / f"{number}.png")
     for out, dry in (("dry", ["--dry_run"]), ("copies", [])):
         caplog.clear()
         folder = train("sd", *flags, *dry, data=tmp_path / "shard.tar", out=out)
-        assert caplog.text.count("has the bytes of the held-out image ") == 1
+        assert caplog.text.count("is a copy of the held-out image ") == 1
     assert json.loads((folder / "data_report.json").read_text())["held_out_copies"] == 3
 
 

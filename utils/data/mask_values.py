@@ -1,4 +1,4 @@
-"""What is in masks: found before the training, since masks that are black or hold labels would teach nothing."""
+"""Inspects mask values before training: black masks and masks of class numbers would teach the model nothing."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,25 +11,25 @@ from utils.config.options import UserError
 from utils.data.images import read_layers, read_mask_layers
 from utils.data.masks import have_same_bytes
 
-NEARLY_BLACK = 1 / 16  # of white; labels such as 0 and 1 stay below it
+NEARLY_BLACK = 1 / 16  # of white; class numbers such as 0 and 1 stay below it
 DIM = 1 / 2
-COLOURED = 1 / 8  # difference between channels, more than JPEG makes of grey
-MANY_LEVELS = 4  # greys of flat areas, from which on they may be numbers of classes
+COLOURED = 1 / 8  # difference between channels; JPEG artefacts in grey stay below it
+MANY_LEVELS = 4  # masks with at least so many grey levels in flat areas may hold class numbers
 NUM_NAMED = 3
-MASKS_LOOKED_AT = 200  # of a source before the training, or of a stream in each process, as they come
+MASKS_LOOKED_AT = 200  # per source before training; for a stream, the first ones that each process reads
 WHITE_COUNTS = "only white (255, or 65535 in 16 bits) counts fully"
 
 
 class MaskValues(NamedTuple):
-    """The range of one mask.
+    """What was measured in one mask.
 
     Attributes:
-        darkest, brightest: from 0, black, to 1, white.
+        darkest, brightest: its range, from 0 (black) to 1 (white).
         is_clear: whether it is transparent everywhere.
-        is_coloured: whether it has other colours than grey.
-        is_labelled: whether most of what is not black in it is nearly so, as the numbers of classes are.
-        levels: the greys of its flat areas, if these and no slopes make up most of what is grey in it.
-        is_copy: whether it has the bytes of its image.
+        is_coloured: whether it has colours other than grey.
+        is_labelled: whether most of its pixels that are not black are nearly black, as class numbers are.
+        levels: the grey levels of its flat areas, if flat areas rather than gradients make up most of its grey pixels.
+        is_copy: whether its bytes are those of its image.
     """
 
     darkest: float
@@ -42,13 +42,13 @@ class MaskValues(NamedTuple):
 
 
 def mask_values(image: str | bytes, mask: MaskFile) -> MaskValues:
-    """The values of an image's mask, which is decoded for it.
+    """Decodes an image's mask and returns what it holds.
 
     Args:
-        image: its path or bytes; b"" where a mask in a file is not to be compared with it.
+        image: path or bytes of the image; b"" to skip the comparison with a mask from a file.
 
     Raises:
-        OSError, ValueError: if it can't be read.
+        OSError, ValueError: if the mask can't be read.
     """
     if mask.is_alpha:
         alpha = read_layers(image, "black")[1]
@@ -69,7 +69,7 @@ def mask_values(image: str | bytes, mask: MaskFile) -> MaskValues:
 
 
 def _levels(mask: np.ndarray) -> frozenset[int]:
-    """As of `MaskValues`, of a mask [H, W] uint8."""
+    """Returns `MaskValues.levels` of a mask [H, W] uint8."""
     inner, right, below = mask[:-1, :-1], mask[:-1, 1:], mask[1:, :-1]
     is_flat = (inner == right) & (inner == below)
     counts, flat = np.bincount(inner.reshape(-1), minlength=256), np.bincount(inner[is_flat], minlength=256)
@@ -77,24 +77,27 @@ def _levels(mask: np.ndarray) -> frozenset[int]:
     if 2 * flat[grey].sum() < counts[grey].sum():
         return frozenset()
     steps = np.maximum(inner, right) - np.minimum(inner, right)
-    is_slope = 2 * np.count_nonzero(steps == 1) > np.count_nonzero(steps)  # so wide that it is flat in 8 bits
+    is_slope = 2 * np.count_nonzero(steps == 1) > np.count_nonzero(steps)  # gradients so wide that 8 bits flatten them
     is_level = (2 * flat >= counts) & (flat > 0)
     return frozenset() if is_slope else frozenset(number for number in range(1, 255) if is_level[number])
 
 
 @dataclass
 class MaskCensus:
-    """What was found in the masks of one source.
+    """Counts of what was found in the masks of one source.
 
     Attributes:
-        where: the flag that gave them, with its value.
-        num_masks: how many there are; None of a stream.
-        brightest: of all that were looked at, from 0, black, to 1, white.
-        black, clear, coloured, white: how many are black, transparent or white everywhere, or have colours.
-        labelled: how many look like numbers of classes.
-        graded: how many have flat areas of grey, of all of which these are the levels.
-        copies: how many have the bytes of their image.
-        named: the first names of some of these kinds.
+        where: the flag that names the masks, with its value.
+        num_masks: number of masks; None for a stream.
+        looked_at: number of masks that were decoded.
+        brightest: brightest value in all decoded masks, from 0 (black) to 1 (white).
+        black, clear, coloured, white: number of masks that are black, transparent, coloured or white; `coloured` means
+            in any part, the others everywhere.
+        labelled: number of masks that look like class numbers.
+        graded: number of masks with flat areas of grey.
+        copies: number of masks whose bytes are those of their image.
+        levels: grey levels of the flat areas of all masks.
+        named: the first image names of some of these kinds.
     """
 
     where: str
@@ -112,7 +115,7 @@ class MaskCensus:
     named: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, name: str, values: MaskValues) -> None:
-        """Adds one mask, that of the image of this name."""
+        """Adds the mask of the image called `name`."""
         self.looked_at += 1
         self.brightest = max(self.brightest, values.brightest)
         self.clear += values.is_clear
@@ -131,25 +134,25 @@ class MaskCensus:
 
     @property
     def is_nearly_black(self) -> bool:
-        """Whether the loss would count almost nowhere."""
+        """Whether the masks would remove almost all of the loss."""
         return self.brightest < NEARLY_BLACK
 
     def check(self) -> None:
-        """Refuses masks by which the loss would count almost nowhere.
+        """Refuses masks that would remove almost all of the loss.
 
         Raises:
-            UserError: naming what they are, with the cure.
+            UserError: saying what is wrong with the masks, with the cure.
         """
         if fault := self._fault_of_all():
             raise UserError(fault)
 
     def all_warnings(self) -> list[str]:
-        """What `check` refuses, or else what `warnings` says, where the run has begun."""
+        """Returns the fault that `check` would raise, or else `warnings`: for a run that has already started."""
         fault = self._fault_of_all()
         return [fault] if fault else self.warnings()
 
     def _fault_of_all(self) -> str:
-        """Why the loss would count almost nowhere; "" where it counts."""
+        """Returns why the masks would remove almost all of the loss; "" if they do not."""
         is_wrong = self.looked_at and self.is_nearly_black
         return f"{self.where}: {self._of_all} {self._fault()}" if is_wrong else ""
 
@@ -162,38 +165,38 @@ class MaskCensus:
         if self.clear == self.looked_at:
             return "are transparent everywhere, so the loss would count nowhere; save them with an opaque white part"
         names = self._names("black")
-        return f"are black everywhere ({names}), so the loss would count nowhere; make white what is to be learnt"
+        return f"are black everywhere ({names}), so the loss would count nowhere; make the parts to learn white"
 
     def warnings(self) -> list[str]:
-        """What is allowed but may not be meant, a line each."""
+        """Returns one line for each finding that is allowed but may be a mistake."""
         found = []
         if self.black:
             found.append(
-                f"{self._some(self.black)} are black everywhere, so the loss counts nowhere in their images, such as "
+                f"{self._some(self.black)} are black everywhere, so their images add nothing to the loss, such as "
                 f"{self._names('black')}"
             )
         if NEARLY_BLACK <= self.brightest < DIM:
             found.append(f"{self._of_all} are at most {self.brightest:.2g} of white; {WHITE_COUNTS}")
         if self.labelled:
             found.append(
-                f"{self._some(self.labelled)} hold mostly values near black, as numbers of classes are, such as "
+                f"{self._some(self.labelled)} hold mostly values near black, which look like class numbers, such as "
                 f"{self._names('labelled')}; {WHITE_COUNTS}"
             )
         if len(self.levels) >= MANY_LEVELS:
             shown = ", ".join(map(str, sorted(self.levels)[:MANY_LEVELS]))
             found.append(
-                f"{self._some(self.graded)} have flat areas of together {len(self.levels)} greys ({shown}, ...), as "
-                f"numbers of classes are, such as {self._names('graded')}; each counts by its brightness: make white "
-                "what is to be learnt, unless grades are meant"
+                f"{self._some(self.graded)} have flat areas in {len(self.levels)} grey levels ({shown}, ...), which "
+                f"look like class numbers, such as {self._names('graded')}; each counts by its brightness: make the "
+                "parts to learn white, unless you mean to weight them"
             )
         if self.copies:
             found.append(
-                f"{self._some(self.copies)} are copies of their images, whose brightness is then their mask, such as "
-                f"{self._names('copies')}; give masks in their place"
+                f"{self._some(self.copies)} are copies of their images, so the image's brightness is the mask, such as "
+                f"{self._names('copies')}; replace them with masks"
             )
         if self.coloured:
             found.append(
-                f"{self._some(self.coloured)} have colours, which count by their brightness, such as "
+                f"{self._some(self.coloured)} have colours, which are converted to brightness, such as "
                 f"{self._names('coloured')}; {WHITE_COUNTS}"
             )
         if self.looked_at and self.white == self.looked_at:
@@ -203,7 +206,7 @@ class MaskCensus:
     @property
     def _of_all(self) -> str:
         if self.num_masks is None or self.looked_at < self.num_masks:
-            return f"all {self.looked_at:,} masks that were looked at"
+            return f"all {self.looked_at:,} inspected masks"
         return f"all {self.looked_at:,} masks"
 
     def _some(self, count: int) -> str:

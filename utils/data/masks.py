@@ -1,4 +1,4 @@
-"""Where the loss counts in an image: by its alpha channel or by the mask that belongs to it, white for all of it."""
+"""Masks that weight the loss within an image: its alpha channel, or a mask file or column (white counts fully)."""
 
 import contextlib
 import filecmp
@@ -21,7 +21,7 @@ from utils.data.folders import list_images
 from utils.data.images import Refused
 from utils.data.tables import ImageTable
 
-MASK_LABEL = "-masklabel"  # what OneTrainer puts behind an image's name for that of its mask
+MASK_LABEL = "-masklabel"  # suffix that OneTrainer appends to an image's name to name its mask
 MASK_ENDING = re.compile(r"([-_. ]|(?<=[0-9]))(masks?|masklabel|matte)$")
 MASK_FOLDER = re.compile(r"/(masks?|mattes?)$")
 MASK_WORD = re.compile("mask|matte", re.IGNORECASE)
@@ -31,65 +31,66 @@ logger = logging.getLogger(__name__)
 
 
 class AlphaMasks:
-    """Each image's own alpha channel; what is opaque counts."""
+    """Masks from each image's own alpha channel; opaque parts count."""
 
     name = "alpha"
 
     def of(self, table: ImageTable, row: int) -> MaskFile:
-        """The image itself."""
+        """Returns a marker for the image's own alpha channel."""
         return MaskFile(b"", is_alpha=True)
 
 
 class ColumnMasks:
-    """The masks that a table has a column of."""
+    """Masks from a column of the table."""
 
     def __init__(self, column: str):
         self.name = f"column {column}"
 
     def of(self, table: ImageTable, row: int) -> MaskFile | None:
-        """The mask of a row, None where it has none."""
+        """Returns the mask of a row, or None if it has none."""
         mask = table.mask(row)
         return MaskFile(mask, is_alpha=False) if mask else None
 
 
 class FolderMasks:
-    """Masks in a folder under the names of their images, whatever their endings; `a-masklabel.png` is one of `a.jpg`.
+    """Masks in a folder, named as their images with any file extension; `a-masklabel.png` is a mask of `a.jpg`.
 
-    Of several masks of one name, a copy of the image itself is none, and of others an image takes that of its own
-    ending; without one, it can't be read.
+    If an image has several masks, copies of the image itself are ignored, and the one with the image's own extension
+    is used. If there is none, the image counts as unreadable.
 
     Raises:
-        UserError: if it holds none.
+        UserError: if the folder holds no masks.
     """
 
     def __init__(self, folder: Path, data_folder: Path | None = None):
-        """In the folder of the images themselves, only what is called a mask is one."""
+        """`data_folder` holds the images; if it is `folder` too, only files named NAME-masklabel are masks."""
         self.name = f"folder {folder.resolve()}"
         self._folder = folder
-        names, wanted = list_images(folder, "mask_dir"), "hold images, the masks"
+        names, wanted = list_images(folder, "mask_dir"), "hold mask images"
         if data_folder is not None and data_folder.resolve() == folder.resolve():
             names = [name for name in names if _is_labelled(name)]
-            wanted = f"hold masks called NAME{MASK_LABEL}.png, as it is the folder of the images"
+            wanted = f"hold masks called NAME{MASK_LABEL}.png, as it is also the image folder"
         require(bool(names), "mask_dir", folder, wanted)
         self._names = _by_image(names)
-        self._chosen: dict[str, MaskFile] = {}  # of images with several masks, of which bytes are compared once
+        self._chosen: dict[str, MaskFile] = {}  # for images with several masks, so that bytes are compared only once
         several = [found for found in self._names.values() if len(found) > 1]
         if several:
             logger.warning(
                 "--mask_dir %s: %d images have several masks, such as %s; copies of the image itself are ignored, and "
-                "of others each image takes the one of its own ending, and is left out without one",
+                "each image uses the mask with its own file extension, or is skipped if there is none",
                 *(folder, len(several), " and ".join(several[0])),
             )
 
     def of(self, table: ImageTable, row: int) -> MaskFile | None:
-        """The mask under the image's name, None where there is none."""
+        """Returns the mask with the image's name, or None if there is none."""
         return self.named(table.key(row), lambda: table.image(row))
 
     def named(self, key: str, image: Callable[[], str | bytes]) -> MaskFile | None:
-        """The mask of an image by its path.
+        """Returns the mask of an image, or None if there is none.
 
         Args:
-            image: returns its path or bytes, with which several masks are compared.
+            key: the image's path within its source.
+            image: returns the image's path or bytes; called only if there are several masks to compare it with.
         """
         found = self._names.get(_plain(_stem(key)), [])
         found = [name for name in found if _image_of(name) == _stem(key)] or found
@@ -100,10 +101,10 @@ class FolderMasks:
         return self._chosen[key]
 
     def _choose(self, found: Sequence[str], key: str, image: Callable[[], str | bytes]) -> MaskFile:
-        """The one of several masks that is meant."""
+        """Chooses one of several masks of an image."""
         masks = [name for name in found if not _is_copy(str(self._folder / name), image)]
         if not masks:
-            refusal = Refused(f"{' and '.join(found)} are copies of it and no masks; save its mask under its name")
+            refusal = Refused(f"{' and '.join(found)} are copies of it, not masks; save its mask under its name")
             return MaskFile(refusal, is_alpha=False)
         alike = [name for name in masks if _ending(name) == _ending(key)] if len(masks) > 1 else masks
         if len(alike) == 1:
@@ -115,7 +116,7 @@ class FolderMasks:
 
 
 def _is_copy(file: str, image: Callable[[], str | bytes]) -> bool:
-    """Whether a file has the bytes of an image; one that can't be read has not, and is named where it is read."""
+    """Whether a file has the same bytes as an image; False if it can't be read, which is reported elsewhere."""
     with contextlib.suppress(OSError, ValueError):
         return have_same_bytes(file, image())
     return False
@@ -136,7 +137,7 @@ def have_same_bytes(mask: str | bytes, image: str | bytes) -> bool:
 
 
 def _by_image(names: Sequence[str]) -> dict[str, list[str]]:
-    """The masks of each image, by its path without an ending; those called masks go before other images."""
+    """Returns the masks of each image by its path without extension; names with -masklabel take precedence."""
     plain, labelled = defaultdict(list), defaultdict(list)
     for name in names:
         (labelled if _is_labelled(name) else plain)[_plain(_image_of(name))].append(name)
@@ -144,17 +145,17 @@ def _by_image(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _image_of(name: str) -> str:
-    """The path, without an ending, of the image that a mask belongs to by its name."""
+    """Returns the path, without extension, of the image that a mask's name refers to."""
     return _stem(name).removesuffix(MASK_LABEL)
 
 
 def _plain(name: str) -> str:
-    """A name in one Unicode normal form: file systems and archives have several."""
+    """Normalizes a name to one Unicode form: file systems and archives use several."""
     return unicodedata.normalize("NFC", name)
 
 
 def called_masks(keys: Iterable[str]) -> list[tuple[str, str]]:
-    """(path, that of its image) of the images that are called as masks of others, such as 1_mask.png beside 1.png."""
+    """Returns (path, image's path) of images named like masks of other images, such as 1_mask.png beside 1.png."""
     keys = list(keys)
     some = [key for key in keys if MASK_WORD.search(key)]
     if not some:
@@ -191,7 +192,7 @@ def _is_labelled(name: str) -> bool:
 
 
 def without_masks(names: Sequence[str], folder: Path, mask_folder: Path | None) -> list[str]:
-    """The names of a folder's files but for the masks, which may lie among its images or in a folder in it."""
+    """Returns the names of a folder's files without its masks, which may lie among the images or in a subfolder."""
     if mask_folder is None:
         return list(names)
     inside = Path(os.path.relpath(mask_folder.resolve(), folder.resolve())).as_posix()
@@ -201,18 +202,28 @@ def without_masks(names: Sequence[str], folder: Path, mask_folder: Path | None) 
 
 
 def check_same_shape(mask_size: tuple[int, int], size: tuple[int, int]) -> None:
-    """Raises `ValueError` where a mask has not its image's proportions."""
+    """Raises `ValueError` if a mask does not have its image's aspect ratio.
+
+    Args:
+        mask_size, size: width and height of the mask and of the image.
+    """
     ratio = mask_size[0] * size[1] / (mask_size[1] * size[0])
     if not 1 - ASPECT_TOLERANCE < ratio < 1 + ASPECT_TOLERANCE:
-        raise ValueError("its mask of {}x{} has not the shape of {}x{}".format(*mask_size, *size))
+        raise ValueError("its mask of {}x{} does not have the shape of {}x{}".format(*mask_size, *size))
 
 
 def cut_mask(mask: Image.Image, cut: Cut, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    """[h, w] uint8, what a cut takes of a mask, each value the mean of what its place covers.
+    """Cuts a mask as its image is cut, and averages it down to the size of the latents.
 
     Args:
-        size: width and height of the image, of which the mask may be an enlarged or reduced one.
-        shape: h and w.
+        size: width and height of the image; the mask may be larger or smaller in the same aspect ratio.
+        shape: h and w of the result.
+
+    Returns:
+        [h, w] uint8, the mean of the mask over the area of each value.
+
+    Raises:
+        ValueError: if the mask does not have the image's aspect ratio.
     """
     check_same_shape(mask.size, size)
     if cut.degrees:

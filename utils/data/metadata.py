@@ -1,4 +1,4 @@
-"""Lists of a folder's images with their captions and masks: metadata.jsonl, .csv, .tsv and .parquet."""
+"""Reads metadata files that list a folder's images, captions and masks: metadata.jsonl, .csv, .tsv and .parquet."""
 
 import logging
 from collections import Counter
@@ -25,13 +25,13 @@ NUM_SHOWN = 3
 
 
 class ListColumns(NamedTuple):
-    """What is wanted of a list beside the images' names.
+    """The columns to read from a metadata file beside the image names.
 
     Attributes:
-        caption: the column of the captions; None where none are wanted.
-        mask: the column of the masks' names; None without masks.
-        read: makes captions of what the caption column holds.
-        holds_names: whether it holds names, of which one may be NA or None.
+        caption: the caption column; None to read no captions.
+        mask: the column of mask file names; None without masks.
+        read: converts a value of the caption column to captions.
+        holds_names: whether the caption column holds names, where NA or None may be a name.
     """
 
     caption: str | None
@@ -41,7 +41,7 @@ class ListColumns(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """The columns that are wanted."""
+        """The columns to read."""
         return [column for column in (self.caption, self.mask) if column is not None]
 
 
@@ -53,19 +53,26 @@ def read_metadata_folder(
     folder_is_class: bool = False,
     encoding: str | None = None,
 ) -> FolderContent:
-    """A folder with `metadata.jsonl`, `.csv`, `.tsv` or `.parquet`, at its top or below: its rows are the images.
+    """Reads a folder whose images are listed in `metadata.jsonl`, `.csv`, `.tsv` or `.parquet`, at its top or below.
 
-    Where the folder has splits, the metadata of one lies in it, or above it if there is none in it. Several rows of an
-    image in one list give it several captions; several lists must agree on an image.
+    If the folder has splits, a split's metadata lies in its folder, or else above it. Several rows of an image in one
+    file give it several captions; several files must agree on an image.
 
     Args:
-        names: the folder's files.
-        folder_is_class: as of `of_split`.
-        encoding: that of the metadata, where the user says it.
+        folder: the folder of the images.
+        names: paths of the folder's files, relative to it.
+        columns: the columns to read.
+        split: the split to read.
+        folder_is_class: see `of_split`.
+        encoding: encoding of the metadata, if the user gave one.
+
+    Returns:
+        The listed images with captions and masks, and what each metadata and mask file was used for.
 
     Raises:
-        UserError: for metadata that can't be read, is empty, lacks a column, or says two things of an image.
+        UserError: for metadata that can't be read, is empty, lacks a column, or contradicts itself.
     """
+    # find the metadata files of the split
     texts = TextReader(encoding)
     every = names
     names, num_of_none = of_split(every, split, folder_is_class=folder_is_class)
@@ -74,10 +81,14 @@ def read_metadata_folder(
     if not files:
         elsewhere = set(every) - set(names)
         files = _metadata_above(images, metadata_files(folder, elsewhere))
+
+    # read them, and refuse contradictions
     lists = _Lists(folder, columns, images, elsewhere, texts)
     for metadata in files:
         lists.read(metadata)
     lists.check(files)
+
+    # build the table of listed images
     masks = lists.masks
     num_left_out = len(images - lists.captions.keys() - set(masks.values())) + num_of_none
     by_image = None if columns.mask is None else [masks.get(name) for name in lists.captions]
@@ -88,37 +99,39 @@ def read_metadata_folder(
 
 
 class _Lists:
-    """What the lists of a folder say, read one after the other.
+    """The merged rows of a folder's metadata files, read one after another.
 
     Attributes:
-        captions: of each image, by its path.
-        masks: their paths, by the images'.
-        refused: (image or place, reason) of what can't be had.
+        captions: the captions of each image, by its path.
+        masks: the path of each mask, by the path of its image.
+        refused: (image or row, reason) of each row that can't be used.
     """
 
     def __init__(
         self, folder: Path, columns: ListColumns, images: Collection[str], elsewhere: Collection[str], texts: TextReader
     ):
-        """`elsewhere` are files of other splits, whose rows are passed over."""
+        """`elsewhere` are files of other splits, whose rows are skipped."""
         self.captions: dict[str, tuple[str, ...]] = {}
         self.masks: dict[str, str] = {}
         self.refused: list[tuple[str, str]] = []
         self._folder, self._columns, self._texts = folder, columns, texts
         self._images, self._elsewhere = KnownNames(images), elsewhere
         self._first_list = ""
-        self._list_of: dict[str, str] = {}  # of images whose captions are not of the first list
+        self._list_of: dict[str, str] = {}  # the file of each image whose captions are not from the first file
         self._num_rows: Counter[str] = Counter()
         self._num_masks, self._lost_masks = 0, []
         self._two_masks: dict[str, tuple[str, str]] = {}
         self._differing: dict[str, tuple[str, str]] = {}
 
     def read(self, metadata: str) -> None:
-        """Adds the rows of a list."""
+        """Adds the rows of a metadata file."""
         here: dict[str, tuple[str, ...]] = {}
         repeated: set[str] = set()
         known: set[str] = set()
         file, columns = self._folder / metadata, self._columns
         rows = _parquet_rows(file) if metadata.endswith(".parquet") else _metadata_rows(file, columns, self._texts)
+
+        # collect each row's image, captions and mask
         for place, row, reason in rows:
             self._num_rows[metadata] += 1
             name = row.get(NAME_COLUMN)
@@ -126,7 +139,7 @@ class _Lists:
                 self.refused.append((place, reason or "has no file_name"))
                 continue
             known |= row.keys()
-            if not metadata.endswith(".jsonl"):  # of which a row may leave out what others have
+            if not metadata.endswith(".jsonl"):  # where rows may omit columns that other rows have
                 self._check_columns(known, place)
             captions: tuple[str, ...] = ()
             if columns.caption is not None:
@@ -140,24 +153,26 @@ class _Lists:
             if path in here:
                 repeated.add(path)
             here[path] = here.get(path, ()) + captions
+
+        # check the columns, report repeated images, and merge with the other files
         if known:
             self._check_columns(known, metadata)
         if repeated:
             use = ", with one of its captions drawn at each step" if columns.caption is not None else ""
             logger.warning(
-                "%s: %d images stand in several rows, such as %s; each is used once an epoch%s",
+                "%s: %d images have several rows, such as %s; each is used once per epoch%s",
                 *(file, len(repeated), short(min(repeated)), use),
             )
         self._add(metadata, here)
 
     def _check_columns(self, known: set[str], place: str) -> None:
-        """Refuses a list without a column that is wanted."""
+        """Refuses a metadata file that lacks a required column."""
         for flag, column in (("caption_column", self._columns.caption), ("mask_column", self._columns.mask)):
             if column is not None:
                 _check_metadata_column(flag, column, known, place)
 
     def _path_of(self, parent: PurePosixPath, name: str, row: Mapping[str, object]) -> str | None:
-        """The path of a row's image, whose mask is kept; None if it is refused or of another split."""
+        """Returns the path of a row's image and records its mask; None if it is refused or in another split."""
         path, reason = resolve_listed(parent, name, self._folder, self._images)
         mask, mask_reason, value = "", "", row.get(self._columns.mask) if self._columns.mask is not None else None
         if value:
@@ -175,7 +190,7 @@ class _Lists:
         return path
 
     def _add(self, metadata: str, here: dict[str, tuple[str, ...]]) -> None:
-        """Puts what one list says to what the others say."""
+        """Merges the captions of one metadata file with those of the others."""
         if not self.captions:
             self.captions, self._first_list = here, metadata
             return
@@ -187,11 +202,12 @@ class _Lists:
                 self.captions[path], self._list_of[path] = captions, metadata
 
     def check(self, files: Sequence[str]) -> None:
-        """Refuses lists that say nothing, or two things of an image.
+        """Refuses metadata files that list no images or contradict each other.
 
         Raises:
-            UserError: naming the lists and the first images.
+            UserError: naming the files and the first images.
         """
+        # contradictions
         if self._differing:
             path, (first, second) = next(iter(self._differing.items()))
             raise UserError(
@@ -204,12 +220,16 @@ class _Lists:
                 f"--mask_column {self._columns.mask}: {len(self._two_masks):,} images have two masks, such as "
                 f"{short(path)}: {' and '.join(map(short, masks))}; keep one for each image"
             )
+
+        # a mask column without file names
         if self._lost_masks and len(self._lost_masks) == self._num_masks:
             there = short(self._lost_masks[0])
             raise UserError(
                 f"--mask_column {self._columns.mask}: none of its {self._num_masks:,} values in {', '.join(files[:3])} "
                 f"is the name of a file, such as {there}; name the column of the masks' file names"
             )
+
+        # files without rows
         empty = [name for name in files if not self._num_rows[name]]
         if empty and len(empty) == len(files):
             raise UserError(
@@ -223,7 +243,7 @@ class _Lists:
 def captions_in_lists(
     folder: Path, files: Sequence[str], images: Collection[str], columns: ListColumns, encoding: str | None = None
 ) -> dict[str, tuple[str, ...]]:
-    """The captions that some metadata files of a folder give its images, by the images' paths.
+    """Returns the captions in some metadata files of a folder, by the paths of the images.
 
     Raises:
         UserError: as `read_metadata_folder`.
@@ -236,7 +256,7 @@ def captions_in_lists(
 
 
 def metadata_files(folder: Path, names: Iterable[str]) -> list[str]:
-    """Those of some files of a folder that are metadata; one of Parquet only where no other lies beside it."""
+    """Returns the metadata files among a folder's files; a Parquet one only if there is no other in its folder."""
     found = [name for name in names if name.rpartition("/")[2] in METADATA_NAMES]
     places = {name.rpartition("/")[0] for name in found if not name.endswith(".parquet")}
     return [
@@ -248,13 +268,13 @@ def metadata_files(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def _metadata_above(images: Collection[str], metadata: Iterable[str]) -> list[str]:
-    """Those of some metadata files that lie in a folder that, further down, holds some of the images."""
+    """Returns the metadata files in folders that contain some of the images, at any depth."""
     places = ((name, name.rpartition("/")[0]) for name in sorted(metadata))
     return [name for name, place in places if any(not place or image.startswith(f"{place}/") for image in images)]
 
 
 def _check_metadata_column(flag: str, column: str, known: set[str], place: str) -> None:
-    """Refuses metadata without a column."""
+    """Refuses metadata that lacks a column."""
     if column in known:
         return
     there = sorted(known - {NAME_COLUMN})
@@ -269,7 +289,7 @@ def _check_metadata_column(flag: str, column: str, known: set[str], place: str) 
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, dict, str]]:
-    """As `_metadata_rows`, of a Parquet file; columns of bytes are left out."""
+    """Yields rows as `_metadata_rows`, from a Parquet file, without its columns of bytes."""
     from pyarrow import parquet
 
     columns = [name for name, kind in parquet_columns(file).items() if not is_binary(kind)]
@@ -277,17 +297,17 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict, str]]:
     try:
         with parquet.ParquetFile(file) as opened:
             for batch in opened.iter_batches(1000, columns=columns):
-                for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020  it is counted on
+                for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020  it keeps counting
                     yield f"{file.name}, row {number}", row, ""
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file} can't be read: {first_line(error)}") from error
 
 
 def _metadata_rows(file: Path, columns: ListColumns, texts: TextReader) -> Iterator[tuple[str, dict, str]]:
-    """(where it stands, the row, why it can't be read) of each row of a metadata file, its name under `file_name`.
+    """Yields (file and line, row, why it can't be read) for each row of a metadata file, its name under `file_name`.
 
     Args:
-        columns: what is wanted beside the name.
+        columns: the columns to read beside the name.
     """
     try:
         text = texts.read(file)
@@ -299,18 +319,19 @@ def _metadata_rows(file: Path, columns: ListColumns, texts: TextReader) -> Itera
         name = NAME_COLUMN if NAME_COLUMN in row else _name_column(row)
         if is_table and not name:
             is_row = any(map(is_image, row))
-            cure = "write a header above its first row" if is_row else f"call that of the images' names {NAME_COLUMN}"
+            named = f"rename the column of the images' names to {NAME_COLUMN}"
+            cure = "write a header above its first row" if is_row else named
             raise FileError(file, f"has no column {NAME_COLUMN}; its columns are {short(list(row))}; {cure}")
         if name not in ("", NAME_COLUMN):
             if name not in said:
-                logger.info("%s: the column %s holds the images' names, as %s would", file, short(name), NAME_COLUMN)
+                logger.info("%s: the column %s is read as %s, the images' names", file, short(name), NAME_COLUMN)
             said.add(name)
             row = row | {NAME_COLUMN: row[name]}
         yield place, row, reason
 
 
 def _name_column(row: Mapping[str, object]) -> str:
-    """The column that holds the images' names though it is not called `file_name`, or ""."""
+    """Returns the column that holds the images' names though it is not called `file_name`; "" if there is none."""
     plain = {plain_spelling(name): name for name in row}
     return next((plain[each] for each in (plain_spelling(NAME_COLUMN), *NAME_COLUMNS) if each in plain), "")
 
@@ -341,25 +362,25 @@ def _table_rows(text: str, file: Path, columns: ListColumns) -> Iterator[tuple[s
 
 
 class _Marks:
-    """Counts cells that hold what tables write for nothing."""
+    """Counts cells that hold a mark for a missing value, such as NA."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._first = 0
 
     def add(self, cell: str, line: int) -> None:
-        """Adds a cell of a row that begins in this line."""
+        """Adds a cell of a row that starts at `line`."""
         self._first = self._first or line
         self.counts[cell] += 1
 
     def describe(self) -> str:
-        """How many there are, the most frequent and the first of them."""
+        """Returns how many there are, the most frequent ones, and the line of the first."""
         shown = ", ".join(mark for mark, _ in self.counts.most_common(NUM_SHOWN))
-        return f"{self.counts.total():,} cells hold {shown}, the first in line {self._first}"
+        return f"{self.counts.total():,} cells hold {shown}, the first on line {self._first}"
 
 
 def _json_rows(text: str, name: str) -> Iterator[tuple[str, dict, str]]:
     for number, row, reason in parse_json_lines(text):
         is_object = isinstance(row, dict)
-        told = "" if is_object else f"is no JSON object but a {type(row).__name__}; write an object for each image"
+        told = "" if is_object else f"is not a JSON object but a {type(row).__name__}; write an object for each image"
         yield f"{name}, line {number}", row if is_object else {}, reason or told

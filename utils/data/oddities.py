@@ -1,4 +1,4 @@
-"""What is out of the ordinary in images, and which of it earlier releases decoded into other pixels."""
+"""Unusual properties of images, and those for which earlier releases decoded different pixels."""
 
 from collections.abc import Collection
 from functools import lru_cache
@@ -32,42 +32,47 @@ ODDITIES = (
     DARK,
     SMALL_PALETTE,
 )
-CHANGED_BY = {  # by version of the decoding: whose pixels it made others
+CHANGED_BY = {  # by decoding version: the oddities whose images it decodes to different pixels
     1: (CONVERTED,),
     2: (UNCOMMON,),
     3: (TURNED_ANEW, CLIPPED, SMALL_PALETTE),
 }
 DECODING = max(CHANGED_BY)
-"""The version of how pixels are decoded. Raise it with a line above when images of some kind get other pixels."""
-DOUBTFUL = (CLIPPED, DARK)  # of which it was guessed which number is white
+"""The decoding version. Add a line above, which raises it, when images of some kind decode to different pixels."""
+DOUBTFUL = (CLIPPED, DARK)  # where the value of white is a guess
 IN_KEYS = {CONVERTED: b"in sRGB", UNCOMMON: b"by bit depth"}
 
 
 def bits_of(names: Collection[str]) -> int:
-    """A bit mask of `ODDITIES`, of some of them."""
+    """Returns the bit mask of some of the `ODDITIES`."""
     return sum(1 << bit for bit, name in enumerate(ODDITIES) if name in names)
 
 
 @lru_cache
 def names_in(bits: int) -> tuple[str, ...]:
-    """The oddities of a bit mask."""
+    """Returns the oddities in a bit mask."""
     return tuple(name for bit, name in enumerate(ODDITIES) if bits >> bit & 1)
 
 
 def how_read(names: Collection[str]) -> bytes:
-    """What goes into the key of what is remembered of an image's pixels, for it to be made anew where they changed.
+    """Returns the part of an image's cache key that changes when a new release decodes its pixels differently.
 
-    b"" of most images; a mask has no colours to convert, and is asked without `CONVERTED`.
+    Args:
+        names: the image's oddities; for a mask without `CONVERTED`, as masks have no colours to convert.
+
+    Returns:
+        b"" for most images.
     """
     changed = [name for kinds in CHANGED_BY.values() for name in kinds if name in names]
     return b"".join(IN_KEYS.get(name, name.encode()) for name in changed)
 
 
 def changed_since(bits: np.ndarray, version: int) -> np.ndarray:
-    """[N] bool, which images are decoded into other pixels than by an earlier version.
+    """Returns [N] bool: which images decode to different pixels than with an earlier version.
 
     Args:
         bits: [N] bit masks of `ODDITIES`.
+        version: the earlier decoding version.
     """
     kinds = bits_of([name for number, names in CHANGED_BY.items() if number > version for name in names])
     return bits & kinds != 0

@@ -1,4 +1,4 @@
-"""Which image stands at which place of which step: a function of the seed and the step alone."""
+"""The order of images in training: which image is in which slot of which step, from the seed and the step alone."""
 
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -11,7 +11,7 @@ from utils.config.seeding import Stream, generator
 
 
 class Draw(NamedTuple):
-    """A record, how many times it was drawn before, and the number of its bucket."""
+    """A record's number, how often it was drawn before, and the number of its bucket."""
 
     record: int
     passing: int
@@ -19,7 +19,7 @@ class Draw(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One micro-batch: an optimizer step and the slots of its global batch; of a stream also what stands there."""
+    """One micro-batch: an optimizer step and slots of its global batch; for a stream also the samples in them."""
 
     step: int
     slots: tuple[int, ...]
@@ -27,11 +27,11 @@ class Piece(NamedTuple):
 
 
 class Interleaving:
-    """Several streams merged into one, each in proportion to its share, with no remainder lost.
+    """Merges several streams into one, each in proportion to its share, without losing remainders.
 
-    A stream of share n gives `unit` at a time, floor((e * n + r) / unit) times before epoch e, where its head start r
-    is drawn by the seed: what is left at an epoch's end comes in the next. Within an epoch a stream's turns are spread
-    evenly, each at a random place of its part.
+    On its turn a stream yields `unit` samples. A stream of share n has floor((e * n + r) / unit) turns before epoch e,
+    with a head start r drawn from the seed, so remainders carry over to the next epoch. Within an epoch the turns of a
+    stream are spread evenly, each at a random place within its part of the epoch.
     """
 
     def __init__(self, shares: Sequence[Fraction], unit: int, seed: int, number: int, order: Stream):
@@ -44,12 +44,12 @@ class Interleaving:
         self._epochs: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
 
     def turns_before(self, epoch: int) -> list[int]:
-        """How often each stream came before an epoch."""
+        """Returns the number of turns that each stream had before an epoch."""
         pairs = zip(self._shares, self._heads, strict=True)
         return [(epoch * share + head) // self._unit for share, head in pairs]
 
     def epoch_of(self, place: int) -> int:
-        """The epoch in which a place of the merged stream lies."""
+        """Returns the epoch that contains a place of the merged stream."""
         epoch = place * self._unit // sum(self._shares)
         while sum(self.turns_before(epoch)) > place:
             epoch -= 1
@@ -58,7 +58,7 @@ class Interleaving:
         return epoch
 
     def at(self, place: int) -> tuple[int, int]:
-        """(which stream, its how-manieth turn) at a place of the merged stream."""
+        """Returns (stream, number of its turn, from 0) at a place of the merged stream."""
         if len(self._shares) == 1:
             return 0, place
         for begin, streams, turns in self._epochs.values():
@@ -71,7 +71,7 @@ class Interleaving:
         return int(streams[place - begin]), int(turns[place - begin])
 
     def _arrange(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """(first place, streams, turns) of an epoch."""
+        """Returns (first place, streams, turns) of an epoch."""
         before, after = np.array(self.turns_before(epoch)), np.array(self.turns_before(epoch + 1))
         counts = after - before
         streams = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
@@ -82,7 +82,7 @@ class Interleaving:
 
 
 class Permutations:
-    """The images of one bucket and source: every pass over them a seeded permutation, one after the other."""
+    """Endless stream of the images of one bucket and source; each pass is a new permutation drawn from the seed."""
 
     def __init__(self, members: np.ndarray, seed: int, number: int):
         self._members = members
@@ -90,7 +90,7 @@ class Permutations:
         self._orders: dict[int, np.ndarray] = {}
 
     def at(self, place: int) -> tuple[int, int]:
-        """(record, pass) at a place of the stream."""
+        """Returns (record, pass) at a place of the stream."""
         passing, within = divmod(place, len(self._members))
         if passing not in self._orders:
             while len(self._orders) >= 2:
@@ -103,13 +103,13 @@ class Permutations:
 class GlobalBatches:
     """The stream of global batches over the images.
 
-    A batch consists of groups, each of one bucket. Which bucket a group has, which source each of its samples, and
-    which image that is, are nested streams; nothing is dropped or repeated at an epoch's end, so that over E epochs
-    each image is drawn E times (times its source's repeats), one more or less, however many processes share the work.
+    A batch consists of groups, each from one bucket. Nested streams choose the bucket of each group, the source of each
+    of its samples, and the image. Nothing is dropped or repeated at the end of an epoch: over E epochs each image is
+    drawn E times (times its source's repeats), give or take one, for any number of processes.
 
     Attributes:
-        size: samples of a global batch.
-        group_size: samples of one bucket that stand together; it divides `size`.
+        size: samples per global batch.
+        group_size: consecutive samples from one bucket; divides `size`.
         samples_per_epoch: images times their repeats.
     """
 
@@ -144,11 +144,11 @@ class GlobalBatches:
 
     @property
     def has_buckets(self) -> bool:
-        """Whether images are of more than one size."""
+        """Whether there is more than one bucket."""
         return len(self._streams) > 1
 
     def draw(self, step: int, slot: int) -> Draw:
-        """What stands at `slot`, in [0, size), of the global batch of optimizer step `step`, from 0."""
+        """Returns the sample in `slot`, in [0, size), of the global batch of optimizer step `step`, from 0."""
         group, within = divmod(step * self.size + slot, self.group_size)
         bucket, turn = self._buckets.at(group)
         source, place = self._sources[bucket].at(turn * self.group_size + within)
@@ -156,23 +156,23 @@ class GlobalBatches:
         return Draw(record, passing, bucket)
 
     def steps_in(self, epochs: int) -> int:
-        """Optimizer steps after which every image was drawn `epochs` times."""
+        """Returns the number of optimizer steps after which every image was drawn `epochs` times."""
         if not self.has_buckets:
             return -(-epochs * self.samples_per_epoch // self.size)
         return -(-sum(self._buckets.turns_before(epochs)) * self.group_size // self.size)
 
     def epochs_before(self, step: int) -> int:
-        """Whole epochs that the first `step` optimizer steps have drawn."""
+        """Returns the number of whole epochs drawn in the first `step` optimizer steps."""
         if not self.has_buckets:
             return step * self.size // self.samples_per_epoch
         return self._buckets.epoch_of(step * self.size // self.group_size)
 
 
 class Pieces:
-    """The micro-batches of one process, in order: what its DataLoader takes as a sampler.
+    """The micro-batches of one process, in order; the sampler of its DataLoader.
 
     The process at `rank` of `num_processes` takes the slots [rank * size / num_processes, (rank + 1) * size /
-    num_processes) of each global batch, in pieces of at most `micro_batch` that lie within one group.
+    num_processes) of each global batch, in pieces of at most `micro_batch` slots that lie within one group.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How an image has to be turned, by what its file says: by EXIF, or else by XMP, wherever in the file these stand."""
+"""Reads an image's orientation from EXIF, or else from XMP, wherever in the file they are."""
 
 import contextlib
 import re
@@ -30,16 +30,16 @@ XMP_MARK = b"http://ns.adobe.com/xap/1.0/\0"
 IN_XMP = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([0-9]+)""")
 IN_XMP_BEFORE = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')  # PIL's own pattern
 DAMAGED = (SyntaxError, ValueError, LookupError, TypeError, EOFError, OSError, struct.error, zlib.error)
-"""What reading damaged metadata ends in; it then says nothing of the image."""
+"""Errors raised for damaged metadata, which is then ignored."""
 
 
 class Turn(NamedTuple):
-    """How an image has to be turned.
+    """How to turn an image upright.
 
     Attributes:
-        orientation: as of EXIF, from 1, which is upright, to 8.
-        is_by_pil: whether PIL turns it when it decodes, and says its size as if it had.
-        is_new: whether earlier releases, which knew fewer places of it, turned it otherwise.
+        orientation: the EXIF orientation, from 1 (upright) to 8.
+        is_by_pil: whether PIL turns the image when it decodes it, and reports the size after turning.
+        is_new: whether earlier releases, which looked in fewer places for the orientation, turned it differently.
     """
 
     orientation: int = 1
@@ -48,22 +48,27 @@ class Turn(NamedTuple):
 
     @property
     def left(self) -> Image.Transpose | None:
-        """What is to be done to the pixels that PIL decodes."""
+        """The turn to apply to the pixels that PIL decodes; None if there is none."""
         return None if self.is_by_pil else TURNS.get(self.orientation)
 
     @property
     def swaps(self) -> bool:
-        """Whether width and height that PIL says change places."""
+        """Whether the width and height that PIL reports must be swapped."""
         return self.orientation in TURNED_ON_ITS_SIDE and not self.is_by_pil
 
 
 def turn_of(image: Image.Image, file: BinaryIO) -> Turn:
-    """How an opened image has to be turned, of which PIL does no more than to obey a TIFF's own tag.
+    """Returns how to turn an opened image upright; PIL itself only obeys a TIFF's own tag.
 
-    EXIF (in a PNG also as ImageMagick's raw profile) comes before XMP, and what stands before a PNG's pixels before
-    what stands behind them.
+    EXIF (in a PNG also as ImageMagick's raw profile) takes precedence over XMP, and metadata before a PNG's pixels over
+    metadata after them.
+
+    Args:
+        image: opened and not decoded yet; its XMP is removed from `image.info`.
+        file: the file it was opened from.
     """
-    xmp = [_as_bytes(image.info.pop(key, None)) for key in XMP_KEYS]  # without which PIL turns no TIFF by it
+    # collect the metadata from all places
+    xmp = [_as_bytes(image.info.pop(key, None)) for key in XMP_KEYS]  # removed, so that PIL turns no TIFF by it
     late: dict[str, str | bytes] = {}
     if image.format == "PNG":
         late = _late_metadata(file)
@@ -76,7 +81,7 @@ def turn_of(image: Image.Image, file: BinaryIO) -> Turn:
         *(each.removeprefix(XMP_MARK) for each in raw if _is_xmp(each)),
     ]
 
-    # the rule, and that of earlier releases, which looked at fewer places
+    # apply today's rule, and that of earlier releases, which looked in fewer places
     places = [exif, *(_orientation_in_exif(each) for each in raw if not _is_xmp(each))]
     places += [_orientation_in_xmp(each, IN_XMP) for each in (*xmp, *later_xmp)]
     places_before = [exif, *(_orientation_in_xmp(each, IN_XMP_BEFORE) for each in xmp if image.format != "TIFF")]
@@ -85,15 +90,15 @@ def turn_of(image: Image.Image, file: BinaryIO) -> Turn:
 
 
 def _first_of(orientations: Iterable[int | None]) -> int:
-    """The first that is there, if it is one to turn by; else 1."""
+    """Returns the first orientation that is not None if it means a turn, else 1."""
     found = next((each for each in orientations if each is not None), 1)
     return found if found in TURNS else 1
 
 
 def _orientation_by_pil(image: Image.Image) -> int | None:
-    """The orientation in an opened image's EXIF, or in a TIFF's tags."""
+    """Returns the orientation in an opened image's EXIF, or in a TIFF's tags."""
     with contextlib.suppress(*DAMAGED):
-        return Image.Image.getexif(image).get(TAG)  # a PNG's own would decode it
+        return Image.Image.getexif(image).get(TAG)  # the method of PNG images would decode the image
     return None
 
 
@@ -119,14 +124,14 @@ def _is_xmp(profile: bytes) -> bool:
 
 
 def _raw_profile(text: object) -> bytes:
-    """The bytes of ImageMagick's raw profile: lines of its kind and its length, then hexadecimal digits."""
+    """Returns the bytes of ImageMagick's raw profile: lines with its kind and length, then hexadecimal digits."""
     with contextlib.suppress(ValueError):
         return bytes.fromhex("".join(text.split("\n")[3:])) if isinstance(text, str) else b""
     return b""
 
 
 def _late_metadata(file: BinaryIO) -> dict[str, str | bytes]:
-    """What stands of EXIF and XMP behind a PNG's pixels, by PIL's names, read as PIL reads what stands before them."""
+    """Reads the EXIF and XMP after a PNG's pixels, under PIL's names, as PIL reads what comes before them."""
     stream = PngImagePlugin.PngStream(file)
     with contextlib.suppress(*DAMAGED):
         for name, begin, size in late_png_chunks(file):

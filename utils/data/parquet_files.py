@@ -1,4 +1,4 @@
-"""Parquet files before they are read: what columns they have, and whether they are whole and alike."""
+"""Checks Parquet files before they are read: their columns, and whether shards can be read together."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ NUM_SHOWN = 3
 
 
 def parquet_columns(file: Path) -> dict[str, pa.DataType]:
-    """The types of the columns of a Parquet file by their names; none if it can't be read."""
+    """Returns the column types of a Parquet file by column name; {} if it can't be read."""
     from pyarrow import parquet
 
     try:
@@ -25,10 +25,10 @@ def parquet_columns(file: Path) -> dict[str, pa.DataType]:
 
 
 class Footer(NamedTuple):
-    """What the end of a Parquet file says is in it.
+    """The contents of a Parquet file according to its footer.
 
     Attributes:
-        num_rows: how many rows it has.
+        num_rows: number of rows.
         schema: its columns.
     """
 
@@ -37,15 +37,20 @@ class Footer(NamedTuple):
 
     @property
     def columns(self) -> dict[str, pa.DataType]:
-        """The types of the columns by their names."""
+        """The column types by column name."""
         return {column.name: column.type for column in self.schema}
 
 
 def read_footers(folder: Path, names: Iterable[str], flag: str) -> dict[str, Footer]:
-    """The ends of Parquet files of a folder, by the files' names.
+    """Reads the footers of Parquet files in a folder, by file name.
+
+    Args:
+        folder: the folder of the files.
+        names: their paths, relative to it.
+        flag: the flag that names the folder, without dashes, for errors.
 
     Raises:
-        UserError: naming a file whose end can't be read.
+        UserError: naming a file whose footer can't be read.
     """
     from pyarrow import parquet
 
@@ -56,7 +61,7 @@ def read_footers(folder: Path, names: Iterable[str], flag: str) -> dict[str, Foo
                 metadata = parquet.read_metadata(file)
                 footers[name] = Footer(metadata.num_rows, metadata.schema.to_arrow_schema())
         except (OSError, pa.ArrowException) as error:
-            cure = "fetch it again, or take it out of the folder"
+            cure = "fetch it again, or remove it from the folder"
             raise UserError(f"--{flag} {folder}: {name} can't be read: {first_line(error)}; {cure}") from error
     return footers
 
@@ -70,9 +75,9 @@ class NeededColumns(NamedTuple):
     """The columns of a table that are used.
 
     Attributes:
-        images: those of images and masks, which may be bytes, paths, or both.
-        texts: those of captions or labels.
-        sizes: those that are used only where all files have them.
+        images: columns of images and masks, as bytes, paths, or both.
+        texts: columns of captions or labels.
+        sizes: columns of widths and heights, used only if all files have them.
     """
 
     images: tuple[str, ...]
@@ -84,8 +89,8 @@ class Shards(NamedTuple):
     """Parquet files of one table.
 
     Attributes:
-        names: those that have rows.
-        reading: arguments by which `datasets` reads them all, where it would not read all of them as the first.
+        names: files that have rows.
+        reading: arguments with which `datasets` reads all files; {} if it can read them with the types of the first.
     """
 
     names: list[str]
@@ -93,16 +98,18 @@ class Shards(NamedTuple):
 
 
 def check_shards(folder: Path, footers: Mapping[str, Footer], needed: NeededColumns, flag: str) -> Shards:
-    """The Parquet files among shards of one table that have rows; names those that have none.
+    """Returns the shards of one table that have rows, and warns of empty ones.
 
-    Columns that are not used may be of any types, and some shards may lack them.
+    Unused columns may have any type, and may be missing from some shards.
 
     Args:
-        footers: those of the shards, by the files' names.
-        needed: where no file has one of these columns, that is not said here.
+        folder: the folder of the shards.
+        footers: footers of the shards, by file name.
+        needed: the columns to compare; one that no file has is not an error here.
+        flag: the flag that names the folder, without dashes, for errors.
 
     Raises:
-        UserError: if none has rows, or one has not the columns of the first.
+        UserError: if no shard has rows, or if the columns of the shards differ.
     """
     filled = {name: footer for name, footer in footers.items() if footer.num_rows}
     empty = [name for name in footers if name not in filled]
@@ -117,10 +124,10 @@ def check_shards(folder: Path, footers: Mapping[str, Footer], needed: NeededColu
 
 
 def deciding_files(folder: Path, filled: Mapping[str, Footer], needed: NeededColumns, flag: str) -> dict[str, str]:
-    """The file whose type each needed column has: the first in which it holds something.
+    """Returns, for each needed column, the first file in which it has a type, which then applies to all files.
 
     Raises:
-        UserError: as `check_shards`.
+        UserError: if the columns of the files differ.
     """
     decided = dict.fromkeys(needed.images + needed.texts, next(iter(filled)))
     for name, footer in filled.items():
@@ -128,8 +135,8 @@ def deciding_files(folder: Path, filled: Mapping[str, Footer], needed: NeededCol
             difference = _difference(filled[other], footer, column, column in needed.images)
             if difference:
                 raise UserError(
-                    f"--{flag} {folder}: {name} is no shard of the same table as {other}: {difference}; give both the "
-                    "same columns, or give them as two sources of a --dataset_file"
+                    f"--{flag} {folder}: {name} is not a shard of the same table as {other}: {difference}; give both "
+                    "the same columns, or give them as two sources of a --dataset_file"
                 )
             if _is_hollow(filled[other].columns.get(column)):
                 decided[column] = name
@@ -137,7 +144,7 @@ def deciding_files(folder: Path, filled: Mapping[str, Footer], needed: NeededCol
 
 
 def _difference(first: Footer, other: Footer, column: str, is_image: bool) -> str:
-    """How a shard differs from an earlier one in a column so that they can't be read together; "" if not."""
+    """Returns why a column of a shard can't be read together with an earlier shard's; "" if it can."""
     kind, found = first.columns.get(column), other.columns.get(column)
     if kind is None and found is None:
         return ""
@@ -148,15 +155,15 @@ def _difference(first: Footer, other: Footer, column: str, is_image: bool) -> st
     classes = _class_names(other.schema).get(column, own)
     if own is not None and classes != own:
         here, there = (", ".join(map(str, names[:5])) for names in (classes, own))
-        return f"the numbers in its column {column} stand for {here}, in the other for {there}"
+        return f"the numbers in its column {column} mean {here}, those in the other mean {there}"
     are_images = is_image and all(map(_may_be_image, (kind, found)))
     if are_images or _fits(kind, found) or _is_hollow(kind):
         return ""
-    return f"its column {column} holds {found}, that of the other {kind}"
+    return f"its column {column} holds {found}, in the other it holds {kind}"
 
 
 def are_read_alike(footers: Iterable[Footer], needed: NeededColumns) -> bool:
-    """Whether `datasets` reads all columns of all files with rows as the first of them has them."""
+    """Whether `datasets` can read all columns of all non-empty files with the types of the first one."""
     first, *others = (footer.columns for footer in footers if footer.num_rows)
     used = {*needed.images, *needed.texts}
     return all(
@@ -167,15 +174,15 @@ def are_read_alike(footers: Iterable[Footer], needed: NeededColumns) -> bool:
 
 
 def _casts(first: pa.DataType, other: pa.DataType) -> bool:
-    """Whether a type that fits another is surely cast to it, whatever the values: an integer takes no 0.5."""
+    """Whether every value of a type can be cast to another that fits it; a number like 0.5 can't become an integer."""
     return first == other or pa.types.is_null(other) or _is_text(first) or is_binary(first)
 
 
 def _reading(filled: Mapping[str, Footer], decided: Mapping[str, str], needed: NeededColumns) -> dict[str, object]:
-    """The arguments by which `datasets` reads the needed columns alone, each as all files can be read.
+    """Returns arguments with which `datasets` reads only the needed columns, with types that suit all files.
 
     Args:
-        decided: the file whose type each of them has.
+        decided: for each column, the file whose type applies.
     """
     from datasets import Features, Image
 
@@ -197,14 +204,14 @@ def _is_plain_in(footer: Footer, column: str) -> bool:
 
 
 def _is_hollow(kind: pa.DataType | None) -> bool:
-    """Whether a column holds nothing, so that its type is what other files say."""
+    """Whether a column is empty in a file, so that other files decide its type."""
     if kind is None:
         return False
     return pa.types.is_null(kind) or (_is_list(kind) and _is_hollow(kind.value_type))
 
 
 def holds_null(kind: pa.DataType | None) -> bool:
-    """Whether of a column, or of a part of it, nothing says the type."""
+    """Whether the type of a column, or of a part of it, is unknown because it holds no values."""
     if kind is None:
         return False
     if pa.types.is_struct(kind):
@@ -213,20 +220,20 @@ def holds_null(kind: pa.DataType | None) -> bool:
 
 
 def _may_be_image(kind: pa.DataType) -> bool:
-    """Whether `datasets` makes images of what a column holds: bytes, paths, or both in a struct."""
+    """Whether `datasets` can read a column as images: bytes, paths, or both in a struct."""
     if pa.types.is_struct(kind):
         return bool({field.name for field in kind} & {"bytes", "path"})
     return pa.types.is_null(kind) or _is_text(kind) or is_binary(kind)
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list]:
-    """The names of classes by their numbers, of the columns that `datasets` has noted as classes."""
+    """Returns the class names, in order of their numbers, of each column that `datasets` marks as a ClassLabel."""
     named = {name: each.get("names") for name, each in _features(schema).items() if each.get("_type") == "ClassLabel"}
     return {name: names for name, names in named.items() if isinstance(names, list)}
 
 
 def _features(schema: pa.Schema) -> dict[str, dict]:
-    """What `datasets` has noted of the columns by their names; nothing where it wrote no file."""
+    """Returns the features that `datasets` stored for the columns, by name; {} for files from other software."""
     try:
         noted = (schema.metadata or {}).get(b"huggingface", b"{}").decode()
         features = parse_json(noted, "huggingface")["info"]["features"]
@@ -236,7 +243,7 @@ def _features(schema: pa.Schema) -> dict[str, dict]:
 
 
 def _fits(first: pa.DataType, other: pa.DataType) -> bool:
-    """Whether `datasets` reads all values of a shard as the type that the first shard has."""
+    """Whether `datasets` can read the values of a shard with the type in the first shard."""
     first, other = (kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (first, other))
     if pa.types.is_null(other):
         return True
@@ -251,7 +258,7 @@ def _fits(first: pa.DataType, other: pa.DataType) -> bool:
 
 
 def _group(kind: pa.DataType) -> int:
-    """The number of the group of types that a type is of; -1 for numbers, booleans and times."""
+    """Returns the number of a type's group (text, bytes, struct, list, null); -1 for numbers, booleans and times."""
     groups = (_is_text, is_binary, pa.types.is_struct, _is_list, pa.types.is_null)
     return next((number for number, holds in enumerate(groups) if holds(kind)), -1)
 

@@ -1,4 +1,4 @@
-"""Which of the listed images are trained on, at which size, and what became of the others."""
+"""Chooses the images to train on and their buckets, and records why others are skipped."""
 
 import hashlib
 import logging
@@ -25,17 +25,20 @@ logger = logging.getLogger(__name__)
 
 
 def hold_out(records: Records, fraction: float, seed: int, firsts: np.ndarray | None = None) -> tuple[Records, Records]:
-    """(those to train on, those held out): each image is drawn by its name, whatever others there are.
+    """Splits images into (training images, held-out images); whether an image is held out depends on its name only.
 
     Args:
-        firsts: [N] of images of the same bytes the number of one, by whose name all of them are drawn,
-            unless all images are the same.
+        records: the images.
+        fraction: portion to hold out, from 0 to 1; at least one image stays in each part.
+        seed: the run's seed.
+        firsts: [N] for each image the number of the first one with the same bytes, whose name decides for all copies;
+            ignored if all images are the same.
 
     Raises:
-        UserError: if there are fewer than two.
+        UserError: if there are fewer than two images.
     """
     if len(records) < 2:
-        raise UserError(f"--validation_split {fraction:g} needs at least two images, there is {len(records)}")
+        raise UserError(f"--validation_split {fraction:g} needs at least two images, got {len(records)}")
     drawn = np.array(
         [generator(seed, records.identity(index), 0, Stream.HELD_OUT_SPLIT).random() for index in range(len(records))]
     )
@@ -47,11 +50,12 @@ def hold_out(records: Records, fraction: float, seed: int, firsts: np.ndarray | 
 
 
 class Outcome(NamedTuple):
-    """What became of each image that was listed.
+    """What happened to each listed image.
 
     Attributes:
-        records: all that were listed.
-        codes: [N] the number of each one's fate.
+        records: all listed images.
+        codes: [N] the number of each image's fate.
+        fates: the fates by their numbers.
     """
 
     records: Records
@@ -64,13 +68,13 @@ class PlannedImages:
     """The images to train on.
 
     Attributes:
-        records, survey, plan: of these images alone, in one order.
-        num_listed: images that the sources list.
-        bad: why an image can't be trained on, by its name.
-        filtered: how many were left out, by the reason.
-        missing_captions: how many have none.
-        named_by_folder: how many of these train on the name of their folder.
-        outcome: what became of each that was listed.
+        records, survey, plan: sources, facts and buckets of the images to train on, all in the same order.
+        num_listed: number of images that the sources list.
+        bad: the reason why an image can't be trained on, by its name.
+        filtered: number of skipped images, by reason.
+        missing_captions: number of images without a caption.
+        outcome: what happened to each listed image.
+        named_by_folder: number of images without a caption that train on the name of their folder.
     """
 
     records: Records = field(repr=False)
@@ -84,26 +88,26 @@ class PlannedImages:
     named_by_folder: int = 0
 
     def size(self, index: int) -> tuple[int, int]:
-        """Width and height of an upright image."""
+        """Returns the width and height of an upright image."""
         width, height = self.survey.sizes[index]
         return int(width), int(height)
 
     def target(self, index: int) -> tuple[int, int]:
-        """Width and height of what the model sees of an image."""
+        """Returns the width and height that an image is trained at."""
         return self.plan.sizes[int(self.plan.bucket_of[index])]
 
     @property
     def has_masks(self) -> bool:
-        """Whether the loss counts only in parts of some images."""
+        """Whether some images may have masks."""
         return self.records.has_masks
 
     @property
     def num_known(self) -> int:
-        """Images to which a number of bad ones compares."""
+        """The number of images that bad ones are counted against."""
         return self.num_listed
 
     def fingerprint(self) -> str:
-        """What changes with the images, their sources, their order or their buckets."""
+        """Returns a digest that changes with the images, their sources, their order or their buckets."""
         digest = hashlib.blake2b(digest_size=8)
         for array in (self.plan.bucket_of, self.records.source_numbers):
             digest.update(np.ascontiguousarray(array, np.int64).tobytes())
@@ -116,34 +120,34 @@ class PlannedImages:
         return f"{len(self.records)} images, {digest.hexdigest()}"
 
     def content(self) -> pa.Table:
-        """The record of the images, by which a resumed run sees whether they were edited."""
+        """Returns a table of facts about the images, from which a resumed run sees whether they changed."""
         records = self.records
         keys = [records.key(index) for index in range(len(records))]
         return content_table(keys, self.survey.facts, self.survey.mask_facts, records.recorded_captions())
 
     def describe_sources(self) -> dict[str, str]:
-        """How each source's images are used, where there are several; one is described by the options."""
+        """Describes how each source is used, if there are several; a single one is described by the options."""
         sources = self.records.sources
         if len(sources) == 1:
             return {"masks": sources[0].masks.name.partition(" ")[0] if sources[0].masks else "none"}
         return {f"source {source.name}": source.use for source in sources}
 
     def describe(self) -> str:
-        """How many images there are, in words."""
-        return f"{len(self.records):,} images, {len(self.bad)} unreadable ones left out"
+        """Returns the number of images, for the log."""
+        return f"{len(self.records):,} images, {len(self.bad)} unreadable ones skipped"
 
     def pieces(
         self, batches: GlobalBatches, micro_batch: int, rank: int, num_processes: int, first_step: int, last_step: int
     ) -> Pieces:
-        """The micro-batches of one process."""
+        """Returns the micro-batches of one process."""
         return Pieces(batches, micro_batch, rank, num_processes, first_step, last_step)
 
     def batches(self, size: int, group_size: int, seed: int) -> GlobalBatches:
-        """The stream of global batches of `size` over them."""
+        """Returns the stream of global batches of `size` samples."""
         return GlobalBatches(self.plan.bucket_of, *self.records.groups(), size, group_size, seed)
 
     def report(self) -> dict[str, object]:
-        """What `data_report.json` says of them."""
+        """Returns the contents of `data_report.json`."""
         encodings = {source.name: source.table.texts.counts for source in self.records.sources if source.table.texts}
         encodings = {name: counts for name, counts in encodings.items() if counts}
         counts = np.bincount(self.plan.bucket_of, minlength=len(self.plan.sizes))
@@ -175,15 +179,20 @@ def plan_images(
     options: SelectionOptions,
     report: Callable[[int, dict[str, str]], None],
 ) -> PlannedImages:
-    """Leaves out bad images and those that the filters name, and plans the buckets of the others.
+    """Skips bad and filtered images, and assigns the others to buckets.
 
     Args:
-        report: is given how many images are listed, and the bad ones before they end the run.
+        records: the listed images.
+        survey: facts from their headers.
+        resolution: --resolution, in pixels.
+        group_size: consecutive samples from one bucket.
+        buckets, options: the options of buckets, and of filters and bad images.
+        report: receives the number of listed images and the bad ones, before these may stop the run.
 
     Raises:
-        UserError: for bad images as the options have it, for missing captions where they are an error, or if no image
-            is left.
+        UserError: for more bad images than allowed, for missing captions if they are an error, or if no image is left.
     """
+    # skip images that can't be trained on
     missing, reasons = look_at_captions(records)
     reasons |= survey.reasons
     bad = dict(records.refused) | {records.key(index): reason for index, reason in reasons.items()}
@@ -206,6 +215,7 @@ def plan_images(
             fates.append(Fate(FILTERED, reason))
         is_kept[chosen] = False
 
+    # apply the filters by size and aspect ratio
     shorter, longer = survey.sizes.min(1), survey.sizes.max(1)
     if options.min_image_size is not None:
         leave_out(f"shorter edge under {options.min_image_size}", shorter < options.min_image_size)
@@ -213,6 +223,8 @@ def plan_images(
         leave_out(f"longer edge over {options.max_image_size}", longer > options.max_image_size)
     if options.max_aspect_ratio is not None:
         leave_out(f"aspect ratio over {options.max_aspect_ratio:g}", longer > options.max_aspect_ratio * shorter)
+
+    # apply the filters by enlargement, which depends on the buckets
     group_of, repeats = records.groups()
     uses = np.array([float(repeat) for repeat in repeats])[group_of]
     good = np.flatnonzero(is_kept)
@@ -228,6 +240,8 @@ def plan_images(
         reasons = [f"{name}: {reason}" for name, reason in list(bad.items())[:1]]
         reasons += [f"{reason}: {count} images" for reason, count in filtered.items()]
         raise UserError(f"no image is left to train on; {'; '.join(reasons)}")
+
+    # assign the rest to buckets
     plan = plan_buckets(survey.sizes[kept], resolution, buckets, uses[kept], group_size)
     chosen = records if len(kept) == len(records) else records.take(kept)
     missing = [index for index in missing if is_kept[index]]
@@ -245,17 +259,22 @@ def _spread(values: np.ndarray, indices: np.ndarray, length: int) -> np.ndarray:
 
 
 def upscaling(image_sizes: np.ndarray, plan: BucketPlan) -> np.ndarray:
-    """[N] the factor by which each image is enlarged (over 1) or reduced to cover its bucket; 0 without a bucket."""
+    """Returns [N]: the factor that scales each image to cover its bucket, over 1 if it is enlarged; 0 if no bucket."""
     targets = np.array([*plan.sizes, (0, 0)])
     numbers = np.where(plan.bucket_of == NONE, len(plan.sizes), plan.bucket_of)
     return (targets[numbers] / image_sizes).max(1)
 
 
 def check_bad(bad: dict[str, str], num_listed: int, options: SelectionOptions) -> None:
-    """Ends the run where there are more bad images than the options allow.
+    """Stops the run if there are more bad images than the options allow.
+
+    Args:
+        bad: the reason by the image's name.
+        num_listed: number of listed images.
+        options: which bad images are allowed.
 
     Raises:
-        UserError: which names the first of them.
+        UserError: naming the first ones.
     """
     if not bad:
         return
@@ -266,16 +285,17 @@ def check_bad(bad: dict[str, str], num_listed: int, options: SelectionOptions) -
     if len(bad) > options.max_bad_fraction * num_listed:
         raise UserError(
             f"{len(bad)} of {num_listed} images can't be read, more than --max_bad_fraction "
-            f"{options.max_bad_fraction:g} allows; mend or remove them, or raise it: {shown}"
+            f"{options.max_bad_fraction:g} allows; repair or remove them, or raise it: {shown}"
         )
 
 
 def look_at_captions(records: Records) -> tuple[list[int], dict[int, str]]:
-    """(the images without a caption, why some can't be trained on with theirs).
+    """Returns (images without a caption, the reason why an image's captions can't be used, by its number).
 
     Raises:
-        UserError: if an image has several where it must have one, such as classes.
+        UserError: if an image has several captions where only one is allowed, as with classes.
     """
+    # read all captions
     if not any(source.captions.are_expected for source in records.sources):
         return [], {}
     missing, reasons, several, lists = [], {}, {}, []
@@ -287,10 +307,12 @@ def look_at_captions(records: Records) -> tuple[list[int], dict[int, str]]:
         elif refusal := refusal_of(captions):
             reasons[index] = refusal
         lists += [caption for caption in captions if is_written_list(caption)]
+
+    # report probable mistakes
     if lists:
         logger.warning(
-            "%d captions are texts that look like lists, such as %s; each is read as one caption: metadata.jsonl and "
-            "Parquet can hold a list, of which one is drawn",
+            "%d captions are text that looks like a list, such as %s; each is read as one caption: metadata.jsonl and "
+            "Parquet can hold real lists, from which one caption is drawn",
             *(len(lists), short(lists[0])),
         )
     if several:
@@ -302,10 +324,14 @@ def look_at_captions(records: Records) -> tuple[list[int], dict[int, str]]:
 
 
 def check_captions(records: Records, missing: Sequence[int]) -> None:
-    """Refuses images without a caption where they are an error.
+    """Refuses images without a caption if that is an error.
+
+    Args:
+        records: the images.
+        missing: the numbers of those without a caption.
 
     Raises:
-        UserError: if one of them is of a source that has `on_missing_caption` set to error.
+        UserError: if the source of one of them has `on_missing_caption` set to error.
     """
     refusing = [index for index in missing if records.source(index).captions.on_missing_caption == "error"]
     if refusing:

@@ -1,4 +1,4 @@
-"""Shards whose names number them, such as train-00000-of-00003.parquet or data_3.tar: which are missing, or copies."""
+"""Finds missing and copied files in numbered series of shards, such as train-00000-of-00003.parquet or data_3.tar."""
 
 import itertools
 import logging
@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 NUMBERED = re.compile(
     r"(?P<head>.*?)(?P<number>\d{1,9})(?P<of>(?P<mark>[-_.]?)of(?P=mark))(?P<total>\d{1,9})(?P<tail>.*)", re.IGNORECASE
 )
-HASH = re.compile(r"^-[0-9a-f]{16}(?=\.)")  # which older versions of `datasets` put behind the numbers
-COPY = re.compile(  # as browsers and file managers call a second file of a name
+HASH = re.compile(r"^-[0-9a-f]{16}(?=\.)")  # older versions of `datasets` append it to the numbers
+COPY = re.compile(  # names that browsers and file managers give copies
     r"(?P<stem>.+?)(?: ?\(\d{1,3}\)| - copy(?: \(\d+\))?| copy(?: \d+)?| \((?:another )?copy(?: \d+)?\))"
     r"(?P<suffix>\.[^./ ]+)",
     re.IGNORECASE,
@@ -24,12 +24,13 @@ NUM_SHOWN = 3
 
 
 class Gap(NamedTuple):
-    """A series that is not whole.
+    """An incomplete series of shards.
 
     Attributes:
-        there: the names of its shards that are there.
+        there: names of the shards that exist.
         total: how many there should be.
-        missing: the names of the first that are not there, and how many they are in all.
+        missing: names of the first missing shards.
+        num_missing: number of all missing shards.
     """
 
     there: list[str]
@@ -39,10 +40,10 @@ class Gap(NamedTuple):
 
 
 def gaps(names: Iterable[str]) -> list[Gap]:
-    """The series among some files that are not whole; numbers begin with 0 or 1.
+    """Returns the incomplete series among some files whose names contain a total; numbers start with 0 or 1.
 
-    A name is of a series if marks part its two numbers, `3-of-10` or `3_of_10`, or if both have as many digits and are
-    filled up with zeros, `03of10`.
+    A name belongs to a series if its two numbers are separated as in `3-of-10` or `3_of_10`, or if both are padded with
+    zeros to the same length, as in `03of10`.
     """
     series: dict[tuple[str, ...], dict[int, str]] = defaultdict(dict)
     for name in names:
@@ -58,12 +59,13 @@ def gaps(names: Iterable[str]) -> list[Gap]:
 
 
 def _gap(parts: tuple[str, ...], there: Mapping[int, str]) -> Gap | None:
-    """What a series lacks.
+    """Returns the gap in a series; None if it is complete.
 
     Args:
-        parts: of its names: what stands before the number, between the two, the total, and what stands behind.
-        there: the names by their numbers.
+        parts: the common parts of its names: before the number, between number and total, the total, and after it.
+        there: the existing names, by number.
     """
+    # skip names without zero padding where the numbers are not separated
     head, of, total, tail = parts
     is_padded = any(name.rpartition("/")[2].removeprefix(head.rpartition("/")[2])[0] == "0" for name in there.values())
     if of.lower() == "of" and not is_padded:
@@ -74,11 +76,12 @@ def _gap(parts: tuple[str, ...], there: Mapping[int, str]) -> Gap | None:
     def named(number: int) -> str:
         return f"{head}{number:0{width}d}{of}{total}{tail}"
 
+    # list the missing numbers, which run from 0 to total - 1 or from 1 to total
     lost = [number for number in range(1, count) if number not in there]
     shown = [named(number) for number in lost[:NUM_SHOWN]]
     if 0 in there and count in there:  # numbers of two series
         return None if not lost else Gap(sorted(there.values()), count, shown, len(lost))
-    if 0 not in there and count not in there:  # the numbers may begin with either
+    if 0 not in there and count not in there:  # the series may start with either
         shown, num_lost = [*shown, f"{named(0)} or {named(count)}"][:NUM_SHOWN], len(lost) + 1
     else:
         num_lost = len(lost)
@@ -86,17 +89,18 @@ def _gap(parts: tuple[str, ...], there: Mapping[int, str]) -> Gap | None:
 
 
 def copies(names: Iterable[str]) -> dict[str, str]:
-    """The names among some that are called as copies of others of them, by these names: `a (1).tar` of `a.tar`."""
+    """Returns (copy, original) for names that look like copies of others, such as `a (1).tar` of `a.tar`."""
     there = {name: COPY.fullmatch(name) for name in names}
     originals = {name: f"{match['stem']}{match['suffix']}" for name, match in there.items() if match is not None}
     return {name: original for name, original in originals.items() if original in there}
 
 
 def holes(names: Iterable[str]) -> list[Gap]:
-    """The series among some shards, without a total in their names, in which numbers are left out.
+    """Returns the series of shards without a total in their names in which some numbers are missing.
 
-    A series of which most numbers are left out is a choice of shards, and none of those.
+    If most numbers of a series are missing, it counts as a deliberate selection of shards.
     """
+    # group the names by their text around the last number
     series: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
     for name in names:
         folder, _, base = name.rpartition("/")
@@ -105,6 +109,8 @@ def holes(names: Iterable[str]) -> list[Gap]:
             continue
         head = f"{folder}/{match['head']}" if folder else match["head"]
         series[head, match["tail"]][int(match["number"])] = match["number"]
+
+    # find the missing numbers of each group
     found = []
     for (head, tail), numbers in series.items():
         span = max(numbers) - min(numbers) + 1
@@ -119,29 +125,38 @@ def holes(names: Iterable[str]) -> list[Gap]:
 
 
 def tell_of_gaps(where: str, names: Iterable[str], level: int = logging.WARNING) -> None:
-    """Names the shards that are missing from a series of which others are there, and those that may be copies."""
+    """Reports shards that are missing from a series, and those that may be copies.
+
+    Args:
+        where: the flag that names the data, with its value.
+        names: the files.
+        level: the log level.
+    """
+    # copies
     there = [name for name in names if name.lower().endswith(SHARD_SUFFIXES)]
     doubled = copies(there)
     if doubled:
         first, original = next(iter(doubled.items()))
         logger.log(
             level,
-            "%s: %d files are called as copies of others, such as %s of %s; take them out, unless they hold other data",
+            "%s: %d files are named like copies of others, such as %s of %s; remove them, unless they hold other data",
             *(where, len(doubled), first, original),
         )
+
+    # gaps in series with and without a total in their names
     singles = [name for name in there if name not in doubled]
     for gap in gaps(singles):
         more = ", ..." if gap.num_missing > len(gap.missing) else ""
         logger.log(
             level,
-            "%s: %d of the %d shards that the name of %s counts are there; missing: %s%s; fetch them, unless this part "
-            "is all that is meant",
+            "%s: %d of the %d shards in the series of %s exist; missing: %s%s; fetch them, unless you mean to use only "
+            "this part",
             *(where, len(gap.there), gap.total, gap.there[0], ", ".join(gap.missing), more),
         )
     for gap in holes(singles):
         more = ", ..." if gap.num_missing > len(gap.missing) else ""
         logger.log(
             level,
-            "%s: of the %d numbers from %s to %s %d are left out, missing: %s%s; fetch them, unless there are none",
-            *(where, gap.total, gap.there[0], gap.there[-1], gap.num_missing, ", ".join(gap.missing), more),
+            "%s: %d of the %d shards from %s to %s are missing: %s%s; fetch them, unless they do not exist",
+            *(where, gap.num_missing, gap.total, gap.there[0], gap.there[-1], ", ".join(gap.missing), more),
         )

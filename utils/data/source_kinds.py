@@ -1,7 +1,8 @@
-"""The kinds of sources in a folder: a row for each, known without loading anything heavy.
+"""The table of source kinds for folders; importing it loads no heavy libraries.
 
-A new kind is a function and a row here. The function takes a source's options, `--cache_dir`, the folder's listing and
-whether folders name classes, and returns a `FolderContent`: the images with their captions, and what became of files.
+To add a kind, write a function and add it here. The function takes the source's options, `--cache_dir`, the folder's
+listing and whether folders name classes. It returns a `FolderContent`: the images with captions, and how each file was
+used.
 """
 
 from utils.config.late import Late

@@ -1,4 +1,4 @@
-"""The options of where images, captions and classes come from, and the sources of a `--dataset_file`."""
+"""The options of image sources, captions and class labels, and the sources of a `--dataset_file`."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,10 +39,10 @@ MASK_FLAGS = ("alpha_mask", "mask_dir", "mask_column")
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """One source of images; each can also stand in a `--dataset_file`.
+    """The options of one source of images; all can also be used in a `--dataset_file`.
 
     Attributes:
-        holds_names: whether the caption column holds names, of which one may be NA or None.
+        holds_names: whether the caption column holds names, where NA or None may be a name.
     """
 
     holds_names: ClassVar[bool] = False
@@ -52,46 +52,62 @@ class SourceOptions:
     )
     dataset_config_name: str | None = option(
         None,
-        "configuration of the dataset",
+        "configuration of --dataset_name; default: its default configuration",
         is_text=True,
         resume=Resume.COMPARED,
         acts_with=("dataset_name", "dataset_file"),
     )
-    dataset_split: str = option("train", "split to train on, of a dataset or of a folder that has splits", is_text=True)
+    dataset_split: str = option("train", "split to train on, of a dataset or a folder with splits", is_text=True)
     train_data_dir: str | None = option(
         None,
-        "folder of images with captions in metadata.jsonl, .csv or .parquet, in captions.json or beside each image, or "
-        "of parquet files or tar shards; with --dataset_name its data_dir",
+        "folder of images with captions in metadata.jsonl, .csv or .parquet, in captions.json, or beside each image, "
+        "or of Parquet files or tar shards; with --dataset_name, its data_dir",
         resume=Resume.COMPARED,
     )
     data_format: str | None = option(
         None,
-        "what the folder is, where its files don't say it",
+        "format of --train_data_dir; default: detected from its files",
         choices=tuple(SOURCES),
     )
-    image_column: str = option("image", "column of the images", is_text=True)
+    image_column: str = option("image", "image column of the dataset", is_text=True)
     caption_column: str | None = option(
-        "text", "column of the captions: a string, or a list of strings of which one is drawn", is_text=True
-    )
-    width_column: str = option(
-        "width", "column of the images' widths, by which a stream fills buckets", is_text=True, acts_with=("streaming",)
-    )
-    height_column: str = option("height", "column of the images' heights", is_text=True, acts_with=("streaming",))
-    text_encoding: str | None = option(
-        None,
-        "encoding of captions and metadata in text files, such as gb18030, cp932 or cp1252; by default UTF-8, and of "
-        "texts that are not UTF-8 a guess, which is logged",
+        "text",
+        "caption column of the dataset: strings, or lists of strings, from which one is drawn at each step",
         is_text=True,
     )
-    folder_repeats: bool = option(False, "use the images of a folder 10_name ten times an epoch, as kohya's scripts do")
-    max_train_samples: int | None = option(None, "train on this many images of a source, drawn by the seed")
-    alpha_mask: bool = option(False, "weigh the loss by the images' alpha channel: what is transparent does not count")
+    width_column: str = option(
+        "width",
+        "column of image widths in pixels, which aspect-ratio buckets need with --streaming",
+        is_text=True,
+        acts_with=("streaming",),
+    )
+    height_column: str = option(
+        "height",
+        "column of image heights in pixels, which aspect-ratio buckets need with --streaming",
+        is_text=True,
+        acts_with=("streaming",),
+    )
+    text_encoding: str | None = option(
+        None,
+        "encoding of captions and metadata in text files, such as gb18030, cp932 or cp1252; default: UTF-8, or for "
+        "text that is not valid UTF-8 a guess, which is logged",
+        is_text=True,
+    )
+    folder_repeats: bool = option(
+        False, "repeat the images of a folder named 10_name ten times per epoch, as kohya's scripts do"
+    )
+    max_train_samples: int | None = option(
+        None, "number of images per source to train on, drawn by the seed; default: all"
+    )
+    alpha_mask: bool = option(False, "weight the loss by the images' alpha channel: transparent parts do not count")
     mask_dir: str | None = option(
-        None, "folder of masks under the images' names: the loss counts where they are white", resume=Resume.COMPARED
+        None,
+        "folder of masks with the names of the images: the loss counts where a mask is white",
+        resume=Resume.COMPARED,
     )
     mask_column: str | None = option(
         None,
-        "column of the masks: of a dataset images, of metadata file names, of tar shards the members' ending",
+        "column of the masks: images in a dataset, file names in metadata, or file extensions in tar shards",
         is_text=True,
     )
 
@@ -101,13 +117,13 @@ class SourceOptions:
             check_encoding(self.text_encoding, "text_encoding")
         given = self._mask_flags
         if len(given) > 1:
-            raise UserError(f"--{given[0]} and --{given[1]} both say where the loss counts; give one")
+            raise UserError(f"--{given[0]} and --{given[1]} both name masks; give one")
         if self.mask_dir is not None:
             require_folder(self.mask_dir, "mask_dir")
         if self.train_data_dir is not None and self.dataset_name is None:
             require_folder(self.train_data_dir, "train_data_dir", or_file=True)
         if self.data_format is not None and (self.dataset_name is not None or self.train_data_dir is None):
-            raise UserError(f"--data_format {self.data_format} says what --train_data_dir is; give that alone")
+            raise UserError(f"--data_format {self.data_format} is the format of --train_data_dir; give that alone")
 
     @property
     def given_as(self) -> str:
@@ -122,12 +138,12 @@ class SourceOptions:
 
     @property
     def mask_flag(self) -> str | None:
-        """The flag that says where the loss counts; None without one."""
+        """The flag that names the masks; None without masks."""
         return next(iter(self._mask_flags), None)
 
     @property
     def masks_given(self) -> str:
-        """That flag as it was given."""
+        """The flag that names the masks, with its value."""
         given = "" if self.alpha_mask else f" {self.mask_dir or self.mask_column}"
         return f"--{self.mask_flag}{given}"
 
@@ -136,13 +152,13 @@ class SourceOptions:
         return [name for name in MASK_FLAGS if getattr(self, name) not in (None, False)]
 
     def reader(self, feature: "FeatureType | None" = None) -> Callable[[object, str], tuple[str, ...]]:
-        """What makes captions of what the caption column holds.
+        """Returns the function that converts a value of the caption column to captions.
 
         Args:
-            feature: what a dataset says of that column, where there is one.
+            feature: type of the column, if a dataset declares it.
 
         Raises:
-            UserError: if it says that it holds no captions.
+            UserError: if a column of this type can't hold captions.
         """
         from utils.data.sources import check_caption_feature
         from utils.data.tables import captions_of
@@ -152,10 +168,10 @@ class SourceOptions:
         return captions_of
 
     def listing(self, left_out: Mapping[Path, "Fate"]) -> "Listing":
-        """The files in the folder of images; masks are none that may be data.
+        """Lists the files in the image folder, without masks.
 
         Args:
-            left_out: as of `list_folder`.
+            left_out: see `list_folder`.
         """
         from utils.data.file_listing import MASK, Fate, Listing, list_folder
         from utils.data.folders import is_caption_file
@@ -167,9 +183,8 @@ class SourceOptions:
         listing = list_folder(folder, left_out)
         listing.warn()
         special = [name for name in listing.special if is_caption_file(name) or name.rpartition("/")[2] in LISTS]
-        listing.names = sorted(
-            [*listing.names, *special]
-        )  # refused when they are opened, so that it is not passed over
+        # special files with these names stay in the list, so that opening them raises an error
+        listing.names = sorted([*listing.names, *special])
         names = without_masks(listing.names, folder, None if self.mask_dir is None else Path(self.mask_dir))
         for name in sorted(set(listing.names) - set(names)) if len(names) < len(listing.names) else ():
             listing.fates.add(name, Fate(MASK))
@@ -177,7 +192,7 @@ class SourceOptions:
         return listing
 
     def masks(self) -> "Masks | None":
-        """Where the images' masks are found, None if they have none."""
+        """Returns the masks of the images; None without masks."""
         from utils.data.masks import AlphaMasks, ColumnMasks, FolderMasks
 
         if self.mask_dir is not None:
@@ -187,19 +202,19 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class LabelledSource(SourceOptions):
-    """One source of images that may have labels."""
+    """The options of one source of images with class labels."""
 
     holds_names: ClassVar[bool] = True
 
     caption_column: str | None = option(
         None,
-        "column of the classes, of names or numbers, for --class_conditional; by default the folders' names are",
+        "column of class names or numbers for --class_conditional; default: the names of the folders are the classes",
         aliases=["--label_column"],
         is_text=True,
     )
 
     def reader(self, feature: "FeatureType | None" = None) -> Callable[[object, str], tuple[str, ...]]:
-        """What makes the name of a class of what the column holds: a name, or a number with or without one."""
+        """Returns the function that converts a value of the label column, a name or a number, to a class name."""
         from datasets import ClassLabel, Value
 
         from utils.data.class_labels import NamedLabels, labels_of
@@ -217,50 +232,51 @@ class LabelledSource(SourceOptions):
 
 @dataclass(frozen=True)
 class ColumnLabels(CaptionOptions):
-    """Each image has the class that its column says.
+    """Classes from a column.
 
     Attributes:
-        are_twins_apart: whether names that are the same text are classes of their own, as in earlier releases.
+        are_twins_apart: whether names that differ only in Unicode form, spaces or invisible characters are separate
+            classes, as in earlier releases.
     """
 
     word: ClassVar[str] = "label"
-    refusal: ClassVar[str] = "--label_column: label them, or take them out of the data"
+    refusal: ClassVar[str] = "--label_column: label them, or remove them from the data"
     are_classes: ClassVar[bool] = True
     takes_one: ClassVar[bool] = True
 
     are_twins_apart: bool = field(default=False, repr=False, compare=False)
 
     def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        """Each class once, in one Unicode normal form."""
+        """Returns each class once, normalized to one Unicode form."""
         from utils.data.class_folders import same_text
 
         return tuple(dict.fromkeys(captions if self.are_twins_apart else map(same_text, captions)))
 
     def recorded(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        """As they stand in the data."""
+        """Returns the classes as the data spells them."""
         return captions
 
 
 @dataclass(frozen=True)
 class NoLabels(CaptionOptions):
-    """Whatever stands beside the images is left alone."""
+    """No classes: captions and labels are ignored."""
 
     are_expected: ClassVar[bool] = False
 
     def of(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        """None."""
+        """Returns no captions."""
         return ()
 
 
 @dataclass(frozen=True)
 class FolderLabels(NoLabels):
-    """Each image has the name of its folder for its class.
+    """Classes from the names of the images' folders.
 
     Attributes:
-        rule: as of `names_of_folders`.
-        names: the class of each folder, by its path; None before the images are known.
-        recorded_names: the classes of the checkpoint that the run resumes from; they decide where an earlier release's
-            rule gives them, and today's does not.
+        rule: see `names_of_folders`.
+        names: the class of each folder, by its path; None until the images are known.
+        recorded_names: the classes in the checkpoint that the run resumes from; if only an earlier release's rule gives
+            these classes, that rule is used.
     """
 
     folder_is_class: ClassVar[bool] = True
@@ -271,7 +287,14 @@ class FolderLabels(NoLabels):
     recorded_names: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def settled(self, keys: Iterable[str], where: str, source: str, in_shards: bool = False) -> CaptionOptions:
-        """The same, which knows the class of each folder."""
+        """Returns a copy that knows the class of each folder.
+
+        Args:
+            keys: the images' paths within the source.
+            where: the flag that names the data, with its value.
+            source: the source's name.
+            in_shards: whether the images are in tar shards, which are part of the keys.
+        """
         from utils.data.class_folders import count_folders, names_of_folders, recorded_folders
 
         counts, known = count_folders(keys), (where, source, in_shards)
@@ -279,7 +302,7 @@ class FolderLabels(NoLabels):
         return replace(self, names=names or names_of_folders(counts, self.rule, *known))
 
     def of_folder(self, key: str, source: str, in_shards: bool = True) -> str:
-        """The whole name: 5_1 and 6_1 are two classes."""
+        """Returns the class of an image's folder, its full name: 5_1 and 6_1 are two classes."""
         return (self.names or {})[key.rpartition("/")[0]]
 
 
@@ -288,17 +311,17 @@ class LabelOptions:
     help_title: ClassVar[str] = "labels"
 
     class_conditional: bool = option(
-        False, "train a model of classes: those of --label_column, or else the names of the images' folders"
+        False, "train a class-conditional model; the classes come from --label_column, or else from the folder names"
     )
     class_folders: str | None = option(
         None,
         "which of nested folders names the class: the inner one, which holds the images, or the outer one, the first "
-        "in which their paths differ; by default the inner one, unless folders of one name lie in several places",
+        "in which their paths differ; default: inner, refused if inner folders in several places have the same name",
         choices=RULES,
     )
     label_dropout: float = option(
         0.1,
-        "portion of the samples that train without their class, for classifier-free guidance",
+        "portion of the samples, from 0 to 1, that train without their class, for classifier-free guidance",
         acts_with=("class_conditional",),
     )
 
@@ -306,22 +329,26 @@ class LabelOptions:
         require_fraction(self, "label_dropout")
 
     def for_source(self, source: SourceOptions, recorded: Sequence[str] = ()) -> CaptionOptions:
-        """How the labels of the data are used in the place of captions.
+        """Returns how the labels of a source are used in place of captions.
 
         Args:
-            recorded: the classes of the checkpoint that the run resumes from.
+            source: the options of the source.
+            recorded: the classes in the checkpoint that the run resumes from.
+
+        Raises:
+            UserError: for options that contradict each other.
         """
         recorded = tuple(recorded)
         by_folder = self.class_conditional and source.caption_column is None
         if self.class_folders is not None and not by_folder:
             given = "--label_column names them" if self.class_conditional else "give --class_conditional too"
-            raise UserError(f"--class_folders {self.class_folders} is for classes by folders; {given}, or leave it out")
+            raise UserError(
+                f"--class_folders {self.class_folders} needs classes from folder names; {given}, or leave it out"
+            )
         if not self.class_conditional:
             return NoLabels()
         if source.dataset_name is not None and source.caption_column is None:
-            raise UserError(
-                "--class_conditional: a dataset has no folders; name the column of its classes: --label_column"
-            )
+            raise UserError("--class_conditional: a dataset has no folders; name its class column with --label_column")
         if by_folder:
             policy = {"caption_dropout": self.label_dropout, "on_missing_caption": "folder"}
             return FolderLabels(**policy, rule=self.class_folders, recorded_names=recorded)
@@ -337,14 +364,18 @@ class LabelOptions:
 class DataOptions:
     dataset_file: str | None = option(
         None,
-        "YAML file of several sources, each with repeats or a weight and its own caption settings",
+        "YAML file that lists several sources, each with repeats or a weight and its own caption settings",
         resume=Resume.COMPARED,
     )
-    streaming: bool = option(False, "read the dataset as a stream, never whole: no cache, and buckets by size columns")
-    shuffle_buffer_size: int = option(
-        1000, "images of a stream among which the next is drawn", acts_with=("streaming",)
+    streaming: bool = option(
+        False, "stream the dataset instead of downloading it; no latent cache, and buckets need size columns"
     )
-    cache_dir: str | None = option(None, "where `datasets` keeps what it downloads and converts", resume=Resume.SAVING)
+    shuffle_buffer_size: int = option(
+        1000, "number of images in the shuffle buffer of a stream", acts_with=("streaming",)
+    )
+    cache_dir: str | None = option(
+        None, "folder where `datasets` stores downloaded and converted data; default: its own", resume=Resume.SAVING
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "shuffle_buffer_size")
@@ -355,7 +386,7 @@ class DataOptions:
 
 
 class SourceEntry(NamedTuple):
-    """What the options say of one source; `repeats` or `weight` is given where there are several."""
+    """The settings of one source; with several sources, either `repeats` or `weight` decides how often it is used."""
 
     name: str
     source: SourceOptions
@@ -366,10 +397,10 @@ class SourceEntry(NamedTuple):
 
 
 def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionOptions) -> list[SourceEntry]:
-    """The sources that the command line or the dataset file names; nothing of them is read.
+    """Returns the sources that the command line or the dataset file names, without reading them.
 
     Raises:
-        UserError: if there is none, or the file is not right.
+        UserError: if there is none, or the dataset file is invalid.
     """
     if data.dataset_file is None:
         if options.dataset_name is None and options.train_data_dir is None:
@@ -378,6 +409,8 @@ def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionO
         return [SourceEntry(name, options, captions, Fraction(1), None, 1.0)]
     if options.dataset_name is not None or options.train_data_dir is not None:
         raise UserError("--dataset_file names the sources; leave out --dataset_name and --train_data_dir")
+
+    # read the sources of the dataset file
     found = []
     for entry, where in _entries(Path(data.dataset_file), options.text_encoding):
         source = with_values(options, entry, where)
@@ -389,7 +422,9 @@ def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionO
         loss_weight = float(_fraction(entry, "loss_weight", where) or 1)
         found.append(SourceEntry(name, source, with_values(captions, entry, where), repeats, weight, loss_weight))
     if len({entry.weight is None for entry in found}) > 1:
-        raise UserError(f"{data.dataset_file}: give all sources a weight, or none (repeats then)")
+        raise UserError(f"{data.dataset_file}: give all sources a weight, or none of them (then repeats apply)")
+
+    # make their names distinct
     names = [entry.name for entry in found]
     if len(set(names)) < len(names):
         found = [entry._replace(name=f"{number}-{entry.name}") for number, entry in enumerate(found)]
@@ -397,7 +432,8 @@ def source_entries(data: DataOptions, options: SourceOptions, captions: CaptionO
 
 
 def _entries(file: Path, encoding: str | None) -> Iterator[tuple[dict[str, Any], str]]:
-    """(options, where they stand) of each source in a dataset file; paths in it are relative to its folder."""
+    """Yields (options, file and number) of each source in a dataset file; its paths are relative to its folder."""
+    # parse the file
     texts = TextReader(encoding)
     options = (*fields(SourceOptions), *fields(CaptionOptions))
     booleans = {each.name for each in options if each.type is bool}
@@ -414,6 +450,8 @@ def _entries(file: Path, encoding: str | None) -> Iterator[tuple[dict[str, Any],
     if isinstance(content, dict) and len(content) > 1:
         extra = _name_of(next(key for key in content if key != "sources"))
         raise UserError(f"--dataset_file {file}: {extra} is unknown beside sources")
+
+    # check each source's options
     known = {
         "name",
         "repeats",
@@ -431,7 +469,7 @@ def _entries(file: Path, encoding: str | None) -> Iterator[tuple[dict[str, Any],
             if isinstance(value, list | dict | set):
                 raise UserError(f"{where}: {key} must be one value, got {short(value)}")
         if {"repeats", "weight"} <= entry.keys():
-            raise UserError(f"{where}: repeats and weight are two ways to say how often; give one")
+            raise UserError(f"{where}: repeats and weight both set how often it is used; give one")
         entry = dict(entry)
         for key in ("train_data_dir", "dataset_name", "mask_dir"):
             value = entry.get(key)

@@ -1,4 +1,4 @@
-"""Where images and captions come from: one table of the kinds of sources, and several sources in one run."""
+"""Reads the sources of images and captions, of any kind, and combines several sources in one run."""
 
 import hashlib
 import itertools
@@ -59,9 +59,9 @@ from utils.data.tables import FileTable, ImageTable, RowTable, data_folders
 from utils.data.tar_shards import NO_FILES, read_tars, why_no_tar
 
 logger = logging.getLogger(__name__)
-FOLDER_NUMBER = re.compile(r"(\d+)(?:_|$)")  # kohya's rule: what stands in front of the first underscore
+FOLDER_NUMBER = re.compile(r"(\d+)(?:_|$)")  # kohya's rule: the number before the first underscore
 TABLES = (".parquet", ".json", ".jsonl", ".ndjson")
-NUM_LISTS = 3  # of captions, that a message names
+NUM_LISTS = 3  # caption files that a message names
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,13 @@ class Source:
     """A table of images and how they are used.
 
     Attributes:
-        name: by which its images are reported where there are several sources.
-        repeats: times an epoch that each of its images is used.
-        weight: its share of the samples relative to the other sources', whatever its size; instead of repeats.
-        loss_weight: factor on its samples' loss.
-        masks: where in its images the loss counts; None for everywhere.
+        name: prefix of its images' names in messages if there are several sources.
+        table: its images.
+        captions: how its captions are used.
+        repeats: how often each of its images is used per epoch.
+        weight: its share of the samples relative to the other sources, regardless of its size; replaces `repeats`.
+        loss_weight: factor on the loss of its samples.
+        masks: its masks; None if the loss counts everywhere.
     """
 
     name: str
@@ -86,20 +88,20 @@ class Source:
 
     @property
     def use(self) -> str:
-        """How its images are used, but for how often."""
+        """How its images are used, except for how often."""
         masks = self.masks.name.partition(" ")[0] if self.masks else "no"
         return f"loss_weight {self.loss_weight:g}, {masks} masks, {self.captions}"
 
 
 class Records:
-    """The images to train on, of all sources in a fixed order; they are read when asked for.
+    """The images of all sources in a fixed order, each read on access.
 
     Attributes:
-        sources: where they are from.
-        source_numbers: [N] the source of each.
-        rows: [N] the row of each in its source's table.
-        copies: [N] how often the folder of each says that it is used in place of once; None where that is not asked.
-        refused: (key, reason) of each image that a source lists but that can't be had.
+        sources: the sources.
+        source_numbers: [N] the source of each image.
+        rows: [N] the row of each image in its source's table.
+        copies: [N] repeats of each image by its folder's name (--folder_repeats); None if all are 1.
+        refused: (key, reason) of each image that a source lists but that can't be used.
     """
 
     def __init__(
@@ -123,65 +125,67 @@ class Records:
         return len(self.rows)
 
     def key(self, index: int) -> str:
-        """The name by which an image is reported."""
+        """Returns an image's name for messages."""
         number = int(self.source_numbers[index])
         return self._name(number, self.sources[number].table.key(int(self.rows[index])))
 
     def image(self, index: int) -> str | bytes:
-        """An image's path or bytes."""
+        """Returns an image's path or bytes."""
         return self.source(index).table.image(int(self.rows[index]))
 
     @property
     def has_masks(self) -> bool:
-        """Whether the loss counts only in parts of some images."""
+        """Whether some images may have masks."""
         return any(source.masks is not None for source in self.sources)
 
     def mask(self, index: int) -> MaskFile | None:
-        """Where in an image the loss counts; None for everywhere."""
+        """Returns an image's mask; None if the loss counts everywhere."""
         source = self.source(index)
         return None if source.masks is None else source.masks.of(source.table, int(self.rows[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """An image's captions, at least one."""
+        """Returns an image's captions, at least one."""
         number, row = int(self.source_numbers[index]), int(self.rows[index])
         return self._present(self.sources[number].table.captions(row), number, row)
 
     def source(self, index: int) -> Source:
-        """The source of an image."""
+        """Returns the source of an image."""
         return self.sources[int(self.source_numbers[index])]
 
     def caption_options(self, index: int) -> CaptionOptions:
-        """How an image's captions are used."""
+        """Returns how an image's captions are used."""
         return self.source(index).captions
 
     def loss_weight(self, index: int) -> float:
-        """The factor on an image's loss."""
+        """Returns the factor on an image's loss."""
         return self.source(index).loss_weight
 
     def identity(self, index: int) -> int:
-        """64 bits that its draws are keyed by: of its path, so that they stay its own when others are added or the
-        folder moves; of a dataset's row its number.
+        """Returns 64 bits that seed the image's random draws.
+
+        They depend on its path within the folder, or on the row number in a dataset, so that the draws stay the same
+        when images are added or the folder moves.
         """
         key = self.source(index).table.key(int(self.rows[index]))
         return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
     def all_captions(self) -> Iterator[tuple[str, ...]]:
-        """The captions of each image in order; none where it has none."""
+        """Yields the captions of each image, in order; () if it has none."""
         return self._each_captions(lambda options: options.of)
 
     def recorded_captions(self) -> Iterator[tuple[str, ...]]:
-        """Those by which a resumed run sees that captions were edited."""
+        """Yields the captions that a checkpoint records, from which a resumed run sees whether they changed."""
         return self._each_captions(lambda options: options.recorded)
 
     def first_captions(self) -> Iterator[str]:
-        """The first caption of each image in order, or what stands for it: as `captions`, of all images at once."""
+        """Yields the first of the `captions` of each image, in order, faster than one by one."""
         for index, captions in enumerate(self.all_captions()):
             yield captions[0] if captions else self._instead(int(self.source_numbers[index]), int(self.rows[index]))
 
     def _each_captions(
         self, use: Callable[[CaptionOptions], Callable[[tuple[str, ...]], tuple[str, ...]]]
     ) -> Iterator[tuple[str, ...]]:
-        for number, source in enumerate(self.sources):  # the images of a source stand together and in order
+        for number, source in enumerate(self.sources):  # the images of a source are consecutive and in order
             rows = self.rows[self.source_numbers == number]
             if len(rows) * 2 < len(source.table):
                 yield from (use(source.captions)(source.table.captions(int(row))) for row in rows)
@@ -191,12 +195,15 @@ class Records:
             yield from map(use(source.captions), itertools.compress(source.table.all_captions(), is_taken))
 
     def take(self, indices: np.ndarray) -> "Records":
-        """Some of the records, in their order."""
+        """Returns the records at some indices, in that order."""
         copies = None if self.copies is None else self.copies[indices]
         return Records(self.sources, self.source_numbers[indices], self.rows[indices], copies)
 
     def repeats(self) -> list[Fraction]:
-        """How often each source's images are used an epoch; by weight an epoch is as long as the sources together."""
+        """Returns how often each source's images are used per epoch.
+
+        With weights, an epoch has as many samples as there are images.
+        """
         counts = [int((self.source_numbers == number).sum()) for number in range(len(self.sources))]
         weights = [source.weight for source in self.sources]
         if weights[0] is None:
@@ -208,9 +215,9 @@ class Records:
         ]
 
     def groups(self) -> tuple[np.ndarray, list[Fraction]]:
-        """([N] the group of each image, how often the images of each group are used an epoch).
+        """Returns ([N] the group of each image, how often the images of each group are used per epoch).
 
-        A group is a source, or of a source the folders of one number where `folder_repeats` counts them.
+        A group is a source, or with --folder_repeats the folders of a source that have the same number.
         """
         repeats = self.repeats()
         if self.copies is None:
@@ -220,14 +227,14 @@ class Records:
         shares = []
         for source, copies in found.T.tolist():
             share = repeats[source] * copies
-            if self.sources[source].weight is not None:  # which says how much all of its folders are used together
+            if self.sources[source].weight is not None:  # the weight applies to all folders of the source together
                 of_source = self.copies[self.source_numbers == source]
                 share = share * len(of_source) / int(of_source.sum())
             shares.append(share)
         return group_of, shares
 
     def numbered_folders(self) -> dict[str, int]:
-        """The number in front of each folder that is called as kohya's are, such as 10_cat, by its name."""
+        """Returns the number in each folder name of kohya's style, such as 10_cat, by the folder's name."""
         folders: dict[str, int] = {}
         for number, source in enumerate(self.sources):
             if isinstance(source.table, RowTable) or source.captions.folder_is_class:
@@ -245,7 +252,7 @@ class Records:
         return self.sources[number].captions.of(captions) or (self._instead(number, row),)
 
     def _instead(self, number: int, row: int) -> str:
-        """What stands for the caption of an image without one."""
+        """Returns the caption of an image without one: its folder's name or an empty caption."""
         source, table = self.sources[number], self.sources[number].table
         by_folder = source.captions.on_missing_caption == "folder"
         return source.captions.of_folder(table.key(row), table.name, table.in_shards) if by_folder else ""
@@ -261,7 +268,10 @@ def read_records(
     """Lists the images of all sources.
 
     Args:
-        left_out: as of `list_folder`.
+        data: the options of all sources.
+        source, captions: options that each source may override.
+        seed: the run's seed, for --max_train_samples.
+        left_out: see `list_folder`.
 
     Raises:
         UserError: for a source that can't be read, is empty, or lacks a column.
@@ -280,12 +290,12 @@ def read_records(
 
 
 def _settled(entry: "SourceEntry", table: ImageTable) -> CaptionOptions:
-    """How the captions of a source are used whose images are known."""
+    """Returns how a source's captions are used, now that its images are known."""
     source = entry.source
     if entry.captions.folder_is_class and isinstance(table, RowTable):
         raise UserError(
-            f"--class_conditional: {source.given_as} holds rows, which lie in no folders of classes; name the column "
-            "of the classes: --label_column"
+            f"--class_conditional: {source.given_as} holds rows, which have no folders; name the class column with "
+            "--label_column"
         )
     path = Path(source.train_data_dir or source.dataset_name).resolve()
     keys = (table.key(row) for row in range(len(table)))
@@ -294,12 +304,12 @@ def _settled(entry: "SourceEntry", table: ImageTable) -> CaptionOptions:
 
 
 def folder_of(key: str) -> str:
-    """The name of the folder that an image lies in, "" at the top."""
+    """Returns the name of an image's folder, "" at the top."""
     return key.rpartition("/")[0].rpartition("/")[2]
 
 
 def _copies(table: ImageTable, rows: np.ndarray, entry: "SourceEntry") -> np.ndarray:
-    """[rows] how often each image is used an epoch by the number of its folder; 1 where there is none."""
+    """Returns [rows]: the number in each image's folder name, its repeats per epoch; 1 if there is no number."""
     if not entry.source.folder_repeats:
         return np.ones(len(rows), np.int64)
     numbers: dict[str, int] = {}
@@ -309,16 +319,16 @@ def _copies(table: ImageTable, rows: np.ndarray, entry: "SourceEntry") -> np.nda
         if name not in numbers:
             match = FOLDER_NUMBER.match(name)
             numbers[name] = int(match[1][:10]) if match else 1
-            require(numbers[name] <= 10**6, "folder_repeats", name, "find no number over 1000000 in front of a folder")
+            require(numbers[name] <= 10**6, "folder_repeats", name, "find no folder name with a number over 1000000")
         found[place] = numbers[name]
     told = ", ".join(f"{short(name)} {count}" for name, count in sorted(numbers.items())[:20])
-    logger.info("%s: each image is used so often an epoch, by its folder: %s", entry.name, told)
+    logger.info("%s: repeats per epoch of the images, by folder: %s", entry.name, told)
     require(bool((found > 0).any()), "folder_repeats", entry.name, "find a folder whose number is above 0")
     return found
 
 
 def _subset(table: ImageTable, options: SourceOptions, seed: int) -> np.ndarray:
-    """The rows of a table that are taken, in order."""
+    """Returns the rows of a table that are used, in order."""
     rows = np.arange(len(table))
     if options.max_train_samples is not None and options.max_train_samples < len(rows):
         order = generator(seed, 0, 0, Stream.SUBSET).permutation(len(rows))
@@ -329,32 +339,40 @@ def _subset(table: ImageTable, options: SourceOptions, seed: int) -> np.ndarray:
 def read_table(
     options: SourceOptions, cache_dir: str | None, captions: CaptionOptions, left_out: Mapping[Path, Fate]
 ) -> ImageTable:
-    """The images of one source, and what became of the other files of its folder.
+    """Lists the images of one source, and warns of files that are not used.
 
     Args:
+        options: the options of the source.
+        cache_dir: --cache_dir.
         captions: how its captions are used.
-        left_out: as of `list_folder`.
+        left_out: see `list_folder`.
 
     Raises:
         UserError: if it can't be read, is empty, or lacks a column.
     """
+    # a dataset of the `datasets` library
     if options.dataset_name is not None:
         table = _read_dataset(options, cache_dir)
         if len(table) == 0:
             raise UserError(f"there are no images in --dataset_name {options.dataset_name}")
         return table
+
+    # a folder: detect its kind and list its images
     listing = options.listing(left_out)
     kind = detect(options, listing)
     content = SOURCES[kind](options, cache_dir, listing, captions.folder_is_class)
     settle(listing, content, kind)
     for finding in content.table.texts.findings() if content.table.texts else ():
         logger.warning("%s: %s", content.table.name, finding)
+
+    # report what is missing or not read
     table, lists = content.table, unread_lists(listing.names, content)
     where = f"--train_data_dir {options.train_data_dir}"
     if len(table) == 0:
         raise UserError(_nothing_there(where, content, lists))
     if table.num_left_out:
-        logger.warning("%d images in %s are in no list or split of it and left out", table.num_left_out, table.name)
+        told = "skipped %d images in %s that are not listed in any metadata file or split"
+        logger.warning(told, table.num_left_out, table.name)
     if captions.are_expected:
         _say_which_captions_are_read(where, content, options)
     is_bare = isinstance(table, FileTable) and captions.are_expected and table.num_without_captions() > 0
@@ -366,7 +384,7 @@ def read_table(
 
 
 def _say_which_captions_are_read(where: str, content: FolderContent, options: SourceOptions) -> None:
-    """Names captions that stand in several places, of which one is read; texts beside images don't repeat labels."""
+    """Warns if images have captions in several places, of which only one is read; labels are not compared."""
     table, fates = content.table, content.table.fates
     is_beside = fates is not None and any(fate.reason == BESIDE_LIST for fate in fates.by_fate())
     beside = [name for name, fate in fates if fate.reason == BESIDE_LIST] if is_beside else []
@@ -380,14 +398,14 @@ def _say_which_captions_are_read(where: str, content: FolderContent, options: So
     for finding in findings:
         logger.warning("%s: %s", where, finding)
     if beside and not findings:
-        told = "%s: captions are read from %s; %d beside images are not, such as %s"
+        told = "%s: captions are read from %s; %d text files beside images are not, such as %s"
         logger.info(told, where, shown, len(beside), beside[0])
 
 
 def _compare_with_metadata(
     root: Path, captions: Mapping[str, Sequence[str]], names: Sequence[str], options: SourceOptions
 ) -> list[str]:
-    """A line on the metadata beside a `captions.json` that is read, if it gives images other captions."""
+    """Returns a warning if a folder has both `captions.json` and metadata, and their captions differ."""
     others = metadata_files(root, names) if any(name.rpartition("/")[2] == CAPTION_FILE for name in names) else []
     if not others or options.data_format == "imagefolder":
         return []
@@ -406,11 +424,11 @@ def _compare_with_metadata(
 
 
 def _nothing_there(where: str, content: FolderContent, lists: Sequence[str]) -> str:
-    """Why a folder has no image to train on."""
+    """Returns why a folder has no image to train on."""
     table = content.table
     if table.refused:
         listed = [name for name, word in content.used.items() if word == METADATA]
-        there = f" of {', '.join(listed[:3])}" if listed else ""
+        there = f" in {', '.join(listed[:3])}" if listed else ""
         first = ": ".join(table.refused[0])
         return f"{where}: none of the {len(table.refused):,} images{there} can be read; the first: {first}"
     reasons = describe_unread(table.fates, lists)
@@ -419,10 +437,10 @@ def _nothing_there(where: str, content: FolderContent, lists: Sequence[str]) -> 
 
 
 def detect(options: SourceOptions, listing: Listing) -> str:
-    """Which kind of source a folder or file is, as the options or its files say.
+    """Returns the kind of source that a folder or file is, by the options or its files.
 
     Raises:
-        UserError: if they don't.
+        UserError: if neither tells.
     """
     path = Path(options.train_data_dir)
     if is_saved_dataset(path):
@@ -442,12 +460,15 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def _read_dataset(options: SourceOptions, cache_dir: str | None) -> RowTable:
-    """A dataset by `datasets`: of the Hub, a local path, or what `save_to_disk` wrote."""
+    """Loads a dataset with `datasets`: from the Hub, a local path, or a folder that `save_to_disk` wrote."""
     import datasets
 
+    # a folder that `save_to_disk` wrote
     name = options.dataset_name
     if is_saved_dataset(Path(name)):
         return _rows(options, lambda: datasets.load_from_disk(plain_path(name, cache_dir)))
+
+    # any other folder, or a dataset on the Hub
     if Path(name).is_dir():
         check_dataset_folder(options)
     arguments = (name, options.dataset_config_name)
@@ -462,7 +483,7 @@ def _read_dataset(options: SourceOptions, cache_dir: str | None) -> RowTable:
             builder = next(iter(loaded.values())).builder_name
             others = unread_of_dataset(list_folder(Path(name)).names, builder)
             for other in others[:1]:
-                message = "--dataset_name %s is read as %s; %d other files of it that may be data are not, such as %s"
+                message = "--dataset_name %s is read as %s; %d other files that may be data are not read, such as %s"
                 logger.warning(message, options.dataset_name, builder, len(others), other)
         return loaded
 
@@ -470,22 +491,27 @@ def _read_dataset(options: SourceOptions, cache_dir: str | None) -> RowTable:
 
 
 def check_dataset_folder(options: SourceOptions) -> None:
-    """Refuses a folder of images with captions beside them, and a path like a pattern, which `datasets` does not read.
+    """Refuses local folders that `datasets` misreads: captions beside images, and paths that look like patterns.
 
     Raises:
-        UserError: naming the flag that does.
+        UserError: naming the flag to use instead.
     """
+    # paths that look like patterns
     folder = Path(options.dataset_name)
     mark = next((mark for mark in PATTERN_MARKS if mark in str(folder.resolve())), None)
     if mark is not None:
         raise UserError(
-            f"--dataset_name {folder}: the library datasets takes {mark} in the path of a folder for a pattern; give "
+            f"--dataset_name {folder}: the datasets library reads {mark} in the path of a folder as a pattern; give "
             f"it as --train_data_dir, or rename the folder"
         )
+
+    # broken and missing shards
     names = list_folder(folder).names
     read_footers(folder, [name for name in names if name.lower().endswith(".parquet")], "dataset_name")
     _warn_of_gaps_of_split(options, names)
     _check_tars(options, names)
+
+    # captions that are not read
     images, lists = [name for name in names if is_image(name)], metadata_files(folder, names)
     if images and lists and options.caption_column is not None and not options.holds_names:
         _compare_captions_of_dataset(options, names, lists)
@@ -501,7 +527,7 @@ def check_dataset_folder(options: SourceOptions) -> None:
 
 
 def read_alone(options: SourceOptions, cache_dir: str | None) -> tuple[str, dict[str, object]] | None:
-    """As `split_alone`, of a dataset that is a local folder of files; None of any other.
+    """Returns `split_alone` for a dataset in a local folder of files; None for any other dataset.
 
     Raises:
         UserError: if the files of the split can't be read together.
@@ -512,7 +538,7 @@ def read_alone(options: SourceOptions, cache_dir: str | None) -> tuple[str, dict
     if not folder.is_dir() or is_saved_dataset(folder):
         return None
     names = list_folder(folder).names
-    if sum(map(is_image, names)) > sum(name.lower().endswith(TABLES) for name in names):  # which `datasets` reads alone
+    if sum(map(is_image, names)) > sum(name.lower().endswith(TABLES) for name in names):  # read as an image folder
         return None
     builder = datasets.load_dataset_builder(
         options.dataset_name, options.dataset_config_name, cache_dir=cache_dir, data_dir=options.train_data_dir
@@ -521,26 +547,26 @@ def read_alone(options: SourceOptions, cache_dir: str | None) -> tuple[str, dict
 
 
 def _check_tars(options: SourceOptions, names: Sequence[str]) -> None:
-    """Refuses what is only called .tar in a folder of shards: `datasets` would end without its name.
+    """Refuses invalid .tar files in a folder of shards; `datasets` would fail without naming the file.
 
     Raises:
         UserError: naming the file.
     """
     tars = [name for name in names if name.lower().endswith(".tar")]
-    if 2 * len(tars) <= len(names):  # it takes what most of the files are
+    if 2 * len(tars) <= len(names):  # `datasets` reads the format of most files
         return
     for name in tars:
         file = Path(options.dataset_name) / name
         reason = why_no_tar(file)
         if reason and file.is_file() and (file.stat().st_size == 0 or reason != NO_FILES):
-            cure = f"take it out of the folder, or give --train_data_dir {options.dataset_name}, which leaves it out"
+            cure = f"remove it from the folder, or give --train_data_dir {options.dataset_name}, which skips it"
             raise UserError(f"{options.given_as}: {name} {reason}; {cure}")
         if reason:
             logger.warning("%s: %s %s", options.given_as, name, reason)
 
 
 def _compare_captions_of_dataset(options: SourceOptions, names: Sequence[str], lists: Sequence[str]) -> None:
-    """Names captions beside images that `datasets` does not read, where its metadata gives others."""
+    """Warns if the metadata that `datasets` reads differs from captions beside images."""
     folder, columns = Path(options.dataset_name), ListColumns(options.caption_column)
     try:
         captions = captions_in_lists(folder, lists, list(filter(is_image, names)), columns, options.text_encoding)
@@ -552,7 +578,7 @@ def _compare_captions_of_dataset(options: SourceOptions, names: Sequence[str], l
 
 
 def _warn_of_gaps_of_split(options: SourceOptions, names: Sequence[str]) -> None:
-    """Names the missing shards of the split that is read, and of those that no name says a split of."""
+    """Warns of missing shards of the split that is read; shards without a split in their name belong to it."""
     wanted = split_of(options.dataset_split) or options.dataset_split
     said = {name: next(filter(None, map(split_of, name.split("/"))), None) for name in names}
     shards = [name for name in names if said[name] in (None, wanted) and not is_image(name)]
@@ -562,7 +588,7 @@ def _warn_of_gaps_of_split(options: SourceOptions, names: Sequence[str]) -> None
 def read_parquet(
     options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
 ) -> FolderContent:
-    """Parquet files whose image column holds bytes, by `datasets`."""
+    """Reads Parquet files with an image column, through `datasets`."""
     import datasets
 
     content = shards_of(options, listing, ".parquet")
@@ -575,7 +601,7 @@ def read_parquet(
 def read_image_folder(
     options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
 ) -> FolderContent:
-    """A folder of images with lists of captions, as `datasets` reads it."""
+    """Reads a folder of images with metadata files, laid out as for `datasets`."""
     if options.image_column != "image":
         raise UserError(f"--image_column {options.image_column} is not a column of a folder of images; leave it out")
     columns = ListColumns(options.caption_column, options.mask_column, options.reader(), options.holds_names)
@@ -584,7 +610,7 @@ def read_image_folder(
 
 
 def read_pairs(options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool) -> FolderContent:
-    """A folder of images with a text file beside each."""
+    """Reads a folder of images with a text file beside each."""
     _refuse_mask_column(options)
     found = listing.root, listing.names, options.dataset_split
     return read_pairs_folder(*found, folder_is_class, options.text_encoding)
@@ -593,7 +619,7 @@ def read_pairs(options: SourceOptions, cache_dir: str | None, listing: Listing, 
 def read_captions_json(
     options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
 ) -> FolderContent:
-    """A folder of images with a `captions.json`."""
+    """Reads a folder of images with a `captions.json`."""
     _refuse_mask_column(options)
     found = listing.root, listing.names, options.dataset_split
     return read_caption_file_folder(*found, options.text_encoding)
@@ -610,26 +636,32 @@ def _refuse_mask_column(options: SourceOptions) -> None:
 def read_webdataset(
     options: SourceOptions, cache_dir: str | None, listing: Listing, folder_is_class: bool
 ) -> FolderContent:
-    """Tar shards, as WebDataset has them."""
+    """Reads tar shards in WebDataset's format."""
     content = shards_of(options, listing, ".tar")
     files = [listing.root / name for name in content.used]
     label = options.caption_column if options.holds_names else None
     table = read_tars(files, options.mask_column, options.text_encoding, label_ending=label)
     if table.doubled:
         logger.warning(
-            "%s: %d images are left out, as another of their sample comes before them, such as %s; members of "
-            "one name up to the first dot are a sample, so give each image a name of its own",
+            "%s: skipped %d images because another image of their sample comes first, such as %s; members with the "
+            "same name up to the first dot are one sample, so give each image its own name",
             *(options.given_as, len(table.doubled), table.doubled[0]),
         )
     return content._replace(table=table, findings=table.findings)
 
 
 def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderContent:
-    """The files with this ending that are of the split, in order; their images are not read.
+    """Returns the shards of the split, in order, without reading their images.
+
+    Args:
+        options: the options of the source.
+        listing: the files of its folder.
+        suffix: .parquet or .tar.
 
     Raises:
-        UserError: if there is none, or some of them are of no split where others are of several.
+        UserError: if there is none, or if some shards have no split while others have several.
     """
+    # a single shard
     path, split = options.train_data_dir, options.dataset_split
     names, reading = [name for name in listing.names if name.lower().endswith(suffix)], {}
     if Path(path).is_file():
@@ -639,6 +671,8 @@ def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderCo
             reading = check_shards(listing.root, footers, _needed(options), "train_data_dir").reading
         tell_of_gaps(options.given_as, names, logging.INFO)  # one shard was asked for
         return FolderContent(None, listing.names, dict.fromkeys(names, SHARD), reading=reading)
+
+    # the shards of the split in a folder
     require(bool(names), "train_data_dir", path, f"hold {suffix} files")
     if suffix == ".parquet":
         footers = read_footers(listing.root, names, "train_data_dir")
@@ -651,23 +685,26 @@ def shards_of(options: SourceOptions, listing: Listing, suffix: str) -> FolderCo
         filled, reading = check_shards(listing.root, of_split_alone, _needed(options), "train_data_dir")
         names = [name for name in names if name in filled or name not in chosen]
         chosen = set(filled)
+
+    # shards of other splits are not unread files
     of_others = set(names) - chosen
     used = {name: SHARD for name in names if name in chosen}
     return FolderContent(None, [name for name in listing.names if name not in of_others], used, reading=reading)
 
 
 def _needed(options: SourceOptions) -> NeededColumns:
-    """The columns of a table that a source uses."""
+    """Returns the columns of a table that a source uses."""
     images = tuple(filter(None, (options.image_column, options.mask_column)))
     texts = () if options.caption_column is None else (options.caption_column,)
     return NeededColumns(images, texts, (options.width_column, options.height_column))
 
 
 def _rows(options: SourceOptions, load) -> RowTable:
-    """The table of a dataset's split, its columns checked."""
+    """Returns the table of a dataset's split after checking its columns."""
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
+    # load the split
     try:
         loaded = load()
     except DatasetGenerationError as error:
@@ -678,10 +715,14 @@ def _rows(options: SourceOptions, load) -> RowTable:
     if not isinstance(loaded, datasets.Dataset):
         split = options.dataset_split
         if split not in loaded:
-            raise UserError(f"the dataset has no {split} split; it has {', '.join(loaded)}; name one: --dataset_split")
+            raise UserError(
+                f"the dataset has no split {split}, only {', '.join(loaded)}; name one of them with --dataset_split"
+            )
         loaded = loaded[split]
     elif options.dataset_split not in ("train", str(loaded.split)):
         raise UserError(f"--dataset_split {options.dataset_split} is not in the data, which has one split")
+
+    # check and select the columns
     check_columns(loaded.column_names, options)
     column = options.caption_column
     read = None if column is None else options.reader(loaded.features[column])
@@ -694,13 +735,19 @@ def _rows(options: SourceOptions, load) -> RowTable:
             loaded = loaded.cast_column(name, datasets.Image(decode=False))
         except (DatasetGenerationError, TypeError, ValueError) as error:
             raise UserError(f"--{flag} {name} does not hold images: {first_line(error)}") from error
+
+    # find out where images named by path may lie
     files = [each["filename"] for each in loaded.cache_files]
     folders = data_folders((options.dataset_name, options.train_data_dir), loaded.builder_name, files)
     return RowTable(loaded, options.image_column, column, options.mask_column, read, folders)
 
 
 def check_columns(columns: Sequence[str], options: SourceOptions) -> None:
-    """Refuses data without the image, caption or mask column, naming what there is."""
+    """Refuses data without the image, caption or mask column.
+
+    Raises:
+        UserError: naming the columns that there are.
+    """
     for flag in ("image_column", "caption_column", "mask_column"):
         column = getattr(options, flag)
         if column is None or column in columns:
@@ -710,7 +757,7 @@ def check_columns(columns: Sequence[str], options: SourceOptions) -> None:
         raise UserError(
             f"--{flag} {column} is not a column of the data, which has {', '.join(columns)}"
             + (f"; did you mean --{flag} {hint}?" if hint else f"; name one with --{flag}")
-            + (f"; a folder of images is given as --train_data_dir {options.dataset_name}" if is_folder else "")
+            + (f"; give a folder of images as --train_data_dir {options.dataset_name}" if is_folder else "")
         )
 
 
@@ -729,14 +776,18 @@ def check_image_feature(feature: Any, flag: str, column: str) -> None:
         inner = inner.feature
     if inner is not feature and not (isinstance(inner, Value) and inner.dtype.startswith(("int", "uint", "float"))):
         raise UserError(
-            f"--{flag} {column} must hold one image in each row, got a list; make a row of each of its images"
+            f"--{flag} {column} must hold one image in each row, got a list; write a row for each of its images"
         )
     if is_other or (isinstance(feature, dict) and not feature.keys() & {"bytes", "path"}):
         raise UserError(f"--{flag} {column} must hold images, their bytes or their paths, got {feature}")
 
 
 def check_caption_feature(feature: Any, column: str) -> None:
-    """Refuses a caption column that holds neither strings nor lists of strings."""
+    """Refuses a caption column that holds neither strings nor lists of strings.
+
+    Raises:
+        UserError: naming the column and its type.
+    """
     from datasets import List, Value
 
     inner = feature.feature if isinstance(feature, List) else feature

@@ -1,8 +1,9 @@
-"""Datasets that are read as a stream: never whole on the disk, and of no length that is known for certain.
+"""Streamed datasets, which are never stored whole and whose length may be unknown.
 
-The shards of the dataset are dealt out to lanes, and each lane fills the same slots of every global batch. How many
-lanes there are follows from the shards and the global batch alone, so the batches are the same on any number of
-processes, each of which reads only the lanes of its own slots. A resumed run reads over what was used before it.
+The shards of the dataset are divided among lanes, and each lane fills the same slots of every global batch. The number
+of lanes depends only on the number of shards and the size of the global batch, so that the batches are the same on any
+number of processes. Each process reads only the lanes of its own slots. A resumed run reads and skips the samples that
+were already used.
 """
 
 import hashlib
@@ -58,16 +59,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PIECES_AHEAD = 8
-ENOUGH_READ = 1000  # images of a stream, under which a few bad ones say nothing of the portion
+ENOUGH_READ = 1000  # images to read before the portion of bad ones, or of masks, is judged
 SHARD_ERRORS = (OSError, ValueError, EOFError, RuntimeError, tarfile.TarError, pa.ArrowException)
 SAVED_SHARDS = 64
-STREAMED = {".parquet": "parquet", ".tar": "webdataset"}  # endings, and the builders of `datasets` that read them
+STREAMED = {".parquet": "parquet", ".tar": "webdataset"}  # file extensions, and the `datasets` builders that read them
 
 
 class StreamedSample(NamedTuple):
-    """An image of a stream, its header readable, with what its crop is drawn by.
+    """An image of a stream with a readable header.
 
-    All of a group have the same spare, the image before it of their bucket, lest one can't be decoded.
+    Attributes:
+        record: the image with its captions and mask.
+        identity: 64 bits that seed its random draws.
+        bucket: the number of its bucket.
+        passing: the number of the pass over the stream.
+        spare: the image of the same bucket before this group, used if one of the group can't be decoded.
     """
 
     record: ImageRecord
@@ -79,12 +85,14 @@ class StreamedSample(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamedRecords:
-    """The few images of one micro-batch and some spare ones, to be asked as all of a run's records are.
+    """The images of one micro-batch and their spares, with the same methods as `Records`.
 
     Attributes:
-        bad: (name, reason) of images that were passed over on the way to these.
-        spares: of each sample of the micro-batch the number of its spare one among those behind them, or None.
-        has_masks: whether the loss counts only in parts of some images.
+        samples: the samples of the micro-batch, then the spares.
+        options: how captions are used.
+        bad: (name, reason) of images that were skipped on the way to these.
+        spares: for each sample of the micro-batch the number of its spare, counted from the first spare, or None.
+        has_masks: whether some images may have masks.
     """
 
     samples: list[StreamedSample] = field(repr=False)
@@ -97,46 +105,46 @@ class StreamedRecords:
         return len(self.samples)
 
     def instead(self, place: int) -> list[int]:
-        """What may stand for a sample that can't be decoded: its spare, else others of the micro-batch."""
+        """Returns the replacements for a sample that can't be decoded: its spare, then others of the micro-batch."""
         count, spare = len(self.spares), self.spares[place]
         others = [index for index in range(count) if index != place]
         return ([] if spare is None else [count + spare]) + others
 
     def draw(self, place: int) -> Draw:
-        """The draw of the sample at a place of the micro-batch."""
+        """Returns the draw of a sample of the micro-batch."""
         return Draw(place, self.samples[place].passing, self.samples[place].bucket)
 
     def key(self, index: int) -> str:
-        """The name by which an image is reported."""
+        """Returns an image's name for messages."""
         return self.samples[index].record.key
 
     def image(self, index: int) -> str | bytes:
-        """An image's path or bytes."""
+        """Returns an image's path or bytes."""
         return self.samples[index].record.source
 
     def mask(self, index: int) -> MaskFile | None:
-        """Where in an image the loss counts; None for everywhere."""
+        """Returns an image's mask; None if the loss counts everywhere."""
         return self.samples[index].record.mask
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """An image's captions, at least one."""
+        """Returns an image's captions, at least one."""
         return self.samples[index].record.captions
 
     def caption_options(self, index: int) -> CaptionOptions:
-        """How its captions are used."""
+        """Returns how an image's captions are used."""
         return self.options
 
     def loss_weight(self, index: int) -> float:
-        """The factor on an image's loss: 1, there is one source."""
+        """Returns the factor on an image's loss: 1, as there is only one source."""
         return 1.0
 
     def identity(self, index: int) -> int:
-        """What its draws are keyed by."""
+        """Returns 64 bits that seed the image's random draws."""
         return self.samples[index].identity
 
 
 class StreamedBatches:
-    """The global batches of a stream, of which only the length is known beforehand, if at all."""
+    """The global batches of a stream; of these only the number per epoch may be known in advance."""
 
     def __init__(self, size: int, group_size: int, seed: int, num_images: int | None):
         self.size = size
@@ -145,17 +153,17 @@ class StreamedBatches:
         self.samples_per_epoch = math.inf if num_images is None else num_images
 
     def steps_in(self, epochs: int) -> int:
-        """Optimizer steps of as many samples as the dataset has, `epochs` times.
+        """Returns the number of optimizer steps that use as many samples as `epochs` epochs have.
 
         Raises:
-            UserError: if the dataset does not say how many it has.
+            UserError: if the length of the dataset is unknown.
         """
         if self.samples_per_epoch == math.inf:
-            raise UserError("a stream does not say how long it is; give --max_train_steps with --streaming")
+            raise UserError("the length of the stream is unknown; give --max_train_steps with --streaming")
         return -(-epochs * self.samples_per_epoch // self.size)
 
     def epochs_before(self, step: int) -> int:
-        """Whole epochs in the first `step` optimizer steps; 0 where that is not known."""
+        """Returns the number of whole epochs in the first `step` optimizer steps; 0 if unknown."""
         return int(step * self.size // self.samples_per_epoch)
 
 
@@ -164,14 +172,18 @@ class StreamedImages:
     """A stream to train on.
 
     Attributes:
-        num_listed: images, where the dataset says it.
-        masks: those that lie in a folder, if there is one.
-        bad: why an image could not be trained on, by its name.
-        counts: of the images that were read: all, and those without a caption.
+        dataset: the stream of the `datasets` library.
+        source, captions, buckets: the options of the source, its captions and the buckets.
+        resolution: --resolution, in pixels.
+        num_listed: number of images, if the dataset states it.
+        bad: the reason why an image could not be trained on, by its name.
+        shuffle_buffer_size: number of images in the shuffle buffer.
+        masks: masks in a folder (--mask_dir), if there is one.
+        fates: how each file of its folder was used; None if it has no folder.
+        shards: the files that it is read from, if these are in a folder.
+        counts: number of images read, without a caption, with a mask, and so on.
         held_out: the images that the validation loss is measured on.
         census: what was found in the first masks.
-        fates: what became of the files of its folder, where it has one.
-        shards: the files that it is read from, where they lie in a folder.
     """
 
     dataset: "IterableDataset" = field(repr=False)
@@ -194,27 +206,25 @@ class StreamedImages:
         self.counts["missing_captions"] += 1
         if self.counts["missing_captions"] == 1:
             instead = "the name of its folder" if self.captions.on_missing_caption == "folder" else "an empty one"
-            logger.warning("%s has no caption and trains on %s, as all others without one will", key, instead)
+            logger.warning("%s has no caption and trains on %s, as will all others without a caption", key, instead)
 
     def note_written_list(self, key: str, caption: str) -> None:
-        """Counts a caption that is the text of a list, and warns of the first."""
+        """Counts a caption whose text looks like a list, and warns of the first."""
         self.counts["written_lists"] += 1
         if self.counts["written_lists"] == 1:
-            said = (
-                "%s: its caption is a text that looks like a list and is read as one caption: %s; store a list as one"
-            )
-            logger.warning(said, key, short(caption))
+            told = "%s: its caption is text that looks like a list and is read as one caption: %s; store it as a list"
+            logger.warning(told, key, short(caption))
 
     def look_for_copy(self, key: str, image: str | bytes) -> None:
-        """Counts an image of the bytes of a held-out one, and warns of the first."""
+        """Counts an image with the same bytes as a held-out one, and warns of the first."""
         held_out = self.held_out.find(image)
         if held_out is None:
             return
         self.counts["held_out_copies"] += 1
         if self.counts["held_out_copies"] == 1:
             logger.warning(
-                "%s of the stream is trained on and has the bytes of the held-out image %s: the loss on such images "
-                "does not tell how well the model does on others; data_report.json counts them as held_out_copies",
+                "%s of the stream is a copy of the held-out image %s but is trained on: the validation loss on such "
+                "images does not show how well the model generalizes; data_report.json counts them as held_out_copies",
                 *(key, held_out),
             )
 
@@ -222,77 +232,78 @@ class StreamedImages:
         """Counts an image with a mask.
 
         Raises:
-            UserError: if the first thousand have none, where masks were asked for.
+            UserError: if masks were requested and the first thousand images have none.
         """
         self.counts["masked"] += is_there
         if self.has_masks and self.counts["read"] >= ENOUGH_READ and not self.counts["masked"]:
             raise UserError(f"none of the first {ENOUGH_READ} images of the stream has a mask")
 
     def look_at_mask(self, record: ImageRecord) -> None:
-        """Looks at the mask of an image if it is one of the first, and warns of what they are.
+        """Inspects the masks of the first images, and warns of probable mistakes.
 
-        No run ends by them: others may follow, as in shards that are sorted by class; a dry run refuses black ones.
+        They do not stop the run, since other masks may follow, as in shards sorted by class; a dry run refuses black
+        masks.
         """
         census = self.census
         if census.looked_at >= MASKS_LOOKED_AT:
             return
         try:
             values = mask_values(record.source, record.mask)
-        except (OSError, ValueError):  # it is named where it is cut
+        except (OSError, ValueError):  # reported when the mask is cropped
             return
         census.add(record.key, values)
         if census.looked_at == 1 and census.is_nearly_black:
-            logger.warning("the mask of %s is black or nearly so, and its loss counts almost nowhere", record.key)
+            logger.warning("the mask of %s is black or nearly black, so its loss counts almost nowhere", record.key)
         if census.looked_at == MASKS_LOOKED_AT:
             for line in census.all_warnings():
                 logger.warning("%s", line)
 
     @property
     def has_masks(self) -> bool:
-        """Whether the loss counts only in parts of some images."""
+        """Whether some images may have masks."""
         return self.source.has_masks
 
     @property
     def num_known(self) -> int:
-        """Images to which a number of bad ones compares: all, or as many as were read so far."""
+        """The number of images that bad ones are counted against: all, or those read so far."""
         return self.num_listed or max(self.counts["read"], ENOUGH_READ)
 
     @property
     def plan(self) -> BucketPlan:
-        """All buckets that an image may come to."""
+        """All buckets that an image may belong to."""
         return BucketPlan(self.buckets.sizes(self.resolution), np.zeros(0, np.uint16), [])
 
     def fingerprint(self) -> str:
-        """What is known of the stream to change with its images: not their number, which only some caches know."""
+        """Describes the stream for checkpoints, without the number of images, which is not always known."""
         return f"a stream in {self.dataset.num_shards} shards"
 
     def content(self) -> pa.Table:
-        """The record of the files that it is read from, where they lie here."""
+        """Returns a table of facts about its local files, from which a resumed run sees whether they changed."""
         files = self.shards or _local_files(self.source)
         root = self.source.dataset_name or self.source.train_data_dir
         return content_table([os.path.relpath(path, root) for path in files], file_facts(files), None, None)
 
     def describe_sources(self) -> dict[str, str]:
-        """How its images are used, but for what the options say."""
+        """Describes how its images are used, beyond the options."""
         return {"masks": "some" if self.has_masks else "none"}
 
     def describe(self) -> str:
-        """How many images there are, in words."""
+        """Returns the number of images and shards, for the log."""
         count = "of unknown length" if self.num_listed is None else f"of {self.num_listed:,} images"
         return f"a stream {count} in {self.dataset.num_shards} shards"
 
     def batches(self, size: int, group_size: int, seed: int) -> StreamedBatches:
-        """Its global batches of `size`."""
+        """Returns the stream of global batches of `size` samples."""
         return StreamedBatches(size, group_size if self.buckets.use_aspect_ratio_buckets else 1, seed, self.num_listed)
 
     def pieces(
         self, batches: StreamedBatches, micro_batch: int, rank: int, num_processes: int, first_step: int, last_step: int
     ) -> "StreamedPieces":
-        """The micro-batches of one process."""
+        """Returns the micro-batches of one process."""
         return StreamedPieces(self, batches, micro_batch, rank, num_processes, first_step, last_step)
 
     def report(self) -> dict[str, object]:
-        """What `data_report.json` says of it."""
+        """Returns the contents of `data_report.json`."""
         return {
             "images": self.num_listed,
             "streamed": True,
@@ -312,22 +323,25 @@ def open_stream(
     buckets: BucketOptions,
     left_out: Mapping[Path, Fate] = MappingProxyType({}),
 ) -> StreamedImages:
-    """Opens a dataset as a stream; none of its images is read.
+    """Opens a dataset as a stream, without reading images.
 
     Args:
-        left_out: as of `list_folder`.
+        data, source, captions, buckets: the options.
+        resolution: --resolution, in pixels.
+        left_out: see `list_folder`.
 
     Raises:
-        UserError: if it can't be opened, lacks a column, or is to fill buckets without saying its images' sizes.
+        UserError: if it can't be opened, lacks a column, or has no size columns for aspect-ratio buckets.
     """
     import datasets
 
+    # refuse options that need the whole dataset
     if source.max_train_samples is not None:
-        raise UserError("--max_train_samples is drawn from all images, which a stream does not know; leave one out")
+        raise UserError("--max_train_samples needs to know all images, which --streaming does not; leave one out")
     if source.folder_repeats:
-        raise UserError(
-            "--folder_repeats counts the images of each folder, which a stream does not know; leave one out"
-        )
+        raise UserError("--folder_repeats needs to count each folder's images, which --streaming can't; leave one out")
+
+    # open the stream
     fates, shards = None, ()
     try:
         if source.dataset_name is None:
@@ -340,17 +354,21 @@ def open_stream(
             f"--dataset_split {source.dataset_split} is not in the data, which has {list(loaded)}"
         ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"the stream can't be opened: {first_line(error)}") from error
+        raise UserError(f"{source.given_as}: the stream can't be opened: {first_line(error)}") from error
+
+    # check the columns
     columns = dataset.column_names or list(next(iter(dataset)))
-    census = MaskCensus(source.masks_given if source.has_masks else "", None)  # by the names that the user gave
+    census = MaskCensus(source.masks_given if source.has_masks else "", None)  # before the columns are replaced
     source = _tar_columns(source, columns)
     check_columns(columns, source)
     sizes = (source.width_column, source.height_column)
     if buckets.use_aspect_ratio_buckets and not set(sizes) <= set(columns):
         raise UserError(
-            f"--streaming with --use_aspect_ratio_buckets needs the images' sizes in the rows, in the columns "
-            f"{sizes[0]} and {sizes[1]} (--width_column, --height_column); there are {', '.join(columns)}"
+            f"--streaming with --use_aspect_ratio_buckets needs the images' sizes in the columns {sizes[0]} and "
+            f"{sizes[1]} (--width_column, --height_column); the data has {', '.join(columns)}"
         )
+
+    # select them, and keep images undecoded
     images = [column for column in (source.image_column, source.mask_column) if column is not None]
     texts = [] if source.caption_column is None else [source.caption_column]
     more = (*sizes, REASON_COLUMN)
@@ -360,6 +378,8 @@ def open_stream(
         if dataset.features is not None:
             check_image_feature(dataset.features[column], flags[column], column)
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
+
+    # find out its length, if the dataset states it
     split = dataset.info.splits.get(source.dataset_split) if dataset.info.splits else None
     count = split.num_examples if split is not None and split.num_examples else None
     masks = source.masks() if source.mask_dir is not None else None
@@ -373,15 +393,20 @@ def _load(source: SourceOptions, cache_dir: str | None):
 
     from utils.data.tar_streams import local_samples, tar_samples
 
+    # a folder that `save_to_disk` wrote
     if is_saved_dataset(Path(source.dataset_name)):
         saved = datasets.load_from_disk(plain_path(source.dataset_name, cache_dir))
         splits = saved if isinstance(saved, dict) else {source.dataset_split: saved}
         return {name: each.to_iterable_dataset(min(SAVED_SHARDS, len(each))) for name, each in splits.items()}
+
+    # a folder whose split is read on its own
     if Path(source.dataset_name).is_dir():
         check_dataset_folder(source)
     alone = read_alone(source, cache_dir)
     if alone is not None:
         return datasets.load_dataset(alone[0], streaming=True, **alone[1])
+
+    # tar shards, or any other builder
     builder = datasets.load_dataset_builder(
         source.dataset_name, source.dataset_config_name, cache_dir=cache_dir, data_dir=source.train_data_dir
     )
@@ -396,7 +421,7 @@ def _load(source: SourceOptions, cache_dir: str | None):
 def _load_shards(
     source: SourceOptions, cache_dir: str | None, left_out: Mapping[Path, Fate]
 ) -> tuple[dict, Fates, tuple[Path, ...]]:
-    """(the dataset of a folder's shards by its splits, what became of the folder's files, the shards)."""
+    """Returns (the streams of a folder's shards by split, how each file of the folder was used, the shards)."""
     import datasets
 
     from utils.data.tar_streams import local_samples
@@ -406,8 +431,8 @@ def _load_shards(
     suffix = {"parquet": ".parquet", "webdataset": ".tar"}.get(kind)
     if suffix is None:
         raise UserError(
-            f"--streaming reads parquet files, tar shards or a --dataset_name; {source.train_data_dir} holds none of "
-            "them, and a folder of images needs no stream"
+            f"--streaming reads Parquet files, tar shards or a --dataset_name; {source.train_data_dir} holds none of "
+            "these; leave --streaming out for a folder of images"
         )
     content = shards_of(source, listing, suffix)
     settle(listing, content, kind)
@@ -421,13 +446,13 @@ def _load_shards(
 
 
 def _local_files(source: SourceOptions) -> list[Path]:
-    """The files of a dataset that lies in a folder of its own; none of one on the Hub."""
+    """Returns the files of a dataset in a local folder; none for a dataset on the Hub."""
     root = Path(source.dataset_name or "")
     return [root / name for name in list_files(root)] if source.dataset_name and root.is_dir() else []
 
 
 def _tar_columns(source: SourceOptions, columns: list[str]) -> SourceOptions:
-    """The columns of tar shards: those that are named after endings of members, else what a sample's members are."""
+    """Returns the source with the columns of tar shards: named extensions if these exist, else the chosen members."""
     if IMAGE_COLUMN not in columns:
         return source
     caption, mask = source.caption_column, source.mask_column
@@ -440,7 +465,7 @@ def _tar_columns(source: SourceOptions, columns: list[str]) -> SourceOptions:
 
 
 class Lane:
-    """Some shards of a stream, pass after pass in a seeded order, as groups of one bucket."""
+    """Some shards of a stream, read pass after pass in an order drawn from the seed, in groups from one bucket."""
 
     def __init__(self, images: StreamedImages, number: int, num_lanes: int, group_size: int, seed: int):
         self._images = images
@@ -454,7 +479,11 @@ class Lane:
         self.bad: list[tuple[str, str]] = []
 
     def groups(self) -> Iterator[list[StreamedSample]]:
-        """Groups without end."""
+        """Yields groups endlessly.
+
+        Raises:
+            UserError: if no image of a pass can be read.
+        """
         waiting: dict[int, list[StreamedSample]] = defaultdict(list)
         last: dict[int, StreamedSample] = {}
         for passing in itertools.count():
@@ -474,14 +503,14 @@ class Lane:
                 raise UserError(self._nothing_read())
 
     def _nothing_read(self) -> str:
-        """What ends the run where no image of this lane's shards can be read: each lane fills a part of every batch."""
+        """Returns the error for a lane without readable images, which stops the run as each lane fills every batch."""
         names = [str(self._images.shards[number]) for number in self._shards if number < len(self._images.shards)]
         which = ", ".join(names[:3]) or f"{len(self._shards)} of the stream's shards"
         reason = f": {self.bad[-1][0]}: {self.bad[-1][1]}" if self.bad else ", which are empty"
-        return f"no image can be read of {which}{reason}; leave these shards out, or put them together with others"
+        return f"no image can be read from {which}{reason}; remove these shards, or merge them with others"
 
     def _rows(self, passing: int) -> Iterator[dict]:
-        """The rows of one pass: shards in a seeded order, and each row drawn from a buffer of those that come next."""
+        """Yields the rows of one pass: shards in an order drawn from the seed, rows through a shuffle buffer."""
         draws = generator(self._seed, passing, self._number, Stream.SHARD_ORDER)
         buffer: list[dict] = []
         for shard in draws.permutation(self._shards):
@@ -495,17 +524,18 @@ class Lane:
             yield buffer[place]
 
     def _shard(self, number: int) -> Iterator[dict]:
-        """The rows of a shard, up to a place where it is broken."""
+        """Yields the rows of a shard, up to the first broken one."""
         dataset = self._images.dataset
         try:
             yield from dataset.shard(num_shards=dataset.num_shards, index=number)
         except SHARD_ERRORS as error:
-            reason = f"the shard is broken, what follows in it is left out: {first_line(error)}"
+            reason = f"the shard is broken, its remaining rows are skipped: {first_line(error)}"
             shards = self._images.shards
             self.bad.append((shards[number].name if number < len(shards) else f"shard {number}", reason))
 
     def _sample(self, row: dict, number: int, passing: int) -> StreamedSample | None:
-        """The sample of a row, or None if its image's header can't be read."""
+        """Returns the sample of a row, or None if it can't be used."""
+        # check the image
         source, images = self._images.source, self._images
         value = row[source.image_column]
         path = value.get("path") if isinstance(value, dict) else None
@@ -520,6 +550,8 @@ class Lane:
         except (OSError, ValueError) as error:
             self.bad.append((key, reason_of(error)))
             return None
+
+        # read the captions
         column = source.caption_column
         try:
             captions = () if column is None else images.captions.of(self._captions(row[column], column))
@@ -537,6 +569,8 @@ class Lane:
             images.note_missing_caption(key)
             by_folder = images.captions.on_missing_caption == "folder"
             captions = (folder_caption(key, "") if by_folder else "",)
+
+        # record the mask, and copies of held-out images
         place = f"{self._number} {passing} {number}".encode()
         identity = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
         mask = self._mask(row, key, image)
@@ -550,11 +584,11 @@ class Lane:
         return StreamedSample(record, identity, self._bucket(row, key), passing)
 
     def _captions(self, value: object, column: str) -> tuple[str, ...]:
-        """The captions of a row's column: texts, or the bytes of a tar shard's member.
+        """Returns the captions in a row's column: text, or the bytes of a member of a tar shard.
 
         Raises:
             FileError: if the member can't be read.
-            UserError: if the column holds something else.
+            UserError: if the column holds another type.
         """
         is_chosen = isinstance(value, dict) and isinstance(value.get("bytes"), bytes)
         if not is_chosen and not isinstance(value, bytes):
@@ -577,7 +611,9 @@ class Lane:
             return 0
         size = declared(row, (images.source.width_column, images.source.height_column))
         if size is None:
-            raise UserError(f"{key} has no size in its row, which --use_aspect_ratio_buckets needs under --streaming")
+            raise UserError(
+                f"{key} has no width and height in its row, which --use_aspect_ratio_buckets needs with --streaming"
+            )
         options = images.buckets
         sizes = options.sizes(images.resolution)
         planned = plan_buckets(np.array([size]), images.resolution, options, np.ones(1), 1)
@@ -585,7 +621,7 @@ class Lane:
 
 
 class StreamedPieces:
-    """The micro-batches of one process, read by a thread ahead of the training; a DataLoader's sampler."""
+    """The micro-batches of one process, read ahead in a thread; the sampler of its DataLoader."""
 
     def __init__(
         self,
@@ -614,6 +650,7 @@ class StreamedPieces:
         return len(self.steps) * len(self.slots)
 
     def __iter__(self) -> Iterator[Piece]:
+        # read ahead in a thread, which stops when this iterator is closed
         ahead: queue.Queue = queue.Queue(PIECES_AHEAD)
         stopped = threading.Event()
 
@@ -632,11 +669,13 @@ class StreamedPieces:
                     if not put(piece):
                         return
                 put(None)
-            except BaseException as error:  # noqa: BLE001  it is raised where the pieces are taken
+            except BaseException as error:  # noqa: BLE001  it is raised in the consuming thread
                 put(error)
 
         thread = threading.Thread(target=read, daemon=True)
         thread.start()
+
+        # yield what it has read, and raise its errors here
         try:
             while (item := ahead.get()) is not None:
                 if isinstance(item, BaseException):
@@ -646,16 +685,21 @@ class StreamedPieces:
             stopped.set()
 
     def _read(self) -> Iterator[Piece]:
+        # open the lanes of this process
         batches, per_lane = self._batches, self._batches.size // self._num_lanes
         mine = sorted({slot // per_lane for slots in self.slots for slot in slots})
         seed = batches.seed
         lanes = {number: Lane(self._images, number, self._num_lanes, batches.group_size, seed) for number in mine}
         groups = {number: lane.groups() for number, lane in lanes.items()}
         a_step = per_lane // batches.group_size
+
+        # skip what was used before the run was resumed
         if self.steps.start:
-            logger.info("reading over the %d samples that were used before", self.steps.start * batches.size)
+            logger.info("skipping the %d samples that were already used", self.steps.start * batches.size)
         for stream in groups.values():
             next(itertools.islice(stream, self.steps.start * a_step, self.steps.start * a_step), None)
+
+        # read each step's samples, and divide them into micro-batches
         for step in self.steps:
             samples: dict[int, StreamedSample] = {}
             for number, stream in groups.items():
@@ -675,6 +719,6 @@ class StreamedPieces:
 
 
 def num_lanes(size: int, group_size: int, num_shards: int) -> int:
-    """The most lanes, at most one a shard, that share a global batch evenly in whole groups."""
+    """Returns the largest number of lanes, at most one per shard, that divides a global batch into whole groups."""
     groups = size // group_size
     return max(count for count in range(1, groups + 1) if groups % count == 0 and (count <= num_shards or count == 1))

@@ -1,4 +1,4 @@
-"""What image files say before their pixels, read once, by several processes, and remembered."""
+"""Reads facts from image headers, such as sizes, once and in several processes, and caches them."""
 
 import contextlib
 import hashlib
@@ -30,21 +30,29 @@ from utils.data.tables import ImageTable, stamp_of
 
 DIGEST_SIZE = 16
 STAMP_PARTS = 3  # size and two times
-NOW, BEFORE = "with turns", "with depths"  # names of what is remembered, which change with what headers tell
+NOW, BEFORE = "with turns", "with depths"  # versions of the cached facts, of this and an earlier release
 REMEMBERED = {
     **{"width": pa.int32(), "height": pa.int32(), "oddities": pa.uint32()},
     **{"num_bytes": pa.int64(), "digest": pa.binary()},
 }
 REMEMBERED_BEFORE = REMEMBERED | {"oddities": pa.uint16()}
-MANY = 5_000  # images from which on several processes read
+MANY = 5_000  # with at least so many images, several processes read
 CHUNK = 500
 CHUNKS_AHEAD = 256
-MASKS_AHEAD = 2_000  # that are decoded before it is asked whether they were enough
+MASKS_AHEAD = 2_000  # masks to decode before checking whether they are enough
 Result = TypeVar("Result")
 
 
 class Facts(NamedTuple):
-    """One image's: upright size, bit mask of `ODDITIES`, length of the file, digest if wanted, and why it is bad."""
+    """Facts about one image.
+
+    Attributes:
+        width, height: upright size in pixels; 0 if it can't be read.
+        oddities: bit mask of `ODDITIES`.
+        num_bytes: length of the file, -1 if it can't be read.
+        digest: digest of the file's bytes; b"" unless requested.
+        reason: why it can't be read, or "".
+    """
 
     width: int
     height: int
@@ -56,19 +64,19 @@ class Facts(NamedTuple):
 
 @dataclass
 class Survey:
-    """What is known of the images of a run.
+    """Facts about the images of a run.
 
     Attributes:
-        sizes: [N, 2] int32 upright widths and heights; 0 of images that can't be read.
+        sizes: [N, 2] int32 upright widths and heights in pixels; 0 for images that can't be read.
         oddities: [N] uint32 bit masks of `ODDITIES`.
-        num_bytes: [N] int64 lengths of the files, -1 where unknown.
-        digests: [N] of the files' bytes, 16 bytes each; b"" where unknown.
-        reasons: why an image can't be read, by its number.
-        mask_digests: [N] of the bytes of the images' mask files; b"" where unknown, or without one.
+        num_bytes: [N] int64 lengths of the files, -1 if unknown.
+        digests: [N] digests of the files' bytes, 16 bytes each; b"" if unknown.
+        reasons: the reason why an image can't be used, by its number.
+        mask_digests: [N] digests of the mask files' bytes; b"" if unknown or without a mask file.
         is_masked: [N] bool, whether the image has a mask.
-        times: [N] int64, when the files, or the shards that they are in, were last changed.
-        mask_bytes, mask_times: the like of mask files; -1 bytes without one.
-        mask_oddities: [N] uint32, those of mask files; 0 without one.
+        times: [N] int64 modification times of the files, or of the shards that contain them.
+        mask_bytes, mask_times: as `num_bytes` and `times`, of the mask files; -1 bytes without one.
+        mask_oddities: [N] uint32 bit masks of the mask files' `ODDITIES`; 0 without one.
     """
 
     sizes: np.ndarray
@@ -85,7 +93,7 @@ class Survey:
 
     @staticmethod
     def unknown(count: int) -> "Survey":
-        """Of so many images, of which nothing is known yet."""
+        """Returns a survey of `count` images without any facts yet."""
         digests = np.full(count, b"", object)
         return Survey(
             sizes=np.zeros((count, 2), np.int32),
@@ -103,46 +111,46 @@ class Survey:
 
     @property
     def facts(self) -> FileFacts:
-        """What is known of the files."""
+        """Facts about the image files."""
         return FileFacts(self.num_bytes, self.times, self.digests)
 
     @property
     def mask_facts(self) -> FileFacts:
-        """What is known of the mask files."""
+        """Facts about the mask files."""
         return FileFacts(self.mask_bytes, self.mask_times, self.mask_digests)
 
     @property
     def total_bytes(self) -> int:
-        """Of all files, as far as they can be read."""
+        """Total size in bytes of all readable images and masks."""
         return int(np.maximum(self.num_bytes, 0).sum() + np.maximum(self.mask_bytes, 0).sum())
 
     def oddity_counts(self) -> dict[str, int]:
-        """How many images have each oddity."""
+        """Returns the number of images with each oddity."""
         counts = Counter({name: int((self.oddities >> bit & 1).sum()) for bit, name in enumerate(ODDITIES)})
         return {name: count for name, count in counts.items() if count}
 
     def how_read(self, index: int) -> bytes:
-        """What sets an image's pixels apart from those that earlier releases read."""
+        """Returns the part of an image's cache key that reflects how its pixels are decoded, see `how_read`."""
         return how_read(names_in(int(self.oddities[index])))
 
     def how_mask_read(self, index: int, is_alpha: bool) -> bytes:
-        """The same of its mask, which no colour profile changes."""
+        """Returns the same for its mask, which colour profiles do not change."""
         names = names_in(int((self.oddities if is_alpha else self.mask_oddities)[index]))
         return how_read([name for name in names if name != CONVERTED])
 
     def decoded_otherwise(self, version: int) -> np.ndarray:
-        """[N] bool, of which an earlier version of `DECODING` made other pixels, or another mask."""
+        """Returns [N] bool: images whose pixels or mask an earlier version of `DECODING` decoded differently."""
         return changed_since(self.oddities, version) | changed_since(self.mask_oddities, max(version, 1))
 
     def take(self, indices: np.ndarray) -> "Survey":
-        """Some of the images, in their order."""
+        """Returns the survey of the images at some indices, in that order."""
         places = {int(index): place for place, index in enumerate(indices)} if self.reasons else {}
         reasons = {places[index]: reason for index, reason in self.reasons.items() if index in places}
         arrays = {name: value[indices] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return Survey(**arrays, reasons=reasons)
 
     def followed_by(self, other: "Survey") -> "Survey":
-        """Of the images of this one, then of those of another."""
+        """Returns the survey of these images, followed by those of another survey."""
         pairs = {
             name: (value, vars(other)[name]) for name, value in vars(self).items() if isinstance(value, np.ndarray)
         }
@@ -152,12 +160,12 @@ class Survey:
 
 
 def survey(records: Records, folder: Path, show_progress: bool = False) -> Survey:
-    """The facts of all images, of which only headers are read, and those only once: `folder` remembers them."""
+    """Reads the headers of all images; facts that `folder` has cached are not read again."""
     return _survey(records, folder, np.zeros(len(records), bool), show_progress)
 
 
 def add_digests(known: Survey, records: Records, wanted: np.ndarray, folder: Path, show_progress: bool = False) -> None:
-    """Adds the digests of the images where `wanted`, [N] bool: they are read whole, once."""
+    """Adds missing digests where `wanted`, [N] bool, reading these files completely; `folder` caches the digests."""
     missing = wanted & (known.digests == b"")
     if missing.any():
         found = _survey(records.take(np.flatnonzero(missing)), folder, np.ones(missing.sum(), bool), show_progress)
@@ -169,12 +177,23 @@ def add_digests(known: Survey, records: Records, wanted: np.ndarray, folder: Pat
 def survey_masks(
     known: Survey, records: Records, folder: Path, with_digests: bool, show_progress: bool = False
 ) -> None:
-    """Adds what the headers of mask files say; an image whose mask can't be read or is of another shape is bad."""
+    """Adds facts from the headers of mask files; an image whose mask can't be read or has another shape is bad.
+
+    Args:
+        known: the survey of the images, which is completed.
+        records: the images.
+        folder: caches the facts.
+        with_digests: whether to read mask files completely, for their digests.
+        show_progress: whether to show a progress bar.
+    """
+    # read the headers of mask files
     masks = [records.mask(index) for index in range(len(records))]
     in_files = np.flatnonzero([mask is not None and not mask.is_alpha for mask in masks])
     tables = [replace(source, table=MaskTable(source)) for source in records.sources]
     of_masks = Records(tables, records.source_numbers[in_files], records.rows[in_files])
     found = _survey(of_masks, folder, np.full(len(in_files), with_digests), show_progress)
+
+    # add what they say to the survey of the images
     known.mask_digests[in_files] = found.digests
     known.mask_bytes[in_files], known.mask_times[in_files] = found.num_bytes, found.times
     known.mask_oddities[in_files] = found.oddities
@@ -182,6 +201,8 @@ def survey_masks(
     known.is_masked[:] = [
         mask is not None and (not mask.is_alpha or clear) for mask, clear in zip(masks, is_transparent, strict=True)
     ]
+
+    # reject images whose mask can't be used
     for place, index in enumerate(in_files.tolist()):
         reason = found.reasons.get(place)
         if reason is None and known.sizes[index].all():
@@ -194,12 +215,13 @@ def survey_masks(
 
 
 def take_census(records: Records, is_masked: np.ndarray, where: str, most: int) -> list[MaskCensus]:
-    """What is in the masks of each source: of evenly spread ones, or of all where these are nearly black.
+    """Inspects the masks of each source: an evenly spread sample, or all masks if those of the sample are nearly black.
 
     Args:
+        records: the images.
         is_masked: [N] bool, whether an image has a mask.
-        where: the flag that gave them, with its value.
-        most: how many are looked at of a source.
+        where: the flag that names the masks, with its value.
+        most: size of the sample per source.
     """
     found = []
     for number, source in enumerate(records.sources):
@@ -220,7 +242,7 @@ def take_census(records: Records, is_masked: np.ndarray, where: str, most: int) 
 
 
 def _look_at_masks(records: Records, indices: np.ndarray, census: MaskCensus) -> None:
-    """Adds the masks of some images to a census; those that can't be read are named elsewhere."""
+    """Adds the masks of some images to a census, except unreadable ones, which are reported elsewhere."""
     with progress_bar(total=len(indices), desc="decoding masks", leave=False) as progress:
         for values in map_chunks(_values_of_masks, records, indices, many=50, size=20):
             progress.update(len(values))
@@ -240,7 +262,7 @@ def _values_of_masks(records: Records, indices: np.ndarray) -> list[tuple[str, M
 
 
 class MaskTable(ImageTable):
-    """The mask files of a source's images, as images."""
+    """A table of the mask files of a source, as images."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -250,19 +272,19 @@ class MaskTable(ImageTable):
         return len(self._source.table)
 
     def key(self, row: int) -> str:
-        """That of the image."""
+        """Returns the key of the image."""
         return self._source.table.key(row)
 
     def image(self, row: int) -> str | bytes:
-        """The mask's path or bytes."""
+        """Returns the mask's path or bytes."""
         return self._source.masks.of(self._source.table, row).source
 
     def captions(self, row: int) -> tuple[str, ...]:
-        """None."""
+        """Returns no captions."""
         return ()
 
     def stamp(self, row: int) -> str:
-        """That of the mask's file; bytes lie in what the image's stamp tells of."""
+        """Returns the stamp of the mask file, or the image's if the mask is stored with it as bytes."""
         mask = self.image(row)
         return stamp_of(mask) if isinstance(mask, str) else self._source.table.stamp(row)
 
@@ -285,7 +307,17 @@ def _survey_table(
     with_digest: np.ndarray,
     show_progress: bool,
 ) -> None:
-    """Fills in the facts of some rows of a table, at their places."""
+    """Fills in the facts of some rows of a table.
+
+    Args:
+        table, rows: the images.
+        places: their indices in `found`.
+        found: the survey to fill in.
+        folder: caches the facts.
+        with_digest: [rows] bool, whether the digest is needed too.
+        show_progress: whether to show a progress bar.
+    """
+    # take cached facts
     memory = _memory(folder, NOW, table, REMEMBERED)
     keys, stamps = [table.key(int(row)) for row in rows], stamps_of(table, rows)
     found.times[places] = [_time_of(stamp, table.name) for stamp in stamps]
@@ -299,6 +331,8 @@ def _survey_table(
         found.num_bytes[places[is_known]] = memory.column("num_bytes")[at]
         found.digests[places[is_known]] = memory.column("digest")[at]
         is_known &= ~with_digest | (found.digests[places] != b"")
+
+    # read the others
     unread = np.flatnonzero(~is_known)
     if len(unread):
         _take_digests(_memory(folder, BEFORE, table, REMEMBERED_BEFORE), keys, stamps, found, places)
@@ -316,7 +350,7 @@ def _survey_table(
 
 
 def _memory(folder: Path, release: str, table: ImageTable, columns: Mapping[str, pa.DataType]) -> Remembered:
-    """The remembered facts of a table."""
+    """Returns the cached facts of a table."""
     digest = hashlib.blake2b(f"{release}, {table.name}".encode(), digest_size=12).hexdigest()
     return Remembered(folder / "headers" / f"{digest}.parquet", columns)
 
@@ -324,7 +358,7 @@ def _memory(folder: Path, release: str, table: ImageTable, columns: Mapping[str,
 def _take_digests(
     memory: Remembered, keys: Sequence[str], stamps: Sequence[str], found: Survey, places: np.ndarray
 ) -> None:
-    """Takes digests that are not known yet from an earlier release, which knew the bytes, if not all of the headers."""
+    """Takes missing digests from the cache of an earlier release, whose digests remain valid."""
     at = memory.find(keys, stamps)
     missing = (at >= 0) & (found.digests[places] == b"")
     if missing.any():
@@ -334,7 +368,7 @@ def _take_digests(
 def _remember(
     memory: Remembered, keys: Sequence[str], stamps: Sequence[str], found: Survey, places: np.ndarray
 ) -> None:
-    """Keeps the facts of those that can be read."""
+    """Caches the facts of readable images."""
     chosen = np.flatnonzero((found.sizes[places, 0] > 0) & (found.num_bytes[places] >= 0))
     at = places[chosen]
     columns = {
@@ -345,7 +379,7 @@ def _remember(
 
 
 def _time_of(stamp: str, name: str) -> int:
-    """When a file was last changed; of what its table's name tells all, a number that changes with the name."""
+    """Returns a file's modification time; for images without a file, a number that changes with the table's name."""
     parts = stamp.split(":")
     if len(parts) == STAMP_PARTS:
         return int(parts[1])
@@ -353,7 +387,7 @@ def _time_of(stamp: str, name: str) -> int:
 
 
 def read_facts(table: ImageTable, work: Sequence[tuple[int, bool]], show_progress: bool) -> Iterator[Facts]:
-    """The facts of rows, with the digest where the second value says so, in order."""
+    """Yields the facts of rows in order; `work` is (row, whether to compute the digest)."""
     what = "reading images" if any(with_digest for _, with_digest in work) else "reading headers"
     progress = progress_bar(total=len(work), desc=what, disable=not show_progress or len(work) < MANY, leave=False)
     with progress:
@@ -369,10 +403,13 @@ _numbers = itertools.count()
 def map_chunks(
     function: Callable[[Any, Sequence], Result], shared: object, work: Sequence, many: int, size: int = CHUNK
 ) -> Iterator[Result]:
-    """function(shared, chunk) of each chunk of the work, in order, on several cores.
+    """Yields function(shared, chunk) for each chunk of the work, in order, on several cores.
 
-    Processes are forked where there is `many` or more to do: they inherit `shared`, which is large, and are sent only
-    the chunks. Threads else.
+    For at least `many` items it forks processes, which inherit the large `shared` object and receive only the chunks.
+    Otherwise it uses threads.
+
+    Raises:
+        UserError: if a process is killed.
     """
     number = next(_numbers)
     _shared[number] = shared
@@ -399,9 +436,9 @@ def _on_shared(function: Callable[[Any, Sequence], Result], number: int, chunk: 
 
 
 def executor(count: int, many: int) -> Executor:
-    """Processes, forked at the first use, where there is much to do for Python; threads else.
+    """Returns a pool of processes, forked on first use, for at least `many` items, otherwise a pool of threads.
 
-    Linux alone forks safely: macOS offers it, but its own libraries end a process that was forked.
+    Only Linux forks safely; on macOS, system libraries may abort forked processes.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if count < many or cores == 1 or not sys.platform.startswith("linux"):

@@ -1,4 +1,4 @@
-"""The images of one source, listed but not read: what every kind of source gives."""
+"""Tables of the images of one source, listed but not read; every kind of source returns one."""
 
 import os
 import re
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class ImageTable(ABC):
-    """The images of one source in a fixed order; a row is read when it is asked for. It goes to loader workers.
+    """The images of one source in a fixed order; each row is read on access. Tables are sent to loader workers.
 
     Attributes:
-        name: what the source is called between runs: what is known of its images is remembered under it.
-        refused: (key, reason) of each image that the source lists but that can't be had.
-        num_left_out: images that are there but that the source's list does not name.
-        classes: names of classes in the source's own order, where it has one.
-        in_shards: whether its images are members of tar shards, which are parts of their keys.
-        texts: what read its captions, where they are text in files.
-        fates: what became of the files of its folder that are no images of it; None where it has no folder.
-        member_fates: what became of the members of its shards that are no images of it.
+        name: the source's name between runs, under which facts about its images are cached.
+        refused: (key, reason) of each listed image that can't be used.
+        num_left_out: number of images in the folder that no metadata file or split lists.
+        classes: class names in the source's own order, if it has one.
+        in_shards: whether the images are members of tar shards, which are part of their keys.
+        texts: the reader of its captions, if these are in text files.
+        fates: how each other file of its folder was used; None if it has no folder.
+        member_fates: how each other member of its tar shards was used; None if it has none.
     """
 
     name: str
@@ -47,26 +47,26 @@ class ImageTable(ABC):
 
     @abstractmethod
     def key(self, row: int) -> str:
-        """The name of an image within its source: a path or a number."""
+        """Returns the name of an image within its source: a path or a number."""
 
     @abstractmethod
     def image(self, row: int) -> str | bytes:
-        """An image's path, or its bytes; of one that is not there empty bytes."""
+        """Returns an image's path or bytes; b"" if the row has no image."""
 
     @abstractmethod
     def captions(self, row: int) -> tuple[str, ...]:
-        """An image's captions, none where it has none."""
+        """Returns an image's captions; () if it has none."""
 
     def all_captions(self) -> Iterator[tuple[str, ...]]:
-        """The captions of each image, in order, without reading images."""
+        """Yields the captions of each image, in order, without reading images."""
         return (self.captions(row) for row in range(len(self)))
 
     def stamp(self, row: int) -> str:
-        """What is known, without reading it, to change with an image's bytes; "" where `name` says it already."""
+        """Returns text that changes with an image's bytes, without reading them; "" if `name` changes with them."""
         return ""
 
     def mask(self, row: int) -> str | bytes | None:
-        """The path or bytes of the mask that the table has for an image."""
+        """Returns the path or bytes of an image's mask; None if the table has none."""
         return None
 
 
@@ -82,13 +82,21 @@ class FileTable(ImageTable):
         num_left_out: int = 0,
         masks: Sequence[str | None] | None = None,
     ):
-        """`names` and `masks` are paths within `root`."""
+        """Creates the table.
+
+        Args:
+            root: the folder.
+            names: the images' paths, relative to `root`.
+            captions: the captions of each image.
+            refused, num_left_out: see `ImageTable`.
+            masks: the path of each image's mask, relative to `root`, or None if it has none.
+        """
         self.root = root
         self.name = str(root.resolve())
         self.refused = list(refused)
         self.num_left_out = num_left_out
-        # Arrow's arrays and not lists: a million of them cost what their letters cost, and forked workers share them
-        self._names = pa.array([os.fsencode(name) for name in names], pa.large_binary())  # need not be Unicode
+        # Arrow arrays instead of lists: they take no memory beyond their characters, and forked workers share them
+        self._names = pa.array([os.fsencode(name) for name in names], pa.large_binary())  # may be invalid Unicode
         self._captions = pa.array(captions, pa.list_(pa.large_string()))
         encoded = [None if mask is None else os.fsencode(mask) for mask in masks or ()]
         self._masks = None if masks is None else pa.array(encoded, pa.large_binary())
@@ -97,39 +105,39 @@ class FileTable(ImageTable):
         return len(self._names)
 
     def names(self) -> list[str]:
-        """The paths of all images within the folder."""
+        """Returns the paths of all images, relative to the folder."""
         return [os.fsdecode(name) for name in self._names.to_pylist()]
 
     def num_without_captions(self) -> int:
-        """How many images have none."""
+        """Returns the number of images without captions."""
         from pyarrow import compute
 
         return compute.sum(compute.equal(compute.list_value_length(self._captions), 0)).as_py() or 0
 
     def key(self, row: int) -> str:
-        """The path within the folder."""
+        """Returns the path, relative to the folder."""
         return os.fsdecode(self._names[row].as_py())
 
     def image(self, row: int) -> str:
-        """The file's path."""
+        """Returns the file's path."""
         return str(self.root / self.key(row))
 
     def captions(self, row: int) -> tuple[str, ...]:
-        """Those that were found beside the image or in the folder's list."""
+        """Returns the captions found beside the image or in the folder's metadata."""
         return tuple(self._captions[row].as_py())
 
     def mask(self, row: int) -> str | None:
-        """The path of the file that the folder's list names."""
+        """Returns the path of the mask that the folder's metadata names."""
         name = None if self._masks is None else self._masks[row].as_py()
         return None if name is None else str(self.root / os.fsdecode(name))
 
     def stamp(self, row: int) -> str:
-        """Size and times of the file; the second time can't be set back."""
+        """Returns the size and times of the file, see `stamp_of`."""
         return stamp_of(self.image(row))
 
 
 def stamp_of(path: str | Path) -> str:
-    """A file's size and times, of which the last can't be set back."""
+    """Returns a file's size, modification time and change time; users can't set back the last one."""
     try:
         facts = os.stat(path)
     except OSError:
@@ -138,7 +146,7 @@ def stamp_of(path: str | Path) -> str:
 
 
 class RowTable(ImageTable):
-    """Images that are rows of a dataset of the `datasets` library, whose image column is not decoded."""
+    """Images that are rows of a dataset of the `datasets` library, with an undecoded image column."""
 
     def __init__(
         self,
@@ -149,9 +157,13 @@ class RowTable(ImageTable):
         read: Callable[[object, str], tuple[str, ...]] | None = None,
         folders: Sequence[Path] = (),
     ):
-        """`read` makes captions of what the caption column holds; without that column there are none.
+        """Creates the table.
 
-        Of images that are paths only those within `folders` are read.
+        Args:
+            dataset: the rows.
+            image_column, caption_column, mask_column: their columns; None without captions or masks.
+            read: converts a value of the caption column to captions.
+            folders: images that are paths must lie within these folders.
         """
         self._read = read or captions_of
         self._folders = tuple(folders)
@@ -170,25 +182,25 @@ class RowTable(ImageTable):
         return len(self._dataset)
 
     def key(self, row: int) -> str:
-        """`row N`: paths in datasets need not be distinct."""
+        """Returns `row N`, as paths in datasets may repeat."""
         return f"row {row}"
 
     def image(self, row: int) -> str | bytes:
-        """The bytes, or the path where the row holds only that."""
+        """Returns the bytes, or the path if the row holds only a path."""
         return image_of(self._dataset[row][self._image_column], self._folders)
 
     def mask(self, row: int) -> str | bytes | None:
-        """That of the mask column."""
+        """Returns the value of the mask column."""
         return None if self._masks is None else image_of(self._masks[row][self._mask_column], self._folders) or None
 
     def captions(self, row: int) -> tuple[str, ...]:
-        """Those of the caption column."""
+        """Returns the captions in the caption column."""
         if self._captions is None:
             return ()
         return self._read(self._captions[row][self._caption_column], self._caption_column)
 
     def all_captions(self) -> Iterator[tuple[str, ...]]:
-        """The captions of each image, in order, read a thousand at a time."""
+        """Yields the captions of each image, in order, reading a thousand rows at a time."""
         if self._captions is None:
             yield from (() for _ in range(len(self)))
             return
@@ -197,31 +209,31 @@ class RowTable(ImageTable):
                 yield self._read(value, self._caption_column)
 
     def stamp(self, row: int) -> str:
-        """That of the file where rows name files; bytes in the rows change with the dataset's own name."""
+        """Returns the stamp of the image file if rows hold paths; bytes in rows change the dataset's name."""
         image = self.image(row) if self._has_paths else b""
         return stamp_of(image) if isinstance(image, str) else ""
 
 
 def declared(values: dict, size_columns: tuple[str, str]) -> tuple[int, int] | None:
-    """Width and height from a row's two columns, if both hold a number above 0."""
+    """Returns width and height from a row's two size columns, or None unless both hold a number of at least 1."""
     sizes = [values.get(column) for column in size_columns]
     is_size = all(isinstance(size, int | float) and size >= 1 for size in sizes)
     return (int(sizes[0]), int(sizes[1])) if is_size else None
 
 
-NO_PATH = re.compile(  # what stands in a column of texts in place of images; base64 by how PNG, JPEG, WebP, GIF begin
+NO_PATH = re.compile(  # text in an image column that is not a path; base64 of PNG, JPEG, WebP and GIF by its beginning
     r"(?P<address>(?:https?|s3|gs|ftp|hf)://)|data:image/|(?:iVBORw0KGgo|/9j/|UklGR|R0lGOD)[A-Za-z0-9+/\s]{20,}={0,2}\s*$"
 )
-GENERATED = ("imagefolder", "videofolder", "audiofolder")  # builders that list files, and write their paths themselves
+GENERATED = ("imagefolder", "videofolder", "audiofolder")  # builders that list files and write the paths themselves
 
 
 def data_folders(given: Sequence[str | None], builder: str | None, cache_files: Sequence[str] = ()) -> tuple[Path, ...]:
-    """Where the images may lie that a dataset names by their paths.
+    """Returns the folders that images named by path in a dataset may lie in.
 
     Args:
-        given: what the user gave as data: local folders and files, and names of other things.
-        builder: the builder of the `datasets` library; those that list files themselves may name files of its caches.
-        cache_files: of a dataset, from which the builder's own cache follows.
+        given: the values of the data flags; local folders and files among them count.
+        builder: name of the `datasets` builder; one that lists files itself may also name files in caches.
+        cache_files: the dataset's cache files, which tell where the builder's cache is.
     """
     local = [Path(name) for name in given if name is not None and Path(name).exists()]
     folders = [path if path.is_dir() else path.parent for path in local]
@@ -235,39 +247,50 @@ def data_folders(given: Sequence[str | None], builder: str | None, cache_files: 
 
 
 def image_of(value: object, folders: Sequence[Path]) -> str | bytes:
-    """The path or bytes of an undecoded image of the `datasets` library; `Refused` if it may not be read.
+    """Returns the path or bytes of an undecoded image of the `datasets` library; `Refused` if it can't be read.
 
     Args:
-        folders: resolved, as of `data_folders`. A row is not trusted: a path must lie within them, links followed.
+        value: the value of the image column.
+        folders: resolved folders from `data_folders`. Rows are not trusted: a path must lie in one of them after
+            following links.
     """
+    # bytes
     if value is None:
         return b""
     if not isinstance(value, dict):
-        return Refused(f"its row holds no image but a {type(value).__name__}")
+        return Refused(f"its row holds a {type(value).__name__}, not an image")
     content, path = value.get("bytes"), value.get("path")
     if content is not None:
         return content
+
+    # text that is not a path
     if path and (match := NO_PATH.match(path)):
         what = "the address of an image; fetch it" if match["address"] else "an image as base64 text; decode it"
         return Refused(f"its row holds {what}, and store its bytes")
+
+    # a path, relative to one of the folders
     for folder in folders if path else ():
         try:
             found = os.path.realpath(folder / path)
-        except (OSError, ValueError):  # a name that no file can have
+        except (OSError, ValueError):  # an invalid file name
             continue
         if Path(found).is_relative_to(folder):
             return found
     shown = path if path is None or len(path) < 80 else f"{path[:77]}..."
-    return Refused(f"its path leads out of the data folder, store its bytes instead: {shown!r}") if path else b""
+    return Refused(f"its path is outside the data folder; store its bytes instead: {shown!r}") if path else b""
 
 
 def captions_of(value: object, where: str) -> tuple[str, ...]:
-    """The captions in a string, a list of strings, or nothing, by the rule of `present`.
+    """Returns the captions in a string, a list of strings or an empty value, cleaned by `present`.
+
+    Args:
+        value: the value of a caption column.
+        where: the column, for errors.
 
     Raises:
-        UserError: for anything else, naming `where` it stands.
+        UserError: for a value of another type.
     """
-    if value is None or value != value:  # pandas writes NaN for nothing
+    if value is None or value != value:  # pandas writes NaN for missing values
         return ()
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, Sequence) or not all(isinstance(caption, str | None) for caption in found):
@@ -276,10 +299,10 @@ def captions_of(value: object, where: str) -> tuple[str, ...]:
 
 
 def present(texts: Iterable[str | None]) -> tuple[str, ...]:
-    """The captions among some texts, without white space around them: in every format, a blank text is no caption."""
+    """Strips white space from texts and drops blank ones; in every format, a blank text is not a caption."""
     return tuple(_whole(text.strip()) for text in texts if text and not is_blank(text))
 
 
 def _whole(text: str) -> str:
-    """The text without halves of characters, which JSON can hold but no file."""
+    """Replaces lone surrogates, which JSON can hold but no text file."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""WebDataset tar shards on a disk, read in any order: the place of each image within its shard is listed once."""
+"""Reads WebDataset tar shards from disk in any order, after listing the offset of each image in its shard."""
 
 import logging
 import os
@@ -40,15 +40,15 @@ from utils.data.tables import ImageTable, stamp_of
 
 logger = logging.getLogger(__name__)
 NUM_SHOWN = 3
-MOST_PADDING = 1 << 16  # bytes behind the last member that are looked at
+MOST_PADDING = 1 << 16  # bytes after the last member that are checked
 IMAGE_COLUMN, CAPTION_COLUMN, MASK_COLUMN, REASON_COLUMN = "__image__", "__caption__", "__mask__", "__reason__"
-"""Columns of a streamed sample: its image, its captions, its mask, and why it is left out."""
+"""Columns of a streamed sample: its image, its captions, its mask, and why it is skipped."""
 OTHER_FILES = {
-    b"\x1f\x8b": "compressed by gzip, of which gunzip makes a plain one",
-    b"BZh": "compressed by bzip2, of which bunzip2 makes a plain one",
-    b"\xfd7zXZ\x00": "compressed by xz, of which unxz makes a plain one",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd, of which unzstd makes a plain one",
-    b"\x04\x22\x4d\x18": "compressed by lz4, of which unlz4 makes a plain one",
+    b"\x1f\x8b": "compressed with gzip; decompress it with gunzip",
+    b"BZh": "compressed with bzip2; decompress it with bunzip2",
+    b"\xfd7zXZ\x00": "compressed with xz; decompress it with unxz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; decompress it with unzstd",
+    b"\x04\x22\x4d\x18": "compressed with lz4; decompress it with unlz4",
     b"PK\x03\x04": "a zip archive; unpack it",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
     b"Rar!": "a rar archive; unpack it",
@@ -59,22 +59,22 @@ OTHER_FILES = {
     b"\x89PNG": "an image; rename it to .png",
     b"\xff\xd8\xff": "an image; rename it to .jpg",
     b"GIF8": "an image; rename it to .gif",
-    b"RIFF": "an image, a sound or a video; rename it to what it is",
+    b"RIFF": "an image, a sound or a video; give it the right file extension",
     b"ARROW1": "an Arrow file; give its dataset as --dataset_name",
     b"SQLite": "a database; export its images",
 }
-"""What is called .tar and is none, by its first bytes."""
+"""What a .tar file that is not a tar archive may be, by its first bytes."""
 ARCHIVES = (".zip", ".7z", ".rar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".cbz", ".cbr")
 NO_FILES = "holds no files"
-MAX_HEADER = 1 << 14  # bytes of a long name or other facts in front of a member; tarfile's time goes with their square
+MAX_HEADER = 1 << 14  # bytes of an extended header, such as a long name; tarfile takes quadratic time to read it
 
 
 class TarTable(ImageTable):
     """Images that are members of tar files.
 
     Attributes:
-        findings: what is to be said of the captions, a line each.
-        doubled: names of members that are left out, as another image of their sample comes before them.
+        findings: warnings about the captions, one line each.
+        doubled: names of members that are skipped because another image of their sample comes first.
     """
 
     in_shards = True
@@ -90,9 +90,15 @@ class TarTable(ImageTable):
         refused: Sequence[tuple[str, str]],
         masks: np.ndarray,
     ):
-        """`places` is [N, 3] int64: the number of the shard, and where in it the bytes begin and how many they are.
+        """Creates the table.
 
-        `masks` is alike, with no bytes where an image has none.
+        Args:
+            shards: paths of the shards.
+            keys: the images' names, which start with the shard's.
+            places: [N, 3] int64: shard number, offset and length in bytes of each image.
+            captions: the captions of each image.
+            refused: see `ImageTable`.
+            masks: as `places`, of the masks; length 0 if an image has none.
         """
         self.name = f"tar {shards[0].resolve()}"
         self.refused = refused
@@ -107,19 +113,19 @@ class TarTable(ImageTable):
         return len(self._keys)
 
     def key(self, row: int) -> str:
-        """`shard.tar/member`."""
+        """Returns `shard.tar/member`."""
         return os.fsdecode(self._keys[row].as_py())
 
     def image(self, row: int) -> bytes:
-        """The member's bytes.
+        """Returns the member's bytes.
 
         Raises:
-            OSError: if the shard has gone.
+            OSError: if the shard is gone or the member is too large.
         """
         return self._read(self._places[row])
 
     def mask(self, row: int) -> bytes | None:
-        """The bytes of the member of the same sample that is its mask."""
+        """Returns the bytes of the sample's mask; None if it has none."""
         return self._read(self._masks[row]) or None
 
     def _read(self, place: np.ndarray) -> bytes:
@@ -131,11 +137,11 @@ class TarTable(ImageTable):
             return file.read(length)
 
     def captions(self, row: int) -> tuple[str, ...]:
-        """Those of the member's sample."""
+        """Returns the captions of the image's sample."""
         return tuple(self._captions[row].as_py())
 
     def stamp(self, row: int) -> str:
-        """The shard's size and times."""
+        """Returns the shard's size and times, see `stamp_of`."""
         return self._stamps[int(self._places[row, 0])]
 
 
@@ -146,18 +152,22 @@ def read_tars(
     reads: type[TextReader] = TextReader,
     label_ending: str | None = None,
 ) -> TarTable:
-    """Lists tar shards, whose members of one name (up to the first dot) are a sample: `a.jpg` with `a.txt` or `a.json`.
+    """Lists the samples in uncompressed tar shards: members with the same name up to the first dot, as a.jpg and a.txt.
 
     Args:
-        mask_ending: what stands behind the first dot of a mask's name, such as mask.png.
-        encoding: that of the captions, where the user says it.
-        reads: how captions are read.
-        label_ending: what stands behind the first dot of a label's name, such as cls, whose text is the caption then;
-            as where it is None if no member has it.
+        shards: paths of the shards.
+        mask_ending: extension of masks, from the first dot of their names, such as mask.png; None without masks.
+        encoding: encoding of the captions, if the user gave one.
+        reads: class that reads the captions.
+        label_ending: extension of labels, such as cls, whose text is read as caption; ignored if no member has it.
+
+    Returns:
+        The table of the images.
 
     Raises:
-        UserError: if none of them can be read or has the ending; they must not be compressed.
+        UserError: if no image can be read, or no member has the extension of masks.
     """
+    # list the members and read the captions of each shard
     keys, places, masks, captions, refused = [], [], [], [], []
     reader = reads(encoding)
     root = Path(os.path.commonpath([shard.parent for shard in shards]))
@@ -189,11 +199,17 @@ def read_tars(
             captions.append(texts.get(sample, ()))
     if label_ending is not None and not num_labels:
         return read_tars(shards, mask_ending, encoding, reads)
+
+    # refuse shards that hold nothing to train on
     _tell_of_empty(empty, len(shards))
     if shards and not keys and refused:
         raise UserError(f"no image can be read from {len(shards)} tar shards; {': '.join(refused[0])}")
     if mask_ending is not None and not any(length for _, _, length in masks):
-        raise UserError(f"--mask_column {mask_ending} is the ending of no member of the {len(shards)} tar shards")
+        raise UserError(
+            f"--mask_column {mask_ending}: no member of the {len(shards)} tar shards has this extension; give theirs"
+        )
+
+    # build the table
     table = TarTable(shards, keys, _places(places), captions, refused, _places(masks))
     table.texts, table.member_fates, table.doubled = reader, fates, doubled
     table.findings = comparison.findings()
@@ -201,10 +217,10 @@ def read_tars(
 
 
 def _tell_of_empty(empty: Sequence[Path], num_shards: int) -> None:
-    """Names shards without members, as of zeros alone.
+    """Warns of shards without members, which may consist of zeros.
 
     Raises:
-        UserError: if all of them are.
+        UserError: if all shards are empty.
     """
     if empty and len(empty) == num_shards:
         names = ", ".join(shard.name for shard in empty[:NUM_SHOWN])
@@ -214,7 +230,7 @@ def _tell_of_empty(empty: Sequence[Path], num_shards: int) -> None:
 
 
 class _Caption(NamedTuple):
-    """A member that holds captions."""
+    """A member with captions."""
 
     name: str
     content: bytes
@@ -222,13 +238,13 @@ class _Caption(NamedTuple):
 
 
 class _Samples:
-    """The members of a shard by their samples.
+    """The members of a shard, grouped by sample.
 
     Attributes:
-        images: (member, begin, length) of each sample's image, the first.
-        masks: (begin, length) of each sample's mask.
+        images: (member, offset, length) of the first image of each sample.
+        masks: (offset, length) of the mask of each sample.
         doubled: members that are further images of their samples.
-        num_labels: how many members have the ending of labels.
+        num_labels: number of members with the extension of labels.
     """
 
     def __init__(self, mask_ending: str | None, label_ending: str | None = None):
@@ -242,7 +258,7 @@ class _Samples:
         self._seen: list[tuple[str, str, int]] = []
 
     def add(self, sample: str, member: str, begin: int, length: int, content: bytes | None) -> None:
-        """Adds a member, whose content is that of captions."""
+        """Adds a member; `content` is not None for captions only."""
         self._seen.append((sample, member, begin))
         if is_mask(member, self._mask_ending):
             self.masks[sample] = (begin, length)
@@ -259,23 +275,25 @@ class _Samples:
         return bool(self._seen)
 
     def first(self, sample: str) -> _Caption | None:
-        """The member that a sample's captions are of."""
+        """Returns the member that a sample's captions are read from; None if it has none."""
         found = self._captions.get(sample)
         return min(found, key=_order) if found else None
 
     def read_captions(self, reader: TextReader) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-        """(the captions of each sample, why those of others can't be read)."""
+        """Returns (captions by sample, the reason why they can't be read by sample)."""
+        # refuse files that are too large
         files = {sample: self.first(sample) for sample in self._captions}
         reasons = {
             sample: f"has over {size_text(len(file.content) - 1)}; no more are read"
             for sample, file in files.items()
             if len(file.content) > caption_limit(file.name)
         }
+
+        # read the others
         whole = {sample: file for sample, file in files.items() if sample not in reasons}
         texts, broken = captions_in({file.name: file.content for file in whole.values()}, reader)
-        if (
-            self._label_ending is not None and self._label_ending.lower().removeprefix(".") == "cls"
-        ):  # a number, as WebDataset has it
+        # WebDataset's extension for class numbers
+        if self._label_ending is not None and self._label_ending.lower().removeprefix(".") == "cls":
             texts = {name: tuple(map(_plain_number, captions)) for name, captions in texts.items()}
         reasons |= {sample: broken[file.name] for sample, file in whole.items() if file.name in broken}
         return {sample: texts[file.name] for sample, file in whole.items() if file.name in texts}, reasons
@@ -283,7 +301,7 @@ class _Samples:
     def compare_captions(
         self, place: str, texts: Mapping[str, tuple[str, ...]], comparison: CaptionComparison, reader: TextReader
     ) -> None:
-        """Compares what the members of captions say of each sample that has several."""
+        """Compares the captions of each sample that has several caption members."""
         beside: list[list[str]] = []
         contents: dict[str, bytes] = {}
         read: dict[str, tuple[str, ...]] = {}
@@ -301,13 +319,15 @@ class _Samples:
         comparison.add(beside, read, contents, reader)
 
     def settle(self, place: str, reasons: Mapping[str, str], fates: Fates) -> list[tuple[str, str]]:
-        """Gives each member but the images that are had its fate.
+        """Records how each member was used, except for images that are trained on.
 
         Args:
-            reasons: why samples are left out.
+            place: prefix of the members' names.
+            reasons: the reason why a sample is skipped, by sample.
+            fates: receives the members' fates.
 
         Returns:
-            (name, reason) of pictures that are meant to be images but that nothing here reads.
+            (name, reason) of members that look like images of their samples but have an unsupported format.
         """
         refused = []
         for sample, member, begin in self._seen:
@@ -327,28 +347,29 @@ class _Samples:
 
 
 def _plain_number(text: str) -> str:
-    """A number without zeros in front of it, as 03 is 3; another text as it is."""
+    """Removes leading zeros from a number (03 becomes 3); returns other text as it is."""
     return text.lstrip("0") or "0" if text.isascii() and text.isdecimal() else text
 
 
 def is_mask(member: str, ending: str | None) -> bool:
-    """Whether a member has a mask's ending, in small letters or capitals."""
+    """Whether a member has the extension of masks, ignoring case."""
     return ending is not None and has_ending(member, ending)
 
 
 def has_ending(member: str, ending: str) -> bool:
-    """Whether what stands behind the first dot of a member's name is this, in small letters or capitals."""
+    """Whether the extension of a member, from the first dot of its name, is this one, ignoring case."""
     return PurePosixPath(member).name.partition(".")[2].lower() == ending.lower().removeprefix(".")
 
 
 def _fate_beside(member: str, is_read: bool, has_image: bool) -> Fate:
-    """The fate of a member that is neither its sample's image nor a mask.
+    """Returns the fate of a member that is neither its sample's image nor a mask.
 
     Args:
-        is_read: whether the sample's captions are of it.
+        is_read: whether the sample's captions are read from it.
+        has_image: whether the sample has an image.
     """
     if is_image(member):
-        return Fate(DUPLICATE, "another image of its sample comes before it")
+        return Fate(DUPLICATE, "another image of its sample comes first")
     reason = unread_reason(PurePosixPath(member).suffix)
     if reason is not None:
         return Fate(NO_READER, reason)
@@ -370,7 +391,7 @@ def _places(rows: list[tuple[int, int, int]]) -> np.ndarray:
 def _members(
     shard: Path, place: str, refused: list[tuple[str, str]], fates: Fates, label_ending: str | None = None
 ) -> Iterator[tuple[str, str, int, int, bytes | None]]:
-    """`members_of` a shard on a disk; of the contents, captions alone are read."""
+    """Yields `members_of` a shard on disk; only captions are read into memory."""
     try:
         with open_regular(shard) as file:
             yield from members_of(file, shard.name, place, refused, fates, partial(_most_of_caption, label_ending))
@@ -382,7 +403,7 @@ def _members(
 
 
 def why_no_tar(shard: Path) -> str:
-    """Why a file holds no members of a tar, by its beginning, or ""."""
+    """Returns why a file is not a tar archive with members, judging by its beginning; "" if it is one."""
     try:
         with open_regular(shard) as file:
             head = file.read(tarfile.BLOCKSIZE)
@@ -396,7 +417,9 @@ def why_no_tar(shard: Path) -> str:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.TarError as error:
         return (
-            f"is no tar file but {_other_kind(head)}" if _other_kind(head) else f"is no tar file: {first_line(error)}"
+            f"is not a tar file but {_other_kind(head)}"
+            if _other_kind(head)
+            else f"is not a tar file: {first_line(error)}"
         )
     return ""
 
@@ -414,15 +437,17 @@ def members_of(
     fates: Fates,
     most_read: Callable[[str], int],
 ) -> Iterator[tuple[str, str, int, int, bytes | None]]:
-    """(sample, name, begin, length, content if it is read) of each file in a shard, which must not be compressed.
+    """Yields (sample, name, offset, length, content or None) of each file in an uncompressed shard.
 
-    What lies behind a broken place is refused, and images that are links.
+    Links and everything after a broken place are refused.
 
     Args:
-        shard: its name, by which it is reported.
-        place: what stands before the names of members where they are reported.
-        fates: of the members that are not given.
-        most_read: the most bytes that are read of a member of some name; one more shows that there are more.
+        file: the shard, opened.
+        shard: the shard's name, for messages.
+        place: prefix of the members' names in messages.
+        refused: receives (name, reason) of members that can't be used.
+        fates: receives the fates of members that are not yielded.
+        most_read: returns how many bytes of a member to read, by its name; one more is read to detect longer ones.
     """
     length, last, head = 0, -1, b""
     try:
@@ -432,10 +457,12 @@ def members_of(
         file.seek(0)
         with tarfile.open(fileobj=_BoundedReads(file), mode="r:") as archive:
             for member in archive:
-                archive.members.clear()  # else all are kept
-                if member.size < 0 or member.offset_data <= last:  # by which it would be read for ever
+                archive.members.clear()  # otherwise tarfile keeps all of them in memory
+                if member.size < 0 or member.offset_data <= last:  # would loop forever
                     raise tarfile.ReadError(f"a header claims {member.size} bytes")
                 last = member.offset_data
+
+                # skip folders, hidden files and links
                 path = PurePosixPath(member.name)
                 if member.isdir():
                     continue
@@ -448,34 +475,40 @@ def members_of(
                     if is_image(member.name):
                         refused.append((place + member.name, reason))
                     continue
+
+                # refuse members that are cut off or sparse
                 is_cut = member.offset_data + member.size > length
                 if is_cut or member.issparse():
-                    why = "the shard ends before its end" if is_cut else "it is stored as a sparse file"
+                    why = "the shard ends in the middle of it" if is_cut else "it is stored as a sparse file"
                     reason = f"{why}; its header claims {size_text(member.size)}"
                     refused.append((f"{shard}/{member.name}", reason))
                     fates.add(place + member.name, Fate(UNREADABLE, reason))
                     continue
+
+                # read captions
                 content, most = None, most_read(path.name)
                 if most:
                     file.seek(member.offset_data)
                     content = file.read(min(member.size, most + 1))
                 sample = str(path.parent / path.name.partition(".")[0])  # WebDataset's rule: up to the first dot
                 yield sample, member.name, member.offset_data, member.size, content
+
+            # check that nothing follows: tarfile stops at any block that is not a header
             file.seek(archive.offset)
             rest = file.read(MOST_PADDING)
-            if rest.strip(b"\0"):  # tarfile takes any block that is no header for the end
+            if rest.strip(b"\0"):
                 is_end = not rest[: tarfile.BLOCKSIZE].strip(b"\0")
-                what = "its end is followed by more, as of shards put together" if is_end else "no header stands there"
+                what = "data follows its end, as in concatenated shards" if is_end else "invalid header"
                 raise tarfile.ReadError(what)
     except (OSError, tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        # beside its own errors the library raises these, of numbers that are none and of headers before headers
+        # tarfile raises the latter for invalid numbers and nested headers
         kind = _other_kind(head) if last < 0 else ""
-        broken = f"the shard is broken, what follows in it is left out: {first_line(error)}"
-        refused.append((shard, f"is no tar file but {kind}" if kind else broken))
+        broken = f"the shard is broken, its remaining members are skipped: {first_line(error)}"
+        refused.append((shard, f"is not a tar file but {kind}" if kind else broken))
 
 
 def _other_kind(head: bytes) -> str:
-    """What a file is that is no tar shard, whatever its name says; "" if that is not known."""
+    """Returns what a file that is not a tar shard is, by its first bytes, with a cure; "" if unknown."""
     known = next((kind for magic, kind in OTHER_FILES.items() if head.startswith(magic)), "")
     if known or not head:
         return known
@@ -483,21 +516,21 @@ def _other_kind(head: bytes) -> str:
         text = decode(head[: head.rfind(b"\n") + 1] or head).text.lstrip()
     except ValueError:
         return ""
-    return "JSON; fetch the file again" if text[:1] in ("{", "[") else "a text; fetch the file again"
+    return "JSON; fetch the file again" if text[:1] in ("{", "[") else "text; fetch the file again"
 
 
 class _BoundedReads:
-    """A file for `tarfile`, which would read a header into memory whatever its length."""
+    """Wraps a file for `tarfile`, which would otherwise read headers of any length into memory."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        """The next bytes.
+        """Returns the next bytes.
 
         Raises:
-            tarfile.ReadError: if they are more than a header has.
+            tarfile.ReadError: if these are more than a header may have.
         """
         if not 0 <= size <= MAX_HEADER:
             raise tarfile.ReadError(f"a header of {size_text(size)}")
@@ -505,6 +538,6 @@ class _BoundedReads:
 
 
 def _order(file: _Caption) -> int:
-    """The place of a caption file among those of its sample, of which the first is read."""
+    """Returns the rank of a caption file among those of its sample, of which the first is read."""
     suffix = PurePosixPath(file.name).suffix.lower()
     return PAIR_SUFFIXES.index(suffix) if suffix in PAIR_SUFFIXES else len(PAIR_SUFFIXES)

@@ -1,8 +1,8 @@
-"""Tar shards as a stream of the `datasets` library.
+"""Tar shards as streams of the `datasets` library.
 
-Shards on a disk are read as where they are not streamed. Those on the Hub come one member after the other: what a
-sample's members are is decided here, and nothing is decoded. The library's own builder knows no image ending but those
-of its first samples, and one text that is not UTF-8 or one number that is none ends a shard.
+Shards on disk are read as without streaming. Shards on the Hub are read member by member, and this module groups the
+members into samples without decoding them. The library's own builder only knows the image extensions of its first
+samples, and stops reading a shard at text that is not UTF-8 or at an invalid number.
 """
 
 import itertools
@@ -34,18 +34,19 @@ from utils.data.tar_shards import (
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-SAMPLES_LOOKED_AT = 100  # whose members' endings are columns too
+SAMPLES_LOOKED_AT = 100  # first samples of a shard, whose extensions become columns
 Members = dict[str, tuple[str, bytes]]
-"""The names and bytes of a sample's files by their endings, such as jpg and mask.png, in small letters."""
-APART = "its members do not lie beside each other in the shard; a stream can't put them together"
+"""The names and bytes of a sample's files by extension, such as jpg or mask.png, in lower case."""
+APART = "its members are not consecutive in the shard, so that a stream can't group them; store them together"
 
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A tar shard on the Hub or at an address.
+    """A tar shard on the Hub or at a URL.
 
     Attributes:
-        config: how the library opens it, with its token.
+        address: its URL.
+        config: the library's download settings, with the token.
     """
 
     address: str
@@ -53,14 +54,14 @@ class RemoteShard:
 
     @property
     def name(self) -> str:
-        """The last part of its address."""
+        """The file name in its URL."""
         return PurePosixPath(self.address).name
 
     def samples(self, refused: list[tuple[str, str]]) -> Iterator[Members]:
-        """The members of its samples: files beside each other whose names agree up to the first dot.
+        """Yields the members of each sample: consecutive files with the same name up to the first dot.
 
         Args:
-            refused: takes the names of what is left out, and why.
+            refused: receives (name, reason) of members that are skipped.
         """
         members: Members = {}
         current, before = "", set()
@@ -86,13 +87,13 @@ def _most_read(name: str) -> int:
 
 
 class TarSamples(WebDataset):
-    """The builder of tar shards.
+    """The `datasets` builder for tar shards.
 
-    Of a row, the image and the captions are chosen as of shards that are not streamed; each ending of the first
-    samples, in small letters, is a column of bytes besides.
+    A row's image and captions are chosen as without streaming. In addition, each extension in the first samples, in
+    lower case, is a column of bytes.
 
     Attributes:
-        mask_ending: what stands behind the first dot of a mask's name, such as mask.png; None without masks.
+        mask_ending: extension of masks, from the first dot of their names, such as mask.png; None without masks.
     """
 
     mask_ending: str | None = None
@@ -152,9 +153,9 @@ def _suffix(name: str) -> str:
 def local_samples(
     shards: Mapping[str, Sequence[Path]], mask_ending: str | None, encoding: str | None
 ) -> dict[str, "IterableDataset"]:
-    """The streams of tar shards on a disk, by the names of their splits, as shards are read that are not streamed.
+    """Returns the streams of tar shards on disk, by split; their samples are the same as without streaming.
 
-    A row has its image, its captions as a list, its mask or None, and why the sample is left out, or "" if it is not.
+    A row has an image, a list of captions, a mask or None, and the reason why the sample is skipped, or "".
     """
     from datasets import IterableDataset
 
@@ -204,11 +205,13 @@ def _left_out(name: str, reason: str) -> dict[str, Any]:
 def tar_samples(
     data_files: Any, cache_dir: str | None, mask_ending: str | None, base_path: str | None = None
 ) -> dict[str, "IterableDataset"]:
-    """The streams of tar shards, by the names of their splits.
+    """Returns the streams of tar shards, by split.
 
     Args:
-        data_files: the shards by splits: patterns, or as another builder of the library has found them.
-        mask_ending: as of `TarSamples`.
+        data_files: the shards by split: patterns, or the data files of another builder of the library.
+        cache_dir: --cache_dir.
+        mask_ending: see `TarSamples`.
+        base_path: folder or repository that relative patterns start from.
     """
     builder = TarSamples(cache_dir=cache_dir, data_files=data_files, base_path=base_path, dataset_name="tar_samples")
     builder.mask_ending = mask_ending

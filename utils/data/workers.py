@@ -1,4 +1,4 @@
-"""Processes that load data beside the training."""
+"""Data-loader worker processes, and clear errors when one fails."""
 
 import atexit
 import multiprocessing
@@ -20,34 +20,36 @@ from utils.runtime.stop_requests import SIGNALS
 
 _WORKERS: WeakSet = WeakSet()
 _TORCHS_HANDLER: list[Any] = []
-CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # Windows has none; there the death of a worker is noticed within 5 s
+CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # None on Windows, where torch notices a dead worker within 5 s
 CURE = "lower --dataloader_num_workers"
 KILLED = f"a data-loader worker was killed (out of memory? see dmesg; or /dev/shm is full); {CURE}"
-DYING_SECONDS = 2.0  # a process that is being killed closes its sockets before it counts as dead
+DYING_SECONDS = 2.0  # a killed process closes its sockets before it counts as dead
 
 
 class LoadingError(ProcessError):
-    """No further batch can be loaded. It is raised where a batch is asked for, and nowhere else."""
+    """No further batch can be loaded; only raised where the next batch is requested."""
 
 
 def make_loader(dataset: Dataset, num_workers: int, **more: Any) -> DataLoader:
-    """A loader of batches that its dataset puts together, whose processes end when this one does, and not before.
+    """Returns a DataLoader for a dataset of whole batches; its workers live exactly as long as this process.
 
-    Signals that are sent to the whole group are for the run alone, which saves what there is. The iterators of the
-    loader raise `LoadingError` where a worker was killed, hangs, or is short of memory.
+    Workers ignore signals sent to the process group, so that the run can save a checkpoint first. The loader's
+    iterators raise `LoadingError` if a worker is killed, hangs, or runs out of memory.
 
     Args:
-        more: torch's own arguments.
+        dataset: returns whole batches.
+        num_workers: number of worker processes; 0 loads in this process.
+        more: further arguments of torch's DataLoader.
     """
     if num_workers > 0:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizers' first use
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn if used before a fork
         atexit.unregister(_end_workers)
         atexit.register(_end_workers)
     return _Loader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_ignore_signals, **more)
 
 
 class _Loader(DataLoader):
-    """A loader that remembers its processes."""
+    """A DataLoader that keeps track of its worker processes."""
 
     def __iter__(self) -> Iterator:
         before, handler = set(multiprocessing.active_children()), _handler_now()
@@ -56,7 +58,7 @@ class _Loader(DataLoader):
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
-            raise LoadingError(f"data-loader workers can't be started: {first_line(error)}; {CURE}") from error
+            raise LoadingError(f"cannot start data-loader workers: {first_line(error)}; {CURE}") from error
         finally:
             _take_handler(handler)
         workers = set(multiprocessing.active_children()) - before
@@ -65,10 +67,10 @@ class _Loader(DataLoader):
 
 
 class _Batches(Iterator):
-    """The batches of a loader; whatever becomes of its workers is raised as `LoadingError` by `next`.
+    """The batches of a loader; `next` raises a `LoadingError` for any failure of a worker.
 
-    torch raises the death of a worker from a signal handler: in the middle of an optimizer step, of a checkpoint, of a
-    log line. Here that handler is set only while a batch is waited for.
+    torch raises the death of a worker from a signal handler, which could interrupt an optimizer step or a checkpoint.
+    Here that handler is only installed while waiting for a batch.
     """
 
     def __init__(self, batches: Iterator, workers: list[BaseProcess]):
@@ -81,7 +83,7 @@ class _Batches(Iterator):
                 if any(worker.exitcode for worker in self._workers):
                     raise LoadingError(KILLED)
                 return next(self._batches)
-        except UserError as error:  # of a worker with the traceback there in front, which ends in its message
+        except UserError as error:  # from a worker its message follows the worker's traceback
             raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from error
         except (RuntimeError, MemoryError, OSError, EOFError) as error:
             explained = self._explained(error)
@@ -90,17 +92,22 @@ class _Batches(Iterator):
             raise explained from error
 
     def _explained(self, error: Exception) -> LoadingError | None:
-        """What an error means for the run; None of one that no worker's end and no lack of memory explains."""
+        """Returns the `LoadingError` for an error; None if it is not due to a dead or hanging worker or to memory."""
+        # a worker that hangs
         if isinstance(error, RuntimeError) and "timed out after" in str(error):
             return LoadingError(
                 f"no batch was loaded within --dataloader_timeout: {first_line(error)}; is a disk hanging?"
             )
-        if not str(error).startswith("Caught "):  # which is what a worker that lives reports
+
+        # a worker that was killed; living workers report errors as "Caught ..."
+        if not str(error).startswith("Caught "):
             until = time.monotonic() + DYING_SECONDS
             for worker in self._workers:
                 worker.join(max(0.0, until - time.monotonic()))
             if not all(worker.is_alive() for worker in self._workers):
                 return LoadingError(KILLED)
+
+        # out of memory
         if is_out_of_memory(error):
             cure = CURE if self._workers else "free some memory"
             return LoadingError(f"out of memory while a batch was loaded: {first_line(error)}; {cure}")
@@ -112,7 +119,7 @@ def _handler_now() -> Any:
 
 
 def _take_handler(handler: Any) -> None:
-    """Puts a handler back in the place of torch's, which is kept for `_hearing_of_workers`."""
+    """Restores a handler that torch replaced, and keeps torch's handler for `_hearing_of_workers`."""
     now = _handler_now()
     if now is handler or threading.current_thread() is not threading.main_thread():
         return
@@ -122,7 +129,7 @@ def _take_handler(handler: Any) -> None:
 
 @contextmanager
 def _hearing_of_workers() -> Iterator[None]:
-    """Context manager: torch's handler raises a `RuntimeError` where a worker dies."""
+    """Context manager: torch's handler is installed, which raises a `RuntimeError` when a worker dies."""
     if not _TORCHS_HANDLER or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -139,6 +146,6 @@ def _ignore_signals(_: int) -> None:
 
 
 def _end_workers() -> None:
-    """Ends what is left of the loaders' processes: at exit Python would send them a SIGTERM, and wait for good."""
+    """Kills the remaining workers; they ignore the SIGTERM that Python sends at exit before it waits for them."""
     for process in [process for process in _WORKERS if process.is_alive()]:
         process.kill()

@@ -1,4 +1,4 @@
-"""DDIM with steps that are consistent, which diffusers' own scheduler takes under some settings alone."""
+"""DDIM with consistent steps; diffusers' own scheduler takes them only with some settings."""
 
 import torch
 from diffusers import DDIMScheduler
@@ -15,7 +15,7 @@ class ConsistentDDIMScheduler(DDIMScheduler):
     timestep where n does not divide T. And for some n, rounding adds a timestep of -1.
 
     Attributes:
-        eta: share of DDPM's noise that is drawn at each step, where `step` is not told another.
+        eta: portion of DDPM's noise that each step adds, unless `step` is given another.
     """
 
     eta = 0.0
@@ -36,11 +36,12 @@ class ConsistentDDIMScheduler(DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Steps from a timestep to the next one; arguments as `DDIMScheduler.step`.
+        """Steps from a timestep to the next one, with the arguments of `DDIMScheduler.step`.
 
         Args:
-            use_clipped_model_output: has no effect: the noise is always that which the clean estimate leaves.
+            use_clipped_model_output: has no effect: the noise always follows from the clipped clean estimate.
         """
+        # find the next timestep, and split the sample into clean estimate and noise
         timestep, eta = int(timestep), eta or self.eta
         lower = self.timesteps[self.timesteps < timestep]
         previous = int(lower[0]) if len(lower) else -1
@@ -48,6 +49,8 @@ class ConsistentDDIMScheduler(DDIMScheduler):
         signal = self.alphas_cumprod[timestep]
         signal_after = self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod
         noise = (sample - signal**0.5 * clean) / (1 - signal) ** 0.5
+
+        # mix them for the next timestep, with fresh noise if eta > 0
         deviation = eta * self._get_variance(timestep, previous) ** 0.5
         result = signal_after**0.5 * clean + (1 - signal_after - deviation**2).clamp(min=0) ** 0.5 * noise
         if eta > 0:

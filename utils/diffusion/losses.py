@@ -1,10 +1,10 @@
-"""The loss of a prediction, and its weight over the timesteps."""
+"""Loss functions, their weights by timestep, and masked means."""
 
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the tables name the choices of flags, which are read before torch is loaded
+if TYPE_CHECKING:  # flags take their choices from the tables below before torch is imported
     from torch import Tensor
 
     from utils.config.batch import Noised
@@ -22,19 +22,20 @@ def _l1(difference: "Tensor", c: "Tensor") -> "Tensor":
 
 
 def _huber(difference: "Tensor", c: "Tensor") -> "Tensor":
-    """Pseudo-Huber, 2c (sqrt(d^2 + c^2) - c): d^2 near 0, 2c |d| far off (https://arxiv.org/abs/2403.16728)."""
+    """Pseudo-Huber, 2c (sqrt(d^2 + c^2) - c): about d^2 for small d, 2c |d| for large (arXiv 2403.16728)."""
     return 2 * c * ((difference.square() + c.square()).sqrt() - c)
 
 
 def _smooth_l1(difference: "Tensor", c: "Tensor") -> "Tensor":
-    """2 (sqrt(d^2 + c^2) - c): d^2 / c near 0, 2 |d| far off."""
+    """2 (sqrt(d^2 + c^2) - c): about d^2 / c for small d, 2 |d| for large."""
     return 2 * ((difference.square() + c.square()).sqrt() - c)
 
 
 def huber_threshold(options: "LossOptions", noised: "Noised") -> "Tensor":
-    """[B] the c of each sample's timestep (https://arxiv.org/abs/2403.16728).
+    """Returns [B]: the Huber threshold c at each sample's timestep (https://arxiv.org/abs/2403.16728).
 
-    exponential: c^(t / T). snr: (1 - c) / (1 + sigma)^2 + c with sigma = snr^(-1/2), from 1 without noise down to c.
+    constant: c. exponential: c^(t / T). snr: (1 - c) / (1 + sigma)^2 + c with sigma = snr^(-1/2), which falls from 1
+    without noise to c.
     """
     c = options.huber_c
     if options.huber_schedule == "exponential":
@@ -45,10 +46,10 @@ def huber_threshold(options: "LossOptions", noised: "Noised") -> "Tensor":
 
 
 def _on_prediction(on_x0: "Tensor", snr: "Tensor", prediction_type: str) -> "Tensor":
-    """What a weight on the squared error of x0 is on that of the prediction.
+    """Converts a weight on the squared error of x0 to one on the squared error of the prediction.
 
-    The error of x0 is that of epsilon over sqrt(snr), that of v over sqrt(snr + 1), and that of a flow's velocity times
-    sigma = 1 / (1 + sqrt(snr)).
+    The error of x0 is the error of epsilon divided by sqrt(snr), that of v divided by sqrt(snr + 1), and that of a
+    flow's velocity times sigma = 1 / (1 + sqrt(snr)).
     """
     if prediction_type == "epsilon":
         return on_x0 / snr
@@ -58,7 +59,7 @@ def _on_prediction(on_x0: "Tensor", snr: "Tensor", prediction_type: str) -> "Ten
 
 
 def _uniform(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Tensor":
-    """The simple objective (Ho et al. 2020, equation 14), of whatever is predicted."""
+    """1 on the prediction, of any type: the simple objective (Ho et al. 2020, equation 14)."""
     return snr.new_ones(snr.shape)
 
 
@@ -73,7 +74,7 @@ def _max_snr(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Te
 
 
 def _snr(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Tensor":
-    """snr on x0, which is 1 on epsilon (Salimans and Ho 2022, section 4)."""
+    """snr on x0, i.e. 1 on epsilon (Salimans and Ho 2022, section 4)."""
     return _on_prediction(snr, snr, prediction_type)
 
 
@@ -83,12 +84,12 @@ def _p2(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Tensor"
 
 
 def _debiased(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Tensor":
-    """1 / sqrt(snr) on epsilon (Yu et al. 2023, https://arxiv.org/abs/2310.08442), 1 / (snr + 1) on v as kohya has it.
+    """1 / sqrt(snr) on epsilon (Yu et al. 2023, https://arxiv.org/abs/2310.08442), 1 / (snr + 1) on v as in kohya's.
 
-    The snr is taken for 1000 where it is more.
+    The snr is clipped to 1000.
     """
     clipped = snr.clamp(max=LARGEST_SNR)
-    flow = clipped.sqrt() / (1 + clipped.sqrt()).square()  # 1 / sqrt(snr) on epsilon, whose error is (1 - sigma) times
+    flow = clipped.sqrt() / (1 + clipped.sqrt()).square()  # the error of epsilon is 1 - sigma times that of v
     weights = {
         "epsilon": clipped.rsqrt(),
         "v_prediction": 1 / (clipped + 1),
@@ -115,11 +116,12 @@ WEIGHTINGS: dict[str, Callable[["Tensor", str, "LossOptions"], "Tensor"]] = {
 
 
 def loss_weights(snr: "Tensor", prediction_type: str, options: "LossOptions") -> "Tensor":
-    """[B] the weights of `--weighting` on the loss of what is predicted.
+    """Returns [B]: the weight of each sample's loss by `--weighting`.
 
     Args:
-        snr: [B] signal-to-noise ratios, 0 or more; for epsilon 0 is taken for the smallest number.
-        prediction_type: what is predicted: epsilon, v_prediction, sample or flow.
+        snr: [B] signal-to-noise ratios, 0 or more; with epsilon prediction, 0 becomes the smallest positive number.
+        prediction_type: epsilon, v_prediction, sample or flow.
+        options: the weighting and its parameters.
     """
     if prediction_type == "epsilon":
         from torch import finfo
@@ -128,11 +130,11 @@ def loss_weights(snr: "Tensor", prediction_type: str, options: "LossOptions") ->
     return WEIGHTINGS[options.weighting_name](snr, prediction_type, options)
 
 
-SMALLEST_MASK = 1e-3  # mean of a mask under which its loss is not enlarged further
+SMALLEST_MASK = 1e-3  # lowest mean of a mask that normalization divides by
 
 
 def mask_weights(masks: "Tensor", options: "LossOptions") -> "Tensor":
-    """[B, 1, h, w] float32, what each place's loss counts, of uint8 masks of that shape."""
+    """Returns [B, 1, h, w] float32: the weight of the loss at each place, from uint8 masks of that shape."""
     weights = (masks.float() / 255).clamp(min=options.unmasked_weight)
     if options.normalize_masked_loss:
         weights = weights / weights.mean((1, 2, 3), keepdim=True).clamp(min=SMALLEST_MASK)
@@ -140,7 +142,7 @@ def mask_weights(masks: "Tensor", options: "LossOptions") -> "Tensor":
 
 
 def masked_mean(values: "Tensor", masks: "Tensor | None", options: "LossOptions") -> "Tensor":
-    """[B] the mean of each sample's [B, C, h, w] values, weighted by its mask where there are masks."""
+    """Returns [B]: the mean of each sample's values [B, C, h, w], weighted by its mask if there are masks."""
     if masks is not None:
         values = values * mask_weights(masks, options)
     return values.flatten(1).mean(1)
@@ -149,12 +151,14 @@ def masked_mean(values: "Tensor", masks: "Tensor | None", options: "LossOptions"
 def weighted_loss(
     prediction: "Tensor", noised: "Noised", prediction_type: str, options: "LossOptions", masks: "Tensor | None" = None
 ) -> "Tensor":
-    """[B] the weighted loss of each sample, a mean over all its values, in float32.
+    """Returns [B] float32: the weighted loss of each sample, averaged over its values.
 
     Args:
-        prediction: [B, C, h, w] of the target that `noised` holds.
-        prediction_type: what is predicted: epsilon, v_prediction or sample.
-        masks: [B, 1, h, w] uint8, 255 where the loss counts, or None.
+        prediction: [B, C, h, w], the model's prediction of `noised.target`.
+        noised: the model's input, its target and timesteps.
+        prediction_type: epsilon, v_prediction, sample or flow.
+        options: the loss function, its weighting and the weight of masked parts.
+        masks: [B, 1, h, w] uint8, 255 where the loss counts fully, or None.
     """
     difference = prediction.float() - noised.target.float()
     c = huber_threshold(options, noised).view(-1, *[1] * (difference.ndim - 1))

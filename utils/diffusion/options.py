@@ -1,4 +1,4 @@
-"""The options of the noise and of the loss."""
+"""The options of the noise and the loss."""
 
 from dataclasses import dataclass
 
@@ -25,36 +25,38 @@ SAMPLERS = {
     "heun": "HeunDiscreteScheduler",
     "euler": "EulerDiscreteScheduler",
 }
-"""What samples can be drawn by, where the noise is by betas."""
+"""Choices of --sampler for models with a beta schedule, and diffusers' schedulers."""
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    loss: str = option("l2", "what is made of the difference of prediction and target", choices=tuple(LOSSES))
+    loss: str = option("l2", "loss function", choices=tuple(LOSSES))
     huber_c: float = option(
         0.1,
-        "difference at which huber and smooth_l1 turn from squares to absolute values",
+        "difference at which huber and smooth_l1 change from squared to absolute error",
         acts_with=("loss=huber", "loss=smooth_l1"),
     )
     huber_schedule: str = option(
         "snr",
-        "how that difference depends on the timestep",
+        "how --huber_c depends on the timestep",
         choices=HUBER_SCHEDULES,
         acts_with=("loss=huber", "loss=smooth_l1"),
     )
     weighting: str | None = option(
         None,
-        "weight of the loss over the timesteps; uniform by default, min_snr with --snr_gamma",
+        "loss weight by timestep; default: uniform, or min_snr if --snr_gamma is given",
         choices=tuple(WEIGHTINGS),
     )
     snr_gamma: float | None = option(
-        None, "gamma of min_snr, 5.0 by default (https://arxiv.org/abs/2303.09556); given alone it chooses min_snr"
+        None, "gamma of --weighting min_snr, which it implies (https://arxiv.org/abs/2303.09556); default: 5.0"
     )
-    p2_gamma: float = option(1.0, "gamma of p2 (https://arxiv.org/abs/2204.00227)", acts_with=("weighting=p2",))
-    p2_k: float = option(1.0, "k of p2", acts_with=("weighting=p2",))
-    unmasked_weight: float = option(0.0, "what the loss counts at least, where an image's mask is black")
+    p2_gamma: float = option(
+        1.0, "gamma of --weighting p2 (https://arxiv.org/abs/2204.00227)", acts_with=("weighting=p2",)
+    )
+    p2_k: float = option(1.0, "k of --weighting p2", acts_with=("weighting=p2",))
+    unmasked_weight: float = option(0.0, "lowest weight of the loss, from 0 to 1, where a mask is black")
     normalize_masked_loss: bool = option(
-        False, "divide an image's loss by the mean of its mask, so that small ones count as much"
+        False, "divide each image's loss by the mean of its mask, so that images with small masks count as much"
     )
 
     def __post_init__(self) -> None:
@@ -73,74 +75,87 @@ class LossOptions:
 @dataclass(frozen=True)
 class NoiseOptions:
     prediction_type: str | None = option(
-        None, "what the model predicts; by default what the pipeline's scheduler says", choices=PREDICTION_TYPES
+        None, "prediction type of the model; default: that of the pipeline's scheduler", choices=PREDICTION_TYPES
     )
     beta_schedule: str | None = option(
-        None, "course of the noise; by default what the pipeline's scheduler says", choices=BETA_SCHEDULES
+        None, "noise schedule; default: that of the pipeline's scheduler", choices=BETA_SCHEDULES
     )
     rescale_betas_zero_snr: bool = option(
-        False, "let the last timestep be noise alone (https://arxiv.org/abs/2305.08891); not for epsilon prediction"
+        False,
+        "rescale the noise schedule to zero terminal SNR, so that the last timestep is pure noise "
+        "(https://arxiv.org/abs/2305.08891); not for epsilon prediction",
     )
     noise_offset: float = option(
         0.0,
-        "scale of the noise that is one number a channel (https://www.crosslabs.org//blog/diffusion-with-offset-noise)",
+        "strength of offset noise, one random value per channel "
+        "(https://www.crosslabs.org//blog/diffusion-with-offset-noise)",
     )
     input_perturbation: float = option(
-        0.0, "scale of the noise added to the model's input only; 0.1 is recommended (https://arxiv.org/abs/2301.11706)"
+        0.0,
+        "strength of extra noise in the model's input but not in the target; 0.1 is recommended "
+        "(https://arxiv.org/abs/2301.11706)",
     )
-    timestep_bias_strategy: str = option("none", "which timesteps are drawn more often", choices=TIMESTEP_BIASES)
+    timestep_bias_strategy: str = option("none", "timesteps to draw more often", choices=TIMESTEP_BIASES)
     timestep_bias_multiplier: float = option(
-        1.0, "how many times as often the biased timesteps are drawn", acts_with=("timestep_bias_strategy",)
+        1.0, "factor by which biased timesteps are drawn more often", acts_with=("timestep_bias_strategy",)
     )
     timestep_bias_begin: int = option(
-        0, "first timestep of the strategy range", acts_with=("timestep_bias_strategy=range",)
+        0, "first biased timestep of --timestep_bias_strategy range", acts_with=("timestep_bias_strategy=range",)
     )
     timestep_bias_end: int = option(
-        1000, "timestep before which the strategy range ends", acts_with=("timestep_bias_strategy=range",)
+        1000,
+        "end of the biased timesteps of --timestep_bias_strategy range (exclusive)",
+        acts_with=("timestep_bias_strategy=range",),
     )
     timestep_bias_portion: float = option(
         0.25,
-        "portion of the timesteps that the strategies earlier and later bias",
+        "portion of the timesteps, from 0 to 1, that --timestep_bias_strategy earlier or later biases",
         acts_with=("timestep_bias_strategy=earlier", "timestep_bias_strategy=later"),
     )
 
     timestep_distribution: str = option(
-        "uniform", "how timesteps are distributed, before the bias", choices=TIMESTEP_DISTRIBUTIONS
+        "uniform", "distribution of the timesteps, before the bias", choices=TIMESTEP_DISTRIBUTIONS
     )
     log_normal_mean: float = option(
-        -1.2, "mean of the log of sigma = snr^(-1/2) under log_normal", acts_with=("timestep_distribution=log_normal",)
+        -1.2,
+        "mean of log sigma for --timestep_distribution log_normal, with sigma = snr^(-1/2)",
+        acts_with=("timestep_distribution=log_normal",),
     )
     log_normal_std: float = option(
-        1.2, "standard deviation of the log of sigma under log_normal", acts_with=("timestep_distribution=log_normal",)
+        1.2,
+        "standard deviation of log sigma for --timestep_distribution log_normal",
+        acts_with=("timestep_distribution=log_normal",),
     )
     logit_mean: float = option(
         0.0,
-        "mean of the logit of t / T under logit_normal; more is noisier",
+        "mean of the logit of t / T for --timestep_distribution logit_normal; higher is noisier",
         acts_with=("timestep_distribution=logit_normal", "flow_matching"),
     )
     logit_std: float = option(
         1.0,
-        "standard deviation of the logit of t / T under logit_normal",
+        "standard deviation of the logit of t / T for --timestep_distribution logit_normal",
         acts_with=("timestep_distribution=logit_normal", "flow_matching"),
     )
     timestep_sampling: str = option(
         "independent",
-        "timesteps of a global batch: one by one, or one of each stratum",
+        "draw the timesteps of a global batch independently, or one from each of as many equal strata",
         choices=("independent", "stratified"),
     )
-    min_timestep: int = option(0, "smallest timestep that is trained")
-    max_timestep: int | None = option(None, "timestep before which training ends; by default all are trained")
+    min_timestep: int = option(0, "lowest timestep to train on")
+    max_timestep: int | None = option(None, "end of the timesteps to train on (exclusive); default: all of them")
     multires_noise_iterations: int = option(
-        0, "scales of noise that are added up (pyramid noise, Whitaker 2023); 6 to 10 are usual, 0 is plain noise"
+        0, "number of scales of multi-resolution (pyramid) noise; 6 to 10 are usual, 0 is plain noise"
     )
     multires_noise_discount: float = option(
-        0.3, "share of each further scale in pyramid noise", acts_with=("multires_noise_iterations",)
+        0.3,
+        "factor from 0 to 1 by which each coarser scale of pyramid noise is weaker",
+        acts_with=("multires_noise_iterations",),
     )
     dream_training: bool = option(
-        False, "rectify input and target by the model's own estimate (https://arxiv.org/abs/2312.00210)"
+        False, "DREAM: correct input and target by the model's own prediction (https://arxiv.org/abs/2312.00210)"
     )
     dream_detail_preservation: float = option(
-        1.0, "p of DREAM: larger ones rectify early timesteps less", acts_with=("dream_training",)
+        1.0, "p of DREAM: higher values correct early timesteps less", acts_with=("dream_training",)
     )
 
     def __post_init__(self) -> None:
@@ -155,7 +170,7 @@ class NoiseOptions:
 
     @property
     def scheduler_changes(self) -> dict[str, object]:
-        """What of the pipeline's scheduler config is to be otherwise, for training, sampling and the result."""
+        """Changes to the pipeline's scheduler config, for training, sampling and the exported pipeline."""
         changes: dict[str, object] = {}
         if self.prediction_type is not None:
             changes["prediction_type"] = self.prediction_type
@@ -168,31 +183,33 @@ class NoiseOptions:
 
 @dataclass(frozen=True)
 class ProcessOptions(NoiseOptions):
-    """As those of a pretrained pipeline's noise, and what a model from scratch starts with."""
+    """Noise options of unconditional training: those of a pretrained pipeline, and those of a model from scratch."""
 
     prediction_type: str | None = option(
         None,
-        "what the model predicts; by default what the pretrained pipeline says, else epsilon",
+        "prediction type of the model; default: that of the pretrained pipeline, or epsilon from scratch",
         choices=PREDICTION_TYPES,
     )
     beta_schedule: str | None = option(
         None,
-        "course of the noise; by default what the pretrained pipeline says, else linear",
+        "noise schedule; default: that of the pretrained pipeline, or linear from scratch",
         choices=BETA_SCHEDULES,
         aliases=["--ddpm_beta_schedule"],
     )
     ddpm_num_steps: int | None = option(
-        None, "length of the noise schedule; by default the pretrained pipeline's, else 1000"
+        None, "number of timesteps in the noise schedule; default: as the pretrained pipeline, or 1000 from scratch"
     )
     timestep_distribution: str | None = option(
         None,
-        "how timesteps are distributed, before the bias; by default logit_normal in flow matching, else uniform",
+        "distribution of the timesteps, before the bias; default: logit_normal with --flow_matching, else uniform",
         choices=TIMESTEP_DISTRIBUTIONS,
     )
     flow_matching: bool = option(
-        False, "train a rectified flow: from noise to image at constant speed (https://arxiv.org/abs/2209.03003)"
+        False, "train a rectified flow instead of a diffusion model (https://arxiv.org/abs/2209.03003)"
     )
-    flow_shift: float = option(1.0, "over 1 moves flow matching's times towards the noise, for large images")
+    flow_shift: float = option(
+        1.0, "timestep shift of flow matching; over 1 spends more timesteps at high noise, for large images"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,12 +222,12 @@ class ProcessOptions(NoiseOptions):
         }
         if self.flow_matching and any(given.values()):
             flag = next(flag for flag, is_given in given.items() if is_given)
-            raise UserError(f"{flag} is of noise by betas, which --flow_matching has not; leave one out")
+            raise UserError(f"{flag} has no effect with --flow_matching, which has no beta schedule; leave one out")
         if self.flow_shift != 1 and not self.flow_matching:
             raise UserError(f"--flow_shift {self.flow_shift:g} goes with --flow_matching; give both or neither")
 
     @property
     def scheduler_changes(self) -> dict[str, object]:
-        """What of a pipeline's scheduler config is to be otherwise."""
+        """Changes to the scheduler config of a pretrained pipeline, or of a model from scratch."""
         changes = super().scheduler_changes
         return changes if self.ddpm_num_steps is None else changes | {"num_train_timesteps": self.ddpm_num_steps}

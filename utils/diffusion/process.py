@@ -1,4 +1,4 @@
-"""Forward processes that no table of betas says (flow matching, noise that only grows), and which is a pipeline's."""
+"""Forward processes without a beta schedule (flow matching, variance-exploding noise), and the choice of a process."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,10 @@ from utils.diffusion.options import NoiseOptions, ProcessOptions
 
 
 class FlowProcess:
-    """x_t = (1 - sigma) x_0 + sigma epsilon and its velocity epsilon - x_0 (Liu et al. 2023, equation 1), in float32.
+    """Rectified flow (Liu et al. 2023, equation 1), in float32.
 
-    The model is told sigma T, as diffusers' flow-match schedulers tell it. Timestep k is sigma (k + 1) / T, shifted.
+    x_t = (1 - sigma) x_0 + sigma epsilon, with the velocity epsilon - x_0 as the target. Timestep k has the sigma
+    (k + 1) / T, shifted. The model's timestep input is sigma T, as in diffusers' flow-match schedulers.
     """
 
     prediction_type = "flow"
@@ -33,11 +34,11 @@ class FlowProcess:
         self._shift = shift
 
     def describe(self) -> str:
-        """What is predicted, and the noise levels, in words."""
-        return f"velocity of a flow, {self.num_timesteps:,} timesteps shifted by {self._shift:g}, terminal SNR zero"
+        """Returns the prediction type and the noise levels, for the log."""
+        return f"flow velocity, {self.num_timesteps:,} timesteps shifted by {self._shift:g}, terminal SNR zero"
 
     def apply(self, latents: Tensor, noise: Tensor, timesteps: Tensor, input_perturbation: Tensor | None) -> Noised:
-        """Mixes latents with noise; arguments as `ForwardProcess.apply`."""
+        """Mixes latents with noise, as `ForwardProcess.apply`."""
         self.sigmas, self._snr = self.sigmas.to(latents.device), self._snr.to(latents.device)
         sigmas = self.sigmas[timesteps].view(-1, 1, 1, 1)
         added = noise if input_perturbation is None else noise + input_perturbation
@@ -46,15 +47,16 @@ class FlowProcess:
         return Noised(noisy, noise - latents, told, self._snr[timesteps], self.num_timesteps)
 
     def estimate(self, noised: Noised, prediction: Tensor) -> Tensor:
-        """[B, C, h, w] float32 the clean latents that a prediction says: x_t - sigma v."""
+        """Returns the clean latents [B, C, h, w] float32 that a prediction implies: x_t - sigma v."""
         sigmas = 1 / (1 + noised.snr.sqrt()).view(-1, 1, 1, 1)
         return noised.noisy - sigmas * prediction.float()
 
 
 class ScoreProcess:
-    """x_t = x_0 + sigma_t epsilon with sigmas in a geometric row (Song et al. 2021, section 3.4), in float32.
+    """Variance-exploding noise: x_t = x_0 + sigma_t epsilon (Song et al. 2021, section 3.4), in float32.
 
-    The model is told sigma. What is predicted is sigma times its score, which is -epsilon.
+    The sigmas are a geometric sequence. The model's timestep input is sigma; sigma times its output, the score, is
+    -epsilon, and is the prediction here.
     """
 
     prediction_type = "epsilon"
@@ -69,12 +71,12 @@ class ScoreProcess:
         self._snr = sigmas.pow(-2).float()
 
     def describe(self) -> str:
-        """What is predicted, and the noise levels, in words."""
+        """Returns the prediction type and the noise levels, for the log."""
         low, high = float(self.sigmas[0]), float(self.sigmas[-1])
         return f"score, {self.num_timesteps:,} noise levels from {low:g} to {high:g}"
 
     def apply(self, latents: Tensor, noise: Tensor, timesteps: Tensor, input_perturbation: Tensor | None) -> Noised:
-        """Adds noise to latents; arguments as `ForwardProcess.apply`."""
+        """Adds noise to latents, as `ForwardProcess.apply`."""
         self.sigmas, self._snr = self.sigmas.to(latents.device), self._snr.to(latents.device)
         told = self.sigmas[timesteps]
         added = noise if input_perturbation is None else noise + input_perturbation
@@ -82,20 +84,21 @@ class ScoreProcess:
         return Noised(noisy, -noise, told, self._snr[timesteps], self.num_timesteps)
 
     def estimate(self, noised: Noised, prediction: Tensor) -> Tensor:
-        """[B, C, h, w] float32 the clean latents that a prediction says: x_t + sigma times it."""
+        """Returns the clean latents [B, C, h, w] float32 that a prediction implies: x_t + sigma times it."""
         return noised.noisy + noised.timesteps.view(-1, 1, 1, 1) * prediction.float()
 
 
 Process = ForwardProcess | FlowProcess | ScoreProcess
-BETAS = (ForwardProcess,)  # for families that are trained by betas alone
+BETAS = (ForwardProcess,)  # for model families that are trained only with a beta schedule
 EVERY_PROCESS = (ForwardProcess, FlowProcess, ScoreProcess)
 
 
 def kind_of(name: str, scheduler_config: Mapping) -> type[Process]:
-    """The kind of forward process that a diffusers scheduler is for.
+    """Returns the class of the forward process that a diffusers scheduler belongs to.
 
     Args:
-        name: of the scheduler's class.
+        name: name of the scheduler's class.
+        scheduler_config: its config.
     """
     if "FlowMatch" in name or scheduler_config.get("prediction_type") == "flow_prediction":
         return FlowProcess
@@ -103,22 +106,26 @@ def kind_of(name: str, scheduler_config: Mapping) -> type[Process]:
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether a diffusers scheduler is of flow matching."""
+    """Whether a diffusers scheduler is for flow matching."""
     return kind_of(type(scheduler).__name__, scheduler.config) is FlowProcess
 
 
 def is_score(scheduler: Any) -> bool:
-    """Whether a diffusers scheduler is of a score pipeline, whose noise only grows."""
+    """Whether a diffusers scheduler is for a score-based pipeline with variance-exploding noise."""
     return kind_of(type(scheduler).__name__, scheduler.config) is ScoreProcess
 
 
 def shift_of(scheduler_config: Mapping) -> float:
-    """How far a flow's times are shifted towards the noise, by whichever name a scheduler has for it."""
+    """Returns the timestep shift of a flow scheduler, under whichever name its config has it."""
     return float(scheduler_config.get("shift", scheduler_config.get("flow_shift", 1.0)))
 
 
 def check_changes(options: ProcessOptions, scheduler: Any) -> None:
-    """Refuses what is to be otherwise in the noise of a pipeline that has no betas."""
+    """Refuses changes to a beta schedule for a pretrained pipeline that has none.
+
+    Raises:
+        UserError: naming the flag.
+    """
     flags = {
         "--prediction_type": options.prediction_type is not None,
         "--beta_schedule": options.beta_schedule is not None,
@@ -126,23 +133,27 @@ def check_changes(options: ProcessOptions, scheduler: Any) -> None:
     }
     name = type(scheduler).__name__
     if options.flow_matching and is_score(scheduler):
-        raise UserError("--flow_matching: a score pipeline draws by its own noise alone; leave it out")
+        raise UserError("--flow_matching: a score-based pipeline can only be trained with its own noise; leave it out")
     if any(flags.values()) and (is_flow(scheduler) or is_score(scheduler)):
         flag = next(flag for flag, is_given in flags.items() if is_given)
-        raise UserError(f"{flag} is of noise by betas, which the pretrained pipeline's {name} has not; leave it out")
+        raise UserError(
+            f"{flag} needs a beta schedule, which the pretrained pipeline's {name} does not have; leave it out"
+        )
 
 
 def process_of(
     options: NoiseOptions, name: str, scheduler_config: Mapping, kinds: Sequence[type[Process]] = EVERY_PROCESS
 ) -> Process:
-    """The forward process of a diffusers scheduler as the options change it.
+    """Returns the forward process of a diffusers scheduler, with the changes of the options.
 
     Args:
-        name: of the scheduler's class.
-        kinds: those that the family is trained by; any other scheduler is read as one of betas.
+        options: the noise options.
+        name: name of the scheduler's class.
+        scheduler_config: its config.
+        kinds: processes that the model family supports; any other scheduler is read as one with a beta schedule.
 
     Raises:
-        UserError: if the options do not go with it, or it is none that is trained here.
+        UserError: if the options do not fit the process, or the process is not supported.
     """
     kind = kind_of(name, scheduler_config)
     if kind is ForwardProcess or kind not in kinds:
@@ -152,6 +163,7 @@ def process_of(
     timestep_weights(options, process.alphas_cumprod.cpu().double().numpy(), process.default_distribution)
     if options.dream_training and (type(process) is not ForwardProcess or process.prediction_type != "epsilon"):
         raise UserError(
-            f"--dream_training needs epsilon prediction by betas, the pipeline's {name} has {process.prediction_type}"
+            f"--dream_training needs a beta schedule and epsilon prediction; the pipeline's {name} has "
+            f"{process.prediction_type}; leave it out"
         )
     return process

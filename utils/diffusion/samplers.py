@@ -1,8 +1,8 @@
-"""Which schedulers draw: by a sampler's name, for the same noise and prediction, with the clean estimate in its range.
+"""Chooses the scheduler for sampling, by name, for the model's noise schedule, prediction type and clipping.
 
-A model of pixels is drawn with its clean estimate clipped to [-1, 1]. A step is consistent if the noise that it takes
-out is what the clipped estimate leaves of the noisy sample. Where a scheduler's config can say so, it does, and then an
-exported folder is drawn right by diffusers alone. Where it can't, `utils.sampling.controls` clips at each step.
+Pixel-space models are sampled with the clean estimate clipped to [-1, 1]. A step is consistent if it removes exactly
+the noise that the clipped estimate implies. If a scheduler's config can express this, it does, so that diffusers alone
+samples correctly from an exported pipeline. Otherwise `utils.sampling.controls` clips at each step.
 """
 
 import inspect
@@ -18,48 +18,51 @@ from utils.diffusion.schedulers import explicit_config
 logger = logging.getLogger(__name__)
 FLOW_SAMPLERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
 CLIPS = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
-"""How a scheduler that knows dynamic thresholding, and no other clipping, is told to clip to [-1, 1]."""
+"""Settings that make a scheduler which only supports dynamic thresholding clip to [-1, 1]."""
 NOISE = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
     *("prediction_type", "clip_sample_range"),
 )
-"""What of a scheduler's config is a fact of the model, whatever the default of another class."""
+"""Config keys that describe the model and so carry over to a scheduler of another class, despite its defaults."""
 CLIPPING = ("clip_sample", "thresholding")
 KNOW_SAMPLE = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
-"""Classes that draw by a model which predicts the clean sample."""
+"""Scheduler classes that support prediction type `sample`."""
 
 
 def parameters_of(scheduler_class: type) -> Mapping[str, inspect.Parameter]:
-    """What a scheduler's class takes in its config."""
+    """Returns the parameters of a scheduler's class, which are its config keys."""
     return inspect.signature(scheduler_class.__init__).parameters
 
 
 def clip_range(config: Mapping[str, Any]) -> float | None:
-    """The fixed range that a scheduler's config clips clean estimates to; None if it says none."""
+    """Returns the fixed limit that a scheduler's config clips clean estimates to; None if it has none."""
     if config.get("thresholding"):
-        return 1.0 if config.get("sample_max_value", 1.0) <= 1.0 else None  # a larger one depends on the estimate
+        return 1.0 if config.get("sample_max_value", 1.0) <= 1.0 else None  # otherwise it depends on the estimate
     return float(config.get("clip_sample_range") or 1.0) if config.get("clip_sample") else None
 
 
 def clips_itself(scheduler: Any) -> bool:
-    """Whether a scheduler keeps clean estimates in a range: its config says so, and its class reads that."""
+    """Whether a scheduler clips clean estimates: its config asks for it, and its class supports it."""
     known = parameters_of(type(scheduler))
     return any(scheduler.config.get(name) for name in CLIPPING if name in known)
 
 
 def converted(scheduler: Any, scheduler_class: type, keeps_defaults: bool = False, **changes: Any) -> Any:
-    """A scheduler of another class for the same noise and prediction, which clips if the first one does.
+    """Converts a scheduler to another class with the same noise schedule, prediction type and clipping.
 
     Args:
-        keeps_defaults: whether all values that the first one has by default are kept; they are its config's own after
-            saving and loading. Otherwise spacing and the like are as the other class has them by default.
+        scheduler: the scheduler to convert.
+        scheduler_class: the class of the result.
+        keeps_defaults: whether to keep values that are defaults of the old class, as after saving and loading.
+            Otherwise settings such as the timestep spacing take the defaults of the new class.
+        changes: config values that override the others.
     """
     config, known = dict(scheduler.config), parameters_of(scheduler_class)
     if keeps_defaults:
         config = explicit_config(config)
     limit = clip_range(config) if clips_itself(scheduler) else None
     settings: dict[str, Any] = {name: config[name] for name in NOISE if name in config and name in known}
-    if "clip_sample" in known:  # set in any case: DDIM and DDPM clip unless they are told not to
+    if "clip_sample" in known:  # always set it, as DDIM and DDPM clip by default
         reads = set(CLIPPING) & set(parameters_of(type(scheduler)))
         settings["clip_sample"] = limit is not None if reads else bool(config.get("clip_sample"))
         if "variance_type" in known and config.get("variance_type") is None:
@@ -70,12 +73,13 @@ def converted(scheduler: Any, scheduler_class: type, keeps_defaults: bool = Fals
 
 
 def changed_scheduler(scheduler: Any, changes: Mapping[str, object]) -> Any:
-    """The scheduler with some of its config changed, or DDIM where its class can't express what was changed.
+    """Returns the scheduler with config changes, or a DDIM scheduler if its class does not support them.
 
-    A noise schedule whose name only DDPM knows is given by its betas.
+    The sigmoid noise schedule, which only DDPM supports by name, is passed to other classes as betas.
     """
     from diffusers import DDIMScheduler, DDPMScheduler
 
+    # choose the class
     if not changes:
         return scheduler
     changes = dict(changes)
@@ -84,6 +88,8 @@ def changed_scheduler(scheduler: Any, changes: Mapping[str, object]) -> Any:
         changes.get("prediction_type") != "sample" or type(scheduler).__name__ in KNOW_SAMPLE
     )
     target = type(scheduler) if expresses else DDIMScheduler
+
+    # replace the name of the sigmoid schedule by its betas
     if changes.get("beta_schedule") == "sigmoid" and target is not DDPMScheduler:
         plain = {name: changes[name] for name in ("beta_schedule", "trained_betas")} | {"rescale_betas_zero_snr": False}
         changes["trained_betas"] = converted(scheduler, DDPMScheduler, True, **plain).betas.tolist()
@@ -94,30 +100,30 @@ def changed_scheduler(scheduler: Any, changes: Mapping[str, object]) -> Any:
 
 
 def is_ddim(scheduler: Any) -> bool:
-    """Whether a scheduler takes DDIM's steps, under its own name or as DPM-Solver++ of order 1."""
+    """Whether a scheduler takes DDIM's steps, as DDIM or as first-order DPM-Solver++."""
     from diffusers import DDIMScheduler
 
     return isinstance(scheduler, DDIMScheduler) or is_first_order(scheduler)
 
 
 def is_first_order(scheduler: Any) -> bool:
-    """Whether a scheduler is DPM-Solver++ of order 1 for noise by betas, which is DDIM without noise."""
+    """Whether a scheduler is first-order DPM-Solver++ with a beta schedule, which equals deterministic DDIM."""
     config = scheduler.config
     is_solver = type(scheduler).__name__ == "DPMSolverMultistepScheduler" and not config.get("use_flow_sigmas")
     return is_solver and config.solver_order == 1 and config.algorithm_type == "dpmsolver++"
 
 
 def is_exact(scheduler: Any) -> bool:
-    """Whether diffusers' DDIM takes consistent steps by a config: it clips nothing, and any n divides its spacing."""
+    """Whether diffusers' DDIM takes consistent steps: it does not clip, and its spacing suits any number of steps."""
     return not any(scheduler.config.get(name) for name in CLIPPING) and scheduler.config.timestep_spacing == "leading"
 
 
 def first_order(scheduler: Any) -> Any:
-    """DPM-Solver++ of order 1: DDIM's equation (Lu et al. 2022, section 4) in a class whose steps are consistent.
+    """Converts a scheduler to first-order DPM-Solver++: DDIM's equation (Lu et al. 2022, section 4), consistent steps.
 
-    It begins at the noisiest timestep and is evenly spaced, whatever the number of steps. It clips by its config alone,
-    so that a pipeline which can't say how a step is taken draws right too. A range other than [-1, 1] it can't clip to:
-    then the result is DDIM.
+    Its timesteps start at the noisiest one and are evenly spaced for any number of steps. Its clipping is set in its
+    config, so it also works in pipelines that pass no arguments to `step`. It only clips to [-1, 1]; for another range
+    the result is DDIM.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
@@ -127,14 +133,14 @@ def first_order(scheduler: Any) -> Any:
         "solver_order": 1,
         "algorithm_type": "dpmsolver++",
         "timestep_spacing": "linspace",
-        "variance_type": None,  # DDIM makes no use of a learned one
+        "variance_type": None,  # DDIM does not use a learned variance
         "final_sigmas_type": "zero" if scheduler.config.get("set_alpha_to_one", True) else "sigma_min",
     }
     return converted(scheduler, DPMSolverMultistepScheduler, True, **settings, **plain_betas(scheduler))
 
 
 def plain_betas(scheduler: Any) -> dict[str, Any]:
-    """The betas of a noise schedule whose name DDPM alone knows, as changes of a config; {} of any other."""
+    """Returns config changes that give the sigmoid noise schedule as betas, as only DDPM knows its name; else {}."""
     from diffusers import DDPMScheduler
 
     if scheduler.config.get("beta_schedule") != "sigmoid":
@@ -145,23 +151,24 @@ def plain_betas(scheduler: Any) -> dict[str, Any]:
 
 
 def exported(scheduler: Any) -> Any:
-    """The scheduler that a pipeline is exported with: DDIM, where its steps are not consistent, as DPM-Solver++."""
+    """Returns the scheduler to export a pipeline with: DPM-Solver++ in place of DDIM with inconsistent steps."""
     from diffusers import DDIMScheduler
 
     if type(scheduler) is not DDIMScheduler or is_exact(scheduler):
         return scheduler
     found = first_order(scheduler)
     if type(found) is DDIMScheduler:
-        said = "the pipeline clips to %g, which diffusers' DDIM does inconsistently: what it draws alone is washed out"
-        logger.warning(said, clip_range(scheduler.config))
+        told = "the pipeline clips to %g, which diffusers' DDIM does inconsistently: its samples will look washed out"
+        logger.warning(told, clip_range(scheduler.config))
     return found
 
 
 def consistent(scheduler: Any, eta: float = 0.0) -> Any:
-    """The same scheduler, or one that takes its steps consistently.
+    """Returns the scheduler itself, or an equivalent one with consistent steps.
 
     Args:
-        eta: share of DDPM's noise that DDIM draws at each step.
+        scheduler: the scheduler to sample with.
+        eta: portion of DDPM's noise that DDIM adds at each step; other samplers ignore it.
     """
     from diffusers import DDIMScheduler
 
@@ -169,28 +176,31 @@ def consistent(scheduler: Any, eta: float = 0.0) -> Any:
         return scheduler
     from utils.diffusion.ddim import ConsistentDDIMScheduler
 
-    spacing = {"timestep_spacing": "trailing"} if is_first_order(scheduler) else {}  # DDIM's linspace is another
+    spacing = {"timestep_spacing": "trailing"} if is_first_order(scheduler) else {}  # DDIM's linspace differs
     found = converted(scheduler, ConsistentDDIMScheduler, True, **spacing, **plain_betas(scheduler))
     found.eta = eta
     return found
 
 
 def sampler_of(scheduler: Any, name: str | None, eta: float = 0.0) -> Any:
-    """A fresh scheduler to draw with, by a sampler's name or like the given one, for the same noise and prediction.
-
-    What its class can't express goes as betas.
+    """Returns a new scheduler to sample with, for the noise schedule and prediction type of the given one.
 
     Args:
-        eta: share of DDPM's noise that DDIM draws at each step.
+        scheduler: the pipeline's scheduler.
+        name: a choice of --sampler, or None for the pipeline's own.
+        eta: portion of DDPM's noise that DDIM adds at each step.
 
     Raises:
-        UserError: for a sampler that does not go with them.
+        UserError: for a sampler that does not support the model.
     """
     import diffusers
 
+    # the pipeline's own sampler
     config = explicit_config(scheduler.config)
     if name is None:
         return consistent(type(scheduler).from_config(config), eta)
+
+    # refuse samplers that do not support the model
     flows = is_flow(scheduler)
     table = FLOW_SAMPLERS if flows else SAMPLERS
     if name not in table or is_score(scheduler):
@@ -200,26 +210,30 @@ def sampler_of(scheduler: Any, name: str | None, eta: float = 0.0) -> Any:
     if flows:
         return sampler_class(num_train_timesteps=config["num_train_timesteps"], shift=shift_of(config))
     if name == "heun" and config.get("prediction_type") == "sample":
-        raise UserError("--sampler heun knows no --prediction_type sample; try ddim or euler")
+        raise UserError("--sampler heun does not support --prediction_type sample; try ddim or euler")
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in parameters_of(sampler_class):
-        raise UserError(f"--sampler {name} can't begin at the noise alone that --rescale_betas_zero_snr ends with")
+        raise UserError(
+            f"--sampler {name} can't start at zero SNR, where --rescale_betas_zero_snr ends; try ddim or euler"
+        )
+
+    # convert the pipeline's scheduler
     if name == "ddim":
         is_own = type(scheduler) is diffusers.DDIMScheduler and is_exact(scheduler)
         found = scheduler if is_own or is_first_order(scheduler) else first_order(scheduler)
         return consistent(type(found).from_config(found.config), eta)
     changes = {} if name == "ddpm" else plain_betas(scheduler)
     if name == "dpmsolver++":
-        changes["variance_type"] = None  # who draws takes a learned variance away
+        changes["variance_type"] = None  # the caller drops a learned variance
         if is_first_order(scheduler):
             changes["solver_order"] = 2
     return converted(scheduler, sampler_class, True, **changes)
 
 
 def check_steps(scheduler: Any, steps: int) -> None:
-    """Refuses a number of steps that a scheduler would not take as such, and warns of one that it begins too late.
+    """Refuses a number of steps that a scheduler can't take, and warns if its first timestep is not noisy enough.
 
     Raises:
-        ValueError: naming what is wrong.
+        ValueError: saying what is wrong.
     """
     scheduler.set_timesteps(steps)
     refuse_rounding(scheduler, steps)
@@ -229,36 +243,36 @@ def check_steps(scheduler: Any, steps: int) -> None:
     left_out = count - 1 - float(timesteps.max())
     if left_out > min(2 * count / steps, 0.75 * count):
         logger.warning(
-            "%d steps of %s begin at timestep %d of %d, where samples are noise alone to the model no longer; a number "
-            "that divides %d begins later",
+            "%d steps of %s start at timestep %d of %d, where the model no longer expects pure noise; a number of "
+            "steps that divides %d starts at a noisier timestep",
             *(steps, type(scheduler).__name__, float(timesteps.max()), count, count),
         )
 
 
 def refuse_rounding(scheduler: Any, steps: int) -> None:
-    """Refuses timesteps that were set and of which one is below 0; schedulers with sigmas repeat the last one there.
+    """Refuses a timestep below 0 among those that were set; schedulers with sigmas repeat the last one instead.
 
     Raises:
         ValueError: with numbers of steps to try.
     """
     if float(scheduler.timesteps.min()) < 0 and not hasattr(scheduler, "sigmas"):
-        raise ValueError(f"by rounding it would end with a timestep of -1; try {steps - 1} or {steps + 1}")
+        raise ValueError(f"rounding would give a last timestep of -1; try {steps - 1} or {steps + 1}")
 
 
 def same_steps(one: Any, other: Any) -> bool:
-    """Whether two schedulers are of one class and take the same steps."""
+    """Whether two schedulers have the same class and the same settings."""
     names = parameters_of(type(one))
     return type(one) is type(other) and all(one.config.get(name) == other.config.get(name) for name in names)
 
 
 def warn_of_own_sampler(scheduler: Any, sampler: str | None) -> None:
-    """Says so where samples are drawn by another sampler than the exported pipeline's."""
+    """Warns if the run's samples use another sampler than the exported pipeline."""
     if sampler is None:
         return
     drawn_by = sampler_of(scheduler, sampler)
     if same_steps(scheduler, drawn_by):
         return
     logger.warning(
-        "--sampler %s: the run's samples are drawn by %s, but the exported pipeline has %s, and draws others by itself",
+        "--sampler %s: the run samples with %s, but the exported pipeline has %s, so its images will differ",
         *(sampler, type(drawn_by).__name__, type(scheduler).__name__),
     )

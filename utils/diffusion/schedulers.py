@@ -1,4 +1,4 @@
-"""Schedulers of diffusers by a user's config."""
+"""Builds diffusers schedulers from a user's config, with errors that name the faulty value."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -9,25 +9,29 @@ from utils.config.library_errors import CONFIG_ERRORS, LOADING_ERRORS, reason_of
 from utils.config.options import UserError
 
 SCHEDULER_ERRORS = (*LOADING_ERRORS, *CONFIG_ERRORS, ImportError, UserError)
-"""What diffusers' schedulers raise for configs and numbers of steps that make no sense to them."""
+"""Errors that diffusers' schedulers raise for invalid configs and numbers of steps."""
 
 
 def explicit_config(config: Mapping) -> dict[str, object]:
-    """A scheduler's config, in which values that are its class's defaults count as values of its own.
+    """Returns a scheduler's config with its class's defaults as explicit values, as after saving and loading.
 
-    `from_config` of another class would put its own defaults in their place: Heun's betas begin at 0.00085, DDPM's at
-    0.0001. A config that was saved and loaded has all its values too.
+    Otherwise `from_config` of another class would replace them by its own defaults: beta_start is 0.00085 for Heun and
+    0.0001 for DDPM.
     """
     return {name: value for name, value in config.items() if name != "_use_default_values"}
 
 
 def blamed(kind: type, config: Mapping, tried: Callable[[Any], object], settings: Sequence[str] | None = None) -> str:
-    """The one value of a scheduler's config that is to blame, as `key value`: with its default all is well; else "".
+    """Returns the value of a scheduler's config that causes an error, as "key value": with its default there is none.
 
     Args:
         kind: the scheduler's class.
+        config: the config that causes the error.
         tried: raises one of `SCHEDULER_ERRORS` for a scheduler that can't be used.
-        settings: the names that may be to blame, the likeliest first; None for all.
+        settings: the keys that may cause it, the likeliest first; None for all.
+
+    Returns:
+        "" if no single value causes the error.
     """
     known = inspect.signature(kind.__init__).parameters
     settings = list(known) if settings is None else settings
@@ -41,10 +45,10 @@ def blamed(kind: type, config: Mapping, tried: Callable[[Any], object], settings
 
 
 def scheduler_of(kind: type, config: Mapping, changes: Mapping[str, object]) -> Any:
-    """A scheduler of a class by a user's config, whose defaults are its own.
+    """Returns a scheduler of a class from a user's config with changes.
 
     Raises:
-        UserError: naming the value that is to blame, if the class makes none of it.
+        UserError: naming the faulty value, if the class can't use the config.
     """
     config = {**explicit_config(config), **changes}
     try:
