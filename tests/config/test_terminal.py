@@ -184,8 +184,8 @@ class TestWrongFlags:
     def test_all_are_named_at_once(self, train, capsys):
         train("sd", "--lr", 1, "--epochs", 2, "--quux", "--rank", "x", expect=2)
         line = message(capsys)
-        assert "--lr (here --learning_rate)" in line
-        assert "--epochs (here --num_train_epochs)" in line
+        assert "--lr (use --learning_rate)" in line
+        assert "--epochs (use --num_train_epochs)" in line
         assert "--quux;" in line  # with no guess: nothing is like it
 
     @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ class TestWrongFlags:
         from evaluate_pipeline import main
 
         assert main([flag, "x"]) == 2
-        assert f"{flag} (here {here})" in message(capsys)
+        assert f"{flag} (use {here})" in message(capsys)
 
     def test_no_guess_is_far(self, refused, capsys, train):
         for flag in ("--zzz", "--foo_bar", "--xl"):
@@ -273,7 +273,7 @@ def test_a_used_folder_is_refused_before_torch_is_imported(tmp_path):
     found = subprocess.run([*words, f"--output-dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 2
     assert "torch" not in {line.rpartition("|")[2].strip() for line in found.stderr.splitlines()}
-    assert "holds another run (checkpoint-5)" in found.stderr.splitlines()[-1]
+    assert "contains another run (checkpoint-5)" in found.stderr.splitlines()[-1]
 
 
 def test_the_first_line_says_what_is_loaded_before_torch_is(tmp_path):
@@ -281,6 +281,6 @@ def test_the_first_line_says_what_is_loaded_before_torch_is(tmp_path):
     process.kill()
     process.communicate()
     assert line == (
-        "loading torch and diffusers, which takes some seconds; model a/b (from the Hub, or its cache), "
+        "loading torch and diffusers, which takes a few seconds; model a/b (from the Hub or its cache), "
         f"data {tmp_path}\n"
     )

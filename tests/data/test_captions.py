@@ -80,7 +80,7 @@ class TestCaptionFiles:
         (tmp_path / "1.txt").rename(tmp_path / "1.TXT")
         records = records_of(tmp_path)
         assert found(records) == {f"{name}.png": (text,) for name, text in texts.items()}
-        told = "4 texts are not UTF-8 and read as gb18030, a guess; give --text_encoding if it is wrong: 0.txt: '猫'"
+        told = "4 texts are not UTF-8 and read as gb18030 (a guess; give --text_encoding if it is wrong): 0.txt: '猫'"
         assert any(told in record.message for record in caplog.records)
         assert planned(records, tmp_path).report()["not_utf_8"] == {tmp_path.name: {"gb18030 (guessed)": 4}}
         said = records_of(tmp_path, text_encoding="gbk")
@@ -116,7 +116,7 @@ class TestCaptionFiles:
             "1.png": "has 5 GB; at most 65.5 kB are read",
             "2.png": "is a pipe, not a file",
             "3.png": "is nested more than 100 deep",
-            "4.png": "is no text: it holds zero bytes",
+            "4.png": "is not text: it contains zero bytes",
         }
         assert planned(records, tmp_path / "m").bad == dict(records.refused)
 
@@ -222,7 +222,7 @@ class TestCaptionFiles:
         assert found(records) == {"0.png": (CHINESE,), "1.png": ("",)}
         assert [name for name, _ in records.refused] == ["1.png"]
         (tmp_path / "captions.json").write_text('{"0.png": "one", "0.png": "two"}')
-        with pytest.raises(UserError, match=r"captions.json: names '0.png' twice, with different values"):
+        with pytest.raises(UserError, match=r"captions.json: has the key '0.png' twice, with different values"):
             records_of(tmp_path)
 
     @pytest.mark.parametrize("other", ["images/0.png", "./0.png", "x\\..\\0.png"])

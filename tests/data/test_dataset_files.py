@@ -20,30 +20,30 @@ class TestDatasetFile:
     @pytest.mark.parametrize(
         ("content", "named"),
         [
-            (bomb(), "more than 100000 values at line 5, with aliases"),
-            ("- &a {train_data_dir: x, name: *a}", "stands within what it refers to"),
+            (bomb(), "more than 100000 values at line 5, counting expanded aliases"),
+            ("- &a {train_data_dir: x, name: *a}", "refers to a value that contains it"),
             ("[" * 200_000, "is nested more than 100 deep"),
             ("- train_data_dir: [a, [b]]", r"source 1: train_data_dir must be one value, got \['a', \['b'\]\]"),
             ("- {train_data_dir: x, repeats: " + "9" * 1000 + "}", "a number of 1000 digits"),
-            ("- {train_data_dir: x, repeats: 2020-01-01}", "'repeats': '2020-01-01' is a date to YAML"),
+            ("- {train_data_dir: x, repeats: 2020-01-01}", "'repeats': YAML reads '2020-01-01' as a date"),
             ("- {train_data_dir: x, shuffle_tags: 7}", "shuffle_tags must be bool, got 7"),
-            ("- train_data_dir: x\n  trigger_word: #sks\n", "'trigger_word': '#sks' is a comment to YAML; quote it"),
-            ("- {train_data_dir: x, caption_prefix: Null}", "'caption_prefix': 'Null' is nothing to YAML"),
+            ("- train_data_dir: x\n  trigger_word: #sks\n", "'trigger_word': '#sks' is a comment in YAML; quote it"),
+            ("- {train_data_dir: x, caption_prefix: Null}", "'caption_prefix': YAML reads 'Null' as nothing"),
             ("- {train_data_dir: x, 0x1F: 1}", "source 1: 0x1F is unknown"),
             ("- {train_data_dir: x, =: 1}", "source 1: = is unknown"),
             ("- {train_data_dir: x, <<: 1}", "expected a mapping or list of mappings for merging"),
-            ("- {train_data_dir: x, keep_tokens: 010}", "'keep_tokens': '010' is the number 8 to YAML"),
+            ("- {train_data_dir: x, keep_tokens: 010}", "'keep_tokens': YAML reads '010' as the number 8"),
             ("- {train_data_dir: x, ? [a] : b}", "unhashable key"),
             ("- {? {a: b} : b}", "unhashable key"),
             ("- {1: 2}", "source 1: 1 is unknown"),
-            ("- {train_data_dir: x, train_data_dir: y}", "'train_data_dir' stands twice in a mapping"),
+            ("- {train_data_dir: x, train_data_dir: y}", "'train_data_dir' appears twice in a mapping"),
             ("null", "must hold a list of sources"),
             ("5", "must hold a list of sources"),
             ("{sources: 5}", "must hold a list of sources"),
             ("{sources: [{}], more: [1]}", "more is unknown beside sources"),
             ("- {train_data_dir: x, text_encoding: klingon}", "source 1: --text_encoding must be an encoding"),
             ("# " + "x" * 50_000_000, "has 50 MB; at most 1.05 MB are read"),
-            ("\x00\x01\x02\x03", "is no text"),
+            ("\x00\x01\x02\x03", "is not text"),
         ],
     )
     def test_whatever_it_holds_is_one_line(self, tmp_path, content, named):
@@ -86,4 +86,4 @@ class TestDatasetFile:
         assert records.captions(0) == ("кот",)
         assert records.captions(1) != ("кот",)
         assert "--dataset_file" in caplog.text
-        assert "read as gb18030, a guess" in caplog.text
+        assert "read as gb18030 (a guess" in caplog.text

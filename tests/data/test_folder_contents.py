@@ -183,8 +183,8 @@ class TestDetection:
 
 
 NO_TARS = {
-    "dead link": (lambda file: file.symlink_to("/nowhere/x.tar"), "can't be read: it is a link to what does not exist"),
-    "loop": (lambda file: file.symlink_to(file), "is a link that leads to itself"),
+    "dead link": (lambda file: file.symlink_to("/nowhere/x.tar"), "can't be read: it is a link to a missing file"),
+    "loop": (lambda file: file.symlink_to(file), "is a link that points to itself"),
     "png": (lambda file: file.write_bytes(png()), "is not a tar file but an image; rename it to .png"),
     "json": (
         lambda file: file.write_text('{"error": "not found"}'),

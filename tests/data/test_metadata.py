@@ -43,7 +43,7 @@ class TestMetadata:
     @pytest.mark.parametrize(
         ("lines", "line", "reason"),
         [
-            ("0.png,a dog, sitting on grass", 2, "more cells than the 2 columns; put a text with a comma in quotes"),
+            ("0.png,a dog, sitting on grass", 2, "more cells than the 2 columns; quote text with a comma"),
             ("0.png", 2, "fewer cells than the 2 columns"),
             ("\n0.png,a dog,,x", 3, "more cells than the 2 columns"),
         ],
@@ -60,10 +60,10 @@ class TestMetadata:
     @pytest.mark.parametrize(
         ("lines", "named"),
         [
-            ('0.png,"a dog\n1.png,a cat\n', "line 2 can't be read: a quote opens there that is never closed"),
-            ('0.png,"a dog\n1.png,a cat"\n', "line 2 can't be read: the quote that opens there takes in line 3"),
-            ('0.png,"a dog\n1.png,"a cat"\n', "line 2 can't be read: text stands behind a closing quote"),
-            (f'0.png,"{"x" * 200_000}"\n', "line 2 can't be read: a cell of over 131072 characters"),
+            ('0.png,"a dog\n1.png,a cat\n', "line 2 can't be read: a quote opens there and is never closed"),
+            ('0.png,"a dog\n1.png,a cat"\n', "line 2 can't be read: the quote that opens there runs on into line 3"),
+            ('0.png,"a dog\n1.png,"a cat"\n', "line 2 can't be read: text follows a closing quote"),
+            (f'0.png,"{"x" * 200_000}"\n', "line 2 can't be read: a cell has over 131072 characters"),
         ],
     )
     def test_quotes_that_do_not_close_are_named(self, tmp_path, lines, named):
@@ -82,7 +82,7 @@ class TestMetadata:
         [
             ("name,text", r"metadata.csv: has no column file_name; its columns are \['name', 'text'\]"),
             ("file_name,TEXT", "did you mean --caption_column TEXT"),
-            ("file_name,text,text", "names the column 'text' twice"),
+            ("file_name,text,text", "has the column 'text' twice"),
         ],
     )
     def test_headers_are_named(self, tmp_path, header, named):
@@ -105,7 +105,7 @@ class TestMetadata:
         assert found(records) == {"0.png": (CHINESE,)}
         assert dict(records.refused) == {
             "metadata.jsonl, line 2": "is nested more than 100 deep",
-            "metadata.jsonl, line 3": "holds a number of 5000 digits; at most 300 are read",
+            "metadata.jsonl, line 3": "has a number of 5000 digits; at most 300 are read",
             "metadata.jsonl, line 4": "is not a JSON object but a list; write an object for each image",
             "1.png": "its caption has 1,000,000 characters; at most 65,536 are read",
         }
@@ -220,10 +220,10 @@ class TestMetadata:
             (
                 "metadata.jsonl",
                 '[\n {"file_name": "0.png"}\n]',
-                "in metadata.jsonl .*line 1: begins a JSON array; write",
+                "in metadata.jsonl .*line 1: starts a JSON array; write",
             ),
             ("metadata.jsonl", '[{"file_name": "0.png"}]', "line 1: is not a JSON object but a list; write an object"),
-            ("metadata.jsonl", '{"file_name": "0.png"}{"file_name": "1.png"}', "Extra data.*on a line of its own"),
+            ("metadata.jsonl", '{"file_name": "0.png"}{"file_name": "1.png"}', "Extra data.*on its own line"),
             ("metadata.jsonl", '{"file_name": "0.png", "text": "a", "text": "b"}', "none of the 1 .*'text' twice"),
             ("metadata.csv", "0.png,a dog\n1.png,a cat\n", "no column file_name.*; write a header above its first"),
             ("metadata.csv", "#comment\nfile_name,text\n0.png,a\n", "no column file_name.*; rename the column"),

@@ -21,7 +21,7 @@ class TestTars:
         write_tar(tmp_path / "a.tar", members)
         assert found(records_of(tmp_path)) == {"a.tar/0.PNG": (CHINESE,), "a.tar/1.png": ("a dog",)}
         assert dict(records_of(tmp_path / "a.tar", text_encoding="ascii").refused) == {
-            "a.tar/0.PNG": "its caption file 0.TXT can't be read: is not ascii: byte 0 is none of its letters"
+            "a.tar/0.PNG": "its caption file 0.TXT can't be read: is not ascii: byte 0 can't be decoded"
         }
 
     def test_text_members_are_bounded(self, tmp_path):

@@ -80,7 +80,7 @@ def test_a_pipeline_that_does_not_exist(train, capsys):
     train("/nowhere/pipeline", expect=2)
     assert "/nowhere/pipeline does not exist" in message(capsys)
     train("nobody/nothing", expect=2)
-    assert "nobody/nothing is no folder here" in message(capsys)
+    assert "nobody/nothing is not a local folder" in message(capsys)
 
 
 def test_a_pipeline_of_an_unsupported_class(train, capsys, pipelines, tmp_path):
@@ -144,7 +144,7 @@ def test_an_output_folder_that_is_no_name(refused, path, said):
 def test_a_path_to_write_to_that_is_or_lies_below_a_file(refused, tmp_path, flag, is_below, is_dry):
     (tmp_path / "file").write_text("a file")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name, kind in (("file", "a file"), ("link", "no folder")):
+    for name, kind in (("file", "a file"), ("link", "not a folder")):
         place = tmp_path / name / "deep" / "er" if is_below else tmp_path / name
         where = tmp_path / name if is_below else "it"
         refused([flag, place, *["--dry_run"] * is_dry], f"{flag} {place} can't be written: {where} is {kind}")
@@ -170,7 +170,7 @@ def test_an_output_folder_that_holds_another_run(train, capsys):
     out = train("sd", "--max_train_steps", 1, "--train_batch_size", 1)
     before = (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     train("sd", "--max_train_steps", 2, "--train_batch_size", 1, expect=2)
-    assert "holds another run" in message(capsys)
+    assert "contains another run" in message(capsys)
     assert (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
 

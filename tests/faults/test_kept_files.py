@@ -326,7 +326,7 @@ class TestLines:
         keep_steps(file, 3)
         again = tuple(b'{"step": %d,' % number for number in (4, 5, 6))
         assert file.read_bytes().splitlines() == [each for each in lines if not each.startswith(again)]
-        assert caplog.text.count(f"{len(STRANGE)} lines are no JSON of a step") == 1
+        assert caplog.text.count(f"{len(STRANGE)} lines are not JSON of a step") == 1
 
     def test_lines_of_any_length(self, tmp_path, caplog):
         file = tmp_path / "metrics.jsonl"

@@ -69,7 +69,7 @@ def test_a_configs_levels_stay_at_4_or_over(train, tmp_path, capsys):
     words += ["--model_config_name_or_path", tmp_path / "config"]
     assert main([str(word) for word in words]) == 2
     line = message(capsys)
-    assert "--model_config_name_or_path has 3 levels, of which the last would see 2x2 of 8 pixels" in line
+    assert "--model_config_name_or_path has 3 levels, the last of which would be 2x2 for 8 pixels" in line
     assert "an edge of at least 16" in line
     with pytest.raises(UserError, match=r"--model_size has 1 level,.*at least 4"):
         unet_config(ShapeOptions(model_size="tiny"), 2, 4, None)

@@ -92,7 +92,7 @@ def test_a_part_from_elsewhere_is_looked_at_too(train, capsys, pipelines, tmp_pa
 def test_missing_weights_may_be_allowed(train, pipelines, tmp_path, caplog):
     folder = changed(pipelines["sd"], tmp_path / "sd", "unet", without("conv_out.bias"))
     out = train(str(folder), *SHORT, "--allow_missing_weights", "unet.conv_out")
-    assert "1 missing weights are random: conv_out.bias" in caplog.text
+    assert "1 missing weights are initialized randomly: conv_out.bias" in caplog.text
     assert "conv_out.bias" in load_file(out / FILES["unet"])
     with pytest.raises(UserError, match="allow_missing_weights"):
         LoadingOptions([" "])
@@ -105,7 +105,7 @@ def test_more_layers_than_the_config_says_are_refused(train, capsys, pipelines, 
 
     folder = changed(pipelines["sd"], tmp_path / "sd", "text_encoder", add_layer)
     train(str(folder), *SHORT, expect=2)
-    assert "weights of layers that its config has not: encoder.layers.3." in message(capsys)
+    assert "weights of layers that its config lacks: encoder.layers.3." in message(capsys)
 
 
 def old_names(tensors: dict) -> dict:

@@ -17,9 +17,9 @@ def lora(pipelines, tmp_path_factory) -> dict[str, torch.Tensor]:
 LORA_CHANGES = {
     "other part": (
         lambda name: name.replace("unet.", "other."),
-        "for parts that this StableDiffusionPipeline",
+        "for components that this StableDiffusionPipeline",
     ),
-    "no part": (lambda name: name.removeprefix("unet."), "for parts that this StableDiffusionPipeline"),
+    "no part": (lambda name: name.removeprefix("unet."), "for components that this StableDiffusionPipeline"),
     "wrapped": (lambda name: f"base_model.model.{name}", "names of PEFT's own files.*save_lora_weights"),
     "other layers": (lambda name: name.replace("attn1", "attn7"), "are not in this model"),
     "one layer": (lambda name: name.replace("mid_block", "middle"), "are not in this model"),
@@ -52,7 +52,7 @@ def test_a_lora_of_which_a_half_is_missing_is_refused(lora, pipelines, tmp_path,
     del tensors[next(name for name in tensors if half in name)]
     save_file(tensors, tmp_path / "lora.safetensors")
     pipeline = StableDiffusionPipeline.from_pretrained(pipelines["sd"])
-    with pytest.raises(UserError, match="one half of 1 updates alone"):
+    with pytest.raises(UserError, match="only one half of 1 updates"):
         load_lora(pipeline, str(tmp_path / "lora.safetensors"), "a", "--lora x")
 
 
@@ -66,10 +66,10 @@ def test_a_lora_that_changes_nothing_is_said_and_complex_numbers_are_refused(lor
     off = {name: 0 * tensor if "lora_B" in name else tensor for name, tensor in lora.items()}
     save_file(names(off), file)
     load_lora(StableDiffusionPipeline.from_pretrained(pipelines["sd"]), str(file), "a", "--lora x")
-    assert caplog.text.count("so that it changes nothing") == 1
+    assert caplog.text.count("so it has no effect") == 1
     first = next(iter(lora))
     save_file(names(lora | {first: lora[first].to(torch.complex64)}), file)
-    with pytest.raises(UserError, match="as C64: weights are real numbers"):
+    with pytest.raises(UserError, match="as C64; weights must be real numbers"):
         load_lora(StableDiffusionPipeline.from_pretrained(pipelines["sd"]), str(file), "a", "--lora x")
 
 
@@ -93,8 +93,8 @@ def test_a_lora_of_another_model_is_one_whole_line(train, capsys, pipelines, tmp
         flags = ("--adaptation", "lora", "--lora_weights", tmp_path / f"lora of {theirs}")
         train(ours, *SHORT, *flags, out=f"out of {ours}", expect=2)
         line = message(capsys)
-        assert "it is the LoRA of another model" in line
-        assert "reads text states of width" in line
+        assert "it is a LoRA for another model" in line
+        assert "reads text embeddings of width" in line
         assert len(line) < 500
         assert not line.endswith(":")
 
@@ -107,5 +107,5 @@ def test_a_dora_of_other_tools_is_not_read_in_half(lora, pipelines, tmp_path):
     more = {f"{name.partition('.')[0]}.dora_scale": torch.ones(1) for name in kohya_names(lora)}
     save_file(kohya_names(lora) | more, tmp_path / "lora.safetensors")
     pipeline = StableDiffusionPipeline.from_pretrained(pipelines["sd"])
-    with pytest.raises(UserError, match="DoRA file of other tools"):
+    with pytest.raises(UserError, match="DoRA file of another tool"):
         load_lora(pipeline, str(tmp_path / "lora.safetensors"), "default", "--lora x")

@@ -137,13 +137,13 @@ class TestPerceptual:
     @pytest.mark.parametrize(
         ("flags", "named"),
         [
-            (["--perceptual_weight", 1], "--perceptual_network go together"),
+            (["--perceptual_weight", 1], "--perceptual_network need each other"),
             (["--perceptual_weight", 1, "--perceptual_network", "/nowhere"], "--perceptual_network /nowhere can't be"),
-            (["--perceptual_weight", 1, "--perceptual_network", "text"], "gives no hidden states of images"),
-            (["--perceptual_max_timestep", 5], "go with --perceptual_weight"),
+            (["--perceptual_weight", 1, "--perceptual_network", "text"], "returns no hidden states for images"),
+            (["--perceptual_max_timestep", 5], "need --perceptual_weight"),
             (
                 ["--perceptual_weight", 1, "--perceptual_network", "x", *BACKWARDS],
-                "--perceptual_max_timestep must be over",
+                "--perceptual_max_timestep must be above",
             ),
         ],
     )
@@ -220,7 +220,7 @@ class TestOwnTerm:
                 return super().forward(predicted)[:, None]
 
         of = predicted(torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3), [1, 2])
-        with pytest.raises(UserError, match=r"Wrong must give one loss a sample, \[2\], it gave \[2, 1\]"):
+        with pytest.raises(UserError, match=r"Wrong must return one loss per sample, \[2\], it returned \[2, 1\]"):
             added_losses(Wrong(FACTS), of)
 
     def test_a_discriminator_that_steps_inside_the_backward_pass(self, train):
@@ -296,7 +296,7 @@ class TestOwnTerm:
         [
             (None, [], "--loss_module must be a Python file that exists"),
             ("def (", [], "can't be run: SyntaxError"),
-            ("x = 1", [], "must hold one subclass of utils.models.loss_terms.LossTerm, it holds none"),
+            ("x = 1", [], "must define one subclass of utils.models.loss_terms.LossTerm, it defines none"),
             (
                 "from utils.models.loss_terms import LossTerm\nclass Own(LossTerm): pass",
                 [],

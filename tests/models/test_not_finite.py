@@ -35,11 +35,11 @@ def test_a_decoder_that_gives_nan_is_named_once_with_a_cure(caplog):
     for _ in range(2):
         assert torch.equal(broken.pictures(latents), torch.full((1, 3, 16, 16), -1.0))
     assert [record.message for record in caplog.records if record.name.startswith("utils.")] == [
-        "the VAE decodes to NaN or infinite numbers: samples are black; give another VAE"
+        "the VAE decodes to NaN or infinite values: samples are black; give another VAE"
     ]
     caplog.clear()
     space(torch.float16).pictures(latents)
-    assert "--mixed_precision bf16, or of SDXL a VAE for fp16 (madebyollin/sdxl-vae-fp16-fix)" in caplog.text
+    assert "--mixed_precision bf16, or for SDXL a VAE made for fp16 (madebyollin/sdxl-vae-fp16-fix)" in caplog.text
     caplog.clear()
     LatentSpace(tiny.vae()).pictures(latents * float("nan"))
     assert "the denoiser's samples are NaN" in caplog.text
@@ -113,11 +113,11 @@ class Step:
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ("step", "step 2 of the DDIMScheduler makes NaN"),
-        ("last step", "step 3 of the DDIMScheduler makes NaN"),
+        ("step", "step 2 of the DDIMScheduler turns finite"),
+        ("last step", "step 3 of the DDIMScheduler turns finite"),
         ("unet", "the denoiser's prediction is NaN or infinite from step 1 on"),
-        ("text_encoder", "the text encoders' states are NaN"),
-        ("noise", "the noise that sampling starts from is NaN"),
+        ("text_encoder", "the text embeddings are NaN"),
+        ("noise", "the initial noise of sampling is NaN"),
         ("decoder", "the VAE decodes to NaN"),
     ],
 )
@@ -159,7 +159,7 @@ def test_samples_of_a_training_name_the_scheduler(train, monkeypatch, caplog):
 
     monkeypatch.setattr(DDIMScheduler, "step", step)
     train("sd", "--max_train_steps", 1, "--no_final_checkpoint", "--validation_prompt", "a")
-    assert caplog.text.count("step 1 of the DDIMScheduler makes NaN or infinite numbers of finite predictions") == 1
+    assert caplog.text.count("step 1 of the DDIMScheduler turns finite predictions into NaN or infinite values") == 1
 
 
 def test_latents_that_are_far_too_large_are_named_before_the_learning_rate_is(train, monkeypatch, caplog):

@@ -95,14 +95,14 @@ def test_a_value_that_a_constructor_refuses_is_named(pipelines, tmp_path, part, 
 
 
 OTHER_THINGS = {
-    "model.gguf": "is a GGUF file, whose weights are quantised",
+    "model.gguf": "is a GGUF file, whose quantized weights",
     "model.onnx": "is an ONNX file",
     "model.zip": "is an archive; unpack it",
     "model.json": "is a .json file",
     "model": "is a file",
     "pipe": "is a pipe",
     "pipe.safetensors": "is a pipe",
-    "link.gguf": "is a link to nothing",
+    "link.gguf": "is a broken link",
     "missing.gguf": "does not exist",
     "/dev/zero": "is a device",
     "/nowhere/model": "does not exist",
@@ -193,10 +193,10 @@ def test_a_tokenizer_of_another_model_is_one_line(train, pipelines, tmp_path, ca
     flags = [*SHORT, "--train_batch_size", 4, "--dataloader_num_workers", workers]
     if "new" in text:  # a word that no caption has costs nothing
         train(str(folder), *flags, data=data)
-        assert "1 tokens that its text encoder has no embeddings of, such as 'newword'" in caplog.text
+        assert "1 tokens without an embedding in its text encoder, such as 'newword'" in caplog.text
         (data / "002.txt").write_text(text)
     train(str(folder), *flags, data=data, out="refused", expect=2)
-    assert "they are not of one model" in message(capsys)
+    assert "they are from different models" in message(capsys)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_configs_of_wrong_types_end_in_one_line(pipelines, tmp_path, file, key, 
 def test_configs_with_a_mark_are_one_line(pipelines, tmp_path, file, encoding):
     folder = shutil.copytree(pipelines["sd"], tmp_path / "sd")
     (folder / file).write_bytes((folder / file).read_text().encode(encoding))
-    with pytest.raises(UserError, match=f"{folder / file} begins with a byte order mark.*save it as UTF-8"):
+    with pytest.raises(UserError, match=f"{folder / file} starts with a byte order mark.*save it as UTF-8"):
         loaded(folder)
 
 
@@ -264,7 +264,7 @@ def test_a_unet_that_says_no_size_gives_a_result_that_draws(train, pipelines, tm
     out = train(str(folder), *SHORT)
     edge = 512 // DiffusionPipeline.from_pretrained(out).vae_scale_factor
     assert json.loads((out / "unet/config.json").read_text())["sample_size"] == edge
-    assert f"the UNet's config says no sample_size; the result's says {edge}" in caplog.text
+    assert f"the UNet's config has no sample_size; the exported one gets {edge}" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 100_000, "[]", "", '{"_class_name": NaN}'])

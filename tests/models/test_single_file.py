@@ -169,7 +169,7 @@ def test_more_blocks_than_the_config_says_are_refused_in_single_files(true_files
     more = {name.replace(".11.0.", ".13.0."): each.clone() for name, each in tensors.items() if name.startswith(last)}
     more |= {name.replace(".11.0.", ".12.0."): each.clone() for name, each in tensors.items() if name.startswith(last)}
     save_file(tensors | more, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"unet has .* weights of layers that its config has not"):
+    with pytest.raises(UserError, match=r"unet has .* weights of layers that its config lacks"):
         loaded(tmp_path / "model.safetensors", pretrained_model_config=str(folder))
 
 
@@ -210,7 +210,7 @@ def test_marks_are_in_the_plan_and_in_the_result_and_flags_go_before_them(train,
     assert (config["prediction_type"], config["rescale_betas_zero_snr"]) == ("v_prediction", True)
     caplog.clear()
     train(str(file), *flags, "--prediction_type", "sample", "--dry_run", out="other")
-    assert "--prediction_type sample goes before the mark" in caplog.text
+    assert "--prediction_type sample overrides the mark" in caplog.text
     capsys.readouterr()
     edm = tiny.write_single_file(pipelines["sd"], tmp_path / "edm.safetensors", {"edm_mean": torch.zeros(4)})
     train(str(edm), *flags, "--dry_run", out="third", expect=2)
@@ -219,7 +219,7 @@ def test_marks_are_in_the_plan_and_in_the_result_and_flags_go_before_them(train,
         pipelines["sd"], tmp_path / "odd.safetensors", metadata={"modelspec.prediction_type": "w\n"}
     )
     train(str(odd), *flags, "--dry_run", out="fourth")
-    assert "which is not known here" in caplog.text
+    assert "which is unknown" in caplog.text
 
 
 def test_a_single_file_is_drawn_from_by_its_marks(pipelines, tmp_path):
@@ -285,5 +285,5 @@ def test_a_single_file_without_a_text_encoder_says_what_to_give(pipelines, tmp_p
         save_file(
             {name: each for name, each in tensors.items() if not name.startswith(prefix)}, tmp_path / "b.safetensors"
         )
-        with pytest.raises(UserError, match=rf"b\.safetensors holds no {part}, .*give the whole model"):
+        with pytest.raises(UserError, match=rf"b\.safetensors has no {part}, .*give the whole model"):
             loaded(tmp_path / "b.safetensors", pretrained_model_config=str(pipelines[kind]))

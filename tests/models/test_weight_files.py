@@ -64,7 +64,9 @@ QUANTIZED = {
 @pytest.mark.parametrize("change", QUANTIZED)
 def test_quantised_weights_of_a_folder_are_refused(pipelines, tmp_path, part, change):
     folder = changed(pipelines["sd"], tmp_path / "sd", part, QUANTIZED[change])
-    with pytest.raises(UserError, match=rf"--pretrained_model {folder}: {part}: .*safetensors holds .*fp16") as raised:
+    with pytest.raises(
+        UserError, match=rf"--pretrained_model {folder}: {part}: .*safetensors contains .*fp16"
+    ) as raised:
         loaded(folder)
     assert "\n" not in str(raised.value)
 
@@ -77,7 +79,7 @@ def test_quantised_weights_of_a_single_file_are_refused(pipelines, tmp_path, pre
     whole = {name: each for name, each in tensors.items() if name not in own} | QUANTIZED[change](own)
     for file, save in (("b.safetensors", save_file), ("b.ckpt", torch.save)):
         save({name: each.contiguous() for name, each in whole.items()}, tmp_path / file)
-        with pytest.raises(UserError, match=rf"{file}: \w+ holds {prefix}.*give the weights in fp32"):
+        with pytest.raises(UserError, match=rf"{file}: \w+ contains {prefix}.*give the weights in fp32"):
             loaded(tmp_path / file, pretrained_model_config=str(pipelines["sd"]), allow_pickle=file.endswith("ckpt"))
 
 
@@ -99,7 +101,7 @@ def test_quantised_shards_and_another_vae_are_refused(train, capsys, pipelines, 
     save_file(as_integers(load_file(file)), file, metadata={"format": "pt"})
     flag = "--pretrained_vae_model_name_or_path"
     train("sd", *SHORT, flag, vae, expect=2)
-    assert f"{flag} {vae}: {file.name} holds " in message(capsys)
+    assert f"{flag} {vae}: {file.name} contains " in message(capsys)
 
 
 def test_only_the_files_that_are_read_are_looked_at(pipelines, tmp_path):
@@ -126,7 +128,7 @@ def test_floating_point_numbers_of_8_bits_are_read_as_they_are(pipelines, tmp_pa
         for name, each in load_file(folder / FILES[part]).items():
             assert torch.equal(state[name.removeprefix("text_model.")], each.float())
         assert f"{part}: {Path(FILES[part]).name}: " in caplog.text
-        assert "8-bit floating-point numbers (F8_E4M3)" in caplog.text
+        assert "8-bit floats (F8_E4M3)" in caplog.text
 
 
 def test_what_is_whole_numbers_by_nature_is_no_quantised_weight(pipelines, tmp_path):
@@ -154,7 +156,7 @@ def test_what_stands_beside_whole_weights_is_no_scale():
     check_stored("x", layer)
     check_stored("x", {"text_projection": Stored("F16", (4, 4)), "text_projection.weight": Stored("F16", (4, 4))})
     for few in ("F8_E4M3", "I8", "U8"):
-        with pytest.raises(UserError, match="scaled or quantised"):
+        with pytest.raises(UserError, match="scaled or quantized"):
             check_stored("x", layer | {"a.weight": Stored(few, (4,))})
 
 
@@ -173,7 +175,7 @@ def test_a_quantised_pipeline_says_so_in_training(train, capsys, pipelines, tmp_
         plain = file.read_text()
         file.write_text(json.dumps(json.loads(plain) | {"quantization_config": {"quant_method": "bitsandbytes"}}))
         train(str(folder), *SHORT, "--dry_run", expect=2)
-        assert f"{part}/config.json says quantization_config (bitsandbytes)" in message(capsys)
+        assert f"{part}/config.json has quantization_config (bitsandbytes)" in message(capsys)
         file.write_text(plain)
 
 
@@ -186,18 +188,18 @@ def test_weights_that_are_not_finite_are_named(pipelines, tmp_path, part, bad):
         return tensors
 
     folder = changed(pipelines["sd"], tmp_path / "sd", part, damage)
-    with pytest.raises(UserError, match=rf"{folder}: {part}: \S+ holds 1 of [\d,]+ numbers that are NaN or infinite"):
+    with pytest.raises(UserError, match=rf"{folder}: {part}: \S+ has 1 NaN or infinite values of [\d,]+"):
         loaded(folder)
     whole = load_file(tiny.write_single_file(folder, tmp_path / "a.safetensors"))
     save_file(whole, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=rf"a\.safetensors: {part}: \S+ holds 1 of"):
+    with pytest.raises(UserError, match=rf"a\.safetensors: {part}: \S+ has 1 NaN or infinite values of"):
         loaded(tmp_path / "a.safetensors", pretrained_model_config=str(pipelines["sd"]))
 
 
 def test_large_numbers_are_finite_and_too_large_ones_have_a_cure():
     check_finite([("a", torch.full((4,), 3e38))], "x")
     check_finite([("a", torch.full((4000,), 60000.0).half()), ("b", torch.ones(2, dtype=torch.int8))], "x")
-    with pytest.raises(UserError, match=r"x: a holds 4 of 4 numbers .*too large for fp16"):
+    with pytest.raises(UserError, match=r"x: a has 4 NaN or infinite values of 4.*too large for fp16"):
         check_finite([("a", torch.full((4,), 1e6).half())], "x")
 
 
@@ -209,15 +211,15 @@ def test_a_checkpoint_that_diverged_is_drawn_all_the_same(pipelines, tmp_path, c
 
     folder = changed(pipelines["sd"], tmp_path / "sd", "unet", damage) / "unet"
     load_module(UNet2DConditionModel, str(folder), "x", "unet", torch.float32, must_be_finite=False)
-    assert "as do 207 other tensors: what is drawn will be NaN" in caplog.text
+    assert "as do 207 other tensors: samples will be NaN" in caplog.text
 
 
 LORAS = {
-    "int8": (lambda lora: {name: (9 * each).to(torch.int8) for name, each in lora.items()}, "as I8: it is quantised"),
-    "a scale": (lambda lora: lora | {f"{min(lora)[:-6]}weight_scale": torch.ones(1)}, "scaled or quantised"),
-    "NaN": (lambda lora: {name: each * float("nan") for name, each in lora.items()}, "are NaN or infinite"),
+    "int8": (lambda lora: {name: (9 * each).to(torch.int8) for name, each in lora.items()}, "as I8: it is quantized"),
+    "a scale": (lambda lora: lora | {f"{min(lora)[:-6]}weight_scale": torch.ones(1)}, "scaled or quantized"),
+    "NaN": (lambda lora: {name: each * float("nan") for name, each in lora.items()}, "NaN or infinite values"),
     "alpha of NaN": (lambda lora: with_alpha(lora, float("nan")), "NaN"),
-    "alpha of 0": (lambda lora: with_alpha(lora, 0.0), "of all its 16 layers is 0, so that it changes nothing"),
+    "alpha of 0": (lambda lora: with_alpha(lora, 0.0), "of all its 16 layers is 0, so it has no effect"),
     "biases": (lambda lora: lora | {"unet.conv_in.diff_b": torch.zeros(16)}, "whole-difference file .*merge it"),
     "differences": (lambda lora: lora | {"unet.conv_norm_out.diff": torch.zeros(16)}, "whole-difference file"),
     "norms": (lambda lora: lora | {"lora_unet_norm.w_norm": torch.zeros(16)}, "LoRA and norm file"),
@@ -298,10 +300,10 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 1\n"
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (LFS, "pointer of Git LFS; fetch the file itself with git lfs pull"),
-        (b"<!doctype html><html>", "is a web page; fetch the file again"),
-        (b"\n <HTML>", "is a web page; fetch the file again"),
-        (b"", "is empty; fetch the file again"),
+        (LFS, "Git LFS pointer; fetch the file itself with git lfs pull"),
+        (b"<!doctype html><html>", "is a web page; download the file again"),
+        (b"\n <HTML>", "is a web page; download the file again"),
+        (b"", "is empty; download the file again"),
         (b"GGUF" + b"\0" * 99, "GGUF"),
     ],
     ids=["lfs", "doctype", "html", "empty", "gguf"],
@@ -324,12 +326,12 @@ def test_what_was_saved_in_the_place_of_weights_is_named(pipelines, tmp_path, na
 @pytest.mark.parametrize(
     ("held", "said"),
     [
-        ([1, 2], "holds a list, not weights by name"),
-        (torch.ones(2), "holds a Tensor, not weights by name"),
-        ({"state_dict": {"a": torch.ones(2)}}, "holds its weights within state_dict"),
-        ({0: torch.ones(2)}, "names 1 of its weights by int"),
-        ({}, "holds no weights"),
-        (torch.nn.Linear(2, 2), "holds objects other than tensors"),
+        ([1, 2], "contains a list, not weights by name"),
+        (torch.ones(2), "contains a Tensor, not weights by name"),
+        ({"state_dict": {"a": torch.ones(2)}}, "contains its weights inside state_dict"),
+        ({0: torch.ones(2)}, "has 1 weights named by int"),
+        ({}, "contains no weights"),
+        (torch.nn.Linear(2, 2), "contains objects other than tensors"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -347,8 +349,8 @@ def test_damaged_pickles_are_named(tmp_path):
         content = (tmp_path / name).read_bytes()
         for size in (1, 20, len(content) // 2, len(content) - 30):
             (tmp_path / "cut.bin").write_bytes(content[:size])
-            with pytest.raises(FileError, match=r"is damaged, cut short or not of torch.save"):
+            with pytest.raises(FileError, match=r"is damaged, truncated or not written by torch.save"):
                 stored_in(tmp_path / "cut.bin")
     save_file(tensors, tmp_path / "s.bin")
-    with pytest.raises(FileError, match=r"let its name end with .safetensors"):
+    with pytest.raises(FileError, match=r"rename it to end in .safetensors"):
         stored_in(tmp_path / "s.bin")

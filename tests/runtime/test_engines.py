@@ -260,7 +260,7 @@ def test_flags_that_an_engine_can_not_do_are_refused(engine, words, flag, tmp_pa
     plain, given = parse(Options, needed, ""), parse(Options, [*needed, *words], "")
     made = engine.__new__(engine)
     made.check_options(plain, "adamw")
-    with pytest.raises(UserError, match=f"--{flag} does not go with {engine.name}: "):
+    with pytest.raises(UserError, match=f"--{flag} does not work with {engine.name}: "):
         made.check_options(given, "adamw")
     with pytest.raises(UserError, match="--optimizer must be adamw"):
         made.check_options(plain, "muon")
@@ -340,7 +340,7 @@ def test_a_process_that_falls_silent_ends_its_peer(monkeypatch, capsys):
         monkeypatch.setattr(second, "_exchange", lambda *arguments: None)  # silent, without a word
         wait_for(lambda: bool(ended))
         said = capsys.readouterr().err
-        assert "has given no sign of life for 3 s (--peer_timeout), so process" in said
+        assert "has sent no heartbeat for 3 s (--peer_timeout), so process" in said
         stop(pairs[0])
         ended.clear()
         first, second = pairs[1]
@@ -420,6 +420,6 @@ def test_a_node_that_is_cut_off_ends_the_run(data, pipelines, tmp_path, nodes):
     assert all(process.wait(120) != 0 for process in processes)
     assert time.monotonic() - begun < 60
     said = (tmp_path / f"{nodes[0][0]}.log").read_text()
-    assert "error: process 1 has given no sign of life for 15 s" in said
+    assert "error: process 1 has sent no heartbeat for 15 s" in said
     flags = ("--max_train_steps", 7, "--train_batch_size", 4, "--resume_from_checkpoint", "checkpoint-5")
     run([sys.executable, *command(pipelines, data, out, *flags)])

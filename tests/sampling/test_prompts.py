@@ -72,16 +72,16 @@ def test_prompts_files_are_read_as_they_are_written(tmp_path, name, text, found)
         ("p.csv", b'n, text\n1, "a, b"\n', ["a, b"]),
         ("p.json", b'["\\ud83d a"]', ["? a"]),
         ("p.csv", b"n,prompt\n1\n", "line 2: fewer cells than the 2 columns"),
-        ("p.csv", b"n,prompt\n1,a,b\n", "line 2: more cells than the 2 columns; put a text with a comma in quotes"),
+        ("p.csv", b"n,prompt\n1,a,b\n", "line 2: more cells than the 2 columns; quote text with a comma"),
         ("p.json", b"[" * 200_000, "is nested more than 100 deep"),
         ("p.jsonl", b'"a"\n' + b"[" * 200_000, "line 2: is nested more than 100 deep"),
         ("p.jsonl", b'{"prompt": ["a"]}', r"line 1: prompt must be a text, got \['a'\]"),
-        ("p.json", b"1" * 5000, "holds a number of 5000 digits"),
+        ("p.json", b"1" * 5000, "has a number of 5000 digits"),
         ("p.txt", b"x" * 100_000, "line 1 has a prompt of 100,000 characters; at most 65,536 are read"),
-        ("p.txt", bytes(range(256)), "is no text"),
+        ("p.txt", bytes(range(256)), "is not text"),
         ("p.csv", b"prompt,n\na dog,1\nNaN,2\nNA,3\n ,4\n,5\nNan,6\n", ["a dog", "Nan"]),
         ("p.tsv", b"n\tprompt\n1\tNone\n", "p.tsv holds no prompts"),
-        ("p.jsonl", b'[\n"a",\n"b"\n]', "line 1: begins a JSON array; write each of its values on a line"),
+        ("p.jsonl", b'[\n"a",\n"b"\n]', "line 1: starts a JSON array; write each of its values on its own line"),
     ],
 )
 def test_prompts_files_in_any_encoding_and_whatever_they_hold(tmp_path, name, content, found):
@@ -104,7 +104,7 @@ def test_the_encoding_of_prompts_can_be_said(tmp_path, caplog):
     assert [prompt.text for prompt in read_prompts(PromptOptions(**options, text_encoding="gbk"))] == ["猫"]
     assert not caplog.records
     assert read_prompts(PromptOptions(prompts_file=str(tmp_path / "r.txt")))[0].text == "кот сидит"
-    assert "1 text is not UTF-8 and read as cp1251, a guess; give --text_encoding if it is wrong" in caplog.text
+    assert "1 text is not UTF-8 and read as cp1251 (a guess; give --text_encoding if it is wrong)" in caplog.text
 
 
 def test_ragged_rows_and_numbers_that_are_not_meant_are_refused(tmp_path):

@@ -93,7 +93,7 @@ def test_a_dry_run_refuses_the_folder_of_its_model_as_the_run_does(tmp_path):
 
     (tmp_path / "model_index.json").write_text("{}")
     words = ["--train_data_dir", str(tmp_path), "--pretrained_model", str(tmp_path), "--output_dir", f"{tmp_path}/"]
-    for more, said in (([], "holds another run"), (["--dry_run"], "is the folder of --pretrained_model")):
+    for more, said in (([], "contains another run"), (["--dry_run"], "is the folder of --pretrained_model")):
         with pytest.raises(UserError, match=said):
             read_options([*words, *more])
     for more in (["--dry_run", "--resume_from_checkpoint", "latest"], ["--dry_run", "--overwrite_output_dir"]):

@@ -187,7 +187,7 @@ def test_a_folder_of_pictures_is_no_output_folder(pipelines, tmp_path, capsys):
     reset_accelerate()
     words = ["--pipeline", pipelines["sd"], "--prompts", "a", "--metrics", "lpips_diversity", "--no_download"]
     assert main([str(word) for word in [*words, "--output_dir", data]]) == 2
-    assert "holds pictures that no run wrote" in message(capsys)
+    assert "contains images that no run wrote" in message(capsys)
     assert sorted(path.name for path in data.iterdir() if path.name != ".lock") == before
 
 

@@ -330,4 +330,4 @@ def test_a_single_file_of_another_architecture_is_refused(train, pipelines, tmp_
     tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("cond_stage_model")}
     save_file(tensors, file)
     train(str(file), *SHORT, "--pretrained_model_config", pipelines["sd"], expect=2)
-    assert "holds no text_encoder, whose weights begin with" in capsys.readouterr().err.splitlines()[-1]
+    assert "has no text_encoder, whose weights start with" in capsys.readouterr().err.splitlines()[-1]

@@ -122,7 +122,7 @@ def test_a_time_limit_is_a_planned_end(train, capsys):
     flags = ["--train_batch_size", 2, "--max_train_steps", 1000, "--max_train_time", "0:00:00"]
     out = train("sd", *flags)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
-    assert "stopped as asked after step 1" in capsys.readouterr().err
+    assert "stopped as requested after step 1" in capsys.readouterr().err
     train("sd", *flags, "--resume_from_checkpoint", "latest")
     assert (out / "checkpoint-2").exists()
 

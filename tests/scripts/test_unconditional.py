@@ -160,12 +160,12 @@ def test_samples_by_another_sampler_than_the_results_are_said(train, caplog, nam
 @pytest.mark.parametrize("name", ["latents", "labelled latents"])
 def test_what_a_pipeline_does_not_know_of_a_vae_is_said(train, pipelines, tmp_path, caplog, name):
     train(name, "--dry_run")
-    assert "scaled alone" not in caplog.text
+    assert "only scaled" not in caplog.text
     folder = shutil.copytree(pipelines["vae"], tmp_path / "shifted")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"shift_factor": 0.1, "latents_mean": [0.5] * 4}))
     train(name, "--dry_run", "--vae", folder)
-    assert caplog.text.count("the VAE's shift_factor, latents_mean: left out in training") == 1
+    assert caplog.text.count("the VAE's shift_factor, latents_mean: ignored in training") == 1
 
 
 def test_the_cached_run_trains_what_the_live_one_does(train, tmp_path):

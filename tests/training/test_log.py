@@ -124,8 +124,8 @@ def test_a_tracker_that_fails_is_given_up(train, caplog, monkeypatch):
             out = train("sd", *flags, out=name)
         said = [record.message for record in caplog.records if "can't be written" in record.message]
         assert said == [
-            "tensorboard can't be written: [Errno 28] No space left on device; the training continues without it, "
-            "metrics.jsonl has the numbers"
+            "tensorboard can't be written: [Errno 28] No space left on device; the training continues without it "
+            "(metrics.jsonl has the numbers)"
         ]
         assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
         caplog.clear()

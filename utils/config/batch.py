@@ -1,4 +1,4 @@
-"""The facts that travel together: an image on disk, the crop that was made of it, a batch."""
+"""The records that pass between modules: an image on disk, its crop, a batch."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class MaskFile(NamedTuple):
-    """What says where in an image the loss counts.
+    """The source of an image's loss mask.
 
     Attributes:
-        source: the path of an image file, or its bytes, white where it counts; b"" if the image says it itself.
-        is_alpha: whether the image's alpha channel says it.
+        source: path or bytes of an image file, white where the loss counts; b"" if the image's alpha is the mask.
+        is_alpha: whether the mask is the image's alpha channel.
     """
 
     source: str | bytes
@@ -25,10 +25,10 @@ class ImageRecord:
     """One image of the data, not yet decoded.
 
     Attributes:
-        key: the name under which it is reported, a path or a row number.
+        key: name used in reports: a path or a row number.
         source: the path of the file, or its bytes.
-        captions: of several one is drawn at each step.
-        mask: where the loss counts; None for all of it.
+        captions: one of them is drawn at each step.
+        mask: where the loss counts; None for the whole image.
     """
 
     key: str
@@ -38,9 +38,9 @@ class ImageRecord:
 
 
 class RecordPass(NamedTuple):
-    """What an image's crop, flip and tags are drawn by: its 64-bit identity, and how often it was used before.
+    """Key of an image's random crop, flip and tags: its 64-bit identity and the number of earlier uses.
 
-    Where K variants are cached, the second number is taken modulo K.
+    If K variants are cached, the second number is taken modulo K.
     """
 
     identity: int
@@ -49,9 +49,9 @@ class RecordPass(NamedTuple):
 
 @dataclass(frozen=True)
 class Crop:
-    """What was cut from an image, in pixels.
+    """The crop of an image, in pixels.
 
-    `top` and `left` count in the whole image, resized and, where that was drawn, turned and mirrored.
+    `top` and `left` refer to the whole image after resizing and any rotation and flip.
     """
 
     original_height: int
@@ -62,7 +62,7 @@ class Crop:
     width: int
 
     def row(self) -> list[float]:
-        """The six numbers in the order of SDXL's size and crop conditioning (Podell et al. 2023, section 2.2)."""
+        """Returns the six numbers in the order of SDXL's size and crop conditioning (Podell et al. 2023, sec. 2.2)."""
         sizes = (self.original_height, self.original_width, self.top, self.left, self.height, self.width)
         return [float(value) for value in sizes]
 
@@ -75,19 +75,19 @@ class Batch:
         step: optimizer step, from 0.
         slots: B positions in the global batch of that step.
         keys: B names of the images.
-        pixels: [B, C, H, W] from 0 to 255, uint8 or finer in float32, or None where the moments come from the cache.
-        moments: [B, 2, C, h, w] mean and standard deviation of the VAE's posterior, raw, or None.
-        input_ids: [B, text encoders, tokens] int64, or None where the text states come from the cache.
-        states: text states by the family's names for them, or None.
-        caption_dropped: [B] bool, where the caption was replaced by none.
+        pixels: [B, C, H, W] from 0 to 255, uint8 or float32, or None if the moments come from the cache.
+        moments: [B, 2, C, h, w] mean and standard deviation of the VAE's posterior, unscaled, or None.
+        input_ids: [B, text encoders, tokens] int64, or None if the text embeddings come from the cache.
+        states: text embeddings by the family's names for them, or None.
+        caption_dropped: [B] bool, True where the caption was replaced by the empty one.
         crops: [B, 6] float32, the rows of `Crop`.
-        loss_weights: [B] float32, factors on the samples' losses, by their sources.
-        posterior_noise: [B, C, h, w] float32, standard normal, for the sample from the VAE's posterior; None in pixels.
-        noise: [B, C, h, w] float32, standard normal, noise offset included.
+        loss_weights: [B] float32, factors on the samples' losses, set per data source.
+        posterior_noise: [B, C, h, w] float32, standard normal, to sample the VAE's posterior; None in pixel space.
+        noise: [B, C, h, w] float32, standard normal, plus the noise offset.
         input_perturbation: [B, C, h, w] float32, standard normal, or None.
         timesteps: [B] int64.
-        unreadable: names and reasons of the images that could not be read and were replaced.
-        masks: [B, 1, h, w] uint8, 255 where the loss counts, or None where it counts everywhere.
+        unreadable: names of the images that could not be read and were replaced, with the reasons.
+        masks: [B, 1, h, w] uint8, 255 where the loss counts; None if it counts everywhere.
     """
 
     step: int
@@ -119,35 +119,35 @@ class Batch:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, but for the text states."""
+        """All tensors by name, except the text embeddings."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in own.items() if isinstance(value, Tensor)}
 
     def cloned(self) -> Self:
-        """The same batch in memory of its own."""
+        """Returns a copy with its own memory."""
         return self._map(lambda tensor: tensor.clone())
 
     def part(self, begin: int, end: int) -> Self:
-        """Some of the samples; what could not be read is said by the first part."""
+        """Returns samples `begin` to `end`; only the first part keeps the list of unreadable images."""
         some = self._map(lambda tensor: tensor[begin:end])
         unreadable = () if begin else self.unreadable
         return dataclasses.replace(some, slots=self.slots[begin:end], keys=self.keys[begin:end], unreadable=unreadable)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
-        """The same batch on another device."""
+        """Returns the batch on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same batch in page-locked memory; a DataLoader calls this."""
+        """Returns the batch in page-locked memory; called by DataLoader."""
         return self._map(lambda tensor: tensor.pin_memory())
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser reads beside noisy latents and their timesteps; the first axis of each tensor is the sample.
+    """Inputs of a denoiser besides the noisy latents and timesteps; the first axis of each tensor is the sample.
 
     Attributes:
-        states: text states by name, or the numbers of classes.
+        states: text embeddings by name, or class labels.
         crops: [B, 6] float32, the rows of `Crop`.
     """
 
@@ -157,13 +157,14 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a model said of a batch, for what else is to be made of it; the first axis of each tensor is the sample.
+    """A model's prediction for a batch, as input of additional loss terms; the first axis is the sample.
 
     Attributes:
-        estimate: [B, C, h, w] float32, the clean latents by the model's prediction; gradients flow through it.
+        estimate: [B, C, h, w] float32, clean latents estimated from the prediction; gradients flow through it.
         latents: [B, C, h, w] float32, the clean latents.
-        prediction: [B, C, h, w] float32, of the target that `noised` holds.
-        states: text states, as the model reads them.
+        prediction: [B, C, h, w] float32, prediction of `noised.target`.
+        noised: the noisy latents, their target and timesteps.
+        states: text embeddings, as the model reads them.
         crops: [B, 6] float32, the rows of `Crop`.
         masks: [B, 1, h, w] uint8, 255 where the loss counts, or None.
     """
@@ -177,7 +178,7 @@ class Predicted:
     masks: Tensor | None
 
     def detached(self) -> Self:
-        """The same, without gradients to the model."""
+        """Returns the same values, detached from the model's graph."""
         states = {name: state.detach() for name, state in self.states.items()}
         estimate, prediction = self.estimate.detach(), self.prediction.detach()
         return dataclasses.replace(self, estimate=estimate, prediction=prediction, states=states)
@@ -185,11 +186,11 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Noised:
-    """A noised latent and what the model should say of it; all but the timesteps float32.
+    """Noisy latents and the model's target; all float32 except the timesteps.
 
     Attributes:
         noisy: [B, C, h, w] the model's input.
-        target: [B, C, h, w] what it should predict.
+        target: [B, C, h, w] what the model should predict.
         timesteps: [B] int64, in [0, num_timesteps).
         snr: [B] signal-to-noise ratio alpha_bar / (1 - alpha_bar) at those timesteps.
         num_timesteps: length of the noise schedule.

@@ -1,4 +1,4 @@
-"""Tables as spreadsheets and people write them: commas, semicolons or tabs, each row held against the header."""
+"""Reads delimited tables as people and spreadsheets write them, and checks each row against the header."""
 
 import csv
 import io
@@ -10,22 +10,22 @@ from typing import NamedTuple
 from utils.config.user_files import FileError, short
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-SAID_DELIMITER = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)  # Excel's own line for it
+SAID_DELIMITER = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)  # Excel's line that names the delimiter
 
-MISSING = {  # what pandas, and so `datasets`, read as an empty cell
+MISSING = {  # what pandas, and therefore `datasets`, read as an empty cell
     *("NULL", "null", "NaN", "nan", "-NaN", "-nan", "None", "NA", "<NA>", "N/A", "n/a", "#NA", "#N/A", "#N/A N/A"),
     *("1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
 }
-MAY_BE_NAMES = {"NULL", "null", "None", "NA", "N/A", "n/a"}  # a defect that is none, or Namibia
+MAY_BE_NAMES = {"NULL", "null", "None", "NA", "N/A", "n/a"}  # such as the label "None", or NA for Namibia
 
 
 class Row(NamedTuple):
     """A row below the header.
 
     Attributes:
-        line: where it begins.
-        values: by column; "" of an empty cell.
-        reason: why it can't be taken as it is; "" if it can.
+        line: line number where it begins.
+        values: cells by column name; "" for an empty cell.
+        reason: why the row can't be used; "" if it can.
     """
 
     line: int
@@ -36,25 +36,29 @@ class Row(NamedTuple):
 def read_rows(
     text: str, where: object, names: Sequence[str], begins_row: Callable[[str, str], bool] = lambda column, cell: False
 ) -> Iterator[Row]:
-    """The rows of a table with a header, blank ones left out; its delimiter is the one that tells these columns apart.
+    """Yields the rows of a table with a header, skipping blank ones. Detects the delimiter from the header.
 
     Args:
-        names: columns of which the header is expected to hold some.
-        begins_row: whether a cell of a column says that a line is a row of its own, though it stands within quotes.
+        names: expected column names, of which the header should contain some.
+        begins_row: whether a cell of a column shows that a quoted line is in fact a new row.
 
     Raises:
-        FileError: naming `where` and the line, for a header that names a column twice, or quotes that don't close.
+        FileError: naming `where` and the line, if the header repeats a column or a quote is not closed.
     """
+
     lines = list(io.StringIO(text, newline=""))
+    # Delimiter: from Excel's sep= line, or guessed from the header.
     said = SAID_DELIMITER.fullmatch(lines[0]) if lines else None
     if said:
         lines[0] = "\n"
     first = next((line for line in lines if line.strip()), "")
+
     delimiter = said[1] if said else _delimiter(first, names)
     lines = [_without_spaces(line, delimiter) if '" ' in line else line for line in lines]
     pads = any(f'{delimiter} "' in line for line in lines) or any(cell[:1] == " " for cell in first.split(delimiter))
     reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=pads)
     columns: list[str] | None = None
+
     while True:
         begin = reader.line_num + 1
         try:
@@ -68,12 +72,13 @@ def read_rows(
         if columns is None:
             columns = _columns(cells, where)
             continue
-        within = range(begin, reader.line_num)  # the row's lines behind its first
+        # An unclosed quote swallows the lines after it: find a line within this row that is a row of its own.
+        within = range(begin, reader.line_num)
         inner = next((number for number in within if _is_row(lines[number], delimiter, columns, begins_row)), None)
         if inner is not None:
-            cure = "close the quote, or write it twice within a quoted text"
+            cure = "close the quote, or double it inside quoted text"
             raise FileError(
-                where, f"line {begin} can't be read: the quote that opens there takes in line {inner + 1}; {cure}"
+                where, f"line {begin} can't be read: the quote that opens there runs on into line {inner + 1}; {cure}"
             )
         yield Row(
             begin,
@@ -83,17 +88,17 @@ def read_rows(
 
 
 def is_missing(cell: str) -> bool:
-    """Whether a cell is empty, or holds what tables write for nothing, such as NULL or NaN."""
+    """Whether a cell is empty or holds a placeholder for a missing value, such as NULL or NaN."""
     return not cell or cell.strip() in MISSING
 
 
 def may_be_name(cell: str) -> bool:
-    """Whether what tables write for nothing may be meant as a name too, such as NA."""
+    """Whether a placeholder for a missing value could also be a real name, such as NA."""
     return cell.strip() in MAY_BE_NAMES
 
 
 def _delimiter(header: str, names: Sequence[str]) -> str:
-    """The delimiter by which a header holds most of these names, or else most cells."""
+    """Returns the delimiter that yields the most known names in the header, or else the most cells."""
     known = {name.casefold() for name in names}
 
     def score(delimiter: str) -> tuple[int, int]:
@@ -104,7 +109,7 @@ def _delimiter(header: str, names: Sequence[str]) -> str:
 
 
 def _without_spaces(line: str, delimiter: str) -> str:
-    """A line without spaces between a closing quote and what follows it, which the csv module does not know."""
+    """Removes spaces between a closing quote and the next delimiter, which the csv module rejects."""
     return re.sub(rf'(?<=[^"\s{re.escape(delimiter)}])" +(?={re.escape(delimiter)}|\r?\n?$)', '"', line)
 
 
@@ -112,23 +117,23 @@ def _columns(cells: Sequence[str], where: object) -> list[str]:
     columns = [cell.strip() for cell in cells]
     twice = next((name for name, count in Counter(filter(None, columns)).items() if count > 1), None)
     if twice is not None:
-        raise FileError(where, f"names the column {short(twice)} twice; rename one")
+        raise FileError(where, f"has the column {short(twice)} twice; rename one")
     return columns
 
 
 def _named(columns: Sequence[str], cells: Sequence[str]) -> list[str]:
-    """The cells of the columns that have a name."""
+    """Returns the cells of the columns that have a name."""
     return [cell for name, cell in zip(columns, cells, strict=False) if name]
 
 
 def _ragged(columns: Sequence[str], cells: Sequence[str], delimiter: str) -> str:
-    """Why a row does not fit the header, or ""; empty cells behind the last column, as spreadsheets write, do."""
+    """Returns why a row does not fit the header, or ""; trailing empty cells, as spreadsheets write, are accepted."""
     beyond = cells[len(columns) :]
     unnamed = [cell for name, cell in list(zip(columns, cells, strict=False))[1:] if not name]  # the first is an index
     columns_text = f"the {len(list(filter(None, columns)))} columns"
     if any(map(str.strip, [*beyond, *unnamed])):
-        return f"more cells than {columns_text}; put a text with a {DELIMITERS.get(delimiter, delimiter)} in quotes"
-    return f"fewer cells than {columns_text}; leave an empty cell for each" if len(cells) < len(columns) else ""
+        return f"more cells than {columns_text}; quote text with a {DELIMITERS.get(delimiter, delimiter)}"
+    return f"fewer cells than {columns_text}; write an empty cell for each" if len(cells) < len(columns) else ""
 
 
 def _is_row(line: str, delimiter: str, columns: Sequence[str], begins_row: Callable[[str, str], bool]) -> bool:
@@ -141,9 +146,9 @@ def _is_row(line: str, delimiter: str, columns: Sequence[str], begins_row: Calla
 def _quoting(error: csv.Error) -> str:
     reason = str(error)
     if "unexpected end" in reason:
-        return "a quote opens there that is never closed; close it, or write it twice within a quoted text"
+        return "a quote opens there and is never closed; close it, or double it inside quoted text"
     if "field larger" in reason:
-        return f"a cell of over {csv.field_size_limit()} characters, perhaps of a quote that is never closed"
+        return f"a cell has over {csv.field_size_limit()} characters; a quote may be unclosed"
     if "expected after" in reason:
-        return 'text stands behind a closing quote; write a quote within a quoted text twice ("")'
+        return 'text follows a closing quote; inside quoted text, double each quote ("")'
     return reason

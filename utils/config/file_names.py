@@ -1,3 +1,3 @@
-"""Names of files in the folder of a saved pipeline."""
+"""File names in the folder of a saved pipeline."""
 
 SCHEDULER_CONFIG = "scheduler_config.json"

@@ -1,4 +1,4 @@
-"""The first second of a script: what it reads, refuses and says before it loads torch, which takes several."""
+"""The first second of a script: reads and checks the options before torch, which takes several seconds to load."""
 
 import os
 import sys
@@ -16,11 +16,11 @@ _read: dict[tuple[str, ...], object] = {}
 
 
 def read_first(read: Callable[[Sequence[str] | None], object], names: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Reads the options of the command line; ends the process for `--help` and for errors of flags.
+    """Reads the command line's options; exits for `--help` and for invalid flags.
 
     Args:
-        read: reads options.
-        names: as of `run_script`.
+        read: parses arguments into options.
+        names: flag names of this script, as in `run_script`.
     """
 
     def keep(argv: Sequence[str] | None) -> None:
@@ -32,21 +32,21 @@ def read_first(read: Callable[[Sequence[str] | None], object], names: Mapping[st
 
 
 def options_of(read: Callable[[Sequence[str] | None], Read], argv: Sequence[str] | None) -> Read:
-    """The options in `argv`, or in the command line if None, which are not read again if they were read first."""
+    """Returns the options in `argv` (None: the command line), reusing those that `read_first` parsed."""
     words = tuple(sys.argv[1:] if argv is None else argv)
     return _read.pop(words, None) or read(argv)
 
 
 def announce(sources: Mapping[str, str | None], output_dir: str | None, takes_used_folder: bool) -> None:
-    """Refuses a used output folder, and says what is loaded and read; on the main process alone.
+    """Refuses a used output folder, and prints what is being loaded; on the main process only.
 
     Args:
-        sources: what is read, such as the model and the data: a path or a name on the Hub, None for what is not given.
-        output_dir: where the result goes; None where the model decides.
-        takes_used_folder: whether the folder may hold an earlier run.
+        sources: inputs by what they are, such as the model and the data: a path or Hub name; None if not given.
+        output_dir: the output folder; None if the model decides it.
+        takes_used_folder: whether the folder may contain an earlier run.
 
     Raises:
-        UserError: if the folder holds one and may not.
+        UserError: if the folder contains one and may not.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -58,8 +58,8 @@ def announce(sources: Mapping[str, str | None], output_dir: str | None, takes_us
     if output_dir is not None:
         parts.append(f"output {one_line(output_dir, 200)}")
     said = "; " + ", ".join(parts) if parts else ""
-    print_line(f"loading torch and diffusers, which takes some seconds{said}", sys.stderr)
+    print_line(f"loading torch and diffusers, which takes a few seconds{said}", sys.stderr)
 
 
 def _shown(source: str) -> str:
-    return one_line(source, 200) + ("" if os.path.exists(source) else " (from the Hub, or its cache)")
+    return one_line(source, 200) + ("" if os.path.exists(source) else " (from the Hub or its cache)")

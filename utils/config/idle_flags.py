@@ -1,4 +1,4 @@
-"""Flags that act only beside another one: given without it they change nothing, which a warning says."""
+"""Finds flags that have no effect because another flag that they need is missing."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,14 +8,14 @@ from utils.config.flag_rules import SECRET_OPTIONS, FlagRules
 def idle_flags(
     rules: Mapping[str, FlagRules], values: Mapping[str, object], defaults: Mapping[str, object]
 ) -> Iterator[str]:
-    """Each flag that is given and changes nothing, with its value and what it would act with, in words.
+    """Yields a description of each given flag that has no effect: the flag, its value, and what it needs.
 
-    Conditions on flags that the script does not have are passed over, and so is a flag of which none are left.
+    Conditions on flags that the script does not have are ignored; a flag left without conditions is skipped.
 
     Args:
-        rules: of all flags of a script.
-        values: of the same.
-        defaults: the same where they are not given.
+        rules: rules of all flags of a script, by name.
+        values: their values.
+        defaults: their defaults.
     """
     for flag, rule in rules.items():
         partners = [partner for partner in rule.acts_with if partner.name in values]

@@ -1,15 +1,15 @@
-"""What a table names and only its use imports, so that tables of choices load nothing heavy."""
+"""Lazy imports for tables of choices, so that a table loads nothing heavy."""
 
 from importlib import import_module
 from typing import Any, NamedTuple
 
 
 class Late(NamedTuple):
-    """A function or class that is imported when it is first needed.
+    """A function or class that is imported on first use.
 
     Attributes:
-        module: its module, in dots.
-        name: its name there.
+        module: its module, as a dotted name.
+        name: its name in the module.
     """
 
     module: str
@@ -21,5 +21,5 @@ class Late(NamedTuple):
         return getattr(import_module(self.module), self.name)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Calls it."""
+        """Calls the function or class."""
         return self.value(*arguments, **named)

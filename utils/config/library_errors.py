@@ -1,4 +1,4 @@
-"""What the libraries raise for files and configs that make no sense, in one line."""
+"""Exceptions that libraries raise for invalid files and configs, and their messages in one line."""
 
 import json
 from pickle import UnpicklingError
@@ -17,18 +17,18 @@ CONFIG_ERRORS = (
     *(TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError, NotImplementedError),
     *(RecursionError, OverflowError, AssertionError),
 )
-"""What the constructors of the libraries raise for configs that make no sense: they check nothing themselves."""
+"""Exceptions that library constructors raise for invalid configs, which they do not validate."""
 
 
 def reason_of(error: BaseException) -> str:
-    """An error's message in one line: its first, and the next one where the first only announces it."""
+    """Returns an error's message in one line: the first, plus the second if the first only announces it."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
-    text = text.partition(" If you want to instead overwrite")[0]  # diffusers' advice for programmers
+    text = text.partition(" If you want to instead overwrite")[0]  # diffusers' advice for developers
     return f"{type(error).__name__}: {text}" if isinstance(error, CONFIG_ERRORS) else text or type(error).__name__
 
 
 def short(value: Any) -> str:
-    """A value of a config as it is shown in a message."""
+    """Returns a config value as shown in a message, cut to 60 characters."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:60] + "…"

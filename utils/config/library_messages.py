@@ -1,6 +1,6 @@
-"""What other libraries say, and the few messages of theirs that say nothing to a user of this toolkit.
+"""Log messages of other libraries, and the few of them that are useless to users of this toolkit.
 
-Each filter names one message. A new warning of a library is shown; whoever finds it useless adds a line here.
+Each pattern matches one message. New library warnings are shown; add a line here for one that is of no use.
 """
 
 import logging
@@ -13,25 +13,25 @@ LIBRARIES = ("transformers", "diffusers", "accelerate", "datasets", "huggingface
 DROPPED_WARNINGS = (
     r"`gradient_checkpointing_enable` is deprecated",  # transformers; diffusers and accelerate call it
     r"`broadcast_buffers` is deprecated",  # torch's DDP; accelerate has no other name for it yet
-    r"This DataLoader will create \d+ worker processes",  # the number of workers is chosen, or asked for
-    r"The following alpha_pattern keys did not match",  # peft; layers of LoRA files get their alphas here
+    r"This DataLoader will create \d+ worker processes",  # the number of workers is chosen here or by the user
+    r"The following alpha_pattern keys did not match",  # peft; the alphas of LoRA files are set here
 )
 DROPPED_LOGS = re.compile(
     r"No LoRA keys associated to \w+ found with"  # diffusers, for each part that a LoRA file does not train
     r"|requires torchvision \(not installed\); falling back to"  # transformers; nothing here needs torchvision
-    r"|The config attributes \{'decay': .*'power': [\d.]+\} were passed"  # diffusers, of an average's own config
-    r"|Token indices sequence length is longer than"  # transformers, where prompts are measured before they are cut
-    r"|only the non-EMA weights are extracted"  # diffusers, of single files; the flag that it names is another tool's
-    r"|modules in \w+ that should be kept in float32: \[\]"  # diffusers, of none
-    r"|Some weights of the model checkpoint were not used"  # both, of what utils.models.loading says itself
-    r"|Changing scheduler \{self\.config\} to have"  # diffusers, of DPM-Solver's last steps
+    r"|The config attributes \{'decay': .*'power': [\d.]+\} were passed"  # diffusers, for the config of EMA weights
+    r"|Token indices sequence length is longer than"  # transformers, when prompts are measured before truncation
+    r"|only the non-EMA weights are extracted"  # diffusers, for single files; it names a flag that does not exist here
+    r"|modules in \w+ that should be kept in float32: \[\]"  # diffusers, for an empty list
+    r"|Some weights of the model checkpoint were not used"  # both; utils.models.loading reports this itself
+    r"|Changing scheduler \{self\.config\} to have"  # diffusers, about the final steps of DPM-Solver
 )
 CUT_PROMPT = re.compile(r"(The following part of your input was truncated because .*?: )(.*)", re.DOTALL)
 PADDING = re.compile(r"(<\|endoftext\|>|!)+")
 
 
 class KnownMessages(logging.Filter):
-    """Drops the messages listed above, and takes padding out of what a text encoder says of cut prompts."""
+    """Drops the messages listed above, and removes padding tokens from warnings about truncated prompts."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is shown."""
@@ -50,7 +50,7 @@ class KnownMessages(logging.Filter):
 
 
 def hear_libraries() -> None:
-    """Sends what libraries log to this toolkit's log, without their progress bars and the messages listed above."""
+    """Sends library logs to this toolkit's log, without progress bars and the messages listed above."""
     from datasets.utils.logging import disable_progress_bar
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -66,4 +66,4 @@ def hear_libraries() -> None:
             handler.addFilter(KnownMessages())
     for message in DROPPED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of kernels that CPUs lack
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns about kernels missing on CPUs

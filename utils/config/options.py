@@ -1,9 +1,9 @@
-"""How a script's options are declared, parsed and refused.
+"""Declares, parses and validates a script's options.
 
 An option group is a frozen dataclass; a script's options are one frozen dataclass whose fields are groups. Modules of
 option groups import nothing heavy, so that a script parses its arguments before it loads torch. Flags are flat:
-`ImageOptions.resolution` is `--resolution`. A group's section of `--help` is called by its field, or by the group's
-`help_title` if it has one.
+`ImageOptions.resolution` is `--resolution`. The section of a group in `--help` is titled by its field name, or by the
+group's `help_title` if it has one.
 """
 
 import argparse
@@ -30,30 +30,30 @@ from utils.config.terminal import one_line, print_line
 
 logger = logging.getLogger(__name__)
 WRITTEN_PATHS = ("output_dir", "logging_dir", "encoding_cache_dir", "cache_dir", "save_reference", "export_geneval")
-WRITTEN_FILES = ("save_reference",)  # of these, what are no folders
-CLOSE = 0.8  # similarity from which an unknown flag is taken for a misspelled one
-NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own would take -1e-4 for a flag
+WRITTEN_FILES = ("save_reference",)  # those of WRITTEN_PATHS that are files
+CLOSE = 0.8  # similarity above which an unknown flag counts as a typo
+NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own pattern takes -1e-4 for a flag
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-MOST_NAME = 255  # bytes of a file's name
+MOST_NAME = 255  # bytes of a file name
 RANK_NAMES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
-"""Variables by which torchrun, MPI and srun say a process's number, before torch is there."""
-MAIN_SECONDS = 30.0  # how much later than another the main process may meet an error: it reads more files
+"""Variables in which torchrun, MPI and srun pass the process's rank, readable before torch is loaded."""
+MAIN_SECONDS = 30.0  # how much later the main process may hit an error than others: it reads more files
 AGREED_SECONDS = 1.0
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process has terminated")
 
 
 class UserError(Exception):
-    """Something the user can mend. Shown as one line, `error: <message>`, and the process exits with 2."""
+    """An error the user can fix. Printed as one line, `error: <message>`; the process exits with status 2."""
 
 
 class ProcessError(UserError):
-    """A user's error that one process alone has met, and must say whatever its rank."""
+    """A user error that only this process has hit, and that it prints whatever its rank."""
 
 
-class Stopped(Exception):  # noqa: N818  no error, as KeyboardInterrupt is none
-    """A run was asked to end before its time, by a signal or as planned (0). Its state is saved."""
+class Stopped(Exception):  # noqa: N818  not an error, like KeyboardInterrupt
+    """The run was asked to end early, by signal `number` or as planned (0). Its state is saved."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -61,15 +61,15 @@ class Stopped(Exception):  # noqa: N818  no error, as KeyboardInterrupt is none
 
     @property
     def status(self) -> int:
-        """The exit status: 128 + the signal, 0 for a planned end."""
+        """The exit status: 128 + the signal number, or 0 for a planned end."""
         return 128 + self.number if self.number else 0
 
 
-class Diverged(Exception):  # noqa: N818  no error of the user's, and none of the program's
-    """A run that came to its end and whose result is of no use. It is written all the same; the exit status is 1."""
+class Diverged(Exception):  # noqa: N818  neither the user's error nor the program's
+    """The run reached its end but its result is useless. It is written anyway; the exit status is 1."""
 
 
-def option(  # noqa: PLR0913 - the columns of a flag's declaration
+def option(  # noqa: PLR0913 - the parts of a flag's declaration
     default: typing.Any,
     help: str,
     *,
@@ -81,15 +81,15 @@ def option(  # noqa: PLR0913 - the columns of a flag's declaration
     engines: Mapping[str, str] = types.MappingProxyType({}),
     acts_with: Sequence[str | Partner] = (),
 ) -> typing.Any:
-    """A dataclass field that is also a command-line flag.
+    """Declares a dataclass field that is also a command-line flag.
 
     Args:
-        aliases: further spellings, dashes included.
-        const: what the flag means without a value, where it can stand alone.
-        is_text: whether the value is words and never a path, so that a leading `~` stays as it is.
+        aliases: additional spellings, including dashes.
+        const: the value if the flag is given without one; None if it needs a value.
+        is_text: whether the value is text and never a path, so that a leading `~` is kept.
         resume: whether a resumed run may change it, and why.
-        engines: why an engine can't do it, or what to do instead, by the engine's name.
-        acts_with: other flags, or conditions on them, of which one must hold for it to change anything.
+        engines: for engines that do not support it, by engine name: why, or what to do instead.
+        acts_with: other flags, or conditions on them, of which one must hold for it to have an effect.
     """
     rules = FlagRules.of(resume, engines, acts_with)
     metadata: dict[str, typing.Any] = {"help": help.replace("%", "%%"), "is_text": is_text, "rules": rules}
@@ -109,39 +109,39 @@ def require(condition: bool, flag: str, value: typing.Any, must: str, cure: str 
 
 
 def require_positive(group: typing.Any, *names: str) -> None:
-    """Refuses options of a group that are given and not finite and above 0."""
+    """Refuses options of a group that are given but not finite and above 0."""
     for name in names:
         value = getattr(group, name)
         require(value is None or 0 < value < math.inf, name, value, "be a number above 0")
 
 
 def require_not_negative(group: typing.Any, *names: str) -> None:
-    """Refuses options of a group that are given and not finite and 0 or more."""
+    """Refuses options of a group that are given but not finite and at least 0."""
     for name in names:
         value = getattr(group, name)
         require(value is None or 0 <= value < math.inf, name, value, "be 0 or more")
 
 
 def require_fraction(group: typing.Any, *names: str) -> None:
-    """Refuses options of a group that are not within [0, 1]."""
+    """Refuses options of a group outside [0, 1]."""
     for name in names:
         value = getattr(group, name)
         require(0 <= value <= 1, name, value, "be between 0 and 1")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class."""
+    """Returns the first line of an error's message, or its class name if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
 def flags_as(names: Mapping[str, str]) -> Iterator[None]:
-    """Shows the flags of a part under those that the user gave, in its errors and in what it logs.
+    """Context manager: renames flags in user errors and log lines to those that the user typed.
 
     Args:
-        names: the user's name for each of the part's; flags that only begin with such a name are renamed too. Where
-            one stands within another, the inner names are replaced first.
+        names: the user's name for each internal name; flags that start with an internal name are renamed too. If
+            contexts are nested, the inner names are replaced first.
     """
 
     def renamed(text: str) -> str:
@@ -180,22 +180,22 @@ def _renamed_record(*args: typing.Any, **kwargs: typing.Any) -> logging.LogRecor
             text = renamed(text)
         return text if type(value) is str or isinstance(value, UserError) else type(value)(text)
 
-    record.msg = shown(record.msg)  # the arguments stay apart, each of which the formatter shows on one line
+    record.msg = shown(record.msg)  # arguments stay separate: the formatter puts each on one line
     if isinstance(record.args, tuple):
         record.args = tuple(map(shown, record.args))
     return record
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """The known word that is spelled most like `word`, or an empty string where none has a similarity of `cutoff`."""
+    """Returns the known word most similar to `word`, or an empty string if none reaches the similarity `cutoff`."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), "")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes no abbreviated flags, and raises `UserError` where argparse prints its usage and exits.
+    """An argument parser that refuses abbreviated flags and raises `UserError` instead of printing usage and exiting.
 
-    It takes what transformers' HfArgumentParser takes (`--train_data_dir` and `--train-data-dir`, `--flag` and
-    `--flag false`, `--no_flag`), whose import takes half as long as torch's.
+    It accepts what transformers' HfArgumentParser accepts (`--train_data_dir` and `--train-data-dir`, `--flag` and
+    `--flag false`, `--no_flag`), but importing that would take half as long as importing torch.
     """
 
     def __init__(self, groups: Mapping[str, type], description: str):
@@ -216,7 +216,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field, hint: typing.Any) -> None:
-    """The flag of an option; of a switch that is on by default also the one that turns it off."""
+    """Adds an option's flag; for a switch that is on by default, also the flag that turns it off."""
     known = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     kind = known[0] if isinstance(hint, types.UnionType) else hint
     given = {name: value for name, value in field.metadata.items() if name not in ("aliases", "is_text", "rules")}
@@ -231,25 +231,27 @@ def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field, hint: 
         given |= {"type": kind} | ({} if "choices" in given else {"metavar": kind.__name__.upper()})
     section.add_argument(f"--{field.name}", *field.metadata.get("aliases", ()), **given)
     if kind is bool and field.default is True:
-        section.add_argument(f"--no_{field.name}", action="store_false", dest=field.name, help="turn that off")
+        section.add_argument(
+            f"--no_{field.name}", action="store_false", dest=field.name, help=f"turn off --{field.name}"
+        )
 
 
 def _underscored(word: str, known_flags: Sequence[str]) -> str:
-    """`--train_data_dir` for `--train-data-dir`; other words as they are."""
+    """Returns `--train_data_dir` for `--train-data-dir`; other words unchanged."""
     flag, assigned, value = word.partition("=")
     name = "--" + flag[2:].replace("-", "_")
     return name + assigned + value if flag.startswith("--") and name in known_flags else word
 
 
 def _flag_of(word: str) -> str:
-    """The flag in a word of a command line as argparse takes it, or an empty string."""
+    """Returns the flag in a command-line word as argparse would read it, or an empty string."""
     is_flag = len(word) > 1 and word[0] == "-" and word != "--" and not NEGATIVE_NUMBER.match(word)
     name = word.partition("=")[0]
     return name if is_flag and " " not in name else ""
 
 
 def _refuse_unknown(unknown: Sequence[str], known_flags: Sequence[str]) -> None:
-    """Raises `UserError` of all unknown arguments at once, each with the flag that is probably meant."""
+    """Raises one `UserError` for all unknown arguments, each with the flag that was probably meant."""
     if not unknown:
         return
     shown = [
@@ -261,20 +263,20 @@ def _refuse_unknown(unknown: Sequence[str], known_flags: Sequence[str]) -> None:
 
 
 def _hint(flag: str, known_flags: Sequence[str]) -> str:
-    """What is probably meant by an unknown flag, in words; empty where nothing is close."""
+    """Suggests what an unknown flag probably means; an empty string if nothing is close."""
     if not flag.startswith("-"):
-        return "a value without a flag; quote values that hold spaces"
+        return "a value without a flag; quote values that contain spaces"
     found = FOREIGN_FLAGS.get(flag.lstrip("-").replace("-", "_").lower(), ())
     for advice in (found,) if isinstance(found, str) else found:
         target = advice.split(" ")[0].rstrip(",:") if advice.startswith("--") else ""
         if not target or target in known_flags:
-            return f"here {advice}" if target else advice
+            return f"use {advice}" if target else advice
     similar = nearest(flag, known_flags, CLOSE)
     return f"did you mean {similar}?" if similar else ""
 
 
 def parse_truth(word: str) -> bool:
-    """A switch's value: yes, true, t, y or 1, or no, false, f, n or 0."""
+    """Parses a switch's value: yes, true, t, y or 1, or no, false, f, n or 0."""
     for value, words in ((True, ("yes", "true", "t", "y", "1")), (False, ("no", "false", "f", "n", "0"))):
         if word.lower() in words:
             return value
@@ -282,25 +284,31 @@ def parse_truth(word: str) -> bool:
 
 
 def parse(options: type, argv: Sequence[str] | None, description: str) -> typing.Any:
-    """Parses `argv` (the process's arguments if None) into an instance of `options`, a dataclass of option groups.
+    """Parses `argv` (None: the process's arguments) into an instance of `options`, a dataclass of option groups.
 
     Raises:
-        UserError: for a flag that is unknown or abbreviated, or a value that its group refuses.
+        UserError: for an unknown or abbreviated flag, or a value that its group refuses.
     """
     groups = typing.get_type_hints(options)
     parser = _Parser(groups, description)
     known_flags = [flag for action in parser._actions for flag in action.option_strings]
+
+    # Words to values: unknown flags are refused all at once.
     words = [_underscored(word, known_flags) for word in (sys.argv[1:] if argv is None else argv)]
     _refuse_unknown([flag for flag in map(_flag_of, words) if flag and flag not in known_flags], known_flags)
     found, unknown = parser.parse_known_args(words)
     _refuse_unknown(unknown, known_flags)
     refuse_missing_docstrings()
+
+    # Secrets and output paths, before any group sees them.
     for name in SECRET_OPTIONS:
         if secret := getattr(found, name, None):
             hide(secret)
     for name in WRITTEN_PATHS:
         _require_unicode(name, getattr(found, name, None))
         _require_place(name, getattr(found, name, None), getattr(found, "output_dir", None))
+
+    # Groups, which validate their own values.
     values = {
         name: group(**{field.name: expanded(field, getattr(found, field.name)) for field in dataclasses.fields(group)})
         for name, group in groups.items()
@@ -314,12 +322,12 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
 
 
 def rules_of(field: dataclasses.Field) -> FlagRules:
-    """What `option` was told of a flag."""
+    """Returns the rules that `option` declared for a flag."""
     return field.metadata["rules"]
 
 
 def flags_of(options: typing.Any) -> Iterator[tuple[dataclasses.Field, typing.Any]]:
-    """Each flag of a script's options, a dataclass of option groups, with its value."""
+    """Yields each flag of a script's options (a dataclass of option groups) with its value."""
     for each in dataclasses.fields(options):
         group = getattr(options, each.name)
         for field in dataclasses.fields(group):
@@ -327,7 +335,7 @@ def flags_of(options: typing.Any) -> Iterator[tuple[dataclasses.Field, typing.An
 
 
 def _warn_of_idle(groups: Iterable[typing.Any]) -> None:
-    """Says in one line which flags are given without another one that they need to change anything."""
+    """Logs one warning that lists the flags which have no effect because another flag is missing."""
     fields = [(group, field) for group in groups for field in dataclasses.fields(group)]
     values = {field.name: getattr(group, field.name) for group, field in fields}
     rules, defaults = ({field.name: of(field) for _, field in fields} for of in (rules_of, lambda field: field.default))
@@ -343,13 +351,13 @@ def refuse_missing_docstrings() -> None:
 
 
 def expanded(field: dataclasses.Field, value: typing.Any) -> typing.Any:
-    """The value of an option with `~` and `~user` replaced by the home folder; texts and other types as they are.
+    """Returns an option's value with a leading `~` or `~user` expanded; texts and other types unchanged.
 
-    It applies to every option that is not marked as a text, so that no option of a path can lack it. Names on the Hub
-    never begin with `~`. A folder that is really called so is `./~`.
+    Applies to every option not marked as text, so that no path option can miss it. Hub names never start with `~`.
+    A folder whose name really is `~` can be written as `./~`.
 
     Raises:
-        UserError: for a user who does not exist.
+        UserError: if the user does not exist.
     """
     if field.metadata.get("is_text"):
         return value
@@ -359,13 +367,13 @@ def expanded(field: dataclasses.Field, value: typing.Any) -> typing.Any:
         return value
     path = os.path.expanduser(value)
     user = value.partition("/")[0]
-    cure = f"there is no user {user[1:]}" if user != "~" else "the home folder is not known"
+    cure = f"there is no user {user[1:]}" if user != "~" else "the home folder is unknown"
     require(path != value, field.name, value, "be a path that exists", f"{cure}; write ./{value} for a name with a ~")
     return path
 
 
 def _require_unicode(name: str, path: str | None) -> None:
-    """Refuses a path to write to whose bytes are not UTF-8: libraries that write models to it take no other."""
+    """Refuses an output path that is not UTF-8, which the libraries that write models do not accept."""
     try:
         (path or "").encode()
     except UnicodeEncodeError as error:
@@ -374,10 +382,10 @@ def _require_unicode(name: str, path: str | None) -> None:
 
 
 def _require_place(name: str, path: str | None, output_dir: str | None) -> None:
-    """Refuses a path to write to that is no name, or that is, or lies below, something that is no folder."""
+    """Refuses an output path that is blank or too long, or that is or lies below something other than a folder."""
     if path is None:
         return
-    require(bool(path.strip()), name, repr(path), "be a path", "a variable may be unset")
+    require(bool(path.strip()), name, repr(path), "be a path", "a shell variable may be unset")
     longest = max(len(os.fsencode(part)) for part in path.split(os.sep))
     require(
         longest <= MOST_NAME, name, one_line(path), f"have names of at most {MOST_NAME} bytes", f"one has {longest}"
@@ -388,13 +396,13 @@ def _require_place(name: str, path: str | None, output_dir: str | None) -> None:
     while place and not os.path.lexists(place):
         place = os.path.dirname(place)
     if place and not os.path.isdir(place):
-        kind = "a file" if os.path.isfile(place) else "no folder"
+        kind = "a file" if os.path.isfile(place) else "not a folder"
         where = "it" if place == whole else one_line(place)
         raise UserError(f"--{name} {one_line(path)} can't be written: {where} is {kind}; choose another place")
 
 
 def as_number(value: object) -> object:
-    """The number in a string such as 1e-4, which YAML does not take for one; anything else as it is."""
+    """Converts a string such as 1e-4, which YAML does not read as a number; returns anything else unchanged."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -402,23 +410,25 @@ def as_number(value: object) -> object:
 
 
 def with_values(group: typing.Any, values: Mapping[str, typing.Any], where: str) -> typing.Any:
-    """A group with some options replaced by those of a mapping, such as a file's; others' names are left alone.
+    """Returns a copy of a group with values from a mapping, such as a file's; ignores names that are not in the group.
 
     Raises:
-        UserError: for a value of another type or choice, naming `where` it stands.
+        UserError: naming `where`, for a value of the wrong type or not among the choices.
     """
     hints, changes = typing.get_type_hints(type(group)), {}
     for field in dataclasses.fields(group):
         if field.name not in values:
             continue
+        # Type: a whole number may stand for a float.
         value, known = values[field.name], typing.get_args(hints[field.name]) or (hints[field.name],)
         if float in known and type(as_number(value)) in (int, float):
             value = float(as_number(value))
         names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in known)
         if type(value) not in known:
             is_text = str in known and isinstance(value, int | float)
-            cure = f'; a text stands in quotes: {field.name}: "{value!s:.40}"' if is_text else ""
+            cure = f'; put text in quotes: {field.name}: "{value!s:.40}"' if is_text else ""
             raise UserError(f"{where}: {field.name} must be {names}, got {value!r:.100}{cure}")
+        # Choices, and ~ in paths.
         choices = field.metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
             raise UserError(f"{where}: {field.name} must be one of {', '.join(choices)}, got {value!s:.100}")
@@ -433,7 +443,7 @@ def with_values(group: typing.Any, values: Mapping[str, typing.Any], where: str)
 
 
 def as_record(options: typing.Any) -> dict[str, typing.Any]:
-    """All options of a script as one flat, JSON-ready dict without secrets: what a run records."""
+    """Returns all options of a script as one flat dict for JSON, without secrets, to record the run."""
     record: dict[str, typing.Any] = {}
     for group in dataclasses.fields(options):
         record |= dataclasses.asdict(getattr(options, group.name))
@@ -441,7 +451,7 @@ def as_record(options: typing.Any) -> dict[str, typing.Any]:
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:
-    """A command line without secret flags and their values: *** for a token would be taken for one."""
+    """Returns a command line without secret flags and their values; *** could be mistaken for a token."""
     shown, hide_next = [], False
     for word in words:
         flag, assigned, _ = word.partition("=")
@@ -457,12 +467,12 @@ def run_script(
     argv: Sequence[str] | None = None,
     names: Mapping[str, str] = types.MappingProxyType({}),
 ) -> int:
-    """Runs a script's body; a user's error becomes one line on stderr and exit status 2.
+    """Runs a script's body and returns its exit status; a user error becomes one line on stderr and status 2.
 
-    A run that was stopped says so in a line, and has the status of what stopped it.
+    A stopped run prints one line and returns the status of what stopped it.
 
     Args:
-        names: what this script calls flags that its parts know by other names.
+        names: this script's names for flags that its modules know by other names.
     """
     with lasting_streams():
         return _run(run, argv, names)
@@ -472,12 +482,14 @@ def _run(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     try:
         with flags_as(names):
             run(argv)
+    # Ends that all processes reach together.
     except Stopped as stopped:
         _print_once(str(stopped), is_agreed=True)
         return stopped.status
     except Diverged as diverged:
         _print_once(f"error: {one_line(diverged)}", is_agreed=True)
         return 1
+    # Errors, which one process alone may have met.
     except UserError as error:
         line = f"error: {one_line(' '.join(str(error).split()))}"
         if isinstance(error, ProcessError):
@@ -489,19 +501,19 @@ def _run(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         if error.errno not in DISK_ERRORS:
             raise
         where = f" {error.filename}" if error.filename else ""
-        print_line(f"error: the disk refuses{where}: {error.strerror}; checkpoints are as they were", sys.stderr)
+        print_line(f"error: disk error{where}: {error.strerror}; earlier checkpoints are unchanged", sys.stderr)
         return 2
     return 0
 
 
 def _print_once(line: str, is_agreed: bool = False) -> None:
-    """Prints a line that every process is about to print; only the main process does.
+    """Prints a line that every process is about to print, but on the main process only.
 
-    A launcher ends all processes as soon as one has ended with an error, so the others wait for the main one. A process
-    that still lives after `MAIN_SECONDS` is the only one with its error, or no launcher ends it: it prints the line.
+    A launcher ends all processes as soon as one exits with an error, so the others wait for the main process. A process
+    still alive after `MAIN_SECONDS` is the only one with this error, or has no launcher: it prints the line itself.
 
     Args:
-        is_agreed: whether the processes decided together to end: then the main process is at this line too.
+        is_agreed: whether all processes decided together to end, so that the main process prints this line too.
     """
     rank = next((os.environ[name] for name in RANK_NAMES if os.environ.get(name, "").isdecimal()), "0")
     if rank == "0":
@@ -514,15 +526,15 @@ def _print_once(line: str, is_agreed: bool = False) -> None:
 
 
 def end_at_once_on_errors() -> None:
-    """Has an error that nobody expected end this process without delay, so that the launcher ends the others.
+    """Ends this process at once on an unexpected error, so that the launcher ends the others.
 
-    Where the error says only that another process is gone, that one's is what matters.
+    If the error only says that another process is gone, it points to that process's error instead.
     """
     show = sys.excepthook
 
     def end(kind: type, error: BaseException, trace: types.TracebackType | None) -> None:
         if any(words in str(error) for words in PEER_IS_GONE):
-            print_line("this process ends because another did; see that one's error", sys.stderr)
+            print_line("this process ends because another one did; see the error of that process", sys.stderr)
         else:
             show(kind, error, trace)
         leave(1)
@@ -531,10 +543,10 @@ def end_at_once_on_errors() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process; where processes were joined at once, without the interpreter's own end.
+    """Exits the process; under a launcher without Python's own shutdown.
 
-    There a process group that something still holds would be torn down with the interpreter's lock held, while its
-    threads wait for that lock: seen as an abort or a hang after the work was done.
+    Python's shutdown would destroy a process group that is still referenced while holding the interpreter's lock, for
+    which the group's threads wait: this caused aborts and hangs after all work was done.
     """
     flush_streams()
     if "RANK" in os.environ:

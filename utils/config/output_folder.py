@@ -1,4 +1,4 @@
-"""What an output folder holds, told without importing anything heavy: a used one is refused before all else."""
+"""Checks of the output folder that import nothing heavy, so that a used folder is refused first."""
 
 import errno
 import os
@@ -13,24 +13,24 @@ RESULTS = ("model_index.json", "pytorch_lora_weights.safetensors", "run.json")
 
 
 def held_by(folder: Path) -> str:
-    """The name of what an earlier run left in a folder, or an empty string."""
+    """Returns the name of a file or folder that an earlier run left, or an empty string."""
     found = [name for name in RESULTS if (folder / name).exists()]
     found += sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
     return found[0] if found else ""
 
 
 def refuse_used(folder: Path) -> None:
-    """Raises `UserError` if a folder holds a run that is neither resumed nor overwritten."""
+    """Raises `UserError` if the folder contains an earlier run."""
     held = held_by(folder)
     if held:
         raise UserError(
-            f"--output_dir {one_line(folder)} holds another run ({one_line(held)}); choose another folder, resume with "
+            f"--output_dir {one_line(folder)} contains another run ({one_line(held)}); choose another, resume with "
             "--resume_from_checkpoint latest, or give --overwrite_output_dir"
         )
 
 
 def check_writable(flag: str, path: Path, is_folder: bool) -> None:
-    """Refuses a place that can't be written, by writing a file there that is gone at once."""
+    """Refuses a path that can't be written, by creating a temporary file there."""
     try:
         if not is_folder and path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -45,7 +45,7 @@ def check_writable(flag: str, path: Path, is_folder: bool) -> None:
 def refuse_same_folder(
     written: Mapping[str, str | Path | None], read: Mapping[str, Sequence[str | Path | None]]
 ) -> None:
-    """Refuses a folder to write to that is one of those that data are read from, all of them by their flags."""
+    """Refuses an output folder that is also an input folder; both arguments map flags to folders."""
     places = {os.path.realpath(folder): flag for flag, folders in read.items() for folder in folders if folder}
     for flag, folder in written.items():
         known = None if folder is None else places.get(os.path.realpath(folder))

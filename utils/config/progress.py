@@ -1,17 +1,17 @@
-"""How far a run is: what decides whether something is due after an optimizer step."""
+"""Progress of a run, which decides what is due after an optimizer step."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A run after an optimizer step.
+    """Progress of a run after an optimizer step.
 
     Attributes:
         step: optimizer steps done.
-        total_steps: of the whole run; early stopping lowers it to `step`.
-        epochs_before: epochs that were complete before this step.
-        epochs: epochs that are complete after it.
+        total_steps: optimizer steps of the whole run; early stopping lowers it to `step`.
+        epochs_before: epochs completed before this step.
+        epochs: epochs completed after this step.
     """
 
     step: int
@@ -26,7 +26,7 @@ class Progress:
 
     @property
     def is_first(self) -> bool:
-        """Whether no step was done yet."""
+        """Whether no step has been done yet."""
         return self.step == 0
 
     @property
@@ -35,5 +35,5 @@ class Progress:
         return range(self.epochs_before, self.epochs)
 
     def is_multiple_of(self, interval: int | None) -> bool:
-        """Whether the step is one of every `interval` steps; never for None."""
+        """Whether the step is a multiple of `interval`; False for None."""
         return interval is not None and self.step % interval == 0

@@ -1,9 +1,9 @@
-"""Where every random number comes from.
+"""The source of every random number.
 
-Each draw has a stream of its own: numpy's counter-based Philox generator (Salmon et al. 2011, "Parallel random
-numbers: as easy as 1, 2, 3") under the key (seed, position) and the counter (0, 0, place, number of the draw's name).
-So a draw depends on nothing that was drawn before it, and switching one draw on moves no other. torch.Generator would
-keep 32 bits of its seed, and among two million samples some 500 would share another's noise.
+Each draw has its own stream: numpy's counter-based Philox generator (Salmon et al. 2011, "Parallel random numbers: as
+easy as 1, 2, 3") with the key (seed, position) and the counter (0, 0, place, stream number). A draw is therefore
+independent of all earlier draws, and enabling one draw changes no other. torch.Generator would keep only 32 bits of
+its seed: among two million samples about 500 would share their noise with another one.
 """
 
 from enum import IntEnum
@@ -13,7 +13,7 @@ from numpy.random.bit_generator import ISeedSequence
 
 
 class Stream(IntEnum):
-    """The name of a draw. Numbers are part of what a seed means: add new ones at the end, never change one."""
+    """The name of a draw. The numbers define what a seed means: add new ones at the end, never change one."""
 
     ORDER = 0
     CROP = 1
@@ -47,28 +47,28 @@ class Stream(IntEnum):
 
 
 class _Key(ISeedSequence):
-    """Gives Philox its key as it is; by its argument of that name numpy would first ask the system for random bits."""
+    """Passes Philox its key unchanged; numpy's own `key` argument would first ask the system for random bits."""
 
     def __init__(self, seed: int, position: int):
         self._key = np.array([seed, position], np.uint64)
 
     def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
-        """The key: two words of 64 bits, which is what Philox asks for."""
+        """Returns the key: two 64-bit words, as Philox expects."""
         return self._key
 
 
 def generator(seed: int, position: int, place: int, stream: Stream) -> np.random.Generator:
-    """The generator of one draw.
+    """Returns the generator of one draw.
 
     Args:
         seed: the run's seed, 0 or more.
-        position: the optimizer step, or for what precedes encoding the record's identity.
-        place: the slot in the global batch, or for what precedes encoding the pass over the record.
+        position: the optimizer step; for draws before encoding, the record's identity.
+        place: the slot in the global batch; for draws before encoding, the number of the pass over the record.
     """
     counter = np.array([0, 0, place, stream], np.uint64)
     return np.random.Generator(np.random.Philox(_Key(seed, position), counter=counter))
 
 
 def model_seed(seed: int, step: int, first_slot: int) -> int:
-    """The seed of what a model draws itself (dropout) in the micro-batch that starts at `first_slot`."""
+    """Returns the seed for the model's own draws (dropout) in the micro-batch that starts at `first_slot`."""
     return int(generator(seed, step, first_slot, Stream.MODEL).integers(2**63))

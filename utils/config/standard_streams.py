@@ -1,4 +1,4 @@
-"""Standard output and error that never end a run: whoever reads them may be gone before it is done."""
+"""Standard output and error that never end a run, even if their reader exits before the run does."""
 
 import errno
 import os
@@ -8,30 +8,30 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ENOTCONN}
-SHORTEST_SECRET = 8  # characters; hiding shorter ones would garble other words
+SHORTEST_SECRET = 8  # characters; replacing shorter ones would garble other words
 _SECRETS: set[str] = set()
 
 
 def hide(secret: str) -> None:
-    """Has a secret shown as *** wherever it would be written to standard output or error."""
+    """Replaces a secret by *** wherever it would be written to standard output or error."""
     if len(secret) >= SHORTEST_SECRET:
         _SECRETS.add(secret)
 
 
 class Stream:
-    """A text stream that drops what can't be written, and resumes writing once it can.
+    """A text stream that drops what can't be written, and resumes writing when it can.
 
-    A reader that has ended (`| tee log`), a closed terminal and a full disk raise an OSError for each line, a stream
-    that was closed a ValueError, and a character that the encoding lacks a UnicodeEncodeError: none of them is worth
-    the training. Where the reader is gone for good, the file descriptor is pointed to the null device, so that other
-    code that writes to it, and Python's own flush at the end, succeed.
+    A reader that has exited (`| tee log`), a closed terminal and a full disk raise an OSError for each line, a closed
+    stream a ValueError, and a character missing from the encoding a UnicodeEncodeError. None of them should end the
+    training. If the reader is gone for good, the file descriptor is redirected to the null device, so that other code
+    that writes to it, and Python's own flush at exit, succeed.
     """
 
     def __init__(self, stream: TextIO | None):
         self._stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def write(self, text: str) -> int:
-        """Writes text, or drops it."""
+        """Writes text, or drops it if that fails."""
         for secret in _SECRETS:
             text = text.replace(secret, "***")
         try:
@@ -44,12 +44,12 @@ class Stream:
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Writes texts, or drops them."""
+        """Writes several texts, or drops them."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flushes what can be written."""
+        """Flushes the stream if it can be written."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
@@ -71,7 +71,7 @@ class Stream:
 
 
 def drop(stream: TextIO) -> None:
-    """Points a standard stream's file descriptor to the null device; other streams stay as they are."""
+    """Redirects the file descriptor of stdout or stderr to the null device; other streams are left alone."""
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError):  # io.UnsupportedOperation is both
@@ -85,7 +85,7 @@ def drop(stream: TextIO) -> None:
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Within it nothing that is written to standard output or error raises."""
+    """Context manager: writing to standard output or error never raises."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
@@ -95,7 +95,7 @@ def lasting_streams() -> Iterator[None]:
 
 
 def flush_streams() -> None:
-    """Flushes standard output and error; what can't be written is dropped, lest Python ends with status 120 for it."""
+    """Flushes standard output and error, dropping what fails, so that Python does not exit with status 120."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None:
             continue

@@ -1,6 +1,6 @@
-"""Reading files of tensors: only regular ones are opened, where the libraries would wait for a pipe without end.
+"""Reads tensor files. Opens regular files only: libraries would wait forever on a pipe.
 
-What they raise of a broken file is theirs; `FileError` says that it is no file.
+Libraries' errors about damaged files pass through; `FileError` is raised for anything that is not a regular file.
 """
 
 import errno
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OTHER_CONTENT = {
-    b"version https://git-lfs": "is a pointer of Git LFS; fetch the file itself with git lfs pull",
-    b"<!DOCTYPE": "is a web page; fetch the file again",
-    b"<html": "is a web page; fetch the file again",
-    b"GGUF": "is a GGUF file, which is quantised; give the weights in fp32, fp16 or bf16",
-    b"\x1f\x8b": "is compressed by gzip; unpack it with gunzip",
+    b"version https://git-lfs": "is a Git LFS pointer; fetch the file itself with git lfs pull",
+    b"<!DOCTYPE": "is a web page; download the file again",
+    b"<html": "is a web page; download the file again",
+    b"GGUF": "is a GGUF file with quantized weights; give the weights in fp32, fp16 or bf16",
+    b"\x1f\x8b": "is compressed with gzip; unpack it with gunzip",
     b"7z\xbc\xaf": "is a 7z archive; unpack it",
-    b"Rar!": "is a rar archive; unpack it",
+    b"Rar!": "is a RAR archive; unpack it",
 }
-"""What is called a file of tensors and is none, by its first bytes in any case."""
+"""Files mistaken for tensor files, by their first bytes (ignoring case)."""
 TEXTS = (".json", ".txt", ".model", ".jinja", ".yaml")
 DAMAGED = (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error)
-"""What torch raises of pickles that are cut short or no pickles."""
+"""Exceptions that torch raises for files that are truncated or not pickles."""
 MAX_TEXT = 256 << 20  # bytes; the largest tokenizers have 35 MB
 
 
 def open_safetensors(path: str | os.PathLike) -> "safe_open":
-    """A safetensors file, of which single tensors can be read.
+    """Opens a safetensors file, from which single tensors can be read.
 
     Raises:
-        FileError: if it is no regular file.
+        FileError: if it is not a regular file.
         OSError, SafetensorError: if it can't be read.
     """
     from safetensors import safe_open
@@ -48,7 +48,7 @@ def open_safetensors(path: str | os.PathLike) -> "safe_open":
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, "Tensor"]:
-    """The tensors of a safetensors file; raises as `open_safetensors`."""
+    """Returns the tensors of a safetensors file by name; raises as `open_safetensors`."""
     from safetensors.torch import load_file
 
     require_regular(path)
@@ -56,29 +56,29 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, "Tensor"]:
 
 
 def refuse_other_content(path: str | os.PathLike) -> None:
-    """Refuses what was saved in the place of a file of tensors.
+    """Refuses a file that is empty or of another kind than a tensor file.
 
     Raises:
-        FileError: saying what it is, and what to do.
+        FileError: saying what it is and what to do.
     """
     with open_regular(path) as file:
         head = file.read(64).lstrip(b"\xef\xbb\xbf \r\n\t")
         is_empty = not head and not file.seek(0, os.SEEK_END)
     if is_empty:
-        raise FileError(path, "is empty; fetch the file again")
+        raise FileError(path, "is empty; download the file again")
     for mark, reason in OTHER_CONTENT.items():
         if head.lower().startswith(mark.lower()):
             raise FileError(path, reason)
 
 
 def read_pickle(path: str | os.PathLike, mmap: bool = False) -> Any:
-    """What a file that `torch.save` wrote holds, on the CPU, of which nothing but tensors is unpickled.
+    """Returns the content of a file written by `torch.save`, on the CPU; unpickles nothing but tensors.
 
     Args:
-        mmap: whether the tensors are mapped and not read, where the file is of torch 1.6 or later.
+        mmap: whether to map the tensors instead of reading them, if the file was written by torch 1.6 or later.
 
     Raises:
-        FileError: if it is no regular file, or nothing that can be read so, saying what it is.
+        FileError: if it is not a regular file or can't be read, saying what it is.
         OSError: if it can't be opened.
     """
     import torch
@@ -88,24 +88,24 @@ def read_pickle(path: str | os.PathLike, mmap: bool = False) -> Any:
     with open_regular(path) as file:
         head = file.read(16)
     if head[8:9] == b"{":
-        raise FileError(path, "is a safetensors file; let its name end with .safetensors")
+        raise FileError(path, "is a safetensors file; rename it to end in .safetensors")
     is_mapped = mmap and zipfile.is_zipfile(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except (UnpicklingError, *DAMAGED) as error:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             cure = "save its state_dict() as safetensors, or give another file"
-            raise FileError(path, f"holds objects other than tensors, which are not unpickled; {cure}") from error
+            raise FileError(path, f"contains objects other than tensors, which are not unpickled; {cure}") from error
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise FileError(path, "is damaged, cut short or not of torch.save; fetch the file again") from error
+        raise FileError(path, "is damaged, truncated or not written by torch.save; download it again") from error
 
 
 def read_arrays(path: str | os.PathLike, names: tuple[str, ...]) -> Mapping[str, Any]:
-    """Those arrays of an .npz file that are there; nothing is unpickled.
+    """Returns those of the named arrays that an .npz file contains; unpickles nothing.
 
     Raises:
-        FileError: if it is no regular file; else as `numpy.load`.
+        FileError: if it is not a regular file; otherwise as `numpy.load`.
     """
     import numpy as np
 
@@ -114,14 +114,14 @@ def read_arrays(path: str | os.PathLike, names: tuple[str, ...]) -> Mapping[str,
 
 
 def require_regular_files(folder: str | os.PathLike) -> None:
-    """Refuses a model's folder that holds what a library would open and wait for, or read into memory without end.
+    """Refuses a model folder with files on which a library would block, or that it would read without a limit.
 
     Raises:
-        FileError: naming a file that is none, or a text that is too long.
+        FileError: naming a file that is not regular, or a text file that is too long.
     """
     root = Path(folder)
     for path in [*root.glob("*"), *root.glob("*/*")] if root.is_dir() else ():
         if path.exists() and not path.is_dir():
             require_regular(path)
             if path.suffix in TEXTS and (size := path.stat().st_size) > MAX_TEXT:
-                raise FileError(path, f"has {size_text(size)}; no more than {size_text(MAX_TEXT)} are read")
+                raise FileError(path, f"has {size_text(size)}; at most {size_text(MAX_TEXT)} are read")

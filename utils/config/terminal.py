@@ -1,7 +1,7 @@
-"""The one way out to a terminal: visible text, log lines above progress bars, bars that a log file can hold.
+"""Terminal output: visible text, log lines above progress bars, and progress bars that also work in a log file.
 
-File names, captions, prompts and titles come from strangers. Printed as they are, they can move the cursor, hide text
-or forge lines of the log. Nothing else in the toolkit prints, logs to a stream of its own, or makes a progress bar.
+File names, captions, prompts and titles are untrusted. Printed as they are, they could move the cursor, hide text
+or forge log lines. All printing, logging and progress bars of the toolkit go through this module.
 """
 
 import contextlib
@@ -17,42 +17,42 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-# control codes, line separators, marks that turn the direction of text or take no room, lone surrogates, tags;
-# U+200C and U+200D stay: Persian, Indic scripts and emoji need them
+# control codes, line separators, bidirectional and zero-width characters, lone surrogates, tags;
+# U+200C and U+200D are kept: Persian, Indic scripts and emoji need them
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff"
     "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
-MARKUP = re.compile(r"[\\`*\[\]<>&|~]|(?<!\w)_|_(?!\w)")  # an underscore within a word is none
-BEGINNING = re.compile(r"(?=[#+=-])|\d+(?=[.)])")  # what stands before a mark that makes a line a heading or a list
+MARKUP = re.compile(r"[\\`*\[\]<>&|~]|(?<!\w)_|_(?!\w)")  # an underscore inside a word is not markup
+BEGINNING = re.compile(r"(?=[#+=-])|\d+(?=[.)])")  # text before a mark that would start a heading or a list
 LONGEST = 2000  # characters of one value in a message
-GONE = (OSError, ValueError)  # raised by writing to a stream that is closed, or whose reader is gone
-BAR_SECONDS = 0.5, 30.0  # between updates of a bar: on a terminal, in a file
+GONE = (OSError, ValueError)  # raised when writing to a stream that is closed or has lost its reader
+BAR_SECONDS = 0.5, 30.0  # seconds between updates of a progress bar: on a terminal, in a file
 
 
 class Lines(str):
-    """Text of several lines that the toolkit itself composed: a log message keeps its line breaks."""
+    """Multi-line text composed by the toolkit itself: a log message keeps its line breaks."""
 
     __slots__ = ()
 
 
 def visible(text: str) -> str:
-    """The text with what a terminal would act on, or not show, as escapes; line breaks and tabs stay."""
+    """Returns the text with control and invisible characters escaped; line breaks and tabs are kept."""
     return HIDDEN.sub(_escape, text)
 
 
 def json_text(value: object, indent: int | None = None, other: Callable[[Any], Any] | None = None) -> str:
-    """JSON in readable letters; what a terminal would act on, or not show, stands as JSON's own escapes.
+    """Returns JSON that keeps readable characters; control and invisible characters are escaped.
 
     Args:
-        other: gives values for what JSON does not know.
+        other: converts values that JSON does not support.
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False, default=other)
     return HIDDEN.sub(lambda found: json.dumps(found.group())[1:-1], text)
 
 
 def one_line(value: object, longest: int = LONGEST) -> str:
-    """A foreign name or text for a message: on one line, without control codes, cut in its middle if it is long."""
+    """Returns an untrusted name or text for a message: one line, control codes escaped, shortened in the middle."""
     text = str(value)
     if len(text) > longest:
         half = longest // 2
@@ -66,21 +66,21 @@ def _escape(found: re.Match) -> str:
 
 
 def markdown_cell(text: object) -> str:
-    """Foreign text as Markdown shows it literally in a table's cell: no markup, HTML or line breaks."""
+    """Returns untrusted text for a Markdown table cell, shown literally: no markup, HTML or line breaks."""
     return MARKUP.sub(r"\\\g<0>", one_line(" ".join(str(text).split())))
 
 
 def markdown(text: object) -> str:
-    """The same where it may begin a line, as a heading or a list would."""
+    """Same as `markdown_cell`, for text that may start a line and must not become a heading or a list."""
     shown = markdown_cell(text)
     found = BEGINNING.match(shown)
     return shown if found is None else f"{found.group()}\\{shown[found.end() :]}"
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Prints text on stdout, or on another stream; nowhere if the stream's reader is gone.
+    """Prints text on stdout or the given stream; does nothing if the stream has lost its reader.
 
-    Characters that the stream's encoding lacks become escapes.
+    Characters that the stream's encoding cannot represent are escaped.
     """
     stream = stream or sys.stdout
     if stream is None:  # a process without standard streams
@@ -93,12 +93,12 @@ def print_line(text: str, stream: TextIO | None = None) -> None:
 
 
 class LogFormatter(logging.Formatter):
-    """Formats a record so that what it names stays on its line; `Lines` alone may hold several."""
+    """Formats each record's arguments on one line; only `Lines` may span several."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record's text, without control codes."""
+        """Returns the record's text, without control codes."""
         shown = copy.copy(record)
-        if not record.name.startswith("utils"):  # another library's, of one line and of bounded length
+        if not record.name.startswith("utils"):  # another library: keep one line of bounded length
             shown.msg, shown.args = one_line(record.getMessage()), ()
         elif isinstance(shown.args, tuple):
             shown.args = tuple(map(_shown_argument, shown.args))
@@ -113,7 +113,7 @@ def _shown_argument(value: object) -> object:
 
 
 class LogHandler(logging.Handler):
-    """Writes log lines to stderr, above the progress bars that are open there."""
+    """Writes log lines to stderr, above any open progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one record."""
@@ -123,7 +123,7 @@ class LogHandler(logging.Handler):
 
 
 def set_up_logging() -> None:
-    """Sends messages to stderr. Processes other than the main one report errors only."""
+    """Sends log messages to stderr. Processes other than the main one report errors only."""
     is_main = os.environ.get("RANK", "0") == "0"
     if not any(isinstance(each, LogHandler) for each in logging.getLogger().handlers):
         handler = LogHandler()
@@ -135,7 +135,7 @@ def set_up_logging() -> None:
 
 @contextlib.contextmanager
 def _bars_cleared() -> Iterator[None]:
-    """Context manager: open bars leave the terminal's last line free, and are drawn again afterwards."""
+    """Context manager: clears open progress bars from the terminal's last line, and redraws them afterwards."""
     module = sys.modules.get("tqdm")
     if module is None or not on_terminal():
         yield
@@ -149,14 +149,14 @@ def _bars_cleared() -> Iterator[None]:
 
 
 def on_terminal() -> bool:
-    """Whether stderr is a terminal, where lines can be drawn anew."""
+    """Whether stderr is a terminal, where lines can be redrawn."""
     return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 class _BarStream:
-    """stderr as a bar writes to it: in place on a terminal; in a file or pipe each update is a line of its own.
+    """stderr for a progress bar: updates in place on a terminal, one line per update in a file or pipe.
 
-    Once stderr can't be written, for its reader is gone or the disk is full, the bar is dropped and the work continues.
+    If writing fails (reader gone, disk full), the bar is dropped and the work continues.
     """
 
     encoding = "utf-8"
@@ -166,7 +166,7 @@ class _BarStream:
         self._is_gone = False
 
     def write(self, text: str) -> int:
-        """Writes an update."""
+        """Writes one update."""
         shown = text if self._is_terminal else text.strip("\r\n ")
         if shown and not self._is_gone:
             try:
@@ -188,16 +188,16 @@ class _BarStream:
         return self._is_terminal
 
     def fileno(self) -> int:
-        """The descriptor, by which the width of the terminal is found."""
+        """The file descriptor, used to find the terminal's width."""
         return sys.stderr.fileno()
 
 
 def progress_bar(iterable: Iterable | None = None, *, disable: bool = False, **more: Any) -> "tqdm":
-    """A tqdm bar on stderr that log lines and log files get along with.
+    """Returns a tqdm bar on stderr that does not mix with log lines and stays readable in a log file.
 
     Args:
-        disable: for processes that should not show it.
-        more: tqdm's own arguments.
+        disable: whether to hide the bar, such as on processes other than the main one.
+        more: arguments of tqdm.
     """
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""How long a run is."""
+"""Options for the length of a run."""
 
 import re
 from dataclasses import dataclass
@@ -9,11 +9,15 @@ from utils.config.options import option, require, require_positive
 
 @dataclass(frozen=True)
 class LengthOptions:
-    num_train_epochs: int = option(100, "passes over the data", resume=Resume.LENGTH)
-    max_train_steps: int | None = option(None, "optimizer steps, instead of --num_train_epochs", resume=Resume.LENGTH)
+    """How long a run is, in epochs, optimizer steps or time."""
+
+    num_train_epochs: int = option(100, "epochs (passes over the data)", resume=Resume.LENGTH)
+    max_train_steps: int | None = option(
+        None, "total optimizer steps; overrides --num_train_epochs", resume=Resume.LENGTH
+    )
     max_train_time: str | None = option(
         None,
-        "HH:MM:SS after which the run saves its state and ends; --resume_from_checkpoint latest resumes",
+        "HH:MM:SS after which the run saves its state and ends; continue it with --resume_from_checkpoint latest",
         resume=Resume.LENGTH,
     )
 
@@ -25,7 +29,7 @@ class LengthOptions:
 
     @property
     def seconds(self) -> float | None:
-        """The time after which the run ends."""
+        """Seconds after which the run ends, or None."""
         if self.max_train_time is None:
             return None
         hours, minutes, seconds = (int(part) for part in self.max_train_time.split(":"))

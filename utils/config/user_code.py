@@ -1,4 +1,4 @@
-"""Classes out of Python files that a user names."""
+"""Loads classes from Python files that a user names."""
 
 import importlib
 import importlib.util
@@ -11,13 +11,13 @@ from typing import Any
 
 from utils.config.options import UserError, first_line
 
-# where users' own modules of earlier releases import from
+# modules that user code written for earlier releases imports from
 EARLIER_NAMES = {"utils.terms": "utils.models.loss_terms", "utils.records": "utils.config.batch"}
 
 
 @contextmanager
 def running(flag: str, file: str) -> Iterator[None]:
-    """Within it an error of the user's own code becomes a `UserError` that names the flag and its file."""
+    """Context manager: turns an error in the user's code into a `UserError` that names the flag and its file."""
     try:
         yield
     except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError, RuntimeError) as error:
@@ -25,10 +25,15 @@ def running(flag: str, file: str) -> Iterator[None]:
 
 
 def load_class(flag: str, file: str, base: type) -> type[Any]:
-    """The class in the file that a flag names.
+    """Returns the class defined in a user's Python file.
+
+    Args:
+        flag: the flag that names the file.
+        file: path of the file.
+        base: the class that it must subclass.
 
     Raises:
-        UserError: if the file can't be run, or holds not one subclass of `base`.
+        UserError: if the file can't be run, or does not define exactly one subclass of `base`.
     """
     spec = importlib.util.spec_from_file_location(f"{flag}_{Path(file).stem}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
@@ -44,5 +49,5 @@ def load_class(flag: str, file: str, base: type) -> type[Any]:
     if len(found) != 1:
         names = ", ".join(each.__name__ for each in found) or "none"
         wanted = f"{base.__module__}.{base.__name__}"
-        raise UserError(f"--{flag} {file} must hold one subclass of {wanted}, it holds {names}")
+        raise UserError(f"--{flag} {file} must define one subclass of {wanted}, it defines {names}")
     return found[0]

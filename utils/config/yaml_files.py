@@ -1,4 +1,4 @@
-"""YAML that a user or a stranger wrote: bounded, and read as it is written."""
+"""Reads untrusted YAML: bounded in size, and refused where YAML 1.1 would silently change a value."""
 
 import logging
 import os
@@ -15,12 +15,12 @@ from utils.config.user_files import HALF_CHARACTER, MAX_DEPTH, MAX_DIGITS, FileE
 
 logger = logging.getLogger(__name__)
 YAML_LIMIT = 1 << 20
-MAX_YAML_NODES = 100_000  # with aliases expanded
+MAX_YAML_NODES = 100_000  # after expanding aliases
 MAX_YAML_SCALAR = 4096  # characters
 A_DATE = "a date"
-NOTHING = ("", "~", "null")  # as YAML writes it where a text may stand
-NO_SPACE = re.compile(r"[ \t]+(#(?:\S.*|$))")  # what may be meant as text, as no space stands behind the mark
-AS_WRITTEN = {  # plain YAML values that every version reads alike, by the ends of their tags
+NOTHING = ("", "~", "null")  # YAML's spellings of null, accepted where text is expected
+NO_SPACE = re.compile(r"[ \t]+(#(?:\S.*|$))")  # a comment without a space after #, perhaps meant as text
+AS_WRITTEN = {  # plain values that every YAML version reads the same way, by the last part of their tags
     "bool": re.compile(r"true|false", re.IGNORECASE),
     "int": re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+"),
     "float": re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", re.IGNORECASE),
@@ -29,16 +29,16 @@ AS_WRITTEN = {  # plain YAML values that every version reads alike, by the ends 
 
 
 def parse_yaml(text: str, where: object, booleans: Collection[str] = (), texts: Collection[str] = ()) -> Any:
-    """What YAML holds, with plain Python types alone; plain keys are texts as they stand.
+    """Parses YAML into plain Python types; unquoted keys are kept as text.
 
     Args:
-        booleans: keys whose values are true or false, which may be written yes, no, on and off too.
-        texts: keys whose plain values are texts as they stand, or nothing: empty, null or ~.
+        booleans: keys whose values are true or false, which may also be written yes, no, on and off.
+        texts: keys whose unquoted values are kept as text, or are None if empty, null or ~.
 
     Raises:
-        FileError: naming `where` it stands and the line, if it is none, has aliases that expand beyond bounds or refer
-            to themselves, is nested too deeply, names a key twice, or holds a value that YAML 1.1 takes for something
-            else than what is written, such as 010 for 8.
+        FileError: naming `where` and the line, if the text is not YAML, its aliases expand too far or refer to
+            themselves, it is nested too deeply, repeats a key, or has a value that YAML 1.1 reads differently from
+            how it is written, such as 010 for 8.
     """
     try:
         _check_yaml(text)
@@ -49,12 +49,12 @@ def parse_yaml(text: str, where: object, booleans: Collection[str] = (), texts: 
         problem = " ".join(str(error.problem or error.context).split())
         raise FileError(where, f"can't be read as YAML: {problem:.200}{place}") from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError, KeyError) as error:
-        # beside its own errors the library raises these, of a date without such a day or a `!!int` that is none
+        # the library also raises these, such as for an impossible date or an invalid `!!int`
         raise FileError(where, f"can't be read as YAML: {first_line(error):.200}") from error
 
 
 def read_yaml(path: str | os.PathLike, limit: int = YAML_LIMIT, encoding: str | None = None) -> Any:
-    """What a YAML file holds.
+    """Reads a YAML file.
 
     Raises:
         FileError: as `read_text` and `parse_yaml`.
@@ -72,7 +72,7 @@ def _load(text: str, where: object, booleans: Collection[str], texts: Collection
 
 
 def _check_yaml(text: str) -> None:
-    """Refuses YAML that is small as text and huge or endless as a value, by its events alone."""
+    """Refuses YAML that is small as text but huge or endless once expanded, judging by its events."""
     sizes: dict[str, int] = {}
     open_nodes: list[tuple[str | None, int]] = []
     total = 0
@@ -80,16 +80,16 @@ def _check_yaml(text: str) -> None:
         line = f"line {event.start_mark.line + 1}"
         if isinstance(event, yaml.ScalarEvent):
             _check_scalar(event, line)
-        # Values so far, with aliases expanded.
+        # Count of values so far, with aliases expanded.
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in {anchor for anchor, _ in open_nodes}:
-                raise ValueError(f"*{event.anchor} at {line} stands within what it refers to")
+                raise ValueError(f"*{event.anchor} at {line} refers to a value that contains it")
             total += sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.NodeEvent):
             total += 1
         if total > MAX_YAML_NODES:
-            raise ValueError(f"more than {MAX_YAML_NODES} values at {line}, with aliases (*name) expanded")
-        # Depth, and the size of what has an anchor.
+            raise ValueError(f"more than {MAX_YAML_NODES} values at {line}, counting expanded aliases (*name)")
+        # Nesting depth, and the sizes of anchored values.
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, total - 1))
             if len(open_nodes) > MAX_DEPTH:
@@ -104,24 +104,24 @@ def _check_scalar(event: yaml.ScalarEvent, line: str) -> None:
     if len(event.value) > MAX_YAML_SCALAR:
         raise ValueError(f"a value of {len(event.value)} characters at {line}; at most {MAX_YAML_SCALAR} are read")
     if HALF_CHARACTER.search(event.value):
-        raise ValueError(f"half a character at {line}; write it as it is")
+        raise ValueError(f"half of a surrogate pair at {line}; write the character itself")
 
 
 def _in_quotes(text: str) -> str:
-    """A text as YAML reads it whole."""
+    """Quotes a text so that YAML reads it unchanged."""
     return "'" + text.replace("'", "''") + "'" if '"' in text or "\\" in text else f'"{text}"'
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, integers that are no number for anyone, and surprises."""
+    """Refuses repeated keys, overlong integers, and plain values that YAML reads differently from how they look."""
 
     def __init__(self, text: str, where: object, booleans: Collection[str], texts: Collection[str]):
         super().__init__(text)
         self._source, self._where, self._booleans, self._texts = text, where, booleans, texts
-        self._keys: dict[yaml.Node, set[str]] = {}  # of each value by aliases several; "" where it is a key itself
+        self._keys: dict[yaml.Node, set[str]] = {}  # keys of each value (aliases can add more); "" for a key itself
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """What a node stands for; a plain value only where it is what is written."""
+        """Converts a node; refuses a plain value that would change its meaning."""
         if isinstance(node, yaml.ScalarNode) and node.style is None and self._is_implied(node):
             keys = self._keys.get(node, set())
             if keys == {""}:
@@ -135,12 +135,12 @@ class _Loader(yaml.SafeLoader):
         return self.resolve(type(node), node.value, (True, False)) == node.tag
 
     def _text(self, node: yaml.ScalarNode) -> str | None:
-        """A plain value as it stands, where a text is expected."""
+        """Returns a plain value as text, where text is expected."""
         keys = self._named(node)
         comment = NO_SPACE.match(self._source[node.end_mark.index :].partition("\n")[0])
         if comment is not None and not node.value:
             cure = f"quote it ({_in_quotes(comment[1].rstrip())}), or leave the key out"
-            problem = f"{keys}{short(comment[1].rstrip())} is a comment to YAML; {cure}"
+            problem = f"{keys}{short(comment[1].rstrip())} is a comment in YAML; {cure}"
             raise yaml.MarkedYAMLError(None, None, problem, node.end_mark)
         if comment is not None:
             whole = _in_quotes(f"{node.value}{comment[0].rstrip()}")
@@ -153,15 +153,15 @@ class _Loader(yaml.SafeLoader):
         return node.value
 
     def _refuse_surprise(self, node: yaml.ScalarNode) -> None:
-        """Refuses a plain value of which YAML makes something else than is written."""
+        """Refuses a plain value that YAML reads differently from how it is written."""
         surprise = self._surprise(node)
         if surprise:
             self._refuse(node, surprise, "" if surprise == A_DATE else surprise)
 
     def _refuse(self, node: yaml.ScalarNode, surprise: str, plainly: str) -> None:
-        cure = f"if it is meant as it stands, quote it ({_in_quotes(node.value)})"
-        cure += f"; else write {plainly} plainly" if plainly else ""
-        problem = f"{self._named(node)}{short(node.value)} is {surprise} to YAML; {cure}"
+        cure = f"if it is meant as text, quote it ({_in_quotes(node.value)})"
+        cure += f"; else write {plainly}" if plainly else ""
+        problem = f"{self._named(node)}YAML reads {short(node.value)} as {surprise}; {cure}"
         raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
 
     def _named(self, node: yaml.ScalarNode) -> str:
@@ -169,7 +169,7 @@ class _Loader(yaml.SafeLoader):
         return f"{keys}: " if keys else ""
 
     def _surprise(self, node: yaml.ScalarNode) -> str:
-        """What YAML 1.1 makes of a plain value that is written as something else, else ""."""
+        """Returns what YAML 1.1 makes of a plain value that is written as something else, or ""."""
         kind = node.tag.rpartition(":")[2]
         pattern = AS_WRITTEN.get(kind)
         if pattern is None or pattern.fullmatch(node.value):
@@ -184,11 +184,11 @@ class _Loader(yaml.SafeLoader):
         return f"the number {short(value)}"
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """A mapping in which no key stands twice."""
+        """Converts a mapping; refuses repeated keys."""
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         twice = next((key for key, count in counts.items() if count > 1 and key != "<<"), None)
         if twice is not None:
-            raise yaml.MarkedYAMLError(None, None, f"{short(twice)} stands twice in a mapping", node.start_mark)
+            raise yaml.MarkedYAMLError(None, None, f"{short(twice)} appears twice in a mapping", node.start_mark)
         for key, value in node.value:
             self._keys.setdefault(key, set()).add("")
             for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
@@ -196,7 +196,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """An integer of bounded length."""
+        """Converts an integer of bounded length."""
         if len(node.value) > MAX_DIGITS:
             raise yaml.MarkedYAMLError(None, None, f"a number of {len(node.value)} digits", node.start_mark)
         return super().construct_yaml_int(node)

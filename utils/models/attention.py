@@ -1,4 +1,4 @@
-"""Which of PyTorch's kernels computes attention: as asked for, or by a race of those there are."""
+"""Selects PyTorch's attention kernel: the requested one, or the fastest by benchmark."""
 
 import logging
 import time
@@ -15,16 +15,16 @@ from torch.overrides import TorchFunctionMode
 from utils.models.options import ATTENTION
 
 logger = logging.getLogger(__name__)
-ROUNDS = 3  # of which the fastest counts
-MARGIN = 0.03  # by which a kernel must be faster than PyTorch's own choice
-TOLERANCE = 3e-2  # relative, in norm, to what PyTorch's own choice gives
+ROUNDS = 3  # timings per kernel, of which the fastest counts
+MARGIN = 0.03  # fraction by which a kernel must be faster than PyTorch's own choice
+TOLERANCE = 3e-2  # largest relative difference, in norm, from PyTorch's own choice
 
 
 @contextmanager
 def attention_by(backend: str | None) -> Iterator[None]:
-    """Context manager: PyTorch's attention uses a kernel wherever it supports the shape and the precision.
+    """Context manager: PyTorch's attention uses a kernel wherever that supports the shape and precision.
 
-    Attention that is not PyTorch's (xformers, sliced) is as it was.
+    Attention outside of PyTorch's function (xformers, sliced) is not affected.
 
     Args:
         backend: a key of `ATTENTION`; None leaves the choice to PyTorch.
@@ -34,21 +34,21 @@ def attention_by(backend: str | None) -> Iterator[None]:
         return
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    if torch.cuda.is_available():  # the first call sets an order of its own, on some GPUs
+    if torch.cuda.is_available():  # on some GPUs the first call sets its own order of kernels
         functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 8, 8, device="cuda").unbind())
-    others = [] if backend == "math" else [name for name in ATTENTION if name != backend]  # which end in math
-    # compiled graphs are kept on disk, under keys that do not know which kernels were chosen
+    others = [] if backend == "math" else [name for name in ATTENTION if name != backend]  # fallbacks, math last
+    # compiled graphs are cached on disk under keys that do not include the kernel
     graphs = torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} {backend} attention")
     with sdpa_kernel([getattr(SDPBackend, ATTENTION[name]) for name in (backend, *others)], set_priority=True), graphs:
         yield
 
 
 class Attention:
-    """Context manager: attention by a kernel, which may be exchanged within it.
+    """Context manager: attention uses a kernel, which can be replaced meanwhile.
 
     Attributes:
-        raced: the kernel that won a race, which a resumed run takes again; "" for PyTorch's own choice, None without a
-            race.
+        raced: the kernel that won the benchmark, for a resumed run to use again; "" for PyTorch's own choice, None if
+            there was no benchmark.
     """
 
     def __init__(self, backend: str | None):
@@ -64,14 +64,14 @@ class Attention:
         self._stack.close()
 
     def take(self, winner: str) -> None:
-        """Has what has won a race compute from now on, as `raced` has it."""
+        """Uses the winner of a benchmark from now on; "" for PyTorch's own choice."""
         self.raced = winner
         self._stack.close()
         self._stack.enter_context(attention_by(winner or None))
 
 
 class Call(NamedTuple):
-    """What attention was called with."""
+    """Shapes and dtype of an attention call."""
 
     query: torch.Size
     key: torch.Size
@@ -80,7 +80,7 @@ class Call(NamedTuple):
 
 
 class Recorder(TorchFunctionMode):
-    """Counts the calls of PyTorch's attention within it, but for masked ones, which few kernels know."""
+    """Context manager: counts calls of PyTorch's attention, except masked ones, which few kernels support."""
 
     def __init__(self):
         super().__init__()
@@ -97,18 +97,21 @@ class Recorder(TorchFunctionMode):
 
 
 def race(calls: Mapping[Call, int], kernels: Collection[str], device: torch.device) -> str:
-    """The kernel by which all these calls, forward and backward, take the least time.
+    """Returns the kernel with the shortest total time for all these calls, forward and backward.
 
-    One that gives other numbers is left out, and so is one that gains less than MARGIN. What a kernel can't do, PyTorch
-    does by another, and that is its time.
+    Kernels with deviating results are excluded, and so are those that gain less than MARGIN. Where a kernel does not
+    support a call, the time of PyTorch's fallback counts.
 
     Args:
-        calls: how often each is made.
+        calls: how often each call is made.
+        kernels: the candidates.
+        device: where the calls are made.
 
     Returns:
-        "" for PyTorch's own choice.
+        The kernel, or "" for PyTorch's own choice.
     """
     seconds: Counter[str | None] = Counter()
+    # Time each kernel on each call, and compare its results.
     wrong: set[str | None] = set()
     for call, count in calls.items():
         shapes = (call.query, call.key, call.value)
@@ -119,19 +122,21 @@ def race(calls: Mapping[Call, int], kernels: Collection[str], device: torch.devi
                 with attention_by(kernel):
                     wrong |= {kernel} if _differs(_passed(inputs), expected) else set()
                     seconds[kernel] += count * min(_seconds(inputs, device) for _ in range(ROUNDS))
-            except RuntimeError:  # PyTorch's words for what a kernel can't do vary
+            except RuntimeError:  # unsupported call; PyTorch's messages vary
                 wrong.add(kernel)
+
+    # Fastest correct kernel, if it gains enough.
     best = min((kernel for kernel in kernels if kernel not in wrong), key=lambda each: seconds[each], default=None)
     is_faster = best is not None and seconds[best] < (1 - MARGIN) * seconds[None]
     logger.info(
-        "attention of a pass, forward and backward: %s",
-        ", ".join(f"{kernel or 'as PyTorch chooses'} {1000 * taken:.3g} ms" for kernel, taken in seconds.items()),
+        "time of attention per forward and backward pass: %s",
+        ", ".join(f"{kernel or 'PyTorch default'} {1000 * taken:.3g} ms" for kernel, taken in seconds.items()),
     )
     return best if is_faster and best is not None else ""
 
 
 def _passed(inputs: list[Tensor]) -> list[Tensor]:
-    """The output and the gradients of attention."""
+    """Returns the output and the gradients of attention."""
     output = functional.scaled_dot_product_attention(*inputs)
     return [output.detach(), *torch.autograd.grad(output, inputs, torch.ones_like(output))]
 

@@ -1,4 +1,4 @@
-"""What all pipelines that are trained have in common, and what a family must answer."""
+"""Base class of the model families: what all trained pipelines share, and what each family implements."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -23,41 +23,41 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 TextStates = dict[str, Tensor]
-"""What a family's denoiser reads of a caption; the names are the UNet's, the first axis is the sample.
+"""Inputs of a family's denoiser that come from captions, by the denoiser's names; the first axis is the sample.
 
-"encoder_hidden_states" [B, chunks * tokens, width]; with several chunks "encoder_attention_mask" [B, chunks * tokens]
-bool, where the caption fills them; and what more the family has, of the first chunk. A family without text encoders
-reads a class ("class_labels" [B] int64) or nothing.
+"encoder_hidden_states" [B, chunks * tokens, width]; with several chunks also "encoder_attention_mask"
+[B, chunks * tokens] bool, True where the caption has tokens; and any further inputs of the family, from the first
+chunk. A family without text encoders has class labels ("class_labels" [B] int64) or nothing.
 """
 
 
 class Words(Protocol):
-    """Makes numbers of captions, in the loader's workers.
+    """A tokenizer for the loader's workers.
 
     Attributes:
-        max_tokens: tokens that are read of a caption.
+        max_tokens: number of tokens read of a caption.
     """
 
     max_tokens: int
 
     def __call__(self, captions: list[str]) -> Tensor:
-        """[B, text encoders, tokens] int64 of B captions."""
+        """Returns the token ids [B, text encoders, tokens] int64 of B captions."""
 
     def num_tokens(self, captions: Sequence[str]) -> np.ndarray:
-        """[B] int64, the tokens of each caption, uncut."""
+        """Returns [B] int64, the number of tokens of each caption before truncation."""
 
 
 class Family(ABC):
-    """A pipeline of one architecture, its parts loaded, with what its training needs to know of them.
+    """A loaded pipeline of one architecture, and how it is trained.
 
     Attributes:
-        pipeline: the live diffusers pipeline; its parts are those that are trained.
-        latent_space: where it is denoised: the latents of its VAE, or the pixels themselves.
-        options: those of the model, which say how its parts are to save memory.
+        pipeline: the diffusers pipeline; its components are the ones being trained.
+        latent_space: where it denoises: the latents of its VAE, or pixels.
+        options: options of its components, such as those that save memory.
         denoiser_name: the pipeline's name for the denoiser.
-        coder_names: the pipeline's names for what makes latents of images, and images of latents, if it has that.
-        process_kinds: the forward processes that it is trained by.
-        measures_scaling: whether the scaling of its latents is still to be measured on the data, and set by `rescale`.
+        coder_names: the pipeline's names for its encoder and decoder of latents, if it has any.
+        process_kinds: the forward processes that it can be trained with.
+        measures_scaling: whether the scaling of its latents must still be measured on the data and set by `rescale`.
     """
 
     pipeline_class_name: str
@@ -82,24 +82,24 @@ class Family(ABC):
 
     @classmethod
     def pipeline_class(cls) -> "type[DiffusionPipeline]":
-        """The diffusers class of the pipeline."""
+        """Returns the diffusers class of the pipeline."""
         import diffusers
 
         return getattr(diffusers, cls.pipeline_class_name)
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that is trained to denoise, by its name in the pipeline."""
+        """The denoiser, such as the UNet."""
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
     def text_encoders(self) -> list[nn.Module]:
-        """In the order of `text_encoder_names`."""
+        """The text encoders, in the order of `text_encoder_names`."""
         return [getattr(self.pipeline, name) for name in self.text_encoder_names]
 
     @staticmethod
     def check_sizes(sizes: Sequence[tuple[int, int]], vae_config: Mapping) -> None:
-        """Refuses widths and heights whose latents would not be whole."""
+        """Refuses image widths and heights that the VAE's downscaling does not divide."""
         factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
         for edge in (edge for size in sizes for edge in size):
             below = edge - edge % factor
@@ -109,47 +109,48 @@ class Family(ABC):
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The denoiser's prediction [B, C, h, w] of noisy latents [B, C, h, w] at timesteps [B]."""
+        """Returns the denoiser's prediction [B, C, h, w] for noisy latents [B, C, h, w] at timesteps [B]."""
 
     @abstractmethod
     def tokenizer(self) -> Words:
-        """A function for the loader's workers: B captions -> [B, text encoders, tokens] int64."""
+        """Returns a tokenizer for the loader's workers: B captions -> [B, text encoders, tokens] int64."""
 
     @abstractmethod
     def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
-        """What the denoiser reads of the captions that the ids are of.
+        """Returns the text embeddings of tokenized captions.
 
         Args:
-            dropped: [B] bool, where the caption was dropped: there it is what inference has without a prompt.
+            input_ids: [B, text encoders, tokens] int64.
+            dropped: [B] bool, True where the caption was dropped: the result is that of no prompt at inference.
         """
 
     @abstractmethod
     def reads_text_parameter(self, encoder: int, name: str) -> bool:
-        """Whether the pipeline's text states depend on this parameter of a text encoder."""
+        """Whether the pipeline's text embeddings depend on this parameter of text encoder number `encoder`."""
 
     @property
     @abstractmethod
     def text_dtype(self) -> torch.dtype:
-        """The dtype of the text states."""
+        """The dtype of the text embeddings."""
 
     def text_facts(self) -> list[object]:
-        """What text states depend on beside the encoders' weights: the tokenizers, and how both are used."""
+        """Returns what text embeddings depend on besides the encoders' weights: tokenizers and settings."""
         return []
 
     @abstractmethod
     def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
-        """The pipeline in float32 with some parts replaced: what is exported."""
+        """Returns the pipeline in float32, with some components replaced, for export."""
 
     def prepare_saving(self) -> None:
-        """Fetches what a saved pipeline needs and the training does not, while an error costs nothing."""
+        """Downloads what a saved pipeline needs and training does not, early, while an error costs nothing."""
         return
 
     def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
-        """Writes that pipeline into a folder."""
+        """Writes the pipeline to a folder in float32, with some components replaced."""
         self.float32_pipeline(**parts).save_pretrained(folder)
 
     def trainable_names(self) -> tuple[str, ...]:
-        """The parts that can be trained, the denoiser first."""
+        """Returns the names of the components that can be trained, the denoiser first."""
         return (self.denoiser_name, *self.text_encoder_names)
 
     @property
@@ -157,19 +158,19 @@ class Family(ABC):
         return (*self.trainable_names(), *self.coder_names)
 
     def freeze(self) -> None:
-        """Freezes all parts and puts them in evaluation mode."""
+        """Freezes all components and puts them in evaluation mode."""
         for name in self._part_names:
             getattr(self.pipeline, name).requires_grad_(False).eval()
 
     def rest(self, device: torch.device, *, vae: bool, text_encoders: bool) -> None:
-        """Moves encoders, whose work is done, from the device to the CPU until `awake` needs them."""
+        """Moves encoders that are no longer needed from the device to the CPU, until `awake` needs them."""
         self._resting = list(self.coder_names) * vae + list(self.text_encoder_names) * text_encoders
         self._device = device
         self._move(self._resting, torch.device("cpu"))
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Within it all parts are on the device, or those that `alone` says where sampling is to save memory."""
+        """Context manager: all components are on the device, or with --sampling_cpu_offload only those of `alone`."""
         one_by_one = self.options.sampling_cpu_offload
         parts = self._part_names
         if not one_by_one:
@@ -183,9 +184,9 @@ class Family(ABC):
 
     @contextmanager
     def alone(self, *names: str) -> Iterator[None]:
-        """Within it, where sampling is to save memory, these parts are on the device, and the pipeline has no others.
+        """Context manager: with --sampling_cpu_offload, only these components are on the device and in the pipeline.
 
-        So the pipeline takes that device for its own.
+        The pipeline then finds that device from its components.
         """
         if not self.options.sampling_cpu_offload:
             yield
@@ -203,15 +204,13 @@ class Family(ABC):
 
     def _move(self, names: Sequence[str], device: torch.device | None) -> None:
         for name in names:
-            if not (
-                name == self.denoiser_name and self._is_quantized
-            ):  # whose packed weights stay where they were made
+            if not (name == self.denoiser_name and self._is_quantized):  # quantized weights stay where they were packed
                 getattr(self.pipeline, name).to(device)
         if names and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def to(self, device: torch.device) -> None:
-        """Moves all parts to the device; an fp16 VAE that overflows runs in bf16 where that is had, else float32."""
+        """Moves all components to the device. An fp16 VAE that overflows is cast to bf16 if supported, else float32."""
         for vae in (getattr(self.pipeline, name) for name in self.coder_names):
             if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
                 has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -220,10 +219,10 @@ class Family(ABC):
             align(getattr(self.pipeline, name).to(device))
 
     def use_attention(self) -> None:
-        """Switches the attention kernels that were asked for.
+        """Enables the requested attention kernels.
 
         Raises:
-            UserError: if they don't load here.
+            UserError: if they are not available.
         """
         options = self.options
         if options.enable_xformers_memory_efficient_attention:
@@ -238,9 +237,9 @@ class Family(ABC):
                 raise UserError(f"--enable_npu_flash_attention needs an Ascend NPU and torch_npu: {error}") from error
 
     def use_channels_last(self, vae: bool) -> None:
-        """Lays the denoiser's weights out with the channels together, and where asked the VAE's too, if there is one.
+        """Converts the denoiser's weights, and with `vae` those of the VAE if there is one, to channels-last.
 
-        Convolutions then give their results, and take their inputs, in the same layout.
+        Convolutions then produce and accept activations in the same layout.
         """
         self.denoiser.to(memory_format=torch.channels_last)
         encoder = getattr(self.latent_space, "vae", None)
@@ -248,7 +247,7 @@ class Family(ABC):
             encoder.to(memory_format=torch.channels_last)
 
     def save_memory(self) -> None:
-        """Switches on what computes one part after the other, as the options ask."""
+        """Enables the requested slicing and tiling, which compute one part after the other."""
         options = self.options
         if options.attention_slicing:
             self.denoiser.set_attention_slice("max")
@@ -258,16 +257,16 @@ class Family(ABC):
             self.latent_space.vae.enable_tiling()
 
     def quantize_unet(self, kind: str, device: torch.device) -> None:
-        """Keeps the frozen UNet's linear layers in 4 or 8 bits, on the device."""
+        """Quantizes the frozen UNet's linear layers to 4 or 8 bits, on the device."""
         quantize_linears(self.denoiser, kind, device)
         self._is_quantized = True
 
     def rescale(self, factor: float) -> None:
-        """Sets the scaling of the latents, in a family that measures it."""
+        """Sets the scaling factor of the latents, in a family that measures it."""
         raise NotImplementedError
 
     def use_gradient_checkpointing(self, text_encoders: bool, vae: bool) -> None:
-        """Computes activations again in the backward pass, in the denoiser and in the encoders that are asked for."""
+        """Recomputes activations in the backward pass, in the denoiser and in the chosen encoders."""
         self.denoiser.enable_gradient_checkpointing()
         if vae:
             self.latent_space.vae.enable_gradient_checkpointing()
@@ -277,9 +276,9 @@ class Family(ABC):
 
 
 def fitting_steps(pipeline: "DiffusionPipeline") -> int | None:
-    """The length of the noise schedule, where a pipeline draws by more steps if none are named; else None.
+    """Returns the noise schedule's length if the pipeline's default number of steps exceeds it, else None.
 
-    diffusers refuses more steps than a schedule of betas has, and DDPMPipeline's own number is 1000.
+    diffusers refuses more steps than the schedule has, and DDPMPipeline defaults to 1000.
     """
     own = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
     longest = pipeline.scheduler.config.get("num_train_timesteps")

@@ -1,4 +1,4 @@
-"""Digests of weights."""
+"""Hashes of weights."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def weights_hash(module: nn.Module) -> str:
-    """The SHA-256 of a module's state dict, by names, shapes and bytes."""
+    """Returns the SHA-256 of a module's state dict: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""Denoisers from scratch: built-in sizes, sizes by flags and by config files, and their first weights."""
+"""Denoisers trained from scratch: built-in sizes, sizes from flags or config files, and weight initialization."""
 
 import math
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from utils.models.options import ShapeOptions
 from utils.runtime.hub_files import hub_file, is_path, read_json
 
 SMALLEST_LEVEL = 4
-CLASS_SLOTS = 1000  # that DiTPipeline expects: its number for no class is 1000
+CLASS_SLOTS = 1000  # as DiTPipeline expects, which uses label 1000 for no class
 
 
 class UNetSize(NamedTuple):
-    """A UNet by its first level's channels, each level's multiple of them, and the sizes at which it attends."""
+    """Size of a UNet: channels of its first level, their multiple per level, and the resolutions with attention."""
 
     channels: int
     multiples: tuple[int, ...]
@@ -27,7 +27,7 @@ class UNetSize(NamedTuple):
 
 
 class TransformerSize(NamedTuple):
-    """A diffusion transformer."""
+    """Size of a diffusion transformer."""
 
     layers: int
     heads: int
@@ -49,15 +49,18 @@ TRANSFORMER_SIZES = {
 
 
 def unet_config(options: ShapeOptions, edge: int, channels: int, num_classes: int | None) -> dict[str, Any]:
-    """The config of a `UNet2DModel` that sees images of this edge and so many channels.
+    """Returns the config of a `UNet2DModel` for images or latents of this edge and number of channels.
 
-    No level's images have an edge under 4: a built-in size has fewer levels then.
+    No level is smaller than 4x4: built-in sizes get fewer levels if needed.
 
     Args:
-        num_classes: None for a model without classes.
+        options: options of the model's size.
+        edge: height and width of the images or latents.
+        channels: their number of channels.
+        num_classes: number of classes; None for an unconditional model.
 
     Raises:
-        UserError: for multiples that go under 4.
+        UserError: for levels smaller than 4x4, or a size that makes no valid model.
     """
     if options.model_config_name_or_path is not None:
         config = read_config(options.model_config_name_or_path, "UNet2DModel")
@@ -70,6 +73,7 @@ def unet_config(options: ShapeOptions, edge: int, channels: int, num_classes: in
 
 
 def _by_flags(options: ShapeOptions, edge: int, channels: int) -> dict[str, Any]:
+    # Levels.
     size = UNET_SIZES[options.model_size or "base"]
     width = options.model_channels or size.channels
     if options.channel_mult is not None:
@@ -79,19 +83,21 @@ def _by_flags(options: ShapeOptions, edge: int, channels: int) -> dict[str, Any]
             least = edge // 2**num_fitting
             listed, extra = " ".join(map(str, multiples)), f"number {num_fitting + 1}, {multiples[num_fitting]}"
             raise UserError(
-                f"--channel_mult {listed} has one multiple too many: of {edge} pixels or latents {extra}, would be a "
-                f"level of {least}x{least}, under {SMALLEST_LEVEL}x{SMALLEST_LEVEL}; leave it and what follows out"
+                f"--channel_mult {listed} has one multiple too many: for an edge of {edge} pixels or latents {extra}, "
+                f"gives a level of {least}x{least}, under {SMALLEST_LEVEL}x{SMALLEST_LEVEL}; leave out the rest"
             )
     else:
         fitting = [level for level in range(len(size.multiples)) if _fits(edge, level)]
         multiples = size.multiples[: max(1, len(fitting))]
     check_levels(edge, len(multiples), "--channel_mult" if options.channel_mult else "--model_size")
+
+    # Attention.
     wanted = size.attention if options.attention_resolutions is None else tuple(options.attention_resolutions)
     edges = [edge // 2**level for level in range(len(multiples))]
     if options.attention_resolutions is not None:
         missing = [each for each in wanted if each and each not in edges]
         if missing:
-            raise UserError(f"--attention_resolutions {missing[0]} is the edge of no level; there are {edges}")
+            raise UserError(f"--attention_resolutions {missing[0]} is not the edge of a level; the levels have {edges}")
     attends = [each in wanted for each in edges]
     head_dim = options.attention_head_dim or math.gcd(size.head_dim, width)
     widest = [width * multiple for multiple in multiples]
@@ -118,7 +124,7 @@ def _fits(edge: int, level: int) -> bool:
 
 
 def check_levels(edge: int, levels: int, flag: str) -> None:
-    """Refuses an edge that can't be halved from level to level, or that leaves the last level under 4."""
+    """Refuses an edge that can't be halved from level to level, or whose last level would be smaller than 4x4."""
     factor = 2 ** (levels - 1)
     below, said = edge - edge % factor, f"{flag} has {levels} level{'s' * (levels > 1)}"
     near = sorted({max(each, SMALLEST_LEVEL * factor) for each in (below, below + factor)})
@@ -127,20 +133,20 @@ def check_levels(edge: int, levels: int, flag: str) -> None:
     least = edge // factor
     if least < SMALLEST_LEVEL:
         raise UserError(
-            f"{said}, of which the last would see {least}x{least} of {edge} pixels or latents, "
+            f"{said}, the last of which would be {least}x{least} for {edge} pixels or latents, "
             f"under {SMALLEST_LEVEL}x{SMALLEST_LEVEL}; they need an edge of at least {SMALLEST_LEVEL * factor}"
         )
 
 
 def transformer_config(options: ShapeOptions, edge: int, channels: int) -> dict[str, Any]:
-    """The config of a `DiTTransformer2DModel` over latents of this edge, with the classes that DiTPipeline expects."""
+    """Returns the config of a `DiTTransformer2DModel` for latents of this edge, with DiTPipeline's class slots."""
     if options.model_config_name_or_path is not None:
         config = read_config(options.model_config_name_or_path, "DiTTransformer2DModel")
         patch = config.get("patch_size", 2)
     else:
         for name in ("channel_mult", "attention_resolutions"):
             if getattr(options, name) is not None:
-                raise UserError(f"--{name} is of UNets; classes in latents are drawn by a transformer")
+                raise UserError(f"--{name} is for UNets; class-conditional latents are trained with a transformer")
         size = TRANSFORMER_SIZES[options.model_size or "base"]
         head_dim, patch = options.attention_head_dim or size.head_dim, options.patch_size or 2
         width = options.model_channels or size.heads * size.head_dim
@@ -159,10 +165,10 @@ def transformer_config(options: ShapeOptions, edge: int, channels: int) -> dict[
 
 
 def read_config(name: str, class_name: str) -> dict[str, Any]:
-    """A model's config from a JSON file, a folder or pipeline folder, or the Hub.
+    """Reads a model's config from a JSON file, a model or pipeline folder, or the Hub.
 
     Raises:
-        UserError: if there is none, or of another class.
+        UserError: if there is none, or it is for another class.
     """
     flag, path = "--model_config_name_or_path", Path(name)
     places = [path, path / "config.json", path / "unet" / "config.json", path / "transformer" / "config.json"]
@@ -174,15 +180,20 @@ def read_config(name: str, class_name: str) -> dict[str, Any]:
     config = read_json(file, f"{flag} {name}")
     if not isinstance(config, dict) or config.get("_class_name", class_name) != class_name:
         found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{flag} {name} is the config of a {found}, which must be {class_name}")
+        raise UserError(f"{flag} {name} is the config of a {found}, but must be of a {class_name}")
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def make_denoiser(class_name: str, config: Mapping[str, Any], weight_init: str) -> nn.Module:
-    """A denoiser with its first weights.
+    """Creates a denoiser with initialized weights.
+
+    Args:
+        class_name: diffusers' class of the denoiser.
+        config: its config.
+        weight_init: a key of `WEIGHTS`.
 
     Raises:
-        UserError: for a config that makes none, or one that can't be run.
+        UserError: if the config is invalid, or the model can't be run.
     """
     import diffusers
 
@@ -192,15 +203,15 @@ def make_denoiser(class_name: str, config: Mapping[str, Any], weight_init: str) 
         with torch.device("meta"):
             probe = model_class.from_config(dict(config))
         _run_once(probe)
-    # diffusers' constructors look at nothing: a user's config that makes no sense fails wherever it is first used
+    # diffusers' constructors validate nothing: an invalid config fails wherever it is first used
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError, NotImplementedError) as error:
-        raise UserError(f"the denoiser can't be made of its config: {first_line(error)}") from error
+        raise UserError(f"the denoiser can't be created from its config: {first_line(error)}") from error
     WEIGHTS[weight_init](model)
     return model
 
 
 def _run_once(model: nn.Module) -> None:
-    """Runs a model on the meta device: without memory or arithmetic."""
+    """Runs a model on the meta device, which needs neither memory nor compute."""
     config = model.config
     size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
     noisy, step = torch.zeros(1, config.in_channels, size, size, device="meta"), torch.zeros(1, device="meta")
@@ -208,14 +219,14 @@ def _run_once(model: nn.Module) -> None:
     classes = {"class_labels": torch.zeros(1, dtype=torch.int64, device="meta")} if has_classes else {}
     output = model(noisy, step, **classes).sample
     if output.shape[2:] != noisy.shape[2:]:
-        raise ValueError(f"of {size}x{size} it makes {output.shape[3]}x{output.shape[2]}")
+        raise ValueError(f"for {size}x{size} it returns {output.shape[3]}x{output.shape[2]}")
 
 
 @torch.no_grad()
 def zero_last_layers(model: nn.Module) -> None:
-    """Zeros what ends each residual branch, and the model (Dhariwal and Nichol 2021; Peebles and Xie 2023).
+    """Zeros the last layer of each residual branch and of the model (Dhariwal & Nichol 2021; Peebles & Xie 2023).
 
-    So each block begins as the identity, and the model with a prediction of zero.
+    Each block then starts as the identity, and the model predicts zero.
     """
     from diffusers.models.attention_processor import Attention
     from diffusers.models.normalization import AdaLayerNormZero
@@ -227,7 +238,7 @@ def zero_last_layers(model: nn.Module) -> None:
         elif isinstance(module, Attention) and module.residual_connection:
             _zero(module.to_out[0])
         elif isinstance(module, AdaLayerNormZero):
-            _zero(module.linear)  # of which the gates of both branches are part
+            _zero(module.linear)  # includes the gates of both branches
     for name in ("conv_out", "proj_out_1", "proj_out_2"):
         if hasattr(model, name):
             _zero(getattr(model, name))
@@ -235,7 +246,7 @@ def zero_last_layers(model: nn.Module) -> None:
 
 @torch.no_grad()
 def xavier_kaiming(model: nn.Module) -> None:
-    """Matrices uniform by Glorot and Bengio (2010), convolutions normal by He et al. (2015), biases zero."""
+    """Initializes matrices by Glorot and Bengio (2010), convolutions by He et al. (2015), and biases with zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -1,4 +1,4 @@
-"""LoRA layers of peft, computed by fewer kernels."""
+"""Computes peft's LoRA layers with fewer kernels."""
 
 from functools import lru_cache
 from typing import Any
@@ -9,13 +9,13 @@ from torch.nn import functional
 
 
 def shorten(module: nn.Module, adapter: str) -> None:
-    """Computes plain LoRA layers as W x + s B (A x) in three products, of which the last one scales and adds.
+    """Computes plain LoRA layers as W x + s B (A x) in three products, the last of which also scales and adds.
 
-    peft takes a kernel each for scaling and adding, and under autocast two casts of x. Weights, their names and what is
-    saved stay peft's, which computes all other layers itself: with dropout, of DoRA, quantised, or of convolutions.
+    peft launches one kernel each for scaling and adding, and under autocast casts x twice. Weights, their names and
+    saved files stay peft's, and so do all other layers: with dropout, DoRA, quantized, or convolutions.
 
-    The layers become a subclass of peft's. A function put in place of each layer's `forward` would be an object of its
-    own, by whose identity Dynamo guards: one graph a layer, where the subclass has one for all layers alike.
+    The layers get a subclass of peft's class. Replacing each layer's `forward` by a function would compile one graph
+    per layer, because Dynamo guards on a function's identity; the subclass compiles one graph for all similar layers.
     """
     from peft.tuners.lora import Linear
 
@@ -26,7 +26,7 @@ def shorten(module: nn.Module, adapter: str) -> None:
 
 
 def num_shortened(module: nn.Module) -> int:
-    """How many layers in a module are computed so."""
+    """Returns the number of layers in a module that are computed this way."""
     return sum(hasattr(layer, "short_adapter") for layer in module.modules())
 
 
@@ -35,10 +35,10 @@ def _short_linear() -> type[nn.Module]:
     from peft.tuners.lora import Linear
 
     class ShortLinear(Linear):
-        """A LoRA layer that is computed in three products while its adapter is at work."""
+        """A LoRA layer computed in three products while its adapter is active."""
 
         def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
-            """[..., features] of [..., features]."""
+            """Maps [..., input features] to [..., output features]."""
             down, up = self.lora_A[self.short_adapter].weight, self.lora_B[self.short_adapter].weight
             is_plain = x.dtype == down.dtype or torch.is_autocast_enabled(x.device.type)
             if not is_plain or arguments or named or self.merged or self.disable_adapters:

@@ -1,4 +1,4 @@
-"""The scaling of a VAE's latents, measured on the data where its config says none."""
+"""Measures the scaling factor of a VAE's latents on the data, if its config has none."""
 
 import logging
 import math
@@ -25,11 +25,13 @@ NUM_IMAGES = 256
 def measured_scaling(
     family: Family, images: PlannedImages, options: ImageOptions, device: torch.device, seed: int
 ) -> float:
-    """1 / the standard deviation of all values in latents of some images (Rombach et al. 2022, appendix G).
+    """Returns 1 / the standard deviation of the latents of up to 256 images (Rombach et al. 2022, appendix G).
 
     Raises:
-        UserError: if no image can be read, or their latents don't vary.
+        UserError: if no image can be read, or the latents do not vary.
     """
+
+    # Sums over the latents of images in random order; unreadable ones are skipped.
     still = options.still
     order = generator(seed, 0, 0, Stream.SCALING).permutation(len(images.records))
     count, total, squares = 0, 0.0, 0.0
@@ -45,21 +47,21 @@ def measured_scaling(
         count, total, squares = count + values.numel(), total + float(values.sum()), squares + float((values**2).sum())
     variance = squares / count - (total / count) ** 2 if count else 0.0
     if not variance > 0:
-        raise UserError("--vae: its latents of the data don't vary, so that they can't be scaled; try another VAE")
+        raise UserError("--vae: its latents of the data are constant, so they can't be scaled; try another VAE")
     return variance**-0.5
 
 
 def remember_scaling(folder: Path, factor: float) -> None:
-    """Keeps what was measured for a resumed run."""
+    """Saves the measured factor for a resumed run."""
     write_json(folder / FILE, {"scaling_factor": factor})
-    logger.info("the VAE's config says no scaling of its latents; measured on the data it is %.5f", factor)
+    logger.info("the VAE's config has no scaling factor; measured on the data it is %.5f", factor)
 
 
 def known_scaling(folder: Path) -> float | None:
-    """What an earlier part of the run has measured.
+    """Returns the factor that the run measured before it was resumed; None if there is none.
 
     Raises:
-        UserError: if the file is there and does not say it.
+        UserError: if the file exists but is invalid.
     """
     file = folder / FILE
     try:
@@ -70,5 +72,5 @@ def known_scaling(folder: Path) -> float | None:
         raise UserError(f"{file} can't be read: {error.strerror or error}") from error
     factor = found.get("scaling_factor") if isinstance(found, dict) else None
     if type(factor) not in (int, float) or not 0 < factor < math.inf:
-        raise UserError(f"{file} does not say the scaling of the latents; put it back, or begin in another folder")
+        raise UserError(f"{file} has no valid scaling_factor; restore it, or start in another folder")
     return float(factor)

@@ -1,4 +1,4 @@
-"""The latent space of a pretrained VAE: its scaling is that of its own config, at encoding and at decoding."""
+"""Latent spaces: scaling of a VAE's latents, as its config sets it, or pixels in place of latents."""
 
 import logging
 import math
@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-_SAID: WeakSet = WeakSet()  # of which it was said that they draw NaN
+_SAID: WeakSet = WeakSet()  # objects whose NaN samples were already reported
 
 
 def warn_of_nan(
     latents: Tensor, images: Tensor, vae: torch.nn.Module | None, of: object, blame: Callable[[], str] | None = None
 ) -> None:
-    """Says that samples are not finite, whether by the denoiser or by the VAE, and what to do.
+    """Warns once that samples are not finite, whether because of the denoiser or the VAE, and how to fix it.
 
     Args:
-        of: what it is said of once.
-        blame: says whose NaN it is that the latents hold.
+        latents: the denoiser's samples.
+        images: the decoded samples.
+        vae: the VAE that decoded them; None for pixels.
+        of: the object for which the warning is given only once.
+        blame: explains where NaN in the latents comes from.
     """
     if bool(images.isfinite().all()) or of in _SAID:
         return
@@ -29,21 +32,21 @@ def warn_of_nan(
         logger.warning("%s", said if blame is None else blame())
     elif vae is not None and vae.dtype == torch.float16:
         logger.warning(
-            "the VAE overflows in fp16: samples are black; use --mixed_precision bf16, or of SDXL a VAE for fp16 "
+            "the VAE overflows in fp16: samples are black; use --mixed_precision bf16, or for SDXL a VAE made for fp16 "
             "(madebyollin/sdxl-vae-fp16-fix)"
         )
     else:
-        logger.warning("the VAE decodes to NaN or infinite numbers: samples are black; give another VAE")
+        logger.warning("the VAE decodes to NaN or infinite values: samples are black; give another VAE")
 
 
 class LatentSpace:
-    """Moves images into the latents that a denoiser sees, and back.
+    """Converts images to the latents that a denoiser sees, and back.
 
-    Latents are (z - shift) * scaling, where z is a sample of the encoder's posterior; a VAE whose config holds
-    `latents_mean` and `latents_std` instead is normalised by channel, as its pipeline does.
+    Latents are (z - shift) * scaling, where z is a sample from the encoder's posterior. A VAE whose config has
+    `latents_mean` and `latents_std` instead is normalized per channel, as in its pipeline.
 
     Attributes:
-        has_posterior: whether latents are drawn, and need noise.
+        has_posterior: whether latents are sampled, which needs noise.
     """
 
     has_posterior = True
@@ -59,25 +62,25 @@ class LatentSpace:
         self._std = getattr(config, "latents_std", None)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"vae": None}  # a worker that is not forked needs the shapes alone
+        return self.__dict__ | {"vae": None}  # spawned workers only need the shapes
 
     def shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """[C, h, w] of the latents of an image of this width and height in pixels."""
+        """Returns [C, h, w] of the latents for an image of (width, height) pixels."""
         width, height = size
         return self.channels, height // self.factor, width // self.factor
 
     @property
     def dtype(self) -> torch.dtype:
-        """What its moments are computed in."""
+        """The dtype in which moments are computed."""
         return self.vae.dtype
 
     def num_cached(self, size: tuple[int, int]) -> int:
-        """How many numbers the moments of an image of this width and height are, where they can be cached."""
+        """Number of values in the moments of an image of (width, height), or 0 if they can't be cached."""
         return 2 * math.prod(self.shape(size))
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior, each [B, C, h, w] float32, raw.
+        """Returns mean and standard deviation of the posterior, each [B, C, h, w] float32, unscaled.
 
         Args:
             pixels: [B, 3, H, W] from 0 to 255.
@@ -85,13 +88,13 @@ class LatentSpace:
         images = pixels.to(self.vae.device).float() / 127.5 - 1
         with torch.autocast(self.vae.device.type, enabled=False):
             encoded = self.vae.encode(images.to(self.vae.dtype))
-        if "latents" in encoded:  # of a VQ model, before they are quantised
+        if "latents" in encoded:  # a VQ model: its latents before quantization
             return _planes(encoded.latents), torch.zeros_like(encoded.latents, dtype=torch.float32)
         mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
         return _planes(mean), _planes(std)
 
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """[B, C, h, w] float32 the scaled latents of a sample mean + std * noise of the posterior."""
+        """Returns the scaled latents [B, C, h, w] float32 of the posterior sample mean + std * noise."""
         sample = mean + std * noise
         if self._mean is not None and self._std is not None:
             sample = (sample - self._channels_like(self._mean, sample)) / self._channels_like(self._std, sample)
@@ -100,7 +103,7 @@ class LatentSpace:
         return sample * self._scaling
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, H, W] float32 images, about [-1, 1], of scaled latents [B, C, h, w]; gradients flow through it."""
+        """Decodes scaled latents [B, C, h, w] to [B, 3, H, W] float32 images, roughly in [-1, 1]; differentiable."""
         sample = self._unscaled(latents.to(self.vae.dtype))
         if self._mean is not None and self._std is not None:
             sample = sample * self._channels_like(self._std, sample) + self._channels_like(self._mean, sample)
@@ -111,10 +114,10 @@ class LatentSpace:
 
     @torch.no_grad()
     def pictures(self, latents: Tensor, blame: Callable[[], str] | None = None) -> Tensor:
-        """As `decode`, to be looked at: black where it is not finite, which a warning names the first time.
+        """Same as `decode`, for viewing: values that are not finite become black, with a warning the first time.
 
         Args:
-            blame: says whose NaN it is that the latents hold.
+            blame: explains where NaN in the latents comes from.
         """
         images = self.decode(latents)
         warn_of_nan(latents, images, self.vae, self, blame)
@@ -124,8 +127,8 @@ class LatentSpace:
         return latents / self._scaling
 
     def describe(self) -> str:
-        """What it is, in words."""
-        return f"latents of {self.channels} channels, a {self.factor}th of the edges, times {self._scaling:g}"
+        """Describes the latents, for the log."""
+        return f"latents with {self.channels} channels, 1/{self.factor} of the image size, scaled by {self._scaling:g}"
 
     @staticmethod
     def _channels_like(values: list[float], latents: Tensor) -> Tensor:
@@ -133,27 +136,27 @@ class LatentSpace:
 
 
 class ScaledSpace(LatentSpace):
-    """Latents as `LDMPipeline` and `DiTPipeline` have them: scaled alone, whatever else the VAE's config says."""
+    """Latents of `LDMPipeline` and `DiTPipeline`: only scaled, whatever else the VAE's config says."""
 
     def __init__(self, vae: torch.nn.Module):
         super().__init__(vae)
         self._shift = self._mean = self._std = None
 
     def rescale(self, factor: float) -> None:
-        """Scales by another factor, which the VAE's config says from now on."""
+        """Sets another scaling factor, also in the VAE's config."""
         self.vae.register_to_config(scaling_factor=factor)
         self._scaling = factor
 
 
 class ReciprocalSpace(ScaledSpace):
-    """As `DiTPipeline` unscales latents, to the last bit."""
+    """Unscales latents as `DiTPipeline` does, bit for bit."""
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         return 1 / self._scaling * latents
 
 
 class PixelSpace(LatentSpace):
-    """Pixels themselves, from `low` to 1, in the place of latents."""
+    """Pixels in [low, 1] in place of latents."""
 
     has_posterior = False
 
@@ -165,31 +168,31 @@ class PixelSpace(LatentSpace):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of images."""
+        """The dtype of images."""
         return torch.float32
 
     def num_cached(self, size: tuple[int, int]) -> int:
-        """None: pixels are not cached."""
+        """Returns 0: pixels are not cached."""
         return 0
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """(the images [B, C, H, W] float32, zeros) of pixels from 0 to 255."""
+        """Returns (images [B, C, H, W] float32, zeros) for pixels from 0 to 255."""
         images = pixels.float() / 255 * (1 - self._low) + self._low if self._low else pixels.float() / 255
         return images, torch.zeros_like(images)
 
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
-        """The images."""
+        """Returns the images."""
         return mean
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, C, H, W] float32 images, about [-1, 1]."""
+        """Returns [B, C, H, W] float32 images, roughly in [-1, 1]."""
         return latents.float() if self._low else latents.float() * 2 - 1
 
     def describe(self) -> str:
-        """What it is, in words."""
-        return f"pixels of {self.channels} channels"
+        """Describes the pixels, for the log."""
+        return f"pixels with {self.channels} channels"
 
 
 def _planes(latents: Tensor) -> Tensor:
-    """Float32, one channel after the other: a VAE's attention leaves them together, and the denoiser would follow."""
+    """Converts to contiguous float32: a VAE's attention returns channels-last, which the denoiser would inherit."""
     return latents.to(torch.float32, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""LoRA files: loaded whole into a pipeline, or refused with the reason in one line."""
+"""Loads LoRA files completely into a pipeline, or refuses them with the reason in one line."""
 
 import logging
 import math
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 LORA_FILE = "pytorch_lora_weights.safetensors"
 MODELS_BY_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-"""What a UNet is of, by the width of the text states that it reads."""
+"""The model that a UNet belongs to, by the width of its text embeddings."""
 OTHER_KINDS = {
     **{"hada_": "LoHa", "lokr_": "LoKr", "b?oft_": "OFT", "dora_scale": "DoRA"},
     **{"lora_mid": "LoCon", "lora_t[12]": "LoCon", "(on_input|ia3)": "IA3", "bundle_emb": "LoRA and embedding"},
     **{"(w_norm|b_norm)$": "LoRA and norm", r"diff(_b)?$": "whole-difference"},
 }
-"""Kinds of files that diffusers does not read, or not whole, by how a word of a tensor's name begins."""
+"""Formats that diffusers does not read, or not completely, by patterns of their tensors' names."""
 
-WRAPPED = "base_model.model."  # what PEFT puts in front of the names in its own files
+WRAPPED = "base_model.model."  # prefix of tensor names in PEFT's own files
 HALVES = (
     *(
         (r"\blora_A\b", "lora_B"),
@@ -40,28 +40,34 @@ HALVES = (
     ),
     *((r"lora\.down\b", "lora.up"), (r"lora\.up\b", "lora.down")),
 )
-"""How tools name the two matrices of an update, each as a pattern with the other's name."""
+"""How tools name the two matrices of a LoRA update: a pattern for one, and the name of the other."""
 
 
 def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: str, must_be_finite: bool = True) -> None:
-    """Loads a LoRA file of any of the usual formats (diffusers', peft's, kohya's) as an adapter of a pipeline.
+    """Loads a LoRA file in any common format (diffusers, peft, kohya) as an adapter of a pipeline.
 
     Args:
-        source: a file, a folder, or a Hub name.
-        what: the flag and its value, as messages name them.
-        must_be_finite: whether NaN and infinite numbers are refused; else a warning names them.
+        pipeline: the pipeline that it is for.
+        source: a file, a folder or a Hub name.
+        adapter: name for the adapter.
+        what: the flag and its value, for messages.
+        must_be_finite: whether to refuse NaN and infinite values; otherwise a warning is logged.
 
     Raises:
-        UserError: if it can't be loaded, a part of it is not of this pipeline, or it has no effect.
+        UserError: if it can't be loaded, does not fit this pipeline completely, or has no effect.
     """
     if not hasattr(pipeline, "load_lora_weights"):
-        raise UserError(f"{what}: a {type(pipeline).__name__} takes no LoRA")
+        raise UserError(f"{what}: a {type(pipeline).__name__} does not support LoRA")
+
+    # Where the file is.
     path = Path(source)
     if path.exists() and not path.is_dir():
         require_regular(path)
         root, given = str(path.parent), {"weight_name": path.name}
     else:
         root, given = source, {"weight_name": LORA_FILE} if (path / LORA_FILE).is_file() else {}
+
+    # Check its tensors, load it, and count what was loaded.
     with loading(what):
         counts, alphas = _check(pipeline, root, given, what)
         pipeline.load_lora_weights(root, adapter_name=adapter, use_safetensors=True, **given)
@@ -71,7 +77,9 @@ def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: st
         for part, count in counts.items():
             found = _num_loaded(getattr(pipeline, part), adapter)
             if found != count:
-                raise ValueError(f"of its {count} tensors for the {part} {found} were loaded")
+                raise ValueError(f"of its {count} tensors for the {part} only {found} were loaded")
+
+    # Restore per-layer alphas, and check the values.
     modules = {part: getattr(pipeline, part) for part, names in adapted.items() if adapter in names}
     for part, module in modules.items():
         _set_alphas(module, adapter, alphas.get(part, {}))
@@ -79,7 +87,7 @@ def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: st
 
 
 def _set_alphas(module: nn.Module, adapter: str, alphas: Mapping[str, float]) -> None:
-    """Scales each layer by its own alpha, which diffusers loses where it renames layers of attention."""
+    """Scales each layer by its own alpha, which diffusers loses when it renames attention layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = module.peft_config[adapter]
@@ -91,10 +99,11 @@ def _set_alphas(module: nn.Module, adapter: str, alphas: Mapping[str, float]) ->
 
 
 def _check_numbers(modules: Sequence[nn.Module], adapter: str, what: str, must_be_finite: bool) -> None:
-    """Refuses a LoRA that is not finite, or of which each layer is scaled to nothing; names some that are."""
+    """Refuses a LoRA with non-finite values, or whose layers all have alpha 0; warns if only some have."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import get_peft_model_state_dict
 
+    # Up matrices of zeros change nothing.
     scalings: list[float] = []
     ups = [
         tensor
@@ -103,7 +112,9 @@ def _check_numbers(modules: Sequence[nn.Module], adapter: str, what: str, must_b
         if "lora_B" in name
     ]
     if ups and not any(bool(tensor.any()) for tensor in ups):
-        logger.warning("%s: the up matrices of all its %d updates are 0, so that it changes nothing", what, len(ups))
+        logger.warning("%s: the up matrices of all its %d updates are 0, so it has no effect", what, len(ups))
+
+    # Weights and alphas.
     for module in modules:
         check_finite(get_peft_model_state_dict(module, adapter_name=adapter).items(), what, must_be_finite)
         layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
@@ -116,23 +127,30 @@ def _check_numbers(modules: Sequence[nn.Module], adapter: str, what: str, must_b
             "give another"
         )
     if scalings and num_off == len(scalings):
-        raise UserError(f"{what}: the alpha of all its {num_off} layers is 0, so that it changes nothing; give another")
+        raise UserError(f"{what}: the alpha of all its {num_off} layers is 0, so it has no effect; give another file")
     if num_off:
-        said = "%s: the alpha of %d of its %d layers is 0: they change nothing"
+        said = "%s: the alpha of %d of its %d layers is 0, so they have no effect"
         logger.warning(said, what, num_off, len(scalings))
 
 
 def _check(
     pipeline: "DiffusionPipeline", root: str, given: Mapping[str, str], what: str
 ) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
-    """Refuses what would be loaded in part; (number of tensors, alphas of layers that have their own) of each part."""
+    """Refuses a file that would be loaded only in part.
+
+    Returns:
+        For each component the number of its tensors, and the alphas of layers that have their own.
+    """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
+    # Tensors as stored in the file.
     if "weight_name" in given:
         stored = stored_in(Path(root, given["weight_name"]))
         _refuse_other_kinds(stored)
         check_stored(what, stored)
         _refuse_halves(stored)
+
+    # Tensors as diffusers converts them.
     arguments = dict(given)
     if isinstance(pipeline, StableDiffusionXLLoraLoaderMixin):
         arguments["unet_config"] = pipeline.unet.config
@@ -143,7 +161,9 @@ def _check(
     if read is None:  # from the Hub
         check_stored(what, stored_tensors(tensors))
     if read is not None and len(tensors) != read:
-        raise ValueError(f"of its {read} tensors only {len(tensors)} are understood")
+        raise ValueError(f"of its {read} tensors only {len(tensors)} are recognized")
+
+    # Components that they belong to, and the layers of each.
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     parts = {name: {} for name in modules}
     homeless = []
@@ -158,7 +178,7 @@ def _check(
         _check_layers(layers, dict(modules[name].named_modules()), name)
     if homeless:
         raise ValueError(
-            f"it has {len(homeless)} tensors for parts that this {type(pipeline).__name__} does not have: "
+            f"it has {len(homeless)} tensors for components that this {type(pipeline).__name__} does not have: "
             f"{names_of(sorted(homeless))}"
         )
     counts = {name: sum(map(len, layers.values())) for name, layers in found.items()}
@@ -168,9 +188,9 @@ def _check(
 def _alphas(
     part: str, listed: Mapping[str, float], module: nn.Module, found: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, float]:
-    """The alphas of a part's layers, of those that diffusers lists by the names of their down matrices.
+    """Returns the alphas of a component's layers, from those that diffusers lists by their down matrices' names.
 
-    Where some layers have one, the alpha of another is its rank: it is not scaled.
+    If any layer has an alpha, the alpha of a layer without one is its rank, which means no scaling.
     """
     own = {
         name.removeprefix(f"{part}.").removesuffix(".alpha"): torch.tensor(
@@ -191,28 +211,28 @@ def _refuse_other_kinds(names: Iterable[str]) -> None:
         kind = next((kind for mark, kind in OTHER_KINDS.items() if re.search(rf"(?<![A-Za-z]){mark}", name)), None)
         if kind is not None:
             raise ValueError(
-                f"it holds {names_of([name])}: it is a {kind} file of other tools, which is not read here; merge it "
-                "into its base by the tool that made it, and start from the result"
+                f"it contains {names_of([name])}: it is a {kind} file of another tool, which is not supported; merge "
+                "it into its base model with the tool that made it, and start from the result"
             )
 
 
 def _refuse_halves(names: Iterable[str]) -> None:
-    """Refuses names that PEFT gives in its own files, and halves of updates, before diffusers looks for the others."""
+    """Refuses tensor names of PEFT's own files, and single halves of updates, before diffusers looks for the rest."""
     names = set(names)
     wrapped = sorted(name for name in names if name.startswith(WRAPPED))
     if wrapped:
         raise ValueError(
             f"{len(wrapped)} of its {len(names)} tensors have the names of PEFT's own files, such as "
-            f"{names_of(wrapped[:1])}, which do not say their part of the pipeline; save it by the pipeline's "
+            f"{names_of(wrapped[:1])}, which do not name a component of the pipeline; save it with the pipeline's "
             "save_lora_weights"
         )
     lone = sorted(name for name in names if (other := _other_half(name)) and other not in names)
     if lone:
-        raise ValueError(f"it has one half of {len(lone)} updates alone: {names_of(lone)} without its other half")
+        raise ValueError(f"it has only one half of {len(lone)} updates: {names_of(lone)} without its other half")
 
 
 def _other_half(name: str) -> str:
-    """The name of the tensor that goes with one of an update's two; "" for other tensors."""
+    """Returns the name of the other matrix of an update; "" for other tensors."""
     for one, other in HALVES:
         if (found := re.sub(one, other, name)) != name:
             return found
@@ -220,19 +240,20 @@ def _other_half(name: str) -> str:
 
 
 def _num_read(file: Path) -> int:
-    """How many tensors a LoRA file has, scales aside."""
+    """Returns the number of tensors in a LoRA file, not counting alphas."""
     with open_safetensors(file) as opened:
         return sum(not name.endswith(".alpha") for name in opened.keys())  # noqa: SIM118
 
 
 def _layers(part: str, tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """A part's tensors by the layers that they adapt, and by peft's names (lora_A.weight, ...)."""
+    """Groups a component's tensors by the layers that they adapt, under peft's names (lora_A.weight, ...)."""
     from diffusers.utils import (
         convert_state_dict_to_diffusers,
         convert_state_dict_to_peft,
         convert_unet_state_dict_to_peft,
     )
 
+    # Rename the tensors to peft's names.
     tensors = dict(tensors)
     if part.startswith("text_encoder"):
         tensors = convert_state_dict_to_peft(convert_state_dict_to_diffusers(tensors))
@@ -240,6 +261,8 @@ def _layers(part: str, tensors: Mapping[str, Tensor], module: nn.Module) -> dict
             tensors = {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
     elif "lora_A" not in next(iter(tensors)):
         tensors = convert_unet_state_dict_to_peft(tensors)
+
+    # Group them by layer.
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, _, kind = key.partition(".lora_")
@@ -248,15 +271,15 @@ def _layers(part: str, tensors: Mapping[str, Tensor], module: nn.Module) -> dict
 
 
 def _check_layers(layers: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module], part: str) -> None:
-    """Refuses layers that the module does not have, or has in other shapes, and halves of updates."""
+    """Refuses layers that are missing from the module or have other shapes, and single halves of updates."""
     known = {name: layer for name, layer in layers.items() if getattr(modules.get(name), "weight", None) is not None}
     unknown = sorted(set(layers) - set(known))
     for name, tensors in known.items():
         down, up = tensors.get("A.weight"), tensors.get("B.weight")
         if down is None or up is None:
-            raise ValueError(f"{part}: it has one half of the update of {name} alone")
+            raise ValueError(f"{part}: it has only one half of the update of {name}")
         if len(up.shape) < 2 or up.shape[1] != down.shape[0]:
-            raise ValueError(f"{part}: the halves of the update of {name} do not fit each other")
+            raise ValueError(f"{part}: the two halves of the update of {name} do not fit together")
     wrong = [
         name
         for name, tensors in known.items()
@@ -268,7 +291,7 @@ def _check_layers(layers: Mapping[str, Mapping[str, Tensor]], modules: Mapping[s
 
 
 def layer_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a layer's weight; a quantised one of a linear layer keeps it in another."""
+    """Returns the shape of a layer's weight; quantized linear layers store it in another shape."""
     is_linear = isinstance(module, nn.Linear)
     return (module.out_features, module.in_features) if is_linear else tuple(module.weight.shape)
 
@@ -276,7 +299,7 @@ def layer_shape(module: nn.Module) -> tuple[int, ...]:
 def _of_another_model(
     layers: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module], wrong: list[str], unknown: list[str]
 ) -> str:
-    """Why layers do not fit: by the width of the text states where they are another model's."""
+    """Explains why layers do not fit; the width of the text embeddings tells which model they are for."""
     reading = [name for name in layers if name.endswith("attn2.to_k") and "A.weight" in layers[name]]
     given = {layers[name]["A.weight"].shape[1] for name in reading}
     own = {layer_shape(module)[1] for name, module in modules.items() if name.endswith("attn2.to_k")}
@@ -287,8 +310,8 @@ def _of_another_model(
     text = " and ".join(filter(None, [counted, missing]))
     if len(given) == 1 and len(own) == 1 and given != own:
         (theirs,), (ours,) = given, own
-        text += f"; it reads text states of width {_named(theirs)}, this model's are {_named(ours)}"
-    return f"it is the LoRA of another model: {text}"
+        text += f"; it reads text embeddings of width {_named(theirs)}, this model's have width {_named(ours)}"
+    return f"it is a LoRA for another model: {text}"
 
 
 def _named(width: int) -> str:

@@ -1,4 +1,4 @@
-"""Further terms of the loss, of a user's own making too, with what they learn from."""
+"""Additional loss terms, including user-defined ones."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -16,12 +16,12 @@ from utils.models.options import TermOptions
 
 @dataclass(frozen=True)
 class TermFacts:
-    """What a term may need to know when it is made.
+    """Facts about the run that a term may need when it is created.
 
     Attributes:
         latent_channels: C of the latents.
         num_timesteps: length of the noise schedule.
-        decode: latents [B, C, h, w] to images [B, 3, H, W], about [-1, 1]; gradients flow through it.
+        decode: maps latents [B, C, h, w] to images [B, 3, H, W], roughly in [-1, 1]; gradients flow through it.
     """
 
     latent_channels: int
@@ -30,18 +30,18 @@ class TermFacts:
 
 
 class LossTerm(nn.Module, ABC):
-    """What is added to the loss of each sample.
+    """A term added to the loss of each sample.
 
-    A term may have parameters of its own, such as a discriminator's: they learn from `own_losses` alone, in the same
-    backward pass and by the same optimizer, and are kept in the checkpoints. A file given as `--loss_module` holds one
-    subclass, which is made with the facts and the words of `--loss_module_args`.
+    A term may have its own parameters, such as a discriminator's. They are trained by `own_losses` only, in the same
+    backward pass and by the same optimizer, and are saved in checkpoints. A file given as `--loss_module` defines one
+    subclass, which is created with the facts and the arguments of `--loss_module_args`.
     """
 
     def __init__(self, facts: TermFacts):
         super().__init__()
 
     def train(self, mode: bool = True) -> "LossTerm":
-        """Puts what learns in training mode; frozen networks within the term stay in evaluation mode."""
+        """Puts trainable modules in training mode; frozen networks within the term stay in evaluation mode."""
         super().train(mode)
         for module in self.children():
             _rest_what_is_frozen(module)
@@ -49,15 +49,15 @@ class LossTerm(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, predicted: Predicted) -> Tensor:
-        """[B] what is added to the losses, its weight included. Its own parameters get no gradient from it."""
+        """Returns [B] values added to the losses, already weighted. They do not train the term's own parameters."""
 
     def own_losses(self, predicted: Predicted) -> Tensor | None:
-        """[B] what its own parameters learn from, if it has any; the model gets no gradient from it."""
+        """Returns [B] losses of the term's own parameters, or None; they do not train the model."""
         return None
 
 
 def _rest_what_is_frozen(module: nn.Module) -> None:
-    """Puts modules without a weight that learns in evaluation mode, unless they are layers of one that learns."""
+    """Puts frozen modules in evaluation mode, unless they are layers of a module that is trained."""
     if not any(each.requires_grad for each in module.parameters()):
         module.eval()
         return
@@ -67,10 +67,10 @@ def _rest_what_is_frozen(module: nn.Module) -> None:
 
 
 def load_term(options: TermOptions, facts: TermFacts) -> LossTerm:
-    """The term in the file that `--loss_module` names.
+    """Creates the term defined in the file of `--loss_module`.
 
     Raises:
-        UserError: if the file can't be run, holds not one subclass of `LossTerm`, or refuses its arguments.
+        UserError: if the file can't be run, does not define one subclass of `LossTerm`, or rejects its arguments.
     """
     kind = load_class("loss_module", options.loss_module, LossTerm)
     if inspect.isabstract(kind):
@@ -83,13 +83,13 @@ def load_term(options: TermOptions, facts: TermFacts) -> LossTerm:
 
 
 def added_losses(term: LossTerm, predicted: Predicted) -> Tensor:
-    """[B] what a term adds. Its own losses add nothing to the value, but their gradient to its parameters."""
-    # copies: where weights step inside the backward pass, they change while what was computed with them is needed
+    """Returns [B] values that a term adds to the losses. Its own losses add a gradient but no value."""
+    # copied: with --optimizer_in_backward weights change during the backward pass that still needs them
     frozen = {name: each.detach().clone() for name, each in term.named_parameters() if each.requires_grad}
     losses = functional_call(term, frozen, (predicted,)) if frozen else term(predicted)
     own = term.own_losses(predicted.detached()) if frozen else None
     for found in (losses, own):
         if found is not None and found.shape != predicted.latents.shape[:1]:
             name, wanted = type(term).__name__, len(predicted.latents)
-            raise UserError(f"{name} must give one loss a sample, [{wanted}], it gave {list(found.shape)}")
+            raise UserError(f"{name} must return one loss per sample, [{wanted}], it returned {list(found.shape)}")
     return losses if own is None else losses + (own - own.detach())

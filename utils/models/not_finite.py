@@ -1,4 +1,4 @@
-"""Whose NaN it is: the first place in drawing where a value is not finite, found without waiting for the device."""
+"""Finds the source of NaN in samples: the first value that is not finite, checked without waiting for the device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """A value that was looked at: which one, at which step of a call, and whether it was finite, on its device."""
+    """A checked value: its name, the sampling step, and whether it is finite (a tensor on its device)."""
 
     name: str
     step: int
@@ -19,7 +19,7 @@ class Place(NamedTuple):
 
 
 class Watch:
-    """What went into a denoiser and came out of it, in order, of one call of a pipeline."""
+    """Inputs and outputs of the denoiser in one call of a pipeline, in order."""
 
     def __init__(self, scheduler_name: str):
         self._scheduler_name = scheduler_name
@@ -27,18 +27,18 @@ class Watch:
         self._step = 0
 
     def forget(self) -> None:
-        """Begins anew, for another call of the pipeline."""
+        """Starts over, for another call of the pipeline."""
         self._places, self._step = [], 0
 
     def before(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A hook in front of the denoiser."""
+        """Forward pre-hook of the denoiser."""
         named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
         if self._step == 0:
             self._look("text", named.get("encoder_hidden_states"))
         self._look("sample", named.get("sample", named.get("hidden_states")))
 
     def after(self, _: nn.Module, args: tuple, output: Any) -> None:
-        """A hook behind it."""
+        """Forward hook of the denoiser."""
         self._look("prediction", output[0] if isinstance(output, tuple) else getattr(output, "sample", None))
         self._step += 1
 
@@ -47,13 +47,13 @@ class Watch:
             self._places.append(Place(name, self._step, value.detach().isfinite().all()))
 
     def blame(self) -> str:
-        """Whose NaN it is that samples hold, and what to do."""
+        """Explains where the NaN values in samples come from, and what to do."""
         if not self._places:
             return "the denoiser's samples are NaN or infinite: they are black; its weights have diverged"
         found = next((place for place in self._places if not bool(place.is_finite)), None)
         if found is not None and found.name == "text":
             return (
-                "the text encoders' states are NaN or infinite: samples are black; use --mixed_precision bf16, or give "
+                "the text embeddings are NaN or infinite: samples are black; use --mixed_precision bf16, or give "
                 "other text encoders"
             )
         if found is not None and found.name == "prediction":
@@ -63,16 +63,16 @@ class Watch:
             )
         number = self._step if found is None else found.step
         if number == 0:
-            return "the noise that sampling starts from is NaN or infinite: samples are black; change the scheduler"
+            return "the initial noise of sampling is NaN or infinite: samples are black; change the scheduler"
         return (
-            f"step {number} of the {self._scheduler_name} makes NaN or infinite numbers of finite predictions: samples "
-            "are black; change the values of its config, or give the pipeline another scheduler"
+            f"step {number} of the {self._scheduler_name} turns finite predictions into NaN or infinite values: "
+            "samples are black; change its config, or give the pipeline another scheduler"
         )
 
 
 @contextmanager
 def watching(pipeline: "DiffusionPipeline") -> Iterator[Watch]:
-    """Context manager: what goes through the pipeline's denoiser is looked at."""
+    """Context manager: checks the values that pass through the pipeline's denoiser."""
     watch = Watch(type(pipeline.scheduler).__name__)
     denoiser = getattr(pipeline, "unet", None)
     denoiser = getattr(pipeline, "transformer", None) if denoiser is None else denoiser

@@ -1,4 +1,4 @@
-"""The options of what is trained: the pipeline, or the shape of a denoiser from scratch, and further loss terms."""
+"""Options of the model: a pretrained pipeline, or the shape of a denoiser from scratch, and extra loss terms."""
 
 import os
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ MODEL_SIZES = ("tiny", "small", "base", "large")
 WEIGHT_INITS = ("default", "xavier_kaiming")
 SHAPE_FLAGS = ("model_channels", "channel_mult", "layers_per_block", "attention_resolutions", "attention_head_dim")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-CHUNK_TOKENS = 75  # of a caption, in one pass of a CLIP text encoder: its 77 less the beginning and the end
-XFORMERS_MISSING = "--enable_xformers_memory_efficient_attention: its kernels do not load here"
-XFORMERS_CURE = "leave the flag out, PyTorch's attention is as fast, or install the xformers wheel of this torch"
+CHUNK_TOKENS = 75  # caption tokens per pass of a CLIP text encoder: its 77 without start and end
+XFORMERS_MISSING = "--enable_xformers_memory_efficient_attention: its kernels can't be loaded"
+XFORMERS_CURE = "leave the flag out (PyTorch's attention is as fast), or install the xformers wheel for this torch"
 ATTENTION = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
 CPU_ATTENTION = ("flash", "math")
 QUANTIZATIONS = ("nf4", "int8")
@@ -23,12 +23,12 @@ QUANTIZATIONS = ("nf4", "int8")
 PROMPTS = ("validation_prompts", "validation_prompt")
 PRETRAINED = (
     *("pretrained_model_name_or_path", "vae", "perceptual_network", "eval_metrics"),
-    *("pipeline", "checkpoints", "images"),  # the metrics of images need networks too
+    *("pipeline", "checkpoints", "images"),  # the metrics of images also load networks
 )
 
 
 def weight_files(*flags: str) -> tuple[str, ...]:
-    """That one of some flags names a single file of weights."""
+    """Returns the conditions that one of some flags names a single weight file."""
     return tuple(f"{flag}=*{ending}" for flag in flags for ending in (".safetensors", *PICKLES))
 
 
@@ -37,35 +37,33 @@ class ShapeOptions:
     """The shape of a denoiser from scratch."""
 
     model_config_name_or_path: str | None = option(
-        None, "JSON config of the denoiser, or the folder or Hub name that holds one (its weights are left)"
+        None, "JSON config of the denoiser, or a folder or Hub name that has one (its weights are not loaded)"
     )
     model_size: str | None = option(
         None,
-        "size of the denoiser: base by default, with as many levels as the resolution allows",
+        "size of the denoiser (default: base); levels that the resolution does not allow are left out",
         choices=MODEL_SIZES,
         resume=Resume.STRUCTURE,
     )
     model_channels: int | None = option(
-        None, "channels of the first level; of a transformer its width", resume=Resume.STRUCTURE
+        None, "channels of the UNet's first level, or width of the transformer", resume=Resume.STRUCTURE
     )
     channel_mult: list[int] | None = option(
-        None, "each level's channels in multiples of that, such as 1 2 2", resume=Resume.STRUCTURE
+        None, "channels per level as multiples of --model_channels, such as 1 2 2", resume=Resume.STRUCTURE
     )
     layers_per_block: int | None = option(
-        None, "residual blocks of a level; of a transformer its blocks", resume=Resume.STRUCTURE
+        None, "residual blocks per UNet level, or blocks of the transformer", resume=Resume.STRUCTURE
     )
     attention_resolutions: list[int] | None = option(
-        None, "edges of the levels that attend, such as 16 8; 0 for none", resume=Resume.STRUCTURE
+        None, "edges of the levels with attention, such as 16 8; 0 for none", resume=Resume.STRUCTURE
     )
-    attention_head_dim: int | None = option(None, "channels of an attention head", resume=Resume.STRUCTURE)
-    patch_size: int | None = option(
-        None, "edge of the patches that a transformer sees, 2 by default", resume=Resume.STRUCTURE
-    )
-    dropout: float = option(0.0, "dropout in the denoiser", acts_with=(Absent("pretrained_model_name_or_path"),))
+    attention_head_dim: int | None = option(None, "channels per attention head", resume=Resume.STRUCTURE)
+    patch_size: int | None = option(None, "edge of the transformer's patches (default: 2)", resume=Resume.STRUCTURE)
+    dropout: float = option(0.0, "dropout rate in the denoiser", acts_with=(Absent("pretrained_model_name_or_path"),))
     weight_init: str = option(
         "default",
-        "first weights: diffusers' with the last layer of each residual branch at zero, or matrices by Xavier and "
-        "convolutions by Kaiming throughout",
+        "weight initialization: diffusers' with the last layer of each residual branch set to zero, or Xavier for all "
+        "matrices and Kaiming for all convolutions",
         choices=WEIGHT_INITS,
         acts_with=(Absent("pretrained_model_name_or_path"),),
     )
@@ -80,45 +78,49 @@ class ShapeOptions:
         given = [name for name in SHAPE_FLAGS if getattr(self, name) is not None]
         if self.model_config_name_or_path is not None and (given or self.model_size is not None):
             flag = given[0] if given else "model_size"
-            raise UserError(f"--model_config_name_or_path says the denoiser's whole shape; leave out --{flag}")
+            raise UserError(f"--model_config_name_or_path sets the denoiser's whole shape; leave out --{flag}")
 
     @property
     def given(self) -> list[str]:
-        """The flags of a shape that were given."""
+        """Names of the shape flags that were given."""
         names = ("model_config_name_or_path", "model_size", *SHAPE_FLAGS, "patch_size")
         return [name for name in names if getattr(self, name) is not None]
 
     @property
     def structure(self) -> dict[str, object]:
-        """What a checkpoint can only be resumed with, by flag."""
+        """The options that a checkpoint's weights depend on, by flag."""
         return {name: getattr(self, name) for name in ("model_size", *SHAPE_FLAGS, "patch_size")}
 
 
 @dataclass(frozen=True)
 class LoadingOptions:
+    """Which weights may be missing when pretrained parts are loaded."""
+
     allow_missing_weights: list[str] | None = option(
         None,
-        "beginnings of the names of weights that pretrained parts may lack or have too many of, such as "
-        "text_encoder.text_projection; what is missing is initialised at random",
+        "prefixes of weight names that pretrained parts may lack or have in excess, such as "
+        "text_encoder.text_projection; missing weights are initialized randomly",
         acts_with=PRETRAINED,
     )
 
     def __post_init__(self) -> None:
         for prefix in self.allow_missing_weights or ():
-            require(bool(prefix.strip()), "allow_missing_weights", repr(prefix), "be the beginning of a name")
+            require(bool(prefix.strip()), "allow_missing_weights", repr(prefix), "be a prefix of weight names")
 
 
 @dataclass(frozen=True)
 class TermOptions:
+    """A user-defined loss term."""
+
     loss_module: str | None = option(
         None,
-        "Python file with a loss term of your own, such as examples/adversarial_loss.py",
+        "Python file that defines your own loss term, such as examples/adversarial_loss.py",
         resume=Resume.COMPARED,
-        engines={"DeepSpeed": "train it by DDP", "FSDP2": "train it by DDP"},
+        engines={"DeepSpeed": "use DDP to train with it", "FSDP2": "use DDP to train with it"},
     )
-    loss_module_args: list[str] | None = option(None, "its arguments, such as weight=0.1", is_text=True)
+    loss_module_args: list[str] | None = option(None, "arguments of the loss term, such as weight=0.1", is_text=True)
     loss_module_lr: float | None = option(
-        None, "peak learning rate of the term's own parameters; by default --learning_rate"
+        None, "peak learning rate of the loss term's own parameters (default: --learning_rate)"
     )
 
     def __post_init__(self) -> None:
@@ -132,70 +134,72 @@ class TermOptions:
         )
         for name in ("loss_module_args", "loss_module_lr"):
             if getattr(self, name) is not None and file is None:
-                raise UserError(f"--{name} goes with --loss_module; give both or neither")
+                raise UserError(f"--{name} needs --loss_module; give both or neither")
         for word in self.loss_module_args or ():
             require("=" in word, "loss_module_args", word, "be NAME=VALUE")
 
     @property
     def arguments(self) -> dict[str, object]:
-        """The words of `loss_module_args` by their names: numbers as such, and paths under ~ in full."""
+        """The arguments of the loss term by name; numbers are converted, and paths starting with ~ expanded."""
         pairs = (word.partition("=") for word in self.loss_module_args or ())
         return {name: _as_value(value) for name, _, value in pairs}
 
 
 def _as_value(word: str) -> object:
-    if word.startswith("~/"):  # which the shell leaves as it is behind a =
+    if word.startswith("~/"):  # the shell does not expand it after =
         return os.path.expanduser(word)
     return int(word) if word.lstrip("-").isdigit() else as_number(word)
 
 
 @dataclass(frozen=True)
 class PerceptualOptions:
+    """A perceptual loss between decoded images."""
+
     perceptual_weight: float | None = option(
         None,
-        "weight of a loss between decoded images, in the features of --perceptual_network",
-        engines={"FSDP2": "train with it by DDP"},
+        "weight of a loss between decoded images, on features of --perceptual_network",
+        engines={"FSDP2": "use DDP to train with it"},
     )
     perceptual_network: str | None = option(
-        None, "folder or Hub name of an image model of transformers, such as microsoft/resnet-50 or a DINOv2"
+        None, "folder or Hub name of a transformers image model, such as microsoft/resnet-50 or a DINOv2"
     )
-    perceptual_min_timestep: int = option(0, "smallest timestep that it applies to")
+    perceptual_min_timestep: int = option(0, "first timestep to which the perceptual loss applies")
     perceptual_max_timestep: int | None = option(
-        None, "timestep before which it ends; by default it applies to all, though little is to be seen in late ones"
+        None, "timestep before which the perceptual loss ends (default: none, though late ones show little)"
     )
 
     def __post_init__(self) -> None:
         require_positive(self, "perceptual_weight", "perceptual_max_timestep")
         require_not_negative(self, "perceptual_min_timestep")
         if (self.perceptual_weight is None) != (self.perceptual_network is None):
-            raise UserError("--perceptual_weight and --perceptual_network go together; give both or neither")
+            raise UserError("--perceptual_weight and --perceptual_network need each other; give both or neither")
         begin, end = self.perceptual_min_timestep, self.perceptual_max_timestep
         if self.perceptual_weight is None and (begin or end is not None):
-            raise UserError("--perceptual_min_timestep and --perceptual_max_timestep go with --perceptual_weight")
+            raise UserError("--perceptual_min_timestep and --perceptual_max_timestep need --perceptual_weight")
         if end is not None and end <= begin:
-            raise UserError(f"--perceptual_max_timestep must be over --perceptual_min_timestep {begin}, got {end}")
+            raise UserError(f"--perceptual_max_timestep must be above --perceptual_min_timestep {begin}, got {end}")
 
 
 @dataclass(frozen=True)
 class PartOptions:
-    """How the parts of a pipeline are loaded and run, whatever it draws from."""
+    """How the components of any pipeline are loaded and run."""
 
     revision: str | None = option(
-        None, "revision of the pipeline on the Hub", acts_with=(OnHub("pretrained_model_name_or_path"),)
+        None, "revision of the pipeline on the Hub (default: main)", acts_with=(OnHub("pretrained_model_name_or_path"),)
     )
     variant: str | None = option(None, "variant of the weight files, such as fp16")
     allow_pickle: bool = option(
-        False, "also load weights that are kept as pickles (.bin, .ckpt); of these too nothing but tensors is read"
+        False, "also load weights stored as pickles (.bin, .ckpt); only tensors are read from them"
     )
     gradient_checkpointing: bool = option(
-        False, "compute activations again in the backward pass, to save memory", resume=Resume.COST
+        False, "recompute activations in the backward pass: less memory, slower", resume=Resume.COST
     )
     vae_slicing: bool = option(
-        False, "run the VAE on one image after the other: less memory, the same numbers", resume=Resume.COST
+        False, "run the VAE on one image at a time: less memory, same results", resume=Resume.COST
     )
-    vae_tiling: bool = option(False, "run the VAE on large images tile by tile: less memory, seams change a little")
-    enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers instead of PyTorch's SDPA")
-    enable_npu_flash_attention: bool = option(False, "flash attention of Ascend NPUs")
+    vae_tiling: bool = option(False, "run the VAE on tiles of large images: less memory, slight changes at seams")
+    enable_xformers_memory_efficient_attention: bool = option(False, "use xformers attention instead of PyTorch's")
+    enable_npu_flash_attention: bool = option(False, "use flash attention of Ascend NPUs")
 
     def __post_init__(self) -> None:
         if self.enable_xformers_memory_efficient_attention and find_spec("xformers") is None:
@@ -203,40 +207,42 @@ class PartOptions:
 
     @property
     def use_safetensors(self) -> bool | None:
-        """As diffusers and transformers take it: True, or None for pickles where there is nothing else."""
+        """The value for diffusers and transformers: True, or None to fall back to pickles."""
         return None if self.allow_pickle else True
 
 
 @dataclass(frozen=True)
 class ModelOptions(PartOptions):
+    """The pretrained text-to-image pipeline, and how it is loaded and run."""
+
     pretrained_model_name_or_path: str | None = option(
         None, "pipeline folder, Hub name or single .safetensors file to start from", aliases=["--pretrained_model"]
     )
     pretrained_vae_model_name_or_path: str | None = option(
-        None, "folder, Hub name or single .safetensors file of another VAE"
+        None, "folder, Hub name or single .safetensors file of a VAE to use instead of the pipeline's"
     )
     pretrained_model_config: str | None = option(
         None,
-        "pipeline folder or Hub name that describes a single-file model; by default found on the Hub by its weights",
+        "pipeline folder or Hub name with the configs of a single-file model (default: detected, from the Hub)",
         acts_with=weight_files("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"),
     )
-    unet_config: str | None = option(None, "JSON config of a fresh UNet, which is trained from scratch")
+    unet_config: str | None = option(None, "JSON config of a new UNet to train from scratch")
     non_ema_revision: str | None = option(
-        None, "revision of the UNet, where it differs", acts_with=(OnHub("pretrained_model_name_or_path"),)
+        None, "Hub revision of the UNet, if it differs", acts_with=(OnHub("pretrained_model_name_or_path"),)
     )
-    clip_skip: int | None = option(None, "last layers of the text encoders to leave out, as the pipelines' clip_skip")
+    clip_skip: int | None = option(None, "number of last text-encoder layers to skip, as the pipelines' clip_skip")
     max_token_length: int = option(
-        CHUNK_TOKENS, "tokens of a caption that are read, in chunks of 75; kohya's 150 and 225"
+        CHUNK_TOKENS, "maximum number of tokens read of a caption: a multiple of 75, such as kohya's 150 and 225"
     )
     attention_slicing: bool = option(
-        False, "compute attention one head after the other: less memory, slower", resume=Resume.COST
+        False, "compute attention one head at a time: less memory, slower", resume=Resume.COST
     )
     sampling_cpu_offload: bool = option(
         False,
-        "while samples are drawn, keep on the device only the part of the pipeline that is at work; with --use_ema the "
-        "weights that the average stands in for stay there",
+        "while sampling, keep only the active component on the device; with --use_ema the weights that the average "
+        "replaces stay there",
         resume=Resume.COST,
-        engines={"FSDP2": "weights are gathered for sampling on the device"},
+        engines={"FSDP2": "weights are gathered on the device for sampling"},
         acts_with=PROMPTS,
     )
 
@@ -252,52 +258,52 @@ class ModelOptions(PartOptions):
         require(fits, "max_token_length", length, f"be a positive multiple of {CHUNK_TOKENS}", cure)
         if self.enable_xformers_memory_efficient_attention and self.num_chunks > 1:
             raise UserError(
-                "--enable_xformers_memory_efficient_attention takes no mask, which --max_token_length "
+                "--enable_xformers_memory_efficient_attention supports no mask, which --max_token_length "
                 f"{length} needs; leave it out, PyTorch's attention is as fast"
             )
         if self.attention_slicing and self.enable_xformers_memory_efficient_attention:
             raise UserError("--attention_slicing would replace xformers' attention; leave one out")
         super().__post_init__()
         if self.non_ema_revision is not None and self.pretrained_model_name_or_path.endswith(".safetensors"):
-            raise UserError("--non_ema_revision is of a pipeline on the Hub, not of a single file; leave it out")
+            raise UserError("--non_ema_revision is for a pipeline on the Hub, not for a single file; leave it out")
 
     @property
     def num_chunks(self) -> int:
-        """Chunks in which a caption is read, each in a pass of its own."""
+        """Number of chunks of a caption, each encoded in its own pass."""
         return self.max_token_length // CHUNK_TOKENS
 
 
 @dataclass(frozen=True)
 class UnconditionalModelOptions(ShapeOptions, PartOptions):
-    """What is trained: a pretrained pipeline, or a denoiser from scratch."""
+    """The model to train without text: a pretrained pipeline, or a denoiser from scratch."""
 
     attention_slicing: ClassVar[bool] = False
     sampling_cpu_offload: ClassVar[bool] = False
 
     pretrained_model_name_or_path: str | None = option(
         None,
-        "folder or Hub name of a DDPM, DDIM, LDM, score, DiT or ConditionalDDPM pipeline whose training continues",
+        "folder or Hub name of a DDPM, DDIM, LDM, score, DiT or ConditionalDDPM pipeline to fine-tune",
         aliases=["--pretrained_model"],
     )
     vae: str | None = option(
-        None, "folder or Hub name of a pretrained VAE in whose latents a denoiser from scratch is trained"
+        None, "folder or Hub name of a pretrained VAE, to train a denoiser from scratch on its latents"
     )
 
     def __post_init__(self) -> None:
         ShapeOptions.__post_init__(self)
         PartOptions.__post_init__(self)
         if self.pretrained_model_name_or_path is not None and self.given:
-            raise UserError(f"--{self.given[0]} is of a denoiser from scratch; --pretrained_model has its own")
+            raise UserError(f"--{self.given[0]} is for a denoiser from scratch; --pretrained_model has its own shape")
         if self.pretrained_model_name_or_path is not None and self.vae is not None:
             raise UserError("--vae is for a denoiser from scratch; the pipeline of --pretrained_model has its own")
 
     @property
     def origin(self) -> str:
-        """What is trained from, in words."""
+        """What training starts from, for the log: a path, a Hub name or a size."""
         return self.pretrained_model_name_or_path or self.model_config_name_or_path or (self.model_size or "base")
 
 
 def check_quantization(kind: str | None) -> None:
-    """Refuses a quantisation whose package is missing."""
+    """Refuses a quantization whose package is not installed."""
     if kind is not None and find_spec("bitsandbytes") is None:
         raise UserError(f"--quantize_base {kind} needs bitsandbytes; pip install bitsandbytes")

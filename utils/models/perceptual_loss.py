@@ -1,4 +1,4 @@
-"""A loss between decoded images, in the features of a network that the user names."""
+"""Perceptual loss between decoded images, on features of a pretrained network."""
 
 from functools import lru_cache
 
@@ -17,16 +17,17 @@ PROBE_SIZE = 64
 
 
 class Features(nn.Module):
-    """The hidden states of a network, each place of unit length over the channels."""
+    """Hidden states of a pretrained image network, normalized to unit length over the channels."""
 
     def __init__(self, name: str):
         """Raises:
-        UserError: if the network can't be loaded, or has no hidden states.
+        UserError: if the network can't be loaded or has no hidden states.
         """
         super().__init__()
         from transformers import AutoModel
         from transformers.image_processing_base import ImageProcessingMixin
 
+        # Network and the normalization of its inputs.
         flag = f"--perceptual_network {name}"
         model = load_module(
             AutoModel, name, flag, "perceptual_network", torch.float32, reads=_hidden_states, use_safetensors=True
@@ -40,16 +41,18 @@ class Features(nn.Module):
         for buffer, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
             values = torch.tensor(config.get(buffer) or default).view(1, 3, 1, 1)
             self.register_buffer(buffer, values, persistent=False)
+
+        # Probe: which hidden states it has, and whether it needs a fixed image size.
         try:
             with torch.no_grad():
                 probed = self(torch.zeros(1, 3, self.size or PROBE_SIZE, self.size or PROBE_SIZE))
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{flag} gives no hidden states of images: {first_line(error)}") from error
+            raise UserError(f"{flag} returns no hidden states for images: {first_line(error)}") from error
         if all(state.ndim == 4 for state in probed):
-            self.size = None  # a convolutional network takes images as they are
+            self.size = None  # a convolutional network accepts any size
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Of [B, 3, H, W] images in [-1, 1] the layers' features: [B, C, h, w], of transformers [B, C, tokens]."""
+        """Returns the features of [B, 3, H, W] images in [-1, 1], per layer: [B, C, h, w], or [B, C, tokens]."""
         if self.size is not None and images.shape[2:] != (self.size, self.size):
             images = _resized(images, self.size)
         pixels = (images / 2 + 0.5 - self.image_mean) / self.image_std
@@ -59,9 +62,9 @@ class Features(nn.Module):
 
 
 def _resized(images: Tensor, size: int) -> Tensor:
-    """[B, 3, size, size] by antialiased bicubic interpolation.
+    """Resizes images to [B, 3, size, size] by antialiased bicubic interpolation.
 
-    Its backward pass has no deterministic kernel on a GPU: where those are asked for, it is done by matrix products.
+    Its backward pass has no deterministic GPU kernel; if one is required, matrix products are used instead.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return functional.interpolate(images, (size, size), mode="bicubic", antialias=True)
@@ -71,13 +74,13 @@ def _resized(images: Tensor, size: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _resizing(length: int, size: int) -> Tensor:
-    """[size, length] the matrix that resizes a row of so many pixels."""
+    """Returns the [size, length] matrix that resizes a row of `length` pixels."""
     identity = torch.eye(length).view(1, 1, length, length)
     return functional.interpolate(identity, (size, length), mode="bicubic", antialias=True)[0, 0]
 
 
 def _trunk(model: nn.Module) -> nn.Module:
-    """What of a model sees images."""
+    """Returns the image branch of a model."""
     return getattr(model, "vision_model", model)
 
 
@@ -87,12 +90,12 @@ def _image_size(network: nn.Module) -> int | None:
 
 
 def _noise(size: int) -> Tensor:
-    """[1, 3, size, size] of numbers in [-1, 1] that leave no weight without effect."""
+    """Returns [1, 3, size, size] values in [-1, 1] that exercise every weight."""
     return torch.linspace(0, 100, 3 * size * size).sin().view(1, 3, size, size)
 
 
 def _hidden_states(model: nn.Module) -> Tensor:
-    """What is read of a model, of an image of noise: all hidden states of its trunk, one behind the other."""
+    """Returns all hidden states for a noise image, flattened into one tensor, to check that weights matter."""
     network = _trunk(model)
     size = _image_size(network) or PROBE_SIZE
     states = network(pixel_values=_noise(size), output_hidden_states=True).hidden_states
@@ -100,9 +103,9 @@ def _hidden_states(model: nn.Module) -> Tensor:
 
 
 class PerceptualLoss(LossTerm):
-    """The distance of decoded estimate and decoded latents: LPIPS (Zhang et al. 2018, equation 1) with all weights 1.
+    """Distance between decoded estimate and decoded latents: LPIPS (Zhang et al. 2018, eq. 1) with all weights 1.
 
-    Squared distances of the features, summed over the channels, are averaged over the places and over the layers.
+    Squared feature differences, summed over channels and averaged over positions and layers.
     """
 
     def __init__(self, facts: TermFacts, options: PerceptualOptions):
@@ -115,18 +118,23 @@ class PerceptualLoss(LossTerm):
         self.features = Features(options.perceptual_network)
 
     def forward(self, predicted: Predicted) -> Tensor:
-        """[B] the weighted distances, 0 where the timestep is out of range, or where a mask leaves nothing."""
+        """Returns [B] weighted distances; 0 where the timestep is out of range or the mask covers nothing."""
+        # Samples within the range of timesteps.
         timesteps = predicted.noised.timesteps
         chosen = ((timesteps >= self._options.perceptual_min_timestep) & (timesteps < self._end)).nonzero()[:, 0]
         losses = predicted.estimate.new_zeros(len(timesteps))
         if not len(chosen):
             return losses
+
+        # Decode latents and estimate; outside of the mask both show the target.
         with torch.no_grad():
             wanted = self._decode(predicted.latents[chosen])
         shown = self._decode(predicted.estimate[chosen])
         if predicted.masks is not None:
             mask = functional.interpolate(predicted.masks[chosen].float() / 255, shown.shape[2:], mode="nearest")
             shown = torch.lerp(wanted, shown, mask)
+
+        # Distance of their features.
         with torch.no_grad():
             goals = self.features(wanted)
         layers = [

@@ -1,4 +1,4 @@
-"""The files of a saved pipeline, as both older and newer releases of diffusers and transformers read them."""
+"""Writes pipelines such that both older and newer releases of diffusers and transformers can read them."""
 
 import json
 import logging
@@ -26,30 +26,30 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 TEXT_FILES = (".json", ".txt", ".model", ".jinja", ".bpe", ".vocab")  # of tokenizers and image processors
 PROCESSORS = re.compile(r"tokenizer(_\d+)?|feature_extractor|image_processor")
-OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # that the training does without
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # not needed for training
 FLOAT32 = (None, "float32", "torch.float32")
 KNOWN_CLASSES = {
     "CLIPFeatureExtractor": "CLIPImageProcessor",
     "CLIPImageProcessorFast": "CLIPImageProcessor",
     "TokenizersBackend": "PreTrainedTokenizerFast",
 }
-"""The names that transformers 4 and 5 both know, where one of them has another."""
+"""Class names that both transformers 4 and 5 know, for names that only one of them knows."""
 OLDER_PREFIXES = {
     "CLIPTextModel": ("", "text_model."),
     "CLIPVisionModel": ("", "vision_model."),
     "StableDiffusionSafetyChecker": ("vision_model.", "vision_model.vision_model."),
 }
-"""What begins the names of weights in transformers 5, and in transformers 4, whose names both read."""
+"""Prefixes of weight names in transformers 5 and in transformers 4; both read the latter."""
 
 
 def known_class(name: str) -> str:
-    """The name of a class that transformers 4 and 5 both know."""
+    """Returns the name of a class that both transformers 4 and 5 know."""
     name = re.sub(r"ImageProcessorPil$", "ImageProcessor", name)
     return KNOWN_CLASSES.get(name, name)
 
 
 def older_name(class_name: str, tensor_name: str) -> str:
-    """The name of a model's tensor in transformers 4, which transformers 5 reads too."""
+    """Returns a tensor's name in transformers 4, which transformers 5 reads too."""
     newer, older = OLDER_PREFIXES.get(class_name, ("", ""))
     if tensor_name.startswith(older) or not tensor_name.startswith(newer):
         return tensor_name
@@ -57,7 +57,7 @@ def older_name(class_name: str, tensor_name: str) -> str:
 
 
 def save_module(module: nn.Module, folder: Path) -> None:
-    """Writes a model of diffusers or transformers in its own dtype, its tensors under their older names."""
+    """Writes a model of diffusers or transformers in its dtype, with its tensors' older names."""
     module.save_pretrained(folder)
     class_name = plain_class(module).__name__
     if class_name not in OLDER_PREFIXES:
@@ -72,12 +72,12 @@ def save_module(module: nn.Module, folder: Path) -> None:
 
 
 def in_float32(module: nn.Module) -> nn.Module:
-    """The module, or where its weights are in another dtype a copy on the CPU in float32."""
+    """Returns the module, or a float32 copy on the CPU if its weights have another dtype."""
     dtypes = {tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point()}
     if dtypes <= {torch.float32}:
         return module
     kind = plain_class(module)
-    make = getattr(kind, "from_config", kind)  # diffusers' and transformers' way
+    make = getattr(kind, "from_config", kind)  # diffusers has from_config, transformers does not
     with torch.device("meta"):
         copied = make(module.config)
     tensors = {
@@ -97,30 +97,34 @@ def write_pipeline(
     variant: str | None,
     load: Callable[[Collection[str]], Mapping[str, Any]],
 ) -> None:
-    """Writes a pipeline in float32 so that both older and newer libraries draw from it without arguments.
+    """Writes a pipeline in float32 that both older and newer libraries load without extra arguments.
 
-    Trained parts and the scheduler are saved. Frozen parts, tokenizers and image processors are copied from the base
-    byte by byte where their files are right as they are; others are loaded and saved.
+    Trained components and the scheduler are saved. Frozen components, tokenizers and image processors are copied from
+    the base if its files can be used unchanged; otherwise they are loaded and saved.
 
     Args:
-        pipeline: the pipeline that was trained; it may lack optional parts of the base.
-        trained: the parts to save, by their names.
-        base: the folder of the pipeline that was trained from; None if it is a single file.
-        others: parts that are not the base's: their folders, or None where they must be loaded.
-        variant: of the weights that were trained from.
-        load: loads parts of the base in float32, by their names; an optional one that it leaves out is missing then.
+        folder: folder to write to.
+        pipeline: the trained pipeline; it may lack optional components of the base.
+        trained: the components to save, by name.
+        base: folder of the pipeline that training started from; None if it was a single file.
+        others: folders of components that are not the base's, by name; None for those to be loaded.
+        variant: variant of the weights that training started from.
+        load: loads components of the base in float32, by name; those that it leaves out are missing in the result.
     """
+    # Entries of the index, and the folders to copy from.
     index = _read(base / INDEX) if base is not None else {}
     index = {name: value for name, value in index.items() if name in pipeline.config}
     entries: dict[str, Any] = dict(pipeline.config) | index
     entries = {name: value for name, value in entries.items() if not name.startswith("_")}
     sources = {name: None if base is None else base / name for name in pipeline.components} | dict(others)
+
+    # Save or copy each component, if its files can be used.
     missing: list[str] = []
     for name in pipeline.components:
         if name == "scheduler" or name in trained or name in others:
             entries[name] = _entry(pipeline.components[name])
         elif is_part(entries.get(name)) and sources[name] is not None and not sources[name].is_dir():
-            logger.warning("%s of the base is not there, so the result has none either", name)
+            logger.warning("the base has no folder %s, so the result has no %s either", name, name)
             entries[name] = [None, None]
         if not is_part(entries.get(name)):
             continue
@@ -131,12 +135,16 @@ def write_pipeline(
             save_module(in_float32(trained[name]), folder / name)
         elif not copy_part(name, entries[name][1], sources[name], folder / name, base=base, variant=variant):
             missing.append(name)
+
+    # The rest is loaded and saved.
     loaded = load(missing) if missing else {}
     for name in missing:
         if loaded.get(name) is None:
             entries[name] = [None, None]
         else:
             _save_part(loaded[name], folder / name)
+
+    # Complete tokenizers, safety checker and index.
     for name in pipeline.components:
         if name.startswith("tokenizer") and (folder / name).is_dir():
             complete_tokenizer(folder / name)
@@ -146,7 +154,7 @@ def write_pipeline(
 
 
 def _drop_lonely_checker(entries: dict[str, Any], folder: Path) -> None:
-    """Leaves out a safety checker whose feature extractor is missing, and what asks for one that is not there."""
+    """Removes a safety checker without a feature extractor, and the requirement of one that is missing."""
     if "safety_checker" in entries and not is_part(entries.get("feature_extractor")):
         entries["safety_checker"] = [None, None]
         shutil.rmtree(folder / "safety_checker", ignore_errors=True)
@@ -155,7 +163,7 @@ def _drop_lonely_checker(entries: dict[str, Any], folder: Path) -> None:
 
 
 def load_optional(name: str, folder: Path, variant: str | None, use_safetensors: bool | None) -> Any:
-    """One of `OPTIONAL` in float32, of the variant of its weights if it has that; its class is the same everywhere."""
+    """Loads one of `OPTIONAL` in float32, in the given variant if it has that."""
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
@@ -174,7 +182,7 @@ def _has_variant(folder: Path, variant: str | None) -> bool:
 
 
 def is_part(entry: object) -> bool:
-    """Whether an entry of a `model_index.json` names the class of a part."""
+    """Whether an entry of a `model_index.json` names the class of a component."""
     return isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None
 
 
@@ -187,15 +195,18 @@ def copy_part(
     base: Path | None = None,
     variant: str | None = None,
 ) -> bool:
-    """Copies a part's files byte by byte, unless they are not what the result needs.
+    """Copies a component's files unchanged, if the result can use them.
 
     Args:
-        source: the part's folder.
-        base: the pipeline's folder, from outside of which no text is copied.
-        variant: of the weights that are wanted, which are copied only where there is none.
+        name: name of the component.
+        class_name: its class.
+        source: its folder; None if it has none.
+        target: folder to write to.
+        base: folder of the pipeline; files that are links to outside of it are not copied.
+        variant: variant of the weights; a component that has it is not copied.
 
     Returns:
-        Whether they were copied.
+        Whether the files were copied.
     """
     if source is None or not source.is_dir():
         return False
@@ -208,33 +219,36 @@ def copy_part(
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for file in files:
-        shutil.copyfile(file, target / file.name)  # what a link points to
+        shutil.copyfile(file, target / file.name)  # follows links
     return True
 
 
 def _are_own(files: Sequence[Path], source: Path, base: Path) -> bool:
-    """Whether files are regular ones, and no links to elsewhere than the base.
+    """Whether all files are regular, and not links to outside of the base.
 
-    Such a link may name any file of this machine, which the result would then publish.
+    Such a link could name any file of this machine, which the result would then publish.
     """
     homes = [base.resolve()] if source.is_symlink() else [base.resolve(), source.resolve()]
-    if base.parent.name == "snapshots":  # the Hub's cache, whose files are links to the repository's blobs
+    if base.parent.name == "snapshots":  # the Hub cache, whose files are links to the repository's blobs
         homes.append(base.parent.parent.resolve() / "blobs")
     return all(path.is_file() and any(path.resolve().is_relative_to(home) for home in homes) for path in files)
 
 
 def _processor_files(source: Path) -> list[Path]:
-    """The text files of a tokenizer or image processor."""
+    """Returns the text files of a tokenizer or image processor; empty if it has none that is known."""
     files = [path for path in sorted(source.iterdir()) if path.suffix in TEXT_FILES]
     known = {"tokenizer_config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json"}
     return files if known & {path.name for path in files} else []
 
 
 def _model_files(source: Path, class_name: str) -> list[Path]:
-    """The config and weights of a model, if these are safetensors in float32 with names that all libraries read."""
+    """Returns config and weights of a model, if they are float32 safetensors with names that all libraries read."""
+    # Config.
     config = _read(source / "config.json")
     if not config or "quantization_config" in config or not _says_float32(config):
         return []
+
+    # Weights: one file, or one index of shards.
     heads = [source / file for name in WEIGHTS for file in (name, f"{name}.index.json") if (source / file).is_file()]
     if len(heads) != 1:
         return []
@@ -250,7 +264,7 @@ def _model_files(source: Path, class_name: str) -> list[Path]:
 
 
 def _says_float32(config: Any) -> bool:
-    """Whether a config, or one within it, asks for no other dtype than float32."""
+    """Whether neither a config nor any nested one asks for a dtype other than float32."""
     if isinstance(config, dict):
         return all(
             value in FLOAT32 if name in ("dtype", "torch_dtype") else _says_float32(value)
@@ -260,7 +274,7 @@ def _says_float32(config: Any) -> bool:
 
 
 def _is_float32(file: Path, class_name: str) -> bool:
-    """Whether all floating-point tensors of a safetensors file are float32, and all names are older ones."""
+    """Whether all floating-point tensors of a safetensors file are float32, and all names are the older ones."""
     if file.suffix != ".safetensors" or not file.is_file():
         return False
     try:
@@ -288,7 +302,7 @@ def _save_part(part: Any, target: Path) -> None:
 
 
 def complete_tokenizer(folder: Path) -> None:
-    """Adds the files that transformers 4 reads of a tokenizer to those that transformers 5 has written."""
+    """Adds the tokenizer files that transformers 4 reads to those that transformers 5 wrote."""
     held, config = _read(folder / "tokenizer.json"), _read(folder / "tokenizer_config.json")
     model = held.get("model")
     if isinstance(model, dict) and isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list):
@@ -301,13 +315,13 @@ def complete_tokenizer(folder: Path) -> None:
         added = {token: number for token, number in added.items() if token not in model["vocab"]}
         if added and "added_tokens_decoder" not in config and not (folder / "added_tokens.json").exists():
             write_text(folder / "added_tokens.json", json.dumps(added, ensure_ascii=False, indent=2) + "\n")
-    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 has a dict there, and another name
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 uses another key
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
         write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _entry(part: Any) -> list[str | None]:
-    """What `model_index.json` says of a part."""
+    """Returns a component's entry for `model_index.json`."""
     if part is None:
         return [None, None]
     kind = plain_class(part) if isinstance(part, nn.Module) else type(part)
@@ -315,7 +329,7 @@ def _entry(part: Any) -> list[str | None]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What a JSON file holds, or nothing if it is none."""
+    """Reads a JSON file; returns an empty dict if it is not valid."""
     try:
         value = user_files.read_json(file, encoding="utf-8")
     except (OSError, user_files.FileError):

@@ -1,4 +1,4 @@
-"""Where a pipeline is loaded from (a folder, the Hub, a single file), and what its configs say before its weights."""
+"""Sources of pipelines (a folder, the Hub, a single file) and their configs, which are read before any weights."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ComponentDtypes:
-    """The dtypes that the weights are loaded in."""
+    """The dtypes in which the weights are loaded."""
 
     denoiser: torch.dtype
     text_encoders: torch.dtype
@@ -36,39 +36,43 @@ class ComponentDtypes:
 
 @dataclass(frozen=True)
 class PipelineSource:
-    """Where a pipeline is loaded from."""
+    """The source of a pipeline, as the options name it."""
 
     options: ModelOptions
 
     @property
     def path(self) -> str:
-        """The folder, Hub name or file."""
+        """The folder, Hub name or single file."""
         return self.options.pretrained_model_name_or_path
 
     @property
     def is_single_file(self) -> bool:
-        """Whether it is one file of weights."""
+        """Whether the source is a single weight file."""
         return _is_file(self.path)
 
     @cached_property
     def file(self) -> SingleFile:
-        """The single file that it is."""
+        """The single weight file."""
         return SingleFile.read(Path(self.path), "--pretrained_model")
 
     def scheduler_marks(self) -> dict[str, object]:
-        """What a single file itself says of its noise; of a folder the scheduler's config says it all."""
+        """Returns what a single file says about its noise schedule; empty for a folder, whose config says it."""
         return self.file.scheduler_marks if self.is_single_file else {}
 
     def index(self) -> dict:
-        """The pipeline's `model_index.json`."""
+        """Returns the pipeline's `model_index.json`."""
         return read_config(index_file(self.path, self.options.revision, "--pretrained_model"), "--pretrained_model")
 
     def config(self, part: str) -> dict | None:
-        """The config of a part (unet, vae, scheduler, ...) without its weights; None for a single file's on the Hub.
+        """Returns a component's config (unet, vae, scheduler, ...) without loading weights.
+
+        None for a component of a single file whose config is on the Hub.
 
         Raises:
-            UserError: if it is not there.
+            UserError: if the config is missing or invalid.
         """
+
+        # Where the config is, and the flag that names the place: a single component's, or the pipeline's.
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
         root, flag, revision = self.path, "--pretrained_model", self.options.revision
         if part == "unet" and self.options.unet_config is not None:
@@ -85,13 +89,15 @@ class PipelineSource:
             return None
         if is_path(root) and not Path(root).is_dir():
             raise UserError(f"{flag} {root} does not exist")
+
+        # Read it. Quantization is not refused where only configs are taken from a folder.
         found = read_config_file(root, str(PurePosixPath(part, file)), revision, flag)
-        if not self.is_single_file or root != self.options.pretrained_model_config:  # whose weights are not read
+        if not self.is_single_file or root != self.options.pretrained_model_config:
             refuse_quantized(found, f"{flag} {root}: {PurePosixPath(part, file)}")
         return found
 
     def load(self, family: "type[Family]", dtypes: ComponentDtypes) -> "DiffusionPipeline":
-        """A family's pipeline with what training and sampling need, on the CPU: no safety checker, no image encoder."""
+        """Loads a family's pipeline for training and sampling, on the CPU, without safety checker and image encoder."""
         pipeline_class = family.pipeline_class()
         parts: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
         parts = {name: part for name, part in parts.items() if name in pipeline_class._optional_components}
@@ -110,7 +116,7 @@ class PipelineSource:
         return self._load_folder(pipeline_class, by_name, parts)
 
     def load_whole(self, pipeline_class: "type[DiffusionPipeline]", **parts: Any) -> "DiffusionPipeline":
-        """The pipeline with all it came with, in float32, some parts replaced."""
+        """Loads the pipeline with all its components, in float32, with some replaced by `parts`."""
         float32 = ComponentDtypes(torch.float32, torch.float32, torch.float32)
         replaced = self._own_parts(float32, with_denoiser="unet" not in parts) | parts
         if self.is_single_file:
@@ -118,7 +124,7 @@ class PipelineSource:
         return self._load_folder(pipeline_class, {"default": torch.float32}, replaced)
 
     def folder(self, pipeline_class: "type[DiffusionPipeline]") -> Path | None:
-        """The pipeline's folder, downloaded whole if it is on the Hub; None of a single file."""
+        """Returns the pipeline's folder, downloaded completely if it is on the Hub; None for a single file."""
         from huggingface_hub.errors import HTTPError
 
         if self.is_single_file or Path(self.path).is_dir():
@@ -137,13 +143,13 @@ class PipelineSource:
             raise UserError(f"--pretrained_model {self.path} can't be downloaded: {first_line(error)}") from error
 
     def vae_folder(self) -> Path | None:
-        """The folder of a VAE that is not the pipeline's; None if it is none of this machine."""
+        """Returns the local folder of a VAE that replaces the pipeline's own; None if there is none."""
         path = self.options.pretrained_vae_model_name_or_path
         folders = [] if path is None else [Path(path, "vae"), Path(path)]
         return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
     def _own_parts(self, dtypes: ComponentDtypes, with_denoiser: bool = True) -> dict[str, nn.Module]:
-        """The parts that come from elsewhere than the pipeline."""
+        """Loads the components that do not come from the pipeline."""
         from diffusers import UNet2DConditionModel
 
         options, parts = self.options, {}
@@ -165,7 +171,7 @@ class PipelineSource:
         return parts
 
     def _load_vae(self, path: str, dtype: torch.dtype) -> nn.Module:
-        """Another VAE than the pipeline's, of a single file with the pipeline's config unless it has its own."""
+        """Loads the VAE that replaces the pipeline's; a single file without a config uses the pipeline's."""
         from diffusers import AutoencoderKL
 
         flag = "--pretrained_vae_model_name_or_path"
@@ -202,13 +208,13 @@ class PipelineSource:
         )
 
     def _load_single_file(self, pipeline_class: "type[DiffusionPipeline]", parts: dict) -> "DiffusionPipeline":
-        # a part given as None counts as missing there, and a part that is missing is left out anyway
+        # diffusers takes None for a missing component; leaving it out has the same effect
         given = {name: part for name, part in parts.items() if part is not None}
         return self.file.load(pipeline_class, self.options.pretrained_model_config, given)
 
 
 def _is_file(name: str) -> bool:
-    """Whether a name is that of a single file of weights."""
+    """Whether a name is that of a single weight file."""
     return Path(name).suffix in (".safetensors", *PICKLES)
 
 
@@ -219,12 +225,14 @@ def check_weight_files(
     options: PartOptions,
     replaced: Collection[str] = (),
 ) -> None:
-    """Refuses a local pipeline of which a part has weights, but only pickles, or only of a variant not asked for.
+    """Refuses a local pipeline with a component whose weights are only pickles, or only of another variant.
 
     Args:
-        index: its `model_index.json`.
-        flag: the option and its value that name the folder.
-        replaced: parts that come from elsewhere.
+        folder: folder of the pipeline.
+        index: content of its `model_index.json`.
+        flag: the option and its value that name the folder, for messages.
+        options: options that choose the variant and allow pickles.
+        replaced: names of components that come from elsewhere.
     """
     for name, entry in index.items():
         part = folder / name
@@ -237,7 +245,7 @@ def check_weight_files(
         pickles = [file.name for suffix in PICKLES for file in part.glob(f"*{suffix}")]
         if pickles and not options.allow_pickle and not list(part.glob("*.safetensors")):
             raise UserError(
-                f"{flag}: {name}/{pickles[0]} would need unpickling, which can run code; convert the pipeline with "
+                f"{flag}: {name}/{pickles[0]} needs unpickling, which can run code; convert the pipeline with "
                 "save_pretrained(..., safe_serialization=True), or give --allow_pickle"
             )
 
@@ -248,4 +256,6 @@ def _fresh_unet(config_file: str) -> nn.Module:
     try:
         return UNet2DConditionModel.from_config(read_config(Path(config_file), "--unet_config"))
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError) as error:
-        raise UserError(f"--unet_config {config_file} makes no UNet2DConditionModel: {first_line(error)}") from error
+        raise UserError(
+            f"--unet_config {config_file} is not a valid UNet2DConditionModel: {first_line(error)}"
+        ) from error

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 or 8 bits, for adapters on top of them (QLoRA, Dettmers et al. 2023)."""
+"""Quantizes frozen weights to 4 or 8 bits, for adapters on top of them (QLoRA, Dettmers et al. 2023)."""
 
 from importlib import import_module
 
@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 
 def quantize_linears(module: nn.Module, kind: str, device: torch.device) -> None:
-    """Replaces the linear layers of a frozen module, which is moved to the device, by bitsandbytes' quantised ones.
+    """Replaces the linear layers of a frozen module by quantized ones of bitsandbytes, moved to the device.
 
     Args:
-        kind: nf4, of 4 bits with a scale for each 64 weights, or int8, of 8 bits with a scale for each row.
+        module: the frozen module.
+        kind: nf4 (4 bits, one scale per 64 weights) or int8 (8 bits, one scale per row).
+        device: device that the layers are moved to.
     """
     layers = [(name, layer) for name, layer in module.named_modules() if type(layer) is nn.Linear]
     for name, layer in layers:
@@ -34,7 +36,7 @@ def _quantized(layer: nn.Linear, kind: str) -> nn.Module:
 
 
 def _cast_on_cpu(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Under a CPU's autocast the input in its dtype, as it casts for plain layers: the norms behind take no other."""
+    """Casts the input under CPU autocast, as it does for plain layers: the norms that follow need that dtype."""
     if inputs[0].device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return inputs
     return (inputs[0].to(torch.get_autocast_dtype("cpu")), *inputs[1:])

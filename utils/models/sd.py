@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x."""
+"""The Stable Diffusion 1.x and 2.x family."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from utils.models.text_to_image import TextFamily, is_in_read_layers
 
 
 class StableDiffusion(TextFamily):
-    """One CLIP text encoder, whose last layer, normed, conditions the UNet (Rombach et al. 2022)."""
+    """Stable Diffusion: the normalized last layer of a CLIP text encoder conditions the UNet (Rombach et al. 2022)."""
 
     pipeline_class_name = "StableDiffusionPipeline"
     default_resolution = 512
@@ -22,7 +22,7 @@ class StableDiffusion(TextFamily):
     prompt_argument_names: ClassVar = {"encoder_hidden_states": "prompt_embeds"}
 
     def _encode_chunks(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
-        """{"encoder_hidden_states": [N, tokens, width]} of [N, 1, tokens] ids."""
+        """Returns {"encoder_hidden_states": [N, tokens, width]} for [N, 1, tokens] input ids."""
         encoder, skip = self.text_encoders[0], self.source.options.clip_skip
         output = encoder(input_ids[:, 0], output_hidden_states=skip is not None)
         if skip is None:
@@ -31,10 +31,10 @@ class StableDiffusion(TextFamily):
         return {"encoder_hidden_states": torch.where(unskipped.view(-1, 1, 1), output.last_hidden_state, skipped)}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's prediction [B, C, h, w]; the crops condition nothing here."""
+        """Returns the UNet's prediction [B, C, h, w]; the crops are not used."""
         return denoiser(noisy, timesteps, **conditioning.states).sample
 
     def reads_text_parameter(self, encoder: int, name: str) -> bool:
-        """All but the layers that clip_skip leaves out."""
+        """True for all parameters except those of layers that clip_skip leaves out."""
         layers = self.text_encoders[encoder].config.num_hidden_layers
         return is_in_read_layers(name, layers - (self.source.options.clip_skip or 0))

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL base."""
+"""The Stable Diffusion XL family."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from utils.models.text_to_image import TextFamily, is_in_read_layers
 
 
 class StableDiffusionXL(TextFamily):
-    """Two text encoders, and conditioning on the image's size and crop (Podell et al. 2023)."""
+    """Stable Diffusion XL: two text encoders, and conditioning on image size and crop (Podell et al. 2023)."""
 
     pipeline_class_name = "StableDiffusionXLPipeline"
     default_resolution = 1024
@@ -26,15 +26,15 @@ class StableDiffusionXL(TextFamily):
 
     @property
     def has_zeros_without_prompt(self) -> bool:
-        """As the pipeline's config says."""
+        """Whether inference without a prompt uses zeros as embeddings, as the pipeline's config says."""
         return self.pipeline.config.force_zeros_for_empty_prompt
 
     def _encode_chunks(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
-        """States of [N, 2, tokens] input ids.
+        """Returns the text embeddings of [N, 2, tokens] input ids.
 
         Returns:
-            "encoder_hidden_states" [N, tokens, sum of widths], the layers before the last, unnormed, side by side; and
-            "text_embeds" [N, projection], the second encoder's pooled state.
+            "encoder_hidden_states" [N, tokens, sum of widths], the penultimate layers without final norm, concatenated;
+            and "text_embeds" [N, projection], the second encoder's pooled output.
         """
         skip = self.source.options.clip_skip
         outputs = [
@@ -47,13 +47,13 @@ class StableDiffusionXL(TextFamily):
         return {"encoder_hidden_states": hidden, "text_embeds": outputs[1].text_embeds}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's prediction [B, C, h, w]. The crops stay float32: bf16 would turn 1023 pixels into 1024."""
+        """Returns the UNet's prediction [B, C, h, w]. Crops stay float32: bf16 would round 1023 pixels to 1024."""
         states = dict(conditioning.states)
         added = {"text_embeds": states.pop("text_embeds"), "time_ids": conditioning.crops}
         return denoiser(noisy, timesteps, added_cond_kwargs=added, **states).sample
 
     def reads_text_parameter(self, encoder: int, name: str) -> bool:
-        """The second encoder whole, for its pooled state; of the first what lies before the layer that is read."""
+        """True for all of the second encoder, whose pooled output is used; of the first, up to the layer read."""
         if encoder == 1:
             return True
         layers = self.text_encoders[encoder].config.num_hidden_layers

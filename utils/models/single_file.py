@@ -1,4 +1,4 @@
-"""Single files of weights, as other tools write them: what their headers say, and whether all weights are used."""
+"""Single weight files of other tools: reads their headers, and checks that all weights are used."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -50,23 +50,24 @@ PREDICTION_WORDS = {
     "x0": "sample",
     "sample": "sample",
 }
-"""What tools write into a file's metadata, and diffusers' names for it."""
-PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")  # sd-scripts', ComfyUI's
+"""Prediction types as tools write them into a file's metadata, and diffusers' names for them."""
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")  # of sd-scripts and of ComfyUI
 V2_KEY = f"{UNET_PREFIX}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 V2_WIDTH = 1024
 V2_BIAS = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-V2_DEVIATION = 0.09  # of that bias: more in Stable Diffusion 2's models of 768 pixels, which predict v
+V2_DEVIATION = 0.09  # standard deviation of that bias: above it in Stable Diffusion 2 at 768 pixels, which predicts v
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A file of weights.
+    """A single weight file.
 
     Attributes:
+        path: path of the file.
         flag: the option that named it.
-        weights: tensors without memory, by their names.
-        stored: the dtypes and shapes of the same.
-        metadata: what else its header says.
+        weights: its tensors by name, on the meta device.
+        stored: their dtypes and shapes as stored, by name.
+        metadata: the metadata of its header.
     """
 
     path: Path
@@ -77,7 +78,7 @@ class SingleFile:
 
     @classmethod
     def read(cls, path: Path, flag: str) -> "SingleFile":
-        """The header of a safetensors file, or what a pickle holds, of which nothing but tensors is read.
+        """Reads the header of a safetensors file, or the tensors of a pickle.
 
         Raises:
             UserError: if it can't be read.
@@ -97,33 +98,38 @@ class SingleFile:
 
     @property
     def what(self) -> str:
-        """The flag and the file."""
+        """The flag and the path, for messages."""
         return f"{self.flag} {self.path}"
 
     @cached_property
     def scheduler_marks(self) -> dict[str, object]:
-        """What the file itself says of the noise that it was trained with, as changes of a scheduler's config.
+        """Returns what the file says about its noise schedule, as changes of a scheduler's config.
 
         Raises:
-            UserError: for a model of continuous noise levels, which has no schedule of betas.
+            UserError: for a model trained with EDM's continuous noise levels.
         """
+        # Models without a beta schedule.
         if edm := [name for name in EDM_MARKS if name in self.weights]:
             raise UserError(
-                f"{self.what} holds {edm[0]}: it was trained with EDM's noise levels, which is not supported here"
+                f"{self.what} contains {edm[0]}: it was trained with EDM's noise levels, which are not supported"
             )
+
+        # Prediction type: from the metadata, a marker tensor, or the architecture's name.
         said = next((self.metadata[key] for key in PREDICTION_KEYS if self.metadata.get(key)), None)
         found = None if said is None else PREDICTION_WORDS.get(said.strip().lower())
         if said is not None and found is None:
             logger.warning(
-                "%s: its metadata says the prediction type %r, which is not known here; see that the plan's is right",
+                "%s: its metadata has the prediction type %r, which is unknown; check the prediction type of this run",
                 *(self.what, said[:40]),
             )
         if "v_pred" in self.weights or (found is None and self._is_true("ss_v_parameterization")):
             if found not in (None, "v_prediction"):
-                logger.warning("%s holds v_pred, but its metadata says %s: taken for v_prediction", self.what, said)
+                logger.warning("%s contains v_pred, but its metadata says %s: using v_prediction", self.what, said)
             found = "v_prediction"
         if found is None and self.metadata.get("modelspec.architecture", "").startswith("stable-diffusion-v2-768-v"):
             found = "v_prediction"
+
+        # Zero terminal SNR.
         marks: dict[str, object] = {} if found is None else {"prediction_type": found}
         if "ztsnr" in self.weights or self._is_true("ss_zero_terminal_snr"):
             marks |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -133,7 +139,7 @@ class SingleFile:
         return self.metadata.get(key, "").lower() == "true"
 
     def looks_like_v2(self) -> str | None:
-        """Of Stable Diffusion 2, whose files say nothing of it, the prediction type by a statistic of a weight."""
+        """Guesses the prediction type of a Stable Diffusion 2 file from its weights; None for other files."""
         width = self.weights[V2_KEY].shape[-1] if V2_KEY in self.weights else None
         if width != V2_WIDTH or V2_BIAS not in self.weights or self.path.suffix in PICKLES:
             return None
@@ -143,21 +149,21 @@ class SingleFile:
 
     @property
     def class_name(self) -> str:
-        """The class of the pipeline whose weights these are, by their names.
+        """The class of the pipeline that the weights belong to, by their names.
 
         Raises:
-            UserError: if they are those of no whole model.
+            UserError: if they are not a complete model.
         """
         if UNET_KEY not in self.weights:
             raise UserError(
-                f"{self.what} is no whole Stable Diffusion model: it has no {UNET_KEY}; a LoRA file goes to "
+                f"{self.what} is not a complete Stable Diffusion model: it has no {UNET_KEY}; give a LoRA file to "
                 "--lora_weights, a VAE to --pretrained_vae_model_name_or_path"
             )
         return "StableDiffusionXLPipeline" if SDXL_KEY in self.weights else "StableDiffusionPipeline"
 
     @property
     def index(self) -> dict[str, Any]:
-        """What the `model_index.json` of a folder of the same parts says."""
+        """The `model_index.json` of an equivalent pipeline folder."""
         found = {"_class_name": self.class_name, "unet": ["diffusers", "UNet2DConditionModel"]}
         found |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"]}
         if self.class_name == "StableDiffusionXLPipeline":
@@ -167,11 +173,12 @@ class SingleFile:
     def load(
         self, kind: "type[DiffusionPipeline]", config: str | None, given: Mapping[str, Any]
     ) -> "DiffusionPipeline":
-        """The pipeline in the file, on the CPU, in the dtypes of the file.
+        """Loads the pipeline on the CPU, in the dtypes of the file.
 
         Args:
-            config: folder or Hub name of a pipeline that describes it; None finds one on the Hub.
-            given: parts that come from elsewhere.
+            kind: class of the pipeline.
+            config: folder or Hub name of a pipeline with its configs; None to find one on the Hub.
+            given: components that come from elsewhere, by name.
 
         Raises:
             UserError: if it can't be loaded, or weights are missing.
@@ -179,14 +186,17 @@ class SingleFile:
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from diffusers.loaders.single_file_utils import SingleFileComponentError
 
+        # Check the weights before diffusers reads them.
         kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
         for name in (*kinds, *TEXT_PREFIXES):
             if name not in given:
                 self._check_numbers(name)
         expected = {name: self._expect(name, each, config, name) for name, each in kinds.items() if name not in given}
+
+        # Load.
         try:
             with loading(self.what):
-                # with the library's default, what is missing would have no memory
+                # with the library's default, missing weights would stay on the meta device
                 arguments = {"low_cpu_mem_usage": False} if any(expected.values()) else {}
                 pipeline = kind.from_single_file(str(self.path), config=config, **given, **arguments)
         except (SingleFileComponentError, UserError) as error:
@@ -195,16 +205,20 @@ class SingleFile:
                 raise
             why = lacking or f"can't be loaded: {first_line(error)}; give the whole model, or a pipeline folder"
             raise UserError(f"{self.what} {why}") from error
+
+        # Text encoders, which diffusers converts itself.
         for name in TEXT_PREFIXES:
             module = getattr(pipeline, name, None)
             if module is None or name in given:
                 continue
             if own := _own(name, self.weights):
                 make_up(module, self._check_part(name, module, own))
-            else:  # diffusers takes it from the folder that describes the file
+            else:  # diffusers takes it from the config's folder
                 what = f"{self.what}: {name} of {config}"
                 part = load_module(type(module), str(Path(config, name)), what, name, torch.float32)
                 setattr(pipeline, name, part)
+
+        # What is left over, and whether all is finite.
         self._say_what_is_not_used({*TEXT_PREFIXES, *expected})
         for name in (*kinds, *TEXT_PREFIXES):
             if name not in given and isinstance(module := getattr(pipeline, name, None), nn.Module):
@@ -212,24 +226,26 @@ class SingleFile:
         return pipeline
 
     def _lacking_encoder(self, given: Collection[str]) -> str | None:
-        """What says that the file lacks a text encoder, if it does."""
+        """Returns a message if the file lacks a text encoder, else None."""
         for name in (name for name in TEXT_PREFIXES if name in self.index and name not in given):
             if not _own(name, self.weights):
                 return (
-                    f"holds no {name}, whose weights begin with {' or '.join(TEXT_PREFIXES[name])}; give the whole "
-                    "model, or a pipeline folder with all its parts"
+                    f"has no {name}, whose weights start with {' or '.join(TEXT_PREFIXES[name])}; give the whole "
+                    "model, or a complete pipeline folder"
                 )
         return None
 
     def _check_numbers(self, part: str) -> None:
-        """Refuses weights of a part whose numbers are not what is stored."""
+        """Refuses a part whose weights can't be used as stored."""
         check_read(f"{self.what}: {part}", part, {name: self.stored[name] for name in _own(part, self.weights)})
 
     def load_vae(self, config: str | None, subfolder: str | None, dtype: torch.dtype) -> nn.Module:
-        """The VAE in the file, which may hold one alone, or a whole model.
+        """Loads the VAE in the file, which may contain only a VAE or a whole model.
 
         Args:
-            config: folder or Hub name of the config; None finds it on the Hub.
+            config: folder or Hub name with its config; None to find it on the Hub.
+            subfolder: subfolder of the config, or None.
+            dtype: dtype to load it in.
         """
         from diffusers import AutoencoderKL
 
@@ -243,7 +259,7 @@ class SingleFile:
         return vae.eval()
 
     def _expect(self, name: str, kind: Any, config: str | None, subfolder: str | None) -> bool:
-        """Looks at a part's weights before they are loaded, by its config; whether some may be missing."""
+        """Checks a part's weights against its config before they are loaded; returns whether some may be missing."""
         from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
         with loading(f"{self.what}: {name}"):
@@ -255,12 +271,12 @@ class SingleFile:
         return bool(self._check_part(name, module, _own(name, self.weights)))
 
     def _check_part(self, name: str, module: nn.Module, own: Mapping[str, Tensor]) -> list[str]:
-        """Refuses weights of a part that are missing, of other shapes or of further layers; those allowed to miss."""
+        """Refuses a part with missing, additional or misshapen weights; returns the missing ones that are allowed."""
         what, state = f"{self.what}: {name}", module.state_dict()
         with loading(what):
             try:
                 converted = own if name == "vae" and state.keys() <= own.keys() else _converted(name, module, own)
-            except KeyError as error:  # which diffusers raises for the first of some that it looks for by name
+            except KeyError as error:  # diffusers looks up some names, and raises this for the first missing one
                 raise UserError(f"{what} lacks {error.args[0]}; give a model that has it") from error
         missing = [key for key in state if key not in converted]
         left_over = [key for key in converted if key not in state]
@@ -280,7 +296,7 @@ class SingleFile:
 
 
 def _own(part: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a part by their names in the file; of a file of a VAE alone all."""
+    """Returns a part's weights by their names in the file; all weights if the file contains only a VAE."""
     own = {key: value for key, value in weights.items() if key.startswith(_prefixes(part))}
     return dict(weights) if part == "vae" and not own else own
 
@@ -290,7 +306,7 @@ def _prefixes(part: str) -> tuple[str, ...]:
 
 
 def _converted(part: str, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What diffusers makes of the weights of a part, under its own names."""
+    """Returns a part's weights as diffusers converts them, under its own names."""
     from diffusers.loaders import single_file_utils as theirs
 
     weights = dict(weights)
@@ -314,10 +330,10 @@ def _weights_in_pickle(path: Path, flag: str) -> dict[str, Tensor]:
     except FileError as error:
         raise UserError(f"{flag} {path} {error.reason}") from error
     except (*LOADING_ERRORS, EOFError) as error:
-        raise UserError(f"{flag} {path} can't be read as tensors alone: {first_line(error)}") from error
+        raise UserError(f"{flag} {path} can't be read as tensors only: {first_line(error)}") from error
     if not isinstance(held, dict):
-        raise UserError(f"{flag} {path} holds no weights by name")
+        raise UserError(f"{flag} {path} contains no weights by name")
     held = held.get("state_dict", held)
     if not isinstance(held, dict):
-        raise UserError(f"{flag} {path} holds no weights by name")
+        raise UserError(f"{flag} {path} contains no weights by name")
     return {str(name): value for name, value in held.items() if isinstance(value, Tensor)}

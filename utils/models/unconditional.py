@@ -1,4 +1,4 @@
-"""Pipelines that draw without words: from nothing or of a class, in pixels or in the latents of a VAE."""
+"""Unconditional and class-conditional model families, in pixels or in the latents of a VAE."""
 
 import inspect
 import json
@@ -39,13 +39,13 @@ CODERS = ("AutoencoderKL", "VQModel")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a family is made for.
+    """What a model is trained for.
 
     Attributes:
-        edge: of the square images in pixels; what the exported pipeline draws.
-        channels: of the images.
-        classes: their names, in the order of their numbers; none without classes.
-        is_square: whether all images that are trained on have that edge.
+        edge: edge of the square images in pixels, which the exported pipeline will generate.
+        channels: number of channels of the images.
+        classes: names of the classes, in the order of their numbers; empty without classes.
+        is_square: whether all training images have that size.
     """
 
     edge: int
@@ -55,14 +55,14 @@ class Wanted:
 
 
 class UnconditionalFamily(Family):
-    """A pipeline that reads no words.
+    """A pipeline without text conditioning.
 
     Attributes:
-        classes: names of the data's classes, by their numbers.
-        names: names of all classes that the exported pipeline draws, by their numbers.
-        noisy_name: the denoiser's argument for what it denoises.
-        measures_scaling: whether the scaling of its latents is still to be measured on the data.
-        added_classes: the numbers of the data's classes, if some of them were added to those of a pretrained pipeline.
+        classes: names of the data's classes, by number.
+        names: names of all classes of the exported pipeline, by number.
+        noisy_name: the denoiser's argument for its noisy input.
+        measures_scaling: whether the scaling of its latents must still be measured on the data.
+        added_classes: numbers of the data's classes by name, if some were added to those of a pretrained pipeline.
     """
 
     default_resolution = 64
@@ -83,12 +83,16 @@ class UnconditionalFamily(Family):
         sampler: str | None,
     ):
         """Args:
-        dtype: of the denoiser.
-        coder_dtype: of the VAE.
-        sampler: the sampler that was asked for, which an exported pipeline keeps where it can.
+        options: options of the model.
+        noise: options of the noise schedule.
+        wanted: what the model is trained for.
+        dtype: dtype of the denoiser.
+        coder_dtype: dtype of the VAE.
+        sampler: the requested sampler, which the exported pipeline keeps if possible.
         """
+        # Components and scheduler: from scratch, or those of a pretrained pipeline.
         self.measures_scaling = False
-        known: dict[int, str] = {}  # names of the classes that a pretrained pipeline draws
+        known: dict[int, str] = {}  # names of a pretrained pipeline's classes
         self._coder_dtype = coder_dtype
         if options.pretrained_model_name_or_path is None:
             parts = self._fresh_parts(options, wanted)
@@ -103,108 +107,110 @@ class UnconditionalFamily(Family):
                 scheduler = self._exported(fresh_scheduler(noise, clips=False), sampler)
             known = listed_names(options)
         scheduler = exported(scheduler)
+
+        # Classes: numbers for the data's classes, names for the exported pipeline's.
         self._numbers = self._numbered(wanted.classes, known, parts[self.denoiser_name]) if wanted.classes else {}
         self.names = self._exported_names(known)
         self.classes = {number: self.names[number] for number in sorted(set(self._numbers.values()))}
-        # before classes were added to those that are known, all were numbered anew
+        # earlier versions numbered all classes anew instead of adding to the known ones
         anew = {name: number for number, name in enumerate(wanted.classes)}
         is_new = bool(known) and not set(self._numbers) <= set(self._by_name(known)) and self._numbers != anew
         self.added_classes = self._numbers if is_new else {}
+
+        # Pipeline.
         for name, part in parts.items():
             wanted_dtype = dtype if name == self.denoiser_name else coder_dtype
             if part.dtype != wanted_dtype:
                 part.to(wanted_dtype)
         self._check(parts, wanted)
         pipeline = self._pipeline(scheduler, **parts)
-        if self.classes:  # while it trains, the pipeline draws the data's classes alone
+        if self.classes:  # during training the pipeline samples only the data's classes
             pipeline.labels = {name: number for number, name in self.classes.items()}
         warn_of_own_sampler(scheduler, sampler)
         super().__init__(pipeline, self._space(parts), options)
 
     @classmethod
     def check_before_loading(cls, options: UnconditionalModelOptions, has_classes: bool) -> None:
-        """Refuses classes without a model of classes, and the other way round."""
+        """Refuses classes for an unconditional pipeline, and a class-conditional pipeline without classes."""
         name = options.pretrained_model_name_or_path
         if has_classes and not cls.has_classes:
-            raise UserError(f"--class_conditional: {name} ({cls.pipeline_class_name}) draws no classes; leave one out")
+            raise UserError(f"--class_conditional: {name} ({cls.pipeline_class_name}) has no classes; leave one out")
         if cls.has_classes and not has_classes:
-            raise UserError(f"{name} ({cls.pipeline_class_name}) draws classes; add --class_conditional")
+            raise UserError(f"{name} ({cls.pipeline_class_name}) is class-conditional; add --class_conditional")
 
     @classmethod
     def check_shape(cls, options: UnconditionalModelOptions, wanted: Wanted) -> None:
-        """Refuses a shape of a denoiser from scratch that does not fit the images, before anything is loaded."""
+        """Refuses a shape of a denoiser from scratch that does not fit the images, before loading anything."""
         unet_config(options, wanted.edge, wanted.channels, 1 if cls.has_classes else None)
 
     @abstractmethod
     def _space(self, parts: Mapping[str, nn.Module]) -> LatentSpace:
-        """Where it is denoised."""
+        """Returns the space in which the model denoises."""
 
     def _fresh_parts(self, options: UnconditionalModelOptions, wanted: Wanted) -> dict[str, nn.Module]:
-        """The denoiser and what else the pipeline has, from scratch."""
+        """Creates the denoiser, and loads the other components, for a model from scratch."""
         config = unet_config(options, wanted.edge, wanted.channels, len(wanted.classes) if self.has_classes else None)
         return {"unet": make_denoiser("UNet2DModel", config, options.weight_init)}
 
     def _resize(self, denoiser: nn.Module, wanted: Wanted) -> None:
-        """Has a pretrained pipeline draw the images' size from now on."""
+        """Sets the image size that a pretrained pipeline will generate."""
         edge = wanted.edge
         levels = len(denoiser.config.block_out_channels)
         require(edge % 2 ** (levels - 1) == 0, "resolution", edge, f"be divisible by {2 ** (levels - 1)} for this UNet")
         if denoiser.config.sample_size != edge:
-            logger.info("the pipeline drew edges of %s, the result will draw %d", denoiser.config.sample_size, edge)
+            logger.info("the pipeline's sample_size was %s, the result's will be %d", denoiser.config.sample_size, edge)
             least = edge // 2 ** (levels - 1)
             if least < SMALLEST_LEVEL:
-                said = (
-                    "its last level sees %dx%d then, under %dx%d; a larger --resolution is closer to what it has learnt"
-                )
+                said = "its last level is then %dx%d, under %dx%d; a larger --resolution is closer to its pretraining"
                 logger.warning(said, least, least, SMALLEST_LEVEL, SMALLEST_LEVEL)
             denoiser.register_to_config(sample_size=edge)
 
     def _numbered(self, names: Sequence[str], known: Mapping[int, str], denoiser: nn.Module) -> dict[str, int]:
-        """The numbers of the data's classes by their names: those that a pretrained pipeline knows keep theirs."""
+        """Returns the numbers of the data's classes by name; classes of a pretrained pipeline keep theirs."""
         return class_numbers(names, self._by_name(known), self._slots(denoiser))
 
     def _slots(self, denoiser: nn.Module) -> int:
-        """How many classes the denoiser can tell apart."""
+        """Returns the number of classes that the denoiser supports."""
         return 0
 
     @staticmethod
     def _by_name(known: Mapping[int, str]) -> dict[str, int]:
-        """The numbers of a pretrained pipeline's classes by their names."""
+        """Returns the numbers of a pretrained pipeline's classes by name."""
         return {name: number for number, name in known.items()}
 
     def _exported_names(self, known: Mapping[int, str]) -> dict[int, str]:
-        """The names of all classes of the exported pipeline, by their numbers."""
+        """Returns the names of all classes of the exported pipeline, by number."""
         return dict(sorted(({number: name for name, number in self._numbers.items()} | dict(known)).items()))
 
     def _check(self, parts: Mapping[str, nn.Module], wanted: Wanted) -> None:
-        """Refuses parts that don't fit the images."""
+        """Refuses components that do not fit the images."""
         config = parts[self.denoiser_name].config
         seen, given = config.in_channels, wanted.channels
-        require(seen == given, "image_channels", given, f"be {seen}, which this denoiser takes")
+        require(seen == given, "image_channels", given, f"be {seen} for this denoiser")
         self._check_output(config)
 
     @staticmethod
     def _check_output(config: Any) -> None:
-        """Refuses a denoiser of other channels than it reads: as many again may be a learned variance."""
+        """Refuses a denoiser whose outputs do not match its inputs; twice as many include a learned variance."""
         seen, made = config.in_channels, config.out_channels or config.in_channels
         if made == 2 * seen:
             logger.warning(
-                "of the denoiser's %d channels the last %d, its learned variance, are left as they are", made, seen
+                "the denoiser has %d output channels; the last %d, its learned variance, are not trained", made, seen
             )
         elif made != seen:
             raise UserError(
-                f"the denoiser makes {made} channels of {seen}, which is neither a prediction nor one with its variance"
+                f"the denoiser has {made} output channels for {seen} input channels; it must have {seen} or {2 * seen}"
             )
 
     def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
         return self.pipeline_class()(scheduler=scheduler, **parts)
 
     def _exported(self, scheduler: Any, sampler: str | None) -> Any:
-        """The scheduler that the pipeline keeps."""
+        """Returns the scheduler that the exported pipeline keeps."""
         return scheduler
 
     def tokenizer(self) -> ClassNumbers:
-        """Maps names of classes to their numbers."""
+        """Returns a map of class names to numbers, for the loader's workers."""
         return ClassNumbers(self._numbers, self._no_class)
 
     @property
@@ -212,39 +218,42 @@ class UnconditionalFamily(Family):
         return 0
 
     def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
-        """Nothing."""
+        """Returns an empty dict: there is no text."""
         return {}
 
     def reads_text_parameter(self, encoder: int, name: str) -> bool:
-        """There are none."""
+        """Returns False: there are no text encoders."""
         return False
 
     @property
     def text_dtype(self) -> torch.dtype:
-        """There are no text states in floating point."""
+        """The dtype of text embeddings, of which there are none."""
         return torch.float32
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The denoiser's prediction [B, C, h, w], without a variance behind it; the crops condition nothing here."""
+        """Returns the denoiser's prediction [B, C, h, w], without a learned variance; the crops are not used."""
         return denoiser(noisy, timesteps, **conditioning.states).sample[:, : noisy.shape[1]]
 
     def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
-        """The pipeline with some parts replaced, its VAE as it was loaded but in float32."""
+        """Returns the pipeline with some components replaced, and its VAE in float32."""
         return self._pipeline(self.pipeline.scheduler, **self._float32_coders(), **parts)
 
     def _float32_coders(self) -> dict[str, nn.Module]:
-        """The VAE by its name in the pipeline, where there is one."""
+        """Returns the VAE in float32 by its name in the pipeline; empty if there is none."""
         return {}
 
     def draw(
         self, seeds: Sequence[int], labels: Sequence[int], scheduler: Any, steps: int, guidance: float, eta: float
     ) -> list[Image.Image]:
-        """An image for each seed, as the exported pipeline draws it.
+        """Samples an image for each seed, as the exported pipeline does.
 
         Args:
-            labels: a class for each, or none.
-            scheduler: which may be any that diffusers has for this prediction.
-            guidance: over 1 enlarges the difference that the class makes.
+            seeds: a seed for each image.
+            labels: a class number for each image; empty without classes.
+            scheduler: any scheduler of diffusers that supports the model's prediction type.
+            steps: number of denoising steps.
+            guidance: classifier-free guidance scale, if above 1.
+            eta: fraction of fresh noise per step, for schedulers that support it.
         """
         latents = self._denoise(seeds, labels, scheduler, steps, guidance, eta)
         images = (self.latent_space.pictures(latents) / 2 + 0.5).clamp(0, 1)
@@ -256,22 +265,27 @@ class UnconditionalFamily(Family):
     ) -> Tensor:
         from diffusers.utils.torch_utils import randn_tensor
 
+        # Initial noise, one generator per image.
         unet, edge = self.denoiser, self.denoiser.config.sample_size
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = (len(seeds), unet.config.in_channels, *((edge, edge) if isinstance(edge, int) else edge))
         latents = randn_tensor(shape, generator=generators, device=unet.device, dtype=torch.float32)
         scheduler.set_timesteps(steps, device=unet.device)
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+
+        # Inputs of the denoiser and of the scheduler's steps.
         states = self._states_of(labels, guidance, unet.device)
         known = inspect.signature(scheduler.step).parameters
         extra = {name: value for name, value in (("eta", eta), ("generator", generators)) if name in known}
         reads_variance = str(vars(scheduler).get("variance_type")).startswith("learned")
+
+        # Denoising.
         for t in scheduler.timesteps:
             seen = torch.cat([latents] * (2 if guidance > 1 and states else 1))
             if hasattr(scheduler, "scale_model_input"):
                 seen = scheduler.scale_model_input(seen, t)
             output = unet(seen, t.expand(len(seen)), **states).sample.float()
-            if not reads_variance:  # which stands behind the prediction
+            if not reads_variance:  # drop a learned variance, which follows the prediction
                 output = output[:, : shape[1]]
             if guidance > 1 and states:
                 with_class, without = output.chunk(2)
@@ -283,7 +297,7 @@ class UnconditionalFamily(Family):
         return {}
 
     def example_call(self) -> str:
-        """How the pipeline is called, in Python, for the model card."""
+        """Returns Python code that calls the pipeline, for the model card."""
         return f"pipeline({', '.join(self._example_arguments())})"
 
     def _example_arguments(self) -> list[str]:
@@ -292,7 +306,7 @@ class UnconditionalFamily(Family):
 
 
 class Pixels(UnconditionalFamily):
-    """Ho et al. (2020): a UNet on pixels."""
+    """A UNet on pixels (Ho et al. 2020)."""
 
     pipeline_class_name = "DDPMPipeline"
 
@@ -301,17 +315,17 @@ class Pixels(UnconditionalFamily):
 
 
 class ImplicitPixels(Pixels):
-    """The same, drawn by DDIM (Song et al. 2021).
+    """A UNet on pixels, sampled by DDIM (Song et al. 2021).
 
-    A DDIMPipeline takes inconsistent steps unless its call says otherwise, so the result is a DDPMPipeline, whose
-    scheduler takes DDIM's steps.
+    A DDIMPipeline takes inconsistent steps unless its call asks otherwise, so the result is a DDPMPipeline with a
+    DDIM scheduler.
     """
 
     pipeline_class_name = "DDIMPipeline"
 
     def _exported(self, scheduler: Any, sampler: str | None) -> Any:
         if is_flow(scheduler):
-            raise UserError("--flow_matching: a DDIMPipeline draws by DDIM alone; leave it out")
+            raise UserError("--flow_matching: a DDIMPipeline only samples by DDIM; leave it out")
         return sampler_of(scheduler, "ddim")
 
     def _pipeline(self, scheduler: Any, **parts: nn.Module) -> "DiffusionPipeline":
@@ -323,7 +337,7 @@ class ImplicitPixels(Pixels):
 
 
 class Score(Pixels):
-    """A score model of noise that only grows (Song et al. 2021, section 3.4), on pixels in [0, 1]."""
+    """A variance-exploding score model (Song et al. 2021, section 3.4), on pixels in [0, 1]."""
 
     pipeline_class_name = "ScoreSdeVePipeline"
 
@@ -331,29 +345,29 @@ class Score(Pixels):
         return PixelSpace(parts["unet"].config.in_channels, low=0.0)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """sigma times the score, which is about -epsilon, whatever sigma is; the timesteps are the sigmas."""
+        """Returns sigma times the score, about -epsilon for any sigma; the timesteps are the sigmas."""
         return denoiser(noisy, timesteps).sample * timesteps.view(-1, 1, 1, 1)
 
     def draw(
         self, seeds: Sequence[int], labels: Sequence[int], scheduler: Any, steps: int, guidance: float, eta: float
     ) -> list[Image.Image]:
-        """By the pipeline's own predictor and corrector."""
+        """Samples with the pipeline's own predictor and corrector."""
         self.pipeline.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return self.pipeline(batch_size=len(seeds), num_inference_steps=steps, generator=generators).images
 
 
 class ClassLabelled(UnconditionalFamily):
-    """A pipeline whose denoiser reads the number of a class, one of which stands for none."""
+    """A pipeline whose denoiser is conditioned on a class number, one of which means no class."""
 
     has_classes = True
 
     def encode_text(self, input_ids: Tensor, dropped: Tensor) -> TextStates:
-        """{"class_labels": [B] int64}."""
+        """Returns {"class_labels": [B] int64}."""
         return {"class_labels": torch.where(dropped, self._no_class, input_ids[:, 0, 0])}
 
     def _example_arguments(self) -> list[str]:
-        """For an image of the first class."""
+        """Returns arguments for an image of the first class."""
         return [f"[{min(self.classes)}]", *super()._example_arguments()]
 
     def _states_of(self, labels: Sequence[int], guidance: float, device: torch.device) -> TextStates:
@@ -364,13 +378,13 @@ class ClassLabelled(UnconditionalFamily):
 
 
 class LabelledPixels(ClassLabelled, Pixels):
-    """A UNet on pixels that reads a class."""
+    """A class-conditional UNet on pixels."""
 
     pipeline_class_name = "ConditionalDDPMPipeline"
 
     @classmethod
     def pipeline_class(cls) -> "type[DiffusionPipeline]":
-        """Ours, which is saved beside the weights."""
+        """Returns this toolkit's pipeline class, which is saved with the weights."""
         from utils.models.conditional_ddpm import ConditionalDDPMPipeline
 
         return ConditionalDDPMPipeline
@@ -389,13 +403,13 @@ class LabelledPixels(ClassLabelled, Pixels):
         return self.denoiser.config.num_class_embeds - 1
 
     def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
-        """Writes the pipeline, and its code beside it."""
+        """Writes the pipeline together with its code."""
         super().save_pipeline(folder, **parts)
         shutil.copyfile(Path(__file__).with_name("conditional_ddpm.py"), Path(folder) / "pipeline.py")
 
 
 class Latents(UnconditionalFamily):
-    """Rombach et al. (2022): a UNet on the latents of a VAE."""
+    """A UNet on the latents of a VAE (Rombach et al. 2022)."""
 
     pipeline_class_name = "LDMPipeline"
     coder_names: ClassVar[tuple[str, ...]] = ("vqvae",)
@@ -412,7 +426,7 @@ class Latents(UnconditionalFamily):
 
     @classmethod
     def check_shape(cls, options: UnconditionalModelOptions, wanted: Wanted) -> None:
-        """The same, by the VAE's config."""
+        """Refuses a shape of a denoiser from scratch that does not fit the VAE's latents."""
         config, _ = coder_config(options.vae)
         cls._check_latents(options, cls._latent_edge(config, wanted), config.get("latent_channels", 4))
 
@@ -429,11 +443,11 @@ class Latents(UnconditionalFamily):
         return wanted.edge // factor
 
     def _resize(self, denoiser: nn.Module, wanted: Wanted) -> None:
-        pass  # the edge of latents follows from the VAE, which `_check` has
+        pass  # the latents' size depends on the VAE, so `_check` sets it
 
     def _check(self, parts: Mapping[str, nn.Module], wanted: Wanted) -> None:
         denoiser, coder = parts[self.denoiser_name], parts[self.coder_names[0]]
-        require(wanted.channels == 3, "image_channels", wanted.channels, "be 3, which VAEs encode")
+        require(wanted.channels == 3, "image_channels", wanted.channels, "be 3 with a VAE")
         seen, given = denoiser.config.in_channels, coder.config.latent_channels
         if seen != given:
             raise UserError(f"the denoiser takes {seen} channels but the VAE's latents have {given}")
@@ -444,20 +458,20 @@ class Latents(UnconditionalFamily):
             super()._resize(denoiser, Wanted(edge, given))
 
     def _say_what_is_left_out(self, config: Mapping) -> None:
-        """Names what a VAE's config says of its latents that the pipeline does not know."""
+        """Warns about settings in a VAE's config that the pipeline ignores."""
         given = [name for name in ("shift_factor", "latents_mean", "latents_std") if config.get(name)]
         if given:
             logger.warning(
-                "the VAE's %s: left out in training, as a %s does when it decodes; its latents are scaled alone",
+                "the VAE's %s: ignored in training, as a %s ignores it when decoding; its latents are only scaled",
                 *(", ".join(given), self.pipeline_class_name),
             )
 
     def _exported(self, scheduler: Any, sampler: str | None) -> Any:
-        """One that draws the same image each time: the pipeline gives its generator to no step.
+        """Returns a scheduler that samples the same image each time: the pipeline passes no generator to its steps.
 
-        diffusers' flow-match schedulers lack what the pipeline asks of one. DPM-Solver of order 1 takes Euler's steps
-        too, but at other times: it begins at 1 - 1/T, spaces the times evenly down to 0, and tells the model whole
-        timesteps, where `FlowMatchEulerDiscreteScheduler` begins at 1 and has its last time at 1/T.
+        diffusers' flow-matching schedulers lack attributes that the pipeline needs. DPM-Solver of order 1 takes Euler
+        steps too, but at other times: it starts at 1 - 1/T, spaces times evenly down to 0, and passes integer timesteps
+        to the model, while `FlowMatchEulerDiscreteScheduler` starts at 1 and ends at 1/T.
         """
         from diffusers import DPMSolverMultistepScheduler
 
@@ -475,12 +489,12 @@ class Latents(UnconditionalFamily):
         return ScaledSpace(parts[self.coder_names[0]])
 
     def rescale(self, factor: float) -> None:
-        """Takes the scaling of the latents that was measured."""
+        """Sets the measured scaling factor of the latents."""
         self.latent_space.rescale(factor)
         self.measures_scaling = False
 
     def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
-        """Writes the pipeline; its VAE is the base's own files where they can be, but for a measured scaling."""
+        """Writes the pipeline; the VAE's files are copied from the base if possible, except a measured scaling."""
         super().save_pipeline(folder, **parts)
         name, options = self.coder_names[0], self.options
         source = Path(options.vae or Path(options.pretrained_model_name_or_path, name))
@@ -507,7 +521,7 @@ class Latents(UnconditionalFamily):
 
 
 class LabelledLatents(ClassLabelled, Latents):
-    """Peebles and Xie (2023): a transformer on latents that reads a class (DiT)."""
+    """A class-conditional transformer on latents (DiT, Peebles and Xie 2023)."""
 
     pipeline_class_name = "DiTPipeline"
     denoiser_name = "transformer"
@@ -525,15 +539,18 @@ class LabelledLatents(ClassLabelled, Latents):
 
     def _check(self, parts: Mapping[str, nn.Module], wanted: Wanted) -> None:
         if not wanted.is_square:
-            raise UserError("--use_aspect_ratio_buckets: a DiT draws squares alone; leave it out")
+            raise UserError("--use_aspect_ratio_buckets: a DiT only supports square images; leave it out")
         edge, drawn = self._latent_edge(parts["vae"].config, wanted), parts["transformer"].config.sample_size
         factor = wanted.edge // edge
         require(
-            edge == drawn, "resolution", wanted.edge, f"be {drawn * factor}, the only one that this transformer draws"
+            edge == drawn,
+            "resolution",
+            wanted.edge,
+            f"be {drawn * factor}, the only size of this transformer",
         )
         super()._check(parts, wanted)
         for module in parts["transformer"].modules():
-            if hasattr(module, "dropout_prob"):  # of labels, in each block apart: the loader drops them for all
+            if hasattr(module, "dropout_prob"):  # each block would drop labels by itself; the loader drops them for all
                 module.dropout_prob = 0.0
 
     def _slots(self, denoiser: nn.Module) -> int:
@@ -544,12 +561,12 @@ class LabelledLatents(ClassLabelled, Latents):
         return listed_numbers(known)
 
     def _exported_names(self, known: Mapping[int, str]) -> dict[int, str]:
-        """The same, of which no two are one name to the pipeline, which ends a name at a comma."""
+        """Returns names that the pipeline can tell apart, which ends a name at a comma."""
         names = super()._exported_names(known)
         for number in names.keys() - known.keys():
             name, names[number] = names[number], plain_name(names[number])
             if names[number] != name:
-                said = "the class %r is called %r in the result, as a DiTPipeline can list it"
+                said = "the class %r is called %r in the result, because a DiTPipeline lists names by commas"
                 logger.warning(said, name, names[number])
         taken: dict[str, int] = {}
         for number in sorted(names.keys() - known.keys()):
@@ -557,7 +574,7 @@ class LabelledLatents(ClassLabelled, Latents):
             if other != number or not names[number]:
                 raise UserError(
                     f"--class_conditional: a DiTPipeline can't tell two classes called {names[number]!r} apart, after "
-                    "commas are replaced and spaces around names are taken away; rename one of them"
+                    "replacing commas and stripping spaces around names; rename one of them"
                 )
         return names
 
@@ -580,7 +597,7 @@ FRESH_FAMILIES: dict[tuple[bool, bool], type[UnconditionalFamily]] = {
     (True, False): Latents,
     (True, True): LabelledLatents,
 }
-"""The family of a model from scratch, by whether it has a VAE, and classes."""
+"""Families for training from scratch, by (has a VAE, has classes)."""
 PRETRAINED_FAMILIES: dict[str, type[UnconditionalFamily]] = {
     family.pipeline_class_name: family
     for family in (Pixels, ImplicitPixels, Score, LabelledPixels, Latents, LabelledLatents)
@@ -590,10 +607,10 @@ PRETRAINED_FAMILIES: dict[str, type[UnconditionalFamily]] = {
 def pick_unconditional(
     options: UnconditionalModelOptions, has_classes: bool, sampler: str | None
 ) -> type[UnconditionalFamily]:
-    """The family of what is to be trained, by the pretrained pipeline's `model_index.json` or by the options.
+    """Returns the family to train, from the pretrained pipeline's `model_index.json` or the options.
 
     Raises:
-        UserError: if there is no such pipeline, or none of a supported class.
+        UserError: if there is no such pipeline, or its class is not supported.
     """
     name = options.pretrained_model_name_or_path
     if name is None:
@@ -613,7 +630,7 @@ def pick_unconditional(
 
 
 def default_edge(options: UnconditionalModelOptions, family: type[UnconditionalFamily]) -> int:
-    """The edge of images where none was asked for: what a pretrained pipeline draws, else 64."""
+    """Returns the default edge of images: that of a pretrained pipeline, or 64."""
     name = options.pretrained_model_name_or_path
     if name is None:
         return family.default_resolution
@@ -625,7 +642,7 @@ def default_edge(options: UnconditionalModelOptions, family: type[UnconditionalF
 
 
 def load_pipeline(pipeline_class: "type[DiffusionPipeline]", options: UnconditionalModelOptions) -> "DiffusionPipeline":
-    """The pretrained pipeline in float32, on the CPU."""
+    """Loads the pretrained pipeline in float32, on the CPU."""
     name = options.pretrained_model_name_or_path
     return load_pipeline_folder(
         pipeline_class,
@@ -638,7 +655,7 @@ def load_pipeline(pipeline_class: "type[DiffusionPipeline]", options: Unconditio
 
 
 def listed_names(options: UnconditionalModelOptions) -> dict[int, str]:
-    """The names of a pretrained pipeline's classes by their numbers, as its `model_index.json` has them."""
+    """Returns the names of a pretrained pipeline's classes by number, from its `model_index.json`."""
     name, flag = options.pretrained_model_name_or_path, "--pretrained_model"
     found = read_config(index_file(name, options.revision, flag), flag).get("id2label")
     try:
@@ -648,10 +665,10 @@ def listed_names(options: UnconditionalModelOptions) -> dict[int, str]:
 
 
 def coder_config(name: str) -> tuple[dict, str | None]:
-    """(a VAE's config, the folder that it has in a pipeline's).
+    """Returns (a VAE's config, its subfolder if the folder is a pipeline's, else None).
 
     Raises:
-        UserError: if there is none, or of no supported class.
+        UserError: if there is none, or its class is not supported.
     """
     subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
     require_model("vae", name, "give the folder or Hub name of a VAE")
@@ -664,7 +681,7 @@ def coder_config(name: str) -> tuple[dict, str | None]:
 
 
 def load_coder(name: str, use_safetensors: bool | None) -> tuple[nn.Module, bool]:
-    """(a VAE in float32, whether its config says by what its latents are scaled)."""
+    """Loads a VAE in float32; returns it, and whether its config has a scaling factor."""
     import diffusers
 
     config, subfolder = coder_config(name)
@@ -673,15 +690,16 @@ def load_coder(name: str, use_safetensors: bool | None) -> tuple[nn.Module, bool
     coder = load_module(kind, name, what, "vae", torch.float32, subfolder=subfolder, use_safetensors=use_safetensors)
     has_scaling = config.get("scaling_factor") is not None
     if not has_scaling:
-        coder.register_to_config(scaling_factor=1.0)  # until it is measured; a config may say null
+        coder.register_to_config(scaling_factor=1.0)  # until it is measured; the config may have null
     return coder, has_scaling
 
 
 def fresh_scheduler(noise: ProcessOptions, clips: bool) -> Any:
-    """The scheduler of a model from scratch.
+    """Creates the scheduler of a model from scratch.
 
     Args:
-        clips: whether clean images are known to lie in [-1, 1], as pixels do and latents don't.
+        noise: options of the noise schedule.
+        clips: whether to clip the predicted clean sample to [-1, 1], as for pixels but not for latents.
     """
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -689,5 +707,5 @@ def fresh_scheduler(noise: ProcessOptions, clips: bool) -> Any:
     if noise.flow_matching:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=count, shift=noise.flow_shift)
     settings = {"num_train_timesteps": count, "beta_schedule": "linear", "clip_sample": clips}
-    settings["timestep_spacing"] = "trailing"  # few steps begin at the noisiest timestep too (Lin et al. 2024)
+    settings["timestep_spacing"] = "trailing"  # start at the noisiest timestep even with few steps (Lin et al. 2024)
     return DDPMScheduler(**settings | noise.scheduler_changes)

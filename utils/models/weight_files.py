@@ -1,6 +1,6 @@
-"""What files of weights hold: the numbers are read as they are stored, so what needs scales or unpacking is refused.
+"""Checks of weight files: values are used as stored, so weights that need scales or unpacking are refused.
 
-Every way in which weights come asks here: folders, shards, single files, LoRA files, VAEs and text encoders.
+All weights are checked here: folders, shards, single files, LoRA files, VAEs and text encoders.
 """
 
 import logging
@@ -20,21 +20,21 @@ from utils.config.user_files import FileError, read_json
 
 logger = logging.getLogger(__name__)
 FULL_FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
-"""Dtypes whose numbers are the weights, by safetensors' names and by torch's."""
+"""Dtypes whose values are the weights themselves, as named by safetensors and by torch."""
 EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "float8_e4m3fn", "float8_e5m2")
 EIGHT_BIT_FLOATS += ("float8_e4m3fnuz", "float8_e5m2fnuz")
 COMPLEX = ("C64", "C128", "complex32", "complex64", "complex128")
 TRUTH_VALUES = ("BOOL", "bool")
 COUNTED = ("position_ids", "relative_position_index", "num_batches_tracked", "num_updates")
-"""Last words of the names of tensors that are whole numbers by nature."""
+"""Last parts of the names of tensors that are integers by nature."""
 OF_A_LAYER = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-"""What stands in a file for a layer, if nothing is scaled or packed."""
+"""Last parts of the names of a layer's own tensors; others may hold scales."""
 SCALES = re.compile(
     r"scale_(weight|input)|(\w+_)?(weight|input|output)_scale\w*|scaled_fp8|\w*absmax|quant_\w+|comfy_quant|SCB|qweight"
     r"|q?zeros|[qw]?scales|weight_(packed|format|zero_point|shape)|\w*zero_point|smooth_factor\w*",
     re.IGNORECASE,
 )
-"""Last words of the names of what the usual tools write beside quantised weights."""
+"""Last parts of the names of tensors that common tools store beside quantized weights."""
 STEMS = "diffusion_pytorch_model|pytorch_model|model"
 CURE = "give the weights in fp32, fp16 or bf16"
 LONGEST_NAME = 120
@@ -48,10 +48,10 @@ class Stored(NamedTuple):
 
 
 def stored_in(path: Path) -> dict[str, Stored]:
-    """What a file of tensors holds, by its names; of a safetensors file the header alone is read.
+    """Returns dtype and shape of each tensor in a file, by name; reads only the header of a safetensors file.
 
     Raises:
-        FileError, OSError, SafetensorError: if it can't be read; of a pickle as `read_pickle`.
+        FileError, OSError, SafetensorError: if it can't be read; for a pickle as `read_pickle`.
     """
     if path.suffix != ".safetensors":
         return stored_tensors(weights_by_name(read_pickle(path, mmap=True), path))
@@ -62,29 +62,29 @@ def stored_in(path: Path) -> dict[str, Stored]:
 
 
 def weights_by_name(held: object, path: Path) -> Mapping[str, object]:
-    """What a pickle of weights holds, if that is tensors by name.
+    """Returns the content of a pickle of weights, if it is tensors by name.
 
     Raises:
-        FileError: saying what it holds in their place.
+        FileError: saying what it contains instead.
     """
-    cure = "give the file of a state_dict()"
+    cure = "give a file saved from a state_dict()"
     if not isinstance(held, Mapping):
-        raise FileError(path, f"holds a {type(held).__name__}, not weights by name; {cure}")
+        raise FileError(path, f"contains a {type(held).__name__}, not weights by name; {cure}")
     odd = [type(name).__name__ for name in held if not isinstance(name, str)]
     if odd:
-        raise FileError(path, f"names {len(odd)} of its weights by {odd[0]}, not by text; {cure}")
+        raise FileError(path, f"has {len(odd)} weights named by {odd[0]}, not by text; {cure}")
     if not any(isinstance(each, Tensor) for each in held.values()):
         inner = next((name for name, each in held.items() if isinstance(each, Mapping)), None)
         if inner is None:
-            raise FileError(path, f"holds no weights; {cure}")
+            raise FileError(path, f"contains no weights; {cure}")
         raise FileError(
-            path, f"holds its weights within {one_line(inner, LONGEST_NAME)}; save those as a file of their own"
+            path, f"contains its weights inside {one_line(inner, LONGEST_NAME)}; save those as a separate file"
         )
     return held
 
 
 def stored_tensors(held: object) -> dict[str, Stored]:
-    """The same of tensors by name; of anything else nothing."""
+    """Returns dtype and shape of tensors by name; empty for anything else."""
     items = held.items() if isinstance(held, Mapping) else ()
     return {
         str(name): Stored(str(each.dtype).removeprefix("torch."), tuple(each.shape))
@@ -94,47 +94,53 @@ def stored_tensors(held: object) -> dict[str, Stored]:
 
 
 def check_stored(what: str, stored: Mapping[str, Stored]) -> None:
-    """Refuses weights whose numbers are not what is stored, and warns of 8-bit floating-point ones.
+    """Refuses weights that are not used as stored (scaled, quantized, complex), and warns about 8-bit floats.
 
     Args:
-        what: the flag, its value and the part or file, as messages name them.
+        what: the flag, its value and the part or file, for messages.
+        stored: dtype and shape of each tensor, by name.
 
     Raises:
-        UserError: for quantised or scaled weights, naming the first tensor that says so.
+        UserError: naming the first such tensor.
     """
+    # Scales, which this toolkit does not apply.
     scale = next((name for name in stored if _is_scale(name, stored)), None)
     if scale is not None:
         is_known = SCALES.fullmatch(scale.rpartition(".")[2])
         cure = CURE if is_known else f"{CURE}, or --allow_missing_weights {scale} if it can be left out"
         raise UserError(
-            f"{what} holds {one_line(scale, LONGEST_NAME)}, so its weights are scaled or quantised: without that "
+            f"{what} contains {one_line(scale, LONGEST_NAME)}, so its weights are scaled or quantized: without that "
             f"tensor, which is not read here, they would be wrong; {cure}"
         )
+
+    # Dtypes that are not weights.
     complex_one = next((name for name, each in stored.items() if each.dtype in COMPLEX), None)
     if complex_one is not None:
         raise UserError(
-            f"{what} holds {one_line(complex_one, LONGEST_NAME)} as {stored[complex_one].dtype}: weights "
-            f"are real numbers; {CURE}"
+            f"{what} contains {one_line(complex_one, LONGEST_NAME)} as {stored[complex_one].dtype}; weights must be "
+            f"real numbers; {CURE}"
         )
     packed = next((name for name, each in stored.items() if _is_packed(name, each)), None)
     if packed is not None:
         raise UserError(
-            f"{what} holds {one_line(packed, LONGEST_NAME)} as {stored[packed].dtype}: it is quantised, and its "
-            f"numbers are not the weights; {CURE}"
+            f"{what} contains {one_line(packed, LONGEST_NAME)} as {stored[packed].dtype}: it is quantized, and its "
+            f"values are not the weights; {CURE}"
         )
+
+    # 8-bit floats are used, but coarse.
     coarse = [name for name, each in stored.items() if each.dtype in EIGHT_BIT_FLOATS]
     if coarse:
         logger.warning(
-            "%s: %d of its %d tensors are 8-bit floating-point numbers (%s), which are taken as they are; a file in "
-            "fp16 or fp32 holds the model more exactly",
+            "%s: %d of its %d tensors are 8-bit floats (%s), which are used as they are; a file in fp16 or fp32 is "
+            "more accurate",
             *(what, len(coarse), len(stored), stored[coarse[0]].dtype),
         )
 
 
 def _is_scale(name: str, stored: Mapping[str, Stored]) -> bool:
-    """Whether a tensor says how another one is scaled or packed: by its name, or because that one is of few bits.
+    """Whether a tensor scales or unpacks another: by its name, or because it accompanies one of low precision.
 
-    Beside weights in full floating point other tensors may stand: older releases of diffusers saved `W` there.
+    Tensors that accompany full-precision weights are accepted: older releases of diffusers saved a `W` there.
     """
     layer, _, last = name.rpartition(".")
     if SCALES.fullmatch(last):
@@ -146,7 +152,7 @@ def _is_scale(name: str, stored: Mapping[str, Stored]) -> bool:
 
 
 def _is_packed(name: str, each: Stored) -> bool:
-    """Whether a tensor holds whole numbers where floating-point ones are expected; truth values may be a mask."""
+    """Whether a tensor holds integers where floats are expected; booleans may be a mask."""
     last = name.rpartition(".")[2]
     if each.dtype in (*FULL_FLOATS, *EIGHT_BIT_FLOATS) or last in COUNTED or math.prod(each.shape) <= 1:
         return False
@@ -154,7 +160,13 @@ def _is_packed(name: str, each: Stored) -> bool:
 
 
 def weight_files(folder: Path, variant: str | None, with_pickles: bool) -> list[Path]:
-    """The files of weights in a model's folder that diffusers or transformers would read."""
+    """Returns the weight files in a model's folder that diffusers or transformers would read, sorted.
+
+    Args:
+        folder: folder of the model.
+        variant: variant of the files, such as fp16; None for the default.
+        with_pickles: whether to fall back to .bin files.
+    """
     infix = "" if variant is None else rf"\.{re.escape(variant)}"
     for suffix in ("safetensors", "bin") if with_pickles else ("safetensors",):
         single = re.compile(rf"({STEMS})({infix}(-\d+-of-\d+)?|-\d+-of-\d+{infix})\.{suffix}")
@@ -169,7 +181,7 @@ def weight_files(folder: Path, variant: str | None, with_pickles: bool) -> list[
 
 
 def _shards(index: Path) -> set[str]:
-    """The names of files in a table of shards; none if it can't be read, which the library says itself."""
+    """Returns the file names in a shard index; none if it can't be read, which the library reports itself."""
     try:
         names = read_json(index)["weight_map"].values()
     except (OSError, FileError, TypeError, KeyError, AttributeError):
@@ -178,12 +190,12 @@ def _shards(index: Path) -> set[str]:
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str, is_refused: bool = True) -> None:
-    """Refuses weights that hold NaN or infinite numbers, which no training mends.
+    """Refuses weights with NaN or infinite values, from which training can't recover.
 
     Args:
-        tensors: with their names.
-        what: the flag, its value and the part, as messages name them.
-        is_refused: whether they are; else a warning names them.
+        tensors: pairs of name and tensor.
+        what: the flag, its value and the part, for messages.
+        is_refused: whether to raise an error; otherwise a warning is logged.
 
     Raises:
         UserError: naming the first such tensor.
@@ -194,21 +206,18 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str, is_refused: b
     name, tensor = bad[0]
     count = int((~tensor.float().isfinite()).sum())
     others = f", as do {len(bad) - 1} other tensors" if len(bad) > 1 else ""
-    said = (
-        f"{what}: {one_line(name, LONGEST_NAME)} holds {count:,} of {tensor.numel():,} numbers that are NaN or infinite"
-        f"{others}"
-    )
+    said = f"{what}: {one_line(name, LONGEST_NAME)} has {count:,} NaN or infinite values of {tensor.numel():,}{others}"
     if is_refused:
-        cure = "the file is damaged or of a run that diverged: give another"
+        cure = "the file is damaged or from a run that diverged: give another"
         if tensor.dtype == torch.float16 and not bool(tensor.isnan().any()):
             cure = "they are too large for fp16: use --mixed_precision bf16, or give another file"
         raise UserError(f"{said}; {cure}")
-    logger.warning("%s: what is drawn will be NaN", said)
+    logger.warning("%s: samples will be NaN", said)
 
 
 @torch.no_grad()
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite, by one pass over them: a sum of such is, unless it overflows itself."""
+    """Whether all values are finite. One pass: their sum is finite too, unless it overflows, which is then checked."""
     if tensor.is_meta or math.isfinite(float(tensor.sum(dtype=torch.float32))):
         return True
     return bool(tensor.isfinite().all())

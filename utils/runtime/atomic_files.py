@@ -1,4 +1,4 @@
-"""Files that are whole at any moment, and what was written stays written."""
+"""Atomic file writes: a file is complete at any moment, and what was written reaches the disk."""
 
 import logging
 import os
@@ -13,27 +13,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-MARKER = ".not_training_data"  # of folders that this toolkit writes, which are left out where they lie among data
-MARKER_TEXT = """A training, an evaluation or a cache writes this folder.
-Where it lies within a folder of training data, its files are left out of the data.
+MARKER = ".not_training_data"  # marks folders written by this toolkit, which are skipped inside training data
+MARKER_TEXT = """This folder is written by a training, an evaluation or a cache.
+If it lies within a folder of training data, its files are not used as data.
 """
 
 
 def mark_as_own(folder: Path) -> None:
-    """Marks a folder as one whose files are no training data; it must exist."""
+    """Marks an existing folder as one whose files are not training data."""
     file = folder / MARKER
     if not file.exists():
         file.write_text(MARKER_TEXT, encoding="utf-8")
 
 
 def sync_file(file: Path) -> None:
-    """Has the disk keep what was written to a file. It is opened for writing, without which Windows syncs none."""
+    """Flushes a file to disk. It is opened for writing, because Windows syncs no read-only file."""
     with open(file, "r+b") as opened:
         os.fsync(opened.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Has the disk keep the names in a folder; Windows opens no folders, and keeps them by itself."""
+    """Flushes a folder's entries to disk; does nothing on Windows, where folders can't be opened."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:
@@ -45,9 +45,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def usual_modes(path: Path) -> None:
-    """Gives a file, or all files below a folder, the permissions of the umask: safetensors' files have fewer.
+    """Sets the umask's permissions on a file, or on all files below a folder; safetensors' own are stricter.
 
-    A new file shows what these are in that folder: a process can't read its umask without changing it.
+    A new file shows the right permissions: a process can't read its umask without changing it.
     """
     folder = path if path.is_dir() else path.parent
     probe = folder / f".tmp-mode-{os.getpid()}-{threading.get_ident()}"
@@ -62,7 +62,7 @@ def usual_modes(path: Path) -> None:
 
 
 def write_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the permissions of the umask."""
+    """Writes a safetensors file with the umask's permissions."""
     from safetensors.torch import save_file
 
     save_file(dict(tensors), path, metadata)
@@ -71,22 +71,22 @@ def write_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[st
 
 @contextmanager
 def or_without(what: object) -> Iterator[None]:
-    """Context manager: an error of the disk is a warning that names what is not written, and the training continues."""
+    """Context manager: turns a disk error into a warning that names what is not written; the training continues."""
     try:
         yield
     except OSError as error:
-        logger.warning("%s can't be written: %s; the training continues without", what, error.strerror or error)
+        logger.warning("%s can't be written: %s; the training continues without it", what, error.strerror or error)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path aside to write to, which then becomes `path`: at any moment it is either the old file or the new."""
+    """Context manager: yields a temporary path, which then replaces `path` atomically."""
     aside = path.with_name(f".tmp-{path.name}")
     yield aside
     os.replace(aside, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text so that the file is at any moment either the old or the new one."""
+    """Writes a text file atomically: at any moment the file is either the old or the new one."""
     with replacing(path) as aside:
-        aside.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files need not be Unicode
+        aside.write_bytes(text.encode("utf-8", "backslashreplace"))  # file names in it may not be valid Unicode

@@ -1,4 +1,4 @@
-"""Writing that continues while the training does: from copies in host memory, on a thread."""
+"""Writes files on a background thread, from copies in host memory, while the training continues."""
 
 import logging
 import math
@@ -16,23 +16,23 @@ MEMORY_FACTS = Path("/proc/meminfo")
 
 
 class HostBuffers:
-    """Copies of tensors in host memory, which are kept: fresh memory costs thirty times as long as the copy itself.
+    """Reusable copies of tensors in host memory: allocating fresh memory costs thirty times as much as copying.
 
-    Where each process holds a part of a tensor, all must copy it, and one keeps what they come to.
+    If each process holds a shard of a tensor, all must copy it, and one keeps the whole.
     """
 
     def __init__(self, keeps: bool = True, are_kept: bool = True):
         """Args:
-        keeps: whether this process is the one that keeps them.
-        are_kept: whether they serve more than one save. Only then are they pinned: torch never gives pinned memory
-            back.
+        keeps: whether this process keeps the copies.
+        are_kept: whether the buffers serve more than one save. Only then are they pinned: torch never frees pinned
+            memory.
         """
         self._keeps = keeps
         self._are_kept = are_kept
         self._kept: dict[str, Tensor] = {}
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor's values as they are now, in the buffer of that name; without values where none are kept."""
+        """Copies the tensor into the buffer of that name and returns it; a meta tensor if this process keeps none."""
         tensor = whole(tensor.detach())
         if not self._keeps:
             return tensor.to("meta")
@@ -43,13 +43,13 @@ class HostBuffers:
         return kept.copy_(tensor)
 
     def have_room_for(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether host memory holds copies of them all, beside what is held already; taken for granted if unknown."""
+        """Whether host memory has room for copies of all tensors beyond those already held; True if unknown."""
         wanted = sum(map(taken_bytes, tensors)) - sum(map(taken_bytes, self._kept.values()))
         return wanted <= 0 or wanted < 0.9 * available_memory()
 
 
 def available_memory() -> float:
-    """Bytes of host memory that are free; without end where the system does not say."""
+    """Returns the bytes of available host memory; infinity if the system does not report it."""
     if not MEMORY_FACTS.exists():
         return math.inf
     facts = dict(line.split(":") for line in MEMORY_FACTS.read_text(encoding="utf-8").splitlines())
@@ -57,13 +57,13 @@ def available_memory() -> float:
 
 
 def taken_bytes(tensor: Tensor) -> int:
-    """The host memory that a copy takes: of a GPU's, which is pinned, the next power of two."""
+    """Returns the bytes of host memory that a copy takes; pinned copies of GPU tensors round up to a power of two."""
     is_pinned = tensor.is_cuda or tensor.is_pinned()
     return 1 << (tensor.nbytes - 1).bit_length() if is_pinned and tensor.nbytes else tensor.nbytes
 
 
 class BackgroundWriter:
-    """Runs one job after the other, on a thread or, where that was not asked for (`is_on`), at once."""
+    """Runs one job at a time: on a thread if `is_on`, otherwise immediately."""
 
     def __init__(self, is_on: bool):
         self.is_on = is_on
@@ -71,7 +71,7 @@ class BackgroundWriter:
         self._last: Future | None = None
 
     def run(self, job: Callable[[], object]) -> None:
-        """Begins a job when the one before is done, whose error is raised here."""
+        """Starts a job after the previous one has finished; raises that one's error."""
         self.join()
         if self._pool is None:
             job()
@@ -79,7 +79,7 @@ class BackgroundWriter:
             self._last = self._pool.submit(job)
 
     def join(self) -> None:
-        """Waits for the last job, and raises its error."""
+        """Waits for the last job and raises its error."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
@@ -88,7 +88,7 @@ class BackgroundWriter:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        """Waits for the last job; its error is raised if there is no other."""
+        """Waits for the last job; raises its error unless another exception is already propagating."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)
         if kind is None:

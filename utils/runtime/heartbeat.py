@@ -1,9 +1,9 @@
-"""Signs of life between the processes of a run, so that none waits for hours for one that is gone.
+"""Heartbeats between the processes of a run, so that none waits for hours for one that is gone.
 
-A process that raises or is killed ends its peers by the launcher, within seconds on its own machine. What is left is
-one that hangs, and a machine that is cut off: collectives would wait for their timeout, which is long, because one
-process may have hours of work to do (a download, a cache) while the others wait. So each process says every few seconds
-that it lives, from a thread of its own, whatever else it does.
+If a process raises or is killed, the launcher ends its peers within seconds on the same machine. What remains are hung
+processes and disconnected machines: collectives would wait for their timeout, which is long, because one process may
+have hours of work to do (a download, a cache) while the others wait. Each process therefore sends a heartbeat every
+few seconds, from its own thread, whatever else it does.
 """
 
 import os
@@ -20,18 +20,20 @@ from utils.config.terminal import print_line
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-INTERVAL = 3.0  # seconds between signs
+INTERVAL = 3.0  # seconds between heartbeats
 ENDED = b"ended"
 
 
 class Heartbeat:
-    """Gives this process's signs of life, and watches those of the others.
+    """Sends this process's heartbeats and watches those of the others.
 
-    One thread talks to the store, in which it may be stuck when a machine is cut off; another keeps the time.
+    One thread talks to the store, where it can get stuck if a machine is disconnected; another checks the times.
 
     Args:
         address: host and port of the store that the processes share.
-        patience: seconds of silence after which a process is taken for dead, and this one ends.
+        rank: number of this process.
+        num_processes: number of processes of the run.
+        patience: seconds without a heartbeat after which a process is presumed dead and this one ends.
     """
 
     def __init__(self, address: tuple[str, int], rank: int, num_processes: int, patience: float):
@@ -40,17 +42,17 @@ class Heartbeat:
         self._others = [other for other in range(num_processes) if other != rank]
         self._patience = patience
         self._over = threading.Event()
-        self._heard: dict[int, tuple[bytes, float]] = {}  # the last sign of each, and when it came
+        self._heard: dict[int, tuple[bytes, float]] = {}  # last heartbeat of each process, and when it arrived
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._talk, self._watch)]
 
     def start(self) -> None:
-        """Begins to talk and to watch."""
+        """Starts sending and watching."""
         self._heard.update(dict.fromkeys(self._others, (b"", time.monotonic())))
         for thread in self._threads:
             thread.start()
 
     def end(self) -> None:
-        """Says that this process has done its part, and no longer watches."""
+        """Reports that this process is done, and stops watching."""
         self._over.set()
         self._threads[0].join(timeout=INTERVAL + 5)
 
@@ -62,7 +64,7 @@ class Heartbeat:
             try:
                 store = store or self._connect()
                 self._exchange(store, ENDED if is_over else str(count).encode())
-            except (OSError, RuntimeError):  # the machine that keeps the store may be gone, or be back soon
+            except (OSError, RuntimeError):  # the machine with the store may be gone, or come back soon
                 store = None
             if is_over:
                 return
@@ -73,7 +75,7 @@ class Heartbeat:
         return TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
 
     def _exchange(self, store: "TCPStore", sign: bytes) -> None:
-        """Leaves this process's sign, and hears those that are new of the others."""
+        """Stores this process's heartbeat and reads new ones of the others."""
         store.set(f"heartbeat/{self._rank}", sign)
         for other, (known, _) in self._heard.items():
             key = f"heartbeat/{other}"
@@ -88,7 +90,7 @@ class Heartbeat:
 
     def _give_up(self, other: int) -> None:
         print_line(
-            f"error: process {other} has given no sign of life for {self._patience:g} s (--peer_timeout), so process "
+            f"error: process {other} has sent no heartbeat for {self._patience:g} s (--peer_timeout), so process "
             f"{self._rank} ends; continue with --resume_from_checkpoint latest",
             sys.stderr,
         )
@@ -97,7 +99,7 @@ class Heartbeat:
 
 @contextmanager
 def watching(rank: int, num_processes: int, patience: float) -> Iterator[None]:
-    """Within it the processes watch each other, where there are several and they share a store."""
+    """Context manager: the processes watch each other, if there are several and they share a store."""
     address = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if num_processes == 1 or not patience or not all(address):
         yield

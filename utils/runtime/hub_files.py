@@ -1,4 +1,4 @@
-"""Config files, of folders and of repositories on the Hub."""
+"""Reads and checks config files in local folders and Hub repositories."""
 
 import codecs
 import math
@@ -18,7 +18,7 @@ LARGEST_SIZE = 10**7  # of a layer or a vocabulary
 
 
 class Wanted(NamedTuple):
-    """What a value of a config must be: a test, and the same in words."""
+    """The requirement on a config value: a test, and the same as text."""
 
     fits: Callable[[Any], bool]
     words: str
@@ -41,7 +41,7 @@ def _are_whole(value: Any) -> bool:
 
 
 def _is_few_layers(value: Any) -> bool:
-    """A count of layers, one for each block, or one for each layer of each block, of which none may be missing."""
+    """Whether a value is a number of layers, or one per block, or one per layer of each block, none of them missing."""
     if isinstance(value, list):
         return len(value) <= MOST_LAYERS and all(_is_few_layers(each) for each in value)
     return value is None or _is_whole(value, MOST_LAYERS)
@@ -111,32 +111,34 @@ VALUES: dict[str, Wanted] = {
     "vocab_size": WHOLE,
     "projection_dim": _or_none(WHOLE),
 }
-"""What the configs that this toolkit reads say, by their keys."""
+"""Requirements on the config values that this toolkit reads, by key."""
 SCHEDULER_VALUES = {"num_train_timesteps": TIMESTEPS}
-"""The same of a scheduler's config, which may not leave it open."""
+"""Stricter requirements for a scheduler's config, which must set these."""
 
 
 def is_path(name: str) -> bool:
-    """Whether a name that may be a path or a repository's on the Hub can only be a path."""
+    """Whether a name that could be a path or a Hub repository can only be a path."""
     return Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
 
 
 FILE_KINDS = {
-    ".gguf": "a GGUF file, whose weights are quantised and can't be read here",
+    ".gguf": "a GGUF file, whose quantized weights can't be read here",
     ".onnx": "an ONNX file, which can't be read here",
     **dict.fromkeys((".zip", ".tar", ".gz", ".7z"), "an archive; unpack it"),
 }
 
 
 def require_model(flag: str, name: str | None, cure: str, endings: Sequence[str] = ()) -> None:
-    """Refuses a path at which no model can stand: something else is there, or nothing.
+    """Refuses a path that exists but is no model, or that can only be a path and does not exist.
 
     Args:
-        cure: what to give instead, in words.
-        endings: of the single files that are read.
+        flag: the flag that names the model.
+        name: its value; None if it is not given.
+        cure: what to give instead.
+        endings: extensions of single files that are supported.
 
     Raises:
-        UserError: naming what it is. Names that may be a repository's on the Hub pass.
+        UserError: saying what the path is. Names that could be Hub repositories pass.
     """
     if name is None:
         return
@@ -146,7 +148,7 @@ def require_model(flag: str, name: str | None, cure: str, endings: Sequence[str]
     except (OSError, ValueError):
         is_file_name = path.suffix in (*endings, *FILE_KINDS, ".ckpt", ".safetensors")
         if path.is_symlink() or is_path(name) or is_file_name:
-            what = "is a link to nothing" if path.is_symlink() else "does not exist"
+            what = "is a broken link" if path.is_symlink() else "does not exist"
             raise UserError(f"--{flag} {name} {what}; {cure}") from None
         return
     if kind == "folder" or (kind == "file" and path.suffix in endings):
@@ -156,10 +158,10 @@ def require_model(flag: str, name: str | None, cure: str, endings: Sequence[str]
 
 
 def hub_file(repository: str, file: str, revision: str | None, failure: str) -> Path:
-    """A small file of a Hub repository, by the cache.
+    """Returns the cached path of a small file of a Hub repository, downloading it if needed.
 
     Raises:
-        UserError: `failure` and the reason, if it can't be had.
+        UserError: `failure` and the reason, if the file is not available.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
@@ -171,37 +173,37 @@ def hub_file(repository: str, file: str, revision: str | None, failure: str) -> 
 
 
 def config_file(name: str, file: str, revision: str | None, flag: str) -> Path:
-    """The path of a file in a folder, whether it is there or not, or of one on the Hub.
+    """Returns the path of a file in a local folder, whether it exists or not, or of one on the Hub.
 
     Raises:
-        UserError: naming the flag that named the folder, if it is none, and the Hub does not have the file.
+        UserError: naming `flag`, if the folder does not exist and the Hub does not have the file.
     """
     if Path(name).is_dir():
         return Path(name, file)
-    return hub_file(name, file, revision, f"{flag} {name} is no folder here, and was not found on the Hub")
+    return hub_file(name, file, revision, f"{flag} {name} is not a local folder, and was not found on the Hub")
 
 
 def index_file(name: str, revision: str | None, flag: str) -> Path:
-    """The path of a pipeline's `model_index.json`.
+    """Returns the path of a pipeline's `model_index.json`.
 
     Raises:
-        UserError: naming the flag that named the pipeline, if it has none.
+        UserError: naming `flag`, if the folder has none.
     """
     if Path(name).is_dir() and not Path(name, INDEX).is_file():
-        raise UserError(f"{flag} {name} is no pipeline folder: it has no {INDEX}")
+        raise UserError(f"{flag} {name} is not a pipeline folder: it has no {INDEX}")
     return config_file(name, INDEX, revision, flag)
 
 
 def read_json(file: Path, where: str) -> Any:
-    """What a JSON file holds.
+    """Reads a JSON file.
 
     Raises:
-        UserError: naming `where` it stands, if it can't be read.
+        UserError: starting with `where`, if it can't be read.
     """
     try:
         content = user_files.read_bytes(file, user_files.CONFIG_LIMIT)
         if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            reason = "begins with a byte order mark, which the libraries do not read; save it as UTF-8 without one"
+            reason = "starts with a byte order mark, which the libraries can't read; save it as UTF-8 without one"
             raise user_files.FileError(file, reason)
         try:
             text = user_files.decode(content, "utf-8").text
@@ -215,14 +217,14 @@ def read_json(file: Path, where: str) -> Any:
 
 
 def read_config(file: Path, flag: str) -> dict[str, Any]:
-    """A config, which is a JSON object, with values that can be what their keys say.
+    """Reads a config: a JSON object whose values are valid for their keys.
 
     Raises:
-        UserError: naming the flag that named the file or its folder, if it is none.
+        UserError: naming `flag`, if it is invalid.
     """
     config = read_json(file, f"{flag}: {file}")
     if not isinstance(config, dict):
-        raise UserError(f"{flag}: {file} holds no config, which would be a JSON object")
+        raise UserError(f"{flag}: {file} is not a config, which would be a JSON object")
     values = VALUES | SCHEDULER_VALUES if file.name == SCHEDULER_CONFIG else VALUES
     for key, wanted in values.items():
         if key in config and not wanted.fits(config[key]):
@@ -231,24 +233,24 @@ def read_config(file: Path, flag: str) -> dict[str, Any]:
 
 
 def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
-    """Refuses to train on a part whose config says that its weights are quantised.
+    """Refuses to train a component whose config says that its weights are quantized.
 
     Raises:
-        UserError: naming `where` the config stands.
+        UserError: starting with `where`.
     """
     found = config.get("quantization_config")
     if found is not None:
         kind = found.get("quant_method") if isinstance(found, dict) else found
         raise UserError(
-            f"{where} says quantization_config ({kind!s:.40}): quantised weights can't be trained; give the model "
-            "as it was before, and --quantize_base for a LoRA on a base that is quantised here"
+            f"{where} has quantization_config ({kind!s:.40}): quantized weights can't be trained; give the "
+            "unquantized model, with --quantize_base to train a LoRA on a base that is quantized on loading"
         )
 
 
 def read_config_file(name: str, file: str, revision: str | None, flag: str) -> dict[str, Any]:
-    """A config of a folder, or of a repository on the Hub.
+    """Reads a config from a local folder or a Hub repository.
 
     Raises:
-        UserError: naming the flag that named the folder, if it is not there or no config.
+        UserError: naming `flag`, if it is missing or invalid.
     """
     return read_config(config_file(name, file, revision, flag), flag)

@@ -1,4 +1,4 @@
-"""The options of the processes of a run and of its output folder."""
+"""Options of a run's processes and its output folder."""
 
 from dataclasses import dataclass
 
@@ -6,49 +6,51 @@ from utils.config.flag_rules import Resume
 from utils.config.options import option, require, require_not_negative
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""The mixed precisions, and torch's name for the dtype of each."""
+"""The mixed precisions, with torch's names of their dtypes."""
 
 
 @dataclass(frozen=True)
 class RuntimeOptions:
+    """Where and on what a run computes, and how its random numbers are seeded."""
+
     output_dir: str | None = option(
         None,
-        "folder of the result, its checkpoints, samples and logs; by default sd-model-finetuned or "
-        "sdxl-model-finetuned, with -lora behind it for LoRA",
+        "folder for the result, checkpoints, samples and logs (default: sd-model-finetuned or sdxl-model-finetuned, "
+        "with -lora appended for LoRA; without text ddpm-model-64)",
         resume=Resume.SAVING,
     )
     overwrite_output_dir: bool = option(
         False,
-        "train into a folder that holds another run; its checkpoints are set aside, its result is replaced",
+        "allow an output folder that contains another run: its checkpoints are set aside, its result is replaced",
         resume=Resume.SAVING,
     )
-    seed: int = option(0, "everything random follows from it", resume=Resume.COMPARED)
+    seed: int = option(0, "seed of all random numbers", resume=Resume.COMPARED)
     mixed_precision: str | None = option(
         None,
-        "arithmetic of forward and backward; by default what `accelerate launch` says",
+        "precision of the forward and backward passes (default: as set by `accelerate launch`)",
         choices=tuple(PRECISIONS),
         resume=Resume.COMPARED,
     )
     allow_tf32: bool | None = option(
         None,
-        "compute float32 matrix products and convolutions in TF32 on Ampere and later GPUs; by default with a mixed "
-        "precision",
+        "compute float32 matrix products and convolutions in TF32 on Ampere and later GPUs (default: if a mixed "
+        "precision is used)",
         resume=Resume.COST,
     )
     deterministic: bool = option(
         False,
-        "choose kernels that give the same bits each time; on a GPU a resumed run is bit-exact only with it",
+        "use deterministic kernels; on a GPU, a resumed run is bit-exact only with this",
         resume=Resume.COST,
     )
     peer_timeout: float = option(
         45.0,
-        "seconds without a sign of life after which another process is taken for dead and the run ends; 0 never",
+        "seconds without a heartbeat after which another process is presumed dead and the run ends; 0 to wait forever",
         resume=Resume.COST,
     )
-    local_rank: int = option(-1, "ignored: the launcher says it by the environment", resume=Resume.COST)
+    local_rank: int = option(-1, "ignored: the launcher sets it in the environment", resume=Resume.COST)
     dry_run: bool = option(
         False,
-        "examine the data, draw what the model will see, print what would be trained for how many steps, and stop",
+        "check the data, draw what the model would see, print what would be trained for how many steps, and exit",
         resume=Resume.REPORTING,
     )
 

@@ -1,4 +1,4 @@
-"""The processes of a run and the folder it writes to."""
+"""Sets up the processes of a run and the folder that it writes to."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".tif", ".tiff", ".bmp", ".gif")
-OWN_FILES = ("run.json", "results.json", "dry_run_report.json")  # of which a folder that is a run's own has one
+OWN_FILES = ("run.json", "results.json", "dry_run_report.json")  # a run's own folder contains one of these
 EXPANDABLE = "expandable_segments:True"
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
 Result = TypeVar("Result")
@@ -42,28 +42,38 @@ Result = TypeVar("Result")
 def start_processes(
     options: RuntimeOptions, accumulation_steps: int, trackers: list[str], output_dir: Path, logging_dir: str
 ) -> "Accelerator":
-    """Joins the processes of this run, on GPUs where there are any.
+    """Starts accelerate and joins the processes of this run, on GPUs if there are any.
+
+    Args:
+        options: options of the processes.
+        accumulation_steps: micro-batches per optimizer step.
+        trackers: names of trackers, such as tensorboard.
+        output_dir: folder of the run.
+        logging_dir: folder of the trackers' logs, relative to `output_dir`.
 
     Raises:
-        UserError: where accelerate would do in silence something else than what was asked for.
+        UserError: if the requested settings are invalid, or accelerate would silently do something else.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
+    # Settings that must precede the first use of the GPU.
     if options.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first use of the GPU
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which costs a pass over each new tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost a pass over each new tensor
         torch.backends.cudnn.benchmark = False
     _expand_segments()
+
+    # Engine: DDP, FSDP2 or DeepSpeed, as the launcher requests.
     on_cpu = not (torch.cuda.is_available() or _other_accelerator())
     check_engine(on_cpu, options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"))
     handler = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     if asked_engine() == "DEEPSPEED" and on_cpu:
-        on_cpu = False  # with cpu=True accelerate passes over DeepSpeed in silence
+        on_cpu = False  # with cpu=True accelerate silently ignores DeepSpeed
         handler.backend = "gloo"
-    # Gradients as views of what is sent spare a copy of them. Buffers are the same everywhere; sent before a forward
-    # pass, a process that begins it again would send them while the others already share gradients
+    # Gradients as views of the buckets save a copy. Buffers are equal on all processes; broadcasting them before each
+    # forward pass would hang if one process restarts it while the others already share gradients.
     sharing = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
         accelerator = Accelerator(
@@ -77,17 +87,19 @@ def start_processes(
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"accelerate can't start with these settings: {first_line(error)}") from error
+
+    # Check what accelerate made of the settings.
     if accelerator.num_processes > 1:
         end_at_once_on_errors()
     asked_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if asked_processes != accelerator.num_processes:
         raise UserError(
             f"{asked_processes} processes were started but accelerate joined {accelerator.num_processes}: they would "
-            "train apart; check the GPUs, or on a CPU launch with --multi_gpu or torchrun"
+            "train separately; check the GPUs, or launch with --multi_gpu or torchrun on a CPU"
         )
     _check_precision(accelerator.mixed_precision, accelerator.device.type)
     if options.local_rank != -1 and accelerator.is_main_process:
-        logger.warning("--local_rank is ignored: the launcher says it by the environment")
+        logger.warning("--local_rank is ignored: the launcher sets it in the environment")
     if accelerator.device.type == "cpu" and (accelerator.mixed_precision != "no" or _wants_gpus()):
         _warn_of_cpu()
     allow_tf32(accelerator.mixed_precision != "no" if options.allow_tf32 is None else options.allow_tf32)
@@ -96,42 +108,42 @@ def start_processes(
 
 
 def _expand_segments() -> None:
-    """Lets CUDA's allocator grow its pieces, unless the user chose: batches of many sizes leave fixed ones unused."""
+    """Makes CUDA's allocator use growable segments, unless the user chose: fixed ones fragment with varying sizes."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if sys.platform != "linux" or any(name in os.environ for name in names):
         return
     os.environ[names[0]] = EXPANDABLE
-    if torch.__version__ < (2, 12):  # which reads the older name alone
+    if torch.__version__ < (2, 12):  # it reads only the older name
         os.environ[names[1]] = EXPANDABLE
 
 
 def _wants_gpus() -> bool:
-    """Whether `accelerate launch` was told to use GPUs."""
+    """Whether `accelerate launch` was configured to use GPUs."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "false") == "false"
 
 
 def _warn_of_cpu() -> None:
-    """Says that a run that looks like one for a GPU trains on the CPU, and why."""
+    """Warns that a run configured for a GPU trains on the CPU, and why."""
     if torch.version.cuda is None and torch.version.hip is None:
-        cure = f"torch {torch.__version__} is built without CUDA; on a machine with a GPU install another build of it"
+        cure = f"torch {torch.__version__} is built without CUDA; install a CUDA build if the machine has a GPU"
     else:
-        cure = f"torch {torch.__version__} finds none; look at nvidia-smi and CUDA_VISIBLE_DEVICES"
-    logger.warning("training on the CPU, without a GPU: %s (https://pytorch.org/get-started/locally)", cure)
+        cure = f"torch {torch.__version__} finds no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    logger.warning("training on the CPU: %s (https://pytorch.org/get-started/locally)", cure)
 
 
 def allow_tf32(is_allowed: bool) -> None:
-    """Says whether float32 matrix products and convolutions are computed in TF32; of itself torch does the latter."""
+    """Sets whether float32 matrix products and convolutions use TF32; torch's default is the latter only."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_allowed
 
 
 def is_tf32_allowed() -> bool:
-    """Whether some float32 arithmetic is in TF32."""
+    """Whether any float32 arithmetic uses TF32."""
     return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Context manager: float32 arithmetic is in float32."""
+    """Context manager: computes float32 arithmetic in full float32."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     allow_tf32(False)
     try:
@@ -141,14 +153,14 @@ def without_tf32() -> Iterator[None]:
 
 
 def _check_precision(precision: str, device: str) -> None:
-    """Refuses a precision, whoever asked for it, that the device does not compute in."""
+    """Refuses a mixed precision that the device does not support, whether the script or the launcher set it."""
     require(precision in DTYPES, "mixed_precision", precision, f"be one of {', '.join(DTYPES)}")
     if device == "cpu":
-        cure = "on a CPU fp16 is not computed"
+        cure = "fp16 is not supported on a CPU"
         require(precision != "fp16", "mixed_precision", precision, "be no or bf16 without a GPU", cure)
     if device == "cuda" and precision == "bf16":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        require(has_bfloat16, "mixed_precision", precision, "be no or fp16 on this GPU", "it has no bfloat16")
+        require(has_bfloat16, "mixed_precision", precision, "be no or fp16 on this GPU", "it does not support bfloat16")
 
 
 def _other_accelerator() -> bool:
@@ -158,12 +170,12 @@ def _other_accelerator() -> bool:
 
 
 def weight_dtype(accelerator: "Accelerator") -> torch.dtype:
-    """The dtype of frozen weights: that of the mixed precision, whoever asked for it."""
+    """Returns the dtype of frozen weights: that of the mixed precision, whether set by the script or the launcher."""
     return DTYPES[accelerator.mixed_precision]
 
 
 def autocast(accelerator: "Accelerator") -> AbstractContextManager:
-    """Arithmetic in the mixed precision, under any engine: accelerate's own leaves it out with DeepSpeed."""
+    """Context manager: autocast to the mixed precision under any engine (accelerate's own skips DeepSpeed)."""
     precision = accelerator.mixed_precision
     if precision == "no":
         return nullcontext()
@@ -171,24 +183,24 @@ def autocast(accelerator: "Accelerator") -> AbstractContextManager:
 
 
 class OutputFolder:
-    """The folder of a run: locked while the run lives, and refused where it holds another.
+    """The folder of a run: locked during the run, and refused if it contains another run.
 
-    `run.json` in it records the run's options, and its outcome once it is at its end.
+    `run.json` in it records the run's options and, once it has ended, its outcome.
     """
 
     def __init__(self, path: str):
         self.path = Path(path)
-        self._lock = FileLock(self.path / ".lock", timeout=0)  # the kernel lets go of it when the process ends
+        self._lock = FileLock(self.path / ".lock", timeout=0)  # the kernel releases it when the process ends
 
     def claim(self, resuming: bool, overwrite: bool) -> None:
         """Creates and locks the folder.
 
         Args:
-            resuming: whether the run that the folder holds is to resume.
-            overwrite: whether another run's folder may be written to.
+            resuming: whether the folder's run is being resumed.
+            overwrite: whether the folder may contain another run.
 
         Raises:
-            UserError: if it can't be written, is in use, or holds another run.
+            UserError: if it can't be written, is in use, or contains another run.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -206,17 +218,17 @@ class OutputFolder:
             raise UserError(f"--output_dir {self.path} can't be written: {error.strerror or error}") from error
 
     def _refuse_pictures(self) -> None:
-        """Refuses a folder of pictures that no run wrote: marked as a run's own, they would train nothing any more."""
+        """Refuses a folder of images that no run wrote: once marked as a run's folder, it could not be trained on."""
         if any((self.path / name).exists() for name in (MARKER, *OWN_FILES)):
             return
         found = next((path.name for path in self.path.iterdir() if path.suffix.lower() in PICTURES), None)
         if found is not None:
             raise UserError(
-                f"--output_dir {self.path} holds pictures that no run wrote, such as {found}; choose another folder"
+                f"--output_dir {self.path} contains images that no run wrote, such as {found}; choose another folder"
             )
 
     def replace(self, name: str, write: Callable[[Path], None]) -> None:
-        """Has `write` fill a folder aside, which then becomes `name` in place of what was there."""
+        """Replaces folder `name` by one that `write` fills at a temporary path."""
         aside, old = self.path / f".tmp-{name}", self.path / f".tmp-{name}-replaced"
         for path in (aside, old):
             shutil.rmtree(path, ignore_errors=True)
@@ -232,7 +244,7 @@ class OutputFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def record(self, options: dict, versions: dict[str, str], command: list[str]) -> None:
-        """Writes what the run was made with to `run.json`."""
+        """Writes the run's options, versions and command to `run.json`."""
         try:
             write_json(self.path / "run.json", {"options": options, "versions": versions, "command": command})
         except OSError as error:
@@ -240,7 +252,7 @@ class OutputFolder:
             raise UserError(f"--output_dir {self.path}: run.json can't be written: {reason}") from error
 
     def add_to_record(self, **values: object) -> None:
-        """Adds to `run.json`."""
+        """Adds values to `run.json`."""
         path = self.path / "run.json"
         try:
             known = read_json(path)
@@ -255,12 +267,12 @@ class OutputFolder:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes JSON so that the file is at any moment either the old or the new one."""
+    """Writes a JSON file atomically: at any moment the file is either the old or the new one."""
     write_text(path, json_text(value, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that a run's numbers depend on."""
+    """Returns the versions of Python and of the packages that affect a run's results."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -271,7 +283,7 @@ def versions() -> dict[str, str]:
 
 
 def use_hub_cache_if_offline() -> None:
-    """Where the Hub can't be reached, has what is in the cache used at once, not after half a minute of retries."""
+    """If the Hub can't be reached, switches to its cache at once instead of after half a minute of retries."""
     import huggingface_hub.constants
     from huggingface_hub.constants import ENDPOINT
 
@@ -284,14 +296,14 @@ def use_hub_cache_if_offline() -> None:
     except OSError:
         import datasets.config
 
-        logger.warning("%s can't be reached; only what was downloaded before is used", ENDPOINT)
+        logger.warning("%s can't be reached; using previously downloaded files only", ENDPOINT)
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def on_main_process(accelerator: "Accelerator", action: Callable[[], Result]) -> Result:
-    """Runs `action` on the main process alone, and gives on all what it gave.
+    """Runs `action` on the main process only, and returns its result on all processes.
 
-    A user's error there is raised on all, so that none waits for it.
+    A user error there is raised on all processes, so that none waits for the result.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -309,10 +321,10 @@ def on_main_process(accelerator: "Accelerator", action: Callable[[], Result]) ->
 
 @contextmanager
 def ending(accelerator: "Accelerator", folder: OutputFolder, peer_timeout: float) -> Iterator[None]:
-    """Whatever happens within it, trackers are closed and the folder is unlocked; the processes watch each other.
+    """Context manager: closes trackers and unlocks the folder at the end; meanwhile processes watch each other.
 
-    The process group is left to the process's end (`options.leave`): gloo's threads let go of a tensor under the
-    interpreter's lock, and tearing the group down holds that lock while it waits for them (seen with three processes).
+    The process group is not destroyed here but at the process's exit (`options.leave`): destroying it holds the
+    interpreter's lock while it waits for gloo's threads, which need that lock to free a tensor (seen with 3 processes).
     """
     try:
         with watching(accelerator.process_index, accelerator.num_processes, peer_timeout):

@@ -1,6 +1,6 @@
-"""Weights of which each process keeps a part (FSDP2): taken whole, put back, and used whole for a while.
+"""FSDP2 shards: gathers whole weights, replaces them, and uses them unsharded for a while.
 
-Tensors that are not spread pass through unchanged, so that nobody need ask.
+Tensors that are not sharded pass through unchanged, so that callers need not check.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +13,8 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process holds a part of the tensor."""
-    if type(tensor) in PLAIN:  # nearly all, and asked of each parameter in each step
+    """Whether each process holds only a shard of the tensor."""
+    if type(tensor) in PLAIN:  # the fast path, since this is checked for each parameter in each step
         return False
     from torch.distributed.tensor import DTensor
 
@@ -22,24 +22,24 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, sharing its memory."""
+    """Returns this process's shard of a tensor, sharing its memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; every process must call it."""
+    """Returns the whole tensor; every process must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def laid_out_like(value: Tensor, target: Tensor) -> Tensor:
-    """The value with the target's strides. Fused and 8-bit optimizers walk weights and state by raw memory alike."""
+    """Returns the value with the target's strides: fused and 8-bit optimizers read weights and state as raw memory."""
     if value.stride() == target.stride():
         return value
     return torch.empty_like(target, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def spread_like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole value, which every process has, spread and laid out as the target is; step counts stay as they are."""
+    """Shards a whole value, present on every process, like the target; values of other shapes are left unchanged."""
     if not isinstance(value, Tensor) or value.shape != target.shape:
         return value
     if not is_sharded(target):
@@ -51,11 +51,11 @@ def spread_like(value: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put_in_place(parameter: nn.Parameter, value: Tensor) -> Callable[[], None]:
-    """Puts other values in a parameter; gives what puts its own back.
+    """Replaces a parameter's values; returns a function that restores them.
 
-    Nothing is copied where they are on one device. Values that lie elsewhere take the place of the parameter's own,
-    which are kept there meanwhile: the device would not hold both. Of spread weights the memory itself is what is
-    computed with, so their values are exchanged.
+    If both are on one device, nothing is copied. Values on another device are swapped with the parameter's own, which
+    wait there: the device might not hold both. For sharded weights the values in their memory are overwritten, since
+    computation uses that memory.
     """
     if not is_sharded(parameter):
         kept = parameter.data
@@ -80,7 +80,7 @@ def _exchanged(parameter: nn.Parameter, value: Tensor) -> Callable[[], None]:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """A module's class without what spreading its weights has made of it."""
+    """Returns a module's class before FSDP2 changed it."""
     from torch.distributed.fsdp import FSDPModule
 
     kind = type(module)
@@ -88,7 +88,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def sharded_parts(components: Iterable[object]) -> list[nn.Module]:
-    """The parts of modules whose weights are gathered together; what is no module among them has none."""
+    """Returns the sharding units of the modules among `components`; other objects are ignored."""
     from torch.distributed.fsdp import FSDPModule
 
     modules = (each for each in components if isinstance(each, nn.Module))
@@ -97,7 +97,7 @@ def sharded_parts(components: Iterable[object]) -> list[nn.Module]:
 
 @contextmanager
 def unsharded(components: Iterable[object]) -> Iterator[None]:
-    """Within it every process has all weights, so that each may run the modules among these as often as it likes.
+    """Context manager: every process holds all weights, and may run the modules as often as it likes.
 
     Every process must enter and leave it.
     """

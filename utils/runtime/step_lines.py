@@ -1,4 +1,4 @@
-"""A run's JSON Lines by step: a resumed run drops those that it writes again, and keeps what it can't read."""
+"""JSON Lines by step: a resumed run drops lines it will write again, and keeps lines that can't be read."""
 
 import json
 import logging
@@ -13,13 +13,13 @@ from utils.config.user_files import FileError, open_regular, open_to_append, par
 from utils.runtime.atomic_files import replacing
 
 logger = logging.getLogger(__name__)
-LINE_LIMIT = 16 << 20  # bytes of a line; what is longer is not one of ours
+LINE_LIMIT = 16 << 20  # bytes of a line; a longer one was not written here
 BEGINNING = b'{"step": '
 STEP = re.compile(rb'\{"step": (\d{1,18})\D')
 
 
 def keep_steps(path: Path, last_step: int) -> None:
-    """Drops the lines after `last_step`, which a resumed run writes again; what can't be read stays where it is."""
+    """Drops the lines after `last_step`, which a resumed run writes again; keeps lines that can't be read."""
     if not path.is_file():
         return
     num_unread = 0
@@ -27,7 +27,7 @@ def keep_steps(path: Path, last_step: int) -> None:
         for line, is_whole, is_end in _lines(old):
             values = read_line(line) if is_whole else None
             if values is None and is_whole and _is_written_again(line, last_step):
-                logger.warning("%s: left out a line that was cut off", path)
+                logger.warning("%s: dropped a truncated line", path)
             elif values is None or values["step"] <= last_step:
                 num_unread += values is None and bool(line.strip()) and is_end
                 new.write(line if line.endswith(b"\n") or not is_end else line + b"\n")
@@ -35,7 +35,7 @@ def keep_steps(path: Path, last_step: int) -> None:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool, bool]]:
-    """(a line, or a part of one that is too long; whether it is a whole line; whether a line ends with it)."""
+    """Yields (a line or a part of a too long one, whether it is a whole line, whether a line ends with it)."""
     is_continued = False
     while line := file.readline(LINE_LIMIT):
         is_end = line.endswith(b"\n") or len(line) < LINE_LIMIT
@@ -44,7 +44,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool, bool]]:
 
 
 def read_line(line: bytes) -> dict[str, Any] | None:
-    """What a line says of a step; None of what is no such line."""
+    """Returns the values of a line for a step; None if it is not such a line."""
     try:
         values = parse_json(line.decode("utf-8"), "a line")
     except ValueError:
@@ -54,7 +54,7 @@ def read_line(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_written_again(line: bytes, last_step: int) -> bool:
-    """Whether a line that was cut off is of a step that the run does again."""
+    """Whether a truncated line is of a step that the run will do again."""
     if line.endswith(b"\n"):
         return False
     if found := STEP.match(line):
@@ -63,22 +63,22 @@ def _is_written_again(line: bytes, last_step: int) -> bool:
 
 
 def warn_of_unread(path: Path, count: int) -> None:
-    """Says that lines can't be read and are kept."""
+    """Warns about lines that can't be read and are kept."""
     if count:
-        logger.warning("%s: %d lines are no JSON of a step; they are kept as they are, and not looked at", path, count)
+        logger.warning("%s: %d lines are not JSON of a step; they are kept but ignored", path, count)
 
 
 class JsonLines:
-    """A file to which lines of JSON are added. Lines that the disk refuses are left out, with a warning."""
+    """A file to which JSON lines are appended. Lines that can't be written are dropped, with one warning."""
 
     def __init__(self, path: Path):
         self._path = path
         self._file: FileIO | None = None
-        self._is_cut = False  # within a line, by a disk that is full
+        self._is_cut = False  # a full disk truncated the last line
         self._has_failed = False
 
     def write(self, values: Mapping[str, object]) -> None:
-        """Adds a line, which is in the file afterwards."""
+        """Appends a line, unbuffered."""
         line = (b"\n" if self._is_cut else b"") + json.dumps(values).encode() + b"\n"
         try:
             if self._file is None:

@@ -1,4 +1,4 @@
-"""A run that is to end before its time: by a signal, a time limit, or a file that asks for it."""
+"""Requests to save or end a run early: signals, a time limit, or a file in the output folder."""
 
 import logging
 import os
@@ -15,16 +15,16 @@ from typing import NamedTuple
 from utils.config.options import Stopped, without_secrets
 
 logger = logging.getLogger(__name__)
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK")  # SIGUSR1 is Slurm's notice, SIGBREAK Windows' own
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK")  # SIGUSR1: Slurm's notice; SIGBREAK: Windows only
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows lacks some
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed
-AGAIN_SECONDS = 1.0  # launchers send on what a terminal has sent to all: within this time it is the same signal
+AGAIN_SECONDS = 1.0  # launchers forward a signal that the terminal sent to all: a repeat within this time is the same
 LOOK_SECONDS = 1.0
 SAVE_FILE, STOP_FILE = "SAVE", "STOP"
 
 
 class Wish(NamedTuple):
-    """What all processes agree to do after a step: save, and end, by a signal or as planned (0)."""
+    """What all processes agree to do after a step: save, and end because of signal `number` or as planned (0)."""
 
     saves: bool
     ends: bool
@@ -32,16 +32,16 @@ class Wish(NamedTuple):
 
 
 class StopRequests:
-    """What asks this process's run to save or to end.
+    """Requests for this process to save or to end its run.
 
     Attributes:
-        number: the signal that was received, 0 for none.
+        number: the received signal; 0 if none.
     """
 
     def __init__(self, folder: Path, seconds: float | None):
         """Args:
-        folder: the run's, in which a file SAVE or STOP asks.
-        seconds: after which the run ends, counted from now.
+        folder: folder of the run, where a file named SAVE or STOP is a request.
+        seconds: time from now after which the run ends; None for no limit.
         """
         self.number = 0
         self._received_at = 0.0
@@ -49,15 +49,15 @@ class StopRequests:
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._looked_at = 0.0
         self._heard: set[str] = set()
-        self._stuck: set[str] = set()  # heard, and can't be removed
+        self._stuck: set[str] = set()  # heard, but can't be removed
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it a signal sets `number`; a second one, at least a second later, ends the process at once.
+        """Context manager: a signal sets `number`; a second one, at least a second later, ends the process at once.
 
-        SIGHUP is left alone where it is ignored (nohup). It never is such a second one: shells, launchers and the
-        kernel each send one of their own when a terminal is closed. A process that accelerate has launched alone takes
-        the launcher's death for a SIGTERM: the launcher passes none on.
+        SIGHUP is not handled if it is ignored (nohup), and never counts as the second signal: shells, launchers and the
+        kernel each send one when a terminal is closed. If accelerate launched a single process, the launcher's death
+        counts as SIGTERM, because it forwards none.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -90,38 +90,38 @@ class StopRequests:
 
     @property
     def is_asked(self) -> bool:
-        """Whether a signal was received: what takes long and is no training should break off."""
+        """Whether a signal was received, so that long work other than training should be aborted."""
         return self.number != 0
 
     def check(self) -> None:
-        """Raises `Stopped` if a signal was received; outside of the training, where nothing is to be saved."""
+        """Raises `Stopped` if a signal was received; for use before training, when there is nothing to save."""
         if self.number:
             raise Stopped(f"stopped by {signal.Signals(self.number).name} before the first step", self.number)
 
     def remove_files(self) -> None:
-        """Removes the files that ask, before a run."""
+        """Removes request files left from before the run."""
         self._heard = {SAVE_FILE, STOP_FILE}
         self.remove_heard()
 
     def remove_heard(self) -> None:
-        """Removes those of the files that were heard, before they are answered: what is asked from now on is new."""
+        """Removes the request files that were read, before acting on them, so that a new file is a new request."""
         for name in self._heard - self._stuck:
             try:
                 _remove(self._folder / name)
             except OSError as error:
                 self._stuck.add(name)
-                message = "%s can't be removed, so it asks for nothing any more: %s"
+                message = "%s can't be removed, so it is ignored from now on: %s"
                 logger.warning(message, self._folder / name, error.strerror or error)
         self._heard = set()
 
     def asked(self, is_main: bool) -> list[float]:
-        """What this process is asked for: each of the signals, a planned end, a checkpoint; 1 or 0."""
+        """Returns this process's requests as 0 or 1: one per signal, then a planned end, then a checkpoint."""
         ends = saves = False
         now = time.monotonic()
         if is_main and not self._heard and now - self._looked_at >= LOOK_SECONDS:
             self._looked_at = now
             there = {name for name in (SAVE_FILE, STOP_FILE) if os.path.lexists(self._folder / name)}
-            self._stuck &= there  # what is gone and comes again asks again
+            self._stuck &= there  # a file that is gone and returns is a new request
             self._heard = there - self._stuck
             ends, saves = STOP_FILE in self._heard, SAVE_FILE in self._heard
         if is_main and self._deadline is not None:
@@ -138,7 +138,7 @@ def _remove(path: Path) -> None:
 
 
 def agreed(totals: Sequence[float]) -> Wish:
-    """What the sums over all processes of what they are asked for mean."""
+    """Returns the decision that follows from all processes' requests, summed."""
     if not totals:
         return Wish(False, False)
     *signals, ends, saves = totals
@@ -147,7 +147,7 @@ def agreed(totals: Sequence[float]) -> Wish:
 
 
 def resume_command(words: Sequence[str]) -> str:
-    """The command line that continues with a run, from the one that it was started by, launcher and all."""
+    """Returns the command line that resumes a run, including its launcher, from the one that started it."""
     shown, is_value = [], False
     for word in without_secrets(words):
         if not is_value and word.partition("=")[0] != "--resume_from_checkpoint":
@@ -157,7 +157,7 @@ def resume_command(words: Sequence[str]) -> str:
 
 
 def _launcher() -> list[str]:
-    """What starts as many processes as there are."""
+    """Returns the launcher command for the current number of processes."""
     count, precision = os.environ.get("WORLD_SIZE", "1"), os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is not None:
         many = ["--multi_gpu"] if count != "1" else []
@@ -166,8 +166,8 @@ def _launcher() -> list[str]:
 
 
 def stopped(wish: Wish, step: int, folder: Path) -> Stopped:
-    """The end that was wished for, after a checkpoint."""
-    why = signal.Signals(wish.number).name if wish.number else "as asked"
+    """Returns the exception that ends a run after its checkpoint."""
+    why = signal.Signals(wish.number).name if wish.number else "as requested"
     command = resume_command(sys.argv)
     return Stopped(
         f"stopped {why} after step {step}, which is saved in {folder}; continue with: {command}", wish.number
