@@ -135,7 +135,7 @@ def test_a_checkpoint_of_nothing_is_not_scored_as_the_base(evaluate, pipelines, 
     (tmp_path / "training" / "checkpoint-10" / "unet").mkdir(parents=True)
     words = ["--checkpoints", tmp_path / "training", "--pipeline", pipelines["sd"], "--prompts", "a"]
     _, folder = evaluate(*words, expect=2)
-    assert "checkpoint-10 holds no weights" in message(capsys)
+    assert "checkpoint-10 has no weights" in message(capsys)
     assert not folder.exists()
 
 
@@ -177,7 +177,7 @@ def test_texts_in_the_report_are_escaped(evaluate, pipelines, flags):
     [
         ([], "--pipeline PATH says what to draw from"),
         (["--pipeline", "/nowhere"], "--pipeline /nowhere does not exist; give a folder"),
-        (["--pipeline", "{sd}"], "draws prompts; give --prompts"),
+        (["--pipeline", "{sd}"], "needs prompts; give --prompts"),
         (["--pipeline", "{sd}", "--prompts", "a", "--metrics", "fidd"], "--metrics"),
         (["--pipeline", "{sd}", "--prompts", "a", "--scheduler", "eulr"], "did you mean euler"),
         (["--pipeline", "{sd}", "--prompts", "a", "--strength", "0.5"], "--init_images"),
