@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions: all weights, or an adapter such as LoRA.
+"""Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions: all weights or LoRA.
 
 accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir ... --output_dir ...
 """

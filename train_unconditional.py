@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains an unconditional or class-conditional diffusion model on pixels or latents, from scratch or by fine-tuning.
+"""Trains an unconditional or class-conditional diffusion model, from scratch or fine-tuned, in pixels or in latents.
 
 accelerate launch train_unconditional.py --train_data_dir ... --output_dir ...
 """
