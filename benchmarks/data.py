@@ -294,7 +294,7 @@ def run_live(args: argparse.Namespace, folder: Path) -> None:
         contestants = {
             "cached, with noise": loading(entries.dataset(args.batch_size)),
             "cached, without noise": loading(entries.dataset(args.batch_size, with_noise=False)),
-            "live, decoded and cropped alone, with noise": loading(live_dataset(images, shape, args.batch_size)),
+            "live, only decoded and cropped, with noise": loading(live_dataset(images, shape, args.batch_size)),
         }
         times = take_turns(contestants, args.rounds, args.seconds)
         print_times(f"1. Cached and live: {shape.name}'s shape, 0 workers, batches of {args.batch_size}", times)
@@ -389,7 +389,8 @@ def run_peer(args: argparse.Namespace, folder: Path) -> None:
     _, with_noise, theirs = times.values()
     ratios = [other / own for other, own in zip(theirs, with_noise, strict=True)]
     print(
-        f"\nThe peer draws its noise later, on the GPU; beside ours with noise it takes {spread(ratios)} times as long."
+        "\nThe peer draws noise later, on the GPU; compared with ours with noise, it takes "
+        f"{spread(ratios)} times as long."
     )
 
 

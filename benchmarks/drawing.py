@@ -56,13 +56,13 @@ def real_digits() -> np.ndarray:
 
 def trained(out: Path, sampler: str, extra: list[str]) -> dict[str, Path]:
     """Returns the exported folders by kind; trains those that do not exist."""
-    folders = {"without classes": out / "plain", "of classes": out / "classes"}
+    folders = {"unconditional": out / "plain", "class-conditional": out / "classes"}
     for name, folder in folders.items():
         if (folder / "model_index.json").exists():
             continue
         if not (out / "digits").exists():
             write_digits(out / "digits")
-        flags = ["--class_conditional"] if name == "of classes" else []
+        flags = ["--class_conditional"] if name == "class-conditional" else []
         argv = ["--train_data_dir", str(out / "digits"), "--output_dir", str(folder), "--sampler", sampler]
         if train([*argv, *TRAINING, *flags, *extra]):
             raise SystemExit(f"training {name} failed")
@@ -105,17 +105,17 @@ def main() -> None:
     arguments, extra = parser.parse_known_args()
     folders, real = trained(arguments.out, arguments.sampler, extra), real_digits()
     print_machine(["torch", "diffusers"])
-    plain, classes = load(folders["without classes"]), load(folders["of classes"])
+    plain, classes = load(folders["unconditional"]), load(folders["class-conditional"])
     for pipeline in (plain, classes):
         print(f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}")
     print(f"mean of the pixels of real digits: {real.mean():.3f}")
     rows = [(str(steps), *scored(plain, real, num_inference_steps=steps)) for steps in arguments.steps]
-    print_table("Without classes", ("steps", "kernel distance", "mean"), rows)
+    print_table("Unconditional", ("steps", "kernel distance", "mean"), rows)
     rows = [
         (f"{guidance:g}", *scored(classes, real, num_inference_steps=CLASS_STEPS, guidance_scale=guidance))
         for guidance in arguments.guidance
     ]
-    print_table(f"Of classes, {CLASS_STEPS} steps", ("guidance", "kernel distance", "mean"), rows)
+    print_table(f"Class-conditional, {CLASS_STEPS} steps", ("guidance", "kernel distance", "mean"), rows)
 
 
 if __name__ == "__main__":

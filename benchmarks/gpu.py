@@ -150,7 +150,7 @@ def summary(found: Mapping[str, Finding]) -> str:
     lines += [f"| {name} | {each.verdict} | {one_cell(each.says)} |" for name, each in found.items()]
     rows = [row for each in found.values() for row in each.facts.get("speeds", ())]
     if rows:
-        head = ("case", "batch", "what", "images/s", "ms a step", "host ms", "peak GB", "MFU", "times the peer's")
+        head = ("case", "batch", "what", "images/s", "ms per step", "host ms", "peak GB", "MFU", "times the peer's")
         lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         lines += [f"| {' | '.join(one_cell(str(each)) for each in gpu_speed.cells(row, rows))} |" for row in rows]
     return "\n".join(lines) + "\n"

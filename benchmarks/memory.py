@@ -72,34 +72,34 @@ SAMPLES = (
 )
 ROWS = {
     1: Row(None, "--mixed_precision bf16 --train_batch_size 1"),
-    2: Row(1, "--gradient_checkpointing", "most of the forward pass again"),
-    3: Row(1, "--cache_latents --cache_text_embeddings", "disk; an image keeps its crops and flips"),
+    2: Row(1, "--gradient_checkpointing", "recomputes most of the forward pass"),
+    3: Row(1, "--cache_latents --cache_text_embeddings", "disk space; fixed crops and flips per image"),
     4: Row(1, "--optimizer adamw8bit", "state rounded to 8 bits"),
     5: Row(1, "--optimizer adafactor", "another optimizer, without momentum"),
-    6: Row(1, "--pure_bf16", "weights rounded stochastically, stepped one after the other"),
+    6: Row(1, "--pure_bf16", "stochastic rounding; weights are updated one by one"),
     7: Row(1, "--optimizer_in_backward", "no clipping, no accumulation, one process"),
     8: Row(1, "--use_ema", "updated in each step"),
-    9: Row(8, "--offload_ema", "all weights cross to the host in each step"),
-    10: Row(1, "--attention_slicing", "time, and what PyTorch's attention does not keep"),
+    9: Row(8, "--offload_ema", "copies all weights to the host in each step"),
+    10: Row(1, "--attention_slicing", "time, and the memory that PyTorch's attention saves"),
     11: Row(2, "--optimizer_in_backward", "as 7"),
     12: Row(11, "--cache_latents --cache_text_embeddings --pure_bf16 --optimizer adamw8bit", "as 3, 4, 6"),
-    13: Row(1, "--adaptation lora --rank 16", "learns matrices of rank 16 alone"),
+    13: Row(1, "--adaptation lora --rank 16", "trains only matrices of rank 16"),
     14: Row(13, "--gradient_checkpointing", "as 2"),
     15: Row(13, "--quantize_base nf4", "weights rounded to 4 bits, unpacked in each layer"),
     16: Row(13, "--quantize_base int8", "weights and inputs rounded to 8 bits; each layer's input is kept"),
     17: Row(14, "--quantize_base nf4", "as 15"),
     18: Row(17, "--cache_latents --cache_text_embeddings", "as 3"),
     19: Row(14, "--train_batch_size 4"),
-    20: Row(19, "--vae_slicing", "images are encoded one after the other"),
+    20: Row(19, "--vae_slicing", "images are encoded one after another"),
     21: Row(14, "--resolution 1536"),
-    22: Row(21, "--vae_tiling", "tiles' seams change a little"),
+    22: Row(21, "--vae_tiling", "small differences at the seams of tiles"),
 }
 MEASURED_ROWS = ROWS | {
     23: Row(14, SAMPLES),
     24: Row(23, "--attention_slicing", "time"),
     25: Row(23, "--vae_slicing", "nothing: samples are decoded one by one"),
     26: Row(23, "--vae_tiling", "as 22"),
-    27: Row(23, "--sampling_cpu_offload", "parts go to the device and back in each validation"),
+    27: Row(23, "--sampling_cpu_offload", "moves models to the device and back in each validation"),
 }
 
 

@@ -374,8 +374,8 @@ def print_speeds(contest: Contest, sides: Sequence[Side], turns: Mapping[str, Tu
     head = ["", "images/s: median (p10 to p90)", "ours is faster by (95 % of resamplings)", f"memory, {unit}"]
     head += [
         "waiting for data",
-        "host ms a step",
-        "synchronising calls a step",
+        "host ms per step",
+        "synchronising calls per step",
         "outside forward, backward, optimizer, EMA",
     ]
     head += ["model FLOP utilisation"] if peak else []
@@ -401,7 +401,7 @@ def print_speeds(contest: Contest, sides: Sequence[Side], turns: Mapping[str, Tu
         head,
         rows,
     )
-    print(f"\nThe denoiser's forward and backward pass take {flops / 1e9:.4g} GFLOPs an image.", end=" ")
+    print(f"\nThe denoiser's forward and backward pass take {flops / 1e9:.4g} GFLOPs per image.", end=" ")
     print(
         "" if peak else "Utilisation is left out: no peak rate is known for this device and precision (--peak_tflops)."
     )
@@ -418,7 +418,7 @@ def print_phases(sides: Sequence[Side], turns: Mapping[str, Turns]) -> None:
         spent = [each.phase_seconds(phase) for phase in PHASES]
         rest = each.outside_seconds - spent[0] - spent[1]
         rows.append([side.name, *(f"{1e3 * seconds:.3g}" for seconds in (*spent, rest))])
-    print_table("Milliseconds of a step, by the host's clock: mean", ["", *PHASES, "the rest"], rows)
+    print_table("Mean milliseconds per step, by the host's clock", ["", *PHASES, "the rest"], rows)
 
 
 def print_starts(sides: Sequence[Side], turns: Mapping[str, Turns]) -> None:
@@ -439,7 +439,7 @@ def print_starts(sides: Sequence[Side], turns: Mapping[str, Turns]) -> None:
         "listing data",
     ]
     head += ["filling caches", "compiling", "the rest, with the first step", "ours has caught up at step"]
-    print_table("Start: seconds by the wall clock, median", head, rows)
+    print_table("Start: median seconds by the wall clock", head, rows)
 
 
 def print_losses(contest: Contest, sides: Sequence[Side]) -> None:
