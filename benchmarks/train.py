@@ -403,7 +403,9 @@ def print_speeds(contest: Contest, sides: Sequence[Side], turns: Mapping[str, Tu
     )
     print(f"\nThe denoiser's forward and backward pass take {flops / 1e9:.4g} GFLOPs per image.", end=" ")
     print(
-        "" if peak else "Utilisation is left out: no peak rate is known for this device and precision (--peak_tflops)."
+        ""
+        if peak
+        else "Utilisation is not computed: the peak rate of this device and precision is unknown (--peak_tflops)."
     )
     for side in sides:
         sites = {name: count for record in turns[side.name].records for name, count in record["sites"].items()}

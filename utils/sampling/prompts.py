@@ -121,6 +121,8 @@ def _texts(options: PromptOptions) -> list[tuple[str, dict[str, Any]]]:
         refuse_files("--prompts", options.prompts, "give --prompts_file")
         warn_of_written_settings("--prompts", options.prompts)
         return [(text, {"prompt": text}) for text in options.prompts]
+
+    # A file, a dataset, or the captions of a folder.
     if options.prompts_file is not None:
         found = _file_prompts(Path(options.prompts_file), options.prompts_column, options.text_encoding)
     elif options.prompts_dataset is not None:

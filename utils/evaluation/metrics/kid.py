@@ -70,6 +70,8 @@ def prdc(case: Case) -> Scores:
     """Precision and recall with 3 neighbours, density and coverage with 5."""
     generated, real = case.subject.features("main"), case.needed_reference().features("main")
     found = manifolds(generated, real)
+
+    # Remarks on what limits their meaning.
     clusters = case.subject.images.clusters
     facts = case.facts("main") | {"reference_count": len(real)}
     remarks = []
@@ -79,6 +81,8 @@ def prdc(case: Case) -> Scores:
         remarks.append(f"skipped {found.num_duplicates} duplicates in the reference")
     if not 0.5 < len(generated) / len(real) < 2:
         remarks.append("the sets differ in size, which affects recall and coverage")
+
+    # One score for each; intervals need values by generated image.
     preparation = case.networks.get("main").settings
     by_name = {
         "precision": (found.precise.astype(float), "k = 3, <=", True),
