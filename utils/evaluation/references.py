@@ -145,7 +145,7 @@ def read_images(flag: str, name: str, options: ReferenceOptions, seed: int) -> I
         with flags_as({"train_data_dir": flag, "dataset_name": flag} | COLUMN_FLAGS):
             records = read_records(DataOptions(), SourceOptions(**source, **shared), CaptionOptions(), seed)
     except UserError as error:
-        text, _, cure = str(error).partition("; give --data_format")  # evaluation has no such flag
+        text, *cure = re.split(r"; \w+ --data_format", str(error), maxsplit=1)  # evaluation has no such flag
         text += "; remove the others from the folder" if cure else ""
         raise UserError(text if flag in text else f"--{flag} {name}: {text}") from error
     count = len(records)
