@@ -1,7 +1,7 @@
-# make demo   fine-tunes the small pipeline in demo/ and shows before | after
-# make demo-unconditional   trains a model of digits from scratch, and judges what it draws
-# make test   checks and tests
-# Both install what they need into .venv first.
+# make demo                 fine-tune the small pipeline in demo/ and show images before and after
+# make demo-unconditional   train a model of digits from scratch and score its images
+# make test                 run the linters and tests
+# Each target first installs what it needs into .venv.
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
@@ -17,51 +17,51 @@ demo: $(INSTALLED)
 demo-lora: $(INSTALLED)
 	$(RUN) demo/run.py --adaptation lora
 
-# a model of digits from scratch, drawn and judged
+# train a model of digits from scratch, draw with it, and score its images
 demo-unconditional: $(INSTALLED)
 	$(RUN) demo/unconditional.py
 
-# fine-tunes the demo with each loss, weighting, adaptation and optimizer, and writes the table in demo/README.md
+# fine-tune the demo with each loss, weighting, adaptation and optimizer, and update the table in demo/README.md
 compare: $(INSTALLED)
 	$(RUN) demo/compare.py
 
 test: check
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow"
 
-# what takes several processes and minutes; continuous integration runs it after the others
+# tests that need several processes or minutes; continuous integration runs them after the others
 test-slow: $(INSTALLED) older
 	$(RUN) -m pytest -n 2 --dist worksteal -m slow
 
-# an environment with transformers 4 and diffusers 0.35, which must open what is trained here
+# create an environment with transformers 4 and diffusers 0.35, in which exported models must load
 older: $(INSTALLED)
 	$(RUN) tests/environments.py older .venv-older
 
 test-older: older
 	$(RUN) -m pytest tests/scripts/test_older_libraries.py
 
-# trains with the lower bounds of requirements.txt and with the newest releases, and what else takes long
+# train with the minimum versions of requirements.txt and with the newest releases; other long checks
 nightly: $(INSTALLED)
 	$(RUN) tests/nightly.py
 
-# kills runs at random moments, and compares what they come to with runs left alone: make chaos ROUNDS=100
+# kill runs at random moments, and compare their results with uninterrupted runs: make chaos ROUNDS=100
 ROUNDS ?= 100
 chaos: $(INSTALLED)
 	$(RUN) tests/chaos.py --rounds $(ROUNDS)
 
-# damages files of every kind that is read, and looks for tracebacks, hangs and memory eaten: make fuzz ROUNDS=1000
+# damage input files of every kind, and check for tracebacks, hangs and excessive memory use: make fuzz ROUNDS=1000
 fuzz: $(INSTALLED)
 	$(RUN) tests/fuzz.py --rounds $(ROUNDS)
 
-# compares losses and exported weights of small runs with an earlier commit's, bit for bit: make golden BASE=c0d6448
+# compare losses and exported weights of small runs with those of an earlier commit, bit for bit: make golden BASE=c0d6448
 BASE ?= c0d6448
 golden: $(INSTALLED)
 	$(RUN) tests/golden.py --base $(BASE)
 
-# proves and measures on a GPU what no CPU can, in nine minutes; beside diffusers' own scripts where .peer/ holds them
+# run checks and benchmarks that need a GPU, in nine minutes; compare with the diffusers scripts in .peer/, if present
 gpu: $(INSTALLED)
 	$(RUN) benchmarks/gpu.py $(if $(wildcard .peer),--peer .peer)
 
-# for a machine with a GPU and no network: wheels that it may lack, in .whl/, and what belongs into .peer/
+# prepare a GPU machine without network: download wheels to .whl/, and list what to put in .peer/
 gpu-prepare: $(INSTALLED)
 	$(RUN) benchmarks/gpu_prepare.py
 
@@ -73,7 +73,7 @@ check: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# repeats the pretraining of the pipeline in demo/base
+# pretrain the pipeline in demo/base again
 base: $(INSTALLED)
 	$(RUN) demo/make_base.py --output_dir demo/build/base
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws images from any diffusers pipeline, on one GPU or many, scores them, and writes a report.
+"""Draws images with any diffusers pipeline, on one or more GPUs, scores them, and writes a report.
 
 accelerate launch evaluate_pipeline.py --pipeline ... --prompts_file ... --reference ... --output_dir ...
 """
@@ -8,7 +8,7 @@ from utils.config.first_checks import options_of, read_first
 from utils.evaluation.script_options import Options, read_options
 
 if __name__ == "__main__":
-    # --help and errors of flags come before torch is loaded
+    # Answer --help and report invalid flags before torch is loaded.
     read_first(read_options)
 
 import logging
@@ -76,7 +76,7 @@ CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 
 
 class Wanted(NamedTuple):
-    """What is to be scored: a pipeline to draw from, or a folder of images."""
+    """Something to score: a pipeline to draw with, or a folder of images."""
 
     name: str
     spec: "PipelineSpec | None"
@@ -85,16 +85,19 @@ class Wanted(NamedTuple):
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Reads the options, and evaluates."""
+    """Reads the options and runs the evaluation."""
     evaluate(options_of(read_options, argv))
 
 
 def evaluate(options: Options) -> None:
-    """Evaluates; every step of the way in its order."""
+    """Draws or reads the images, scores them, and writes the report."""
+    # Options: what to score, and which prompts to draw.
     if not all(name is None or Path(name).exists() for name in hub_names(options)):
         use_hub_cache_if_offline()
     wanted = everything_wanted(options)
     prompts = check_before_loading(options, wanted)
+
+    # Session: output folder, processes, stop requests.
     folder = OutputFolder(options.run.output_dir)
     runtime = RuntimeOptions(
         output_dir=options.run.output_dir,
@@ -106,11 +109,15 @@ def evaluate(options: Options) -> None:
     allowed = allowing_missing(options.loading)
     with ending(accelerator, folder, runtime.peer_timeout), requests.listening(), allowed:
         on_main_process(accelerator, lambda: folder.claim(True, False))
+
+        # Reference and training images: compute their features before anything is drawn.
         networks = Networks(options.features, accelerator.device)
         workers = Workers(accelerator, options.features.feature_batch_size, requests)
         reference = prepare_reference(options, accelerator, networks, workers)
         training = prepare_training(options, networks, workers)
         networks.rest()
+
+        # Pipelines or folders, one after another: draw or read the images, and compute their scores.
         entries = []
         for each in wanted:
             images, facts, seconds = obtain(each, options, prompts, folder.path, accelerator, requests)
@@ -121,13 +128,15 @@ def evaluate(options: Options) -> None:
                 accelerator, lambda each=each, images=images: find_invalid(each, images, folder.path)
             )
             entries.append(Entry(each.name, subject, scores, facts, invalid, seconds, each.step))
+
+        # Report.
         findings = conclude(options, entries, training)
         on_main_process(accelerator, lambda: write_down(options, findings, folder.path, wanted))
         check_outcome(options, entries)
 
 
 def hub_names(options: Options) -> list[str | None]:
-    """What may have to be looked for on the Hub."""
+    """Returns the names that may have to be downloaded from the Hub."""
     features = options.features
     models = {
         "clip": features.clip_model,
@@ -141,7 +150,7 @@ def hub_names(options: Options) -> list[str | None]:
 
 
 def everything_wanted(options: Options) -> list[Wanted]:
-    """What is scored, the baseline or the earliest checkpoint first."""
+    """Returns what to score; the baseline or the earliest checkpoint is the first."""
     pipeline, comparison = options.pipeline, options.comparison
     if pipeline.images is not None:
         own = Wanted("images", None, Path(pipeline.images))
@@ -156,15 +165,18 @@ def everything_wanted(options: Options) -> list[Wanted]:
 
 
 def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) -> list[Wanted]:
-    """The base, where there is one, at step 0, then each checkpoint of a training in its order.
+    """Returns the base pipeline at step 0, if there is one, then each checkpoint of a training run in order.
 
     Raises:
-        UserError: if there are none, or the base is not known.
+        UserError: if there are no checkpoints, or the base is unknown.
     """
+    # Checkpoints, by step.
     found = sorted((int(match[1]), each) for each in folder.iterdir() if (match := CHECKPOINT.fullmatch(each.name)))
     found = [(step, each) for step, each in found if each.is_dir()]
     if not found:
-        raise UserError(f"--checkpoints {folder} holds no checkpoint-N")
+        raise UserError(f"--checkpoints {folder} contains no checkpoint-N; give the output folder of a training run")
+
+    # The pipeline that they were trained from.
     base = pipeline.pipeline
     if base is None:
         try:
@@ -175,9 +187,9 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) ->
             base = None
         base = base if isinstance(base, str) else None
         if base is None and (folder / "model_index.json").is_file():
-            base = str(folder)  # trained from nothing: the result gives what checkpoints leave out
+            base = str(folder)  # trained from scratch: the exported pipeline has the parts that checkpoints lack
         if base is None:
-            raise UserError(f"--checkpoints {folder} does not say what it was trained from; give --pipeline")
+            raise UserError(f"--checkpoints {folder} does not name its base pipeline; give --pipeline")
     spec = PipelineSpec(base, pipeline.lora, pipeline.lora_scale, **shared)
     is_result = Path(base).is_dir() and Path(base).resolve() == folder.resolve()
     return [
@@ -187,9 +199,10 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) ->
 
 
 def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> "list[Prompt]":
-    """Reads the prompts, and refuses pipelines that do not take them, before any weights are loaded.
+    """Reads the prompts, and checks pipelines, checkpoints and output paths before any weights are loaded.
 
-    So are checkpoints that hold nothing to draw with, and places that can't be written.
+    Raises:
+        UserError: if a pipeline does not take the prompts, a checkpoint has no weights, or a path can't be written.
     """
     prompts = read_prompts(options.prompts)
     if options.reference.save_reference is not None:
@@ -211,11 +224,12 @@ def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> "list[Pr
 def prepare_reference(
     options: Options, accelerator: "Accelerator", networks: "Networks", workers: "Workers"
 ) -> "Reference | None":
-    """The reference, looked through before anything is drawn: its statistics checked, or its features computed.
+    """Reads the reference before anything is drawn, and checks its statistics or computes its features.
 
     Raises:
-        UserError: if it is a bad one.
+        UserError: if it can't be used.
     """
+    # Statistics: check that they are of the same network.
     chosen = options.reference
     if chosen.reference is None:
         return None
@@ -224,10 +238,12 @@ def prepare_reference(
         try:
             network = networks.get("main")
         except NotComputable as reason:
-            logger.warning("--reference %s can't be checked: %s", chosen.reference, reason)
+            logger.warning("--reference %s can't be checked against its network: %s", chosen.reference, reason)
             return statistics
         statistics.check(network, num_features(network, networks), chosen.allow_stats_mismatch)
         return statistics
+
+    # Images: compute the features that the metrics need.
     images = read_images("reference", chosen.reference, chosen, options.run.seed)
     reference = Subject(images, networks, workers)
     needed = [METRICS[name].network for name in options.run.names if METRICS[name].compares]
@@ -235,11 +251,13 @@ def prepare_reference(
         try:
             networks.get(network)
         except NotComputable:
-            continue  # the metrics will say so
+            continue  # the metrics report it
         try:
             reference.features(network)
         except NotComputable as reason:
             raise UserError(f"--reference {chosen.reference}: {reason}") from reason
+
+    # Save the statistics.
     if chosen.save_reference is not None:
         file = Path(chosen.save_reference)
         try:
@@ -251,20 +269,20 @@ def prepare_reference(
 
 
 def num_features(network: "Network", networks: "Networks") -> int | None:
-    """How many features a network gives of an image; None if it gives none of the one that is tried."""
+    """Returns the number of features of a network; None if it fails on a test image."""
     values = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
     try:
         return network([Picture("a trial image", lambda: Image.fromarray(values))], networks.device).shape[1]
     except (NotComputable, RuntimeError, ValueError, IndexError) as error:
-        logger.warning("%s gives no features of a trial image: %s", network.name, first_line(error))
+        logger.warning("%s fails on a test image: %s", network.name, first_line(error))
         return None
 
 
 def prepare_training(options: Options, networks: "Networks", workers: "Workers") -> "Subject | None":
-    """The images that were trained on, where they are named; their features, if they are needed, are computed.
+    """Reads the training images, and computes their features if a metric needs them; None if they are not given.
 
     Raises:
-        UserError: if one can't be read.
+        UserError: if an image can't be read.
     """
     name = options.reference.training_images
     if name is None:
@@ -276,7 +294,7 @@ def prepare_training(options: Options, networks: "Networks", workers: "Workers")
     try:
         networks.get(network)
     except NotComputable:
-        return training  # the metric will say so
+        return training  # the metric reports it
     try:
         training.features(network)
     except NotComputable as reason:
@@ -292,15 +310,21 @@ def obtain(
     accelerator: "Accelerator",
     requests: StopRequests,
 ) -> tuple:
-    """(the images, what they were drawn with, the seconds that it took): drawn, or read from a folder.
+    """Draws images, or reads them from a folder.
+
+    Returns:
+        (the image set, the settings that it was drawn with, the seconds that drawing took).
 
     Raises:
-        Stopped: if a signal came; what is drawn stays.
+        Stopped: if a signal arrives; images already drawn are kept.
     """
+    # A folder of images.
     started = time.monotonic()
     if wanted.images is not None:
         texts = [prompt.text for prompt in prompts] or None
         return folder_images(wanted.images, texts), {"images": str(wanted.images)}, 0.0
+
+    # Load the pipeline, and plan its images.
     pipeline = load_pipeline(wanted.spec, weight_dtype(accelerator))
     set_scheduler(pipeline, options.generation.scheduler)
     if options.generation.scheduler is None:
@@ -315,6 +339,8 @@ def obtain(
         accelerator.device,
         requests,
     )
+
+    # Draw the images that are not there yet.
     images = image_folder(folder, wanted)
     facts = on_main_process(accelerator, lambda: drawer.facts(complete))
     on_main_process(accelerator, lambda: claim_images(images, facts, options.run.overwrite_output_dir))
@@ -322,7 +348,7 @@ def obtain(
     signal = max(gather_object([requests.number]))
     if signal:
         there = sum(1 for task in tasks if (images / f"{task.name}.png").is_file())
-        raise Stopped(f"stopped with {there} of {len(tasks)} images drawn; the same command continues", signal)
+        raise Stopped(f"stopped after {there} of {len(tasks)} images; run the same command to continue", signal)
     if options.run.export_geneval is not None:
         place = Path(options.run.export_geneval) / wanted.name
         on_main_process(accelerator, lambda: export_geneval(tasks, images, place))
@@ -331,12 +357,12 @@ def obtain(
 
 
 def image_folder(folder: Path, wanted: Wanted) -> Path:
-    """Where the images of a pipeline are kept."""
+    """Returns the folder of the images of a pipeline."""
     return folder / "images" / wanted.name
 
 
 def export_geneval(tasks: "Sequence[Task]", images: Path, folder: Path) -> None:
-    """Copies images as GenEval wants them: `00000/metadata.jsonl`, `00000/samples/00000.png`.
+    """Copies images in GenEval's layout: `00000/metadata.jsonl`, `00000/samples/00000.png`.
 
     Raises:
         UserError: if they can't be written.
@@ -354,7 +380,7 @@ def export_geneval(tasks: "Sequence[Task]", images: Path, folder: Path) -> None:
 
 
 def find_invalid(wanted: Wanted, images, folder: Path) -> dict[str, list[str]]:
-    """The images that can't be read, are NaN, black, or of one colour; a warning names how many."""
+    """Returns the names of unreadable, NaN, black and one-colour images, by state; warns with their number."""
     root = wanted.images or image_folder(folder, wanted)
     found = invalid_images([root / picture.name for picture in images.pictures])
     for state, names in found.items():
@@ -366,20 +392,24 @@ def find_invalid(wanted: Wanted, images, folder: Path) -> dict[str, list[str]]:
 
 
 def conclude(options: Options, entries: "list[Entry]", training: "Subject | None") -> "Findings":
-    """The differences, the best checkpoint, and what the run was."""
+    """Returns the findings for the report: differences, the best checkpoint, and the record of the run."""
     if options.comparison.labels is not None:
         entries = [replace(each, name=name) for each, name in zip(entries, options.comparison.labels, strict=True)]
+
+    # Differences between the baseline and the pipeline.
     compared, notes = [], []
     if options.comparison.baseline is not None:
         before, after = entries[0], entries[-1]
         are_paired = before.subject.images.is_like(after.subject.images)
         if options.pipeline.images is not None and after.subject.images.prompts is None:
-            are_paired = False  # nothing says that they are of the same prompts
+            are_paired = False  # nothing shows that they have the same prompts
         if not are_paired:
             notes = [
-                f"{before.name} and {after.name} are not known to be of the same prompts: differences have no intervals"
+                f"{before.name} and {after.name} are not known to have the same prompts: differences have no intervals"
             ]
         compared = differences(before.scores, after.scores, are_paired)
+
+    # The record of the run, and the best checkpoint.
     record = {"options": as_record(options), "versions": versions(), "command": without_secrets(sys.argv)}
     what = options.comparison.checkpoints or options.pipeline.pipeline or options.pipeline.images
     title = options.run.title or f"Evaluation of {what}"
@@ -388,12 +418,12 @@ def conclude(options: Options, entries: "list[Entry]", training: "Subject | None
 
 
 def best_checkpoint(options: Options, entries: "Sequence[Entry]") -> tuple[str, str] | None:
-    """(score, the checkpoint that is best by it); None if that score was not computed."""
+    """Returns (name of the score, name of the best checkpoint by it); None if that score was not computed."""
     usable = [each for each in entries[-1].scores if each.value is not None and each.better]
     name = options.comparison.best_by or next((each.name for each in usable), None)
     known = {each.name: each.better for each in usable}
     if name not in known:
-        logger.warning("no checkpoint is the best: %s was not computed", name or "a score")
+        logger.warning("the best checkpoint is unknown: %s was not computed", name or "a score")
         return None
     found: list[tuple[float, str]] = []
     for entry in entries:
@@ -407,7 +437,7 @@ def best_checkpoint(options: Options, entries: "Sequence[Entry]") -> tuple[str, 
 
 
 def write_down(options: Options, findings: "Findings", folder: Path, wanted: Sequence[Wanted]) -> None:
-    """Writes the report, and prints its table.
+    """Writes the report and prints its table.
 
     Raises:
         UserError: if it can't be written.
@@ -421,20 +451,24 @@ def write_down(options: Options, findings: "Findings", folder: Path, wanted: Seq
 
 
 def check_outcome(options: Options, entries: "Sequence[Entry]") -> None:
-    """Ends with an error, after all is written, where a metric failed, or invalid images are to be one."""
+    """Raises an error if a metric failed, or with --fail_on_invalid if an image is invalid, after all is written.
+
+    Raises:
+        UserError: naming the metrics or the number of images.
+    """
     failed = sorted({each.name for entry in entries for each in entry.scores if each.failed})
     if failed:
-        raise UserError(f"failed: {', '.join(failed)}; results.json says why, and holds the others")
+        raise UserError(f"metrics failed: {', '.join(failed)}; see results.json for the reasons and the other scores")
     num_invalid = sum(len(names) for entry in entries for names in entry.invalid.values())
     if options.generation.fail_on_invalid and num_invalid:
         raise UserError(
-            f"--fail_on_invalid: {num_invalid} images are NaN, black, of one colour or unreadable; results.json names "
-            "them"
+            f"--fail_on_invalid: {num_invalid} images are NaN, black, of one colour or unreadable; see results.json "
+            "for their names"
         )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; gives its exit status."""
+    """Runs the script and returns its exit status."""
     return run_script(run, argv)
 
 

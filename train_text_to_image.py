@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions, whole or by LoRA.
+"""Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions: all weights or LoRA.
 
 accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir ... --output_dir ...
 """
@@ -8,7 +8,7 @@ from utils.config.first_checks import options_of, read_first
 from utils.training.text_to_image_options import Options, read_options
 
 if __name__ == "__main__":
-    # --help and errors of flags come before torch is loaded
+    # Answer --help and report invalid flags before torch is loaded.
     read_first(read_options)
 
 import logging
@@ -47,12 +47,12 @@ logger = logging.getLogger("utils.train_text_to_image")
 
 def train(options: Options) -> None:
     """Fine-tunes a pipeline and exports it. A resumed run continues bit for bit."""
-    # Pipeline: find its family by its configs, and check that the options go with it.
+    # Pipeline: find its family by its configs, and check that the options fit it.
     found = find_pipeline(options)
 
     # Session: processes, output folder, stop requests, and the checkpoint to resume from, if any.
     with Session.start(options, found.output_dir, found.family.pipeline_class_name) as session:
-        # Data: list the images, assign them to buckets, and fix their order for every step.
+        # Data: list the images, assign them to buckets, and fix their order for all steps.
         data = TrainingData.plan(options, session, found.resolution)
         rates = LearningRates.fit(options, session.resumption, data.batches.size, data.total_steps)
         facts = session.resumption.facts(data.images, data.held_out_images, rates)
@@ -64,21 +64,21 @@ def train(options: Options) -> None:
         if options.runtime.dry_run:
             return report_dry_run(plan, session, data, task)
 
-        # Encodings: run the frozen encoders once for each image and caption, where those are cached.
+        # Encodings: run the frozen encoders once per image and caption, if these are cached.
         data.encode(options, session, task)
         if options.cache.ends_when_filled:
             return
 
-        # State: everything an optimizer step changes, as it is at the first step or at the checkpoint.
+        # State: everything that an optimizer step changes, initialised or restored from the checkpoint.
         state = TrainingState.create(options, session, data, task, rates, facts)
 
-        # Measurements between steps: samples, the validation loss, scores.
+        # Measurements between steps: samples, validation loss, metrics.
         sampler = make_sampler(options, found, session, task)
         validation = ValidationLoss.begin(options, session, data, task, state, sampler.is_due(state.progress()))
         evaluation = make_evaluation(options, session, task)
         session.begin(options, plan, [evaluation])
 
-        # Steps: what loads their data, computes their gradients, saves their state and logs them.
+        # Steps: data feed, gradients, checkpoints, and log.
         feed = Feed.start(options, session, data, task, range(state.step, state.total_steps))
         gradients = Gradients.of_run(options, session, task, state, feed)
         prepare_steps(options, task, state, gradients, feed, fast_parts)
@@ -89,16 +89,16 @@ def train(options: Options) -> None:
             for step, micro_batches in feed.steps:
                 state.set_learning_rate(step, validation.reductions)
 
-                # Gradients, summed over micro-batches; where memory is short, these are halved and the step repeated.
+                # Gradients, summed over micro-batches; out of memory, halve the micro-batches and repeat the step.
                 sums = gradients.add_up(step, micro_batches)
                 log.layers(state.parameters, step + 1, options.tracking)
 
-                # One update of weights and averages, skipped on every process if a gradient is not finite.
+                # Update weights and EMA; skip it on every process if a gradient is not finite.
                 grad_norm = state.clip(rates.optimizer.clip_norm)
                 state.update(grad_norm)
                 exchange.step(sums, grad_norm)
 
-                # Every now and then: validation loss (it may make this step the last), scores, checkpoint, samples.
+                # When due: validation loss (which may make this step the last), metrics, checkpoint, samples.
                 progress = state.progress()
                 if sampler.is_due(progress) or progress.is_last:
                     validation.measure(progress, log)
@@ -117,7 +117,7 @@ def train(options: Options) -> None:
                     with log.paused(), state.evaluating():
                         log.images(sampler.draw(progress), progress.step, "validation")
 
-        # Result: the pipeline or adapter, the last samples, the model card.
+        # Result: exported pipeline or adapter, last samples, model card.
         with exported_weights(options, session, state, validation):
             samples = sampler.draw(state.progress(), is_last=True)
         log.images(samples, state.step, "test")
@@ -125,15 +125,15 @@ def train(options: Options) -> None:
 
 
 class FoundPipeline(NamedTuple):
-    """A pretrained pipeline, known by its configs.
+    """A pretrained pipeline, as described by its configs.
 
     Attributes:
         source: where it is loaded from.
         family: the class of its family.
         resolution: edge of the images in pixels.
-        output_dir: of the run.
-        default_epochs: epochs between samples where the options name no interval.
-        scheduler_was_tried: whether its configs said enough of the scheduler to try it.
+        output_dir: the output folder of the run.
+        default_epochs: epochs between samples if the options set no interval.
+        scheduler_was_tried: whether its scheduler could be tested from the configs alone.
     """
 
     source: PipelineSource
@@ -145,7 +145,11 @@ class FoundPipeline(NamedTuple):
 
 
 def find_pipeline(options: Options) -> FoundPipeline:
-    """The pretrained pipeline; refuses what its configs show not to go with the options, before weights are loaded."""
+    """Returns the pretrained pipeline, and checks its configs against the options before weights are loaded.
+
+    Raises:
+        UserError: if they do not fit.
+    """
     model, adaptation = options.model.pretrained_model_name_or_path, options.adaptation.adaptation
     names = (model, options.source.dataset_name, options.perceptual.perceptual_network)
     if not all(name is None or Path(name).exists() for name in names):
@@ -162,7 +166,11 @@ def find_pipeline(options: Options) -> FoundPipeline:
 
 
 def try_scheduler(options: Options, source: PipelineSource, family: type[TextFamily]) -> bool:
-    """Refuses a scheduler that does not draw what is trained; returns whether its config says enough to try it."""
+    """Tests whether the scheduler fits the training noise; returns whether its config was enough to test it.
+
+    Raises:
+        UserError: if the scheduler fails.
+    """
     scheduler = source.config("scheduler")
     if scheduler is None:
         return False
@@ -174,8 +182,9 @@ def try_scheduler(options: Options, source: PipelineSource, family: type[TextFam
 def load_task(
     options: Options, found: FoundPipeline, session: Session, data: TrainingData, rates: LearningRates
 ) -> Task:
-    """Loads the pipeline and defines what of it trains, and on which loss."""
-    torch.manual_seed(model_seed(session.seed, 0, 0))  # LoRA's and a fresh UNet's first weights
+    """Loads the pipeline, chooses the weights to train, and defines the loss."""
+    # The pipeline, with its frozen and trained weights.
+    torch.manual_seed(model_seed(session.seed, 0, 0))  # initial weights of LoRA and of a new UNet
     adaptation_class = options.adaptation.spec.kind.value
     dtypes = adaptation_class.dtypes(options.adaptation, weight_dtype(session.accelerator))
     model = options.model.pretrained_model_name_or_path
@@ -185,6 +194,8 @@ def load_task(
     if options.adaptation.quantize_base is not None:
         family.quantize_unet(options.adaptation.quantize_base, session.device)
     adaptation = adaptation_class(family, options.adaptation, session.checkpoint)
+
+    # The loss, with the noise of the pipeline's scheduler.
     scheduler = family.pipeline.scheduler
     process = process_of(options.noise, type(scheduler).__name__, scheduler.config, family.process_kinds)
     if not found.scheduler_was_tried:
@@ -194,38 +205,38 @@ def load_task(
 
 
 def make_sampler(options: Options, found: FoundPipeline, session: Session, task: Task) -> PromptSampler:
-    """What draws samples of the validation prompts."""
+    """Returns the sampler for the validation prompts."""
     return PromptSampler(session.surroundings, task.family, options.samples, found.resolution, found.default_epochs)
 
 
 def make_evaluation(options: Options, session: Session, task: Task) -> TrainingEvaluation:
-    """What computes scores of the pipeline while it trains."""
+    """Returns the evaluation that computes metrics of the pipeline during training."""
     pipeline, prompts = task.family.pipeline, options.samples.prompts
     return TrainingEvaluation(options.evaluation, options.features, session.surroundings, pipeline, prompts)
 
 
 def drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]:
-    """(denoising steps of a sample, what names the pipeline, the flag that says the steps)."""
+    """Returns (denoising steps per sample, the flag and value of the pipeline, the name of the flag for the steps)."""
     steps = options.samples.validation_num_inference_steps
-    if not options.samples.prompts:  # then nothing is drawn by so many
+    if not options.samples.prompts:  # no samples are drawn: any number of steps tests the scheduler
         steps = min(10, steps, max(1, (scheduler_config.get("num_train_timesteps") or 1000) // 2))
     where = f"--pretrained_model {options.model.pretrained_model_name_or_path}"
     return steps, where, "validation_num_inference_steps"
 
 
 def card_facts(options: Options) -> CardFacts:
-    """What the model card says."""
+    """Returns the facts for the model card."""
     is_lora = options.adaptation.adaptation == "lora"
     return CardFacts(options.model.pretrained_model_name_or_path, options.data_name, is_lora)
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Reads the options, and trains."""
+    """Reads the options and trains."""
     train(options_of(read_options, argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit status."""
+    """Runs the script and returns its exit status."""
     return run_script(run, argv)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a diffusion model that draws without words: from scratch or fine-tuned, in pixels or latents, of classes too.
+"""Trains an unconditional or class-conditional diffusion model, from scratch or fine-tuned, in pixels or in latents.
 
 accelerate launch train_unconditional.py --train_data_dir ... --output_dir ...
 """
@@ -8,7 +8,7 @@ from utils.config.first_checks import options_of, read_first
 from utils.training.unconditional_options import OWN_NAMES, Options, read_options
 
 if __name__ == "__main__":
-    # --help and errors of flags come before torch is loaded
+    # Answer --help and report invalid flags before torch is loaded.
     read_first(read_options, OWN_NAMES)
 
 import logging
@@ -44,44 +44,44 @@ from utils.training.task import Task
 from utils.training.validation import ValidationLoss
 
 logger = logging.getLogger("utils.train_unconditional")
-IMAGE_LEFT = 0.15  # a schedule that ends with more of it begins its samples where it never was
+IMAGE_LEFT = 0.15  # most share of the image at the last timestep: samples start from pure noise
 
 
 def train(options: Options) -> None:
     """Trains a pipeline and exports it. A resumed run continues bit for bit."""
-    # Pipeline: find its family, and check that the options go with it.
+    # Pipeline: find its family, and check that the options fit it.
     found = find_pipeline(options)
 
     # Session: processes, output folder, stop requests, and the checkpoint to resume from, if any.
     with Session.start(options, found.output_dir, found.family.pipeline_class_name) as session:
-        # Data: list the images, number their classes, and fix their order for every step.
+        # Data: list the images, number their classes, and fix their order for all steps.
         data = TrainingData.plan(options, session, found.resolution)
         classes = find_classes(options, session, data)
         rates = LearningRates.fit(options, session.resumption, data.batches.size, data.total_steps)
         facts = session.resumption.facts(data.images, data.held_out_images, rates, classes=classes.names)
 
-        # Model: load the pipeline, or make a fresh one, and define the loss of a batch.
+        # Model: load the pipeline, or create a new one, and define the loss of a batch.
         options, fast_parts = with_fast(options, session, data)
         task = load_task(options, found, session, data, rates, classes)
         plan = describe_run(options, session, data, rates, task)
         if options.runtime.dry_run:
             return report_dry_run(plan, session, data, task)
 
-        # Encodings: run the frozen VAE once for each image, where its latents are cached.
+        # Encodings: run the frozen VAE once per image, if latents are cached.
         data.encode(options, session, task)
         if options.cache.ends_when_filled:
             return
 
-        # State: everything an optimizer step changes, as it is at the first step or at the checkpoint.
+        # State: everything that an optimizer step changes, initialised or restored from the checkpoint.
         state = TrainingState.create(options, session, data, task, rates, facts)
 
-        # Measurements between steps: samples, the validation loss, scores.
+        # Measurements between steps: samples, validation loss, metrics.
         sampler = GridSampler(session.surroundings, task.family, options.samples)
         validation = ValidationLoss.begin(options, session, data, task, state, sampler.is_due(state.progress()))
         evaluation = make_evaluation(options, session, task, data)
         session.begin(options, plan, [sampler, evaluation])
 
-        # Steps: what loads their data, computes their gradients, saves their state and logs them.
+        # Steps: data feed, gradients, checkpoints, and log.
         feed = Feed.start(options, session, data, task, range(state.step, state.total_steps))
         gradients = Gradients.of_run(options, session, task, state, feed)
         prepare_steps(options, task, state, gradients, feed, fast_parts)
@@ -92,16 +92,16 @@ def train(options: Options) -> None:
             for step, micro_batches in feed.steps:
                 state.set_learning_rate(step, validation.reductions)
 
-                # Gradients, summed over micro-batches; where memory is short, these are halved and the step repeated.
+                # Gradients, summed over micro-batches; out of memory, halve the micro-batches and repeat the step.
                 sums = gradients.add_up(step, micro_batches)
                 log.layers(state.parameters, step + 1, options.tracking)
 
-                # One update of weights and averages, skipped on every process if a gradient is not finite.
+                # Update weights and EMA; skip it on every process if a gradient is not finite.
                 grad_norm = state.clip(rates.optimizer.clip_norm)
                 state.update(grad_norm)
                 exchange.step(sums, grad_norm)
 
-                # Every now and then: validation loss (it may make this step the last), scores, checkpoint, samples.
+                # When due: validation loss (which may make this step the last), metrics, checkpoint, samples.
                 progress = state.progress()
                 if sampler.is_due(progress) or progress.is_last:
                     validation.measure(progress, log)
@@ -120,7 +120,7 @@ def train(options: Options) -> None:
                     with log.paused(), state.evaluating():
                         log.images(sampler.draw(progress), progress.step, "test_samples")
 
-        # Result: the pipeline, the last samples, the model card.
+        # Result: exported pipeline, last samples, model card.
         with exported_weights(options, session, state, validation):
             samples = sampler.draw(state.progress(), is_last=True)
         log.images(samples, state.step, "test_samples")
@@ -128,12 +128,12 @@ def train(options: Options) -> None:
 
 
 class FoundPipeline(NamedTuple):
-    """What is trained, as far as the options say.
+    """The pipeline to train, as described by the options.
 
     Attributes:
         family: the class of its family.
         resolution: edge of the images in pixels.
-        output_dir: of the run.
+        output_dir: the output folder of the run.
     """
 
     family: type[UnconditionalFamily]
@@ -142,7 +142,11 @@ class FoundPipeline(NamedTuple):
 
 
 def find_pipeline(options: Options) -> FoundPipeline:
-    """The family of what is trained; refuses what it can't do, before data and weights are read."""
+    """Returns the family of the pipeline, and checks the options against it before data and weights are read.
+
+    Raises:
+        UserError: if they do not fit.
+    """
     model = options.model
     names = (model.pretrained_model_name_or_path, model.vae, options.source.dataset_name)
     if not all(name is None or Path(name).exists() for name in names):
@@ -156,8 +160,8 @@ def find_pipeline(options: Options) -> FoundPipeline:
 def load_task(
     options: Options, found: FoundPipeline, session: Session, data: TrainingData, rates: LearningRates, classes: Classes
 ) -> Task:
-    """Loads the pipeline, or makes a fresh one, and defines what of it trains, and on which loss."""
-    torch.manual_seed(model_seed(session.seed, 0, 0))  # a fresh denoiser's first weights
+    """Loads the pipeline, or creates a new one, and defines the loss."""
+    torch.manual_seed(model_seed(session.seed, 0, 0))  # initial weights of a new denoiser
     dtypes = FullFineTuning.dtypes(options.adaptation, weight_dtype(session.accelerator))
     edge = found.resolution
     wanted = Wanted(edge, options.image.channels, tuple(classes.names), data.images.plan.sizes == [(edge, edge)])
@@ -172,7 +176,7 @@ def load_task(
 
 
 def make_evaluation(options: Options, session: Session, task: Task, data: TrainingData) -> TrainingEvaluation:
-    """What computes scores of the pipeline while it trains, by default against the images it trains on."""
+    """Returns the evaluation that computes metrics during training, by default against the training images."""
     pipeline = task.family.pipeline
     trained_on = None if options.data.streaming else trained_images(data.images, options.image)
     scores = options.evaluation.with_steps(options.samples.steps_of(pipeline.scheduler))
@@ -180,7 +184,12 @@ def make_evaluation(options: Options, session: Session, task: Task, data: Traini
 
 
 def check_family(options: Options, family_class: type[UnconditionalFamily]) -> None:
-    """Refuses what a model in pixels, or one of latents, can't do, before data and weights are read."""
+    """Checks that the options fit the family, before data and weights are read.
+
+    Raises:
+        UserError: naming the flag that does not fit.
+    """
+    # A new model: its shape, and the noise schedule that it draws with.
     if options.model.pretrained_model_name_or_path is None:
         edge = options.image.resolution or family_class.default_resolution
         family_class.check_shape(options.model, Wanted(edge, options.image.channels))
@@ -188,13 +197,15 @@ def check_family(options: Options, family_class: type[UnconditionalFamily]) -> N
         left = float(process_of(options.noise, type(scheduler).__name__, scheduler.config).alphas_cumprod[-1]) ** 0.5
         if left > IMAGE_LEFT:
             logger.warning(
-                "the noise schedule ends with %.0f %% of the image, samples begin with none; try more "
+                "the noise schedule ends with %.0f %% of the image, but samples start from pure noise; try more "
                 "--ddpm_num_steps, or --beta_schedule cosine",
                 100 * left,
             )
         options.samples.steps_of(scheduler)
+
+    # Flags for colours and for a VAE.
     if options.perceptual.perceptual_weight is not None and options.image.image_channels != 3:
-        raise UserError("--perceptual_weight compares colours, so --image_channels must be 3; leave one out")
+        raise UserError("--perceptual_weight needs RGB images, so --image_channels must be 3; remove one of them")
     if family_class.coder_names:
         return
     asked = {
@@ -204,22 +215,22 @@ def check_family(options: Options, family_class: type[UnconditionalFamily]) -> N
     }
     flag = next((flag for flag, is_given in asked.items() if is_given), None)
     if flag is not None:
-        raise UserError(f"{flag} is of the latents of a VAE, and this model has none; leave it out, or give --vae")
+        raise UserError(f"{flag} needs a VAE, and this model has none; remove it, or give --vae")
 
 
 def card_facts(options: Options, task: Task) -> CardFacts:
-    """What the model card says."""
+    """Returns the facts for the model card."""
     model, tag = options.model.pretrained_model_name_or_path, "unconditional-image-generation"
     return CardFacts(model, options.data_name, is_lora=False, call=task.family.example_call(), tag=tag)
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Reads the options, and trains."""
+    """Reads the options and trains."""
     train(options_of(read_options, argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit status."""
+    """Runs the script and returns its exit status."""
     return run_script(run, argv, OWN_NAMES)
 
 

@@ -1,11 +1,10 @@
-"""What benchmarks/train.py trains: pipelines with seeded random weights, and pictures with captions.
+"""Creates the inputs of benchmarks/train.py: pipelines with seeded random weights, and images with captions.
 
-`true` is the architecture as it is published. `small` has the same graph with every width divided by 8 and a
-resolution that a CPU trains in a fraction of a second a step, so that VAE and denoiser keep about their shares of a
-step. Of attention's heads there is an eighth, of about their true width: what a head costs beside its products grows
-with their number. Text encoders, whose share does not shrink with the resolution, have a quarter of their layers (bigG
-an eighth).
-The unconditional one has the peer's default graph at 64 px, its widths divided by 4. `tiny` is that of the tests.
+`true` is the published architecture. `small` has the same graph with all widths divided by 8, at a resolution at which
+a CPU step takes a fraction of a second, so that VAE and denoiser keep about their shares of a step. It has an eighth of
+the attention heads, with about their true width, because the overhead of attention grows with the number of heads. Text
+encoders, whose share does not shrink with the resolution, have a quarter of their layers (bigG an eighth). The
+unconditional model has the peer's default graph at 64 px, with widths divided by 4. `tiny` is the size of the tests.
 """
 
 import json
@@ -24,11 +23,11 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230), 
 
 @dataclass(frozen=True)
 class Size:
-    """How large a case is.
+    """The size of a case.
 
     Attributes:
-        resolution: pixels of an edge.
-        batch: samples of an optimizer step.
+        resolution: edge of the images in pixels.
+        batch: samples per optimizer step.
         on_cpu: whether a CPU trains it in minutes.
     """
 
@@ -53,24 +52,24 @@ UNCONDITIONAL_UNET = {
 
 
 def narrow(widths: tuple[int, ...], divisor: int = WIDTH_DIVISOR) -> tuple[int, ...]:
-    """Widths divided."""
+    """Returns the widths divided by `divisor`."""
     return tuple(width // divisor for width in widths)
 
 
 def few(heads: int | tuple[int, ...]) -> int | tuple[int, ...]:
-    """An eighth of the heads, of each level where they differ."""
+    """Returns an eighth of the attention heads, for each level if they differ."""
     return max(1, heads // WIDTH_DIVISOR) if isinstance(heads, int) else tuple(few(each) for each in heads)
 
 
 def small_architecture(kind: str) -> Any:
-    """Stable Diffusion's graph, its widths divided by 8."""
+    """Returns Stable Diffusion's architecture with its widths divided by 8."""
     from benchmarks.made import MODELS
 
     true = MODELS[kind]
     unet = dict(true.unet) | {"norm_num_groups": 8, "sample_size": 16 if kind == "sd" else 32}
     unet["block_out_channels"] = narrow(unet.get("block_out_channels", (320, 640, 1280, 1280)))
     unet["cross_attention_dim"] //= WIDTH_DIVISOR
-    unet["attention_head_dim"] = few(unet.get("attention_head_dim", 8))  # the number of heads, in spite of its name
+    unet["attention_head_dim"] = few(unet.get("attention_head_dim", 8))  # the number of heads, despite its name
     if kind == "sdxl":
         pooled = true.text_encoders[-1][1]["projection_dim"] // WIDTH_DIVISOR
         unet["addition_time_embed_dim"] //= WIDTH_DIVISOR
@@ -81,7 +80,7 @@ def small_architecture(kind: str) -> Any:
 
 
 def small_text_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a text encoder, narrower and of fewer layers."""
+    """Returns the config of a text encoder with smaller widths and fewer layers."""
     widths = ("hidden_size", "intermediate_size", "projection_dim")
     smaller = {name: config[name] // WIDTH_DIVISOR for name in widths if name in config}
     heads = few(config["num_attention_heads"])
@@ -90,7 +89,7 @@ def small_text_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_pipeline(kind: str, size: str, folder: Path) -> Path:
-    """A pipeline's folder, made once; its weights are in float32."""
+    """Creates a pipeline with float32 weights if it does not exist; returns its folder."""
     if (folder / "model_index.json").exists():
         return folder
     import torch
@@ -111,7 +110,7 @@ def make_pipeline(kind: str, size: str, folder: Path) -> Path:
 
 
 def make_unconditional(size: str, folder: Path) -> None:
-    """A DDPM pipeline with the peer's default UNet, or a narrower one."""
+    """Writes a DDPM pipeline with the peer's default UNet, or a smaller one."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     config = UNCONDITIONAL_UNET | {"sample_size": SIZES["unconditional"][size].resolution}
@@ -125,7 +124,7 @@ def make_unconditional(size: str, folder: Path) -> None:
 
 
 def make_images(folder: Path, count: int, resolution: int, seed: int = SEED) -> Path:
-    """JPEG files of varied sizes, each of one to one and a half times two resolutions an edge, with captions."""
+    """Writes JPEG files with captions, with random edges from 2 to 3 times the resolution; returns the folder."""
     listing = folder / "metadata.jsonl"
     if listing.exists() and len(listing.read_text(encoding="utf-8").splitlines()) == count:
         return folder
@@ -143,7 +142,7 @@ def make_images(folder: Path, count: int, resolution: int, seed: int = SEED) -> 
 
 
 def picture(random: np.random.Generator, width: int, height: int, colour: tuple[int, int, int]) -> np.ndarray:
-    """[height, width, 3] uint8: a square of a colour on a ground of soft spots, with a photograph's grain."""
+    """Returns [height, width, 3] uint8: a coloured square on a blurred background, with noise as in a photograph."""
     coarse = random.integers(0, 200, (max(1, height // 16), max(1, width // 16), 3), dtype=np.uint8)
     pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).copy()
     edge = min(width, height) // 2

@@ -1,11 +1,11 @@
-"""Which kernel of PyTorch's attention is the fastest for a shape: what --attention_backend chooses between.
+"""Compares PyTorch's attention kernels, which --attention_backend selects, by shape.
 
 python benchmarks/attention.py [--size small|true] [--precision fp32|bf16] [--batch 4] [--repeats 9]
 
 The shapes are those of Stable Diffusion's attention layers: `true` at 512, 768 and 1024 pixels, `small` with widths and
-edges divided as benchmarks/train.py does it. Each kernel's forward and backward pass takes turns with PyTorch's own
-choice; printed is how many times as fast it is: the median, smallest and largest of the turns' ratios. A kernel whose
-output or gradients are not those of float64 to the precision's rounding has no speed. It has not run on a GPU yet.
+edges divided as in benchmarks/train.py. Forward and backward pass of each kernel alternate with PyTorch's own choice.
+It prints the speed relative to that choice: median, minimum and maximum of the ratios. A kernel whose output or
+gradients differ from float64 by more than rounding gets no speed. It has not been run on a GPU yet.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from utils.models.options import ATTENTION, CPU_ATTENTION
 WORDS = 77
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
-"""Of the relative error in norm, against float64."""
+"""Tolerance of the relative error in norm, against float64."""
 
 
 class Layer(NamedTuple):
-    """An attention layer: where it is, heads, their width, queries, keys (the same where it is self-attention)."""
+    """An attention layer: its place, and its numbers of heads, channels per head, queries and keys."""
 
     name: str
     heads: int
@@ -44,7 +44,7 @@ class Layer(NamedTuple):
 
 
 def layers(size: str) -> list[Layer]:
-    """The levels that have attention, each with itself and with the words."""
+    """Returns the self-attention and cross-attention layer of each level with attention."""
     divisor = {"true": 1, "small": 8}[size]
     levels = [(f"SD 1.5, 512 px, level {n}", 8, 40 * 2**n, 64 // 2**n) for n in range(3)]
     levels += [(f"SD 2.1, 768 px, level {n}", 5 * 2**n, 64, 96 // 2**n) for n in range(3)]
@@ -60,7 +60,10 @@ def layers(size: str) -> list[Layer]:
 def passes(
     layer: Layer, batch: int, dtype: torch.dtype, device: str
 ) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
-    """What runs forward and backward and gives the output and three gradients, and the same in float64."""
+    """Returns (function that runs forward and backward, expected result in float64).
+
+    A result is the output and the gradients of queries, keys and values.
+    """
     random = torch.Generator().manual_seed(0)
     shapes = [(batch, layer.heads, count, layer.width) for count in (layer.queries, layer.keys, layer.keys)]
     exact = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in (*shapes, shapes[0])]
@@ -77,7 +80,7 @@ def passes(
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
-    """How long a call takes."""
+    """Returns the seconds that a call takes."""
     if device == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -88,12 +91,12 @@ def seconds(function: Callable[[], object], device: str) -> float:
 
 
 def cell(run: Callable[[], list[Tensor]], expected: list[Tensor], backend: str, tolerance: float, repeats: int) -> str:
-    """How many times as fast a kernel is as PyTorch's choice, if it is right."""
+    """Returns the speed of a kernel relative to PyTorch's choice, as text, if its results are correct."""
     device, kernel = expected[0].device.type, getattr(SDPBackend, ATTENTION[backend])
     try:
         with sdpa_kernel(kernel):
             found = run()
-    except RuntimeError:  # PyTorch's words vary
+    except RuntimeError:  # PyTorch's messages vary
         return "not for this shape"
     errors = [
         float((one.detach().double() - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)
@@ -110,7 +113,7 @@ def cell(run: Callable[[], list[Tensor]], expected: list[Tensor], backend: str, 
 
 
 def main() -> None:
-    """Prints a table of layers and kernels."""
+    """Prints the table of layers and kernels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     is_gpu = device == "cuda"

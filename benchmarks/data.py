@@ -1,10 +1,10 @@
-"""Measures the way of the data: contestants that take turns in one run, and what many records cost.
+"""Measures data loading: compares contestants that take turns in one run, and measures the cost of many records.
 
     python benchmarks/data.py [--parts live peer files workers records headers] [--peer_script PATH] [--live_sd 3]
 
-Times differ between machines and minutes, so what counts are the ratios: each contestant has a turn in every round, and
-the median over the rounds is printed with its range. The files are warm: what a disk costs is not measured. torch has
-one thread, as in a loader's worker, but for encoders of true size.
+Times vary between machines and over time, so it compares ratios: each contestant has a turn in every round, and it
+prints the median over the rounds with its range. Files are in the page cache, so disk access is not measured. torch has
+one thread, as in a loader worker, except for encoders of true size.
 """
 
 import argparse
@@ -61,14 +61,14 @@ hear_libraries()
 SEED = 0
 PICTURE_SIZE = (1280, 1024)
 SMALL_SIZE = (96, 64)
-SETTLING_SECONDS = 2.5  # files younger than this are not remembered by the survey
+SETTLING_SECONDS = 2.5  # the survey does not remember files younger than this
 FINGERPRINT = "random entries"
 PACKAGES = ("torch", "numpy", "pillow", "safetensors", "datasets", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is cached of a sample: latents [C, h, w] of an image of `resolution`, and text states by their names."""
+    """The cached tensors of a sample: latents [C, h, w] of an image of `resolution`, and text states by name."""
 
     name: str
     resolution: int
@@ -83,11 +83,11 @@ SDXL = Shape("SDXL", 1024, (4, 128, 128), {"encoder_hidden_states": (77, 2048), 
 # Taking turns
 
 Contestant = Callable[[float], float]
-"""Works for at least so many seconds; gives the seconds that one sample took."""
+"""Runs for at least the given seconds; returns the seconds per sample."""
 
 
 def turn(batches: Iterator[int], seconds: float) -> float:
-    """A contestant made of an endless iterator, whose items are how many samples were made."""
+    """Runs an endless iterator of sample counts for at least `seconds`; returns the seconds per sample."""
     began, samples = time.perf_counter(), 0
     while time.perf_counter() < began + seconds or not samples:
         samples += next(batches)
@@ -95,7 +95,7 @@ def turn(batches: Iterator[int], seconds: float) -> float:
 
 
 def take_turns(contestants: Mapping[str, Contestant], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds a sample of each contestant, by round; before the first each has a turn that does not count."""
+    """Returns the seconds per sample of each contestant, by round, after a warm-up turn of each."""
     for contestant in contestants.values():
         contestant(seconds)
     found = {name: [] for name in contestants}
@@ -108,12 +108,12 @@ def take_turns(contestants: Mapping[str, Contestant], rounds: int, seconds: floa
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median (least to most)."""
+    """Returns the text "median (minimum to maximum)"."""
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def print_times(title: str, times: Mapping[str, list[float]]) -> None:
-    """How many times as long each takes as the first."""
+    """Prints the speed of each contestant, and its time relative to the first."""
     reference = next(iter(times.values()))
     rows = []
     for name, each in times.items():
@@ -126,7 +126,7 @@ def print_times(title: str, times: Mapping[str, list[float]]) -> None:
 
 
 class SyntheticTable(ImageTable):
-    """Images that are listed and not there."""
+    """A table of images without files."""
 
     name = "synthetic"
 
@@ -137,7 +137,7 @@ class SyntheticTable(ImageTable):
         return self._count
 
     def key(self, row: int) -> str:
-        """A file name."""
+        """Returns a file name."""
         return f"{row:08d}.jpg"
 
     def image(self, row: int) -> bytes:
@@ -145,12 +145,12 @@ class SyntheticTable(ImageTable):
         return b""
 
     def captions(self, row: int) -> tuple[str, ...]:
-        """One, the image's own."""
+        """Returns one caption with the image's number."""
         return (f"a photograph of something, number {row}",)
 
 
 def synthetic_records(count: int) -> tuple[Records, Survey]:
-    """Records of no files, and what would be known of them: sizes from 512 to 2047 pixels, distinct digests."""
+    """Returns records without files, and a survey of them: sizes from 512 to 2047 pixels, distinct digests."""
     source = Source("synthetic", SyntheticTable(count), CaptionOptions())
     records = Records([source], np.zeros(count, np.uint16), np.arange(count))
     sizes = np.random.default_rng(SEED).integers(512, 2048, (count, 2), dtype=np.int32)
@@ -162,13 +162,13 @@ def synthetic_records(count: int) -> tuple[Records, Survey]:
 def planned(
     records: Records, known: Survey, resolution: int, buckets: BucketOptions | None = None, group_size: int = 1
 ) -> PlannedImages:
-    """The images of records, in squares unless buckets are given."""
+    """Plans the images of records, as squares unless buckets are given."""
     options = buckets or BucketOptions()
     return plan_images(records, known, resolution, group_size, options, SelectionOptions(), lambda *_: None)
 
 
 def plan_folder(folder: Path, resolution: int, memory: Path) -> PlannedImages:
-    """The images of a folder, planned in squares, with their digests."""
+    """Plans the images of a folder as squares, with their digests."""
     records = folder_records(folder)
     known = survey(records, memory)
     add_digests(known, records, np.ones(len(records), bool), memory)
@@ -176,12 +176,12 @@ def plan_folder(folder: Path, resolution: int, memory: Path) -> PlannedImages:
 
 
 def folder_records(folder: Path) -> Records:
-    """The images of a folder, listed."""
+    """Returns the records of a folder."""
     return read_records(DataOptions(), SourceOptions(train_data_dir=str(folder)), CaptionOptions(), SEED)
 
 
 def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
-    """An imagefolder of JPEG files about as large as photographs of their size are."""
+    """Writes an imagefolder of JPEG files with file sizes similar to photographs."""
     folder.mkdir(parents=True)
     random, lines = np.random.default_rng(SEED), []
     for number in range(count):
@@ -195,12 +195,12 @@ def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
 
 
 def random_values(count: int, shape: tuple[int, ...]) -> Tensor:
-    """[count, *shape] bfloat16, as under --mixed_precision bf16."""
+    """Returns random bfloat16 values [count, *shape], as with --mixed_precision bf16."""
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(SEED)).bfloat16()
 
 
 class Entries:
-    """Random encodings of a shape, for each of `count` samples one, in stores as the cache has them."""
+    """Random encodings of a shape for `count` samples, in stores as in the cache."""
 
     def __init__(self, shape: Shape, count: int, folder: Path):
         self.shape = shape
@@ -217,11 +217,11 @@ class Entries:
         self.texts = CachedTexts(write_entries(folder / "text", text_keys, self.states), FINGERPRINT)
 
     def sample(self, number: int) -> dict[str, Tensor]:
-        """All that is cached of a sample."""
+        """Returns all cached tensors of a sample."""
         return {"moments": self.moments[number]} | {name: each[number] for name, each in self.states.items()}
 
     def dataset(self, batch_size: int, with_noise: bool = True) -> TrainingDataset:
-        """The loader's dataset over them."""
+        """Returns the loader's dataset over the entries."""
         draws = noise_draws(batch_size) if with_noise else NoDraws()
         batches = self.images.batches(batch_size, batch_size, SEED)
         spec = SampleSpec(lambda _: self.shape.latents, no_tokens, 1, 1)
@@ -231,7 +231,7 @@ class Entries:
 
 
 def write_entries(folder: Path, keys: Sequence[bytes], tensors: Mapping[str, Tensor]) -> EntryStore:
-    """A store with an entry for each key."""
+    """Writes a store with an entry for each key."""
     store = EntryStore(folder)
     store.open()
     for rows in in_shards(range(len(keys)), [0] * len(keys)):
@@ -241,12 +241,12 @@ def write_entries(folder: Path, keys: Sequence[bytes], tensors: Mapping[str, Ten
 
 
 def noise_draws(batch_size: int) -> NoiseDraws:
-    """The noise and timesteps of a plain run."""
+    """Returns the noise and timesteps of a plain run."""
     return NoiseDraws(NoiseOptions(), ForwardProcess(tiny.scheduler().config, {}), SEED, batch_size)
 
 
 class NoDraws:
-    """In the place of `NoiseDraws`, for the bare read."""
+    """Replaces `NoiseDraws`, to measure reading alone."""
 
     nothing = SampleDraws(np.zeros(0, np.float32), np.zeros(0, np.float32), None, 0)
 
@@ -256,34 +256,34 @@ class NoDraws:
 
 
 def no_tokens(captions: list[str]) -> Tensor:
-    """In the place of a tokenizer: [B, 1, 77] ids."""
+    """Replaces a tokenizer: returns zero ids [B, 1, 77]."""
     return torch.randint(0, 49408, (len(captions), 1, 77))
 
 
 def live_dataset(images: PlannedImages, shape: Shape, batch_size: int) -> TrainingDataset:
-    """The loader's dataset that decodes and crops images."""
+    """Returns the loader's dataset that decodes and crops images."""
     spec = SampleSpec(lambda _: shape.latents, no_tokens)
     batches = images.batches(batch_size, batch_size, SEED)
     return TrainingDataset(images, batches, spec, ImageOptions(), noise_draws(batch_size))
 
 
 def endless(dataset: TrainingDataset, num_workers: int = 0) -> Iterator[Batch]:
-    """The loader's batches, each a global batch, from step 0 on; closing it ends its workers."""
+    """Yields the loader's global batches from step 0; closing the iterator ends its workers."""
     pieces = dataset.images.pieces(dataset.batches, dataset.batches.size, 0, 1, 0, 10**9)
     for _, batches in batches_by_step(dataset, pieces, num_workers, timeout=0, pin_memory=False, waiting=Waiting()):
         yield from batches
 
 
 def loading(dataset: TrainingDataset) -> Contestant:
-    """Loads batches in this process."""
+    """Returns a contestant that loads batches in this process."""
     return partial(turn, (len(batch) for batch in endless(dataset)))
 
 
-# 1. The cache against encoding live
+# 1. Cache or live encoding
 
 
 def run_live(args: argparse.Namespace, folder: Path) -> None:
-    """A warm cache against decoding, cropping and encoding each time."""
+    """Compares a warm cache with decoding, cropping and encoding each time."""
     for name, make in (("SD", tiny.make_sd), ("SDXL", tiny.make_sdxl)):
         times = take_turns(tiny_contestants(make(folder / f"tiny-{name}"), folder / name), args.rounds, args.seconds)
         print_times(f"1. Cached and live: tiny {name} pipeline, {tiny.RESOLUTION} px, through the encoder", times)
@@ -294,7 +294,7 @@ def run_live(args: argparse.Namespace, folder: Path) -> None:
         contestants = {
             "cached, with noise": loading(entries.dataset(args.batch_size)),
             "cached, without noise": loading(entries.dataset(args.batch_size, with_noise=False)),
-            "live, decoded and cropped alone, with noise": loading(live_dataset(images, shape, args.batch_size)),
+            "live, only decoded and cropped, with noise": loading(live_dataset(images, shape, args.batch_size)),
         }
         times = take_turns(contestants, args.rounds, args.seconds)
         print_times(f"1. Cached and live: {shape.name}'s shape, 0 workers, batches of {args.batch_size}", times)
@@ -306,11 +306,11 @@ def run_live(args: argparse.Namespace, folder: Path) -> None:
             times = take_turns(contestants, args.live_sd, args.seconds)
             print_times("1. Cached and live: SD's shape, encoders of SD's architecture on this CPU", times)
     if not args.live_sd:
-        print("\nEncoders of SD's true size were not run: --live_sd 3 does, with 4 images.")
+        print("\nEncoders of SD's true size were skipped; use --live_sd 3 to run them.")
 
 
 def tiny_contestants(pipeline: Path, folder: Path) -> dict[str, Contestant]:
-    """A tiny pipeline's encodings, read and computed; both must be the same."""
+    """Returns contestants that read and compute a tiny pipeline's encodings; both must be equal."""
     from accelerate import Accelerator
 
     from utils.models.options import ModelOptions
@@ -340,7 +340,7 @@ def tiny_contestants(pipeline: Path, folder: Path) -> dict[str, Contestant]:
 
 @torch.no_grad()
 def encoded_live(images: PlannedImages) -> Iterator[int]:
-    """Decodes, crops and encodes one image after the other, by encoders of SD's architecture with random weights."""
+    """Decodes, crops and encodes one image after another, with SD's encoders with random weights."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -364,13 +364,13 @@ def encoded_live(images: PlannedImages) -> Iterator[int]:
         yield len(batch)
 
 
-# 2. The cache against the precomputed columns of the diffusers SDXL script
+# 2. Cache or the precomputed columns of the diffusers SDXL script
 
 
 def run_peer(args: argparse.Namespace, folder: Path) -> None:
-    """Our loader against the loader that the peer's script trains from, after its own precomputation."""
+    """Compares our loader with the loader of the peer's script, after its own precomputation."""
     if args.peer_script is None:
-        print("\n2. The diffusers SDXL script was not run: give its train_text_to_image_sdxl.py as --peer_script.")
+        print("\n2. The diffusers SDXL script was skipped; give its train_text_to_image_sdxl.py as --peer_script.")
         return
     pictures = write_pictures(folder / "peer-pictures", args.samples, PICTURE_SIZE)
     loader = peer_loader(args.peer_script, pictures, folder / "peer", args.batch_size)
@@ -389,20 +389,23 @@ def run_peer(args: argparse.Namespace, folder: Path) -> None:
     _, with_noise, theirs = times.values()
     ratios = [other / own for other, own in zip(theirs, with_noise, strict=True)]
     print(
-        f"\nThe peer draws its noise later, on the GPU; beside ours with noise it takes {spread(ratios)} times as long."
+        "\nThe peer draws noise later, on the GPU; compared with ours with noise, it takes "
+        f"{spread(ratios)} times as long."
     )
 
 
 def passes(loader: DataLoader) -> Iterator[int]:
-    """Sizes of a peer's batches, pass after pass."""
+    """Yields the sizes of the peer's batches, pass after pass."""
     while True:
         for batch in loader:
             yield len(batch["model_input"])
 
 
 def peer_loader(script: Path, pictures: Path, folder: Path, batch_size: int) -> DataLoader:
-    """What the peer's own code makes of a folder of images: executed are its functions, and of its `main` what lies
-    between loading the dataset and the finished loader. Encoders that return noise stand for its own.
+    """Returns the loader that the peer's code builds for a folder of images.
+
+    It runs the peer's functions, and the part of its `main` from loading the dataset to the finished loader. Its
+    encoders are replaced by ones that return noise.
     """
     tree = ast.parse(script.read_text(encoding="utf-8"))
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.Assign)
@@ -425,7 +428,7 @@ def peer_loader(script: Path, pictures: Path, folder: Path, batch_size: int) -> 
 
 
 class NoIds:
-    """In the place of a peer's tokenizer."""
+    """Replaces the peer's tokenizer."""
 
     model_max_length = 77
 
@@ -434,7 +437,7 @@ class NoIds:
 
 
 class NoiseEncoder:
-    """In the place of a peer's text encoder, which runs in bfloat16."""
+    """Replaces the peer's text encoder, which runs in bfloat16."""
 
     device = torch.device("cpu")
 
@@ -447,23 +450,23 @@ class NoiseEncoder:
 
 
 class NoiseVae:
-    """In the place of a peer's VAE, which runs in float32."""
+    """Replaces the peer's VAE, which runs in float32."""
 
     device = torch.device("cpu")
     dtype = torch.float32
-    config = SimpleNamespace(scaling_factor=0.13025)  # SDXL's, for there is no VAE here whose config would say it
+    config = SimpleNamespace(scaling_factor=0.13025)  # that of SDXL
 
     def encode(self, pixels: Tensor) -> SimpleNamespace:
-        """A posterior to sample from."""
+        """Returns a posterior to sample from."""
         shape = (len(pixels), 4, pixels.shape[2] // 8, pixels.shape[3] // 8)
         return SimpleNamespace(latent_dist=SimpleNamespace(sample=partial(torch.randn, shape)))
 
 
-# 3. Shards against a file for each image
+# 3. Shards or one file per image
 
 
 def run_files(args: argparse.Namespace, folder: Path) -> None:
-    """The same entries in memory-mapped shards, and in a file for each sample, all in random order."""
+    """Compares memory-mapped shards with one file per sample, with the same entries in random order."""
     for shape in (SD, SDXL):
         entries = Entries(shape, args.samples, folder / f"sharded-{shape.name}")
         kinds = {"safetensors": (write_safetensors, load_file), "npz": (write_npz, read_npz)}
@@ -484,7 +487,7 @@ def run_files(args: argparse.Namespace, folder: Path) -> None:
 
 
 class FilePerSample(Dataset):
-    """Samples that are files."""
+    """A dataset with one file per sample."""
 
     def __init__(self, files: Sequence[Path], read: Callable[[Path], dict[str, Tensor]]):
         self._files = files
@@ -498,38 +501,38 @@ class FilePerSample(Dataset):
 
 
 def stack(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of samples."""
+    """Stacks samples into a batch."""
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def sizes_of(loader: DataLoader) -> Iterator[int]:
-    """Sizes of a loader's batches, pass after pass."""
+    """Yields the sizes of a loader's batches, pass after pass."""
     while True:
         for batch in loader:
             yield len(batch["moments"])
 
 
 def write_safetensors(sample: dict[str, Tensor], file: Path) -> None:
-    """One sample's file."""
+    """Writes the file of one sample."""
     save_file({name: tensor.contiguous() for name, tensor in sample.items()}, file)
 
 
 def write_npz(sample: dict[str, Tensor], file: Path) -> None:
-    """One sample's file; numpy has no bfloat16, float16 is as large."""
+    """Writes the file of one sample in float16, because numpy has no bfloat16; the size is the same."""
     np.savez(file, **{name: tensor.to(torch.float16).numpy() for name, tensor in sample.items()})
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file."""
+    """Returns the tensors of a file."""
     with np.load(file) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
-# 4. Loader processes; 6. how long a GPU would wait
+# 4. Loader workers; 6. estimated waiting time of a GPU
 
 
 def run_workers(args: argparse.Namespace, folder: Path) -> None:
-    """The loader with 0, 1 and 2 workers, as far as there are cores; and what that means for a given GPU."""
+    """Measures the loader with 0, 1 and 2 workers, up to the number of cores, and estimates a GPU's waiting time."""
     counts = [count for count in (0, 1, 2) if count <= (os.cpu_count() or 1)]
     pictures = plan_folder(write_pictures(folder / "pictures-4", 64, PICTURE_SIZE), 1024, folder / "memory")
     datasets = {
@@ -554,7 +557,7 @@ def run_workers(args: argparse.Namespace, folder: Path) -> None:
 
 
 def worker_turn(dataset: TrainingDataset, num_workers: int, seconds: float) -> float:
-    """A fresh loader's seconds a sample, after what its workers fetch beforehand."""
+    """Returns the seconds per sample of a new loader, after the batches that its workers prefetch."""
     loader = endless(dataset, num_workers)
     for _ in range(2 * num_workers + 2):
         next(loader)
@@ -564,7 +567,7 @@ def worker_turn(dataset: TrainingDataset, num_workers: int, seconds: float) -> f
 
 
 def print_waiting(rates: Mapping[int, float], images_per_second: float) -> None:
-    """The share of the time that a GPU would wait for data: arithmetic, no GPU took part."""
+    """Prints the share of time that a GPU would wait for data: computed, not measured."""
     step, rows = 1 / images_per_second, []
     for workers, rate in rates.items():
         load = 1 / rate
@@ -576,11 +579,11 @@ def print_waiting(rates: Mapping[int, float], images_per_second: float) -> None:
     print_table(title, ["workers", "samples/s, from 4", "share of the time that it would wait for data"], rows)
 
 
-# 5. Many records, many files
+# 5. Many records and files
 
 
 def run_records(args: argparse.Namespace, folder: Path) -> None:
-    """What planning and the cache's keys cost by the number of records."""
+    """Measures the cost of planning and of cache keys by the number of records."""
     rows = [
         [f"{count:,}", str(num_buckets), *in_fresh_process(planning_cost, count, num_buckets)]
         for count, num_buckets in itertools.product(args.records, (1, 20))
@@ -599,13 +602,13 @@ def run_records(args: argparse.Namespace, folder: Path) -> None:
 
 
 def in_fresh_process(work: Callable[..., list[str]], *arguments: object) -> list[str]:
-    """The result of work in a new process, whose memory holds nothing but imports."""
+    """Returns the result of `work` in a new process, whose memory has only imports."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def planning_cost(count: int, num_buckets: int) -> list[str]:
-    """Seconds, microseconds, milliseconds and megabytes, as the table has them."""
+    """Returns the cells of the table: seconds, microseconds, milliseconds and megabytes."""
     sizes = [(1024 + 64 * step, 1024 - 32 * step) for step in range(num_buckets // 2)]
     names = [f"{width}x{height}" for size in sizes for width, height in (size, size[::-1])]
     buckets = BucketOptions(use_aspect_ratio_buckets=True, buckets=names) if names else BucketOptions()
@@ -626,7 +629,7 @@ def planning_cost(count: int, num_buckets: int) -> list[str]:
 
 
 def key_cost(count: int) -> list[str]:
-    """Seconds and megabytes."""
+    """Returns the cells of the table: seconds and megabytes."""
     before = reset_peak_memory()
     plan = LatentPlan(planned(*synthetic_records(count), 1024), ImageOptions(), SEED, 1, FINGERPRINT)
     _, seconds = timed(plan.keys)
@@ -641,13 +644,13 @@ def timed(work: Callable[[], object]) -> tuple:
 
 
 def first_draw(batches: GlobalBatches) -> GlobalBatches:
-    """The same, after its first draw."""
+    """Returns `batches` after its first draw."""
     batches.draw(0, 0)
     return batches
 
 
 def draw_microseconds(batches: GlobalBatches, epoch: int, count: int) -> list[float]:
-    """What each of `count` draws takes, at random places of an epoch."""
+    """Returns the microseconds of each of `count` draws at random places of an epoch."""
     random, steps = np.random.default_rng(SEED), int(batches.samples_per_epoch) // batches.size
     found = []
     for _ in range(count):
@@ -660,14 +663,14 @@ def draw_microseconds(batches: GlobalBatches, epoch: int, count: int) -> list[fl
 
 
 def reset_peak_memory() -> int:
-    """Has the peak begin anew where Linux can do it; gives it, in bytes."""
+    """Resets the peak memory if Linux supports it; returns it in bytes."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()
 
 
 def peak_memory() -> int:
-    """Bytes that were resident at most: Linux's VmHWM, for `ru_maxrss` of a child begins with its parent's."""
+    """Returns the peak resident memory in bytes: VmHWM, because `ru_maxrss` of a child includes its parent's."""
     status = Path("/proc/self/status")
     if not status.exists():
         unit = 1 if sys.platform == "darwin" else 1024
@@ -677,7 +680,7 @@ def peak_memory() -> int:
 
 
 def run_headers(args: argparse.Namespace, folder: Path) -> None:
-    """Headers of small files, read, and remembered from an earlier run."""
+    """Compares reading the headers of small files with remembering them from an earlier run."""
     records = folder_records(write_pictures(folder / "small", args.header_files, SMALL_SIZE))
     time.sleep(SETTLING_SECONDS)
     memories = (folder / f"memory-{number}" for number in itertools.count())
@@ -689,11 +692,11 @@ def run_headers(args: argparse.Namespace, folder: Path) -> None:
     times = take_turns(contestants, args.rounds, args.seconds)
     print_times(f"5. Headers of {len(records):,} JPEG files of {SMALL_SIZE[0]}x{SMALL_SIZE[1]} pixels", times)
     read, remembered = (statistics.median(times[name]) * 1e6 for name in ("read", "remembered"))
-    print(f"\nEstimated from this for a million files: {read:.3g} s to read, {remembered:.3g} s remembered.")
+    print(f"\nEstimate for a million files: {read:.3g} s to read, {remembered:.3g} s if remembered.")
 
 
 def surveys(records: Records, memories: Iterable[Path]) -> Iterator[int]:
-    """Surveys the records by one memory after the other."""
+    """Surveys the records with one memory file after another."""
     for memory in memories:
         survey(records, memory)
         yield len(records)
@@ -713,21 +716,26 @@ def parse_arguments() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = partial(parser.add_argument, metavar="")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help=f"of {', '.join(PARTS)}; by default all")
-    add("--peer_script", type=Path, help="diffusers' train_text_to_image_sdxl.py, with torchvision installed")
-    add("--live_sd", type=int, default=0, help="images of SD's size that are encoded live, some 10 s each")
-    add("--samples", type=int, default=256, help="entries and pictures")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help=f"of {', '.join(PARTS)} (default: all)")
+    add("--peer_script", type=Path, help="diffusers' train_text_to_image_sdxl.py; needs torchvision")
+    add("--live_sd", type=int, default=0, help="images to encode live at SD's size, about 10 s each (default: 0)")
+    add("--samples", type=int, default=256, help="number of entries and images (default: 256)")
     add("--batch_size", type=int, default=16)
-    add("--rounds", type=int, default=5, help="turns of each contestant")
-    add("--seconds", type=float, default=1.0, help="least length of a turn")
+    add("--rounds", type=int, default=5, help="turns per contestant (default: 5)")
+    add("--seconds", type=float, default=1.0, help="minimum length of a turn in seconds (default: 1)")
     add("--records", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    add("--header_files", type=int, default=5000, help="files whose headers are read")
-    add("--images_per_second", type=float, default=150.0, help="what a GPU trains on, for the arithmetic of waiting")
+    add("--header_files", type=int, default=5000, help="number of files whose headers are read (default: 5000)")
+    add(
+        "--images_per_second",
+        type=float,
+        default=150.0,
+        help="speed of a GPU, to estimate its waiting time (default: 150)",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Runs the parts, each in a temporary folder."""
+    """Runs the parts, each in its own temporary folder."""
     args = parse_arguments()
     torch.set_num_threads(1)
     if args.peer_script is not None:

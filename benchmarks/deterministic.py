@@ -1,10 +1,10 @@
-"""What --deterministic costs, and whether it is what makes two runs equal: the same training with and without it.
+"""Measures the cost of --deterministic, and whether runs are reproducible with and without it.
 
 python benchmarks/deterministic.py --pretrained_model PIPELINE --resolution 512 [--steps 40] [--repeats 3] [more flags]
 
-The two take turns; printed are images a second (the median of a run's steps after the first five), the ratio with its
-smallest and largest value, and whether the runs of each kind came to the same bits. It has not run on a GPU yet, where
-the pipeline should be a true one; on a CPU both kinds are the same.
+Runs with and without it alternate. It prints images per second (median over the steps after the first five), the ratio
+with minimum and maximum, and whether repeated runs gave identical weights. It has not been run on a GPU yet, where the
+pipeline should have true size; on a CPU both kinds are the same.
 """
 
 import argparse
@@ -24,7 +24,7 @@ WARM_UP_STEPS = 5
 
 
 def write_images(folder: Path, count: int, edge: int) -> None:
-    """Pictures of noise, each with a caption."""
+    """Writes images of noise with captions."""
     folder.mkdir()
     random = np.random.default_rng(0)
     for number in range(count):
@@ -34,7 +34,7 @@ def write_images(folder: Path, count: int, edge: int) -> None:
 
 
 def run(out: Path, words: list[str]) -> tuple[float, str]:
-    """(images a second, a hash of the trained weights)."""
+    """Trains; returns (images per second, hash of the trained weights)."""
     subprocess.run([sys.executable, str(ROOT / "train_text_to_image.py"), *words, "--output_dir", str(out)], check=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     speed = statistics.median(line["images_per_second"] for line in lines[WARM_UP_STEPS:])
@@ -61,13 +61,13 @@ def main() -> None:
             exact.append(run(folder / f"exact-{number}", [*words, "--deterministic"]))
     ratios = [fast / slow for (fast, _), (slow, _) in zip(plain, exact, strict=True)]
     print(
-        f"images a second: {statistics.median(s for s, _ in plain):.2f}; {statistics.median(s for s, _ in exact):.2f}"
+        f"images per second: {statistics.median(s for s, _ in plain):.2f}; {statistics.median(s for s, _ in exact):.2f}"
     )
     print(
         f"--deterministic takes {statistics.median(ratios):.3f} times as long ({min(ratios):.3f} to {max(ratios):.3f})"
     )
     for name, runs in (("without", plain), ("with", exact)):
-        print(f"{name} it, {len(runs)} runs came to {len({weights for _, weights in runs})} different results")
+        print(f"{name} it, {len(runs)} runs gave {len({weights for _, weights in runs})} different results")
 
 
 if __name__ == "__main__":

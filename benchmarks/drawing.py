@@ -1,11 +1,11 @@
-"""Scores what diffusers alone draws from exported folders, by number of steps and by guidance.
+"""Scores images that plain diffusers draws from exported folders, by number of steps and by guidance scale.
 
     python benchmarks/drawing.py --out FOLDER [--sampler ddim] [--steps 25 100 400] [--guidance 1 2 3]
 
-Trains two models of scikit-learn's digits in 8x8 pixels from scratch, one of them of classes, and draws 400 digits
-from each exported folder with plain diffusers: no argument changes how a step is taken. The score is the kernel
-distance (the polynomial kernel of KID) between the pixels of the drawn digits and those of 400 real ones. Folders that
-are there already are drawn from as they are, so that exports of another version can be compared.
+It trains two models of scikit-learn's digits (8x8 pixels) from scratch, an unconditional and a class-conditional one,
+and draws 400 digits from each exported folder with plain diffusers, without arguments that change how a step is taken.
+The score is the kernel distance (KID's polynomial kernel) between the pixels of drawn digits and of 400 real digits.
+Existing folders are not trained again, so that exports of another version can be compared.
 """
 
 import argparse
@@ -41,7 +41,7 @@ TRAINING = (
 
 
 def write_digits(folder: Path) -> None:
-    """Writes each digit as a grey picture of 8 x 8 pixels, in a folder for each class."""
+    """Writes each digit as a grey image of 8 x 8 pixels, in one folder per class."""
     found = load_digits()
     for number, (ink, digit) in enumerate(zip(found.images, found.target, strict=True)):
         path = folder / str(digit) / f"{number:04d}.png"
@@ -50,19 +50,19 @@ def write_digits(folder: Path) -> None:
 
 
 def real_digits() -> np.ndarray:
-    """[400, 64] the pixels of every fourth digit, in [0, 1]."""
+    """Returns the pixels [400, 64] of every fourth digit, in [0, 1]."""
     return load_digits().images.reshape(-1, 64)[::4][:NUM_DRAWN] / 16
 
 
 def trained(out: Path, sampler: str, extra: list[str]) -> dict[str, Path]:
-    """The exported folders, by whether they draw classes; what is not there is trained."""
-    folders = {"without classes": out / "plain", "of classes": out / "classes"}
+    """Returns the exported folders by kind; trains those that do not exist."""
+    folders = {"unconditional": out / "plain", "class-conditional": out / "classes"}
     for name, folder in folders.items():
         if (folder / "model_index.json").exists():
             continue
         if not (out / "digits").exists():
             write_digits(out / "digits")
-        flags = ["--class_conditional"] if name == "of classes" else []
+        flags = ["--class_conditional"] if name == "class-conditional" else []
         argv = ["--train_data_dir", str(out / "digits"), "--output_dir", str(folder), "--sampler", sampler]
         if train([*argv, *TRAINING, *flags, *extra]):
             raise SystemExit(f"training {name} failed")
@@ -70,7 +70,7 @@ def trained(out: Path, sampler: str, extra: list[str]) -> dict[str, Path]:
 
 
 def load(folder: Path) -> Any:
-    """The pipeline as diffusers loads it."""
+    """Loads the pipeline with plain diffusers."""
     code = {"custom_pipeline": str(folder), "trust_remote_code": True} if (folder / "pipeline.py").exists() else {}
     pipeline = DiffusionPipeline.from_pretrained(folder, **code)
     pipeline.set_progress_bar_config(disable=True)
@@ -78,7 +78,7 @@ def load(folder: Path) -> Any:
 
 
 def drawn(pipeline: Any, **arguments: Any) -> np.ndarray:
-    """[400, 64] the pixels of drawn digits, in [0, 1]; digit i always starts from the same noise."""
+    """Draws digits; returns their pixels [400, 64] in [0, 1]. Digit i always starts from the same noise."""
     found = []
     for first in range(0, NUM_DRAWN, BATCH):
         generators = [torch.Generator().manual_seed(seed) for seed in range(first, first + BATCH)]
@@ -90,7 +90,7 @@ def drawn(pipeline: Any, **arguments: Any) -> np.ndarray:
 
 
 def scored(pipeline: Any, real: np.ndarray, **arguments: Any) -> tuple[str, str]:
-    """(the kernel distance with its standard error, the mean of the pixels) of what is drawn."""
+    """Draws; returns (kernel distance with its standard error, mean of the pixels) as text."""
     pixels = drawn(pipeline, **arguments)
     found = kernel_distance(pixels, real, polynomial_kernel)
     return f"{found.unbiased:.4f} ± {found.error:.4f}", f"{pixels.mean():.3f}"
@@ -105,17 +105,17 @@ def main() -> None:
     arguments, extra = parser.parse_known_args()
     folders, real = trained(arguments.out, arguments.sampler, extra), real_digits()
     print_machine(["torch", "diffusers"])
-    plain, classes = load(folders["without classes"]), load(folders["of classes"])
+    plain, classes = load(folders["unconditional"]), load(folders["class-conditional"])
     for pipeline in (plain, classes):
         print(f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}")
-    print(f"the pixels of real digits have the mean {real.mean():.3f}")
+    print(f"mean of the pixels of real digits: {real.mean():.3f}")
     rows = [(str(steps), *scored(plain, real, num_inference_steps=steps)) for steps in arguments.steps]
-    print_table("Without classes", ("steps", "kernel distance", "mean"), rows)
+    print_table("Unconditional", ("steps", "kernel distance", "mean"), rows)
     rows = [
         (f"{guidance:g}", *scored(classes, real, num_inference_steps=CLASS_STEPS, guidance_scale=guidance))
         for guidance in arguments.guidance
     ]
-    print_table(f"Of classes, {CLASS_STEPS} steps", ("guidance", "kernel distance", "mean"), rows)
+    print_table(f"Class-conditional, {CLASS_STEPS} steps", ("guidance", "kernel distance", "mean"), rows)
 
 
 if __name__ == "__main__":

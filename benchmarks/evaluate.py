@@ -1,10 +1,10 @@
-"""Loads what was trained with diffusers alone, draws an image, and measures the loss on fixed images.
+"""Loads exports with plain diffusers, draws an image, and measures the loss on fixed images.
 
     python -I benchmarks/evaluate.py --base PIPELINE --images FOLDER --resolution 128 --out FILE EXPORT...
 
-With -I nothing of this repository is on Python's path. Loss: mean squared error of the predicted noise over all images,
-at timesteps that are spread evenly, on noise that is drawn once; the same for each export. An export is a pipeline's
-folder, or one of `pytorch_lora_weights.safetensors`, which the base pipeline then loads.
+With -I this repository is not on Python's path. The loss is the mean squared error of the predicted noise over all
+images, at evenly spaced timesteps, with the same noise for each export. An export is the folder of a pipeline, or of a
+`pytorch_lora_weights.safetensors`, which the base pipeline loads.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-TIMESTEPS = 8  # an image
+TIMESTEPS = 8  # per image
 DRAWING_STEPS = 2
 
 
 def load(base: str, export: str) -> Any:
-    """The pipeline of an export."""
+    """Loads the pipeline of an export."""
     if (Path(export) / "model_index.json").exists():
         return DiffusionPipeline.from_pretrained(export)
     pipeline = DiffusionPipeline.from_pretrained(base)
@@ -35,7 +35,7 @@ def load(base: str, export: str) -> Any:
 
 
 def draws(pipeline: Any) -> bool:
-    """Whether an image comes out that is one."""
+    """Whether the pipeline draws a valid image."""
     pipeline.set_progress_bar_config(disable=True)
     more = {"prompt": "a picture", "guidance_scale": 3.0} if hasattr(pipeline, "tokenizer") else {}
     image = pipeline(num_inference_steps=DRAWING_STEPS, output_type="np", **more).images[0]
@@ -43,7 +43,7 @@ def draws(pipeline: Any) -> bool:
 
 
 def read_images(folder: Path, edge: int) -> tuple[Tensor, list[str]]:
-    """[N, 3, edge, edge] pixels in [-1, 1], cut from the middle, and their captions."""
+    """Returns centre-cropped pixels [N, 3, edge, edge] in [-1, 1], and their captions."""
     entries = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     pixels = []
     for entry in entries:
@@ -58,7 +58,7 @@ def read_images(folder: Path, edge: int) -> tuple[Tensor, list[str]]:
 
 @torch.no_grad()
 def inputs(pipeline: Any, pixels: Tensor, captions: list[str]) -> tuple[Tensor, dict[str, Any]]:
-    """Clean images or latents, and the denoiser's other arguments, of a few images."""
+    """Returns (clean images or latents, the denoiser's other arguments) for some images."""
     if not hasattr(pipeline, "vae"):
         return pixels, {}
     latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
@@ -77,7 +77,7 @@ def inputs(pipeline: Any, pixels: Tensor, captions: list[str]) -> tuple[Tensor, 
 
 @torch.no_grad()
 def losses(pipeline: Any, pixels: Tensor, captions: list[str]) -> Tensor:
-    """[N, TIMESTEPS] losses of the prediction of noise."""
+    """Returns the noise-prediction losses [N, TIMESTEPS]."""
     random = np.random.default_rng(0)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     stratum = scheduler.config.num_train_timesteps / TIMESTEPS
@@ -93,7 +93,7 @@ def losses(pipeline: Any, pixels: Tensor, captions: list[str]) -> Tensor:
 
 
 def repeated(more: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of one image for all its timesteps."""
+    """Repeats the arguments of one image for all its timesteps."""
     return {
         name: repeated(each) if isinstance(each, dict) else each.repeat(TIMESTEPS, *[1] * (each.ndim - 1))
         for name, each in more.items()
@@ -101,9 +101,9 @@ def repeated(more: dict[str, Any]) -> dict[str, Any]:
 
 
 def count_flops(pipeline: Any, edge: int) -> int:
-    """FLOPs of the denoiser's forward and backward pass for an image, of what trains; attention as matrix products.
+    """Returns the FLOPs of the denoiser's forward and backward pass per image; attention counts as matrix products.
 
-    Counted on the meta device, without values; recomputation and encoders are not in it.
+    They are counted on the meta device, and only for trained weights; recomputation and encoders do not count.
     """
     from diffusers.models.attention_processor import AttnProcessor
     from torch.utils.flop_counter import FlopCounterMode
@@ -122,12 +122,12 @@ def count_flops(pipeline: Any, edge: int) -> int:
 
 
 def on_meta(more: dict[str, Any]) -> dict[str, Any]:
-    """Arguments without values."""
+    """Moves the arguments to the meta device."""
     return {name: on_meta(each) if isinstance(each, dict) else each.to("meta") for name, each in more.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes of each export whether it draws, its loss and the standard error of that over the images."""
+    """Writes for each export whether it draws, its loss, and the standard error of the loss over the images."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", required=True)
     parser.add_argument("--images", type=Path, required=True)

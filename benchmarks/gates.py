@@ -1,8 +1,8 @@
-"""Whether the fast path learns what the plain path learns: gates before any speed is printed.
+"""Gates: check that the fast path learns the same as the plain path, before any speed is printed.
 
-Each is a function of what child processes recorded, and gives a verdict. "Plain" is our script with every optimisation
-switched off, "varied" the same with each batch in two halves whose gradients are added up: by design it trains on the
-same numbers, but its kernels see other shapes, so what it differs by is rounding, and what that grows to.
+Each gate is a function of the records of child processes and returns a verdict. "Plain" is our script with all
+optimisations off. "Varied" is the same, but splits each batch into two halves and adds up their gradients: it trains on
+the same numbers with other kernel shapes, so it differs only by rounding and by what that grows to.
 """
 
 import math
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from utils.training.speed import allowed_error, typical_error
 
-GRADIENT_ERROR = 1e-4  # float32: relative, of each tensor
-FLOORS = {"fp32": 1e-2, "bf16": 1e-4}  # of the root mean square of all gradients: below it a tensor's own is rounding
+GRADIENT_ERROR = 1e-4  # relative error of each tensor in float32
+FLOORS = {"fp32": 1e-2, "bf16": 1e-4}  # share of the root mean square of all gradients below which one is rounding
 SPREADS = 3.0
-LOSS_FLOORS = {"fp32": 1e-4, "bf16": 5e-3}  # relative; below it a spread is rounding
+LOSS_FLOORS = {"fp32": 1e-4, "bf16": 5e-3}  # relative spread of losses below which it is rounding
 UPDATE_COSINE = 0.98
-REPRODUCED_COSINE = 0.995  # tensors whose update the plain path reproduces at this cosine are held to the gate each
-LEAST_MOVE = 0.5  # of the plain path's update
+REPRODUCED_COSINE = 0.995  # tensors whose update the plain path reproduces at this cosine are checked individually
+LEAST_MOVE = 0.5  # least norm of an update, relative to the plain path's
 
 
 Tensors = Mapping[str, Tensor]
 
 
 class Verdict(NamedTuple):
-    """What a gate found."""
+    """The result of a gate."""
 
     name: str
     holds: bool
@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
-    """The cosine between two tensors; of two that are zero 1, of one 0."""
+    """Returns the cosine between two tensors; 1 if both are zero, 0 if only one is."""
     one, other = one.double().flatten(), other.double().flatten()
     norms = float(one.norm() * other.norm())
     if norms == 0:
@@ -44,14 +44,14 @@ def cosine(one: Tensor, other: Tensor) -> float:
 
 
 def root_mean_square(tensors: Sequence[Tensor]) -> float:
-    """Over all elements of all tensors."""
+    """Returns the root mean square over all elements of all tensors."""
     return math.sqrt(sum(float(each.double().square().sum()) for each in tensors) / sum(map(Tensor.numel, tensors)))
 
 
 def names_agree(gate: str, fast: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> Verdict | None:
-    """A verdict where two sets of tensors can't be compared."""
+    """Returns a failed verdict if two sets of tensors can't be compared, else None."""
     if not plain:
-        return Verdict(gate, False, "nothing was recorded of the plain path")
+        return Verdict(gate, False, "nothing was recorded for the plain path")
     other = sorted(set(fast) ^ set(plain))
     if other:
         return Verdict(gate, False, f"{len(other)} tensors are on one side only, such as {other[0]}")
@@ -60,14 +60,15 @@ def names_agree(gate: str, fast: Mapping[str, Tensor], plain: Mapping[str, Tenso
 
 
 def gradients_agree(fast: Tensors, plain: Tensors, precision: str, exact: Tensors | None = None) -> Verdict:
-    """Of the first step, tensor by tensor: float32 by relative error, bfloat16 by how far off float32 both are.
+    """Compares the gradients of the first step, tensor by tensor.
 
-    A tensor whose gradient is rounding, for its true one is zero (an attention key's bias), would never agree: one
-    far below the root mean square of all is held to an error relative to that.
+    float32 is compared by relative error, bfloat16 by the distance of both paths to float32. A tensor whose true
+    gradient is zero (the bias of an attention key) has only rounding errors and would never agree; so the error of a
+    tensor far below the root mean square of all gradients is taken relative to that.
 
     Args:
-        exact: with bfloat16 the gradients of the plain path in float32. The fast path's may be twice as far off them
-            as the plain path's, and 1 % more (`allowed_error`).
+        exact: for bfloat16, the gradients of the plain path in float32. The fast path's error may be twice that of
+            the plain path, plus 1 % (`allowed_error`).
     """
     gate = f"gradients of the first step, {precision}"
     reference = plain if exact is None else exact
@@ -83,16 +84,16 @@ def gradients_agree(fast: Tensors, plain: Tensors, precision: str, exact: Tensor
     for name, expected in reference.items():
         error = relative_error(fast[name], expected, floor)
         limit = allowed_error(max(rounding[name], usual)) if rounding else GRADIENT_ERROR
-        if not error - limit <= excess:  # not a number is worst
+        if not error - limit <= excess:  # NaN counts as the worst
             excess, worst, place, allowed = error - limit, error, name, limit
         if math.isnan(error):
             break
-    says = f"relative error {worst:.2g} in {place}, of {allowed:.2g} allowed; {len(plain)} tensors"
+    says = f"relative error {worst:.2g} in {place}, {allowed:.2g} allowed; {len(plain)} tensors"
     return Verdict(gate, excess <= 0, says)
 
 
 def relative_error(found: Tensor, expected: Tensor, floor: float) -> float:
-    """Of a tensor by root mean squares; relative to `floor` where that is larger."""
+    """Returns the relative error of a tensor by root mean squares; relative to `floor` if that is larger."""
     size = math.sqrt(expected.numel())
     difference = float((found.double() - expected.double()).norm()) / size
     scale = max(float(expected.double().norm()) / size, floor)
@@ -100,10 +101,10 @@ def relative_error(found: Tensor, expected: Tensor, floor: float) -> float:
 
 
 def losses_agree(fast: Sequence[float], plain: Sequence[float], varied: Sequence[float], precision: str) -> Verdict:
-    """Each step's loss within three times what the plain path differs from itself by, up to that step."""
+    """Checks that each step's loss differs by at most three times the plain path's own spread up to that step."""
     gate = f"losses of {len(plain)} steps"
     if not plain or not len(fast) == len(plain) == len(varied):
-        return Verdict(gate, False, f"{len(fast)} were recorded against {len(plain)} and {len(varied)}")
+        return Verdict(gate, False, f"{len(fast)} losses were recorded, but {len(plain)} and {len(varied)} of others")
     spread, worst, place = 0.0, 0.0, 0
     for step, (found, expected, other) in enumerate(zip(fast, plain, varied, strict=True)):
         spread = max(spread, abs(other - expected))
@@ -113,14 +114,14 @@ def losses_agree(fast: Sequence[float], plain: Sequence[float], varied: Sequence
             worst, place = share, step
         if math.isnan(share):
             break
-    says = f"at most {worst:.2g} of what is allowed, in step {place + 1}; the plain path's own spread is {spread:.2g}"
+    says = f"at most {worst:.2g} of what is allowed, in step {place + 1}; the plain path's spread is {spread:.2g}"
     return Verdict(gate, worst <= 1, says)
 
 
 def updates_agree(start: Tensors, fast: Tensors, plain: Tensors, varied: Tensors) -> Verdict:
-    """What training added to the weights: of all together, and of each tensor that the plain path reproduces.
+    """Compares the updates of the weights: all together, and each tensor that the plain path reproduces.
 
-    Where a tensor's gradient is rounding, Adam's step is noise, which the varied path shows: such count only in all.
+    If a gradient is only rounding, Adam's step is noise, as the varied path shows; such tensors count in the total.
     """
     gate = "update of the weights"
     for other in (start, fast, varied):
@@ -139,24 +140,24 @@ def updates_agree(start: Tensors, fast: Tensors, plain: Tensors, varied: Tensors
         if not math.isfinite(float(found.sum())):
             return Verdict(gate, False, f"{name} is not finite")
         if float(found.norm()) < LEAST_MOVE * float(expected.norm()):
-            return Verdict(gate, False, f"{name} has hardly moved: {found.norm():.2g} against {expected.norm():.2g}")
+            return Verdict(gate, False, f"{name} hardly changed: {found.norm():.2g}, expected {expected.norm():.2g}")
         if float(expected.norm()) and cosine(other, expected) >= REPRODUCED_COSINE:
             held, own = held + 1, cosine(found, expected)
             if own < worst:
                 worst, place = own, name
     if not plain_squares:
-        return Verdict(gate, False, "the plain path did not move")
+        return Verdict(gate, False, "the weights of the plain path did not change")
     together = dots / math.sqrt(fast_squares * plain_squares)
-    says = f"cosine {together:.4f} of all; {worst:.4f} at least of each of {held} tensors that are reproducible"
+    says = f"cosine {together:.4f} of all; at least {worst:.4f} for each of {held} reproducible tensors"
     says += f", in {place}" if place else ""
     return Verdict(gate, together >= UPDATE_COSINE and worst >= UPDATE_COSINE, f"{says}; {UPDATE_COSINE} needed")
 
 
 def export_loads(found: Mapping[str, object], alone: bool) -> Verdict:
-    """What a process without our code made of the export."""
+    """Checks that a process without our code loaded the export and drew with it."""
     gate = "the export in plain diffusers"
     if not alone:
-        return Verdict(gate, False, "our code was on the path of the process that was to do without it")
+        return Verdict(gate, False, "our code was on the path of the process that must not use it")
     if found.get("why") or not found.get("draws"):
         return Verdict(gate, False, str(found.get("why") or "it draws no image"))
     loss = found.get("loss")
@@ -165,7 +166,7 @@ def export_loads(found: Mapping[str, object], alone: bool) -> Verdict:
 
 
 def tensors_of(folder: str, is_adapter: bool) -> dict[str, Tensor]:
-    """The trained tensors of an export, of all files of a denoiser that is split."""
+    """Returns the trained tensors of an export, from all shards of the denoiser."""
     from pathlib import Path
 
     from safetensors.torch import load_file

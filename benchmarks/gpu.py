@@ -1,14 +1,14 @@
-"""The GPU proof: what no CPU can show, proved or measured by one command in some nine minutes on a GPU.
+"""Runs all checks and measurements that need a GPU, with one command in about nine minutes.
 
     python benchmarks/gpu.py [--deadline 540] [--only NAME ...] [--peer FOLDER] [--out FOLDER]
-    python benchmarks/gpu.py --tiny     rehearses it on a CPU, but for what only CUDA has
+    python benchmarks/gpu.py --tiny     rehearse it on a CPU, without the parts that need CUDA
 
-It has not run on a GPU yet. Sections come in order of value. Each prints its line at once and writes its JSON; one that
-fails, runs out of memory or takes twice its time is caught, and the next one begins; one whose time is not left is
-skipped. It ends with a table, in summary.md too. Ours runs in this process, its pipelines made on the device, so that
-no file of theirs is written; the peers are diffusers' own example scripts, in processes of their own.
+It has not been run on a GPU yet. Sections run in order of importance. Each prints a line and writes its JSON when it
+ends. If a section fails, runs out of memory or takes twice its time, the next one starts; a section is skipped if too
+little time is left. At the end it prints a table and writes it to summary.md. Our code runs in this process, with
+pipelines created on the device, without files. The peers, diffusers' example scripts, run in their own processes.
 
-The exit status is 1 where a section has failed.
+The exit status is 1 if a section failed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# read when torch and the Hub's client are imported
+# torch and the Hub client read these on import
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -40,12 +40,12 @@ from benchmarks.gpu_runs import FAILED, SKIPPED, Bench, Finding, settings_kept  
 
 
 class Section(NamedTuple):
-    """A part of the proof.
+    """A part of the checks.
 
     Attributes:
-        seconds: that it takes on a GPU, about; it is cut off after twice as many.
-        needs_cuda: whether nothing of it can be had on a CPU.
-        function: gives what it found.
+        seconds: the time that it takes on a GPU, roughly; it is stopped after twice that time.
+        needs_cuda: whether it can't run on a CPU at all.
+        function: runs it and returns its findings.
     """
 
     name: str
@@ -68,20 +68,20 @@ SECTIONS = (
     Section("pixels", 35, False, gpu_speed.pixels),
     Section("peers", 85, False, gpu_speed.peers),
 )
-LEAST = 0.3  # of a section's time that must be left for it to begin
-PATIENCE = 2.0  # times its time, after which it is cut off
-SLOW = 4.0  # how many times as long all takes without a GPU
+LEAST = 0.3  # share of a section's time that must be left to start it
+PATIENCE = 2.0  # multiple of a section's time after which it is stopped
+SLOW = 4.0  # multiple of all times without a GPU
 
 
 class CutOff(BaseException):
-    """A section's time is over. No `Exception`, which the product would take for one of its own."""
+    """A section ran out of time. It is not an `Exception`, which our code would handle as its own."""
 
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises `CutOff` in it once the seconds are over; a call that is not Python's ends first.
+    """Context manager: raises `CutOff` after some seconds, as soon as a running native call returns.
 
-    A timer that was set before is resumed afterwards.
+    A timer that was set before continues afterwards.
     """
 
     def cut_off(number: int, frame: object) -> None:
@@ -99,19 +99,19 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def run_section(section: Section, bench: Bench) -> Finding:
-    """What a section found; why it found nothing where it could not."""
+    """Runs a section; returns its findings, or the reason why it was skipped or failed."""
     if section.needs_cuda and bench.device.type != "cuda":
         return Finding(SKIPPED, "needs CUDA, and there is none")
     usual = section.seconds * (1 if bench.device.type == "cuda" else SLOW)
     left = bench.left()
     if left < LEAST * usual:
-        return Finding(SKIPPED, f"{left:.0f} s were left of about {usual:.0f} that it takes")
+        return Finding(SKIPPED, f"it takes about {usual:.0f} s, and {left:.0f} s were left")
     try:
         with within(min(PATIENCE * usual, left)), settings_kept():
             return section.function(bench)
     except CutOff as error:
         return Finding(FAILED, f"{error}; {bench.last_said}", {"traceback": traceback.format_exc()})
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the next section still runs
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the next section runs in any case
         first = str(error).strip().splitlines() or [""]
         return Finding(FAILED, f"{type(error).__name__}: {first[0][:200]}", {"traceback": traceback.format_exc()})
     finally:
@@ -119,14 +119,14 @@ def run_section(section: Section, bench: Bench) -> Finding:
 
 
 def free() -> None:
-    """Lets go of what a section has left on the device."""
+    """Frees what a section left on the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def run_all(sections: Sequence[Section], bench: Bench) -> dict[str, Finding]:
-    """Runs sections in order; each one's line is printed, and all that is known is written, as soon as it ends."""
+    """Runs sections in order; after each one prints its line and writes all findings so far."""
     found: dict[str, Finding] = {}
     for section in sections:
         began = time.perf_counter()
@@ -140,47 +140,47 @@ def run_all(sections: Sequence[Section], bench: Bench) -> dict[str, Finding]:
 
 
 def write(path: Path, value: object) -> None:
-    """Writes JSON; what it has no word for, as a string."""
+    """Writes JSON; values of other types become strings."""
     path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def summary(found: Mapping[str, Finding]) -> str:
-    """The tables at the end, in Markdown: all verdicts, and the speeds beside the peers'."""
+    """Returns the tables at the end, in Markdown: all verdicts, and the speeds compared with the peers."""
     lines = ["| section | verdict | |", "|---|---|---|"]
     lines += [f"| {name} | {each.verdict} | {one_cell(each.says)} |" for name, each in found.items()]
     rows = [row for each in found.values() for row in each.facts.get("speeds", ())]
     if rows:
-        head = ("case", "batch", "what", "images/s", "ms a step", "host ms", "peak GB", "MFU", "times the peer's")
+        head = ("case", "batch", "what", "images/s", "ms per step", "host ms", "peak GB", "MFU", "times the peer's")
         lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         lines += [f"| {' | '.join(one_cell(str(each)) for each in gpu_speed.cells(row, rows))} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def one_cell(text: str) -> str:
-    """Text that fits a table's cell."""
+    """Returns text escaped and shortened for a table cell."""
     return " ".join(text.replace("|", "/").split())
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command's options."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deadline", type=float, default=540.0, help="seconds after which no section runs")
-    parser.add_argument("--tiny", action="store_true", help="tiny models everywhere, to rehearse it")
+    parser.add_argument("--deadline", type=float, default=540.0, help="time limit in seconds (default: 540)")
+    parser.add_argument("--tiny", action="store_true", help="use tiny models everywhere, as a rehearsal")
     parser.add_argument("--only", nargs="+", choices=[section.name for section in SECTIONS], help="these sections")
-    parser.add_argument("--out", type=Path, default=Path("gpu-proof"), help="folder of JSON, summary.md and run.log")
+    parser.add_argument("--out", type=Path, default=Path("gpu-proof"), help="output folder (default: gpu-proof)")
     parser.add_argument("--peer", type=Path, help="folder with diffusers' example scripts")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the proof; gives its exit status."""
+    """Runs the checks and returns the exit status."""
     args = parsed(argv)
     has_cuda = torch.cuda.is_available()
     if not has_cuda and not args.tiny:
-        print("error: there is no GPU with CUDA; --tiny rehearses it on a CPU", file=sys.stderr)
+        print("error: there is no GPU with CUDA; use --tiny for a rehearsal on a CPU", file=sys.stderr)
         return 2
     if not has_cuda:
-        torch.set_num_threads(1)  # of tiny models, threads only wait for each other
+        torch.set_num_threads(1)  # with tiny models, threads would only wait for each other
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
     chosen = [section for section in SECTIONS if args.only is None or section.name in args.only]

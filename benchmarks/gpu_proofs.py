@@ -1,4 +1,4 @@
-"""The sections of benchmarks/gpu.py that prove something: gradients, resumed runs, waits, short memory, graphs."""
+"""The sections of benchmarks/gpu.py that check correctness: gradients, resuming, waits, out of memory, CUDA graphs."""
 
 import hashlib
 import statistics
@@ -30,14 +30,14 @@ from utils.training.speed import Reference, allowed_error
 from utils.training.step_graph import Outcome, StepGraph
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "bitsandbytes", "triton")
-PARITY = 1e-4  # of float32 on two devices: the worst tensor's relative error
-COSINE = 0.99  # of half precision's gradients, all together, and float32's
-FP16_SCALE = 1024.0  # at which the first step's gradients neither overflow nor vanish
+PARITY = 1e-4  # relative error of the worst tensor between float32 on two devices
+COSINE = 0.99  # cosine between the gradients in half precision and float32
+FP16_SCALE = 1024.0  # loss scale at which the first step's gradients neither overflow nor vanish
 SAME = 1e-5  # of weights that trained by smaller pieces, and of losses that a graph replays
 
 
 def verdict(failures: Sequence[str], says: str, facts: Mapping[str, Any]) -> Finding:
-    """Holds if nothing failed; else the failures come first."""
+    """Returns HOLDS if nothing failed, else FAILED with the failures first."""
     if failures:
         return Finding(FAILED, f"{'; '.join(failures)[:300]} ({says})", dict(facts) | {"failures": list(failures)})
     return Finding(HOLDS, says, dict(facts))
@@ -47,7 +47,7 @@ def verdict(failures: Sequence[str], says: str, facts: Mapping[str, Any]) -> Fin
 
 
 def timed(bench: Bench, function: Callable[[], object], repeats: int) -> float:
-    """Seconds of a call, the median of some, after one that does not count."""
+    """Returns the median seconds of a call, after a warm-up call."""
     taken = []
     for _ in range(repeats + 1):
         wait(bench)
@@ -59,13 +59,13 @@ def timed(bench: Bench, function: Callable[[], object], repeats: int) -> float:
 
 
 def wait(bench: Bench) -> None:
-    """Waits until the device has done all."""
+    """Synchronises the device."""
     if bench.is_cuda:
         torch.cuda.synchronize()
 
 
 def machine(bench: Bench) -> Finding:
-    """Versions, what a product and a copy come to, and which attention is the default."""
+    """Measures a matrix product and a copy; records versions and the default attention kernel."""
     facts: dict[str, Any] = {"versions": {}}
     for package in PACKAGES:
         try:
@@ -91,7 +91,7 @@ def machine(bench: Bench) -> Finding:
 
 
 def driver_version() -> str:
-    """The kernel module's."""
+    """Returns the version of the kernel module."""
     file = Path("/proc/driver/nvidia/version")
     return file.read_text(encoding="utf-8").splitlines()[0] if file.exists() else "unknown"
 
@@ -108,12 +108,12 @@ HALVES: dict[str, tuple[object, ...]] = {
     "channels_last": (*BF16, "--channels_last"),
     "fp16": ("--mixed_precision", "fp16"),
 }
-"""Flags of half precision by name. The first, plain, is held against the CPU's own; the others against the first."""
+"""Flags of half precision by name. The first, plain, is compared with the CPU, the others with the first."""
 
 
 @contextmanager
 def keeping_gradients(kept: dict[str, Tensor]) -> Iterator[None]:
-    """Context manager: keeps the first step's gradients; stirs weights of zero before, which would give none."""
+    """Context manager: copies the gradients of the first step; first replaces zero weights, which could hide some."""
     add_up = Gradients.add_up
 
     def keep(self: Gradients, step: int, batches: Any) -> Any:
@@ -136,7 +136,7 @@ def keeping_gradients(kept: dict[str, Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def stir(model: nn.Module) -> None:
-    """Gives trained weights that are zero throughout others, the same on each device."""
+    """Replaces trained tensors that are all zero by values that are the same on each device."""
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
@@ -144,7 +144,7 @@ def stir(model: nn.Module) -> None:
 
 
 def gradients_of(bench: Bench, family: str, flags: Sequence[object], on_cpu: bool = False) -> dict[str, Tensor]:
-    """Of the first batch of a run, by the parameters' names.
+    """Returns the gradients of the first batch of a run, by parameter name.
 
     Raises:
         RuntimeError: if the run failed.
@@ -162,20 +162,20 @@ _COUNTS: Counter[str] = Counter()
 
 
 def fresh_name(kind: str) -> str:
-    """A name for a run's folder that no other has."""
+    """Returns a unique name for the folder of a run."""
     _COUNTS[kind] += 1
     return f"{kind}-{_COUNTS[kind]}"
 
 
 def cosine(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Between two sets of tensors, each taken for one vector."""
+    """Returns the cosine between two sets of tensors, each as one vector."""
     dot = sum(float((found[name].double() * expected[name].double()).sum()) for name in expected)
     squares = [sum(float(each.double().square().sum()) for each in tensors.values()) for tensors in (found, expected)]
     return dot / max(1e-30, (squares[0] * squares[1]) ** 0.5)
 
 
 def parity(bench: Bench) -> Finding:
-    """float32 against the CPU; half precision against that float32, by what plain half precision itself is off."""
+    """Compares float32 with the CPU, and half precision with float32 relative to the error of plain half precision."""
     failures: list[str] = []
     facts: dict[str, Any] = {}
     worst: dict[str, float] = {}
@@ -191,7 +191,7 @@ def parity(bench: Bench) -> Finding:
             variants = {"fp32": tuple(plain), "fp32, fused": tuple(plain[:-1]), "bf16": BF16, "fp16": HALVES["fp16"]}
         for variant, flags in variants.items():
             if not bench.is_cuda and variant in ("fp32", "fp16"):
-                continue  # float32 is the reference itself there, and fp16 is not computed
+                continue  # there float32 is the reference itself, and fp16 is not supported
             try:
                 found = gradients_of(bench, family, [*flags, *adapted])
             except RuntimeError as error:
@@ -203,7 +203,7 @@ def parity(bench: Bench) -> Finding:
             worst[variant] = max(worst.get(variant, 0.0), largest)
             if variant.startswith("fp32"):
                 wrong = {each: error for each, error in errors.items() if not error <= PARITY}
-            elif variant == "bf16":  # single tensors round otherwise on two devices
+            elif variant == "bf16":  # single tensors round differently on two devices
                 wrong = {} if largest <= allowed_error(max(own.values())) else {"the worst": largest}
                 own = errors
             else:
@@ -235,7 +235,7 @@ OF_BITSANDBYTES = ("8-bit", "paged", "nf4 LoRA")
 
 
 def digests(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of what each of a checkpoint's files of tensors holds; safetensors orders a file's own notes anyhow."""
+    """Returns the SHA-256 of the tensors in each file of a checkpoint; the order of safetensors metadata varies."""
     found = {}
     for file in sorted(checkpoint.rglob("*.safetensors")):
         digest = hashlib.sha256()
@@ -247,17 +247,17 @@ def digests(checkpoint: Path) -> dict[str, str]:
 
 
 def resumes(bench: Bench) -> Finding:
-    """Four steps against two and two: weights, averages and the optimizer's state, bit by bit."""
+    """Compares four steps with two steps, resumed for two: weights, EMA and optimizer state, bit for bit."""
     failures, facts = [], {}
     for name, flags in RESUMED.items():
         if name == "fp16" and not bench.is_cuda:
-            facts[name] = "skipped: a CPU does not compute it"
+            facts[name] = "skipped: not supported on a CPU"
             continue
         if name in OF_BITSANDBYTES and find_spec("bitsandbytes") is None:
             facts[name] = "skipped: bitsandbytes is not installed"
             continue
         if name == "nf4 LoRA" and not bench.is_cuda:
-            flags = flags[len(BF16) :]  # a CPU's norms take no float32 beside weights in bfloat16
+            flags = flags[len(BF16) :]  # norms on a CPU do not mix float32 with bfloat16 weights
         words = [*flags, "--deterministic", "--learning_rate", 1e-3, "--checkpointing_steps", 2]
         key = fresh_name("resumes")
         runs = [bench.train("sd", [*words, "--max_train_steps", 4], f"{key}-whole")]
@@ -275,26 +275,28 @@ def resumes(bench: Bench) -> Finding:
         if other or not whole:
             failures.append(f"{name}: {', '.join(other) or 'no files'}")
     equal = sum(found == "equal" for found in facts.values())
-    return verdict(failures, f"{equal} of {len(RESUMED)} equal bit by bit", facts)
+    return verdict(failures, f"{equal} of {len(RESUMED)} equal bit for bit", facts)
 
 
 # Waits for the device
 
 
 class Waits:
-    """Counts calls that wait for a GPU from a step's beginning until it is recorded, but for the log's own reads.
+    """Counts calls that wait for a GPU, from the start of a step until it is recorded, except for reads by the log.
 
-    torch's debug mode would end the run at the first of them; warned of, all of them are seen, and where they are.
+    It uses the warnings of torch's debug mode, which show all such calls; its errors would end the run at the first.
     """
 
     def __init__(self, first: int):
-        """`first` is the step from which they count: what is made once is made before."""
+        """Args:
+        first: the step from which calls count; one-time setup happens before it.
+        """
         self.found: Counter[str] = Counter()
         self._first = first
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Context manager: a run's are counted."""
+        """Context manager: counts the waits of a run."""
         add_up, exchange, read = Gradients.add_up, Exchange.step, SentNumbers.read
 
         def begin(gradients: Gradients, step: int, batches: Any) -> Any:
@@ -332,7 +334,7 @@ class Waits:
 
 
 def waits(bench: Bench) -> Finding:
-    """Steps in which the host waits for nothing, and a step that is queued before the one before it has ended."""
+    """Checks that the host never waits within a step, and that steps are queued before the previous one has ended."""
     from benchmarks.gpu_speed import queued_ahead
 
     failures, facts = [], {}
@@ -355,16 +357,16 @@ def waits(bench: Bench) -> Finding:
             failures.append(f"{name}: {heard.found.total()} waits, {count} of them in {place}")
     facts["queued ahead"] = ahead = queued_ahead(bench)
     if ahead < 0.5:
-        failures.append(f"{ahead:.0%} of the steps were queued before the one before them had ended")
+        failures.append(f"{ahead:.0%} of the steps were queued before the previous one had ended")
     return verdict(failures, f"{len(cases)} runs without waits, {ahead:.0%} of steps queued ahead", facts)
 
 
-# Memory that is short
+# Out of memory
 
 
 @contextmanager
 def failing_convolution(samples: int) -> Iterator[None]:
-    """Context manager: a UNet's first convolution fails on more samples than this, in cuDNN's words."""
+    """Context manager: a UNet's first convolution fails on more than `samples` samples, with cuDNN's error message."""
     from diffusers import UNet2DConditionModel
 
     forward = UNet2DConditionModel.forward
@@ -380,7 +382,7 @@ def failing_convolution(samples: int) -> Iterator[None]:
 
 @contextmanager
 def limited(gigabytes: float, from_step: int = 0) -> Iterator[None]:
-    """Context manager: this process may take no more of the device's memory, at once or from a step on."""
+    """Context manager: limits the device memory of this process, from a step on."""
     add_up, total = Gradients.add_up, torch.cuda.mem_get_info()[1]
 
     def limit() -> None:
@@ -401,11 +403,11 @@ def limited(gigabytes: float, from_step: int = 0) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-SHARES = (0.8, 0.6, 0.45)  # of the memory that a run takes
+SHARES = (0.8, 0.6, 0.45)  # memory limits, relative to the memory that a run needs
 
 
 def memory(bench: Bench) -> Finding:
-    """A run that is short of memory halves its pieces and comes to the same weights; it can be resumed."""
+    """Checks that a run out of memory halves its micro-batches, ends with the same weights, and can be resumed."""
     from benchmarks.assets import make_images
 
     edge, batch = (32, 4) if not bench.is_cuda else (256, 16)
@@ -439,7 +441,7 @@ def memory(bench: Bench) -> Finding:
         if run.status or not distance <= SAME or not halved:
             why = run.error if run.status else f"halved {halved} times, weights {distance:.1e} off"
             failures.append(f"{name}: {why}")
-        bench.note(f"short of memory by {name}: {facts[name]}")
+        bench.note(f"out of memory by {name}: {facts[name]}")
     with next(iter(ways.values()))():
         first = train("--max_train_steps", 2)
     out = first.folder.name
@@ -449,7 +451,7 @@ def memory(bench: Bench) -> Finding:
     facts["resumed"] = distance
     if not distance <= SAME:
         failures.append(f"resumed: {resumed.error if resumed.status else f'weights {distance:.1e} off'}")
-    return verdict(failures, f"{len(ways)} ways to be short of memory and a resumed run end in the same weights", facts)
+    return verdict(failures, f"{len(ways)} runs out of memory and a resumed run end with the same weights", facts)
 
 
 # Compiled graphs
@@ -461,7 +463,7 @@ DENOISER, BLOCKS = ("--compile", "denoiser"), ("--compile", "blocks")
 
 @contextmanager
 def rehearsed_compiler(is_tiny: bool) -> Iterator[None]:
-    """Context manager: for tiny models, torch.compile makes its graphs and leaves the kernels as they are."""
+    """Context manager: for tiny models, torch.compile captures graphs but does not generate kernels."""
     compile_ = torch.compile
 
     def without_inductor(*given: Any, mode: str | None = None, **named: Any) -> Any:
@@ -472,7 +474,7 @@ def rehearsed_compiler(is_tiny: bool) -> Iterator[None]:
 
 
 def gates(bench: Bench) -> Finding:
-    """What the product's own gate says of compiled models, and that CUDA graphs replay the compiled losses."""
+    """Runs the script's own gate on compiled models, and checks that CUDA graphs replay the compiled losses."""
     failures, facts = [], {}
     edge, channels = (16, 16) if bench.is_tiny else (64, 128)
     norms = (*NORMS, "--model_channels", channels, *DRAWING)
@@ -520,7 +522,7 @@ GRAPHS: dict[str, tuple[object, ...]] = {
 
 
 def graph_failures(bench: Bench, name: str, flags: Sequence[object], facts: dict[str, Any]) -> list[str]:
-    """Why the losses of a run with CUDA graphs are not those of the run without; nothing if they are."""
+    """Returns why the losses with CUDA graphs differ from those without; an empty list if they agree."""
     words = [*flags, "--max_train_steps", 6, "--no_final_checkpoint", "--learning_rate", 1e-4]
     plain = bench.train("sd", words, fresh_name("graphs"))
     graphs = bench.train("sd", [*words, "--cuda_graphs"], fresh_name("graphs"))
@@ -540,7 +542,7 @@ def graph_failures(bench: Bench, name: str, flags: Sequence[object], facts: dict
 
 
 def failed_recording(bench: Bench, facts: dict[str, Any]) -> list[str]:
-    """Why a run goes wrong whose step reads from the device and so cannot be recorded; nothing if it trains plainly."""
+    """Returns why a run whose step can't be recorded goes wrong; an empty list if it trains without a graph."""
 
     def reads(self: StepGraph, encoded: EncodedBatch) -> Outcome:
         encoded.mean.sum().item()
@@ -562,7 +564,7 @@ def failed_recording(bench: Bench, facts: dict[str, Any]) -> list[str]:
 
 
 def attention(bench: Bench) -> Finding:
-    """Each kernel on the shapes of Stable Diffusion, held against float64, in turns with PyTorch's choice."""
+    """Compares each attention kernel with float64 and with PyTorch's choice on the shapes of Stable Diffusion."""
     precision, kernels = ("bf16", tuple(ATTENTION)) if bench.is_cuda else ("fp32", CPU_ATTENTION)
     repeats, failures, facts = 3, [], {}
     for layer in race.layers("small" if bench.is_tiny else "true"):
@@ -581,7 +583,7 @@ def attention(bench: Bench) -> Finding:
 
 
 def speed_of(said: str) -> float:
-    """The ratio that a cell begins with; 0 of a kernel that has none."""
+    """Returns the ratio at the start of a cell; 0 if it has none."""
     try:
         return float(said.split()[0])
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the sections of benchmarks/gpu.py share: the time that is left, and short runs of the scripts in here."""
+"""What the sections of benchmarks/gpu.py share: the remaining time, and short runs of the scripts in this process."""
 
 import io
 import json
@@ -22,12 +22,12 @@ HOLDS, FAILED, SKIPPED = "holds", "failed", "skipped"
 
 
 class Finding(NamedTuple):
-    """What a section found.
+    """The result of a section.
 
     Attributes:
         verdict: HOLDS, FAILED or SKIPPED.
-        says: a line of the main figures, or why.
-        facts: all else, for its JSON.
+        says: the main figures in one line, or the reason.
+        facts: all other results, for its JSON.
     """
 
     verdict: str
@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run of a script: its exit status, its output folder, and what it logged and wrote to stderr."""
+    """A run of a script: its exit status, output folder, and log."""
 
     status: int
     folder: Path
@@ -44,28 +44,28 @@ class Run(NamedTuple):
 
     @property
     def losses(self) -> list[float]:
-        """Of each step."""
+        """Returns the loss of each step."""
         lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["train_loss"] for line in lines]
 
     @property
     def error(self) -> str:
-        """The line in which a run said why it failed."""
+        """Returns the line with the reason why the run failed."""
         lines = [line for line in self.said.splitlines() if line.startswith("error: ")]
         return lines[-1] if lines else f"exit status {self.status}"
 
 
 @dataclass
 class Bench:
-    """What a section is given.
+    """The input of a section.
 
     Attributes:
-        folder: for what is thrown away.
-        out: for what is kept.
+        folder: folder for temporary files.
+        out: folder for results.
         is_tiny: whether models are tiny everywhere.
-        ends_at: of time.monotonic().
-        peer: folder with diffusers' example scripts, if there is one.
-        product_tflops: of the machine, measured; None before.
+        ends_at: deadline by time.monotonic().
+        peer: folder with diffusers' example scripts; None if not given.
+        product_tflops: measured TFLOP/s of a matrix product; None before it is measured.
     """
 
     folder: Path
@@ -79,11 +79,11 @@ class Bench:
     _pipelines: dict[str, Path] = field(default_factory=dict)
 
     def left(self) -> float:
-        """Seconds until the deadline."""
+        """Returns the seconds until the deadline."""
         return self.ends_at - time.monotonic()
 
     def note(self, text: str) -> None:
-        """Says what a section has just found, lest it be lost with it."""
+        """Prints an intermediate finding, in case the section is stopped later."""
         self.last_said = text
         print(f"  {text}", flush=True)
 
@@ -93,7 +93,7 @@ class Bench:
         return self.device.type == "cuda"
 
     def pipeline(self, name: str) -> Path:
-        """The folder of a tiny pipeline or of a tiny VAE, made when it is first asked for."""
+        """Returns the folder of a tiny pipeline or VAE, created at its first use."""
         makers = {"sd": tiny.make_sd, "sdxl": tiny.make_sdxl, "vae": tiny.make_vae, "deep": self._make_deep}
         if name not in self._pipelines:
             self._pipelines[name] = makers[name](self.folder / "pipelines" / name)
@@ -101,16 +101,16 @@ class Bench:
 
     @cached_property
     def images(self) -> Path:
-        """Six tiny images with captions."""
+        """Returns the folder of six tiny images with captions."""
         return tiny.make_images(self.folder / "images")
 
     @cached_property
     def classes(self) -> Path:
-        """The same in a folder for each of two classes."""
+        """Returns a folder of the same images in two class folders."""
         return tiny.make_classes(self.images, self.folder / "classes")
 
     def _make_deep(self, folder: Path) -> Path:
-        """A Stable Diffusion pipeline of 11 transformer blocks: more than a function may have graphs by default."""
+        """Writes a Stable Diffusion pipeline with 11 transformer blocks, above torch.compile's default graph limit."""
         from diffusers import UNet2DConditionModel
 
         tiny.make_sd(folder)
@@ -130,12 +130,12 @@ class Bench:
     def train(
         self, pipeline: str, flags: Sequence[object], out: str, shape: Sequence[object] = (), data: Path | None = None
     ) -> Run:
-        """A run of a script in this process; what it says goes to run.log.
+        """Runs a script in this process, and writes its log to run.log.
 
         Args:
             pipeline: sd, sdxl or deep, or a name of `tiny.UNCONDITIONAL`.
-            out: its output folder's name.
-            shape: of a denoiser from scratch, in the place of what `tiny.UNCONDITIONAL` says.
+            out: the name of its output folder.
+            shape: flags for the shape of a new denoiser, instead of those of `tiny.UNCONDITIONAL`.
         """
         folder = self.folder / "runs" / out
         if pipeline in tiny.UNCONDITIONAL:
@@ -155,7 +155,7 @@ class Bench:
         with process_of_its_own(), hearing(said), redirect_stderr(said), redirect_stdout(said):
             try:
                 status = main([str(word) for word in words])
-            except Exception as error:  # noqa: BLE001 - no user's error: the script itself is at fault
+            except Exception as error:  # noqa: BLE001 - not a user's error, but a bug in the script
                 status = 1
                 said.write(f"{traceback.format_exc()}\nerror: {type(error).__name__}: {error}\n")
         with (self.out / "run.log").open("a", encoding="utf-8") as log:
@@ -165,7 +165,7 @@ class Bench:
 
 @contextmanager
 def hearing(said: io.StringIO) -> Iterator[None]:
-    """Context manager: writes down what the scripts log."""
+    """Context manager: records the log of the scripts."""
     handler = logging.StreamHandler(said)
     logger = logging.getLogger("utils")
     logger.addHandler(handler)
@@ -189,7 +189,7 @@ def process_of_its_own() -> Iterator[None]:
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """Puts back what a run sets for the whole process: TF32, deterministic kernels, compiled functions."""
+    """Context manager: restores process-wide settings of a run: TF32, deterministic kernels, compiled functions."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     fills = torch.utils.deterministic.fill_uninitialized_memory
@@ -203,7 +203,7 @@ def settings_kept() -> Iterator[None]:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the files below a folder, by file and name."""
+    """Returns all tensors of the files in a folder, by file and name."""
     from safetensors.torch import load_file
 
     return {
@@ -214,7 +214,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def relative_distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Of all tensors together: the norm of what two sets differ by, of the second one's norm; 1 of other names."""
+    """Returns the norm of the difference of two sets of tensors, relative to the second; 1 if their names differ."""
     if one.keys() != other.keys():
         return 1.0
     squares = sum(float((one[name].double() - other[name].double()).square().sum()) for name in other)

@@ -1,9 +1,9 @@
-"""The sections of benchmarks/gpu.py that measure speed: our training step on true architectures, and the peers'.
+"""The sections of benchmarks/gpu.py that measure speed: our training step on true architectures, and peers' scripts.
 
-Ours is made of the scripts' own parts, without data and files: parts with random weights on the device, one batch in
-pinned memory, and then what the scripts' loops do in each step: Gradients.add_up, TrainingState.clip and update, the
-moving average, RunLog. Steps are timed by events in the device's stream; of the host's own time, what it takes to queue
-a step is said beside it. Images and captions come encoded, as --cache_latents and --cache_text_embeddings have them.
+Our step uses the scripts' own parts, without data and files: models with random weights on the device, one batch in
+pinned memory, and the same calls as the scripts' loops: Gradients.add_up, TrainingState.clip and update, EMA, RunLog.
+Steps are timed by events in the device's stream; the host's time to queue a step is reported too. Images and captions
+are already encoded, as with --cache_latents and --cache_text_embeddings.
 """
 
 import itertools
@@ -59,13 +59,13 @@ class Variant(NamedTuple):
     """How a case is trained.
 
     Attributes:
-        what: in the table.
-        batch: samples of a step.
-        flags: of the script.
-        is_gated: whether the compiled model goes through the script's own gate, which takes its time.
-        benchmark: whether cuDNN chooses its kernels by their times.
-        counted_gb: memory by benchmarks/memory.py, where it was counted.
-        is_live: whether images and captions come as they are, and the encoders run in each step.
+        what: its name in the table.
+        batch: samples per step.
+        flags: flags of the script.
+        is_gated: whether the compiled model must pass the script's own gate, which takes time.
+        benchmark: whether cuDNN benchmarks its kernels.
+        counted_gb: memory counted by benchmarks/memory.py, if known.
+        is_live: whether the encoders run in each step.
     """
 
     what: str
@@ -78,7 +78,7 @@ class Variant(NamedTuple):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether it takes a compiler's time."""
+        """Whether it is compiled."""
         return "--compile" in self.flags
 
 
@@ -87,11 +87,11 @@ class Case:
     """What is trained.
 
     Attributes:
-        name: in the table.
-        architecture: of a pipeline with text; None in pixels.
-        edge: of its images in pixels.
-        averages: whether a moving average is kept.
-        flags: of all variants.
+        name: its name in the table.
+        architecture: the architecture of a text-to-image pipeline; None for pixels.
+        edge: edge of the images in pixels.
+        averages: whether it keeps an EMA.
+        flags: flags of all variants.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Case:
 
     @property
     def words(self) -> list[str]:
-        """The flags of all variants."""
+        """Returns the flags of all variants."""
         return [*self.flags.split(), *(["--use_ema"] if self.averages else [])]
 
 
@@ -142,16 +142,16 @@ TINY_MODELS = {
 
 
 class Training:
-    """A run of ours up to its loop: made, not loaded."""
+    """A run of ours up to its loop, with models created on the device."""
 
     def __init__(self, bench: Bench, case: Case, variant: Variant):
         self.bench, self.batch_size = bench, variant.batch
-        torch.manual_seed(0)  # the same first weights in each variant
+        torch.manual_seed(0)  # the same initial weights in each variant
         folder = OutputFolder(str(bench.folder / "speed"))
         folder.path.mkdir(parents=True, exist_ok=True)
         self.folder = folder.path
         words = ["--output_dir", str(folder.path), "--report_to", "none", "--logging_steps", "10"]
-        words += ["--train_data_dir", str(bench.images)]  # of which nothing is read
+        words += ["--train_data_dir", str(bench.images)]  # required, but never read
         words += ["--train_batch_size", str(variant.batch), "--resolution", str(case.edge)]
         words += [*case.words, *variant.flags.split()]
         make = self._make_pixels if case.architecture is None else self._make_text
@@ -168,7 +168,7 @@ class Training:
         self._compile(variant)
 
     def _make_steps(self, folder: OutputFolder, batch_size: int) -> None:
-        """The state and the gradients of a run; what they are told of it stands in for a session and its data."""
+        """Creates the state and the gradients of a run, with stand-ins for session and data."""
         options, engine, family = self.options, self.engine, self.family
         session = SimpleNamespace(engine=engine, accelerator=engine.accelerator, seed=0, folder=folder)
         session.attention, session.checkpoint = Attention(None), None
@@ -235,11 +235,11 @@ class Training:
             self.gradients.whole_step = StepGraph(*recorded)
 
     def steps(self, count: int, counts_flops: bool) -> dict[str, Any]:
-        """Trains; gives what was measured.
+        """Trains some steps and returns the measurements.
 
         Returns:
-            "ms" a step, "host_ms" to queue it, "queued_ahead" the share of steps that were queued before the one before
-            them had ended, "memory_gb" the most in a step but the first, "size" samples at once, "loss", "flops".
+            "ms" per step, "host_ms" to queue a step, "queued_ahead", the share of steps queued before the previous one
+            had ended, "memory_gb", the peak after the first step, "size", samples per micro-batch, "loss", "flops".
         """
         is_cuda, state, rates = self.bench.is_cuda, self.state, self.options.optimizer
         marks, host, ahead, found = [], [], [], {}
@@ -278,7 +278,7 @@ class Training:
 
 
 def unconditional_config(is_tiny: bool, edge: int) -> dict[str, Any]:
-    """Of the denoiser in pixels: that of diffusers' script by default."""
+    """Returns the config of the denoiser for pixels: the default of diffusers' script."""
     config = UNCONDITIONAL_UNET | {"sample_size": edge}
     if is_tiny:
         config |= {"block_out_channels": (16, 16), "norm_num_groups": 8, "layers_per_block": 1}
@@ -288,7 +288,7 @@ def unconditional_config(is_tiny: bool, edge: int) -> dict[str, Any]:
 
 
 def text_batch(case: Case, family: Any, size: int, is_live: bool) -> Batch:
-    """A batch as the loader gives it, encoded or not."""
+    """Returns a batch like those of the loader, encoded or not."""
     random = torch.Generator().manual_seed(0)
     shape = (size, *family.latent_space.shape((case.edge, case.edge)))
     config, crops = family.denoiser.config, torch.tensor([[case.edge, case.edge, 0, 0, case.edge, case.edge]]).float()
@@ -309,7 +309,7 @@ def text_batch(case: Case, family: Any, size: int, is_live: bool) -> Batch:
 
 
 def pixel_batch(edge: int, size: int) -> Batch:
-    """A batch of pixels."""
+    """Returns a batch of pixels."""
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (size, 3, edge, edge), generator=random, dtype=torch.uint8)
     ids = torch.zeros(size, 1, 1, dtype=torch.int64)
@@ -318,7 +318,7 @@ def pixel_batch(edge: int, size: int) -> Batch:
 
 
 def drawn(shape: tuple[int, ...], random: torch.Generator, crops: Tensor, posterior: bool, **given: Any) -> Batch:
-    """The batch with what is drawn for it."""
+    """Returns a batch with random values and noise."""
     size = shape[0]
     return Batch(
         step=0,
@@ -336,17 +336,17 @@ def drawn(shape: tuple[int, ...], random: torch.Generator, crops: Tensor, poster
 
 
 def queued_ahead(bench: Bench) -> float:
-    """The share of Stable Diffusion's steps that are queued before the one before them has ended."""
+    """Returns the share of Stable Diffusion's steps that are queued before the previous one has ended."""
     case = Case("sd", (TINY_MODELS if bench.is_tiny else MODELS)["sd"], 32 if bench.is_tiny else 512)
     with process_of_its_own():
         return Training(bench, case, Variant("", 2 if bench.is_tiny else 8, FAST)).steps(8, False)["queued_ahead"]
 
 
 def measure(bench: Bench, case: Case, variant: Variant, flops: float | None) -> dict[str, Any]:
-    """A row of the table.
+    """Measures a variant; returns a row of the table.
 
     Args:
-        flops: of an image, where they are known; else they are counted, but not of a compiled model.
+        flops: FLOPs per image, if known; else they are counted, unless the model is compiled.
     """
     row: dict[str, Any] = {"case": case.name, "batch": variant.batch, "what": variant.what}
     with process_of_its_own():
@@ -370,7 +370,7 @@ def measure(bench: Bench, case: Case, variant: Variant, flops: float | None) -> 
 
 
 def contest(bench: Bench, case: Case, variants: Sequence[Variant]) -> Finding:
-    """All variants of a case, as far as the time goes; one that fails is said, and the next is tried."""
+    """Measures all variants of a case while time is left; reports those that fail and continues."""
     from benchmarks.gpu import free
 
     rows, failures, flops = [], [], None
@@ -381,7 +381,7 @@ def contest(bench: Bench, case: Case, variants: Sequence[Variant]) -> Finding:
             continue
         try:
             row = measure(bench, case, variant, None if variant.is_live else flops)
-        except Exception as error:  # noqa: BLE001 - the next variant may do
+        except Exception as error:  # noqa: BLE001 - the next variant may succeed
             first = (str(error).strip().splitlines() or [""])[0]
             failures.append(f"{variant.what}, b{variant.batch}: {type(error).__name__}: {first[:160]}")
             bench.note(failures[-1])
@@ -401,7 +401,7 @@ def contest(bench: Bench, case: Case, variants: Sequence[Variant]) -> Finding:
 
 
 def cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A row's cells; its speed in times the peer's, whose batch is said where it is another."""
+    """Returns the cells of a row, with its speed relative to the peer's, and the peer's batch size if it differs."""
     peers = [each for each in rows if each["case"] == row["case"] and each.get("is_peer")]
     peer = min(peers, key=lambda each: abs(each["batch"] - row["batch"]), default=None)
     ratio = ""
@@ -425,7 +425,7 @@ def cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def tiny_variants(*variants: Variant) -> list[Variant]:
-    """What is rehearsed of variants: one of each kind, at two samples, without CUDA graphs and a budget of memory."""
+    """Returns the variants of a rehearsal: one of each kind, two samples, no CUDA graphs and no activation budget."""
     kept: dict[tuple[bool, ...], Variant] = {}
     for each in variants:
         key = each.is_compiled, each.is_live, each.is_gated, "--bf16_weights" in each.flags
@@ -435,7 +435,7 @@ def tiny_variants(*variants: Variant) -> list[Variant]:
 
 
 def run_case(bench: Bench, case: Case, variants: Sequence[Variant]) -> Finding:
-    """The case as it is, or in small."""
+    """Runs a case, or its tiny version in a rehearsal."""
     from benchmarks.gpu_proofs import rehearsed_compiler
 
     if bench.is_tiny:
@@ -462,7 +462,7 @@ def sd(bench: Bench) -> Finding:
 
 
 def sdxl(bench: Bench) -> Finding:
-    """SDXL at 1024 px, all weights."""
+    """SDXL at 1024 px, full fine-tuning."""
     variants = [
         Variant("eager", 4, FAST),
         Variant("eager", 8, FAST),
@@ -494,7 +494,7 @@ def sdxl_lora(bench: Bench) -> Finding:
 
 
 def pixels(bench: Bench) -> Finding:
-    """A denoiser of 114 million weights at 64 px."""
+    """A pixel denoiser of 114 million weights at 64 px."""
     variants = [
         Variant("eager", 16, BF16),
         Variant("eager, bf16_weights, channels_last", 16, FAST),
@@ -511,13 +511,13 @@ def pixels(bench: Bench) -> Finding:
 
 
 class Peer(NamedTuple):
-    """A script of diffusers.
+    """An example script of diffusers.
 
     Attributes:
-        case: the case of ours that it is compared with.
-        kind: of the pipeline.
-        seconds: that must be left for it to begin.
-        flags: that make it faster, and what it is told beside them.
+        case: our case that it is compared with.
+        kind: kind of pipeline.
+        seconds: the time that must be left to start it.
+        flags: flags that make it faster, and others that it needs.
     """
 
     case: str
@@ -539,9 +539,9 @@ PEER_STEPS = 10
 
 
 def peers(bench: Bench) -> Finding:
-    """diffusers' own scripts, tuned, each in a process that ends after some steps."""
+    """Runs diffusers' own scripts with tuned flags, each in a process that ends after some steps."""
     if bench.peer is None:
-        return Finding(SKIPPED, "no --peer: diffusers' example scripts are wanted in a folder")
+        return Finding(SKIPPED, "no --peer: give a folder with diffusers' example scripts")
     rows, failures = [], []
     for peer in PEERS:
         script = bench.peer / peer.script
@@ -565,7 +565,7 @@ def peers(bench: Bench) -> Finding:
 
 
 def peer_pipeline(bench: Bench, kind: str) -> Path:
-    """The folder of a pipeline with random weights, made on the device and written in bfloat16."""
+    """Writes a pipeline with random weights in bfloat16, created on the device; returns its folder."""
     folder = bench.folder / f"peer-{kind}"
     if bench.is_tiny or kind == "unconditional":
         return make_pipeline(kind, "tiny" if bench.is_tiny else "true", folder)
@@ -573,7 +573,7 @@ def peer_pipeline(bench: Bench, kind: str) -> Path:
 
 
 def run_peer(bench: Bench, peer: Peer, script: Path) -> dict[str, Any]:
-    """A row of the table.
+    """Runs a peer's script; returns a row of the table.
 
     Raises:
         RuntimeError: if the script failed.

@@ -1,20 +1,20 @@
-"""Runs a training script as its user would, and writes down from outside how its steps went.
+"""Runs a training script as a user would, and records the timing of its steps from outside.
 
     python benchmarks/launch.py [--options] SCRIPT [the script's own flags]
 
-benchmarks/train.py starts it, for our script and for a peer's alike; the script is not changed and does not know. What
-is timed are calls that both sides make, by the names in `TIMED` below; of calls within one another the outermost
-counts. Nothing here waits for a GPU: there, steps are timed by events in its stream, which are read at the end.
+benchmarks/train.py starts it for our script and for a peer's. The script itself is not changed. It times the calls in
+`TIMED` below, which both sides make; for nested calls, the outermost counts. It never waits for a GPU: there, steps are
+timed by events in its stream, which are read at the end.
 
 A step is the time from the end of one optimizer step to the end of the next. Phases of a step, in seconds of the main
 thread: `data` (next() of a DataLoader's iterator: with 0 workers that is loading itself), `encoders` (VAE and text
-encoders), `forward` (the denoiser alone), `backward`, `optimizer` (with clipping and zero_grad), `ema`. What is left is
-the loop's own.
+encoders), `forward` (only the denoiser), `backward`, `optimizer` (with clipping and zero_grad), `ema`. The rest is the
+loop itself.
 
-Synchronising calls are those of the main thread that would wait for a GPU, were the tensors there. On a GPU they are
-counted by torch's own debug mode. On a CPU calls of `SYNCHRONISING` are counted, but not in the phases `data` and
-`optimizer`, whose tensors are on the CPU in any case (pixels, AdamW's step numbers); indexing by masks and copies by
-`to` go unseen there. This module imports torch and what Python has, so that the script's own imports are timed.
+Synchronising calls are calls of the main thread that wait for a GPU, or would if the tensors were on one. On a GPU,
+torch's debug mode counts them. On a CPU, calls of `SYNCHRONISING` are counted, except in the phases `data` and
+`optimizer`, whose tensors are always on the CPU (pixels, AdamW's step numbers); indexing by masks and copies by `to`
+are not detected there. This module imports only torch and the standard library, so the script's imports are timed.
 """
 
 import argparse
@@ -69,7 +69,7 @@ TIMED: dict[str, Sequence[tuple[str, str]]] = {
     "utils.training.speed_up": [("speed_up", "compiling")],
     "utils.training.backward": [("Gradients.rehearse", "rehearsing")],
 }
-"""Calls by module, and the phase that their time counts in. What a module does not have is passed over."""
+"""Timed calls by module, with the phase that they count in. Names that a module does not have are skipped."""
 SYNCHRONISING = (
     "item",
     "tolist",
@@ -88,11 +88,11 @@ LEFT_OUT_OF_COUNTING = ("data", "optimizer")
 
 
 class Recorder:
-    """What is known of a run, step by step.
+    """The record of a run, step by step.
 
     Attributes:
-        steps: of each optimizer step but the first, seconds and phases; of the first those of the start.
-        denoiser: the network whose forward pass was last called.
+        steps: seconds and phases of each optimizer step; the first has those of the start.
+        denoiser: the network whose forward pass was called last.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Recorder:
         self._last = 0.0
 
     def timed(self, phase: str, function: Callable) -> Callable:
-        """The function, whose time counts in a phase unless it is called within another."""
+        """Wraps a function so that its time counts in a phase, unless it is nested in another timed call."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -151,7 +151,7 @@ class Recorder:
         return call
 
     def counted(self, name: str, function: Callable) -> Callable:
-        """A tensor's method, whose calls count as synchronising."""
+        """Wraps a tensor method so that its calls count as synchronising."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -166,7 +166,7 @@ class Recorder:
         return call
 
     def synchronised(self, name: str, seconds: float = 0.0) -> None:
-        """Counts a synchronising call, and where it came from: the script and the libraries' own lines."""
+        """Counts a synchronising call and its place in the script or a library."""
         if self._is_over:
             return
         self._calls["synchronising"] += 1
@@ -182,7 +182,7 @@ class Recorder:
         self._losses.append((len(self.steps), loss.detach()))
 
     def _before_clipping(self) -> None:
-        """Keeps the first step's gradients, as they are before clipping, which a kernel may do with the step."""
+        """Copies the gradients of the first step before clipping, which a fused kernel may do within the step."""
         if not self._keeps_gradients or self.steps or self._gradients or not self._losses or self.denoiser is None:
             return
         for name, parameter in self.denoiser.named_parameters():
@@ -190,14 +190,14 @@ class Recorder:
                 self._gradients[name] = parameter.grad.detach().clone()
 
     def before_optimizer(self, *_: Any) -> None:
-        """An optimizer's step begins; one within another is no step of its own."""
+        """Marks the start of an optimizer step; a nested one does not count."""
         self._depth += 1
         if self._depth == 1:
             self._before_clipping()
             self._optimizer_began, self._phase = self._clock(), "optimizer"
 
     def after_optimizer(self, *_: Any) -> None:
-        """An optimizer's step has ended, and with it a step of the training."""
+        """Marks the end of an optimizer step, and with it of a training step."""
         self._depth -= 1
         if self._depth:
             return
@@ -220,11 +220,11 @@ class Recorder:
         if len(self.steps) == self._last_step:
             self.finish()
             sys.stdout.flush()
-            os._exit(0)  # neither checkpoint nor export: they would take longer than the steps
+            os._exit(0)  # skip checkpoint and export, which would take longer than the steps
         self._last = self._clock()
 
     def begin_main(self) -> None:
-        """The script has its options: what it imports from here to its first step is timed."""
+        """Marks the time when the script has parsed its options."""
         self._spent.clear()
         self._import = builtins.__import__
         builtins.__import__ = self.timed("importing", self._import)
@@ -241,7 +241,7 @@ class Recorder:
             self._profile.enable()
 
     def finish(self) -> None:
-        """Writes all of it: record.json, gradients.safetensors, profile."""
+        """Writes record.json, gradients.safetensors and the profile."""
         self._is_over = True
         if self._profile is not None:
             self._profile.disable()
@@ -275,14 +275,14 @@ class Recorder:
         return [sums[step] for step in sorted(sums)]
 
     def _memory(self) -> dict[str, int]:
-        """Bytes at most: in the steps, and from the start to the first step."""
+        """Peak memory in bytes: in the steps, and from the start to the first step."""
         if torch.cuda.is_available():
             return {"steps": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         return {"steps": peak_memory(), "start": self._memory_of_start}
 
 
 def peak_memory() -> int:
-    """Bytes that were resident at most: Linux's VmHWM, for `ru_maxrss` of a child begins with its parent's."""
+    """Returns the peak resident memory in bytes: VmHWM, because `ru_maxrss` of a child includes its parent's."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -291,7 +291,7 @@ def peak_memory() -> int:
 
 
 def forget_peak_memory() -> None:
-    """Has the peak begin anew, where it can."""
+    """Resets the peak memory if the system supports it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
@@ -299,7 +299,7 @@ def forget_peak_memory() -> None:
 
 
 def count_cuda_warnings(recorder: Recorder) -> None:
-    """Has torch warn of each call that waits for the GPU, and counts the warnings in place of showing them."""
+    """Makes torch warn of each call that waits for the GPU, and counts the warnings instead of showing them."""
     show = warnings.showwarning
 
     def count(message: Warning | str, *rest: Any, **more: Any) -> None:
@@ -314,7 +314,7 @@ def count_cuda_warnings(recorder: Recorder) -> None:
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Calls a function on each of some modules as soon as it is imported."""
+    """Calls a function on certain modules as soon as they are imported."""
 
     def __init__(self, wanted: Mapping[str, Callable[[ModuleType], None]]):
         self._wanted = dict(wanted)
@@ -322,7 +322,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The module's own spec, whose execution ends with the call."""
+        """Returns the module's own spec, extended to call the function after execution."""
         function = self._wanted.pop(name, None)
         spec = None if function is None else importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
@@ -338,7 +338,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
 
 def wrap(place: Any, name: str, change: Callable[[Callable], Callable]) -> None:
-    """Puts a changed function in the place of one, also of a method or a class method, if it is there."""
+    """Replaces a function, method or class method by a changed one, if it exists."""
     *path, name = name.split(".")
     for part in path:
         place = getattr(place, part, None)
@@ -352,7 +352,7 @@ def wrap(place: Any, name: str, change: Callable[[Callable], Callable]) -> None:
 
 
 def instrument(recorder: Recorder) -> None:
-    """Puts the recorder's functions in place, now or as soon as a module is imported."""
+    """Installs the recorder's functions, now or as soon as a module is imported."""
 
     def patch(module: ModuleType) -> None:
         for name, phase in TIMED[module.__name__]:
@@ -378,7 +378,7 @@ def instrument(recorder: Recorder) -> None:
 
 
 def give_weights(folder: Path) -> None:
-    """Has `UNet2DModel.from_config` give a folder's weights, from which the peer's script can't be told to start."""
+    """Makes `UNet2DModel.from_config` load weights from a folder, because the peer's script has no option for that."""
 
     def patch(module: ModuleType) -> None:
         def change(original: Callable) -> Callable:
@@ -397,7 +397,7 @@ def give_weights(folder: Path) -> None:
 
 
 def import_torchvision() -> None:
-    """Imports torchvision, also one built for another torch: the peer needs only what is written in Python."""
+    """Imports torchvision, even if built for another torch version: the peer needs only its Python code."""
     register = torch.library.register_fake
 
     def register_others(name: object, *rest: object, **more: object) -> Callable:
@@ -413,16 +413,18 @@ def import_torchvision() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script; its exit status is this one's."""
+    """Runs the script and exits with its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--record", type=Path, required=True, help="folder of what is written down")
-    parser.add_argument("--began", type=float, default=time.time(), help="when the command was given, in Unix seconds")
-    parser.add_argument("--keep_gradients", action="store_true", help="write the gradients of the first step")
-    parser.add_argument("--profile_steps", type=int, default=0, help="profile so many steps, which slows them")
-    parser.add_argument("--stop_after", type=int, help="end the process after so many steps, without its result")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what steps are timed by")
-    parser.add_argument("--weights", type=Path, help="folder of a UNet2DModel whose weights a fresh one takes")
-    parser.add_argument("--peer_path", help="folder of packages that the script needs, such as torchvision")
+    parser.add_argument("--record", type=Path, required=True, help="output folder for the record")
+    parser.add_argument("--began", type=float, default=time.time(), help="start time in Unix seconds (default: now)")
+    parser.add_argument("--keep_gradients", action="store_true", help="save the gradients of the first step")
+    parser.add_argument(
+        "--profile_steps", type=int, default=0, help="number of steps to profile, which slows them (default: 0)"
+    )
+    parser.add_argument("--stop_after", type=int, help="exit after N steps, without a result")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="clock for timing steps (default: wall)")
+    parser.add_argument("--weights", type=Path, help="folder of a UNet2DModel whose weights a new one gets")
+    parser.add_argument("--peer_path", help="folder of additional packages for the script, such as torchvision")
     parser.add_argument("script", type=Path)
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Stable Diffusion's architectures as they are published, and pipelines of them with random weights, in memory."""
+"""The published architectures of Stable Diffusion, and pipelines of them with random weights, in memory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from utils.models.sd import StableDiffusion
 from utils.models.sdxl import StableDiffusionXL
 from utils.models.text_to_image import TextFamily
 
-TOKENS, BEGIN, END = 77, 512, 513  # of the tokenizer that stands in for CLIP's
+TOKENS, BEGIN, END = 77, 512, 513  # length, start and end token of the tokenizer that replaces CLIP's
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A pipeline's family and the configs of its parts; of text encoders each with its class's name."""
+    """The family of a pipeline and the configs of its models; text encoders are pairs (class name, config)."""
 
     family: type[TextFamily]
     unet: Mapping[str, Any]
@@ -89,20 +89,20 @@ MODELS = {
 
 
 class MadeTokenizer(SimpleNamespace):
-    """What a family asks of a tokenizer whose captions are never read."""
+    """The parts of a tokenizer that a family uses; it never reads captions."""
 
     def get_vocab(self) -> dict[str, int]:
-        """Its words' numbers."""
+        """Returns the vocabulary."""
         return {"a": 0, "<|endoftext|>": END}
 
 
 class MadePipeline(SimpleNamespace):
-    """What a family asks of a pipeline in a training step: its parts, and the config of SDXL's."""
+    """The parts of a pipeline that a family uses in a training step."""
 
 
 @dataclass(frozen=True)
 class MadeSource:
-    """A `PipelineSource` of a pipeline that is made, not read."""
+    """A `PipelineSource` whose pipeline is created in memory instead of read from files."""
 
     options: ModelOptions
     architecture: Architecture
@@ -110,19 +110,19 @@ class MadeSource:
     is_single_file = False
 
     def scheduler_marks(self) -> dict[str, object]:
-        """None: the scheduler says it all."""
+        """Returns no changes to the scheduler."""
         return {}
 
     def folder(self, pipeline_class: type) -> None:
-        """There is none."""
+        """Returns None: there is no folder."""
 
     def load(self, family: type, dtypes: ComponentDtypes) -> MadePipeline:
-        """What of the pipeline a training step needs, where tensors are made just now."""
+        """Returns the parts of the pipeline that a training step needs, on the current default device."""
         parts, by_name = self.architecture.parts(), {"unet": dtypes.denoiser, "vae": dtypes.frozen}
         parts = {name: nn.Module.to(part, by_name.get(name, dtypes.text_encoders)) for name, part in parts.items()}
         words = {"model_max_length": TOKENS, "eos_token_id": END, "all_special_tokens": ["<|endoftext|>"]}
         tokenizers = dict.fromkeys(self.architecture.family.tokenizer_names, MadeTokenizer(**words))
         config = SimpleNamespace(force_zeros_for_empty_prompt=True)
-        with torch.device("cpu"):  # its tables of numbers are indexed there
+        with torch.device("cpu"):  # the scheduler indexes its tables on the CPU
             scheduler = tiny.scheduler()
         return MadePipeline(scheduler=scheduler, config=config, **tokenizers, **parts)

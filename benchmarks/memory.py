@@ -1,20 +1,19 @@
-"""Says what each memory flag of train_text_to_image.py saves, and what it costs.
+"""Reports how much memory each memory flag of train_text_to_image.py saves, and what it costs.
 
     python benchmarks/memory.py [--models sd sdxl] [--rows 1 2 14]     counted, on any machine
     python benchmarks/memory.py --measure [--folder FOLDER]            measured, on a GPU
 
-SD 1.5 at 512 px and SDXL at 1024 px, bfloat16 mixed precision, one image a step where a row does not say otherwise.
+SD 1.5 at 512 px and SDXL at 1024 px in bfloat16 mixed precision, with one image per step unless a row says otherwise.
 
-Counted: an optimizer step by the script's own parts, on tensors that have a shape but no memory; their storages are
-added up while they live. Of each kind stands all that there is of it; the most at once is less than the sum, for
-gradients come as activations go. Where torch is built without CUDA such tensors can't be on a GPU, so they are on the
-CPU, with CUDA's rules in place of its own: norms and softmax in float32 under autocast, and flash attention. Left out
-are the CUDA context, the workspaces of cuDNN and cuBLAS, what the allocator rounds up, and the columns that int8 layers
-compute in half precision.
+Counted: an optimizer step with the script's own parts, on fake tensors that have a shape but no memory; it adds up
+their storages while they exist. Each kind has its total; the peak is less than the sum, because gradients appear while
+activations are freed. If torch is built without CUDA, fake tensors can't be on a GPU, so they are on the CPU with
+CUDA's rules: norms and softmax in float32 under autocast, and flash attention. Not counted are the CUDA context, the
+workspaces of cuDNN and cuBLAS, rounding by the allocator, and the columns that int8 layers compute in half precision.
 
-Measured: for each row a short run of the script in a process of its own, on a pipeline of the same architecture with
-random weights; the memory is what the run itself logs. A run of SDXL writes 14 GB, which are removed after it. This
-part has not run on a GPU yet.
+Measured: a short run of the script for each row, in its own process, on a pipeline of the same architecture with random
+weights; the memory is what the run logs. A run of SDXL writes 14 GB, which are deleted afterwards. This part has not
+been run on a GPU yet.
 """
 
 import argparse
@@ -61,7 +60,7 @@ STEPS = 6
 
 
 class Row(NamedTuple):
-    """Flags, the number of the row that they are added to and compared with, and what they cost."""
+    """Flags, the number of the row that they extend and are compared with, and their cost."""
 
     base: int | None
     flags: str
@@ -73,45 +72,45 @@ SAMPLES = (
 )
 ROWS = {
     1: Row(None, "--mixed_precision bf16 --train_batch_size 1"),
-    2: Row(1, "--gradient_checkpointing", "most of the forward pass again"),
-    3: Row(1, "--cache_latents --cache_text_embeddings", "disk; an image keeps its crops and flips"),
+    2: Row(1, "--gradient_checkpointing", "recomputes most of the forward pass"),
+    3: Row(1, "--cache_latents --cache_text_embeddings", "disk space; fixed crops and flips per image"),
     4: Row(1, "--optimizer adamw8bit", "state rounded to 8 bits"),
     5: Row(1, "--optimizer adafactor", "another optimizer, without momentum"),
-    6: Row(1, "--pure_bf16", "weights rounded stochastically, stepped one after the other"),
+    6: Row(1, "--pure_bf16", "stochastic rounding; weights are updated one by one"),
     7: Row(1, "--optimizer_in_backward", "no clipping, no accumulation, one process"),
     8: Row(1, "--use_ema", "updated in each step"),
-    9: Row(8, "--offload_ema", "all weights cross to the host in each step"),
-    10: Row(1, "--attention_slicing", "time, and what PyTorch's attention does not keep"),
+    9: Row(8, "--offload_ema", "copies all weights to the host in each step"),
+    10: Row(1, "--attention_slicing", "time, and the memory that PyTorch's attention saves"),
     11: Row(2, "--optimizer_in_backward", "as 7"),
     12: Row(11, "--cache_latents --cache_text_embeddings --pure_bf16 --optimizer adamw8bit", "as 3, 4, 6"),
-    13: Row(1, "--adaptation lora --rank 16", "learns matrices of rank 16 alone"),
+    13: Row(1, "--adaptation lora --rank 16", "trains only matrices of rank 16"),
     14: Row(13, "--gradient_checkpointing", "as 2"),
     15: Row(13, "--quantize_base nf4", "weights rounded to 4 bits, unpacked in each layer"),
     16: Row(13, "--quantize_base int8", "weights and inputs rounded to 8 bits; each layer's input is kept"),
     17: Row(14, "--quantize_base nf4", "as 15"),
     18: Row(17, "--cache_latents --cache_text_embeddings", "as 3"),
     19: Row(14, "--train_batch_size 4"),
-    20: Row(19, "--vae_slicing", "images are encoded one after the other"),
+    20: Row(19, "--vae_slicing", "images are encoded one after another"),
     21: Row(14, "--resolution 1536"),
-    22: Row(21, "--vae_tiling", "tiles' seams change a little"),
+    22: Row(21, "--vae_tiling", "small differences at the seams of tiles"),
 }
 MEASURED_ROWS = ROWS | {
     23: Row(14, SAMPLES),
     24: Row(23, "--attention_slicing", "time"),
     25: Row(23, "--vae_slicing", "nothing: samples are decoded one by one"),
     26: Row(23, "--vae_tiling", "as 22"),
-    27: Row(23, "--sampling_cpu_offload", "parts go to the device and back in each validation"),
+    27: Row(23, "--sampling_cpu_offload", "moves models to the device and back in each validation"),
 }
 
 
 def flags_of(number: int) -> list[str]:
-    """All flags of a row, after those of the row that they are added to."""
+    """Returns all flags of a row, including those of the row that it extends."""
     row = MEASURED_ROWS[number]
     return [*(() if row.base is None else flags_of(row.base)), *row.flags.split()]
 
 
 def title_of(number: int) -> list[str]:
-    """A row's number and flags."""
+    """Returns the number and the flags of a row as cells."""
     row = MEASURED_ROWS[number]
     return [str(number), f"full fine-tuning, `{row.flags}`" if row.base is None else f"{row.base} + `{row.flags}`"]
 
@@ -120,12 +119,12 @@ def title_of(number: int) -> list[str]:
 
 
 class Live(TorchDispatchMode):
-    """Adds up the bytes of the storages that live, and the FLOPs of what is computed.
+    """Counts the bytes of existing storages, and the FLOPs.
 
     Attributes:
-        now, most: bytes that live, and the most of a step; `phase_of_most` is what was done then.
-        copies: bytes by storage of parameters in another dtype.
-        flops: of a step, 2 for each multiplication with its addition.
+        now, most: current bytes, and the peak of a step; `phase_of_most` is the phase of the peak.
+        copies: bytes, by storage, of parameters in another dtype.
+        flops: FLOPs of a step, 2 for each multiply-add.
     """
 
     def __init__(self) -> None:
@@ -135,7 +134,7 @@ class Live(TorchDispatchMode):
         self.begin("")
 
     def begin(self, phase: str) -> None:
-        """Begins a step."""
+        """Begins a phase of a step."""
         self.phase = self.phase_of_most = phase
         self.most, self.flops = self.now, 0
         self.copies: dict[int, int] = {}
@@ -164,7 +163,7 @@ class Live(TorchDispatchMode):
 
 
 def in_float32(function: Callable) -> Callable:
-    """The function, computed in float32 under autocast."""
+    """Wraps a function so that it computes in float32 under autocast."""
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
@@ -176,14 +175,14 @@ def in_float32(function: Callable) -> Callable:
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
-    """Attention of which inputs, output and a number a row are kept."""
+    """Attention that keeps inputs, output and one number per row for the backward pass."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
 def in_4_bits(data: Tensor, **options: Any) -> nn.Parameter:
-    """bitsandbytes' `Params4bit`, whose class can't be that of a tensor without memory."""
+    """Replaces bitsandbytes' `Params4bit`, whose class fake tensors can't have."""
     packed, state = bitsandbytes.functional.quantize_4bit(data, quant_type="nf4", compress_statistics=True)
     made = nn.Parameter(packed, requires_grad=False)
     made.quant_state, made.quant_type, made.compress_statistics = state, "nf4", True
@@ -191,7 +190,7 @@ def in_4_bits(data: Tensor, **options: Any) -> nn.Parameter:
 
 
 def in_8_bits(data: Tensor, **options: Any) -> nn.Parameter:
-    """bitsandbytes' `Int8Params`, likewise."""
+    """Replaces bitsandbytes' `Int8Params`, likewise."""
     packed, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(data.half())
     made = nn.Parameter(packed, requires_grad=False)
     made.CB, made.SCB, made.has_fp16_weights = packed, scales, False
@@ -199,7 +198,7 @@ def in_8_bits(data: Tensor, **options: Any) -> nn.Parameter:
 
 
 def apply_anew(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`Module._apply` with new parameters in place of changed ones, which those without memory can't be."""
+    """`Module._apply` that creates new parameters, because fake ones can't be changed in place."""
     for child in module.children():
         child._apply(function)
     for name, parameter in module._parameters.items():
@@ -210,7 +209,7 @@ def apply_anew(module: nn.Module, function: Callable[[Tensor], Tensor], recurse:
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Within it the CPU computes by CUDA's rules, and tensors without memory answer when asked for a value."""
+    """Context manager: the CPU follows CUDA's rules, and fake tensors return a value when asked for one."""
     changes = [
         (F, "group_norm", in_float32(F.group_norm)),
         (F, "layer_norm", in_float32(F.layer_norm)),
@@ -229,7 +228,7 @@ def as_on_cuda() -> Iterator[None]:
 
 
 def prepared(architecture: Architecture, options: Options) -> tuple[TextFamily, list[NamedParameter]]:
-    """The pipeline as the script prepares it, and what of it trains."""
+    """Returns the pipeline as the script prepares it, and its trained parameters."""
     adaptation_class = options.adaptation.spec.kind.value
     dtypes = adaptation_class.dtypes(options.adaptation, torch.bfloat16)
     family = architecture.family(MadeSource(options.model, architecture), dtypes, {})
@@ -250,7 +249,7 @@ def prepared(architecture: Architecture, options: Options) -> tuple[TextFamily, 
 
 
 def encoded(family: TextFamily, options: Options) -> tuple[Tensor, TextStates]:
-    """Noisy latents and text states, out of the encoders where they are not cached."""
+    """Returns noisy latents and text states, from the encoders if they are not cached."""
     batch, edge = options.loader.train_batch_size, options.image.resolution or family.default_resolution
     if options.cache.cache_latents:
         shapes = {"encoder_hidden_states": (TOKENS, family.denoiser.config.cross_attention_dim), "text_embeds": (1280,)}
@@ -262,7 +261,7 @@ def encoded(family: TextFamily, options: Options) -> tuple[Tensor, TextStates]:
 
 
 class Count(NamedTuple):
-    """Bytes by kind, the most of all kinds at once and the phase of the step in which that is, and the step's FLOPs."""
+    """Bytes by kind, the peak of all kinds with its phase of the step, and the FLOPs of the step."""
 
     kinds: dict[str, int]
     most: int
@@ -271,7 +270,7 @@ class Count(NamedTuple):
 
 
 def count(architecture: Architecture, flags: Sequence[str]) -> Count:
-    """Counts an optimizer step; a step before it, on the gradients of a mere sum, makes the optimizer's state."""
+    """Counts an optimizer step, after a first step with trivial gradients that creates the optimizer state."""
     options: Options = parse(Options, ["--pretrained_model", "made", *flags], "")
     live = Live()
     with FakeTensorMode(allow_non_fake_inputs=True), live, as_on_cuda():
@@ -301,7 +300,7 @@ def count(architecture: Architecture, flags: Sequence[str]) -> Count:
 
 
 def backward_pass(live: Live, family: TextFamily, options: Options) -> dict[str, int]:
-    """Encoding, forward and backward pass of a step; gives the bytes that the forward pass leaves, by kind."""
+    """Runs encoding, forward and backward pass; returns the bytes that exist after the forward pass, by kind."""
     live.begin("encoding")
     with torch.no_grad():
         noisy, states = encoded(family, options)
@@ -322,7 +321,7 @@ COUNTED = ["", "flags", *KINDS, "most at once", "when", "saved", "TFLOPs", "cost
 
 
 def counted_rows(architecture: Architecture, numbers: Sequence[int]) -> Iterator[list[str]]:
-    """The cells of each row, in GB."""
+    """Yields the cells of each row, in GB."""
     counts: dict[int, Count] = {}
     for number in numbers:
         found = counts[number] = count(architecture, flags_of(number))
@@ -338,10 +337,10 @@ def counted_rows(architecture: Architecture, numbers: Sequence[int]) -> Iterator
 
 
 def measure(pipeline: Path, images: Path, folder: Path, flags: Sequence[str]) -> tuple[float, float]:
-    """The most GB of device memory, not a number without a device, and seconds a step, of a short run of the script.
+    """Runs the script briefly; returns (peak GB of device memory, NaN without a device; seconds per step).
 
     Raises:
-        UserError: with the last line that a run said which failed.
+        UserError: if the run failed, with its last line.
     """
     with tempfile.TemporaryDirectory(dir=folder) as output:
         command = [sys.executable, ROOT / "train_text_to_image.py", "--pretrained_model", pipeline]
@@ -362,7 +361,7 @@ MEASURED = ["", "flags", "most memory, GB", "saved, GB", "s/step", "times as lon
 
 
 def measured_rows(architecture: Architecture, folder: Path, numbers: Sequence[int]) -> Iterator[list[str]]:
-    """The cells of each row; those of a run that failed say why."""
+    """Yields the cells of each row, or the reason if its run failed."""
     pipeline = architecture.save_pipeline(folder / architecture.family.__name__)
     images = tiny.make_images(folder / "images")
     found: dict[int, tuple[float, float]] = {}
@@ -382,12 +381,17 @@ def run(argv: Sequence[str] | None) -> None:
     """Prints a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rows", nargs="+", type=int, choices=MEASURED_ROWS, help="by number; all by default")
-    parser.add_argument("--measure", action="store_true", help="run the script on the GPU instead of counting")
-    parser.add_argument("--folder", type=Path, default=Path("memory-benchmark"), help="what is measured, kept there")
+    parser.add_argument("--rows", nargs="+", type=int, choices=MEASURED_ROWS, help="numbers of rows (default: all)")
+    parser.add_argument("--measure", action="store_true", help="run the script on a GPU instead of counting")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("memory-benchmark"),
+        help="folder for pipelines and images (default: memory-benchmark)",
+    )
     args = parser.parse_args(argv)
     if args.measure and not torch.cuda.is_available():
-        raise UserError("--measure needs a GPU with CUDA, and there is none; without --measure the figures are counted")
+        raise UserError("--measure needs a GPU with CUDA, and there is none; remove it to count instead")
     torch.set_num_threads(1)
     print(", ".join(f"{package} {version(package)}" for package in PACKAGES))
     for name in args.models:

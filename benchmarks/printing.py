@@ -1,4 +1,4 @@
-"""How benchmarks print: the machine that ran them, and tables in Markdown."""
+"""Prints for benchmarks: the machine, and Markdown tables."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table in Markdown."""
+    """Prints a Markdown table."""
     print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for row in rows:
         print(f"| {' | '.join(row)} |")
@@ -17,7 +17,7 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) 
 
 
 def print_machine(packages: Sequence[str]) -> None:
-    """What ran it."""
+    """Prints the machine and the versions of packages."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")

@@ -1,29 +1,29 @@
-"""Trains the same with our script and with a peer's, turn by turn, and prints both speeds: one command, any machine.
+"""Trains the same model with our script and a peer's, in alternating turns, and prints both speeds.
 
     python benchmarks/train.py --case sd|sdxl|lora|sdxl-lora|unconditional [--peer_script FILE] [--size tiny|small|true]
 
-The peer is diffusers' own example script, recognised by its name, fetched by whoever runs this and left as it is:
-train_text_to_image.py, _sdxl.py, _lora.py, _lora_sdxl.py, train_unconditional.py. Both sides train the same weights,
-seeded and random (benchmarks/assets.py), on the same images with the same batch, resolution, precision, learning rate
-and steps, each turn in a process of its own, timed from outside by benchmarks/launch.py. The peer runs twice: with its
-default flags, and tuned (loader workers, `--foreach_ema` where it has that, no checkpointing where it fits; on a GPU
-both in bf16). The ratio to the tuned one is the headline; its interval is a bootstrap over rounds and steps.
+The peer is an unchanged example script of diffusers, which you download and which is recognised by its name:
+train_text_to_image.py, _sdxl.py, _lora.py, _lora_sdxl.py, train_unconditional.py. Both sides train the same seeded
+random weights (benchmarks/assets.py) on the same images with the same batch size, resolution, precision, learning rate
+and steps. Each turn runs in its own process, timed from outside by benchmarks/launch.py. The peer runs twice: with
+default flags, and tuned (loader workers, `--foreach_ema` if it has that, no gradient checkpointing if it fits; on a GPU
+both in bf16). The main result is the ratio to the tuned peer; its interval is a bootstrap over rounds and steps.
 
-No speed is printed unless the fast path learns the same (benchmarks/gates.py): gradients of the first step, losses of
-50 steps, the update of the weights after them, each against our script with every optimisation off; and its export has
-to load in plain diffusers. A gate that fails is named, and the exit status is 1. The plain path's own spread is that of
-a second run which splits each batch in two. Beside the speed stands the loss of all results, after equal steps, on
+It prints no speed unless the fast path learns the same (benchmarks/gates.py): it compares the gradients of the first
+step, the losses of 50 steps and the weight update after them with our script with all optimisations off, and the export
+must load in plain diffusers. If a gate fails, it is named, and the exit status is 1. The plain path's own spread comes
+from a second run that splits each batch in two. With the speeds it prints the loss of all results after equal steps, on
 fixed images and noise, measured by benchmarks/evaluate.py without our code.
 
-A moving average is kept by both sides, except in LoRA runs, where the peer has none. Images are cut from their middle
-and not flipped: the peer's SDXL script would otherwise tell the UNet another crop than it encoded. diffusers'
-train_unconditional.py takes no weights and no seed: the launcher gives it both.
+Both sides keep an EMA, except in LoRA runs, where the peer has none. Images are centre-cropped and not flipped, because
+the peer's SDXL script would otherwise pass the UNet another crop than it encoded. diffusers' train_unconditional.py has
+no options for weights and seed, so the launcher sets both.
 
-`--clock cpu` times steps by the CPU time of the training process: for machines that others use too. Loader workers and
-other threads' waiting then do not count, in the peer's favour. With one thread (`--threads 1`) and no workers it is the
-time that an idle machine would take.
+`--clock cpu` times steps by the CPU time of the training process, for machines with other load. Loader workers and
+waiting threads then do not count, in the peer's favour. With one thread (`--threads 1`) and no workers it is the time
+that an idle machine would take.
 
-The part for GPUs (CUDA events, torch's warnings of synchronisation, true sizes) has not run yet.
+The part for GPUs (CUDA events, torch's synchronisation warnings, true sizes) has not been run yet.
 """
 
 import argparse
@@ -50,7 +50,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "dataset
 VALIDATION_IMAGES = 16
 CHECK_STEPS = 50
 GPU_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "A10G": 125}
-"""Dense bf16 multiplication with fp32 sums, as the makers give it, by a part of the GPU's name."""
+"""Peak TFLOP/s of dense bf16 with fp32 accumulation, from data sheets, by a part of the GPU's name."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Case:
     """What is trained.
 
     Attributes:
-        kind: of the pipeline.
-        script, peer: files of ours and of diffusers.
-        ours, theirs: flags of one side.
+        kind: kind of pipeline.
+        script, peer: our script and that of diffusers.
+        ours, theirs: flags of each side.
         is_adapter: whether the result is a LoRA file.
-        averages: whether both sides keep a moving average.
+        averages: whether both sides keep an EMA.
         rate: the learning rate.
     """
 
@@ -100,11 +100,11 @@ CASES = {
 
 @dataclass(frozen=True)
 class Optimisation:
-    """What makes our side faster: flags that switch it on and off. A script without the first of them does without.
+    """An optimisation of our side: flags that switch it on and off; skipped if the script lacks the first flag.
 
     Attributes:
-        devices: where it is part of the fast path unless --optimisations says otherwise.
-        needs: of the case: "text" for pipelines with text, "average" where one is kept, "adapter" for LoRA, "bf16".
+        devices: devices on which it is part of the fast path by default.
+        needs: what the case needs: "text" for pipelines with text, "average" for an EMA, "adapter" for LoRA, "bf16".
     """
 
     on: str
@@ -113,7 +113,7 @@ class Optimisation:
     needs: str = ""
 
     def is_for(self, case: Case, precision: str, offered: str) -> bool:
-        """Whether a case can have it, and the script's --help lists it."""
+        """Whether a case can use it, and the script's --help lists it."""
         has = {"": True, "text": case.kind != "unconditional", "average": case.averages, "adapter": case.is_adapter}
         has["bf16"] = precision == "bf16"
         return has[self.needs] and f"{self.on.split()[0]} " in offered.replace(",", " ").replace("\n", " ")
@@ -133,7 +133,7 @@ OPTIMISATIONS = {
     "compile": Optimisation("--compile denoiser", devices=("cuda",)),
     "cuda_graphs": Optimisation("--cuda_graphs", devices=()),  # with compile, by name: for small batches
 }
-"""In the order in which --ablate adds them. A new one is a line here."""
+"""Optimisations in the order in which --ablate adds them; add a line here for a new one."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,10 @@ class Contest:
     """One call of this benchmark.
 
     Attributes:
-        case_name, case, size: what is trained.
+        case_name, case, size: what it trains.
         precision: fp32 or bf16.
-        steps: of a timed turn, of which the first `warm_up` don't count.
-        peer_path: folder with packages that the peer needs and we don't.
+        steps: steps of a timed turn; the first `warm_up` don't count.
+        peer_path: folder with packages that only the peer needs.
     """
 
     case_name: str
@@ -164,28 +164,28 @@ class Contest:
 
     @property
     def pipeline(self) -> Path:
-        """The folder of the weights that all start from."""
+        """Returns the folder of the initial weights."""
         return self.folder / f"{self.case.kind}-{self.size_name}"
 
     @property
     def images(self) -> Path:
-        """As many images as a timed turn has samples: it is one epoch."""
+        """Returns the folder of training images; a timed turn is one epoch."""
         return self.folder / f"images-{self.size.resolution}-{self.steps * self.size.batch}"
 
     @property
     def validation(self) -> Path:
-        """Images that nobody trains on."""
+        """Returns the folder of images that no side trains on."""
         return self.folder / f"validation-{self.size.resolution}"
 
     def make_assets(self) -> None:
-        """Writes what is not there yet."""
+        """Writes the weights and images that do not exist yet."""
         make_pipeline(self.case.kind, self.size_name, self.pipeline)
         make_images(self.images, self.steps * self.size.batch, self.size.resolution)
         make_images(self.validation, VALIDATION_IMAGES, self.size.resolution, seed=1)
 
     @property
     def shared_flags(self) -> list[str]:
-        """What both sides are told."""
+        """Returns the flags of both sides."""
         flags = ["--train_data_dir", self.images, "--resolution", self.size.resolution, "--center_crop"]
         flags += ["--learning_rate", self.case.rate, "--lr_scheduler", "constant", "--lr_warmup_steps", 0]
         flags += ["--checkpointing_steps", 10**6, "--mixed_precision", "no" if self.precision == "fp32" else "bf16"]
@@ -194,7 +194,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Side:
-    """A contestant: a script and its flags, of which `changes` are what sets it apart."""
+    """A contestant: a script and its flags; `changes` are those in which it differs from others."""
 
     name: str
     script: Path
@@ -213,7 +213,7 @@ def our_side(contest: Contest, name: str, changes: Sequence[str], steps: int, mi
 
 
 def peer_side(contest: Contest, name: str, changes: Sequence[str]) -> Side:
-    """The peer's script."""
+    """Returns the peer's side."""
     flags = [*contest.shared_flags, "--train_batch_size", str(contest.size.batch), *contest.case.theirs.split()]
     if contest.case.kind == "unconditional":
         flags += ["--model_config_name_or_path", str(contest.pipeline / "unet")]
@@ -224,7 +224,7 @@ def peer_side(contest: Contest, name: str, changes: Sequence[str]) -> Side:
 
 
 def tuned_flags(script: str, cores: int) -> list[str]:
-    """The peer's flags that make it faster, as far as its script has them."""
+    """Returns the flags that make the peer faster, as far as its script has them."""
     flags = ["--dataloader_num_workers", str(min(8, cores))]
     return flags + ["--foreach_ema"] * ('"--foreach_ema"' in script and '"--use_ema"' in script)
 
@@ -233,11 +233,11 @@ def tuned_flags(script: str, cores: int) -> list[str]:
 
 
 class ChildError(Exception):
-    """A child process failed; the message is the end of what it said."""
+    """A child process failed; the message is the end of its output."""
 
 
 def run_child(command: Sequence[object], log: Path, home: Path, threads: int | None) -> None:
-    """Runs a process to its end, its output in a file.
+    """Runs a process and writes its output to a file.
 
     Raises:
         ChildError: if its exit status is not 0.
@@ -255,7 +255,7 @@ def run_child(command: Sequence[object], log: Path, home: Path, threads: int | N
 
 
 def take_turn(contest: Contest, side: Side, place: Path, *launcher_flags: str) -> dict[str, Any]:
-    """A side's run in a fresh process with empty caches; gives its record. The result stays in `place`/out."""
+    """Runs a side in a new process with empty caches; returns its record. The result is in `place`/out."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     command = [sys.executable, Path(__file__).with_name("launch.py"), "--record", place, "--clock", contest.clock]
@@ -271,7 +271,7 @@ def take_turn(contest: Contest, side: Side, place: Path, *launcher_flags: str) -
 
 
 def take_turns(contest: Contest, sides: Sequence[Side]) -> dict[str, Turns]:
-    """The turns of each side, round by round; who begins changes. Only the last round's results are kept."""
+    """Runs the turns of each side, round by round, in changing order; keeps only the last round's results."""
     records: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
     for number in range(contest.rounds):
         first = number % len(sides)
@@ -286,7 +286,7 @@ def take_turns(contest: Contest, sides: Sequence[Side]) -> dict[str, Turns]:
 
 
 def that_fits(contest: Contest, side: Side) -> Side:
-    """The side, with gradient checkpointing where a GPU is too small for it without."""
+    """Returns the side, with gradient checkpointing if the GPU is too small without it."""
     if not has_gpu():
         return side
     place, has_length = contest.folder / "turns" / "fits", contest.case.kind != "unconditional"
@@ -305,7 +305,7 @@ def that_fits(contest: Contest, side: Side) -> Side:
 
 
 def check(contest: Contest, plain: Sequence[str], fast: Sequence[str]) -> list[Any]:
-    """The gates' verdicts on a fast path, by what four runs record; with LoRA and with bfloat16 one more each."""
+    """Returns the gates' verdicts on a fast path, from four runs, and one more each for LoRA and bfloat16."""
     from safetensors.torch import load_file
 
     from benchmarks.gates import export_loads, gradients_agree, losses_agree, tensors_of, updates_agree
@@ -318,7 +318,7 @@ def check(contest: Contest, plain: Sequence[str], fast: Sequence[str]) -> list[A
     }
     if contest.precision == "bf16":
         sides["exact"] = our_side(contest, "exact", [*plain, "--mixed_precision", "no", "--allow_tf32", "false"], 1)
-    if contest.case.is_adapter:  # an adapter's first weights are drawn by the script
+    if contest.case.is_adapter:  # the script initialises the adapter's weights
         sides["start"] = our_side(contest, "start", [*plain, "--learning_rate", "1e-30"], 1)
     records = {}
     for name, side in sides.items():
@@ -340,7 +340,7 @@ def check(contest: Contest, plain: Sequence[str], fast: Sequence[str]) -> list[A
 
 
 def evaluate(contest: Contest, exports: Sequence[Path]) -> dict[str, Any]:
-    """What benchmarks/evaluate.py says of some results, in a process that does not see our code."""
+    """Runs benchmarks/evaluate.py on some results, in a process without our code; returns its findings."""
     out = contest.folder / "evaluated.json"
     command = [sys.executable, "-I", Path(__file__).with_name("evaluate.py"), "--base", contest.pipeline, "--out", out]
     command += ["--images", contest.validation, "--resolution", contest.size.resolution, *exports]
@@ -349,7 +349,7 @@ def evaluate(contest: Contest, exports: Sequence[Path]) -> dict[str, Any]:
 
 
 def gates_hold(contest: Contest, plain: Sequence[str], fast: Sequence[str]) -> bool:
-    """Prints the verdicts on a fast path, and what failed."""
+    """Prints the verdicts on a fast path and which gates failed; returns whether all hold."""
     verdicts = check(contest, plain, fast)
     title = f"Gates: `{' '.join(fast) or 'no flags'}` against `{' '.join(plain) or 'no flags'}`"
     print_table(title, ["gate", "holds", "found"], [[each.name, yes(each.holds), each.says] for each in verdicts])
@@ -368,14 +368,14 @@ def yes(holds: bool) -> str:
 
 
 def print_speeds(contest: Contest, sides: Sequence[Side], turns: Mapping[str, Turns], peak: float | None) -> None:
-    """The main table and what belongs to it."""
+    """Prints the main table and its notes."""
     flops = evaluate(contest, [result_of(contest, sides[0])])["flops"]
     unit = "MB" if not has_gpu() else "GB"
     head = ["", "images/s: median (p10 to p90)", "ours is faster by (95 % of resamplings)", f"memory, {unit}"]
     head += [
         "waiting for data",
-        "host ms a step",
-        "synchronising calls a step",
+        "host ms per step",
+        "synchronising calls per step",
         "outside forward, backward, optimizer, EMA",
     ]
     head += ["model FLOP utilisation"] if peak else []
@@ -401,9 +401,11 @@ def print_speeds(contest: Contest, sides: Sequence[Side], turns: Mapping[str, Tu
         head,
         rows,
     )
-    print(f"\nThe denoiser's forward and backward pass take {flops / 1e9:.4g} GFLOPs an image.", end=" ")
+    print(f"\nThe denoiser's forward and backward pass take {flops / 1e9:.4g} GFLOPs per image.", end=" ")
     print(
-        "" if peak else "Utilisation is left out: no peak rate is known for this device and precision (--peak_tflops)."
+        ""
+        if peak
+        else "Utilisation is not computed: the peak rate of this device and precision is unknown (--peak_tflops)."
     )
     for side in sides:
         sites = {name: count for record in turns[side.name].records for name, count in record["sites"].items()}
@@ -411,18 +413,18 @@ def print_speeds(contest: Contest, sides: Sequence[Side], turns: Mapping[str, Tu
 
 
 def print_phases(sides: Sequence[Side], turns: Mapping[str, Turns]) -> None:
-    """Where the time of a step goes, in milliseconds."""
+    """Prints the milliseconds of a step by phase."""
     rows = []
     for side in sides:
         each = turns[side.name]
         spent = [each.phase_seconds(phase) for phase in PHASES]
         rest = each.outside_seconds - spent[0] - spent[1]
         rows.append([side.name, *(f"{1e3 * seconds:.3g}" for seconds in (*spent, rest))])
-    print_table("Milliseconds of a step, by the host's clock: mean", ["", *PHASES, "the rest"], rows)
+    print_table("Mean milliseconds per step, by the host's clock", ["", *PHASES, "the rest"], rows)
 
 
 def print_starts(sides: Sequence[Side], turns: Mapping[str, Turns]) -> None:
-    """Seconds from the command to the first step's end, in parts, and when ours has caught up."""
+    """Prints the seconds from the command to the end of the first step, by part, and when ours has caught up."""
     rows = []
     for side in sides:
         each = turns[side.name]
@@ -439,11 +441,11 @@ def print_starts(sides: Sequence[Side], turns: Mapping[str, Turns]) -> None:
         "listing data",
     ]
     head += ["filling caches", "compiling", "the rest, with the first step", "ours has caught up at step"]
-    print_table("Start: seconds by the wall clock, median", head, rows)
+    print_table("Start: median seconds by the wall clock", head, rows)
 
 
 def print_losses(contest: Contest, sides: Sequence[Side]) -> None:
-    """The loss of each result on the same images and noise."""
+    """Prints the loss of each result on the same images and noise."""
     results = {"before": contest.pipeline} | {side.name: result_of(contest, side) for side in sides}
     found = evaluate(contest, list(results.values()))["exports"]
     rows = []
@@ -457,12 +459,12 @@ def print_losses(contest: Contest, sides: Sequence[Side]) -> None:
 
 
 def result_of(contest: Contest, side: Side) -> Path:
-    """The folder of a side's last result."""
+    """Returns the folder of a side's last result."""
     return contest.folder / "turns" / side.name.replace(" ", "_") / "out"
 
 
 def print_ablation(contest: Contest, sides: Sequence[Side], turns: Mapping[str, Turns]) -> None:
-    """What each optimisation adds to those before it."""
+    """Prints what each optimisation adds to those before it."""
     rows, before = [], sides[0]
     for side in sides:
         each = turns[side.name]
@@ -479,7 +481,7 @@ def print_ablation(contest: Contest, sides: Sequence[Side], turns: Mapping[str, 
 
 
 def print_profile(contest: Contest, fast: Sequence[str]) -> None:
-    """The functions that take most of our steps' time."""
+    """Prints the functions that take most of the time of our steps."""
     import pstats
 
     side = our_side(contest, "profile", fast, contest.steps)
@@ -498,59 +500,76 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--case", choices=CASES, required=True)
-    add("--size", choices=("tiny", "small", "true"), default="small", help="true needs a GPU (default: small)")
-    add("--peer_script", type=Path, help="diffusers' script for the case; without it ours runs alone")
-    add("--peer_path", type=Path, help="folder of packages that only the peer needs: torchvision")
-    add("--peer_commit", default="not given", help="what to print as the peer's version, beside its file's git id")
-    add("--folder", type=Path, default=Path("train-benchmark"), help="weights, images and results are kept there")
-    add("--batch", type=int, help="samples of a step, an even number; by default the size's")
-    add("--rounds", type=int, default=3, help="turns of each side")
-    add("--steps", type=int, default=60, help="of a turn")
-    add("--warm_up", type=int, default=10, help="steps of a turn that don't count")
-    add("--check_steps", type=int, default=CHECK_STEPS, help="of the gates' runs")
-    add("--precision", choices=("fp32", "bf16"), help="by default bf16 on a GPU, fp32 without one")
-    add("--threads", type=int, help="of torch in each process; by default as torch likes")
-    add("--clock", choices=("wall", "cpu"), default="wall", help="what steps are timed by")
-    add("--optimisations", nargs="*", choices=OPTIMISATIONS, help="of the fast path; by default those for the device")
-    add("--ablate", action="store_true", help="our optimisations one by one, in place of the peer")
-    add("--profile", action="store_true", help="add a profile of our steps")
-    add("--peak_tflops", type=float, help="of the device in this precision, for the utilisation")
+    add(
+        "--size",
+        choices=("tiny", "small", "true"),
+        default="small",
+        help="size of the models; true needs a GPU (default: small)",
+    )
+    add("--peer_script", type=Path, help="diffusers' script for the case; without it only ours runs")
+    add("--peer_path", type=Path, help="folder of packages that only the peer needs, such as torchvision")
+    add("--peer_commit", default="not given", help="version of the peer to print, besides the git id of its file")
+    add(
+        "--folder",
+        type=Path,
+        default=Path("train-benchmark"),
+        help="folder for weights, images and results (default: train-benchmark)",
+    )
+    add("--batch", type=int, help="samples per step, an even number; by default that of the size")
+    add("--rounds", type=int, default=3, help="turns per side (default: 3)")
+    add("--steps", type=int, default=60, help="steps per turn (default: 60)")
+    add("--warm_up", type=int, default=10, help="first steps of a turn that don't count (default: 10)")
+    add(
+        "--check_steps", type=int, default=CHECK_STEPS, help=f"steps of the runs for the gates (default: {CHECK_STEPS})"
+    )
+    add("--precision", choices=("fp32", "bf16"), help="precision of both sides; by default bf16 on a GPU, else fp32")
+    add("--threads", type=int, help="torch threads per process; by default torch's choice")
+    add("--clock", choices=("wall", "cpu"), default="wall", help="clock for timing steps (default: wall)")
+    add(
+        "--optimisations",
+        nargs="*",
+        choices=OPTIMISATIONS,
+        help="optimisations of the fast path; by default those for the device",
+    )
+    add("--ablate", action="store_true", help="compare our optimisations one by one, instead of the peer")
+    add("--profile", action="store_true", help="also print a profile of our steps")
+    add("--peak_tflops", type=float, help="peak TFLOP/s of the device in this precision, for the utilisation")
     return parser.parse_args(argv)
 
 
 def refuse(message: str) -> NoReturn:
-    """Ends with an error's line."""
+    """Exits with an error message and status 2."""
     from utils.config.options import UserError
 
     raise UserError(message)
 
 
 def say(text: str) -> None:
-    """What is being done, on stderr."""
+    """Prints progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def has_gpu() -> bool:
-    """Whether torch sees one."""
+    """Whether torch sees a GPU."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def contest_of(args: argparse.Namespace) -> Contest:
-    """What the options ask for.
+    """Returns the contest that the options describe.
 
     Raises:
-        UserError: if that can't be.
+        SystemExit: if the options are invalid.
     """
     case, size = CASES[args.case], SIZES[CASES[args.case].kind][args.size]
     if not size.on_cpu and not has_gpu():
-        refuse(f"--size must be tiny or small where there is no GPU, got {args.size}; run it on a machine with CUDA")
+        refuse(f"--size must be tiny or small without a GPU, got {args.size}; run it on a machine with CUDA")
     if args.clock == "cpu" and has_gpu():
-        refuse("--clock must be wall on a GPU, got cpu; leave it out")
+        refuse("--clock must be wall on a GPU, got cpu; remove it")
     batch = size.batch if args.batch is None else args.batch
     if batch < 2 or batch % 2:
-        refuse(f"--batch must be even, for a gate halves it, got {batch}; try {max(2, batch + 1)}")
+        refuse(f"--batch must be even because a gate halves it, got {batch}; try {max(2, batch + 1)}")
     for name, least in (("rounds", 1), ("warm_up", 1), ("check_steps", 2), ("steps", args.warm_up + 2)):
         if getattr(args, name) < least:
             refuse(f"--{name} must be at least {least}, got {getattr(args, name)}; try {least}")
@@ -575,17 +594,17 @@ def contest_of(args: argparse.Namespace) -> Contest:
 
 
 def check_peer(script: Path, case: str) -> None:
-    """Refuses another script than the case's."""
+    """Checks that the script is the one of the case."""
     if not script.is_file():
-        refuse(f"--peer_script must be a file, got {script}; fetch it from diffusers' examples")
+        refuse(f"--peer_script must be a file, got {script}; download it from diffusers' examples")
     if script.name != CASES[case].peer:
         fitting = next((name for name, each in CASES.items() if each.peer == script.name), None)
-        cure = f"try --case {fitting}" if fitting else f"its name tells what it is: {CASES[case].peer}"
+        cure = f"try --case {fitting}" if fitting else f"it is recognised by its name: {CASES[case].peer}"
         refuse(f"--peer_script must be {CASES[case].peer} for --case {case}, got {script.name}; {cure}")
 
 
 def possible_optimisations(contest: Contest) -> dict[str, Optimisation]:
-    """Those that the script has and the case can have."""
+    """Returns the optimisations that the script has and the case can use."""
     words = [sys.executable, str(ROOT / contest.case.script), "--help"]
     offered = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     return {name: each for name, each in OPTIMISATIONS.items() if each.is_for(contest.case, contest.precision, offered)}
@@ -594,23 +613,23 @@ def possible_optimisations(contest: Contest) -> dict[str, Optimisation]:
 def chosen_optimisations(
     contest: Contest, possible: Mapping[str, Optimisation], names: Sequence[str] | None
 ) -> list[str]:
-    """Those of the fast path: by the device, or by name."""
+    """Returns the optimisations of the fast path, by device or by name."""
     if names is None:
         device = "cuda" if has_gpu() else "cpu"
         return [name for name, each in possible.items() if device in each.devices]
     missing = next((name for name in names if name not in possible), None)
     if missing is not None:
-        refuse(f"--optimisations: {missing} is not for --case {contest.case_name}; it can have {', '.join(possible)}")
+        refuse(f"--optimisations {missing} does not fit --case {contest.case_name}; choose from {', '.join(possible)}")
     return [name for name in possible if name in names]
 
 
 def flags_with(possible: Mapping[str, Optimisation], on: Container[str]) -> list[str]:
-    """What switches some optimisations on, and the others off."""
+    """Returns the flags that switch some optimisations on and the others off."""
     return [flag for name, each in possible.items() for flag in (each.on if name in on else each.off).split()]
 
 
 def sides_of(contest: Contest, fast: Sequence[str]) -> Iterator[Side]:
-    """Ours, and the peer twice."""
+    """Yields our side, and the peer's twice."""
     yield our_side(contest, "ours", fast, contest.steps)
     if contest.peer_script is not None:
         text = contest.peer_script.read_text(encoding="utf-8")
@@ -620,7 +639,7 @@ def sides_of(contest: Contest, fast: Sequence[str]) -> Iterator[Side]:
 
 
 def describe(contest: Contest, args: argparse.Namespace) -> None:
-    """Machine, versions, peer, command."""
+    """Prints machine, versions, peer and command."""
     print_machine(PACKAGES)
     if has_gpu():
         import torch
@@ -635,7 +654,7 @@ def describe(contest: Contest, args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks, takes turns, prints; gives the exit status."""
+    """Runs gates and turns, and prints the results; returns the exit status."""
     contest = contest_of(args)
     contest.make_assets()
     describe(contest, args)
@@ -663,7 +682,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def known_peak(precision: str) -> float | None:
-    """Of the GPU in bf16, in TFLOP/s."""
+    """Returns the peak TFLOP/s of the GPU in bf16; None if unknown."""
     import torch
 
     if precision != "bf16" or not has_gpu():
@@ -673,7 +692,7 @@ def known_peak(precision: str) -> float | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; gives its exit status: 1 where a gate fails, 2 where it can't run."""
+    """Runs the benchmark; returns the exit status: 1 if a gate fails, 2 if it can't run."""
     args = parse_arguments(argv)
     from utils.config.options import UserError
 

@@ -1,4 +1,4 @@
-"""What the records of many turns come to: medians, spreads, ratios with an interval, and when a start has paid."""
+"""Statistics of many turns: medians, spreads, ratios with intervals, and when a longer start has paid off."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ RESAMPLINGS = 2000
 
 
 class Interval(NamedTuple):
-    """A value and the range in which 95 % of resamplings put it."""
+    """A value and its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -25,11 +25,11 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Turns:
-    """The turns of a contestant, one record each, as benchmarks/launch.py writes them.
+    """The turns of a contestant, with one record of benchmarks/launch.py each.
 
     Attributes:
-        warm_up: steps at the beginning of each that don't count, the first among them.
-        batch: samples of a step.
+        warm_up: number of steps at the start of each turn that don't count, including the first.
+        batch: samples per step.
     """
 
     records: Sequence[dict[str, Any]]
@@ -38,12 +38,12 @@ class Turns:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """The steps that count, of all turns."""
+        """Returns the steps that count, of all turns."""
         return [step for record in self.records for step in record["steps"][self.warm_up :]]
 
     @property
     def seconds_by_turn(self) -> list[list[float]]:
-        """Of each step that counts; on a GPU between events of its stream."""
+        """Returns the seconds of each step that counts, by turn; on a GPU, between events of its stream."""
         return [
             record["device_seconds"][self.warm_up - 1 :]
             if record["device_seconds"]
@@ -58,28 +58,28 @@ class Turns:
 
     @property
     def images_per_second(self) -> tuple[float, float, float]:
-        """Median, 10th and 90th percentile over the steps."""
+        """Returns median, 10th and 90th percentile over the steps."""
         rates = sorted(self.batch / each for turn in self.seconds_by_turn for each in turn)
         return statistics.median(rates), quantile(rates, 0.1), quantile(rates, 0.9)
 
     def phase_seconds(self, phase: str) -> float:
-        """The mean of a step."""
+        """Returns the mean seconds of a phase per step."""
         return statistics.fmean(step["phases"].get(phase, 0.0) for step in self.steps)
 
     def share(self, seconds: float) -> float:
-        """Of the mean time of a step, by the host's clock."""
+        """Returns the share of `seconds` in the mean time of a step, by the host's clock."""
         return seconds / statistics.fmean(step["seconds"] for step in self.steps)
 
     @property
     def outside_seconds(self) -> float:
-        """A step's time outside forward, backward, optimizer and moving average."""
+        """Returns the time of a step outside forward, backward, optimizer and EMA."""
         return statistics.fmean(
             step["seconds"] - sum(step["phases"].get(phase, 0.0) for phase in COMPUTING) for step in self.steps
         )
 
     @property
     def host_seconds(self) -> float:
-        """What Python has to do in a step: on a GPU all but waiting for it or for data, on a CPU all but computing."""
+        """Returns Python's own time per step: without waiting for a GPU or data, or on a CPU without computing."""
         blocked = self.phase_seconds("blocked") + self.phase_seconds("data")
         if any(record["device_seconds"] for record in self.records):
             return statistics.fmean(step["seconds"] for step in self.steps) - blocked
@@ -88,16 +88,16 @@ class Turns:
 
     @property
     def synchronising(self) -> float:
-        """Calls a step."""
+        """Returns the number of synchronising calls per step."""
         return statistics.fmean(step["calls"].get("synchronising", 0) for step in self.steps)
 
     @property
     def memory(self) -> int:
-        """Bytes at most, while training."""
+        """Returns the peak memory in bytes during training."""
         return max(record["memory"]["steps"] for record in self.records)
 
     def start_seconds(self, part: str | None = None) -> float:
-        """From the command to the end of the first step, or a part of that; the median over the turns."""
+        """Returns the median time from the command to the end of the first step, or of a part of it."""
         if part == "main":
             return statistics.median(record["main_seconds"] for record in self.records)
         first = [record["steps"][0] for record in self.records]
@@ -105,7 +105,7 @@ class Turns:
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """Of values in order, between neighbours in proportion."""
+    """Returns a quantile of sorted values, with linear interpolation."""
     place = share * (len(ordered) - 1)
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)
@@ -113,9 +113,9 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def ratio(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], seed: int = 0) -> Interval:
-    """How many times as fast ours is, by median seconds; rounds are resampled, and steps within them (bootstrap).
+    """Returns the speed of ours relative to theirs, by median seconds, with a bootstrap over rounds and their steps.
 
-    A round's turns were taken one after the other, so both sides' are drawn together.
+    Turns of a round ran one after the other, so the bootstrap draws both sides of a round together.
     """
     import numpy as np
 
@@ -132,7 +132,7 @@ def ratio(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], se
 
 
 def steps_to_pay(ours: Turns, theirs: Turns) -> float:
-    """The step at which ours, whose start may take longer, has caught up with the other; infinite if never."""
+    """Returns the step at which ours has caught up despite a longer start; infinite if never."""
     later = ours.start_seconds() - theirs.start_seconds()
     gained = theirs.step_seconds - ours.step_seconds
     if later <= 0:

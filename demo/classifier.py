@@ -1,6 +1,6 @@
-"""The demo's judge: which digit a picture shows, and whether its two colours are those asked for.
+"""The demo's classifier: detects the digit in an image, and whether both colours are those of the prompt.
 
-It learns from the `judging` digits alone, which no other part of the demo learns from.
+It is trained only on the `judging` digits, which nothing else in the demo is trained on.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ SURE = 0.8
 
 
 class DigitNetwork(nn.Module):
-    """A small convolutional network: ink [n, 1, 16, 16] in [0, 1] -> logits [n, 10]; `features` gives [n, 64]."""
+    """A small convolutional network that maps ink [n, 1, 16, 16] in [0, 1] to logits [n, 10]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class DigitNetwork(nn.Module):
         self.to_logits = nn.Linear(64, 10)
 
     def features(self, ink: Tensor) -> Tensor:
-        """Features [n, 64], not negative."""
+        """Returns features [n, 64], not negative."""
         return self.to_features(self.convolutions(ink))
 
     def forward(self, ink: Tensor) -> Tensor:
@@ -44,9 +44,12 @@ class DigitNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen in n pictures.
+    """What the classifier detects in n images.
 
-    `digits` int64 [n] and their probabilities `sureness` float32 [n], `inks` and `grounds` n palette names each.
+    Attributes:
+        digits: int64 [n].
+        sureness: float32 [n], the probability of each digit.
+        inks, grounds: n palette names each.
     """
 
     digits: np.ndarray
@@ -57,21 +60,21 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which of n wishes were granted: boolean arrays [n]."""
+    """Whether the digit, and both colours, are those of the prompt: boolean arrays [n]."""
 
     digit_right: np.ndarray
     colours_right: np.ndarray
 
 
 def pixels_of(pictures: Sequence[Image.Image]) -> np.ndarray:
-    """Pictures as float32 [n, 64, 64, 3] in 0..255."""
+    """Returns images as float32 [n, 64, 64, 3] in 0..255."""
     return np.stack([np.asarray(picture.convert("RGB"), np.float32) for picture in pictures])
 
 
 def two_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ink's and the ground's RGB colours of one picture [h, w, 3].
+    """Returns the RGB colours of ink and background of an image [h, w, 3].
 
-    The ground is the median of the border, the ink the median of the pixels that differ most from the ground.
+    The background is the median of the border, the ink the median of the pixels that differ most from the background.
     """
     border = np.ones(pixels.shape[:2], bool)
     border[BORDER:-BORDER, BORDER:-BORDER] = False
@@ -81,30 +84,30 @@ def two_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest_colour(colour: np.ndarray) -> str:
-    """The palette's name for an RGB colour [3] in 0..255."""
+    """Returns the name of the nearest palette colour to an RGB colour [3] in 0..255."""
     return min(PALETTE, key=lambda name: float(np.linalg.norm(colour - np.asarray(PALETTE[name]))))
 
 
 def ink_of(pixels: np.ndarray, ink: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """The field of ink [h, w] in [0, 1] of a picture [h, w, 3] in two known colours."""
+    """Returns the ink [h, w] in [0, 1] of an image [h, w, 3] in two known colours."""
     axis = ink - ground
     return np.clip((pixels - ground) @ axis / max(float(axis @ axis), 1.0), 0.0, 1.0)
 
 
 def to_network_size(fields: np.ndarray) -> Tensor:
-    """Fields of ink [n, 64, 64] as the network's input [n, 1, 16, 16]."""
+    """Returns ink [n, 64, 64] as the network's input [n, 1, 16, 16]."""
     ink = torch.from_numpy(np.ascontiguousarray(fields, np.float32))[:, None]
     return functional.avg_pool2d(ink, RESOLUTION // INK_SIZE)
 
 
 def ink_of_pictures(pictures: Sequence[Image.Image]) -> Tensor:
-    """The network's input [n, 1, 16, 16] for coloured pictures of 64 x 64 pixels."""
+    """Returns the network's input [n, 1, 16, 16] for coloured images of 64 x 64 pixels."""
     pixels = pixels_of(pictures)
     return to_network_size(np.stack([ink_of(picture, *two_colours(picture)) for picture in pixels]))
 
 
 def train_classifier(judging: Digits | None = None, seed: int = 0, num_epochs: int = 12) -> DigitNetwork:
-    """The network, trained in seconds on the judging digits, each moved and turned in several variants."""
+    """Returns the network, trained in seconds on the judging digits with random shifts and rotations."""
     digits = split_digits()[1] if judging is None else judging
     generator = np.random.default_rng(seed)
     fields = np.stack([enlarge(ink, generator) for ink in digits.ink for _ in range(NUM_VARIANTS)])
@@ -116,7 +119,7 @@ def train_classifier(judging: Digits | None = None, seed: int = 0, num_epochs: i
 
 @cache
 def trained_classifier() -> DigitNetwork:
-    """The network as it is trained by default, once in a process."""
+    """Returns the network trained with default arguments; cached."""
     return train_classifier()
 
 
@@ -138,7 +141,7 @@ def _fit(network: DigitNetwork, inputs: Tensor, labels: Tensor, num_epochs: int,
 
 @torch.no_grad()
 def look_at(pictures: Sequence[Image.Image], network: DigitNetwork) -> Seen:
-    """Which digit and which two palette colours each picture shows."""
+    """Returns the digit and the two palette colours of each image."""
     colours = [two_colours(pixels) for pixels in pixels_of(pictures)]
     sureness, digits = network(ink_of_pictures(pictures)).softmax(dim=1).max(dim=1)
     inks = [nearest_colour(ink) for ink, _ in colours]
@@ -146,7 +149,7 @@ def look_at(pictures: Sequence[Image.Image], network: DigitNetwork) -> Seen:
 
 
 def judge(pictures: Sequence[Image.Image], wishes: Sequence[Wish], network: DigitNetwork) -> Verdict:
-    """Which pictures show the digit, recognised with a probability over 0.8, and which both colours, wished for."""
+    """Returns which images show the digit of their prompt, with a probability above 0.8, and which show its colours."""
     seen = look_at(pictures, network)
     colours = zip(seen.inks, seen.grounds, wishes, strict=True)
     return Verdict(

@@ -1,8 +1,8 @@
-"""Fine-tunes the demo's base once with each loss, weighting, adaptation and optimizer, in equal steps, and compares.
+"""Fine-tunes the demo's base with each loss, weighting, adaptation and optimizer, for equal steps, and compares them.
 
 python demo/compare.py
 
-The table is printed and written into demo/README.md. What has run stays in --output_dir: called again, it continues.
+It prints the table and writes it into demo/README.md. Finished runs stay in --output_dir: run it again to continue.
 """
 
 import argparse
@@ -56,8 +56,8 @@ class Entry:
     """One run of the comparison.
 
     Attributes:
-        table: which of the script's tables it is an entry of.
-        name: its name there.
+        table: the option that it sets: loss, weighting, adaptation or optimizer.
+        name: the value of that option.
     """
 
     table: str
@@ -65,18 +65,18 @@ class Entry:
 
     @property
     def is_default(self) -> bool:
-        """Whether it is what the script does without a flag."""
+        """Whether it is the default of the option."""
         return DEFAULTS[self.table] == self.name
 
     @property
     def flags(self) -> list[str]:
-        """What its run adds to the common flags."""
+        """The flags of its run besides the common ones."""
         return [f"--{self.table}", self.name, *(OWN_FLAGS.get((self.table, self.name)) or [RATE, "1e-3"])]
 
 
 @dataclass(frozen=True)
 class Reached:
-    """What a run reached: shares of the pictures, and the loss on unseen digits before and after."""
+    """Results of a run: shares of recognised digits, and the validation loss on unseen digits before and after."""
 
     new_digits: float
     old_digits: float
@@ -85,13 +85,13 @@ class Reached:
 
 
 def entries() -> list[Entry]:
-    """Every entry of every table; what is the default is one run, the first."""
+    """Returns the runs: first the defaults, then every other value of each option."""
     found = [Entry(table, name) for table, names in TABLES.items() for name in names]
     return [Entry("loss", DEFAULTS["loss"]), *(entry for entry in found if not entry.is_default)]
 
 
 def train(entry: Entry, output_dir: Path) -> Path:
-    """Runs the script on an entry in a process of its own; gives the folder of the result."""
+    """Runs the training script for an entry in its own process; returns the output folder."""
     folder = output_dir / f"{entry.table}-{entry.name}"
     where = {
         "--pretrained_model": BASE,
@@ -107,7 +107,7 @@ def train(entry: Entry, output_dir: Path) -> Path:
 
 
 def measure(entry: Entry, folder: Path) -> Reached:
-    """Draws from the result and reads its losses."""
+    """Draws with the result, classifies its images, and reads its losses."""
     is_fused = entry.table == "adaptation" and entry.name in ("loha", "lokr")
     kind = "lora" if entry.name == "lora" else "full"
     pipeline: StableDiffusionPipeline = load_pipeline(kind, folder / "fused" if is_fused else folder)
@@ -120,7 +120,7 @@ def measure(entry: Entry, folder: Path) -> Reached:
 
 
 def table(reached: dict[Entry, Reached]) -> str:
-    """The comparison as Markdown."""
+    """Returns the comparison as a Markdown table."""
     lines = [
         "| | new digits | old digits | validation loss | flags |",
         "|---|---|---|---|---|",
@@ -141,7 +141,7 @@ def table(reached: dict[Entry, Reached]) -> str:
 
 
 def write_into_readme(text: str) -> None:
-    """Puts the table between its marks."""
+    """Replaces the table between its marks in the README."""
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
@@ -149,7 +149,12 @@ def write_into_readme(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=DEMO / "output" / "compare")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=DEMO / "output" / "compare",
+        help="folder of runs (default: demo/output/compare)",
+    )
     output_dir = parser.parse_args(argv).output_dir
     if not (output_dir / "unseen" / "metadata.jsonl").exists():
         write_fine_tuning_folder(output_dir / "digits")

@@ -1,4 +1,4 @@
-"""The demo's feature network for evaluate_pipeline.py: the digit classifier, which sees the ink and no colours.
+"""The demo's feature network for evaluate_pipeline.py: the digit classifier, which sees ink but not colours.
 
 python evaluate_pipeline.py --feature_module demo/digit_features.py ...
 """
@@ -19,7 +19,7 @@ from utils.evaluation.metrics.features import Network
 
 
 class DigitFeatures(Network):
-    """64 features of the ink, of mean square 1 on real digits; the classes are the ten digits."""
+    """64 features of the ink, scaled to a mean square of 1 on real digits; its classes are the ten digits."""
 
     name = "digit classifier"
     settings = "ink between two colours, averaged to 16 x 16"

@@ -1,8 +1,8 @@
-"""The demo's pictures: scikit-learn's real handwritten digits, enlarged, coloured and captioned.
+"""The demo's images: scikit-learn's real handwritten digits, enlarged, coloured and captioned.
 
-The 1,797 digits are split by image: `drawing` digits are for the VAE, the UNet and fine-tuning, `judging` digits to
-judge by: for the classifier, and the validation loss of the comparison. Some wordings and some pairs of colours are
-held out of every training caption, to judge by.
+The 1,797 digits are split by image: `drawing` digits train the VAE, the UNet and the fine-tuned model, `judging` digits
+are for evaluation: for the classifier, and for the validation loss of the comparison. Some wordings and some pairs of
+colours appear in no training caption; the evaluation prompts use them.
 """
 
 import itertools
@@ -101,14 +101,14 @@ class Digits:
     labels: np.ndarray
 
     def only(self, labels: Sequence[int]) -> "Digits":
-        """The digits that have one of `labels`."""
+        """Returns the digits with one of `labels`."""
         chosen = np.isin(self.labels, labels)
         return Digits(self.ink[chosen], self.labels[chosen])
 
 
 @dataclass(frozen=True)
 class Wish:
-    """A prompt and what a picture drawn for it must show: the digit and the names of both colours."""
+    """A prompt and what its image must show: the digit, and the names of both colours."""
 
     prompt: str
     digit: int
@@ -117,7 +117,7 @@ class Wish:
 
 
 def split_digits(seed: int = 0, judging_share: float = 0.5) -> tuple[Digits, Digits]:
-    """The `drawing` and the `judging` digits: disjoint images, every class split alike."""
+    """Returns the `drawing` and the `judging` digits: disjoint images, stratified by class."""
     data = load_digits()
     ink = (data.images / 16.0).astype(np.float32)
     drawing, judging = train_test_split(
@@ -127,12 +127,12 @@ def split_digits(seed: int = 0, judging_share: float = 0.5) -> tuple[Digits, Dig
 
 
 def contrast(ink: Colour, ground: Colour) -> float:
-    """Euclidean distance of two colours in RGB, 0 to 441."""
+    """Returns the Euclidean distance of two colours in RGB, 0 to 441."""
     return float(np.linalg.norm(np.subtract(ink, ground)))
 
 
 def any_colour(other: Colour, generator: np.random.Generator) -> Colour:
-    """A random colour with enough contrast to the other one."""
+    """Returns a random colour with enough contrast to the other one."""
     while True:
         red, green, blue = generator.integers(0, 256, size=3).tolist()
         if contrast((red, green, blue), other) >= MINIMUM_CONTRAST:
@@ -140,24 +140,24 @@ def any_colour(other: Colour, generator: np.random.Generator) -> Colour:
 
 
 def training_pairs() -> list[tuple[str, str]]:
-    """(ink, ground) colour names that training captions may use: distinct enough, and not held out."""
+    """Returns the (ink, background) colour names for training captions: with enough contrast, and not held out."""
     pairs = [pair for pair in itertools.permutations(PALETTE, 2) if pair not in HELD_OUT_PAIRS]
     return [(ink, ground) for ink, ground in pairs if contrast(PALETTE[ink], PALETTE[ground]) >= MINIMUM_CONTRAST]
 
 
 def training_wordings() -> list[str]:
-    """Every subject with every ground, but the held-out wordings: both colours are named."""
+    """Returns every combination of subject and background, without held-out wordings; they name both colours."""
     wordings = [ground.replace("{subject}", subject) for ground in GROUNDS for subject in SUBJECTS]
     return [wording for wording in wordings if wording not in HELD_OUT_WORDINGS]
 
 
 def one_colour_wordings() -> list[str]:
-    """Wordings that leave one colour open, so that each is learnt apart from the other."""
+    """Returns wordings that name only one colour, so that the model learns the colours independently."""
     return [*SUBJECTS, *(ground.replace("{subject}", subject) for ground in GROUNDS for subject in PLAIN_SUBJECTS)]
 
 
 def enlarge(ink: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
-    """An [8, 8] digit as a [64, 64] field of ink in [0, 1]; with a generator also slightly moved and turned."""
+    """Returns an [8, 8] digit enlarged to [64, 64], in [0, 1]; with a generator, also slightly shifted and rotated."""
     size = (RESOLUTION, RESOLUTION)
     field = Image.fromarray(np.pad(ink, MARGIN)).resize(size, Image.Resampling.BICUBIC)
     if generator is not None:
@@ -167,20 +167,22 @@ def enlarge(ink: np.ndarray, generator: np.random.Generator | None = None) -> np
 
 
 def paint(field: np.ndarray, ink: Colour, ground: Colour) -> Image.Image:
-    """An RGB picture of a field of ink [h, w] in [0, 1], in two colours."""
+    """Returns an RGB image of ink [h, w] in [0, 1] in two colours."""
     pixels = np.asarray(ground, np.float32) + field[..., None] * np.subtract(ink, ground, dtype=np.float32)
     return Image.fromarray(np.round(pixels).astype(np.uint8))
 
 
 def caption(wording: str, digit: int, ink: str, ground: str) -> str:
-    """The wording with its digit and its colours filled in."""
+    """Returns the wording with digit and colours filled in."""
     return wording.format(digit=DIGIT_WORDS[digit], ink=ink, ground=ground)
 
 
 def write_imagefolder(folder: Path, parts: Sequence[tuple[Digits, int]], seed: int) -> None:
-    """Writes PNG pictures and `metadata.jsonl` (`file_name`, `text`): so many pictures of each part.
+    """Writes PNG images and `metadata.jsonl` (`file_name`, `text`).
 
-    Each digit of a part is used about equally often; colours and wordings are those of training captions, at random.
+    Args:
+        parts: (digits, number of images to write of them); each digit is used about equally often.
+        seed: seed for random colours and wordings, from those of training captions.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
@@ -196,7 +198,7 @@ def write_imagefolder(folder: Path, parts: Sequence[tuple[Digits, int]], seed: i
 
 
 def _described(digit: int, generator: np.random.Generator) -> tuple[str, Colour, Colour]:
-    """A random training caption for the digit, and an ink and a ground that it fits."""
+    """(a random training caption for the digit, ink colour, background colour)."""
     names = _choose(training_pairs(), generator)
     ink, ground = (PALETTE[name] for name in names)
     if generator.random() >= ONE_COLOUR_SHARE:
@@ -213,33 +215,33 @@ def _choose(items: Sequence[Item], generator: np.random.Generator) -> Item:
 
 
 def _in_turn(num_digits: int, num_pictures: int, generator: np.random.Generator) -> Iterator[int]:
-    """Indices of digits, each once a round, the rounds shuffled, until there are enough."""
+    """Indices of digits: shuffled passes over all digits, until there are enough."""
     rounds = -(-num_pictures // num_digits)
     order = np.concatenate([generator.permutation(num_digits) for _ in range(rounds)])
     return iter(order[:num_pictures].tolist())
 
 
 def write_pretraining_folder(folder: Path, num_pictures: int = 20000, seed: int = 1) -> None:
-    """The imagefolder of the base: digits 0 to 7 only."""
+    """Writes the imagefolder for pretraining: only digits 0 to 7."""
     drawing, _ = split_digits()
     write_imagefolder(folder, [(drawing.only(PRETRAINED_DIGITS), num_pictures)], seed)
 
 
 def write_fine_tuning_folder(folder: Path, num_new: int = 1600, num_rehearsed: int = 1400, seed: int = 2) -> None:
-    """The imagefolder of the fine-tuning: 8 and 9, and enough of 0 to 7 (a rehearsal) not to forget them."""
+    """Writes the imagefolder for fine-tuning: 8 and 9, and enough of 0 to 7 that the model does not forget them."""
     drawing, _ = split_digits()
     parts = [(drawing.only(NEW_DIGITS), num_new), (drawing.only(PRETRAINED_DIGITS), num_rehearsed)]
     write_imagefolder(folder, parts, seed)
 
 
 def write_validation_folder(folder: Path, num_pictures: int = 128, seed: int = 4) -> None:
-    """The imagefolder to measure the validation loss on: 8 and 9 of the judging digits, which nothing is drawn from."""
+    """Writes the imagefolder for the validation loss: 8 and 9 from the judging digits."""
     _, judging = split_digits()
     write_imagefolder(folder, [(judging.only(NEW_DIGITS), num_pictures)], seed)
 
 
 def evaluation_wishes(num_per_digit: int = 50, digits: Sequence[int] = range(10)) -> list[Wish]:
-    """Prompts in held-out wordings and held-out colour pairs only, `num_per_digit` of each digit, digit by digit."""
+    """Returns prompts with held-out wordings and colour pairs, `num_per_digit` for each digit, digit by digit."""
     settings = [(wording, pair) for pair in HELD_OUT_PAIRS for wording in HELD_OUT_WORDINGS]
     order = np.random.default_rng(3).permutation(len(settings))
     wishes = []

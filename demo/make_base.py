@@ -1,9 +1,8 @@
-"""Makes the demo's base from nothing: tokenizer, VAE and text encoder here, the UNet by `train_text_to_image.py`.
+"""Trains the demo's base from scratch: tokenizer, VAE and text encoder here, the UNet with `train_text_to_image.py`.
 
     python demo/make_base.py --output_dir demo/build/base
 
-The digits 8 and 9 are in no picture that anything here learns from; the text encoder reads their words, but never with
-a picture.
+No training image shows the digits 8 and 9; the text encoder sees their names in captions, but without images.
 """
 
 import argparse
@@ -71,7 +70,7 @@ READING_STEPS, READING_BATCH, READING_RATE = 1000, 64, 2e-3
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer (byte pairs) in which each word of the demo's captions is one token, and any text tokenises."""
+    """Returns a byte-pair CLIP tokenizer for any text, in which each word of the demo's captions is one token."""
     letters = sorted(ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
@@ -84,12 +83,12 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def _merges_of(tokenizer: Tokenizer) -> list[list[str]]:
-    """The merges that a byte-pair tokenizer learnt, first to last."""
+    """The merges of a byte-pair tokenizer, in order."""
     return json.loads(tokenizer.to_str())["model"]["merges"]
 
 
 def _all_words() -> str:
-    """Every word that a caption of the demo can have."""
+    """All words that captions of the demo can contain."""
     wordings = " ".join([*training_wordings(), *HELD_OUT_WORDINGS])
     for name in ("{digit}", "{ink}", "{ground}"):
         wordings = wordings.replace(name, " ")
@@ -100,7 +99,10 @@ def _all_words() -> str:
 
 
 class Reader(nn.Module):
-    """A text encoder and three heads that tell, at every position from the end token on, what the caption asks for."""
+    """A text encoder with three heads that predict digit, ink and background of a caption.
+
+    They predict at every position from the end token on.
+    """
 
     def __init__(self, text_encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -110,12 +112,12 @@ class Reader(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
-        """Tokens [n, length] -> logits of digit, ink and ground, [n, length, number of choices] each."""
+        """Maps tokens [n, length] to logits of digit, ink and background, each [n, length, number of choices]."""
         states = self.text_encoder(tokens).last_hidden_state
         return [head(states) for head in self.heads]
 
     def loss(self, tokens: Tensor, answers: Tensor) -> Tensor:
-        """Mean cross-entropy of the three answers [n, 3] at the end token and the padding after it."""
+        """Returns the mean cross-entropy of the answers [n, 3] at the end token and the padding after it."""
         after_end = tokens == self.text_encoder.config.eos_token_id
         losses = [
             functional.cross_entropy(logits[after_end], answer[:, None].expand_as(tokens)[after_end])
@@ -125,8 +127,7 @@ class Reader(nn.Module):
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPTextModel:
-    """A two-layer CLIP text encoder that has learnt from captions alone, without pictures, to tell which word is the
-    digit, which the ink and which the ground."""
+    """Returns a two-layer CLIP text encoder trained on captions to predict digit, ink and background."""
     torch.manual_seed(seed)
     reader = Reader(CLIPTextModel(_text_config(tokenizer)))
     tokens, answers = _captions(tokenizer, [*training_wordings(), *one_colour_wordings()], training_pairs())
@@ -135,7 +136,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPTextModel:
     for _ in range(READING_STEPS):
         batch = torch.randint(len(tokens), (READING_BATCH,))
         _descend(reader.loss(tokens[batch], answers[batch]), optimizer, schedule)
-    print(f"text encoder: held-out wordings and colour pairs read rightly {_reading_accuracy(reader, tokenizer):.1%}")
+    print(f"text encoder: accuracy on held-out wordings and colour pairs {_reading_accuracy(reader, tokenizer):.1%}")
     return reader.text_encoder.eval()
 
 
@@ -150,9 +151,9 @@ def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 def _captions(
     tokenizer: CLIPTokenizer, wordings: Sequence[str], pairs: Sequence[tuple[str, str]]
 ) -> tuple[Tensor, Tensor]:
-    """Every wording for all ten digits and every pair: tokens [n, 32], and the numbers of digit, ink and ground [n, 3].
+    """Captions of all wordings, digits and pairs: tokens [n, 32], and numbers of digit, ink and background [n, 3].
 
-    The number of a colour is its place in the palette, one more than the last if the wording leaves it open.
+    The number of a colour is its index in the palette, or the length of the palette if the wording does not name it.
     """
     colours = list(PALETTE)
     settings = list(itertools.product(wordings, range(len(DIGIT_WORDS)), pairs))
@@ -171,7 +172,7 @@ def _captions(
 
 @torch.no_grad()
 def _reading_accuracy(reader: Reader, tokenizer: CLIPTokenizer) -> float:
-    """Share of captions in held-out wordings and pairs whose digit and colours are all read at the last position."""
+    """The share of held-out captions whose digit and colours are all predicted correctly at the last position."""
     tokens, answers = _captions(tokenizer, HELD_OUT_WORDINGS, HELD_OUT_PAIRS)
     read = torch.stack([logits[:, -1].argmax(dim=-1) for logits in reader(tokens)], dim=1)
     return (read == answers).all(dim=1).float().mean().item()
@@ -181,7 +182,7 @@ def _reading_accuracy(reader: Reader, tokenizer: CLIPTokenizer) -> float:
 
 
 def make_vae(seed: int = 0) -> AutoencoderKL:
-    """A small VAE (64 x 64 pixels <-> 4 x 8 x 8), trained on digits 0 to 7 and random strokes in random colours."""
+    """Returns a small VAE (64 x 64 pixels, latents 4 x 8 x 8), trained on digits 0 to 7 and random coloured strokes."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -202,7 +203,7 @@ def make_vae(seed: int = 0) -> AutoencoderKL:
 
 
 def _ink_fields(generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """Fields of ink [64, 64] in [0, 1]: two thirds digits 0 to 7, one third random strokes."""
+    """Yields ink [64, 64] in [0, 1]: two thirds are digits 0 to 7, one third random strokes."""
     drawing = split_digits()[0].only(PRETRAINED_DIGITS)
     for number in range(NUM_FIELDS):
         strokes = number % 3 == 2
@@ -210,7 +211,7 @@ def _ink_fields(generator: np.random.Generator) -> Iterator[np.ndarray]:
 
 
 def _strokes(generator: np.random.Generator) -> np.ndarray:
-    """One to three random arcs, drawn softly: float32 [8, 8] in [0, 1]."""
+    """One to three random arcs with soft edges: float32 [8, 8] in [0, 1]."""
     rows, columns = np.mgrid[0:8, 0:8].astype(np.float32)
     ink = np.zeros((8, 8), np.float32)
     for _ in range(generator.integers(1, 4)):
@@ -220,7 +221,7 @@ def _strokes(generator: np.random.Generator) -> np.ndarray:
 
 
 def _arc(generator: np.random.Generator, num_points: int = 24) -> np.ndarray:
-    """Points [24, 2] (row, column) in an 8 x 8 grid of an arc with random radii, start and extent."""
+    """Points [24, 2] (row, column), in an 8 x 8 grid, of an arc with random radii, start and extent."""
     start, extent = generator.uniform(0, 2 * np.pi), generator.uniform(0.5, 5.5)
     angles = start + extent * np.linspace(0, 1, num_points)
     centre, radii = generator.uniform(1.5, 5.5, 2), generator.uniform(0.5, 3.5, 2)
@@ -228,7 +229,7 @@ def _arc(generator: np.random.Generator, num_points: int = 24) -> np.ndarray:
 
 
 def _random_pictures(fields: Tensor, num_pictures: int) -> Tensor:
-    """Random fields [n, 64, 64] in two colours, of the palette or any: [num_pictures, 3, 64, 64] in [-1, 1]."""
+    """Images [num_pictures, 3, 64, 64] in [-1, 1] of random ink from `fields`, in two random or palette colours."""
     ink = fields[torch.randint(len(fields), (num_pictures,))][:, None]
     palette = torch.tensor(list(PALETTE.values())) / 127.5 - 1
     colours = palette[torch.rand(num_pictures, len(palette)).argsort(dim=1)[:, :2]]
@@ -238,7 +239,7 @@ def _random_pictures(fields: Tensor, num_pictures: int) -> Tensor:
 
 
 def _vae_loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Absolute and squared error of the round trip, and a small divergence from the unit normal."""
+    """Absolute and squared reconstruction error, plus a small KL divergence from the unit normal."""
     posterior = vae.encode(pictures).latent_dist
     difference = vae.decode(posterior.sample()).sample - pictures
     return difference.abs().mean() + 2 * difference.square().mean() + KL_WEIGHT * posterior.kl().mean() / 256
@@ -246,7 +247,7 @@ def _vae_loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _scaling_factor(vae: AutoencoderKL, pictures: Tensor) -> float:
-    """One over the standard deviation of the latents."""
+    """1 / standard deviation of the latents."""
     return 1.0 / vae.encode(pictures).latent_dist.sample().std().item()
 
 
@@ -256,7 +257,7 @@ def _descend(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     clipped: Iterable[nn.Parameter] | None = None,
 ) -> None:
-    """One step of the optimizer and its schedule, the gradients of `clipped` held to norm 1."""
+    """One step of the optimizer and its schedule; clips the gradients of `clipped` to norm 1."""
     optimizer.zero_grad()
     loss.backward()
     if clipped is not None:
@@ -269,8 +270,10 @@ def _descend(
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule with zero terminal SNR (https://arxiv.org/abs/2305.08891), so that the whole
-    picture can be black or white, and v-prediction."""
+    """Returns Stable Diffusion's noise schedule with v-prediction and zero terminal SNR.
+
+    With zero terminal SNR (https://arxiv.org/abs/2305.08891) images can be entirely black or white.
+    """
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
@@ -278,7 +281,7 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def make_skeleton(folder: Path) -> None:
-    """Saves a pipeline whose VAE, tokenizer and text encoder are trained and whose UNet is still random."""
+    """Saves a pipeline with trained VAE, tokenizer and text encoder, and a UNet with random weights."""
     tokenizer = make_tokenizer()
     text_encoder, vae = make_text_encoder(tokenizer), make_vae()
     torch.manual_seed(0)
@@ -291,7 +294,7 @@ def make_skeleton(folder: Path) -> None:
 
 
 def pretrain(skeleton: Path, pictures: Path, output_dir: Path, num_steps: int, resume: bool) -> None:
-    """Trains a fresh UNet on digits 0 to 7 with this toolkit's own script; `output_dir` is then the base."""
+    """Trains a new UNet on digits 0 to 7 with this toolkit's training script; `output_dir` is then the base."""
     sys.path.insert(0, str(DEMO.parent))
     from train_text_to_image import main as train
 
@@ -303,7 +306,7 @@ def pretrain(skeleton: Path, pictures: Path, output_dir: Path, num_steps: int, r
 
 
 def keep_parts(run_folder: Path, base: Path) -> None:
-    """Copies the pipeline in a run's folder, and nothing else of the run, to `base`, replacing the one there."""
+    """Copies only the pipeline of a run's output folder to `base`, and replaces the one there."""
     index = json.loads((run_folder / "model_index.json").read_text(encoding="utf-8"))
     shutil.rmtree(base, ignore_errors=True)
     base.mkdir(parents=True)
@@ -314,15 +317,19 @@ def keep_parts(run_folder: Path, base: Path) -> None:
 
 
 def options() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the UNet's training run")
-    parser.add_argument("--base", type=Path, default=DEMO / "base", help="where the finished base is kept")
-    parser.add_argument("--work_dir", type=Path, help="for the skeleton and the pictures; OUTPUT_DIR-work if not given")
-    parser.add_argument("--skeleton", type=Path, help="a skeleton made before, to train only the UNet")
-    parser.add_argument("--only_skeleton", action="store_true", help="stop before the UNet is trained")
-    parser.add_argument("--resume", action="store_true", help="continue with a pretraining that was interrupted")
-    parser.add_argument("--max_train_steps", type=int, default=PRETRAINING_STEPS, help="optimizer steps of the UNet")
+    parser.add_argument("--output_dir", type=Path, required=True, help="output folder of the UNet's training run")
+    parser.add_argument("--base", type=Path, default=DEMO / "base", help="folder for the result (default: demo/base)")
+    parser.add_argument(
+        "--work_dir", type=Path, help="folder for the untrained pipeline and the images (default: OUTPUT_DIR-work)"
+    )
+    parser.add_argument("--skeleton", type=Path, help="existing pipeline with an untrained UNet; trains only the UNet")
+    parser.add_argument("--only_skeleton", action="store_true", help="stop before training the UNet")
+    parser.add_argument("--resume", action="store_true", help="resume an interrupted training run of the UNet")
+    parser.add_argument(
+        "--max_train_steps", type=int, default=PRETRAINING_STEPS, help="optimizer steps of the UNet (default: 4000)"
+    )
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Fine-tunes the demo's base, which draws the digits 0 to 7, on pictures of 8 and 9, and shows before | after.
+"""Fine-tunes the demo's base model, which draws the digits 0 to 7, on images of 8 and 9; shows images before and after.
 
 python demo/run.py [--adaptation lora]
 """
@@ -72,14 +72,14 @@ TITLE_HEIGHT = 24
 
 @dataclass(frozen=True)
 class Drawn:
-    """The pictures drawn for the wishes, one each, and the judge's verdict."""
+    """The images drawn for the prompts, one each, and the classifier's verdict."""
 
     pictures: list[Image.Image]
     verdict: Verdict
 
 
 def draw(pipeline: StableDiffusionPipeline, wishes: Sequence[Wish]) -> list[Image.Image]:
-    """One picture a wish; picture i starts from the same noise in every call."""
+    """Returns one image per prompt; image i starts from the same noise in every call."""
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
@@ -95,7 +95,7 @@ def draw(pipeline: StableDiffusionPipeline, wishes: Sequence[Wish]) -> list[Imag
 
 
 def load_pipeline(adaptation: str, folder: Path) -> StableDiffusionPipeline:
-    """The pipeline in `folder`, or the base with the LoRA weights in `folder`."""
+    """Returns the pipeline in `folder`, or the base pipeline with the LoRA in `folder`."""
     if adaptation == "full":
         return StableDiffusionPipeline.from_pretrained(folder)
     pipeline = StableDiffusionPipeline.from_pretrained(BASE)
@@ -104,9 +104,9 @@ def load_pipeline(adaptation: str, folder: Path) -> StableDiffusionPipeline:
 
 
 def fine_tune(adaptation: str, data: Path, folder: Path) -> None:
-    """Runs `train_text_to_image.py` from the base on the imagefolder `data`; the result is in `folder`.
+    """Fine-tunes the base on the imagefolder `data` with `train_text_to_image.py`; writes the result to `folder`.
 
-    A failed run ends the demo with its exit status.
+    If training fails, the demo exits with its exit status.
     """
     where = ["--pretrained_model", str(BASE), "--train_data_dir", str(data), "--output_dir", str(folder)]
     status = train([*where, "--adaptation", adaptation, *SHARED_ARGUMENTS, *ARGUMENTS[adaptation]])
@@ -115,7 +115,7 @@ def fine_tune(adaptation: str, data: Path, folder: Path) -> None:
 
 
 def table(wishes: Sequence[Wish], before: Verdict, after: Verdict) -> str:
-    """The table before | after, in per cent of the pictures."""
+    """Returns the table of results before and after, in percent of the images."""
     digits = np.array([wish.digit for wish in wishes])
     rows = [
         ("new digits (8, 9) recognised", before.digit_right, after.digit_right, np.isin(digits, NEW_DIGITS)),
@@ -123,20 +123,21 @@ def table(wishes: Sequence[Wish], before: Verdict, after: Verdict) -> str:
         ("both colours right", before.colours_right, after.colours_right, digits >= 0),
     ]
     rows += [(f"  digit {digit}", before.digit_right, after.digit_right, digits == digit) for digit in range(10)]
-    lines = [f"{'pictures drawn for unseen wordings and colours':<48}{'before':>8} |{'after':>8}", "-" * 66]
+    lines = [f"{'images of unseen captions and colours':<48}{'before':>8} |{'after':>8}", "-" * 66]
     lines += [f"{name:<48}{old[of].mean():>8.1%} |{new[of].mean():>8.1%}" for name, old, new, of in rows]
     return "\n".join(lines)
 
 
 def chosen_for_show(wishes: Sequence[Wish]) -> list[int]:
-    """Indices of the wishes in the picture: three of each new digit, then every second old digit."""
+    """Returns indices of the prompts to show: three of each new digit, then every second old digit."""
     digits = [wish.digit for wish in wishes]
     new = [digits.index(digit) + number for digit in NEW_DIGITS for number in range(3)]
     return new + [digits.index(digit) for digit in PRETRAINED_DIGITS[1::2]]
 
 
 def side_by_side(prompts: Sequence[str], before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
-    """Two rows of pictures, before above after, each column with its prompt below."""
+    """Returns a sheet with two rows of images, before and after, and the prompt below each column."""
+    # Images.
     step = PICTURE_SIZE + PICTURE_GAP
     size = (len(prompts) * step + PICTURE_GAP, 2 * (TITLE_HEIGHT + PICTURE_SIZE) + LABEL_HEIGHT)
     sheet = Image.new("RGB", size, "white")
@@ -147,6 +148,8 @@ def side_by_side(prompts: Sequence[str], before: Sequence[Image.Image], after: S
         for column, picture in enumerate(pictures):
             large = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
             sheet.paste(large, (PICTURE_GAP + column * step, top + TITLE_HEIGHT))
+
+    # Prompts.
     for column, prompt in enumerate(prompts):
         place = (PICTURE_GAP + column * step, size[1] - LABEL_HEIGHT + 4)
         pen.multiline_text(place, textwrap.fill(prompt, 20), "black", font, spacing=2)
@@ -154,14 +157,14 @@ def side_by_side(prompts: Sequence[str], before: Sequence[Image.Image], after: S
 
 
 def write_picture(path: Path, wishes: Sequence[Wish], before: Drawn, after: Drawn) -> None:
-    """Saves a few of the pictures, before and after, side by side."""
+    """Saves a sheet of some images before and after."""
     shown = chosen_for_show(wishes)
     rows = ([drawn.pictures[index] for index in shown] for drawn in (before, after))
     side_by_side([wishes[index].prompt for index in shown], *rows).save(path)
 
 
 def write_drawn(folder: Path, wishes: Sequence[Wish], pictures: Sequence[Image.Image]) -> None:
-    """Keeps pictures as PNGs that say in their text what they were drawn from."""
+    """Saves images as PNGs, with prompt, seed and number of steps as PNG text."""
     folder.mkdir(parents=True)
     for number, (wish, picture) in enumerate(zip(wishes, pictures, strict=True)):
         text = PngInfo()
@@ -172,9 +175,9 @@ def write_drawn(folder: Path, wishes: Sequence[Wish], pictures: Sequence[Image.I
 
 
 def report(folder: Path, training: Path, wishes: Sequence[Wish], before: Drawn, after: Drawn) -> None:
-    """Runs `evaluate_pipeline.py` on the pictures before and after, against real digits that both are to look like.
+    """Runs `evaluate_pipeline.py` on the images before and after, with real digits as the reference.
 
-    Its features are the digit classifier's. Networks that are not here are not fetched for it.
+    Features are those of the digit classifier. It downloads no networks.
     """
     shutil.rmtree(folder, ignore_errors=True)
     for name, drawn in (("before", before), ("after", after)):
@@ -190,14 +193,16 @@ def report(folder: Path, training: Path, wishes: Sequence[Wish], before: Drawn, 
 
 
 def options() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adaptation", choices=tuple(ARGUMENTS), default="full")
-    parser.add_argument("--output_dir", type=Path, default=DEMO / "output")
+    parser.add_argument("--adaptation", choices=tuple(ARGUMENTS), default="full", help="train all weights, or a LoRA")
+    parser.add_argument("--output_dir", type=Path, default=DEMO / "output", help="output folder (default: demo/output)")
     return parser.parse_args()
 
 
 def main() -> None:
+    """Fine-tunes, draws images before and after, and prints and saves the comparison."""
+    # Fine-tune.
     chosen = options()
     data, folder = chosen.output_dir / "digits", chosen.output_dir / chosen.adaptation
     for old in (data, folder):
@@ -205,6 +210,7 @@ def main() -> None:
     write_fine_tuning_folder(data)
     fine_tune(chosen.adaptation, data, folder)
 
+    # Draw with the base and with the result, and classify the images.
     wishes, network = evaluation_wishes(NUM_PER_DIGIT), trained_classifier()
     drawn = []
     for pipeline in (StableDiffusionPipeline.from_pretrained(BASE), load_pipeline(chosen.adaptation, folder)):
@@ -212,6 +218,7 @@ def main() -> None:
         drawn.append(Drawn(pictures, judge(pictures, wishes, network)))
     before, after = drawn
 
+    # Compare.
     picture = chosen.output_dir / "before_after.png"
     write_picture(picture, wishes, before, after)
     print(table(wishes, before.verdict, after.verdict))

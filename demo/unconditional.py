@@ -1,4 +1,4 @@
-"""Trains a model of handwritten digits from scratch with `train_unconditional.py`, draws with it, and judges.
+"""Trains a model of handwritten digits from scratch with `train_unconditional.py` and scores its images.
 
 python demo/unconditional.py
 """
@@ -34,7 +34,7 @@ DRAWING_BATCH = 100
 SAMPLING_STEPS = 50
 SEED = 1000
 SURE = 0.9
-EDGE = 8  # of scikit-learn's digits
+EDGE = 8  # edge of scikit-learn's digits in pixels
 NUM_SHOWN = 100
 
 ARGUMENTS = [
@@ -48,29 +48,29 @@ ARGUMENTS = [
 
 
 def write_images(digits: Digits, folder: Path) -> None:
-    """Writes each digit as a grey picture of 8 x 8 pixels."""
+    """Writes each digit as a grey image of 8 x 8 pixels."""
     folder.mkdir(parents=True)
     for number, ink in enumerate(digits.ink):
         Image.fromarray(np.round(ink * 255).astype(np.uint8)).save(folder / f"{number:04d}.png")
 
 
 def read_images(folder: Path) -> Tensor:
-    """The pictures of a folder as ink [n, 8, 8] in [0, 1]."""
+    """Returns the images of a folder as ink [n, 8, 8] in [0, 1]."""
     return ink_of([Image.open(path) for path in sorted(folder.glob("*.png"))])
 
 
 def ink_of(pictures: Sequence[Image.Image]) -> Tensor:
-    """Grey pictures as ink [n, 8, 8] in [0, 1]."""
+    """Returns grey images as ink [n, 8, 8] in [0, 1]."""
     return torch.stack([torch.from_numpy(np.asarray(picture.convert("L"), np.float32) / 255) for picture in pictures])
 
 
 def enlarged(ink: Tensor) -> np.ndarray:
-    """Ink [n, 8, 8] as fields [n, 64, 64], as the judge's own digits are enlarged."""
+    """Returns ink [n, 8, 8] enlarged to [n, 64, 64], as for the classifier's training."""
     return np.stack([enlarge(each) for each in ink.numpy()])
 
 
 def draw(folder: Path, count: int) -> list[Image.Image]:
-    """Pictures of the finished pipeline, by diffusers alone; picture i always starts from the same noise."""
+    """Draws images with the exported pipeline and plain diffusers; image i always starts from the same noise."""
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
@@ -84,23 +84,23 @@ def draw(folder: Path, count: int) -> list[Image.Image]:
 
 
 def pictures_of(ink: Tensor) -> list[Image.Image]:
-    """Ink [n, 8, 8] as pictures of 64 x 64 pixels."""
+    """Returns ink [n, 8, 8] as images of 64 x 64 pixels."""
     return [Image.fromarray(np.round(field * 255).astype(np.uint8)) for field in enlarged(ink)]
 
 
 def nearest(ink: Tensor, others: Tensor) -> Tensor:
-    """[n] the root mean square distance of each picture to the nearest of others, in shares of full ink."""
+    """Returns the root mean square distance [n] of each image to the nearest of `others`, where full ink is 1."""
     return torch.cdist(ink.flatten(1).double(), others.flatten(1).double()).min(dim=1).values / EDGE
 
 
 @torch.no_grad()
 def sureness(ink: Tensor, network: DigitNetwork) -> tuple[Tensor, Tensor]:
-    """([n] the probability of the likeliest digit, [n] which that is) of ink [n, 8, 8]."""
+    """Returns (probability [n] of the most likely digit, that digit [n]) for ink [n, 8, 8]."""
     return network(to_network_size(enlarged(ink))).softmax(dim=1).max(dim=1)
 
 
 def verdict(drawn: Tensor, network: DigitNetwork, trained: Tensor, held_out: Tensor) -> str:
-    """What the classifier sees in drawn digits, and how far they are from those trained on; a fact a line."""
+    """Returns a text with what the classifier sees in drawn digits, and their distance to the training images."""
     sure, digits = sureness(drawn, network)
     share = float((sure > SURE).float().mean())
     real_sure, _ = sureness(trained, network)
@@ -109,24 +109,26 @@ def verdict(drawn: Tensor, network: DigitNetwork, trained: Tensor, held_out: Ten
     return "\n".join(
         [
             f"drawn digits of which the classifier is sure     {share:.1%} of {len(drawn)}"
-            f" (of the real ones trained on: {float((real_sure > SURE).float().mean()):.1%})",
-            f"digits among them                                {sum(count > 0 for count in counts)} of 10: "
+            f" (training images: {float((real_sure > SURE).float().mean()):.1%})",
+            f"different digits among them                      {sum(count > 0 for count in counts)} of 10: "
             + ", ".join(f"{count} x {digit}" for digit, count in enumerate(counts)),
-            f"distance to the nearest training image, median   {float(ours.median()):.3f} of drawn ones, "
-            f"{float(theirs.median()):.3f} of held-out real ones",
-            f"nearer than any held-out one                     {int((ours < theirs.min()).sum())} of {len(drawn)}",
+            f"distance to the nearest training image, median   {float(ours.median()):.3f} for drawn digits, "
+            f"{float(theirs.median()):.3f} for held-out digits",
+            f"nearer than any held-out digit                   {int((ours < theirs.min()).sum())} of {len(drawn)}",
         ]
     )
 
 
 def options() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=DEMO / "output")
+    parser.add_argument("--output_dir", type=Path, default=DEMO / "output", help="output folder (default: demo/output)")
     return parser.parse_args()
 
 
 def main() -> None:
+    """Trains, draws, and prints and saves the results."""
+    # Train on one half of the digits.
     began = time.monotonic()
     output = options().output_dir
     data, folder = output / "unconditional_digits", output / "unconditional"
@@ -137,9 +139,13 @@ def main() -> None:
     status = train(["--train_data_dir", str(data), "--output_dir", str(folder), *ARGUMENTS])
     if status:
         sys.exit(status)
+
+    # Draw, and score the images with a classifier of the other half.
     pictures = draw(folder, NUM_DRAWN)
     drawn = ink_of(pictures)
     print(verdict(drawn, train_classifier(), read_images(data), torch.from_numpy(judging.ink)))
+
+    # Save a grid of images, and a film strip of the samples during training.
     grid, strip = output / "unconditional_grid.png", output / "unconditional_film_strip.png"
     grid_of(pictures_of(drawn[:NUM_SHOWN]), 20).save(grid)
     frames = pictures_of(ink_of(film(folder / "samples")))

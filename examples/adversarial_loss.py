@@ -1,8 +1,8 @@
-"""A loss term of one's own: a discriminator that tells latents from the model's estimates of them.
+"""Example of a custom loss term: a discriminator that distinguishes latents from the model's estimates of them.
 
 accelerate launch train_text_to_image.py ... --loss_module examples/adversarial_loss.py --loss_module_args weight=0.05
 
-The hinge losses (Lim and Ye 2017) of a small network that judges patches (Isola et al. 2017), told the timestep.
+It uses hinge losses (Lim and Ye 2017) and a small patch discriminator (Isola et al. 2017), conditioned on the timestep.
 """
 
 import torch
@@ -14,12 +14,13 @@ from utils.models.loss_terms import LossTerm, TermFacts
 
 
 class AdversarialLoss(LossTerm):
-    """The model is to make estimates that the discriminator takes for latents.
+    """Trains the model to make estimates that the discriminator takes for latents.
 
     Args:
-        weight: of the term.
-        max_timestep: from which on estimates are left alone: of noise alone there is little to tell; a portion of all.
-        channels: width of the discriminator.
+        weight: weight of the term.
+        max_timestep: fraction of the timesteps, from 0 to 1, up to which the term applies: estimates from almost pure
+            noise carry little information.
+        channels: number of channels of the discriminator.
     """
 
     def __init__(self, facts: TermFacts, weight: float = 0.05, max_timestep: float = 0.5, channels: int = 64):
@@ -35,18 +36,18 @@ class AdversarialLoss(LossTerm):
         )  # fmt: skip
 
     def judge(self, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """[B, 1, h/2, w/2] what it makes of each patch: high for latents, low for estimates."""
+        """Returns the discriminator's logits [B, 1, h/2, w/2] for patches: high for latents, low for estimates."""
         time = (timesteps / self.num_timesteps).to(latents.dtype).view(-1, 1, 1, 1)
         return self.body(self.from_latents(torch.cat([latents, time.expand_as(latents[:, :1])], dim=1))).float()
 
     def forward(self, predicted: Predicted) -> Tensor:
-        """What the model is punished for: estimates that are seen through."""
+        """Returns the model's loss [B]: high if the discriminator recognises the estimates."""
         timesteps = predicted.noised.timesteps
         losses = -self.judge(predicted.estimate, timesteps).mean((1, 2, 3))
         return self.weight * losses * (timesteps < self.end)
 
     def own_losses(self, predicted: Predicted) -> Tensor:
-        """What the discriminator is punished for: patches that it takes for the other kind."""
+        """Returns the discriminator's loss [B]: high if it confuses latents and estimates."""
         timesteps = predicted.noised.timesteps
         real = functional.relu(1 - self.judge(predicted.latents, timesteps)).mean((1, 2, 3))
         drawn = functional.relu(1 + self.judge(predicted.estimate, timesteps)).mean((1, 2, 3))

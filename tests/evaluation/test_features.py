@@ -93,7 +93,7 @@ def test_inception_weights_are_loaded_strictly_from_either_format(inception_file
     for name, change in (("missing", {}), ("unexpected", {"other.weight": torch.zeros(2)})):
         broken = {key: tensor for key, tensor in state.items() if name != "missing" or key != "fc.bias"} | change
         torch.save(broken, tmp_path / "broken.pth")
-        with pytest.raises(UserError, match="not pytorch-fid's weight file"):
+        with pytest.raises(UserError, match="not the weight file of pytorch-fid"):
             InceptionFeatures(FeatureOptions(inception_weights=str(tmp_path / "broken.pth")))
 
 
@@ -288,7 +288,7 @@ def test_another_kind_of_model_is_refused(trained_clip, tmp_path):
 def test_a_nan_feature_names_its_image(tmp_path):
     network = load_own_network(str(networks.make_own(tmp_path / "own.py")))
     network.module[0].weight.data.fill_(float("nan"))
-    with pytest.raises(Failed, match="small gives features of 0-0 that are not finite"):
+    with pytest.raises(Failed, match="the small features of 0-0 are not finite"):
         network(noise_pictures(2), CPU)
 
 
@@ -309,7 +309,7 @@ def test_fewer_real_than_features_and_copies_are_remarked(tmp_path):
     scores = by_name(
         prdc(case(subject(noise_pictures(10), feature_module=own), subject([*real, *real[:3]], feature_module=own)))
     )
-    assert "3 copies in the reference left out" in scores["precision"].remark
+    assert "skipped 3 duplicates in the reference" in scores["precision"].remark
     assert "fewer than 50 images" in scores["recall"].remark
 
 

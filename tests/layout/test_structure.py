@@ -210,7 +210,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("train_unconditional", [], 2, "no data to train on"),
         ("train_unconditional", ["--dataset_name", "a/b", "--guidance_scale", "2"], 2, "--class_conditional"),
         ("train_unconditional", ["--dataset_name", "a/b", "--hub_model_id", "c"], 2, "--push_to_hub"),
-        ("evaluate_pipeline", [], 2, "give one of them"),
+        ("evaluate_pipeline", [], 2, "give one of --pipeline"),
         ("evaluate_pipeline", ["--pipeline", "a/b", "--best_by", "fid"], 2, "--checkpoints"),
     ],
 )

@@ -48,7 +48,7 @@ def test_num_images_goes_round_over_the_prompts():
         ("p.txt", "a\u2028b\r\nc", ["a\u2028b", "c"]),
         ("p.csv", "prompt\na, b\n", "line 2: more cells than the 1 columns"),
         ("p.csv", 'prompt\n"a\n', "can't be read"),
-        ("p.json", '{"prompt": "a"}', "must hold a list"),
+        ("p.json", '{"prompt": "a"}', "must contain a list"),
         ("p.yaml", "- a", "must end with one of"),
     ],
 )
@@ -77,10 +77,10 @@ def test_prompts_files_are_read_as_they_are_written(tmp_path, name, text, found)
         ("p.jsonl", b'"a"\n' + b"[" * 200_000, "line 2: is nested more than 100 deep"),
         ("p.jsonl", b'{"prompt": ["a"]}', r"line 1: prompt must be a text, got \['a'\]"),
         ("p.json", b"1" * 5000, "has a number of 5000 digits"),
-        ("p.txt", b"x" * 100_000, "line 1 has a prompt of 100,000 characters; at most 65,536 are read"),
+        ("p.txt", b"x" * 100_000, "line 1 has a prompt of 100,000 characters; shorten it to 65,536 at most"),
         ("p.txt", bytes(range(256)), "is not text"),
         ("p.csv", b"prompt,n\na dog,1\nNaN,2\nNA,3\n ,4\n,5\nNan,6\n", ["a dog", "Nan"]),
-        ("p.tsv", b"n\tprompt\n1\tNone\n", "p.tsv holds no prompts"),
+        ("p.tsv", b"n\tprompt\n1\tNone\n", "p.tsv contains no prompts"),
         ("p.jsonl", b'[\n"a",\n"b"\n]', "line 1: starts a JSON array; write each of its values on its own line"),
     ],
 )
@@ -114,7 +114,7 @@ def test_ragged_rows_and_numbers_that_are_not_meant_are_refused(tmp_path):
     for name in ("num_images", "images_per_prompt"):
         with pytest.raises(UserError, match=f"--{name} must be at most 10000000"):
             PromptOptions(**{name: 10**7 + 1})
-    with pytest.raises(UserError, match="in all 2 prompts"):
+    with pytest.raises(UserError, match="in total for 2 prompts"):
         plan_tasks([Prompt("a"), Prompt("b")], PromptOptions(images_per_prompt=10**7))
     with pytest.raises(UserError, match="--strength must be above 0"):
         GenerationOptions(strength=0.0)
@@ -126,20 +126,20 @@ def test_ragged_rows_and_numbers_that_are_not_meant_are_refused(tmp_path):
         (
             "p.jsonl",
             '{"prompt": "a", "negative_prompt": "n", "seed": 7}\n{"prompt": "b"}',
-            "'negative_prompt', 'seed' of 1 r",
+            "'negative_prompt', 'seed' in 1 r",
         ),
         (
             "p.json",
             '["b", {"text": "a", "CFG Scale": 7}]',
-            "'CFG Scale' of 1 rows are not read; flags set them, for all",
+            "ignored 'CFG Scale' in 1 rows; set them by flags, for all",
         ),
-        ("p.csv", "prompt,Width,height\na,512,\nb,,768\n", "'Width', 'height' of 2 rows"),
+        ("p.csv", "prompt,Width,height\na,512,\nb,,768\n", "'Width', 'height' in 2 rows"),
         (
             "p.txt",
             "a dog --n ugly --w 512\na cat\n",
-            "1 prompts hold what looks like flags, such as --n; they are drawn",
+            "1 prompts contain what look like flags, such as --n; they are used",
         ),
-        ("p.jsonl", '"a tower --ar=3:2"', "1 prompts hold what looks like flags, such as --ar"),
+        ("p.jsonl", '"a tower --ar=3:2"', "1 prompts contain what look like flags, such as --ar"),
     ],
 )
 def test_settings_of_single_prompts_that_are_not_read_are_named(tmp_path, caplog, name, content, told):
@@ -168,7 +168,7 @@ def test_facts_beside_prompts_are_no_fault(tmp_path, caplog, name, content):
 def test_rows_without_a_prompt_are_left_out_and_counted(tmp_path, caplog):
     (tmp_path / "p.csv").write_text("n,prompt\n1,a\n2,NULL\n3,\n")
     assert [prompt.text for prompt in read_prompts(PromptOptions(prompts_file=str(tmp_path / "p.csv")))] == ["a"]
-    assert "2 rows have no prompt, the first in line 3, and are left out; cells such as NULL are empty" in caplog.text
+    assert "skipped 2 rows without a prompt, the first in line 3; cells such as NULL count as empty" in caplog.text
 
 
 def test_settings_in_a_dataset_are_counted_and_sizes_of_its_images_are_none(tmp_path, caplog):
@@ -180,23 +180,23 @@ def test_settings_in_a_dataset_are_counted_and_sizes_of_its_images_are_none(tmp_
         "text"
     ][:2]
     told = [
-        "'seed' of 3 rows are not read",
-        "1 rows have no 'text', and are left out",
-        "1 prompts hold what looks like",
+        "ignored 'seed' in 3 rows",
+        "skipped 1 rows without 'text'",
+        "1 prompts contain what look like",
     ]
     assert len(caplog.messages) == 3
     assert all(part in line for part, line in zip(told, caplog.messages, strict=True))
     caplog.clear()
     Dataset.from_dict({"text": ["a"], "width": [5]}).save_to_disk(tmp_path / "sizes")
     read_prompts(PromptOptions(prompts_dataset=str(tmp_path / "sizes")))
-    assert "'width' of 1 rows are not read" in caplog.text
+    assert "ignored 'width' in 1 rows" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"prompt": "a", "seed": 0}], "'seed' of 1 rows are not read"),
-        ([{"prompt": "a", "steps": 0.0, "cfg": None}, {"prompt": "b", "steps": 0}], "'steps' of 2 rows"),
+        ([{"prompt": "a", "seed": 0}], "ignored 'seed' in 1 rows"),
+        ([{"prompt": "a", "steps": 0.0, "cfg": None}, {"prompt": "b", "steps": 0}], "'steps' in 2 rows"),
         ([{"prompt": "a", "seed": None, "steps": "", "loras": [], "eta": "NULL"}], ""),
     ],
 )
@@ -211,11 +211,11 @@ def test_settings_of_zero_are_settings(tmp_path, caplog, rows, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a dog --n ugly --w 512", "hold what looks like flags, such as --n"),
+        ("a dog --n ugly --w 512", "contain what look like flags, such as --n"),
         ("a dog --d 7", "such as --d"),
         (
             "a dog\nSteps: 20, Sampler: Euler a, Size: 512x512",
-            "as other programs write them, such as Steps: 20",
+            "settings of other programs, such as Steps: 20",
         ),
         ("a dog. Negative prompt: ugly", "such as Negative prompt: ugly"),
         ("a dog, CFG scale: 7.5", "such as CFG scale: 7"),
@@ -238,7 +238,7 @@ def test_settings_within_prompts_are_said_whichever_way_they_come(tmp_path, capl
 def test_settings_within_validation_prompts_are_said_once(train, caplog):
     short = ("--max_train_steps", 2, "--validation_steps", 1, "--no_final_checkpoint")
     train("sd", *short, "--validation_prompts", "a --n b")
-    assert caplog.text.count("--validation_prompts: 1 prompts hold what looks like flags, such as --n") == 1
+    assert caplog.text.count("--validation_prompts: 1 prompts contain what look like flags, such as --n") == 1
 
 
 def test_a_file_in_the_place_of_prompts_is_named(tmp_path):

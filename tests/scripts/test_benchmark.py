@@ -288,7 +288,7 @@ def test_help_imports_no_torch():
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--size", "true"], "--size must be tiny or small where there is no GPU"),
+        (["--size", "true"], "--size must be tiny or small without a GPU"),
         (["--batch", "3"], "--batch must be even"),
         (["--steps", "5", "--warm_up", "10"], "--steps must be at least 12"),
         (["--rounds", "0"], "--rounds must be at least 1"),

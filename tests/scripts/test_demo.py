@@ -101,7 +101,7 @@ def test_a_short_demo(monkeypatch, tmp_path, capsys, adaptation):
     assert found["differences"]["kid"]["interval_95"]
     html = (tmp_path / "evaluation" / "report.html").read_text()
     assert html.count("data:image/png") > 40
-    assert "not known to be of the same prompts" not in html
+    assert "not known to have the same prompts" not in html
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,7 @@ def test_folders_of_other_prompts_are_not_paired(evaluate, flags, real_images, t
     other, out = evaluate("--images", folders[2], *shared, out="others")
     assert same["differences"]["kid"]["interval_95"] == pytest.approx([0, 0], abs=1e-9)
     assert other["differences"]["kid"]["interval_95"] is None
-    assert "not known to be of the same prompts" in (out / "report.md").read_text()
+    assert "not known to have the same prompts" in (out / "report.md").read_text()
 
 
 def test_a_folder_of_pictures_is_no_output_folder(pipelines, tmp_path, capsys):
@@ -206,7 +206,7 @@ def test_a_signal_ends_the_drawing_and_the_same_command_goes_on(evaluate, pipeli
 
     monkeypatch.setattr(generation.Drawer, "_save", signalled)
     _, folder = evaluate(*shared, expect=128 + signal.SIGTERM)
-    assert "stopped with 4 of 12 images drawn; the same command continues" in capsys.readouterr().err
+    assert "stopped after 4 of 12 images; run the same command to continue" in capsys.readouterr().err
     monkeypatch.undo()
     evaluate(*shared)
     assert len(images_in(folder / "images" / "pipeline")) == 12
@@ -287,7 +287,7 @@ def test_a_signal_while_scores_are_computed(evaluate, pipelines, flags, real_ima
     monkeypatch.setattr(Network, "__call__", signalled)
     found, _ = evaluate(*words, "--feature_batch_size", 1, expect=128 + signal.SIGTERM)
     assert found is None
-    assert "stopped while scores were computed; the same command continues" in capsys.readouterr().err
+    assert "stopped while computing scores; run the same command to continue" in capsys.readouterr().err
     found, _ = evaluate(*words)
     assert found["entries"]["pipeline"]["scores"]["kid"]["value"] is not None
 

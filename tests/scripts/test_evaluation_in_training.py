@@ -219,7 +219,7 @@ def test_prompts_may_be_encoded_by_another(in_training, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"eval_metrics": None}, "--eval_steps is of --eval_metrics"),
+        ({"eval_metrics": None}, "--eval_steps needs --eval_metrics"),
         ({"eval_steps": 0}, "--eval_steps must be"),
         ({"eval_prompts_file": "/nowhere.txt"}, "--eval_prompts_file must be"),
         ({"eval_reference": None}, "--eval_metrics kid compares"),

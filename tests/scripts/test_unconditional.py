@@ -371,7 +371,7 @@ def test_real_digits_of_another_half_are_what_the_judge_is_sure_of(tmp_path):
     np.testing.assert_allclose(ink.numpy(), few.ink, atol=1 / 255)
     said = unconditional.verdict(ink, classifier.train_classifier(), ink, ink[:50])
     assert "10 of 10" in said
-    assert "0.000 of drawn ones" in said
+    assert "0.000 for drawn digits" in said
 
 
 def test_the_film_goes_on_with_the_run_and_without_what_it_left_behind(train):

@@ -1,4 +1,4 @@
-"""The options of evaluation: reference, feature networks, scores, and scores while a model is trained."""
+"""Options of evaluation: reference, feature networks, metrics, and metrics during training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,34 +17,36 @@ FID_MODES = {
     "pytorch-fid": "bilinear without antialiasing to 299; 2 x - 1",
     "tf": "TensorFlow 1's bilinear, its corners unaligned, to 299; (x - 128) / 128",
 }
-REFERENCE_FLAGS = {"reference": "eval_reference"}  # what evaluate_pipeline.py's flag is called here
+REFERENCE_FLAGS = {"reference": "eval_reference"}  # flag of evaluate_pipeline.py: its name in the training scripts
 
 REFERENCE = ("reference", "training_images")
 COMPARING = tuple(name for name, metric in METRICS.items() if metric.compares)
 
 
 def computed(*names: str) -> tuple[Partner, ...]:
-    """That one of some metrics is computed, by the flags of evaluate_pipeline.py and of the training scripts."""
+    """Returns the flags of evaluate_pipeline.py and the training scripts by which one of the metrics is computed."""
     return Lists("metrics", (*names, "all"), DEFAULT_METRICS), Lists("eval_metrics", names)
 
 
 def metrics_by(network: str) -> tuple[str, ...]:
-    """The metrics that need a network."""
+    """Returns the metrics that need a network."""
     return tuple(name for name, metric in METRICS.items() if metric.network == network)
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
     kid_subsets: int = option(
-        100, "subsets of the conventional KID, which stands beside the full one", acts_with=computed("kid")
+        100,
+        "number of subsets of the conventional KID, reported besides the KID of all images",
+        acts_with=computed("kid"),
     )
-    kid_subset_size: int = option(1000, "images of such a subset", acts_with=computed("kid"))
+    kid_subset_size: int = option(1000, "images per KID subset", acts_with=computed("kid"))
     fid_groups: int = option(
-        5, "disjoint groups of images over which FID's spread is given", acts_with=computed("fid", "fd_dinov2")
+        5, "number of disjoint groups of images to estimate the spread of FID", acts_with=computed("fid", "fd_dinov2")
     )
     num_duplicate_pairs: int = option(
         12,
-        "pairs of an image and its nearest training image that memorisation shows",
+        "number of pairs (image, nearest training image) that memorisation reports",
         acts_with=computed("memorisation"),
     )
 
@@ -59,80 +61,80 @@ class ScoreOptions:
 class FeatureOptions:
     fid_mode: str = option(
         "clean",
-        "how images become the Inception network's 299 pixels: three conventions, three numbers",
+        "how to resize images to 299 pixels for the Inception network; the modes give different FIDs",
         choices=FID_MODES,
         resume=Resume.REPORTING,
         acts_with=(*computed(*metrics_by("main")), "save_reference"),
     )
     inception_weights: str | None = option(
         None,
-        "pytorch-fid's weight file, .pth or .safetensors; by default it is downloaded once",
+        "weight file of pytorch-fid, .pth or .safetensors; by default downloaded once",
         resume=Resume.REPORTING,
         acts_with=(*computed(*metrics_by("main")), "save_reference"),
     )
     feature_module: str | None = option(
         None,
-        "Python file with a network of your own, whose features KID, FID and their kin take in place of Inception's",
+        "Python file with a feature network to use instead of Inception for KID, FID and related metrics",
         resume=Resume.REPORTING,
         acts_with=(*computed(*metrics_by("main")), "save_reference"),
     )
     clip_model: str = option(
         "openai/clip-vit-large-patch14",
-        "CLIP of the CLIP scores and similarities: folder or Hub name",
+        "CLIP model for the CLIP score and similarity: folder or Hub name",
         resume=Resume.REPORTING,
         acts_with=computed(*metrics_by("clip")),
     )
     cmmd_model: str = option(
         "openai/clip-vit-large-patch14-336",
-        "CLIP of CMMD: folder or Hub name",
+        "CLIP model for CMMD: folder or Hub name",
         resume=Resume.REPORTING,
         acts_with=computed(*metrics_by("cmmd")),
     )
     dino_model: str = option(
         "facebook/dinov2-large",
-        "DINOv2 of FD-DINOv2 and the DINO similarity: folder or Hub name",
+        "DINOv2 model for FD-DINOv2 and the DINO similarity: folder or Hub name",
         resume=Resume.REPORTING,
         acts_with=computed(*metrics_by("dino")),
     )
     lpips_network: str = option(
         "alex",
-        "trunk of LPIPS",
+        "backbone of LPIPS",
         choices=LPIPS_NETWORKS,
         resume=Resume.REPORTING,
         acts_with=computed(*metrics_by("lpips")),
     )
     lpips_weights: str | None = option(
         None,
-        "torchvision's weight file of that trunk, .pth or .safetensors; by default it is downloaded once",
+        "torchvision weight file of the LPIPS backbone, .pth or .safetensors; by default downloaded once",
         resume=Resume.REPORTING,
         acts_with=computed(*metrics_by("lpips")),
     )
     lpips_size: int | None = option(
         None,
-        "images are resized to this square for LPIPS; by default they stay as they are",
+        "resize images to a square of this edge in pixels for LPIPS; by default they keep their size",
         resume=Resume.REPORTING,
         acts_with=computed(*metrics_by("lpips")),
     )
     pickscore_model: str | None = option(
         None,
-        "PickScore's CLIP, such as yuvalkirstain/PickScore_v1: folder or Hub name",
+        "CLIP model of PickScore, such as yuvalkirstain/PickScore_v1: folder or Hub name",
         resume=Resume.REPORTING,
         acts_with=computed(*metrics_by("pickscore")),
     )
     hpsv2_model: str | None = option(
         None,
-        "HPSv2's CLIP in the layout of transformers: folder or Hub name",
+        "CLIP model of HPSv2 in transformers format: folder or Hub name",
         resume=Resume.REPORTING,
         acts_with=computed(*metrics_by("hpsv2")),
     )
     no_download: bool = option(
         False,
-        "take no network that is not here already; its scores are listed as not computed",
+        "do not download feature networks; metrics whose network is missing are not computed",
         resume=Resume.REPORTING,
         acts_with=(*computed(*METRICS), "save_reference"),
     )
     feature_batch_size: int = option(
-        32, "images at once in a feature network", resume=Resume.COST, acts_with=(*computed(*METRICS), "save_reference")
+        32, "batch size of feature networks", resume=Resume.COST, acts_with=(*computed(*METRICS), "save_reference")
     )
 
     def __post_init__(self) -> None:
@@ -155,31 +157,35 @@ class FeatureOptions:
 class ReferenceOptions:
     reference: str | None = option(
         None,
-        "real images to compare with: a folder, a dataset, or statistics in an .npz file",
+        "real images to compare with: a folder, a dataset, or an .npz file of statistics",
         acts_with=(*computed(*COMPARING), "save_reference"),
     )
-    reference_split: str = option("train", "split of a reference that is a dataset", is_text=True, acts_with=REFERENCE)
-    reference_image_column: str = option("image", "column of its images", is_text=True, acts_with=REFERENCE)
+    reference_split: str = option("train", "split of a reference dataset", is_text=True, acts_with=REFERENCE)
+    reference_image_column: str = option(
+        "image", "column of images in a reference dataset", is_text=True, acts_with=REFERENCE
+    )
     reference_caption_column: str = option(
         "text",
-        "column of its captions, where a folder's metadata have another",
+        "column of captions in the reference's metadata",
         is_text=True,
         acts_with=REFERENCE,
     )
     reference_resolution: int | None = option(
         None,
-        "the reference is cut to squares of this edge as in training; by default whole images are taken",
+        "resize and centre-crop the reference to squares of this edge in pixels; by default images stay whole",
         acts_with=REFERENCE,
     )
-    max_reference_images: int | None = option(None, "take so many images of it, drawn by the seed", acts_with=REFERENCE)
+    max_reference_images: int | None = option(
+        None, "use at most N reference images, chosen at random by --seed", acts_with=REFERENCE
+    )
     training_images: str | None = option(
-        None, "what was trained on, for memorisation: a folder or a dataset", acts_with=computed("memorisation")
+        None, "training images, for memorisation: a folder or a dataset", acts_with=computed("memorisation")
     )
     save_reference: str | None = option(
-        None, "keep the reference's statistics as this .npz file", acts_with=("reference",)
+        None, "save the statistics of the reference in this .npz file", acts_with=("reference",)
     )
     allow_stats_mismatch: bool = option(
-        False, "take statistics that were made with another network or preparation", acts_with=("reference",)
+        False, "accept reference statistics of another network or image preparation", acts_with=("reference",)
     )
 
     def __post_init__(self) -> None:
@@ -191,7 +197,7 @@ class ReferenceOptions:
         file = self.save_reference
         require(file is None or file.endswith(".npz"), "save_reference", file, "end with .npz")
         if file is not None and (self.reference is None or self.is_statistics):
-            raise UserError("--save_reference keeps what --reference FOLDER gives; give a folder or a dataset")
+            raise UserError("--save_reference needs reference images; give --reference a folder or a dataset")
 
     @property
     def is_statistics(self) -> bool:
@@ -201,49 +207,52 @@ class ReferenceOptions:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    needs_reference: ClassVar[bool] = True  # where there are no images of the training to compare with
+    needs_reference: ClassVar[bool] = True  # False in scripts that can compare with the training images
 
     eval_metrics: list[str] | None = option(
-        None, "scores to compute while training", choices=METRICS, resume=Resume.REPORTING
+        None, "metrics to compute during training", choices=METRICS, resume=Resume.REPORTING
     )
     eval_steps: int | None = option(
         None,
-        "optimizer steps between them; by default they come after the last step alone",
+        "compute metrics every N optimizer steps; by default only after the last step",
         resume=Resume.REPORTING,
     )
     eval_prompts_file: str | None = option(
         None,
-        "prompts to draw for them: .txt, .jsonl or .csv; by default the validation prompts",
+        "file of prompts for --eval_metrics: .txt, .jsonl or .csv; by default the validation prompts",
         resume=Resume.REPORTING,
     )
     eval_prompts_encoding: str | None = option(
         None,
-        "encoding of --eval_prompts_file, such as gb18030; by default UTF-8, and else a guess, which is logged",
+        "encoding of --eval_prompts_file, such as gb18030; by default UTF-8, else a guess, which is logged",
         resume=Resume.REPORTING,
     )
     eval_num_images: int = option(
         64,
-        "images to draw for them, one after the other of each prompt or class",
+        "number of images to draw for --eval_metrics, spread evenly over prompts or classes",
         resume=Resume.REPORTING,
         acts_with=("eval_metrics",),
     )
     eval_reference: str | None = option(
         None,
-        "real images to compare with: a folder, a dataset, or statistics in an .npz file",
+        "real images to compare with: a folder, a dataset, or an .npz file of statistics",
         resume=Resume.REPORTING,
     )
     eval_num_inference_steps: int | None = option(
-        None, "denoising steps; by default the pipeline's", resume=Resume.REPORTING, acts_with=("eval_metrics",)
+        None,
+        "denoising steps per image for --eval_metrics; by default the pipeline's",
+        resume=Resume.REPORTING,
+        acts_with=("eval_metrics",),
     )
     eval_guidance_scale: float | None = option(
         None,
-        "classifier-free guidance; by default the pipeline's",
+        "classifier-free guidance scale for --eval_metrics; by default the pipeline's",
         resume=Resume.REPORTING,
         acts_with=("eval_metrics",),
     )
     eval_sampling_batch_size: int | None = option(
         None,
-        "images drawn at once; by default it grows until memory is full",
+        "images per batch and process for --eval_metrics; by default it doubles until memory is full",
         resume=Resume.REPORTING,
         acts_with=("eval_metrics",),
     )
@@ -256,18 +265,18 @@ class EvaluationOptions:
         if self.eval_prompts_encoding is not None:
             check_encoding(self.eval_prompts_encoding, "eval_prompts_encoding")
             if file is None:
-                raise UserError("--eval_prompts_encoding is of --eval_prompts_file; give both or neither")
+                raise UserError("--eval_prompts_encoding needs --eval_prompts_file; give both or neither")
         for name in ("eval_steps", "eval_prompts_file", "eval_reference"):
             if getattr(self, name) is not None and not self.eval_metrics:
-                raise UserError(f"--{name} is of --eval_metrics; give both or neither")
+                raise UserError(f"--{name} needs --eval_metrics; give both or neither")
         for name in self.eval_metrics or ():
             if METRICS[name].compares and self.eval_reference is None and self.needs_reference:
                 raise UserError(f"--eval_metrics {name} compares with real images; give --eval_reference")
             if name == "memorisation":
-                raise UserError("--eval_metrics memorisation is evaluate_pipeline.py's; leave it out")
+                raise UserError("--eval_metrics memorisation works only in evaluate_pipeline.py; remove it")
         with flags_as(REFERENCE_FLAGS):
             ReferenceOptions(reference=self.eval_reference)
 
     def is_due(self, progress: Progress) -> bool:
-        """Whether scores are computed after a step."""
+        """Whether metrics are due after a step."""
         return bool(self.eval_metrics) and (progress.is_last or progress.is_multiple_of(self.eval_steps))

@@ -1,4 +1,4 @@
-"""Sets of images to score: drawn ones, a folder's, a dataset's."""
+"""Sets of images to score or compare with: drawn images, a folder, a dataset, the training images."""
 
 import contextlib
 import hashlib
@@ -28,8 +28,8 @@ from utils.sampling.prompts import Task, drawn_texts
 
 logger = logging.getLogger(__name__)
 DRAWN_NAME = re.compile(r"(\d{5,})_(\d{5,})")
-FOLDER_FLAGS = {"train_data_dir": "images"}  # those by which the captions of drawn images are read
-COLUMN_FLAGS = {  # those by which images are read for training, and what they are called here
+FOLDER_FLAGS = {"train_data_dir": "images"}  # flag of the training scripts: its name in evaluate_pipeline.py
+COLUMN_FLAGS = {  # likewise
     "caption_column": "reference_caption_column",
     "image_column": "reference_image_column",
     "dataset_split": "reference_split",
@@ -37,7 +37,10 @@ COLUMN_FLAGS = {  # those by which images are read for training, and what they a
 
 
 def drawn_images(folder: Path, tasks: Sequence[Task]) -> ImageSet:
-    """The images of tasks, drawn into a folder. Without prompts or classes each image is a cluster of its own."""
+    """Returns the images of tasks that were drawn into a folder.
+
+    Images of one prompt or class form a cluster; without prompts and classes each image is its own cluster.
+    """
     texts = [task.prompt.text for task in tasks]
     has_texts = all(text is not None for text in texts)
     is_plain = not has_texts and all(task.prompt.label is None for task in tasks)
@@ -50,20 +53,25 @@ def drawn_images(folder: Path, tasks: Sequence[Task]) -> ImageSet:
 
 
 def folder_images(folder: Path, prompts: Sequence[str] | None = None) -> ImageSet:
-    """The images of a folder in the order of their names, with their prompts where they are known.
+    """Returns the images of a folder, sorted by name, with their prompts if those are known.
 
-    Prompts are those given, or the text `prompt` in the PNGs, or the captions that a folder for training would have.
-    Names of ours, `{prompt}_{sample}.png`, say which images share one; else equal texts do.
+    Prompts come from the argument, else from the text `prompt` of the PNGs, else from captions as in a training folder.
+    File names of this package, `{prompt}_{sample}.png`, tell which images share a prompt; else equal texts do.
 
     Raises:
-        UserError: if there are none, or other than as many prompts as images.
+        UserError: if the folder has no images, or the number of prompts differs from that of images.
     """
+    # Images and their prompts.
     names = list_images(folder, "images")
     if not names:
-        raise UserError(f"--images {folder} holds no images")
+        raise UserError(f"--images {folder} contains no images; give a folder with images")
     if prompts is not None and len(prompts) != len(names):
-        raise UserError(f"--images {folder} holds {len(names)} images, the prompts are {len(prompts)}; give one each")
+        raise UserError(
+            f"--images {folder} has {len(names)} images, but there are {len(prompts)} prompts; give one per image"
+        )
     texts = list(prompts) if prompts is not None else _png_prompts(folder, names) or _captions(folder, names)
+
+    # Which images share a prompt, and which sample of it each one is.
     matches = [DRAWN_NAME.fullmatch(Path(name).stem) for name in names]
     if all(matches) and texts is not None:
         clusters = np.array([int(match[1]) for match in matches])
@@ -85,7 +93,7 @@ def _count(seen: dict[int, int], key: int) -> int:
 
 
 def _png_prompts(folder: Path, names: Sequence[str]) -> list[str] | None:
-    """The prompts within PNGs that were drawn here; an empty one of an image that can't be read."""
+    """The prompts in PNGs drawn by this package, empty for an unreadable image; None if any PNG has no prompt."""
     texts, num_broken = [], 0
     for name in names:
         if not name.lower().endswith(".png"):
@@ -103,11 +111,12 @@ def _png_prompts(folder: Path, names: Sequence[str]) -> list[str] | None:
 
 
 def _captions(folder: Path, names: Sequence[str]) -> list[str] | None:
+    """The captions of images, read as from a training folder; None if any image has no caption."""
     try:
         with flags_as(FOLDER_FLAGS):
             records = read_records(DataOptions(), SourceOptions(train_data_dir=str(folder)), CaptionOptions(), 0)
     except UserError as error:
-        logger.warning("%s: no captions are read: %s", folder, error)
+        logger.warning("%s: continuing without captions, which can't be read: %s", folder, error)
         return None
     found = {records.key(index): records.captions(index)[0] for index in range(len(records))}
     texts = [found.get(name, "") for name in names]
@@ -115,10 +124,14 @@ def _captions(folder: Path, names: Sequence[str]) -> list[str] | None:
 
 
 def read_images(flag: str, name: str, options: ReferenceOptions, seed: int) -> ImageSet:
-    """The images of a folder (as for training, captions or none) or a dataset.
+    """Returns the images of a training folder (captions are optional) or a dataset.
+
+    Args:
+        flag: the name of the flag that gives the folder or dataset.
+        name: its value.
 
     Raises:
-        UserError: if there are none, or they can't be read.
+        UserError: if there are no images, or they can't be read.
     """
     path = Path(name)
     shared = {
@@ -132,8 +145,8 @@ def read_images(flag: str, name: str, options: ReferenceOptions, seed: int) -> I
         with flags_as({"train_data_dir": flag, "dataset_name": flag} | COLUMN_FLAGS):
             records = read_records(DataOptions(), SourceOptions(**source, **shared), CaptionOptions(), seed)
     except UserError as error:
-        text, _, cure = str(error).partition("; give --data_format")  # which is no flag here
-        text += "; take the others out of the folder" if cure else ""
+        text, *cure = re.split(r"; \w+ --data_format", str(error), maxsplit=1)  # evaluation has no such flag
+        text += "; remove the others from the folder" if cure else ""
         raise UserError(text if flag in text else f"--{flag} {name}: {text}") from error
     count = len(records)
     read = partial(_read_record, records, resolution=options.reference_resolution)
@@ -147,7 +160,7 @@ def _read_record(records: Records, index: int, resolution: int | None) -> Image.
 
 
 def trained_images(images: PlannedImages, options: ImageOptions) -> ImageSet:
-    """The images that a model is trained on as it sees them, each cut in the middle; transparency on white."""
+    """Returns the training images as the model sees them, but all centre-cropped; transparency becomes white."""
     count, read = len(images.records), partial(_read_trained, images, options.still)
     pictures = [Picture(images.records.key(index), partial(read, index)) for index in range(count)]
     return ImageSet(pictures, None, np.arange(count), np.arange(count))
@@ -164,9 +177,9 @@ def _read_trained(images: PlannedImages, options: ImageOptions, index: int) -> I
 
 
 def _fingerprint(records: Records, options: ReferenceOptions) -> str:
-    """The SHA-256 of the images' bytes, of how they are cut, and of how their colours and numbers are read.
+    """The SHA-256 of the images' bytes, their resolution, and how their colours and bit depths are converted.
 
-    Most images have the fingerprint that they had before colours were converted and bit depths were told apart.
+    Images that need no conversion keep the fingerprint that they had before conversions were added.
     """
     digest = hashlib.sha256(str(options.reference_resolution).encode())
     for index in range(len(records)):
@@ -175,6 +188,6 @@ def _fingerprint(records: Records, options: ReferenceOptions) -> str:
         except OSError as error:
             raise UserError(f"--reference: {records.key(index)} can't be read: {error.strerror or error}") from error
         digest.update(content)
-        with contextlib.suppress(OSError, ValueError):  # a broken image is named where its pixels are read
+        with contextlib.suppress(OSError, ValueError):  # a broken image is reported when its pixels are read
             digest.update(check_values(content, read_header(content)).how_read)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What an evaluation found, written down: results.json, a Markdown table, and one HTML file that needs no network."""
+"""Writes the results of an evaluation: results.json, a Markdown table, and one self-contained HTML file."""
 
 import base64
 import io
@@ -29,13 +29,13 @@ ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 
 @dataclass(frozen=True)
 class Entry:
-    """A pipeline, or a folder of images, and what was found of it.
+    """A pipeline or a folder of images, with its scores.
 
     Attributes:
-        name: as the report calls it.
-        step: optimizer steps of a checkpoint; None of others.
-        facts: what its images were drawn with.
-        invalid: names of images that can't be read, are NaN, black, or of one colour.
+        name: its name in the report.
+        step: optimizer steps of a checkpoint; None for anything else.
+        facts: the settings that its images were drawn with.
+        invalid: names of unreadable, NaN, black and one-colour images, by state.
         seconds: the time that drawing took in this run.
     """
 
@@ -48,19 +48,19 @@ class Entry:
     step: int | None = None
 
     def score(self, name: str) -> Score | None:
-        """The score of a name."""
+        """Returns the score with a name; None if there is none."""
         return next((score for score in self.scores if score.name == name), None)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All that an evaluation found.
+    """All results of an evaluation.
 
     Attributes:
-        entries: what was scored; the last one is compared with the first where there are differences.
-        best: the name of the score by which the best checkpoint was chosen, and that checkpoint's.
+        entries: what was scored; differences compare the last entry with the first.
+        best: (name of the score that chose the best checkpoint, name of that checkpoint).
         run: options, versions and command.
-        training: what was trained on, for the pairs of memorisation.
+        training: the training images, for the pairs of memorisation.
     """
 
     title: str
@@ -81,7 +81,7 @@ def write_report(findings: Findings, folder: Path, num_prompts: int = 24) -> Non
 
 
 def results(findings: Findings) -> dict[str, object]:
-    """All numbers as JSON; what is not finite stands there as null with a reason."""
+    """Returns all numbers as JSON; numbers that are not finite become null."""
     found: dict[str, object] = {"schema_version": SCHEMA_VERSION, "title": findings.title, "entries": {}}
     for entry in findings.entries:
         found["entries"][entry.name] = {
@@ -100,7 +100,7 @@ def results(findings: Findings) -> dict[str, object]:
 
 
 def _finite(value: object) -> object:
-    """The same with null for numbers that JSON does not know."""
+    """The same value with null for numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -111,13 +111,13 @@ def _finite(value: object) -> object:
 
 
 def notes(findings: Findings) -> list[str]:
-    """What a reader must know before the numbers."""
+    """Returns notes for the top of the report, such as counts of invalid images."""
     found = list(findings.notes)
     for entry in findings.entries:
         for state, names in entry.invalid.items():
             if names:
                 what = {"nan": "NaN", "constant": "of one colour"}.get(state, state)
-                ending = "metrics that read them fail" if state == "unreadable" else "they count"
+                ending = "metrics that read them fail" if state == "unreadable" else "the scores include them"
                 shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
                 found.append(
                     f"{entry.name}: {len(names)} of {len(entry.subject)} images are {what} ({shown}); {ending}"
@@ -126,7 +126,7 @@ def notes(findings: Findings) -> list[str]:
 
 
 def invalid_counts(findings: Findings) -> str:
-    """How many images can't be read, are NaN, black or of one colour, in a line, also if none is."""
+    """Returns one line with the number of invalid images of each entry, even if it is 0."""
     counts = [
         f"{entry.name} {sum(map(len, entry.invalid.values()))} of {len(entry.subject)}" for entry in findings.entries
     ]
@@ -134,7 +134,7 @@ def invalid_counts(findings: Findings) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number as it is shown, of four digits that say something."""
+    """Returns a number as text with four significant digits; "-" for None."""
     if value is None:
         return "-"
     if value == 0 or 0.001 <= abs(value) < 10000:
@@ -147,12 +147,12 @@ def _range(interval: Interval | None) -> str:
     return "" if interval is None else f"{number(interval.low)} to {number(interval.high)}"
 
 
-def _made_of(score: Score) -> str:
-    """Everything that stands beside a number, in a line."""
+def _details(score: Score) -> str:
+    """All details of a score in one line: counts, network, settings, errors, remark."""
     parts = [f"{score.count} images"]
     if score.reference_count is not None:
         parts.append(
-            f"{score.reference_count} of the reference" if score.reference_count else "a reference of unknown size"
+            f"{score.reference_count} reference images" if score.reference_count else "a reference of unknown size"
         )
     parts.append(f"features of {score.network} ({score.weights[:12]})" if score.network else "")
     parts += [f"{name}: {value}" for name, value in score.settings.items()]
@@ -171,7 +171,7 @@ def _names(entries: Sequence[Entry]) -> list[str]:
 
 
 def _missing(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    """(score, why there is none), each once, where no entry has it or one alone lacks it."""
+    """(name, reason) of each score that an entry lacks; it names the entries unless all of them lack it."""
     found: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
         for score in entry.scores:
@@ -184,9 +184,11 @@ def _missing(entries: Sequence[Entry]) -> list[tuple[str, str]]:
 
 
 def _rows(findings: Findings) -> list[dict]:
+    """The rows of the table, one for each score."""
     by_name = {each.name: each for each in findings.differences}
     rows = []
     for name in _names(findings.entries):
+        # The score of each entry.
         scores = [entry.score(name) for entry in findings.entries]
         known = [score for score in scores if score is not None and score.value is not None]
         cells = [
@@ -196,6 +198,8 @@ def _rows(findings: Findings) -> list[dict]:
             }
             for score in scores
         ]
+
+        # The difference of the last entry to the first.
         difference = by_name.get(name)
         shown = {"value": "", "interval": "", "verdict": "", "style": ""}
         if difference is not None:
@@ -213,16 +217,16 @@ def _rows(findings: Findings) -> list[dict]:
                 "arrow": ARROWS[known[0].better],
                 "cells": cells,
                 "difference": shown,
-                "facts": _made_of(known[-1]),
+                "facts": _details(known[-1]),
             }
         )
     return rows
 
 
 def as_markdown(findings: Findings) -> str:
-    """The scores as a Markdown table, and what was not computed."""
+    """Returns the scores as a Markdown table, and the list of what was not computed."""
     names = [entry.name for entry in findings.entries]
-    head = ["score", *names, *(["difference"] if findings.differences else []), "made of"]
+    head = ["score", *names, *(["difference"] if findings.differences else []), "details"]
     lines = [f"# {markdown(findings.title)}", "", *(f"{markdown(note)}\n" for note in notes(findings))]
     lines += ["| " + " | ".join(markdown_cell(each) for each in head) + " |", "|" + "---|" * len(head)]
     for row in _rows(findings):
@@ -248,7 +252,7 @@ def _with_range(cell: dict) -> str:
 
 
 def data_uri(image: Image.Image, edge: int = THUMBNAIL) -> str:
-    """An image within a page, no larger than `edge`; small ones as PNG, which keeps their pixels."""
+    """Returns an image as a data URI, at most `edge` pixels wide and high; small images as PNG, which is lossless."""
     if max(image.size) > edge:
         image = image.copy()
         image.thumbnail((edge, edge), Image.Resampling.LANCZOS)
@@ -260,7 +264,7 @@ def data_uri(image: Image.Image, edge: int = THUMBNAIL) -> str:
 
 
 def _thumbnail(picture: Picture) -> str | None:
-    """A picture within a page; None if it can't be read."""
+    """A picture as a data URI; None if it can't be read."""
     try:
         return data_uri(picture.read())
     except (OSError, ValueError):
@@ -268,13 +272,14 @@ def _thumbnail(picture: Picture) -> str | None:
 
 
 def _prompt_sections(entries: Sequence[Entry], num_prompts: int) -> list[dict]:
-    """Prompts and their images: side by side of entries with the same prompts, else one entry's after the other's."""
+    """Prompts with their images: entries side by side if they have the same prompts, else one entry after another."""
     if all(entry.subject.images.is_like(entries[-1].subject.images) for entry in entries):
         return _sections_of(entries, num_prompts)
     return [section for entry in entries for section in _sections_of([entry], num_prompts)]
 
 
 def _sections_of(entries: Sequence[Entry], num_prompts: int) -> list[dict]:
+    """Prompts with the images of each entry, for at most `num_prompts` prompts."""
     images = entries[-1].subject.images
     sections = []
     if images.prompts is None and len(set(images.clusters.tolist())) == len(images):  # unconditional: one grid of all
@@ -337,7 +342,7 @@ def _pairs(findings: Findings) -> list[dict]:
 
 
 def curves(entries: Sequence[Entry]) -> list[dict[str, str]]:
-    """A figure of each score over the checkpoints, as data URIs; none with fewer than two of them."""
+    """Returns a plot of each score over the checkpoints, as data URIs; none for fewer than two checkpoints."""
     points = [entry for entry in entries if entry.step is not None]
     return [_curve(points, name) for name in _names(points)] if len(points) > 1 else []
 
@@ -365,14 +370,15 @@ def _curve(points: Sequence[Entry], name: str) -> dict[str, str]:
 
 
 def html(findings: Findings, num_prompts: int = 24) -> str:
-    """The report as one HTML file; every text in it is escaped."""
+    """Returns the report as one HTML file; all texts in it are escaped."""
     from jinja2 import Environment
 
+    # What to show: first and last entry, at most num_prompts prompts.
     environment = Environment(autoescape=True, finalize=lambda value: visible(value) if type(value) is str else value)
     entries = findings.entries
     shown = [entries[0], entries[-1]] if len(entries) > 1 else entries
     num_all = len(set(entries[-1].subject.images.clusters.tolist()))
-    more = f"{num_prompts} of {num_all} prompts, evenly chosen." if num_all > num_prompts else ""
+    more = f"{num_prompts} of {num_all} prompts, evenly spaced." if num_all > num_prompts else ""
     settings = {entry.name: entry.facts for entry in entries} | {"run": findings.run}
     best, sections = findings.best, _prompt_sections(shown, num_prompts)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(

@@ -1,4 +1,4 @@
-"""The options of evaluate_pipeline.py, and which of them go together."""
+"""The options of evaluate_pipeline.py, and checks of their combinations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,27 +22,27 @@ from utils.sampling.options import (
     SamplingControlOptions,
 )
 
-PURPOSE = "Draws images from any diffusers pipeline, on one GPU or many, scores them, and writes a report."
+PURPOSE = "Draws images with any diffusers pipeline, on one or more GPUs, scores them, and writes a report."
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    output_dir: str = option("evaluation", "folder of the images and the report; a stopped run there continues")
-    overwrite_output_dir: bool = option(False, "replace images there that were drawn with other settings")
+    output_dir: str = option("evaluation", "output folder for images and report; a stopped run in it continues")
+    overwrite_output_dir: bool = option(False, "replace images in --output_dir that were drawn with other settings")
     metrics: list[str] | None = option(
         None,
-        f"what is computed, by default {', '.join(DEFAULT_METRICS)}; or all, or none",
+        f"metrics to compute, or all, or none; by default {', '.join(DEFAULT_METRICS)}",
         choices=(*METRICS, "all", "none"),
     )
-    seed: int = option(0, "every image follows from it, its prompt's number and its own")
+    seed: int = option(0, "random seed; each image depends on it, the number of its prompt and its own number")
     mixed_precision: str | None = option(
-        None, "arithmetic of the pipeline; by default what `accelerate launch` says", choices=tuple(PRECISIONS)
+        None, "precision of the pipeline; by default that of `accelerate launch`", choices=tuple(PRECISIONS)
     )
-    allow_tf32: bool = option(False, "matrix products in TF32 on Ampere and later GPUs")
-    title: str | None = option(None, "the report's", is_text=True)
-    report_prompts: int = option(24, "prompts whose images the report shows")
+    allow_tf32: bool = option(False, "allow TF32 matrix multiplication on Ampere and later GPUs")
+    title: str | None = option(None, "title of the report; by default it names the pipeline", is_text=True)
+    report_prompts: int = option(24, "number of prompts whose images the report shows")
     export_geneval: str | None = option(
-        None, "folder to write the images to in GenEval's layout, for its own tool", acts_with=DRAWING
+        None, "also write the images to this folder, in the layout that GenEval's tool reads", acts_with=DRAWING
     )
 
     def __post_init__(self) -> None:
@@ -59,38 +59,38 @@ class RunOptions:
 @dataclass(frozen=True)
 class ComparisonOptions:
     baseline: str | None = option(
-        None, "pipeline to compare with, on the same prompts and seeds; with --images a folder of its images"
+        None, "pipeline to compare with, on the same prompts and seeds; with --images, a folder of images"
     )
     labels: list[str] | None = option(
-        None, "what the report calls the baseline and the pipeline, in this order", is_text=True
+        None, "names of the baseline and the pipeline in the report, in this order", is_text=True
     )
-    baseline_lora: str | None = option(None, "LoRA on top of the baseline")
+    baseline_lora: str | None = option(None, "LoRA to load into the baseline: a folder, .safetensors file or Hub name")
     checkpoints: str | None = option(
-        None, "output folder of a training: each of its checkpoints is scored, and the best one found"
+        None, "output folder of a training run; scores each of its checkpoints and finds the best"
     )
-    best_by: str | None = option(None, "score by which the best checkpoint is chosen; by default the first computed")
+    best_by: str | None = option(None, "score that selects the best checkpoint; by default the first one computed")
 
     def __post_init__(self) -> None:
         folder = self.checkpoints
         require(folder is None or Path(folder).is_dir(), "checkpoints", folder, "be a folder that exists")
         if self.baseline is not None and self.checkpoints is not None:
-            raise UserError("--baseline compares two pipelines and --checkpoints many; give one")
+            raise UserError("--baseline and --checkpoints exclude each other; give one")
         if self.labels is not None:
             count = 1 if self.baseline is None else 2
             fits = len(set(self.labels)) == len(self.labels) == count and self.checkpoints is None
-            must = "be two names with a --baseline, one without, none with --checkpoints"
+            must = "be two names with --baseline, one without it, none with --checkpoints"
             require(fits, "labels", " ".join(self.labels), must)
         if self.baseline_lora is not None and self.baseline is None:
-            raise UserError("--baseline_lora goes on top of a --baseline")
+            raise UserError("--baseline_lora needs a pipeline to load into; give --baseline")
         for name in ("baseline", "baseline_lora"):
             require_model(name, getattr(self, name), MODEL_CURE, (".safetensors",))
         if self.best_by is not None and self.checkpoints is None:
-            raise UserError("--best_by chooses among --checkpoints; give both or neither")
+            raise UserError("--best_by needs --checkpoints; give both or neither")
 
 
 @dataclass(frozen=True)
 class Options:
-    """All options of this script, by group."""
+    """All options of evaluate_pipeline.py, by group."""
 
     pipeline: PipelineOptions
     loading: LoadingOptions
@@ -105,10 +105,10 @@ class Options:
 
 
 def read_options(argv: Sequence[str] | None) -> Options:
-    """The options given; refuses those that don't go together, before torch is loaded.
+    """Reads the options and checks their combinations, before torch is loaded.
 
     Raises:
-        UserError: for a flag that is unknown, or a value that it does not take.
+        UserError: for an unknown flag, an invalid value, or flags that exclude each other.
     """
     set_up_logging()
     options: Options = parse(Options, argv, PURPOSE)
@@ -119,7 +119,12 @@ def read_options(argv: Sequence[str] | None) -> Options:
 
 
 def check_together(options: Options) -> None:
-    """Refuses options that do not go together."""
+    """Checks the combinations of options.
+
+    Raises:
+        UserError: naming flags that exclude or need each other.
+    """
+    # Folders that are written must differ from those that are read.
     pipeline, comparison, prompts = options.pipeline, options.comparison, options.prompts
     read = {
         "images": [pipeline.images],
@@ -130,31 +135,40 @@ def check_together(options: Options) -> None:
         "baseline": [comparison.baseline],
     }
     refuse_same_folder({"output_dir": options.run.output_dir, "export_geneval": options.run.export_geneval}, read)
+
+    # What to score: a pipeline, images, or checkpoints.
     given = [
         name for name, value in (("pipeline", pipeline.pipeline), ("images", pipeline.images)) if value is not None
     ]
     if len(given) != 1 and not (comparison.checkpoints is not None and not given):
-        raise UserError("--pipeline PATH says what to draw from, or --images FOLDER what was drawn; give one of them")
+        raise UserError("give one of --pipeline PATH, to draw images, and --images FOLDER, to score existing ones")
     if pipeline.images is not None:
         if comparison.checkpoints is not None:
-            raise UserError("--checkpoints are drawn from; leave out --images")
+            raise UserError("--checkpoints and --images exclude each other; remove --images")
         if prompts.init_images is not None or prompts.class_labels is not None:
-            raise UserError("--images are drawn already; leave out --init_images and --class_labels")
+            raise UserError("--images draws nothing; remove --init_images and --class_labels")
         if comparison.baseline is not None and not Path(comparison.baseline).is_dir():
             raise UserError(f"--baseline {comparison.baseline} must be a folder of images, as --images is")
+
+    # Flags that need another one.
     check_best_by(comparison.best_by, options.run.names)
     if options.generation.strength is not None and prompts.init_images is None:
-        raise UserError("--strength is how far --init_images are changed; give both or neither")
+        raise UserError("--strength needs --init_images; give both or neither")
     size = (options.generation.height, options.generation.width)
     if (size[0] is None) != (size[1] is None):
-        raise UserError("--height and --width go together; give both or neither")
+        raise UserError("--height and --width require each other; give both or neither")
 
 
 def check_best_by(name: str | None, metrics: Sequence[str]) -> None:
-    """Refuses to choose by a score that there is not, or that is not computed."""
+    """Checks that the score of --best_by exists and is computed.
+
+    Args:
+        name: the score; None without --best_by.
+        metrics: the metrics that are computed.
+    """
     of = {each: metric for metric, entry in METRICS.items() for each in entry.scores}
     if name is None:
         return
     hint = nearest(name, of)
     require(name in of, "best_by", name, f"be one of {', '.join(of)}", f"did you mean {hint}?" if hint else "")
-    require(of[name] in metrics, "best_by", name, "be computed", f"its metric is not among --metrics: add {of[name]}")
+    require(of[name] in metrics, "best_by", name, "be computed", f"add its metric {of[name]} to --metrics")

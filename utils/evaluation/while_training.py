@@ -1,4 +1,4 @@
-"""The scores of evaluate_pipeline.py while a model is trained: images drawn from the pipeline in memory."""
+"""The metrics of evaluate_pipeline.py during training, on images drawn with the pipeline in memory."""
 
 import logging
 import shutil
@@ -40,7 +40,7 @@ RECORD = "evaluation.jsonl"
 
 
 class TrainingEvaluation:
-    """Draws from a pipeline in memory, scores what it drew, and keeps both in `output_dir/evaluation/`."""
+    """Draws images with a pipeline in memory, scores them, and saves both in `output_dir/evaluation/`."""
 
     def __init__(
         self,
@@ -51,12 +51,12 @@ class TrainingEvaluation:
         prompts: list[str] | None = None,
         trained_on: ImageSet | None = None,
     ):
-        """Reads the prompts, and looks the reference through.
+        """Reads the prompts, loads the networks, and computes the features of the reference.
 
         Args:
-            pipeline: what will be drawn with, which must go with the prompts.
-            prompts: to draw where the options name no file.
-            trained_on: what is compared with where the options name no reference.
+            pipeline: the pipeline in training; it must take the prompts.
+            prompts: the prompts to draw if the options give no file.
+            trained_on: the training images, used as the reference if the options give none.
 
         Raises:
             UserError: if the prompts or the reference can't be used.
@@ -76,11 +76,11 @@ class TrainingEvaluation:
             complete_prompts(pipeline, self._prompts, None)
 
     def begin(self, first_step: int) -> None:
-        """Forgets what was measured after the step from which the run resumes."""
+        """Removes scores of steps after the one from which the run resumes."""
         on_main_process(self._accelerator, partial(keep_steps, self._folder / RECORD, first_step))
 
     def _load_networks(self) -> None:
-        """So that one that is not there ends the run before its first step."""
+        """Loads all networks, so that a missing one ends the run before its first step."""
         for name in self._options.eval_metrics or ():
             try:
                 self._networks.get(METRICS[name].network)
@@ -89,12 +89,13 @@ class TrainingEvaluation:
         self._networks.rest()
 
     def _read_reference(self, trained_on: ImageSet | None) -> Reference | None:
+        """Reads the reference and computes its features; None if no metric compares with one."""
         name, chosen = self._options.eval_reference, ReferenceOptions(reference=self._options.eval_reference)
         compared = [METRICS[each] for each in self._options.eval_metrics or () if METRICS[each].compares]
         if not compared:
             return None
         if name is None and trained_on is None:
-            raise UserError("--eval_metrics: streamed images are not kept to compare with; give --eval_reference")
+            raise UserError("--eval_metrics can't compare with streamed training images; give --eval_reference")
         try:
             with flags_as(REFERENCE_FLAGS):
                 if chosen.is_statistics:
@@ -109,20 +110,20 @@ class TrainingEvaluation:
                     reference.features(network_name)
                 return reference
         except NotComputable as reason:
-            where = "the images trained on" if name is None else f"--eval_reference {name}"
+            where = "the training images" if name is None else f"--eval_reference {name}"
             raise UserError(f"{where}: {reason}") from reason
         finally:
             self._networks.rest()
 
     def is_due(self, progress: Progress) -> bool:
-        """Whether scores are computed after a step."""
+        """Whether metrics are due after a step."""
         return self._options.is_due(progress)
 
     def scores(self, family: "Family", step: int, resolution: int | None = None) -> dict[str, float]:
-        """What is logged of the scores of a family's pipeline after `step`, its weights being those to draw with.
+        """Returns the scores to log after `step`, by `eval/{name}`; the pipeline must hold the weights to draw with.
 
         Args:
-            resolution: edge of the images, where the pipeline draws more than one.
+            resolution: edge of the images in pixels; None if the pipeline draws a single size.
         """
         encode = partial(family.prompt_arguments, negative_prompt=None) if isinstance(family, TextFamily) else None
         size = {} if resolution is None else {"height": resolution, "width": resolution}
@@ -139,15 +140,18 @@ class TrainingEvaluation:
         arguments: Mapping[str, Any] | None = None,
         around: Callable[[], AbstractContextManager] = nullcontext,
     ) -> dict[str, float]:
-        """The scores by name after `step`; for all processes to call, with the weights to draw with in the pipeline.
+        """Draws images and returns their scores by name; the pipeline must hold the weights to draw with.
 
-        A line with all that stands beside them goes to `evaluation.jsonl`, with what could not be computed, and why.
+        All processes must call it. It appends a line to `evaluation.jsonl`, with all details of each score and the
+        reason for each score that could not be computed.
 
         Args:
-            encode: gives the arguments, tensors [1, ...], by which the pipeline takes a prompt that a family encodes.
-            arguments: further arguments of the pipeline's call.
+            encode: encodes a prompt into arguments of the pipeline's call, tensors [1, ...]; by default the pipeline
+                does.
+            arguments: additional arguments of the pipeline's call.
             around: a context to draw in, such as the accelerator's autocast; the VAE decodes outside of it.
         """
+        # Draw.
         options = self._options
         generation = GenerationOptions(
             num_inference_steps=options.eval_num_inference_steps,
@@ -169,6 +173,8 @@ class TrainingEvaluation:
         )
         drawer.draw(tasks, images, self._accelerator)
         self._accelerator.wait_for_everyone()
+
+        # Score, on all processes; the main process saves the scores.
         subject = Subject(drawn_images(images, tasks), self._networks, self._workers)
         scores = score(Case(subject, self._reference, None, ScoreOptions()), options.eval_metrics or ())
         self._networks.rest()
@@ -177,7 +183,7 @@ class TrainingEvaluation:
 
 
 def _empty(folder: Path) -> None:
-    """What an earlier run drew at this step was of other weights."""
+    """Empties a folder: images that an earlier run drew at this step are of other weights."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 

@@ -1,9 +1,9 @@
-"""What holds a pipeline's samples in bounds while they are drawn: callbacks on each step.
+"""Controls on the samples of a pipeline while it draws them: callbacks on each denoising step.
 
-A control sees the clean sample that a step predicts, and may change it before the scheduler takes the step, whatever
-the scheduler and the prediction type. `SamplingControls.attached(pipeline)` is around any call of any pipeline;
-evaluation and the training scripts' samples use the same. Without any option it still sees to it that steps are
-consistent: that a scheduler which should clip clean samples, and can't, does.
+A control receives the clean sample that a step predicts, and may change it before the scheduler takes the step. It
+works with any prediction type. `SamplingControls.attached(pipeline)` is a context manager for any call of any pipeline;
+evaluation and the samples drawn during training both use it. Even without options it keeps the steps consistent: it
+clips the predicted clean samples for schedulers that should clip them but can't.
 """
 
 import inspect
@@ -40,17 +40,22 @@ SMALLEST_SIGMA = 1e-6
 
 
 class Control(ABC):
-    """A callback on the clean sample that a step predicts."""
+    """A callback that may change the clean sample that a step predicts."""
 
     @abstractmethod
     def __call__(self, clean: Tensor, progress: float) -> Tensor:
-        """[B, C, h, w] what the step takes for the clean sample; progress goes from 0 at the first step to 1."""
+        """Returns the clean sample [B, C, h, w] that the step uses.
+
+        Args:
+            clean: [B, C, h, w], the predicted clean sample.
+            progress: from 0 at the first step to 1 at the last.
+        """
 
 
 class DynamicThresholding(Control):
-    """Imagen's (Saharia et al. 2022, section 2.3): x -> clip(x, -s, s) limit / s, s an image's percentile of |x|.
+    """Dynamic thresholding of Imagen (Saharia et al. 2022, section 2.3): x -> clip(x, -s, s) * limit / s.
 
-    Where s is within the limit nothing changes.
+    s is a percentile of |x|, for each image. Images whose s is within the limit do not change.
     """
 
     def __init__(self, percentile: float, limit: float):
@@ -65,7 +70,7 @@ class DynamicThresholding(Control):
 
 
 class InPixels(Control):
-    """Another control on the decoded image of a latent; what it leaves alone is not encoded again."""
+    """Applies another control to the decoded image of a latent; images that it does not change keep their latents."""
 
     def __init__(self, control: Control, space: LatentSpace):
         self._control = control
@@ -88,7 +93,7 @@ class InPixels(Control):
 
 
 class ProgressiveClamping(Control):
-    """Clips to a bound that goes in a straight line from the first step to the last."""
+    """Clips to a bound that changes linearly from the first step to the last."""
 
     def __init__(self, start: float, end: float):
         self._start = start
@@ -100,7 +105,7 @@ class ProgressiveClamping(Control):
 
 
 class Clipping(Control):
-    """Clips to the range that the model's clean samples have."""
+    """Clips to the range of the clean samples that the model was trained on."""
 
     def __init__(self, limit: float):
         self._limit = limit
@@ -110,25 +115,25 @@ class Clipping(Control):
 
 
 class SamplingControls:
-    """The controls that options ask for."""
+    """The controls that the options ask for."""
 
     def __init__(self, options: SamplingControlOptions | None = None):
         self._options = options or SamplingControlOptions()
 
     @property
     def are_on(self) -> bool:
-        """Whether anything is asked for."""
+        """Whether any control is requested."""
         options = self._options
         asked = options.dynamic_thresholding is not None or options.clamp_start is not None
         return asked or options.initial_noise_scale != 1.0
 
     @property
     def noise_scale(self) -> float:
-        """The factor on the noise that sampling starts from."""
+        """The factor by which the initial noise is multiplied."""
         return self._options.initial_noise_scale
 
     def facts(self) -> dict[str, object]:
-        """What is asked for, as JSON."""
+        """The requested options as JSON; empty if none is requested."""
         return asdict(self._options) if self.are_on else {}
 
     def _controls(self, pipeline: "DiffusionPipeline") -> list[Control]:
@@ -141,8 +146,8 @@ class SamplingControls:
             overflows = vae is not None and vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
             if overflows and not in_latents:
                 raise UserError(
-                    "--thresholding_space pixel decodes at each step, in which this VAE overflows in fp16; use bf16, "
-                    "or --thresholding_space latent"
+                    "--thresholding_space pixel decodes the latents at each step, and this VAE overflows in fp16; use "
+                    "bf16, or --thresholding_space latent"
                 )
             controls.append(control if vae is None or in_latents else InPixels(control, LatentSpace(vae)))
         if options.clamp_start is not None:
@@ -150,24 +155,25 @@ class SamplingControls:
         return controls
 
     def check(self, scheduler: Any) -> None:
-        """Refuses a scheduler whose steps can't be controlled.
+        """Checks that the steps of a scheduler can be controlled.
 
         Raises:
-            UserError: naming those that can.
+            UserError: if they can't; it names the schedulers that can be controlled.
         """
         name = type(scheduler).__name__
         if self.are_on and name.removeprefix("Consistent") not in CONTROLLED:
             known = ", ".join(each.removesuffix("Scheduler") for each in CONTROLLED)
-            raise UserError(f"--scheduler {name} can't be controlled while it samples; choose one of {known}")
+            raise UserError(f"--scheduler {name} does not support sampling controls; choose one of {known}")
 
     @contextmanager
     def attached(self, pipeline: "DiffusionPipeline", scheduler: Any = None, eta: float = 0.0) -> Iterator[None]:
-        """Within it each call of the pipeline, or of its denoiser with another scheduler, takes controlled steps.
+        """Context manager: applies the controls to each step of the pipeline, or of its denoiser with `scheduler`.
 
-        Without controls too they are consistent: see `utils.diffusion.samplers`.
+        Steps are consistent even without controls: see `utils.diffusion.samplers`.
 
         Args:
-            eta: share of DDPM's noise that the pipeline's scheduler draws at each step, if it is DDIM.
+            scheduler: the scheduler that draws; by default the pipeline's.
+            eta: DDIM's eta, the share of DDPM's noise that is added at each step; it applies to DDIM only.
         """
         own, scale = pipeline.scheduler, self._options.initial_noise_scale
         used = scheduler or drawing_scheduler(pipeline, eta)
@@ -193,9 +199,9 @@ class SamplingControls:
 
 
 def drawing_scheduler(pipeline: "DiffusionPipeline", eta: float = 0.0) -> Any:
-    """The pipeline's scheduler, or one that takes its steps consistently.
+    """Returns the pipeline's scheduler, or a copy that takes consistent steps.
 
-    DDIM that clips nothing is left to a text pipeline as it is: so diffusers alone draws the same.
+    A text-to-image pipeline keeps a DDIM scheduler that does not clip, so that its images equal those of diffusers.
     """
     scheduler = pipeline.scheduler
     draws_text = hasattr(pipeline, "tokenizer")
@@ -208,12 +214,12 @@ def draws_pixels(pipeline: "DiffusionPipeline") -> bool:
 
 
 def _clipping(pipeline: "DiffusionPipeline", scheduler: Any) -> list[Control]:
-    """What clips for a scheduler of pixels that should, and whose class can't."""
+    """The control that clips for a scheduler of a pixel pipeline that should clip, but whose class can't."""
     limit = clip_range(scheduler.config) if draws_pixels(pipeline) and not clips_itself(scheduler) else None
     if limit is None:
         return []
     if type(scheduler).__name__ not in CLIPPABLE:
-        said = "%s can't clip its estimates, as this pipeline should: what it draws may be washed out or glaring"
+        said = "%s does not clip the predicted clean samples, which this pipeline needs: colours may be wrong"
         logger.warning(said, type(scheduler).__name__)
         return []
     return [Clipping(limit)]
@@ -221,7 +227,7 @@ def _clipping(pipeline: "DiffusionPipeline", scheduler: Any) -> list[Control]:
 
 @contextmanager
 def controllable(controls: SamplingControls, pipeline: "DiffusionPipeline") -> Iterator[None]:
-    """Within it the pipeline samples by DDIM if controls are on and its own scheduler can't be controlled."""
+    """Context manager: the pipeline uses DDIM if controls are on and its own scheduler does not support them."""
     from diffusers import DDIMScheduler
 
     own = pipeline.scheduler
@@ -234,7 +240,7 @@ def controllable(controls: SamplingControls, pipeline: "DiffusionPipeline") -> I
 
 
 def _scale_input(step: "_ControlledStep", _: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The denoiser's input times the noise's scale, before the first step."""
+    """Forward pre-hook: multiplies the denoiser's input by the noise scale before the first step."""
     if step.scale == 1.0 or not step.is_first():
         return args, kwargs
     if args:
@@ -244,20 +250,20 @@ def _scale_input(step: "_ControlledStep", _: Any, args: tuple, kwargs: dict) -> 
 
 
 class _ControlledStep:
-    """A scheduler's `step` that sees the controlled clean sample."""
+    """Replaces a scheduler's `step`: applies the controls to the predicted clean sample first."""
 
     def __init__(self, scheduler: Any, controls: list[Control], scale: float):
         self.scale = scale
         self._scheduler = scheduler
         self._controls = controls
         self._step = scheduler.step
-        self.__signature__ = inspect.signature(scheduler.step)  # pipelines look there for eta and generator
+        self.__signature__ = inspect.signature(scheduler.step)  # pipelines inspect it for eta and generator
         self._names = list(self.__signature__.parameters)[:3]  # model_output, timestep, sample
         self._timesteps: Tensor | None = None
         self._done = 0
 
     def is_first(self) -> bool:
-        """Whether no step was taken yet of the schedule that is set; another one begins a new sample."""
+        """Whether the next step is the first of its schedule; setting new timesteps begins a new sample."""
         timesteps = self._scheduler.timesteps
         if self._timesteps is not timesteps or self._done >= len(timesteps):
             self._timesteps, self._done = timesteps, 0
@@ -269,7 +275,7 @@ class _ControlledStep:
         rest = args[3:]
         if self.is_first() and self.scale != 1.0:
             sample = sample * self.scale
-        begun = getattr(self._scheduler, "begin_index", None) or 0  # of variations, which take the last steps alone
+        begun = getattr(self._scheduler, "begin_index", None) or 0  # image-to-image takes only the last steps
         progress = min(1.0, self._done / max(len(self._scheduler.timesteps) - begun - 1, 1))
         if self._controls:
             output = self._controlled(output, timestep, sample, progress)
@@ -277,19 +283,21 @@ class _ControlledStep:
         return self._step(output, timestep, sample, *rest, **given)
 
     def _controlled(self, output: Tensor, timestep: Any, sample: Tensor, progress: float) -> Tensor:
-        """The model's output of which the clean sample is the controlled one; a learned variance stays."""
+        """The model output that corresponds to the controlled clean sample; a learned variance stays as it is."""
+        # The clean sample, from the model output and the noisy sample.
         channels = sample.shape[1]
         mean, variance = output[:, :channels].float(), output[:, channels:]
         alpha, sigma = self._level(timestep, sample)
         kind = self._scheduler.config.prediction_type
         noisy = sample.float()
-        norm = (alpha**2 + sigma**2) ** 0.5  # 1, or of schedulers that add noise without scaling down sqrt(1 + sigma^2)
+        norm = (alpha**2 + sigma**2) ** 0.5  # 1, or sqrt(1 + sigma^2) for schedulers that do not scale the sample down
         if kind == "epsilon":
             clean = (noisy - sigma * mean) / alpha
         elif kind == "v_prediction":
             clean = (alpha / norm**2) * noisy - (sigma / norm) * mean
         else:
             clean = mean
+        # The controls, then the model output that predicts their result.
         held = clean
         for control in self._controls:
             held = control(held, progress)
@@ -311,7 +319,7 @@ class _ControlledStep:
             scheduler._init_step_index(timestep)
         sigma = scheduler.sigmas[scheduler.step_index]
         if hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order:
-            is_ancestral = hasattr(scheduler, "sigmas_up")  # whose lists are shifted by one
+            is_ancestral = hasattr(scheduler, "sigmas_up")  # their lists are shifted by one
             sigma = scheduler.sigmas_interpol[scheduler.step_index - is_ancestral]
         if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
             alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigma)

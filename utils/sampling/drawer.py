@@ -1,8 +1,8 @@
-"""Images drawn from any pipeline, so that each depends on the seed, its prompt and its number alone.
+"""Draws images with any pipeline. Each image depends only on the seed, its prompt and its number.
 
-Each image has a generator of its own on the CPU, seeded by (seed, prompt i, sample j). So batch size, order, number of
-processes and interruptions change nothing but the last bits. A pipeline that draws from the global generator is seen
-doing so, and draws one image at a time.
+Each image has its own generator on the CPU, seeded by (seed, prompt i, sample j). So batch size, order, number of
+processes and interruptions change only the last bits. A pipeline that draws from the global generator is detected, and
+then draws one image at a time.
 """
 
 import hashlib
@@ -51,17 +51,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MOST_ON_CPU = 8
-MOST_AT_ONCE = 64  # a signal is looked for between batches
+MOST_AT_ONCE = 64  # signals are checked only between batches
 MEMORY_SHARE = 0.9
 RECORD = "generation.json"
-FREE_SETTINGS = ("batch_size", "fail_on_invalid", "scheduler")  # no facts: the scheduler is one by what it comes to
+FREE_SETTINGS = ("batch_size", "fail_on_invalid", "scheduler")  # not in the facts: those name the scheduler in use
 
 
 def image_seed(seed: int, number: int, sample: int) -> int:
-    """The seed, of 32 bits, of sample `sample` of prompt `number`: no two alike below 65,536 of each.
+    """Returns the 32-bit seed of sample `sample` of prompt `number`; all differ below 65,536 prompts and samples.
 
-    torch.Generator keeps 32 bits of its seed. So (number, sample) is taken for the two halves of a word that a keyed
-    Feistel network turns into another, one to one; higher bits go into the key.
+    torch.Generator keeps 32 bits of its seed. So a keyed Feistel network, which is one-to-one, maps the 32-bit word of
+    (number, sample) to the seed; higher bits of both go into the key.
     """
     keys = generator(seed, number >> 16, sample >> 16, Stream.EVALUATION).integers(0, 2**32, 6, np.uint64).tolist()
     left, right = number & 0xFFFF, sample & 0xFFFF
@@ -73,18 +73,18 @@ def image_seed(seed: int, number: int, sample: int) -> int:
 
 
 def class_numbers(labels: Sequence[str], names: Mapping[str, int]) -> list[int]:
-    """The numbers of classes that are given by name or by number.
+    """Returns the numbers of classes that are given by name or by number.
 
-    A name goes before a number. Where all names are numbers, as those of folders may be, only names are taken.
+    Names take precedence. If all names are numbers, as folder names can be, labels are read only as names.
 
     Raises:
-        UserError: for a name that is none of the pipeline's.
+        UserError: if the pipeline has no class of a name.
     """
     numbers, are_numbers = [], bool(names) and all(name.isdecimal() for name in names)
     for label in labels:
         if label in names:
             if label.isdecimal() and names[label] != int(label):
-                said = "--class_labels %s is taken for the class of this name, which is number %d"
+                said = "--class_labels %s: using the class of this name, which has number %d"
                 logger.warning(said, label, names[label])
             numbers.append(names[label])
             continue
@@ -93,38 +93,40 @@ def class_numbers(labels: Sequence[str], names: Mapping[str, int]) -> list[int]:
             continue
         if label not in names:
             hint = nearest(label, names)
-            cure = f"did you mean {hint}?" if hint else "give numbers" if not names else f"such as {min(names)}"
+            cure = f"did you mean {hint}?" if hint else "give numbers" if not names else f"use one such as {min(names)}"
             if are_numbers:
                 cure = f"they are {', '.join(sorted(names, key=int)[:20])}"
-            raise UserError(
-                f"--class_labels {label} is none of the {len(names)} names of the pipeline's classes; {cure}"
-            )
+            raise UserError(f"--class_labels {label} is not one of the pipeline's {len(names)} class names; {cure}")
         numbers.append(names[label])
     return numbers
 
 
 def check_prompts(pipeline_type: type, prompts: Sequence[Prompt], labels: Sequence[str] | None) -> None:
-    """Refuses prompts and classes that a pipeline does not take, and the lack of prompts where it draws them."""
+    """Checks that prompts and classes are given exactly where the pipeline takes them.
+
+    Raises:
+        UserError: if it does not take them, or needs prompts and there are none.
+    """
     takes, name = call_parameters(pipeline_type), pipeline_type.__name__
     if "class_labels" in takes:
         if prompts:
-            raise UserError(f"a {name} draws classes, not prompts; give --class_labels")
+            raise UserError(f"a {name} draws classes and takes no prompts; give --class_labels")
         return
     if labels is not None:
-        raise UserError(f"a {name} has no classes; leave out --class_labels")
+        raise UserError(f"a {name} has no classes; remove --class_labels")
     if "prompt" in takes and not prompts:
-        raise UserError(f"a {name} draws prompts; give --prompts, --prompts_file, --prompts_dataset or --captions_dir")
+        raise UserError(f"a {name} needs prompts; give --prompts, --prompts_file, --prompts_dataset or --captions_dir")
     if "prompt" not in takes and prompts:
-        raise UserError(f"a {name} takes no prompts; leave them out")
+        raise UserError(f"a {name} takes no prompts; remove them")
 
 
 def complete_prompts(
     pipeline: "DiffusionPipeline", prompts: Sequence[Prompt], labels: Sequence[str] | None
 ) -> list[Prompt]:
-    """The prompts as the pipeline takes them: texts, classes, or a single one of neither.
+    """Returns the prompts in the form that the pipeline takes: texts, classes, or one empty prompt if it takes neither.
 
     Raises:
-        UserError: if it takes others than those given.
+        UserError: if the pipeline does not take what is given.
     """
     check_prompts(type(pipeline), prompts, labels)
     if "class_labels" not in call_parameters(type(pipeline)):
@@ -135,24 +137,24 @@ def complete_prompts(
     require(not wrong, "class_labels", wrong, f"be among the pipeline's {len(known)} classes")
     chosen = numbers if labels is not None else list(known)
     if not chosen:
-        raise UserError(f"a {type(pipeline).__name__} does not say how many classes it has; give --class_labels")
+        raise UserError(f"the number of classes of this {type(pipeline).__name__} is unknown; give --class_labels")
     return [Prompt(known.get(label), label) for label in chosen]
 
 
 class BatchSize:
-    """How many images are drawn at once: a number that is given, or one that doubles until memory is full."""
+    """The number of images per batch: a given number, or one that doubles until memory is full."""
 
     def __init__(self, given: int | None, device: torch.device):
         self.at_once = given or 1
         self._most = given or (MOST_ON_CPU if device.type == "cpu" else MOST_AT_ONCE)
         self.grows = given is None
         self._device = device
-        if device.type == "cuda":  # what an earlier pipeline took at most says nothing of this one
+        if device.type == "cuda":  # the peak must not count the memory of an earlier pipeline
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
 
     def worked(self, count: int) -> None:
-        """After a batch of `count`: doubles it, if twice the memory is there."""
+        """Call after a batch of `count` images: doubles the batch size if there is enough memory."""
         if count < self.at_once or 2 * self.at_once > self._most:
             return
         if self._device.type == "cuda":
@@ -163,28 +165,28 @@ class BatchSize:
         self.at_once *= 2
 
     def failed(self, count: int, error: BaseException) -> None:
-        """After a batch of `count` found no memory: halves it for good.
+        """Call after a batch of `count` images ran out of memory: halves the batch size permanently.
 
         Raises:
-            ProcessError: if it was a single image.
+            ProcessError: if the batch was a single image.
         """
         if count == 1:
             raise ProcessError(
-                f"one image alone is too large for the memory ({first_line(error)}); try a smaller --height "
-                "and --width, or --mixed_precision fp16"
+                f"out of memory with a single image ({first_line(error)}); try a smaller --height and --width, or "
+                "--mixed_precision fp16"
             ) from error
         self.at_once = self._most = count // 2
-        logger.warning("%s with %d images at once; continuing with %d", first_line(error), count, self.at_once)
+        logger.warning("%s with a batch of %d images; continuing with %d", first_line(error), count, self.at_once)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def alone(self) -> None:
-        """One image at a time from now on."""
+        """Sets the batch size to 1 permanently."""
         self.at_once = self._most = 1
 
 
 def state_of(pixels: np.ndarray) -> str:
-    """`nan`, `black`, `constant` or `ok`, of an image [H, W, 3] of floats in [0, 1]."""
+    """Returns `nan`, `black`, `constant` or `ok` for an image [H, W, 3] of floats in [0, 1]."""
     if not np.isfinite(pixels).all():
         return "nan"
     if pixels.max() < 1 / 255:
@@ -194,12 +196,11 @@ def state_of(pixels: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class InMemory:
-    """How a pipeline is drawn from that is in memory already, such as one that is trained.
+    """How to draw with a pipeline that is already on its device, such as one in training.
 
     Attributes:
-        arguments: further arguments of the pipeline's call.
-        encode: the arguments, tensors [1, ...], by which the pipeline takes an encoded prompt; by default the pipeline
-            encodes it.
+        arguments: additional arguments of the pipeline's call.
+        encode: encodes a prompt into arguments of the pipeline's call, tensors [1, ...]; by default the pipeline does.
         around: a context to draw in, such as autocast; the VAE decodes outside of it, in its own dtype.
     """
 
@@ -209,7 +210,7 @@ class InMemory:
 
 
 class Drawer:
-    """Draws tasks with a pipeline into a folder, each process its share, and continues where an earlier run stopped."""
+    """Draws tasks into a folder; each process draws its share. A stopped run continues where it was."""
 
     def __init__(
         self,
@@ -222,7 +223,8 @@ class Drawer:
         in_memory: InMemory | None = None,
     ):
         """Args:
-        in_memory: given where the pipeline's parts are on their devices already.
+        requests: stop requests, checked between batches.
+        in_memory: given if the pipeline is already on its device.
 
         Raises:
             UserError: if the pipeline does not take the options.
@@ -240,58 +242,63 @@ class Drawer:
         self._batch_size = BatchSize(options.batch_size, device)
         self._fitting_steps = fitting_steps(self.pipeline) if options.num_inference_steps is None else None
         if self._fitting_steps is not None:
-            logger.info("%d denoising steps, as many as the noise schedule has", self._fitting_steps)
+            logger.info("using %d denoising steps, the length of the noise schedule", self._fitting_steps)
         self._check()
         self._check_steps()
         controls.check(self.pipeline.scheduler)
         if "image" in self._takes and "strength" in self._takes and controls.noise_scale != 1.0:
-            raise UserError("--initial_noise_scale would scale the images of --init_images too; leave one out")
+            raise UserError("--initial_noise_scale would also scale the images of --init_images; remove one of them")
 
     def _check(self) -> None:
-        """Refuses options that the pipeline does not take."""
+        """Checks that the pipeline takes the options."""
+        # Arguments of the pipeline's call.
         options, name = self._options, type(self.pipeline).__name__
         for flag in ("guidance_scale", "guidance_rescale", "negative_prompt", "height", "width"):
             if getattr(options, flag) is not None and flag not in self._takes:
-                raise UserError(f"--{flag} is not taken by a {name}; leave it out")
+                raise UserError(f"--{flag} is not supported by a {name}; remove it")
         default = self._takes.get("guidance_scale")
         guidance = options.guidance_scale if default is None or options.guidance_scale is not None else default.default
         if options.negative_prompt is not None and isinstance(guidance, int | float) and guidance <= 1:
-            logger.warning("--negative_prompt has no effect at a guidance of %g; it takes one above 1", guidance)
+            logger.warning("--negative_prompt has no effect: it needs a guidance scale above 1, got %g", guidance)
+
+        # Configs of the models: what they leave open must be given.
         vae, unet = (getattr(self.pipeline, part, None) for part in ("vae", "unet"))
         if vae is not None and vae.config.get("scaling_factor", 1.0) is None:
-            raise UserError("the config of the pipeline's VAE says no scaling_factor")
+            raise UserError("the config of the pipeline's VAE has no scaling_factor; add it")
         is_sized = options.height is not None and options.width is not None
         if vae is not None and unet is not None and unet.config.get("sample_size") is None and not is_sized:
-            raise UserError("the config of the pipeline's UNet says no sample_size; give --height and --width")
+            raise UserError("the config of the pipeline's UNet has no sample_size; give --height and --width")
+
+        # Flags that need other flags or a certain scheduler.
         if options.strength is not None and "strength" not in self._takes:
-            raise UserError("--strength is of variations; give --init_images")
+            raise UserError("--strength applies to image-to-image; give --init_images")
         if options.eta is not None and not is_ddim(self.pipeline.scheduler):
-            raise UserError(f"--eta is DDIM's, the scheduler is {type(self.pipeline.scheduler).__name__}")
+            raise UserError(f"--eta applies to DDIM only, the scheduler is {type(self.pipeline.scheduler).__name__}")
 
     def _check_steps(self) -> None:
-        """Refuses a number of steps that the scheduler would not take as such, and warns of one that begins late."""
+        """Checks that the scheduler can take the number of denoising steps exactly."""
         own = self._takes.get("num_inference_steps")
         steps = self._options.num_inference_steps or self._fitting_steps or (own.default if own else None)
         if isinstance(steps, int) and "strength" in self._takes:
             strength = self._options.strength or self._takes["strength"].default
             if int(steps * strength) < 1:
                 raise UserError(
-                    f"--strength {strength:g} of {steps} denoising steps leaves none; raise --num_inference_steps or "
+                    f"--strength {strength:g} leaves none of {steps} denoising steps; raise --num_inference_steps or "
                     "--strength"
                 )
         scheduler = drawing_scheduler(self.pipeline, self._eta)
         known = {class_name for class_name, _ in SCHEDULERS.values()} | {"ConsistentDDIMScheduler"}
         longest = scheduler.config.get("num_train_timesteps") or 0
         if not isinstance(steps, int) or steps > longest or type(scheduler).__name__ not in known:
-            return  # what no schedule has so many steps for is refused in drawing
+            return  # too many steps for the schedule are refused when drawing
         try:
             check_steps(type(scheduler).from_config(scheduler.config), steps)
         except ValueError as error:
             name = type(self.pipeline.scheduler).__name__
-            raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error
+            raise UserError(f"--num_inference_steps {steps} does not work with {name}: {first_line(error)}") from error
 
     def facts(self, prompts: Sequence[Prompt]) -> dict[str, object]:
-        """What the images depend on: what a resumed run must have in common with the one before."""
+        """Returns what the images depend on, as JSON: a resumed run must have the same facts as the one before."""
         pipeline = self.pipeline
         weights = {
             name: weights_hash(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
@@ -313,10 +320,10 @@ class Drawer:
         }
 
     def draw(self, tasks: Sequence[Task], folder: Path, accelerator: "Accelerator | None" = None) -> None:
-        """Draws what is not there of the tasks into `{prompt}_{sample}.png`; a signal ends it between two batches.
+        """Draws the missing images of the tasks into `{prompt}_{sample}.png`; a signal stops it between batches.
 
         Raises:
-            UserError: if an image can't be drawn.
+            ProcessError: if an image can't be drawn or written.
         """
         rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         left = [task for task in tasks[rank::count] if not is_whole(folder / f"{task.name}.png")]
@@ -343,12 +350,12 @@ class Drawer:
                 self._batch_size.worked(len(batch))
 
     def _try(self, batch: Sequence[Task]) -> np.ndarray | None:
-        """[B, H, W, 3] of a batch; None if it was too large, and will be smaller."""
+        """The images [B, H, W, 3] of a batch; None if it ran out of memory: the next batch is smaller."""
         try:
             with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
                 return self.call(batch)
         except (RuntimeError, MemoryError) as error:
-            # large batches also meet limits of kernels, which are said in other words
+            # large batches can also exceed limits of CUDA kernels, whose errors do not mention memory
             if not is_out_of_memory(error) and (len(batch) == 1 or not self._batch_size.grows):
                 raise ProcessError(f"the pipeline can't draw with these settings: {first_line(error)}") from error
             self._batch_size.failed(len(batch), error)
@@ -357,7 +364,13 @@ class Drawer:
         return None
 
     def call(self, batch: Sequence[Task]) -> np.ndarray | None:
-        """[B, H, W, 3] floats of tasks; None if not all draws were each image's own: then they are drawn alone."""
+        """Draws a batch of tasks with one call of the pipeline.
+
+        Returns:
+            [B, H, W, 3] floats; None if the batch must be drawn again one image at a time, because its prompts have
+            different lengths or the pipeline drew from the global generator.
+        """
+        # Draw, each image from its own generator.
         seeds = [image_seed(self._seed, task.number, task.sample) for task in batch]
         torch.manual_seed(seeds[0])
         before = _global_state(self._device)
@@ -368,9 +381,12 @@ class Drawer:
                 self._batch_size.alone()
                 return None
             images = self.pipeline(**given).images
+
+        # The global generator has moved if the pipeline drew from it: images would depend on their batch.
         drew = any(not torch.equal(*pair) for pair in zip(before, _global_state(self._device), strict=True))
         if drew and len(batch) > 1:
-            logger.warning("%s draws from the global generator; one image at a time from now on", _names(self.pipeline))
+            said = "%s draws from the global generator; drawing one image at a time from now on"
+            logger.warning(said, _names(self.pipeline))
             self._batch_size.alone()
             return None
         pixels = np.stack([np.asarray(image, np.float32) for image in images])
@@ -379,6 +395,8 @@ class Drawer:
         return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
     def _arguments(self, batch: Sequence[Task], seeds: Sequence[int]) -> dict[str, Any]:
+        """The arguments of the pipeline's call for a batch."""
+        # Settings.
         options, takes = self._options, self._takes
         given: dict[str, Any] = {
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
@@ -390,6 +408,8 @@ class Drawer:
                 given[name] = getattr(options, name)
         if self._fitting_steps is not None:
             given.setdefault("num_inference_steps", self._fitting_steps)
+
+        # What to draw: classes, prompts, or a number of images.
         if "class_labels" in takes:
             given["class_labels"] = [task.prompt.label for task in batch]
         elif self._encode is not None:
@@ -400,6 +420,8 @@ class Drawer:
                 given["negative_prompt"] = [options.negative_prompt] * len(batch)
         else:
             given["batch_size"] = len(batch)
+
+        # The size, or the images that drawing starts from.
         if batch[0].prompt.init_image is not None:
             size = self._init_size()
             given["image"] = [_init_image(task.prompt.init_image, size) for task in batch]
@@ -410,7 +432,7 @@ class Drawer:
         return given
 
     def _encoded(self, batch: Sequence[Task]) -> dict[str, torch.Tensor | None]:
-        """The encoded prompts; None where they have different lengths, and can't be drawn at once."""
+        """The encoded prompts; None if they have different lengths and can't form a batch."""
         if self._encode is None:
             return {}
         each = [self._encode(task.prompt.text) for task in batch]
@@ -420,7 +442,7 @@ class Drawer:
         }
 
     def _init_size(self) -> tuple[int, int]:
-        """Width and height of what drawing starts from."""
+        """Width and height of the initial image, in pixels."""
         pipeline = self.pipeline
         sample = (
             pipeline.unet.config.sample_size if hasattr(pipeline, "unet") else pipeline.transformer.config.sample_size
@@ -429,7 +451,7 @@ class Drawer:
         return self._options.width or edge, self._options.height or edge
 
     def _save(self, pixels: np.ndarray, task: Task, path: Path) -> None:
-        """Writes a PNG by way of another name, so that what stands there is whole; it says what it was drawn from."""
+        """Writes a PNG atomically, with its prompt, class, seed and state as PNG text."""
         text, prompt = PngInfo(), task.prompt
         facts = {
             "prompt": prompt.text,
@@ -447,12 +469,12 @@ class Drawer:
             with replacing(path) as aside:
                 Image.fromarray(rounded).save(aside, "PNG", pnginfo=text, compress_level=1)
         except OSError as error:
-            raise ProcessError(f"{path} can't be written: {error.strerror or error}") from error
+            raise ProcessError(f"can't write {path}: {error.strerror or error}") from error
 
 
 @contextmanager
 def decoding_apart(pipeline: "DiffusionPipeline") -> Iterator[None]:
-    """Within it the VAE decodes in its own dtype whatever autocast there is, in which it could overflow."""
+    """Context manager: the VAE decodes in its own dtype, outside of any autocast, in which it could overflow."""
     vae = getattr(pipeline, "vae", None)
     if vae is None:
         yield
@@ -483,21 +505,25 @@ def _global_state(device: torch.device) -> list[torch.Tensor]:
 
 
 def for_init_images(pipeline: "DiffusionPipeline") -> "DiffusionPipeline":
-    """The image-to-image pipeline of the same parts."""
+    """Returns the image-to-image pipeline with the same components.
+
+    Raises:
+        UserError: if diffusers has none for this class.
+    """
     from diffusers import AutoPipelineForImage2Image
 
     try:
         found = AutoPipelineForImage2Image.from_pipe(pipeline)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--init_images: there is no image-to-image pipeline for a {type(pipeline).__name__}"
+            f"--init_images: diffusers has no image-to-image pipeline for a {type(pipeline).__name__}; remove it"
         ) from error
     found.set_progress_bar_config(disable=True)
     return found
 
 
 def _init_image(path: Path, size: tuple[int, int]) -> Image.Image:
-    """An image cut to the middle and resized."""
+    """An image, centre-cropped to the aspect ratio of `size` (width, height) and resized."""
     try:
         return ImageOps.fit(read_rgb(str(path)), size, Image.Resampling.LANCZOS)
     except (OSError, ValueError) as error:
@@ -505,7 +531,7 @@ def _init_image(path: Path, size: tuple[int, int]) -> Image.Image:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether an image stands at a path, with all its pixels."""
+    """Whether a path is an image file that can be decoded completely."""
     if not path.is_file():
         return False
     try:
@@ -517,11 +543,12 @@ def is_whole(path: Path) -> bool:
 
 
 def claim_images(folder: Path, facts: dict[str, object], overwrite: bool) -> None:
-    """Takes a folder for images of these facts; images of others are refused, or removed if that was asked for.
+    """Prepares a folder for images of these facts.
 
     Raises:
-        UserError: naming what differs.
+        UserError: if it has images of other facts and not `overwrite`; it names what differs.
     """
+    # Facts of the images that are already there.
     record, images = folder / RECORD, list(folder.glob("[!.]*.png"))
     known: dict[str, object] = {}
     if record.is_file():
@@ -534,9 +561,11 @@ def claim_images(folder: Path, facts: dict[str, object], overwrite: bool) -> Non
     if images and differing and not overwrite:
         names = ", ".join(differing)
         raise UserError(
-            f"--output_dir: {folder} holds images drawn with another {names}; choose another folder, or give "
+            f"--output_dir: {folder} has images drawn with another {names}; choose another folder, or give "
             "--overwrite_output_dir"
         )
+
+    # Remove images of other facts and unfinished files, then write the facts.
     if differing:
         for image in images:
             image.unlink()
@@ -550,7 +579,11 @@ def claim_images(folder: Path, facts: dict[str, object], overwrite: bool) -> Non
 
 
 def invalid_images(paths: Sequence[Path], note: Callable[[int], None] | None = None) -> dict[str, list[str]]:
-    """The names of images that can't be read, are NaN, black, or of one colour, by which of these they are."""
+    """Returns the names of images that are unreadable, NaN, black, or of one colour, by state.
+
+    Args:
+        note: called with 1 after each image.
+    """
     found: dict[str, list[str]] = {"unreadable": [], "nan": [], "black": [], "constant": []}
     for path in paths:
         try:

@@ -1,4 +1,4 @@
-"""Samples of a model without words, drawn from the same noise each time: pictures, a grid of them, a film strip."""
+"""Samples of an unconditional or class-conditional model, always from the same noise: images, a grid, a film strip."""
 
 import logging
 import math
@@ -26,15 +26,15 @@ from utils.sampling.samples import LAST, Sample, Surroundings
 logger = logging.getLogger(__name__)
 GRID, STRIP, RECORD = "grid.png", "film_strip.png", "samples.json"
 STEP = re.compile(r"step-[0-9]{1,18}")
-FRAMES = 20  # of a film strip
-GAP = 2  # pixels between the pictures of a grid
-LARGEST_PICTURE = 256
+FRAMES = 20  # most frames of a film strip
+GAP = 2  # pixels between the images of a grid
+LARGEST_PICTURE = 256  # longest edge in a grid, in pixels
 
 
 class GridSampler:
-    """Draws the samples of a run, each process its share, and keeps them in `output_dir/samples/`.
+    """Draws the samples of a run into `output_dir/samples/`; each process draws its share.
 
-    Sample n is drawn from the seed `seed + n`, and of class n modulo their number, at every time.
+    Sample n always has the seed `seed + n`, and the class n modulo the number of classes.
     """
 
     def __init__(self, surroundings: Surroundings, family: UnconditionalFamily, options: SamplingOptions):
@@ -42,7 +42,7 @@ class GridSampler:
         self._accelerator, self._controls = surroundings.accelerator, surroundings.controls
         self._controls.check(sampler_of(family.pipeline.scheduler, options.sampler, options.eta))
         if options.eta > 0:
-            said = "--eta %g: the run's samples are drawn with that noise, but the exported pipeline draws with none"
+            said = "--eta %g: the samples of this run are drawn with it, but the exported pipeline uses eta 0"
             logger.warning(said, options.eta)
         self._steps = options.steps_of(family.pipeline.scheduler)
         self._family = family
@@ -53,20 +53,21 @@ class GridSampler:
         self._labels = [classes[number % len(classes)] for number in range(options.count)] if classes else []
 
     def begin(self, first_step: int) -> None:
-        """Drops what was drawn after the step from which the run resumes."""
+        """Deletes samples of steps after the one from which the run resumes."""
         on_main_process(self._accelerator, partial(keep_until, self._folder, first_step))
 
     def is_due(self, progress: Progress) -> bool:
-        """Whether samples are drawn after a step; the validation loss is measured then too."""
+        """Whether samples are due after a step; the validation loss is measured at the same steps."""
         return self._options.is_due(progress)
 
     def draw(self, progress: Progress, is_last: bool = False) -> list[Sample]:
-        """Draws all samples, or those until a signal; returns them, in order, on every process.
+        """Draws all samples, or fewer if a signal arrives; returns them, in order, on every process.
 
-        They go to `samples/step-{step}/`, the last ones to `samples/final/`.
+        They are saved in `samples/step-{step}/`, the last ones in `samples/final/`.
 
         The denoiser must be in evaluation mode, and hold the weights to draw with.
         """
+        # This process's share, in batches.
         mine = self._surroundings.share(range(len(self._seeds)))
         drawn: list[tuple[int, Image.Image]] = []
         at_once = self._options.eval_batch_size
@@ -77,6 +78,8 @@ class GridSampler:
                     break
                 numbers = mine[begin : begin + at_once]
                 drawn += zip(numbers, self._draw(numbers), strict=True)
+
+        # All samples, on every process; the main process saves them.
         shared = self._surroundings.gather(drawn)
         if self._accelerator.is_main_process and shared:
             images, numbers = [image for _, image in shared], [number for number, _ in shared]
@@ -98,7 +101,7 @@ class GridSampler:
     def _save(self, images: Sequence[Image.Image], numbers: Sequence[int], step: int, is_last: bool) -> None:
         of_step = self._folder / f"step-{step}"
         folder = self._folder / LAST if is_last else of_step
-        for old in (folder, of_step):  # a run that had ended may be ended again
+        for old in (folder, of_step):  # a resumed run may reach the same step again
             shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True)
         drawn = []
@@ -113,14 +116,14 @@ class GridSampler:
 
 
 def keep_until(folder: Path, step: int) -> None:
-    """Drops the samples that a run drew after a step, which it does again from there, or of another run."""
+    """Deletes samples of steps after `step`: the run draws them again. Samples of an earlier end keep their step."""
     if not folder.is_dir():
         return
     last = folder / LAST
     drawn_at = _drawn_at(last / RECORD)
     if drawn_at is not None:
         shutil.rmtree(folder / f"step-{drawn_at}", ignore_errors=True)
-        os.replace(last, folder / f"step-{drawn_at}")  # this run ends later than the one before
+        os.replace(last, folder / f"step-{drawn_at}")  # the run now continues past its earlier end
     shutil.rmtree(last, ignore_errors=True)
     for path in folder.glob("step-*"):
         if STEP.fullmatch(path.name) and int(path.name.partition("-")[2]) > step:
@@ -129,7 +132,7 @@ def keep_until(folder: Path, step: int) -> None:
 
 
 def _drawn_at(record: Path) -> int | None:
-    """The step at which the samples beside a record were drawn; None where it does not say."""
+    """The step at which the samples beside a record were drawn; None if the record does not say."""
     try:
         found = read_json(record)
     except (OSError, ValueError):
@@ -139,9 +142,9 @@ def _drawn_at(record: Path) -> int | None:
 
 
 def film(folder: Path) -> list[Image.Image]:
-    """The first sample at each time that samples were drawn, the last one at the end.
+    """Returns the first sample of each step at which samples were drawn, in order of steps.
 
-    Of more than FRAMES times those that are evenly spread in the logarithm of the step: most changes come early.
+    At most FRAMES, spread evenly over the logarithm of the step, because most changes come early.
     """
     found = {
         math.inf if path.name == LAST else int(path.name.partition("-")[2]): path / "000.png"
@@ -155,7 +158,7 @@ def film(folder: Path) -> list[Image.Image]:
 
 
 def _spread(steps: list[float]) -> list[float]:
-    """At most FRAMES of ascending steps, the first and the last among them."""
+    """At most FRAMES of the ascending steps, including the first and the last."""
     if len(steps) <= FRAMES:
         return steps
     ordered = np.array(steps[:-1])
@@ -165,7 +168,8 @@ def _spread(steps: list[float]) -> list[float]:
 
 
 def grid_of(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Images of one size in rows, small ones enlarged without smoothing and large ones reduced."""
+    """Returns a grid of images of equal size; small images are enlarged without smoothing, large ones reduced."""
+    # The size of each image in the grid.
     width, height = images[0].size
     scale = (
         max(1, 64 // max(width, height))
@@ -173,6 +177,8 @@ def grid_of(images: Sequence[Image.Image], columns: int) -> Image.Image:
         else LARGEST_PICTURE / max(width, height)
     )
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
+
+    # The grid, row by row.
     rows = math.ceil(len(images) / columns)
     size = (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP)
     sheet = Image.new("RGBA" if images[0].mode == "RGBA" else "RGB", size, "white")

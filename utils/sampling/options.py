@@ -1,4 +1,4 @@
-"""The options of drawing: pipelines, prompts, schedulers and bounds, and the samples of a training."""
+"""Options for drawing images: pipelines, prompts, schedulers and sampling controls, and samples during training."""
 
 import math
 import re
@@ -52,7 +52,7 @@ PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
 
 DRAWING = ("pipeline", "checkpoints")
 SAMPLES = (*PROMPTS, "eval_metrics", IsNot("num_samples", ("0",)))
-"""What has samples drawn while a model is trained."""
+"""The flags by which samples are drawn during training."""
 
 
 def scheduler_names() -> list[str]:
@@ -80,52 +80,52 @@ def find_scheduler(name: str) -> tuple[str, dict[str, Any]]:
     near_short = "" if whole == asked else nearest(asked, short)
     hint = names.get(whole) or short.get(near_short) or names.get(nearest(whole, names))
     raise UserError(
-        f"--scheduler must be one of {', '.join(SCHEDULERS)} or a class of diffusers, got {name!r}; "
+        f"--scheduler must be one of {', '.join(SCHEDULERS)} or a diffusers class, got {name!r}; "
         + (f"did you mean {hint}?" if hint else "such as EulerDiscreteScheduler")
     )
 
 
 def refuse_files(flag: str, texts: Sequence[str], cure: str) -> None:
-    """Refuses a prompt that is the name of a file of prompts.
+    """Checks that no prompt is the name of an existing file of prompts.
 
     Raises:
-        UserError: naming it.
+        UserError: if one is; it names the file.
     """
     for text in texts:
         if len(text) < MAX_PATH and Path(text).suffix.lower() in PROMPT_FILES and Path(text).is_file():
-            raise UserError(f"{flag} {text} is a file, and would be drawn as words; {cure}")
+            raise UserError(f"{flag} {text} is a file, but would be used as the text of a prompt; {cure}")
 
 
 @dataclass(frozen=True)
 class SamplingControlOptions:
     dynamic_thresholding: float | None = option(
         None,
-        "percentile, such as 99.5, of each predicted clean sample beyond which it is clipped and scaled, as in Imagen",
+        "Imagen's dynamic thresholding: clip each predicted clean sample at this percentile, such as 99.5, and rescale",
         resume=Resume.REPORTING,
         acts_with=(*DRAWING, *SAMPLES),
     )
     thresholding_space: str = option(
         "latent",
-        "where a latent model's samples are thresholded: latents, or decoded pixels",
+        "threshold the samples of a latent model as latents, or as decoded pixels",
         choices=("latent", "pixel"),
         resume=Resume.REPORTING,
     )
     thresholding_limit: float | None = option(
         None,
-        "range that thresholded samples are scaled into; by default 1 for pixels, 4 for latents",
+        "largest absolute value of thresholded samples; by default 1 for pixels, 4 for latents",
         resume=Resume.REPORTING,
     )
     clamp_start: float | None = option(
         None,
-        "bound on the predicted clean sample at the first step",
+        "clamp the predicted clean sample to this absolute value at the first step",
         resume=Resume.REPORTING,
         acts_with=(*DRAWING, *SAMPLES),
     )
     clamp_end: float | None = option(
-        None, "that bound at the last step; between them it goes in a straight line", resume=Resume.REPORTING
+        None, "same at the last step; the bound changes linearly in between", resume=Resume.REPORTING
     )
     initial_noise_scale: float = option(
-        1.0, "factor on the noise that sampling starts from", resume=Resume.REPORTING, acts_with=(*DRAWING, *SAMPLES)
+        1.0, "factor by which the initial noise is multiplied", resume=Resume.REPORTING, acts_with=(*DRAWING, *SAMPLES)
     )
 
     def __post_init__(self) -> None:
@@ -133,43 +133,47 @@ class SamplingControlOptions:
         share = self.dynamic_thresholding
         require(share is None or 50 <= share <= 100, "dynamic_thresholding", share, "be a percentile from 50 to 100")
         if (self.clamp_start is None) != (self.clamp_end is None):
-            raise UserError("--clamp_start and --clamp_end go together; give both or neither")
+            raise UserError("--clamp_start and --clamp_end require each other; give both or neither")
         if share is None and (self.thresholding_limit is not None or self.thresholding_space != "latent"):
-            raise UserError("--thresholding_limit and --thresholding_space go with --dynamic_thresholding")
+            raise UserError("--thresholding_limit and --thresholding_space need --dynamic_thresholding; give it too")
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
     scheduler: str | None = option(
-        None, f"{', '.join(SCHEDULERS)}, or a class of diffusers; by default the pipeline's", acts_with=DRAWING
+        None, f"{', '.join(SCHEDULERS)}, or a diffusers class; by default the pipeline's", acts_with=DRAWING
     )
     num_inference_steps: int | None = option(
         None,
-        "denoising steps; by default the pipeline's, or all of a shorter schedule",
+        "denoising steps; by default the pipeline's, at most the length of the noise schedule",
         acts_with=DRAWING,
     )
     guidance_scale: float | None = option(
-        None, "classifier-free guidance; by default the pipeline's", acts_with=DRAWING
+        None, "classifier-free guidance scale; by default the pipeline's", acts_with=DRAWING
     )
     guidance_rescale: float | None = option(
-        None, "rescaling of the guided prediction, for zero terminal SNR", acts_with=DRAWING
+        None, "rescale of the guided prediction, 0 to 1, for zero terminal SNR", acts_with=DRAWING
     )
     negative_prompt: str | None = option(None, "what images should not show", is_text=True, acts_with=DRAWING)
-    eta: float | None = option(None, "noise of DDIM's steps, from 0 to 1", acts_with=DRAWING)
-    height: int | None = option(None, "pixels; by default the pipeline's", acts_with=DRAWING)
-    width: int | None = option(None, "pixels; by default the pipeline's", acts_with=DRAWING)
-    strength: float | None = option(
-        None, "how far --init_images are changed, above 0 up to 1; by default the pipeline's"
+    eta: float | None = option(
+        None, "eta of DDIM: noise added at each step, from 0 to 1; by default 0", acts_with=DRAWING
     )
-    batch_size: int | None = option(None, "images at once; by default it grows until memory is full", acts_with=DRAWING)
-    fail_on_invalid: bool = option(False, "end with an error if an image is NaN, black or of one colour")
+    height: int | None = option(None, "image height in pixels; by default the pipeline's", acts_with=DRAWING)
+    width: int | None = option(None, "image width in pixels; by default the pipeline's", acts_with=DRAWING)
+    strength: float | None = option(
+        None, "how much to change --init_images, above 0 up to 1; by default the pipeline's"
+    )
+    batch_size: int | None = option(
+        None, "images per batch and process; by default it doubles until memory is full", acts_with=DRAWING
+    )
+    fail_on_invalid: bool = option(False, "exit with an error if an image is unreadable, NaN, black or of one colour")
 
     def __post_init__(self) -> None:
         require_positive(self, "num_inference_steps", "height", "width", "batch_size")
         require_not_negative(self, "guidance_scale", "guidance_rescale", "eta")
         strength = self.strength
         fits = strength is None or 0 < strength <= 1
-        require(fits, "strength", strength, "be above 0 and at most 1", "at 0 none changes")
+        require(fits, "strength", strength, "be above 0 and at most 1", "0 would change nothing")
         for name in ("guidance_rescale", "eta"):
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, name, value, "be between 0 and 1")
@@ -186,34 +190,34 @@ class SamplingOptions:
 
     sampler: str | None = option(
         None,
-        "what samples are drawn by; by default as the exported pipeline draws: DDPM in pixels, DDIM in latents, Euler "
-        "in flow matching",
+        "sampler for samples; by default that of the exported pipeline: DDPM for pixels, DDIM for latents, Euler for "
+        "flow matching",
         choices=SAMPLERS,
         resume=Resume.REPORTING,
     )
     ddpm_num_inference_steps: int | None = option(
         None,
-        "denoising steps of a sample; by default 1000, or all that a shorter noise schedule has",
+        "denoising steps per sample; by default 1000, or the length of a shorter noise schedule",
         aliases=["--num_inference_steps"],
         resume=Resume.REPORTING,
         acts_with=(IsNot("num_samples", ("0",)), "eval_metrics"),
     )
-    eta: float = option(0.0, "share of DDPM's noise that DDIM draws anew at each step", resume=Resume.REPORTING)
+    eta: float = option(0.0, "eta of DDIM: noise added at each step, from 0 to 1", resume=Resume.REPORTING)
     guidance_scale: float = option(
-        1.0, "classifier-free guidance of samples of classes; over 1 it is on", resume=Resume.REPORTING
+        1.0, "classifier-free guidance scale of class-conditional samples; 1 is off", resume=Resume.REPORTING
     )
     num_samples: int | None = option(
-        None, "samples drawn each time, or 0; by default --eval_batch_size", resume=Resume.REPORTING
+        None, "samples to draw each time; 0 draws none; by default --eval_batch_size", resume=Resume.REPORTING
     )
     eval_batch_size: int = option(
-        16, "samples that a process draws at once", resume=Resume.REPORTING, acts_with=(IsNot("num_samples", ("0",)),)
+        16, "samples per batch and process", resume=Resume.REPORTING, acts_with=(IsNot("num_samples", ("0",)),)
     )
-    save_images_epochs: int = option(10, "epochs between samples", resume=Resume.REPORTING)
+    save_images_epochs: int = option(10, "draw samples every N epochs", resume=Resume.REPORTING)
     save_images_steps: int | None = option(
-        None, "optimizer steps between samples, instead of --save_images_epochs", resume=Resume.REPORTING
+        None, "draw samples every N optimizer steps, instead of --save_images_epochs", resume=Resume.REPORTING
     )
     save_model_epochs: int = option(
-        10, "epochs between saves of the pipeline as it is then, in output_dir", resume=Resume.SAVING
+        10, "save the current pipeline in --output_dir every N epochs", resume=Resume.SAVING
     )
 
     def __post_init__(self) -> None:
@@ -225,14 +229,14 @@ class SamplingOptions:
 
     @property
     def count(self) -> int:
-        """Samples drawn each time."""
+        """The number of samples drawn each time."""
         return self.eval_batch_size if self.num_samples is None else self.num_samples
 
     def steps_of(self, scheduler: "SchedulerMixin") -> int:
-        """Denoising steps of a sample that a pipeline with this scheduler draws.
+        """Returns the number of denoising steps per sample for a pipeline with this scheduler.
 
         Raises:
-            UserError: if the sampler does not take so many or so few.
+            UserError: if the sampler can't take that many.
         """
         from utils.diffusion.process import is_flow, is_score
         from utils.diffusion.samplers import check_steps, sampler_of
@@ -249,7 +253,7 @@ class SamplingOptions:
             check_steps(drawn_by, steps)
         except ValueError as error:
             name = self.sampler or type(scheduler).__name__
-            raise UserError(f"--num_inference_steps {steps} can't be taken by {name}: {first_line(error)}") from error
+            raise UserError(f"--num_inference_steps {steps} does not work with {name}: {first_line(error)}") from error
         return steps
 
     def is_due(self, progress: Progress) -> bool:
@@ -262,7 +266,7 @@ class SamplingOptions:
         return any(epoch % self.save_images_epochs == 0 for epoch in progress.ended_epochs)
 
     def is_model_due(self, progress: Progress) -> bool:
-        """Whether the pipeline is saved after a step."""
+        """Whether the pipeline is due to be saved after a step."""
         return any((epoch + 1) % self.save_model_epochs == 0 for epoch in progress.ended_epochs)
 
 
@@ -271,22 +275,22 @@ class PipelineOptions:
     pipeline: str | None = option(None, "pipeline to draw from: a folder, a Hub name or a single .safetensors file")
     pipeline_config: str | None = option(
         None,
-        "pipeline folder or Hub name that describes a single-file --pipeline; by default found on the Hub",
+        "pipeline folder or Hub name with the configs of a single-file --pipeline; by default found on the Hub",
         acts_with=(*weight_files("pipeline", "baseline"), "checkpoints"),
     )
-    lora: str | None = option(None, "LoRA on top of it: a folder, .safetensors file or Hub name")
-    lora_scale: float = option(1.0, "factor on the LoRA", acts_with=("lora", "checkpoints"))
+    lora: str | None = option(None, "LoRA to load into the pipeline: a folder, .safetensors file or Hub name")
+    lora_scale: float = option(1.0, "scale of the LoRA", acts_with=("lora", "checkpoints"))
     revision: str | None = option(
-        None, "revision of the pipeline on the Hub", acts_with=(OnHub("pipeline"), "checkpoints")
+        None, "Hub revision of the pipeline: branch, tag or commit", acts_with=(OnHub("pipeline"), "checkpoints")
     )
     variant: str | None = option(None, "variant of the weight files, such as fp16")
-    images: str | None = option(None, "score a folder of images already drawn, instead of drawing any")
+    images: str | None = option(None, "folder of existing images to score, instead of drawing any")
 
     def __post_init__(self) -> None:
         if self.images is not None:
             require(Path(self.images).is_dir(), "images", self.images, "be a folder that exists")
         if self.lora is not None and self.pipeline is None:
-            raise UserError("--lora goes on top of a --pipeline")
+            raise UserError("--lora needs a pipeline to load into; give --pipeline")
         require(math.isfinite(self.lora_scale), "lora_scale", self.lora_scale, "be a finite number")
         for name in ("pipeline", "lora"):
             require_model(name, getattr(self, name), MODEL_CURE, (".safetensors",))
@@ -298,44 +302,44 @@ class ValidationOptions:
     help_title: ClassVar[str] = "validation"
 
     validation_prompts: list[str] | None = option(
-        None, "prompts of which samples are drawn", is_text=True, resume=Resume.REPORTING
+        None, "prompts for samples during training", is_text=True, resume=Resume.REPORTING
     )
     validation_prompt: str | None = option(
         None,
-        "a single prompt, of which --num_validation_images samples are drawn",
+        "a single prompt, for --num_validation_images samples",
         is_text=True,
         resume=Resume.REPORTING,
     )
     num_validation_images: int | None = option(
         None,
-        "samples a prompt; by default 4 of a --validation_prompt, else 1",
+        "samples per prompt; by default 4 for --validation_prompt, 1 for --validation_prompts",
         resume=Resume.REPORTING,
         acts_with=(*PROMPTS, "eval_metrics"),
     )
     validation_epochs: int | None = option(
         None,
-        "epochs between samples; 5 by default, for LoRA and SDXL 1",
+        "draw samples every N epochs; by default 5, or 1 for LoRA and SDXL",
         resume=Resume.REPORTING,
         acts_with=(*PROMPTS, *HELD_OUT),
     )
     validation_steps: int | None = option(
         None,
-        "optimizer steps between samples, instead of --validation_epochs",
+        "draw samples every N optimizer steps, instead of --validation_epochs",
         resume=Resume.REPORTING,
         acts_with=(*PROMPTS, *HELD_OUT),
     )
     validation_num_inference_steps: int = option(
-        25, "denoising steps of a sample", resume=Resume.REPORTING, acts_with=(*PROMPTS, "eval_metrics")
+        25, "denoising steps per sample", resume=Resume.REPORTING, acts_with=(*PROMPTS, "eval_metrics")
     )
     validation_guidance_scale: float | None = option(
         None,
-        "classifier-free guidance; by default the pipeline's",
+        "classifier-free guidance scale of samples; by default the pipeline's",
         resume=Resume.REPORTING,
         acts_with=(*PROMPTS, "eval_metrics"),
     )
     validation_negative_prompt: str | None = option(
         None,
-        "what the samples should not show",
+        "negative prompt of samples",
         is_text=True,
         resume=Resume.REPORTING,
         acts_with=(*PROMPTS, "eval_metrics"),
@@ -345,21 +349,21 @@ class ValidationOptions:
         require_positive(self, "validation_epochs", "validation_steps", "validation_num_inference_steps")
         require_not_negative(self, "num_validation_images", "validation_guidance_scale")
         if self.validation_prompts is not None and self.validation_prompt is not None:
-            raise UserError("--validation_prompt and --validation_prompts are two ways to say the same; give one")
-        refuse_files(self.prompts_flag, self.prompts, "give its prompts themselves")
+            raise UserError("--validation_prompt and --validation_prompts both set the prompts; give one")
+        refuse_files(self.prompts_flag, self.prompts, "give the prompts themselves")
 
     @property
     def prompts_flag(self) -> str:
-        """The flag that names them."""
+        """The flag by which the prompts are given."""
         return "--validation_prompts" if self.validation_prompts else "--validation_prompt"
 
     @property
     def prompts(self) -> list[str]:
-        """All that samples are drawn of."""
+        """The prompts to draw samples for."""
         return self.validation_prompts or ([self.validation_prompt] if self.validation_prompt else [])
 
     def requests(self, seed: int) -> list["SampleRequest"]:
-        """The samples of one validation; number n has the seed `seed + n`, at every validation."""
+        """Returns the samples of one validation; sample n always has the seed `seed + n`."""
         prompts = self.prompts
         each = self.num_validation_images
         if each is None:
@@ -388,37 +392,42 @@ class SampleRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptOptions:
-    prompts: list[str] | None = option(None, "prompts to draw", aliases=["--prompt"], is_text=True)
+    prompts: list[str] | None = option(None, "prompts to draw images for", aliases=["--prompt"], is_text=True)
     prompts_file: str | None = option(
-        None, "prompts of a file: .txt one a line; .jsonl, .json (a list) or .csv with a column prompt, text or caption"
+        None,
+        "file of prompts: .txt with one per line; .jsonl, .json (a list), .csv or .tsv with a column prompt, text or "
+        "caption",
     )
     text_encoding: str | None = option(
         None,
-        "encoding of --prompts_file, such as gb18030 or cp1252; by default UTF-8, and else a guess, which is logged",
+        "encoding of --prompts_file or captions, such as gb18030 or cp1252; by default UTF-8, else a guess, which is "
+        "logged",
         acts_with=("prompts_file", "captions_dir"),
     )
-    prompts_dataset: str | None = option(None, "prompts of a dataset: a Hub name or a local path")
+    prompts_dataset: str | None = option(None, "dataset of prompts: a Hub name or a local path")
     prompts_split: str = option(
-        "train", "split of that dataset", is_text=True, acts_with=("prompts_dataset", "captions_dir")
+        "train", "split of --prompts_dataset", is_text=True, acts_with=("prompts_dataset", "captions_dir")
     )
     prompts_column: str | None = option(
         None,
-        "column of the prompts, in the file, the dataset or the folder's metadata",
+        "column of the prompts in the file, dataset or metadata of the folder; by default prompt, text or caption",
         is_text=True,
         acts_with=("prompts_file", "prompts_dataset", "captions_dir"),
     )
-    captions_dir: str | None = option(None, "prompts are the captions of a folder of images, the first of each")
+    captions_dir: str | None = option(None, "image folder whose captions are the prompts; the first caption per image")
     max_prompts: int | None = option(
-        None, "take the first so many prompts", acts_with=("prompts", "prompts_file", "prompts_dataset", "captions_dir")
+        None, "use only the first N prompts", acts_with=("prompts", "prompts_file", "prompts_dataset", "captions_dir")
     )
     class_labels: list[str] | None = option(
-        None, "classes that a class-conditional pipeline draws, by name or else by number; by default all", is_text=True
+        None, "classes to draw with a class-conditional pipeline, by name or number; by default all", is_text=True
     )
     num_images: int | None = option(
-        None, "images in total, one after the other of each prompt or class", acts_with=DRAWING
+        None, "number of images in total, spread evenly over prompts or classes", acts_with=DRAWING
     )
-    images_per_prompt: int | None = option(None, "images of each prompt or class; by default 4", acts_with=DRAWING)
-    init_images: str | None = option(None, "image or folder of images that drawing starts from: variations of them")
+    images_per_prompt: int | None = option(
+        None, "images per prompt or class; by default 4, or 64 without prompts and classes", acts_with=DRAWING
+    )
+    init_images: str | None = option(None, "image or folder of images for image-to-image")
 
     def __post_init__(self) -> None:
         require_positive(self, "max_prompts", "num_images", "images_per_prompt")
@@ -429,9 +438,9 @@ class PromptOptions:
             check_encoding(self.text_encoding, "text_encoding")
         given = [name for name in ("prompts", "prompts_file", "prompts_dataset", "captions_dir") if getattr(self, name)]
         if len(given) > 1:
-            raise UserError(f"--{given[0]} and --{given[1]} both say which prompts to draw; give one")
+            raise UserError(f"--{given[0]} and --{given[1]} both set the prompts; give one")
         if given and self.class_labels is not None:
-            raise UserError(f"--{given[0]} are texts and --class_labels classes; a pipeline takes one or the other")
+            raise UserError(f"--{given[0]} and --class_labels exclude each other: a pipeline takes one; give one")
         for name in ("prompts_file",):
             file = getattr(self, name)
             require(file is None or Path(file).is_file(), name, file, "be a file that exists")
@@ -442,4 +451,4 @@ class PromptOptions:
         below = next((label for label in self.class_labels or () if re.fullmatch(r"-\d+", label)), None)
         require(below is None, "class_labels", below, "be names, or numbers from 0")
         if self.num_images is not None and self.images_per_prompt is not None:
-            raise UserError("--num_images and --images_per_prompt both say how many images; give one")
+            raise UserError("--num_images and --images_per_prompt both set the number of images; give one")

@@ -1,4 +1,4 @@
-"""Pipelines of any class of diffusers, or of ours, as they are loaded to draw from, and what they take."""
+"""Loads pipelines to draw with, of any diffusers class or one defined here, and reads which arguments they take."""
 
 import importlib
 import inspect
@@ -26,11 +26,11 @@ OWN_PIPELINES = {"ConditionalDDPMPipeline": "utils.models.conditional_ddpm"}
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """A pipeline to load: a path, a LoRA on top, and a folder whose parts stand in for the pipeline's.
+    """A pipeline to load: its path, a LoRA, and a checkpoint whose weights replace those of the pipeline.
 
     Attributes:
-        config: describes a single file.
-        parts: a checkpoint, whose `unet_ema/` or `unet/` (and text encoders), or LoRA file, is taken.
+        config: the pipeline folder or Hub name with the configs of a single file.
+        parts: a checkpoint folder; its `unet_ema/` or `unet/` (and text encoders), or LoRA file, is loaded.
     """
 
     path: str
@@ -43,7 +43,7 @@ class PipelineSpec:
 
     @cached_property
     def file(self) -> SingleFile | None:
-        """The single file of weights that it is, if it is one."""
+        """The single file of weights; None if the path is a folder or Hub name."""
         return SingleFile.read(Path(self.path), "--pipeline") if self.path.endswith(".safetensors") else None
 
     @cached_property
@@ -58,21 +58,25 @@ class PipelineSpec:
         where = f"--pipeline {self.path}: {INDEX}"
         index = read_config(index_file(self.path, self.revision, "--pipeline"), f"--pipeline {self.path}")
         if not index.get("_class_name"):
-            raise UserError(f"{where} names no class of pipelines")
+            raise UserError(f"{where} has no _class_name; give the folder of a diffusers pipeline")
         return index
 
 
 def pipeline_class(spec: PipelineSpec) -> type:
-    """The class of a pipeline: one of ours, or one of diffusers; code that lies in the folder is never run."""
+    """Returns the class of a pipeline, from diffusers or this package; code in the pipeline's folder is never run.
+
+    Raises:
+        UserError: if neither has the class.
+    """
     import diffusers
 
     name = spec.index["_class_name"]
-    name = str(name[-1] if isinstance(name, list) else name)  # a list names a file of code beside it
+    name = str(name[-1] if isinstance(name, list) else name)  # a list is [file of code, class]
     if name in OWN_PIPELINES:
         try:
             return getattr(importlib.import_module(OWN_PIPELINES[name]), name)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"--pipeline {spec.path} is a {name}, which is not built in here") from error
+            raise UserError(f"--pipeline {spec.path} is a {name}, which this package does not have") from error
     found = getattr(diffusers, name, None)
     if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
         raise UserError(f"--pipeline {spec.path} is a {name}, which this version of diffusers does not know")
@@ -80,17 +84,20 @@ def pipeline_class(spec: PipelineSpec) -> type:
 
 
 def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline":
-    """The pipeline on the CPU, in one dtype, with its LoRA or a checkpoint's parts.
+    """Returns the pipeline on the CPU, in one dtype, with its LoRA or the weights of a checkpoint.
 
     Raises:
         UserError: if it can't be loaded, or only by unpickling.
     """
+    # Weights of a checkpoint, which replace those of the pipeline.
     chosen = pipeline_class(spec)
     flag = f"--pipeline {spec.path}"
     if "vae" not in spec.index and "vqvae" not in spec.index:
-        dtype = torch.float32  # pipelines on pixels hand their result to numpy, which has no bfloat16
+        dtype = torch.float32  # pixel pipelines convert their result to numpy, which has no bfloat16
     content = CheckpointContent({}, {}, None) if spec.parts is None else checkpoint_content(spec)
     parts = _loaded_parts(content.models, spec.index, dtype)
+
+    # The pipeline, by its format: one of this package, a single file, or a folder or Hub name.
     if chosen.__name__ in OWN_PIPELINES:
         pipeline = _assemble(chosen, spec, dtype, parts)
     elif spec.file is not None:
@@ -105,6 +112,8 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
             Download(spec.revision, spec.variant, use_safetensors=True),
             parts,
         )
+
+    # Adapters.
     for name, folder in content.adapters.items():
         _merge_adapters(getattr(pipeline, name, None), folder)
     lora = spec.lora if content.lora is None else str(content.lora)
@@ -115,7 +124,7 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
 
 
 def _assemble(chosen: type, spec: PipelineSpec, dtype: torch.dtype, parts: dict[str, Any]) -> "DiffusionPipeline":
-    """A pipeline of ours from its parts: diffusers would want to run the code that lies beside them."""
+    """Loads a pipeline class of this package from its parts: diffusers would run the code in the pipeline's folder."""
     import diffusers
 
     folder = Path(spec.path)
@@ -136,12 +145,12 @@ def _assemble(chosen: type, spec: PipelineSpec, dtype: torch.dtype, parts: dict[
 
 
 class CheckpointContent(NamedTuple):
-    """What a checkpoint holds of a pipeline, its moving averages where it has both.
+    """The parts of a pipeline that a checkpoint has; the EMA weights where it has both.
 
     Attributes:
-        models: folders of whole parts, by their names in the pipeline.
-        adapters: folders of PEFT adapters, by the parts that they are of.
-        lora: the LoRA file.
+        models: folders of complete models, by component name of the pipeline.
+        adapters: folders of PEFT adapters, by component name.
+        lora: the LoRA file; None if there is none.
     """
 
     models: dict[str, Path]
@@ -150,10 +159,10 @@ class CheckpointContent(NamedTuple):
 
 
 def checkpoint_content(spec: PipelineSpec) -> CheckpointContent:
-    """What the checkpoint `spec.parts` holds of the pipeline.
+    """Returns what the checkpoint `spec.parts` has of the pipeline.
 
     Raises:
-        UserError: if it holds nothing of it: the base would stand for it.
+        UserError: if it has nothing of it: the images would be those of the base.
     """
     names = [
         name
@@ -167,14 +176,14 @@ def checkpoint_content(spec: PipelineSpec) -> CheckpointContent:
     )
     if not any(found):
         raise UserError(
-            f"--checkpoints: {spec.parts} holds no weights that go with {spec.path}: no LoRA file, and none of the "
-            f"folders {', '.join(names)} with a model or adapters; remove it, or give its own --pipeline"
+            f"--checkpoints: {spec.parts} has no weights for {spec.path}: no LoRA file, and no model or adapters in "
+            f"folders {', '.join(names)}; remove it, or give the --pipeline that it was trained from"
         )
     return found
 
 
 def _folders_with(root: Path, names: Sequence[str], file: str) -> dict[str, Path]:
-    """The folders of parts that hold a file: `unet_ema/` comes before `unet/`."""
+    """The folders, by component name, that contain `file`; `unet_ema/` is preferred to `unet/`."""
     found = {}
     for name in names:
         folder = next((each for each in (root / f"{name}_ema", root / name) if (each / file).is_file()), None)
@@ -184,7 +193,7 @@ def _folders_with(root: Path, names: Sequence[str], file: str) -> dict[str, Path
 
 
 def _loaded_parts(folders: Mapping[str, Path], index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Whole parts from their folders, by the classes in the pipeline's index."""
+    """Loads complete models from their folders, with the classes that the pipeline's index names."""
     import diffusers
     import transformers
 
@@ -194,23 +203,23 @@ def _loaded_parts(folders: Mapping[str, Path], index: Mapping[str, Any], dtype: 
         library, kind = index[name][:2]
         what = f"--checkpoints: {folder}"
         found = getattr(libraries[library], kind)
-        # one of several checkpoints may be of a run that diverged, which its images show
+        # a checkpoint of a diverged run is allowed: its images show it
         parts[name] = load_module(found, str(folder), what, name, dtype, must_be_finite=False, use_safetensors=True)
     return parts
 
 
 def _merge_adapters(module: torch.nn.Module | None, folder: Path) -> None:
-    """Adds the update of PEFT adapters (LoHa, LoKr) to the weights of the part that they are of."""
+    """Merges PEFT adapters (LoHa, LoKr) into the weights of a model."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
     with loading(f"--checkpoints: the adapters {folder}"):
         if module is None:
-            raise ValueError("the pipeline has no such part")
+            raise ValueError("the pipeline has no such component")
         adapted = PeftModel.from_pretrained(module, folder)
-        read = set(get_peft_model_state_dict(adapted))  # PEFT leaves the rest out
+        read = set(get_peft_model_state_dict(adapted))  # PEFT ignores tensors that do not fit
         if read != set(read_safetensors(folder / PEFT_FILE)):
-            raise ValueError(f"the tensors in {PEFT_FILE} are not those of its config")
+            raise ValueError(f"the tensors in {PEFT_FILE} do not match its config")
         adapted.merge_and_unload()
 
 
@@ -221,12 +230,12 @@ def _add_lora(pipeline: "DiffusionPipeline", lora: str, scale: float, must_be_fi
 
 
 def call_parameters(pipeline_type: type) -> frozenset[str]:
-    """The names of what a pipeline's call takes."""
+    """Returns the parameter names of a pipeline's `__call__`."""
     return frozenset(inspect.signature(pipeline_type.__call__).parameters)
 
 
 def indexed_names(index: Mapping[str, Any]) -> dict[str, int]:
-    """The numbers of classes by their names, as a pipeline's `model_index.json` has them; DiT's have synonyms."""
+    """Returns the class numbers by name from a pipeline's `model_index.json`; DiT lists synonyms for each class."""
     found, has_synonyms = index.get("id2label"), index["_class_name"] == "DiTPipeline"
     listed = [(int(number), str(names)) for number, names in found.items()] if isinstance(found, dict) else []
     if not has_synonyms:
@@ -235,14 +244,14 @@ def indexed_names(index: Mapping[str, Any]) -> dict[str, int]:
 
 
 def class_names(pipeline: "DiffusionPipeline") -> dict[int, str | None]:
-    """The classes of a class-conditional pipeline by number, with their names where it has them."""
-    names = getattr(pipeline, "labels", None)  # DiT's, by name
+    """Returns the classes of a class-conditional pipeline: their names by number, None for a class without a name."""
+    names = getattr(pipeline, "labels", None)  # numbers by name, as DiT has them
     if isinstance(names, dict) and names:
-        first = {int(label): str(text) for text, label in reversed(names.items())}  # of synonyms the first
+        first = {int(label): str(text) for text, label in reversed(names.items())}  # the first synonym of each
         return dict(sorted(first.items()))
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     for key in ("num_embeds_ada_norm", "num_class_embeds"):
         count = denoiser.config.get(key)
-        if count:  # the last embedding of a pipeline of ours stands for no class
+        if count:  # the last embedding of this package's pipelines is the null class of guidance
             return dict.fromkeys(range(count - (type(pipeline).__name__ in OWN_PIPELINES)))
     return {}

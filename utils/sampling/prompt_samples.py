@@ -1,4 +1,4 @@
-"""Samples drawn from the prompts of a run, while it trains and at its end."""
+"""Samples of the validation prompts, drawn during training and at its end."""
 
 import logging
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class PromptSampler:
-    """Draws the samples of a run's prompts, each process its share, and keeps them in `output_dir/samples/`."""
+    """Draws samples of the validation prompts into `output_dir/samples/`; each process draws its share."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class PromptSampler:
     ):
         """Args:
         resolution: edge of the samples in pixels.
-        default_epochs: epochs between samples where the options name no interval.
+        default_epochs: epochs between samples if the options set no interval.
         """
         self._surroundings = surroundings
         self._accelerator, self._controls = surroundings.accelerator, surroundings.controls
@@ -50,15 +50,15 @@ class PromptSampler:
         warn_of_written_settings(options.prompts_flag, options.prompts)
 
     def is_due(self, progress: Progress) -> bool:
-        """Whether samples are drawn after a step; the validation loss is measured then too."""
+        """Whether samples are due after a step; the validation loss is measured at the same steps."""
         return self._options.is_due(progress, self._default_epochs)
 
     def draw(self, progress: Progress, is_last: bool = False) -> list[Sample]:
-        """Draws all samples, or those until a signal; returns them, in order, on every process.
+        """Draws all samples, or fewer if a signal arrives; returns them, in order, on every process.
 
-        They go to `samples/step-{step}/`, the last ones to `samples/final/`.
+        They are saved in `samples/step-{step}/`, the last ones in `samples/final/`.
 
-        The pipeline's parts must be in evaluation mode, and hold the weights to draw with.
+        The pipeline's models must be in evaluation mode, and hold the weights to draw with.
         """
         name = LAST if is_last else f"step-{progress.step}"
         mine = dict(self._surroundings.share(list(enumerate(self._requests))))
@@ -79,7 +79,8 @@ class PromptSampler:
 
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
-        """The images of some requests, by one part of the pipeline after the other; the first of them, if stopped."""
+        """Draws the images of some requests, with one model on the device at a time; fewer if a signal arrives."""
+        # Prompts, then latents, then images.
         family, negative = self._family, self._options.validation_negative_prompt
         processor = family.pipeline.image_processor
         with family.alone(*family.text_encoder_names), autocast(self._accelerator):
@@ -92,19 +93,19 @@ class PromptSampler:
                 watch.forget()
                 latents.append(self._denoise(request, prompt))
                 blames.append("" if bool(latents[-1].isfinite().all()) else watch.blame())
-        with family.alone("vae"):  # outside of autocast, in which it could overflow
+        with family.alone("vae"):  # outside of autocast, where the VAE could overflow
             pairs = zip(latents, blames, strict=True)
             decoded = (family.latent_space.pictures(each, partial(str, blame)) for each, blame in pairs)
             return [processor.postprocess(each, output_type="pil")[0] for each in decoded]
 
     def _denoise(self, request: SampleRequest, prompt: dict[str, Tensor]) -> Tensor:
-        """[1, C, h, w] the latents of a request."""
+        """The latents [1, C, h, w] of a request."""
         pipeline, options = self._family.pipeline, self._options
         pipeline.set_progress_bar_config(disable=True)
         guidance = (
             {} if options.validation_guidance_scale is None else {"guidance_scale": options.validation_guidance_scale}
         )
-        # the noise that the pipeline would draw, in float32, so that its scheduler computes in it under autocast too
+        # the noise that the pipeline would draw, but always in float32, so that its scheduler computes in float32
         shape = self._family.latent_space.shape((self._resolution, self._resolution))
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(request.seed))
         controls = self._controls
@@ -121,7 +122,7 @@ class PromptSampler:
             ).images
 
     def _save(self, image: Image.Image, request: SampleRequest, path: Path) -> None:
-        """Writes a PNG that says in its text what it was drawn from."""
+        """Writes a PNG with its prompt, seed and settings as PNG text."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = PngInfo()
         facts = {

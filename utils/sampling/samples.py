@@ -1,4 +1,4 @@
-"""Samples that a run draws of itself: what the samplers share."""
+"""Samples drawn during training: what both samplers share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from utils.sampling.controls import SamplingControls
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LAST = "final"  # folder of the samples of the result
+LAST = "final"  # folder of the samples of the exported model
 Item = TypeVar("Item")
 
 
@@ -27,14 +27,14 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Where and by whom a run's samples are drawn.
+    """What drawing during training depends on: processes, folder, seed, stop requests.
 
     Attributes:
-        accelerator: the processes, each of which draws its share.
-        folder: the output folder.
-        seed: the run's.
-        requests: which may break off drawing.
-        controls: bounds on what is drawn.
+        accelerator: the processes; each draws its share.
+        folder: the output folder of the run.
+        seed: the seed of the run.
+        requests: stop requests, which interrupt drawing.
+        controls: sampling controls.
     """
 
     accelerator: "Accelerator"
@@ -44,15 +44,15 @@ class Surroundings:
     controls: SamplingControls = field(default_factory=SamplingControls)
 
     def seeds(self, count: int) -> list[int]:
-        """The seed of each of `count` samples, the same at every time."""
+        """Returns the seed of each of `count` samples, the same at every step."""
         return [(self.seed + number) % 2**63 for number in range(count)]
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """The items that this process draws."""
+        """Returns the items that this process draws."""
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def gather(self, drawn: Sequence[tuple[int, Image.Image]]) -> list[tuple[int, Image.Image]]:
-        """(number, image) of all processes, in the order of their numbers; for all to call."""
+        """Returns (number, image) of all processes, sorted by number. All processes must call it."""
         from accelerate.utils import gather_object
 
         pixels = [(number, np.asarray(image)) for number, image in drawn]

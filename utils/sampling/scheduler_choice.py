@@ -1,4 +1,4 @@
-"""Which scheduler draws in the place of a pipeline's own: by a short name, or by the name of a class of diffusers."""
+"""Replaces a pipeline's scheduler by one with a short name, such as euler, or a diffusers class."""
 
 import inspect
 import logging
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 FEW_STEPS = ("LCMScheduler", "TCDScheduler")
-"""Schedulers of models distilled to draw in few steps."""
+"""Schedulers for models distilled to draw in few steps."""
 
 
 def scheduler_class(name: str) -> tuple[type, dict[str, Any]]:
-    """(the class, changes of its config) of a name that `find_scheduler` knows.
+    """Returns (class, changes to its config) for a name that `find_scheduler` knows.
 
     Raises:
-        UserError: if there is none of this name.
+        UserError: if there is none with this name.
     """
     import diffusers
 
@@ -35,13 +35,15 @@ def scheduler_class(name: str) -> tuple[type, dict[str, Any]]:
 
 
 def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
-    """Gives the pipeline the scheduler of a name that `scheduler_class` knows, with its own settings.
+    """Sets the pipeline's scheduler by a name that `scheduler_class` knows, with the settings of the previous one.
 
     Raises:
-        UserError: if the pipeline can't go with it.
+        UserError: if the scheduler does not fit the pipeline; it lists those that do.
     """
     if name is None:
         return
+
+    # Convert the pipeline's scheduler, and try the result.
     kind, changes = scheduler_class(name)
     own, flag = pipeline.scheduler, f"--scheduler {name.strip()}"
     scheduler, reason = _converted(own, kind.__name__, changes)
@@ -51,24 +53,26 @@ def set_scheduler(pipeline: "DiffusionPipeline", name: str | None) -> None:
         shown = [each for each, (of, _) in SCHEDULERS.items() if of in fitting]
         shown += [each for each in fitting if each not in {of for of, _ in SCHEDULERS.values()}]
         raise UserError(
-            f"{flag} does not go with this {type(pipeline).__name__}: {reason}; choose one of {', '.join(shown)}"
+            f"{flag} does not work with this {type(pipeline).__name__}: {reason}; choose one of {', '.join(shown)}"
         )
+
+    # Some schedulers need a call that scales their input, others a distilled model.
     scales = abs(float(getattr(scheduler, "init_noise_sigma", 1.0)) - 1) > 1e-6
     if scales and "scale_model_input" not in inspect.getsource(type(pipeline).__call__):
         raise UserError(
-            f"{flag} needs its input scaled, which {type(pipeline).__name__} does not do; try ddim or dpm++_2m"
+            f"{flag} needs scaled inputs, but {type(pipeline).__name__} does not scale them; try ddim or dpm++_2m"
         )
     if kind.__name__ in FEW_STEPS and not _is_distilled(pipeline):
         logger.warning(
-            "%s is for models distilled to draw in few steps, which nothing in this pipeline says of it: if it is not "
-            "distilled, its images are blurred",
+            "%s is for models distilled to draw in few steps, and this pipeline does not seem to be one: if it is not "
+            "distilled, its images will be blurred",
             flag,
         )
     pipeline.scheduler = scheduler
 
 
 def _is_distilled(pipeline: "DiffusionPipeline") -> bool:
-    """Whether a pipeline may draw in few steps: by its scheduler, its embedding of the guidance, or a LoRA."""
+    """Whether a pipeline may be distilled: judged by its scheduler, guidance embedding or LoRA."""
     unet = getattr(pipeline, "unet", None)
     is_guided = unet is not None and unet.config.get("time_cond_proj_dim") is not None
     adapters = pipeline.get_list_adapters() if hasattr(pipeline, "get_list_adapters") else {}
@@ -76,14 +80,14 @@ def _is_distilled(pipeline: "DiffusionPipeline") -> bool:
 
 
 def _compatible(scheduler: Any) -> list[str]:
-    """The classes that diffusers takes for interchangeable with a scheduler's, whether they draw or not."""
+    """The scheduler classes that diffusers declares compatible, whether they draw correctly or not."""
     return sorted({each.__name__ for each in scheduler.compatibles} | {type(scheduler).__name__})
 
 
 def _converted(own: Any, class_name: str, changes: Mapping[str, Any]) -> tuple[Any, str]:
-    """(a scheduler of another class in the place of a pipeline's own, why it does not draw what that does or "").
+    """(the scheduler converted to another class, why it does not draw correctly or "").
 
-    Where the noise levels are known, the trial says whether it does; else what diffusers takes for interchangeable.
+    If the noise levels of the pipeline's scheduler are known, a trial decides; else diffusers' compatible classes do.
     """
     import diffusers
 
@@ -92,7 +96,7 @@ def _converted(own: Any, class_name: str, changes: Mapping[str, Any]) -> tuple[A
     except UserError:
         is_known = False
     if not is_known and class_name not in _compatible(own):
-        return None, f"diffusers cannot use it instead of a {type(own).__name__}"
+        return None, f"diffusers can't use it instead of a {type(own).__name__}"
     try:
         scheduler = converted(own, getattr(diffusers, class_name), **changes)
         lacking = next((each for each in CALLED if hasattr(own, each) and not hasattr(scheduler, each)), None)

@@ -13,7 +13,7 @@ from utils.training.compatibility import announce_run, check_together
 from utils.training.options import RECOMPUTING, AdaptationOptions, TrainingOptions
 
 logger = logging.getLogger(__name__)
-PURPOSE = "Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions, whole or by LoRA."
+PURPOSE = "Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions: all weights or LoRA."
 
 
 @dataclass(frozen=True)

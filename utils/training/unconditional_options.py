@@ -20,8 +20,7 @@ from utils.training.optimizer_table import without
 from utils.training.options import RECOMPUTING, TRACKERS, EmaOptions, TrackingOptions, TrainingOptions
 
 PURPOSE = (
-    "Trains a diffusion model that draws without words: "
-    "from scratch or fine-tuned, in pixels or latents, of classes too."
+    "Trains an unconditional or class-conditional diffusion model, from scratch or fine-tuned, in pixels or in latents."
 )
 OWN_NAMES = {"caption_column": "label_column"}  # flags that the shared parts call otherwise
 

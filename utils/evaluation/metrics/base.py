@@ -1,4 +1,4 @@
-"""What a metric is given, and the names that all of them use."""
+"""The input of a metric: images to score, and what to compare them with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from utils.evaluation.options import ScoreOptions
 
 @dataclass(frozen=True)
 class Case:
-    """Images to score, and what they are scored against.
+    """Images to score, and what to compare them with.
 
     Attributes:
-        reference: real images or their statistics; None without.
-        training: the images that were trained on; None if they are not known.
+        reference: real images or their statistics; None if not given.
+        training: the training images; None if not given.
     """
 
     subject: Subject
@@ -30,20 +30,20 @@ class Case:
         return self.subject.networks
 
     def needed_reference(self) -> Reference:
-        """The reference.
+        """Returns the reference.
 
         Raises:
-            NotComputable: if there is none.
+            NotComputable: if there is no reference.
         """
         if self.reference is None:
             raise NotComputable("it compares with real images; give --reference")
         return self.reference
 
     def reference_images(self) -> Subject:
-        """The reference's images.
+        """Returns the images of the reference.
 
         Raises:
-            NotComputable: if there is none, or statistics alone.
+            NotComputable: if there is no reference, or only its statistics.
         """
         reference = self.needed_reference()
         if not isinstance(reference, Subject):
@@ -51,7 +51,7 @@ class Case:
         return reference
 
     def prompts(self) -> Sequence[str]:
-        """The prompt of each image.
+        """Returns the prompt of each image.
 
         Raises:
             NotComputable: if the images have none.
@@ -61,7 +61,7 @@ class Case:
         return self.subject.images.prompts
 
     def facts(self, name: str) -> dict[str, object]:
-        """The network of a score and the images it was made of, as fields of `Score`."""
+        """Returns fields of `Score`: the number of images, and the network with its fingerprint."""
         network: Network = self.networks.get(name)
         return {"count": len(self.subject), "network": network.name, "weights": network.fingerprint}
 

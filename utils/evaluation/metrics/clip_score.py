@@ -1,4 +1,4 @@
-"""What CLIP and its kin say of an image and its prompt, and of an image and the reference."""
+"""Scores of CLIP-like models: similarity of image and prompt, and of image and reference."""
 
 import numpy as np
 
@@ -12,27 +12,28 @@ BLOCK = 1024
 
 
 def _texts(case: Case, network: str) -> tuple[np.ndarray, int]:
-    """([N, d] the features of each image's prompt, how many prompts were cut)."""
+    """(features [N, d] of the prompt of each image, number of truncated prompts)."""
     prompts = list(case.prompts())
     distinct = list(dict.fromkeys(prompts))
     clip: ClipFeatures = case.networks.get(network)
     found, num_cut = clip.texts(distinct, case.networks.device)
     if not np.isfinite(found).all():
         bad = int((~np.isfinite(found).all(1)).nonzero()[0][0])
-        raise NotComputable(f"{clip.name} gives features of the prompt {distinct[bad]!r} that are not finite")
+        raise NotComputable(f"the {clip.name} features of the prompt {distinct[bad]!r} are not finite")
     rows = {prompt: row for row, prompt in enumerate(distinct)}
     return found[[rows[prompt] for prompt in prompts]], num_cut
 
 
 def clip_score(case: Case) -> Scores:
-    """The mean over pairs of 100 * max(cos, 0); the same times 2.5 / 100 (Hessel et al. 2021); R-precision."""
+    """CLIP score, mean of 100 * max(cos, 0); Hessel et al. (2021), mean of 2.5 * max(cos, 0); R-precision."""
+    # Similarity of each image to its own prompt.
     texts, num_cut = _texts(case, "clip")
     images, clusters = case.subject.features("clip"), case.subject.images.clusters
     values = clip_scores(images, texts)
     clip: ClipFeatures = case.networks.get("clip")
     settings = {"model": case.networks.options.clip_model, "preparation": clip.settings, "prompts_cut": num_cut}
     facts = case.facts("clip")
-    remark = f"{num_cut} prompts were longer than the text encoder takes" if num_cut else ""
+    remark = f"{num_cut} prompts were truncated to the length of the text encoder" if num_cut else ""
     scores = [
         Score(
             "clip_score",
@@ -53,10 +54,12 @@ def clip_score(case: Case) -> Scores:
             **facts,
         ),
     ]
+
+    # Retrieval: whether an image is most similar to its own prompt among all prompts.
     prompts = case.prompts()
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) < 2:
-        reason = "there is one prompt alone, so there is none to tell it from"
+        reason = "it needs at least 2 different prompts"
         return [*scores, Score("clip_r_precision", None, "higher", reason=reason)]
     pool = unit_rows(texts[[prompts.index(prompt) for prompt in distinct]])
     number = {prompt: row for row, prompt in enumerate(distinct)}
@@ -78,6 +81,7 @@ def clip_score(case: Case) -> Scores:
 
 
 def _similarity(case: Case, network: str, name: str) -> Scores:
+    """The mean cosine between generated and reference images in the features of a network."""
     reference = case.reference_images()
     generated, real = unit_rows(case.subject.features(network)), unit_rows(reference.features(network))
     values = generated @ real.mean(0)  # the mean of all cosines
@@ -91,17 +95,17 @@ def _similarity(case: Case, network: str, name: str) -> Scores:
 
 
 def clip_i(case: Case) -> Scores:
-    """CLIP-I (Ruiz et al. 2023): the mean cosine of CLIP's image features, of a subject's pictures."""
+    """CLIP-I (Ruiz et al. 2023): the mean cosine between CLIP features of generated and reference images."""
     return _similarity(case, "clip", "clip_i")
 
 
 def dino_i(case: Case) -> Scores:
-    """The same in DINOv2's features."""
+    """DINO-I: the mean cosine between DINOv2 features of generated and reference images."""
     return _similarity(case, "dino", "dino_i")
 
 
 def pickscore(case: Case) -> Scores:
-    """PickScore (Kirstain et al. 2023): the model's scale times the cosine of image and prompt."""
+    """PickScore (Kirstain et al. 2023): logit scale of the model times the cosine of image and prompt."""
     return _preference(case, "pickscore", lambda clip: clip.scale, "logit scale times cosine")
 
 
@@ -111,6 +115,7 @@ def hpsv2(case: Case) -> Scores:
 
 
 def _preference(case: Case, network: str, factor, definition: str) -> Scores:
+    """The mean of a factor times the cosine of image and prompt."""
     clip: ClipFeatures = case.networks.get(network)
     texts, num_cut = _texts(case, network)
     cosines = (unit_rows(case.subject.features(network)) * unit_rows(texts)).sum(1)

@@ -1,4 +1,4 @@
-"""The difference of two pipelines' scores on the same prompts and seeds."""
+"""Differences between the scores of two pipelines on the same prompts and seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from utils.evaluation.metrics.scores import Score
 
 @dataclass(frozen=True)
 class Difference:
-    """after - before of a score.
+    """The difference after - before of a score.
 
     Attributes:
-        verdict: `better`, `worse`, or `no difference seen` where the interval holds 0; empty without an interval.
-        share_higher: the prompts (or groups) whose score rose.
-        probability: the chance of so large a difference where nothing changed.
+        verdict: `better`, `worse`, or `no difference seen` if the interval contains 0; empty without an interval.
+        share_higher: the share of prompts (or groups) whose score increased.
+        probability: p-value, the probability of a difference this large if nothing changed.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Difference:
     verdict: str
 
     def record(self) -> dict[str, object]:
-        """All of it as JSON."""
+        """Returns all fields as JSON."""
         interval = None if self.interval is None else [self.interval.low, self.interval.high]
         return {
             "before": self.before,
@@ -41,10 +41,10 @@ class Difference:
 
 
 def differences(before: Sequence[Score], after: Sequence[Score], are_paired: bool) -> list[Difference]:
-    """The differences of the scores that both have.
+    """Returns the differences of the scores that both have.
 
     Args:
-        are_paired: whether image n of both is of the same prompt and seed; without, there are no intervals.
+        are_paired: whether image n of both has the same prompt and seed; if not, there are no intervals.
     """
     earlier = {score.name: score for score in before if score.value is not None}
     return [
@@ -73,6 +73,7 @@ def _difference(before: Score, after: Score, are_paired: bool) -> Difference:
 
 
 def _verdict(interval: Interval | None, better: str) -> str:
+    """Whether a score improved, judged by the interval of its difference."""
     if interval is None or not better:
         return ""
     if interval.low <= 0 <= interval.high:

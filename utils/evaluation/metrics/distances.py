@@ -1,7 +1,7 @@
-"""The mathematics of the scores, in float64: distances of sets of features, spreads and intervals.
+"""The mathematics of the scores, in float64: distances between sets of features, diversity, and intervals.
 
-Sets are arrays [N, d], one row an image. Nothing here knows where features come from. What can't be computed raises
-`NotComputable`, whose message says why; no number is ever made up for it.
+Sets of features are arrays [N, d], one row per image. A score that can't be computed raises `NotComputable` with the
+reason; it never gets a substitute value.
 """
 
 import math
@@ -12,15 +12,15 @@ import numpy as np
 
 Array = np.ndarray
 BLOCK_ROWS = 1024
-SAME_IMAGE = 1e-5  # of the features' spread
+SAME_IMAGE = 1e-5  # distance of duplicates, relative to the spread of the features
 
 
-class NotComputable(Exception):  # noqa: N818  no error: the set is what it is
-    """A score that a set of images does not have, and why."""
+class NotComputable(Exception):  # noqa: N818  not an error: the images do not have this score
+    """A score can't be computed for these images; the message says why."""
 
 
 class Failed(NotComputable):
-    """A score that there should have been: something broke, such as a feature that is not finite."""
+    """A score should have been computable, but something failed, such as a feature that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its standard error, None where there is none."""
+    """A number and its standard error, None if that is unknown."""
 
     value: float
     error: float | None = None
@@ -49,7 +49,7 @@ class Interval:
 
 
 def as_features(features: Array, least: int = 1) -> Array:
-    """Features as float64 [N, d].
+    """Returns features as float64 [N, d].
 
     Raises:
         NotComputable: if there are fewer than `least`.
@@ -59,7 +59,7 @@ def as_features(features: Array, least: int = 1) -> Array:
     if rows.ndim != 2:
         raise NotComputable(f"features must be [N, d], got {list(rows.shape)}")
     if len(rows) < least:
-        raise NotComputable(f"{len(rows)} images are too few: at least {least} are needed")
+        raise NotComputable(f"{len(rows)} images are too few; it needs at least {least}")
     if not np.isfinite(rows).all():
         bad = int((~np.isfinite(rows).all(axis=1)).nonzero()[0][0])
         raise Failed(f"the features of image {bad} are not finite")
@@ -70,7 +70,7 @@ def as_features(features: Array, least: int = 1) -> Array:
 
 
 def moments(features: Array) -> Moments:
-    """Mean and covariance of features [N, d], N at least 2."""
+    """Returns mean and covariance of features [N, d], N at least 2."""
     rows = as_features(features, 2)
     mean = rows.mean(axis=0)
     centred = rows - mean
@@ -78,19 +78,19 @@ def moments(features: Array) -> Moments:
 
 
 def square_root(symmetric: Array) -> Array:
-    """The square root of a covariance."""
+    """Returns the square root [d, d] of a covariance [d, d]."""
     values, vectors = np.linalg.eigh(symmetric)
     return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
 
 def frechet_distance(first: Moments, second: Moments, root: Array | None = None) -> float:
-    """Squared Frechet distance of two Gaussians (Heusel et al. 2017, equation 6).
+    """Returns the squared Frechet distance of two Gaussians (Heusel et al. 2017, equation 6).
 
     |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)); the last trace is the sum of the square roots of the
-    eigenvalues of S2^(1/2) S1 S2^(1/2), which is symmetric: no matrix square root of a product is needed.
+    eigenvalues of S2^(1/2) S1 S2^(1/2). That matrix is symmetric, so no square root of a non-symmetric one is needed.
 
     Args:
-        root: S2^(1/2), where it is known.
+        root: S2^(1/2), if it is known.
     """
     if first.mean.shape != second.mean.shape:
         raise NotComputable(f"features of {len(first.mean)} and {len(second.mean)} dimensions can't be compared")
@@ -102,10 +102,10 @@ def frechet_distance(first: Moments, second: Moments, root: Array | None = None)
 
 
 def frechet_infinity(features: Array, reference: Moments, seed: int = 0, num_points: int = 15) -> Estimate:
-    """The Frechet distance extrapolated to infinitely many images (Chong and Forsyth 2020).
+    """Returns the Frechet distance extrapolated to infinitely many images (Chong and Forsyth 2020).
 
     A line in 1/N is fitted to the distances of `num_points` random subsets, of sizes from a third of the set to all of
-    it, and read at 0. The error is that of the line's intercept; the subsets overlap, so it is a lower bound.
+    it, and evaluated at 0. The error is that of the intercept; as the subsets overlap, it is a lower bound.
     """
     rows = as_features(features, 30)
     sizes = np.linspace(max(len(rows) // 3, 10), len(rows), num_points).astype(int)
@@ -122,7 +122,7 @@ def frechet_infinity(features: Array, reference: Moments, seed: int = 0, num_poi
 
 
 def frechet_by_group(features: Array, reference: Moments, groups: Array) -> Array:
-    """The Frechet distances [G] of disjoint groups of the images, which `groups` [N] numbers."""
+    """Returns the Frechet distances [G] of disjoint groups of images; `groups` [N] has the group of each image."""
     rows, root = as_features(features, 2), square_root(reference.covariance)
     return np.array([frechet_distance(moments(rows[groups == group]), reference, root) for group in np.unique(groups)])
 
@@ -133,23 +133,23 @@ Kernel = Callable[[Array, Array], Array]
 
 
 def polynomial_kernel(first: Array, second: Array) -> Array:
-    """(x.y / d + 1)^3 of each pair (Binkowski et al. 2018): [N, M]."""
+    """Returns [N, M], (x.y / d + 1)^3 of each pair (Binkowski et al. 2018)."""
     return (first @ second.T / first.shape[1] + 1) ** 3
 
 
 def gaussian_kernel(first: Array, second: Array, sigma: float = 10.0) -> Array:
-    """exp(-|x - y|^2 / (2 sigma^2)) of each pair: [N, M]."""
+    """Returns [N, M], exp(-|x - y|^2 / (2 sigma^2)) of each pair."""
     return np.exp(-squared_distances(first, second) / (2 * sigma**2))
 
 
 def squared_distances(first: Array, second: Array) -> Array:
-    """Squared Euclidean distance of each pair: [N, M], never below 0."""
+    """Returns [N, M], the squared Euclidean distance of each pair, never below 0."""
     squares = (first**2).sum(1)[:, None] + (second**2).sum(1)[None] - 2 * first @ second.T
     return squares.clip(0)
 
 
 def _row_sums(first: Array, second: Array, kernel: Kernel) -> tuple[Array, Array, Array]:
-    """(sums over each row [N], over each column [M], the diagonal) of the kernel's matrix, in blocks of rows."""
+    """(sum of each row [N], sum of each column [M], diagonal) of the kernel matrix, computed in blocks of rows."""
     rows, columns, diagonal = np.zeros(len(first)), np.zeros(len(second)), np.zeros(min(len(first), len(second)))
     for start in range(0, len(first), BLOCK_ROWS):
         block = kernel(first[start : start + BLOCK_ROWS], second)
@@ -165,10 +165,10 @@ class KernelDistance:
     """The squared maximum mean discrepancy of N and M samples.
 
     Attributes:
-        unbiased: the full U-statistic: no sample is compared with itself. May be below 0.
-        biased: the V-statistic: the diagonals count.
-        without_first: [N] the U-statistic without each sample of the first set.
-        without_second: [M] the same of the second set.
+        unbiased: the U-statistic, which leaves out the diagonals of the kernel matrices; may be below 0.
+        biased: the V-statistic, which includes the diagonals.
+        without_first: [N], the U-statistic without each sample of the first set.
+        without_second: [M], the U-statistic without each sample of the second set.
     """
 
     unbiased: float
@@ -178,15 +178,16 @@ class KernelDistance:
 
     @property
     def error(self) -> float:
-        """The jackknife's standard error of the U-statistic, over both sets."""
+        """The jackknife standard error of the U-statistic, over both sets."""
         return jackknife_error(self.without_first, self.without_second)
 
 
 def kernel_distance(first: Array, second: Array, kernel: Kernel) -> KernelDistance:
-    """The squared maximum mean discrepancy (Gretton et al. 2012, equations 3 and 5), with every delete-one value.
+    """Returns the squared maximum mean discrepancy (Gretton et al. 2012, equations 3 and 5) with delete-one values.
 
-    Each set needs 3 samples, so that without one there are still pairs.
+    Each set needs 3 samples, so that pairs remain when one is left out.
     """
+    # Sums of the kernel matrices.
     x, y = as_features(first, 3), as_features(second, 3)
     if x.shape[1] != y.shape[1]:
         raise NotComputable(f"features of {x.shape[1]} and {y.shape[1]} dimensions can't be compared")
@@ -196,6 +197,8 @@ def kernel_distance(first: Array, second: Array, kernel: Kernel) -> KernelDistan
     cross_rows, cross_columns, _ = _row_sums(x, y, kernel)
     within_x, within_y, cross = (x_rows - x_diagonal).sum(), (y_rows - y_diagonal).sum(), cross_rows.sum()
     mean_x, mean_y = within_x / (n * (n - 1)), within_y / (m * (m - 1))
+
+    # The U-statistic without each sample in turn.
     without_first = (
         (within_x - 2 * (x_rows - x_diagonal)) / ((n - 1) * (n - 2)) + mean_y - 2 * (cross - cross_rows) / ((n - 1) * m)
     )
@@ -209,12 +212,12 @@ def kernel_distance(first: Array, second: Array, kernel: Kernel) -> KernelDistan
 
 
 def jackknife_error(*without_one: Array) -> float:
-    """The standard error of a statistic of independent sets from its delete-one values for each set."""
+    """Returns the standard error of a statistic of independent sets from its delete-one values for each set."""
     return math.sqrt(sum((len(each) - 1) / len(each) * ((each - each.mean()) ** 2).sum() for each in without_one))
 
 
 def subset_kid(first: Array, second: Array, size: int = 1000, num_subsets: int = 100, seed: int = 0) -> Estimate:
-    """The conventional KID: mean and deviation over random subsets, which overlap: it is no error bar."""
+    """Returns the conventional KID: mean and deviation over random subsets. These overlap: it is no standard error."""
     x, y = as_features(first, size), as_features(second, size)
     if size < 2:
         raise NotComputable("subsets need 2 images")
@@ -238,11 +241,11 @@ class Manifolds:
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
     Attributes:
-        precise: [N] bool, which generated images lie in a ball of the reference.
-        recalled: [M] bool, which reference images lie in a ball of the generated ones.
-        densities: [N] the balls of the reference that hold each generated image, over k.
-        covered: [M] bool, which balls of the reference hold a generated image.
-        num_duplicates: reference images that have a copy among the others.
+        precise: [N] bool, whether a generated image lies in a ball of the reference.
+        recalled: [M] bool, whether a reference image lies in a ball of the generated images.
+        densities: [N], number of reference balls that contain a generated image, divided by k.
+        covered: [M] bool, whether a reference ball contains a generated image.
+        num_duplicates: number of reference images that duplicate another one.
     """
 
     precise: Array
@@ -253,17 +256,17 @@ class Manifolds:
 
 
 def neighbour_radii(rows: Array, k: int) -> Array:
-    """[N] distance of each row to its k-th nearest other."""
+    """Returns [N], the distance of each row to its k-th nearest neighbour."""
     radii = np.empty(len(rows))
     for start, distances in _distance_blocks(rows, rows):
         places = np.arange(len(distances))
-        distances[places, places + start] = -1  # itself, exactly, whatever rounding says
+        distances[places, places + start] = -1  # the row itself comes first, despite rounding
         radii[start : start + len(distances)] = np.partition(distances, k, axis=1)[:, k]
     return radii
 
 
 def copies(rows: Array) -> Array:
-    """[N] bool, which rows are an earlier one again but for the last bits, which differ between a network's batches."""
+    """Returns [N] bool, whether a row repeats an earlier one up to rounding, which differs between batches."""
     scale = math.sqrt(((rows - rows.mean(0)) ** 2).sum(1).mean())
     found = np.zeros(len(rows), bool)
     for start, distances in _distance_blocks(rows, rows):
@@ -273,7 +276,7 @@ def copies(rows: Array) -> Array:
 
 
 def _distance_blocks(first: Array, second: Array) -> Iterator[tuple[int, Array]]:
-    """(first row, distances [rows, M]) in blocks. In float64, and after centring, equal rows come out within 1e-7."""
+    """Yields (first row, distances [rows, M]) in blocks; after centring, equal rows have distances below 1e-7."""
     centre = second.mean(axis=0)
     first, second = first - centre, second - centre
     for start in range(0, len(first), BLOCK_ROWS):
@@ -281,17 +284,21 @@ def _distance_blocks(first: Array, second: Array) -> Iterator[tuple[int, Array]]
 
 
 def manifolds(generated: Array, reference: Array, k_precision: int = 3, k_density: int = 5) -> Manifolds:
-    """Which images lie in the other set's balls: k = 3 and <= for precision and recall, k = 5 and < for the others.
+    """Returns which images lie in balls of the other set, whose radii reach the k-th nearest neighbour.
 
-    Copies within the reference have balls of radius 0, so each copy counts once.
+    Precision and recall use k = 3 and <=, density and coverage k = 5 and <. Duplicates in the reference would have
+    balls of radius 0, so only the first of them counts.
     """
+    # Features without duplicates in the reference.
     least = max(k_precision, k_density) + 2
     x, everything = as_features(generated, least), as_features(reference, least)
     if x.shape[1] != everything.shape[1]:
         raise NotComputable(f"features of {x.shape[1]} and {everything.shape[1]} dimensions can't be compared")
     y = everything[~copies(everything)]
     if len(y) < least:
-        raise NotComputable(f"the reference has {len(y)} different images, at least {least} are needed")
+        raise NotComputable(f"the reference has {len(y)} different images; it needs at least {least}")
+
+    # Radii of the balls, and which images lie in them.
     radii, y_radii, y_narrow = (
         neighbour_radii(x, k_precision),
         neighbour_radii(y, k_precision),
@@ -308,18 +315,17 @@ def manifolds(generated: Array, reference: Array, k_precision: int = 3, k_densit
     return Manifolds(precise, recalled, densities, covered, len(everything) - len(y))
 
 
-# Spread and sharpness
+# Diversity
 
 
 @dataclass(frozen=True)
 class PairSums:
-    """Sums over embeddings v of images whose distance is |v - w|^2: enough for the mean over all pairs.
+    """Sums over embeddings v, from which the mean distance |v - w|^2 over all pairs follows.
 
     Attributes:
-        count: images.
-        vector: [D] sum of v.
+        count: number of images.
+        vector: [D], sum of v.
         squares: sum of |v|^2.
-        by_group: for each group of images that has pairs, the mean distance of its pairs.
     """
 
     count: int
@@ -331,46 +337,47 @@ class PairSums:
 
     @staticmethod
     def of(embeddings: Array) -> "PairSums":
-        """The sums of embeddings [N, D]."""
+        """Returns the sums of embeddings [N, D]."""
         rows = np.asarray(embeddings, np.float64)
         return PairSums(len(rows), rows.sum(0), float((rows**2).sum()))
 
     @property
     def mean_distance(self) -> float:
-        """The mean over all pairs, 2 N / (N - 1) (mean |v|^2 - |mean v|^2).
+        """The mean distance over all pairs, 2 N / (N - 1) (mean |v|^2 - |mean v|^2).
 
         Raises:
             NotComputable: if there are no pairs.
         """
         if self.count < 2:
-            raise NotComputable(f"{self.count} image has no pair")
+            raise NotComputable(f"{self.count} image is too few; it needs at least 2")
         mean = self.vector / self.count
         return max(0.0, 2 * self.count / (self.count - 1) * (self.squares / self.count - float(mean @ mean)))
 
 
 def vendi_score(features: Array) -> float:
-    """exp of the entropy of the eigenvalues of K / N, K the cosines of the features (Friedman and Dieng 2023).
+    """Returns the Vendi score (Friedman and Dieng 2023): exp of the entropy of the eigenvalues of K / N, K the cosines.
 
-    1 if all images are alike, N if no two have anything in common.
+    It is 1 if all images are equal, and N if all features are orthogonal.
     """
     rows = unit_rows(as_features(features, 1))
-    small = rows.T @ rows if rows.shape[1] < len(rows) else rows @ rows.T  # the same eigenvalues but for zeros
+    small = rows.T @ rows if rows.shape[1] < len(rows) else rows @ rows.T  # same eigenvalues, except for zeros
     values = np.linalg.eigvalsh(small / len(rows))
     values = values[values > 1e-15]
     return float(np.exp(-(values * np.log(values)).sum()))
 
 
 def inception_score(logits: Array, num_splits: int = 10) -> Estimate:
-    """exp of the mean KL divergence of p(class | image) from p(class) (Salimans et al. 2016): mean and deviation.
+    """Returns the Inception Score (Salimans et al. 2016), mean and deviation over parts of the images.
 
-    Over `num_splits` consecutive parts, as published; over fewer where there are fewer images.
+    It is exp of the mean KL divergence of p(class | image) from p(class). The images are split into `num_splits`
+    consecutive parts, as published, or fewer if there are too few images.
     """
     rows = as_features(logits, 2)
     shifted = rows - rows.max(1, keepdims=True)
     logs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     count, num_parts = len(logs), min(num_splits, len(logs) // 2)
     scores = []
-    for number in range(num_parts):  # the authors' boundaries, also where the parts differ in size
+    for number in range(num_parts):  # boundaries as in the original code, even if the parts differ in size
         part = logs[number * count // num_parts : (number + 1) * count // num_parts]
         shares = np.exp(part)
         marginal = np.log(shares.mean(0).clip(1e-300))
@@ -382,20 +389,20 @@ def inception_score(logits: Array, num_splits: int = 10) -> Estimate:
 
 
 def unit_rows(rows: Array) -> Array:
-    """Rows of length 1, in float64; a row of zeros stays."""
+    """Returns the rows normalised to length 1, in float64; a row of zeros stays."""
     rows = np.asarray(rows, np.float64)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(lengths > 0, lengths, 1)
 
 
 def clip_scores(images: Array, texts: Array) -> Array:
-    """[N] 100 * max(cos, 0) of each image's and its text's features [N, d] (Hessel et al. 2021, without their 2.5)."""
+    """Returns [N], 100 * max(cos, 0) of image and text features [N, d] (Hessel et al. 2021, without the factor 2.5)."""
     cosines = (unit_rows(as_features(images)) * unit_rows(as_features(texts))).sum(1)
     return 100 * cosines.clip(0)
 
 
 def nearest_rows(queries: Array, pool: Array) -> tuple[Array, Array]:
-    """(the row of the pool with the largest cosine to each query [N], that cosine [N])."""
+    """Returns (row of the pool with the largest cosine to each query [N], that cosine [N])."""
     x, y = unit_rows(as_features(queries)), unit_rows(as_features(pool))
     rows, cosines = np.empty(len(x), int), np.empty(len(x))
     for start in range(0, len(x), BLOCK_ROWS):
@@ -409,7 +416,7 @@ def nearest_rows(queries: Array, pool: Array) -> tuple[Array, Array]:
 
 
 def cluster_bootstrap(values: Array, clusters: Array, num_draws: int = 2000, seed: int = 0) -> Interval | None:
-    """The 95 % percentile interval of the mean of `values` [N], drawing whole clusters [N] (prompts) with replacement.
+    """Returns the 95 % percentile interval of the mean of `values` [N] by a bootstrap over `clusters` [N] (prompts).
 
     None with fewer than 2 clusters.
     """
@@ -428,10 +435,10 @@ def cluster_bootstrap(values: Array, clusters: Array, num_draws: int = 2000, see
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The mean of after - before, its interval, the share of clusters that rose, and the chance of it without a change.
+    """The mean of after - before, its interval, the share of clusters that increased, and its p-value.
 
     Attributes:
-        probability: two-sided, by flipping the signs of the clusters' differences at random.
+        probability: two-sided p-value of a permutation test that flips the signs of the clusters' differences.
     """
 
     value: float
@@ -443,7 +450,7 @@ class PairedDifference:
 def paired_difference(
     before: Array, after: Array, clusters: Array, num_draws: int = 2000, seed: int = 0
 ) -> PairedDifference:
-    """The difference of two scores [N] of the same prompts and seeds, whose prompts [N] are drawn as clusters."""
+    """Returns the difference of two scores [N] on the same prompts and seeds; `clusters` [N] has the prompts."""
     differences = np.asarray(after, np.float64) - np.asarray(before, np.float64)
     _, of = np.unique(clusters, return_inverse=True)
     sums = np.bincount(of, differences)
@@ -457,7 +464,7 @@ def paired_difference(
 
 
 def normal_interval(value: float, error: float) -> Interval:
-    """The 95 % interval of a normal estimate."""
+    """Returns the 95 % interval of a normally distributed estimate."""
     return Interval(value - 1.959964 * error, value + 1.959964 * error)
 
 
@@ -465,7 +472,7 @@ STUDENT_95: Sequence[float] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365,
 
 
 def student_interval(values: Array) -> Interval | None:
-    """The 95 % interval of the mean of up to 10 independent values; None of one."""
+    """Returns the 95 % interval of the mean of up to 10 independent values; None for a single value."""
     if len(values) < 2:
         return None
     factor = STUDENT_95[len(values) - 2] if len(values) - 2 < len(STUDENT_95) else 1.96

@@ -1,4 +1,4 @@
-"""How much images differ: LPIPS over all pairs, the Vendi score; and how near they are to what was trained on."""
+"""Diversity of images (LPIPS over all pairs, Vendi score), and their similarity to the training images."""
 
 import numpy as np
 
@@ -11,16 +11,16 @@ NEAR = 0.95
 
 
 def lpips_diversity(case: Case) -> Scores:
-    """The mean LPIPS of all pairs of images, within prompts and over all, exact in one pass."""
+    """The mean LPIPS over all pairs of images, and over pairs with the same prompt; exact, in one pass."""
     network = case.networks.get("lpips")
     if len(case.subject) < 2:
-        raise NotComputable("one image has no pair; draw at least 2 (--num_images)")
+        raise NotComputable("it needs pairs of images; draw at least 2 images (--num_images)")
     total, means, clusters = case.subject.pair_sums("lpips")
     settings = {"trunk": network.settings, "input": "[-1, 1]", "definition": "mean over all pairs"}
     facts = case.facts("lpips")
     scores = [Score("lpips_diversity", total.mean_distance, "higher", settings=settings, **facts)]
     if not len(means):
-        reason = "no prompt has 2 images; draw more of each (--images_per_prompt)"
+        reason = "no prompt has 2 images; draw at least 2 per prompt (--images_per_prompt)"
         return [*scores, missing("lpips_within_prompts", reason)]
     within = settings | {"definition": "mean over prompts of the mean over a prompt's pairs", "prompts": len(means)}
     spread = ByImage(means, clusters)
@@ -31,18 +31,20 @@ def lpips_diversity(case: Case) -> Scores:
 
 
 def vendi(case: Case) -> Scores:
-    """The Vendi score in the main network's features: about how many different images there are."""
+    """The Vendi score in the features of the main network: the effective number of different images."""
     if len(case.subject) > MOST_FOR_VENDI and case.subject.features("main").shape[1] > MOST_FOR_VENDI:
-        raise NotComputable(f"over {MOST_FOR_VENDI} images it takes too long")
+        raise NotComputable(f"it takes too long for more than {MOST_FOR_VENDI} images")
     settings = {"kernel": "cosine", "preparation": case.networks.get("main").settings}
     value = vendi_score(case.subject.features("main"))
     return [Score("vendi", value, "higher", settings=settings, **case.facts("main"))]
 
 
 def memorisation(case: Case) -> Scores:
-    """The largest cosine of each image to a training image; the nearest pairs are shown."""
+    """The mean over images of the largest cosine to a training image, with the nearest pairs."""
     if case.training is None:
-        raise NotComputable("it compares with what was trained on; give --training_images")
+        raise NotComputable("it compares with the training images; give --training_images")
+
+    # The nearest training image of each image, and the nearest pairs for the report.
     rows, cosines = nearest_rows(case.subject.features("main"), case.training.features("main"))
     order = np.argsort(-cosines, kind="stable")[: case.options.num_duplicate_pairs]
     pairs = [

@@ -1,6 +1,6 @@
-"""The networks whose features the scores are made of: how each sees an image, where its weights come from, their hash.
+"""The feature networks of the metrics: how they preprocess images, where their weights come from, and their hashes.
 
-Pixels go through PIL and numpy, so a number does not depend on which other packages are installed.
+Images are preprocessed with PIL and numpy, so scores do not depend on which other packages are installed.
 """
 
 import hashlib
@@ -44,23 +44,23 @@ TRUNK_URLS = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DIFFERENT_SIZES = "the network takes images as they are, and these have different sizes; for LPIPS give --lpips_size"
-REPEATS_WITHIN = 1e-2  # of the largest feature: kernels for other batch sizes round otherwise
+DIFFERENT_SIZES = "the network does not resize images, and these have different sizes; for LPIPS give --lpips_size"
+REPEATS_WITHIN = 1e-2  # tolerance relative to the largest feature: rounding depends on the batch size
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Picture(NamedTuple):
-    """An image to score: the name by which it is reported, and how it is read as RGB."""
+    """An image to score: its name in reports, and a function that reads it as RGB."""
 
     name: str
     read: Callable[[], Image.Image]
 
 
 def read_picture(picture: Picture) -> Image.Image:
-    """A picture as RGB.
+    """Returns a picture as RGB.
 
     Raises:
-        Failed: if it can't be read, naming it.
+        Failed: if it can't be read; the message names it.
     """
     try:
         return picture.read()
@@ -72,10 +72,10 @@ class Network(ABC):
     """A feature network.
 
     Attributes:
-        name: as reports call it.
-        module: what computes, in evaluation mode.
-        settings: how images are prepared for it, as reports say it.
-        class_weights: [classes, d] weights that make class scores of features, for the Inception Score; None without.
+        name: its name in reports.
+        module: the module that computes features, in evaluation mode.
+        settings: how images are preprocessed, as shown in reports.
+        class_weights: [classes, d], maps features to class logits for the Inception Score; None if it has no classes.
     """
 
     name: str
@@ -85,11 +85,11 @@ class Network(ABC):
 
     @abstractmethod
     def pixels(self, image: Image.Image) -> Tensor:
-        """[C, H, W] float32 what the network takes for an RGB image."""
+        """Returns the network's input [C, H, W], float32, for an RGB image."""
 
     @abstractmethod
     def features(self, pixels: Tensor) -> Tensor:
-        """[B, d] of pixels [B, C, H, W]."""
+        """Returns the features [B, d] of pixels [B, C, H, W]."""
 
     @property
     def fingerprint(self) -> str:
@@ -99,37 +99,37 @@ class Network(ABC):
         return self._fingerprint
 
     def freeze(self) -> None:
-        """Puts all modules that it holds in evaluation mode, their weights not trained."""
+        """Sets all its modules to evaluation mode, without gradients."""
         for held in vars(self).values():
             if isinstance(held, nn.Module):
                 frozen(held)
 
     def __call__(self, pictures: Sequence[Picture], device: torch.device) -> np.ndarray:
-        """[B, d] float32.
+        """Returns the features [B, d], float32, of B pictures.
 
         Raises:
-            Failed: if an image can't be read, or its features are not finite, naming it.
-        NotComputable: if the images have different sizes and the network takes them as they are.
+            Failed: if an image can't be read, or its features are not finite; the message names it.
+            NotComputable: if the images have different sizes and the network does not resize them.
         """
         prepared = [self.pixels(read_picture(picture)) for picture in pictures]
         if len({pixels.shape for pixels in prepared}) > 1:
             raise NotComputable(DIFFERENT_SIZES)
         pixels = torch.stack(prepared).to(device)
         self.freeze()
-        with torch.no_grad(), without_tf32():  # so that scores are the same on a CPU and on any GPU
+        with torch.no_grad(), without_tf32():  # so that scores agree between CPUs and GPUs
             found = self.features(pixels).float().cpu()
         finite = torch.isfinite(found).all(1)
         if not finite.all():
             name = pictures[int((~finite).nonzero()[0])].name
-            raise Failed(f"{self.name} gives features of {name} that are not finite")
+            raise Failed(f"the {self.name} features of {name} are not finite")
         return found.numpy()
 
 
 def load_weights(file: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file, read without running what it holds.
+    """Returns the tensors of a .safetensors or .pth file, read without running code in it.
 
     Raises:
-        LOADING_ERRORS: if it holds none.
+        LOADING_ERRORS: if it has no tensors by name.
     """
     if file.endswith(".safetensors"):
         return read_safetensors(file)
@@ -138,30 +138,30 @@ def load_weights(file: str) -> dict[str, Tensor]:
     except BROKEN_PICKLE as error:
         raise ValueError(first_line(error)) from error
     if not isinstance(found, dict):
-        raise ValueError(f"it holds a {type(found).__name__}, no weights by name")
+        raise ValueError(f"it contains a {type(found).__name__} instead of weights by name")
     return found
 
 
 def downloaded(url: str, may_download: bool) -> str:
-    """The path of a file that is downloaded once; its name holds the beginning of its SHA-256, which is checked.
+    """Returns the path of a file that is downloaded once, and checks the start of its SHA-256, which is in its name.
 
     Raises:
-        NotComputable: if it can't be had.
+        NotComputable: if it can't be downloaded.
     """
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     if path.is_file():
         return str(path)
     if not may_download:
-        raise NotComputable(f"{name} is not here, and --no_download leaves it there")
+        raise NotComputable(f"{name} is not in the cache, and --no_download forbids to download it")
     try:
         with urllib.request.urlopen(url, timeout=10) as response:
             content = response.read()
     except (OSError, urllib.error.URLError, ValueError) as error:
-        raise NotComputable(f"{name} is not here and can't be downloaded ({first_line(error)})") from error
+        raise NotComputable(f"{name} is not in the cache and can't be downloaded ({first_line(error)})") from error
     wanted = path.stem.rpartition("-")[2]
     if not hashlib.sha256(content).hexdigest().startswith(wanted):
-        raise NotComputable(f"{url} gave another file than {name}")
+        raise NotComputable(f"{url} returned a file with another SHA-256 than that in its name")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as aside:
         aside.write_bytes(content)
@@ -178,7 +178,7 @@ def _normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float])
 
 
 def clean_resize(image: Image.Image, size: int) -> np.ndarray:
-    """[H, W, 3] in 0..255 by PIL's bicubic on each channel as floats (Parmar et al. 2022): nothing is rounded."""
+    """Returns [size, size, 3] in 0..255, resized by PIL's bicubic filter per channel in float (Parmar et al. 2022)."""
     channels = [
         Image.fromarray(channel).resize((size, size), Image.Resampling.BICUBIC)
         for channel in np.ascontiguousarray(_as_array(image).transpose(2, 0, 1))
@@ -187,7 +187,7 @@ def clean_resize(image: Image.Image, size: int) -> np.ndarray:
 
 
 def tensorflow_resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """[size, size, 3] of [H, W, 3] by TensorFlow 1's bilinear: pixel i reads input i * H / size, not its middle."""
+    """Returns [size, size, 3] from [H, W, 3], resized as by TensorFlow 1: pixel i samples the input at i * H / size."""
     for axis in (0, 1):
         length = pixels.shape[axis]
         places = np.arange(size, dtype=np.float32) * np.float32(length / size)
@@ -200,7 +200,7 @@ def tensorflow_resize(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 class InceptionFeatures(Network):
-    """pytorch-fid's Inception network: 2048 features; the images' preparation is that of `--fid_mode`."""
+    """The Inception network of pytorch-fid: 2048 features; `--fid_mode` sets the preprocessing."""
 
     name = "inception"
 
@@ -214,7 +214,7 @@ class InceptionFeatures(Network):
             network.load_state_dict(load_weights(file), strict=True, assign=True)
         except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--inception_weights {file} is not pytorch-fid's weight file: {reason}") from error
+            raise UserError(f"--inception_weights {file} is not the weight file of pytorch-fid: {reason}") from error
         self.module = frozen(network.float())
         self.class_weights = network.fc.weight.cpu().double().numpy()
 
@@ -234,7 +234,7 @@ class InceptionFeatures(Network):
 
 
 class DinoFeatures(Network):
-    """DINOv2's class token behind the last norm, of images of 224 x 224 by PIL's bicubic, uncropped, as in dgm-eval."""
+    """DINOv2's class token after the last norm, for images resized to 224 x 224 without cropping, as in dgm-eval."""
 
     name = "dinov2"
     settings = "PIL bicubic to 224 x 224, uncropped"
@@ -253,12 +253,12 @@ class DinoFeatures(Network):
 
 
 def _class_token(model: nn.Module) -> Tensor:
-    """What is read of DINOv2, of an image of noise."""
+    """The class token for a test image, which depends on every weight that is used."""
     return model(pixel_values=torch.linspace(0, 100, 3 * 224 * 224).sin().view(1, 3, 224, 224)).last_hidden_state[:, 0]
 
 
 class ClipFeatures(Network):
-    """CLIP's projected features of images, and of texts."""
+    """CLIP's projected features of images and texts."""
 
     name = "clip"
 
@@ -287,7 +287,7 @@ class ClipFeatures(Network):
         return self.module.visual_projection(self.module.vision_model(pixel_values=pixels).pooler_output)
 
     def texts(self, texts: Sequence[str], device: torch.device, batch_size: int = 64) -> tuple[np.ndarray, int]:
-        """([N, d] features, how many texts were too long). What is too long is cut before its end token."""
+        """Returns (features [N, d], number of truncated texts); truncation keeps the end token."""
         length = self.module.config.text_config.max_position_embeddings
         found, num_cut = [], 0
         for start in range(0, len(texts), batch_size):
@@ -304,12 +304,12 @@ class ClipFeatures(Network):
 
     @property
     def scale(self) -> float:
-        """The factor that the model puts on cosines."""
+        """The logit scale of the model, a factor on cosines."""
         return float(self.module.logit_scale.exp())
 
 
 class CmmdFeatures(ClipFeatures):
-    """CLIP's features of the centre square at the model's size by PIL's bicubic, as CMMD's code takes them."""
+    """CLIP features of the centre square, resized to the model's input size, as in CMMD's code."""
 
     name = "cmmd_clip"
 
@@ -326,7 +326,7 @@ class CmmdFeatures(ClipFeatures):
 
 
 class LpipsFeatures(Network):
-    """The embedding whose squared distances are LPIPS; its size depends on the images'."""
+    """Embeddings whose squared distances are LPIPS; their length depends on the image size."""
 
     name = "lpips"
 
@@ -338,7 +338,7 @@ class LpipsFeatures(Network):
         except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
             kind = options.lpips_network
-            raise UserError(f"--lpips_weights {file} is no weight file of torchvision's {kind}: {reason}") from error
+            raise UserError(f"--lpips_weights {file} is not a weight file of torchvision's {kind}: {reason}") from error
         self.module = frozen(network)
         self._size = options.lpips_size
         self.settings = f"{options.lpips_network}, " + (
@@ -355,13 +355,15 @@ class LpipsFeatures(Network):
 
 
 def _not_loaded(flag: str, model: str, error: Exception, is_local: bool) -> Exception:
-    """What to raise for a model that can't be loaded: a local one was meant, one of the Hub may be out of reach."""
+    """The error for a model that can't be loaded: a broken folder is the user's error, a missing Hub model is not."""
     if Path(model).is_dir():
         return UserError(f"--{flag} {model} can't be loaded: {first_line(error)}")
     if is_local:
-        return NotComputable(f"{model} is not here, and --no_download leaves it there; --{flag} FOLDER gives another")
+        return NotComputable(
+            f"{model} is not in the cache, and --no_download forbids to download it; give --{flag} FOLDER"
+        )
     return NotComputable(
-        f"{model} is not here and was not found on the Hub ({first_line(error)}); give --{flag} FOLDER"
+        f"{model} is not in the cache and was not found on the Hub ({first_line(error)}); give --{flag} FOLDER"
     )
 
 
@@ -372,21 +374,25 @@ def _pretrained(
     is_local: bool,
     reads: Callable[[nn.Module], Tensor] | None = None,
 ) -> nn.Module:
-    """A model of transformers from a folder or the Hub, in float32, of whose weights none that is read is missing."""
+    """Loads a transformers model in float32; a missing weight that is used is an error.
+
+    Args:
+        reads: computes an output of the model that depends on every weight that is used; by default all are used.
+    """
     weights = {"use_safetensors": True, "local_files_only": is_local}
     try:
         return frozen(load_module(model_class, model, f"--{flag} {model}", flag, torch.float32, reads, **weights))
     except UserError as error:
-        if error.__cause__ is None:  # it was loaded, and its weights are another kind of model's
+        if error.__cause__ is None:  # loaded, but the weights are of another kind of model
             raise
         raise _not_loaded(flag, model, error.__cause__, is_local) from error
 
 
 def load_own_network(file: str) -> Network:
-    """The network in the file that `--feature_module` names.
+    """Returns the network in the file of `--feature_module`.
 
     Raises:
-        UserError: if the file can't be run, or holds not one subclass of `Network` that takes no arguments.
+        UserError: if the file fails, or does not define exactly one subclass of `Network` without arguments.
     """
     kind = load_class("feature_module", file, Network)
     with running("feature_module", file):
@@ -396,29 +402,32 @@ def load_own_network(file: str) -> Network:
 
 
 def check_repeats(network: Network, flag: str) -> None:
-    """Refuses a network whose features of an image depend on the images beside it, or change when it is asked again.
+    """Checks that the features of an image do not depend on the rest of its batch, and are the same when repeated.
 
     Raises:
         UserError: naming the flag.
     """
+    # Two test images.
     generator = np.random.default_rng(0)
-    levels = (64, 256)  # images of different brightness: statistics of a batch must show
+    levels = (64, 256)  # different brightness, so that batch statistics show
     images = [Image.fromarray(generator.integers(0, level, (64, 64, 3), dtype=np.uint8)) for level in levels]
     pictures = [Picture(f"noise {number}", lambda image=image: image) for number, image in enumerate(images)]
     device = next((each.device for each in network.module.parameters()), torch.device("cpu"))
+
+    # Features of both at once, twice, and of each alone.
     before = {name: each.clone() for name, each in network.module.named_buffers()}
     try:
         together, again = network(pictures, device), network(pictures, device)
         alone = np.concatenate([network([picture], device) for picture in pictures])
-    except Failed:  # of noise; whether the features of real images are finite is seen when they are computed
+    except Failed:  # of these test images; features of real images are checked when they are computed
         return
     if any(not torch.equal(before[name], each) for name, each in network.module.named_buffers() if name in before):
-        raise UserError(f"--{flag}: the network changes its own buffers when it is run; it must not")
+        raise UserError(f"--{flag}: the network changes its own buffers in forward(); remove that")
     scale = np.abs(together).max()
     if max(np.abs(together - again).max(), np.abs(together - alone).max()) > REPEATS_WITHIN * scale:
         raise UserError(
-            f"--{flag}: the features of an image depend on the images beside it, or change when they are computed "
-            "again; use no dropout and no statistics of the batch, which functions of torch.nn.functional may take"
+            f"--{flag}: the features of an image depend on the other images of its batch, or change when computed "
+            "again; use no dropout and no batch statistics, also in calls of torch.nn.functional"
         )
 
 
@@ -433,7 +442,7 @@ def _main_network(options: FeatureOptions) -> Network:
 def _preference(flag: str, options: FeatureOptions) -> Network:
     model = getattr(options, flag)
     if model is None:
-        raise NotComputable(f"its model is not named; give --{flag}")
+        raise NotComputable(f"it needs a model; give --{flag}")
     return ClipFeatures(flag, model, options.no_download)
 
 
@@ -450,7 +459,7 @@ MAIN_FEATURES = NUM_FEATURES
 
 
 class Networks:
-    """The networks of an evaluation, each loaded when it is first asked for; why one is not there is remembered too."""
+    """The networks of an evaluation. Each is loaded at its first use; a failure to load is cached too."""
 
     def __init__(self, options: FeatureOptions, device: torch.device, table: dict[str, Callable] | None = None):
         self.options = options
@@ -460,11 +469,11 @@ class Networks:
         self._missing: dict[str, str] = {}
 
     def get(self, name: str) -> Any:
-        """The network of a name in `NETWORKS`, on the device.
+        """Returns a network by its name in `NETWORKS`, on the device.
 
         Raises:
-            NotComputable: if its weights can't be had.
-            UserError: if weights that were named are not of this network.
+            NotComputable: if its weights are not available.
+            UserError: if weights given by a flag do not fit the network.
         """
         if name in self._missing:
             raise NotComputable(self._missing[name])
@@ -479,7 +488,7 @@ class Networks:
         return network
 
     def rest(self) -> None:
-        """Moves all networks to the CPU, to leave the device to what draws."""
+        """Moves all networks to the CPU, to free device memory for drawing."""
         for network in self._loaded.values():
             network.module.to("cpu")
         if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Sets of images and what networks see in them; each feature is computed once, spread over the processes."""
+"""Sets of images and their features; features are computed once, distributed over the processes."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 SYMMETRY = 1e-6
 POSITIVITY = 1e-6
 STATISTICS_VERSION = 2  # 1: colours were not converted to sRGB
-BROKEN_ARCHIVE = (  # what zipfile, zlib and numpy's parser of headers may raise of bytes that are damaged
+BROKEN_ARCHIVE = (  # what zipfile, zlib and numpy's header parser may raise for a damaged file
     *(OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, ArithmeticError, NotImplementedError),
     *(SyntaxError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error),
 )
@@ -45,11 +45,11 @@ class ImageSet:
     """Images to score.
 
     Attributes:
-        pictures: in an order that does not depend on how they were made.
-        prompts: the text of each image; None without texts.
-        clusters: [N] the number of the prompt of each image.
-        samples: [N] which of its prompt's images each one is.
-        fingerprint: of what the images are.
+        pictures: the images, in an order that does not depend on how they were drawn.
+        prompts: the prompt of each image; None if they have none.
+        clusters: [N], the number of the prompt of each image.
+        samples: [N], the number of each image among those of its prompt.
+        fingerprint: a hash of the images' content; empty if unknown.
     """
 
     pictures: Sequence[Picture]
@@ -62,18 +62,18 @@ class ImageSet:
         return len(self.pictures)
 
     def is_like(self, other: "ImageSet") -> bool:
-        """Whether image n of both is of the same prompt, and the same one of its images."""
+        """Whether image n of both sets has the same prompt and the same sample number."""
         if len(self) != len(other) or list(self.prompts or ()) != list(other.prompts or ()):
             return False
         return bool((self.clusters == other.clusters).all() and (self.samples == other.samples).all())
 
 
 class Interrupted(NotComputable):
-    """A signal broke the computation off."""
+    """A signal interrupted the computation; the message is its number."""
 
 
 class Workers:
-    """The processes among which images are spread, and how many of them a network takes at once."""
+    """Distributes images over the processes, in batches."""
 
     def __init__(self, accelerator: "Accelerator | None", batch_size: int, requests: StopRequests | None = None):
         self._accelerator = accelerator
@@ -85,18 +85,18 @@ class Workers:
         return 1 if self._accelerator is None else self._accelerator.num_processes
 
     def mine(self, items: Sequence) -> Sequence:
-        """This process's share: a run of neighbours."""
+        """Returns this process's share: consecutive items."""
         if self._accelerator is None:
             return items
         rank, count = self._accelerator.process_index, self._accelerator.num_processes
         return items[len(items) * rank // count : len(items) * (rank + 1) // count]
 
     def gather(self, result: object, error: NotComputable | None) -> list:
-        """The results of all processes, in their order.
+        """Returns the results of all processes, in order of rank. All processes must call it.
 
         Raises:
-            NotComputable: on all, if one of them met it.
-            Stopped: on all, if a signal to one of them broke it off.
+            NotComputable: on all processes, if one of them raised it.
+            Stopped: on all processes, if a signal interrupted one of them.
         """
         if self._count == 1:
             if isinstance(error, Interrupted):
@@ -115,25 +115,32 @@ class Workers:
         return [each for each, _ in found]
 
     def run(self, name: str, compute: Callable[[], Result]) -> list[Result]:
-        """What all processes compute with a network of that name, in their order.
+        """Runs `compute` on all processes and returns their results, in order of rank.
+
+        Args:
+            name: the name of the network, for error messages.
 
         Raises:
-            NotComputable, Stopped: as `gather` does.
+            NotComputable, Stopped: as `gather`.
         """
         result = error = None
         try:
             result = compute()
         except NotComputable as raised:
             error = raised
-        except RuntimeError as raised:  # such as out of memory: the other processes must not wait for this one
+        except RuntimeError as raised:  # such as out of memory: the other processes must not wait forever
             error = Failed(f"{name}: {first_line(raised)}")
         return self.gather(result, error)
 
     def _stopped(self, error: Interrupted) -> Stopped:
-        return Stopped("stopped while scores were computed; the same command continues", int(str(error)))
+        return Stopped("stopped while computing scores; run the same command to continue", int(str(error)))
 
     def batches(self, items: Sequence, label: str) -> Generator[Sequence, None, None]:
-        """Batches of items, with a progress bar on the main process."""
+        """Yields batches of items, with a progress bar on the main process.
+
+        Raises:
+            Interrupted: if a signal arrives.
+        """
         is_main = self._accelerator is None or self._accelerator.is_main_process
         with progress_bar(total=len(items), desc=label, unit="image", disable=not is_main, leave=False) as bar:
             for start in range(0, len(items), self.batch_size):
@@ -144,7 +151,7 @@ class Workers:
 
 
 def in_pieces(network: Network, batch: Sequence[Picture], device: torch.device) -> np.ndarray:
-    """[B, d] the network's features; of one half after the other where memory is short."""
+    """Returns the network's features [B, d]; halves the batch if it runs out of memory."""
     try:
         return network(batch, device)
     except (RuntimeError, MemoryError) as error:
@@ -157,7 +164,7 @@ def in_pieces(network: Network, batch: Sequence[Picture], device: torch.device) 
 
 
 class Subject:
-    """A set of images, and features of them, which are computed when they are first asked for."""
+    """A set of images with their features, which are computed at their first use."""
 
     def __init__(self, images: ImageSet, networks: Networks, workers: Workers):
         self.images = images
@@ -169,10 +176,10 @@ class Subject:
         return len(self.images)
 
     def features(self, name: str) -> np.ndarray:
-        """[N, d] of a network of `NETWORKS`.
+        """Returns the features [N, d] of a network, by its name in `NETWORKS`.
 
         Raises:
-            NotComputable: if the network is not there, or an image's features are not finite.
+            NotComputable: if the network is not available, or features of an image are not finite.
         """
         if name not in self._features:
             network = self.networks.get(name)
@@ -181,27 +188,30 @@ class Subject:
         return self._features[name]
 
     def _own_features(self, network: Network) -> np.ndarray | None:
-        """[n, d] of this process's share; None of no images."""
+        """The features [n, d] of this process's share; None if it has no images."""
         mine = self.workers.mine(self.images.pictures)
-        with closing(self.workers.batches(mine, f"{network.name} features")) as batches:  # the bar too, on an error
+        with closing(self.workers.batches(mine, f"{network.name} features")) as batches:  # closes the bar on errors
             rows = [in_pieces(network, batch, self.networks.device) for batch in batches]
         return np.concatenate(rows) if rows else None
 
     def moments(self, name: str) -> Moments:
-        """Mean and covariance of a network's features."""
+        """Returns mean and covariance of a network's features."""
         return moments(self.features(name))
 
     def pair_sums(self, name: str) -> tuple[PairSums, np.ndarray, np.ndarray]:
-        """(sums over all embeddings, mean distance of the pairs of each prompt that has pairs, those prompts' numbers).
+        """Returns (sums over all embeddings, mean pair distance of each prompt with pairs, numbers of those prompts).
 
-        Embeddings are summed up as they come: they may be too large to keep.
+        Embeddings are added to sums as they are computed: they may be too large to keep.
         """
+        # Each process takes whole prompts.
         network = self.networks.get(name)
         by_prompt: dict[int, list[Picture]] = {}
         for picture, cluster in zip(self.images.pictures, self.images.clusters.tolist(), strict=True):
             by_prompt.setdefault(cluster, []).append(picture)
         own = self.workers.mine(list(by_prompt.items()))
         found = self.workers.run(network.name, partial(self._sum_pairs, network, own))
+
+        # Add up the sums of all processes.
         parts = [part for part in found if part[0] is not None]
         if not parts:
             raise NotComputable("there are no images")
@@ -216,6 +226,7 @@ class Subject:
     def _sum_pairs(
         self, network: Network, prompts: Sequence[tuple[int, list[Picture]]]
     ) -> tuple[PairSums | None, list[tuple[int, float]]]:
+        """(sums over all embeddings or None, [(prompt number, mean pair distance)]) of this process's prompts."""
         total, means = None, []
         flat = [(cluster, picture) for cluster, pictures in prompts for picture in pictures]
         open_cluster, open_sums = None, None
@@ -238,10 +249,10 @@ class Subject:
 
 
 class Statistics:
-    """Kept statistics of a reference under one network: what pytorch-fid and clean-fid read, and more where it is ours.
+    """Saved reference statistics for one network: the format of pytorch-fid and clean-fid, with optional extra fields.
 
     Attributes:
-        network: the name in `NETWORKS` that it is of.
+        network: the name of the network in `NETWORKS`.
     """
 
     def __init__(self, found: Moments, rows: np.ndarray | None, facts: dict[str, object] | None, source: str):
@@ -256,10 +267,10 @@ class Statistics:
 
     @staticmethod
     def read(path: Path) -> "Statistics":
-        """Reads an `.npz` file, of which nothing is unpickled.
+        """Reads an `.npz` file without unpickling.
 
         Raises:
-            UserError: if it is no file of statistics, or one that can't be right.
+            UserError: if it is not a file of statistics, or its values are impossible.
         """
         flag = f"--reference {path}"
         try:
@@ -276,30 +287,35 @@ class Statistics:
         return Statistics(Moments(mean, covariance, count), rows, _fingerprint_in(found, flag), str(path))
 
     def check(self, network: Network, num_features: int | None, may_differ: bool) -> None:
-        """Refuses statistics of another network or preparation.
+        """Checks that the statistics are of this network and preprocessing.
 
         Args:
-            num_features: those of the network, where they are known.
+            num_features: the number of features of the network; None if unknown.
+            may_differ: warn about a difference instead of raising.
 
         Raises:
             UserError: naming what differs.
         """
+        # The number of features, which can always be compared.
         d = len(self._moments.mean)
         if num_features is not None and d != num_features:
             raise UserError(
-                f"--reference {self.source} has {d} features, the network {network.name} has {num_features}"
+                f"--reference {self.source} has {d} features, but the network {network.name} has {num_features}; give "
+                "statistics of that network"
             )
+
+        # What the file says about its network; files of other programs say nothing.
         if self.facts is None:
             logger.warning(
-                "--reference %s does not say which network and preparation it is of; it is taken for %s",
+                "--reference %s does not say which network and preprocessing it is for; assuming %s",
                 self.source,
                 network.settings,
             )
             return
         if self.facts.get("version") == 1:
             logger.warning(
-                "--reference %s is from before colours were converted to sRGB; if its images have colour profiles "
-                "of another space (Adobe RGB, Display P3), make it again from them",
+                "--reference %s was saved by a version that did not convert colours to sRGB; if its images have other "
+                "colour profiles (Adobe RGB, Display P3), create it again from the images",
                 self.source,
             )
         ours = network_facts(network)
@@ -307,60 +323,67 @@ class Statistics:
         if differing and not may_differ:
             name = differing[0]
             raise UserError(
-                f"--reference {self.source} was made with another {name}: {self.facts.get(name)}, not {ours[name]}; "
-                "make it anew from the images, or give --allow_stats_mismatch"
+                f"--reference {self.source} was created with other {name}: {self.facts.get(name)}, not {ours[name]}; "
+                "create it again from the images, or give --allow_stats_mismatch"
             )
         if differing:
-            logger.warning("--reference %s was made with another %s", self.source, ", ".join(differing))
+            logger.warning("--reference %s was created with other %s", self.source, ", ".join(differing))
 
     def moments(self, name: str) -> Moments:
-        """Mean and covariance."""
+        """Returns mean and covariance."""
         self._check_name(name)
         return self._moments
 
     def features(self, name: str) -> np.ndarray:
-        """[M, d] the features, where the file has them."""
+        """Returns the features [M, d].
+
+        Raises:
+            NotComputable: if the file has none.
+        """
         self._check_name(name)
         if self._rows is None:
-            raise NotComputable(f"{self.source} holds mu and sigma alone; give the reference's images")
+            raise NotComputable(f"{self.source} has only mu and sigma; give --reference the images")
         return self._rows
 
     def _check_name(self, name: str) -> None:
         if name != self.network:
-            raise NotComputable(f"{self.source} holds statistics of one network; give the reference's images")
+            raise NotComputable(f"{self.source} has statistics of another network; give --reference the images")
 
 
 def _mean_and_covariance(found: Mapping[str, np.ndarray], flag: str) -> tuple[np.ndarray, np.ndarray]:
-    """([d], [d, d]) float64 of statistics.
+    """(mean [d], covariance [d, d]) in float64.
 
     Raises:
-        UserError: if they can't be a mean and a covariance.
+        UserError: if they are not a mean and a covariance.
     """
+    # Names, types and shapes.
     absent = [name for name in ("mu", "sigma") if name not in found]
     if absent:
-        raise UserError(f"{flag} holds no {absent[0]}; statistics have mu [d] and sigma [d, d]")
+        raise UserError(f"{flag} has no {absent[0]}; statistics need mu [d] and sigma [d, d]")
     mean, covariance = np.asarray(found["mu"]), np.asarray(found["sigma"])
     if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
         raise UserError(f"{flag}: mu and sigma must be numbers")
     mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
     if not mean.size:
-        raise UserError(f"{flag} holds statistics of no feature: mu is empty")
+        raise UserError(f"{flag} has no features: mu is empty")
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(f"{flag}: mu {list(mean.shape)} and sigma {list(covariance.shape)} must be [d] and [d, d]")
+
+    # A covariance is finite, symmetric and positive semidefinite.
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{flag} holds numbers that are not finite")
+        raise UserError(f"{flag} has values that are not finite")
     tolerance = SYMMETRY * max(np.abs(covariance).max(), 1e-12)
     if not np.allclose(covariance, covariance.T, rtol=SYMMETRY, atol=tolerance):
-        raise UserError(f"{flag}: sigma is not symmetric, so it is no covariance")
+        raise UserError(f"{flag}: sigma is not symmetric, so it is not a covariance")
     if (np.diag(covariance) < 0).any():
-        raise UserError(f"{flag}: sigma has a negative variance, so it is no covariance")
+        raise UserError(f"{flag}: sigma has a negative variance, so it is not a covariance")
     if not _is_positive(covariance):
-        raise UserError(f"{flag}: sigma has a negative eigenvalue, so it is no covariance")
+        raise UserError(f"{flag}: sigma has a negative eigenvalue, so it is not a covariance")
     return mean, covariance
 
 
 def _features_of(found: Mapping[str, np.ndarray], flag: str, num_features: int) -> np.ndarray | None:
-    """[n, d] the features of each image, where the file holds them."""
+    """The features [n, d] of each image; None if the file has none."""
     if found.get("feats") is None:
         return None
     try:
@@ -368,12 +391,12 @@ def _features_of(found: Mapping[str, np.ndarray], flag: str, num_features: int) 
     except (NotComputable, ValueError, TypeError) as error:
         raise UserError(f"{flag}: feats: {first_line(error)}") from error
     if rows.shape[1] != num_features:
-        raise UserError(f"{flag}: feats have {rows.shape[1]} features, mu has {num_features}")
+        raise UserError(f"{flag}: feats has {rows.shape[1]} features, but mu has {num_features}")
     return rows
 
 
 def _fingerprint_in(found: Mapping[str, np.ndarray], flag: str) -> dict[str, object] | None:
-    """Which network and preparation the statistics are of, where the file says it."""
+    """The network and preprocessing of the statistics; None if the file does not say."""
     if "fingerprint" not in found:
         return None
     try:
@@ -386,13 +409,13 @@ def _fingerprint_in(found: Mapping[str, np.ndarray], flag: str) -> dict[str, obj
 
 
 def _is_positive(covariance: np.ndarray) -> bool:
-    """Whether a symmetric matrix [d, d] has no eigenvalue that is more negative than rounding makes it."""
+    """Whether a symmetric matrix [d, d] is positive semidefinite, up to rounding."""
     eigenvalues = np.linalg.eigvalsh(covariance)
-    return bool(eigenvalues[0] >= -POSITIVITY * abs(eigenvalues[-1]))  # also false of NaN
+    return bool(eigenvalues[0] >= -POSITIVITY * abs(eigenvalues[-1]))  # false for NaN
 
 
 def _whole_number(found: np.ndarray) -> int | None:
-    """The whole number of 0 or more that an array of one element is; None of others."""
+    """The value of a one-element array if it is an integer of at least 0; else None."""
     if found.size != 1 or found.dtype.kind not in "fiu":
         return None
     value = found.item()
@@ -400,12 +423,12 @@ def _whole_number(found: np.ndarray) -> int | None:
 
 
 def network_facts(network: Network) -> dict[str, str]:
-    """What statistics depend on of a network."""
+    """Returns the properties of a network that statistics depend on."""
     return {"network": network.name, "settings": network.settings, "weights": network.fingerprint}
 
 
 def write_statistics(path: Path, subject: Subject, name: str) -> None:
-    """Keeps a set's statistics under a network: `mu`, `sigma`, `n`, `feats` and a fingerprint as JSON.
+    """Writes the statistics of a set for a network: `mu`, `sigma`, `n`, `feats` and a fingerprint as JSON.
 
     Raises:
         UserError: if the file can't be written.

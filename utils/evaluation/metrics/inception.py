@@ -1,7 +1,7 @@
-"""The Inception network of the FID, under the names of pytorch-fid's weight file, which it loads strictly.
+"""The Inception network of FID, with the parameter names of pytorch-fid's weight file.
 
-It is Szegedy et al.'s Inception v3 (2015) as TensorFlow had it in December 2015. Against the usual one: averages leave
-the padding out, the last block takes a maximum there, batch normalisation adds 1e-3, and there are 1008 classes.
+It is Inception v3 (Szegedy et al. 2015) as in TensorFlow of December 2015. Unlike the usual one, average pooling
+excludes padding, the last block uses max pooling, the epsilon of batch normalisation is 1e-3, and it has 1008 classes.
 """
 
 import torch
@@ -12,7 +12,7 @@ NUM_FEATURES, NUM_CLASSES, INPUT_SIZE = 2048, 1008, 299
 
 
 class Convolution(nn.Module):
-    """A convolution without bias, normalised and rectified."""
+    """A convolution without bias, followed by batch normalisation and ReLU."""
 
     def __init__(self, channels: int, out: int, kernel_size: int | tuple[int, int], stride: int = 1, padding=0):
         super().__init__()
@@ -32,7 +32,7 @@ def _maximum_around(images: Tensor) -> Tensor:
 
 
 class BlockA(nn.Module):
-    """35 x 35: 1 x 1, 5 x 5, two of 3 x 3, and the mean."""
+    """Block at 35 x 35: branches 1 x 1, 5 x 5, twice 3 x 3, and average pooling."""
 
     def __init__(self, channels: int, pool_features: int):
         super().__init__()
@@ -51,7 +51,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """From 35 x 35 to 17 x 17."""
+    """Downsampling from 35 x 35 to 17 x 17."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -66,7 +66,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """17 x 17: 1 x 1, 7 x 7 in two and in four parts, and the mean."""
+    """Block at 17 x 17: branches 1 x 1, 7 x 7 factorised into two and four convolutions, and average pooling."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -90,7 +90,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """From 17 x 17 to 8 x 8."""
+    """Downsampling from 17 x 17 to 8 x 8."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -108,7 +108,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8 x 8: 1 x 1, 3 x 3 split in two, the same behind another, and the mean or, in the last block, the maximum."""
+    """Block at 8 x 8: branches 1 x 1, split 3 x 3, 3 x 3 then split 3 x 3, and average (or, if last, max) pooling."""
 
     def __init__(self, channels: int, has_maximum: bool):
         super().__init__()
@@ -137,9 +137,9 @@ class BlockE(nn.Module):
 
 
 class InceptionNetwork(nn.Module):
-    """Images [B, 3, 299, 299] in [-1, 1] to the features [B, 2048] behind the last mean ("pool3").
+    """Maps images [B, 3, 299, 299] in [-1, 1] to features [B, 2048] after the last average pooling ("pool3").
 
-    `fc` gives the classes; the Inception Score takes its weights without the bias, as its authors did.
+    `fc` maps features to classes; the Inception Score uses its weights without bias, as the original code does.
     """
 
     def __init__(self) -> None:

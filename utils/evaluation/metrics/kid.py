@@ -1,4 +1,4 @@
-"""KID and CMMD; precision, recall, density and coverage."""
+"""KID, CMMD, precision, recall, density and coverage."""
 
 from utils.evaluation.metrics.base import Case, Scores
 from utils.evaluation.metrics.distances import (
@@ -17,7 +17,8 @@ ENOUGH_FOR_MANIFOLDS = 50
 
 
 def kid(case: Case) -> Scores:
-    """The full U-statistic with the jackknife's error, and the conventional mean over subsets."""
+    """KID: the unbiased estimate over all images with its jackknife error, and the conventional mean over subsets."""
+    # All images.
     generated, real = case.subject.features("main"), case.needed_reference().features("main")
     found = kernel_distance(generated, real, polynomial_kernel)
     spread = ByJackknife(found.unbiased, found.without_first, found.without_second)
@@ -29,20 +30,22 @@ def kid(case: Case) -> Scores:
         "arithmetic": "float64",
     }
     scores = [Score("kid", found.unbiased, "lower", spread.error, settings=settings, spread=spread, **facts)]
+
+    # Subsets.
     size, subsets = case.options.kid_subset_size, case.options.kid_subsets
     try:
         conventional = subset_kid(generated, real, size, subsets)
     except NotComputable:
         least = min(len(generated), len(real))
-        reason = f"{least} images are fewer than a subset's {size} (--kid_subset_size); kid needs no subsets"
+        reason = f"{least} images are too few for subsets of {size} (--kid_subset_size); kid needs no subsets"
         return [*scores, missing("kid_subsets", reason)]
     settings = settings | {"estimator": f"mean over {subsets} subsets of {size}"}
-    details = {"deviation_of_subsets": conventional.error}  # which overlap: it is no error bar
+    details = {"deviation_of_subsets": conventional.error}  # subsets overlap: this is not a standard error
     return [*scores, Score("kid_subsets", conventional.value, "lower", settings=settings, details=details, **facts)]
 
 
 def cmmd(case: Case) -> Scores:
-    """CMMD (Jayasumana et al. 2024) as published, which is biased, and unbiased; times 1000."""
+    """CMMD (Jayasumana et al. 2024) times 1000: the published estimator, which is biased, and an unbiased one."""
     generated = unit_rows(case.subject.features("cmmd"))
     real = unit_rows(case.needed_reference().features("cmmd"))
     found = kernel_distance(generated, real, gaussian_kernel)
@@ -67,15 +70,19 @@ def prdc(case: Case) -> Scores:
     """Precision and recall with 3 neighbours, density and coverage with 5."""
     generated, real = case.subject.features("main"), case.needed_reference().features("main")
     found = manifolds(generated, real)
+
+    # Remarks on what limits their meaning.
     clusters = case.subject.images.clusters
     facts = case.facts("main") | {"reference_count": len(real)}
     remarks = []
     if min(len(generated), len(real)) < ENOUGH_FOR_MANIFOLDS:
-        remarks.append(f"of fewer than {ENOUGH_FOR_MANIFOLDS} images")
+        remarks.append(f"unreliable with fewer than {ENOUGH_FOR_MANIFOLDS} images")
     if found.num_duplicates:
-        remarks.append(f"{found.num_duplicates} copies in the reference left out")
+        remarks.append(f"skipped {found.num_duplicates} duplicates in the reference")
     if not 0.5 < len(generated) / len(real) < 2:
-        remarks.append("the sets differ in size, which moves recall and coverage")
+        remarks.append("the sets differ in size, which affects recall and coverage")
+
+    # One score for each; intervals need values by generated image.
     preparation = case.networks.get("main").settings
     by_name = {
         "precision": (found.precise.astype(float), "k = 3, <=", True),

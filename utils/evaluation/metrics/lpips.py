@@ -1,8 +1,8 @@
 """LPIPS (Zhang et al. 2018, version 0.1) as a squared Euclidean distance of embeddings.
 
-Its heads are not negative, so sum_l mean_hw sum_c w_lc (x_lc - y_lc)^2 = |v(x) - v(y)|^2, where v(x) holds
-sqrt(w_lc / HW_l) x_lc of all layers, x_l scaled to length 1 over the channels at each place. The heads are those of the
-lpips package, whose license stands beside them.
+The weights w of its heads are not negative, so sum_l mean_hw sum_c w_lc (x_lc - y_lc)^2 = |v(x) - v(y)|^2, where v(x)
+concatenates sqrt(w_lc / HW_l) x_lc over all layers l, and x_l is normalised over the channels at each position. The
+heads are those of the lpips package; their license is in lpips_heads.LICENSE.
 """
 
 import math
@@ -43,7 +43,7 @@ TRUNKS = {"alex": (_alex, (1, 4, 7, 9, 11)), "vgg": (_vgg, (3, 8, 15, 22, 29))}
 
 
 class LpipsNetwork(nn.Module):
-    """The trunk of torchvision's AlexNet or VGG16 (`features`, under their names) with LPIPS's heads."""
+    """torchvision's AlexNet or VGG16 without classifier (same parameter names), with the heads of LPIPS."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -56,15 +56,15 @@ class LpipsNetwork(nn.Module):
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
 
     def load_trunk(self, tensors: dict[str, Tensor]) -> None:
-        """Takes the weights of a torchvision checkpoint; its classifier is left out.
+        """Loads the weights of a torchvision checkpoint, without its classifier.
 
         Raises:
-            RuntimeError: if a weight of the trunk is missing or has another shape.
+            RuntimeError: if a weight is missing or has another shape.
         """
         self.load_state_dict({name: tensor for name, tensor in tensors.items() if name.startswith("features.")})
 
     def forward(self, images: Tensor) -> Tensor:
-        """Of images [B, 3, H, W] in [-1, 1] embeddings [B, D], D depending on the size."""
+        """Returns embeddings [B, D] of images [B, 3, H, W] in [-1, 1]; D depends on the image size."""
         found, parts = (images - self.shift) / self.scale, []
         for index, layer in enumerate(self.features):
             found = layer(found)

@@ -1,4 +1,4 @@
-"""The table of metrics, and the scores of a set of images by it."""
+"""Computes the scores of a set of images with the table of metrics."""
 
 import logging
 import math
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def score(case: Case, names: Iterable[str]) -> Scores:
-    """The scores of a set of images by some metrics; where there is none, why.
+    """Returns the scores of a set of images by some metrics; a score that can't be computed has the reason instead.
 
-    A metric that fails is listed as failed, and the others are computed.
+    A metric that fails is marked as failed, and the others are still computed.
     """
     found: Scores = []
     for name in names:
@@ -42,7 +42,7 @@ def score(case: Case, names: Iterable[str]) -> Scores:
 
 
 def _finite(found: Score) -> Score:
-    """The score, or a failed one of its name if its value is not finite."""
+    """The score, or a failed score of the same name if its value is not finite."""
     if found.value is None or math.isfinite(found.value):
         return found
     logger.warning("%s failed: its value is not finite", found.name)

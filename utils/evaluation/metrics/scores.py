@@ -1,4 +1,4 @@
-"""A score: a number with everything that is needed to read it, or the reason why there is none."""
+"""A score: a number with the details needed to interpret it, or the reason why it was not computed."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -17,20 +17,20 @@ from utils.evaluation.metrics.distances import (
 
 
 class Spread(ABC):
-    """What a score's interval, and that of a difference of two, are made of."""
+    """The values from which intervals of a score, and of a difference of scores, are computed."""
 
     @abstractmethod
     def interval(self) -> tuple[Interval | None, str]:
-        """The 95 % interval of the score and how it was made; None where this gives none."""
+        """Returns the 95 % interval of the score, None if it has none, and the method."""
 
     @abstractmethod
     def difference(self, before: "Spread") -> PairedDifference | None:
-        """This score less the same one of `before`, of the same prompts and seeds; None where they can't be paired."""
+        """Returns this score minus `before`, on the same prompts and seeds; None if they can't be paired."""
 
 
 @dataclass(frozen=True)
 class ByImage(Spread):
-    """A mean over images [N] (or over other things that have a prompt), whose prompts [N] are drawn as clusters."""
+    """A mean over images: `values` [N] and their prompts `clusters` [N], by which the bootstrap resamples."""
 
     values: np.ndarray
     clusters: np.ndarray
@@ -46,7 +46,7 @@ class ByImage(Spread):
 
 @dataclass(frozen=True)
 class ByJackknife(Spread):
-    """A statistic of two sets and its values without each sample of the first and of the second."""
+    """A statistic of two sets, and its values without each sample of the first [N] and second [M] set."""
 
     value: float
     without_first: np.ndarray
@@ -61,7 +61,7 @@ class ByJackknife(Spread):
         return normal_interval(self.value, self.error), "jackknife over images"
 
     def difference(self, before: Spread) -> PairedDifference | None:
-        """Image n is left out of both sets at once, so what the pairs have in common cancels."""
+        """Leaves image n out of both scores at once, so that variation shared by the pairs cancels."""
         is_like = isinstance(before, ByJackknife) and len(before.without_first) == len(self.without_first)
         if not is_like or len(before.without_second) != len(self.without_second):
             return None
@@ -72,7 +72,7 @@ class ByJackknife(Spread):
 
 @dataclass(frozen=True)
 class ByGroup(Spread):
-    """A score of each of a few disjoint groups of images; biased by their size, so of use for differences alone."""
+    """A score of each of a few disjoint groups of images; biased by their size, so it is only used for differences."""
 
     values: np.ndarray
 
@@ -89,20 +89,22 @@ class ByGroup(Spread):
 
 @dataclass(frozen=True)
 class Score:
-    """A number of a set of images.
+    """A score of a set of images.
 
     Attributes:
         name: such as `kid` or `lpips_within_prompts`.
-        value: None where there is none; `reason` says why.
-        better: `higher`, `lower`, or empty where neither is.
-        error: standard error, where one is known.
-        count, reference_count: images that it was made of.
-        network, weights: the feature network's name and the SHA-256 of its weights.
-        settings: the definition's choices, as words by name.
-        remark: what the number is worth, where that is little.
-        failed: whether something that should have worked did not, such as a feature that is not finite.
-        details: further numbers that stand beside it.
-        by_image: [N] the value of each image, where it has one.
+        value: the number; None if it was not computed.
+        better: `higher`, `lower`, or empty if neither is better.
+        error: standard error; None if unknown.
+        count, reference_count: numbers of images and reference images.
+        network, weights: name of the feature network, and SHA-256 of its weights.
+        settings: how the score is defined, by name.
+        remark: limits of its meaning, such as too few images.
+        reason: why it was not computed.
+        failed: whether it was not computed because of an error, such as a feature that is not finite.
+        details: additional numbers, by name.
+        spread: the values for its interval.
+        by_image: [N], the value of each image; None if images have no values.
     """
 
     name: str
@@ -123,11 +125,11 @@ class Score:
 
     @property
     def interval(self) -> Interval | None:
-        """The 95 % interval, where one can be made."""
+        """The 95 % interval; None if it can't be estimated."""
         return None if self.spread is None or self.value is None else self.spread.interval()[0]
 
     def record(self) -> dict[str, object]:
-        """All of it as JSON."""
+        """Returns all fields as JSON."""
         interval, method = (None, "") if self.spread is None else self.spread.interval()
         return {
             "value": self.value,
@@ -148,5 +150,5 @@ class Score:
 
 
 def missing(name: str, reason: str, failed: bool = False) -> Score:
-    """A score that there is not, and why."""
+    """Returns a score that was not computed, with the reason."""
     return Score(name, None, "", reason=reason, failed=failed)

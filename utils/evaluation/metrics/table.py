@@ -1,4 +1,4 @@
-"""The table of metrics. It imports nothing heavy: the module of a metric is imported when that is computed."""
+"""The table of metrics. It imports nothing heavy: the module of a metric is imported when the metric is computed."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def _of(module: str, name: str) -> Late:
-    """A function of a module of this room."""
+    """A function in a module of this folder, imported on its first call."""
     return Late(f"utils.evaluation.metrics.{module}", name)
 
 
@@ -18,12 +18,12 @@ class Metric(NamedTuple):
     """An entry of the table.
 
     Attributes:
-        compute: gives its scores, or raises `NotComputable`.
-        network: the network of `NETWORKS` that it needs.
-        is_default: whether it is computed where nothing is said.
+        compute: returns the scores, or raises `NotComputable`.
+        network: the name in `NETWORKS` of the network that it needs.
+        is_default: whether it is computed by default.
         compares: whether it needs a reference.
-        scores: the names of what it gives.
-        summary: what it says, in a line.
+        scores: the names of its scores.
+        summary: what it measures, in one line.
     """
 
     compute: Callable[["Case"], "Scores"]
@@ -41,7 +41,7 @@ METRICS: dict[str, Metric] = {
         True,
         True,
         ("kid", "kid_subsets"),
-        "distance of the feature distributions, unbiased also of few images",
+        "distance between feature distributions, unbiased for any number of images",
     ),
     "fid": Metric(
         _of("fid", "fid"),
@@ -49,7 +49,7 @@ METRICS: dict[str, Metric] = {
         True,
         True,
         ("fid", "fid_infinity", "fid_mean_of_groups"),
-        "Frechet distance, with FID-infinity and the mean of seed groups, whose difference has an interval",
+        "Frechet distance, FID-infinity, and the mean over seed groups, whose differences have intervals",
     ),
     "clip_score": Metric(
         _of("clip_score", "clip_score"),
@@ -57,7 +57,7 @@ METRICS: dict[str, Metric] = {
         True,
         False,
         ("clip_score", "clip_score_hessel", "clip_r_precision"),
-        "how well images fit their prompts; R-precision",
+        "similarity of images and prompts; R-precision",
     ),
     "lpips_diversity": Metric(
         _of("diversity", "lpips_diversity"),
@@ -65,7 +65,7 @@ METRICS: dict[str, Metric] = {
         True,
         False,
         ("lpips_diversity", "lpips_within_prompts"),
-        "perceptual distance of all pairs, within prompts and over all",
+        "mean perceptual distance of pairs, of the same prompt and of all images",
     ),
     "prdc": Metric(
         _of("kid", "prdc"),
@@ -76,7 +76,7 @@ METRICS: dict[str, Metric] = {
         "precision, recall, density and coverage",
     ),
     "inception_score": Metric(
-        _of("fid", "inception"), "main", False, False, ("inception_score",), "sure and varied classes"
+        _of("fid", "inception"), "main", False, False, ("inception_score",), "confidence and diversity of classes"
     ),
     "fd_dinov2": Metric(
         _of("fid", "fd_dinov2"),
@@ -84,7 +84,7 @@ METRICS: dict[str, Metric] = {
         False,
         True,
         ("fd_dinov2", "fd_dinov2_infinity", "fd_dinov2_mean_of_groups"),
-        "Frechet distance in DINOv2's features",
+        "Frechet distance in DINOv2 features",
     ),
     "cmmd": Metric(
         _of("kid", "cmmd"),
@@ -92,16 +92,16 @@ METRICS: dict[str, Metric] = {
         False,
         True,
         ("cmmd", "cmmd_unbiased"),
-        "distance of CLIP's distributions, as published and unbiased",
+        "distance between CLIP feature distributions, as published and unbiased",
     ),
     "clip_i": Metric(
-        _of("clip_score", "clip_i"), "clip", False, True, ("clip_i",), "similarity to the reference's images in CLIP"
+        _of("clip_score", "clip_i"), "clip", False, True, ("clip_i",), "similarity to the reference images in CLIP"
     ),
     "dino_i": Metric(
-        _of("clip_score", "dino_i"), "dino", False, True, ("dino_i",), "similarity to the reference's images in DINOv2"
+        _of("clip_score", "dino_i"), "dino", False, True, ("dino_i",), "similarity to the reference images in DINOv2"
     ),
     "vendi": Metric(
-        _of("diversity", "vendi"), "main", False, False, ("vendi",), "about how many different images there are"
+        _of("diversity", "vendi"), "main", False, False, ("vendi",), "effective number of different images"
     ),
     "memorisation": Metric(
         _of("diversity", "memorisation"),
@@ -109,7 +109,7 @@ METRICS: dict[str, Metric] = {
         False,
         False,
         ("memorisation",),
-        "the nearest training image of each, with the nearest pairs",
+        "similarity of images to their nearest training images, with the nearest pairs",
     ),
     "pickscore": Metric(
         _of("clip_score", "pickscore"),
@@ -117,7 +117,7 @@ METRICS: dict[str, Metric] = {
         False,
         False,
         ("pickscore",),
-        "what people would pick, by --pickscore_model",
+        "human preference, by --pickscore_model",
     ),
     "hpsv2": Metric(
         _of("clip_score", "hpsv2"), "hpsv2", False, False, ("hpsv2",), "human preference, by --hpsv2_model"
