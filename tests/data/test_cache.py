@@ -427,8 +427,8 @@ def test_the_report_is_there_when_a_cache_fill_or_a_run_ends_early(train, tmp_pa
 def test_a_frozen_crop_is_warned_of(train, caplog, tmp_path):
     flags = ["--cache_latents", "--encoding_cache_dir", tmp_path / "cache", "--cache_only"]
     train("sd", *flags, out="a")
-    assert "each image keeps one crop and flip in the cache" in caplog.text
+    assert "the cache fixes one crop and flip per image" in caplog.text
     caplog.clear()
     train("sd", *flags, "--cache_variants", 2, out="b")
     train("sd", *flags, "--center_crop", out="c")
-    assert "each image keeps one" not in caplog.text
+    assert "the cache fixes one" not in caplog.text

@@ -173,7 +173,7 @@ def test_a_wrong_gradient_is_refused(train, monkeypatch, capsys):
 
 
 def test_what_can_not_be_compiled_is_refused(refused):
-    refused(["--torch_compile", "--compile", "blocks"], "--torch_compile is --compile denoiser")
+    refused(["--torch_compile", "--compile", "blocks"], "--torch_compile means --compile denoiser")
     refused(["--compile", "everything"], "--compile", "everything")
     with pytest.raises(UserError, match="--compile must be denoiser for a Linear, got blocks; it has no repeated"):
         compile_denoiser(nn.Linear(1, 1), Compilation("blocks"))
