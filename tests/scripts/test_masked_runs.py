@@ -96,7 +96,7 @@ class TestRuns:
         data = masked_folder(tmp_path / "data")
         train("sd", *STILL, "--mask_dir", tmp_path / "masks", data=data)
         resumed = [*STILL, "--max_train_steps", 5, "--resume_from_checkpoint", "latest"]
-        refused(resumed, "--masks none (it was folder)", "--allow_changed_options", data=data)
+        refused(resumed, "--masks none (the checkpoint used folder)", "--allow_changed_options", data=data)
 
     def test_where_no_image_has_one(self, refused, tmp_path):
         data = tiny.make_images(tmp_path / "data", 4)

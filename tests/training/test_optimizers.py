@@ -326,7 +326,7 @@ def test_a_warm_up_that_is_not_asked_for_fits_the_run(train, caplog, capsys):
     run("fits", "--max_train_steps", 21, "--resume_from_checkpoint", "latest")
     assert read_state(out / "checkpoint-21").facts.training["lr_warmup_steps"] == 2
     run("fits", "--max_train_steps", 22, "--resume_from_checkpoint", "latest", "--lr_warmup_steps", 3, expect=2)
-    assert "--lr_warmup_steps 3 (it was 2)" in capsys.readouterr().err
+    assert "--lr_warmup_steps 3 (the checkpoint used 2)" in capsys.readouterr().err
     out = run("earlier", "--max_train_steps", 2, "--lr_warmup_steps", 500)
     assert "in 2 steps the learning rate only increases, to 0 % of --learning_rate; try" in caplog.text
     run("earlier", "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
