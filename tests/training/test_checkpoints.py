@@ -108,7 +108,7 @@ def test_a_run_that_diverges_ends_with_its_last_checkpoint_named(train, monkeypa
     flags = ("--train_batch_size", 2, "--checkpointing_steps", 2, "--max_skipped_steps", 3, "--max_train_steps", 50)
     out = train(name, *flags, expect=2)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "3 steps in a row" in error
+    assert "3 consecutive steps" in error
     assert "checkpoint-6" in error
     assert all(torch.isfinite(tensor).all() for tensor in weights(out / "checkpoint-6").values())
 
