@@ -123,7 +123,7 @@ class TestRuns:
             (["--alpha_mask", "--mask_dir", "."], "give one"),
             (["--mask_dir", "/nowhere"], "--mask_dir must be a folder that exists"),
             (["--mask_column", "mask"], "--mask_column mask is not a column of the data"),
-            (["--unmasked_weight", 0.5], "--unmasked_weight is for images with masks"),
+            (["--unmasked_weight", 0.5], "--unmasked_weight needs images with masks"),
             (["--alpha_mask", "--unmasked_weight", 2], "--unmasked_weight must be"),
         ],
     )

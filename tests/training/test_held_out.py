@@ -382,7 +382,7 @@ def test_held_out_images_that_cannot_be_read_are_named(train, tmp_path, caplog):
     (data / "metadata.jsonl").unlink()
     (data / "000.txt").write_text("a")
     train("sd", "--max_train_steps", 1, "--no_final_checkpoint", "--validation_data_dir", data)
-    assert "left out of the validation x.png" in caplog.text
+    assert "left out of the validation loss: x.png" in caplog.text
 
 
 def test_a_held_out_list_that_cannot_be_read_is_one_line(refused, tmp_path):
