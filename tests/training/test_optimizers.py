@@ -351,7 +351,7 @@ def test_layer_rates(train, pipelines, capsys):
         factor = 2 if "mid_block" in name else 0 if "up_blocks.0" in name else 1
         moved = layered[name] - before[name]
         torch.testing.assert_close(moved, factor * (tensor - before[name]), rtol=0.01, atol=2e-7, msg=name)
-    for rule, named in (("mid_block", "be REGULAR-EXPRESSION=FACTOR"), ("nowhere=2", "is in the name of no weight")):
+    for rule, named in (("mid_block", "be REGULAR-EXPRESSION=FACTOR"), ("nowhere=2", "matches no trained weight")):
         train("sd", *flags, "--layer_rates", rule, out="bad", expect=2)
         assert named in capsys.readouterr().err
 

@@ -143,7 +143,7 @@ def test_what_can_not_be_recorded_is_computed_plainly(train, recorded, caplog, m
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
-        (["--gradient_accumulation_steps", 2], "a step adds up the gradients of several batches"),
+        (["--gradient_accumulation_steps", 2], "a step accumulates the gradients of several batches"),
         (["--optimizer", "adamw8bit"], "fused AdamW"),
         (["--fused_adamw", "false"], "fused AdamW"),
         (["--optimizer_in_backward"], "fused AdamW"),

@@ -170,7 +170,7 @@ class History:
         return patience is not None and self.since_best() >= patience
 
     def reductions(self, patience: int) -> int:
-        """Returns the reductions by reduce_on_plateau, each after more than `patience` measurements without a decrease."""
+        """Returns the reductions by reduce_on_plateau, one per `patience` + 1 measurements without a decrease."""
         best, waited, count = math.inf, 0, 0
         for each in self.measurements:
             if each.decisive < best - self._options.early_stopping_threshold:
