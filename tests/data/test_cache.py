@@ -297,7 +297,7 @@ def test_cache_only_and_verify(train, tmp_path, capsys):
     keys = [key.numpy().tobytes() for key in tensors.pop("keys")]
     EntryStore(shard.parent).write(keys, {name: tensors[name] for name in ("moments", "crops")})
     train("sdxl", *cache, "--verify_cache", data=data, out="refused", expect=2)
-    assert "of 6 images differ from what is cached" in capsys.readouterr().err
+    assert "of 6 images differ from their cached encodings" in capsys.readouterr().err
 
 
 def test_half_precision_that_overflows_is_stored_wider():

@@ -500,8 +500,8 @@ def check_rank(rank: int, widths: Mapping[str, Sequence[int]]) -> None:
     num_narrow = sum(width < rank for width in found)
     if num_narrow:
         logger.warning(
-            "--rank %d is above the width of %d of the %d adapted layers (the narrowest: %d), where it adds weights but no "
-            "capacity",
+            "--rank %d is above the width of %d of the %d adapted layers (the narrowest: %d), where it adds weights "
+            "but no capacity",
             *(rank, num_narrow, len(found), min(found)),
         )
 

@@ -89,8 +89,8 @@ def _adafactor(groups: list[dict], options: "OptimizerOptions") -> "torch.optim.
 
     if any(parameter.is_cuda for group in groups for parameter in group["params"]):
         logger.warning(
-            "--optimizer adafactor: PyTorch's implementation waits for the GPU twice per weight in each step; adamw8bit "
-            "needs little memory too and waits once per step"
+            "--optimizer adafactor: PyTorch's implementation waits for the GPU twice per weight in each step; "
+            "adamw8bit needs little memory too and waits once per step"
         )
     return torch.optim.Adafactor(groups)
 
