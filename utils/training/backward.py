@@ -147,14 +147,14 @@ class Gradients:
         source = iter(batches)
         while True:
             try:
-                return self._over(step, _again(held, source))
+                return self._accumulate(step, _replayed(held, source))
             except LoadingError as error:
-                raise self._end_without_data(step, error, has_begun=bool(held)) from error
+                raise self._loading_failed(step, error, has_begun=bool(held)) from error
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self._is_shared or not self.can_retry:
-                    raise self._end(step) from error
+                    raise self._out_of_memory(step) from error
             self._halve(f"step {step + 1}")
 
     @contextmanager
@@ -170,7 +170,7 @@ class Gradients:
         part = batch.part(0, self.size if at_once is None else at_once)
         pieces = [part.part(number, number + 1) for number in range(len(part))] if in_float32 else [part]
         try:
-            with self._exactly() if in_float32 else nullcontext():
+            with self._in_float32() if in_float32 else nullcontext():
                 for piece in pieces:
                     self._backward_alone(piece, in_float32)
             trained = {name: each for name, each in self.model.named_parameters() if each.grad is not None}
@@ -200,7 +200,7 @@ class Gradients:
             (losses.sum() * self.loss_scale * self.gate_scale).backward()
 
     @contextmanager
-    def _exactly(self) -> Iterator[None]:
+    def _in_float32(self) -> Iterator[None]:
         """Context manager: the model computes in float32, without autocast or TF32."""
         module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         plain = getattr(module, "_original_forward", None)
@@ -219,7 +219,7 @@ class Gradients:
             for parameter, weights in halves:
                 parameter.data = weights
 
-    def _end(self, step: int) -> ProcessError:
+    def _out_of_memory(self, step: int) -> ProcessError:
         """Returns the error for running out of memory in a step that can't be restarted: other processes wait for it.
 
         Each process has all weights, so this one first saves the steps before.
@@ -235,7 +235,7 @@ class Gradients:
         ways += [] if self.engine.can_begin_again and not self.can_retry else [setting(half, self.num_samples)]
         return ProcessError(f"{where}; resume from the last checkpoint with {' or '.join(ways) or 'more memory'}")
 
-    def _end_without_data(self, step: int, error: LoadingError, has_begun: bool) -> LoadingError:
+    def _loading_failed(self, step: int, error: LoadingError, has_begun: bool) -> LoadingError:
         """Returns the error when a step's data can't be loaded; saves the steps before if possible.
 
         Args:
@@ -322,7 +322,7 @@ class Gradients:
         size = int(self.accelerator.gather(torch.tensor([self.size], device=self.accelerator.device)).min())
         return size if size < at_once else None
 
-    def _over(self, step: int, batches: Iterator[Batch]) -> StepSums:
+    def _accumulate(self, step: int, batches: Iterator[Batch]) -> StepSums:
         sums = StepSums(torch.zeros((), device=self.accelerator.device), [], [])
         if self.owns_memory:
             self._begin_gradients()
@@ -406,7 +406,7 @@ def _half_copy(options: TrainingOptions, task: Task, state: TrainingState) -> Ha
     return None
 
 
-def _again(held: list[Batch], source: Iterator[Batch]) -> Iterator[Batch]:
+def _replayed(held: list[Batch], source: Iterator[Batch]) -> Iterator[Batch]:
     """Yields the batches held from before, then the remaining ones, which it adds to `held`."""
     yield from list(held)
     for batch in source:

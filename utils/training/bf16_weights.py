@@ -60,9 +60,9 @@ class HalfCopy:
         self._is_stale = True
         self._forward = denoiser.forward
         denoiser.forward = self._without_autocast
-        unwrapped(optimizer).register_step_post_hook(self._grow_stale)
+        unwrapped(optimizer).register_step_post_hook(self._mark_stale)
 
-    def _grow_stale(self, *_: Any) -> None:
+    def _mark_stale(self, *_: Any) -> None:
         self._is_stale = True
 
     def _without_autocast(self, *arguments: Any, **named: Any) -> Any:

@@ -166,7 +166,7 @@ class Checkpoints:
             raise UserError(f"checkpoint-{step} can't be written to {self.folder}: {error}") from error
         # Rename it into place.
         try:
-            replaced = self._give_way(target)
+            replaced = self._move_aside(target)
             os.replace(aside, target)
             sync_folder(self.folder)
         except OSError as error:
@@ -176,7 +176,7 @@ class Checkpoints:
         self._prune()
         return target
 
-    def _give_way(self, target: Path) -> Path | None:
+    def _move_aside(self, target: Path) -> Path | None:
         """Renames an existing path of a checkpoint's name, and returns it if it is to be removed.
 
         That is an incomplete checkpoint, or one of a run that went further before it was resumed from an earlier step.
@@ -218,13 +218,13 @@ class Checkpoints:
             return
         for path in self.found()[: -self.limit]:
             if path.is_symlink():
-                self._keep(path, f"it is a link to {os.path.realpath(path)}")
+                self._warn_not_removed(path, f"it is a link to {os.path.realpath(path)}")
                 continue
             doomed = self.folder / f".tmp-{path.name}-pruned-{os.getpid()}"
             try:
                 os.replace(path, doomed)  # so that no half-removed folder has a checkpoint's name
             except OSError as error:
-                self._keep(path, str(error))
+                self._warn_not_removed(path, str(error))
                 continue
             self._remove(doomed)
 
@@ -238,9 +238,9 @@ class Checkpoints:
         except FileNotFoundError:
             return
         except (OSError, RecursionError) as error:  # shutil can't remove folders nested a thousand deep
-            self._keep(path, str(error))
+            self._warn_not_removed(path, str(error))
 
-    def _keep(self, path: Path, reason: str) -> None:
+    def _warn_not_removed(self, path: Path, reason: str) -> None:
         if path not in self._kept:
             logger.warning("%s is no longer needed but can't be removed: %s", path, reason)
         self._kept.add(path)

@@ -192,14 +192,14 @@ class RunLog:
         self._pending = []
         seconds = (self._last_step_at - self._counted_from) / len(steps)
         self._counted_from = self._last_step_at
-        self._say_how_long(steps[-1].step, seconds)
+        self._log_duration(steps[-1].step, seconds)
         before = [self._unread] if self._unread else []
         self._unread = [sum(column) for column in zip(*(row[2:] for row in rows), *before, strict=True)]
         for metrics, (loss, grad_norm, *_) in zip(steps, rows, strict=True):
             self._write(metrics, loss, grad_norm, seconds)
         self._bar.update(len(steps))
 
-    def _say_how_long(self, done: int, seconds: float) -> None:
+    def _log_duration(self, done: int, seconds: float) -> None:
         """On a CPU, logs the time per step once, for users who expect a GPU to be used."""
         if self._is_timed or self._accelerator.device.type != "cpu" or not self._accelerator.is_main_process:
             return

@@ -207,7 +207,7 @@ class DataPreparation:
         # Compare them with the training images.
         trained = self.ledger.images
         if isinstance(trained, StreamedImages):
-            self._tell_stream(trained, images)
+            self._send_digests(trained, images)
         elif trained is not None:
             if self.captions.are_classes:
                 check_held_out_classes(trained.records, images.records, self._held_out_flag)
@@ -221,7 +221,7 @@ class DataPreparation:
         folder, split = self.held_out.validation_data_dir, self.held_out.validation_split
         return f"--validation_split {split}" if folder is None else f"--validation_data_dir {folder}"
 
-    def _tell_stream(self, trained: StreamedImages, found: PlannedImages) -> None:
+    def _send_digests(self, trained: StreamedImages, found: PlannedImages) -> None:
         """Gives a stream the digests of held-out images, so that it can warn of copies among the training images."""
         from accelerate.utils import broadcast_object_list
 

@@ -142,7 +142,7 @@ class Resumption:
         # Structure: must be the same.
         if self.checkpoint is not None:
             then = read_state(self.checkpoint).facts.structure
-            now = {name: _as_then(value, then.get(name)) for name, value in structure.items()}
+            now = {name: _matching_classes(value, then.get(name)) for name, value in structure.items()}
             check_structure(self.checkpoint, now)
         # Data: sources, decoding, then each image.
         data, use = {"data": self._known_as(images.fingerprint())}, images.describe_sources()
@@ -182,7 +182,7 @@ class Resumption:
                 )
             if changes:
                 logger.warning("resuming from %s with other data: %s", self.checkpoint, changes)
-        return self._kept(now)
+        return self._write_record(now)
 
     def _compare_held_out(self, images: PlannedImages | None) -> str | None:
         """Does the same for the held-out images, if any; a change is only a warning."""
@@ -196,9 +196,9 @@ class Resumption:
                     "the held-out images differ from those of %s: %s; earlier validation losses are not comparable"
                 )
                 logger.warning(message, self.checkpoint, changes)
-        return self._kept(now)
+        return self._write_record(now)
 
-    def _kept(self, record: pa.Table) -> str:
+    def _write_record(self, record: pa.Table) -> str:
         """Writes a record to the output folder, unless on a dry run, and returns its name."""
         try:
             return write_content(self.folder, record) if self.keeps_record else content_name(record)
@@ -224,9 +224,9 @@ class Resumption:
 
     def take_over(self) -> None:
         """Cleans up what earlier runs left in the output folder; called once nothing can refuse this run any more."""
-        on_main_process(self.accelerator, self._tidy)
+        on_main_process(self.accelerator, self._clean_up)
 
-    def _tidy(self) -> None:
+    def _clean_up(self) -> None:
         start = self.checkpoint
         step = 0 if start is None else read_state(start).step
         self.checkpoints.clean()
@@ -260,7 +260,7 @@ def find_resumption(
         del training[WARMUP]
     if start is not None:
         check_structure(start, structure)
-        check_training(start, _compared(training, start), asked.allow_changed_options, _defaults(options))
+        check_training(start, _options_to_compare(training, start), asked.allow_changed_options, _defaults(options))
     # The output folder.
     if not options.runtime.dry_run:
         overwrite = options.runtime.overwrite_output_dir
@@ -316,7 +316,7 @@ def _decoding_of(training: Mapping[str, object]) -> int:
     return 2 if SPLIT_RULE_FACT in training else int(RECORD_FACT in training)
 
 
-def _as_then(now: object, then: object) -> object:
+def _matching_classes(now: object, then: object) -> object:
     """Returns the checkpoint's class names if both are the same apart from spelling; else the current ones."""
     return then if type(then) is type(now) and _spelled(now) == _spelled(then) else now
 
@@ -328,7 +328,7 @@ def _spelled(names: object) -> object:
     return [same_text(name) if isinstance(name, str) else name for name in names] if isinstance(names, list) else names
 
 
-def _compared(training: Mapping[str, object], start: Path) -> dict[str, object]:
+def _options_to_compare(training: Mapping[str, object], start: Path) -> dict[str, object]:
     """Returns the options to compare with a checkpoint's: without --class_folders if both mean its default."""
     rules = training.get("class_folders"), read_state(start).facts.training.get("class_folders")
     is_same = set(rules) <= {None, INNER}

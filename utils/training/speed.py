@@ -71,7 +71,7 @@ def compile_denoiser(denoiser: nn.Module, how: Compilation) -> None:
     """
     from diffusers.models.upsampling import Upsample2D
 
-    _settle_compiler(how.activation_memory)
+    _configure_compiler(how.activation_memory)
     for module in denoiser.modules():
         if isinstance(module, Upsample2D) and module.conv is not None and not module.use_conv_transpose:
             module.interpolate = False
@@ -95,7 +95,7 @@ def as_before(denoiser: nn.Module) -> None:
             module._compiled_call_impl = None
 
 
-def _settle_compiler(activation_memory: float | None) -> None:
+def _configure_compiler(activation_memory: float | None) -> None:
     """Configures torch.compile for these models, for the whole process."""
     import torch._dynamo.config
     import torch._functorch.config
@@ -159,7 +159,7 @@ def compile_checked(denoiser: nn.Module, how: Compilation, gradients: Passes, is
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported
 
     begun = time.perf_counter()
-    with _stirred(denoiser):
+    with _comparable(denoiser):
         # Uncompiled: gradients in float32, and the rounding error of half precision.
         with gradients(in_float32=not is_exact) as found:
             expected = Reference(found)
@@ -266,7 +266,7 @@ def _allow_breaks(denoiser: nn.Module) -> None:
 
 
 @contextmanager
-def _stirred(denoiser: nn.Module) -> Iterator[None]:
+def _comparable(denoiser: nn.Module) -> Iterator[None]:
     """Context manager: makes all-zero weights random, as no gradient passes through them; turns dropout off.
 
     Compiled dropout draws other random numbers.

@@ -138,7 +138,7 @@ class StepGraph:
             errors = expected.errors(self._named_gradients())
         except RuntimeError as error:
             self._forget_gradients()
-            self._say_plain("out of memory" if is_out_of_memory(error) else first_line(error))
+            self._warn_without_graph("out of memory" if is_out_of_memory(error) else first_line(error))
             return None
 
         # Refuse a recording whose gradients or losses differ.
@@ -146,7 +146,7 @@ class StepGraph:
         allowed = allowed_error(0.0)
         if errors[worst] > allowed or not torch.allclose(found.losses, losses, rtol=allowed, atol=1e-6):
             self._forget_gradients()
-            self._say_plain(f"the recorded gradient of {worst} is {errors[worst]:.2%} off")
+            self._warn_without_graph(f"the recorded gradient of {worst} is {errors[worst]:.2%} off")
             return None
         logger.info("--cuda_graphs: recorded a step; gradients agree with the plain step's to %.1g", errors[worst])
         return recording
@@ -180,7 +180,7 @@ class StepGraph:
         self._gradients.drop()
         self._latest = None
 
-    def _say_plain(self, reason: str) -> None:
+    def _warn_without_graph(self, reason: str) -> None:
         logger.warning("--cuda_graphs: batches of this shape are computed without a graph: %s", reason)
 
 
