@@ -304,7 +304,7 @@ def test_held_out_classes_that_are_trained_on_pass(tmp_path):
     both = []
     for folder in (trained, held):
         source = LabelledSource(train_data_dir=str(folder))
-        both.append(read_records(DataOptions(), source, labels.captions(source), 0))
+        both.append(read_records(DataOptions(), source, labels.for_source(source), 0))
     check_held_out_classes(*both, "--validation_data_dir held")
     with pytest.raises(UserError, match="--flag: 1 images are of classes that are not trained on: dog "):
         check_held_out_classes(*both[::-1], "--flag")
