@@ -442,11 +442,13 @@ def _read_saved(folder: Path) -> _Saved:
         raise UserError(f"{file} can't be read: {error.strerror or error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no training state")
+    # Fields that earlier releases did not write.
     values = {"samples_at_once": None, "skipped_steps": 0, "skipped_in_a_row": 0, "attention": None, **values}
     facts = values.get("facts")
     is_fact = isinstance(facts, dict) and {name: type(each) for name, each in facts.items()} == FACT_TYPES
     if not is_fact:
         raise UserError(f"{file} does not record the options of its run")
+    # Each field must be known and valid.
     known = {"facts", "optimizer", "optimizer_groups", *STATE_CHECKS}
     unknown = next((name for name in values if name not in known), None)
     if unknown is not None:
@@ -456,6 +458,7 @@ def _read_saved(folder: Path) -> _Saved:
     for name, is_right in STATE_CHECKS.items():
         if name not in values or not is_right(values[name]):
             raise UserError(f"{file}: {name} has an invalid value: {short(values.get(name))}")
+    # The optimizer's numbers.
     numbers, groups = values.get("optimizer"), values.get("optimizer_groups", [])
     is_whole = isinstance(numbers, dict) and all(isinstance(each, dict) for each in numbers.values())
     if not (is_whole and isinstance(groups, list) and all(_are_numbers(group) for group in groups)):

@@ -69,6 +69,7 @@ class Diagnosis:
         images = self.images
         bad = images.bad | self.broken
         sizes = images.survey.sizes
+        # A label of 15 columns, then the finding.
         shown = [
             f"images         {len(images.records):,} of {images.num_listed:,} listed",
             f"sizes          {_span(sizes[:, 0])} wide, {_span(sizes[:, 1])} high",

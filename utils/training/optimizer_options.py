@@ -77,7 +77,7 @@ class OptimizerOptions:
     adam_epsilon: float = option(
         1e-8, "epsilon added to AdamW's denominator", acts_with=(IsNot("optimizer", without("adam_epsilon")),)
     )
-    max_grad_norm: float | None = option(None, "clip gradients to this norm; default 1; 0 turns clipping off")
+    max_grad_norm: float | None = option(None, "clip gradients to this norm; default: 1; 0 turns clipping off")
     fused_adamw: bool | None = option(
         None,
         "run AdamW, clipping and the check for non-finite gradients as one kernel; default: on where supported",
@@ -92,6 +92,7 @@ class OptimizerOptions:
     )
 
     def __post_init__(self) -> None:
+        # Names and ranges.
         if self.optimizer is not None:
             require(
                 self.optimizer in OPTIMIZERS,
@@ -101,6 +102,7 @@ class OptimizerOptions:
             )
         require_positive(self, "learning_rate", "text_encoder_lr", "text_encoder_2_lr", "adam_epsilon")
         require_not_negative(self, "adam_weight_decay", "max_grad_norm")
+        # Rules of --layer_rates.
         for rule in self.layer_rates or ():
             pattern, separator, factor = rule.rpartition("=")
             must = "be REGULAR-EXPRESSION=FACTOR, such as mid_block=2"
@@ -110,6 +112,7 @@ class OptimizerOptions:
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(f"--layer_rates {pattern} is not a regular expression: {error}") from error
+        # Options that exclude each other.
         if self.layer_rates and self.spec.has_one_rate:
             raise UserError(f"--optimizer {self.name} uses one learning rate for all weights; leave out --layer_rates")
         if self.optimizer_in_backward and self.max_grad_norm:
@@ -186,7 +189,7 @@ class ScheduleOptions:
     lr_t_0: int | None = option(None, "optimizer steps in the first cycle of cosine_warm_restarts")
     lr_t_mult: int = option(
         1,
-        "factor by which each cycle of cosine_warm_restarts is longer than the one before",
+        "length of each cycle of cosine_warm_restarts relative to the one before",
         acts_with=("lr_scheduler=cosine_warm_restarts",),
     )
     lr_step_size: int | None = option(

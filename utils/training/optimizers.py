@@ -61,6 +61,7 @@ def of_bitsandbytes(name: str, options: OptimizerOptions) -> type[torch.optim.Op
         @torch.no_grad()
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
             """Updates all parameters."""
+            # Step without waiting after each parameter.
             parameters = [each for group in self.param_groups for each in group["params"]]
             strides = [(each, each.stride()) for each in parameters if not each.is_contiguous()]
             waits, module.sync_gpu = module.sync_gpu, lambda _: None

@@ -110,7 +110,7 @@ class AdaptationOptions(TrainedOptions):
         resume=Resume.STRUCTURE,
     )
     train_text_encoder: bool = option(False, "train the text encoders too", resume=Resume.STRUCTURE)
-    rank: int | None = option(None, "rank of the adapter matrices; default 4", resume=Resume.STRUCTURE)
+    rank: int | None = option(None, "rank of the adapter matrices; default: 4", resume=Resume.STRUCTURE)
     lora_alpha: float | None = option(
         None, "alpha: the adapter update is scaled by alpha / rank; default: the rank", resume=Resume.STRUCTURE
     )
@@ -151,6 +151,7 @@ class AdaptationOptions(TrainedOptions):
         require_positive(self, "rank", "lora_alpha")
         check_quantization(self.quantize_base)
         super().__post_init__()
+        # Options of another adaptation.
         if self.train_layers is not None and self.adaptation != "full":
             raise UserError("--train_layers goes with --adaptation full; adapters have --lora_target_modules")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "be in [0, 1)")
@@ -160,6 +161,7 @@ class AdaptationOptions(TrainedOptions):
             value = getattr(self, name)
             if name not in self.spec.flags and value not in (None, False, 0.0):
                 raise UserError(f"--{name} {value} goes with --adaptation lora, got --adaptation {self.adaptation}")
+        # The LoRA file to continue from, which sets the options of its adapters.
         if self.lora_weights is not None:
             if Path(self.lora_weights).suffix in PICKLES:
                 raise UserError(

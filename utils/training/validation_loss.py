@@ -273,6 +273,7 @@ class HeldOut:
             ]
             return torch.from_numpy(np.stack(drawn))
 
+        # One sample per timestep; nothing else varies.
         states = None if sample.states is None else {name: repeated(state) for name, state in sample.states.items()}
         return Batch(
             step=0,
