@@ -183,8 +183,8 @@ class TrainingState:
 
         A fused optimizer clips in its own step, with torch's coefficient, which saves a pass over all gradients. The
         gradients of loss terms are clipped separately, so that they do not affect the pipeline's; if they are not
-        finite, neither is the returned norm. Gradients already consumed (in the backward pass, or by a CUDA graph) are
-        not clipped; only their norm is returned.
+        finite, neither is the returned norm. For gradients already applied (in the backward pass, or by a CUDA
+        graph), only the norm is returned.
         """
         if self.ahead.norm is not None:
             return self.ahead.norm
@@ -366,9 +366,8 @@ class TrainingState:
         """Whether host memory holds the pinned copies of a checkpoint twice, so that training need not wait."""
         own = [each.parameter for each in self.parameters + self.own_parameters]
         averages = [each for average in self.averages for each in average.averages]
-        copies = (
-            sum(map(taken_bytes, [*own, *averages])) + 2 * self.optimizer_bytes
-        )  # pinned memory is rounded up to a power of two
+        # pinned memory is rounded up to a power of two
+        copies = sum(map(taken_bytes, [*own, *averages])) + 2 * self.optimizer_bytes
         return 2 * copies < available_memory()
 
     def load(self, folder: Path) -> int:
