@@ -30,13 +30,8 @@ SCHEDULES = (
 )
 WITHOUT_WARMUP = ("constant", "piecewise_constant", "one_cycle")
 LONGEST_WARMUP = 500  # optimizer steps of the default warm-up, at most
-LENGTH_SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "one_cycle",
-)  # they depend on the run's length
+# schedules that depend on the run's length
+LENGTH_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "one_cycle")
 
 
 @dataclass(frozen=True)
