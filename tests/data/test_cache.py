@@ -297,7 +297,7 @@ def test_cache_only_and_verify(train, tmp_path, capsys):
     keys = [key.numpy().tobytes() for key in tensors.pop("keys")]
     EntryStore(shard.parent).write(keys, {name: tensors[name] for name in ("moments", "crops")})
     train("sdxl", *cache, "--verify_cache", data=data, out="refused", expect=2)
-    assert "of 6 images differ from what is cached" in capsys.readouterr().err
+    assert "of 6 images differ from their cached encodings" in capsys.readouterr().err
 
 
 def test_half_precision_that_overflows_is_stored_wider():
@@ -427,8 +427,8 @@ def test_the_report_is_there_when_a_cache_fill_or_a_run_ends_early(train, tmp_pa
 def test_a_frozen_crop_is_warned_of(train, caplog, tmp_path):
     flags = ["--cache_latents", "--encoding_cache_dir", tmp_path / "cache", "--cache_only"]
     train("sd", *flags, out="a")
-    assert "each image keeps one crop and flip in the cache" in caplog.text
+    assert "the cache fixes one crop and flip per image" in caplog.text
     caplog.clear()
     train("sd", *flags, "--cache_variants", 2, out="b")
     train("sd", *flags, "--center_crop", out="c")
-    assert "each image keeps one" not in caplog.text
+    assert "the cache fixes one" not in caplog.text

@@ -16,7 +16,7 @@ class TestFolders:
         make_pictures(tmp_path, "10_cat/0.png", "10_cat/1.png", "2_cats/0.png", "dog/0.png", "0_none/0.png")
         images = planned(records_of(tmp_path), tmp_path / "m")
         say_what_was_left_out(images, 1)
-        assert "with --folder_repeats it is used as often as the number says, here 10 times" in caplog.text
+        assert "--folder_repeats uses it as often as the number says, here 10 times" in caplog.text
         assert images.batches(1, 1, 0).samples_per_epoch == 5
         counted = planned(records_of(tmp_path, folder_repeats=True), tmp_path / "m")
         batches = counted.batches(1, 1, 0)
@@ -45,6 +45,6 @@ class TestFolders:
         say_what_was_left_out(planned(read_records(data, SourceOptions(), CaptionOptions(), 0), tmp_path / "m"), 1)
         told = [record.message for record in caplog.records if "no caption" in record.message]
         assert told == [
-            "2 images have no caption and train on the name of their folder",
+            "2 images have no caption and train on their folder's name",
             "1 images have no caption and train on an empty one (see --on_missing_caption)",
         ]

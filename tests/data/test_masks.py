@@ -170,7 +170,10 @@ class TestSources:
         for name in ("a.png", "a_mask.png", "b.png"):
             (tmp_path / name).write_bytes(WHITE)
         warn_of_called_masks(records_of(tmp_path))
-        assert "1 images are called as masks of others, such as a_mask.png of a.png, and are trained" in caplog.text
+        assert (
+            "1 training images have names of masks of others, such as a_mask.png of a.png; if they are masks"
+            in caplog.text
+        )
 
     def test_an_image_is_not_its_own_mask(self, tmp_path):
         data = masked_folder(tmp_path / "data", 3)

@@ -98,7 +98,7 @@ class TestStream:
         from utils.training.dry_run import examine_stream
 
         lines = examine_stream(self.stream(shards), [], lambda texts: np.zeros(len(texts), np.int64), 75)
-        assert lines == ["  none came of a stream of unknown length in 4 shards"]
+        assert lines == ["  no samples came from a stream of unknown length in 4 shards"]
 
     def test_what_does_not_go(self, refused, shards, tmp_path):
         refused(["--streaming"], "--max_train_steps", data=shards)

@@ -307,12 +307,18 @@ def test_resuming_with_options_that_change_the_training(train, capsys, caplog, t
     changed = ("--learning_rate", 0.5, "--noise_offset", 0.1, "--gradient_accumulation_steps", 2)
     train("sd", *resumed, *changed, data=data, expect=2)
     error = message(capsys)
-    said = ("--learning_rate 0.5 (it was 0.0001)", "--noise_offset 0.1 (it was 0.0)", "--global_batch 4 (it was 2)")
+    said = (
+        "--learning_rate 0.5 (the checkpoint used 0.0001)",
+        "--noise_offset 0.1 (the checkpoint used 0.0)",
+        "--global_batch 4 (the checkpoint used 2)",
+    )
     assert all(part in error for part in (*said, "--allow_changed_options"))
     free = ("--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--checkpointing_steps", 7, "--use_ema")
     caplog.clear()
     train("sd", *resumed, *free, data=data)
-    assert any("depends on the run's length: it was 1 steps and is 2" in record.message for record in caplog.records)
+    assert any(
+        "depends on the run's length, which was 1 steps and is now 2" in record.message for record in caplog.records
+    )
     tiny.make_images(data, 5)
     more = (*resumed, "--max_train_steps", 3)
     train("sd", *more, data=data, expect=2)

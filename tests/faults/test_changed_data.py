@@ -135,12 +135,12 @@ class TestResumed:
         flags = [*FLAGS, *flags, *([held_out] if len(flags) == 1 else [])]
         out = train("sd", *flags, "--max_train_steps", 2, data=data)
         train("sd", *flags, "--max_train_steps", 3, *ON, data=data)
-        assert "the held-out images are not those of" not in caplog.text
+        assert "the held-out images differ from those of" not in caplog.text
         edited = held_out if flags[-1] == held_out else data
         texts = (edited / "metadata.jsonl").read_text().replace("square", "squirrel")
         (edited / "metadata.jsonl").write_text(texts)
         train("sd", *flags, "--max_train_steps", 4, *ON, "--allow_changed_options", data=data)
-        assert f"the held-out images are not those of {out}/checkpoint-3: " in caplog.text
+        assert f"the held-out images differ from those of {out}/checkpoint-3: " in caplog.text
         assert "with other captions" in caplog.text
 
     def test_data_moved_elsewhere_go_on_without_a_word(self, train, tmp_path, caplog):
@@ -161,7 +161,7 @@ class TestResumed:
         for file in out.glob("data_record-*"):
             file.unlink()
         train("sd", *FLAGS, "--max_train_steps", 3, *ON)
-        assert caplog.text.count("whether images or captions changed") == 1
+        assert caplog.text.count("changes of images or captions since") == 1
 
     def test_an_option_that_the_checkpoint_does_not_know_is_at_its_default(self, train, capsys):
         out = train("sd", *FLAGS, "--use_ema", "--max_train_steps", 2)
@@ -171,7 +171,7 @@ class TestResumed:
         state.write_text(json.dumps(facts))
         relist_all(out / "checkpoint-2")
         train("sd", *FLAGS, "--use_ema", "--max_train_steps", 4, *ON, "--ema_every", 2, expect=2)
-        assert "--ema_every 2 (it was 1)" in message(capsys)
+        assert "--ema_every 2 (the checkpoint used 1)" in message(capsys)
         train("sd", *FLAGS, "--use_ema", "--max_train_steps", 3, *ON)
 
     def test_nothing_is_renamed_by_a_run_that_is_refused(self, train, capsys):

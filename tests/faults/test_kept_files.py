@@ -81,7 +81,7 @@ class TestManifests:
         (broken / MANIFEST).write_text(MANIFESTS[name], encoding="utf-8")
         checkpoints = Checkpoints(tmp_path, None)
         assert checkpoints.resolve("latest") == whole
-        assert "passes over checkpoint-4: " in caplog.text
+        assert "skips checkpoint-4: " in caplog.text
         with pytest.raises(UserError, match="--resume_from_checkpoint checkpoint-4 is damaged"):
             checkpoints.resolve("checkpoint-4")
         assert checkpoints.found() == [whole]

@@ -292,7 +292,9 @@ def test_memory_that_runs_short_as_gradients_are_shared(pipelines, data, tmp_pat
     """The steps before are saved by the process that failed, and a resumed run takes half as many samples at once."""
     flags = ("--train_batch_size", 2, "--learning_rate", 1e-3, "--adam_epsilon", 1e-5, "--max_train_steps", 5)
     said = spread(2, command(pipelines, data, tmp_path / "short", *flags), expect=2, TEST_MEMORY="1:7")
-    assert "error: out of memory in step 4, where it can't be begun again; the 3 steps before are saved" in said
+    assert (
+        "error: out of memory in step 4, which can't be restarted at this point; the 3 steps before are saved" in said
+    )
     assert (tmp_path / "short" / "checkpoint-3").is_dir()
     spread(2, command(pipelines, data, tmp_path / "short", *flags, "--resume_from_checkpoint", "latest"))
     spread(2, command(pipelines, data, tmp_path / "whole", *flags))

@@ -237,7 +237,7 @@ PUSH = ("--max_train_steps", 1, "--push_to_hub")
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ((), "there is no login"),
+        ((), "not logged in"),
         (("--hub_token", "hf_wrong"), "401"),
         (("--hub_token", "hf_reads", "--hub_model_id", "others/model"), "403"),
         (("--hub_token", "hf_writes", "--output_dir", "out (2)"), "--hub_model_id"),

@@ -96,7 +96,7 @@ class TestRuns:
         data = masked_folder(tmp_path / "data")
         train("sd", *STILL, "--mask_dir", tmp_path / "masks", data=data)
         resumed = [*STILL, "--max_train_steps", 5, "--resume_from_checkpoint", "latest"]
-        refused(resumed, "--masks none (it was folder)", "--allow_changed_options", data=data)
+        refused(resumed, "--masks none (the checkpoint used folder)", "--allow_changed_options", data=data)
 
     def test_where_no_image_has_one(self, refused, tmp_path):
         data = tiny.make_images(tmp_path / "data", 4)
@@ -123,7 +123,7 @@ class TestRuns:
             (["--alpha_mask", "--mask_dir", "."], "give one"),
             (["--mask_dir", "/nowhere"], "--mask_dir must be a folder that exists"),
             (["--mask_column", "mask"], "--mask_column mask is not a column of the data"),
-            (["--unmasked_weight", 0.5], "--unmasked_weight is for images with masks"),
+            (["--unmasked_weight", 0.5], "--unmasked_weight needs images with masks"),
             (["--alpha_mask", "--unmasked_weight", 2], "--unmasked_weight must be"),
         ],
     )

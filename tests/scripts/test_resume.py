@@ -163,7 +163,7 @@ def test_a_resumed_run_warns_of_them_once(train, tmp_path, caplog, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("utils.training.resume.DECODING", 2)
         train("sd", *flags, 1, data=data)
-    said = "decoded 1 of the 4 images, or their masks, into other pixels, such as 002.png"
+    said = "decoded 1 of the 4 images, or their masks, to other pixels, such as 002.png"
     assert said not in caplog.text
     for steps, count in ((2, 1), (3, 0)):
         caplog.clear()

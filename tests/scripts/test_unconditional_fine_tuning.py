@@ -247,7 +247,7 @@ def test_a_model_of_classes_goes_on_with_the_same_classes_alone(train, classes, 
     resume = ("--resume_from_checkpoint", "latest")
     train("labels", *SHORT, *resume, "--class_folders", "inner")  # which is what it did unasked
     train("labels", *SHORT, *resume, "--class_folders", "outer", expect=2)
-    assert "--class_folders outer (it was None)" in message(capsys)
+    assert "--class_folders outer (the checkpoint used None)" in message(capsys)
     more = shutil.copytree(classes, tmp_path / "more")
     shutil.copytree(more / "cat", more / "mouse")
     train("labels", *SHORT, "--resume_from_checkpoint", "latest", data=more, expect=2)

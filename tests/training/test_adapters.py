@@ -53,7 +53,7 @@ def test_what_does_not_go(refused):
 @pytest.mark.parametrize("adaptation", ["lora", "loha"])
 def test_a_rank_that_no_layer_can_have_is_refused_before_it_is_built(refused, adaptation):
     flags = ("--adaptation", adaptation, "--dry_run", "--rank")
-    refused([*flags, 10**6], "--rank must be at most 32, the width of the widest layer that is adapted, got 1000000")
+    refused([*flags, 10**6], "--rank must be at most 32, the width of the widest adapted layer, got 1000000")
     refused([*flags, 33, "--train_text_encoder"], "at most 32")
     conv = ("--lora_target_modules", "conv1") if adaptation == "lora" else ()
     if conv:

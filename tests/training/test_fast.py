@@ -61,7 +61,7 @@ def test_what_is_given_is_left_as_it_is(caplog):
     assert (found.compile, found.channels_last, found.bf16_weights, found.cudnn_benchmark) == ("denoiser",) + (
         True,
     ) * 3
-    assert "--fast turns on: --bf16_weights (weights are cast once a step), --cudnn_benchmark (" in caplog.text
+    assert "--fast turns on: --bf16_weights (weights are cast once per step), --cudnn_benchmark (" in caplog.text
     plain = SpeedOptions()
     assert hastened(plain, paying_parts(plain, HOPPER)) is plain
 
@@ -87,23 +87,23 @@ def test_a_run_is_that_of_its_parts(train, caplog):
     assert_same_bits(weights(fast), weights(plain))
     caplog.clear()
     train("sd", *flags, out="without")
-    assert "--fast would add: --bf16_weights (weights are cast once a step)" in caplog.text
+    assert "--fast would add: --bf16_weights (weights are cast once per step)" in caplog.text
     caplog.clear()
     train("pixels", "--max_train_steps", 1, "--fast", out="pixels")
-    assert "--fast turns on: nothing, as no more pays here than is on" in caplog.text
+    assert "--fast turns on: nothing more that pays here" in caplog.text
 
 
 def test_a_part_whose_gate_fails_is_left_out(train, caplog, monkeypatch):
     def refuse(denoiser: nn.Module, how: Compilation, *_: object) -> None:
         compile_denoiser(denoiser, how)
-        raise UserError("--compile: compiled, the gradient of conv_in.weight is 44 % off; leave it out")
+        raise UserError("--compile: the compiled gradient of conv_in.weight is 44 % off; leave it out")
 
     monkeypatch.setattr("utils.training.speed_up.compile_checked", refuse)
     monkeypatch.setattr("utils.training.fast.Circumstances.has_tensor_cores", property(lambda self: True))
     monkeypatch.setattr("utils.training.fast.importlib.util.find_spec", lambda name: object())
     flags = ["--max_train_steps", 2]
     fast = train("sd", *flags, "--fast", out="fast")
-    assert "--fast leaves out --compile blocks: compiled, the gradient of conv_in.weight is 44 % off" in caplog.text
+    assert "--fast leaves out --compile blocks: the compiled gradient of conv_in.weight is 44 % off" in caplog.text
     assert losses(fast) == pytest.approx(losses(train("sd", *flags, out="plain")), rel=1e-4)
     train("sd", *flags, "--compile", "blocks", expect=2, out="asked")  # what was asked for ends the run
 

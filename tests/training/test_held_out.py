@@ -238,11 +238,11 @@ def test_a_run_from_before_copies_stayed_together_resumes_with_its_own_split(tra
         caplog.clear()
         train("sd", *resumed, *more, data=data)
         assert "this run keeps that split" in caplog.text
-        assert "bytes of another" not in caplog.text
+        assert "byte-identical to another" not in caplog.text
     caplog.clear()
     train("sd", *flags, "--max_train_steps", 1, data=data, out="new")
     train("sd", *resumed, 2, "--dry_run", data=data, out="new")
-    assert caplog.text.count("have the bytes of another and are on the same side") == 2
+    assert caplog.text.count("are byte-identical to another and stay on the same side") == 2
     assert "keeps that split" not in caplog.text
 
 
@@ -256,7 +256,7 @@ def test_held_out_copies_of_what_is_trained_on_are_named(train, tmp_path, caplog
     for flags in (["--validation_split", "test"], ["--validation_data_dir", held]):
         caplog.clear()
         train("sd", "--max_train_steps", 1, *flags, "--dry_run", data=data if "dir" in flags[0] else tmp_path / "data")
-        assert "1 of the 2 held-out images have the bytes of images that are trained on, such as " in caplog.text
+        assert "1 of the 2 held-out images are byte-identical to training images, such as " in caplog.text
         assert "copy.png" in caplog.text
 
 
@@ -382,7 +382,7 @@ def test_held_out_images_that_cannot_be_read_are_named(train, tmp_path, caplog):
     (data / "metadata.jsonl").unlink()
     (data / "000.txt").write_text("a")
     train("sd", "--max_train_steps", 1, "--no_final_checkpoint", "--validation_data_dir", data)
-    assert "left out of the validation x.png" in caplog.text
+    assert "left out of the validation loss: x.png" in caplog.text
 
 
 def test_a_held_out_list_that_cannot_be_read_is_one_line(refused, tmp_path):

@@ -68,7 +68,7 @@ def test_numbers_of_epochs_and_a_loss_that_leaves_them(caplog):
         losses.add(30, 1, 1.05)
         assert not caplog.records
         losses.add(31, 1, 1.5)
-    assert "loss 1.5000 is far over the last epoch's, which were 1.0000 to 1.0400" in caplog.text
+    assert "loss 1.5000 is far above the losses of the last epoch, 1.0000 to 1.0400" in caplog.text
 
 
 def test_an_outlier_among_layers_is_named():
@@ -233,6 +233,6 @@ def test_what_processes_tell_each_other_is_read_once_also_of_steps_before_a_paus
 def test_on_a_cpu_the_time_of_a_step_is_told_once(train, caplog):
     caplog.set_level(logging.INFO)
     train("pixels", "--max_train_steps", 6)
-    (said,) = [line for line in caplog.messages if "a step takes" in line]
-    assert said.startswith("on the CPU a step takes ")
-    assert said.endswith("for the 3 steps left")
+    (said,) = [line for line in caplog.messages if "s per step" in line]
+    assert said.startswith("training on the CPU takes ")
+    assert said.endswith("for the remaining 3 steps")

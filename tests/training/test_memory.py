@@ -119,11 +119,14 @@ def test_bfloat16_weights_learn_and_resume_bit_by_bit(train, more):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--optimizer_in_backward", "--gradient_accumulation_steps", 2], "--gradient_accumulation_steps is 2"),
+        (
+            ["--optimizer_in_backward", "--gradient_accumulation_steps", 2],
+            "--gradient_accumulation_steps must be 1, is 2",
+        ),
         (["--optimizer_in_backward", "--max_grad_norm", 1], "--max_grad_norm"),
         (["--optimizer_in_backward", "--layer_norm_steps", 1], "--layer_norm_steps"),
         (["--pure_bf16"], "--pure_bf16 needs --mixed_precision bf16, got no"),
-        (["--pure_bf16", "--adaptation", "lora"], "--pure_bf16 is for --adaptation full"),
+        (["--pure_bf16", "--adaptation", "lora"], "--pure_bf16 needs --adaptation full"),
     ],
 )
 def test_what_does_not_go(refused, flags, named):

@@ -285,7 +285,7 @@ class TestSchedules:
         rates, said = self.rates(total, lr_scheduler=name, lr_warmup_steps=warmup, **more), options.warning(total)
         assert bool(said) == (warmup > total / 2)
         if max(rates) < 1:
-            assert f"only rises, to {100 * max(rates):.0f} % of --learning_rate" in said
+            assert f"only increases, to {100 * max(rates):.0f} % of --learning_rate" in said
         elif said:
             assert f"only at step {rates.index(1.0) + 1} of {total}; " in said
         assert not said or said.endswith(f"try --lr_warmup_steps {total // 10}")
@@ -326,9 +326,9 @@ def test_a_warm_up_that_is_not_asked_for_fits_the_run(train, caplog, capsys):
     run("fits", "--max_train_steps", 21, "--resume_from_checkpoint", "latest")
     assert read_state(out / "checkpoint-21").facts.training["lr_warmup_steps"] == 2
     run("fits", "--max_train_steps", 22, "--resume_from_checkpoint", "latest", "--lr_warmup_steps", 3, expect=2)
-    assert "--lr_warmup_steps 3 (it was 2)" in capsys.readouterr().err
+    assert "--lr_warmup_steps 3 (the checkpoint used 2)" in capsys.readouterr().err
     out = run("earlier", "--max_train_steps", 2, "--lr_warmup_steps", 500)
-    assert "in 2 steps the learning rate only rises, to 0 % of --learning_rate; try" in caplog.text
+    assert "in 2 steps the learning rate only increases, to 0 % of --learning_rate; try" in caplog.text
     run("earlier", "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
     assert learning_rates(out) == pytest.approx([0, 2e-6, 4e-6, 6e-6])
 
@@ -336,7 +336,7 @@ def test_a_warm_up_that_is_not_asked_for_fits_the_run(train, caplog, capsys):
 def test_a_default_warm_up_that_is_longer_than_the_run_is_named(train, caplog):
     flags = ["--max_train_steps", 2, "--train_batch_size", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 500]
     train("sd", *flags)
-    assert "--lr_warmup_steps 500: in 2 steps the learning rate only rises" in caplog.text
+    assert "--lr_warmup_steps 500: in 2 steps the learning rate only increases" in caplog.text
 
 
 def test_layer_rates(train, pipelines, capsys):
@@ -351,7 +351,7 @@ def test_layer_rates(train, pipelines, capsys):
         factor = 2 if "mid_block" in name else 0 if "up_blocks.0" in name else 1
         moved = layered[name] - before[name]
         torch.testing.assert_close(moved, factor * (tensor - before[name]), rtol=0.01, atol=2e-7, msg=name)
-    for rule, named in (("mid_block", "be REGULAR-EXPRESSION=FACTOR"), ("nowhere=2", "is in the name of no weight")):
+    for rule, named in (("mid_block", "be REGULAR-EXPRESSION=FACTOR"), ("nowhere=2", "matches no trained weight")):
         train("sd", *flags, "--layer_rates", rule, out="bad", expect=2)
         assert named in capsys.readouterr().err
 

@@ -118,7 +118,7 @@ def test_a_run_exports_the_length_of_the_lowest_loss_and_resumes(train, tmp_path
     [
         (["--ema_lengths", 0.3], "--ema_lengths must be over 0 and at most 0.28"),
         (["--ema_lengths", 0.1, "--use_ema"], "give one"),
-        (["--ema_lengths", 0.1, 0.2], "the validation loss chooses"),
+        (["--ema_lengths", 0.1, 0.2], "choosing among several lengths needs a validation loss"),
         (["--ema_snapshot_steps", 5], "--ema_snapshot_steps goes with --ema_lengths"),
     ],
 )

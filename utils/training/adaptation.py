@@ -1,4 +1,4 @@
-"""What of a pipeline trains, and how that is saved: all weights, or low-rank adapters."""
+"""Which weights of a pipeline train and how they are saved: all weights, or adapters."""
 
 import json
 import logging
@@ -36,21 +36,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ADAPTER = "default"
-WRAPPED = "base_model.model."  # what a PeftModel puts in front of the names of the model that it wraps
+WRAPPED = "base_model.model."  # prefix of the wrapped model's names in a PeftModel
 
 
 class Adaptation(ABC):
-    """The trained parts of a family's pipeline, in float32, and how they are saved.
+    """The trained modules of a pipeline, in float32, and how they are saved.
 
     Attributes:
-        modules: the modules with trained weights by their names in the pipeline.
+        family: the pipeline.
+        options: the options of the adaptation.
+        modules: the modules with trained weights, by name in the pipeline.
+        trains_base: whether the pipeline's own weights train.
     """
 
     trains_base: bool
 
     def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
         """Args:
-        start: where the weights of a checkpoint are, to resume from; None starts from the pipeline's.
+        start: checkpoint to load weights from; None starts from the pipeline's weights.
         """
         self.family = family
         self.options = options
@@ -60,19 +63,23 @@ class Adaptation(ABC):
 
     @property
     def exports_pipeline(self) -> bool:
-        """Whether the result is a whole pipeline."""
+        """Whether the result contains a whole pipeline."""
         return True
 
     @classmethod
     def dtypes(cls, options: AdaptationOptions, frozen: torch.dtype) -> ComponentDtypes:
-        """The dtypes to load weights in: float32 where they train, the mixed precision's where they are frozen."""
+        """Returns the dtypes to load weights in: float32 for trained weights, `frozen` for frozen ones."""
         trained = torch.bfloat16 if options.pure_bf16 else torch.float32
         unet = trained if cls.trains_base else frozen
         text_encoders = trained if cls.trains_base and options.train_text_encoder else frozen
         return ComponentDtypes(unet, text_encoders, frozen)
 
     def named_parameters(self, rates: OptimizerOptions) -> list[NamedParameter]:
-        """The trained parameters, in a fixed order, named `unet.conv_in.weight`."""
+        """Returns the trained parameters in a fixed order, with names such as `unet.conv_in.weight`.
+
+        Raises:
+            UserError: if a rule of --layer_rates matches none of them.
+        """
         found = [
             (f"{module_name}.{name}", parameter, rates.rate_of(module_name))
             for module_name, module in self.modules.items()
@@ -81,45 +88,46 @@ class Adaptation(ABC):
         ]
         for rule in rates.layer_rates or ():
             if not any(re.search(rule.rpartition("=")[0], name) for name, _, _ in found):
-                raise UserError(f"--layer_rates {rule} is in the name of no weight that trains, such as {found[0][0]}")
+                raise UserError(f"--layer_rates {rule} matches no trained weight, such as {found[0][0]}")
         return [NamedParameter(name, parameter, rate * rates.factor_of(name)) for name, parameter, rate in found]
 
     def train_mode(self) -> None:
-        """Puts the trained modules in training mode."""
+        """Puts the trained modules into training mode."""
         for module in self.modules.values():
             module.train()
 
     def evaluation_mode(self) -> None:
-        """Puts the trained modules in evaluation mode, as sampling wants them."""
+        """Puts the trained modules into evaluation mode."""
         for module in self.modules.values():
             module.eval()
 
     @abstractmethod
     def save(self, folder: Path, averages: Sequence[MovingAverage]) -> None:
-        """Writes the trained weights, and beside them their average if there is one, each loadable on its own.
+        """Writes the trained weights, and separately their average if there is one, each loadable on its own.
 
         Args:
+            folder: the checkpoint folder.
             averages: none or one.
         """
 
     @abstractmethod
     def saving(self, averages: Sequence[MovingAverage], buffers: HostBuffers) -> list[Callable[[Path], None]]:
-        """What `save` would write now, copied, to be written later into the folder that it is given."""
+        """Copies what `save` would write, and returns functions that write it later into the folder they are given."""
 
     @abstractmethod
     def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
-        """Resumes from the average that `save` wrote, after so many updates."""
+        """Loads the average that `save` wrote, after `num_updates` updates."""
 
     @abstractmethod
     def exporting(self, buffers: HostBuffers) -> Callable[[Path], None]:
-        """What writes the result of the weights as they are: what `from_pretrained` or `load_lora_weights` takes.
+        """Returns a function that exports the current weights for `from_pretrained` or `load_lora_weights`.
 
-        It is for one process to run. Where weights are spread over the processes all must call this, which gathers
-        them in the buffers; else it copies nothing.
+        One process runs that function. If weights are sharded, all processes must call this, which gathers them in the
+        buffers; otherwise nothing is copied.
         """
 
     def _freeze_unread(self) -> None:
-        """Freezes the weights of text encoders that the pipeline never reads, which get no gradient."""
+        """Freezes text encoder weights that the pipeline never uses and that get no gradient."""
         for index, name in enumerate(self.family.text_encoder_names):
             if name in self.modules:
                 for parameter_name, parameter in self.modules[name].named_parameters():
@@ -128,7 +136,7 @@ class Adaptation(ABC):
 
 
 class FullFineTuning(Adaptation):
-    """All weights train."""
+    """Trains all weights, or those of --train_layers."""
 
     trains_base = True
 
@@ -142,9 +150,7 @@ class FullFineTuning(Adaptation):
                 parameter.requires_grad_(self._is_trained(f"{name}.{parameter_name}"))
         self._freeze_unread()
         if not any(parameter.requires_grad for module in self.modules.values() for parameter in module.parameters()):
-            raise UserError(
-                f"--train_layers {options.train_layers} is in the name of no weight, such as unet.conv_in.weight"
-            )
+            raise UserError(f"--train_layers {options.train_layers} matches no weight, such as unet.conv_in.weight")
 
     def _is_trained(self, name: str) -> bool:
         return self.options.train_layers is None or re.search(self.options.train_layers, name) is not None
@@ -157,7 +163,7 @@ class FullFineTuning(Adaptation):
                 _write_modules(self.modules, average.state, folder)
 
     def saving(self, averages: Sequence[MovingAverage], buffers: HostBuffers) -> list[Callable[[Path], None]]:
-        """The same of copies of the modules."""
+        """See `Adaptation.saving`: copies the modules."""
         jobs = [partial(_write_modules, self._copies(buffers, ""), None)]
         for average in averages:
             with average.lent():
@@ -168,7 +174,7 @@ class FullFineTuning(Adaptation):
         return {name: _copied(module, buffers, name + ending) for name, module in self.modules.items()}
 
     def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
-        """Resumes from `unet_ema/` and the text encoders' like."""
+        """Loads the average from `unet_ema/` (and likewise for trained text encoders)."""
         averages = [
             saved
             for name, module in self.modules.items()
@@ -180,7 +186,7 @@ class FullFineTuning(Adaptation):
         average.load(averages, num_updates)
 
     def exporting(self, buffers: HostBuffers) -> Callable[[Path], None]:
-        """Writes a pipeline folder in float32."""
+        """See `Adaptation.exporting`: exports a pipeline folder in float32."""
         is_spread = bool(sharded_parts(self.modules.values()))
         return partial(self._export, self._copies(buffers, "") if is_spread else self.modules)
 
@@ -189,11 +195,11 @@ class FullFineTuning(Adaptation):
 
 
 class AdapterTuning(Adaptation):
-    """Adapters of peft train, in float32; the pipeline's weights stay as they are."""
+    """Trains PEFT adapters in float32; the pipeline's own weights stay unchanged."""
 
     trains_base = False
-    prefix: str  # of the names of an adapter's own parameters
-    rank_is_bounded = True  # by the widths of the layers
+    prefix: str  # in the names of the adapter's parameters
+    rank_is_bounded = True  # whether the layers' widths limit the useful rank
 
     def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
         super().__init__(family, options, start)
@@ -208,7 +214,9 @@ class AdapterTuning(Adaptation):
         self._freeze_unread()
         named = {tensor.data_ptr(): name for name, tensor in self._named_tensors().items()}
         trained = [each for module in self.modules.values() for each in module.parameters() if each.requires_grad]
-        self._names = [named[parameter.data_ptr()] for parameter in trained]  # in a file, by the parameters' order
+        self._names = [
+            named[parameter.data_ptr()] for parameter in trained
+        ]  # names in a file, in the order of the parameters
         if start is not None:
             for parameter, saved in zip(trained, self._saved_like(trained, start, average=False), strict=True):
                 parameter.data.copy_(saved)
@@ -223,14 +231,14 @@ class AdapterTuning(Adaptation):
                 raise UserError(f"--lora_target_modules {' '.join(self.options.targets or [])}: {error}") from error
 
     def _targets(self, name: str) -> list[str]:
-        """Ends of the names of the layers of a module that are adapted."""
+        """Returns the name suffixes of the layers to adapt in a module."""
         family = self.family
         is_denoiser = name == family.denoiser_name
         default = family.denoiser_lora_targets if is_denoiser else family.text_encoder_lora_targets
         return (self.options.targets if is_denoiser else None) or list(default)
 
     def _widths(self, name: str) -> list[int]:
-        """The rank that the weight of each adapted layer of a module can have at most."""
+        """Returns the largest possible rank of the weight of each adapted layer of a module."""
         targets = self._targets(name)
         return [
             min(shape[0], math.prod(shape[1:]))
@@ -242,29 +250,29 @@ class AdapterTuning(Adaptation):
 
     @abstractmethod
     def _config(self, targets: list[str]) -> "PeftConfig":
-        """The adapters' config."""
+        """Returns the PEFT config of the adapters."""
 
     @abstractmethod
     def _saved(self, folder: Path, average: bool) -> dict[str, Tensor]:
-        """What `save` wrote, of the adapters or of their averages, by the names of `_named_tensors`."""
+        """Reads what `save` wrote, adapters or averages, by the names of `_named_tensors`."""
 
     @abstractmethod
     def _named_tensors(self) -> dict[str, Tensor]:
-        """All adapters' tensors, which share the parameters' storage, by their names in a file."""
+        """Returns the tensors of all adapters by their names in a file; they share the parameters' storage."""
 
     @abstractmethod
     def _write(self, tensors: dict[str, Tensor], is_average: bool, folder: Path) -> None:
-        """Writes all adapters' tensors, or their averages, by their names in a file."""
+        """Writes the tensors of all adapters, or their averages; both by their names in a file."""
 
     def save(self, folder: Path, averages: Sequence[MovingAverage]) -> None:
-        """Writes the adapters, and in `unet_ema/` (and the text encoders' like) their averages."""
+        """Writes the adapters, and their averages into `unet_ema/` (and likewise for trained text encoders)."""
         self._write(self._named_tensors(), False, folder)
         for average in averages:
             with average.lent():
                 self._write(self._named_tensors(), True, folder)
 
     def saving(self, averages: Sequence[MovingAverage], buffers: HostBuffers) -> list[Callable[[Path], None]]:
-        """The same of copies of the tensors."""
+        """See `Adaptation.saving`: copies the tensors."""
         jobs = [partial(self._write, self._copies(buffers, False), False)]
         for average in averages:
             with average.lent():
@@ -276,15 +284,15 @@ class AdapterTuning(Adaptation):
         return {name: buffers.copy(f"{name} average" if is_average else name, tensor) for name, tensor in tensors}
 
     def load_average(self, folder: Path, average: MovingAverage, num_updates: int) -> None:
-        """Resumes from the averages beside the adapters."""
+        """Loads the averages saved beside the adapters."""
         trained = [each for module in self.modules.values() for each in module.parameters() if each.requires_grad]
         average.load(self._saved_like(trained, folder, average=True), num_updates)
 
     def _saved_like(self, trained: Sequence[nn.Parameter], folder: Path, average: bool) -> list[Tensor]:
-        """What `save` wrote of each of the trained parameters.
+        """Reads what `save` wrote for each trained parameter, in their order.
 
         Raises:
-            UserError: if one is missing, or of another shape.
+            UserError: if one is missing or has another shape.
         """
         try:
             saved = self._saved(folder, average)
@@ -292,32 +300,32 @@ class AdapterTuning(Adaptation):
             raise UserError(f"the adapters of {folder} can't be read: {first_line(error)}") from error
         for name, parameter in zip(self._names, trained, strict=True):
             if name not in saved or saved[name].shape != parameter.shape:
-                raise UserError(f"the adapters of {folder} do not hold {name} of this run's shape")
+                raise UserError(f"the adapters of {folder} lack {name} in this run's shape")
         return [saved[name] for name in self._names]
 
     def exporting(self, buffers: HostBuffers) -> Callable[[Path], None]:
-        """Writes the adapters, and the pipeline with them fused in where that is asked for."""
+        """See `Adaptation.exporting`: exports the adapters, and if requested the pipeline with them fused in."""
         is_spread = bool(sharded_parts(self.modules.values()))
         return partial(self._export, self._copies(buffers, False) if is_spread else self._named_tensors())
 
     @abstractmethod
     def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Writes the result of all adapters' tensors, by their names in a file."""
+        """Exports the tensors of all adapters, given by their names in a file."""
 
     def _base_models(self) -> "DiffusionPipeline":
-        """The pipeline that is trained from, in float32, without the parts that are never adapted."""
+        """Loads the base pipeline in float32, without the components that are never adapted."""
         others = set(self.family.pipeline.components) - {*self.family.trainable_names(), "scheduler"}
         return self.family.float32_pipeline(**dict.fromkeys(sorted(others)))
 
     def _save_fused(self, pipeline: "DiffusionPipeline", folder: Path) -> None:
-        """Writes the pipeline into `fused/`, its adapted parts with the adapters merged in."""
+        """Writes the pipeline to `fused/`, with the adapters merged into its adapted modules."""
         self.family.save_pipeline(folder / "fused", **{name: getattr(pipeline, name) for name in self.modules})
 
 
 class PeftAdaptation(AdapterTuning):
-    """Adapters that diffusers has no file format for: saved as PEFT adapter folders, and fused into a pipeline."""
+    """Adapters without a diffusers file format: saved as PEFT adapter folders, and merged into an exported pipeline."""
 
-    config_class_name: str  # in peft
+    config_class_name: str  # name of the config class in peft
 
     def _config(self, targets: list[str]) -> "PeftConfig":
         import peft
@@ -354,7 +362,7 @@ class PeftAdaptation(AdapterTuning):
             write_tensors({WRAPPED + key: each.contiguous() for key, each in own.items()}, target / PEFT_FILE)
 
     def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Writes the adapter folders, and in `fused/` the pipeline with them merged in."""
+        """Writes the adapter folders, and the pipeline with them merged in to `fused/`."""
         from peft import PeftModel
 
         self._write(tensors, False, folder)
@@ -376,11 +384,11 @@ class KroneckerAdaptation(PeftAdaptation):
 
     prefix = "lokr_"
     config_class_name = "LoKrConfig"
-    rank_is_bounded = False  # a large one stands for whole factors
+    rank_is_bounded = False  # with a large rank, peft trains full factors
 
 
 class LowRankAdaptation(AdapterTuning):
-    """LoRA (Hu et al. 2021) or DoRA matrices train."""
+    """Trains LoRA (Hu et al. 2021) or DoRA matrices."""
 
     prefix = "lora_"
 
@@ -392,7 +400,7 @@ class LowRankAdaptation(AdapterTuning):
 
     @property
     def exports_pipeline(self) -> bool:
-        """Only if it is asked for."""
+        """Whether --export_fused is given."""
         return self.options.export_fused
 
     def _make_adapters(self, start: Path | None) -> None:
@@ -417,12 +425,13 @@ class LowRankAdaptation(AdapterTuning):
         )
 
     def _load_adapters(self, source: Path) -> None:
-        """Makes the adapters of a LoRA file, of either key style, with its ranks and alphas."""
+        """Creates the adapters of a LoRA file, of either key style, with its ranks and alphas."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         is_given = Path(self.options.lora_weights or "") == source
         what = f"--lora_weights {source}" if is_given else f"the LoRA weights {source}"
         load_lora(self.family.pipeline, str(source), ADAPTER, what)
+        # The file must adapt exactly the modules that train.
         adapted = {
             name
             for name in self.family.trainable_names()
@@ -433,6 +442,7 @@ class LowRankAdaptation(AdapterTuning):
             raise UserError(f"{what} adapt no layer of {', '.join(missing)}{cure}")
         if untrained := sorted(adapted - set(self.modules)):
             raise UserError(f"{what} adapt {', '.join(untrained)} too; add --train_text_encoder")
+        # Dropout is an option of the run, not of the file.
         dropout = self.options.lora_dropout
         for module in self.modules.values():
             module.peft_config[ADAPTER].lora_dropout = dropout
@@ -441,13 +451,13 @@ class LowRankAdaptation(AdapterTuning):
                     layer.lora_dropout[ADAPTER] = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def _layers(self, name: str) -> dict[str, Tensor]:
-        """The adapter's tensors of a module, which share the parameters' storage, by their names in a LoRA file."""
+        """Returns a module's adapter tensors by their names in a LoRA file; they share the parameters' storage."""
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
         by_peft = get_peft_model_state_dict(self.modules[name], adapter_name=ADAPTER)
         layers = convert_state_dict_to_diffusers(by_peft)
-        if set(layers) & set(by_peft):  # it renames attention layers alone, and loaders take one style or the other
+        if set(layers) & set(by_peft):  # only attention layers were renamed, but loaders accept only one style per file
             layers = by_peft
         if name == self.family.denoiser_name or any(key.startswith("text_model.") for key in layers):
             return layers
@@ -460,7 +470,7 @@ class LowRankAdaptation(AdapterTuning):
         return {f"{name}.{key}": tensor for name in self.modules for key, tensor in self._layers(name).items()}
 
     def _write(self, tensors: dict[str, Tensor], is_average: bool, folder: Path) -> None:
-        """Writes the LoRA file, that of the averages into `unet_ema/`."""
+        """Writes the LoRA file; averages go to `unet_ema/`."""
         arguments: dict[str, dict] = {}
         for name, module in self.modules.items():
             own = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
@@ -469,7 +479,7 @@ class LowRankAdaptation(AdapterTuning):
         self.family.pipeline_class().save_lora_weights(folder / "unet_ema" if is_average else folder, **arguments)
 
     def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Writes the LoRA file with its metadata, and if asked the fused pipeline."""
+        """Writes the LoRA file with its metadata, and if requested the fused pipeline."""
         self._write(tensors, False, folder)
         if self.options.export_fused:
             pipeline = self._base_models()
@@ -478,45 +488,46 @@ class LowRankAdaptation(AdapterTuning):
 
 
 def check_rank(rank: int, widths: Mapping[str, Sequence[int]]) -> None:
-    """Refuses a rank that no adapted layer can have, and names how many can't have it.
+    """Refuses a rank above the width of every adapted layer; warns if it is above that of some.
 
     Args:
-        widths: the rank that each layer's weight can have at most, by modules.
+        rank: the rank of the adapters.
+        widths: largest possible rank of each adapted layer's weight, by module.
     """
     found = [width for each in widths.values() for width in each]
-    if not found:  # which peft refuses by the names
+    if not found:  # peft refuses the names
         return
-    must = f"be at most {max(found)}, the width of the widest layer that is adapted"
+    must = f"be at most {max(found)}, the width of the widest adapted layer"
     require(rank <= max(found), "rank", rank, must, "4 to 128 are usual")
     num_narrow = sum(width < rank for width in found)
     if num_narrow:
         logger.warning(
-            "--rank %d is above the width of %d of the %d layers that are adapted, the narrowest of %d: there it adds "
-            "weights and no freedom",
+            "--rank %d is above the width of %d of the %d adapted layers (the narrowest: %d), where it adds weights "
+            "but no capacity",
             *(rank, num_narrow, len(found), min(found)),
         )
 
 
 def _metadata(config: "PeftConfig") -> dict[str, object]:
-    """What a LoRA file says of its adapter: fields at their defaults are left out, which older releases lack."""
+    """Returns a LoRA file's adapter metadata, without fields at their defaults, which older releases may lack."""
     default = type(config)().to_dict()
-    needed = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")  # which diffusers looks up
+    needed = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")  # diffusers requires these
     values = {name: value for name, value in config.to_dict().items() if name in needed or value != default.get(name)}
-    if not isinstance(values["target_modules"], str):  # a set, in the order of which a file's bytes would differ
+    if not isinstance(values["target_modules"], str):  # sort the set, so that files are reproducible
         values["target_modules"] = sorted(values["target_modules"] or ())
     return values
 
 
 def fuse_lora(pipeline: "DiffusionPipeline", folder: Path) -> None:
-    """Adds the LoRA file of a folder to the pipeline's own weights."""
-    # the result of a run that diverged is written all the same
+    """Fuses the LoRA file of a folder into the pipeline's weights."""
+    # a diverged run exports its result too, so weights need not be finite
     load_lora(pipeline, str(folder), ADAPTER, f"the LoRA weights {folder}", must_be_finite=False)
     pipeline.fuse_lora(components=pipeline.get_list_adapters().keys())
     pipeline.unload_lora_weights()
 
 
 def _write_modules(modules: dict[str, nn.Module], average: dict[str, object] | None, folder: Path) -> None:
-    """Writes modules in diffusers' layout; as averages, with their fields in the config, where those are given."""
+    """Writes modules in diffusers' layout; given an average's fields, as averages with these in the config."""
     for name, module in modules.items():
         target = folder / (name if average is None else f"{name}_ema")
         save_module(module, target)
@@ -526,9 +537,9 @@ def _write_modules(modules: dict[str, nn.Module], average: dict[str, object] | N
 
 
 def _copied(module: nn.Module, buffers: HostBuffers, name: str) -> nn.Module:
-    """The module with copies of its weights for its own."""
+    """Returns a copy of a module, with its weights copied to buffers."""
     kind = plain_class(module)
-    make = getattr(kind, "from_config", kind)  # diffusers' and transformers' way
+    make = getattr(kind, "from_config", kind)  # diffusers and transformers construct models differently
     with torch.device("meta"):
         copied = make(module.config)
     tensors = {key: buffers.copy(f"{name} {key}", tensor) for key, tensor in module.state_dict().items()}
@@ -537,6 +548,6 @@ def _copied(module: nn.Module, buffers: HostBuffers, name: str) -> nn.Module:
 
 
 def _saved_like(module: nn.Module, folder: Path) -> nn.Module:
-    """The saved model in a folder, of the class of `module`, in float32 on the CPU."""
+    """Loads the model saved in a folder, of the class of `module`, in float32 on the CPU."""
     kind, name = plain_class(module), folder.name
     return load_module(kind, str(folder), f"the checkpoint's {folder}", name, torch.float32, use_safetensors=True)

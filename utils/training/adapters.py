@@ -1,4 +1,4 @@
-"""The ways to train a pipeline: a row for each, known without loading torch. A new one is a class, and a row here."""
+"""Table of adaptations, readable without loading torch. To add one, write a class and add a row here."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ LORA_ALONE = ("use_dora", "use_rslora", "lora_weights", "export_fused", "quantiz
 
 @dataclass(frozen=True)
 class AdaptationSpec:
-    """What is known of a way to train.
+    """A row of the table of adaptations.
 
     Attributes:
-        kind: the subclass of `Adaptation`.
-        flags: those that only some ways have and this one takes.
+        kind: the subclass of `Adaptation`, loaded when needed.
+        flags: adapter flags that this adaptation accepts.
         trains_base: whether the denoiser's own weights train.
     """
 

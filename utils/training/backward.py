@@ -1,4 +1,4 @@
-"""A step's gradients, added up over micro-batches that are as large as the device's memory allows."""
+"""Accumulates a step's gradients over micro-batches that are as large as the device's memory allows."""
 
 import logging
 import sys
@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 
 
 class StepSums(NamedTuple):
-    """What the micro-batches of a step came to.
+    """The results of a step's micro-batches.
 
     Attributes:
-        loss: sum of the samples' losses, on the device.
-        batches: on the CPU, as the loader gave them.
-        losses: [B] each, those of the samples by batch and part.
+        loss: [] sum of the samples' losses, on the device.
+        batches: the batches as loaded, on the CPU.
+        losses: the losses of the samples, [B] for each part of a batch.
     """
 
     loss: Tensor
@@ -53,12 +53,12 @@ class StepSums(NamedTuple):
 
     @property
     def loss_by_key(self) -> list[tuple[str, Tensor]]:
-        """Each image's name with its loss."""
+        """(name, loss) of each image."""
         return list(zip(self.keys, torch.cat(self.losses), strict=True))
 
     @property
     def unreadable(self) -> dict[str, str]:
-        """Why images could not be read, by their names."""
+        """Reason by name of images that could not be read."""
         return {key: why for batch in self.batches for key, why in batch.unreadable}
 
 
@@ -67,19 +67,23 @@ class Gradients:
     """Runs forward and backward passes.
 
     Attributes:
-        num_batches: micro-batches that the loader gives for a step.
-        num_samples: in them.
-        loss_scale: what the sum of losses is multiplied by, so that a step's gradients are of their mean.
-        size: samples at once, at most; halved where memory is short.
-        can_retry: whether a step can be begun again: not where weights step inside the backward pass, or where the
+        engine: how the processes share the work.
+        model: maps an encoded batch to losses, as the engine wraps it.
+        encoder: adds encodings to batches.
+        seed: seed of the run.
+        num_batches: micro-batches per step, as loaded.
+        num_samples: samples per step of this process.
+        loss_scale: factor on the sum of losses, so that a step's gradients are those of the mean loss.
+        size: largest number of samples at once; halved when out of memory.
+        can_retry: whether a step can be restarted: not if weights are updated inside the backward pass, or if the
             engine can't.
-        cures: flags that save memory and are not given, in the order to try them.
-        half_copy: what the denoiser computes with in the place of its own weights, if anything.
-        rescue: writes a checkpoint of the steps done, from this process alone, with how many samples to take at once.
-        owns_memory: whether gradients are added to memory of their own: what a CUDA graph gives, it overwrites.
-        has_static_graph: whether the processes share gradients in an order that is laid down.
-        gate_scale: what the loss of `of` is multiplied by, and its gradients divided by.
-        whole_step: takes an optimizer step on a batch and gives its losses, or None if it can't.
+        cures: memory-saving flags that are not given, in the order to try them.
+        half_copy: bfloat16 copy of the denoiser's weights to compute with, if any.
+        rescue: writes a checkpoint from this process alone, given the steps done and the samples to take at once.
+        owns_memory: whether gradients are accumulated in separate memory, as CUDA graphs overwrite their outputs.
+        has_static_graph: whether DDP shares gradients in a fixed order.
+        gate_scale: factor on the loss of `of`; its gradients are divided by it.
+        whole_step: takes an optimizer step on a batch and returns its losses, or None if it can't.
     """
 
     engine: Engine
@@ -98,13 +102,13 @@ class Gradients:
     has_static_graph: bool = False
     gate_scale: float = 1.0
     whole_step: Callable[[EncodedBatch], Tensor | None] | None = None
-    _trained: Sequence[nn.Parameter] = ()  # those that have gradients
-    _memory: Sequence[Tensor] = ()  # their gradients', where that is kept
+    _trained: Sequence[nn.Parameter] = ()  # parameters that have gradients
+    _memory: Sequence[Tensor] = ()  # memory of their gradients, with owns_memory
     _is_shared: bool = False  # whether the processes are sharing gradients now
 
     @classmethod
     def of_run(cls, options: TrainingOptions, session: Session, task: Task, state: TrainingState, feed: Feed) -> Self:
-        """Those of a run; a resumed one takes no more samples at once than memory allowed before."""
+        """Creates it for a run; a resumed run takes no more samples at once than fitted into memory before."""
         loader, engine, accelerator = options.loader, session.engine, session.accelerator
         allowed = None if loader.find_batch_size else session.resumption.samples_at_once
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / state.batches.size
@@ -124,44 +128,49 @@ class Gradients:
 
     @property
     def accelerator(self) -> "Accelerator":
-        """The processes."""
+        """The Accelerator that the processes share."""
         return self.engine.accelerator
 
     def add_up(self, step: int, batches: Iterable[Batch]) -> StepSums:
-        """The gradients of a step, in the parameters; where memory is short it is begun again with smaller pieces.
+        """Computes a step's gradients into the parameters; when out of memory, restarts the step with smaller parts.
+
+        Args:
+            step: optimizer steps done before.
+            batches: the micro-batches of the step.
 
         Raises:
-            UserError: if one sample at a time is too much, or the processes were sharing gradients already.
+            UserError: if one sample at a time does not fit into memory.
+            ProcessError: if memory runs out where the step can't be restarted.
             LoadingError: if a batch can't be loaded; the steps before are saved.
         """
         held: list[Batch] = []
         source = iter(batches)
         while True:
             try:
-                return self._over(step, _again(held, source))
+                return self._accumulate(step, _replayed(held, source))
             except LoadingError as error:
-                raise self._end_without_data(step, error, has_begun=bool(held)) from error
+                raise self._loading_failed(step, error, has_begun=bool(held)) from error
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self._is_shared or not self.can_retry:
-                    raise self._end(step) from error
+                    raise self._out_of_memory(step) from error
             self._halve(f"step {step + 1}")
 
     @contextmanager
     def of(self, batch: Batch, in_float32: bool = False, at_once: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """Context manager: the gradients of samples of a batch, by the parameters' names, which hold them meanwhile.
+        """Context manager: computes the gradients of samples of a batch, and yields them by parameter name.
 
-        The processes share none, and fp16's scaler has no part in it.
+        They are not shared between processes, and the fp16 scaler is not used.
 
         Args:
-            in_float32: all in float32 arithmetic, weights that are frozen in half precision too, sample after sample.
-            at_once: of so many samples; by default of as many as are taken at once.
+            in_float32: compute everything in float32, including weights frozen in half precision, sample by sample.
+            at_once: number of samples; default: as many as are taken at once.
         """
         part = batch.part(0, self.size if at_once is None else at_once)
         pieces = [part.part(number, number + 1) for number in range(len(part))] if in_float32 else [part]
         try:
-            with self._exactly() if in_float32 else nullcontext():
+            with self._in_float32() if in_float32 else nullcontext():
                 for piece in pieces:
                     self._backward_alone(piece, in_float32)
             trained = {name: each for name, each in self.model.named_parameters() if each.grad is not None}
@@ -172,7 +181,7 @@ class Gradients:
             self.drop()
 
     def settle_gate_scale(self, batch: Batch) -> None:
-        """Finds, for fp16, what the loss of `of` is multiplied by, lest gradients overflow or vanish."""
+        """Finds, for fp16, a factor on the loss of `of` with which gradients neither overflow nor vanish."""
         if self.accelerator.mixed_precision != "fp16":
             return
         for exponent in range(14, -15, -4):
@@ -191,14 +200,14 @@ class Gradients:
             (losses.sum() * self.loss_scale * self.gate_scale).backward()
 
     @contextmanager
-    def _exactly(self) -> Iterator[None]:
+    def _in_float32(self) -> Iterator[None]:
         """Context manager: the model computes in float32, without autocast or TF32."""
         module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         plain = getattr(module, "_original_forward", None)
         cast = None if plain is None else module.forward
         halves = [(each, each.data) for each in module.parameters() if each.dtype in (torch.float16, torch.bfloat16)]
         try:
-            if plain is not None:  # what accelerate has put autocast around
+            if plain is not None:  # accelerate has wrapped it in autocast
                 module.forward = plain
             for parameter, weights in halves:
                 parameter.data = weights.float()
@@ -210,28 +219,29 @@ class Gradients:
             for parameter, weights in halves:
                 parameter.data = weights
 
-    def _end(self, step: int) -> ProcessError:
-        """What ends the run where a step can't be begun again: the others wait for this process's gradients.
+    def _out_of_memory(self, step: int) -> ProcessError:
+        """Returns the error for running out of memory in a step that can't be restarted: other processes wait for it.
 
-        Each of them has all weights, so this one can save what the steps before have come to.
+        Each process has all weights, so this one first saves the steps before.
         """
         self.drop()
-        where = f"out of memory in step {step + 1}, where it can't be begun again"
+        where = f"out of memory in step {step + 1}, which can't be restarted at this point"
         half = -(-self.size // 2)
         ways = [self.cures[0]] if self.cures[:1] == [RECOMPUTING] else []
         if self.can_retry and self.size > 1 and self.rescue is not None:
             self.rescue(step, half)
             ways.insert(0, f"--resume_from_checkpoint latest, which takes {half} samples at once")
-            return ProcessError(f"{where}; the {step} steps before are saved, continue with {' or '.join(ways)}")
+            return ProcessError(f"{where}; the {step} steps before are saved; continue with {' or '.join(ways)}")
         ways += [] if self.engine.can_begin_again and not self.can_retry else [setting(half, self.num_samples)]
         return ProcessError(f"{where}; resume from the last checkpoint with {' or '.join(ways) or 'more memory'}")
 
-    def _end_without_data(self, step: int, error: LoadingError, has_begun: bool) -> LoadingError:
-        """What ends the run where a step's data can't be loaded; the steps before are saved where that is possible.
+    def _loading_failed(self, step: int, error: LoadingError, has_begun: bool) -> LoadingError:
+        """Returns the error when a step's data can't be loaded; saves the steps before if possible.
 
         Args:
-            has_begun: whether a part of the step is done, which may have changed weights that step inside the backward
-                pass.
+            step: optimizer steps done before.
+            error: why the data can't be loaded.
+            has_begun: whether part of the step is done, which may have updated weights inside the backward pass.
         """
         self.drop()
         if self.rescue is None or self.engine.spreads or (has_begun and not self.can_retry):
@@ -245,17 +255,18 @@ class Gradients:
         return LoadingError(f"{error}; saved checkpoint-{step}; resume with: {resume_command(sys.argv)}")
 
     def rehearse(self, largest: Batch, holding_state: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        """Forward and backward of the largest batch there will be, before the first step, all gradients dropped.
+        """Runs forward and backward of the largest batch before the first step, and drops the gradients.
 
-        On a CPU, where a process alone gains nothing by it, there is none, nor where weights step in the backward pass.
-        All processes halve together until it fits. Then backward passes share gradients: DistributedDataParallel
-        orders its sums anew after them, so that without them a resumed run would add up in another order.
+        All processes halve their part together until it fits. Then gradients are shared in further backward passes:
+        DistributedDataParallel reorders its sums after the first ones, so without them a resumed run would sum in
+        another order. Skipped in a single process on a CPU, and if weights are updated inside the backward pass.
 
         Args:
-            holding_state: a context in which the optimizer's state takes its memory, as from the second step on.
+            largest: the largest batch of the run.
+            holding_state: context manager in which the optimizer's state has its memory, as from the second step on.
 
         Raises:
-            UserError: if one sample is too much.
+            UserError: if one sample does not fit into memory.
         """
         is_alone = self.accelerator.num_processes == 1
         if (self.accelerator.device.type == "cpu" and is_alone) or not self.engine.rehearses:
@@ -265,6 +276,7 @@ class Gradients:
             return
         if not self.can_retry:
             return
+        # Halve until it fits in every process.
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         while True:
             failed = False
@@ -280,13 +292,16 @@ class Gradients:
                 break
             self._halve("the rehearsal of the largest batch")
         self.drop()
+        # Fix the order in which DDP sums gradients.
         if self.accelerator.num_processes > 1:
             if isinstance(self.model, DistributedDataParallel):
-                self.model._set_static_graph()  # its constructor's option asks that the very first pass be shared
+                self.model._set_static_graph()  # the constructor's option would require the first pass to be shared
                 self.has_static_graph = True
-            for _ in range(2 if self.has_static_graph else 1):  # a static graph's first pass takes no note of an order
+            # the first pass of a static graph does not record an order
+            for _ in range(2 if self.has_static_graph else 1):
                 self._backward(0, largest.part(0, 1), shares=True)
                 self.drop()
+        # Restore the buffers.
         for buffer, value in buffers:
             buffer.copy_(value)
 
@@ -303,11 +318,11 @@ class Gradients:
         self.drop()
 
     def shortened(self, at_once: int) -> int | None:
-        """How many samples memory allows in every process, if not so many."""
+        """Returns the number of samples that fits into memory in every process, if less than `at_once`; else None."""
         size = int(self.accelerator.gather(torch.tensor([self.size], device=self.accelerator.device)).min())
         return size if size < at_once else None
 
-    def _over(self, step: int, batches: Iterator[Batch]) -> StepSums:
+    def _accumulate(self, step: int, batches: Iterator[Batch]) -> StepSums:
         sums = StepSums(torch.zeros((), device=self.accelerator.device), [], [])
         if self.owns_memory:
             self._begin_gradients()
@@ -323,7 +338,7 @@ class Gradients:
 
     @torch.no_grad()
     def _begin_gradients(self) -> None:
-        """Gives each trained parameter a gradient of zeros, in the same memory each step, by one call for all."""
+        """Sets the gradient of each trained parameter to zeros, in the same memory each step, in one call for all."""
         if len(self._memory) == len(self._trained):
             torch._foreach_zero_(self._memory)
         else:
@@ -332,10 +347,13 @@ class Gradients:
             parameter.grad = gradient
 
     def _backward(self, step: int, part: Batch, shares: bool, is_whole: bool = False) -> Tensor:
-        """[B] the losses of a part; its gradients are added to those that are there, at the last part of all ranks.
+        """Returns the losses of a part, [B], and adds its gradients to the existing ones.
 
         Args:
-            is_whole: whether the part is all of a step, which a recorded one may take then.
+            step: optimizer steps done before.
+            part: the samples.
+            shares: whether to sum the gradients over the processes, at the last part of a step.
+            is_whole: whether the part is the whole step, which a CUDA graph may then take.
         """
         torch.manual_seed(model_seed(self.seed, step, part.slots[0]))  # dropout, where the model has any
         encoded = self.encoder.encode(part.to(self.accelerator.device))
@@ -346,7 +364,7 @@ class Gradients:
         return self.passes(encoded, shares)
 
     def passes(self, encoded: EncodedBatch, shares: bool = True) -> Tensor:
-        """[B] the losses of encoded samples; their gradients are added to those that are there."""
+        """Returns the losses of encoded samples, [B], and adds their gradients to the existing ones."""
         accelerator = self.accelerator
         accelerator.sync_gradients = shares
         with (
@@ -371,7 +389,7 @@ class Gradients:
         if self.size == 1:
             raise UserError(f"out of memory in {where} with one sample at a time; try {self._advice()}")
         self.size = -(-self.size // 2)
-        message = "out of memory in %s: continuing as with %s, which trains the same; %s would avoid it"
+        message = "out of memory in %s: continuing with %s, which trains the same; %s would avoid it"
         logger.warning(message, where, setting(self.size, self.num_samples), self._advice())
 
     def _advice(self) -> str:
@@ -379,17 +397,17 @@ class Gradients:
 
 
 def _half_copy(options: TrainingOptions, task: Task, state: TrainingState) -> HalfCopy | None:
-    """What the denoiser computes with in the place of its float32 weights, if that was asked for."""
+    """Returns the bfloat16 copy of the denoiser's weights if --bf16_weights is given and has an effect."""
     if not options.speed.bf16_weights:
         return None
     if task.adaptation.trains_base:
         return HalfCopy(task.family.denoiser, state.optimizer)
-    logger.info("--bf16_weights is left off: an adapter's weights are few, and the others are bfloat16 already")
+    logger.info("--bf16_weights has no effect: adapters have few weights, and the frozen weights are bfloat16 already")
     return None
 
 
-def _again(held: list[Batch], source: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches that were taken before, and those still to come, which are held."""
+def _replayed(held: list[Batch], source: Iterator[Batch]) -> Iterator[Batch]:
+    """Yields the batches held from before, then the remaining ones, which it adds to `held`."""
     yield from list(held)
     for batch in source:
         held.append(batch)
@@ -397,6 +415,6 @@ def _again(held: list[Batch], source: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def setting(size: int, samples: int) -> str:
-    """The flags by which a process takes its samples of a step, at most so many at once."""
+    """Returns the flags with which a process takes its `samples` per step, at most `size` at once."""
     size = max(count for count in range(1, size + 1) if samples % count == 0)
     return f"--train_batch_size {size} --gradient_accumulation_steps {samples // size}"

@@ -1,4 +1,4 @@
-"""A bfloat16 copy of a denoiser's weights to compute with, beside the float32 weights that train."""
+"""A bfloat16 copy of a denoiser's weights for computing, beside the float32 weights that train."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from utils.training.optimizers import unwrapped
 
-GROUP = 32  # weights whose gradients are converted by one call: fewer calls, but all of their gradients wait for it
+GROUP = 32  # weights whose gradients are converted in one call; more means fewer calls but longer-lived gradients
 
 
 class _Copied(torch.autograd.Function):
-    """Gives copies for weights, and the copies' gradients to the weights, in float32.
+    """Replaces weights by their copies in the forward pass; passes the copies' gradients to the weights in float32.
 
-    A function of its own for each weight would take the host longer than small models take to be computed.
+    One function handles a group of weights: one per weight would cost the host more time than small models compute.
     """
 
     @staticmethod
@@ -35,18 +35,18 @@ class _Copied(torch.autograd.Function):
 
 
 class HalfCopy:
-    """Has a denoiser computed in bfloat16 throughout, without autocast's casts of each weight at each use.
+    """Runs a denoiser in bfloat16 throughout, without autocast's cast of each weight at each use.
 
-    The copy is made anew, all at once, after each optimizer step. Gradients are added up and stepped by in float32, and
-    all but `in_place` sees the float32 weights.
+    The copy is renewed in one call after each optimizer step. Gradients are accumulated and applied in float32.
+    Outside `in_place`, the denoiser has its float32 weights.
     """
 
     def __init__(self, denoiser: nn.Module, optimizer: torch.optim.Optimizer):
         from diffusers.models.embeddings import GaussianFourierProjection
 
-        exact = (GaussianFourierProjection,)  # frequencies of times
+        exact = (GaussianFourierProjection,)  # frequencies of the time embedding
         if all(each.device.type == "cpu" for each in denoiser.parameters()):
-            exact += (nn.GroupNorm, nn.LayerNorm)  # which a CPU computes in float32, as autocast has it, of any input
+            exact += (nn.GroupNorm, nn.LayerNorm)  # as with autocast, which computes these in float32 on a CPU
         self._places = [
             (owner, name)
             for owner in denoiser.modules()
@@ -60,15 +60,15 @@ class HalfCopy:
         self._is_stale = True
         self._forward = denoiser.forward
         denoiser.forward = self._without_autocast
-        unwrapped(optimizer).register_step_post_hook(self._grow_stale)
+        unwrapped(optimizer).register_step_post_hook(self._mark_stale)
 
-    def _grow_stale(self, *_: Any) -> None:
+    def _mark_stale(self, *_: Any) -> None:
         self._is_stale = True
 
     def _without_autocast(self, *arguments: Any, **named: Any) -> Any:
         if not self._is_active:
             return self._forward(*arguments, **named)
-        noisy, *rest = arguments  # times stay as they are: bfloat16 would round them
+        noisy, *rest = arguments  # not the timesteps, which bfloat16 would round
         if "encoder_hidden_states" in named:
             named["encoder_hidden_states"] = named["encoder_hidden_states"].bfloat16()
         with torch.autocast(noisy.device.type, enabled=False):
@@ -81,7 +81,7 @@ class HalfCopy:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it, for one forward and backward pass, the denoiser computes with the copy."""
+        """Context manager: the denoiser computes with the copy, for one forward and backward pass."""
         if self._is_stale:
             self._renew()
         self._is_active = True

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, found again, and pruned."""
+"""Checkpoints: written atomically, found, verified, and pruned."""
 
 import hashlib
 import itertools
@@ -35,18 +35,18 @@ HASHED_AT_ONCE = 2  # files
 STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
-READ_SUFFIXES = (".safetensors", ".json")  # of the files that a resumed run reads
-OWN_GROUP_OPTIONS = ("lr", "peak_lr", "weight_decay", "eps")  # a resumed run's own, not its checkpoint's
+READ_SUFFIXES = (".safetensors", ".json")  # suffixes of the files that a resumed run reads
+OWN_GROUP_OPTIONS = ("lr", "peak_lr", "weight_decay", "eps")  # taken from the run's options, not from the checkpoint
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a resumed run is compared with.
+    """The settings of a run that a resumed run is compared with.
 
     Attributes:
-        structure: the options that it must share.
-        training: what else changes the training, which it may change if asked: options by flag, and the data.
-        total_steps: optimizer steps of the whole run, on which some learning rates depend.
+        structure: settings that must be equal, by flag.
+        training: other settings that affect training, by flag, and the data; `--allow_changed_options` allows changes.
+        total_steps: optimizer steps of the whole run, on which some learning-rate schedules depend.
     """
 
     structure: dict[str, object]
@@ -56,16 +56,17 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class SavedState:
-    """What a run resumes from, beside weights and optimizer. The data's position and the rates follow from the step.
+    """The training state beside weights and optimizer. The data position and learning rates follow from the step.
 
     Attributes:
         step: optimizer steps done.
-        ema_updates: updates of the moving average, or None without one.
-        scaler: state of fp16's gradient scaler, or None.
-        samples_at_once: what memory allowed, where it was short; else None.
-        skipped_steps: of these, steps that had no finite loss and gradient.
-        skipped_in_a_row: the last of them, without one between.
-        attention: as of `Attention.raced`.
+        facts: the settings of the run.
+        ema_updates: updates of the moving average; None without one.
+        scaler: state of the fp16 gradient scaler, or None.
+        samples_at_once: samples per process that fitted into memory, if the run was out of memory; else None.
+        skipped_steps: steps without a finite loss and gradient.
+        skipped_in_a_row: consecutive skipped steps up to this one.
+        attention: the chosen attention kernel, as `Attention.raced`.
     """
 
     step: int
@@ -79,27 +80,27 @@ class SavedState:
 
 
 class Checkpoints:
-    """The folders `checkpoint-{step}` of a run's output folder."""
+    """The `checkpoint-{step}` folders of an output folder."""
 
     def __init__(self, folder: Path, limit: int | None):
         self.folder = folder
         self.limit = limit
-        self._kept: set[Path] = set()  # what could not be removed, and was warned of
+        self._kept: set[Path] = set()  # paths that could not be removed; each is warned of once
 
     def listed(self) -> list[Path]:
-        """The checkpoints by their names, oldest first; `checkpoint-007` is none."""
+        """Returns the folders named like checkpoints, oldest first; `checkpoint-007` is not one."""
         steps = {step_of(path): path for path in self.folder.glob("checkpoint-*") if os.path.isdir(path)}
         return [steps[step] for step in sorted(step for step in steps if step is not None)]
 
     def found(self) -> list[Path]:
-        """Those whose files are all there, in their sizes, oldest first."""
+        """Returns the checkpoints whose files all exist with the right sizes, oldest first."""
         return [path for path in self.listed() if not damage(path, by_content=False)]
 
     def resolve(self, asked: str | None) -> Path | None:
-        """The checkpoint that `--resume_from_checkpoint` names, or None to start anew; it is read and checked whole.
+        """Returns the checkpoint that `--resume_from_checkpoint` names, fully verified; None to start anew.
 
         Raises:
-            UserError: if a named checkpoint is not there or damaged, or those of `latest` are another program's.
+            UserError: if a named checkpoint is missing or damaged, or `latest` finds only another program's.
         """
         if asked is None:
             return None
@@ -110,7 +111,7 @@ class Checkpoints:
         if not os.path.isdir(path):
             there = ", ".join(found.name for found in self.found()) or "none"
             raise UserError(
-                f"--resume_from_checkpoint {asked} is no folder in {self.folder}, nor elsewhere; there are: {there}"
+                f"--resume_from_checkpoint {asked} is not a folder, in {self.folder} or elsewhere; checkpoints: {there}"
             )
         if foreign := foreign_kind(path):
             raise UserError(f"--resume_from_checkpoint {asked} {foreign}")
@@ -126,18 +127,26 @@ class Checkpoints:
             wrong = wrong or damage(path)
             if not wrong:
                 return path
-            logger.warning("--resume_from_checkpoint latest passes over %s: %s", path.name, wrong)
+            logger.warning("--resume_from_checkpoint latest skips %s: %s", path.name, wrong)
         if foreign:
             raise UserError(f"--resume_from_checkpoint latest: {foreign}, in another --output_dir")
         logger.warning("--resume_from_checkpoint latest: no checkpoint in %s, starting anew", self.folder)
         return None
 
     def save(self, step: int, jobs: Sequence[Callable[[Path], None]], is_alone: bool = False) -> Path:
-        """Has jobs fill a folder aside, makes it `checkpoint-{step}`, and then prunes the oldest.
+        """Writes a checkpoint to a temporary folder, renames it to `checkpoint-{step}`, and prunes the oldest.
 
-        What one job has written is hashed while the next one writes. Where `is_alone`, another process may be writing
-        one too, whose files are left.
+        The files of one job are hashed while the next job writes.
+
+        Args:
+            step: optimizer steps done.
+            jobs: functions that write files into the folder they are given.
+            is_alone: whether other processes may be writing the same checkpoint; their files are left alone.
+
+        Raises:
+            UserError: if it can't be written.
         """
+        # Write and hash the files in a temporary folder.
         target = self.folder / f"checkpoint-{step}"
         aside = self.folder / f".tmp-checkpoint-{step}-{os.getpid()}"
         if not is_alone:
@@ -155,8 +164,9 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"checkpoint-{step} can't be written to {self.folder}: {error}") from error
+        # Rename it into place.
         try:
-            replaced = self._give_way(target)
+            replaced = self._move_aside(target)
             os.replace(aside, target)
             sync_folder(self.folder)
         except OSError as error:
@@ -166,11 +176,11 @@ class Checkpoints:
         self._prune()
         return target
 
-    def _give_way(self, target: Path) -> Path | None:
-        """Renames what has a checkpoint's name, if anything has; gives it where it is to be removed.
+    def _move_aside(self, target: Path) -> Path | None:
+        """Renames an existing path of a checkpoint's name, and returns it if it is to be removed.
 
-        It is one that is not whole, or of a run that went further before it was resumed from an earlier step. What is
-        no checkpoint of this program's is kept.
+        That is an incomplete checkpoint, or one of a run that went further before it was resumed from an earlier step.
+        What is not a checkpoint of this program is kept under another name.
         """
         if not os.path.lexists(target):
             return None
@@ -180,18 +190,18 @@ class Checkpoints:
             os.replace(target, replaced)
             return replaced
         kept = _set_aside(target)
-        logger.warning("%s is no checkpoint of this run; it is %s now", target.name, kept.name)
+        logger.warning("%s is not a checkpoint of this run; renamed it to %s", target.name, kept.name)
         return None
 
     def clean(self) -> None:
-        """Removes what a killed run left half written."""
+        """Removes incomplete checkpoints left by a killed run."""
         for path in self.folder.glob(".tmp-checkpoint-*"):
             self._remove(path)
 
     def set_aside_after(self, step: int) -> None:
-        """Renames the checkpoints of later steps, which a run resumed from `step` has left behind.
+        """Renames the checkpoints of later steps than the one a run resumes from.
 
-        Else they would pass for its own, be resumed from, and keep its own from being kept.
+        Otherwise they would be taken for this run's, be resumed from, and cause its own to be pruned.
         """
         for path in self.found():
             if step_of(path) > step:
@@ -199,25 +209,27 @@ class Checkpoints:
                     aside = _set_aside(path)
                 except OSError as error:
                     raise UserError(f"{path}, of a later step, can't be renamed: {error}") from error
-                logger.warning("%s is of a run that this one does not resume from; it is %s now", path.name, aside.name)
+                logger.warning(
+                    "%s is of a run that this one does not resume from; renamed it to %s", path.name, aside.name
+                )
 
     def _prune(self) -> None:
         if self.limit is None:
             return
         for path in self.found()[: -self.limit]:
             if path.is_symlink():
-                self._keep(path, f"it is a link, to {os.path.realpath(path)}")
+                self._warn_not_removed(path, f"it is a link to {os.path.realpath(path)}")
                 continue
             doomed = self.folder / f".tmp-{path.name}-pruned-{os.getpid()}"
             try:
-                os.replace(path, doomed)  # so that it is no checkpoint any more while its files go
+                os.replace(path, doomed)  # so that no half-removed folder has a checkpoint's name
             except OSError as error:
-                self._keep(path, str(error))
+                self._warn_not_removed(path, str(error))
                 continue
             self._remove(doomed)
 
     def _remove(self, path: Path) -> None:
-        """Removes a folder, a file or a link; what it can't is warned of, once."""
+        """Removes a folder, a file or a link; warns once if it can't."""
         try:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -226,22 +238,22 @@ class Checkpoints:
         except FileNotFoundError:
             return
         except (OSError, RecursionError) as error:  # shutil can't remove folders nested a thousand deep
-            self._keep(path, str(error))
+            self._warn_not_removed(path, str(error))
 
-    def _keep(self, path: Path, reason: str) -> None:
+    def _warn_not_removed(self, path: Path, reason: str) -> None:
         if path not in self._kept:
-            logger.warning("%s can't be removed, though it is no longer needed: %s", path, reason)
+            logger.warning("%s is no longer needed but can't be removed: %s", path, reason)
         self._kept.add(path)
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a checkpoint's name says; None of what is not named as this program names them."""
+    """Returns the step in a checkpoint's name; None if it is not named like a checkpoint."""
     match = NAME.fullmatch(path.name)
     return None if match is None else int(match[1])
 
 
 def _set_aside(path: Path) -> Path:
-    """Gives a folder a name under which it is no checkpoint."""
+    """Renames a folder so that it is no longer taken for a checkpoint."""
     names = (f"abandoned-{path.name}" + (f"-{number}" if number else "") for number in itertools.count())
     aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
     path.rename(aside)
@@ -249,15 +261,13 @@ def _set_aside(path: Path) -> Path:
 
 
 def foreign_kind(path: Path) -> str:
-    """What another program's checkpoint is, with the cure; "" of one of this program's, and of what is none."""
+    """Returns what another program's checkpoint is, with the cure; "" for this program's and for other folders."""
     if (path / MANIFEST).exists() or not any((path / name).is_file() for name in ("optimizer.bin", "scheduler.bin")):
         return ""
     lora = next((path / name for name in LORA_FILES if (path / name).is_file()), None)
     weights = ""
     if (path / "unet").is_dir():
-        weights = (
-            f" from its weights: put {path / 'unet'} in the place of unet/ in a copy of the pipeline, and give that"
-        )
+        weights = f" from its weights: replace unet/ in a copy of the pipeline by {path / 'unet'}, and give that copy"
     elif lora is not None:
         weights = f" from its weights: --adaptation lora --lora_weights {lora}"
     programs = "another program's, such as diffusers' scripts, kohya's or SimpleTuner's"
@@ -268,7 +278,7 @@ LORA_FILES = ("pytorch_lora_weights.safetensors", "model.safetensors")
 
 
 def damage(path: Path, by_content: bool = True) -> str:
-    """What of a checkpoint is not as it was written, or ""; by the files' sizes, and by their content if asked."""
+    """Returns how a checkpoint differs from what was written, or "": by file sizes, and by content if asked."""
     try:
         return _wrong_files(path, by_content) or (_wrong_state(path) if by_content else "")
     except FileNotFoundError:
@@ -289,16 +299,16 @@ def _wrong_files(path: Path, by_content: bool) -> str:
         return f"{MANIFEST} lists no files"
     for name, facts in files.items():
         if not _is_inside(name):
-            return f"{MANIFEST} lists {short(name)}, which is no file in it"
+            return f"{MANIFEST} lists {short(name)}, which is not inside the checkpoint"
         if not (isinstance(facts, dict) and type(facts.get("size")) is int and isinstance(facts.get("sha256"), str)):
-            return f"{MANIFEST} does not say what {name} is"
+            return f"{MANIFEST} lacks the size or sha256 of {name}"
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != facts["size"]:
-            return f"{name} has {file.stat().st_size} bytes, {facts['size']} were written"
+            return f"{name} has {file.stat().st_size} bytes, but {facts['size']} were written"
         if by_content and _hash(file) != facts["sha256"]:
-            return f"{name} is not what was written (its sha256 differs)"
+            return f"{name} has changed since it was written (its sha256 differs)"
     there = [file.relative_to(path).as_posix() for file in _read_files(path) if file.suffix in READ_SUFFIXES]
     for name in (STATE, OPTIMIZER, *there):
         if name not in files and name != MANIFEST:
@@ -307,21 +317,21 @@ def _wrong_files(path: Path, by_content: bool) -> str:
 
 
 def _read_files(path: Path) -> list[Path]:
-    """The files of a checkpoint that a run may read: those in it and in its folders, and none below."""
+    """Returns the files of a checkpoint that a run may read: in the folder and one level below."""
     return [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if file.is_file()]
 
 
 def _is_inside(name: str) -> bool:
-    """Whether the name of a file leads nowhere but into the folder that it is in."""
+    """Whether a relative file name stays inside its folder."""
     parts = PurePosixPath(name).parts
     return bool(parts) and "\0" not in name and "\\" not in name and not {"..", "/"} & set(parts) and ":" not in name
 
 
 def _wrong_state(path: Path) -> str:
-    """What a run could not resume from, although the files are those that the manifest lists."""
+    """Returns why a run could not resume although all files are as listed in the manifest, or ""."""
     state = read_state(path)
     if step_of(path) not in (None, state.step):
-        return f"its state is that of step {state.step}"
+        return f"its state is from step {state.step}"
     for file in _read_files(path):
         if file.suffix != ".safetensors":
             continue
@@ -334,7 +344,7 @@ def _wrong_state(path: Path) -> str:
 
 
 class _Hashes:
-    """The digests of a folder's files, computed on threads while others are written."""
+    """SHA-256 digests of a folder's files, computed on threads while further files are written."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -348,7 +358,7 @@ class _Hashes:
         self._pool.shutdown(cancel_futures=True)
 
     def begin(self) -> list[tuple[Path, int, int]]:
-        """Begins with the files that are new, or are not as they were; gives all, each with its size and its time."""
+        """Starts hashing new and changed files; returns (path, size, modification time in ns) of all files."""
         files = [path for path in sorted(self._folder.rglob("*")) if path.is_file()]
         versions = [(path, (facts := path.stat()).st_size, facts.st_mtime_ns) for path in files]
         for version in versions:
@@ -357,7 +367,7 @@ class _Hashes:
         return versions
 
     def facts(self) -> dict[str, dict[str, int | str]]:
-        """What the manifest says of each file as it is now."""
+        """Returns the manifest entry (size, sha256) of each file as it is now."""
         return {
             str(version[0].relative_to(self._folder)): {"size": version[1], "sha256": self._found[version].result()}
             for version in self.begin()
@@ -370,7 +380,7 @@ def _hash(file: Path) -> str:
 
 
 class OptimizerContent(NamedTuple):
-    """An optimizer's state by the names of the parameters: tensors on the CPU, numbers, and those of its groups."""
+    """An optimizer's state by parameter name: tensors on the CPU, other numbers, and the numbers of its groups."""
 
     tensors: dict[str, Tensor]
     numbers: dict[str, dict[str, Any]]
@@ -380,7 +390,7 @@ class OptimizerContent(NamedTuple):
 def optimizer_content(
     engine: Engine, optimizer: torch.optim.Optimizer, parameters: list[NamedParameter], buffers: HostBuffers
 ) -> OptimizerContent:
-    """The optimizer's state as it is now, copied; for all to call where it is spread over the processes."""
+    """Returns a copy of the optimizer's state; all processes must call it if the state is sharded."""
     content = OptimizerContent({}, {}, _group_numbers(optimizer))
     for name, parameter, _ in parameters:
         for key, value in engine.optimizer_state(optimizer, parameter).items():
@@ -400,7 +410,7 @@ def write_state(folder: Path, state: SavedState, optimizer: OptimizerContent) ->
 
 
 def _group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float | int | bool]]:
-    """What some optimizers keep by group, such as the rate that Prodigy has found; as JSON keeps floats exactly."""
+    """Returns the numbers that an optimizer keeps per group, such as Prodigy's learning rate; JSON is exact."""
     return [
         {name: value for name, value in group.items() if isinstance(value, bool | int | float) and math.isfinite(value)}
         for group in optimizer.param_groups
@@ -408,7 +418,7 @@ def _group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float | i
 
 
 class _Saved(NamedTuple):
-    """What the state file of a checkpoint holds."""
+    """The content of a checkpoint's state file."""
 
     state: SavedState
     numbers: dict[str, dict[str, Any]]
@@ -416,10 +426,10 @@ class _Saved(NamedTuple):
 
 
 def read_state(folder: Path) -> SavedState:
-    """The training state of a checkpoint.
+    """Returns the training state of a checkpoint.
 
     Raises:
-        UserError: if it can't be read, or is none.
+        UserError: if the file can't be read or holds no training state.
     """
     return _read_saved(folder).state
 
@@ -432,22 +442,27 @@ def _read_saved(folder: Path) -> _Saved:
         raise UserError(f"{file} can't be read: {error.strerror or error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no training state")
+    # Fields that earlier releases did not write.
     values = {"samples_at_once": None, "skipped_steps": 0, "skipped_in_a_row": 0, "attention": None, **values}
     facts = values.get("facts")
     is_fact = isinstance(facts, dict) and {name: type(each) for name, each in facts.items()} == FACT_TYPES
     if not is_fact:
-        raise UserError(f"{file} does not say what options its run had")
+        raise UserError(f"{file} does not record the options of its run")
+    # Each field must be known and valid.
     known = {"facts", "optimizer", "optimizer_groups", *STATE_CHECKS}
     unknown = next((name for name in values if name not in known), None)
     if unknown is not None:
-        raise UserError(f"{file} holds {short(unknown)}, which is unknown here; a later version may have written it")
+        raise UserError(
+            f"{file} contains {short(unknown)}, which this version does not know; a later version may have written it"
+        )
     for name, is_right in STATE_CHECKS.items():
         if name not in values or not is_right(values[name]):
-            raise UserError(f"{file}: {name} is not what it should be: {short(values.get(name))}")
+            raise UserError(f"{file}: {name} has an invalid value: {short(values.get(name))}")
+    # The optimizer's numbers.
     numbers, groups = values.get("optimizer"), values.get("optimizer_groups", [])
     is_whole = isinstance(numbers, dict) and all(isinstance(each, dict) for each in numbers.values())
     if not (is_whole and isinstance(groups, list) and all(_are_numbers(group) for group in groups)):
-        raise UserError(f"{file} does not hold the optimizer's numbers")
+        raise UserError(f"{file} lacks the optimizer's numbers")
     state = SavedState(**{name: values[name] for name in STATE_CHECKS}, facts=RunFacts(**facts))
     return _Saved(state, numbers, groups)
 
@@ -473,31 +488,35 @@ STATE_CHECKS: dict[str, Callable[[object], bool]] = {
 
 
 def check_structure(folder: Path, structure: dict[str, object]) -> None:
-    """Refuses a checkpoint that was made with other options than `structure`, each of which is named."""
+    """Refuses a checkpoint made with a different `structure`; names each option that differs."""
     if changes := _changes(structure, read_state(folder).facts.structure):
-        raise UserError(f"{folder} can't be gone on from with {changes}; give the options it was made with")
+        raise UserError(f"can't resume from {folder}: {changes}; give the options it was made with")
 
 
 def check_training(
     folder: Path, training: dict[str, object], may_change: bool, defaults: Mapping[str, object] = MappingProxyType({})
 ) -> None:
-    """Refuses, or where it may change names, what else changes the training and is not as the checkpoint has it.
+    """Refuses a checkpoint whose other training options differ; if `may_change`, warns of them instead.
 
     Args:
-        defaults: the values of what a checkpoint of an earlier release does not say.
+        training: this run's options, by flag.
+        may_change: whether they may differ.
+        defaults: values of options that a checkpoint of an earlier release does not record.
     """
     changes = _changes(training, {**defaults, **read_state(folder).facts.training})
     if changes and not may_change:
         cure = "give the options it was made with, or --allow_changed_options"
-        raise UserError(f"{folder} was made otherwise than with {changes}; {cure}")
+        raise UserError(f"can't resume from {folder}: {changes}; {cure}")
     if changes:
         logger.warning("resuming from %s with %s", folder, changes)
 
 
 def _changes(now: dict[str, object], then: dict[str, object]) -> str:
-    """The options that differ, each with its value now and then."""
+    """Returns the options that differ, each with its value now and in the checkpoint."""
     now = json.loads(json.dumps(now))
-    return ", ".join(f"--{name} {now[name]} (it was {then.get(name)})" for name in now if then.get(name) != now[name])
+    return ", ".join(
+        f"--{name} {now[name]} (the checkpoint used {then.get(name)})" for name in now if then.get(name) != now[name]
+    )
 
 
 def load_optimizer(
@@ -506,17 +525,17 @@ def load_optimizer(
     """Restores the optimizer's state from a checkpoint.
 
     Raises:
-        UserError: if the checkpoint's parameters are others than these.
+        UserError: if the checkpoint has parameters that this run does not train.
     """
     _, saved, own_groups = _read_saved(folder)
     on_cpu = {name for name, parameter, _ in parameters if parameter.device.type == "cpu"}
     for name, tensor in read_safetensors(folder / OPTIMIZER).items():
         parameter_name, _, key = name.rpartition("/")
-        # a tensor that stays where it is would keep the file mapped, which Windows then does not let be pruned
+        # a tensor that is not copied keeps the file mapped, and Windows can't remove mapped files
         saved.setdefault(parameter_name, {})[key] = tensor.clone() if parameter_name in on_cpu else tensor
     unknown = set(saved) - {name for name, _, _ in parameters}
     if unknown:
-        raise UserError(f"{folder} trains {min(unknown)}, which this run does not; give the options it was made with")
+        raise UserError(f"{folder} trains {min(unknown)}, but this run does not; give the options it was made with")
     groups = [
         {name: value for name, value in numbers.items() if name not in OWN_GROUP_OPTIONS} for numbers in own_groups
     ]
@@ -525,7 +544,7 @@ def load_optimizer(
 
 
 def _sync(folder: Path) -> None:
-    """Has the disk hold every file below the folder before it gets its final name."""
+    """Flushes every file and folder below a folder to disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             sync_file(path)

@@ -1,4 +1,4 @@
-"""The classes of the images of a run, in the order of their numbers."""
+"""The image classes of a run, in the order of their numbers."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,36 +15,36 @@ from utils.training.session import Session
 
 
 class Classes(NamedTuple):
-    """The classes of the images.
+    """The image classes.
 
     Attributes:
-        names: in the order of their numbers; none without classes.
-        counts: how many images have each.
+        names: class names in the order of their numbers; empty without classes.
+        counts: number of images by class.
     """
 
     names: list[str]
     counts: Mapping[str, int]
 
     def describe(self) -> str:
-        """How many images each class has, in words."""
+        """Returns the number of images of each class as text."""
         return describe_counts(self.names, self.counts) if self.names else "no classes"
 
 
 def find_classes(options: TrainingOptions, session: Session, data: TrainingData) -> Classes:
-    """The classes of the images, in the order of the checkpoint's, where the run resumes.
+    """Finds the image classes; a resumed run keeps the checkpoint's order.
 
     Raises:
-        UserError: if classes are asked for and there are fewer than two.
+        UserError: if --class_conditional is given and there are fewer than two classes.
     """
     counts = count_classes(data.images.records) if options.captions.class_conditional else Counter()
     return Classes(session.resumption.class_order(_class_names(options, data.images, counts)), counts)
 
 
 def _class_names(options: TrainingOptions, images: PlannedImages, counts: Mapping[str, int]) -> list[str]:
-    """The names of the classes, in the order of their numbers; none without classes.
+    """Returns the class names in the order of their numbers; empty without --class_conditional.
 
     Args:
-        counts: how many images have each.
+        counts: number of images by class.
 
     Raises:
         UserError: if there are fewer than two.
@@ -59,8 +59,8 @@ def _class_names(options: TrainingOptions, images: PlannedImages, counts: Mappin
         is_split = split.lower() in ALL_SPLIT_WORDS and options.source.caption_column is None
         taken = f", as the folder {split} is taken for a split" if is_split else ""
         raise UserError(
-            f"--class_conditional needs at least two classes, got {found}{taken}; put images into a folder for each, "
-            "or name a --label_column"
+            f"--class_conditional needs at least two classes, got {found}{taken}; put the images of each class into "
+            "its own folder, or give --label_column"
         )
     warn_of_twins(names)
     return names

@@ -1,4 +1,4 @@
-"""The images a run trains on, in the order its steps take them, and the batches made of them."""
+"""The training data of a run: its images, their order, and the loader of their batches."""
 
 import logging
 from collections.abc import Iterator
@@ -28,19 +28,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainingData:
-    """What a run trains on, and for how many steps.
+    """The data a run trains on, and the number of steps.
 
     Attributes:
         preparation: lists images, fills the cache, and reports what became of each file.
-        images: those that are trained on, assigned to buckets.
-        held_out_images: those that the validation loss is measured on, if any.
-        batches: which images stand in the global batch of each step.
+        images: the training images, assigned to buckets.
+        held_out_images: the images for the validation loss, if any.
+        batches: which images are in the global batch of each step.
         total_steps: optimizer steps of the whole run.
         resolution: edge of a square image in pixels.
-        group_size: samples of one bucket that stand together.
-        num_workers: loader processes of this process.
-        encodings: of the cache, once `encode` has filled it.
-        held_out: the held-out images, once `encode` has encoded them.
+        group_size: number of consecutive samples from the same bucket.
+        num_workers: loader workers of this process.
+        encodings: the cached encodings, once `encode` has filled the cache.
+        held_out: the encoded held-out images, once `encode` has run.
     """
 
     preparation: DataPreparation
@@ -53,14 +53,14 @@ class TrainingData:
     num_workers: int
     encodings: Encodings = field(default_factory=Encodings)
     held_out: HeldOut | None = None
-    _unreadable: dict[str, str] = field(default_factory=dict)  # found by this process and not yet told to the others
+    _unreadable: dict[str, str] = field(default_factory=dict)  # found by this process, not yet sent to the others
 
     @classmethod
     def plan(cls, options: TrainingOptions, session: Session, resolution: int) -> Self:
         """Lists the images, assigns them to buckets, and fixes their order for every step.
 
         Raises:
-            UserError: if there is nothing to train on, or too much of it can't be read.
+            UserError: if there are no images to train on, or too many can't be read.
         """
         resumption, num_processes = session.resumption, session.accelerator.num_processes
         preparation = _preparation(options, session)
@@ -75,11 +75,11 @@ class TrainingData:
 
     @property
     def sizes_vary(self) -> bool:
-        """Whether batches are of several sizes."""
+        """Whether batches have several image sizes."""
         return len(self.images.plan.sizes) > 1
 
     def encode(self, options: TrainingOptions, session: Session, task: Task) -> None:
-        """Moves the model to the device, encodes held-out images and what is to be cached, and writes the report."""
+        """Moves the model to the device, encodes the held-out images, fills the cache, and writes the data report."""
         task.move_to_device(options, session)
         self._settle_scaling(options, session, task.family)
         session.requests.check()
@@ -90,7 +90,7 @@ class TrainingData:
         self.write_report()
 
     def _settle_scaling(self, options: TrainingOptions, session: Session, family: Family) -> None:
-        """Scales latents whose VAE says no scaling by what is measured on the data, or was before the run resumed."""
+        """Sets the latent scaling of a VAE without one: measured on the data, or the one measured before a resume."""
         if not family.measures_scaling:
             return
 
@@ -103,17 +103,17 @@ class TrainingData:
         family.rescale(on_main_process(session.accelerator, settle))
 
     def note_unreadable(self, found: dict[str, str]) -> int:
-        """Remembers images that could not be read, until all processes are told; returns how many are new."""
+        """Notes images that could not be read, until `share_unreadable` sends them; returns how many are new."""
         new = {key: why for key, why in found.items() if key not in self.images.bad and key not in self._unreadable}
         self._unreadable |= new
         return len(new)
 
     def share_unreadable(self) -> None:
-        """Tells all processes of images that one could not read; for all to call."""
+        """Sends unreadable images to all processes; all processes must call it."""
         self.preparation.share_unreadable(self._unreadable, self.images)
 
     def write_report(self) -> None:
-        """Writes `data_report.json`, and a line for each file to `data_report.jsonl`."""
+        """Writes `data_report.json`, and `data_report.jsonl` with a line per file."""
         self.preparation.write_report(self.images)
 
 
@@ -122,13 +122,13 @@ class Feed:
     """This process's samples, step by step.
 
     Attributes:
-        dataset: makes them.
-        at_once: samples that a process takes at once, where memory allows it.
-        group_size: samples of one bucket that stand together.
-        num_workers: loader processes of this process.
-        pieces: the micro-batches of each step.
-        waiting: how long the training waited for the current step's data.
-        steps: (step, its micro-batches), from the first step to the last.
+        dataset: loads the samples.
+        at_once: samples that a process computes at once if memory allows.
+        group_size: number of consecutive samples from the same bucket.
+        num_workers: loader workers of this process.
+        pieces: which samples are in the micro-batches of each step.
+        waiting: time that training waited for the current step's data.
+        steps: yields (step, its micro-batches), from the first step to the last.
     """
 
     dataset: TrainingDataset
@@ -141,7 +141,7 @@ class Feed:
 
     @classmethod
     def start(cls, options: TrainingOptions, session: Session, data: TrainingData, task: Task, steps: range) -> Self:
-        """Starts the loader of some optimizer steps."""
+        """Starts the loader for a range of optimizer steps."""
         accelerator, family, loader, batches = session.accelerator, task.family, options.loader, data.batches
         space = family.latent_space
         spec = SampleSpec(space.shape, family.tokenizer(), options.cache.cut_variants, options.cache.text_variants)
@@ -156,7 +156,7 @@ class Feed:
         return cls(dataset, at_once, data.group_size, data.num_workers, pieces, waiting, by_step)
 
     def largest(self, timestep: int) -> Batch:
-        """As `TrainingDataset.largest`, of as many samples as are taken at once."""
+        """Returns the largest batch of the run, of `at_once` samples, at a timestep."""
         return self.dataset.largest(self.at_once, timestep)
 
 
@@ -181,7 +181,7 @@ def _preparation(options: TrainingOptions, session: Session) -> DataPreparation:
 
 
 def own_folders(options: TrainingOptions, folder: OutputFolder) -> dict[Path, Fate]:
-    """The folders that the run itself writes to, whose files are no data."""
+    """Returns the folders that the run itself writes to, whose files are not data."""
     found = {folder.path: Fate(OWN, "the output of this run"), options.cache.folder: Fate(OWN, "the cache of this run")}
     if options.data.cache_dir is not None:
         found[Path(options.data.cache_dir)] = Fate(OWN, "the folder of --cache_dir")

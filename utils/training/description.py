@@ -1,4 +1,4 @@
-"""A run in words: the plan that is printed before it starts, and the settings that its model card names."""
+"""Describes a run: the plan printed before it starts, and the settings listed in its model card."""
 
 from utils.config.terminal import one_line, print_line
 from utils.training.data import TrainingData
@@ -14,8 +14,9 @@ from utils.training.task import Task
 def describe_run(
     options: TrainingOptions, session: Session, data: TrainingData, rates: LearningRates, task: Task
 ) -> str:
-    """What trains on what and for how long, a fact a line: what `--dry_run` prints."""
+    """Returns the plan of a run as `--dry_run` prints it: model, data and length, one fact per line."""
     accelerator, loader, schedule, batches = session.accelerator, options.loader, rates.schedule, data.batches
+    # Trained parameters and batch size.
     trained = {
         name: sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         for name, module in task.modules.items()
@@ -24,11 +25,13 @@ def describe_run(
     sizes = f"{loader.train_batch_size} x {loader.gradient_accumulation_steps} accumulated"
     if loader.global_batch_size is not None:
         sizes = f"at most {loader.train_batch_size} at once"
+    # Length, and the learning-rate schedule.
     has_warmup = schedule.lr_scheduler not in WITHOUT_WARMUP and schedule.lr_warmup_steps
     warmup = f" after {schedule.lr_warmup_steps} steps of warm-up" if has_warmup else ""
     epochs = float(rates.total_steps * batches.size / batches.samples_per_epoch)
     held_out = "" if data.held_out_images is None else f"; {len(data.held_out_images.records):,} held out"
     optimizer = rates.optimizer
+    # One line per fact, then what the run writes to disk.
     facts = {
         "model": task.origin,
         "adaptation": f"{task.method}, {sum(trained.values()):,} parameters train: {parts}",
@@ -47,14 +50,14 @@ def describe_run(
 
 
 def report_dry_run(plan: str, session: Session, data: TrainingData, task: Task) -> None:
-    """Prints the plan and what was found in the data, and draws what the model will see."""
+    """Prints the plan and the findings on the data, and draws a contact sheet of what the model will see."""
     if session.accelerator.is_main_process:
         print_line(plan)
         print_line(examine_data(data.preparation, task.family, data.images, data.batches, session.folder.path))
 
 
 def card_settings(options: TrainingOptions, data: TrainingData, steps: int) -> list[tuple[str, object]]:
-    """The settings that a model card names."""
+    """Returns the (name, value) settings that a model card lists."""
     return [
         ("optimizer steps", steps),
         ("global batch", data.batches.size),

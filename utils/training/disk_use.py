@@ -1,4 +1,4 @@
-"""What a run writes to the disk, known before it trains: checkpoints, snapshots of averages, the result."""
+"""Estimates what a run writes to disk: checkpoints, snapshots of averages, the result."""
 
 import logging
 import math
@@ -22,13 +22,13 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class DiskUse:
-    """Bytes of what a run writes.
+    """Bytes that a run writes.
 
     Attributes:
-        checkpoint: of each.
-        num_kept: checkpoints that are kept at once, at the most.
-        snapshots: of all of `--ema_lengths`.
-        result: of the exported pipeline or adapter.
+        checkpoint: bytes of each checkpoint.
+        num_kept: largest number of checkpoints on disk at once.
+        snapshots: bytes of all snapshots of `--ema_lengths`.
+        result: bytes of the exported pipeline or adapter.
     """
 
     checkpoint: int
@@ -38,7 +38,7 @@ class DiskUse:
 
     @property
     def total(self) -> int:
-        """At the most at once: a checkpoint is written whole before the oldest is removed."""
+        """Largest number of bytes on disk at once."""
         return self.checkpoint * self.num_kept + self.snapshots + self.result
 
     def __str__(self) -> str:
@@ -50,10 +50,12 @@ class DiskUse:
 def disk_use(
     adaptation: Adaptation, optimizer: str, ema: EmaOptions, checkpoint: CheckpointOptions, steps: range
 ) -> DiskUse:
-    """What a run of some optimizer steps writes.
+    """Estimates what a run writes to disk.
 
     Args:
-        steps: from the first, which is 0 or a checkpoint's, to the last.
+        adaptation: which weights train.
+        optimizer: its name in `OPTIMIZERS`.
+        steps: from the first optimizer step (0 or the checkpoint's) to the last.
     """
     num_trained = _num_parameters(adaptation.modules.values(), are_trained=True)
     parts = [part for part in adaptation.family.pipeline.components.values() if isinstance(part, nn.Module)]
@@ -72,27 +74,27 @@ def disk_use(
 
 
 def _num_parameters(modules: Iterable[nn.Module], are_trained: bool = False) -> int:
-    """The parameters of modules, or those that are trained."""
+    """Counts the parameters of modules, or only those that train."""
     found = (each for module in modules for each in module.parameters() if each.requires_grad or not are_trained)
     return sum(each.numel() for each in found)
 
 
 def _due(interval: int, steps: range) -> range:
-    """The multiples of an interval after the first step, up to the last."""
+    """Returns the multiples of an interval after the first step, up to the last, divided by the interval."""
     return range(math.floor(steps.start / interval) + 1, math.floor(steps.stop / interval) + 1)
 
 
 def describe_disk(use: DiskUse, folder: Path, checkpoint: CheckpointOptions) -> str:
-    """The plan's line on what is written and what is free; warns where it does not fit."""
+    """Returns the plan's line on disk use and free space; warns if the run does not fit."""
     place = next((path for path in (folder, *folder.resolve().parents) if path.exists()), Path(os.sep))
     try:
         free = shutil.disk_usage(place).free
     except OSError as error:
-        return f"\n  {'disk':<14} {use}; how much is free is not known: {first_line(error)}"
+        return f"\n  {'disk':<14} {use}; free space is unknown: {first_line(error)}"
     if use.total > free:
-        cure = "give --checkpoints_total_limit 2" if checkpoint.checkpoints_total_limit is None else "free some"
+        cure = "give --checkpoints_total_limit 2" if checkpoint.checkpoints_total_limit is None else "free disk space"
         logger.warning(
-            "the disk of %s has %s free, and the run writes up to %s; %s, or the run ends when it is full",
+            "the disk of %s has %s free, but the run writes up to %s; %s, or the run fails when the disk is full",
             *(folder, size_text(free), use, cure),
         )
     return f"\n  {'disk':<14} {use}; {size_text(free)} free"

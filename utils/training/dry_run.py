@@ -1,4 +1,4 @@
-"""The dataset doctor: what a dry run says of the data, and a sheet of what the model will really see."""
+"""Examines the data in a dry run: reports problems, and draws a contact sheet of what the model will see."""
 
 import itertools
 import textwrap
@@ -30,9 +30,9 @@ from utils.training.preparation import DataPreparation
 MOST_DECODED = 20_000
 TILE = 192
 CAPTION_LINES = 4
-DIMMED = 0.25  # brightness of what a mask leaves out
+DIMMED = 0.25  # brightness of masked-out areas
 SHEET_TILES = 24
-STREAMED_SAMPLES = 200  # of a stream, which are examined
+STREAMED_SAMPLES = 200  # samples of a stream to examine
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,16 @@ class Diagnosis:
     """What a dry run found in the data.
 
     Attributes:
-        num_decoded: images that were decoded whole to find broken ones.
-        broken: why an image can't be decoded though its header can be read, by its name.
-        duplicates: names of images of the same bytes, a list each.
-        token_counts: [texts] tokens of each distinct caption.
-        cut_captions: some of those that are longer than what the model reads.
-        cropped: [N] share of each image's area that is cropped away.
-        enlarged: [N] factor by which each image is enlarged; under 1 it is reduced.
-        cache_bytes: what `--cache_latents` and `--cache_text_embeddings` would take, by kind.
+        num_decoded: images that were fully decoded to find broken ones.
+        broken: reason by image name, for images whose header can be read but that can't be decoded.
+        duplicates: one list of names for each set of images with identical bytes.
+        token_counts: [texts] number of tokens of each distinct caption.
+        max_tokens: tokens that the model reads.
+        cut_captions: some of the captions that are longer than that.
+        cropped: [N] fraction of each image's area that is cropped away.
+        enlarged: [N] factor by which each image is enlarged; below 1 it is reduced.
+        steps_per_epoch: optimizer steps per epoch.
+        cache_bytes: bytes that `--cache_latents` and `--cache_text_embeddings` would take, by kind.
     """
 
     images: PlannedImages = field(repr=False)
@@ -63,15 +65,16 @@ class Diagnosis:
     cache_bytes: dict[str, int]
 
     def lines(self) -> list[str]:
-        """The diagnosis in words, a finding a line."""
+        """Returns the findings as text, one per line."""
         images = self.images
         bad = images.bad | self.broken
         sizes = images.survey.sizes
+        # A label of 15 columns, then the finding.
         shown = [
             f"images         {len(images.records):,} of {images.num_listed:,} listed",
             f"sizes          {_span(sizes[:, 0])} wide, {_span(sizes[:, 1])} high",
             *self._bucket_lines(),
-            f"cropped away   {self.cropped.mean():.1%} of an image's area on average; over 20 % of "
+            f"cropped away   {self.cropped.mean():.1%} of an image's area on average; over 20 % in "
             f"{int((self.cropped > 0.2).sum()):,} images; {self._worst(self.cropped, '{:.0%}')}",
             f"enlarged       {int((self.enlarged > 1).sum()):,} images; {self._worst(self.enlarged, '{:.2f} times')}",
             f"captions       {len(self.token_counts):,} distinct, {images.missing_captions:,} images without one; "
@@ -84,9 +87,9 @@ class Diagnosis:
             f"cut captions   {int((self.token_counts > self.max_tokens).sum()):,} have over {self.max_tokens} tokens"
             + (", see --max_token_length" if len(self.cut_captions) else ""),
             *(f"               {textwrap.shorten(caption, 100)}" for caption in self.cut_captions[:3]),
-            f"duplicates     {sum(len(names) - 1 for names in self.duplicates):,} images have the bytes of another",
+            f"duplicates     {sum(len(names) - 1 for names in self.duplicates):,} images are byte-identical to another",
             *(f"               {' = '.join(names[:4])}" for names in self.duplicates[:5]),
-            f"bad files      {len(bad):,} of {images.num_listed:,}; {self.num_decoded:,} images were decoded for it",
+            f"bad files      {len(bad):,} of {images.num_listed:,}; {self.num_decoded:,} decoded to find them",
             *(f"               {name}: {reason}" for name, reason in list(bad.items())[:20]),
             *(f"left out       {count:,}: {reason}" for reason, count in images.filtered.items()),
             *(f"converted      {count:,}: {name}" for name, count in images.survey.oddity_counts().items()),
@@ -96,7 +99,7 @@ class Diagnosis:
         return [f"  {line}" for line in shown]
 
     def record(self) -> dict[str, object]:
-        """The diagnosis as JSON-ready values, complete."""
+        """Returns all findings as JSON-ready values."""
         return self.images.report() | {
             "unreadable": dict(sorted((self.images.bad | self.broken).items())),
             "decoded": self.num_decoded,
@@ -119,7 +122,7 @@ class Diagnosis:
             lines.append(f"{head}{width:>5} x {height:<5}{counts[number]:>9,} images, {cropped:6.1%} cropped away")
         for (width, height), count, goals in plan.merged:
             others = ", ".join(f"{goal[0]}x{goal[1]}" for goal in goals)
-            lines.append(f"{' ' * 15}{width:>5} x {height:<5}{count:>9,} images moved to {others}: under a group")
+            lines.append(f"{' ' * 15}{width:>5} x {height:<5}{count:>9,} images moved to {others}: fewer than a group")
         return lines
 
     def _worst(self, values: np.ndarray, form: str) -> str:
@@ -136,10 +139,14 @@ def examine(
     cache_bytes: dict[str, int],
     folder: Path,
 ) -> Diagnosis:
-    """Decodes the images, compares those of equal length, and measures what the buckets cost.
+    """Decodes the images, finds duplicates, and measures how much the buckets crop and enlarge.
 
     Args:
-        folder: where the facts of files are remembered.
+        texts: the distinct captions.
+        token_counts: tokens of each caption.
+        max_tokens: tokens that the model reads.
+        cache_bytes: bytes that the cache would take, by kind.
+        folder: folder of remembered file facts (sizes, digests).
     """
     counts = np.fromiter(token_counts, np.int64, len(texts))
     long = [texts[index] for index in np.argsort(-counts, kind="stable")[:3] if counts[index] > max_tokens]
@@ -160,7 +167,7 @@ def examine(
 
 
 def decode_all(records: Records) -> tuple[int, dict[str, str]]:
-    """(how many images were decoded, why some can't be, by name); of very many, evenly spread ones."""
+    """Returns (number of images decoded, reason by name for those that failed); samples evenly if there are many."""
     chosen = np.unique(np.linspace(0, len(records) - 1, min(len(records), MOST_DECODED)).astype(int))
     broken: dict[str, str] = {}
     with progress_bar(total=len(chosen), desc="decoding images", leave=False) as progress:
@@ -181,7 +188,7 @@ def _decode(records: Records, indices: np.ndarray) -> dict[str, str]:
 
 
 def find_duplicates(images: PlannedImages, folder: Path) -> list[list[str]]:
-    """Names of images of the same bytes; only those of equal length are read."""
+    """Returns lists of names of byte-identical images; reads only files of equal length."""
     lengths = images.survey.num_bytes
     values, counts = np.unique(lengths[lengths >= 0], return_counts=True)
     add_digests(images.survey, images.records, np.isin(lengths, values[counts > 1]), folder, show_progress=True)
@@ -192,14 +199,14 @@ def find_duplicates(images: PlannedImages, folder: Path) -> list[list[str]]:
 
 
 def cropped_away(sizes: np.ndarray, plan: BucketPlan) -> np.ndarray:
-    """[N] the share of each image's area that its bucket does not show."""
+    """Returns the fraction of each image's area that its bucket crops away, [N]."""
     targets = np.array(plan.sizes)[plan.bucket_of]
     scale = (targets / sizes).max(1)
     return 1 - targets.prod(1) / (sizes.astype(np.float64).prod(1) * scale**2)
 
 
 class Seen(NamedTuple):
-    """A sample of the first steps: where it stands, and the records that its draw is of."""
+    """A sample of the first steps: its records, its draw from them, and its step and slot in the batch."""
 
     records: Records | StreamedRecords
     draw: Draw
@@ -208,14 +215,14 @@ class Seen(NamedTuple):
 
 
 def first_seen(images: PlannedImages, batches: GlobalBatches, count: int) -> Iterator[Seen]:
-    """The samples of the first steps."""
+    """Yields the samples of the first steps."""
     for number in range(min(count, 4 * len(images.records))):
         step, slot = divmod(number, batches.size)
         yield Seen(images.records, batches.draw(step, slot), step, slot)
 
 
 def first_streamed(images: StreamedImages, batches: StreamedBatches, count: int) -> Iterator[Seen]:
-    """The samples of a stream's first steps, which are read for it."""
+    """Reads and yields the samples of a stream's first steps."""
     pieces = images.pieces(batches, batches.group_size, 0, 1, 0, -(-count // batches.size))
     for piece in pieces:
         for place, slot in enumerate(piece.slots):
@@ -225,9 +232,9 @@ def first_streamed(images: StreamedImages, batches: StreamedBatches, count: int)
 def examine_stream(
     images: StreamedImages, samples: Sequence[Seen], count_tokens: Callable[[list[str]], np.ndarray], max_tokens: int
 ) -> list[str]:
-    """What the first samples of a stream are like, a finding a line."""
+    """Returns the findings on the first samples of a stream, one per line."""
     if not samples:
-        return [f"  none came of {images.describe()}"]
+        return [f"  no samples came from {images.describe()}"]
     texts = sorted({caption for seen in samples for caption in seen.records.captions(seen.draw.record)})
     tokens, broken = count_tokens(texts), {}
     buckets: Counter[tuple[int, int]] = Counter()
@@ -239,10 +246,10 @@ def examine_stream(
             broken[records.key(draw.record)] = reason_of(error)
     bad = dict(bad for seen in samples for bad in seen.records.bad) | broken
     return [
-        f"  the first {len(samples)} of {images.describe()}, as they come",
+        f"  the first {len(samples)} samples of {images.describe()}, in stream order",
         *(f"  buckets        {width:>5} x {height:<5}{count:>6}" for (width, height), count in sorted(buckets.items())),
         f"  captions       {len(texts):,} distinct; {_span(tokens)} tokens; {int((tokens > max_tokens).sum())} are cut",
-        f"  no caption     {images.counts['missing_captions']:,} of {images.counts['read']:,} that were read",
+        f"  no caption     {images.counts['missing_captions']:,} of {images.counts['read']:,} read",
         f"  bad files      {len(bad):,}",
         *(f"                 {name}: {reason}" for name, reason in list(bad.items())[:20]),
         *(f"  masks          {line}" for line in images.census.warnings()),
@@ -256,11 +263,12 @@ def examine_data(
     batches: GlobalBatches | StreamedBatches,
     folder: Path,
 ) -> str:
-    """What the dataset doctor finds, a fact a line; what the model will see is drawn, and all of it written down."""
+    """Returns the findings on the data, one per line; writes the contact sheet and `dry_run_report.json`."""
     check_writable("output_dir", folder, is_folder=True)
     sheet, report = folder / "contact_sheet.png", folder / "dry_run_report.json"
     cache, tokenize = preparation.cache, family.tokenizer()
     variants = cache.cut_variants, cache.text_variants
+    # A stream: its first samples.
     if isinstance(images, StreamedImages):
         samples = list(first_streamed(images, batches, STREAMED_SAMPLES))
         images.census.check()
@@ -268,6 +276,7 @@ def examine_data(
         lines = examine_stream(images, samples, tokenize.num_tokens, tokenize.max_tokens)
         lines = [*(f"  {line}" for line in preparation.ledger.lines()), *lines]
         return "\n".join(["data", *map(one_line, lines), f"  seen by the model: {sheet}"])
+    # Listed images: all of them.
     texts = preparation.texts(images)
     cache_bytes = preparation.cache_bytes(family, images, len(texts))
     counts = tokenize.num_tokens(texts)
@@ -287,14 +296,19 @@ def draw_sheet(
     variants: tuple[int | None, int | None],
     file: Path,
 ) -> None:
-    """Draws a PNG of what the model will see in its first steps, cut and mirrored as it will be, captions below.
+    """Draws a PNG contact sheet of what the model will see in its first steps: cropped, flipped, captions below.
 
-    What a mask leaves out is dark.
+    Masked-out areas are dimmed.
 
     Args:
-        sizes: widths and heights of the buckets.
-        variants: passes after which crops, and orders of tags, come again; or None.
+        samples: the samples of the first steps, in order.
+        sizes: (width, height) of the buckets in pixels.
+        options: how images are cropped and flipped.
+        seed: seed of the run.
+        variants: number of passes after which crops and tag orders repeat; None where they do not.
+        file: the PNG to write.
     """
+    # One tile per sample; unreadable images are skipped.
     tiles = []
     for records, draw, step, slot in itertools.islice(samples, SHEET_TILES):
         text, dropped = text_of(records, draw, seed, step, slot, variants[1])
@@ -309,12 +323,13 @@ def draw_sheet(
         except (OSError, ValueError):
             continue
         counted = 1.0
-        if found.mask is not None:  # where the loss does not count, it is dark
+        if found.mask is not None:  # dim areas where the loss does not count
             counted = found.mask / 255 * (1 - DIMMED) + DIMMED
         shown = (found.pixels * counted).astype(np.uint8).transpose(1, 2, 0)
         pixels = Image.fromarray(shown[:, :, 0] if shown.shape[2] == 1 else shown).convert("RGB")
         caption = "(caption dropped)" if dropped else text or "(no caption)"
         tiles.append(_tile(pixels, f"{width}x{height}", caption))
+    # Arrange the tiles in a grid.
     columns = min(6, max(1, len(tiles)))
     rows = -(-len(tiles) // columns)
     width, height = TILE + 16, TILE + 16 + 14 * (CAPTION_LINES + 1)
@@ -336,13 +351,13 @@ def _tile(image: Image.Image, size: str, text: str) -> Image.Image:
     for number, line in enumerate(lines, start=1):
         try:
             draw.text((8, TILE + 10 + 14 * number), line, fill="black", font=font)
-        except UnicodeError:  # PIL's built-in font without FreeType knows Latin letters alone
+        except UnicodeError:  # without FreeType, PIL's built-in font has Latin letters only
             draw.text((8, TILE + 10 + 14 * number), line.encode("ascii", "replace").decode(), fill="black", font=font)
     return tile
 
 
 def _span(values: np.ndarray) -> str:
-    """Smallest, median and largest."""
+    """Formats the smallest, largest and median value."""
     return f"{int(values.min()):,} to {int(values.max()):,} (median {int(np.median(values)):,})"
 
 

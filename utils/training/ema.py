@@ -1,4 +1,4 @@
-"""The exponential moving average of the trained weights."""
+"""The exponential moving average (EMA) of the trained weights."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from utils.runtime.sharding import is_sharded, own_part, put_in_place, spread_like
 from utils.training.options import EmaOptions
 
-CHUNK = 256 << 20  # bytes of weights that are copied at once to be averaged
+CHUNK = 256 << 20  # bytes of weights to copy at a time for averaging
 
 
 def _chunks(sizes: Sequence[int]) -> list[slice]:
-    """Consecutive tensors of CHUNK bytes together, or of one that has more."""
+    """Returns slices of consecutive tensors of at most CHUNK bytes together; a larger tensor is a slice of its own."""
     found, begin, held = [], 0, 0
     for place, size in enumerate(sizes):
         if held and held + size > CHUNK:
@@ -25,13 +25,13 @@ def _chunks(sizes: Sequence[int]) -> list[slice]:
 
 
 class Staging:
-    """Host memory through which tensors of a GPU come, taken once: pinned, so that they come in one wait."""
+    """Pinned host memory, allocated once, through which GPU tensors are copied with a single wait."""
 
     def __init__(self):
         self._memory = torch.empty(0)
 
     def take(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Float32 tensors on the host, which last until the next ones are taken."""
+        """Returns float32 copies on the host, valid until the next call."""
         if all(value.device.type == "cpu" for value in values):
             return list(values)
         count = sum(value.numel() for value in values)
@@ -48,9 +48,9 @@ class Staging:
 
 
 class MovingAverage:
-    """Averages of some parameters, updated after each optimizer step.
+    """Moving averages of parameters, updated after each optimizer step.
 
-    The decay is that of diffusers' `EMAModel`, whose fields `state` gives for the config of the saved weights.
+    The decay follows diffusers' `EMAModel`, whose fields `state` returns for the config of the saved weights.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], options: EmaOptions):
@@ -65,7 +65,7 @@ class MovingAverage:
             inv_gamma=options.ema_inv_gamma,
             power=options.ema_power,
         )
-        # in float32 also of bfloat16 weights, in which an average would stand still
+        # in float32 even for bfloat16 weights: in bfloat16, updates would be rounded away
         self.averages = [self._at_home(parameter.detach().float().clone()) for parameter in self._parameters]
         self._own = [own_part(average) for average in self.averages]
         self._is_copied = options.offload_ema or any(each.dtype != torch.float32 for each in self._parameters)
@@ -80,35 +80,36 @@ class MovingAverage:
 
     @property
     def num_updates(self) -> int:
-        """Updates so far."""
+        """Number of updates so far."""
         return self._schedule.optimization_step
 
     @property
     def state(self) -> dict[str, float | int | bool]:
-        """The fields that diffusers keeps in the config of averaged weights."""
+        """The EMA fields that diffusers keeps in the config of averaged weights."""
         return {name: value for name, value in self._schedule.state_dict().items() if name != "shadow_params"}
 
     def load(self, averages: Sequence[Tensor], num_updates: int) -> None:
-        """Resumes from saved averages, in the order of the parameters."""
+        """Loads saved averages, in the order of the parameters."""
         for average, saved in zip(self.averages, averages, strict=True):
             average.copy_(spread_like(saved, average))
         self._schedule.optimization_step = num_updates
 
     def decay(self, update: int) -> float:
-        """The decay at an update, from 1."""
+        """Returns the decay at an update, counted from 1."""
         return self._schedule.get_decay(update)
 
     @torch.no_grad()
     def update(self, is_taken: Tensor | None = None) -> None:
-        """average += (1 - decay) * (weight - average), for all weights, by the decay of all steps since the last time.
+        """average += (1 - decay) * (weight - average), for all weights, with the decay of all steps since the last.
 
-        With `--ema_every` k, every k-th call does.
+        With `--ema_every` k, only every k-th call updates.
 
         Args:
-            is_taken: [] bool on the device, whether the optimizer took its step: if not, the averages stay as they are.
-                The update counts all the same: to count without it, the host would wait for the device at each step.
-                With `--ema_every` over 1 the steps before count, and the averages move.
+            is_taken: [] bool on the device, whether the optimizer took its step; if not, the averages stay unchanged.
+                The update is counted anyway, since the host would otherwise wait for the device at each step. With
+                `--ema_every` over 1 it is ignored, as earlier steps count too.
         """
+        # Count the update, and see whether the averages move in this call.
         self._schedule.optimization_step += 1
         done, every = self._schedule.optimization_step, self._options.ema_every
         if done % every:
@@ -119,6 +120,7 @@ class MovingAverage:
             if not is_taken:
                 return
             is_taken = None
+        # Move them, in chunks where the weights have to be copied.
         weight = 1 - math.prod(self.decay(step) for step in range(done - every + 1, done + 1))
         for places in self._chunks if self._is_copied or is_taken is not None else [slice(None)]:
             averages, values = self._own[places], [own_part(each) for each in self._parameters[places]]
@@ -136,7 +138,7 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Context manager: the parameters hold the averages, on their own device."""
+        """Context manager: the parameters hold the averages, on the parameters' device."""
         undo = []
         try:
             for parameter, average in zip(self._parameters, self.averages, strict=True):
@@ -148,7 +150,7 @@ class MovingAverage:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Context manager: the parameters hold the averages where these lie, to be written and not computed with."""
+        """Context manager: the parameters refer to the averages on the averages' device, for saving only."""
         if any(map(is_sharded, self._parameters)):
             with self.in_place():
                 yield

@@ -1,4 +1,4 @@
-"""What the frozen encoders make of a batch: posterior moments and text states, computed live or once for the cache."""
+"""Encodes batches with the frozen encoders: VAE moments and text states, in each step or once for the cache."""
 
 import hashlib
 import json
@@ -45,9 +45,9 @@ class EncodedBatch:
     """A batch with its encodings, on the device.
 
     Attributes:
-        batch: the draws, crops and input ids.
-        mean, std: [B, C, h, w] float32, the raw moments of the VAE's posterior.
-        states: the text states, or None where the text encoders train.
+        batch: the noise, timesteps, crops and token ids.
+        mean, std: [B, C, h, w] float32, unscaled mean and standard deviation of the VAE's posterior.
+        states: the text states, or None if the text encoders train.
     """
 
     batch: Batch
@@ -56,46 +56,46 @@ class EncodedBatch:
     states: TextStates | None
 
     def part(self, begin: int, end: int) -> "EncodedBatch":
-        """Some of the samples."""
+        """Returns the samples from `begin` to `end`."""
         states = None if self.states is None else {name: state[begin:end] for name, state in self.states.items()}
         return EncodedBatch(self.batch.part(begin, end), self.mean[begin:end], self.std[begin:end], states)
 
     def bare(self) -> "EncodedBatch":
-        """The same without what it was encoded from, which no loss reads."""
+        """Returns the same without the inputs of the encoders, which no loss reads."""
         return replace(self, batch=replace(self.batch, pixels=None, moments=None, states=None))
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors, in an order that depends on the shape alone."""
+        """All tensors, in an order that depends only on `shape`."""
         states = self.states or {}
         return [*self.batch.tensors.values(), self.mean, self.std, *(states[name] for name in sorted(states))]
 
     @property
     def shape(self) -> tuple:
-        """What two batches share that the same computation can take."""
+        """A key that is equal for batches that the same recorded computation can process."""
         there = (*self.batch.tensors, *sorted(self.states or ()))
         return there, tuple((each.shape, each.dtype) for each in self.tensors)
 
     def cloned(self) -> "EncodedBatch":
-        """The same, in memory of its own."""
+        """Returns a copy in its own memory."""
         states = None if self.states is None else {name: each.clone() for name, each in self.states.items()}
         return EncodedBatch(self.batch.cloned(), self.mean.clone(), self.std.clone(), states)
 
     def in_float32(self) -> "EncodedBatch":
-        """The same with text states in float32."""
+        """Returns the same with text states in float32."""
         if self.states is None:
             return self
         states = {name: each.float() if each.is_floating_point() else each for name, each in self.states.items()}
         return replace(self, states=states)
 
 
-WATCHED = 3  # first batches
-LARGEST_LATENT = 1e4  # of raw ones; those of the usual VAEs are below 100
+WATCHED = 3  # number of first batches whose encodings are checked
+LARGEST_LATENT = 1e4  # largest plausible unscaled latent; those of common VAEs are below 100
 CURE = "use --mixed_precision bf16 or no, or another VAE or text encoder"
 
 
 class Encoder:
-    """Gives a batch its encodings: those that it carries from the cache, the others computed."""
+    """Adds encodings to batches: cached ones if the batch has them, else computed ones."""
 
     def __init__(self, family: Family, text_encoders_train: bool):
         self._family = family
@@ -104,7 +104,7 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> EncodedBatch:
-        """The encodings of a batch that is on the device."""
+        """Returns a batch, which must be on the device, with its encodings."""
         if batch.moments is None:
             mean, std = self._family.latent_space.moments(batch.pixels)
         else:
@@ -116,22 +116,22 @@ class Encoder:
         return EncodedBatch(batch, mean, std, states)
 
     def _watch(self, moments: Tensor, states: TextStates | None) -> None:
-        """Says of the first batches whether their encodings are finite; of all of them the device would be waited for.
+        """Warns if encodings of first batches are not finite or far too large; checking all would block on the device.
 
-        Otherwise the loss alone would show it, and the learning rate be blamed.
+        Otherwise only the loss would show it, and the learning rate would be suspected.
         """
         floats = [state for state in (states or {}).values() if state.is_floating_point()]
         for name, values in (("the VAE's encodings", [moments]), ("the text encoders' states", floats)):
             if not all(bool(each.isfinite().all()) for each in values):
                 self._num_watched = 0
-                logger.warning("%s are NaN or infinite, and no step can train on them; %s", name, CURE)
+                logger.warning("%s are NaN or infinite, so no step can train on them; %s", name, CURE)
                 return
         largest = float(moments.abs().max())
         if largest > LARGEST_LATENT:
             self._num_watched = 0
             logger.warning(
-                "the VAE's encodings are as large as %.3g: losses of them overflow, whatever the learning rate; its "
-                "weights are damaged or scaled: give another VAE",
+                "the VAE's encodings are as large as %.3g, so losses overflow at any learning rate; its weights are "
+                "damaged or scaled; use another VAE",
                 largest,
             )
 
@@ -145,7 +145,7 @@ class Encoder:
 
 
 def fingerprint(modules: Sequence[nn.Module], *facts: object) -> str:
-    """What changes with any weight or buffer of the modules, their configs' architecture, or the facts."""
+    """Returns a SHA-256 over the weights, buffers and architecture configs of modules, and further facts."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for module in modules:
         config = {name: value for name, value in _config(module).items() if not name.startswith("_")}
@@ -174,12 +174,13 @@ def _config(module: nn.Module) -> Mapping:
 
 @dataclass(frozen=True)
 class CacheFiller:
-    """Fills the cache, each process its share of the shards.
+    """Fills the cache; each process encodes its share of the shards.
 
     Attributes:
-        dtype: in which floating-point values are stored; None as they are computed.
+        dtype: dtype to store floating-point values in; None stores them as computed.
         batch_size: images or captions encoded at once.
-        check: called before each batch; it may raise to end the work.
+        num_workers: loader workers of this process.
+        check: called before each batch; may raise to interrupt the work.
     """
 
     accelerator: "Accelerator"
@@ -191,21 +192,21 @@ class CacheFiller:
 
     @property
     def latent_dtype(self) -> torch.dtype:
-        """The dtype that moments are stored in: as asked, or the VAE's own, which loses nothing."""
+        """The dtype that moments are stored in: --cache_dtype, or the VAE's own, which is lossless."""
         return self.dtype or self.family.latent_space.dtype
 
     def vae_fingerprint(self) -> str:
-        """Of the VAE, the dtype it computes in and the dtype that is stored."""
+        """Returns the fingerprint of the VAE, its dtype and the stored dtype."""
         vae = self.family.latent_space.vae
         return fingerprint([vae], str(vae.dtype), str(self.latent_dtype), getattr(vae, "use_tiling", False))
 
     def text_fingerprint(self) -> str:
-        """Of the text encoders, the tokenizers, how they are used and the dtype that is stored."""
+        """Returns the fingerprint of the text encoders, tokenizers, their use and the stored dtype."""
         family = self.family
         return fingerprint(family.text_encoders, *family.text_facts(), str(family.text_dtype), str(self.dtype))
 
     def latents(self, plan: LatentPlan, store: EntryStore) -> CachedCuts:
-        """Encodes the crops of a plan that are not in the store yet."""
+        """Encodes the crops of a plan that are not in the store yet, and returns all of them."""
 
         def form(size: tuple[int, int]) -> Form:
             dtypes = (self.latent_dtype, torch.float32)
@@ -214,7 +215,7 @@ class CacheFiller:
         return self._cuts(plan, store, "moments", self.moments, form)
 
     def masks(self, plan: MaskPlan, store: EntryStore) -> CachedCuts:
-        """Cuts the masks of a plan that are not in the store yet."""
+        """Crops the masks of a plan that are not in the store yet, and returns all of them."""
 
         def form(size: tuple[int, int]) -> Form:
             return {"masks": ((1, *plan.latent_shape(size)[1:]), (torch.uint8,)), "crops": CROPS}
@@ -230,19 +231,23 @@ class CacheFiller:
         form: Callable[[tuple[int, int]], Form],
     ) -> CachedCuts:
         """Args:
-        name: of the tensor that `encode` gives.
-        form: of a width and height what entries must be.
+        name: name of the tensor that `encode` returns.
+        encode: encodes pixels, [B, C, H, W] uint8.
+        form: returns the form that entries of a (width, height) must have.
         """
+        # Remove damaged entries.
         keys = self._of_main(lambda: plan.keys(show_progress=len(plan.images.records) > MANY_IMAGES))
         store.open()
         by_bucket = np.repeat(plan.images.plan.bucket_of, plan.num_variants)
         sizes = enumerate(plan.images.plan.sizes)
         self._drop_damaged(store, [(keys[by_bucket == number], form(size)) for number, size in sizes])
+        # Encode the missing ones, by bucket.
         missing = self._of_main(lambda: first_of_each(keys, np.flatnonzero(store.find(keys)[:, 0] < 0)))
         buckets = plan.images.plan.bucket_of[missing // plan.num_variants]
         missing = missing[np.argsort(buckets, kind="stable")]
         shards = list(in_shards(missing, np.sort(buckets)))
         bad = self._gather(self._encode_images(plan, keys, store, self._share(shards), name, encode))
+        # Look up all entries, also those that other processes wrote.
         store.refresh()
         places = store.find(keys).reshape(-1, plan.num_variants, 2)
         lost = set(np.flatnonzero((places[:, :, 0] < 0).any(1)).tolist()) - bad.keys()
@@ -250,10 +255,11 @@ class CacheFiller:
         return CachedCuts(store, places, bad)
 
     def texts(self, texts: Sequence[str], text_fingerprint: str, store: EntryStore) -> CachedTexts:
-        """Encodes the texts that are not in the store yet, and what stands for a dropped caption."""
+        """Encodes the texts that are not in the store yet, and the encoding of a dropped caption."""
         wanted = [("", True), *((text, False) for text in texts)]
         keys = [text_key(text_fingerprint, text, dropped) for text, dropped in wanted]
         table = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+        # Remove damaged entries.
         store.open()
         if (self._of_main(lambda: store.find(table)[:, 0]) >= 0).any():
             dropped_caption = self.states([("", True)])
@@ -261,6 +267,7 @@ class CacheFiller:
                 name: (tuple(state.shape[1:]), (state.dtype, torch.float32)) for name, state in dropped_caption.items()
             }
             self._drop_damaged(store, [(table, form)])
+        # Encode the missing ones.
         missing = self._of_main(lambda: np.flatnonzero(store.find(table)[:, 0] < 0))
         shards = list(in_shards(missing, np.zeros(len(missing), np.uint8)))
         self._encode_texts(wanted, keys, store, self._share(shards))
@@ -270,12 +277,12 @@ class CacheFiller:
         return CachedTexts(store, text_fingerprint)
 
     def moments(self, pixels: Tensor) -> Tensor:
-        """[B, 2, C, h, w] on the CPU, of [B, 3, H, W] uint8 pixels, as they are stored."""
+        """Encodes [B, 3, H, W] uint8 pixels; returns moments [B, 2, C, h, w] on the CPU, as stored."""
         mean, std = self.family.latent_space.moments(pixels.to(self.accelerator.device))
         return stored(torch.stack([mean, std], dim=1).cpu(), self.latent_dtype)
 
     def states(self, wanted: Sequence[tuple[str, bool]]) -> TextStates:
-        """The text states of (text, whether dropped), on the CPU, as they are stored."""
+        """Encodes (text, whether dropped) pairs; returns text states on the CPU, as stored."""
         ids = self.family.tokenizer()([text for text, _ in wanted]).to(self.accelerator.device)
         dropped = torch.tensor([is_dropped for _, is_dropped in wanted], device=self.accelerator.device)
         with torch.no_grad():
@@ -283,10 +290,10 @@ class CacheFiller:
         return {name: stored(state.cpu(), self.dtype) for name, state in states.items()}
 
     def _drop_damaged(self, store: EntryStore, wanted: Sequence[tuple[np.ndarray, Form]]) -> None:
-        """Removes shards in which one of the wanted entries is not what was written; each process reads its share.
+        """Removes shards in which a wanted entry is damaged; each process verifies its share of the shards.
 
         Args:
-            wanted: keys, with what their entries must be.
+            wanted: keys, with the form that their entries must have.
         """
         from accelerate.utils import broadcast_object_list
 
@@ -309,7 +316,7 @@ class CacheFiller:
         return {name: shards[name] for name in self._share(list(shards))}
 
     def _of_main(self, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """What the main process computes, on all: of a folder that others write to each might see something else."""
+        """Returns the main process's result on all processes, which might see different states of a shared folder."""
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([compute() if self.accelerator.is_main_process else None])[0]
@@ -326,11 +333,13 @@ class CacheFiller:
         name: str,
         encode: Callable[[Tensor], Tensor],
     ) -> dict[int, str]:
-        """Writes this process's shards; gives the images that can't be read."""
+        """Encodes and writes this process's shards; returns unreadable images, reason by number."""
+        # Load the crops of each shard in batches.
         size = self.batch_size
         cuts = [[shard[at : at + size] for at in range(0, len(shard), size)] for shard in shards]
         images = ImagesToEncode(plan, [batch for batches in cuts for batch in batches])
         encoded, bad = iter(make_loader(images, self.num_workers if len(shards) else 0)), {}
+        # Encode a shard while the one before is written.
         with ShardWriter(store) as writer, self._progress(sum(map(len, shards)), f"encoding {name}") as progress:
             for batches in cuts:
                 parts: list[tuple[EncodedImages, Tensor]] = []
@@ -369,7 +378,7 @@ class CacheFiller:
         return progress_bar(total=total, desc=what, disable=not is_main or total == 0, leave=False)
 
     def _gather(self, bad: dict) -> dict:
-        """What each process found, once all are done."""
+        """Merges the findings of all processes once they are done."""
         from accelerate.utils import gather_object
 
         return dict(gather_object(list(bad.items())))
@@ -377,29 +386,31 @@ class CacheFiller:
     def _check_shared(self, num_lost: int, store: EntryStore) -> None:
         if num_lost:
             raise UserError(
-                f"--encoding_cache_dir: {num_lost} entries that other processes wrote are not in {store.folder}; "
-                "it must lie on a disk that all machines share"
+                f"--encoding_cache_dir: {num_lost} entries written by other processes are missing in {store.folder}; "
+                "it must be on a disk that all machines share"
             )
 
 
 def first_of_each(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Of numbers, in order, those whose key no earlier one has: the same crop of the same bytes is encoded once."""
+    """Returns the numbers, in order, whose key no earlier one has, so that identical crops are encoded once."""
     _, first = np.unique(keys[numbers], axis=0, return_index=True)
     return numbers[np.sort(first)]
 
 
 def stored(values: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The values in a storage dtype, or in float32 where they are beyond float16's range."""
+    """Returns the values in a storage dtype, or in float32 if they exceed float16's range."""
     if dtype is None or not values.is_floating_point():
         return values
     if dtype == torch.float16 and bool((values.abs() > HALF_LIMIT).any()):
-        logger.warning("values of up to %.3g are beyond float16: stored in float32", float(values.abs().max()))
+        logger.warning(
+            "values up to %.3g exceed the range of float16; storing them in float32", float(values.abs().max())
+        )
         return values.float()
     return values.to(dtype)
 
 
 def joined(rows: Sequence[Tensor]) -> Tensor:
-    """Rows stacked, in the widest of their dtypes."""
+    """Stacks rows, in float32 if one of them is."""
     dtype = torch.float32 if any(row.dtype == torch.float32 for row in rows) else rows[0].dtype
     return torch.stack([row.to(dtype) for row in rows])
 
@@ -407,7 +418,7 @@ def joined(rows: Sequence[Tensor]) -> Tensor:
 def _finite(
     parts: list[tuple[EncodedImages, Tensor]], plan: CutPlan, bad: dict[int, str]
 ) -> list[tuple[int, Tensor, Tensor]]:
-    """(place, value, crop) of each crop whose value is finite; the others' images are bad."""
+    """Returns (place, value, crop) of each crop with a finite value; adds the images of others to `bad`."""
     entries = []
     for batch, values in parts:
         for place, value, crop in zip(batch.places, values, batch.crops, strict=True):
@@ -419,7 +430,7 @@ def _finite(
 
 
 def _refuse_not_finite(states: Mapping[str, Tensor], texts: Sequence[str]) -> None:
-    """Raises `UserError` that names a caption whose states are not finite."""
+    """Raises a `UserError` with the caption if text states are not finite."""
     for state in states.values():
         is_finite = torch.isfinite(state.float()).flatten(1).all(1)
         if not is_finite.all():
@@ -428,7 +439,7 @@ def _refuse_not_finite(states: Mapping[str, Tensor], texts: Sequence[str]) -> No
 
 
 class ShardWriter:
-    """Writes shards on a thread, one behind the other, while the next is encoded."""
+    """Writes shards on a thread, one after the other, while the next is encoded."""
 
     def __init__(self, store: EntryStore):
         self._store = store
@@ -439,7 +450,7 @@ class ShardWriter:
         return self
 
     def write(self, keys: Sequence[bytes], tensors: Mapping[str, Tensor]) -> None:
-        """Begins to write; an error of the shard before is raised here."""
+        """Starts writing; raises the error of the previous shard, if any."""
         if self._last is not None:
             self._last.result()
         self._last = self._pool.submit(self._store.write, keys, tensors)
@@ -452,13 +463,13 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class Verification:
-    """What comparing a cache with what the encoders say now has shown.
+    """The result of comparing a cache with what the encoders compute now.
 
     Attributes:
-        num_entries: compared.
-        different: names of the images and captions whose entries differ by more than rounding.
-        worst: largest difference, as a share of the entry's largest value.
-        peak_signal_to_noise: mean decibels of decoded latents against the pixels; None of captions.
+        num_entries: number of entries compared.
+        different: names of images and captions whose entries differ by more than rounding.
+        worst: largest difference, relative to the entry's largest value.
+        peak_signal_to_noise: mean PSNR of decoded latents against the pixels, in dB; None for captions.
     """
 
     num_entries: int
@@ -468,7 +479,8 @@ class Verification:
 
 
 def verify_latents(filler: CacheFiller, plan: LatentPlan, cached: CachedCuts) -> Verification:
-    """Encodes every cached crop again, compares, and decodes it beside its pixels; each process all of its share."""
+    """Encodes every cached crop again and compares it, also decoded with its pixels; each process does its share."""
+    # This process's share of the crops.
     count = len(cached.places) * plan.num_variants
     mine = np.arange(count)[filler.accelerator.process_index :: filler.accelerator.num_processes]
     different, worst, decibels, num_entries = [], 0.0, [], 0
@@ -495,7 +507,7 @@ def verify_latents(filler: CacheFiller, plan: LatentPlan, cached: CachedCuts) ->
 
 
 def verify_texts(filler: CacheFiller, texts: Sequence[str], cached: CachedTexts) -> Verification:
-    """Encodes every cached caption again and compares."""
+    """Encodes every cached caption again and compares; each process does its share."""
     wanted = [("", True), *((text, False) for text in texts)]
     wanted = wanted[filler.accelerator.process_index :: filler.accelerator.num_processes]
     different, worst = [], 0.0
@@ -508,12 +520,12 @@ def verify_texts(filler: CacheFiller, texts: Sequence[str], cached: CachedTexts)
     return _together(different, worst, len(wanted), [])
 
 
-# of the largest value: what batches of another size may change in the arithmetic, and the storage's own rounding
+# relative to the largest value: rounding of the storage, and of batches of another size
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 4e-2}
 
 
 def relative_error(one: Tensor, other: Tensor) -> float:
-    """The largest difference, as a share of the largest value; infinite where a value is not finite."""
+    """Returns the largest difference relative to the largest value; infinite if a value is not finite."""
     one, other = one.cpu().double(), other.cpu().double()
     if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
         return math.inf
@@ -521,7 +533,7 @@ def relative_error(one: Tensor, other: Tensor) -> float:
 
 
 def _decibels(filler: CacheFiller, mean: Tensor, pixels: Tensor) -> float:
-    """Peak signal-to-noise ratio of the decoded mean [C, h, w] against its pixels [3, H, W] uint8."""
+    """Returns the PSNR in dB of the decoded mean [C, h, w] against its pixels [3, H, W] uint8."""
     space, none = filler.family.latent_space, torch.zeros_like(mean)[None].to(filler.accelerator.device)
     with torch.no_grad():
         decoded = space.decode(space.latents(mean[None].to(none.device), none, none))[0].cpu().clamp(-1, 1)
@@ -530,7 +542,7 @@ def _decibels(filler: CacheFiller, mean: Tensor, pixels: Tensor) -> float:
 
 
 def _together(different: list[str], worst: float, num_entries: int, decibels: list[float]) -> Verification:
-    """All processes' findings."""
+    """Merges the findings of all processes."""
     from accelerate.utils import gather_object
 
     found = gather_object([(different, worst, num_entries, decibels)])

@@ -1,4 +1,4 @@
-"""What the processes tell each other after each step, in one collective, whose sums are read a step late."""
+"""What processes exchange after each step, in one collective whose sums are read one step late."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,12 +18,12 @@ from utils.training.state import TrainingState
 
 
 class Exchange:
-    """Adds up over the processes a step's loss, images that could not be read, and requests to save or to stop.
+    """Sums over all processes a step's loss, the count of unreadable images, and requests to save or stop.
 
-    The numbers are read when the next step has been queued, so that the device never waits for them.
+    The sums are read once the next step is queued, so that the device never waits for the host.
 
     Attributes:
-        log: what is told of each step.
+        log: the log of each step's metrics.
     """
 
     def __init__(
@@ -43,24 +43,28 @@ class Exchange:
 
     @property
     def wish(self) -> Wish:
-        """What all processes agree to do, by what was heard last."""
+        """The save or stop that all processes agree on, from the sums read last."""
         return agreed(self._heard)
 
     def step(self, found: StepSums, grad_norm: Tensor) -> None:
-        """Exchanges what a step came to, and logs it.
+        """Exchanges the results of a step, and logs them.
+
+        Args:
+            found: this process's losses and images.
+            grad_norm: [] norm of the gradients before clipping.
 
         Raises:
-            UserError: if one step after the other had to be skipped, or more images than allowed can't be read.
+            UserError: if --max_skipped_steps consecutive steps were skipped, or too many images can't be read.
         """
         accelerator, batches, step = self._session.accelerator, self._data.batches, self._state.step
-        # This process's numbers, and their sums over all.
+        # This process's numbers, and their sums over all processes.
         num_unreadable = self._data.note_unreadable(found.unreadable)
         asked = [float(num_unreadable), *self._session.requests.asked(accelerator.is_main_process)]
         total_loss, sums = found.loss, None
         if accelerator.num_processes > 1:
             both = accelerator.reduce(torch.cat([total_loss[None], _sent(asked, accelerator.device)]))
             total_loss, sums = both[0], both[1:]
-        # The step's metrics; what comes back are the sums of steps that were read by now.
+        # Log the step's metrics; this returns the sums of the steps read since.
         metrics = StepMetrics(
             step=step,
             epoch=float(step * batches.size / batches.samples_per_epoch),
@@ -80,37 +84,37 @@ class Exchange:
         self._heard = heard[1:]
 
     def listen_again(self) -> None:
-        """Hears what was asked for since, such as during a measurement, which a signal breaks off; for all to call."""
+        """Adds requests made since, such as a signal that interrupted a measurement; all processes must call it."""
         accelerator = self._session.accelerator
         now = self._session.requests.asked(accelerator.is_main_process)
         both = [float(one + other) for one, other in zip(now, self._heard or [0.0] * len(now), strict=True)]
         self._heard = accelerator.reduce(torch.tensor(both, device=accelerator.device)).tolist()
 
     def _end_if_diverged(self) -> None:
-        """Ends a run in which one step after the other had to be skipped."""
+        """Ends the run if --max_skipped_steps consecutive steps were skipped."""
         limit = self._options.max_skipped_steps
         if self._state.skips.in_a_row < limit:
             return
-        why = f"{limit} steps in a row had no finite loss and gradient"
+        why = f"{limit} consecutive steps had no finite loss and gradient"
         record_outcome(self._session, self._state, why)
         last = next((path.name for path in reversed(self._session.resumption.checkpoints.found())), "none was written")
         raise UserError(
-            f"{why} (--max_skipped_steps); lower --learning_rate or look at the images named above; the last "
+            f"{why} (--max_skipped_steps); lower --learning_rate or check the images named above; last "
             f"checkpoint: {last}"
         )
 
 
 def record_outcome(session: Session, state: TrainingState, verdict: str) -> None:
-    """Adds what has become of a run to `run.json`; for all to call.
+    """Adds the outcome of a run to `run.json`; all processes must call it.
 
     Args:
-        verdict: why it has diverged; empty if it has not.
+        verdict: why the run has diverged; empty if it has not.
     """
     outcome = {"steps": state.step, "skipped_steps": state.skips.total, "diverged": verdict or None}
     on_main_process(session.accelerator, partial(session.folder.add_to_record, outcome=outcome))
 
 
 def _sent(numbers: Sequence[float], device: torch.device) -> Tensor:
-    """Numbers on the device, without waiting for what it does now."""
+    """Copies numbers to the device without waiting for queued work."""
     tensor = torch.tensor(numbers)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

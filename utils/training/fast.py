@@ -1,4 +1,4 @@
-"""`--fast`: which speed options are safe and pay on a device, part by part."""
+"""`--fast`: which speed options are safe and faster on a device."""
 
 import importlib.util
 import logging
@@ -12,22 +12,22 @@ from utils.runtime.engines import Engine
 from utils.training.options import SpeedOptions
 
 logger = logging.getLogger(__name__)
-TENSOR_CORES = (7, 0)  # compute capability from which half precision has them, and Triton compiles
+TENSOR_CORES = (7, 0)  # lowest compute capability with half-precision tensor cores and Triton support
 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What decides whether a part pays.
+    """The facts that decide whether a speed option pays.
 
     Attributes:
-        device: such as cuda.
-        capability: of a CUDA device.
+        device: device type, such as cuda.
+        capability: compute capability of a CUDA device.
         precision: no, fp16 or bf16.
-        trains_base: whether the denoiser's own weights train, in float32.
-        sizes_vary: whether batches are of several sizes.
-        can_compile: whether torch.compile works here, and has gradients to be compared by.
-        is_spread: whether the weights or the optimizer's state are spread over the processes.
-        is_deterministic: whether each run must be the same to the last bit.
+        trains_base: whether the denoiser's own weights train in float32.
+        sizes_vary: whether batches have several image sizes.
+        can_compile: whether torch.compile works here and its gradients can be checked.
+        is_spread: whether weights or optimizer state are sharded over the processes.
+        is_deterministic: whether --deterministic is given.
     """
 
     device: str
@@ -41,7 +41,7 @@ class Circumstances:
 
     @property
     def has_tensor_cores(self) -> bool:
-        """Whether products of half precision are what takes the time."""
+        """Whether half-precision matrix products run on tensor cores."""
         return self.device == "cuda" and self.capability >= TENSOR_CORES and self.precision != "no"
 
 
@@ -49,10 +49,10 @@ class Part(NamedTuple):
     """A speed option that `--fast` turns on.
 
     Attributes:
-        name: of the option.
-        value: what it is set to.
-        why: what it gains.
-        pays: whether it is safe and gains something.
+        name: name of the option.
+        value: value to set.
+        why: reason, for the log.
+        pays: whether it is safe and faster under given circumstances.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Part(NamedTuple):
 
     @property
     def flag(self) -> str:
-        """As it is given."""
+        """The flag as given on the command line."""
         return f"--{self.name}" if self.value is True else f"--{self.name} {self.value}"
 
 
@@ -70,7 +70,7 @@ PARTS = (
     Part(
         "bf16_weights",
         True,
-        "weights are cast once a step",
+        "weights are cast once per step",
         lambda here: here.precision == "bf16" and here.trains_base and here.device in ("cuda", "cpu"),
     ),
     Part("channels_last", True, "convolutions without transposing", lambda here: here.has_tensor_cores),
@@ -83,14 +83,14 @@ PARTS = (
     Part(
         "cudnn_benchmark",
         True,
-        "the fastest convolutions for the one size there is",
+        "the fastest convolutions for the only image size",
         lambda here: here.device == "cuda" and not here.sizes_vary and not here.is_deterministic,
     ),
 )
 
 
 def circumstances(engine: Engine, trains_base: bool, sizes_vary: bool, steps_in_backward: bool) -> Circumstances:
-    """Those of a run on this machine."""
+    """Returns the circumstances of a run on this machine."""
     device = engine.accelerator.device
     has_triton = importlib.util.find_spec("triton") is not None
     return Circumstances(
@@ -106,7 +106,7 @@ def circumstances(engine: Engine, trains_base: bool, sizes_vary: bool, steps_in_
 
 
 def paying_parts(speed: SpeedOptions, here: Circumstances) -> list[Part]:
-    """The parts that pay and are not given already."""
+    """Returns the parts that pay and are not already given."""
     if here.is_spread:
         return []
     return [part for part in PARTS if part.pays(here) and not _is_given(speed, part)]
@@ -117,15 +117,15 @@ def _is_given(speed: SpeedOptions, part: Part) -> bool:
 
 
 def hastened(speed: SpeedOptions, parts: list[Part]) -> SpeedOptions:
-    """The options with the parts turned on, where `--fast` is given; it says which and why."""
+    """Returns the options with the parts turned on if `--fast` is given, and logs which and why."""
     if not speed.fast:
         return speed
     said = ", ".join(f"{part.flag} ({part.why})" for part in parts)
-    logger.info("--fast turns on: %s", said or "nothing, as no more pays here than is on")
+    logger.info("--fast turns on: %s", said or "nothing more that pays here")
     return replace(speed, **{part.name: part.value for part in parts})
 
 
 def offer(speed: SpeedOptions, parts: list[Part]) -> None:
-    """Says what `--fast` would add."""
+    """Logs what `--fast` would turn on."""
     if parts and not speed.fast:
         logger.info("--fast would add: %s", ", ".join(f"{part.flag} ({part.why})" for part in parts))

@@ -12,13 +12,13 @@ from utils.training.resume import Resumption
 
 @dataclass(frozen=True)
 class LearningRates:
-    """The peak rates, and the factor on them at each step.
+    """The peak learning rates, and the factor on them at each step.
 
     Attributes:
-        optimizer: its options; rates are multiplied by what `--scale_lr` asks for.
-        scale: what `--scale_lr` multiplied rates by, 1 without it.
-        schedule: with a warm-up that fits the run, or is the checkpoint's.
-        total_steps: of the whole run.
+        optimizer: its options, with the learning rates scaled by `--scale_lr`.
+        scale: the factor of `--scale_lr`; 1 without it.
+        schedule: the schedule's options, with the warm-up decided.
+        total_steps: optimizer steps of the whole run.
     """
 
     optimizer: OptimizerOptions
@@ -29,10 +29,10 @@ class LearningRates:
 
     @classmethod
     def fit(cls, options: TrainingOptions, resumption: Resumption, global_batch: int, total_steps: int) -> Self:
-        """The rates of a run of a length.
+        """Computes the learning rates of a run of `total_steps` optimizer steps.
 
         Raises:
-            UserError: for a schedule that can't be made.
+            UserError: for an invalid schedule.
         """
         optimizer = options.optimizer.scaled(global_batch)
         schedule = resumption.schedule(options.schedule, total_steps)
@@ -41,10 +41,11 @@ class LearningRates:
         return cls(optimizer, scale, schedule, total_steps, factor)
 
     def factor(self, step: int, reductions: int = 0) -> float:
-        """The factor on the peak rates for optimizer step `step`, from 0.
+        """Returns the factor on the peak learning rates at an optimizer step.
 
         Args:
-            reductions: how often reduce_on_plateau has lowered them.
+            step: the optimizer step, from 0.
+            reductions: number of reductions by reduce_on_plateau so far.
         """
         factor = self._factor(step)
         if self.schedule.lr_scheduler != "reduce_on_plateau":

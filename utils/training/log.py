@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: progress bar, metrics.jsonl, TensorBoard and W&B."""
+"""Logs a run while it trains: progress bar, metrics.jsonl, trackers such as TensorBoard and W&B."""
 
 import logging
 import math
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 METRICS, EPOCHS, LAYERS = "metrics.jsonl", "epochs.jsonl", "layers.jsonl"
-ENOUGH_LOSSES = 20  # of an epoch, to say what is out of the ordinary in the next
-TIMED_STEP = 3  # of a run on a CPU, whose time is told
+ENOUGH_LOSSES = 20  # steps that an epoch needs for its loss range to define outliers in the next
+TIMED_STEP = 3  # the step after which the time per step is logged on a CPU
 
 
 class StepMetrics(NamedTuple):
-    """What an optimizer step measured. Tensors stay on the device until they are read.
+    """The metrics of an optimizer step. Tensors stay on the device until they are read.
 
     Attributes:
         step: optimizer steps done.
         epoch: passes over the data so far.
-        loss: mean weighted loss over the global batch.
-        grad_norm: norm of the gradients before clipping.
-        learning_rate: the UNet's.
-        keys: names of this process's images, to be named if the step goes wrong.
-        loss_by_key: with --debug_loss (name, loss) of this process's images.
+        loss: [] mean weighted loss over the global batch.
+        grad_norm: [] norm of the gradients before clipping.
+        learning_rate: the denoiser's learning rate.
+        keys: names of this process's images, logged if the step is skipped.
+        loss_by_key: with --debug_loss, (name, loss) of this process's images.
         waited: seconds that the training thread waited for data.
-        sums: [n] numbers of all processes together, which the loop wants to know when they are read.
+        sums: [n] sums over all processes, returned to the training loop once read; None in a single process.
     """
 
     step: int
@@ -61,7 +61,7 @@ class StepMetrics(NamedTuple):
 
 @dataclass
 class Skips:
-    """Steps of a whole run that had no finite loss and gradient, and were not taken; a checkpoint keeps the counts."""
+    """Counts of steps skipped because loss or gradient was not finite, over the whole run; saved in checkpoints."""
 
     total: int = 0
     in_a_row: int = 0
@@ -69,7 +69,7 @@ class Skips:
     LAST: ClassVar[int] = 10
 
     def verdict(self, steps: int) -> str:
-        """Why a run that has done so many steps has diverged; empty if it has not."""
+        """Returns why a run of `steps` steps has diverged; empty if it has not."""
         if 2 * self.total > steps:
             return f"{self.total} of {steps} steps had no finite loss and gradient"
         if self.in_a_row >= self.LAST:
@@ -78,14 +78,16 @@ class Skips:
 
 
 class SentNumbers:
-    """A step's numbers on their way from a GPU to the host.
+    """A step's numbers, being copied from the GPU to the host.
 
-    The copy and an event stand in the stream right behind the step. Reading waits for that event alone, so that what
-    was queued since, the next step, is not waited for, and the GPU never runs out of work.
+    The copy and an event are queued right behind the step. Reading waits only for that event and not for later work
+    such as the next step, so that the GPU never runs out of work.
     """
 
     def __init__(self, row: Tensor):
-        """`row` is [n] on the device."""
+        """Args:
+        row: [n] numbers on the device.
+        """
         self._row, self._event = row, None
         if row.is_cuda:
             self._row = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
@@ -95,19 +97,19 @@ class SentNumbers:
 
     @staticmethod
     def read(sent: Sequence["SentNumbers"]) -> list[list[float]]:
-        """The numbers of several steps, the last of which is waited for."""
+        """Returns the numbers of several steps; waits for the last."""
         if sent[-1]._event is not None:
             sent[-1]._event.synchronize()
         return torch.stack([each._row for each in sent]).tolist()
 
 
 class RunLog:
-    """Writes metrics on the main process; steps' numbers are read together, when the next step has been queued.
+    """Writes metrics on the main process; the numbers of several steps are read together once the next step is queued.
 
-    `metrics.jsonl` has a line a step: step, epoch, train_loss, grad_norm, learning_rate, images_per_second (the mean of
-    the steps that are read together), the share of the time spent waiting for data (data_wait), and on a GPU the most
-    memory used so far. What is not finite stands there as null. `epochs.jsonl` has a line an epoch: the least, largest
-    and mean loss of its steps.
+    `metrics.jsonl` has a line per step: step, epoch, train_loss, grad_norm, learning_rate, images_per_second (the mean
+    over the steps read together), the fraction of time spent waiting for data (data_wait), and on a GPU the peak memory
+    so far. Non-finite numbers are written as null. `epochs.jsonl` has a line per epoch: minimum, maximum and mean loss
+    of its steps.
     """
 
     def __init__(
@@ -121,7 +123,11 @@ class RunLog:
         skips: Skips | None = None,
     ):
         """Args:
-        skips: those of the run so far, which are counted on up to the last step that was read.
+        first_step: optimizer steps done before.
+        total_steps: optimizer steps of the whole run.
+        images_per_step: the global batch.
+        steps_together: steps whose numbers are read together.
+        skips: counts so far, continued up to the last step read.
         """
         self._accelerator = accelerator
         self._trackers = Trackers(accelerator)
@@ -147,10 +153,10 @@ class RunLog:
                 keep_steps(folder / name, first_step)
 
     def step(self, metrics: StepMetrics) -> list[float]:
-        """Takes a step's metrics, and writes those of the steps before, if they are enough to be read together.
+        """Takes a step's metrics; writes those of earlier steps once there are enough to read together.
 
         Returns:
-            The sums of the steps that were read since the step before, added up; none if none were.
+            The sums (`StepMetrics.sums`) of the steps read since the last call, added up; empty if none were.
         """
         if len(self._pending) >= self._steps_together:
             self._write_pending()
@@ -161,7 +167,7 @@ class RunLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training, and does not count in its speed; all steps before it are written first."""
+        """Context manager for work that does not count towards training speed; earlier steps are written first."""
         self._write_pending()
         try:
             yield
@@ -172,7 +178,7 @@ class RunLog:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Writes what is left, and ends the bar's line, so that an error's message starts one."""
+        """Writes the remaining steps, and ends the progress bar's line, so that an error message starts a new line."""
         self._write_pending()
         self._bar.close()
         for file in self._files.values():
@@ -186,15 +192,15 @@ class RunLog:
         self._pending = []
         seconds = (self._last_step_at - self._counted_from) / len(steps)
         self._counted_from = self._last_step_at
-        self._say_how_long(steps[-1].step, seconds)
+        self._log_duration(steps[-1].step, seconds)
         before = [self._unread] if self._unread else []
         self._unread = [sum(column) for column in zip(*(row[2:] for row in rows), *before, strict=True)]
         for metrics, (loss, grad_norm, *_) in zip(steps, rows, strict=True):
             self._write(metrics, loss, grad_norm, seconds)
         self._bar.update(len(steps))
 
-    def _say_how_long(self, done: int, seconds: float) -> None:
-        """On a CPU, says once what a step takes: who has a GPU may not know that it is not used."""
+    def _log_duration(self, done: int, seconds: float) -> None:
+        """On a CPU, logs the time per step once, for users who expect a GPU to be used."""
         if self._is_timed or self._accelerator.device.type != "cpu" or not self._accelerator.is_main_process:
             return
         if done < self._first_step + TIMED_STEP:  # the first ones take longer
@@ -202,7 +208,9 @@ class RunLog:
         self._is_timed = True
         num_left = max(0, self._total_steps - done)
         left = timedelta(seconds=round(seconds * num_left))
-        logger.info("on the CPU a step takes %.2g s: about %s for the %d steps left", seconds, left, num_left)
+        logger.info(
+            "training on the CPU takes %.2g s per step: about %s for the remaining %d steps", seconds, left, num_left
+        )
 
     def _write(self, metrics: StepMetrics, loss: float, grad_norm: float, seconds: float) -> None:
         speed = self._images_per_step / seconds
@@ -227,11 +235,11 @@ class RunLog:
             self._append(EPOCHS, ended)
             numbers = {f"epoch_loss_{name}": ended[name] for name in ("min", "max", "mean")}
             self._trackers.log(numbers, metrics.step)
-        by_key = {f"loss_for_{key}": value.item() for key, value in metrics.loss_by_key}  # asked for, to find a fault
+        by_key = {f"loss_for_{key}": value.item() for key, value in metrics.loss_by_key}  # --debug_loss
         self._trackers.log(values | by_key, metrics.step)
 
     def _count_skipped(self, metrics: StepMetrics, loss: float, grad_norm: float) -> None:
-        """Names the images of a step that was skipped. All processes see the same numbers, and come here together."""
+        """Counts a skipped step and logs its images. All processes see the same numbers and call this together."""
         if math.isfinite(loss) and (math.isfinite(grad_norm) or self._scaler_searches()):
             self._skips.in_a_row = 0
             return
@@ -244,15 +252,15 @@ class RunLog:
         logger.warning(message, metrics.step, loss, grad_norm, ", ".join(keys[:64]))
 
     def _scaler_searches(self) -> bool:
-        """Whether fp16's scaler looks for the largest scale that fits: a few steps at the start, and one now and then.
+        """Whether the fp16 scaler is searching for its largest scale, which skips some steps at the start and later.
 
-        Gradients that overflow even where they are not scaled up are the model's own.
+        Gradients that overflow at a scale below 1 are caused by the model, not by the scaler.
         """
         scaler = self._accelerator.scaler
         return scaler is not None and scaler.get_scale() >= 1
 
     def layers(self, parameters: Iterable[NamedParameter], step: int, options: TrackingOptions) -> None:
-        """Logs each layer's gradient norm, and histograms of its weights and gradients, at the steps that are due."""
+        """Logs each layer's gradient norm and histograms of its weights and gradients, when due."""
         is_due = options.layer_norm_steps is not None and step % options.layer_norm_steps == 0
         has_histograms = options.histogram_steps is not None and step % options.histogram_steps == 0
         named = (
@@ -262,7 +270,7 @@ class RunLog:
             scaler = self._accelerator.scaler
             norms = self._layers.measure(named, 1.0 if scaler is None else scaler.get_scale())
             for name, (norm, usual) in self._layers.outliers(norms).items():
-                logger.warning("step %d: the gradient of %s has norm %.3g, usually it is %.3g", step, name, norm, usual)
+                logger.warning("step %d: the gradient norm of %s is %.3g, usually about %.3g", step, name, norm, usual)
             self._layers.remember(norms)
             self._append(LAYERS, {"step": step, "grad_norms": norms})
             self._trackers.log({f"grad_norm/{name}": norm for name, norm in norms.items()}, step)
@@ -277,13 +285,13 @@ class RunLog:
             self._files[name].write(values)
 
     def values(self, values: dict[str, float], step: int) -> None:
-        """Sends what was measured between steps to the trackers, and to the bar's line."""
+        """Sends measurements made between steps to the trackers, and logs a validation loss."""
         self._trackers.log(values, step)
         if "validation_loss" in values and self._accelerator.is_main_process:
             logger.info("step %d: %s", step, ", ".join(f"{k} {v:.5f}" for k, v in values.items() if "/" not in k))
 
     def images(self, samples: Sequence[Sample], step: int, tag: str) -> None:
-        """Sends samples to the trackers, under `tag`."""
+        """Sends samples to the trackers under `tag`."""
         if samples:
             self._trackers.each(partial(_log_images, samples=samples, step=step, tag=tag))
 
@@ -303,13 +311,13 @@ def _log_images(tracker: "GeneralTracker", samples: Sequence[Sample], step: int,
 
 
 def _numbers(metrics: StepMetrics) -> Tensor:
-    """[2 + n] the loss, the gradients' norm and the sums, on the device."""
+    """Returns [2 + n]: loss, gradient norm and sums, on the device."""
     both = torch.stack([metrics.loss.float(), metrics.grad_norm.float()])
     return both if metrics.sums is None else torch.cat([both, metrics.sums.float()])
 
 
 class EpochLosses:
-    """The losses of an epoch's steps, and whether one leaves what the epoch before it had."""
+    """The losses of an epoch's steps; warns of a loss far above the range of the epoch before."""
 
     def __init__(self):
         self._epoch = 0
@@ -317,13 +325,13 @@ class EpochLosses:
         self._before: tuple[float, float] | None = None
 
     def add(self, step: int, epoch: int, loss: float) -> dict[str, float] | None:
-        """Takes a step's loss; gives the numbers of the epoch that it ended."""
+        """Takes a step's loss; returns the epoch's statistics if the step ends an epoch."""
         if math.isfinite(loss):
             self._losses.append(loss)
             if self._before is not None:
                 least, largest = self._before
                 if loss > largest + (largest - least):
-                    message = "step %d: loss %.4f is far over the last epoch's, which were %.4f to %.4f"
+                    message = "step %d: loss %.4f is far above the losses of the last epoch, %.4f to %.4f"
                     logger.warning(message, step, loss, least, largest)
         if epoch == self._epoch or not self._losses:
             return None
@@ -335,7 +343,7 @@ class EpochLosses:
 
 
 class LayerNorms:
-    """Gradient norms by layer, and which of them are out of the ordinary."""
+    """Gradient norms by layer, and which of them are outliers."""
 
     OUTLIER = 10.0
 
@@ -343,12 +351,12 @@ class LayerNorms:
         self._usual: dict[str, float] = {}
 
     def measure(self, named: Sequence[tuple[str, Tensor]], scale: float) -> dict[str, float]:
-        """The norm of each parameter's gradient, which fp16's scaler has multiplied by `scale`; read all at once."""
+        """Returns the norm of each parameter's gradient, divided by the fp16 scaler's `scale`; reads all at once."""
         norms = torch.stack([norm.float() for norm in torch._foreach_norm([each.grad for _, each in named])]) / scale
         return dict(zip((name for name, _ in named), norms.tolist(), strict=True))
 
     def outliers(self, norms: dict[str, float]) -> dict[str, tuple[float, float]]:
-        """(norm, what is usual) of each layer whose norm is over ten times its running mean."""
+        """Returns (norm, running mean) of each layer whose norm is more than OUTLIER times its running mean."""
         return {
             name: (norm, self._usual[name])
             for name, norm in norms.items()
@@ -356,7 +364,7 @@ class LayerNorms:
         }
 
     def remember(self, norms: dict[str, float]) -> None:
-        """Takes norms into the running means."""
+        """Updates the running means."""
         for name, norm in norms.items():
             if math.isfinite(norm):
                 self._usual[name] = 0.9 * self._usual.get(name, norm) + 0.1 * norm
@@ -377,10 +385,13 @@ def _log_histogram(tracker: "GeneralTracker", name: str, values: Tensor, step: i
 
 
 def start_trackers(accelerator: "Accelerator", options: TrackingOptions, record: dict) -> None:
-    """Opens the trackers, with a run's options as plain values; `record` holds no secrets.
+    """Opens the trackers, with the run's options as their config.
+
+    Args:
+        record: the options by name, without secrets.
 
     Raises:
-        UserError: if one can't be opened.
+        ProcessError: if a tracker can't be opened.
     """
     plain = {
         name: value if isinstance(value, int | float | bool) else _as_unicode(str(value))
@@ -389,12 +400,12 @@ def start_trackers(accelerator: "Accelerator", options: TrackingOptions, record:
     try:
         accelerator.init_trackers(options.tracker_project_name, config=plain)
     except tracker_errors() as error:
-        accelerator.trackers.clear()  # one that was not started can't be closed
+        accelerator.trackers.clear()  # a tracker that did not start can't be closed
         raise ProcessError(
-            f"--report_to {options.report_to} can't be started: {first_line(error)}; --report_to none does without"
+            f"--report_to {options.report_to} can't be started: {first_line(error)}; --report_to none uses no tracker"
         ) from error
 
 
 def _as_unicode(text: str) -> str:
-    """The text, with the bytes of file names that are not Unicode as escapes."""
+    """Returns the text with non-Unicode bytes (from file names) escaped."""
     return text.encode("utf-8", "backslashreplace").decode()

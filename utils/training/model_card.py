@@ -1,4 +1,4 @@
-"""The model card and the upload to the Hub."""
+"""Writes the model card and uploads the result to the Hub."""
 
 import json
 import logging
@@ -20,15 +20,15 @@ CARD, GRID = "README.md", "val_imgs_grid.png"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card says.
+    """The content of a model card.
 
     Attributes:
-        base_model: the pipeline that was trained from; None from scratch.
-        data: the dataset's name or folder name.
+        base_model: the pipeline that training started from; None from scratch.
+        data: name of the dataset or its folder.
         is_lora: whether the result is a LoRA file.
-        settings: lines of the table of settings, (name, value).
-        call: how an image is drawn, in Python.
-        tag: the Hub's name for what the model does.
+        settings: (name, value) rows of the table of settings.
+        call: Python expression that draws an image.
+        tag: the Hub's tag for the task of the model.
         verdict: why the run has diverged; empty if it has not.
     """
 
@@ -42,13 +42,13 @@ class CardFacts:
 
 
 def create_repository(folder: Path, options: HubOptions) -> str | None:
-    """Creates the repository that the result is uploaded to, unless it exists; before a training that would be in vain.
+    """Creates the Hub repository for the result, unless it exists, before training starts.
 
     Returns:
-        Its whole name; None where no upload was asked for.
+        Its full name; None without --push_to_hub.
 
     Raises:
-        UserError: without a login, or if the Hub can't be reached, or refuses to create or to write to the repository.
+        UserError: without a login, or if the Hub can't be reached or denies creating or writing the repository.
     """
     if not options.push_to_hub:
         return None
@@ -57,13 +57,13 @@ def create_repository(folder: Path, options: HubOptions) -> str | None:
 
     wanted = options.hub_model_id or folder.resolve().name
     if options.hub_token is None and get_token() is None:
-        raise UserError("--push_to_hub: there is no login; run `hf auth login`, or set HF_TOKEN")
+        raise UserError("--push_to_hub: not logged in; run `hf auth login`, or set HF_TOKEN")
     api = HfApi(token=options.hub_token)
     try:
         repository = api.create_repo(wanted, private=options.hub_private_repo or None, exist_ok=True).repo_id
-        api.auth_check(repository, write=True)  # create_repo is content with a repository that may only be read
+        api.auth_check(repository, write=True)  # create_repo succeeds for an existing repository without write access
     except (HTTPError, OSError, ValueError) as error:
-        cure = "give --hub_model_id, or a token that may write there by `hf auth login`, or leave out --push_to_hub"
+        cure = "give --hub_model_id, run `hf auth login` with a token that may write there, or leave out --push_to_hub"
         raise UserError(
             f"--push_to_hub: {wanted} can't be written to: {_without_token(error, options)}; {cure}"
         ) from error
@@ -73,18 +73,19 @@ def create_repository(folder: Path, options: HubOptions) -> str | None:
 def publish(
     folder: Path, repository: str | None, options: HubOptions, facts: CardFacts, samples: Sequence[Sample]
 ) -> None:
-    """Writes the model card and uploads the result to the repository, if there is one."""
+    """Writes the model card and uploads the result, if there is a repository."""
     if repository is not None:
         write_card(folder, repository, facts, samples)
         upload(folder, repository, options)
 
 
 def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequence[Sample]) -> None:
-    """Writes README.md, a model card, and the samples it shows as one picture."""
+    """Writes the model card README.md, and its samples as one image grid."""
     from diffusers.utils import make_image_grid
     from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_card
     from huggingface_hub import ModelCard, ModelCardData
 
+    # Samples and settings.
     local = facts.base_model is None or Path(facts.base_model).exists()
     base_model = Path(facts.base_model).name if facts.base_model and local else facts.base_model
     shown = ""
@@ -94,6 +95,7 @@ def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequenc
         prompts = "\n".join(f"- {markdown(sample.caption)}" for sample in samples)
         shown = f"\nSamples of these prompts, in this order:\n\n{prompts}\n\n![samples](./{GRID})\n"
     table = "\n".join(f"| {name} | {markdown_cell(value)} |" for name, value in facts.settings)
+    # Origin, and how to load the result.
     result = "LoRA weights for" if facts.is_lora else "This pipeline was fine-tuned from"
     origin = f"{result} **{markdown(base_model)}**" if base_model else "This pipeline was trained from scratch"
     trained = ", trained" if facts.is_lora else ""
@@ -124,6 +126,7 @@ image = {facts.call}.images[0]
 |---|---|
 {table}
 """
+    # The card, with the Hub's metadata.
     card = ModelCard.from_template(
         card_data=ModelCardData(
             license=None, library_name="diffusers", base_model=None if local else base_model, inference=True
@@ -136,14 +139,14 @@ image = {facts.call}.images[0]
 
 
 def result_files(folder: Path) -> list[str]:
-    """Patterns of the files that are the result and its card: no checkpoints, logs or records of the run."""
+    """Returns patterns of the files to upload: the result and its card, but no checkpoints, logs or run records."""
     index = folder / "model_index.json"
     parts = [f"{name}/**" for name in read_json(index)] if index.exists() else []
     return ["model_index.json", *parts, "pipeline.py", "pytorch_lora_weights.safetensors", "fused/**", CARD, GRID]
 
 
 def upload(folder: Path, repository: str, options: HubOptions) -> None:
-    """Uploads the result and its card, and nothing else of the folder; if that fails, the result is still there."""
+    """Uploads only the result and its card; a failed upload is a warning, as the result is still in the folder."""
     from huggingface_hub import upload_folder
     from huggingface_hub.errors import HTTPError
 
@@ -158,16 +161,16 @@ def upload(folder: Path, repository: str, options: HubOptions) -> None:
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # hf_xet raises RuntimeError
         reason = _without_token(error, options)
         logger.warning(
-            "the upload to %s failed: %s; the result is in %s, upload it with `hf upload`", repository, reason, folder
+            "upload to %s failed: %s; the result is in %s; upload it with `hf upload`", repository, reason, folder
         )
 
 
 def _without_token(error: BaseException, options: HubOptions) -> str:
-    """An error in one line, without the token that was given."""
+    """Returns an error in one line, with the given token masked."""
     reason = first_line(error)
     return reason.replace(options.hub_token, "***") if options.hub_token else reason
 
 
 def _quoted(name: str | None) -> str:
-    """A name as a string of Python within a block of code that no name can end."""
+    """Returns a name as a Python string literal that can't end a Markdown code block."""
     return json.dumps(name).replace("`", "\\u0060")

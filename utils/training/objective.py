@@ -1,4 +1,4 @@
-"""A training step's loss as a function of the weights and the batch alone."""
+"""The training loss as a function of only the weights and the batch."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from utils.training.encoding import EncodedBatch
 
 
 class Objective(nn.Module):
-    """Maps an encoded batch to the loss of each of its samples. Its parameters are the modules and terms that train."""
+    """Maps an encoded batch to the loss of each sample. Its parameters are the trained modules and loss terms."""
 
     def __init__(
         self,
@@ -35,16 +35,16 @@ class Objective(nn.Module):
         self._loss_options = loss_options
 
     def forward(self, encoded: EncodedBatch) -> Tensor:
-        """[B] float32 weighted losses."""
+        """Returns the weighted loss of each sample, [B] float32."""
         batch = encoded.batch
         latents = self._family.latent_space.latents(encoded.mean, encoded.std, batch.posterior_noise)
         noised, conditioning = self._noised(batch, latents), self._conditioning(encoded)
-        # DREAM: the noise is bent by the model's own error.
+        # DREAM: adjust the noise by the model's own prediction error.
         if self._noise_options.dream_training:
             with torch.no_grad():
                 estimate = self._predict(noised, conditioning)
             noised = rectify(noised, estimate, self._noise_options.dream_detail_preservation)
-        # The loss of the prediction, and further terms of the clean latents it implies.
+        # The loss of the prediction, and loss terms on the clean latents estimated from it.
         prediction = self._predict(noised, conditioning)
         losses = weighted_loss(prediction, noised, self._process.prediction_type, self._loss_options, batch.masks)
         if self.terms:
@@ -55,9 +55,9 @@ class Objective(nn.Module):
         return losses * batch.loss_weights
 
     def plain_losses(self, encoded: EncodedBatch) -> Tensor:
-        """[B] float32 mean squared errors of the prediction, whatever loss and weighting are trained with.
+        """Returns the mean squared error of each prediction, [B] float32, whatever the training loss and weighting.
 
-        Masks count as they do in training.
+        Masks apply as in training.
         """
         batch = encoded.batch
         latents = self._family.latent_space.latents(encoded.mean, encoded.std, batch.posterior_noise)
@@ -73,7 +73,7 @@ class Objective(nn.Module):
         return self._family.predict(denoiser, noised.noisy, noised.timesteps, conditioning)
 
     def _conditioning(self, encoded: EncodedBatch) -> Conditioning:
-        """What the denoiser reads; text states are computed here where the text encoders train."""
+        """Returns the denoiser's conditioning; computes text states here if the text encoders train."""
         batch, states = encoded.batch, encoded.states
         if states is None:
             states = self._family.encode_text(batch.input_ids, batch.caption_dropped)

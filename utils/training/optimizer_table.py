@@ -1,4 +1,4 @@
-"""The optimizers: a row for each, known without loading torch. A new optimizer is a function and a row here."""
+"""Table of optimizers, readable without loading torch. To add one, write a function and add a row here."""
 
 import logging
 from collections.abc import Callable
@@ -21,17 +21,17 @@ Make = Callable[[list[dict], "OptimizerOptions"], "torch.optim.Optimizer"]
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What is known of an optimizer.
+    """A row of the table of optimizers.
 
     Attributes:
-        make: builds it over groups of parameters.
-        state_bytes: of its state for each trained parameter; what only vectors have is left out.
-        reads: the flags that only some optimizers read and this one does.
-        package: that it needs beside torch.
-        beta2: the default decay of the mean squared gradient.
-        schedules: the learning-rate schedules that it goes with; None for all.
-        has_one_rate: whether it finds one rate for all weights, from all gradients at once; the rate that is given is
-            then a factor, best near 1.
+        make: builds it from parameter groups.
+        state_bytes: bytes of state per trained parameter, of matrices.
+        reads: optimizer-specific flags that it reads.
+        package: package that it needs beside torch.
+        beta2: default of --adam_beta2.
+        schedules: learning-rate schedules that it works with; None for all.
+        has_one_rate: whether it finds one learning rate for all weights, from all gradients at once; --learning_rate is
+            then a factor on it, best near 1.
     """
 
     make: Make
@@ -44,7 +44,7 @@ class OptimizerSpec:
 
 
 def package_of(options: "OptimizerOptions") -> ModuleType:
-    """The package that an optimizer needs beside torch.
+    """Imports the package that an optimizer needs beside torch.
 
     Raises:
         UserError: if it can't be imported.
@@ -70,47 +70,47 @@ def _adamw_8bit(groups: list[dict], options: "OptimizerOptions") -> "torch.optim
 
 
 def _paged_adamw_8bit(groups: list[dict], options: "OptimizerOptions") -> "torch.optim.Optimizer":
-    """Its state moves to the host's memory where the device's is short (Dettmers et al. 2023, section 3)."""
+    """8-bit AdamW whose state moves to host memory if device memory is short (Dettmers et al. 2023, section 3)."""
     from utils.training.optimizers import of_bitsandbytes
 
     return of_bitsandbytes("PagedAdamW8bit", options)(groups, betas=options.betas, eps=options.adam_epsilon)
 
 
 def _lion(groups: list[dict], options: "OptimizerOptions") -> "torch.optim.Optimizer":
-    """The sign of an average of gradients (Chen et al. 2023, algorithm 2); wants a tenth of AdamW's rate."""
+    """Lion: steps by the sign of averaged gradients (Chen et al. 2023, algorithm 2); needs a tenth of AdamW's rate."""
     from utils.training.optimizers import of_bitsandbytes
 
     return of_bitsandbytes("Lion", options)(groups, betas=options.betas)
 
 
 def _adafactor(groups: list[dict], options: "OptimizerOptions") -> "torch.optim.Optimizer":
-    """Row and column means for the mean squared gradient (Shazeer and Stern 2018), at the rate that is given."""
+    """Adafactor: row and column means of squared gradients (Shazeer and Stern 2018), with the given learning rate."""
     import torch
 
     if any(parameter.is_cuda for group in groups for parameter in group["params"]):
         logger.warning(
-            "--optimizer adafactor waits for the GPU twice for each weight in each step, as PyTorch has it; adamw8bit "
-            "takes little memory too, and waits once a step"
+            "--optimizer adafactor: PyTorch's implementation waits for the GPU twice per weight in each step; "
+            "adamw8bit needs little memory too and waits once per step"
         )
     return torch.optim.Adafactor(groups)
 
 
 def _prodigy(groups: list[dict], options: "OptimizerOptions") -> "torch.optim.Optimizer":
-    """Finds the rate itself (Mishchenko and Defazio 2023); the learning rate is a factor on it."""
+    """Prodigy: finds the learning rate itself (Mishchenko and Defazio 2023); the given rate is a factor on it."""
     return package_of(options).Prodigy(
         groups, betas=options.betas, eps=options.adam_epsilon, use_bias_correction=True, safeguard_warmup=True
     )
 
 
 def _schedule_free_adamw(groups: list[dict], options: "OptimizerOptions") -> "torch.optim.Optimizer":
-    """Averages its own steps in place of a schedule (Defazio et al. 2024); evaluated at the average."""
+    """AdamW that averages its iterates instead of using a schedule (Defazio et al. 2024); evaluated at the average."""
     optimizer = package_of(options).AdamWScheduleFree(groups, betas=options.betas, eps=options.adam_epsilon)
     optimizer.train()
     return optimizer
 
 
 def _muon(groups: list[dict], options: "OptimizerOptions") -> "torch.optim.Optimizer":
-    """Muon (Jordan et al. 2024) for the matrices, AdamW for all else."""
+    """Muon (Jordan et al. 2024) for matrices, AdamW for the other weights."""
     from utils.training.optimizers import Muon
 
     return Muon(groups, options)
@@ -131,5 +131,5 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 
 
 def without(flag: str) -> tuple[str, ...]:
-    """The optimizers that do not read a flag."""
+    """Returns the names of the optimizers that do not read a flag."""
     return tuple(name for name, spec in OPTIMIZERS.items() if flag not in spec.reads)

@@ -1,4 +1,4 @@
-"""Optimizers, their parameter groups, and the learning rate of each step."""
+"""Builds optimizers and their parameter groups, and computes the learning rate of each step."""
 
 import logging
 import math
@@ -15,17 +15,17 @@ from utils.training.optimizer_table import package_of
 
 logger = logging.getLogger(__name__)
 FUSED_DEVICES = {"cuda", "cpu"}
-ONE_CYCLE_START = 25.0  # torch's OneCycleLR: the rate begins at 1/25 of its peak and ends at 1/10,000 of that
+ONE_CYCLE_START = 25.0  # as torch's OneCycleLR: the rate starts at 1/25 of its peak and ends at 1/10,000 of that
 ONE_CYCLE_END = 1e4
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer itself, out of accelerate's wrapper where it has one."""
+    """Returns the optimizer inside accelerate's wrapper, or the optimizer itself."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 class NamedParameter(NamedTuple):
-    """A trained parameter, the name it is saved under, and the peak learning rate of its module."""
+    """A trained parameter, its name in files, and its peak learning rate."""
 
     name: str
     parameter: nn.Parameter
@@ -33,7 +33,7 @@ class NamedParameter(NamedTuple):
 
 
 def parameter_groups(parameters: list[NamedParameter], weight_decay: float) -> list[dict]:
-    """Groups of one learning rate (kept as `peak_lr`) each, without weight decay on vectors: biases and norms."""
+    """Returns a group per learning rate (kept as `peak_lr`) and weight decay; vectors (biases, norms) do not decay."""
     groups: dict[tuple[float, float], dict] = {}
     for _, parameter, rate in parameters:
         decay = weight_decay if parameter.ndim > 1 else 0.0
@@ -43,16 +43,16 @@ def parameter_groups(parameters: list[NamedParameter], weight_decay: float) -> l
 
 
 def adamw(groups: list[dict], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """torch's AdamW, fused where the devices have that."""
+    """Builds torch's AdamW, fused if the devices support it."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = devices <= FUSED_DEVICES if options.fused_adamw is None else options.fused_adamw
     return torch.optim.AdamW(groups, betas=options.betas, eps=options.adam_epsilon, fused=fused)
 
 
 def of_bitsandbytes(name: str, options: OptimizerOptions) -> type[torch.optim.Optimizer]:
-    """An optimizer of bitsandbytes that waits for the device at most once a step, and stays paged when it is loaded.
+    """Returns a bitsandbytes optimizer class that waits for the device at most once per step and reloads paged state.
 
-    By itself it waits after each parameter, and takes paged state back as ordinary memory of the device.
+    The original waits after each parameter, and loads paged state into ordinary device memory.
     """
     package = package_of(options)
     kind, module = getattr(package.optim, name), package.optim.optimizer
@@ -60,7 +60,8 @@ def of_bitsandbytes(name: str, options: OptimizerOptions) -> type[torch.optim.Op
     class Once(kind):
         @torch.no_grad()
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
-            """A step of all parameters."""
+            """Updates all parameters."""
+            # Step without waiting after each parameter.
             parameters = [each for group in self.param_groups for each in group["params"]]
             strides = [(each, each.stride()) for each in parameters if not each.is_contiguous()]
             waits, module.sync_gpu = module.sync_gpu, lambda _: None
@@ -68,9 +69,9 @@ def of_bitsandbytes(name: str, options: OptimizerOptions) -> type[torch.optim.Op
                 loss = super().step(closure)
             finally:
                 module.sync_gpu = waits
-            if self.is_paged:  # what is paged moves beside the stream, and must be there before it is read
+            if self.is_paged:  # paging is asynchronous to the stream, and must be complete before state is read
                 waits(parameters[0])
-            for parameter, before in strides:  # on a CPU it puts contiguous weights in the place of channels-last ones
+            for parameter, before in strides:  # on a CPU it replaces channels-last weights by contiguous ones
                 if parameter.stride() != before:
                     parameter.data = torch.empty_strided(parameter.shape, before, dtype=parameter.dtype).copy_(
                         parameter.data
@@ -78,7 +79,7 @@ def of_bitsandbytes(name: str, options: OptimizerOptions) -> type[torch.optim.Op
             return loss
 
         def load_state_dict(self, *arguments: Any, **named: Any) -> None:
-            """As every optimizer's."""
+            """Loads the state, as `torch.optim.Optimizer` does, and pages it."""
             super().load_state_dict(*arguments, **named)
             for parameter, state in self.state.items():
                 page_again(self, parameter, state)
@@ -88,7 +89,7 @@ def of_bitsandbytes(name: str, options: OptimizerOptions) -> type[torch.optim.Op
 
 
 def page_again(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Any]) -> None:
-    """Puts a parameter's loaded state where a paged optimizer of bitsandbytes has it; does nothing of any other."""
+    """Moves a parameter's loaded state into paged memory if the optimizer is a paged one of bitsandbytes."""
     if not getattr(optimizer, "is_paged", False):
         return
     for name in ("state1", "state2"):
@@ -98,9 +99,9 @@ def page_again(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for the matrices, AdamW for all else, as one optimizer.
+    """Muon (Jordan et al. 2024) for matrices and AdamW for other weights, as one optimizer.
 
-    Muon's steps are scaled to the size of AdamW's (Liu et al. 2025, equation 4), so that one rate serves both.
+    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, equation 4), so both use one learning rate.
     """
 
     def __init__(self, groups: list[dict], options: OptimizerOptions):
@@ -117,7 +118,7 @@ class Muon(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Has the parts work on this optimizer's own groups and state."""
+        """Lets both parts use this optimizer's groups and state."""
         begin = 0
         for part in self._parts:
             end = begin + len(part.param_groups)
@@ -125,13 +126,13 @@ class Muon(torch.optim.Optimizer):
             begin = end
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As every optimizer's."""
+        """Loads the state, as `torch.optim.Optimizer` does, and shares it with both parts."""
         super().load_state_dict(state_dict)
         self._share()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """A step of both."""
+        """Takes a step of both parts."""
         for part in self._parts:
             part.step()
 
@@ -141,18 +142,17 @@ def _only(group: dict, chosen: Callable[[nn.Parameter], bool]) -> dict:
 
 
 def build_optimizer(parameters: list[NamedParameter], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """The optimizer of `--optimizer` over the parameters, which must be on their device."""
+    """Builds the optimizer of `--optimizer`; the parameters must be on their device already."""
     return options.spec.make(parameter_groups(parameters, options.adam_weight_decay), options)
 
 
 def _cosine_warm_restarts(options: ScheduleOptions, total_steps: int, step: int) -> float:
-    """Half a cosine in each cycle, each `lr_t_mult` times as long (Loshchilov and Hutter 2017, equation 5)."""
+    """Half a cosine per cycle, each cycle `lr_t_mult` times as long (Loshchilov and Hutter 2017, equation 5)."""
     step, length = max(0, step - options.lr_warmup_steps), options.lr_t_0
     if options.lr_t_mult > 1:
         cycle = int(math.log(step / length * (options.lr_t_mult - 1) + 1, options.lr_t_mult))
-        while (
-            length * (options.lr_t_mult ** (cycle + 1) - 1) // (options.lr_t_mult - 1) <= step
-        ):  # lest log rounds down
+        # log may have rounded down
+        while length * (options.lr_t_mult ** (cycle + 1) - 1) // (options.lr_t_mult - 1) <= step:
             cycle += 1
         begin = length * (options.lr_t_mult**cycle - 1) // (options.lr_t_mult - 1)
         step, length = step - begin, length * options.lr_t_mult**cycle
@@ -168,7 +168,7 @@ def _constant(options: ScheduleOptions, total_steps: int, step: int) -> float:
 
 
 def _one_cycle(options: ScheduleOptions, total_steps: int, step: int) -> float:
-    """Up and down again along cosines (Smith and Topin 2018), as torch's OneCycleLR."""
+    """Rises and falls along cosines (Smith and Topin 2018), as torch's OneCycleLR."""
     rise = options.lr_pct_start * total_steps - 1
     begin, end = 1 / ONE_CYCLE_START, 1 / (ONE_CYCLE_START * ONE_CYCLE_END)
     if step <= rise:
@@ -181,7 +181,7 @@ def _cosine(begin: float, end: float, portion: float) -> float:
 
 
 def _warmed_up(factor: Callable, options: ScheduleOptions, total_steps: int, step: int) -> float:
-    """A factor after a linear rise from 0."""
+    """Multiplies a factor by a linear warm-up from 0."""
     rise = 1.0 if step >= options.lr_warmup_steps else step / options.lr_warmup_steps
     return factor(options, total_steps, step) * rise
 
@@ -190,17 +190,17 @@ OWN_FACTORS: dict[str, Callable[[ScheduleOptions, int, int], float]] = {
     "cosine_warm_restarts": partial(_warmed_up, _cosine_warm_restarts),
     "step": partial(_warmed_up, _step),
     "one_cycle": _one_cycle,
-    "reduce_on_plateau": partial(_warmed_up, _constant),  # times what the measurements so far say
+    "reduce_on_plateau": partial(_warmed_up, _constant),  # times the reductions so far, see LearningRates.factor
 }
 
 
 def rate_factor(options: ScheduleOptions, peak_rate: float, total_steps: int) -> Callable[[int], float]:
-    """The factor on the peak learning rate as a function of the optimizer step, from 0.
+    """Returns the factor on the peak learning rate as a function of the optimizer step, counted from 0.
 
-    The rate is computed from the step, so a resumed run has no schedule state to restore.
+    The learning rate depends only on the step, so a resumed run has no schedule state to restore.
 
     Raises:
-        UserError: for rules of piecewise_constant that can't be read.
+        UserError: for invalid --lr_step_rules.
     """
     from diffusers.optimization import get_scheduler
 
@@ -218,11 +218,11 @@ def rate_factor(options: ScheduleOptions, peak_rate: float, total_steps: int) ->
             power=options.lr_power,
         )
     except (ValueError, IndexError) as error:
-        raise UserError(f"the learning rate schedule {options.lr_scheduler} can't be made: {error}") from error
+        raise UserError(f"--lr_scheduler {options.lr_scheduler} can't be built: {error}") from error
     return schedule.lr_lambdas[0]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets the rate of each group to its peak times the factor."""
+    """Sets the learning rate of each group to its peak times the factor."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

@@ -1,4 +1,4 @@
-"""The options of training, and those that both training scripts have, by group, in the order of `--help`."""
+"""Option groups of training, and the groups that both training scripts share, in the order of `--help`."""
 
 import re
 from dataclasses import dataclass
@@ -48,17 +48,17 @@ from utils.training.adapters import ADAPTATIONS, EVERY_ADAPTER, LORA_ALONE, Adap
 from utils.training.optimizer_options import OptimizerOptions, ScheduleOptions
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
-RECOMPUTING = "--gradient_checkpointing"  # which a resumed run may add when memory is short
+RECOMPUTING = "--gradient_checkpointing"  # a resumed run may add it when memory is short
 COMPILED = ("blocks", "denoiser")
 
 
 @dataclass(frozen=True)
 class TrainedOptions:
-    """Which weights train, and in which arithmetic, where all of them may.
+    """Which weights train, and in which precision (of a model all of whose weights may train).
 
     Attributes:
-        help_title: of the group in `--help`.
-        train_text_encoder: whether text encoders train too.
+        help_title: title of the group in `--help`.
+        train_text_encoder: whether the text encoders train too.
     """
 
     help_title: ClassVar[str] = "trained"
@@ -66,17 +66,17 @@ class TrainedOptions:
 
     train_layers: str | None = option(
         None,
-        "regular expression that the names of the weights to train must hold, such as attn2 for cross-attention",
+        "train only the weights whose names match this regular expression, such as attn2 for cross-attention",
         is_text=True,
         resume=Resume.STRUCTURE,
     )
     pure_bf16: bool = option(
         False,
-        "keep the weights that train in bfloat16 alone, stepped in float32 and rounded stochastically",
+        "keep trained weights in bfloat16 only; updates are computed in float32 and rounded stochastically",
         resume=Resume.STRUCTURE,
         engines={
             "DeepSpeed": "use FSDP2",
-            "FSDP2": "weights are spread in float32 and computed with in the mixed precision",
+            "FSDP2": "it shards weights in float32 and computes in the mixed precision",
         },
     )
 
@@ -85,16 +85,16 @@ class TrainedOptions:
             try:
                 re.compile(self.train_layers)
             except re.error as error:
-                raise UserError(f"--train_layers {self.train_layers} is no regular expression: {error}") from error
+                raise UserError(f"--train_layers {self.train_layers} is not a regular expression: {error}") from error
 
     @property
     def trains_base(self) -> bool:
-        """Whether the denoiser's own weights train, in float32."""
+        """Whether the denoiser's own weights train in float32."""
         return not self.pure_bf16
 
     @property
     def structure(self) -> dict[str, object]:
-        """What a checkpoint can only be resumed with, by flag."""
+        """The settings that must equal the checkpoint's for a run to resume from it, by flag."""
         return {name: getattr(self, name) for name in ("train_text_encoder", "train_layers", "pure_bf16")}
 
 
@@ -104,71 +104,77 @@ class AdaptationOptions(TrainedOptions):
 
     adaptation: str = option(
         "full",
-        "what trains: all weights, or adapters: lora, loha (https://arxiv.org/abs/2108.06098), "
+        "train all weights (full) or adapters: lora, loha (https://arxiv.org/abs/2108.06098), "
         "lokr (https://arxiv.org/abs/2212.10650)",
         choices=tuple(ADAPTATIONS),
         resume=Resume.STRUCTURE,
     )
     train_text_encoder: bool = option(False, "train the text encoders too", resume=Resume.STRUCTURE)
-    rank: int | None = option(None, "rank of the adapters' matrices, 4 by default", resume=Resume.STRUCTURE)
+    rank: int | None = option(None, "rank of the adapter matrices; default: 4", resume=Resume.STRUCTURE)
     lora_alpha: float | None = option(
-        None, "scale of the adapters' update times the rank; by default the rank", resume=Resume.STRUCTURE
+        None, "alpha: the adapter update is scaled by alpha / rank; default: the rank", resume=Resume.STRUCTURE
     )
-    lora_dropout: float = option(0.0, "dropout of the LoRA layers' input, or of the ranks of LoHa and LoKr")
+    lora_dropout: float = option(0.0, "dropout on the input of LoRA layers, or on the ranks of LoHa and LoKr")
     lora_target_modules: list[str] | None = option(
         None,
-        "ends of the names of the UNet layers that are adapted; by default to_k to_q to_v to_out.0",
+        "suffixes of the names of the UNet layers to adapt; default: to_k to_q to_v to_out.0",
         is_text=True,
         resume=Resume.STRUCTURE,
     )
-    use_dora: bool = option(False, "weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)", resume=Resume.STRUCTURE)
+    use_dora: bool = option(
+        False, "use DoRA, weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)", resume=Resume.STRUCTURE
+    )
     use_rslora: bool = option(
-        False, "scale by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)", resume=Resume.STRUCTURE
+        False,
+        "scale the adapter update by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)",
+        resume=Resume.STRUCTURE,
     )
     quantize_base: str | None = option(
         None,
-        "keep the frozen UNet under the LoRA in nf4 (4 bits) or int8, by bitsandbytes",
+        "quantize the frozen UNet under the LoRA to nf4 (4 bits) or int8 with bitsandbytes",
         choices=QUANTIZATIONS,
         resume=Resume.STRUCTURE,
-        engines={"FSDP2": "frozen weights are spread already"},
+        engines={"FSDP2": "it shards frozen weights already"},
     )
     fused_lora: bool = option(
         True,
-        "compute LoRA layers by fewer kernels than peft, which saves and loads them as ever",
+        "compute LoRA layers with fewer kernels than peft; saved files are unchanged",
         resume=Resume.COST,
         acts_with=("adaptation=lora",),
     )
-    lora_weights: str | None = option(None, "LoRA file, or a folder that holds one, whose training continues")
+    lora_weights: str | None = option(None, "LoRA file, or a folder that contains one, to continue training from")
     export_fused: bool = option(
-        False, "also save the pipeline with the LoRA fused in, in output_dir/fused", resume=Resume.SAVING
+        False, "also save the pipeline with the LoRA fused into its weights, in output_dir/fused", resume=Resume.SAVING
     )
 
     def __post_init__(self) -> None:
         require_positive(self, "rank", "lora_alpha")
         check_quantization(self.quantize_base)
         super().__post_init__()
+        # Options of another adaptation.
         if self.train_layers is not None and self.adaptation != "full":
             raise UserError("--train_layers goes with --adaptation full; adapters have --lora_target_modules")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "be in [0, 1)")
         if self.pure_bf16 and self.adaptation != "full":
-            raise UserError("--pure_bf16 is for --adaptation full: adapters are small, and train in float32")
+            raise UserError("--pure_bf16 needs --adaptation full: adapters are small and train in float32")
         for name in EVERY_ADAPTER + LORA_ALONE:
             value = getattr(self, name)
             if name not in self.spec.flags and value not in (None, False, 0.0):
                 raise UserError(f"--{name} {value} goes with --adaptation lora, got --adaptation {self.adaptation}")
+        # The LoRA file to continue from, which sets the options of its adapters.
         if self.lora_weights is not None:
             if Path(self.lora_weights).suffix in PICKLES:
                 raise UserError(
-                    f"--lora_weights {self.lora_weights} would need unpickling, which can run code; convert it to a "
+                    f"--lora_weights {self.lora_weights} is a pickle, and unpickling can run code; convert it to a "
                     ".safetensors file"
                 )
-            cure = "give a .safetensors file, or a folder that holds one"
+            cure = "give a .safetensors file, or a folder that contains one"
             require_model("lora_weights", self.lora_weights, cure, (".safetensors",))
             must = "be a file or folder that exists"
             require(Path(self.lora_weights).exists(), "lora_weights", self.lora_weights, must)
             for name in ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora"):
                 if getattr(self, name) not in (None, False):
-                    raise UserError(f"--{name} is that of the file given as --lora_weights; leave it out")
+                    raise UserError(f"--{name} is set by the file given as --lora_weights; leave it out")
 
     @property
     def lora_rank(self) -> int:
@@ -177,17 +183,17 @@ class AdaptationOptions(TrainedOptions):
 
     @property
     def trains_base(self) -> bool:
-        """Whether the denoiser's own weights train, in float32."""
+        """Whether the denoiser's own weights train in float32."""
         return self.spec.trains_base and super().trains_base
 
     @property
     def spec(self) -> AdaptationSpec:
-        """What is known of the way to train."""
+        """The table row of this adaptation."""
         return ADAPTATIONS[self.adaptation]
 
     @property
     def structure(self) -> dict[str, object]:
-        """What a checkpoint can only be resumed with, by flag."""
+        """The settings that must equal the checkpoint's for a run to resume from it, by flag."""
         shared = {"adaptation": self.adaptation} | super().structure
         if self.adaptation == "full" or self.lora_weights is not None:
             return shared
@@ -203,7 +209,7 @@ class AdaptationOptions(TrainedOptions):
 
     @property
     def targets(self) -> list[str] | None:
-        """The UNet's target modules, also where they were given with commas."""
+        """The UNet's target modules; they may also be given separated by commas."""
         if self.lora_target_modules is None:
             return None
         return [name for word in self.lora_target_modules for name in word.split(",") if name]
@@ -213,27 +219,27 @@ class AdaptationOptions(TrainedOptions):
 class CheckpointOptions:
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints", resume=Resume.SAVING)
     checkpoints_total_limit: int | None = option(
-        None, "newest checkpoints to keep; by default all", resume=Resume.SAVING
+        None, "number of newest checkpoints to keep; default: all", resume=Resume.SAVING
     )
     final_checkpoint: bool = option(
         True,
-        "also write a checkpoint after the last step, so that a longer run can resume",
+        "also write a checkpoint after the last step, so that a longer run can resume from it",
         resume=Resume.SAVING,
     )
     resume_from_checkpoint: str | None = option(
         None,
-        "resume from latest, from checkpoint-N in output_dir, or from a path; latest without a checkpoint starts anew",
+        "resume from latest, from checkpoint-N in output_dir, or from a path; latest starts anew if there is none",
         resume=Resume.SAVING,
     )
     async_checkpointing: bool | None = option(
         None,
-        "write checkpoints from copies in host memory while training continues; by default on a GPU, where that memory "
-        "holds the copies twice",
+        "write checkpoints from copies in host memory while training continues; default: on a GPU if host memory can "
+        "hold the copies twice",
         resume=Resume.SAVING,
     )
     allow_changed_options: bool = option(
         False,
-        "resume although options that change the training, or the data, are others than the checkpoint's",
+        "resume although options that affect training, or the data, differ from the checkpoint's",
         resume=Resume.SAVING,
         acts_with=("resume_from_checkpoint",),
     )
@@ -242,7 +248,7 @@ class CheckpointOptions:
         require_positive(self, "checkpointing_steps", "checkpoints_total_limit")
 
     def is_due(self, progress: Progress) -> bool:
-        """Whether a checkpoint is written after a step."""
+        """Whether to write a checkpoint after a step."""
         return progress.is_multiple_of(self.checkpointing_steps) or (self.final_checkpoint and progress.is_last)
 
 
@@ -250,41 +256,42 @@ class CheckpointOptions:
 class EmaOptions:
     use_ema: bool = option(
         False,
-        "keep a moving average of the trained weights; it is what is validated and exported",
+        "keep an exponential moving average (EMA) of the trained weights; validate and export that average",
         resume=Resume.AVERAGING,
     )
     ema_decay: float = option(
-        0.9999, "decay of the average; early steps use (1 + n) / (10 + n) where that is smaller", acts_with=("use_ema",)
+        0.9999, "EMA decay; at update n the smaller of this and (1 + n) / (10 + n) is used", acts_with=("use_ema",)
     )
     use_ema_warmup: bool = option(
-        False, "let the decay rise as 1 - (1 + n / inv_gamma)^-power instead", acts_with=("use_ema",)
+        False, "instead, increase the EMA decay as 1 - (1 + n / inv_gamma)^-power", acts_with=("use_ema",)
     )
-    ema_inv_gamma: float = option(1.0, "inverse gamma of that rise", acts_with=("use_ema",))
+    ema_inv_gamma: float = option(1.0, "inverse gamma of the EMA warm-up", acts_with=("use_ema",))
     ema_power: float = option(
-        0.75, "power of that rise; 2/3 for runs of a million steps, 3/4 for shorter ones", acts_with=("use_ema",)
+        0.75, "power of the EMA warm-up; 2/3 suits runs of a million steps, 3/4 shorter ones", acts_with=("use_ema",)
     )
     ema_every: int = option(
-        1, "optimizer steps between updates of the average, each by the decay of all of them: fewer passes over it"
+        1, "update the EMA every N optimizer steps with the combined decay of those steps, which saves time"
     )
     offload_ema: bool = option(
-        False, "keep the average in host memory", resume=Resume.COST, engines={"FSDP2": "the average is spread already"}
+        False, "keep the EMA in host memory", resume=Resume.COST, engines={"FSDP2": "it shards the average already"}
     )
     foreach_ema: bool = option(
         True,
-        "update the average of all weights by one call instead of one a weight",
+        "update the EMA of all weights in one call instead of one call per weight",
         resume=Resume.COST,
         acts_with=("use_ema",),
     )
     ema_lengths: list[float] | None = option(
         None,
-        "instead of --use_ema: export an average of this length, a portion of the training such as 0.1, made "
-        "afterwards of snapshots (https://arxiv.org/abs/2312.02696); of several that with the lowest validation loss",
+        "instead of --use_ema: export an average of this length, as a fraction of the training such as 0.1, computed "
+        "afterwards from snapshots (https://arxiv.org/abs/2312.02696); of several lengths, that with the lowest "
+        "validation loss",
         resume=Resume.AVERAGING,
         engines={"FSDP2": "use --use_ema"},
     )
     ema_snapshot_steps: int | None = option(
         None,
-        "optimizer steps between these snapshots; by default --checkpointing_steps",
+        "optimizer steps between the snapshots of --ema_lengths; default: --checkpointing_steps",
         resume=Resume.AVERAGING,
     )
 
@@ -292,9 +299,9 @@ class EmaOptions:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "be in [0, 1)")
         require_positive(self, "ema_inv_gamma", "ema_power", "ema_every", "ema_snapshot_steps")
         for length in self.ema_lengths or ():
-            require(0 < length <= 0.28, "ema_lengths", length, "be over 0 and at most 0.28, the longest there is")
+            require(0 < length <= 0.28, "ema_lengths", length, "be over 0 and at most 0.28, the longest possible")
         if self.use_ema and self.ema_lengths:
-            raise UserError("--use_ema and --ema_lengths are two kinds of averages; give one")
+            raise UserError("--use_ema and --ema_lengths exclude each other; give one")
         if self.ema_every > 1 and not self.use_ema:
             raise UserError("--ema_every goes with --use_ema; give both or neither")
         if self.ema_snapshot_steps is not None and not self.ema_lengths:
@@ -304,34 +311,37 @@ class EmaOptions:
 @dataclass(frozen=True)
 class TrackingOptions:
     report_to: str = option(
-        "tensorboard", "where metrics and samples go", choices=(*TRACKERS, "all", "none"), resume=Resume.REPORTING
+        "tensorboard",
+        "tracker to send metrics and samples to",
+        choices=(*TRACKERS, "all", "none"),
+        resume=Resume.REPORTING,
     )
     logging_dir: str = option(
         "logs",
-        "folder of the trackers' files in output_dir",
+        "folder inside output_dir for the trackers' files",
         resume=Resume.SAVING,
         acts_with=(IsNot("report_to", ("none",)),),
     )
     tracker_project_name: str = option(
         "text2image-fine-tune",
-        "name of the project in the trackers",
+        "project name in the trackers",
         is_text=True,
         resume=Resume.REPORTING,
         acts_with=(IsNot("report_to", ("none",)),),
     )
     logging_steps: int = option(
         1,
-        "optimizer steps whose numbers are read from the device at once, a step after the last; so often processes "
-        "also agree to stop",
+        "read metrics from the device every N optimizer steps, one step late; processes also check for stop requests "
+        "this often",
         resume=Resume.REPORTING,
     )
-    debug_loss: bool = option(False, "log each image's loss under its file's name", resume=Resume.REPORTING)
+    debug_loss: bool = option(False, "log the loss of each image under its file name", resume=Resume.REPORTING)
     max_skipped_steps: int = option(
-        10, "steps in a row without a finite loss and gradient after which the run ends", resume=Resume.LENGTH
+        10, "end the run after this many consecutive steps without a finite loss and gradient", resume=Resume.LENGTH
     )
     layer_norm_steps: int | None = option(
         None,
-        "optimizer steps between gradient norms of each layer in layers.jsonl and the trackers; outliers are named",
+        "log each layer's gradient norm every N optimizer steps to layers.jsonl and the trackers, and warn of outliers",
         resume=Resume.REPORTING,
         engines={
             "DeepSpeed": "no process has a layer's whole gradient",
@@ -340,7 +350,7 @@ class TrackingOptions:
     )
     histogram_steps: int | None = option(
         None,
-        "optimizer steps between histograms of each layer's weights and gradients in the trackers",
+        "log histograms of each layer's weights and gradients to the trackers every N optimizer steps",
         resume=Resume.REPORTING,
         engines={
             "DeepSpeed": "no process has a layer's whole gradient",
@@ -354,10 +364,10 @@ class TrackingOptions:
 
     @property
     def trackers(self) -> list[str]:
-        """The trackers asked for; with all those that are installed.
+        """The requested trackers; for `all`, those that are installed.
 
         Raises:
-            UserError: if one that is named is not installed.
+            UserError: if the named tracker is not installed.
         """
         if self.report_to == "none":
             return []
@@ -370,20 +380,20 @@ class TrackingOptions:
 
 @dataclass(frozen=True)
 class HubOptions:
-    push_to_hub: bool = option(False, "upload the result and its card", resume=Resume.SAVING)
+    push_to_hub: bool = option(False, "upload the result and its model card to the Hub", resume=Resume.SAVING)
     hub_model_id: str | None = option(
-        None, "repository to upload to; by default the name of output_dir", resume=Resume.SAVING
+        None, "repository to upload to; default: the name of output_dir", resume=Resume.SAVING
     )
     hub_token: str | None = option(
         None,
-        "token of the Hub; it is written nowhere, yet others on the machine see it in the list of processes, and "
-        "launchers print it, so that it is refused under them: set HF_TOKEN in the environment, or `hf auth login`",
+        "Hub token; never saved, but visible in the process list and printed by launchers, under which it is refused; "
+        "rather set HF_TOKEN in the environment or run `hf auth login`",
         is_text=True,
         resume=Resume.SAVING,
         acts_with=("push_to_hub",),
     )
     hub_private_repo: bool = option(
-        False, "create the repository as a private one", resume=Resume.SAVING, acts_with=("push_to_hub",)
+        False, "create the repository as private", resume=Resume.SAVING, acts_with=("push_to_hub",)
     )
 
     def __post_init__(self) -> None:
@@ -402,14 +412,14 @@ class HubOptions:
 class SpeedOptions:
     fast: bool = option(
         False,
-        "turn on what is safe and pays on this device, each part named in the log with its reason; a part whose check "
-        "fails is left out by name. A resumed run may then differ in the last bits",
+        "turn on the speed options that are safe and faster on this device; the log names each with its reason, and "
+        "names those left out because their check failed. A resumed run may then differ in the last bits",
         resume=Resume.COST,
     )
     compile: str | None = option(
         None,
-        "compile the denoiser whole, or only its repeated blocks, of transformers and convolutions, which takes a "
-        "fifth of the time; its gradients are compared with the plain one's on a batch first",
+        "compile the whole denoiser, or only its repeated transformer and convolution blocks, which takes a fifth of "
+        "the time; its gradients on one batch are first compared with those of the uncompiled model",
         choices=COMPILED,
         const="denoiser",
         resume=Resume.COST,
@@ -417,63 +427,62 @@ class SpeedOptions:
     )
     torch_compile: bool = option(
         False,
-        "the same as --compile denoiser",
+        "same as --compile denoiser",
         resume=Resume.COST,
         engines={"DeepSpeed": "leave it out", "FSDP2": "leave it out"},
     )
     cuda_graphs: bool = option(
         False,
-        "record the kernels of a whole optimizer step, compiled or not, and replay them as one, which spares small "
-        "batches the time to launch each; where a step can't be recorded, the log says why: then only --compile's "
-        "passes are, each for itself",
+        "record the kernels of a whole optimizer step as a CUDA graph and replay them in one launch, which speeds up "
+        "small batches; if a step can't be recorded, the log says why, and only the passes of --compile are recorded",
         resume=Resume.COST,
     )
     activation_memory: float | None = option(
         None,
-        "with --compile: the portion of the activations' memory to keep, from 0 to 1; the rest is computed again in "
-        "the backward pass, the cheapest first",
+        "with --compile: fraction of activation memory to keep, from 0 to 1; the rest is recomputed in the backward "
+        "pass, cheapest first",
         resume=Resume.COST,
     )
     cudnn_benchmark: bool = option(
         False,
-        "where all images have one size: have cuDNN time its convolutions and take the fastest; a resumed run may then "
+        "if all images have one size: let cuDNN time its convolutions and choose the fastest; a resumed run may then "
         "differ in the last bits",
         resume=Resume.COST,
     )
     attention_backend: str | None = option(
         None,
-        "kernels of PyTorch's attention to try first; by default PyTorch chooses by shape and device",
+        "PyTorch attention kernel to try first; default: PyTorch chooses by shape and device",
         choices=tuple(ATTENTION),
         resume=Resume.COST,
     )
     bf16_weights: bool = option(
         False,
-        "with --mixed_precision bf16: compute with a bfloat16 copy of the denoiser's weights, made once a step, "
-        "instead of casts at each use; what trains and is saved stays float32",
+        "with --mixed_precision bf16: compute with a bfloat16 copy of the denoiser's weights, made once per step, "
+        "instead of casting them at each use; trained and saved weights stay float32",
         resume=Resume.COST,
         engines={"DeepSpeed": "leave it out", "FSDP2": "weights are gathered in the mixed precision"},
     )
     channels_last: bool = option(
-        False, "keep images' channels together in memory, as convolutions on GPUs like it", resume=Resume.COST
+        False, "use the channels-last memory format, which is faster for convolutions on GPUs", resume=Resume.COST
     )
     keep_freed_memory: bool | None = option(
         None,
-        "on the host, keep memory that a step has freed for the next one; given back to the kernel it would be zeroed "
-        "anew (glibc); by default on a CPU",
+        "keep host memory freed by a step for the next step instead of returning it to the kernel (glibc only); "
+        "default: on when training on a CPU",
         resume=Resume.COST,
     )
 
     def __post_init__(self) -> None:
         if self.torch_compile and self.compile == "blocks":
-            raise UserError("--torch_compile is --compile denoiser, got --compile blocks; give one")
+            raise UserError("--torch_compile means --compile denoiser, got --compile blocks; give one")
         if self.activation_memory is not None:
             require_fraction(self, "activation_memory")
             if self.compiled is None:
-                raise UserError("--activation_memory says what --compile keeps; give both")
+                raise UserError("--activation_memory sets what --compile keeps; give both")
 
     @property
     def compiled(self) -> str | None:
-        """What is compiled."""
+        """The part to compile: one of `COMPILED`, or None."""
         return self.compile or ("denoiser" if self.torch_compile else None)
 
 
@@ -481,17 +490,20 @@ class SpeedOptions:
 class EarlyStoppingOptions:
     num_validation_timesteps: int = option(
         8,
-        "timesteps, evenly spread, at which the validation loss is measured",
+        "number of evenly spaced timesteps at which the validation loss is measured",
         resume=Resume.REPORTING,
         acts_with=HELD_OUT,
     )
     early_stopping_patience: int | None = option(
         None,
-        "end the run after this many measurements in a row without a lower validation loss",
+        "end the run after this many consecutive measurements without a lower validation loss",
         resume=Resume.LENGTH,
     )
     early_stopping_threshold: float = option(
-        0.0, "by how much the loss must be lower to count", resume=Resume.LENGTH, acts_with=("early_stopping_patience",)
+        0.0,
+        "minimum decrease of the validation loss that counts as lower",
+        resume=Resume.LENGTH,
+        acts_with=("early_stopping_patience",),
     )
 
     def __post_init__(self) -> None:
@@ -501,7 +513,7 @@ class EarlyStoppingOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """All option groups of a training script. Each script subclasses it and narrows the groups that are its own."""
+    """All option groups of a training script. Each script subclasses it and replaces some groups with its own."""
 
     model: PartOptions
     loading: LoadingOptions
@@ -536,10 +548,10 @@ class TrainingOptions:
 
     @property
     def caption_options(self) -> CaptionOptions:
-        """How the data's captions are used, or the labels in their place.
+        """How captions are used, or class labels in their place.
 
         Raises:
-            UserError: if labels are asked for in a way that the source does not have.
+            UserError: if the source has no labels of the requested kind.
         """
         return self.captions.for_source(self.source)
 
@@ -552,11 +564,11 @@ class TrainingOptions:
 
     @property
     def memory_savers(self) -> dict[str, bool]:
-        """Flags that save memory, in the order to try them, and whether they are given."""
+        """Flags that save memory, in the order to try them, and whether each is given."""
         raise NotImplementedError
 
     @property
     def data_name(self) -> str:
-        """The dataset's name, or that of its folder or file."""
+        """The name of the dataset, or of its folder or file."""
         source = self.source
         return source.dataset_name or Path(source.train_data_dir or self.data.dataset_file).name

@@ -1,4 +1,4 @@
-"""Optimizer steps one parameter after the other: inside the backward pass, or on bfloat16 weights."""
+"""Optimizer updates of one parameter at a time: inside the backward pass, or on bfloat16 weights."""
 
 from collections.abc import Sequence
 
@@ -11,27 +11,27 @@ from utils.training.optimizers import NamedParameter, page_again, parameter_grou
 
 
 def round_stochastically(values: Tensor, random: torch.Generator) -> Tensor:
-    """float32 values as bfloat16, rounded up as often as they lie towards the upper neighbour.
+    """Rounds float32 values to bfloat16, up with a probability that equals the distance from the lower neighbour.
 
-    So the mean of many roundings is the value itself, and steps that are smaller than a weight's last bit are not lost
-    (Zamirai et al. 2021, "Revisiting BFloat16 Training").
+    So the expected value is preserved, and updates smaller than a weight's last bit are not lost (Zamirai et al. 2021,
+    "Revisiting BFloat16 Training").
     """
     bits = values.contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=values.device, generator=random)
-    rounded = ((bits + noise) & -65536).view(torch.float32)  # the upper half of the bits is bfloat16
+    rounded = ((bits + noise) & -65536).view(torch.float32)  # the upper 16 bits are the bfloat16 value
     return torch.where(torch.isfinite(values), rounded, values).bfloat16()
 
 
 def _decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer's kernel leaves out a step that it is told is not finite."""
+    """Whether an optimizer's kernel skips a step that is marked as non-finite."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 class PerParameter(torch.optim.Optimizer):
-    """An optimizer of the table for each parameter alone, so that one at a time has a gradient or a float32 copy.
+    """One optimizer of the table per parameter, so that only one parameter at a time has a gradient or a float32 copy.
 
-    In the backward pass a parameter steps as soon as its gradient is there, and the gradient is freed. Weights in
-    bfloat16 step in float32 and are rounded stochastically, by a seed that is the same on all processes.
+    In the backward pass, each parameter is updated as soon as its gradient is computed, and the gradient is freed.
+    bfloat16 weights are updated in float32 and rounded stochastically, with the same seed on all processes.
     """
 
     def __init__(self, parameters: Sequence[NamedParameter], options: OptimizerOptions, in_backward: bool, seed: int):
@@ -57,7 +57,7 @@ class PerParameter(torch.optim.Optimizer):
                 part.found_inf = (~torch.isfinite(norm)).float()
                 self._step(index)
                 part.found_inf = None
-            elif torch.isfinite(norm):  # which waits for the device
+            elif torch.isfinite(norm):  # this waits for the device
                 self._step(index)
             parameter.grad = None
 
@@ -65,7 +65,7 @@ class PerParameter(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Steps all parameters that have a gradient; in the backward pass they have stepped already."""
+        """Updates all parameters that have a gradient, unless the backward pass has already done so."""
         if not self.in_backward:
             for index in range(len(self._parameters)):
                 self._step(index)
@@ -91,13 +91,13 @@ class PerParameter(torch.optim.Optimizer):
         parameter.data = weights
 
     def grad_norm(self) -> Tensor:
-        """The norm of the gradients that the last backward pass has used up."""
+        """Returns the norm of the gradients consumed by the last backward pass, a scalar."""
         norm = torch.stack(self._squares).sum().sqrt() if self._squares else torch.zeros(())
         self._squares = []
         return norm
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes the state as it is: torch's own way would round it to the dtype of the weights."""
+        """Loads the state unchanged; torch's own method would round it to the dtype of the weights."""
         order = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, values in state_dict["state"].items():
             parameter = order[index]

@@ -1,8 +1,8 @@
-"""Moving averages whose length is chosen after the training (Karras et al. 2024, "Analyzing and Improving the Training
+"""Moving averages whose length is chosen after training (Karras et al. 2024, "Analyzing and Improving the Training
 Dynamics of Diffusion Models", section 3).
 
-Two averages of fixed lengths are kept, and snapshots of both; an average of any other length is the sum of snapshots,
-each with a factor, that comes nearest to it.
+Two averages of fixed lengths are kept, with snapshots of both; an average of any other length is approximated by a
+linear combination of the snapshots.
 """
 
 import os
@@ -32,17 +32,17 @@ SNAPSHOT = re.compile(r"step-[0-9]{8,18}\.safetensors")
 
 
 def gamma_of(length: float) -> float:
-    """The power of the profile tau^gamma whose standard deviation, as a share of the training, is the length.
+    """Returns the power gamma of the profile tau^gamma whose standard deviation is `length`, a fraction of training.
 
-    That is (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^-1/2 (equation 123).
+    The standard deviation is (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^-1/2 (equation 123).
     """
     return float(np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max())
 
 
 class PowerAverage(MovingAverage):
-    """The average in which the weights after update t count as t^gamma: theta += (1 - beta) (weights - theta).
+    """The average that weights the parameters after update t by t^gamma: theta += (1 - beta) (weights - theta).
 
-    beta = (1 - 1/t)^(gamma + 1) (equation 127). It forgets where the training began as training continues.
+    beta = (1 - 1/t)^(gamma + 1) (equation 127). The initial weights are forgotten as training continues.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], options: EmaOptions, length: float):
@@ -50,12 +50,12 @@ class PowerAverage(MovingAverage):
         self.gamma = gamma_of(length)
 
     def decay(self, update: int) -> float:
-        """beta at an update, from 1."""
+        """Returns beta at an update, counted from 1."""
         return (1 - 1 / update) ** (self.gamma + 1)
 
 
 def overlap(time: np.ndarray, gamma: np.ndarray, other_time: np.ndarray, other_gamma: np.ndarray) -> np.ndarray:
-    """Inner products of profiles (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t] (equation 151)."""
+    """Returns the inner products of profiles (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t] (equation 151)."""
     ratio = time / other_time
     power = np.where(time < other_time, other_gamma, -gamma)
     latest = np.maximum(time, other_time)
@@ -63,14 +63,14 @@ def overlap(time: np.ndarray, gamma: np.ndarray, other_time: np.ndarray, other_g
 
 
 def factors_of(times: np.ndarray, gammas: np.ndarray, time: float, gamma: float) -> np.ndarray:
-    """[n] factors with which n profiles come nearest, in the mean square, to one of `gamma` that ends at `time`."""
+    """Returns the least-squares factors [n] of n profiles that approximate the one of `gamma` ending at `time`."""
     products = overlap(times[:, None], gammas[:, None], times[None], gammas[None])
     wanted = overlap(times, gammas, np.float64(time), np.float64(gamma))
     return np.linalg.lstsq(products, wanted, rcond=None)[0]
 
 
 class AverageLengths:
-    """The two averages of a run and their snapshots in `output_dir/ema_snapshots/`."""
+    """The two averages of `--ema_lengths` and their snapshots in `output_dir/ema_snapshots/`."""
 
     def __init__(self, named: Sequence[NamedParameter], options: EmaOptions, folder: Path):
         self._names = [each.name for each in named]
@@ -80,19 +80,19 @@ class AverageLengths:
         self._averages = [PowerAverage(self._parameters, options, length) for length in KEPT_LENGTHS]
 
     def update(self, is_taken: torch.Tensor | None = None) -> None:
-        """After each optimizer step; `is_taken` as for `MovingAverage.update`."""
+        """Updates both after an optimizer step; `is_taken` as in `MovingAverage.update`."""
         for average in self._averages:
             average.update(is_taken)
 
     def saving(self, buffers: HostBuffers) -> Callable[[Path], None]:
-        """Both as they are now, copied, to be written into a checkpoint in float32."""
+        """Returns a function that writes copies of both, in float32, into a checkpoint."""
         copies = {name: buffers.copy(f"ema_lengths {name}", tensor) for name, tensor in self._tensors().items()}
         return partial(_write, copies, self._averages[0].num_updates, CHECKPOINT_FILE)
 
     def snapshot(self, step: int) -> None:
-        """Writes both after so many optimizer steps, in float16."""
+        """Writes a snapshot of both in float16, named by the number of optimizer steps."""
         updates = self._averages[0].num_updates
-        if not updates:  # no step was taken yet: there is nothing to average
+        if not updates:  # nothing to average yet
             return
         file = self._folder / f"step-{step:08d}.safetensors"
         temporary = file.with_name(f".tmp-{file.name}")
@@ -108,7 +108,7 @@ class AverageLengths:
             raise UserError(f"--ema_lengths: a snapshot can't be written to {self._folder}: {error}") from error
 
     def load(self, folder: Path) -> bool:
-        """Resumes from a checkpoint; gives whether it has the averages."""
+        """Loads both from a checkpoint; returns whether it contains them."""
         file = folder / CHECKPOINT_FILE
         if not has_averages(folder):
             return False
@@ -121,14 +121,17 @@ class AverageLengths:
         return True
 
     def of_length(self, length: float) -> MovingAverage:
-        """The average of a length, as far as the snapshots give it.
+        """Returns the average of a length, computed from the snapshots.
+
+        Args:
+            length: as a fraction of training.
 
         Raises:
-            UserError: if there is no snapshot.
+            UserError: if there is no snapshot, or one is damaged.
         """
         files = snapshots(self._folder)
         if not files:
-            raise UserError(f"--ema_lengths needs snapshots, and {self._folder} has none")
+            raise UserError(f"--ema_lengths needs snapshots, but {self._folder} has none")
         try:
             return self._of_files(files, length)
         except (OSError, SafetensorError) as error:
@@ -161,17 +164,17 @@ def _write(tensors: dict[str, Tensor], updates: int, name: str, folder: Path) ->
 
 
 def snapshots(folder: Path) -> list[Path]:
-    """The snapshots in a folder, the oldest first."""
+    """Returns the snapshots in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*.safetensors") if SNAPSHOT.fullmatch(path.name))
 
 
 def has_averages(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds the two averages, so that its run's snapshots can be gone on with."""
+    """Whether a checkpoint contains the two averages, so that its run's snapshots can be continued."""
     return (checkpoint / CHECKPOINT_FILE).exists()
 
 
 def set_aside_snapshots(output_dir: Path, step: int) -> None:
-    """Renames the snapshots that a run which is resumed after so many steps, or begins, did not make."""
+    """Renames the snapshots of later steps than the one a run resumes from; 0 for a new run."""
     for file in snapshots(output_dir / FOLDER):
         if int(file.stem.removeprefix("step-")) > step:
             try:
@@ -181,33 +184,33 @@ def set_aside_snapshots(output_dir: Path, step: int) -> None:
 
 
 def _halved(values: Tensor) -> Tensor:
-    """The values in float16, or in float32 where they are beyond it."""
+    """Returns the values in float16, or in float32 if they exceed its range."""
     return values if values.abs().max() > torch.finfo(torch.float16).max else values.half()
 
 
 def _updates(file: Path) -> int:
-    """The updates of the averages in a file.
+    """Returns the number of updates of the averages in a file.
 
     Raises:
-        UserError: if it does not say them.
+        UserError: if the file does not record it.
     """
     with open_safetensors(file) as opened:
         updates = (opened.metadata() or {}).get(UPDATES, "")
     if not re.fullmatch(r"[0-9]{1,18}", updates) or int(updates) == 0:
-        raise UserError(f"{file} does not say of how many updates its averages are")
+        raise UserError(f"{file} does not record the number of updates of its averages")
     return int(updates)
 
 
 def _tensors_like(file: Path, names: Sequence[str], like: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The tensors in a file, of both averages.
+    """Returns the tensors of both averages in a file, by name.
 
     Raises:
-        UserError: if one is missing or of another shape than the weight that it averages.
+        UserError: if one is missing or differs in shape from its weight.
     """
     tensors = read_safetensors(file)
     for name, parameter in zip(names, like, strict=True):
         for number in range(len(KEPT_LENGTHS)):
             found = tensors.get(f"{number}/{name}")
             if found is None or found.shape != parameter.shape:
-                raise UserError(f"{file} does not hold the averages of {name}")
+                raise UserError(f"{file} lacks the averages of {name}, or has them in another shape")
     return tensors

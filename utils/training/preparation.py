@@ -1,4 +1,4 @@
-"""What a run does with its data before the first step: images chosen, the cache filled; and what is said of them."""
+"""Prepares the data of a run: chooses images, fills the cache, and reports problems."""
 
 import logging
 from collections.abc import Mapping
@@ -40,30 +40,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 REPORT = "data_report.json"
-MUCH_ENLARGED = 2.0  # times, from which an image is blurred
-MOST_NAMED = 20  # held-out images that can't be read
+MUCH_ENLARGED = 2.0  # enlargement factor above which an image looks blurred
+MOST_NAMED = 20  # unreadable held-out images to name
 MASKS_LOOKED_AT_DRY = 20_000
 
 
 def _warn_of_bad(num_listed: int, bad: Mapping[str, str]) -> None:
-    """Names held-out images that can't be read: the loss is measured without them."""
+    """Warns of held-out images that can't be read; the validation loss is measured without them."""
     for key, reason in list(bad.items())[:MOST_NAMED]:
-        logger.warning("left out of the validation %s: %s", key, reason)
+        logger.warning("left out of the validation loss: %s: %s", key, reason)
     if len(bad) > MOST_NAMED:
-        logger.warning("left out of the validation: %d of %d images", len(bad), num_listed)
+        logger.warning("left out of the validation loss: %d of %d images", len(bad), num_listed)
 
 
 @dataclass(frozen=True)
 class DataPreparation:
-    """The data of a run, as its options have it.
+    """Prepares the data of a run according to its options.
 
     Attributes:
-        report_folder: where `data_report.json` and `data_report.jsonl` are written; None on a dry run.
-        requests: which may end it.
-        left_out: folders whose files are no data where they lie within a folder of data, and what becomes of these.
-        splits_by_content: whether copies of an image stay on one side of a portion that is held out.
+        report_folder: folder for `data_report.json` and `data_report.jsonl`; None on a dry run.
+        requests: stop requests, which may interrupt filling the cache.
+        left_out: folders inside the data whose files are not data, and what becomes of these files.
+        splits_by_content: whether copies of an image stay on one side of a fractional validation split.
         ledger: what became of every file.
-        firsts: of images of the same bytes the number of one, once that is known.
+        firsts: for each image, the number of the first byte-identical one, once known.
     """
 
     accelerator: "Accelerator"
@@ -84,11 +84,12 @@ class DataPreparation:
     firsts: list[np.ndarray] = field(default_factory=list, repr=False)
 
     def choose_images(self, resolution: int, group_size: int) -> PlannedImages | StreamedImages:
-        """The images to train on and their buckets; the main process reads headers, and tells the others.
+        """Chooses the training images and their buckets; the main process reads headers and sends them to the others.
 
         Raises:
             UserError: as `read_records` and `plan_images`.
         """
+        # A stream: nothing is listed in advance.
         if self.data.streaming:
             (entry,) = source_entries(self.data, self.source, self.captions)
             images = open_stream(
@@ -96,17 +97,20 @@ class DataPreparation:
             )
             self.ledger.train_on(images)
             return images
-        with self.accelerator.main_process_first():  # which fills `datasets`' cache for all
+        # List the images; the main process comes first to fill the cache of `datasets` for all.
+        with self.accelerator.main_process_first():
             records = read_records(self.data, self.source, self.captions, self.seed, self._left_out_of_training)
         self._warn_of_unused_cache(records)
         if self.held_out.fraction is not None:
             firsts = self._first_of_same(records)
             records, _ = hold_out(records, self.held_out.fraction, self.seed, firsts)
+        # Read their sizes, filter them and assign buckets; a dry run reports all problems, where a run would end.
         known = self._survey(records, self.report_folder is not None)
         selection = self.selection
-        if self.report_folder is None:  # a dry run names all that is wrong, where a run would end
+        if self.report_folder is None:
             selection = replace(selection, max_bad_fraction=1.0, on_bad_image="skip")
         images = plan_images(records, known, resolution, group_size, self.buckets, selection, self._report_bad)
+        # Check the masks, and report what was left out.
         if records.has_masks:
             self._check_masks(images)
         say_what_was_left_out(images, group_size)
@@ -114,30 +118,30 @@ class DataPreparation:
         return images
 
     def _warn_of_unused_cache(self, records: Records) -> None:
-        """Says so if `--cache_dir` is given and the `datasets` library, which would fill it, reads nothing."""
+        """Warns if `--cache_dir` is given but the `datasets` library, which uses it, reads nothing."""
         is_used = any(isinstance(source.table, RowTable) for source in records.sources)
         if self.data.cache_dir is None or is_used or self.held_out.validation_data_dir is not None:
             return
         if self.accelerator.is_main_process:
             logger.warning(
-                "--cache_dir %s has no effect: it is for datasets and parquet files; encodings are kept in "
+                "--cache_dir %s has no effect: it is for datasets and parquet files; encodings are cached in "
                 "--encoding_cache_dir",
                 self.data.cache_dir,
             )
 
     def _check_masks(self, images: PlannedImages) -> None:
-        """Looks at masks, and names what is odd in them.
+        """Checks the masks, and warns of unusual ones.
 
         Raises:
-            UserError: if no image has one, or by all of them the loss would count almost nowhere.
+            UserError: if no image has a mask, or if the masks together exclude almost everything from the loss.
         """
         if not images.survey.is_masked.any():
-            flag = self.source.mask_flag or "dataset_file"  # which has them in its sources
+            flag = self.source.mask_flag or "dataset_file"  # its sources have the mask options
             cures = {
                 "alpha_mask": "none has a transparent part; leave it out",
-                "mask_dir": "they are found by the images' paths within their folder",
+                "mask_dir": "a mask must have the same relative path as its image",
                 "mask_column": "the column is empty",
-                "dataset_file": "look at the mask options of its sources",
+                "dataset_file": "check the mask options of its sources",
             }
             raise UserError(f"--{flag}: no image has a mask; {cures[flag]}")
         for census in self._census(images):
@@ -146,7 +150,7 @@ class DataPreparation:
                 logger.warning("%s", line)
 
     def _census(self, images: PlannedImages) -> list[MaskCensus]:
-        """What is in the masks of each source; the main process looks at them, and tells the others."""
+        """Examines the masks of each source; the main process reads them and sends the findings to the others."""
         from accelerate.utils import broadcast_object_list
 
         found = None
@@ -165,7 +169,7 @@ class DataPreparation:
         }
 
     def choose_held_out(self, resolution: int) -> PlannedImages | None:
-        """The images on which the validation loss is measured, if that was asked for; says what became of all files."""
+        """Chooses the held-out images, if requested, and logs what became of all files."""
         found = self._choose_held_out(resolution)
         self.ledger.held_out, self.ledger.is_portion = found, self.held_out.fraction is not None
         for line in self.ledger.lines():
@@ -176,6 +180,7 @@ class DataPreparation:
         options, data, source = self.held_out, self.data, self.source
         if not options.is_asked:
             return None
+        # List the images: of a folder, of a split, or a fraction of the training data.
         if options.validation_data_dir is not None:
             data = replace(data, dataset_file=None)
             source = replace(source, dataset_name=None, train_data_dir=options.validation_data_dir, mask_dir=None)
@@ -190,15 +195,19 @@ class DataPreparation:
         if limit is not None and limit < len(records):
             order = generator(self.seed, 0, 0, Stream.HELD_OUT_SPLIT).permutation(len(records))
             records = records.take(np.sort(order[:limit]))
+        # Read their sizes, assign buckets and check masks.
         known = self._survey(records, self.report_folder is not None)
         selection = replace(self.selection, max_bad_fraction=1.0)
         images = plan_images(records, known, resolution, 1, self.buckets, selection, _warn_of_bad)
         for census in self._census(images) if records.has_masks else ():
             if census.is_nearly_black:
-                logger.warning("the validation loss counts almost nowhere: its masks are black or nearly so")
+                logger.warning(
+                    "the validation loss counts almost nowhere: the masks of the held-out images are black or nearly so"
+                )
+        # Compare them with the training images.
         trained = self.ledger.images
         if isinstance(trained, StreamedImages):
-            self._tell_stream(trained, images)
+            self._send_digests(trained, images)
         elif trained is not None:
             if self.captions.are_classes:
                 check_held_out_classes(trained.records, images.records, self._held_out_flag)
@@ -212,8 +221,8 @@ class DataPreparation:
         folder, split = self.held_out.validation_data_dir, self.held_out.validation_split
         return f"--validation_split {split}" if folder is None else f"--validation_data_dir {folder}"
 
-    def _tell_stream(self, trained: StreamedImages, found: PlannedImages) -> None:
-        """Lets a stream know the bytes of held-out images, so that it names those that it trains on as copies."""
+    def _send_digests(self, trained: StreamedImages, found: PlannedImages) -> None:
+        """Gives a stream the digests of held-out images, so that it can warn of copies among the training images."""
         from accelerate.utils import broadcast_object_list
 
         known = found.survey
@@ -224,7 +233,7 @@ class DataPreparation:
         trained.held_out.learn(names, known.num_bytes, digests.tolist())
 
     def _first_of_same(self, records: Records) -> np.ndarray | None:
-        """As `first_of_same`, which the main process finds out once and tells the others; None where it is not used."""
+        """Returns `first_of_same`, computed once by the main process and sent to the others; None if unused."""
         from accelerate.utils import broadcast_object_list
 
         if not self.splits_by_content:
@@ -237,33 +246,34 @@ class DataPreparation:
                 num_copies = int((found != np.arange(len(found))).sum())
                 if num_copies == len(found) - 1:
                     said = (
-                        "all %d images have the same bytes: those of --validation_split are trained on too, as copies"
+                        "all %d images are byte-identical, so those held out by --validation_split are trained on too"
                     )
                     logger.warning(said, len(found))
                 elif num_copies:
-                    said = "%d images have the bytes of another and are on the same side of --validation_split"
+                    said = "%d images are byte-identical to another and stay on the same side of --validation_split"
                     logger.info(said, num_copies)
             self.firsts.append(broadcast_object_list([found])[0])
         return self.firsts[0]
 
     def _warn_of_shared(self, found: PlannedImages) -> None:
-        """Names held-out images that are trained on too, as copies."""
+        """Warns of held-out images with byte-identical copies among the training images."""
         trained = self.ledger.images
         if not self.accelerator.is_main_process or not isinstance(trained, PlannedImages):
             return
         shared = shared_with(found.records, found.survey, trained.records, trained.survey, self.cache.folder)
         if shared:
             logger.warning(
-                "%d of the %d held-out images have the bytes of images that are trained on, such as %s; the loss on "
-                "them does not tell how well the model does on others",
+                "%d of the %d held-out images are byte-identical to training images, such as %s; the loss on them does "
+                "not show how well the model generalizes",
                 *(len(shared), len(found.records), found.records.key(shared[0])),
             )
 
     def _survey(self, records: Records, knows_contents: bool) -> Survey:
-        """What is known of the images.
+        """Reads the sizes and other header facts of the images; the main process does and sends them to the others.
 
         Args:
-            knows_contents: whether their digests are wanted, for a run that resumes from this one to compare them.
+            records: the images.
+            knows_contents: whether to compute digests, which a resumed run compares.
         """
         from accelerate.utils import broadcast_object_list
 
@@ -279,7 +289,7 @@ class DataPreparation:
         return broadcast_object_list([known])[0]
 
     def _report_bad(self, num_listed: int, bad: dict[str, str]) -> None:
-        """Names the bad images before they may end the run."""
+        """Writes the bad images to the report before they may end the run."""
         if self.report_folder is not None and self.accelerator.is_main_process and bad:
             with or_without(self.report_folder / REPORT):
                 write_json(self.report_folder / REPORT, {"images": num_listed, "unreadable": bad})
@@ -287,14 +297,16 @@ class DataPreparation:
     def fill_cache(
         self, family: Family, images: PlannedImages | StreamedImages, num_workers: int, keep_vae: bool
     ) -> Encodings:
-        """Encodes what is not in the cache yet; the encoders that are done leave the device.
+        """Encodes what is not cached yet, and moves encoders that are no longer needed off the device.
 
         Args:
-            keep_vae: whether the VAE stays all the same.
+            num_workers: loader workers of this process.
+            keep_vae: whether the VAE is still needed.
         """
         cache = self.cache
         filler = self._filler(family, num_workers)
         latents = masks = texts = None
+        # Latents and masks.
         if cache.cache_latents:
             cuts = (images, self.image, self.seed, self.num_crops)
             plan = LatentPlan(*cuts, filler.vae_fingerprint())
@@ -305,25 +317,27 @@ class DataPreparation:
                 bad = masks.bad | bad
             self.share_unreadable({images.records.key(index): why for index, why in bad.items()}, images)
             num_crops = int((latents.places[:, :, 0] >= 0).sum())
-            logger.info("%d crops of %d images are in %s", num_crops, len(images.records), cache.folder)
+            logger.info("%d crops of %d images are cached in %s", num_crops, len(images.records), cache.folder)
             if cache.verify_cache:
                 report_verification("images", verify_latents(filler, plan, latents))
+        # Text states.
         if cache.cache_text_embeddings:
             distinct = self.texts(images)
             texts = filler.texts(distinct, filler.text_fingerprint(), EntryStore(cache.folder / "text"))
-            logger.info("%d captions are in %s", len(distinct), cache.folder)
+            logger.info("%d captions are cached in %s", len(distinct), cache.folder)
             if cache.verify_cache:
                 report_verification("captions", verify_texts(filler, distinct, texts))
+        # Free the device from the encoders.
         vae_is_done = cache.cache_latents and not keep_vae
         family.rest(self.accelerator.device, vae=vae_is_done, text_encoders=cache.cache_text_embeddings)
         return Encodings(latents, masks, texts)
 
     def texts(self, images: PlannedImages) -> list[str]:
-        """Each distinct text that the images train on; of tags that come in ever new orders one a caption."""
+        """Returns each distinct text of the training images; of tags in a new order at each step, one per caption."""
         return list(texts_of(images, self.seed, self.cache.text_variants))
 
     def cache_bytes(self, family: Family, images: PlannedImages, num_texts: int) -> dict[str, int]:
-        """What the cache would take, by kind."""
+        """Returns the bytes that the cache would take, by kind."""
         filler = self._filler(family, 0)
         moments = [family.latent_space.num_cached(size) for size in images.plan.sizes]
         counts = np.bincount(images.plan.bucket_of, minlength=len(moments))
@@ -343,14 +357,14 @@ class DataPreparation:
 
     @property
     def num_crops(self) -> int:
-        """Crops of an image that are cached."""
+        """Number of cached crops per image."""
         return self.cache.cut_variants if self.image.varies else 1
 
     def write_report(self, images: PlannedImages | StreamedImages, is_last: bool = True) -> None:
-        """Writes what became of the images and of all files: in numbers, and a line for each file.
+        """Writes `data_report.json` and `data_report.jsonl`: what became of the images and of each file.
 
         Args:
-            is_last: whether it is not to be written again soon.
+            is_last: whether the report will not be rewritten soon.
         """
         if self.accelerator.is_main_process:
             with or_without(f"the report on the data in {self.report_folder}"):
@@ -358,13 +372,13 @@ class DataPreparation:
                 self.ledger.write(self.report_folder, is_last)
 
     def share_unreadable(self, found: dict[str, str], images: PlannedImages | StreamedImages) -> None:
-        """Tells all processes of images that one could not decode, names each once, and writes the report.
+        """Sends images that this process could not decode to all processes, warns of each, and writes the report.
 
         Args:
-            found: why not, by their names; emptied.
+            found: reason by image name; emptied.
 
         Raises:
-            UserError: on all processes, if there are more than the options allow.
+            UserError: on all processes, if more images are bad than --max_bad_fraction allows.
         """
         from accelerate.utils import gather_object
 
@@ -380,27 +394,31 @@ class DataPreparation:
 
 
 def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
-    """Logs what became of images that are not trained on as they are."""
+    """Logs which images were left out, and which are trained on in an unusual way."""
+    # Unreadable and filtered images.
     for name, reason in list(images.bad.items())[:20]:
         logger.warning("left out %s: %s", name, reason)
     if images.bad:
-        logger.warning("%d unreadable images are left out of the training", len(images.bad))
+        logger.warning("left out %d unreadable images", len(images.bad))
     for reason, count in images.filtered.items():
         logger.warning("%d images are left out: %s", count, reason)
+    # Captions.
     by_folder = images.named_by_folder
     if by_folder:
-        logger.warning("%d images have no caption and train on the name of their folder", by_folder)
+        logger.warning("%d images have no caption and train on their folder's name", by_folder)
     if images.missing_captions > by_folder:
         without = images.missing_captions - by_folder
         logger.warning("%d images have no caption and train on an empty one (see --on_missing_caption)", without)
+    # Folders with kohya's repeat counts.
     folders = images.records.numbered_folders() if images.records.copies is None else {}
     if set(folders.values()) - {1}:
         name, count = max(folders.items(), key=lambda each: each[1])
         logger.info(
-            "%d folders are called as kohya's scripts want it, such as %s: each of their images is used once an epoch; "
-            "with --folder_repeats it is used as often as the number says, here %d times",
+            "%d folders have names with kohya's repeat counts, such as %s; each of their images is used once per "
+            "epoch; --folder_repeats uses it as often as the number says, here %d times",
             *(len(folders), name, count),
         )
+    # Pixels and masks.
     warn_of_guesses(images.records, images.survey)
     warn_of_called_masks(images.records)
     enlarged = upscaling(images.survey.sizes, images.plan)
@@ -410,47 +428,48 @@ def say_what_was_left_out(images: PlannedImages, group_size: int) -> None:
         logger.warning(message, num_enlarged, MUCH_ENLARGED, enlarged.max(), MUCH_ENLARGED)
     num_whole = int((~images.survey.is_masked).sum()) if images.records.has_masks else 0
     if num_whole:
-        logger.warning("%d images have no mask: in them the loss counts everywhere", num_whole)
+        logger.warning("%d images have no mask; their loss counts everywhere", num_whole)
+    # Small buckets.
     for (width, height), count, goals in images.plan.merged:
         others = ", ".join(f"{goal[0]}x{goal[1]}" for goal in goals)
-        reason = f"under a group of {group_size}"
-        logger.info("the bucket %dx%d has %d images, %s: moved to %s", width, height, count, reason, others)
+        reason = f"fewer than a group of {group_size}"
+        logger.info("bucket %dx%d has %d images, %s: moved them to %s", width, height, count, reason, others)
 
 
 def warn_of_guesses(records: Records, known: Survey) -> None:
-    """Warns of images and masks of which it was guessed which number is white."""
+    """Warns of images and masks whose white level had to be guessed."""
     for doubt in DOUBTFUL:
         chosen = np.flatnonzero((known.oddities | known.mask_oddities) & bits_of([doubt]))
         if len(chosen):
             names = ", ".join(records.key(index) for index in chosen[:NUM_NAMED].tolist())
-            message = "%d images or masks have %s, such as %s; save them with numbers from 0 to 1, or in 8 or 16 bits"
+            message = "%d images or masks have %s, such as %s; save them with values from 0 to 1, or in 8 or 16 bits"
             logger.warning(message, len(chosen), doubt, names)
 
 
 def warn_of_called_masks(records: Records) -> None:
-    """Warns of images that are called as masks of others, and are trained on all the same."""
+    """Warns of training images whose names look like masks of other images."""
     found = called_masks(records.key(index) for index in range(len(records)))
     if found:
         logger.warning(
-            "%d images are called as masks of others, such as %s of %s, and are trained on as images; put them into a "
-            "folder of their own under their images' names and give --mask_dir, or take them out",
+            "%d training images have names of masks of others, such as %s of %s; if they are masks, move them to a "
+            "folder of their own under their images' names and give --mask_dir, or remove them",
             *(len(found), *found[0]),
         )
 
 
 def report_verification(what: str, found: Verification) -> None:
-    """Says what comparing the cache has shown.
+    """Logs the result of --verify_cache.
 
     Raises:
-        UserError: if an entry is not what the encoders say now.
+        UserError: if cached entries differ from what the encoders compute now.
     """
     quality = ""
     if found.peak_signal_to_noise is not None:
-        quality = f"; decoded, their PSNR against the pixels is {found.peak_signal_to_noise:.1f} dB"
+        quality = f"; PSNR of the decoded latents against the pixels: {found.peak_signal_to_noise:.1f} dB"
     if found.different:
         names = ", ".join(found.different[:10])
         raise UserError(
-            f"--verify_cache: {len(found.different)} of {found.num_entries} {what} differ from what is cached, such as "
-            f"{names}; remove the folder of --encoding_cache_dir and fill it again"
+            f"--verify_cache: {len(found.different)} of {found.num_entries} {what} differ from their cached encodings, "
+            f"such as {names}; remove the folder of --encoding_cache_dir and fill it again"
         )
-    logger.info("verified %d cached %s: off by at most %.1e%s", found.num_entries, what, found.worst, quality)
+    logger.info("verified %d cached %s: relative error at most %.1e%s", found.num_entries, what, found.worst, quality)

@@ -1,4 +1,4 @@
-"""The end of a run: its result exported, its last samples drawn, its outcome recorded."""
+"""The end of a run: exports the result, and records the outcome."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def exported_weights(
     options: TrainingOptions, session: Session, state: TrainingState, validation: ValidationLoss
 ) -> Iterator[None]:
-    """Exports the result. Context manager: the trained modules hold its weights, those of the average chosen now."""
+    """Context manager: exports the result, and keeps its weights (averaged, if so chosen) in the trained modules."""
     averages = state.averages
     if state.lengths is not None:
         averages = [validation.choose_length(options.ema.ema_lengths, state.lengths)]
@@ -42,17 +42,17 @@ def finish(
     facts: CardFacts,
     samples: Sequence[Sample],
 ) -> None:
-    """Writes the last reports, uploads the result where that was asked for, and says what has become of the run.
+    """Writes the final reports, uploads the result if requested, and logs the outcome of the run.
 
     Args:
-        facts: of the model card.
-        samples: those of the result.
+        facts: content of the model card.
+        samples: samples of the result.
 
     Raises:
-        Diverged: if the run has, once all processes are done.
+        Diverged: if the run has diverged, once all processes are done.
     """
     if session.requests.is_asked:
-        logger.warning("a signal broke off the last samples; the result itself is whole")
+        logger.warning("a signal interrupted the last samples; the exported result is complete")
     data.share_unreadable()
     data.write_report()
     if session.accelerator.is_main_process:
@@ -62,16 +62,16 @@ def finish(
 
 
 def conclude(session: Session, state: TrainingState) -> None:
-    """Says where the result is and what has become of the run, in `run.json` too.
+    """Records the outcome in `run.json`, and logs where the result is.
 
     Raises:
-        Diverged: if it has, once all processes are done.
+        Diverged: if the run has diverged, once all processes are done.
     """
     record_outcome(session, state, state.verdict)
     folder = session.folder.path
     if state.verdict:
         raise Diverged(
-            f"the run has diverged: {state.verdict}; its result is in {folder} all the same; lower --learning_rate, or "
+            f"the run has diverged: {state.verdict}; its result is in {folder} anyway; lower --learning_rate, or "
             "resume from an earlier checkpoint"
         )
     logger.info("the result is in %s", folder)

@@ -1,4 +1,4 @@
-"""Whether a run resumes from a checkpoint, and whether that is one of the same run."""
+"""Finds the checkpoint to resume from, and checks that its options and data are those of this run."""
 
 import logging
 import math
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from utils.training.learning_rates import LearningRates
 
 logger = logging.getLogger(__name__)
-RECORD_FACT = "data_record"  # which file beside the checkpoints says what the images were
-HELD_OUT_FACT = "held_out_record"  # the same of the held-out images
-# a checkpoint without this drew each held-out image by its name
+RECORD_FACT = "data_record"  # name of the file beside the checkpoints that records the images
+HELD_OUT_FACT = "held_out_record"  # the same for the held-out images
+# checkpoints without this fact are of releases that split each image by its name alone
 SPLIT_RULE_FACT, SPLIT_BY_CONTENT = "validation_split_rule", "by content"
-DECODING_FACT = "decoding"  # which version of it made the pixels
+DECODING_FACT = "decoding"  # version of the image decoding
 
 EARLIER_STREAM = re.compile(r"^a stream of (None|\d+) images in")
 WARMUP = "lr_warmup_steps"
@@ -45,18 +45,20 @@ WARMUP = "lr_warmup_steps"
 
 @dataclass(frozen=True)
 class Resumption:
-    """Where a run begins: at its first step, or at a checkpoint that it must go with.
+    """Where a run starts: at its first step, or at a checkpoint that must match its options and data.
 
     Attributes:
-        accelerator, folder, checkpoints: the run's.
-        checkpoint: the one to resume from; None for a run that begins.
-        group_size: samples of one bucket that stand together.
-        structure: what a checkpoint can only be resumed with, by flag.
-        training: what else changes the training, by flag.
-        may_change: whether that may be other than the checkpoint has it.
-        keeps_record: whether it is noted in the output folder what the images are; not on a dry run.
-        splits_by_content: whether a portion is held out so that copies of an image stay together; earlier releases did
-            not, and a run resumed from one of their checkpoints trains on the same images as before.
+        accelerator: the processes.
+        folder: the output folder.
+        checkpoints: the checkpoints in it.
+        checkpoint: the checkpoint to resume from; None for a new run.
+        group_size: number of consecutive samples from the same bucket.
+        structure: settings that must equal the checkpoint's, by flag.
+        training: other settings that affect training, by flag.
+        may_change: whether those may differ from the checkpoint's (`--allow_changed_options`).
+        keeps_record: whether to record the images in the output folder; False on a dry run.
+        splits_by_content: whether copies of an image stay on one side of the validation split. Earlier releases did
+            not ensure that; a run resumed from one of their checkpoints keeps its split.
     """
 
     accelerator: "Accelerator"
@@ -72,21 +74,21 @@ class Resumption:
 
     @property
     def first_step(self) -> int:
-        """Optimizer steps that the checkpoint has done; 0 without one."""
+        """Optimizer steps done by the checkpoint; 0 without one."""
         return 0 if self.checkpoint is None else step_of(self.checkpoint) or 0
 
     @property
     def samples_at_once(self) -> int | None:
-        """How many samples memory allowed a process at once where it was short before; else None."""
+        """Samples per process that fitted into memory, if the checkpoint's run was out of memory; else None."""
         return None if self.checkpoint is None else read_state(self.checkpoint).samples_at_once
 
     def with_structure(self, facts: RunFacts, structure: Mapping[str, object]) -> RunFacts:
-        """The facts with more that a checkpoint can only be resumed with, known once the model is loaded.
+        """Returns the facts with further settings that must equal the checkpoint's, known once the model is loaded.
 
-        What the checkpoint of an earlier release does not say is not compared.
+        Settings that a checkpoint of an earlier release does not record are not compared.
 
         Raises:
-            UserError: if the checkpoint was made with other.
+            UserError: if they differ from the checkpoint's.
         """
         if self.checkpoint is not None:
             then = read_state(self.checkpoint).facts.structure
@@ -95,21 +97,21 @@ class Resumption:
 
     @property
     def classes(self) -> list[str]:
-        """The classes of the checkpoint, in the order of their numbers; none without."""
+        """The class names of the checkpoint, in the order of their numbers; empty without classes."""
         then = [] if self.checkpoint is None else read_state(self.checkpoint).facts.structure.get("classes")
         return [name for name in then if isinstance(name, str)] if isinstance(then, list) else []
 
     def class_order(self, names: Sequence[str]) -> list[str]:
-        """The classes in the order of the checkpoint's, if they are the same but for their spelling."""
+        """Returns the classes in the checkpoint's order, if both are the same apart from spelling; else as given."""
         if set(self.classes) == set(names):
             return self.classes
         places = {name: place for place, name in enumerate(_spelled(self.classes))}
         return sorted(names, key=places.get) if places.keys() == set(names) else list(names)
 
     def schedule(self, options: ScheduleOptions, total_steps: int) -> ScheduleOptions:
-        """The course of the learning rate, whose warm-up is the checkpoint's or fits the run where none is asked for.
+        """Returns the learning-rate schedule; without a given warm-up, the checkpoint's, else one that fits the run.
 
-        It warns of a warm-up that takes most of the run.
+        Warns of a warm-up that takes more than half of the run.
         """
         recorded = None if self.checkpoint is None else read_state(self.checkpoint).facts.training.get(WARMUP)
         schedule = options.fitted(total_steps, recorded)
@@ -124,20 +126,25 @@ class Resumption:
         rates: "LearningRates",
         **structure: object,
     ) -> RunFacts:
-        """What a run that resumes from this one will be compared with.
+        """Compares this run with its checkpoint; returns the facts to compare later resumed runs with.
 
-        Other held-out images are warned of: they change the measurements, and no training.
+        Changed held-out images only cause a warning: they change the validation loss, not the training.
 
         Args:
-            structure: what the data add to that which a checkpoint can only be resumed with, by flag.
+            images: the training images.
+            held_out: the held-out images, if any.
+            rates: the learning rates of the run.
+            structure: settings derived from the data that must equal the checkpoint's, by flag.
 
         Raises:
-            UserError: if this one resumes with another structure, or with other data, unasked.
+            UserError: if the structure differs, or the data without `--allow_changed_options`.
         """
+        # Structure: must be the same.
         if self.checkpoint is not None:
             then = read_state(self.checkpoint).facts.structure
-            now = {name: _as_then(value, then.get(name)) for name, value in structure.items()}
+            now = {name: _matching_classes(value, then.get(name)) for name, value in structure.items()}
             check_structure(self.checkpoint, now)
+        # Data: sources, decoding, then each image.
         data, use = {"data": self._known_as(images.fingerprint())}, images.describe_sources()
         if self.checkpoint is not None:
             check_training(self.checkpoint, use, self.may_change)
@@ -148,6 +155,7 @@ class Resumption:
         if self.checkpoint is not None:
             check_training(self.checkpoint, data, self.may_change)
             _warn_of_length(self.checkpoint, rates.schedule, rates.total_steps)
+        # The facts of this run.
         training = {**self.training, WARMUP: rates.schedule.lr_warmup_steps, **data, **use, RECORD_FACT: name}
         training[DECODING_FACT] = DECODING
         if held_out_name is not None:
@@ -157,13 +165,13 @@ class Resumption:
         return RunFacts({**self.structure, **structure}, training, rates.total_steps)
 
     def _known_as(self, fingerprint: str) -> str:
-        """The fingerprint of the images; that of the checkpoint where it is the same in an earlier release's words."""
+        """Returns the images' fingerprint, or the checkpoint's if that is the same in an earlier release's wording."""
         recorded = None if self.checkpoint is None else read_state(self.checkpoint).facts.training.get("data")
         said = EARLIER_STREAM.sub("a stream in", recorded) if isinstance(recorded, str) else None
         return recorded if said == fingerprint else fingerprint
 
     def _compare_data(self, images: PlannedImages | StreamedImages) -> str:
-        """Compares the images with those that the checkpoint was trained on; keeps a record of them, and names it."""
+        """Compares the images with the checkpoint's, records them, and returns the record's name."""
         now = images.content()
         if self.checkpoint is not None:
             changes = self._changes_since(self.checkpoint, now, RECORD_FACT)
@@ -174,22 +182,24 @@ class Resumption:
                 )
             if changes:
                 logger.warning("resuming from %s with other data: %s", self.checkpoint, changes)
-        return self._kept(now)
+        return self._write_record(now)
 
     def _compare_held_out(self, images: PlannedImages | None) -> str | None:
-        """The same of the held-out images, if there are any."""
+        """Does the same for the held-out images, if any; a change is only a warning."""
         if images is None:
             return None
         now = images.content()
         if self.checkpoint is not None and HELD_OUT_FACT in read_state(self.checkpoint).facts.training:
             changes = self._changes_since(self.checkpoint, now, HELD_OUT_FACT)
             if changes:
-                message = "the held-out images are not those of %s: %s; losses measured before it do not compare"
+                message = (
+                    "the held-out images differ from those of %s: %s; earlier validation losses are not comparable"
+                )
                 logger.warning(message, self.checkpoint, changes)
-        return self._kept(now)
+        return self._write_record(now)
 
-    def _kept(self, record: pa.Table) -> str:
-        """The name of a record, which is kept in the output folder."""
+    def _write_record(self, record: pa.Table) -> str:
+        """Writes a record to the output folder, unless on a dry run, and returns its name."""
         try:
             return write_content(self.folder, record) if self.keeps_record else content_name(record)
         except OSError as error:
@@ -198,25 +208,25 @@ class Resumption:
     def _changes_since(self, start: Path, now: pa.Table, fact: str) -> str:
         name = read_state(start).facts.training.get(fact)
         if not isinstance(name, str) or not is_content_name(name):
-            logger.warning("%s has no record of its data: whether images or captions changed can't be seen", start)
+            logger.warning("%s has no record of its data, so changed images or captions can't be detected", start)
             return ""
         try:
             beside = [start.absolute().parent, start.resolve().parent]  # it may be a link to another disk
             then = read_content(next((each for each in beside if (each / name).exists()), beside[0]), name)
         except (OSError, ValueError) as error:
-            logger.warning("whether images or captions changed since %s can't be seen: %s", start, first_line(error))
+            logger.warning("changes of images or captions since %s can't be detected: %s", start, first_line(error))
             return ""
         found = compare(then, now)
         if found.num_unknown:
-            message = "%d images have other times and the same sizes as for %s; whether they changed can't be seen"
+            message = "%d images have the same sizes as for %s but other times; whether they changed can't be detected"
             logger.warning(message, found.num_unknown, start)
         return found.words
 
     def take_over(self) -> None:
-        """Tidies what earlier runs left in the output folder, once nothing can refuse this run any more."""
-        on_main_process(self.accelerator, self._tidy)
+        """Cleans up what earlier runs left in the output folder; called once nothing can refuse this run any more."""
+        on_main_process(self.accelerator, self._clean_up)
 
-    def _tidy(self) -> None:
+    def _clean_up(self) -> None:
         start = self.checkpoint
         step = 0 if start is None else read_state(start).step
         self.checkpoints.clean()
@@ -227,28 +237,31 @@ class Resumption:
 def find_resumption(
     options: TrainingOptions, engine: Engine, folder: OutputFolder, requests: StopRequests, pipeline_class: str
 ) -> Resumption:
-    """Finds the checkpoint to resume from, compares the options with its own, and takes the output folder.
+    """Finds the checkpoint to resume from, compares the options with its options, and claims the output folder.
 
     Args:
-        pipeline_class: the name of the class that is trained.
+        pipeline_class: name of the pipeline class that is trained.
 
     Raises:
-        UserError: if the folder or the checkpoint is not this run's.
+        UserError: if the folder or the checkpoint belongs to another run.
     """
+    # The checkpoint, if any.
     accelerator, asked = engine.accelerator, options.checkpoint
     checkpoints = Checkpoints(folder.path, asked.checkpoints_total_limit)
     start = on_main_process(accelerator, lambda: checkpoints.resolve(asked.resume_from_checkpoint))
+    # The options that it must match.
     global_batch = options.loader.global_batch(accelerator.num_processes)
     group_size = _choose_group_size(options.buckets, options.loader, global_batch, start)
     structure = options.structure | {"pretrained_model": pipeline_class}
     structure["bucket_group_size"] = group_size if options.buckets.use_aspect_ratio_buckets else None
     training = _training_options(options)
     training |= {"mixed_precision": accelerator.mixed_precision, "global_batch": global_batch}
-    if training[WARMUP] is None:  # the checkpoint's, or one that fits
+    if training[WARMUP] is None:  # not given: decided later by `Resumption.schedule`
         del training[WARMUP]
     if start is not None:
         check_structure(start, structure)
-        check_training(start, _compared(training, start), asked.allow_changed_options, _defaults(options))
+        check_training(start, _options_to_compare(training, start), asked.allow_changed_options, _defaults(options))
+    # The output folder.
     if not options.runtime.dry_run:
         overwrite = options.runtime.overwrite_output_dir
         on_main_process(accelerator, lambda: _claim(folder, start, asked, overwrite))
@@ -260,7 +273,7 @@ def find_resumption(
 
 
 def _splits_by_content(start: Path | None, held_out: HeldOutOptions) -> bool:
-    """Whether copies of an image stay together in the split: not where a checkpoint continues a split without that."""
+    """Whether copies of an image stay together in the split; not if the checkpoint's split was made without that."""
     if start is None or held_out.fraction is None:
         return True
     recorded = read_state(start).facts.training
@@ -268,70 +281,72 @@ def _splits_by_content(start: Path | None, held_out: HeldOutOptions) -> bool:
     if SPLIT_RULE_FACT in recorded or not is_same_split:
         return True
     logger.info(
-        "%s is of an earlier release, which held out each image by its name alone; this run keeps that split, and "
-        "copies of an image may be both trained on and held out",
+        "%s is from an earlier release, which split images by name only; this run keeps that split, so copies of an "
+        "image may be both trained on and held out",
         start,
     )
     return False
 
 
 def _warn_of_decoding(start: Path, images: PlannedImages | StreamedImages | None, what: str) -> None:
-    """Warns of images that this release decodes into other pixels than the one that wrote the checkpoint."""
+    """Warns of images that this release decodes to other pixels than the release that wrote the checkpoint."""
     version = _decoding_of(read_state(start).facts.training)
     if images is None or version >= DECODING:
         return
     if isinstance(images, StreamedImages):
-        logger.warning("%s is of an earlier release, which may have decoded some images of the stream otherwise", start)
+        logger.warning(
+            "%s is from an earlier release, which may have decoded some images of the stream differently", start
+        )
         return
     chosen = np.flatnonzero(images.survey.decoded_otherwise(version))
     if len(chosen):
         names = ", ".join(images.records.key(index) for index in chosen[:NUM_SHOWN].tolist())
         logger.warning(
-            "%s is of an earlier release, which decoded %d of the %d %simages, or their masks, into other pixels, such "
-            "as %s; the data report names their kinds under converted",
+            "%s is from an earlier release, which decoded %d of the %d %simages, or their masks, to other pixels, such "
+            "as %s; data_report.json lists their kinds under converted",
             *(start, len(chosen), len(images.records), what, names),
         )
 
 
 def _decoding_of(training: Mapping[str, object]) -> int:
-    """The version of the decoding that a checkpoint was trained with; of earlier releases the least it can be."""
+    """The decoding version a checkpoint was trained with; for earlier releases the lowest possible one."""
     version = training.get(DECODING_FACT)
     if isinstance(version, int):
         return version
     return 2 if SPLIT_RULE_FACT in training else int(RECORD_FACT in training)
 
 
-def _as_then(now: object, then: object) -> object:
-    """A checkpoint's names of classes where these are the same but for their spelling; else the names of now."""
+def _matching_classes(now: object, then: object) -> object:
+    """Returns the checkpoint's class names if both are the same apart from spelling; else the current ones."""
     return then if type(then) is type(now) and _spelled(now) == _spelled(then) else now
 
 
 def _spelled(names: object) -> object:
-    """The names of classes, or what is given by them, in one spelling; anything else as it is."""
+    """Returns class names, or a mapping keyed by them, in normalized spelling; anything else unchanged."""
     if isinstance(names, Mapping):
         return {same_text(name): value for name, value in names.items()}
     return [same_text(name) if isinstance(name, str) else name for name in names] if isinstance(names, list) else names
 
 
-def _compared(training: Mapping[str, object], start: Path) -> dict[str, object]:
-    """The options that are compared with a checkpoint's: without --class_folders where that only says its default."""
+def _options_to_compare(training: Mapping[str, object], start: Path) -> dict[str, object]:
+    """Returns the options to compare with a checkpoint's: without --class_folders if both mean its default."""
     rules = training.get("class_folders"), read_state(start).facts.training.get("class_folders")
     is_same = set(rules) <= {None, INNER}
     return {name: value for name, value in training.items() if name != "class_folders" or not is_same}
 
 
 def _defaults(options: TrainingOptions) -> dict[str, object]:
-    """The values of all options that are not given."""
+    """Returns the default of each option."""
     return {field.name: field.default for field, _ in flags_of(options)}
 
 
 def _training_options(options: TrainingOptions) -> dict[str, object]:
-    """The options that a resumed run may not change, by flag, as a checkpoint records them."""
+    """Returns the options that a resumed run may not change freely, by flag, as a checkpoint records them."""
     return {field.name: value for field, value in flags_of(options) if not rules_of(field).resume.is_free}
 
 
 def _choose_group_size(buckets: BucketOptions, loader: LoaderOptions, global_batch: int, start: Path | None) -> int:
-    """How many samples of one bucket stand together: as asked, as the resumed run had it, or the micro-batch."""
+    """Returns the number of consecutive samples per bucket: the given one, the checkpoint's, or the micro-batch."""
     recorded = None if start is None else read_state(start).facts.structure.get("bucket_group_size")
     recorded = recorded if type(recorded) is int and recorded > 0 else None
     chosen = buckets.bucket_group_size or recorded or math.gcd(loader.train_batch_size, global_batch)
@@ -341,14 +356,16 @@ def _choose_group_size(buckets: BucketOptions, loader: LoaderOptions, global_bat
 
 
 def _claim(folder: OutputFolder, start: Path | None, options: CheckpointOptions, overwrite: bool) -> None:
-    """Takes the output folder for this run."""
+    """Claims the output folder for this run."""
     is_inside = start is not None and start.resolve().parent == folder.path.resolve()
     folder.claim(is_inside or options.resume_from_checkpoint == "latest", overwrite)
 
 
 def _warn_of_length(start: Path, options: ScheduleOptions, total_steps: int) -> None:
-    """Says so where the learning rate would have another course because the run has another length."""
+    """Warns if the learning-rate schedule changes because the run's length has changed."""
     before = read_state(start).facts.total_steps
     if options.lr_scheduler in LENGTH_SCHEDULES and before != total_steps:
-        message = "--lr_scheduler %s depends on the run's length: it was %d steps and is %d, so the rate jumps"
+        message = (
+            "--lr_scheduler %s depends on the run's length, which was %d steps and is now %d: the learning rate jumps"
+        )
         logger.warning(message, options.lr_scheduler, before, total_steps)

@@ -1,4 +1,4 @@
-"""Checkpoints between steps: when they are due or asked for, and how they are written beside the training."""
+"""Saving between steps: when checkpoints are due or requested, and writing them while training continues."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes what is due between steps: checkpoints, and snapshots of the averages among which a length is chosen.
+    """Writes what is due between steps: checkpoints, and the snapshots of `--ema_lengths`.
 
     Attributes:
         folders: the checkpoints of the output folder.
-        saver: writes one.
+        saver: writes a checkpoint.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class CheckpointWriter:
         exports: Callable[[Progress], bool] = lambda progress: False,
     ):
         """Args:
-        at_once: samples that a process takes at once, where memory allows it.
-        exports: whether the pipeline as it is after a step replaces the result; by default it does at the end alone.
+        at_once: samples that a process computes at once if memory allows.
+        exports: whether to export the pipeline after a step; by default only at the end.
         """
         asked = options.checkpoint
         self.folders = Checkpoints(session.folder.path, asked.checkpoints_total_limit)
@@ -59,7 +59,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Waits for the last checkpoint, whose error is raised on all processes."""
+        """Waits for the last checkpoint, and raises its error on all processes."""
         try:
             if kind is None:
                 self.saver.join()
@@ -67,12 +67,12 @@ class CheckpointWriter:
             self.saver.writer.__exit__(kind, error, traceback)
 
     def is_due(self, progress: Progress, wish: Wish) -> bool:
-        """Whether something is written after a step, as planned or as wished for."""
+        """Whether something is to be written after a step, as scheduled or as requested."""
         planned = (self._options.is_due, self._is_snapshot_due, self._is_export_due)
         return wish.saves or any(is_due(progress) for is_due in planned)
 
     def save(self, progress: Progress, wish: Wish) -> None:
-        """Writes what is due; for all to call."""
+        """Writes what is due; all processes must call it."""
         accelerator, lengths = self._session.accelerator, self._state.lengths
         if self._is_snapshot_due(progress):
             on_main_process(accelerator, partial(lengths.snapshot, progress.step))
@@ -86,10 +86,10 @@ class CheckpointWriter:
                 self._state.export(self._session.folder.path)
 
     def stop_if_wished(self, progress: Progress, wish: Wish) -> None:
-        """Ends a run that was asked to end, its state saved.
+        """Ends a run that was requested to stop, once its checkpoint is written.
 
         Raises:
-            Stopped: if it was.
+            Stopped: if a stop was requested.
         """
         if wish.number or (wish.ends and not progress.is_last):
             self.saver.join()
@@ -107,7 +107,7 @@ class CheckpointWriter:
 
 
 def saves_behind(asked: bool | None, state: TrainingState) -> bool:
-    """Whether checkpoints are written while training continues; by default on a GPU, where host memory allows it."""
+    """Whether to write checkpoints while training continues; default: on a GPU if host memory allows."""
     if asked is None:
         accelerator = state.accelerator
         return accelerator.device.type == "cuda" and on_main_process(accelerator, state.copies_fit_twice)
@@ -115,7 +115,7 @@ def saves_behind(asked: bool | None, state: TrainingState) -> bool:
 
 
 class CheckpointSaver:
-    """Saves a run's state as checkpoints, at once or in the background."""
+    """Saves the training state as checkpoints, immediately or in the background."""
 
     def __init__(self, checkpoints: Checkpoints, state: TrainingState, writer: BackgroundWriter):
         self.writer = writer
@@ -124,9 +124,9 @@ class CheckpointSaver:
         self._buffers = HostBuffers(keeps=state.accelerator.is_main_process)
 
     def save(self, step: int, samples_at_once: int | None) -> None:
-        """Begins to save, once the checkpoint before is written, whose error is raised here; for all to call.
+        """Starts saving, after waiting for the previous checkpoint and raising its error; all processes must call it.
 
-        Where host memory does not hold copies of all, it is saved at once.
+        If host memory is too small for copies, it saves immediately.
         """
         accelerator, engine = self._state.accelerator, self._state.engine
         is_copied = on_main_process(accelerator, self._can_copy)
@@ -137,9 +137,9 @@ class CheckpointSaver:
         on_main_process(accelerator, lambda: self._write(step, jobs, waits=not is_copied))
 
     def rescue(self, step: int, samples_at_once: int | None) -> None:
-        """Saves from a process that can go no further, whatever the others do; each has all of the state.
+        """Saves from a process that can't continue, without the other processes; each process has the whole state.
 
-        Where the checkpoint of that step is there already, it stays.
+        An existing checkpoint of that step is kept.
         """
         self.writer.join()
         if self._is_saved(step):
@@ -155,14 +155,16 @@ class CheckpointSaver:
         return any(path.name == f"checkpoint-{step}" for path in self._checkpoints.found())
 
     def join(self) -> None:
-        """Waits until the last checkpoint is written, whose error is raised here; for all to call."""
+        """Waits until the last checkpoint is written, and raises its error; all processes must call it."""
         on_main_process(self._state.accelerator, self.writer.join)
 
     def _can_copy(self) -> bool:
         self.writer.join()
         can = self.writer.is_on and self._buffers.have_room_for(self._state.tensors())
         if self.writer.is_on and not can:
-            logger.warning("--async_checkpointing: host memory is too small for copies, so the training waits")
+            logger.warning(
+                "--async_checkpointing: host memory is too small for copies, so training waits for the write"
+            )
         return can
 
     def _write(self, step: int, jobs: Sequence[Callable[[Path], None]], waits: bool) -> None:

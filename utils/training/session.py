@@ -1,4 +1,4 @@
-"""A run's processes, its output folder, what asks it to stop, and the checkpoint it resumes from."""
+"""The session of a run: processes, output folder, stop requests, and the checkpoint to resume from."""
 
 import logging
 import sys
@@ -33,25 +33,25 @@ logger = logging.getLogger(__name__)
 
 
 class Recorded(Protocol):
-    """What keeps records of its own in the output folder."""
+    """An object that keeps its own records in the output folder."""
 
     def begin(self, first_step: int) -> None:
-        """Drops what was recorded after the step from which the run resumes; for all processes to call."""
+        """Drops records after the step from which the run resumes; all processes must call it."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a run has before it knows its data and its model.
+    """The parts of a run that exist before its data and model are known.
 
     Attributes:
-        engine: how the processes share the work.
-        folder: the output folder, locked while the session lives.
-        requests: signals, files and time limits that ask the run to save or to stop.
+        engine: how the processes share the work (DDP, FSDP2, DeepSpeed).
+        folder: the output folder, locked while the session is open.
+        requests: signals, files and time limits that request a save or a stop.
         attention: the kernel that computes attention.
-        resumption: the checkpoint to resume from, if any, and what the run is compared with.
-        repository: the Hub repository that the result is uploaded to; None without --push_to_hub.
-        surroundings: where and by whom samples are drawn.
-        seed: from which everything random follows.
+        resumption: the checkpoint to resume from, if any, and the settings to compare with it.
+        repository: the Hub repository to upload the result to; None without --push_to_hub.
+        surroundings: processes, folder and seed for sampling.
+        seed: the seed of everything random.
     """
 
     engine: Engine
@@ -66,13 +66,13 @@ class Session:
     @classmethod
     @contextmanager
     def start(cls, options: TrainingOptions, output_dir: str, pipeline_class: str) -> Iterator[Self]:
-        """Joins the processes, takes the output folder and finds the checkpoint; all are let go at the end.
+        """Context manager: starts the processes, claims the output folder and finds the checkpoint.
 
         Args:
-            pipeline_class: the name of the class that is trained, which a checkpoint must share.
+            pipeline_class: name of the pipeline class that is trained, which a checkpoint must share.
 
         Raises:
-            UserError: if an option does not go with the processes, or the folder or the checkpoint is not this run's.
+            UserError: if an option excludes the launched setup, or the folder or checkpoint belongs to another run.
         """
         folder = OutputFolder(output_dir)
         engine = start_engine(options, folder)
@@ -90,26 +90,27 @@ class Session:
 
     @property
     def accelerator(self) -> "Accelerator":
-        """The processes."""
+        """The Accelerator that the processes share."""
         return self.engine.accelerator
 
     @property
     def device(self) -> torch.device:
-        """This process's device."""
+        """The device of this process."""
         return self.accelerator.device
 
     @property
     def checkpoint(self) -> Path | None:
-        """The checkpoint to resume from; None for a run that begins."""
+        """The checkpoint to resume from; None for a new run."""
         return self.resumption.checkpoint
 
     def begin(self, options: TrainingOptions, plan: str, recorded: Sequence[Recorded]) -> None:
-        """Tidies what earlier runs left in the output folder, writes `run.json`, opens the trackers, says the plan.
+        """Cleans up what earlier runs left in the output folder, writes `run.json`, opens the trackers, logs the plan.
 
-        It is called once nothing can refuse this run any more.
+        Called once nothing can refuse this run any more.
 
         Args:
-            recorded: what keeps records of its own in the output folder.
+            plan: the run as `describe_run` describes it.
+            recorded: objects that keep their own records in the output folder.
         """
         self.resumption.take_over()
         for each in recorded:
@@ -122,10 +123,10 @@ class Session:
 
 
 def start_engine(options: TrainingOptions, folder: OutputFolder) -> Engine:
-    """Joins the processes of the run, and takes the engine it was launched with.
+    """Starts the processes of the run with the engine it was launched with.
 
     Raises:
-        UserError: if an option does not go with the engine, the processes or the precision.
+        UserError: if an option excludes the engine, the number of processes or the precision.
     """
     loader, tracking, pure_bf16 = options.loader, options.tracking, options.adaptation.pure_bf16
     check_output_folder(options, folder.path)

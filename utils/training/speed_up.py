@@ -1,4 +1,4 @@
-"""What is done once before the first step: the largest batch is tried, and steps are made faster."""
+"""Preparations before the first step: tries the largest batch, and applies the speed options."""
 
 import logging
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-RACED_ON = ("cuda",)  # devices that have several good kernels for attention
+RACED_ON = ("cuda",)  # devices with several competitive attention kernels
 AnyOptions = TypeVar("AnyOptions", bound=TrainingOptions)
 
 
 def with_fast(options: AnyOptions, session: Session, data: TrainingData) -> tuple[AnyOptions, list[Part]]:
-    """The options with what `--fast` turns on, and the parts that it has turned on, or would."""
+    """Returns the options with the parts that `--fast` turns on, and these parts (without `--fast`: would turn on)."""
     steps_in_backward = options.optimizer.optimizer_in_backward
     here = circumstances(session.engine, options.adaptation.trains_base, data.sizes_vary, steps_in_backward)
     parts = paying_parts(options.speed, here)
@@ -48,17 +48,17 @@ def prepare_steps(
     feed: Feed,
     fast_parts: Sequence[Part],
 ) -> None:
-    """Runs the largest batch once, so that a lack of memory shows before the first step, and speeds steps up.
+    """Runs the largest batch once, so that running out of memory shows before the first step; applies speed options.
 
     Args:
-        fast_parts: what `--fast` has turned on, or would.
+        fast_parts: parts that `--fast` has turned on, or would turn on.
 
     Raises:
-        UserError: if one sample is too much, or the denoiser can't be compiled.
+        UserError: if memory does not suffice for one sample, or the denoiser can't be compiled.
     """
     task.adaptation.train_mode()
     largest = feed.largest(options.perceptual.perceptual_min_timestep)
-    logger.info("running the largest batch once, to see that it fits")
+    logger.info("running the largest batch once to check that it fits into memory")
     gradients.rehearse(largest, state.holding_optimizer_state)
     speed_up(options, task, state, gradients, feed, fast_parts)
     if options.loader.find_batch_size:
@@ -75,24 +75,27 @@ def speed_up(
     feed: Feed,
     fast_parts: Sequence[Part],
 ) -> None:
-    """Compiles the denoiser where that was asked for, keeps host memory, and names everything that is active.
+    """Applies the speed options that need a batch, such as compiling, and logs all active ones.
 
-    A compiled denoiser is compared with the plain one on a batch of the largest size.
+    A compiled denoiser is compared with the uncompiled one on a batch of the largest size.
     """
     speed, accelerator, denoiser = options.speed, gradients.accelerator, task.family.denoiser
     sizes_vary = len(feed.dataset.sizes) > 1
     has_tf32 = accelerator.device.type == "cuda" and is_tf32_allowed()
     largest = partial(feed.largest, options.perceptual.perceptual_min_timestep)
     draw_once = cache(lambda: feed.dataset.with_draws(largest()))
+    # The fastest attention kernel.
     if speed.fast:
         _choose_attention(speed, state, lambda: gradients.of(draw_once()), sizes_vary)
+    # The fastest convolutions, if there is only one image size.
     compiled = compiled_part(speed.compiled, denoiser, accelerator.num_processes)
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     times_convolutions = speed.cudnn_benchmark and not sizes_vary and not is_deterministic
     if speed.cudnn_benchmark and not times_convolutions:
         why = "images of several sizes" if sizes_vary else "--deterministic"
-        logger.warning("--cudnn_benchmark is left off: it does not go with %s", why)
+        logger.warning("--cudnn_benchmark has no effect with %s", why)
     torch.backends.cudnn.benchmark = times_convolutions
+    # CUDA graphs of whole steps, and the compiled denoiser.
     whole_step = _step_graph(gradients, state, options.optimizer.clip_norm) if speed.cuda_graphs else None
     if compiled is not None:
         is_exact, graphs = accelerator.mixed_precision == "no" and not has_tf32, speed.cuda_graphs and not whole_step
@@ -104,6 +107,7 @@ def speed_up(
             compiled = None
         gradients.owns_memory = graphs and compiled is not None
     gradients.whole_step = whole_step
+    # Log what is active.
     inner, num_fused = unwrapped(state.optimizer), num_shortened(gradients.model)
     active = {
         "--cache_latents": options.cache.cache_latents,
@@ -133,16 +137,16 @@ def speed_up(
 
 
 def _step_graph(gradients: Gradients, state: TrainingState, max_norm: float) -> StepGraph | None:
-    """What takes whole steps by CUDA graphs, if they can be recorded."""
+    """Returns the CUDA graphs of whole steps; None, with a warning, if steps can't be recorded."""
     why = obstacle(gradients, state)
     if why:
-        logger.warning("--cuda_graphs: steps are not recorded as a whole: %s", why)
+        logger.warning("--cuda_graphs: whole steps can't be recorded: %s", why)
         return None
     return StepGraph(CudaRecorder(), gradients, state, max_norm)
 
 
 def _choose_attention(speed: SpeedOptions, state: TrainingState, passes: Passes, sizes_vary: bool) -> None:
-    """Takes the kernel that is the fastest at this run's attention on a GPU, or that which was when the run began.
+    """Sets the fastest attention kernel for this run's shapes on a GPU; a resumed run keeps its first choice.
 
     Args:
         passes: runs a batch forward and backward.
@@ -159,7 +163,7 @@ def _choose_attention(speed: SpeedOptions, state: TrainingState, passes: Passes,
         run = partial(race, recorder.calls, kernels, accelerator.device)
         winner = on_main_process(accelerator, run) if recorder.calls else ""
     if winner:
-        logger.info("--fast takes the kernel %s for attention, the fastest at these sizes", winner)
+        logger.info("--fast chooses the attention kernel %s, the fastest at these sizes", winner)
     attention.take(winner)
 
 
@@ -171,10 +175,13 @@ def _compiles(
     is_exact: bool,
     is_optional: bool,
 ) -> bool:
-    """Compiles a denoiser in all processes; gives whether that could be done, where it is optional.
+    """Compiles a denoiser in all processes; returns whether it did.
+
+    Args:
+        is_optional: whether to leave it out if it fails, with a warning.
 
     Raises:
-        UserError: as `compile_checked`, where it is not.
+        UserError: as `compile_checked`, unless it is optional.
     """
     try:
         on_main_process(accelerator, partial(compile_checked, denoiser, how, passes, is_exact))
@@ -184,7 +191,7 @@ def _compiles(
         logger.warning("--fast leaves out --compile %s: %s", how.what, str(error).removeprefix("--compile: "))
         as_before(denoiser)
         return False
-    if not accelerator.is_main_process:  # where gradients would be the same, and host memory is shared
+    if not accelerator.is_main_process:  # no second check: gradients are the same, and processes share host memory
         compile_denoiser(denoiser, how)
         with passes():
             pass
@@ -192,10 +199,10 @@ def _compiles(
 
 
 def _keeps_memory(asked: bool | None, device: str) -> bool:
-    """Has the host keep what is freed, as asked for, or by itself where training is on a CPU; whether it does."""
+    """Keeps freed host memory if requested, or by default on a CPU; returns whether it does."""
     if asked is False or (asked is None and device != "cpu"):
         return False
     is_kept = keep_freed_memory()
     if asked and not is_kept:
-        logger.warning("--keep_freed_memory does nothing here: it is for glibc")
+        logger.warning("--keep_freed_memory has no effect here: it needs glibc")
     return is_kept

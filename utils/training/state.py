@@ -1,4 +1,4 @@
-"""All that an optimizer step changes, saved and restored as one."""
+"""The training state: everything that an optimizer step changes, saved and restored together."""
 
 import gc
 import logging
@@ -54,15 +54,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 OWN_PARAMETERS = "loss_module.safetensors"
 RESULT_ASIDE = ".tmp-result"
-NORM_EPSILON = 1e-6  # that torch's clip_grad_norm_ adds
+NORM_EPSILON = 1e-6  # as added by torch's clip_grad_norm_
 
 
 @dataclass
 class Ahead:
-    """A step that was taken with its gradients: by a graph of all of it.
+    """An optimizer step already taken together with its gradients, by a CUDA graph of the whole step.
 
     Attributes:
-        norm: [] of its gradients, until the step is counted.
+        norm: [] norm of its gradients until the step is counted; None otherwise.
     """
 
     norm: Tensor | None = None
@@ -70,26 +70,29 @@ class Ahead:
 
 @dataclass
 class TrainingState:
-    """Everything an optimizer step changes: weights, their averages, the optimizer, fp16's scaler, the step itself.
+    """Everything an optimizer step changes: weights, their averages, the optimizer, the fp16 scaler, the step number.
 
     Attributes:
-        model: maps an encoded batch to losses, under the engine.
-        rates: the learning rate of each step.
-        batches: which images stand in each step.
-        step: optimizer steps done.
-        total_steps: after which the run ends; early stopping lowers it.
-        learning_rate: of the current step, that which layers and text encoders don't change.
-        verdict: why the result is that of a diverged run, once it is exported; empty if it is none.
-        averages: of the weights: none, or that of --use_ema.
-        lengths: the averages among which a length is chosen at the end, if it is.
-        parameters: the trained ones of the pipeline.
-        own_parameters: those of loss terms.
+        engine: how the processes share the work.
+        adaptation: which weights train and how they are saved.
+        averages: moving averages of the weights: none, or the one of --use_ema.
+        lengths: the averages of --ema_lengths, or None.
+        optimizer: the optimizer, as the engine wraps it.
+        parameters: the trained parameters of the pipeline.
+        own_parameters: the trained parameters of loss terms.
         terms: the loss terms.
-        facts: what a resumed run is compared with.
-        optimizer_bytes: of the optimizer's state, once all of it is there.
-        skips: the steps that were not taken, as far as the log has read.
-        attention: what computes attention.
-        ahead: the step that was taken already, if any.
+        facts: the settings that a resumed run is compared with.
+        model: maps an encoded batch to losses, as the engine wraps it.
+        rates: the learning rate of each step.
+        batches: which images are in the batch of each step.
+        optimizer_bytes: bytes of the optimizer's complete state.
+        skips: counts of skipped steps, as far as the log has read.
+        attention: the kernel that computes attention.
+        ahead: the step that a CUDA graph has already taken, if any.
+        step: optimizer steps done.
+        total_steps: optimizer steps of the whole run; early stopping lowers it.
+        learning_rate: learning rate of the current step, before factors for layers and text encoders.
+        verdict: why the run has diverged, once the result is exported; empty if it has not.
     """
 
     engine: Engine
@@ -123,21 +126,21 @@ class TrainingState:
         rates: LearningRates,
         facts: RunFacts,
     ) -> Self:
-        """The state of a run at its first step: that of the checkpoint, if it resumes from one."""
+        """Creates the state of a run at its first step, or loads it from the checkpoint to resume from."""
         adaptation, own, engine, ema = task.adaptation, task.own_parameters, session.engine, options.ema
-        # Optimizer, and what the engine makes of it and of the weights.
+        # Optimizer and model, wrapped by the engine.
         named = adaptation.named_parameters(rates.optimizer)
         optimizer = make_optimizer(named + own, rates.optimizer, options.adaptation.pure_bf16, session.seed)
         model, optimizer = engine.prepare(task.objective, optimizer, rates.optimizer.clip_norm)
-        named = adaptation.named_parameters(
-            rates.optimizer
-        )  # an engine that spreads weights puts others in their place
+        # an engine that shards weights has replaced the parameters
+        named = adaptation.named_parameters(rates.optimizer)
         # Moving averages.
         if ema.use_ema:
             limit = f"be at most the run's {facts.total_steps} optimizer steps"
             require(ema.ema_every <= facts.total_steps, "ema_every", ema.ema_every, limit)
         averages = [MovingAverage([each.parameter for each in named], ema)] if ema.use_ema else []
         lengths = AverageLengths(named, ema, session.folder.path) if ema.ema_lengths else None
+        # The state, restored from the checkpoint if there is one.
         state = cls(
             engine=engine,
             adaptation=adaptation,
@@ -160,26 +163,28 @@ class TrainingState:
         return state
 
     def progress(self) -> Progress:
-        """How far the run is."""
+        """Returns how far the run has come, in steps and epochs."""
         before = self.batches.epochs_before(self.step - 1) if self.step else 0
         return Progress(self.step, self.total_steps, before, self.batches.epochs_before(self.step))
 
     def set_learning_rate(self, step: int, reductions: int = 0) -> None:
-        """Sets the rates of optimizer step `step`, from 0.
+        """Sets the learning rates of an optimizer step.
 
         Args:
-            reductions: how often reduce_on_plateau has lowered the rates.
+            step: the optimizer step, from 0.
+            reductions: number of reductions by reduce_on_plateau so far.
         """
         factor = self.rates.factor(step, reductions)
         set_learning_rate(self.optimizer, factor)
         self.learning_rate = self.rates.optimizer.learning_rate * factor
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scales the gradients down to a norm; gives the norm they had, also of those that are used up already.
+        """Clips the gradients to a norm, and returns their norm before clipping, a scalar on the device.
 
-        A fused optimizer does it in its own step, by torch's coefficient, and spares a pass over all gradients.
-        The gradients of loss terms are scaled apart: however large, they leave the pipeline's as they are. Where they
-        are not finite, the norm is not.
+        A fused optimizer clips in its own step, with torch's coefficient, which saves a pass over all gradients. The
+        gradients of loss terms are clipped separately, so that they do not affect the pipeline's; if they are not
+        finite, neither is the returned norm. For gradients already applied (in the backward pass, or by a CUDA
+        graph), only the norm is returned.
         """
         if self.ahead.norm is not None:
             return self.ahead.norm
@@ -188,7 +193,7 @@ class TrainingState:
         if self.decides_on_device and not self.own_parameters:
             gradients = [named.parameter.grad for named in self.parameters if named.parameter.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
-            self._inner.grad_scale = ((norm + NORM_EPSILON) / max_norm).clamp(min=1)  # what the kernel divides them by
+            self._inner.grad_scale = ((norm + NORM_EPSILON) / max_norm).clamp(min=1)  # the kernel divides by it
             return norm
         norm = self.engine.clip([named.parameter for named in self.parameters], max_norm)
         if not self.own_parameters:
@@ -198,13 +203,13 @@ class TrainingState:
 
     @property
     def decides_on_device(self) -> bool:
-        """Whether the optimizer's kernel scales gradients itself, and leaves out a step that is not finite."""
+        """Whether the optimizer's kernel clips gradients and skips non-finite steps itself."""
         on_device = self.engine.decides_on_device and self.accelerator.scaler is None
         return on_device and getattr(self._inner, "_step_supports_amp_scaling", False)
 
     @property
     def accelerator(self) -> "Accelerator":
-        """The processes."""
+        """The Accelerator that the processes share."""
         return self.engine.accelerator
 
     @property
@@ -213,7 +218,7 @@ class TrainingState:
 
     @property
     def _learning_terms(self) -> list[LossTerm]:
-        """The user's own term, if it learns: its buffers and frozen weights are kept with what it has learnt."""
+        """The loss terms with trained parameters; their buffers and frozen weights are saved with these."""
         return [term for term in self.terms if any(each.requires_grad for each in term.parameters())]
 
     @property
@@ -221,13 +226,14 @@ class TrainingState:
         return isinstance(self._inner, PerParameter) and self._inner.in_backward
 
     def update(self, grad_norm: Tensor) -> None:
-        """An optimizer step, and the averages after it, unless the gradients are not finite; it counts all the same.
+        """Takes an optimizer step and updates the averages; counts but skips it if the gradients are not finite.
 
-        Gradients were summed over the processes, so all decide alike. A fused optimizer decides on the device, and
-        fp16's scaler for itself; else the norm is read here. A step that a graph has taken already needs the average.
+        Gradients were summed over the processes, so all of them decide the same. A fused optimizer decides on the
+        device, and so does the fp16 scaler; otherwise the norm is read here. After a step that a CUDA graph has already
+        taken, only the averages are updated.
 
         Args:
-            grad_norm: norm of the gradients before clipping, a scalar.
+            grad_norm: [] norm of the gradients before clipping.
         """
         self.step += 1
         is_taken = None
@@ -238,7 +244,7 @@ class TrainingState:
             self.optimizer.zero_grad()
         else:
             if self.accelerator.scaler is not None:
-                is_taken = torch.isfinite(grad_norm)  # by which the scaler decides too
+                is_taken = torch.isfinite(grad_norm)  # the scaler decides by the same test
             elif not torch.isfinite(grad_norm):
                 self.optimizer.zero_grad()
                 return
@@ -248,10 +254,11 @@ class TrainingState:
             average.update(is_taken)
 
     def step_on_device(self, grad_norm: Tensor, is_held: Tensor | None = None) -> None:
-        """A fused optimizer's step, which the device leaves out where the gradients are not finite.
+        """Takes a step of a fused optimizer, which the device skips if the gradients are not finite.
 
         Args:
-            is_held: [] float32 on the device: where it is 1, the step is left out too.
+            grad_norm: [] norm of the gradients before clipping, on the device.
+            is_held: [] float32 on the device: if 1, the step is skipped too.
         """
         inner = self._inner
         not_finite = (~torch.isfinite(grad_norm)).float()
@@ -261,10 +268,10 @@ class TrainingState:
 
     @contextmanager
     def holding_optimizer_state(self) -> Iterator[None]:
-        """Context manager: as much of the device's memory is taken as after the first step, which makes the state.
+        """Context manager: allocates as much device memory as the optimizer's state takes from the first step on.
 
-        A fused AdamW makes its state now, by a step that it is told to leave out. Others have a placeholder of the
-        state's size.
+        A fused AdamW allocates its state now, in a step that is skipped. For others, a placeholder of the state's size
+        is allocated and freed again.
         """
         inner, held = self._inner, None
         if not inner.state and not self.engine.spreads:
@@ -289,14 +296,17 @@ class TrainingState:
     def saving(
         self, step: int, samples_at_once: int | None, buffers: HostBuffers, is_copied: bool
     ) -> list[Callable[[Path], None]]:
-        """What writes all of it as it is after `step` optimizer steps into a folder, for one process to run in order.
+        """Returns functions that write the state into a folder, for one process to run in order.
 
-        Where something is spread over the processes, all must call this.
+        If anything is sharded over the processes, all of them must call this.
 
         Args:
-            samples_at_once: how many memory allowed, where it was short.
-            is_copied: whether the weights are copied too, so that it can be called later.
+            step: optimizer steps done.
+            samples_at_once: samples per process that fitted into memory, if it was short.
+            buffers: host memory for the copies.
+            is_copied: whether the weights are copied too, so that the functions may run later.
         """
+        # Numbers and optimizer state.
         scaler = self.accelerator.scaler
         state = SavedState(
             step=step,
@@ -310,6 +320,7 @@ class TrainingState:
         )
         content = optimizer_content(self.engine, self.optimizer, self.parameters + self.own_parameters, buffers)
         jobs = [partial(write_state, state=state, optimizer=content)]
+        # Weights and their averages, then loss terms.
         if is_copied:
             jobs += self.adaptation.saving(self.averages, buffers)
         else:
@@ -322,44 +333,45 @@ class TrainingState:
         return jobs
 
     def exporting(self) -> Callable[[Path], None]:
-        """What writes the result of the weights as they are, for one process to run; all must call this."""
+        """Returns a function that exports the current weights; all processes call this, one runs the function."""
         return self.adaptation.exporting(HostBuffers(self.accelerator.is_main_process, are_kept=False))
 
     def export(self, folder: Path) -> None:
-        """Writes the result; for all to call."""
+        """Exports the result; all processes must call it."""
         on_main_process(self.accelerator, partial(_write_result, self.exporting(), folder))
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Within it the trained modules are in evaluation mode and hold the average, if there is one."""
+        """Context manager: trained modules in evaluation mode, with the averaged weights if there are any."""
         return evaluating(self.adaptation, self.averages, self.optimizer)
 
     def holds_finite_weights(self) -> bool:
-        """Whether all trained weights are finite as they are now; for all to call."""
+        """Whether all current trained weights are finite; all processes must call it."""
         parts = [own_part(named.parameter.detach()) for named in self.parameters]
         num_bad = torch.stack([(~torch.isfinite(part)).sum() for part in parts]).sum().float()
         return not self.accelerator.reduce(num_bad.to(self.accelerator.device)).item()
 
     def judge(self) -> None:
-        """Finds whether the weights that the modules hold now are those of a diverged run; for all to call."""
+        """Sets `verdict` if the current weights are those of a diverged run; all processes must call it."""
         are_finite = self.holds_finite_weights()
         self.verdict = self.skips.verdict(self.total_steps) or ("" if are_finite else "its weights are not all finite")
 
     def tensors(self) -> list[Tensor]:
-        """All that a checkpoint holds copies of, about."""
+        """Returns the tensors that a checkpoint copies, except those of --ema_lengths."""
         trained = [named.parameter.detach() for named in self.parameters + self.own_parameters]
         averages = [each for average in self.averages for each in average.averages]
         state = [each for values in self.optimizer.state.values() for each in values.values()]
         return [*trained, *averages, *(each for each in state if isinstance(each, Tensor))]
 
     def copies_fit_twice(self) -> bool:
-        """Whether host memory holds the pinned copies of a checkpoint twice, so that saving can go without waiting."""
+        """Whether host memory holds the pinned copies of a checkpoint twice, so that training need not wait."""
         own = [each.parameter for each in self.parameters + self.own_parameters]
         averages = [each for average in self.averages for each in average.averages]
-        copies = sum(map(taken_bytes, [*own, *averages])) + 2 * self.optimizer_bytes  # pinned, up to a power of two
+        # pinned memory is rounded up to a power of two
+        copies = sum(map(taken_bytes, [*own, *averages])) + 2 * self.optimizer_bytes
         return 2 * copies < available_memory()
 
     def load(self, folder: Path) -> int:
-        """Restores the optimizer, the average, loss terms and the scaler; the adaptation loaded the pipeline's weights.
+        """Restores the optimizer, averages, loss terms and scaler; the adaptation has loaded the pipeline's weights.
 
         Returns:
             The optimizer steps done.
@@ -369,10 +381,12 @@ class TrainingState:
             try:
                 term.load_state_dict(read_safetensors(folder / OWN_PARAMETERS))
             except (OSError, RuntimeError) as error:
-                raise UserError(f"--loss_module is another than that of {folder}: {first_line(error)}") from error
+                raise UserError(
+                    f"--loss_module differs from the one {folder} was made with: {first_line(error)}"
+                ) from error
         load_optimizer(folder, self.engine, self.optimizer, self.parameters + self.own_parameters)
         if self.lengths is not None and not self.lengths.load(folder):
-            logger.warning("%s has no averages to choose a length of; they start from its weights", folder)
+            logger.warning("%s has no averages for --ema_lengths; they start from its weights", folder)
         for average in self.averages:
             if saved.ema_updates is None:
                 logger.warning("%s has no moving average; it starts from the weights", folder)
@@ -380,7 +394,7 @@ class TrainingState:
                 self.adaptation.load_average(folder, average, saved.ema_updates)
         if self.accelerator.scaler is not None and saved.scaler:
             self.accelerator.scaler.load_state_dict(saved.scaler)
-        gc.collect()  # lets go of the checkpoint's files, which were mapped, so that Windows can prune them
+        gc.collect()  # releases the checkpoint's mapped files, so that Windows can remove them
         self.skips.total, self.skips.in_a_row = saved.skipped_steps, saved.skipped_in_a_row
         self.attention.raced = saved.attention
         return saved.step
@@ -393,19 +407,19 @@ def _write_result(write: Callable[[Path], None], folder: Path) -> None:
         aside.mkdir()
         write(aside)
         usual_modes(aside)
-        for path in sorted(aside.iterdir(), key=lambda path: path.is_file()):  # model_index.json after its parts
+        for path in sorted(aside.iterdir(), key=lambda path: path.is_file()):  # model_index.json after the components
             _move(path, folder / path.name)
         aside.rmdir()
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"the result can't be written to {folder}: {first_line(error)}; checkpoints are as they were; resume with "
+            f"the result can't be written to {folder}: {first_line(error)}; checkpoints are unchanged; resume with "
             "--resume_from_checkpoint latest"
         ) from error
 
 
 def _move(path: Path, target: Path) -> None:
-    """Moves a file or folder to its place, from which an earlier one is removed."""
+    """Moves a file or folder to a target, replacing what is there."""
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
     elif path.is_dir():
@@ -416,7 +430,7 @@ def _move(path: Path, target: Path) -> None:
 def make_optimizer(
     named: list[NamedParameter], options: OptimizerOptions, pure_bf16: bool, seed: int
 ) -> torch.optim.Optimizer:
-    """The optimizer, which steps parameter by parameter where that was asked for."""
+    """Builds the optimizer; `--pure_bf16` and `--optimizer_in_backward` update each parameter separately."""
     if pure_bf16 or options.optimizer_in_backward:
         return PerParameter(named, options, options.optimizer_in_backward, seed)
     return build_optimizer(named, options)
@@ -430,9 +444,9 @@ def _write_own(tensors: dict[str, Tensor], folder: Path) -> None:
 def evaluating(
     adaptation: Adaptation, averages: Sequence[MovingAverage], optimizer: torch.optim.Optimizer
 ) -> Iterator[None]:
-    """Within it the trained modules are in evaluation mode and hold the averages, where there are any.
+    """Context manager: trained modules in evaluation mode, with the averaged weights if there are any.
 
-    Without a moving average, the weights of an optimizer that averages its steps itself are that average.
+    Without a moving average, a schedule-free optimizer provides its own averaged weights.
     """
     adaptation.evaluation_mode()
     try:
@@ -444,9 +458,9 @@ def evaluating(
 
 @contextmanager
 def averaged_by(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within it the weights are those that a schedule-free optimizer is evaluated at; of others they stay.
+    """Context manager: the weights at which a schedule-free optimizer is evaluated; no effect for other optimizers.
 
-    They are put back bit for bit, which the optimizer's own way back would not do.
+    The weights are restored bit for bit, which the optimizer's own way back does not do.
     """
     inner = unwrapped(optimizer)
     if not callable(getattr(inner, "eval", None)):

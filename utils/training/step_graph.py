@@ -1,8 +1,8 @@
-"""A whole optimizer step as one CUDA graph: forward, backward, clipping and AdamW, for batches of one shape each.
+"""A whole optimizer step as one CUDA graph: forward, backward, clipping and AdamW, one graph per batch shape.
 
-What the graph reads lies at addresses of its own: the batch, the learning rates, and whether to step. A recorded step
-is compared with the plain one before it is used, and batches that it can't be recorded for are computed plainly. The
-moving average follows the replay, by one call for all weights, for its decay is another number at each step.
+The graph reads the batch, the learning rates and whether to step from fixed addresses. A recorded step is compared with
+the plain one before it is used; batches whose step can't be recorded are computed without a graph. The moving average
+is updated after the replay, in one call for all weights, since its decay differs at each step.
 """
 
 import logging
@@ -22,32 +22,32 @@ from utils.training.speed import Reference, allowed_error
 from utils.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
-WARM_UPS = 3  # before a recording: libraries take their workspace, and autocast its casts, at first use
-SHAPES = 16  # graphs at most; each keeps what it computes in between
+WARM_UPS = 3  # runs before a recording: at first use, libraries allocate workspaces and autocast caches its casts
+SHAPES = 16  # most graphs; each keeps its intermediate results
 
 
 class Outcome(NamedTuple):
-    """[B] the losses of a batch, and [] the norm of its gradients before clipping."""
+    """The losses of a batch, [B], and the norm of its gradients before clipping, []."""
 
     losses: Tensor
     norm: Tensor
 
 
 class Recorder(Protocol):
-    """Records what a function launches on a device."""
+    """Records the kernels that a function launches on a device."""
 
     def record(self, compute: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], None]]:
-        """What the function gave, and what has the device do all of it again, into the same memory."""
+        """Returns the function's outcome, and a function that replays the kernels into the same memory."""
 
 
 class CudaRecorder:
-    """Records CUDA graphs, which use the same memory for what they compute, one after the other."""
+    """Records CUDA graphs that share one memory pool, as they run one after the other."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, compute: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], None]]:
-        """Warms up on a stream of its own, as https://docs.pytorch.org/docs/stable/notes/cuda.html asks; records."""
+        """Warms up on a side stream, as https://docs.pytorch.org/docs/stable/notes/cuda.html requires, then records."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -65,7 +65,9 @@ class Recording(NamedTuple):
 
     Attributes:
         inputs: the batch that it reads.
-        gradients: those that it computes.
+        outcome: the losses and the gradient norm that it computes.
+        gradients: the gradients that it computes, by parameter.
+        replay: runs it again.
     """
 
     inputs: EncodedBatch
@@ -75,7 +77,7 @@ class Recording(NamedTuple):
 
 
 class StepGraph:
-    """Takes whole optimizer steps by replaying recorded ones, of one shape of batch each."""
+    """Takes whole optimizer steps by replaying recorded ones, one recording per batch shape."""
 
     def __init__(self, recorder: Recorder, gradients: Gradients, state: TrainingState, max_norm: float):
         self._recorder, self._gradients, self._state, self._max_norm = recorder, gradients, state, max_norm
@@ -87,10 +89,10 @@ class StepGraph:
         self._latest: Recording | None = None
 
     def __call__(self, encoded: EncodedBatch) -> Tensor | None:
-        """Takes an optimizer step on a batch, and leaves the norm of its gradients in `TrainingState.ahead`.
+        """Takes an optimizer step on a batch, and stores the norm of its gradients in `TrainingState.ahead`.
 
         Returns:
-            [B] the losses; None if the step has to be done plainly.
+            The losses, [B]; None if the step has to be taken without a graph.
         """
         encoded = encoded.bare()
         shape = encoded.shape
@@ -106,7 +108,7 @@ class StepGraph:
         return outcome.losses
 
     def _replayed(self, recording: Recording, encoded: EncodedBatch) -> Outcome:
-        """Copies of what a recorded step computes of a batch, at the learning rates that are set."""
+        """Replays a recorded step on a batch at the current learning rates; returns copies of its outcome."""
         torch._foreach_copy_(recording.inputs.tensors, encoded.tensors)
         for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
@@ -118,14 +120,14 @@ class StepGraph:
         return Outcome(recording.outcome.losses.clone(), recording.outcome.norm.clone())
 
     def _recorded(self, encoded: EncodedBatch) -> Recording | None:
-        """A recorded step for batches of this shape, if that can be had and computes what the plain step does."""
+        """Records a step for batches of this shape; None if that fails or its results differ from the plain step's."""
         try:
-            # What the plain step computes.
+            # The plain step, for comparison.
             self._forget_gradients()
             losses = self._gradients.passes(encoded)
             expected = Reference(self._named_gradients())
 
-            # The recorded step, which changes nothing while it is held.
+            # Record the step, which changes no weights while it is held.
             self._is_held.fill_(1)
             inputs = encoded.cloned()
             with self._rates_on_device():
@@ -136,21 +138,21 @@ class StepGraph:
             errors = expected.errors(self._named_gradients())
         except RuntimeError as error:
             self._forget_gradients()
-            self._say_plain("memory is short" if is_out_of_memory(error) else first_line(error))
+            self._warn_without_graph("out of memory" if is_out_of_memory(error) else first_line(error))
             return None
 
-        # A fault of the recording is refused.
+        # Refuse a recording whose gradients or losses differ.
         worst = max(errors, key=lambda name: errors[name])
         allowed = allowed_error(0.0)
         if errors[worst] > allowed or not torch.allclose(found.losses, losses, rtol=allowed, atol=1e-6):
             self._forget_gradients()
-            self._say_plain(f"the recorded gradient of {worst} is {errors[worst]:.2%} off")
+            self._warn_without_graph(f"the recorded gradient of {worst} is {errors[worst]:.2%} off")
             return None
         logger.info("--cuda_graphs: recorded a step; gradients agree with the plain step's to %.1g", errors[worst])
         return recording
 
     def _compute(self, encoded: EncodedBatch) -> Outcome:
-        """A step, as the loop does it."""
+        """Takes a step as the training loop does."""
         self._optimizer.zero_grad(set_to_none=True)
         losses = self._gradients.passes(encoded)
         norm = self._state.clip(self._max_norm)
@@ -159,7 +161,7 @@ class StepGraph:
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:
-        """Context manager: the optimizer reads its learning rates from the device, where a replay finds new ones."""
+        """Context manager: the optimizer reads learning rates from device tensors, which replays can set."""
         groups = self._optimizer.param_groups
         kept = [(group["lr"], group["capturable"]) for group in groups]
         for group, rate in zip(groups, self._rates, strict=True):
@@ -178,18 +180,18 @@ class StepGraph:
         self._gradients.drop()
         self._latest = None
 
-    def _say_plain(self, reason: str) -> None:
+    def _warn_without_graph(self, reason: str) -> None:
         logger.warning("--cuda_graphs: batches of this shape are computed without a graph: %s", reason)
 
 
 def obstacle(gradients: Gradients, state: TrainingState) -> str:
-    """Why steps of a run can't be recorded; empty if they can."""
+    """Returns why steps of a run can't be recorded; empty if they can."""
     if gradients.accelerator.num_processes > 1:
-        return "several processes share their gradients"
+        return "several processes share gradients"
     if not state.decides_on_device or state.own_parameters:
-        return "the step itself has to be fused AdamW's, without fp16's scaler or a loss module that learns"
+        return "it needs fused AdamW, without fp16 and without a loss module that trains"
     if gradients.num_batches > 1 or gradients.size < gradients.num_samples:
-        return "a step adds up the gradients of several batches"
+        return "a step accumulates the gradients of several batches"
     if any(isinstance(each, nn.Dropout) and each.p for each in gradients.model.modules()):
         return "dropout draws new numbers at each step"
     return ""

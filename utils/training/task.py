@@ -1,4 +1,4 @@
-"""What a run trains: a pipeline's family, which of its weights, and the loss of a batch."""
+"""The task of a run: a pipeline, which of its weights train, and the loss of a batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,18 +20,18 @@ from utils.training.session import Session
 
 @dataclass(frozen=True)
 class Task:
-    """A pipeline, the weights of it that train, and the loss they are trained on.
+    """A pipeline, which of its weights train, and the loss they are trained on.
 
     Attributes:
-        family: the pipeline with what its kind computes.
+        family: the pipeline and how its kind encodes and predicts.
         adaptation: which weights train, and how they are saved.
-        process: adds noise to an image and says what is predicted.
+        process: the forward process: how noise is added, and the prediction type.
         objective: maps an encoded batch to the losses of its samples.
-        own_parameters: what loss terms train themselves.
-        trains_text_encoders: whether text states are computed in each step.
-        origin: what is trained from, in words.
-        method: how it is trained, in words.
-        structure: what the model adds to that which a checkpoint can only be resumed with, by flag.
+        own_parameters: trained parameters of loss terms.
+        trains_text_encoders: whether the text encoders train, so that text states are computed in each step.
+        origin: description of the initial weights.
+        method: description of how they train.
+        structure: settings of the model that must equal the checkpoint's, by flag.
     """
 
     family: Family
@@ -54,13 +54,13 @@ class Task:
         origin: str,
         method: str,
     ) -> Self:
-        """Prepares the pipeline as the options ask, and adds loss terms.
+        """Prepares the pipeline according to the options, and builds the loss with its terms.
 
         Args:
-            origin, method: as of the attributes.
+            origin, method: see the attributes.
 
         Raises:
-            UserError: for rates of weights that are not there, and loss terms that can't be made.
+            UserError: for --layer_rates that match no weight, or loss terms that can't be built.
         """
         family = adaptation.family
         family.use_attention()
@@ -68,7 +68,7 @@ class Task:
         if options.speed.channels_last:
             family.use_channels_last(vae=not options.cache.cache_latents)
         terms = _loss_terms(options, family, process)
-        adaptation.named_parameters(rates.optimizer)  # refuses --layer_rates of no weight, in a dry run too
+        adaptation.named_parameters(rates.optimizer)  # refuses --layer_rates that match no weight, also in a dry run
         own = _own_parameters(options, terms, rates)
         objective = Objective(family, adaptation.modules, process, options.noise, options.loss, terms)
         trains_text = options.adaptation.train_text_encoder
@@ -76,7 +76,7 @@ class Task:
 
     @property
     def terms(self) -> list[LossTerm]:
-        """What is added to the loss of the prediction."""
+        """The terms added to the loss of the prediction."""
         return list(self.objective.terms)
 
     @property
@@ -85,7 +85,7 @@ class Task:
         return self.adaptation.modules
 
     def move_to_device(self, options: TrainingOptions, session: Session) -> None:
-        """Moves the pipeline and the loss terms to the device, and checkpoints activations where that is asked for."""
+        """Moves the pipeline and loss terms to the device, and turns on gradient checkpointing if requested."""
         for part in (self.family, *self.terms):
             part.to(session.device)
         if options.model.gradient_checkpointing or session.engine.checkpoints_activations:
@@ -94,7 +94,7 @@ class Task:
 
 
 def _loss_terms(options: TrainingOptions, family: Family, process: ForwardProcess) -> list[LossTerm]:
-    """What is added to the loss, as the options ask."""
+    """Builds the loss terms that the options request."""
     space = family.latent_space
     facts = TermFacts(space.channels, process.num_timesteps, space.decode)
     terms: list[LossTerm] = []
@@ -106,7 +106,7 @@ def _loss_terms(options: TrainingOptions, family: Family, process: ForwardProces
 
 
 def _own_parameters(options: TrainingOptions, terms: Sequence[LossTerm], rates: LearningRates) -> list[NamedParameter]:
-    """What the terms themselves train."""
+    """Returns the trained parameters of the loss terms."""
     own_rate = options.term.loss_module_lr
     rate = rates.optimizer.learning_rate if own_rate is None else own_rate * rates.scale
     return [

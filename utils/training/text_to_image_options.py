@@ -1,4 +1,4 @@
-"""The options of train_text_to_image.py, and which of them go together."""
+"""The options of train_text_to_image.py, and which combinations are refused."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ PURPOSE = "Fine-tunes Stable Diffusion 1.x, 2.x or SDXL on images with captions:
 
 @dataclass(frozen=True)
 class Options(TrainingOptions):
-    """All options of the script: the shared groups, some of them narrowed here."""
+    """All options of the script: the shared groups, some replaced with this script's own."""
 
     model: ModelOptions
     adaptation: AdaptationOptions
@@ -27,7 +27,7 @@ class Options(TrainingOptions):
 
     @property
     def memory_savers(self) -> dict[str, bool]:
-        """Flags that save memory, in the order to try them, and whether they are given."""
+        """Flags that save memory, in the order to try them, and whether each is given."""
         return {
             RECOMPUTING: self.model.gradient_checkpointing,
             "--cache_latents --cache_text_embeddings": self.cache.cache_latents and self.cache.cache_text_embeddings,
@@ -38,10 +38,10 @@ class Options(TrainingOptions):
 
 
 def read_options(argv: Sequence[str] | None) -> Options:
-    """The options given; refuses those that don't go together, before torch is loaded.
+    """Returns the given options; refuses invalid combinations before torch is loaded.
 
     Raises:
-        UserError: for a flag that is unknown, or a value that it does not take.
+        UserError: for an unknown flag, an invalid value, or flags that exclude each other.
     """
     set_up_logging()
     options: Options = parse(Options, argv, PURPOSE)
@@ -51,18 +51,20 @@ def read_options(argv: Sequence[str] | None) -> Options:
 
 
 def check_options(options: Options) -> None:
-    """Refuses options that don't go together, and warns of those that have no effect."""
+    """Refuses options that exclude each other, and warns of those without effect."""
     check_together(options)
     if options.model.unet_config is not None and options.adaptation.adaptation != "full":
-        raise UserError("--unet_config trains a fresh UNet, which adapters would leave random; leave one out")
+        raise UserError(
+            "--unet_config starts from a random UNet, whose weights adapters would not train; leave one out"
+        )
     text_rates = (options.optimizer.text_encoder_lr, options.optimizer.text_encoder_2_lr)
     if any(rate is not None for rate in text_rates) and not options.adaptation.train_text_encoder:
         raise UserError("--text_encoder_lr goes with --train_text_encoder; give both or neither")
     if options.evaluation.eval_metrics and options.model.sampling_cpu_offload:
-        raise UserError("--eval_metrics draws with the whole pipeline on the device; leave out --sampling_cpu_offload")
+        raise UserError("--eval_metrics needs the whole pipeline on the device; leave out --sampling_cpu_offload")
     if options.cache.cache_text_embeddings and options.adaptation.train_text_encoder:
         raise UserError(
-            "--cache_text_embeddings would keep text states that --train_text_encoder changes; leave one out"
+            "--cache_text_embeddings would cache text states that --train_text_encoder changes; leave one out"
         )
     if options.adaptation.train_text_encoder and options.model.clip_skip and options.adaptation.adaptation == "full":
-        logger.warning("--clip_skip %d: the layers left out stay as they are", options.model.clip_skip)
+        logger.warning("--clip_skip %d: the skipped text encoder layers do not train", options.model.clip_skip)

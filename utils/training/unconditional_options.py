@@ -1,4 +1,4 @@
-"""The options of train_unconditional.py, and which of them go together."""
+"""The options of train_unconditional.py, and which combinations are refused."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,37 +22,37 @@ from utils.training.options import RECOMPUTING, TRACKERS, EmaOptions, TrackingOp
 PURPOSE = (
     "Trains an unconditional or class-conditional diffusion model, from scratch or fine-tuned, in pixels or in latents."
 )
-OWN_NAMES = {"caption_column": "label_column"}  # flags that the shared parts call otherwise
+OWN_NAMES = {"caption_column": "label_column"}  # flags that have another name in the shared code
 
 
 @dataclass(frozen=True)
 class Length(LengthOptions):
-    num_train_epochs: int = option(100, "passes over the data", aliases=["--num_epochs"], resume=Resume.LENGTH)
+    num_train_epochs: int = option(100, "epochs: passes over the data", aliases=["--num_epochs"], resume=Resume.LENGTH)
 
 
 @dataclass(frozen=True)
 class Optimizer(OptimizerOptions):
     adam_beta1: float = option(
-        0.95, "decay of the mean gradient", acts_with=(IsNot("optimizer", without("adam_beta1")),)
+        0.95,
+        "decay of the running mean of gradients (Adam's beta1)",
+        acts_with=(IsNot("optimizer", without("adam_beta1")),),
     )
-    adam_weight_decay: float = option(1e-6, "decoupled weight decay, of all but biases and norms")
+    adam_weight_decay: float = option(1e-6, "decoupled weight decay of all weights but biases and norms")
 
 
 @dataclass(frozen=True)
 class Schedule(ScheduleOptions):
-    lr_scheduler: str = option("cosine", "course of the learning rate", choices=SCHEDULES)
+    lr_scheduler: str = option("cosine", "learning-rate schedule", choices=SCHEDULES)
     lr_warmup_steps: int | None = option(
-        None, "optimizer steps over which the rate rises from 0; by default a tenth of the run, at most 500"
+        None, "optimizer steps of linear warm-up from 0; default: a tenth of the run, at most 500"
     )
 
 
 @dataclass(frozen=True)
 class Averages(EmaOptions):
-    ema_decay: float = option(
-        0.9999, "the largest decay of the average", aliases=["--ema_max_decay"], acts_with=("use_ema",)
-    )
+    ema_decay: float = option(0.9999, "largest EMA decay", aliases=["--ema_max_decay"], acts_with=("use_ema",))
     use_ema_warmup: bool = option(
-        True, "let the decay rise as 1 - (1 + n / inv_gamma)^-power up to it", acts_with=("use_ema",)
+        True, "increase the EMA decay as 1 - (1 + n / inv_gamma)^-power up to --ema_decay", acts_with=("use_ema",)
     )
 
 
@@ -60,14 +60,14 @@ class Averages(EmaOptions):
 class Tracking(TrackingOptions):
     report_to: str = option(
         "tensorboard",
-        "where metrics and samples go",
+        "tracker to send metrics and samples to",
         choices=(*TRACKERS, "all", "none"),
         aliases=["--logger"],
         resume=Resume.REPORTING,
     )
     tracker_project_name: str = option(
         "train_unconditional",
-        "name of the project in the trackers",
+        "project name in the trackers",
         is_text=True,
         resume=Resume.REPORTING,
         acts_with=(IsNot("report_to", ("none",)),),
@@ -80,22 +80,22 @@ class Evaluation(EvaluationOptions):
 
     eval_reference: str | None = option(
         None,
-        "real images to compare with: a folder, a dataset, or statistics in an .npz file; by default those trained on, "
-        "cut in the middle",
+        "real images to compare with: a folder, a dataset, or statistics in an .npz file; default: the training "
+        "images, center-cropped",
         resume=Resume.REPORTING,
     )
     eval_num_inference_steps: int | None = option(
-        None, "denoising steps; by default --num_inference_steps", resume=Resume.REPORTING, acts_with=("eval_metrics",)
+        None, "denoising steps; default: --num_inference_steps", resume=Resume.REPORTING, acts_with=("eval_metrics",)
     )
 
     def with_steps(self, steps: int) -> "Evaluation":
-        """The same, of so many denoising steps where none were named."""
+        """Returns these options with this many denoising steps, unless a number was given."""
         return replace(self, eval_num_inference_steps=self.eval_num_inference_steps or steps)
 
 
 @dataclass(frozen=True)
 class Options(TrainingOptions):
-    """All options of this script: the shared groups, some of them narrowed or extended here."""
+    """All options of this script: the shared groups, some replaced or extended here."""
 
     model: UnconditionalModelOptions
     source: LabelledSource
@@ -117,7 +117,7 @@ class Options(TrainingOptions):
 
     @property
     def memory_savers(self) -> dict[str, bool]:
-        """Flags that save memory, in the order to try them, and whether they are given."""
+        """Flags that save memory, in the order to try them, and whether each is given."""
         return {
             RECOMPUTING: self.model.gradient_checkpointing,
             "--cache_latents": self.model.vae is None or self.cache.cache_latents,
@@ -126,10 +126,10 @@ class Options(TrainingOptions):
 
 
 def read_options(argv: Sequence[str] | None) -> Options:
-    """The options given; refuses those that don't go together, before torch is loaded.
+    """Returns the given options; refuses invalid combinations before torch is loaded.
 
     Raises:
-        UserError: for a flag that is unknown, or a value that it does not take.
+        UserError: for an unknown flag, an invalid value, or flags that exclude each other.
     """
     set_up_logging()
     options: Options = parse(Options, argv, PURPOSE)
@@ -139,14 +139,16 @@ def read_options(argv: Sequence[str] | None) -> Options:
 
 
 def check_options(options: Options) -> None:
-    """Refuses options that don't go together, and warns of those that have no effect."""
+    """Refuses options that exclude each other, and warns of those without effect."""
     check_together(options)
     if options.cache.cache_text_embeddings:
-        raise UserError("--cache_text_embeddings: there are no captions here; leave it out")
+        raise UserError("--cache_text_embeddings: this script uses no captions; leave it out")
     if options.optimizer.text_encoder_lr is not None or options.optimizer.text_encoder_2_lr is not None:
-        raise UserError("--text_encoder_lr: there are no text encoders here; leave it out")
+        raise UserError("--text_encoder_lr: this script has no text encoders; leave it out")
     if options.captions.class_conditional and options.data.streaming:
-        raise UserError("--class_conditional numbers all classes beforehand, which --streaming does not know")
+        raise UserError(
+            "--class_conditional needs to know all classes at the start, which --streaming does not; leave one out"
+        )
     if options.source.caption_column is not None and not options.captions.class_conditional:
         raise UserError("--label_column goes with --class_conditional; give both or neither")
     if options.samples.guidance_scale > 1 and not options.captions.class_conditional:

@@ -1,4 +1,4 @@
-"""The validation loss of a run: measured between steps, recorded, and kept as `best/` where it is the lowest."""
+"""The validation loss of a run: measures it between steps, records it, and exports `best/` at the lowest."""
 
 import logging
 import signal
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ValidationLoss:
-    """Measures the loss on the held-out images, if there are any, and ends a run that no longer improves.
+    """Measures the loss on the held-out images, if any, and ends a run that no longer improves (early stopping).
 
     Attributes:
         history: the measurements of the run.
@@ -46,13 +46,13 @@ class ValidationLoss:
         state: TrainingState,
         is_due: bool,
     ) -> Self:
-        """The loss of a run, measured before its first step.
+        """Creates it, and measures the loss before the run's first step.
 
         Args:
-            is_due: whether the step to resume from is one that is measured.
+            is_due: whether a measurement is due at the step to resume from.
 
         Raises:
-            Stopped: if a signal broke it off.
+            Stopped: if a signal interrupted the measurement.
         """
         own = cls(options, session, data, task, state)
         if (is_due or state.step in (0, state.total_steps)) and own._measured(state.progress()) is None:
@@ -63,21 +63,22 @@ class ValidationLoss:
 
     @property
     def reductions(self) -> int:
-        """How often reduce_on_plateau has lowered the learning rate."""
+        """Number of reductions of the learning rate by reduce_on_plateau so far."""
         return self.history.reductions(self._patience)
 
     def measure(self, progress: Progress, log: RunLog) -> None:
-        """Measures the loss after a step and logs it; it may end the run."""
+        """Measures the loss after a step and logs it; early stopping may make this step the last."""
         with log.paused():
             log.values(self._measured(progress) or {}, progress.step)
 
     def _measured(self, progress: Progress) -> dict[str, float] | None:
-        """Measures the loss of the weights and of their average; returns what is logged of it. It may end the run.
+        """Measures the loss of the weights and of their average, and returns the values to log. It may end the run.
 
-        Nothing is measured twice. None where a signal to any process broke it off: the resumed run does it.
+        No step is measured twice. Returns None if a signal to any process interrupted it; a resumed run repeats it.
         """
         if self._held_out is None or any(each.step == progress.step for each in self.history.measurements):
             return {}
+        # Measure the weights, then their average.
         state, curves = self._state, []
         logger.info("measuring the validation loss of step %d", progress.step)
         weights_of = [[], state.averages] if state.averages and not progress.is_first else [[]]
@@ -87,29 +88,35 @@ class ValidationLoss:
             if curve is None:
                 return None
             curves.append(curve)
+        # Record it, and export the weights if it is the lowest.
         measurement = measurement_of(progress.step, *curves)
         self.history.add(measurement, write=self._held_out.is_main_process)
         if not progress.is_first and self.history.best() is measurement:
             with state.evaluating():
                 write = state.exporting()
                 on_main_process(state.accelerator, lambda: self._session.folder.replace("best", write))
+        # Early stopping.
         if self._end_if_over():
             best = self.history.best()
             logger.info("no lower validation loss since step %d (%.5f): the run ends", best.step, best.decisive)
         return self.history.logged(measurement)
 
     def _end_if_over(self) -> bool:
-        """Ends the run with this step if the loss has not improved for as long as the options allow; whether it did."""
+        """Ends the run with this step if early stopping says so; returns whether it did."""
         is_over = self.history.is_over()
         if is_over:
             self._state.total_steps = self._state.step
         return is_over
 
     def choose_length(self, wanted: Sequence[float], lengths: AverageLengths) -> MovingAverage:
-        """The average of the length with the lowest loss, all of which `ema_lengths.json` holds.
+        """Returns the average of the length with the lowest loss, and writes all losses to `ema_lengths.json`.
+
+        Args:
+            wanted: the lengths to choose from, as fractions of training.
+            lengths: computes the average of a length.
 
         Raises:
-            Stopped: if a signal broke it off.
+            Stopped: if a signal interrupted the measurement.
         """
         if self._held_out is None:
             return lengths.of_length(wanted[0])
@@ -119,7 +126,7 @@ class ValidationLoss:
                 curve = self._held_out.losses(self._objective)
             if curve is None:
                 number = self._session.requests.number or signal.SIGTERM
-                raise Stopped("stopped while the length of the average was chosen", number)
+                raise Stopped("stopped while choosing the length of the average", number)
             measured[length] = float(curve.mean())
         best = min(measured, key=measured.get)
         losses = ", ".join(f"{name:g}: {loss:.5f}" for name, loss in measured.items())

@@ -1,4 +1,4 @@
-"""The loss on images that are not trained on: the same noise and timesteps at every measurement."""
+"""The loss on held-out images, with the same noise and timesteps at every measurement."""
 
 import json
 import logging
@@ -45,8 +45,8 @@ class Measurement(NamedTuple):
 
     Attributes:
         loss: mean squared error of the prediction over images and timesteps.
-        curve: [T] the same at each timestep.
-        ema_loss, ema_curve: of the averaged weights, where there are any.
+        curve: [T] the same by timestep.
+        ema_loss, ema_curve: the same for the averaged weights, if there are any.
     """
 
     step: int
@@ -57,23 +57,23 @@ class Measurement(NamedTuple):
 
     @property
     def decisive(self) -> float:
-        """What is exported is what counts: the averaged weights' loss where there are any."""
+        """The loss of the weights that are exported: of the averaged ones if there are any."""
         return self.loss if self.ema_loss is None else self.ema_loss
 
 
 def measurement_of(step: int, curve: np.ndarray, ema_curve: np.ndarray | None = None) -> Measurement:
-    """A measurement from the losses at each timestep."""
+    """Returns a measurement from the losses by timestep, [T] each."""
     averaged = () if ema_curve is None else (float(ema_curve.mean()), ema_curve.tolist())
     return Measurement(step, float(curve.mean()), curve.tolist(), *averaged)
 
 
 def relative_loss(curve: Sequence[float], base: Sequence[float]) -> float:
-    """The mean over the timesteps of log(loss / the base model's): no timestep outweighs the others."""
+    """Returns the mean over timesteps of log(loss / base model's loss), so that each timestep has equal weight."""
     return float(np.mean(np.log(np.array(curve) / np.array(base))))
 
 
 def _measurement_in(line: bytes) -> Measurement | None:
-    """The measurement in a line of the file; None where it is none."""
+    """Parses a line of the file; None if it is not a measurement."""
     values = read_line(line)
     if values is None:
         return None
@@ -96,12 +96,12 @@ def _are_numbers(values: object) -> bool:
 
 
 class History:
-    """The measurements of a run, in `validation.jsonl`; a resumed run resumes from those up to its first step."""
+    """The measurements of a run, in `validation.jsonl`; a resumed run keeps those up to its first step."""
 
     def __init__(self, folder: Path, first_step: int, options: EarlyStoppingOptions):
         self._file = folder / FILE
         self._options = options
-        self._lines: list[Measurement | bytes] = []  # those of the file; bytes can't be read, and are kept
+        self._lines: list[Measurement | bytes] = []  # lines that can't be parsed are kept as bytes
         if first_step and self._file.is_file():
             for line in read_bytes(self._file, FILE_LIMIT).split(b"\n"):
                 found = _measurement_in(line)
@@ -111,17 +111,17 @@ class History:
 
     @property
     def measurements(self) -> list[Measurement]:
-        """Those of the run so far."""
+        """The measurements so far."""
         return [each for each in self._lines if isinstance(each, Measurement)]
 
     @property
     def base(self) -> list[float] | None:
-        """The curve before the first step, where the run knows it."""
+        """The curve before the first step, if it was measured."""
         first = self.measurements[0] if self.measurements else None
         return first.curve if first is not None and first.step == 0 else None
 
     def add(self, measurement: Measurement, write: bool) -> None:
-        """Takes a measurement; one process writes the file."""
+        """Adds a measurement; the process with `write` rewrites the file."""
         self._lines.append(measurement)
         if write:
             lines = [each if isinstance(each, bytes) else self._line(each) for each in self._lines]
@@ -132,15 +132,15 @@ class History:
         return json.dumps(self.values(measurement)).encode()
 
     def values(self, measurement: Measurement) -> dict[str, object]:
-        """A measurement with its loss relative to the base model's."""
+        """Returns a measurement's values, with its loss relative to the base model's."""
         values = {name: value for name, value in measurement._asdict().items() if value is not None}
         curve = measurement.ema_curve or measurement.curve
-        if self.base is not None and len(self.base) == len(curve):  # as many as --num_validation_timesteps was then
+        if self.base is not None and len(self.base) == len(curve):  # --num_validation_timesteps may have changed
             values["relative_loss"] = relative_loss(curve, self.base)
         return values
 
     def logged(self, measurement: Measurement) -> dict[str, float]:
-        """What the trackers are told: means, the relative loss, and the loss at each timestep."""
+        """Returns the values for the trackers: means, the relative loss, and the loss at each timestep."""
         values = self.values(measurement)
         names = {
             "loss": "validation_loss",
@@ -151,7 +151,7 @@ class History:
         return {name: values[key] for key, name in names.items() if key in values} | curve
 
     def best(self) -> Measurement | None:
-        """The first of those with the lowest loss, but for differences under the threshold; not that before step 1."""
+        """Returns the measurement with the lowest loss, after step 0; ignores decreases below the threshold."""
         best = None
         for each in self.measurements:
             is_lower = best is None or each.decisive < best.decisive - self._options.early_stopping_threshold
@@ -160,17 +160,17 @@ class History:
         return best
 
     def since_best(self) -> int:
-        """Measurements since the best one."""
+        """Returns the number of measurements since the best one."""
         best = self.best()
         return 0 if best is None else len(self.measurements) - 1 - self.measurements.index(best)
 
     def is_over(self) -> bool:
-        """Whether the run should end."""
+        """Whether early stopping ends the run."""
         patience = self._options.early_stopping_patience
         return patience is not None and self.since_best() >= patience
 
     def reductions(self, patience: int) -> int:
-        """How often a rate that falls after `patience` measurements without a lower loss has fallen."""
+        """Returns the reductions by reduce_on_plateau, one per `patience` + 1 measurements without a decrease."""
         best, waited, count = math.inf, 0, 0
         for each in self.measurements:
             if each.decisive < best - self._options.early_stopping_threshold:
@@ -184,12 +184,14 @@ class History:
 
 @dataclass(frozen=True)
 class HeldOutSample:
-    """One image, encoded once; its tensors are on the CPU.
+    """A held-out image, encoded once; its tensors are on the CPU.
 
     Attributes:
-        number: its place among the held-out images, by which its noise is drawn.
-        moments: [1, 2, C, h, w] of the VAE's posterior.
-        states: text states, or None where the text encoders train.
+        number: its index among the held-out images, which seeds its noise.
+        moments: [1, 2, C, h, w] mean and standard deviation of the VAE's posterior.
+        crop: [1, 6] SDXL's size and crop conditioning.
+        input_ids: token ids of its first caption.
+        states: text states, or None if the text encoders train.
         mask: [1, 1, h, w] uint8, or None without masks.
     """
 
@@ -202,7 +204,7 @@ class HeldOutSample:
 
 
 class HeldOut:
-    """The held-out images of this process, and what their loss is."""
+    """The held-out images of this process, and their loss."""
 
     def __init__(self, options: TrainingOptions, session: Session, task: Task, images: PlannedImages):
         accelerator, family = session.accelerator, task.family
@@ -223,10 +225,10 @@ class HeldOut:
 
     @torch.no_grad()
     def losses(self, objective: Objective) -> np.ndarray | None:
-        """[T] float64 mean squared error at each timestep, over the images of all processes.
+        """Returns the mean squared error at each timestep over the images of all processes, [T] float64.
 
-        Each image is a batch of its own, so that the number is the same on any number of processes. None if a signal
-        to any of them has broken it off.
+        Each image is its own batch, so that the result does not depend on the number of processes. Returns None if a
+        signal to any process interrupted it.
         """
         from accelerate.utils import gather_object
 
@@ -246,7 +248,7 @@ class HeldOut:
         return np.mean([losses for _, losses in every], axis=0)
 
     def _measured(self, objective: Objective, encoded: EncodedBatch) -> Tensor:
-        """[T] the losses; where memory is short of all timesteps at once, of one after the other."""
+        """Returns the losses, [T]; when out of memory, computes the timesteps one after the other."""
         with autocast(self._accelerator):
             try:
                 return objective.plain_losses(encoded)
@@ -258,7 +260,7 @@ class HeldOut:
             return torch.cat([objective.plain_losses(part) for part in parts])
 
     def _batch(self, sample: HeldOutSample) -> Batch:
-        """The image at each timestep, each with noise of its own that never changes."""
+        """Returns a batch of the image at each timestep, each with its own fixed noise."""
         count, shape = len(self._timesteps), sample.moments.shape[2:]
 
         def repeated(tensor: Tensor) -> Tensor:
@@ -271,6 +273,7 @@ class HeldOut:
             ]
             return torch.from_numpy(np.stack(drawn))
 
+        # One sample per timestep; nothing else varies.
         states = None if sample.states is None else {name: repeated(state) for name, state in sample.states.items()}
         return Batch(
             step=0,
@@ -295,15 +298,17 @@ class HeldOut:
 def _encode(
     task: Task, images: PlannedImages, number: int, options: ImageOptions, device: torch.device
 ) -> HeldOutSample | None:
-    """An image with its first caption; None if it can't be read."""
+    """Encodes an image with its first caption; None if it can't be read."""
+    # Crop the image as in sampling, without augmentation.
     family, records, passing = task.family, images.records, RecordPass(images.records.identity(number), 0)
     target = images.target(number)
     shape = family.latent_space.shape(target)[1:] if records.has_masks else None
     try:
         found = cut_out(records.image(number), records.mask(number), target, options, 0, passing, shape)
     except (OSError, ValueError) as error:
-        logger.warning("left out of the validation %s: %s", records.key(number), first_line(error))
+        logger.warning("left out of the validation loss: %s: %s", records.key(number), first_line(error))
         return None
+    # Encode the image and its caption.
     mean, std = family.latent_space.moments(torch.from_numpy(found.pixels)[None].to(device))
     plain = replace(records.caption_options(number), shuffle_tags=False, tag_dropout=0.0)
     input_ids = family.tokenizer()([compose(records.captions(number)[0], plain, 0, passing)])
