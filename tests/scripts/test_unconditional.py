@@ -154,7 +154,7 @@ def test_an_error_of_one_process_keeps_its_kind_under_this_scripts_names(capsys,
 )
 def test_samples_by_another_sampler_than_the_results_are_said(train, caplog, name, flags, is_other):
     train(name, "--dry_run", *flags)
-    assert ("the run's samples are drawn by" in caplog.text) == is_other
+    assert ("the run samples with" in caplog.text) == is_other
 
 
 @pytest.mark.parametrize("name", ["latents", "labelled latents"])
@@ -253,7 +253,7 @@ def test_two_processes_train_what_one_does(train, images, tmp_path):
         (
             "labelled latents",
             ["--use_aspect_ratio_buckets", "--bucket_step", 8, "--train_batch_size", 1],
-            ["--use_aspect_ratio_buckets", "squares"],
+            ["--use_aspect_ratio_buckets", "square images"],
         ),
         ("labels", ["--streaming"], ["--class_conditional", "--streaming"]),
     ],

@@ -164,7 +164,7 @@ def test_logging_together_logs_the_same(train):
     ("flags", "is_on", "said"),
     [
         (["--cudnn_benchmark"], True, ""),
-        (["--cudnn_benchmark", "--deterministic"], False, "does not go with --deterministic"),
+        (["--cudnn_benchmark", "--deterministic"], False, "no effect with --deterministic"),
         ([], False, ""),
     ],
     ids=str,
