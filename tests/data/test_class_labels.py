@@ -238,4 +238,4 @@ def test_names_that_tables_write_for_nothing_are_classes(tmp_path, caplog):
     assert [records.captions(row)[0] for row in range(len(records))] == ["NA", "None", "DE", "N/A", "", ""]
     assert count_classes(records) == {"NA": 1, "None": 1, "DE": 1, "N/A": 1}
     assert "3 cells hold NA, None, N/A, the first on line 2, and are read as names" in caplog.text
-    assert "1 cells hold NaN, the first in line 6, and are read as empty" in caplog.text
+    assert "1 cells hold NaN, the first on line 6, and are read as empty" in caplog.text

@@ -238,7 +238,7 @@ def test_what_a_fine_tuned_pipeline_does_otherwise_is_said(train, tmp_path, capl
         caplog.clear()
         assert main([str(word) for word in [*words, *flags]]) == 0
         assert ("is then 2x2, under 4x4" in caplog.text) == is_small
-        said = "samples are drawn by DPMSolverMultistepScheduler, but the exported pipeline has DDPMScheduler"
+        said = "samples with DPMSolverMultistepScheduler, but the exported pipeline has DDPMScheduler"
         assert (said in caplog.text) == is_other
 
 
