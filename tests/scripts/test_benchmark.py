@@ -371,4 +371,4 @@ def test_the_smallest_case_without_a_peer(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("| yes |") >= 4
     assert "images/s" in done.stdout
-    assert "GFLOPs an image" in done.stdout
+    assert "GFLOPs per image" in done.stdout
