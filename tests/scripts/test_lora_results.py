@@ -1,4 +1,4 @@
-"""LoRA files of runs: loaded, fused, and gone on from."""
+"""LoRA files of runs: load them, fuse them, and resume from them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, which one a run goes on from, and which are removed."""
+"""Checkpoints: what they hold, which one a run resumes from, and which are removed."""
 
 import json
 

@@ -25,7 +25,6 @@ class CheckpointWriter:
     """Writes what is due between steps: checkpoints, and the snapshots of `--ema_lengths`.
 
     Attributes:
-        folders: the checkpoints of the output folder.
         saver: writes a checkpoint.
     """
 
@@ -43,10 +42,8 @@ class CheckpointWriter:
         exports: whether to export the pipeline after a step; by default only at the end.
         """
         asked = options.checkpoint
-        self.folders = Checkpoints(session.folder.path, asked.checkpoints_total_limit)
-        self.saver = CheckpointSaver(
-            self.folders, state, BackgroundWriter(saves_behind(asked.async_checkpointing, state))
-        )
+        folders = Checkpoints(session.folder.path, asked.checkpoints_total_limit)
+        self.saver = CheckpointSaver(folders, state, BackgroundWriter(saves_behind(asked.async_checkpointing, state)))
         self._options, self._ema, self._session = asked, options.ema, session
         self._state, self._gradients, self._at_once = state, gradients, at_once
         self._exports = exports
@@ -80,7 +77,6 @@ class CheckpointWriter:
             on_main_process(accelerator, self._session.requests.remove_heard)
         if wish.saves or self._options.is_due(progress):
             self.saver.save(progress.step, self._gradients.shortened(self._at_once))
-
         if self._is_export_due(progress) and not wish.ends:
             with self._state.evaluating():
                 self._state.export(self._session.folder.path)
