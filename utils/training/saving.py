@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes what is due between steps: checkpoints, and the snapshots of `--ema_lengths`.
+    """Writes what is due between steps: checkpoints, `--ema_lengths` snapshots, and exported pipelines.
 
     Attributes:
         saver: writes a checkpoint.
