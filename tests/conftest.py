@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait for each other
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,16 @@ from tests import tiny
 torch.set_num_threads(1)
 for helper in ("comparing", "launching", "source_files"):
     pytest.register_assert_rewrite(f"tests.{helper}")  # their assertions say what differs, as those of tests do
+
+
+@pytest.fixture(autouse=True)
+def _same_folder() -> Iterator[None]:
+    """A test that changes the working directory must change it back: later tests start processes in it."""
+    before = os.getcwd()
+    yield
+    after = os.getcwd()
+    os.chdir(before)
+    assert after == before, f"the test left the working directory at {after}; use monkeypatch.chdir"
 
 
 def mostly_slow(values: Iterable, *fast: object) -> list:

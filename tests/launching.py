@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from tests import tiny
@@ -32,6 +33,21 @@ def run(words: list[str], expect: int = 0, **environment: str) -> str:
     )
     assert (done.returncode == 0) == (expect == 0), done.stderr[-4000:]
     return done.stderr
+
+
+def succeed(words: Iterable, cwd: Path = ROOT, seconds: float = 600, **environment: str) -> str:
+    """Runs a command that must succeed, and gives its stdout; a failure shows what it printed."""
+    done = subprocess.run(
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        cwd=cwd,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
 
 
 def launcher(module: str) -> list[str]:

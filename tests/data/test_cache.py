@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.comparing import assert_same_bits, entries, files, losses, weights
 from tests.conftest import message
+from tests.launching import succeed
 from tests.repository import ROOT
 from utils.data.cache import KEY_SIZE, EntryStore, in_shards, make_key
 
@@ -385,9 +386,9 @@ def test_two_processes_fill_what_one_does(pipelines, tmp_path):
     script = str(tmp_path / "fill.py")
     Path(script).write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + FILLER)
     command = fill_command(pipelines["sdxl"], data, one, tmp_path / "a")
-    subprocess.run([sys.executable, script, *command], check=True, capture_output=True)
+    succeed([sys.executable, script, *command])
     command = fill_command(pipelines["sdxl"], data, two, tmp_path / "b")
-    subprocess.run([*launch, script, *command], check=True, capture_output=True)
+    succeed([*launch, script, *command])
     assert files(one) == files(two)
 
 

@@ -186,7 +186,7 @@ class TestFormats:
 
 class TestFiles:
     @pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "folder", "device", "link to itself", "socket"])
-    def test_only_regular_files_are_opened_and_nothing_waits(self, tmp_path, kind):
+    def test_only_regular_files_are_opened_and_nothing_waits(self, tmp_path, monkeypatch, kind):
         path = tmp_path / "x.png"
         if kind in ("pipe", "link to a pipe"):
             os.mkfifo(tmp_path / "pipe")
@@ -198,7 +198,7 @@ class TestFiles:
         elif kind == "socket":
             import socket
 
-            os.chdir(tmp_path)  # the path of a socket must be short
+            monkeypatch.chdir(tmp_path)  # the path of a socket must be short
             socket.socket(socket.AF_UNIX).bind("x.png")
         else:
             path.symlink_to(path)

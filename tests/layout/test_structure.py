@@ -12,6 +12,7 @@ import tomllib
 import pytest
 
 import utils
+from tests.launching import succeed
 from tests.repository import ROOT
 from utils.evaluation.metrics.lpips import TRUNKS
 from utils.evaluation.metrics.table import METRICS
@@ -241,8 +242,7 @@ def test_modules_of_options_load_nothing_heavy():
     assert len(modules) > 8
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]
     code = f"import sys, {', '.join(names)}; print({HEAVY} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout == "set()\n"
+    assert succeed([sys.executable, "-c", code]) == "set()\n"
 
 
 def test_names_that_flags_offer_have_something_behind_them():

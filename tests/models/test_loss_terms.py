@@ -1,6 +1,5 @@
 """Further terms of the loss: perceptual, and a user's own."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.comparing import assert_same_bits, losses, weights
+from tests.launching import succeed
 from tests.noise import SD_SCHEDULE
 from tests.repository import ROOT
 from utils.config.batch import Noised, Predicted
@@ -286,7 +286,7 @@ class TestOwnTerm:
         script = ROOT / "train_text_to_image.py"
         for name, start, batch in (("one", [sys.executable], 2), ("two", launch, 1)):
             command = [*start, script, *flags, "--train_batch_size", batch, "--output_dir", tmp_path / name]
-            subprocess.run([str(word) for word in command], check=True, capture_output=True, cwd=ROOT)
+            succeed(command)
         one, two = (load_file(tmp_path / name / "checkpoint-2" / "loss_module.safetensors") for name in ("one", "two"))
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-6)

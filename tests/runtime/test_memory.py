@@ -2,13 +2,13 @@
 
 import logging
 import platform
-import subprocess
 import sys
 from textwrap import dedent
 
 import pytest
 import torch
 
+from tests.launching import succeed
 from tests.unets import NAMES
 from utils.runtime.memory import is_out_of_memory
 
@@ -55,14 +55,7 @@ def test_freed_memory_is_kept():
         for _ in range(10): take()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     """
-    faults = {
-        how: int(
-            subprocess.run(
-                [sys.executable, "-c", dedent(lines), how], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        for how in ("as it is", "kept")
-    }
+    faults = {how: int(succeed([sys.executable, "-c", dedent(lines), how])) for how in ("as it is", "kept")}
     assert faults["kept"] < 100 < 5000 < faults["as it is"]
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from benchmarks import gates, train
 from benchmarks.turns import Turns, quantile, ratio, steps_to_pay
+from tests.launching import succeed
 from tests.repository import ROOT
 
 NAMES = ("conv.weight", "norm.bias", "out.weight")
@@ -280,9 +281,9 @@ def test_the_launcher_keeps_losses_and_gradients(launched):
 def test_help_imports_no_torch():
     code = "import sys; sys.argv = ['train.py', '--help']\nimport benchmarks.train as train\ntry:\n    train.main()\n"
     code += "except SystemExit:\n    print('torch' in sys.modules, 'numpy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-2] == "False"
-    assert "--peer_script" in done.stdout
+    shown = succeed([sys.executable, "-c", code])
+    assert shown.split()[-2] == "False"
+    assert "--peer_script" in shown
 
 
 @pytest.mark.parametrize(
@@ -367,8 +368,7 @@ def test_a_gate_that_fails_prints_no_speed(monkeypatch, capsys, tmp_path):
 def test_the_smallest_case_without_a_peer(tmp_path):
     flags = ["--case", "unconditional", "--size", "tiny", "--rounds", "1", "--steps", "6", "--warm_up", "2"]
     command = [sys.executable, "benchmarks/train.py", *flags, "--check_steps", "4", "--threads", "1"]
-    done = subprocess.run([*command, "--folder", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("| yes |") >= 4
-    assert "images/s" in done.stdout
-    assert "GFLOPs per image" in done.stdout
+    shown = succeed([*command, "--folder", tmp_path])
+    assert shown.count("| yes |") >= 4
+    assert "images/s" in shown
+    assert "GFLOPs per image" in shown

@@ -13,7 +13,7 @@ import torch
 from tests import tiny
 from tests.comparing import assert_same, images_in
 from tests.conftest import message, reset_accelerate
-from tests.repository import ROOT
+from tests.launching import succeed
 from tests.scripts.conftest import PROMPTS
 from tests.tiny import class_conditional, unconditional
 from utils.evaluation.metrics.features import Network
@@ -78,14 +78,7 @@ def test_the_scores_do_not_depend_on_batch_size_or_processes(evaluate, pipelines
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "evaluate_pipeline.py"]
     two_folder = tmp_path / "two"
     words = [*shared, "--num_inference_steps", 2, "--batch_size", 3, "--output_dir", two_folder]
-    done = subprocess.run(
-        [*command, *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    succeed([*command, *words], OMP_NUM_THREADS="1")
     assert_same(images_in(folder / "images" / "pipeline"), images_in(two_folder / "images" / "pipeline"))
     two = json.loads((two_folder / "results.json").read_text())
     for name, score in one["entries"]["pipeline"]["scores"].items():

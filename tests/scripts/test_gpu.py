@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 
@@ -13,6 +12,7 @@ from benchmarks import gpu, gpu_proofs, gpu_speed
 from benchmarks.gpu_runs import FAILED, HOLDS, SKIPPED, Bench, Finding, Run
 from tests import tiny
 from tests.conftest import reset_accelerate
+from tests.launching import succeed
 from tests.repository import ROOT
 
 
@@ -175,7 +175,7 @@ def test_a_script_ends_after_some_steps_without_a_result(tmp_path):
     flags += ["--resolution", 32, "--train_batch_size", 2, "--max_train_steps", 50, "--output_dir", tmp_path / "out"]
     words = [sys.executable, ROOT / "benchmarks/launch.py", "--record", tmp_path, "--stop_after", 3]
     words += [ROOT / "train_text_to_image.py", *flags, "--report_to", "none"]
-    assert subprocess.run([str(word) for word in words], capture_output=True, check=False).returncode == 0
+    succeed(words)
     assert len(json.loads((tmp_path / "record.json").read_text())["steps"]) == 3
     assert not (tmp_path / "out" / "model_index.json").exists()
 
@@ -184,8 +184,7 @@ def test_a_script_ends_after_some_steps_without_a_result(tmp_path):
 @pytest.mark.timeout(900)
 def test_the_whole_of_it_in_small(tmp_path):
     words = [sys.executable, ROOT / "benchmarks/gpu.py", "--tiny", "--deadline", "800", "--out", tmp_path]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    succeed(words, seconds=890)
     verdicts = {name: said[0] for name, said in json.loads((tmp_path / "summary.json").read_text()).items()}
     skipped = {"peers"} | ({"waits"} if not torch.cuda.is_available() else set())
     assert verdicts == {each.name: SKIPPED if each.name in skipped else HOLDS for each in gpu.SECTIONS}

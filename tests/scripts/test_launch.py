@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.comparing import assert_same_bits, losses, weights
-from tests.launching import SCRIPT, command, launcher, run
+from tests.launching import SCRIPT, command, launcher, run, succeed
 from tests.repository import ROOT
 
 STEPS = ("--max_train_steps", 4, "--adam_epsilon", 1e-5, "--learning_rate", 1e-3)
@@ -92,7 +92,7 @@ def test_an_error_is_one_line_without_a_traceback(pipelines, images, tmp_path):
 
 
 def test_help_names_every_flag_of_the_diffusers_examples():
-    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    shown = succeed([sys.executable, SCRIPT, "--help"])
     flags = (ROOT / "tests" / "diffusers_flags.txt").read_text().split()
     assert not [flag for flag in flags if f" {flag} " not in shown and f" {flag}," not in shown]
 
@@ -166,7 +166,7 @@ def test_the_slurm_script(pipelines, images, tmp_path):
     assert (out / f"checkpoint-{steps}").is_dir()
     requeued.unlink()
     words = [*script, *command(pipelines, images, out, *flags, "--max_train_steps", steps + 2)[1:]]
-    subprocess.run(words, env=environment, check=True, capture_output=True, timeout=200)
+    succeed(words, **environment)
     assert not requeued.exists()
     alone = tmp_path / "alone"
     flags = (*flags, "--train_batch_size", 4, "--max_train_steps", steps + 2)

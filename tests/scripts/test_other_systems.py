@@ -3,7 +3,6 @@
 import ast
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 
 from tests import tiny
 from tests.comparing import assert_same_bits, losses, weights
-from tests.launching import command, run
+from tests.launching import command, run, succeed
 from tests.other_system import LACKING, MODULES
 from tests.repository import ROOT
 from utils.data.loader import TrainingDataset
@@ -123,7 +122,7 @@ def test_a_system_without_signals_forks_and_open_files_that_are_renamed(pipeline
     other_system("train_text_to_image", *words, "--max_train_steps", 2)
     more = ("--max_train_steps", 4, "--resume_from_checkpoint", "latest")
     said = other_system("train_text_to_image", *words, *more)
-    subprocess.run([sys.executable, *command(pipelines, images, here, *flags, "--max_train_steps", 4)], check=True)
+    succeed([sys.executable, *command(pipelines, images, here, *flags, "--max_train_steps", 4)])
     assert losses(out) == losses(here)
     assert_same_bits(weights(out), weights(here))
     left = {path.name for path in out.glob("checkpoint-*")} - {"checkpoint-4"}

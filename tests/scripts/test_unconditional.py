@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image
 from tests import tiny
 from tests.comparing import assert_same_bits, losses, weights
 from tests.conftest import message
+from tests.launching import succeed
 from tests.repository import ROOT
 from tests.unconditional_runs import SHORT, drawn, load, samples
 from utils.diffusion.options import SAMPLERS, ProcessOptions
@@ -220,7 +220,7 @@ def test_two_processes_train_what_one_does(train, images, tmp_path):
     words += [ROOT / "train_unconditional.py", "--train_data_dir", images, "--output_dir", tmp_path / "two"]
     words += [*tiny.UNCONDITIONAL["pixels"], *flags, "--resolution", 32, "--lr_warmup_steps", 0, "--report_to", "none"]
     words += ["--train_batch_size", 1, "--gradient_accumulation_steps", 2]
-    subprocess.run([str(word) for word in words], check=True, capture_output=True)
+    succeed(words)
     for key, tensor in weights(alone).items():
         torch.testing.assert_close(weights(tmp_path / "two")[key], tensor, rtol=1e-4, atol=2e-6)
     assert len(list((tmp_path / "two" / "samples" / "final").glob("0*.png"))) == 2
@@ -266,7 +266,7 @@ def test_refused_options(train, capsys, name, flags, parts):
 
 def test_help_names_every_flag_of_the_diffusers_example():
     words = [sys.executable, str(ROOT / "train_unconditional.py"), "--help"]
-    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    shown = succeed(words)
     flags = (ROOT / "tests" / "diffusers_unconditional_flags.txt").read_text().split()
     assert not [flag for flag in flags if f" {flag} " not in shown and f" {flag}," not in shown]
 

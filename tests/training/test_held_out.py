@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.comparing import assert_same_bits, measured, weights
+from tests.launching import succeed
 from tests.records import records_of
 from tests.repository import ROOT
 from utils.config.options import UserError
@@ -83,7 +84,6 @@ def test_the_same_number_twice_and_measuring_changes_nothing(train, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(pipelines, tmp_path):
-    import subprocess
     import sys
 
     data = tiny.make_images(tmp_path / "data", 10)
@@ -97,7 +97,7 @@ def test_two_processes_measure_what_one_does(pipelines, tmp_path):
     }
     for name, command in commands.items():
         command += ["--output_dir", tmp_path / name]
-        subprocess.run([str(word) for word in command], check=True, capture_output=True, cwd=ROOT)
+        succeed(command)
     first, second = measured(tmp_path / "one"), measured(tmp_path / "two")
     assert first[0] == second[0]
     assert first[1]["loss"] == pytest.approx(second[1]["loss"], rel=1e-4)
