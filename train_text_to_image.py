@@ -12,9 +12,7 @@ if __name__ == "__main__":
     read_first(read_options)
 
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 
@@ -22,12 +20,8 @@ from utils.config.options import leave, run_script
 from utils.config.seeding import model_seed
 from utils.diffusion.process import process_of
 from utils.evaluation.while_training import TrainingEvaluation
-from utils.models.pipeline_source import PipelineSource
-from utils.models.registry import pick_family
-from utils.models.text_to_image import TextFamily
-from utils.runtime.processes import use_hub_cache_if_offline, weight_dtype
+from utils.runtime.processes import weight_dtype
 from utils.sampling.prompt_samples import PromptSampler
-from utils.sampling.scheduler_trials import check_text_trial, check_trial_of
 from utils.training.backward import Gradients
 from utils.training.data import Feed, TrainingData
 from utils.training.description import describe_run, report_dry_run
@@ -40,6 +34,7 @@ from utils.training.session import Session
 from utils.training.speed_up import prepare_steps, with_fast
 from utils.training.state import TrainingState
 from utils.training.task import Task
+from utils.training.text_to_image_pipeline import FoundPipeline, find_pipeline, try_loaded_scheduler
 from utils.training.validation import ValidationLoss
 
 logger = logging.getLogger("utils.train_text_to_image")
@@ -124,61 +119,6 @@ def train(options: Options) -> None:
         finish(options, session, data, state, card_facts(options), samples)
 
 
-class FoundPipeline(NamedTuple):
-    """A pretrained pipeline, as described by its configs.
-
-    Attributes:
-        source: where it is loaded from.
-        family: the class of its family.
-        resolution: edge of the images in pixels.
-        output_dir: the output folder of the run.
-        default_epochs: epochs between samples if the options set no interval.
-        scheduler_was_tried: whether its scheduler could be tested from the configs alone.
-    """
-
-    source: PipelineSource
-    family: type[TextFamily]
-    resolution: int
-    output_dir: str
-    default_epochs: int
-    scheduler_was_tried: bool
-
-
-def find_pipeline(options: Options) -> FoundPipeline:
-    """Returns the pretrained pipeline, and checks its configs against the options before weights are loaded.
-
-    Raises:
-        UserError: if they do not fit.
-    """
-    model, adaptation = options.model.pretrained_model_name_or_path, options.adaptation.adaptation
-    names = (model, options.source.dataset_name, options.perceptual.perceptual_network)
-    if not all(name is None or Path(name).exists() for name in names):
-        use_hub_cache_if_offline()
-    source = PipelineSource(options.model)
-    family = pick_family(source)
-    resolution = options.image.resolution or family.default_resolution
-    family.check_before_loading(source, options.buckets.sizes(resolution))
-    was_tried = try_scheduler(options, source, family)
-    default_dir = family.default_output_dir if adaptation == "full" else f"sd-model-finetuned-{adaptation}"
-    default_epochs = family.default_validation_epochs if adaptation == "full" else 1
-    output_dir = options.runtime.output_dir or default_dir
-    return FoundPipeline(source, family, resolution, output_dir, default_epochs, was_tried)
-
-
-def try_scheduler(options: Options, source: PipelineSource, family: type[TextFamily]) -> bool:
-    """Tests whether the scheduler fits the training noise; returns whether its config was enough to test it.
-
-    Raises:
-        UserError: if the scheduler fails.
-    """
-    scheduler = source.config("scheduler")
-    if scheduler is None:
-        return False
-    process_of(options.noise, scheduler.get("_class_name", "scheduler"), scheduler, family.process_kinds)
-    entry = None if source.is_single_file else source.index().get("scheduler")
-    return check_trial_of(entry, scheduler, options.noise.scheduler_changes, *drawing(options, scheduler))
-
-
 def load_task(
     options: Options, found: FoundPipeline, session: Session, data: TrainingData, rates: LearningRates
 ) -> Task:
@@ -199,7 +139,7 @@ def load_task(
     scheduler = family.pipeline.scheduler
     process = process_of(options.noise, type(scheduler).__name__, scheduler.config, family.process_kinds)
     if not found.scheduler_was_tried:
-        check_text_trial(scheduler, *drawing(options, scheduler.config))
+        try_loaded_scheduler(options, scheduler)
     origin = f"{model} ({family.pipeline_class_name})"
     return Task.define(options, adaptation, process, rates, origin, method=options.adaptation.adaptation)
 
@@ -213,15 +153,6 @@ def make_evaluation(options: Options, session: Session, task: Task) -> TrainingE
     """Returns the evaluation that computes metrics of the pipeline during training."""
     pipeline, prompts = task.family.pipeline, options.samples.prompts
     return TrainingEvaluation(options.evaluation, options.features, session.surroundings, pipeline, prompts)
-
-
-def drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]:
-    """Returns (denoising steps per sample, the flag and value of the pipeline, the name of the flag for the steps)."""
-    steps = options.samples.validation_num_inference_steps
-    if not options.samples.prompts:  # no samples are drawn: any number of steps tests the scheduler
-        steps = min(10, steps, max(1, (scheduler_config.get("num_train_timesteps") or 1000) // 2))
-    where = f"--pretrained_model {options.model.pretrained_model_name_or_path}"
-    return steps, where, "validation_num_inference_steps"
 
 
 def card_facts(options: Options) -> CardFacts:

@@ -14,18 +14,15 @@ if __name__ == "__main__":
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from utils.config.options import UserError, leave, run_script
+from utils.config.options import leave, run_script
 from utils.config.seeding import model_seed
 from utils.diffusion.process import process_of
 from utils.evaluation.references import trained_images
 from utils.evaluation.while_training import TrainingEvaluation
-from utils.models.unconditional import UnconditionalFamily, Wanted, default_edge, fresh_scheduler, pick_unconditional
-from utils.runtime.processes import use_hub_cache_if_offline, weight_dtype
+from utils.runtime.processes import weight_dtype
 from utils.sampling.grid_samples import GridSampler
 from utils.training.adaptation import FullFineTuning
 from utils.training.backward import Gradients
@@ -41,10 +38,10 @@ from utils.training.session import Session
 from utils.training.speed_up import prepare_steps, with_fast
 from utils.training.state import TrainingState
 from utils.training.task import Task
+from utils.training.unconditional_pipeline import FoundPipeline, find_pipeline
 from utils.training.validation import ValidationLoss
 
 logger = logging.getLogger("utils.train_unconditional")
-IMAGE_LEFT = 0.15  # most share of the image at the last timestep: samples start from pure noise
 
 
 def train(options: Options) -> None:
@@ -127,44 +124,13 @@ def train(options: Options) -> None:
         finish(options, session, data, state, card_facts(options, task), samples)
 
 
-class FoundPipeline(NamedTuple):
-    """The pipeline to train, as described by the options.
-
-    Attributes:
-        family: the class of its family.
-        resolution: edge of the images in pixels.
-        output_dir: the output folder of the run.
-    """
-
-    family: type[UnconditionalFamily]
-    resolution: int
-    output_dir: str
-
-
-def find_pipeline(options: Options) -> FoundPipeline:
-    """Returns the family of the pipeline, and checks the options against it before data and weights are read.
-
-    Raises:
-        UserError: if they do not fit.
-    """
-    model = options.model
-    names = (model.pretrained_model_name_or_path, model.vae, options.source.dataset_name)
-    if not all(name is None or Path(name).exists() for name in names):
-        use_hub_cache_if_offline()
-    family = pick_unconditional(model, options.captions.class_conditional, options.samples.sampler)
-    check_family(options, family)
-    resolution = options.image.resolution or default_edge(model, family)
-    return FoundPipeline(family, resolution, options.runtime.output_dir or family.default_output_dir)
-
-
 def load_task(
     options: Options, found: FoundPipeline, session: Session, data: TrainingData, rates: LearningRates, classes: Classes
 ) -> Task:
     """Loads the pipeline, or creates a new one, and defines the loss."""
     torch.manual_seed(model_seed(session.seed, 0, 0))  # initial weights of a new denoiser
     dtypes = FullFineTuning.dtypes(options.adaptation, weight_dtype(session.accelerator))
-    edge = found.resolution
-    wanted = Wanted(edge, options.image.channels, tuple(classes.names), data.images.plan.sizes == [(edge, edge)])
+    wanted = found.wanted(options, classes.names, data.images.plan.sizes)
     logger.info("loading the model, %s", options.model.origin)
     family = found.family(options.model, options.noise, wanted, dtypes.denoiser, dtypes.frozen, options.samples.sampler)
     adaptation = FullFineTuning(family, options.adaptation, session.checkpoint)
@@ -181,41 +147,6 @@ def make_evaluation(options: Options, session: Session, task: Task, data: Traini
     trained_on = None if options.data.streaming else trained_images(data.images, options.image)
     scores = options.evaluation.with_steps(options.samples.steps_of(pipeline.scheduler))
     return TrainingEvaluation(scores, options.features, session.surroundings, pipeline, trained_on=trained_on)
-
-
-def check_family(options: Options, family_class: type[UnconditionalFamily]) -> None:
-    """Checks that the options fit the family, before data and weights are read.
-
-    Raises:
-        UserError: naming the flag that does not fit.
-    """
-    # A new model: its shape, and the noise schedule that it draws with.
-    if options.model.pretrained_model_name_or_path is None:
-        edge = options.image.resolution or family_class.default_resolution
-        family_class.check_shape(options.model, Wanted(edge, options.image.channels))
-        scheduler = fresh_scheduler(options.noise, clips=True)
-        left = float(process_of(options.noise, type(scheduler).__name__, scheduler.config).alphas_cumprod[-1]) ** 0.5
-        if left > IMAGE_LEFT:
-            logger.warning(
-                "the noise schedule ends with %.0f %% of the image, but samples start from pure noise; try more "
-                "--ddpm_num_steps, or --beta_schedule cosine",
-                100 * left,
-            )
-        options.samples.steps_of(scheduler)
-
-    # Flags for colours and for a VAE.
-    if options.perceptual.perceptual_weight is not None and options.image.image_channels != 3:
-        raise UserError("--perceptual_weight needs RGB images, so --image_channels must be 3; remove one of them")
-    if family_class.coder_names:
-        return
-    asked = {
-        "--cache_latents": options.cache.cache_latents,
-        "--vae_slicing": options.model.vae_slicing,
-        "--vae_tiling": options.model.vae_tiling,
-    }
-    flag = next((flag for flag, is_given in asked.items() if is_given), None)
-    if flag is not None:
-        raise UserError(f"{flag} needs a VAE, and this model has none; remove it, or give --vae")
 
 
 def card_facts(options: Options, task: Task) -> CardFacts:

@@ -122,7 +122,7 @@ def measure(root: Path) -> list[Figure]:
             Figure(f"{name}: line where its loop starts", loop_line(run), 45),
             Figure(f"{name}: local names", len(local_names(run)), 25),
             Figure(f"{name}: modules imported", len(modules), 25),
-            Figure(f"{name}: names imported", len(names)),
+            Figure(f"{name}: names imported", len(names), 35),
         ]
     figures.append(Figure("lines that both training functions share", shared_lines(*texts), 50))
     tests = [*(root / "tests").rglob("test_*.py")]

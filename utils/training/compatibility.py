@@ -3,15 +3,17 @@
 import atexit
 import logging
 import os
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
 from utils.config.first_checks import announce
-from utils.config.options import UserError
+from utils.config.options import UserError, parse
 from utils.config.output_folder import refuse_same_folder
+from utils.config.terminal import set_up_logging
 from utils.data.captions import CaptionOptions
 from utils.data.options import CacheOptions, HeldOutOptions, ImageOptions
 from utils.data.source_options import DataOptions, SourceEntry, source_entries
@@ -31,8 +33,29 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+Checked = TypeVar("Checked", bound=TrainingOptions)
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK")
 ACCELERATE = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
+
+
+def read_checked(kind: type[Checked], argv: Sequence[str] | None, purpose: str, check: Callable) -> Checked:
+    """Returns the given options; refuses invalid combinations before torch is loaded.
+
+    Args:
+        kind: class of the script's options.
+        argv: the arguments; None: those of the command line.
+        purpose: what `--help` says of the script.
+        check: refuses options that exclude each other, beside those of `check_together`.
+
+    Raises:
+        UserError: for an unknown flag, an invalid value, or flags that exclude each other.
+    """
+    set_up_logging()
+    options: Checked = parse(kind, argv, purpose)
+    check_together(options)
+    check(options)
+    announce_run(options)
+    return options
 
 
 def announce_run(options: TrainingOptions) -> None:

@@ -4,12 +4,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.config.options import UserError, parse
-from utils.config.terminal import set_up_logging
+from utils.config.options import UserError
 from utils.data.captions import CaptionOptions
 from utils.models.options import ModelOptions
 from utils.sampling.options import ValidationOptions
-from utils.training.compatibility import announce_run, check_together
+from utils.training.compatibility import read_checked
 from utils.training.options import RECOMPUTING, AdaptationOptions, TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -38,21 +37,12 @@ class Options(TrainingOptions):
 
 
 def read_options(argv: Sequence[str] | None) -> Options:
-    """Returns the given options; refuses invalid combinations before torch is loaded.
-
-    Raises:
-        UserError: for an unknown flag, an invalid value, or flags that exclude each other.
-    """
-    set_up_logging()
-    options: Options = parse(Options, argv, PURPOSE)
-    check_options(options)
-    announce_run(options)
-    return options
+    """Returns the checked options; see `read_checked`."""
+    return read_checked(Options, argv, PURPOSE, check_options)
 
 
 def check_options(options: Options) -> None:
     """Refuses options that exclude each other, and warns of those without effect."""
-    check_together(options)
     if options.model.unet_config is not None and options.adaptation.adaptation != "full":
         raise UserError(
             "--unet_config starts from a random UNet, whose weights adapters would not train; leave one out"

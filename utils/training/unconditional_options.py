@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from utils.config.flag_rules import IsNot, Resume
-from utils.config.options import UserError, option, parse
-from utils.config.terminal import set_up_logging
+from utils.config.options import UserError, option
 from utils.config.training_length import LengthOptions
 from utils.data.options import PixelOptions
 from utils.data.source_options import LabelledSource, LabelOptions
@@ -14,7 +13,7 @@ from utils.diffusion.options import ProcessOptions
 from utils.evaluation.options import EvaluationOptions
 from utils.models.options import UnconditionalModelOptions
 from utils.sampling.options import SamplingOptions
-from utils.training.compatibility import announce_run, check_together
+from utils.training.compatibility import read_checked
 from utils.training.optimizer_options import SCHEDULES, OptimizerOptions, ScheduleOptions
 from utils.training.optimizer_table import without
 from utils.training.options import RECOMPUTING, TRACKERS, EmaOptions, TrackingOptions, TrainingOptions
@@ -126,21 +125,12 @@ class Options(TrainingOptions):
 
 
 def read_options(argv: Sequence[str] | None) -> Options:
-    """Returns the given options; refuses invalid combinations before torch is loaded.
-
-    Raises:
-        UserError: for an unknown flag, an invalid value, or flags that exclude each other.
-    """
-    set_up_logging()
-    options: Options = parse(Options, argv, PURPOSE)
-    check_options(options)
-    announce_run(options)
-    return options
+    """Returns the checked options; see `read_checked`."""
+    return read_checked(Options, argv, PURPOSE, check_options)
 
 
 def check_options(options: Options) -> None:
     """Refuses options that exclude each other, and warns of those without effect."""
-    check_together(options)
     if options.cache.cache_text_embeddings:
         raise UserError("--cache_text_embeddings: this script uses no captions; leave it out")
     if options.optimizer.text_encoder_lr is not None or options.optimizer.text_encoder_2_lr is not None:

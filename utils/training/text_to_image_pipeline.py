@@ -1,0 +1,88 @@
+"""The pipeline that train_text_to_image.py fine-tunes: found, and checked, before its weights are loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusers import SchedulerMixin
+
+from utils.diffusion.process import process_of
+from utils.models.pipeline_source import PipelineSource
+from utils.models.registry import pick_family
+from utils.models.text_to_image import TextFamily
+from utils.runtime.processes import use_hub_cache_if_offline
+from utils.sampling.scheduler_trials import check_text_trial, check_trial_of
+from utils.training.text_to_image_options import Options
+
+
+class FoundPipeline(NamedTuple):
+    """A pretrained pipeline, as described by its configs.
+
+    Attributes:
+        source: where it is loaded from.
+        family: the class of its family.
+        resolution: edge of the images in pixels.
+        output_dir: the output folder of the run.
+        default_epochs: epochs between samples if the options set no interval.
+        scheduler_was_tried: whether its scheduler could be tested from the configs alone.
+    """
+
+    source: PipelineSource
+    family: type[TextFamily]
+    resolution: int
+    output_dir: str
+    default_epochs: int
+    scheduler_was_tried: bool
+
+
+def find_pipeline(options: Options) -> FoundPipeline:
+    """Returns the pretrained pipeline, and checks its configs against the options before weights are loaded.
+
+    Raises:
+        UserError: if they do not fit.
+    """
+    model, adaptation = options.model.pretrained_model_name_or_path, options.adaptation.adaptation
+    names = (model, options.source.dataset_name, options.perceptual.perceptual_network)
+    if not all(name is None or Path(name).exists() for name in names):
+        use_hub_cache_if_offline()
+    source = PipelineSource(options.model)
+    family = pick_family(source)
+    resolution = options.image.resolution or family.default_resolution
+    family.check_before_loading(source, options.buckets.sizes(resolution))
+    was_tried = _try_scheduler(options, source, family)
+    default_dir = family.default_output_dir if adaptation == "full" else f"sd-model-finetuned-{adaptation}"
+    default_epochs = family.default_validation_epochs if adaptation == "full" else 1
+    output_dir = options.runtime.output_dir or default_dir
+    return FoundPipeline(source, family, resolution, output_dir, default_epochs, was_tried)
+
+
+def _try_scheduler(options: Options, source: PipelineSource, family: type[TextFamily]) -> bool:
+    """Tests whether the scheduler fits the training noise; returns whether its config was enough to test it.
+
+    Raises:
+        UserError: if the scheduler fails.
+    """
+    scheduler = source.config("scheduler")
+    if scheduler is None:
+        return False
+    process_of(options.noise, scheduler.get("_class_name", "scheduler"), scheduler, family.process_kinds)
+    entry = None if source.is_single_file else source.index().get("scheduler")
+    return check_trial_of(entry, scheduler, options.noise.scheduler_changes, *_drawing(options, scheduler))
+
+
+def try_loaded_scheduler(options: Options, scheduler: SchedulerMixin) -> None:
+    """Tests a scheduler whose config was not enough to test it.
+
+    Raises:
+        UserError: if it fails.
+    """
+    check_text_trial(scheduler, *_drawing(options, scheduler.config))
+
+
+def _drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]:
+    """Returns (denoising steps per sample, the flag and value of the pipeline, the name of the flag for the steps)."""
+    steps = options.samples.validation_num_inference_steps
+    if not options.samples.prompts:  # no samples are drawn: any number of steps tests the scheduler
+        steps = min(10, steps, max(1, (scheduler_config.get("num_train_timesteps") or 1000) // 2))
+    where = f"--pretrained_model {options.model.pretrained_model_name_or_path}"
+    return steps, where, "validation_num_inference_steps"
