@@ -201,6 +201,13 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, groups: Mapping[str, type], description: str):
         super().__init__(usage="%(prog)s --flag value ...", description=description, allow_abbrev=False)
         self._negative_number_matcher = NEGATIVE_NUMBER
+        self.add_argument(
+            *("--config", "--config_file"),
+            nargs="+",
+            metavar="FILE",
+            help="YAML or JSON files with values of flags, or the run.json of an earlier run; later files override "
+            "earlier ones, and flags of the command line override all files",
+        )
         for name, group in groups.items():
             title = getattr(group, "help_title", name.replace("_", " "))
             section, hints = self.add_argument_group(title), typing.get_type_hints(group)
@@ -250,7 +257,7 @@ def _flag_of(word: str) -> str:
     return name if is_flag and " " not in name else ""
 
 
-def _refuse_unknown(unknown: Sequence[str], known_flags: Sequence[str]) -> None:
+def _refuse_unknown(unknown: Sequence[str], known_flags: Sequence[str], where: str = "") -> None:
     """Raises one `UserError` for all unknown arguments, each with the flag that was probably meant."""
     if not unknown:
         return
@@ -259,7 +266,7 @@ def _refuse_unknown(unknown: Sequence[str], known_flags: Sequence[str]) -> None:
         for word in dict.fromkeys(unknown)
     ]
     noun = "argument" if len(shown) == 1 else "arguments"
-    raise UserError(f"unknown {noun} {', '.join(shown)}; --help lists the flags")
+    raise UserError(f"unknown {noun}{where} {', '.join(shown)}; --help lists the flags")
 
 
 def _hint(flag: str, known_flags: Sequence[str]) -> str:
@@ -296,6 +303,7 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
     # Words to values: unknown flags are refused all at once.
     words = [_underscored(word, known_flags) for word in (sys.argv[1:] if argv is None else argv)]
     _refuse_unknown([flag for flag in map(_flag_of, words) if flag and flag not in known_flags], known_flags)
+    _take_configs(parser, words, known_flags)
     found, unknown = parser.parse_known_args(words)
     _refuse_unknown(unknown, known_flags)
     refuse_missing_docstrings()
@@ -319,6 +327,20 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
                 raise UserError(f"--{field.name} must not be empty; leave it out or give a value")
     _warn_of_idle(values.values())
     return options(**values)
+
+
+def _take_configs(parser: _Parser, words: Sequence[str], known_flags: Sequence[str]) -> None:
+    """Makes the values in the files of `--config` the parser's defaults."""
+    files, _ = parser.parse_known_args([word for word in words if _flag_of(word) not in ("-h", "--help")])
+    if files.config is None:
+        return
+    from utils.config.config_file import Actions, read_config  # it imports from here
+
+    actions = Actions(parser._actions)
+    for file in files.config:
+        values, unknown = read_config(file, actions)
+        _refuse_unknown([f"--{name.removeprefix('--')}" for name in unknown], known_flags, f" in --config {file}:")
+        parser.set_defaults(**values)
 
 
 def rules_of(field: dataclasses.Field) -> FlagRules:
