@@ -130,6 +130,39 @@ Raises ValueError for a tensor that the original layout has no place for.
 """
 
 
+@dataclass(frozen=True)
+class OriginalPart:
+    """Where the original layout keeps a component of a pipeline.
+
+    Attributes:
+        prefix: prefix of its tensors.
+        layout: its tensors behind that prefix.
+    """
+
+    prefix: str
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class OriginalModel:
+    """The original layout of a whole pipeline.
+
+    Attributes:
+        architecture: its name in ModelSpec.
+        parts: its components, by their names in the pipeline.
+        activations: activation of each text encoder that tools assume, since a file can't say it.
+        scaling_factor: scaling factor of the latents that tools assume.
+    """
+
+    architecture: str
+    parts: Mapping[str, OriginalPart]
+    activations: Mapping[str, str]
+    scaling_factor: float
+
+
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+
+
 # UNet
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from utils.config.batch import Conditioning
 from utils.config.options import UserError, first_line, require
 from utils.diffusion.process import BETAS, Process
+from utils.formats.original_layout import OriginalModel
+from utils.models.folder_form import FLOAT32, FolderForm, in_dtype
 from utils.models.latent_space import LatentSpace
 from utils.models.options import XFORMERS_CURE, XFORMERS_MISSING, PartOptions
 from utils.models.quantization import quantize_linears
@@ -97,6 +99,15 @@ class Family(ABC):
         """The text encoders, in the order of `text_encoder_names`."""
         return [getattr(self.pipeline, name) for name in self.text_encoder_names]
 
+    @classmethod
+    def original_model(cls, configs: Mapping[str, Mapping]) -> OriginalModel | None:
+        """Returns the layout of the pipeline as one file of the original code; None if it has none.
+
+        Args:
+            configs: configs of its components by name, that of the scheduler included.
+        """
+        return None
+
     @staticmethod
     def check_sizes(sizes: Sequence[tuple[int, int]], vae_config: Mapping) -> None:
         """Refuses image widths and heights that the VAE's downscaling does not divide."""
@@ -145,9 +156,13 @@ class Family(ABC):
         """Downloads what a saved pipeline needs and training does not, early, while an error costs nothing."""
         return
 
-    def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
-        """Writes the pipeline to a folder in float32, with some components replaced."""
-        self.float32_pipeline(**parts).save_pretrained(folder)
+    def save_pipeline(self, folder: Path, form: FolderForm = FLOAT32, **parts: nn.Module) -> None:
+        """Writes the pipeline to a folder, with some components replaced."""
+        whole = self.float32_pipeline(**parts)
+        for name, part in whole.components.items():
+            if isinstance(part, nn.Module):
+                setattr(whole, name, in_dtype(part, form.dtype, name))
+        whole.save_pretrained(folder, **form.arguments)
 
     def trainable_names(self) -> tuple[str, ...]:
         """Returns the names of the components that can be trained, the denoiser first."""

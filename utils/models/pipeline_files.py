@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from utils.config import user_files
 from utils.config.tensor_files import open_safetensors, read_safetensors
+from utils.models.folder_form import FLOAT32, FolderForm, in_dtype
 from utils.models.loading import load_module, loading
 from utils.runtime.atomic_files import write_tensors, write_text
 from utils.runtime.hub_files import INDEX
@@ -27,7 +29,7 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 TEXT_FILES = (".json", ".txt", ".model", ".jinja", ".bpe", ".vocab")  # of tokenizers and image processors
 PROCESSORS = re.compile(r"tokenizer(_\d+)?|feature_extractor|image_processor")
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # not needed for training
-FLOAT32 = (None, "float32", "torch.float32")
+SAYS_FLOAT32 = (None, "float32", "torch.float32")
 KNOWN_CLASSES = {
     "CLIPFeatureExtractor": "CLIPImageProcessor",
     "CLIPImageProcessorFast": "CLIPImageProcessor",
@@ -56,9 +58,9 @@ def older_name(class_name: str, tensor_name: str) -> str:
     return older + tensor_name.removeprefix(newer)
 
 
-def save_module(module: nn.Module, folder: Path) -> None:
+def save_module(module: nn.Module, folder: Path, form: FolderForm = FLOAT32) -> None:
     """Writes a model of diffusers or transformers in its dtype, with its tensors' older names."""
-    module.save_pretrained(folder)
+    module.save_pretrained(folder, **form.arguments)
     class_name = plain_class(module).__name__
     if class_name not in OLDER_PREFIXES:
         return
@@ -69,35 +71,37 @@ def save_module(module: nn.Module, folder: Path) -> None:
             aside = file.with_name(f".tmp-{file.name}")
             write_tensors(renamed, aside, {"format": "pt"})
             aside.replace(file)
+    for index in folder.glob("*.safetensors.index*.json"):
+        content = _read(index)
+        content["weight_map"] = {older_name(class_name, name): file for name, file in content["weight_map"].items()}
+        write_text(index, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def in_float32(module: nn.Module) -> nn.Module:
-    """Returns the module, or a float32 copy on the CPU if its weights have another dtype."""
-    dtypes = {tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point()}
-    if dtypes <= {torch.float32}:
-        return module
-    kind = plain_class(module)
-    make = getattr(kind, "from_config", kind)  # diffusers has from_config, transformers does not
-    with torch.device("meta"):
-        copied = make(module.config)
-    tensors = {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).cpu()
-        for name, tensor in module.state_dict().items()
-    }
-    copied.load_state_dict(tensors, assign=True)
-    return copied
+@dataclass(frozen=True)
+class BaseFiles:
+    """The files of the pipeline that training started from.
+
+    Attributes:
+        folder: its folder; None if it was a single file.
+        others: folders of components that are not the base's, by name; None for those to be loaded.
+        variant: variant of its weights.
+        load: loads components of the base in float32, by name; those that it leaves out are missing in the result.
+    """
+
+    folder: Path | None
+    others: Mapping[str, Path | None]
+    variant: str | None
+    load: Callable[[Collection[str]], Mapping[str, Any]]
 
 
 def write_pipeline(
     folder: Path,
     pipeline: "DiffusionPipeline",
     trained: Mapping[str, nn.Module],
-    base: Path | None,
-    others: Mapping[str, Path | None],
-    variant: str | None,
-    load: Callable[[Collection[str]], Mapping[str, Any]],
+    base: BaseFiles,
+    form: FolderForm = FLOAT32,
 ) -> None:
-    """Writes a pipeline in float32 that both older and newer libraries load without extra arguments.
+    """Writes a pipeline that both older and newer libraries load, by default without extra arguments.
 
     Trained components and the scheduler are saved. Frozen components, tokenizers and image processors are copied from
     the base if its files can be used unchanged; otherwise they are loaded and saved.
@@ -106,17 +110,16 @@ def write_pipeline(
         folder: folder to write to.
         pipeline: the trained pipeline; it may lack optional components of the base.
         trained: the components to save, by name.
-        base: folder of the pipeline that training started from; None if it was a single file.
-        others: folders of components that are not the base's, by name; None for those to be loaded.
-        variant: variant of the weights that training started from.
-        load: loads components of the base in float32, by name; those that it leaves out are missing in the result.
+        base: files of the pipeline that training started from.
+        form: dtype and names of the weights.
     """
     # Entries of the index, and the folders to copy from.
-    index = _read(base / INDEX) if base is not None else {}
+    source, others = base.folder, base.others
+    index = _read(source / INDEX) if source is not None else {}
     index = {name: value for name, value in index.items() if name in pipeline.config}
     entries: dict[str, Any] = dict(pipeline.config) | index
     entries = {name: value for name, value in entries.items() if not name.startswith("_")}
-    sources = {name: None if base is None else base / name for name in pipeline.components} | dict(others)
+    sources = {name: None if source is None else source / name for name in pipeline.components} | dict(others)
 
     # Save or copy each component, if its files can be used.
     missing: list[str] = []
@@ -132,17 +135,19 @@ def write_pipeline(
         if name == "scheduler":
             pipeline.scheduler.save_pretrained(folder / name)
         elif name in trained:
-            save_module(in_float32(trained[name]), folder / name)
-        elif not copy_part(name, entries[name][1], sources[name], folder / name, base=base, variant=variant):
+            save_module(in_dtype(trained[name], form.dtype, name), folder / name, form)
+        elif not (form.is_plain or PROCESSORS.fullmatch(name)) or not copy_part(
+            name, entries[name][1], sources[name], folder / name, base=source, variant=base.variant
+        ):
             missing.append(name)
 
     # The rest is loaded and saved.
-    loaded = load(missing) if missing else {}
+    loaded = base.load(missing) if missing else {}
     for name in missing:
         if loaded.get(name) is None:
             entries[name] = [None, None]
         else:
-            _save_part(loaded[name], folder / name)
+            _save_part(loaded[name], folder / name, form)
 
     # Complete tokenizers, safety checker and index.
     for name in pipeline.components:
@@ -267,7 +272,7 @@ def _says_float32(config: Any) -> bool:
     """Whether neither a config nor any nested one asks for a dtype other than float32."""
     if isinstance(config, dict):
         return all(
-            value in FLOAT32 if name in ("dtype", "torch_dtype") else _says_float32(value)
+            value in SAYS_FLOAT32 if name in ("dtype", "torch_dtype") else _says_float32(value)
             for name, value in config.items()
         )
     return True
@@ -289,9 +294,9 @@ def _is_float32(file: Path, class_name: str) -> bool:
     )
 
 
-def _save_part(part: Any, target: Path) -> None:
+def _save_part(part: Any, target: Path, form: FolderForm) -> None:
     if isinstance(part, nn.Module):
-        save_module(in_float32(part), target)
+        save_module(in_dtype(part, form.dtype, target.name), target, form)
         return
     part.save_pretrained(target)
     file = target / "preprocessor_config.json"

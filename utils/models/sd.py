@@ -1,13 +1,26 @@
 """The Stable Diffusion 1.x and 2.x family."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from utils.config.batch import Conditioning
+from utils.formats.original_layout import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    OriginalModel,
+    OriginalPart,
+    clip_layout,
+    open_clip_layout,
+    unet_layout,
+    vae_layout,
+)
 from utils.models.base import TextStates
 from utils.models.text_to_image import TextFamily, is_in_read_layers
+
+CLIP_WIDTH, OPEN_CLIP_WIDTH = 768, 1024  # of the text encoders of Stable Diffusion 1 and 2
 
 
 class StableDiffusion(TextFamily):
@@ -20,6 +33,19 @@ class StableDiffusion(TextFamily):
     text_encoder_names = ("text_encoder",)
     tokenizer_names = ("tokenizer",)
     prompt_argument_names: ClassVar = {"encoder_hidden_states": "prompt_embeds"}
+
+    @classmethod
+    def original_model(cls, configs: Mapping[str, Mapping]) -> OriginalModel:
+        """Returns the layout of Stable Diffusion 1, or of 2, whose text encoder is open_clip's."""
+        parts = {"unet": OriginalPart(UNET_PREFIX, unet_layout), "vae": OriginalPart(VAE_PREFIX, vae_layout)}
+        if not _has_open_clip(configs):
+            text = OriginalPart("cond_stage_model.transformer.", clip_layout)
+            activations = {"text_encoder": "quick_gelu"}
+            return OriginalModel("stable-diffusion-v1", {**parts, "text_encoder": text}, activations, 0.18215)
+        predicts_v = configs["scheduler"].get("prediction_type") == "v_prediction"
+        architecture = "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"
+        text = OriginalPart("cond_stage_model.model.", open_clip_layout)
+        return OriginalModel(architecture, {**parts, "text_encoder": text}, {"text_encoder": "gelu"}, 0.18215)
 
     def _encode_chunks(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
         """Returns {"encoder_hidden_states": [N, tokens, width]} for [N, 1, tokens] input ids."""
@@ -38,3 +64,11 @@ class StableDiffusion(TextFamily):
         """True for all parameters except those of layers that clip_skip leaves out."""
         layers = self.text_encoders[encoder].config.num_hidden_layers
         return is_in_read_layers(name, layers - (self.source.options.clip_skip or 0))
+
+
+def _has_open_clip(configs: Mapping[str, Mapping]) -> bool:
+    """Whether a pipeline is Stable Diffusion 2, by its configs; those of smaller models are told by their layers."""
+    text = configs["text_encoder"]
+    if text.get("hidden_size") in (CLIP_WIDTH, OPEN_CLIP_WIDTH):
+        return text["hidden_size"] == OPEN_CLIP_WIDTH
+    return bool(configs["unet"].get("use_linear_projection")) or text.get("hidden_act") == "gelu"

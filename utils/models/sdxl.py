@@ -1,11 +1,22 @@
 """The Stable Diffusion XL family."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from utils.config.batch import Conditioning
+from utils.formats.original_layout import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    OriginalModel,
+    OriginalPart,
+    clip_layout,
+    open_clip_layout,
+    unet_layout,
+    vae_layout,
+)
 from utils.models.base import TextStates
 from utils.models.text_to_image import TextFamily, is_in_read_layers
 
@@ -23,6 +34,18 @@ class StableDiffusionXL(TextFamily):
         "encoder_hidden_states": "prompt_embeds",
         "text_embeds": "pooled_prompt_embeds",
     }
+
+    @classmethod
+    def original_model(cls, configs: Mapping[str, Mapping]) -> OriginalModel:
+        """Returns the layout of SDXL, whose text encoders are the embedders of its conditioner."""
+        parts = {
+            "unet": OriginalPart(UNET_PREFIX, unet_layout),
+            "vae": OriginalPart(VAE_PREFIX, vae_layout),
+            "text_encoder": OriginalPart("conditioner.embedders.0.transformer.", clip_layout),
+            "text_encoder_2": OriginalPart("conditioner.embedders.1.model.", open_clip_layout),
+        }
+        activations = {"text_encoder": "quick_gelu", "text_encoder_2": "gelu"}
+        return OriginalModel("stable-diffusion-xl-v1-base", parts, activations, 0.13025)
 
     @property
     def has_zeros_without_prompt(self) -> bool:

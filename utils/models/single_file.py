@@ -275,21 +275,21 @@ class SingleFile:
         what, state = f"{self.what}: {name}", module.state_dict()
         with loading(what):
             try:
-                converted = own if name == "vae" and state.keys() <= own.keys() else _converted(name, module, own)
+                found = own if name == "vae" and state.keys() <= own.keys() else converted(name, module, own)
             except KeyError as error:  # diffusers looks up some names, and raises this for the first missing one
                 raise UserError(f"{what} lacks {error.args[0]}; give a model that has it") from error
-        missing = [key for key in state if key not in converted]
-        left_over = [key for key in converted if key not in state]
+        missing = [key for key in state if key not in found]
+        left_over = [key for key in found if key not in state]
         mismatched = [
-            (key, converted[key].shape, each.shape)
+            (key, found[key].shape, each.shape)
             for key, each in state.items()
-            if key in converted and converted[key].shape != each.shape
+            if key in found and found[key].shape != each.shape
         ]
         return WeightReport(state.keys(), missing, left_over, mismatched).check(what, name)
 
     def _say_what_is_not_used(self, parts: set[str]) -> None:
-        prefixes = tuple(prefix for part in parts for prefix in _prefixes(part))
-        left_over = [key for key in self.weights if not key.startswith(prefixes)]
+        known = tuple(prefix for part in parts for prefix in prefixes(part))
+        left_over = [key for key in self.weights if not key.startswith(known)]
         if left_over:
             kinds = sorted({key.partition(".")[0] for key in left_over})
             logger.info("%s: %d weights are not used: %s", self.what, len(left_over), names_of(kinds))
@@ -297,15 +297,16 @@ class SingleFile:
 
 def _own(part: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns a part's weights by their names in the file; all weights if the file contains only a VAE."""
-    own = {key: value for key, value in weights.items() if key.startswith(_prefixes(part))}
+    own = {key: value for key, value in weights.items() if key.startswith(prefixes(part))}
     return dict(weights) if part == "vae" and not own else own
 
 
-def _prefixes(part: str) -> tuple[str, ...]:
+def prefixes(part: str) -> tuple[str, ...]:
+    """Returns the prefixes that a component's weights have in single files."""
     return {"unet": (UNET_PREFIX,), "vae": VAE_PREFIXES}.get(part) or TEXT_PREFIXES[part]
 
 
-def _converted(part: str, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def converted(part: str, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns a part's weights as diffusers converts them, under its own names."""
     from diffusers.loaders import single_file_utils as theirs
 

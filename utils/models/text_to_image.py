@@ -16,9 +16,10 @@ from utils.config.batch import Conditioning
 from utils.config.options import UserError, first_line, require
 from utils.diffusion.samplers import changed_scheduler
 from utils.models.base import Family, TextStates
+from utils.models.folder_form import FLOAT32, FolderForm
 from utils.models.latent_space import LatentSpace
 from utils.models.loading import limit_tokens
-from utils.models.pipeline_files import OPTIONAL, load_optional, write_pipeline
+from utils.models.pipeline_files import OPTIONAL, BaseFiles, load_optional, write_pipeline
 from utils.models.pipeline_source import ComponentDtypes, PipelineSource
 
 if TYPE_CHECKING:
@@ -257,11 +258,12 @@ class TextFamily(Family):
         """Downloads components of a Hub pipeline that training does not need, such as the safety checker."""
         _ = self._base
 
-    def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
+    def save_pipeline(self, folder: Path, form: FolderForm = FLOAT32, **parts: nn.Module) -> None:
         """Writes the pipeline with these components replaced; others are copied from the base's files if possible."""
         options = self.source.options
         others = {} if options.pretrained_vae_model_name_or_path is None else {"vae": self.source.vae_folder()}
-        write_pipeline(folder, self.pipeline, parts, self._base, others, options.variant, self._float32_parts)
+        base = BaseFiles(self._base, others, options.variant, self._float32_parts)
+        write_pipeline(folder, self.pipeline, parts, base, form)
 
     def _float32_parts(self, names: Collection[str]) -> dict[str, Any]:
         """Loads components of the source's pipeline in float32, by name."""

@@ -21,6 +21,7 @@ from utils.diffusion.options import ProcessOptions
 from utils.diffusion.process import EVERY_PROCESS, check_changes, is_flow, shift_of
 from utils.diffusion.samplers import changed_scheduler, exported, sampler_of, warn_of_own_sampler
 from utils.models.base import Family, TextStates, fitting_steps
+from utils.models.folder_form import FLOAT32, FolderForm
 from utils.models.from_scratch import CLASS_SLOTS, SMALLEST_LEVEL, make_denoiser, transformer_config, unet_config
 from utils.models.latent_space import LatentSpace, PixelSpace, ReciprocalSpace, ScaledSpace
 from utils.models.loading import Download, load_module, load_pipeline_folder, variant_of
@@ -402,9 +403,9 @@ class LabelledPixels(ClassLabelled, Pixels):
     def _no_class(self) -> int:
         return self.denoiser.config.num_class_embeds - 1
 
-    def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
+    def save_pipeline(self, folder: Path, form: FolderForm = FLOAT32, **parts: nn.Module) -> None:
         """Writes the pipeline together with its code."""
-        super().save_pipeline(folder, **parts)
+        super().save_pipeline(folder, form, **parts)
         shutil.copyfile(Path(__file__).with_name("conditional_ddpm.py"), Path(folder) / "pipeline.py")
 
 
@@ -493,9 +494,11 @@ class Latents(UnconditionalFamily):
         self.latent_space.rescale(factor)
         self.measures_scaling = False
 
-    def save_pipeline(self, folder: Path, **parts: nn.Module) -> None:
+    def save_pipeline(self, folder: Path, form: FolderForm = FLOAT32, **parts: nn.Module) -> None:
         """Writes the pipeline; the VAE's files are copied from the base if possible, except a measured scaling."""
-        super().save_pipeline(folder, **parts)
+        super().save_pipeline(folder, form, **parts)
+        if not form.is_plain:
+            return
         name, options = self.coder_names[0], self.options
         source = Path(options.vae or Path(options.pretrained_model_name_or_path, name))
         if options.vae is not None and source.is_dir():
