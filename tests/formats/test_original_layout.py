@@ -1,7 +1,7 @@
 """Names and shapes in the original layout: at true size those of the published files, both ways.
 
-`original_keys.json.xz` holds names and shapes of SD 1.5, SD 2.1 and SDXL: the names are those of public key maps made from
-the published files, the shapes follow from these maps' operators and the true configs. No code of ours made it.
+`original_keys.json.xz` holds names and shapes of SD 1.5, SD 2.1 and SDXL: the names are those of public key maps made
+from the published files, the shapes follow from these maps' operators and the true configs. No code of ours made it.
 """
 
 import json

@@ -69,6 +69,10 @@ class Diverged(Exception):  # noqa: N818  neither the user's error nor the progr
     """The run reached its end but its result is useless. It is written anyway; the exit status is 1."""
 
 
+class WrongExport(Diverged):
+    """The run reached its end, but a file that it wrote does not hold its weights; the exit status is 1."""
+
+
 def option(  # noqa: PLR0913 - the parts of a flag's declaration
     default: typing.Any,
     help: str,

@@ -32,6 +32,7 @@ UNLISTED = "not listed"
 DUPLICATE = "duplicate"
 LONE_CAPTION = "caption without image"
 OWN = "output of a run"
+OWN_PREFIXES, OWN_FOLDERS = ("checkpoint-", "export-"), ("samples", "best")  # of a run's output
 OTHER = "other"
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 SYSTEM_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir", "#recycle", "lost+found"}
@@ -213,7 +214,7 @@ def _place(entry: os.DirEntry, prefix: str, fate: Fate | None, is_run: bool, lis
     if is_folder:
         if fate is None and (entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS):
             fate = Fate(HIDDEN, "in a hidden or system folder")
-        if fate is None and is_run and (entry.name.startswith("checkpoint-") or entry.name in ("samples", "best")):
+        if fate is None and is_run and (entry.name.startswith(OWN_PREFIXES) or entry.name in OWN_FOLDERS):
             fate = Fate(OWN, f"written by the run with output folder {listing.root}")
             listing.own.append((name + "/", f"{fate.reason}; to train on it, pass this folder itself"))
         walk.add(name + "/", fate, is_link)

@@ -152,6 +152,15 @@ class Family(ABC):
     def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
         """Returns the pipeline in float32, with some components replaced, for export."""
 
+    @property
+    def clip_skip(self) -> int | None:
+        """Number of last text encoder layers that are skipped; None without text encoders."""
+        return None
+
+    @abstractmethod
+    def probe(self, pipeline: "DiffusionPipeline") -> np.ndarray:
+        """Draws one small image in few steps with a pipeline of this family: [H, W, channels] in [0, 1]."""
+
     def prepare_saving(self) -> None:
         """Downloads what a saved pipeline needs and training does not, early, while an error costs nothing."""
         return

@@ -41,9 +41,7 @@ class FolderForm:
     @property
     def load_arguments(self) -> str:
         """Arguments that `from_pretrained` needs besides the folder, as Python code; empty if it needs none."""
-        given = [] if self.variant is None else [f'variant="{self.variant}"']
-        given += [] if self.dtype == torch.float32 else [f"torch_dtype={self.dtype}"]
-        return ", ".join(given)
+        return "" if self.variant is None else f'variant="{self.variant}"'
 
 
 FLOAT32 = FolderForm()

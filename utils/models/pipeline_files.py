@@ -61,6 +61,8 @@ def older_name(class_name: str, tensor_name: str) -> str:
 def save_module(module: nn.Module, folder: Path, form: FolderForm = FLOAT32) -> None:
     """Writes a model of diffusers or transformers in its dtype, with its tensors' older names."""
     module.save_pretrained(folder, **form.arguments)
+    if form.dtype != torch.float32:
+        _say_float32(folder / "config.json")
     class_name = plain_class(module).__name__
     if class_name not in OLDER_PREFIXES:
         return
@@ -75,6 +77,17 @@ def save_module(module: nn.Module, folder: Path, form: FolderForm = FLOAT32) -> 
         content = _read(index)
         content["weight_map"] = {older_name(class_name, name): file for name, file in content["weight_map"].items()}
         write_text(index, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _say_float32(file: Path) -> None:
+    """Makes a config ask for float32, whatever its weights are.
+
+    transformers 5 loads what the config says, and diffusers float32: without arguments a pipeline would mix both.
+    """
+    config = _read(file)
+    said = {name: "float32" for name in ("dtype", "torch_dtype") if name in config}
+    if said:
+        write_text(file, json.dumps(config | said, indent=2, sort_keys=True) + "\n")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Base of the text-to-image families: CLIP text encoders, a VAE, and a UNet that reads their outputs."""
 
 import logging
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
+PIPELINE_EDGE = 8  # diffusers refuses images whose edges it does not divide
 CAPTIONS_AT_ONCE = 4096  # captions whose tokens are held in memory while counting
 
 
@@ -235,6 +237,25 @@ class TextFamily(Family):
         # earlier versions encoded multi-vector tokens wrongly: their caches must not match
         vectors = [True] if any(map(has_multi_vector_tokens, tokenizers)) else []
         return [vocabularies, specials, options.clip_skip, options.max_token_length, zeros, *vectors]
+
+    @property
+    def clip_skip(self) -> int | None:
+        """Number of last text encoder layers that are skipped."""
+        return self.source.options.clip_skip
+
+    def probe(self, pipeline: "DiffusionPipeline") -> np.ndarray:
+        """Draws an image of the smallest size that the UNet takes, in two steps."""
+        halvings = len(self.denoiser.config.block_out_channels) - 1
+        edge = math.lcm(PIPELINE_EDGE, self.latent_space.factor * 2**halvings)
+        return pipeline(
+            "a photo",
+            height=edge,
+            width=edge,
+            num_inference_steps=2,
+            guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).images[0]
 
     def float32_pipeline(self, **parts: nn.Module) -> "DiffusionPipeline":
         """Returns the source's pipeline in float32, with some components replaced, for export."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -242,6 +243,12 @@ class UnconditionalFamily(Family):
     def _float32_coders(self) -> dict[str, nn.Module]:
         """Returns the VAE in float32 by its name in the pipeline; empty if there is none."""
         return {}
+
+    def probe(self, pipeline: "DiffusionPipeline") -> np.ndarray:
+        """Draws an image, of the first class if there are classes, in two steps."""
+        arguments = {"class_labels": [min(self.classes)]} if self.has_classes else {"batch_size": 1}
+        given = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
+        return pipeline(**arguments, **given).images[0]
 
     def draw(
         self, seeds: Sequence[int], labels: Sequence[int], scheduler: Any, steps: int, guidance: float, eta: float

@@ -26,6 +26,7 @@ from utils.runtime.atomic_files import write_tensors
 from utils.runtime.background_writer import HostBuffers
 from utils.runtime.sharding import plain_class, sharded_parts
 from utils.training.ema import MovingAverage
+from utils.training.exporting import Exporter
 from utils.training.optimizer_options import OptimizerOptions
 from utils.training.optimizers import NamedParameter
 from utils.training.options import AdaptationOptions
@@ -46,6 +47,7 @@ class Adaptation(ABC):
         family: the pipeline.
         options: the options of the adaptation.
         modules: the modules with trained weights, by name in the pipeline.
+        exporter: writes pipelines in the form of the result.
         trains_base: whether the pipeline's own weights train.
     """
 
@@ -57,6 +59,7 @@ class Adaptation(ABC):
         """
         self.family = family
         self.options = options
+        self.exporter = Exporter()
         names = family.trainable_names() if options.train_text_encoder else family.trainable_names()[:1]
         self.modules = {name: getattr(family.pipeline, name) for name in names}
         family.freeze()
@@ -65,6 +68,11 @@ class Adaptation(ABC):
     def exports_pipeline(self) -> bool:
         """Whether the result contains a whole pipeline."""
         return True
+
+    @property
+    def exports_lora(self) -> bool:
+        """Whether the result contains a file for `load_lora_weights`."""
+        return False
 
     @classmethod
     def dtypes(cls, options: AdaptationOptions, frozen: torch.dtype) -> ComponentDtypes:
@@ -191,7 +199,7 @@ class FullFineTuning(Adaptation):
         return partial(self._export, self._copies(buffers, "") if is_spread else self.modules)
 
     def _export(self, modules: dict[str, nn.Module], folder: Path) -> None:
-        self.family.save_pipeline(folder, **modules)
+        self.exporter.save(self.family, folder, modules)
 
 
 class AdapterTuning(Adaptation):
@@ -319,7 +327,7 @@ class AdapterTuning(Adaptation):
 
     def _save_fused(self, pipeline: "DiffusionPipeline", folder: Path) -> None:
         """Writes the pipeline to `fused/`, with the adapters merged into its adapted modules."""
-        self.family.save_pipeline(folder / "fused", **{name: getattr(pipeline, name) for name in self.modules})
+        self.exporter.save(self.family, folder / "fused", {name: getattr(pipeline, name) for name in self.modules})
 
 
 class PeftAdaptation(AdapterTuning):
@@ -402,6 +410,11 @@ class LowRankAdaptation(AdapterTuning):
     def exports_pipeline(self) -> bool:
         """Whether --export_fused is given."""
         return self.options.export_fused
+
+    @property
+    def exports_lora(self) -> bool:
+        """True: it is `pytorch_lora_weights.safetensors`."""
+        return True
 
     def _make_adapters(self, start: Path | None) -> None:
         given = self.options.lora_weights

@@ -45,7 +45,7 @@ def describe_run(
     }
     lines = [f"  {name:<14} {one_line(fact)}" for name, fact in facts.items()]
     steps = range(session.resumption.first_step, rates.total_steps)
-    use = disk_use(task.adaptation, optimizer.name, options.ema, options.checkpoint, steps)
+    use = disk_use(task.adaptation, optimizer.name, options.ema, options.checkpoint, steps, options.export)
     return "\n".join(lines) + describe_disk(use, session.folder.path, options.checkpoint)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from utils.config.options import first_line
 from utils.config.user_files import size_text
 from utils.training.adaptation import Adaptation
+from utils.training.export_options import ExportOptions
 from utils.training.optimizer_table import OPTIMIZERS
 from utils.training.options import CheckpointOptions, EmaOptions
 
@@ -48,7 +49,12 @@ class DiskUse:
 
 
 def disk_use(
-    adaptation: Adaptation, optimizer: str, ema: EmaOptions, checkpoint: CheckpointOptions, steps: range
+    adaptation: Adaptation,
+    optimizer: str,
+    ema: EmaOptions,
+    checkpoint: CheckpointOptions,
+    steps: range,
+    export: ExportOptions | None = None,
 ) -> DiskUse:
     """Estimates what a run writes to disk.
 
@@ -56,6 +62,7 @@ def disk_use(
         adaptation: which weights train.
         optimizer: its name in `OPTIMIZERS`.
         steps: from the first optimizer step (0 or the checkpoint's) to the last.
+        export: options of the result.
     """
     num_trained = _num_parameters(adaptation.modules.values(), are_trained=True)
     parts = [part for part in adaptation.family.pipeline.components.values() if isinstance(part, nn.Module)]
@@ -70,7 +77,15 @@ def disk_use(
     if ema.ema_lengths:
         interval = ema.ema_snapshot_steps or checkpoint.checkpointing_steps
         num_snapshots = len(_due(interval, steps)) + bool(steps.stop % interval)
-    return DiskUse(each, count, num_snapshots * 2 * num_trained * FLOAT32 // 2, num_exported * FLOAT32)
+    snapshots = num_snapshots * 2 * num_trained * FLOAT32 // 2
+    return DiskUse(each, count, snapshots, num_exported * _bytes_a_weight(export or ExportOptions(), steps))
+
+
+def _bytes_a_weight(export: ExportOptions, steps: range) -> int:
+    """Returns the bytes that each exported weight takes in all exports together."""
+    each = FLOAT32 if export.export_dtype == "fp32" else FLOAT32 // 2
+    num_exports = 1 + (0 if export.export_steps is None else len(_due(export.export_steps, steps)))
+    return each * (1 + export.export_single_file) * num_exports
 
 
 def _num_parameters(modules: Iterable[nn.Module], are_trained: bool = False) -> int:

@@ -45,6 +45,7 @@ from utils.runtime.hub_files import require_model
 from utils.runtime.options import RuntimeOptions
 from utils.sampling.options import SamplingControlOptions, SamplingOptions, ValidationOptions
 from utils.training.adapters import ADAPTATIONS, EVERY_ADAPTER, LORA_ALONE, AdaptationSpec
+from utils.training.export_options import ExportOptions
 from utils.training.optimizer_options import OptimizerOptions, ScheduleOptions
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
@@ -538,6 +539,7 @@ class TrainingOptions:
     samples: ValidationOptions | SamplingOptions
     stopping: EarlyStoppingOptions
     checkpoint: CheckpointOptions
+    export: ExportOptions
     runtime: RuntimeOptions
     speed: SpeedOptions
     tracking: TrackingOptions

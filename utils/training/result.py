@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from utils.config.options import Diverged
+from utils.config.options import Diverged, WrongExport
 from utils.sampling.samples import Sample
 from utils.training.data import TrainingData
 from utils.training.description import card_settings
@@ -15,6 +15,7 @@ from utils.training.options import TrainingOptions
 from utils.training.session import Session
 from utils.training.state import TrainingState, evaluating
 from utils.training.validation import ValidationLoss
+from utils.training.verification import draw_reference, verify, wrong_export
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def exported_weights(
         state.judge()
         logger.info("writing the result to %s", session.folder.path)
         state.export(session.folder.path)
+        draw_reference(options, session, state)
         yield
 
 
@@ -50,11 +52,13 @@ def finish(
 
     Raises:
         Diverged: if the run has diverged, once all processes are done.
+        WrongExport: if the files of the result do not hold its weights.
     """
     if session.requests.is_asked:
         logger.warning("a signal interrupted the last samples; the exported result is complete")
     data.share_unreadable()
     data.write_report()
+    verify(session, state)
     if session.accelerator.is_main_process:
         whole = replace(facts, settings=card_settings(options, data, state.step), verdict=state.verdict)
         publish(session.folder.path, session.repository, options.hub, whole, samples)
@@ -66,12 +70,16 @@ def conclude(session: Session, state: TrainingState) -> None:
 
     Raises:
         Diverged: if the run has diverged, once all processes are done.
+        WrongExport: if the files of the result do not hold its weights.
     """
     record_outcome(session, state, state.verdict)
     folder = session.folder.path
+    wrong = wrong_export(session, state)
     if state.verdict:
         raise Diverged(
             f"the run has diverged: {state.verdict}; its result is in {folder} anyway; lower --learning_rate, or "
             "resume from an earlier checkpoint"
         )
+    if wrong:
+        raise WrongExport(f"the result in {folder} is not what was trained: {wrong}; the checkpoints hold the run")
     logger.info("the result is in %s", folder)

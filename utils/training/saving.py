@@ -39,12 +39,13 @@ class CheckpointWriter:
     ):
         """Args:
         at_once: samples that a process computes at once if memory allows.
-        exports: whether to export the pipeline after a step; by default only at the end.
+        exports: whether to export the result after a step; by default only at the end.
         """
         asked = options.checkpoint
         folders = Checkpoints(session.folder.path, asked.checkpoints_total_limit)
         self.saver = CheckpointSaver(folders, state, BackgroundWriter(saves_behind(asked.async_checkpointing, state)))
         self._options, self._ema, self._session = asked, options.ema, session
+        self._export_steps = options.export.export_steps
         self._state, self._gradients, self._at_once = state, gradients, at_once
         self._exports = exports
         gradients.rescue = self._rescue
@@ -65,7 +66,7 @@ class CheckpointWriter:
 
     def is_due(self, progress: Progress, wish: Wish) -> bool:
         """Whether something is to be written after a step, as scheduled or as requested."""
-        planned = (self._options.is_due, self._is_snapshot_due, self._is_export_due)
+        planned = (self._options.is_due, self._is_snapshot_due, self._is_export_due, self._is_kept_export_due)
         return wish.saves or any(is_due(progress) for is_due in planned)
 
     def save(self, progress: Progress, wish: Wish) -> None:
@@ -80,6 +81,11 @@ class CheckpointWriter:
         if self._is_export_due(progress) and not wish.ends:
             with self._state.evaluating():
                 self._state.export(self._session.folder.path)
+        if self._is_kept_export_due(progress) and not wish.ends:
+            with self._state.evaluating():
+                write = self._state.exporting()
+                name = f"export-{progress.step}"
+                on_main_process(accelerator, lambda: self._session.folder.replace(name, write))
 
     def stop_if_wished(self, progress: Progress, wish: Wish) -> None:
         """Ends a run that was requested to stop, once its checkpoint is written.
@@ -97,6 +103,10 @@ class CheckpointWriter:
 
     def _is_export_due(self, progress: Progress) -> bool:
         return self._exports(progress) and not progress.is_last
+
+    def _is_kept_export_due(self, progress: Progress) -> bool:
+        steps = self._export_steps
+        return steps is not None and progress.is_multiple_of(steps) and not progress.is_last
 
     def _rescue(self, step: int, size: int) -> None:
         self.saver.rescue(step, size if size < self._at_once else None)

@@ -38,6 +38,7 @@ from utils.training.checkpoint import (
 )
 from utils.training.data import TrainingData
 from utils.training.ema import MovingAverage
+from utils.training.exporting import Exporter, base_facts
 from utils.training.learning_rates import LearningRates
 from utils.training.log import Skips
 from utils.training.optimizer_options import OptimizerOptions
@@ -134,6 +135,11 @@ class TrainingState:
         model, optimizer = engine.prepare(task.objective, optimizer, rates.optimizer.clip_norm)
         # an engine that shards weights has replaced the parameters
         named = adaptation.named_parameters(rates.optimizer)
+        # The form of the result.
+        folder, edge = session.folder.path, data.resolution
+        clip_skip, title = adaptation.family.clip_skip, folder.resolve().name
+        known = base_facts(options.model.pretrained_model_name_or_path, (edge, edge), clip_skip, title)
+        adaptation.exporter = Exporter.of(options.export, known, folder)
         # Moving averages.
         if ema.use_ema:
             limit = f"be at most the run's {facts.total_steps} optimizer steps"
@@ -339,6 +345,20 @@ class TrainingState:
     def export(self, folder: Path) -> None:
         """Exports the result; all processes must call it."""
         on_main_process(self.accelerator, partial(_write_result, self.exporting(), folder))
+        on_main_process(self.accelerator, partial(self.adaptation.exporter.remove_outdated, folder))
+
+    def release(self) -> None:
+        """Frees the memory of training, once nothing is trained, exported or drawn with its weights any more."""
+        self._inner.state.clear()
+        for average in self.averages:
+            average.averages.clear()
+        parts = [each for each in self.adaptation.family.pipeline.components.values() if isinstance(each, nn.Module)]
+        for tensor in (each for part in parts for each in (*part.parameters(), *part.buffers())):
+            tensor.grad = None
+            tensor.data = tensor.data.new_empty(0)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Context manager: trained modules in evaluation mode, with the averaged weights if there are any."""

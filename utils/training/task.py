@@ -11,6 +11,7 @@ from utils.models.base import Family
 from utils.models.loss_terms import LossTerm, TermFacts, load_term
 from utils.models.perceptual_loss import PerceptualLoss
 from utils.training.adaptation import Adaptation
+from utils.training.exporting import check_export
 from utils.training.learning_rates import LearningRates
 from utils.training.objective import Objective
 from utils.training.optimizers import NamedParameter
@@ -60,9 +61,11 @@ class Task:
             origin, method: see the attributes.
 
         Raises:
-            UserError: for --layer_rates that match no weight, or loss terms that can't be built.
+            UserError: for --layer_rates that match no weight, loss terms that can't be built, or a single file of a
+                pipeline that has none.
         """
         family = adaptation.family
+        check_export(options.export, family)
         family.use_attention()
         family.save_memory()
         if options.speed.channels_last:

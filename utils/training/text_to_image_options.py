@@ -47,6 +47,12 @@ def check_options(options: Options) -> None:
         raise UserError(
             "--unet_config starts from a random UNet, whose weights adapters would not train; leave one out"
         )
+    adaptation = options.adaptation
+    if options.export.export_single_file and adaptation.adaptation == "lora" and not adaptation.export_fused:
+        raise UserError(
+            "--export_single_file writes a whole pipeline, which --adaptation lora only exports with --export_fused; "
+            "add that"
+        )
     text_rates = (options.optimizer.text_encoder_lr, options.optimizer.text_encoder_2_lr)
     if any(rate is not None for rate in text_rates) and not options.adaptation.train_text_encoder:
         raise UserError("--text_encoder_lr goes with --train_text_encoder; give both or neither")

@@ -139,6 +139,11 @@ def check_options(options: Options) -> None:
         raise UserError(
             "--class_conditional needs to know all classes at the start, which --streaming does not; leave one out"
         )
+    if options.export.export_single_file:
+        raise UserError(
+            "--export_single_file: models without text have no single-file layout that other tools read; leave it out, "
+            "and use the folder"
+        )
     if options.source.caption_column is not None and not options.captions.class_conditional:
         raise UserError("--label_column goes with --class_conditional; give both or neither")
     if options.samples.guidance_scale > 1 and not options.captions.class_conditional:

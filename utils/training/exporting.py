@@ -1,0 +1,166 @@
+"""Exports pipelines as the options ask, and checks the weights that were written."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import nn
+
+from utils.config.terminal import one_line
+from utils.exports.drawing import Reference
+from utils.exports.tensor_check import Findings, check_folder, check_single_file
+from utils.formats.tensor_files import TensorFile
+from utils.models.base import Family
+from utils.models.folder_form import FLOAT32, NAMES_OF_DTYPES, FolderForm
+from utils.models.single_file_writer import FileFacts, check_has_original, licence_of, write_single_file
+from utils.training.export_options import ExportOptions
+
+logger = logging.getLogger(__name__)
+OURS = "modelspec.sai_model_spec"
+ASIDE, RESULT = ".tmp-", "."
+FALLBACK = "model"  # name of a result in the root of a file system
+
+
+@dataclass
+class Exporter:
+    """Writes pipelines in the form that the options ask for, and compares what was written with the run's weights.
+
+    Attributes:
+        form: dtype, variant and shards of the folder.
+        file_name: name of the single file in each pipeline's folder; None for none.
+        facts: what the single file says about itself.
+        is_checked: whether to read back what was written.
+        faults: what is wrong in the last export of each kind, by the name of its folder; empty if all is right.
+        checked: what was compared, in words, by the name of its folder.
+        places: names of the folders that were written, in order; that of the result is ".".
+        reference: an image by the exported weights, to compare with images by the files.
+    """
+
+    form: FolderForm = FLOAT32
+    file_name: str | None = None
+    facts: FileFacts = field(default_factory=FileFacts)
+    is_checked: bool = True
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    checked: dict[str, str] = field(default_factory=dict)
+    places: list[str] = field(default_factory=list)
+    reference: Reference | None = None
+
+    @classmethod
+    def of(cls, options: ExportOptions, facts: FileFacts, output_dir: Path) -> "Exporter":
+        """Returns the exporter of a run."""
+        name = file_name_of(output_dir) if options.export_single_file else None
+        return cls(form_of(options), name, facts, options.export_check)
+
+    @property
+    def load_arguments(self) -> str:
+        """Arguments that `from_pretrained` needs beside the folder of the result, as Python code; may be empty."""
+        return self.form.load_arguments
+
+    def save(self, family: Family, folder: Path, modules: Mapping[str, nn.Module]) -> None:
+        """Writes a pipeline with these modules, and its single file if that is asked for; then checks the weights.
+
+        Raises:
+            UserError: if it can't be written in the original layout.
+            OSError: if it can't be written.
+        """
+        place = _place(folder)
+        self.places.append(place)
+        family.save_pipeline(folder, self.form, **modules)
+        if self.file_name is not None:
+            write_single_file(folder, folder / self.file_name, self.facts, None, self.form.variant)
+        if self.is_checked:
+            self._check(folder, place, modules)
+
+    def _check(self, folder: Path, place: str, modules: Mapping[str, nn.Module]) -> None:
+        in_folder, in_file = check_folder(folder, modules, self.form), Findings()
+        said = f"{in_folder.num_tensors} tensors of the folder"
+        if self.file_name is not None:
+            in_file = check_single_file(folder / self.file_name, folder, None, self.form.variant)
+            said += f" and {in_file.num_tensors} of {self.file_name}"
+        self.faults[place] = in_folder.faults + in_file.faults
+        self.checked[place] = said
+        for fault in self.faults[place]:
+            logger.error("the exported pipeline is wrong: %s", one_line(fault, 500))
+        if not self.faults[place]:
+            where = "" if place == RESULT else f" in {place}/"
+            logger.info("checked the exported pipeline%s: %s are the run's weights, bit for bit", where, said)
+
+    def remove_outdated(self, folder: Path) -> None:
+        """Removes the single file of an earlier export, which holds other weights than the folder now."""
+        file = folder / file_name_of(folder)
+        if self.file_name is not None or not file.is_file():
+            return
+        try:
+            with TensorFile(file) as opened:
+                is_ours = OURS in opened.metadata
+        except (OSError, ValueError, SafetensorError):
+            return
+        if is_ours:
+            logger.warning("removed %s: it holds the weights of an earlier export", file)
+            file.unlink()
+
+
+def _place(folder: Path) -> str:
+    """Returns the folder's name in the output folder, in place of its name while it is written."""
+    if folder.parent.name.startswith(ASIDE):
+        outer = _place(folder.parent)
+        return folder.name if outer == RESULT else f"{outer}/{folder.name}"
+    name = folder.name.removeprefix(ASIDE)
+    return RESULT if name == "result" else name
+
+
+def form_of(options: ExportOptions) -> FolderForm:
+    """Returns the form of the exported folder."""
+    return FolderForm(NAMES_OF_DTYPES[options.export_dtype], options.export_variant, options.max_shard_size)
+
+
+def file_name_of(output_dir: Path) -> str:
+    """Returns the name of the single file of a result."""
+    return f"{output_dir.resolve().name or FALLBACK}.safetensors"
+
+
+def base_facts(base: str | None, resolution: tuple[int, int] | None, clip_skip: int | None, title: str) -> FileFacts:
+    """Returns what a single file says about itself beside what its folder says.
+
+    Args:
+        base: the pipeline that training started from, by folder, file or Hub name.
+        resolution: width and height of the training images.
+        clip_skip: layers of the text encoder that are skipped.
+        title: name of the result.
+    """
+    licence = None
+    is_local = base is not None and Path(base).exists()
+    if is_local and Path(base).is_dir():
+        licence = licence_of(Path(base))
+    elif is_local:
+        licence = _licence_in(Path(base))
+    name = None if base is None else Path(base).resolve().name if is_local else base
+    return FileFacts(title, resolution, name, licence, None if clip_skip is None else clip_skip + 1)
+
+
+def _licence_in(file: Path) -> str | None:
+    try:
+        with TensorFile(file) as opened:
+            return opened.metadata.get("modelspec.license")
+    except (OSError, ValueError):
+        return None
+
+
+def check_export(options: ExportOptions, family: Family) -> None:
+    """Refuses a single file for a pipeline without an original layout; says what fp16 means for its VAE.
+
+    Raises:
+        UserError: saying what the layout lacks.
+    """
+    if options.export_single_file:
+        check_has_original(family)
+    coders = [getattr(family.pipeline, name) for name in family.coder_names]
+    if options.export_dtype == "fp16" and any(getattr(each.config, "force_upcast", False) for each in coders):
+        logger.info(
+            "--export_dtype fp16: the VAE overflows when it draws in fp16 (force_upcast); diffusers and most tools "
+            "therefore run it in float32 or bf16"
+        )
+    if arguments := form_of(options).load_arguments:
+        logger.info("load the result with from_pretrained(..., %s)", arguments)
