@@ -284,6 +284,7 @@ NO_MODULES = {  # where a loader loads no module, or one whose weights are looke
     "utils/models/pipeline_files.py": 1,  # an image processor
     "utils/sampling/pipelines.py": 2,  # schedulers of our own pipelines; adapters, compared with their file
     "utils/training/adaptation.py": 1,  # adapters that were written a line above
+    "utils/exports/drawing.py": 3,  # results, loaded as a user would to draw from them
     "utils/evaluation/metrics/features.py": 2,  # configs, processors, tokenizers
 }
 

@@ -193,7 +193,10 @@ def _by_diffusers(
     # The others change their shape, each by itself.
     unread, kept = [], {keys[id(tensor)] for tensor in named.values() if id(tensor) in keys}
     for key in (key for key in shapes if key not in kept):
-        parts = [plain_name(new) for new in converted(name, module, {key: shapes[key]})]
+        try:
+            parts = [plain_name(new) for new in converted(name, module, {key: shapes[key]})]
+        except KeyError:  # a UNet's tensors never change: what was not kept is not read
+            parts = []
         read |= {new: partial(_converted_alone, opened, name, module, key, new) for new in parts}
         unread += [] if parts else [key]
     return read, unread

@@ -4,7 +4,6 @@ The library maps files: what was read of a mapped file stays in the process's me
 addresses, where they multiply to other last bits.
 """
 
-import json
 import os
 import struct
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from utils.config.user_files import FileError, require_regular
+from utils.config.user_files import FileError, open_regular, parse_json
 from utils.formats.streaming import DTYPES
 
 READ_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -37,13 +36,12 @@ class TensorFile:
             OSError: if it can't be read.
         """
         self.path = Path(path)
-        require_regular(path)
-        self._file = open(path, "rb")  # noqa: SIM115 - closed by __exit__
+        self._file = open_regular(path)
         try:
             (length,) = struct.unpack("<Q", self._file.read(8))
             if length > LONGEST_HEADER:
                 raise ValueError
-            header: dict = json.loads(self._file.read(length))
+            header: dict = parse_json(self._file.read(length).decode(), path)
             self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
             self._entries = {
                 name: (each["dtype"], each["shape"], *each["data_offsets"]) for name, each in header.items()

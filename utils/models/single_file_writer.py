@@ -321,12 +321,13 @@ def facts_of(source: PipelineFolder, given: FileFacts | None, file: Path) -> Mod
 def licence_of(folder: Path) -> str | None:
     """Returns the licence that the model card in a folder states; None if there is none."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     if not (folder / "README.md").is_file():
         return None
     try:
         said = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
-    except (OSError, ValueError):
+    except (OSError, ValueError, YAMLError):
         return None
     named = said.get("license_name") if said.get("license") == "other" else said.get("license")
     return named if isinstance(named, str) else None
