@@ -62,6 +62,7 @@ from utils.sampling.drawer import (
     for_init_images,
     invalid_images,
 )
+from utils.sampling.infotext import DrawnModel
 from utils.sampling.options import PipelineOptions
 from utils.sampling.pipelines import PipelineSpec, checkpoint_content, indexed_names, load_pipeline, pipeline_class
 from utils.sampling.prompts import Prompt, Task, plan_tasks, read_prompts
@@ -344,7 +345,9 @@ def obtain(
     images = image_folder(folder, wanted)
     facts = on_main_process(accelerator, lambda: drawer.facts(complete))
     on_main_process(accelerator, lambda: claim_images(images, facts, options.run.overwrite_output_dir))
-    drawer.draw(tasks, images, accelerator)
+    spec = wanted.spec
+    adapters = [spec.lora] if spec.lora else []
+    drawer.draw(tasks, images, accelerator, DrawnModel.at(spec.path, spec.parts, adapters))
     signal = max(gather_object([requests.number]))
     if signal:
         there = sum(1 for task in tasks if (images / f"{task.name}.png").is_file())

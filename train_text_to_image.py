@@ -20,14 +20,16 @@ from utils.config.options import leave, run_script
 from utils.config.seeding import model_seed
 from utils.diffusion.process import process_of
 from utils.evaluation.while_training import TrainingEvaluation
+from utils.models.text_to_image import TextFamily
 from utils.runtime.processes import weight_dtype
+from utils.sampling.infotext import DrawnModel
 from utils.sampling.prompt_samples import PromptSampler
 from utils.training.backward import Gradients
+from utils.training.card_facts import CardFacts, quoted
 from utils.training.data import Feed, TrainingData
 from utils.training.description import describe_run, report_dry_run
 from utils.training.exchange import Exchange
 from utils.training.learning_rates import LearningRates
-from utils.training.model_card import CardFacts
 from utils.training.result import exported_weights, finish
 from utils.training.saving import CheckpointWriter
 from utils.training.session import Session
@@ -116,7 +118,7 @@ def train(options: Options) -> None:
         with exported_weights(options, session, state, validation):
             samples = sampler.draw(state.progress(), is_last=True)
         log.images(samples, state.step, "test")
-        finish(options, session, data, state, card_facts(options), samples)
+        finish(options, session, data, state, card_facts(options, task.family), samples)
 
 
 def load_task(
@@ -146,7 +148,11 @@ def load_task(
 
 def make_sampler(options: Options, found: FoundPipeline, session: Session, task: Task) -> PromptSampler:
     """Returns the sampler for the validation prompts."""
-    return PromptSampler(session.surroundings, task.family, options.samples, found.resolution, found.default_epochs)
+    model = DrawnModel.of_training(
+        session.folder.path, None if options.adaptation.adaptation == "full" else found.source.path
+    )
+    surroundings, drawing = session.surroundings, options.samples
+    return PromptSampler(surroundings, task.family, drawing, found.resolution, found.default_epochs, model)
 
 
 def make_evaluation(options: Options, session: Session, task: Task) -> TrainingEvaluation:
@@ -155,10 +161,24 @@ def make_evaluation(options: Options, session: Session, task: Task) -> TrainingE
     return TrainingEvaluation(options.evaluation, options.features, session.surroundings, pipeline, prompts)
 
 
-def card_facts(options: Options) -> CardFacts:
+def card_facts(options: Options, family: TextFamily) -> CardFacts:
     """Returns the facts for the model card."""
-    is_lora = options.adaptation.adaptation == "lora"
-    return CardFacts(options.model.pretrained_model_name_or_path, options.data_name, is_lora)
+    model, adaptation = options.model, options.adaptation
+    prompt = next(iter(options.samples.prompts), "a prompt")
+    skip = "" if model.clip_skip is None else f", clip_skip={model.clip_skip}"
+    return CardFacts(
+        model.pretrained_model_name_or_path,
+        options.data_name,
+        adaptation.adaptation,
+        is_dora=adaptation.use_dora,
+        pipeline_class=family.pipeline_class_name,
+        base_arguments={"revision": model.revision, "variant": model.variant},
+        scheduler_class=type(family.pipeline.scheduler).__name__,
+        scheduler_changes={**family.source.scheduler_marks(), **options.noise.scheduler_changes},
+        call=f"pipeline({quoted(prompt)}{skip})",
+        negative_prompt=options.samples.validation_negative_prompt or "",
+        ui_notes=family.ui_notes,
+    )
 
 
 def run(argv: Sequence[str] | None) -> None:

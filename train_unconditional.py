@@ -26,12 +26,12 @@ from utils.runtime.processes import weight_dtype
 from utils.sampling.grid_samples import GridSampler
 from utils.training.adaptation import FullFineTuning
 from utils.training.backward import Gradients
+from utils.training.card_facts import CardFacts
 from utils.training.classes import Classes, find_classes
 from utils.training.data import Feed, TrainingData
 from utils.training.description import describe_run, report_dry_run
 from utils.training.exchange import Exchange
 from utils.training.learning_rates import LearningRates
-from utils.training.model_card import CardFacts
 from utils.training.result import exported_weights, finish
 from utils.training.saving import CheckpointWriter
 from utils.training.session import Session
@@ -152,7 +152,7 @@ def make_evaluation(options: Options, session: Session, task: Task, data: Traini
 def card_facts(options: Options, task: Task) -> CardFacts:
     """Returns the facts for the model card."""
     model, tag = options.model.pretrained_model_name_or_path, "unconditional-image-generation"
-    return CardFacts(model, options.data_name, is_lora=False, call=task.family.example_call(), tag=tag)
+    return CardFacts(model, options.data_name, call=task.family.example_call(), tag=tag)
 
 
 def run(argv: Sequence[str] | None) -> None:

@@ -33,6 +33,17 @@ class StableDiffusion(TextFamily):
     text_encoder_names = ("text_encoder",)
     tokenizer_names = ("tokenizer",)
     prompt_argument_names: ClassVar = {"encoder_hidden_states": "prompt_embeds"}
+    v_prediction_note = (
+        "The model predicts v, which no mark in a file of Stable Diffusion 1 or 2 says: in ComfyUI, put the node "
+        "ModelSamplingDiscrete with `v_prediction` behind the loader; for A1111 and Forge, put a YAML config with "
+        '`parameterization: "v"` beside the file, under the same name (Stable Diffusion 2: `v2-inference-v.yaml`).'
+    )
+
+    @property
+    def clip_skip_of_uis(self) -> int | None:
+        """See `TextFamily`: UIs call the last layer 1, diffusers 0."""
+        skip = self.source.options.clip_skip
+        return None if skip is None else skip + 1
 
     @classmethod
     def original_model(cls, configs: Mapping[str, Mapping]) -> OriginalModel:

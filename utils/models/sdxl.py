@@ -34,6 +34,10 @@ class StableDiffusionXL(TextFamily):
         "encoder_hidden_states": "prompt_embeds",
         "text_embeds": "pooled_prompt_embeds",
     }
+    v_prediction_note = (
+        "The model predicts v: ComfyUI and Forge read the mark `v_pred` in a single file of SDXL; A1111 does so after "
+        "version 1.10, and ComfyUI's node ModelSamplingDiscrete with `v_prediction` sets it for files without the mark."
+    )
 
     @classmethod
     def original_model(cls, configs: Mapping[str, Mapping]) -> OriginalModel:

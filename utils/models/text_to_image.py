@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PIPELINE_EDGE = 8  # diffusers refuses images whose edges it does not divide
+ZERO_SNR_NOTE = (
+    "The noise schedule has zero terminal SNR: ComfyUI's node ModelSamplingDiscrete has the switch `zsnr`, A1111 and "
+    "Forge have *Noise schedule for sampling: Zero Terminal SNR* in their settings."
+)
 CAPTIONS_AT_ONCE = 4096  # captions whose tokens are held in memory while counting
 
 
@@ -37,10 +41,12 @@ class TextFamily(Family):
     Attributes:
         source: source of the pipeline.
         prompt_argument_names: the pipeline's argument for each text embedding of a prompt.
+        v_prediction_note: what UIs must be told to draw with a model that predicts v.
     """
 
     tokenizer_names: tuple[str, ...]
     prompt_argument_names: Mapping[str, str]
+    v_prediction_note: str
 
     def __init__(self, source: PipelineSource, dtypes: ComponentDtypes, scheduler_changes: Mapping[str, object]):
         # Pipeline, with the noise schedule that its file or the options set.
@@ -124,6 +130,22 @@ class TextFamily(Family):
         for name, parameter in unet.named_parameters():
             if parameter.grad is None:
                 raise UserError(f"{flag} has {name}, which this pipeline does not use")
+
+    @property
+    def ui_notes(self) -> list[str]:
+        """What UIs must be told to draw as this pipeline does, in Markdown, one sentence or two each."""
+        config = self.pipeline.scheduler.config
+        notes = [self.v_prediction_note] if config.get("prediction_type") == "v_prediction" else []
+        if config.get("rescale_betas_zero_snr"):
+            notes.append(ZERO_SNR_NOTE)
+        if self.clip_skip_of_uis is not None:
+            notes.append(f"Set the clip skip to {self.clip_skip_of_uis} (ComfyUI: -{self.clip_skip_of_uis}).")
+        return notes
+
+    @property
+    def clip_skip_of_uis(self) -> int | None:
+        """The clip skip that UIs need, which they count from 1; None for their default."""
+        return None
 
     @property
     def tokenizers(self) -> list[Any]:

@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".tif", ".tiff", ".bmp", ".gif")
 OWN_FILES = ("run.json", "results.json", "dry_run_report.json")  # a run's own folder contains one of these
+LOCK = ".lock"  # in an output folder
 EXPANDABLE = "expandable_segments:True"
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "peft", "safetensors", "numpy", "pillow")
 Result = TypeVar("Result")
@@ -190,7 +191,7 @@ class OutputFolder:
 
     def __init__(self, path: str):
         self.path = Path(path)
-        self._lock = FileLock(self.path / ".lock", timeout=0)  # the kernel releases it when the process ends
+        self._lock = FileLock(self.path / LOCK, timeout=0)  # the kernel releases it when the process ends
 
     def claim(self, resuming: bool, overwrite: bool) -> None:
         """Creates and locks the folder.
@@ -212,6 +213,8 @@ class OutputFolder:
         if not resuming and not overwrite:
             refuse_used(self.path)
         self._refuse_pictures()
+        with suppress(OSError):
+            os.utime(self.path / LOCK)  # see `began_at`
         try:
             mark_as_own(self.path)
         except OSError as error:
@@ -264,6 +267,17 @@ class OutputFolder:
     def release(self) -> None:
         """Unlocks the folder."""
         self._lock.release()
+
+
+def began_at(folder: Path) -> int:
+    """Returns when the run that holds an output folder began, in ns by the clock of its file system; 0 if none does.
+
+    Files of the folder with an earlier time of modification are of earlier runs.
+    """
+    try:
+        return (folder / LOCK).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def write_json(path: Path, value: object) -> None:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 
 from utils.config.options import (
     ProcessError,
@@ -41,6 +40,7 @@ from utils.runtime.memory import is_out_of_memory
 from utils.runtime.processes import write_json
 from utils.runtime.stop_requests import StopRequests
 from utils.sampling.controls import SamplingControls, drawing_scheduler
+from utils.sampling.infotext import Drawing, DrawnModel, call_default, png_texts, sampler_name
 from utils.sampling.options import SCHEDULERS, GenerationOptions
 from utils.sampling.pipelines import call_parameters, class_names
 from utils.sampling.prompts import STATE_KEY, Prompt, Task, drawn_texts, prompts_hash
@@ -319,8 +319,17 @@ class Drawer:
             **settings,
         }
 
-    def draw(self, tasks: Sequence[Task], folder: Path, accelerator: "Accelerator | None" = None) -> None:
+    def draw(
+        self,
+        tasks: Sequence[Task],
+        folder: Path,
+        accelerator: "Accelerator | None" = None,
+        model: DrawnModel | None = None,
+    ) -> None:
         """Draws the missing images of the tasks into `{prompt}_{sample}.png`; a signal stops it between batches.
+
+        Args:
+            model: what the texts of the images call the model; by default they don't name it.
 
         Raises:
             ProcessError: if an image can't be drawn or written.
@@ -344,7 +353,7 @@ class Drawer:
                 if images is None:
                     continue
                 for task, pixels in zip(batch, images, strict=True):
-                    self._save(pixels, task, folder / f"{task.name}.png")
+                    self._save(pixels, task, folder / f"{task.name}.png", model)
                 left = left[len(batch) :]
                 bar.update(len(batch))
                 self._batch_size.worked(len(batch))
@@ -450,18 +459,40 @@ class Drawer:
         edge = (sample if isinstance(sample, int) else sample[0]) * getattr(pipeline, "vae_scale_factor", 1)
         return self._options.width or edge, self._options.height or edge
 
-    def _save(self, pixels: np.ndarray, task: Task, path: Path) -> None:
+    def _drawing(self, task: Task, size: tuple[int, int], model: DrawnModel | None) -> Drawing:
+        """The settings of an image; `size` is its width and height in pixels."""
+        options, prompt, pipeline = self._options, task.prompt, self.pipeline
+        given = {"num_inference_steps": options.num_inference_steps or self._fitting_steps}
+        given |= {name: getattr(options, name) for name in ("guidance_scale", "strength")}
+        known = {name: call_default(pipeline, name) if value is None else value for name, value in given.items()}
+        is_class = prompt.label is not None
+        more = [
+            ("Denoising strength", known["strength"] if prompt.init_image is not None else None),
+            ("Eta DDIM", self._eta or None),
+            ("Class", prompt.text or prompt.label if is_class else None),
+        ]
+        return Drawing(
+            seed=image_seed(self._seed, task.number, task.sample),
+            size=size,
+            sampler=sampler_name(drawing_scheduler(pipeline, self._eta)),
+            steps=known["num_inference_steps"],
+            guidance=known["guidance_scale"],
+            prompt="" if is_class else prompt.text or "",
+            negative_prompt=options.negative_prompt or "",
+            model=model,
+            more=more,
+        )
+
+    def _save(self, pixels: np.ndarray, task: Task, path: Path, model: DrawnModel | None) -> None:
         """Writes a PNG atomically, with its prompt, class, seed and state as PNG text."""
-        text, prompt = PngInfo(), task.prompt
+        prompt, (height, width) = task.prompt, pixels.shape[:2]
         facts = {
             "prompt": prompt.text,
             "class": prompt.label,
             "seed": image_seed(self._seed, task.number, task.sample),
             STATE_KEY: state_of(pixels),
         }
-        for name, value in facts.items():
-            if value is not None:
-                text.add_itxt(name, str(value))
+        text = png_texts(facts, self._drawing(task, (width, height), model))
         finite = np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)
         rounded = (finite.clip(0, 1) * 255).round().astype(np.uint8)
         path.parent.mkdir(parents=True, exist_ok=True)

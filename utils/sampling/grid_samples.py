@@ -20,6 +20,7 @@ from utils.models.unconditional import UnconditionalFamily
 from utils.runtime.atomic_files import or_without
 from utils.runtime.processes import autocast, on_main_process, write_json
 from utils.runtime.sharding import unsharded
+from utils.sampling.infotext import Drawing, DrawnModel, png_texts, sampler_name
 from utils.sampling.options import SamplingOptions
 from utils.sampling.samples import LAST, Sample, Surroundings
 
@@ -85,7 +86,11 @@ class GridSampler:
             images, numbers = [image for _, image in shared], [number for number, _ in shared]
             with or_without(f"a part of {self._folder}"):
                 self._save(images, numbers, progress.step, is_last)
-        return [Sample(image, self._caption(number)) for number, image in shared]
+        place = f"{self._folder.name}/{LAST if is_last else f'step-{progress.step}'}"
+        return [
+            Sample(image, self._caption(number), f"{place}/{_file_name(row)}")
+            for row, (number, image) in enumerate(shared)
+        ]
 
     def _draw(self, numbers: Sequence[int]) -> list[Image.Image]:
         options, family = self._options, self._family
@@ -98,6 +103,19 @@ class GridSampler:
     def _caption(self, number: int) -> str:
         return self._family.classes[self._labels[number]] if self._labels else f"sample {number}"
 
+    def _drawing(self, number: int, size: tuple[int, int], model: DrawnModel) -> Drawing:
+        """The settings of a sample; `size` is its width and height in pixels."""
+        options = self._options
+        return Drawing(
+            seed=self._seeds[number],
+            size=size,
+            sampler=sampler_name(sampler_of(self._family.pipeline.scheduler, options.sampler, options.eta)),
+            steps=self._steps,
+            guidance=options.guidance_scale if self._labels else None,
+            model=model,
+            more=[("Eta DDIM", options.eta or None), ("Class", self._caption(number) if self._labels else None)],
+        )
+
     def _save(self, images: Sequence[Image.Image], numbers: Sequence[int], step: int, is_last: bool) -> None:
         of_step = self._folder / f"step-{step}"
         folder = self._folder / LAST if is_last else of_step
@@ -105,14 +123,20 @@ class GridSampler:
             shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True)
         drawn = []
+        model = DrawnModel(self._surroundings.folder.resolve().name)
         for place, (number, image) in enumerate(zip(numbers, images, strict=True)):
-            file = f"{place:03d}.png"
-            image.save(folder / file)
+            file = _file_name(place)
+            image.save(folder / file, pnginfo=png_texts({}, self._drawing(number, image.size, model)))
             drawn.append({"file": file, "seed": self._seeds[number], "of": self._caption(number)})
         write_json(folder / RECORD, {"step": step, "samples": drawn})
         grid_of(images, math.ceil(math.sqrt(len(images)))).save(folder / GRID)
         frames = film(self._folder)
         grid_of(frames, len(frames)).save(self._folder / STRIP)
+
+
+def _file_name(place: int) -> str:
+    """The name of the file of a sample, by its place among those drawn."""
+    return f"{place:03d}.png"
 
 
 def keep_until(folder: Path, step: int) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from utils.config.progress import Progress
@@ -18,6 +17,7 @@ from utils.runtime.atomic_files import or_without
 from utils.runtime.processes import autocast
 from utils.runtime.sharding import unsharded
 from utils.sampling.controls import controllable
+from utils.sampling.infotext import Drawing, DrawnModel, call_default, png_texts, sampler_name
 from utils.sampling.options import SampleRequest, ValidationOptions
 from utils.sampling.prompts import warn_of_written_settings
 from utils.sampling.samples import LAST, Sample, Surroundings
@@ -35,10 +35,12 @@ class PromptSampler:
         options: ValidationOptions,
         resolution: int,
         default_epochs: int,
+        model: DrawnModel | None = None,
     ):
         """Args:
         resolution: edge of the samples in pixels.
         default_epochs: epochs between samples if the options set no interval.
+        model: what the texts of the images call the model; by default they don't name it.
         """
         self._surroundings = surroundings
         self._accelerator, self._controls = surroundings.accelerator, surroundings.controls
@@ -47,6 +49,7 @@ class PromptSampler:
         self._folder = surroundings.folder / "samples"
         self._resolution, self._default_epochs = resolution, default_epochs
         self._requests = options.requests(surroundings.seed)
+        self._model, self._sampler = model, sampler_name(family.pipeline.scheduler)
         warn_of_written_settings(options.prompts_flag, options.prompts)
 
     def is_due(self, progress: Progress) -> bool:
@@ -61,6 +64,7 @@ class PromptSampler:
         The pipeline's models must be in evaluation mode, and hold the weights to draw with.
         """
         name = LAST if is_last else f"step-{progress.step}"
+        model = self._model.exported(self._surroundings.folder) if self._model and is_last else self._model
         mine = dict(self._surroundings.share(list(enumerate(self._requests))))
         drawn = []
         if self._requests:
@@ -72,10 +76,13 @@ class PromptSampler:
             for index, image in zip(mine, self._draw(list(mine.values())), strict=False):
                 file = self._folder / name / f"{mine[index].name}.png"
                 with or_without(file):
-                    self._save(image, mine[index], file)
+                    self._save(image, mine[index], file, model)
                 drawn.append((index, image))
         shared = self._surroundings.gather(drawn)
-        return [Sample(image, self._requests[index].prompt) for index, image in shared]
+        requests, folder = self._requests, f"{self._folder.name}/{name}"
+        return [
+            Sample(image, requests[index].prompt, f"{folder}/{requests[index].name}.png") for index, image in shared
+        ]
 
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
@@ -110,6 +117,7 @@ class PromptSampler:
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(request.seed))
         controls = self._controls
         with autocast(self._accelerator), controllable(controls, pipeline), controls.attached(pipeline):
+            self._sampler = sampler_name(pipeline.scheduler)
             return pipeline(
                 **prompt,
                 **guidance,
@@ -121,10 +129,21 @@ class PromptSampler:
                 output_type="latent",
             ).images
 
-    def _save(self, image: Image.Image, request: SampleRequest, path: Path) -> None:
+    def _save(self, image: Image.Image, request: SampleRequest, path: Path, model: DrawnModel | None) -> None:
         """Writes a PNG with its prompt, seed and settings as PNG text."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = PngInfo()
+        family, guidance = self._family, self._options.validation_guidance_scale
+        drawing = Drawing(
+            seed=request.seed,
+            size=image.size,
+            sampler=self._sampler,
+            steps=self._options.validation_num_inference_steps,
+            guidance=call_default(family.pipeline, "guidance_scale") if guidance is None else guidance,
+            prompt=request.prompt,
+            negative_prompt=self._options.validation_negative_prompt or "",
+            model=model,
+            more=[("Clip skip", family.clip_skip_of_uis)],
+        )
         facts = {
             "prompt": request.prompt,
             "negative_prompt": self._options.validation_negative_prompt,
@@ -132,7 +151,4 @@ class PromptSampler:
             "num_inference_steps": self._options.validation_num_inference_steps,
             "guidance_scale": self._options.validation_guidance_scale,
         }
-        for name, value in facts.items():
-            if value is not None:
-                text.add_itxt(name, str(value))
-        image.save(path, pnginfo=text)
+        image.save(path, pnginfo=png_texts(facts, drawing))

@@ -19,10 +19,11 @@ Item = TypeVar("Item")
 
 
 class Sample(NamedTuple):
-    """A drawn image and its caption."""
+    """A drawn image, its caption, and its file relative to the output folder, with slashes."""
 
     image: Image.Image
     caption: str
+    file: str = ""
 
 
 @dataclass(frozen=True)

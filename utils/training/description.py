@@ -58,11 +58,24 @@ def report_dry_run(plan: str, session: Session, data: TrainingData, task: Task) 
 
 def card_settings(options: TrainingOptions, data: TrainingData, steps: int) -> list[tuple[str, object]]:
     """Returns the (name, value) settings that a model card lists."""
+    chosen = {name: value for name, value in options.adaptation.structure.items() if value not in (None, False)}
+    noise = {name: value for name, value in options.noise.scheduler_changes.items() if value is not None}
+    is_averaged = options.ema.use_ema or options.ema.ema_lengths
     return [
+        ("data", data.images.describe()),
         ("optimizer steps", steps),
         ("global batch", data.batches.size),
+        ("optimizer", options.optimizer.name),
         ("learning rate", options.optimizer.learning_rate),
+        ("learning-rate schedule", options.schedule.lr_scheduler),
+        *((name.replace("_", " "), _listed(value)) for name, value in {**chosen, **noise}.items()),
+        *([("weights", "exponential moving average")] if is_averaged else []),
         ("resolution", data.resolution),
         ("mixed precision", options.runtime.mixed_precision or "as launched"),
         ("seed", options.runtime.seed),
     ]
+
+
+def _listed(value: object) -> object:
+    """A setting as a card shows it."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value

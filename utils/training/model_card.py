@@ -1,176 +1,148 @@
-"""Writes the model card and uploads the result to the Hub."""
+"""Writes the model card of a run, and uploads it with the result to the Hub."""
 
-import json
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from utils.config.options import UserError, first_line
-from utils.config.terminal import markdown, markdown_cell
-from utils.config.user_files import read_json
+from utils.config.terminal import markdown, markdown_cell, one_line
+from utils.models.base_card import BaseModel
+from utils.runtime.atomic_files import or_without
+from utils.sampling.grid_samples import grid_of
 from utils.sampling.samples import Sample
+from utils.training.card_facts import CardFacts
+from utils.training.card_files import write_card_file
+from utils.training.card_usage import in_diffusers, in_other_tools
+from utils.training.exported import ExportedFiles
+from utils.training.hub_upload import GRID, result_files, upload, upload_command
 from utils.training.options import HubOptions
 
 logger = logging.getLogger(__name__)
-CARD, GRID = "README.md", "val_imgs_grid.png"
-
-
-@dataclass(frozen=True)
-class CardFacts:
-    """The content of a model card.
-
-    Attributes:
-        base_model: the pipeline that training started from; None from scratch.
-        data: name of the dataset or its folder.
-        is_lora: whether the result is a LoRA file.
-        settings: (name, value) rows of the table of settings.
-        call: Python expression that draws an image.
-        tag: the Hub's tag for the task of the model.
-        verdict: why the run has diverged; empty if it has not.
-    """
-
-    base_model: str | None
-    data: str
-    is_lora: bool
-    settings: Sequence[tuple[str, object]] = ()
-    call: str = 'pipeline("a prompt")'
-    tag: str = "text-to-image"
-    verdict: str = ""
-
-
-def create_repository(folder: Path, options: HubOptions) -> str | None:
-    """Creates the Hub repository for the result, unless it exists, before training starts.
-
-    Returns:
-        Its full name; None without --push_to_hub.
-
-    Raises:
-        UserError: without a login, or if the Hub can't be reached or denies creating or writing the repository.
-    """
-    if not options.push_to_hub:
-        return None
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HTTPError
-
-    wanted = options.hub_model_id or folder.resolve().name
-    if options.hub_token is None and get_token() is None:
-        raise UserError("--push_to_hub: not logged in; run `hf auth login`, or set HF_TOKEN")
-    api = HfApi(token=options.hub_token)
-    try:
-        repository = api.create_repo(wanted, private=options.hub_private_repo or None, exist_ok=True).repo_id
-        api.auth_check(repository, write=True)  # create_repo succeeds for an existing repository without write access
-    except (HTTPError, OSError, ValueError) as error:
-        cure = "give --hub_model_id, run `hf auth login` with a token that may write there, or leave out --push_to_hub"
-        raise UserError(
-            f"--push_to_hub: {wanted} can't be written to: {_without_token(error, options)}; {cure}"
-        ) from error
-    return repository
+COLUMNS = 4  # of the grid of samples
+LISTED = 16  # most prompts of samples, and most images of the Hub's gallery
 
 
 def publish(
     folder: Path, repository: str | None, options: HubOptions, facts: CardFacts, samples: Sequence[Sample]
 ) -> None:
-    """Writes the model card and uploads the result, if there is a repository."""
-    if repository is not None:
-        write_card(folder, repository, facts, samples)
-        upload(folder, repository, options)
+    """Writes the model card, and uploads the result if there is a repository and no check found it wrong."""
+    exported = ExportedFiles.of_run(folder)
+    write_card(folder, repository, facts, samples, exported)
+    if repository is None:
+        return
+    files = result_files(folder, exported)
+    if facts.failures:
+        command = upload_command(folder, repository, files)
+        told = "nothing is uploaded to %s, because the check of the exported files failed; to upload them anyway:\n%s"
+        logger.warning(told, repository, command)
+        return
+    upload(folder, repository, options, files)
 
 
-def write_card(folder: Path, repository: str, facts: CardFacts, samples: Sequence[Sample]) -> None:
-    """Writes the model card README.md, and its samples as one image grid."""
-    from diffusers.utils import make_image_grid
-    from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_card
-    from huggingface_hub import ModelCard, ModelCardData
+def write_card(
+    folder: Path, repository: str | None, facts: CardFacts, samples: Sequence[Sample], exported: ExportedFiles
+) -> Path | None:
+    """Writes the model card, and its samples as one image grid.
 
-    # Samples and settings.
-    local = facts.base_model is None or Path(facts.base_model).exists()
-    base_model = Path(facts.base_model).name if facts.base_model and local else facts.base_model
-    shown = ""
-    if samples:
-        images: list[Image.Image] = [sample.image for sample in samples]
-        make_image_grid(images, 1, len(images)).save(folder / GRID)
-        prompts = "\n".join(f"- {markdown(sample.caption)}" for sample in samples)
-        shown = f"\nSamples of these prompts, in this order:\n\n{prompts}\n\n![samples](./{GRID})\n"
-    table = "\n".join(f"| {name} | {markdown_cell(value)} |" for name, value in facts.settings)
-    # Origin, and how to load the result.
-    result = "LoRA weights for" if facts.is_lora else "This pipeline was fine-tuned from"
-    origin = f"{result} **{markdown(base_model)}**" if base_model else "This pipeline was trained from scratch"
-    trained = ", trained" if facts.is_lora else ""
-    usage = (
-        f"pipeline = DiffusionPipeline.from_pretrained({_quoted(base_model)})\n"
-        f"pipeline.load_lora_weights({_quoted(repository)})"
-        if facts.is_lora
-        else f"pipeline = DiffusionPipeline.from_pretrained({_quoted(repository)})"
-    )
-    warning = f"\n**The training has diverged: {facts.verdict}.**\n" if facts.verdict else ""
-    description = f"""
-# {markdown(repository)}
-
-{origin}{trained} on **{markdown(facts.data)}**.
-{warning}{shown}
-## Usage
-
-```python
-from diffusers import DiffusionPipeline
-
-{usage}
-image = {facts.call}.images[0]
-```
-
-## Training
-
-| setting | value |
-|---|---|
-{table}
-"""
-    # The card, with the Hub's metadata.
-    card = ModelCard.from_template(
-        card_data=ModelCardData(
-            license=None, library_name="diffusers", base_model=None if local else base_model, inference=True
-        ),
-        template_path=MODEL_CARD_TEMPLATE_PATH,
-        model_description=description,
-    )
-    tags = [facts.tag, "diffusers", "diffusers-training", *(["lora"] if facts.is_lora else [])]
-    populate_model_card(card, tags=tags).save(folder / CARD)
+    Returns:
+        The file of the card; None if it can't be written, which the log says.
+    """
+    revision = facts.base_arguments.get("revision")
+    base = None
+    if facts.base_model is not None:
+        base = BaseModel.read(facts.base_model, revision if isinstance(revision, str) else None)
+    with or_without(folder / GRID):
+        (folder / GRID).unlink(missing_ok=True)
+        if samples:
+            images: list[Image.Image] = [sample.image for sample in samples]
+            grid_of(images, min(COLUMNS, len(images))).save(folder / GRID)
+    name = repository or folder.resolve().name
+    elsewhere = in_other_tools(facts, folder, exported)
+    body = [*_head(name, facts, base), "## Samples", _samples(folder, samples, facts)]
+    body += ["## Use it with diffusers", in_diffusers(facts, base, name, repository is not None, exported)]
+    body += ["## Use it in other tools", elsewhere] if elsewhere else []
+    table = "\n".join(f"| {markdown_cell(name)} | {markdown_cell(value)} |" for name, value in facts.settings)
+    body += ["## Training", f"| setting | value |\n|---|---|\n{table}"]
+    return write_card_file(folder, f"---\n{_metadata(folder, facts, base, samples)}---\n\n" + "\n\n".join(body))
 
 
-def result_files(folder: Path) -> list[str]:
-    """Returns patterns of the files to upload: the result and its card, but no checkpoints, logs or run records."""
-    index = folder / "model_index.json"
-    parts = [f"{name}/**" for name in read_json(index)] if index.exists() else []
-    return ["model_index.json", *parts, "pipeline.py", "pytorch_lora_weights.safetensors", "fused/**", CARD, GRID]
+def _metadata(folder: Path, facts: CardFacts, base: BaseModel | None, samples: Sequence[Sample]) -> str:
+    """The front matter: YAML that the Hub reads, with the names that it knows."""
+    from huggingface_hub import ModelCardData
+
+    licence = None if base is None else base.licence
+    known: dict[str, object] = {}
+    if licence is not None:
+        names = [one_line(each) for each in licence.identifiers]
+        known["license"] = names[0] if len(names) == 1 else names
+        known |= {"license_name": one_line(licence.name) or None, "license_link": one_line(licence.link) or None}
+    if base is not None and base.is_on_hub:
+        known |= {"base_model": base.name, "base_model_relation": "adapter" if facts.is_adapter else "finetune"}
+    if facts.trigger_words:
+        known["instance_prompt"] = one_line(", ".join(facts.trigger_words))
+    shown = [each for each in samples if each.file and (folder / each.file).is_file()][:LISTED]
+    if shown and facts.tag == "text-to-image":
+        known["widget"] = [_shown_on_hub(each, facts.negative_prompt) for each in shown]
+    adapter = ["lora", "template:sd-lora"] if facts.adaptation == "lora" else []
+    tags = [facts.tag, "diffusers", "diffusers-training", *adapter]
+    data = ModelCardData(library_name="diffusers", pipeline_tag=facts.tag, tags=tags, inference=True, **known)
+    return data.to_yaml() + "\n"
 
 
-def upload(folder: Path, repository: str, options: HubOptions) -> None:
-    """Uploads only the result and its card; a failed upload is a warning, as the result is still in the folder."""
-    from huggingface_hub import upload_folder
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            token=options.hub_token,
-            commit_message="End of training",
-            allow_patterns=result_files(folder),
-        )
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # hf_xet raises RuntimeError
-        reason = _without_token(error, options)
-        logger.warning(
-            "upload to %s failed: %s; the result is in %s; upload it with `hf upload`", repository, reason, folder
-        )
+def _shown_on_hub(sample: Sample, negative_prompt: str) -> dict[str, object]:
+    """A sample as the Hub's gallery takes it."""
+    settings = {"parameters": {"negative_prompt": one_line(negative_prompt)}} if negative_prompt else {}
+    return {"text": one_line(sample.caption), **settings, "output": {"url": sample.file}}
 
 
-def _without_token(error: BaseException, options: HubOptions) -> str:
-    """Returns an error in one line, with the given token masked."""
-    reason = first_line(error)
-    return reason.replace(options.hub_token, "***") if options.hub_token else reason
+def _head(title: str, facts: CardFacts, base: BaseModel | None) -> list[str]:
+    """The first paragraphs: what the model is, what is wrong with it, its licence and its trigger words."""
+    paragraphs = [f"# {markdown(title)}", _origin(facts, base)]
+    if facts.verdict:
+        paragraphs.append(f"**The training has diverged: {facts.verdict}.**")
+    if facts.failures:
+        found = "\n".join(f"- {markdown(each)}" for each in facts.failures)
+        paragraphs.append(f"**The check of the exported files failed; they may draw other images:**\n\n{found}")
+    if base is not None:
+        paragraphs.append(_licence(base))
+    if facts.trigger_words:
+        words = ", ".join(f"**{markdown(word)}**" for word in facts.trigger_words)
+        paragraphs.append(f"Trigger words: {words}")
+    return paragraphs
 
 
-def _quoted(name: str | None) -> str:
-    """Returns a name as a Python string literal that can't end a Markdown code block."""
-    return json.dumps(name).replace("`", "\\u0060")
+def _origin(facts: CardFacts, base: BaseModel | None) -> str:
+    """The sentence that says what the model is, and from what it was trained."""
+    name = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}.get(facts.adaptation, facts.adaptation)
+    data = f"on **{markdown(facts.data)}**"
+    if base is None:
+        return f"This pipeline was trained from scratch {data}."
+    if facts.is_adapter:
+        return f"{'DoRA' if facts.is_dora else name} weights for **{markdown(base.name)}**, trained {data}."
+    return f"This pipeline was fine-tuned from **{markdown(base.name)}** {data}."
+
+
+def _licence(base: BaseModel) -> str:
+    """The sentence on the licence of the base model."""
+    licence = base.licence
+    if licence is None:
+        return "The card of the base model names no licence; ask its author before you pass this model on."
+    names = ", ".join(f"**{markdown(each)}**" for each in licence.identifiers)
+    more = ", ".join(markdown(each) for each in (licence.name, licence.link) if each)
+    return f"Licence of the base model, as its own card says: {names}{f' ({more})' if more else ''}."
+
+
+def _samples(folder: Path, samples: Sequence[Sample], facts: CardFacts) -> str:
+    """The grid of samples and their prompts."""
+    if not samples or not (folder / GRID).is_file():
+        return "None were drawn."
+    listed = [each.caption for each in samples[:LISTED]]
+    lines = "\n".join(f"{number}. {markdown(caption)}" for number, caption in enumerate(listed, 1))
+    left = f"\n\nand {len(samples) - LISTED} more" if len(samples) > LISTED else ""
+    rows = math.ceil(len(samples) / COLUMNS)
+    order = ", row by row" if rows > 1 else ", from left to right"
+    what = "of these prompts" if facts.tag == "text-to-image" else "of the model"
+    negative = f"\n\nNegative prompt: {markdown(facts.negative_prompt)}" if facts.negative_prompt else ""
+    return f"![samples](./{GRID})\n\nSamples {what}{order}:\n\n{lines}{left}{negative}"

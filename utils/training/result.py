@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from utils.config.options import Diverged, WrongExport
 from utils.sampling.samples import Sample
+from utils.training.card_facts import CardFacts
 from utils.training.data import TrainingData
 from utils.training.description import card_settings
 from utils.training.exchange import record_outcome
-from utils.training.model_card import CardFacts, publish
+from utils.training.model_card import publish
 from utils.training.options import TrainingOptions
 from utils.training.session import Session
 from utils.training.state import TrainingState, evaluating

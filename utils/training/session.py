@@ -21,8 +21,8 @@ from utils.runtime.stop_requests import StopRequests
 from utils.sampling.controls import SamplingControls
 from utils.sampling.samples import Surroundings
 from utils.training.compatibility import check_output_folder, check_speed, check_stepping
+from utils.training.hub_upload import create_repository
 from utils.training.log import start_trackers
-from utils.training.model_card import create_repository
 from utils.training.options import TrainingOptions
 from utils.training.resume import Resumption, find_resumption
 

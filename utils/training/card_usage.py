@@ -1,0 +1,108 @@
+"""The part of a model card that says how to use the result: in diffusers, and in tools with a user interface."""
+
+import shlex
+from pathlib import Path
+
+from utils.models.base_card import BaseModel
+from utils.sampling.infotext import short_hash
+from utils.training.card_facts import CardFacts, quoted
+from utils.training.exported import ExportedFiles
+
+DORA_NOTE = (
+    "This adapter is a DoRA, and no file of one is right in every tool: peft, kohya's scripts and LyCORIS divide by "
+    "the norm of the sum of base and update, ComfyUI (as of 0.3.77) by that of the base alone, and diffusers reads a "
+    "DoRA in kohya's names as a plain LoRA without a word. The files of this run have LyCORIS' convention, so ComfyUI "
+    "draws other images with them. {cure} is right in all tools."
+)
+
+
+def in_diffusers(facts: CardFacts, base: BaseModel | None, own: str, is_on_hub: bool, files: ExportedFiles) -> str:
+    """Returns Markdown with the code that loads the result in diffusers and draws an image.
+
+    Args:
+        own: the Hub repository that it is uploaded to, or the name of the output folder.
+        is_on_hub: which of the two it is.
+    """
+    imports, lines, notes = ["from diffusers import DiffusionPipeline"], [], []
+    more = f", {facts.load_arguments}" if facts.load_arguments else ""
+    if not facts.is_adapter or base is None:
+        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({quoted(own)}{more})")
+    elif facts.adaptation == "lora":
+        lines += [*_base_lines(facts, base, imports), f"pipeline.load_lora_weights({quoted(own)})"]
+        if files.fused is not None:
+            notes.append("`fused/` is the base model with the adapter merged in: a pipeline folder of its own.")
+    else:
+        if is_on_hub:
+            imports.append("from huggingface_hub import snapshot_download")
+            lines.append(f'folder = snapshot_download({quoted(own)}, allow_patterns="fused/*")')
+        place = 'f"{folder}/fused"' if is_on_hub else quoted(f"{own}/fused")
+        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({place}{more})")
+        notes.append("diffusers does not read this kind of adapter; `fused/` is the base model with it merged in.")
+    if files.best is not None:
+        notes.append("`best/` is the result at the step with the lowest validation loss.")
+    if "torch." in "".join(lines):
+        imports.insert(0, "import torch")
+    code = "\n".join([*imports, "", *lines, 'pipeline = pipeline.to("cuda")', f"image = {facts.call}.images[0]"])
+    return "\n\n".join([f"```python\n{code}\n```", *notes])
+
+
+def in_other_tools(facts: CardFacts, folder: Path, files: ExportedFiles) -> str:
+    """Returns Markdown that says where to put the files that the run wrote for ComfyUI, A1111 and others; "" for none.
+
+    Only files that the run wrote are named.
+    """
+    if facts.tag != "text-to-image":
+        return ""
+    # Files, each with the folders that it belongs in.
+    rows = []
+    for file in filter(None, (files.single, files.fused_single)):
+        rows.append((file, f" (model hash {short_hash(file)})", "models/checkpoints", "models/Stable-diffusion"))
+    if files.ui is not None:
+        rows.append((files.ui, "", "models/loras", "models/Lora"))
+    said = []
+    if rows:
+        lines = [
+            f"| `{_literal(file.relative_to(folder).as_posix())}`{digest} | `{comfy}` | `{web}` |"
+            for file, digest, comfy, web in rows
+        ]
+        said.append("\n".join(["| file | ComfyUI | A1111, Forge |", "|---|---|---|", *lines]))
+    else:
+        words = [folder.resolve().name, "OUT.safetensors", "--to", "kohya" if facts.is_adapter else "single_file"]
+        said.append(
+            "ComfyUI, A1111 and Forge read single files, and this run wrote none for them; this command does: "
+            f"`python -m utils.tools.convert {_literal(shlex.join(words))}`"
+        )
+    if files.ui is not None:
+        prompt = ", ".join([f"<lora:{files.ui.stem}:1>", *facts.trigger_words])
+        said.append(f"In A1111 and Forge, write `{_literal(prompt)}` into the prompt.")
+
+    # Folders, and what to set or to know.
+    if files.fused is not None or not facts.is_adapter:
+        what = "the folder `fused/`" if facts.is_adapter else "the whole folder"
+        said.append(f"InvokeAI and SD.Next read {what} as it is, in diffusers' layout.")
+    if facts.is_dora:
+        cure = "`fused/`" if files.fused is not None else "A merged model (`--export_fused`)"
+        said.append(DORA_NOTE.format(cure=cure if files.fused_single is None else "The single file in `fused/`"))
+    return "\n\n".join([*said, *facts.ui_notes])
+
+
+def _base_lines(facts: CardFacts, base: BaseModel, imports: list[str]) -> list[str]:
+    """Lines that load the base model of an adapter, with the scheduler that it was trained for; adds to `imports`."""
+    given = {name: value for name, value in facts.base_arguments.items() if value is not None and base.is_on_hub}
+    arguments = ", ".join([quoted(base.name), *(f"{name}={value!r}" for name, value in given.items())])
+    is_file = base.name.endswith(".safetensors")
+    loader = f"{facts.pipeline_class}.from_single_file" if is_file else "DiffusionPipeline.from_pretrained"
+    if is_file:
+        imports[0] = f"from diffusers import {facts.pipeline_class}"
+    lines = [f"pipeline = {loader}({arguments}){'' if base.is_on_hub else '  # the base model'}"]
+    if facts.scheduler_changes:
+        names = sorted([facts.scheduler_class, imports[0].removeprefix("from diffusers import ")])
+        imports[0] = f"from diffusers import {', '.join(names)}"
+        changes = ", ".join(f"{name}={value!r}" for name, value in facts.scheduler_changes.items())
+        lines.append(f"pipeline.scheduler = {facts.scheduler_class}.from_config(pipeline.scheduler.config, {changes})")
+    return lines
+
+
+def _literal(text: str) -> str:
+    """Text for inline code in a table, which knows no escapes."""
+    return " ".join(text.replace("`", "'").replace("|", "/").split())
