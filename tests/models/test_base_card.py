@@ -47,7 +47,7 @@ def test_a_card_without_front_matter_names_none(tmp_path, text):
 
 
 def test_a_card_that_is_no_text_names_none(tmp_path):
-    assert BaseModel.read(str(tmp_path)).licence is None
+    assert BaseModel.read(str(tmp_path)) == BaseModel(tmp_path.name, False, None, "")
     (tmp_path / "README.md").write_bytes(np.random.default_rng(0).bytes(500))
     assert BaseModel.read(str(tmp_path)).licence is None
 
@@ -67,7 +67,7 @@ def test_a_hub_name_whose_card_is_cached(tmp_path, monkeypatch):
 
 
 def test_a_hub_name_whose_card_can_not_be_had():
-    assert BaseModel.read("owner/not-there") == BaseModel("owner/not-there", True, None)
+    assert BaseModel.read("owner/not-there") == BaseModel("owner/not-there", True, None, "")
 
 
 @pytest.mark.parametrize("metadata", [{"modelspec.license": "CreativeML Open RAIL++-M"}, {"other": "x"}, None])
@@ -75,7 +75,7 @@ def test_the_licence_of_a_single_file(tmp_path, metadata):
     save_file({"a": torch.zeros(1)}, tmp_path / "base.safetensors", metadata)
     said = (metadata or {}).get("modelspec.license")
     licence = None if said is None else Licence((said,))
-    assert BaseModel.read(str(tmp_path / "base.safetensors")) == BaseModel("base.safetensors", False, licence)
+    assert BaseModel.read(str(tmp_path / "base.safetensors")) == BaseModel("base.safetensors", False, licence, "file")
 
 
 def test_a_damaged_file_names_none(tmp_path):

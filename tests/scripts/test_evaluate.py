@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from tests import tiny
 from tests.comparing import assert_same, images_in
@@ -301,3 +302,15 @@ def test_features_come_in_halves_where_memory_is_short(evaluate, pipelines, flag
     for name in ("kid", "lpips_diversity"):
         values = [each["entries"]["pipeline"]["scores"][name]["value"] for each in (whole, halves)]
         assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_images_carry_the_web_uis_line_of_settings(evaluate, pipelines):
+    flags = ["--prompts", "a red, square", "--negative_prompt", "blue", "--images_per_prompt", 1, "--metrics", "none"]
+    _, out = evaluate("--pipeline", pipelines["sd"], *flags, "--scheduler", "euler", "--guidance_scale", 3)
+    (file,) = out.rglob("00000_*.png")
+    info = Image.open(file).info
+    assert info["parameters"] == (
+        "a red, square\nNegative prompt: blue\nSteps: 2, Sampler: Euler, Schedule type: Uniform, CFG scale: 3, "
+        f"Seed: {info['seed']}, Size: 32x32, Model: sd, RNG: CPU"
+    )
+    assert info["prompt"] == "a red, square"

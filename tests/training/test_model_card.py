@@ -83,7 +83,7 @@ def test_a_full_model_of_the_hub(folder):
     assert front["pipeline_tag"] == "text-to-image"
     assert "lora" not in front["tags"]
     assert "license" not in front
-    assert "names no licence" in body
+    assert "has no card here that names a licence" in body
     assert "None were drawn." in body
     assert 'from_pretrained("me/my-model", torch_dtype=torch.float16, variant="fp16")' in code(body)
     assert code(body).startswith("import torch\n")

@@ -46,24 +46,26 @@ class BaseModel:
         name: its Hub name, or the name of its folder or file; never a path.
         is_on_hub: whether `name` is a Hub name.
         licence: its licence; None if its card or file names none.
+        said_by: where the licence would be: card or file; empty if there is neither.
     """
 
     name: str
     is_on_hub: bool
     licence: Licence | None
+    said_by: str = "card"
 
     @classmethod
     def read(cls, path: str, revision: str | None = None) -> "BaseModel":
         """Returns what is known of a folder, Hub name or single file; the card of a Hub name is small and fetched."""
         place = Path(path)
         if place.is_file():
-            return cls(place.name, False, _licence_in_file(place))
+            return cls(place.name, False, _licence_in_file(place), "file")
         if place.is_dir():
-            name = _cached_name(place.resolve())
-            known = _licence_in_card(place / CARD, name)
-            return cls(name or place.resolve().name, bool(name), known)
+            hub_name, card = _cached_name(place.resolve()), place / CARD
+            said_by, name = "card" if card.is_file() else "", hub_name or place.resolve().name
+            return cls(name, bool(hub_name), _licence_in_card(card, hub_name), said_by)
         card = _hub_card(path, revision)
-        return cls(path, True, None if card is None else _licence_in_card(card, path))
+        return cls(path, True, None, "") if card is None else cls(path, True, _licence_in_card(card, path))
 
 
 def _cached_name(folder: Path) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from PIL.PngImagePlugin import PngInfo
 
 from utils.config.terminal import json_text
-from utils.config.user_files import open_regular
+from utils.config.user_files import FileError, open_regular
 from utils.runtime.processes import began_at
 
 if TYPE_CHECKING:
@@ -140,11 +140,14 @@ def single_file_of(folder: Path) -> Path | None:
 
 
 def short_hash(file: Path | None) -> str:
-    """Returns the first digits of a file's SHA-256, which the web UI calls the model hash; "" without a file."""
+    """Returns the first digits of a file's SHA-256, which the web UI calls the model hash; "" if it can't be read."""
     if file is None:
         return ""
-    facts = os.stat(file)
-    return _sha256(file.resolve(), facts.st_size, facts.st_mtime_ns)[:HASH_DIGITS]
+    try:
+        facts = os.stat(file)
+        return _sha256(file.resolve(), facts.st_size, facts.st_mtime_ns)[:HASH_DIGITS]
+    except (OSError, FileError):
+        return ""
 
 
 @lru_cache(maxsize=16)

@@ -56,7 +56,9 @@ def in_other_tools(facts: CardFacts, folder: Path, files: ExportedFiles) -> str:
     # Files, each with the folders that it belongs in.
     rows = []
     for file in filter(None, (files.single, files.fused_single)):
-        rows.append((file, f" (model hash {short_hash(file)})", "models/checkpoints", "models/Stable-diffusion"))
+        digest = short_hash(file)
+        said_hash = f" (model hash {digest})" if digest else ""
+        rows.append((file, said_hash, "models/checkpoints", "models/Stable-diffusion"))
     if files.ui is not None:
         rows.append((files.ui, "", "models/loras", "models/Lora"))
     said = []

@@ -21,6 +21,7 @@ from utils.training.options import HubOptions
 
 logger = logging.getLogger(__name__)
 COLUMNS = 4  # of the grid of samples
+NO_CARD = "The base model has no card here that names a licence"
 LISTED = 16  # most prompts of samples, and most images of the Hub's gallery
 
 
@@ -128,10 +129,13 @@ def _licence(base: BaseModel) -> str:
     """The sentence on the licence of the base model."""
     licence = base.licence
     if licence is None:
-        return "The card of the base model names no licence; ask its author before you pass this model on."
+        what = (
+            f"The {base.said_by} of the base model names no licence" if base.said_by else "The base model has no card"
+        )
+        return f"{what}{'' if base.said_by else ' here that names a licence'}; ask its author before you pass this on."
     names = ", ".join(f"**{markdown(each)}**" for each in licence.identifiers)
     more = ", ".join(markdown(each) for each in (licence.name, licence.link) if each)
-    return f"Licence of the base model, as its own card says: {names}{f' ({more})' if more else ''}."
+    return f"Licence of the base model, as its own {base.said_by} says: {names}{f' ({more})' if more else ''}."
 
 
 def _samples(folder: Path, samples: Sequence[Sample], facts: CardFacts) -> str:

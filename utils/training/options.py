@@ -572,5 +572,7 @@ class TrainingOptions:
     @property
     def data_name(self) -> str:
         """The name of the dataset, or of its folder or file."""
-        source = self.source
-        return source.dataset_name or Path(source.train_data_dir or self.data.dataset_file).name
+        name = self.source.dataset_name
+        if name is not None and not Path(name).exists():
+            return name
+        return Path(name or self.source.train_data_dir or self.data.dataset_file).resolve().name
