@@ -235,6 +235,7 @@ class Drawer:
         self._seed = seed
         self._device = device
         self._requests = requests
+        self._model: DrawnModel | None = None
         self._is_placed, live = in_memory is not None, in_memory or InMemory()
         self._more, self._encode, self._around = dict(live.arguments), live.encode, live.around
         self._eta = options.eta or 0.0
@@ -334,6 +335,7 @@ class Drawer:
         Raises:
             ProcessError: if an image can't be drawn or written.
         """
+        self._model = model
         rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         left = [task for task in tasks[rank::count] if not is_whole(folder / f"{task.name}.png")]
         if not self._is_placed:
@@ -353,7 +355,7 @@ class Drawer:
                 if images is None:
                     continue
                 for task, pixels in zip(batch, images, strict=True):
-                    self._save(pixels, task, folder / f"{task.name}.png", model)
+                    self._save(pixels, task, folder / f"{task.name}.png")
                 left = left[len(batch) :]
                 bar.update(len(batch))
                 self._batch_size.worked(len(batch))
@@ -459,7 +461,7 @@ class Drawer:
         edge = (sample if isinstance(sample, int) else sample[0]) * getattr(pipeline, "vae_scale_factor", 1)
         return self._options.width or edge, self._options.height or edge
 
-    def _drawing(self, task: Task, size: tuple[int, int], model: DrawnModel | None) -> Drawing:
+    def _drawing(self, task: Task, size: tuple[int, int]) -> Drawing:
         """The settings of an image; `size` is its width and height in pixels."""
         options, prompt, pipeline = self._options, task.prompt, self.pipeline
         given = {"num_inference_steps": options.num_inference_steps or self._fitting_steps}
@@ -479,11 +481,11 @@ class Drawer:
             guidance=known["guidance_scale"],
             prompt="" if is_class else prompt.text or "",
             negative_prompt=options.negative_prompt or "",
-            model=model,
+            model=self._model,
             more=more,
         )
 
-    def _save(self, pixels: np.ndarray, task: Task, path: Path, model: DrawnModel | None) -> None:
+    def _save(self, pixels: np.ndarray, task: Task, path: Path) -> None:
         """Writes a PNG atomically, with its prompt, class, seed and state as PNG text."""
         prompt, (height, width) = task.prompt, pixels.shape[:2]
         facts = {
@@ -492,7 +494,7 @@ class Drawer:
             "seed": image_seed(self._seed, task.number, task.sample),
             STATE_KEY: state_of(pixels),
         }
-        text = png_texts(facts, self._drawing(task, (width, height), model))
+        text = png_texts(facts, self._drawing(task, (width, height)))
         finite = np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)
         rounded = (finite.clip(0, 1) * 255).round().astype(np.uint8)
         path.parent.mkdir(parents=True, exist_ok=True)

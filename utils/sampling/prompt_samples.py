@@ -64,7 +64,8 @@ class PromptSampler:
         The pipeline's models must be in evaluation mode, and hold the weights to draw with.
         """
         name = LAST if is_last else f"step-{progress.step}"
-        model = self._model.exported(self._surroundings.folder) if self._model and is_last else self._model
+        if is_last and self._model is not None:
+            self._model = self._model.exported(self._surroundings.folder)
         mine = dict(self._surroundings.share(list(enumerate(self._requests))))
         drawn = []
         if self._requests:
@@ -76,7 +77,7 @@ class PromptSampler:
             for index, image in zip(mine, self._draw(list(mine.values())), strict=False):
                 file = self._folder / name / f"{mine[index].name}.png"
                 with or_without(file):
-                    self._save(image, mine[index], file, model)
+                    self._save(image, mine[index], file)
                 drawn.append((index, image))
         shared = self._surroundings.gather(drawn)
         requests, folder = self._requests, f"{self._folder.name}/{name}"
@@ -129,7 +130,7 @@ class PromptSampler:
                 output_type="latent",
             ).images
 
-    def _save(self, image: Image.Image, request: SampleRequest, path: Path, model: DrawnModel | None) -> None:
+    def _save(self, image: Image.Image, request: SampleRequest, path: Path) -> None:
         """Writes a PNG with its prompt, seed and settings as PNG text."""
         path.parent.mkdir(parents=True, exist_ok=True)
         family, guidance = self._family, self._options.validation_guidance_scale
@@ -141,7 +142,7 @@ class PromptSampler:
             guidance=call_default(family.pipeline, "guidance_scale") if guidance is None else guidance,
             prompt=request.prompt,
             negative_prompt=self._options.validation_negative_prompt or "",
-            model=model,
+            model=self._model,
             more=[("Clip skip", family.clip_skip_of_uis)],
         )
         facts = {

@@ -129,10 +129,8 @@ def _licence(base: BaseModel) -> str:
     """The sentence on the licence of the base model."""
     licence = base.licence
     if licence is None:
-        what = (
-            f"The {base.said_by} of the base model names no licence" if base.said_by else "The base model has no card"
-        )
-        return f"{what}{'' if base.said_by else ' here that names a licence'}; ask its author before you pass this on."
+        found = f"The {base.said_by} of the base model names no licence" if base.said_by else NO_CARD
+        return f"{found}; ask its author before you pass this model on."
     names = ", ".join(f"**{markdown(each)}**" for each in licence.identifiers)
     more = ", ".join(markdown(each) for each in (licence.name, licence.link) if each)
     return f"Licence of the base model, as its own {base.said_by} says: {names}{f' ({more})' if more else ''}."
