@@ -11,7 +11,7 @@ from PIL import Image
 
 from utils.runtime.processes import LOCK
 from utils.sampling.samples import Sample
-from utils.training.card_facts import CardFacts
+from utils.training.card_facts import CardFacts, load_arguments
 from utils.training.card_files import is_own_card
 from utils.training.exported import ExportedFiles
 from utils.training.model_card import publish, write_card
@@ -113,6 +113,32 @@ def test_a_lora_of_a_base_with_another_schedule(folder):
     assert "pipeline = DiffusionPipeline.from_pretrained(\"owner/base\", variant='fp16')" in lines
     assert "from_config(pipeline.scheduler.config, prediction_type='v_prediction', trained_betas=None)" in code(body)
     assert 'pipeline.load_lora_weights("my-model")' in lines
+
+
+def test_a_lora_in_the_names_of_uis_alone(folder):
+    exports(folder, "ui/my-model.safetensors")
+    lines = code(card(folder, CardFacts("owner/base", "fox", "lora"))[1])
+    assert 'load_lora_weights("my-model", subfolder="ui", weight_name="my-model.safetensors")' in lines
+    _, body = card(folder, CardFacts("owner/base", "fox", "lora", is_dora=True))  # diffusers would leave the norms out
+    assert "load_lora_weights" not in body
+    assert "`--export_fused` does" in body
+    exports(folder, "pytorch_lora_weights.safetensors")
+    assert 'load_lora_weights("my-model")' in code(
+        card(folder, CardFacts("owner/base", "fox", "lora", is_dora=True))[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "variant", "arguments"),
+    [
+        ("fp32", None, ""),
+        ("fp16", "fp16", 'torch_dtype=torch.float16, variant="fp16"'),
+        ("bf16", None, "torch_dtype=torch.bfloat16"),
+        ("fp32", "x", 'variant="x"'),
+    ],
+)
+def test_what_to_pass_when_loading(dtype, variant, arguments):
+    assert load_arguments(dtype, variant) == arguments
 
 
 def test_a_lora_of_a_single_file(folder, tmp_path):

@@ -27,8 +27,9 @@ def in_diffusers(facts: CardFacts, base: BaseModel | None, own: str, is_on_hub: 
     more = f", {facts.load_arguments}" if facts.load_arguments else ""
     if not facts.is_adapter or base is None:
         lines.append(f"pipeline = DiffusionPipeline.from_pretrained({quoted(own)}{more})")
-    elif facts.adaptation == "lora":
-        lines += [*_base_lines(facts, base, imports), f"pipeline.load_lora_weights({quoted(own)})"]
+    elif facts.adaptation == "lora" and (files.lora is not None or not facts.is_dora):
+        place = "" if files.lora or not files.ui else f', subfolder="ui", weight_name={quoted(files.ui.name)}'
+        lines += [*_base_lines(facts, base, imports), f"pipeline.load_lora_weights({quoted(own)}{place})"]
         if files.fused is not None:
             notes.append("`fused/` is the base model with the adapter merged in: a pipeline folder of its own.")
     else:
@@ -38,6 +39,8 @@ def in_diffusers(facts: CardFacts, base: BaseModel | None, own: str, is_on_hub: 
         place = 'f"{folder}/fused"' if is_on_hub else quoted(f"{own}/fused")
         lines.append(f"pipeline = DiffusionPipeline.from_pretrained({place}{more})")
         notes.append("diffusers does not read this kind of adapter; `fused/` is the base model with it merged in.")
+        if files.fused is None:
+            notes.append("This run did not write `fused/`; `--export_fused` does.")
     if files.best is not None:
         notes.append("`best/` is the result at the step with the lowest validation loss.")
     if "torch." in "".join(lines):

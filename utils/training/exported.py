@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from utils.models.lora_files import LORA_FILE
 from utils.runtime.processes import began_at
 from utils.sampling.infotext import single_file_of
 
@@ -20,6 +21,7 @@ class ExportedFiles:
         fused: the folder of the base pipeline with the adapter merged in.
         fused_single: the same as one file.
         ui: the adapter in the names that UIs read.
+        lora: the LoRA in the names that diffusers reads.
         best: the folder of the result with the lowest validation loss.
     """
 
@@ -27,12 +29,14 @@ class ExportedFiles:
     fused: Path | None = None
     fused_single: Path | None = None
     ui: Path | None = None
+    lora: Path | None = None
     best: Path | None = None
 
     @classmethod
     def of_run(cls, folder: Path) -> Self:
         """Returns what the run that holds an output folder has written into it; warns of what earlier runs left."""
         fused, ui = folder / "fused", folder / "ui" / f"{folder.resolve().name}.safetensors"
+        lora = folder / LORA_FILE
         is_fused = _is_new(fused / "model_index.json", folder)
         singles = [each for each in sorted(fused.glob("*.safetensors")) if is_fused and _is_new(each, folder)]
         single = single_file_of(folder)
@@ -42,6 +46,7 @@ class ExportedFiles:
             fused=fused if is_fused else None,
             fused_single=singles[0] if singles else None,
             ui=ui if _is_new(ui, folder) else None,
+            lora=lora if _is_new(lora, folder) else None,
             best=best if best.is_dir() else None,
         )
 

@@ -60,10 +60,11 @@ def result_files(folder: Path, exported: ExportedFiles) -> list[str]:
     parts = [name for name in index if not name.startswith("_") and (folder / name).is_dir()]
     adapters = [path.parent.name for path in folder.glob("*/adapter_config.json")]
     parts += [name for name in adapters if not name.endswith("_ema")]
-    files = ["model_index.json", "pipeline.py", "pytorch_lora_weights.safetensors"]
+    files = ["model_index.json", "pipeline.py"]
 
     # The same for other tools, fused, and with the lowest validation loss; the card with its samples.
-    files += [each.relative_to(folder).as_posix() for each in (exported.single, exported.ui) if each is not None]
+    others = filter(None, (exported.lora, exported.single, exported.ui))
+    files += [each.relative_to(folder).as_posix() for each in others]
     parts += [each.name for each in (exported.fused, exported.best) if each is not None]
     files += [CARD, GRID] if is_own_card(folder / CARD) else [CARD, OTHER_CARD, GRID]
     found = [glob.escape(name) for name in files if (folder / name).is_file()]
