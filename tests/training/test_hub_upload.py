@@ -24,9 +24,9 @@ RESULT = {
     ],
     "loha": ["unet/adapter_config.json", "unet/adapter_model.safetensors", "fused/model_index.json"],
 }
-SAMPLES = ["samples/final/00_0.png", "val_imgs_grid.png"]
+SAMPLES = ["gallery/0.png", "val_imgs_grid.png"]
 OTHERS = [
-    *("run.json", "metrics.jsonl", "logs/events", "checkpoint-2/unet/config.json", "samples/step-1/00_0.png"),
+    *("run.json", "metrics.jsonl", "logs/events", "checkpoint-2/unet/config.json", "samples/final/00_0.png"),
     *("other.safetensors", "my 1 model.safetensors", "ui/other.safetensors", "unet_ema/adapter_config.json"),
     *("data_report.json", ".cache/huggingface/x", "notes.md", "MODEL_CARD.md"),
 ]

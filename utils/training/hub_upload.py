@@ -14,7 +14,7 @@ from utils.training.exported import ExportedFiles
 from utils.training.options import HubOptions
 
 logger = logging.getLogger(__name__)
-GRID = "val_imgs_grid.png"
+GRID, GALLERY = "val_imgs_grid.png", "gallery"  # samples as one image, and a folder of them
 LONGEST_COMMAND = 10_000  # characters
 
 
@@ -69,7 +69,7 @@ def result_files(folder: Path, exported: ExportedFiles) -> list[str]:
     files += [CARD, GRID] if is_own_card(folder / CARD) else [CARD, OTHER_CARD, GRID]
     found = [glob.escape(name) for name in files if (folder / name).is_file()]
     found += [f"{glob.escape(name)}/**" for name in dict.fromkeys(parts) if (folder / name).is_dir()]
-    return [*found, *(["samples/final/*.png"] if (folder / "samples" / "final").is_dir() else [])]
+    return [*found, *([f"{GALLERY}/*.png"] if (folder / GALLERY).is_dir() else [])]
 
 
 def upload(folder: Path, repository: str, options: HubOptions, files: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from utils.training.card_facts import CardFacts
 from utils.training.card_files import write_card_file
 from utils.training.card_usage import in_diffusers, in_other_tools
 from utils.training.exported import ExportedFiles
-from utils.training.hub_upload import GRID, result_files, upload, upload_command
+from utils.training.hub_upload import GALLERY, GRID, result_files, upload, upload_command
 from utils.training.options import HubOptions
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def write_card(
     base = None
     if facts.base_model is not None:
         base = BaseModel.read(facts.base_model, revision if isinstance(revision, str) else None)
+    gallery = _copied(folder, samples[:LISTED] if facts.tag == "text-to-image" else [])
     with or_without(folder / GRID):
         (folder / GRID).unlink(missing_ok=True)
         if samples:
@@ -66,10 +68,24 @@ def write_card(
     body += ["## Use it in other tools", elsewhere] if elsewhere else []
     table = "\n".join(f"| {markdown_cell(name)} | {markdown_cell(value)} |" for name, value in facts.settings)
     body += ["## Training", f"| setting | value |\n|---|---|\n{table}"]
-    return write_card_file(folder, f"---\n{_metadata(folder, facts, base, samples)}---\n\n" + "\n\n".join(body))
+    return write_card_file(folder, f"---\n{_metadata(facts, base, gallery)}---\n\n" + "\n\n".join(body))
 
 
-def _metadata(folder: Path, facts: CardFacts, base: BaseModel | None, samples: Sequence[Sample]) -> str:
+def _copied(folder: Path, samples: Sequence[Sample]) -> list[Sample]:
+    """Copies samples, with their PNG texts, to where the Hub's gallery finds them; returns those that are there."""
+    target, found = folder / GALLERY, []
+    with or_without(target):
+        for old in target.glob("[0-9]*.png"):
+            old.unlink()
+        for number, sample in enumerate(samples):
+            if sample.file and (folder / sample.file).is_file():
+                target.mkdir(exist_ok=True)
+                shutil.copyfile(folder / sample.file, target / f"{number}.png")
+                found.append(sample._replace(file=f"{GALLERY}/{number}.png"))
+    return found
+
+
+def _metadata(facts: CardFacts, base: BaseModel | None, gallery: Sequence[Sample]) -> str:
     """The front matter: YAML that the Hub reads, with the names that it knows."""
     from huggingface_hub import ModelCardData
 
@@ -83,9 +99,8 @@ def _metadata(folder: Path, facts: CardFacts, base: BaseModel | None, samples: S
         known |= {"base_model": base.name, "base_model_relation": "adapter" if facts.is_adapter else "finetune"}
     if facts.trigger_words:
         known["instance_prompt"] = one_line(", ".join(facts.trigger_words))
-    shown = [each for each in samples if each.file and (folder / each.file).is_file()][:LISTED]
-    if shown and facts.tag == "text-to-image":
-        known["widget"] = [_shown_on_hub(each, facts.negative_prompt) for each in shown]
+    if gallery:
+        known["widget"] = [_shown_on_hub(each, facts.negative_prompt) for each in gallery]
     adapter = ["lora", "template:sd-lora"] if facts.adaptation == "lora" else []
     tags = [facts.tag, "diffusers", "diffusers-training", *adapter]
     data = ModelCardData(library_name="diffusers", pipeline_tag=facts.tag, tags=tags, inference=True, **known)
