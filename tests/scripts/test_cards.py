@@ -1,5 +1,6 @@
 """Whole runs leave a model card, and samples whose texts the web UI reads."""
 
+import hashlib
 import re
 
 import pytest
@@ -64,24 +65,27 @@ def test_an_unconditional_run_writes_its_card(train, kind):
     assert ("Class: cat" in said) == (kind == "labels")
 
 
-def test_the_hash_of_the_single_file_is_in_the_last_samples(train, monkeypatch):
-    from utils.sampling.infotext import short_hash
-    from utils.training.state import TrainingState
-
-    plain = TrainingState.export
-
-    def export(state, folder):
-        plain(state, folder)
-        (folder / "out.safetensors").write_bytes(b"weights")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingState, "export", export)
-        out = train("sd", *DRAWN, "--validation_prompts", "a fox")
-    digest = short_hash(out / "out.safetensors")
+@pytest.mark.slow
+def test_the_hash_of_the_single_file_is_in_the_last_samples(train):
+    more = ["--export_single_file", "--export_dtype", "fp16", "--export_variant", "fp16"]
+    out = train("sd", *DRAWN, "--validation_prompts", "a fox", *more)
+    digest = hashlib.sha256((out / "out.safetensors").read_bytes()).hexdigest()[:10]
     png = out / "samples" / "final" / "00_0.png"
     assert f"Model hash: {digest}" in Image.open(png).info["parameters"]
     assert f"`out.safetensors` (model hash {digest})" in (out / "README.md").read_text()
+    assert 'from_pretrained("out", torch_dtype=torch.float16, variant="fp16")' in (out / "README.md").read_text()
     # A run that exports none does not name the one that is left.
     train("sd", *DRAWN, "--validation_prompts", "a fox", "--overwrite_output_dir")
     assert "Model hash" not in Image.open(png).info["parameters"]
     assert "out.safetensors`" not in (out / "README.md").read_text()
+
+
+def test_an_export_that_failed_its_check_is_in_the_card_and_not_uploaded(train, monkeypatch, caplog):
+    uploads = []
+    monkeypatch.setattr("utils.training.session.create_repository", lambda folder, options: "me/x")
+    monkeypatch.setattr("utils.training.model_card.upload", lambda *given: uploads.append(given))
+    monkeypatch.setattr("utils.training.result.wrong_export", lambda session, state: "unet: conv differs")
+    out = train("sd", "--max_train_steps", 1, "--push_to_hub", expect=1)
+    assert "unet: conv differs" in (out / "README.md").read_text()
+    assert "nothing is uploaded to me/x" in caplog.text
+    assert not uploads

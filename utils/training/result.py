@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from utils.config.options import Diverged, WrongExport
 from utils.sampling.samples import Sample
-from utils.training.card_facts import CardFacts
+from utils.training.card_facts import CardFacts, load_arguments
 from utils.training.data import TrainingData
 from utils.training.description import card_settings
 from utils.training.exchange import record_outcome
@@ -45,7 +45,7 @@ def finish(
     facts: CardFacts,
     samples: Sequence[Sample],
 ) -> None:
-    """Writes the final reports, uploads the result if requested, and logs the outcome of the run.
+    """Checks the result, writes the final reports, uploads it if requested, and logs the outcome of the run.
 
     Args:
         facts: content of the model card.
@@ -60,8 +60,15 @@ def finish(
     data.share_unreadable()
     data.write_report()
     verify(session, state)
+    wrong = wrong_export(session, state)
     if session.accelerator.is_main_process:
-        whole = replace(facts, settings=card_settings(options, data, state.step), verdict=state.verdict)
+        whole = replace(
+            facts,
+            load_arguments=load_arguments(options.export.export_dtype, options.export.export_variant),
+            settings=card_settings(options, data, state.step),
+            verdict=state.verdict,
+            failures=[wrong] if wrong else [],
+        )
         publish(session.folder.path, session.repository, options.hub, whole, samples)
     conclude(session, state)
 
