@@ -150,6 +150,16 @@ def test_values_that_fp16_cannot_hold_are_named(pipelines, tmp_path, caplog):
     assert "model.diffusion_model.out.2.bias" in line
 
 
+@pytest.mark.parametrize(("kind", "is_warned"), [("sd2", True), ("sdxl", False), ("sd", False)])
+def test_marks_that_tools_do_not_read_are_said(pipelines, tmp_path, caplog, kind, is_warned):
+    prediction = {"sdxl": "v_prediction", "sd": "epsilon"}.get(kind)
+    folder = pipelines[kind]
+    if prediction:
+        folder = edited(folder, tmp_path / "base", "scheduler", prediction_type=prediction)
+    write_single_file(folder, tmp_path / "x.safetensors")
+    assert any("ModelSamplingDiscrete" in record.message for record in caplog.records) == is_warned
+
+
 def test_what_a_file_cannot_say_is_said(pipelines, tmp_path, caplog):
     folder = edited(pipelines["sd"], tmp_path / "base", "scheduler", beta_end=0.02)
     edited(folder, tmp_path / "other", "vae", scaling_factor=0.5)

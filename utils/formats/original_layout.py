@@ -152,12 +152,14 @@ class OriginalModel:
         parts: its components, by their names in the pipeline.
         activations: activation of each text encoder that tools assume, since a file can't say it.
         scaling_factor: scaling factor of the latents that tools assume.
+        marks: marks of a noise schedule that tools look for in this architecture, or find out by its weights.
     """
 
     architecture: str
     parts: Mapping[str, OriginalPart]
     activations: Mapping[str, str]
     scaling_factor: float
+    marks: tuple[str, ...]
 
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."

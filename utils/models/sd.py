@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.batch import Conditioning
+from utils.formats.modelspec import V_MARK
 from utils.formats.original_layout import (
     UNET_PREFIX,
     VAE_PREFIX,
@@ -52,11 +53,12 @@ class StableDiffusion(TextFamily):
         if not _has_open_clip(configs):
             text = OriginalPart("cond_stage_model.transformer.", clip_layout)
             activations = {"text_encoder": "quick_gelu"}
-            return OriginalModel("stable-diffusion-v1", {**parts, "text_encoder": text}, activations, 0.18215)
+            return OriginalModel("stable-diffusion-v1", {**parts, "text_encoder": text}, activations, 0.18215, ())
         predicts_v = configs["scheduler"].get("prediction_type") == "v_prediction"
         architecture = "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"
         text = OriginalPart("cond_stage_model.model.", open_clip_layout)
-        return OriginalModel(architecture, {**parts, "text_encoder": text}, {"text_encoder": "gelu"}, 0.18215)
+        activations = {"text_encoder": "gelu"}
+        return OriginalModel(architecture, {**parts, "text_encoder": text}, activations, 0.18215, (V_MARK,))
 
     def _encode_chunks(self, input_ids: Tensor, unskipped: Tensor) -> TextStates:
         """Returns {"encoder_hidden_states": [N, tokens, width]} for [N, 1, tokens] input ids."""

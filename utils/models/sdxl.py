@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.batch import Conditioning
+from utils.formats.modelspec import V_MARK, ZERO_SNR_MARK
 from utils.formats.original_layout import (
     UNET_PREFIX,
     VAE_PREFIX,
@@ -49,7 +50,8 @@ class StableDiffusionXL(TextFamily):
             "text_encoder_2": OriginalPart("conditioner.embedders.1.model.", open_clip_layout),
         }
         activations = {"text_encoder": "quick_gelu", "text_encoder_2": "gelu"}
-        return OriginalModel("stable-diffusion-xl-v1-base", parts, activations, 0.13025)
+        marks = (V_MARK, ZERO_SNR_MARK)
+        return OriginalModel("stable-diffusion-xl-v1-base", parts, activations, 0.13025, marks)
 
     @property
     def has_zeros_without_prompt(self) -> bool:

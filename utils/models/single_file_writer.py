@@ -347,7 +347,14 @@ def unsaid(source: PipelineFolder, file: Path) -> list[str]:
             found.append(f"{usual} in {name}, but it has {source.configs[name].get('hidden_act', 'quick_gelu')}")
     if scheduler.get("prediction_type", "epsilon") == "sample":
         found.append("a prediction of noise or velocity, but it predicts the sample")
-    return [f"{file.name} can't say all that the folder's configs say: tools assume {each}" for each in found]
+    lines = [f"{file.name} can't say all that the folder's configs say: tools assume {each}" for each in found]
+    if unread := [mark for mark in schedule_marks(scheduler) if mark not in source.model.marks]:
+        lines.append(
+            f"{file.name}: tools look for the marks {', '.join(unread)} in SDXL alone, not in "
+            f"{source.model.architecture}: choose v-prediction (and zero SNR, for ztsnr) there by hand, in ComfyUI with "
+            "ModelSamplingDiscrete"
+        )
+    return lines
 
 
 def plain_name(name: str) -> str:
