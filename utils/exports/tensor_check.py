@@ -17,7 +17,7 @@ from utils.config.user_files import FileError
 from utils.formats.modelspec import V_MARK, ZERO_SNR_MARK, schedule_marks
 from utils.formats.tensor_files import TensorFile
 from utils.models.folder_form import FLOAT32, FolderForm, num_overflowed, overflow_text, rounded
-from utils.models.loading import names_of
+from utils.models.loading import loading, names_of
 from utils.models.single_file import converted, prefixes
 from utils.models.single_file_writer import PipelineFolder, plain_name
 from utils.models.weight_files import weight_files
@@ -222,7 +222,7 @@ def _on_meta(source: PipelineFolder, name: str) -> nn.Module:
     import transformers
 
     config = dict(source.configs[name])
-    with torch.device("meta"):
+    with loading(f"the config of {name}"), torch.device("meta"):
         if "_class_name" in config:
             kind = getattr(diffusers, config["_class_name"])
             return kind.from_config(config)

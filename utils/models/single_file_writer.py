@@ -351,8 +351,8 @@ def unsaid(source: PipelineFolder, file: Path) -> list[str]:
     if unread := [mark for mark in schedule_marks(scheduler) if mark not in source.model.marks]:
         lines.append(
             f"{file.name}: tools look for the marks {', '.join(unread)} in SDXL alone, not in "
-            f"{source.model.architecture}: choose v-prediction (and zero SNR, for ztsnr) there by hand, in ComfyUI with "
-            "ModelSamplingDiscrete"
+            f"{source.model.architecture}: choose v-prediction (and zero SNR, for ztsnr) there by hand, in ComfyUI "
+            "with ModelSamplingDiscrete"
         )
     return lines
 
