@@ -85,7 +85,7 @@ def test_an_export_that_failed_its_check_is_in_the_card_and_not_uploaded(train, 
     monkeypatch.setattr("utils.training.session.create_repository", lambda folder, options: "me/x")
     monkeypatch.setattr("utils.training.model_card.upload", lambda *given: uploads.append(given))
     monkeypatch.setattr("utils.training.result.wrong_export", lambda session, state: "unet: conv differs")
-    out = train("sd", "--max_train_steps", 1, "--push_to_hub", expect=1)
+    out = train("sd", "--max_train_steps", 1, "--push_to_hub", "--export_check", expect=1)
     assert "unet: conv differs" in (out / "README.md").read_text()
     assert "nothing is uploaded to me/x" in caplog.text
     assert not uploads

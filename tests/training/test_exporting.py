@@ -11,11 +11,13 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import message
-from tests.text_runs import SHORT
+from tests.text_runs import SHORT as STEPS
 from utils.exports import drawing
 from utils.models import single_file_writer
 from utils.training import exporting
 from utils.training.exporting import file_name_of
+
+SHORT = (*STEPS, "--export_check")
 
 FILE = "out.safetensors"
 
