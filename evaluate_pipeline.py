@@ -12,14 +12,13 @@ if __name__ == "__main__":
     read_first(read_options)
 
 import logging
-import re
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -28,9 +27,9 @@ from PIL import Image
 from utils.config.options import Stopped, UserError, as_record, first_line, leave, run_script, without_secrets
 from utils.config.output_folder import check_writable
 from utils.config.terminal import json_text, one_line, print_line
-from utils.config.user_files import FileError, read_json
+from utils.evaluation.findings import Entry, Findings
 from utils.evaluation.metrics.base import Case
-from utils.evaluation.metrics.comparison import differences
+from utils.evaluation.metrics.comparison import Difference, differences
 from utils.evaluation.metrics.distances import NotComputable
 from utils.evaluation.metrics.features import Network, Networks, Picture
 from utils.evaluation.metrics.image_sets import Reference, Statistics, Subject, Workers, write_statistics
@@ -38,7 +37,8 @@ from utils.evaluation.metrics.registry import score
 from utils.evaluation.metrics.scores import Score
 from utils.evaluation.metrics.table import METRICS
 from utils.evaluation.references import drawn_images, folder_images, read_images
-from utils.evaluation.report import Entry, Findings, write_report
+from utils.evaluation.report import write_report
+from utils.evaluation.wanted import Wanted, everything_wanted, load_adapted
 from utils.models.loading import allowing_missing
 from utils.runtime.atomic_files import write_text
 from utils.runtime.options import RuntimeOptions
@@ -63,7 +63,6 @@ from utils.sampling.drawer import (
     invalid_images,
 )
 from utils.sampling.infotext import DrawnModel
-from utils.sampling.options import PipelineOptions
 from utils.sampling.pipelines import PipelineSpec, checkpoint_content, indexed_names, load_pipeline, pipeline_class
 from utils.sampling.prompts import Prompt, Task, plan_tasks, read_prompts
 from utils.sampling.scheduler_choice import set_scheduler
@@ -71,18 +70,9 @@ from utils.sampling.scheduler_trials import warn_of_own
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger("utils.evaluate_pipeline")
-CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
-
-
-class Wanted(NamedTuple):
-    """Something to score: a pipeline to draw with, or a folder of images."""
-
-    name: str
-    spec: "PipelineSpec | None"
-    images: Path | None = None
-    step: int | None = None
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -110,6 +100,7 @@ def evaluate(options: Options) -> None:
     allowed = allowing_missing(options.loading)
     with ending(accelerator, folder, runtime.peer_timeout), requests.listening(), allowed:
         on_main_process(accelerator, lambda: folder.claim(True, False))
+        loaded = load_adapted(wanted, weight_dtype(accelerator))
 
         # Reference and training images: compute their features before anything is drawn.
         networks = Networks(options.features, accelerator.device)
@@ -121,14 +112,17 @@ def evaluate(options: Options) -> None:
         # Pipelines or folders, one after another: draw or read the images, and compute their scores.
         entries = []
         for each in wanted:
-            images, facts, seconds = obtain(each, options, prompts, folder.path, accelerator, requests)
+            images, facts, seconds = obtain(
+                each, options, prompts, folder.path, accelerator, requests, loaded.pop(each.name, None)
+            )
             subject = Subject(images, networks, workers)
             scores = score(Case(subject, reference, training, options.scores), options.run.names)
             networks.rest()
             invalid = on_main_process(
                 accelerator, lambda each=each, images=images: find_invalid(each, images, folder.path)
             )
-            entries.append(Entry(each.name, subject, scores, facts, invalid, seconds, each.step))
+            entry = Entry(each.name, subject, scores, facts, invalid, seconds, each.step, each.scale)
+            entries.append(entry if each.images is not None else replace(entry, folder=f"images/{each.name}"))
 
         # Report.
         findings = conclude(options, entries, training)
@@ -147,56 +141,10 @@ def hub_names(options: Options) -> list[str | None]:
         "hpsv2": features.hpsv2_model,
     }
     needed = [] if features.no_download else [models.get(METRICS[name].network) for name in options.run.names]
-    return [options.pipeline.pipeline, options.comparison.baseline, options.reference.reference, *needed]
-
-
-def everything_wanted(options: Options) -> list[Wanted]:
-    """Returns what to score; the baseline or the earliest checkpoint is the first."""
     pipeline, comparison = options.pipeline, options.comparison
-    if pipeline.images is not None:
-        own = Wanted("images", None, Path(pipeline.images))
-        return [own] if comparison.baseline is None else [Wanted("baseline", None, Path(comparison.baseline)), own]
-    shared = {"revision": pipeline.revision, "variant": pipeline.variant, "config": pipeline.pipeline_config}
-    if comparison.checkpoints is not None:
-        return checkpoints_wanted(Path(comparison.checkpoints), pipeline, shared)
-    own = Wanted("pipeline", PipelineSpec(pipeline.pipeline, pipeline.lora, pipeline.lora_scale, **shared))
-    if comparison.baseline is None:
-        return [own]
-    return [Wanted("baseline", PipelineSpec(comparison.baseline, comparison.baseline_lora)), own]
-
-
-def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict) -> list[Wanted]:
-    """Returns the base pipeline at step 0, if there is one, then each checkpoint of a training run in order.
-
-    Raises:
-        UserError: if there are no checkpoints, or the base is unknown.
-    """
-    # Checkpoints, by step.
-    found = sorted((int(match[1]), each) for each in folder.iterdir() if (match := CHECKPOINT.fullmatch(each.name)))
-    found = [(step, each) for step, each in found if each.is_dir()]
-    if not found:
-        raise UserError(f"--checkpoints {folder} contains no checkpoint-N; give the output folder of a training run")
-
-    # The pipeline that they were trained from.
-    base = pipeline.pipeline
-    if base is None:
-        try:
-            recorded = read_json(folder / "run.json")["options"]
-            base = recorded["pretrained_model_name_or_path"]
-            shared = shared | {"config": shared["config"] or recorded.get("pretrained_model_config")}
-        except (OSError, FileError, KeyError, TypeError):
-            base = None
-        base = base if isinstance(base, str) else None
-        if base is None and (folder / "model_index.json").is_file():
-            base = str(folder)  # trained from scratch: the exported pipeline has the parts that checkpoints lack
-        if base is None:
-            raise UserError(f"--checkpoints {folder} does not name its base pipeline; give --pipeline")
-    spec = PipelineSpec(base, pipeline.lora, pipeline.lora_scale, **shared)
-    is_result = Path(base).is_dir() and Path(base).resolve() == folder.resolve()
-    return [
-        *([] if is_result else [Wanted("base", spec, step=0)]),
-        *(Wanted(each.name, replace(spec, parts=each), step=step) for step, each in found),
-    ]
+    named = [pipeline.pipeline, pipeline.pipeline_config, comparison.baseline, comparison.baseline_config]
+    named += [each.source for each in (*pipeline.adapters, *comparison.baseline_adapters)]
+    return [*named, options.reference.reference, *needed]
 
 
 def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> "list[Prompt]":
@@ -214,6 +162,7 @@ def check_before_loading(options: Options, wanted: Sequence[Wanted]) -> "list[Pr
         if each.spec is None:
             continue
         chosen = pipeline_class(each.spec)
+        each.spec.check_config()
         if each.spec.parts is not None:
             checkpoint_content(each.spec)
         check_prompts(chosen, prompts, options.prompts.class_labels)
@@ -310,8 +259,12 @@ def obtain(
     folder: Path,
     accelerator: "Accelerator",
     requests: StopRequests,
+    loaded: "DiffusionPipeline | None" = None,
 ) -> tuple:
     """Draws images, or reads them from a folder.
+
+    Args:
+        loaded: the pipeline, if it is in memory already.
 
     Returns:
         (the image set, the settings that it was drawn with, the seconds that drawing took).
@@ -326,10 +279,11 @@ def obtain(
         return folder_images(wanted.images, texts), {"images": str(wanted.images)}, 0.0
 
     # Load the pipeline, and plan its images.
-    pipeline = load_pipeline(wanted.spec, weight_dtype(accelerator))
+    spec = wanted.spec
+    pipeline = loaded or load_pipeline(spec, weight_dtype(accelerator))
     set_scheduler(pipeline, options.generation.scheduler)
     if options.generation.scheduler is None:
-        warn_of_own(pipeline.scheduler, options.generation.num_inference_steps, f"--pipeline {wanted.spec.path}")
+        warn_of_own(pipeline.scheduler, options.generation.num_inference_steps, spec.what)
     complete = complete_prompts(pipeline, prompts, options.prompts.class_labels)
     tasks = plan_tasks(complete, options.prompts)
     drawer = Drawer(
@@ -343,11 +297,9 @@ def obtain(
 
     # Draw the images that are not there yet.
     images = image_folder(folder, wanted)
-    facts = on_main_process(accelerator, lambda: drawer.facts(complete))
+    facts = on_main_process(accelerator, lambda: drawer.facts(complete) | scale_facts(spec))
     on_main_process(accelerator, lambda: claim_images(images, facts, options.run.overwrite_output_dir))
-    spec = wanted.spec
-    adapters = [spec.lora] if spec.lora else []
-    drawer.draw(tasks, images, accelerator, DrawnModel.at(spec.path, spec.parts, adapters))
+    drawer.draw(tasks, images, accelerator, drawn_model(spec))
     signal = max(gather_object([requests.number]))
     if signal:
         there = sum(1 for task in tasks if (images / f"{task.name}.png").is_file())
@@ -355,8 +307,21 @@ def obtain(
     if options.run.export_geneval is not None:
         place = Path(options.run.export_geneval) / wanted.name
         on_main_process(accelerator, lambda: export_geneval(tasks, images, place))
-    facts = facts | {"path": wanted.spec.path, "lora": wanted.spec.lora}
+    facts = facts | {"path": spec.path, "adapters": [each._asdict() for each in spec.scaled_adapters]}
     return drawn_images(images, tasks), facts, time.monotonic() - started
+
+
+def scale_facts(spec: PipelineSpec) -> dict[str, object]:
+    """Returns the scales of the adapters that act: the hash of the weights does not cover them."""
+    scales = [each.scale for each in spec.scaled_adapters if each.scale != 0]
+    is_scaled_checkpoint = spec.parts is not None and spec.scale != 1
+    return ({"adapter_scales": scales} if scales else {}) | ({"scale": spec.scale} if is_scaled_checkpoint else {})
+
+
+def drawn_model(spec: PipelineSpec) -> DrawnModel:
+    """Returns what the texts of images call the model; without an adapter that acts, they are those of the base."""
+    acting = tuple(each.label for each in spec.scaled_adapters if each.scale != 0)
+    return replace(DrawnModel.at(spec.path, spec.parts), adapters=acting)
 
 
 def image_folder(folder: Path, wanted: Wanted) -> Path:
@@ -399,18 +364,15 @@ def conclude(options: Options, entries: "list[Entry]", training: "Subject | None
     if options.comparison.labels is not None:
         entries = [replace(each, name=name) for each, name in zip(entries, options.comparison.labels, strict=True)]
 
-    # Differences between the baseline and the pipeline.
+    # Differences between the baseline and the pipeline, or each scale of a sweep.
     compared, notes = [], []
     if options.comparison.baseline is not None:
-        before, after = entries[0], entries[-1]
-        are_paired = before.subject.images.is_like(after.subject.images)
-        if options.pipeline.images is not None and after.subject.images.prompts is None:
-            are_paired = False  # nothing shows that they have the same prompts
-        if not are_paired:
-            notes = [
-                f"{before.name} and {after.name} are not known to have the same prompts: differences have no intervals"
-            ]
-        compared = differences(before.scores, after.scores, are_paired)
+        found = {each.name: from_baseline(options, entries[0], each) for each in entries[1:]}
+        notes = [note for _, note in found.values() if note]
+        if options.pipeline.lora_scales is None:
+            compared, _ = found[entries[-1].name]
+        else:
+            entries = [entries[0], *(replace(each, differences=found[each.name][0]) for each in entries[1:])]
 
     # The record of the run, and the best checkpoint.
     record = {"options": as_record(options), "versions": versions(), "command": without_secrets(sys.argv)}
@@ -418,6 +380,15 @@ def conclude(options: Options, entries: "list[Entry]", training: "Subject | None
     title = options.run.title or f"Evaluation of {what}"
     best = best_checkpoint(options, entries) if options.comparison.checkpoints is not None else None
     return Findings(title, entries, compared, best, record, training, notes)
+
+
+def from_baseline(options: Options, before: "Entry", after: "Entry") -> "tuple[list[Difference], str]":
+    """Returns the differences of an entry's scores from the baseline's, and a note if they have no intervals."""
+    are_paired = before.subject.images.is_like(after.subject.images)
+    if options.pipeline.images is not None and after.subject.images.prompts is None:
+        are_paired = False  # nothing shows that they have the same prompts
+    note = f"{before.name} and {after.name} are not known to have the same prompts: differences have no intervals"
+    return differences(before.scores, after.scores, are_paired), "" if are_paired else note
 
 
 def best_checkpoint(options: Options, entries: "Sequence[Entry]") -> tuple[str, str] | None:

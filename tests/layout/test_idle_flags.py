@@ -26,6 +26,11 @@ LOCAL = str(Path(__file__).parent)
     ("script", "given", "said"),
     [
         ("evaluate_pipeline", {"pipeline": "x", "lora_scale": 0.3}, "--lora_scale 0.3 (needs --lora or --checkpoints)"),
+        (
+            "evaluate_pipeline",
+            {"pipeline": "x", "baseline": "y", "baseline_config": "z"},
+            "--baseline_config z (needs a file as --baseline)",
+        ),
         ("evaluate_pipeline", {"images": "x", "eta": 0.5}, "--eta 0.5 (needs --pipeline or --checkpoints)"),
         ("evaluate_pipeline", {"pipeline": "x", "max_reference_images": 9}, "needs --reference or --training_images"),
         ("evaluate_pipeline", {"pipeline": "x", "pipeline_config": "y"}, "needs a file as --pipeline"),
@@ -97,7 +102,7 @@ def test_flags_without_their_partner_are_named(script, given, said):
 @pytest.mark.parametrize(
     ("script", "given"),
     [
-        ("evaluate_pipeline", {"pipeline": "x", "lora": "y", "lora_scale": 0.3, "num_inference_steps": 4}),
+        ("evaluate_pipeline", {"pipeline": "x", "lora": ["y"], "lora_scale": 0.3, "num_inference_steps": 4}),
         ("evaluate_pipeline", {"checkpoints": "x", "lora_scale": 0.3, "pipeline_config": "z"}),
         ("evaluate_pipeline", {"pipeline": "x.safetensors", "pipeline_config": "y", "fid_mode": "tensorflow"}),
         ("train_text_to_image", {"validation_steps": 5, "validation_split": "0.1"}),

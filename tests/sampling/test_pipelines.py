@@ -1,14 +1,17 @@
 """Pipelines as they are loaded: their classes, LoRAs on top of them, and what checkpoints hold of them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tests.comparing import CPU, images_in
+from tests.pretrained import write_lora
 from tests.tiny import unconditional
 from utils.config.options import UserError
+from utils.models.scaled_adapters import ScaledAdapter
 from utils.sampling.controls import SamplingControls
 from utils.sampling.drawer import Drawer, complete_prompts
 from utils.sampling.options import GenerationOptions, PromptOptions
@@ -16,22 +19,51 @@ from utils.sampling.pipelines import PipelineSpec, indexed_names, load_pipeline,
 from utils.sampling.prompts import Prompt, plan_tasks
 
 
-def test_a_lora_on_top_changes_the_images(more_pipelines, train, tmp_path):
-    from safetensors.torch import load_file, save_file
+@pytest.fixture(scope="module")
+def loras(pipelines, tmp_path_factory) -> list[Path]:
+    folders = [tmp_path_factory.mktemp("lora") for _ in range(2)]
+    for seed, folder in enumerate(folders):
+        write_lora(folder, pipelines["sd"], seed)
+    return folders
 
-    lora = train("sd", "--adaptation", "lora", "--rank", 4, "--max_train_steps", 1, "--no_final_checkpoint")
-    file = lora / "pytorch_lora_weights.safetensors"
-    torch.manual_seed(0)
-    save_file({name: torch.randn_like(tensor) for name, tensor in load_file(file).items()}, file)
-    found = {}
-    for scale in (None, 0.5, 1.0):
-        spec = PipelineSpec(str(more_pipelines["sd"]), None if scale is None else str(lora), scale or 1.0)
-        pipeline = load_pipeline(spec, torch.float32)
-        drawer = Drawer(pipeline, GenerationOptions(num_inference_steps=2), SamplingControls(), 0, CPU)
-        tasks = plan_tasks([Prompt("a")], PromptOptions(images_per_prompt=1))
-        found[scale] = drawer.call(tasks)
-    assert np.abs(found[None] - found[1.0]).max() > 0.01
-    assert np.abs(found[0.5] - found[1.0]).max() > 0.001
+
+def unet_weights(pipelines, *adapters, scale=1.0):
+    """The weights of the UNet with adapters in them."""
+    spec = PipelineSpec(str(pipelines["sd"]), tuple(ScaledAdapter(str(path), each) for path, each in adapters), scale)
+    pipeline = load_pipeline(spec, torch.float32)
+    if adapters and pipeline.get_list_adapters():
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    return pipeline.unet.state_dict()
+
+
+def test_scales_multiply_the_changes_of_adapters_and_several_add_up(pipelines, loras):
+    """Scales of their own, negative ones and the factor of all."""
+    base = unet_weights(pipelines)
+    first, second = (unet_weights(pipelines, (folder, 1.0)) for folder in loras)
+    both = unet_weights(pipelines, (loras[0], 0.8), (loras[1], -0.5), scale=2.0)
+    one = unet_weights(pipelines, (loras[0], 0.0), (loras[1], -0.5), scale=2.0)
+    changed = [name for name in base if not torch.equal(base[name], first[name])]
+    assert changed
+    for name in base:
+        sum_of_both = base[name] + 1.6 * (first[name] - base[name]) - (second[name] - base[name])
+        assert torch.allclose(both[name], sum_of_both, atol=1e-5), name
+        assert torch.allclose(one[name], 2 * base[name] - second[name], atol=1e-5), name
+
+
+def test_a_scale_of_0_leaves_the_base(pipelines, loras):
+    base = unet_weights(pipelines)
+    off = unet_weights(pipelines, (loras[0], 0.8), (loras[1], -0.5), scale=0.0)
+    assert list(base) == list(off)
+    assert all(torch.equal(base[name], off[name]) for name in base)
+
+
+def test_a_lora_of_scale_0_is_checked_too(pipelines, tmp_path):
+    write_lora(tmp_path, pipelines["sdxl"])
+    with pytest.raises(UserError, match=r"--baseline_lora .* it is a LoRA for another model"):
+        load_pipeline(
+            PipelineSpec(str(pipelines["sd"]), (ScaledAdapter(str(tmp_path), 0.0),), flag="--baseline"), torch.float32
+        )
 
 
 def test_the_classes_of_pipelines_are_never_code_of_their_folder(more_pipelines, tmp_path):

@@ -14,6 +14,7 @@ DROPPED_WARNINGS = (
     r"`gradient_checkpointing_enable` is deprecated",  # transformers; diffusers and accelerate call it
     r"`broadcast_buffers` is deprecated",  # torch's DDP; accelerate has no other name for it yet
     r"This DataLoader will create \d+ worker processes",  # the number of workers is chosen here or by the user
+    r"Already found a `peft_config` attribute",  # peft, for the second of several LoRAs
     r"The following alpha_pattern keys did not match",  # peft; the alphas of LoRA files are set here
 )
 DROPPED_LOGS = re.compile(

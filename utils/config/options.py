@@ -73,6 +73,21 @@ class WrongExport(Diverged):
     """The run reached its end, but a file that it wrote does not hold its weights; the exit status is 1."""
 
 
+class _AddUp(argparse.Action):
+    """Collects the values of a flag that is given several times; they replace those of a config file."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: typing.Any,
+        option_string: str | None = None,
+    ) -> None:
+        given = vars(namespace).setdefault(f"given {self.dest}", [])
+        given += values
+        setattr(namespace, self.dest, given)
+
+
 def option(  # noqa: PLR0913 - the parts of a flag's declaration
     default: typing.Any,
     help: str,
@@ -81,6 +96,7 @@ def option(  # noqa: PLR0913 - the parts of a flag's declaration
     choices: Iterable | None = None,
     const: typing.Any = None,
     is_text: bool = False,
+    is_repeatable: bool = False,
     resume: Resume = Resume.FIXED,
     engines: Mapping[str, str] = types.MappingProxyType({}),
     acts_with: Sequence[str | Partner] = (),
@@ -91,6 +107,7 @@ def option(  # noqa: PLR0913 - the parts of a flag's declaration
         aliases: additional spellings, including dashes.
         const: the value if the flag is given without one; None if it needs a value.
         is_text: whether the value is text and never a path, so that a leading `~` is kept.
+        is_repeatable: whether a list's flag may be given several times: the values add up; by default the last counts.
         resume: whether a resumed run may change it, and why.
         engines: for engines that do not support it, by engine name: why, or what to do instead.
         acts_with: other flags, or conditions on them, of which one must hold for it to have an effect.
@@ -103,6 +120,8 @@ def option(  # noqa: PLR0913 - the parts of a flag's declaration
         metadata["choices"] = list(choices)
     if const is not None:
         metadata |= {"const": const, "nargs": "?"}
+    if is_repeatable:
+        metadata["action"] = _AddUp
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -1,75 +1,23 @@
 """Writes the results of an evaluation: results.json, a Markdown table, and one self-contained HTML file."""
 
-import base64
-import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from utils.config.terminal import json_text, markdown, markdown_cell, visible
+from utils.evaluation.findings import ARROWS, Entry, Findings, adapter_lines, computed_names
 from utils.evaluation.metrics.comparison import Difference
 from utils.evaluation.metrics.distances import Interval
-from utils.evaluation.metrics.features import Picture
-from utils.evaluation.metrics.image_sets import Subject
 from utils.evaluation.metrics.scores import Score
+from utils.evaluation.report_pictures import curves, prompt_sections, sweep_record, sweep_sections, thumbnail
 from utils.runtime.atomic_files import write_text
 from utils.runtime.processes import write_json
 
 SCHEMA_VERSION = 1
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-THUMBNAIL = 256
-IMAGES_OF_A_PROMPT = 4
 RANKED = 8
-ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A pipeline or a folder of images, with its scores.
-
-    Attributes:
-        name: its name in the report.
-        step: optimizer steps of a checkpoint; None for anything else.
-        facts: the settings that its images were drawn with.
-        invalid: names of unreadable, NaN, black and one-colour images, by state.
-        seconds: the time that drawing took in this run.
-    """
-
-    name: str
-    subject: Subject
-    scores: list[Score]
-    facts: dict[str, object]
-    invalid: dict[str, list[str]]
-    seconds: float = 0.0
-    step: int | None = None
-
-    def score(self, name: str) -> Score | None:
-        """Returns the score with a name; None if there is none."""
-        return next((score for score in self.scores if score.name == name), None)
-
-
-@dataclass(frozen=True)
-class Findings:
-    """All results of an evaluation.
-
-    Attributes:
-        entries: what was scored; differences compare the last entry with the first.
-        best: (name of the score that chose the best checkpoint, name of that checkpoint).
-        run: options, versions and command.
-        training: the training images, for the pairs of memorisation.
-    """
-
-    title: str
-    entries: list[Entry]
-    differences: list[Difference]
-    best: tuple[str, str] | None
-    run: dict[str, object]
-    training: Subject | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def write_report(findings: Findings, folder: Path, num_prompts: int = 24) -> None:
@@ -92,6 +40,12 @@ def results(findings: Findings) -> dict[str, object]:
             "step": entry.step,
             "scores": {score.name: score.record() for score in entry.scores},
         }
+        if entry.scale is not None:
+            found["entries"][entry.name]["scale"] = entry.scale
+        if entry.differences:
+            found["entries"][entry.name]["differences"] = {each.name: each.record() for each in entry.differences}
+    if findings.is_sweep:
+        found["sweep"] = sweep_record(findings.entries)
     if findings.differences:
         found["differences"] = {each.name: each.record() for each in findings.differences}
     if findings.best is not None:
@@ -166,10 +120,6 @@ def _shown(value: float) -> str:
     return str(value) if isinstance(value, int) else number(value)
 
 
-def _names(entries: Sequence[Entry]) -> list[str]:
-    return list(dict.fromkeys(score.name for entry in entries for score in entry.scores if score.value is not None))
-
-
 def _missing(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     """(name, reason) of each score that an entry lacks; it names the entries unless all of them lack it."""
     found: dict[tuple[str, str], list[str]] = {}
@@ -187,58 +137,59 @@ def _rows(findings: Findings) -> list[dict]:
     """The rows of the table, one for each score."""
     by_name = {each.name: each for each in findings.differences}
     rows = []
-    for name in _names(findings.entries):
-        # The score of each entry.
+    for name in computed_names(findings.entries):
+        # The score of each entry; in a sweep, also its difference from the baseline.
         scores = [entry.score(name) for entry in findings.entries]
         known = [score for score in scores if score is not None and score.value is not None]
         cells = [
             {
                 "value": number(None if score is None else score.value),
                 "interval": "" if score is None else _range(score.interval),
+                "difference": _difference({each.name: each for each in entry.differences}.get(name)),
             }
-            for score in scores
+            for entry, score in zip(findings.entries, scores, strict=True)
         ]
-
-        # The difference of the last entry to the first.
-        difference = by_name.get(name)
-        shown = {"value": "", "interval": "", "verdict": "", "style": ""}
-        if difference is not None:
-            style = difference.verdict if difference.verdict in ("better", "worse") else ""
-            sign = "+" if difference.value > 0 else ""
-            shown = {
-                "value": sign + number(difference.value),
-                "interval": _range(difference.interval),
-                "verdict": difference.verdict,
-                "style": style,
-            }
         rows.append(
             {
                 "name": name,
                 "arrow": ARROWS[known[0].better],
                 "cells": cells,
-                "difference": shown,
+                "difference": _difference(by_name.get(name)),
                 "facts": _details(known[-1]),
             }
         )
     return rows
 
 
+def _difference(found: Difference | None) -> dict[str, str]:
+    """A difference as texts, which are empty if there is none."""
+    if found is None:
+        return dict.fromkeys(("value", "interval", "verdict", "style"), "")
+    return {
+        "value": ("+" if found.value > 0 else "") + number(found.value),
+        "interval": _range(found.interval),
+        "verdict": found.verdict,
+        "style": found.verdict if found.verdict in ("better", "worse") else "",
+    }
+
+
 def as_markdown(findings: Findings) -> str:
     """Returns the scores as a Markdown table, and the list of what was not computed."""
-    names = [entry.name for entry in findings.entries]
+    names = [entry.label for entry in findings.entries]
     head = ["score", *names, *(["difference"] if findings.differences else []), "details"]
     lines = [f"# {markdown(findings.title)}", "", *(f"{markdown(note)}\n" for note in notes(findings))]
     lines += ["| " + " | ".join(markdown_cell(each) for each in head) + " |", "|" + "---|" * len(head)]
     for row in _rows(findings):
-        cells = [_with_range(cell) for cell in row["cells"]]
-        difference = row["difference"]
-        extra = [f"{_with_range(difference)} {difference['verdict']}".strip()] if findings.differences else []
+        cells = [", ".join(filter(None, (_with_range(cell), _in_words(cell["difference"])))) for cell in row["cells"]]
+        extra = [_in_words(row["difference"])] if findings.differences else []
         lines.append(
             "| "
             + " | ".join(markdown_cell(each) for each in [row["name"] + row["arrow"], *cells, *extra, row["facts"]])
             + " |"
         )
     lines += ["", markdown(invalid_counts(findings))]
+    adapters = adapter_lines(findings.entries)
+    lines += ["", "Adapters and their scales:", "", *(f"- {markdown(line)}" for line in adapters)] if adapters else []
     absent = _missing(findings.entries)
     if absent:
         lines += ["", "Not computed:", ""] + [f"- {markdown(name)}: {markdown(reason)}" for name, reason in absent]
@@ -247,62 +198,12 @@ def as_markdown(findings: Findings) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _in_words(difference: dict[str, str]) -> str:
+    return f"{_with_range(difference)} {difference['verdict']}".strip()
+
+
 def _with_range(cell: dict) -> str:
     return f"{cell['value']} ({cell['interval']})" if cell["interval"] else cell["value"]
-
-
-def data_uri(image: Image.Image, edge: int = THUMBNAIL) -> str:
-    """Returns an image as a data URI, at most `edge` pixels wide and high; small images as PNG, which is lossless."""
-    if max(image.size) > edge:
-        image = image.copy()
-        image.thumbnail((edge, edge), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    is_small = max(image.size) <= 96
-    image.save(buffer, "PNG" if is_small else "JPEG", **({} if is_small else {"quality": 88}))
-    kind = "png" if is_small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _thumbnail(picture: Picture) -> str | None:
-    """A picture as a data URI; None if it can't be read."""
-    try:
-        return data_uri(picture.read())
-    except (OSError, ValueError):
-        return None
-
-
-def _prompt_sections(entries: Sequence[Entry], num_prompts: int) -> list[dict]:
-    """Prompts with their images: entries side by side if they have the same prompts, else one entry after another."""
-    if all(entry.subject.images.is_like(entries[-1].subject.images) for entry in entries):
-        return _sections_of(entries, num_prompts)
-    return [section for entry in entries for section in _sections_of([entry], num_prompts)]
-
-
-def _sections_of(entries: Sequence[Entry], num_prompts: int) -> list[dict]:
-    """Prompts with the images of each entry, for at most `num_prompts` prompts."""
-    images = entries[-1].subject.images
-    sections = []
-    if images.prompts is None and len(set(images.clusters.tolist())) == len(images):  # unconditional: one grid of all
-        clusters = [None]
-    else:
-        clusters = _evenly(list(dict.fromkeys(images.clusters.tolist())), num_prompts)
-    for cluster in clusters:
-        chosen = np.arange(len(images)) if cluster is None else (images.clusters == cluster).nonzero()[0]
-        first = int(chosen[0])
-        text = f"class or prompt {cluster}" if images.prompts is None else images.prompts[first]
-        limit = 16 if cluster is None else IMAGES_OF_A_PROMPT
-        sides = []
-        for entry in entries:
-            read = [_thumbnail(entry.subject.images.pictures[index]) for index in chosen[:limit].tolist()]
-            sides.append({"entry": entry.name, "pictures": [each for each in read if each is not None]})
-        sections.append({"text": "" if cluster is None else text, "sides": sides})
-    return sections
-
-
-def _evenly(items: list, count: int) -> list:
-    if len(items) <= count:
-        return items
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def _ranked(entry: Entry) -> list[dict]:
@@ -319,7 +220,7 @@ def _ranked(entry: Entry) -> list[dict]:
             "cards": [
                 {"picture": read, "score": number(float(score.by_image[index])), "text": prompts[index]}
                 for index in indices.tolist()
-                if (read := _thumbnail(entry.subject.images.pictures[index])) is not None
+                if (read := thumbnail(entry.subject.images.pictures[index])) is not None
             ],
         }
         for title, indices in groups
@@ -333,40 +234,12 @@ def _pairs(findings: Findings) -> list[dict]:
         return []
     found = []
     for pair in score.details["nearest_pairs"]:
-        drawn = _thumbnail(entry.subject.images.pictures[pair["image_index"]])
-        nearest = _thumbnail(findings.training.images.pictures[pair["training_index"]])
+        drawn = thumbnail(entry.subject.images.pictures[pair["image_index"]])
+        nearest = thumbnail(findings.training.images.pictures[pair["training_index"]])
         if drawn is not None and nearest is not None:
             text = pair["training_image"]
             found.append({"picture": drawn, "nearest": nearest, "score": number(pair["cosine"]), "text": text})
     return found
-
-
-def curves(entries: Sequence[Entry]) -> list[dict[str, str]]:
-    """Returns a plot of each score over the checkpoints, as data URIs; none for fewer than two checkpoints."""
-    points = [entry for entry in entries if entry.step is not None]
-    return [_curve(points, name) for name in _names(points)] if len(points) > 1 else []
-
-
-def _curve(points: Sequence[Entry], name: str) -> dict[str, str]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    scores = [(entry.step, entry.score(name)) for entry in points]
-    known = [(step, score) for step, score in scores if score is not None and score.value is not None]
-    steps = [step for step, _ in known]
-    figure = Figure(figsize=(3.6, 2.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, [score.value for _, score in known], marker="o", markersize=3.5, linewidth=1.4)
-    bounds = [score.interval for _, score in known]
-    if None not in bounds:
-        axes.fill_between(steps, [each.low for each in bounds], [each.high for each in bounds], alpha=0.18)
-    axes.set_title(f"{name}{ARROWS[known[0][1].better]}", fontsize=10)
-    axes.set_xlabel("optimizer steps", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    buffer = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return {"name": name, "picture": f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
 
 
 def html(findings: Findings, num_prompts: int = 24) -> str:
@@ -380,12 +253,16 @@ def html(findings: Findings, num_prompts: int = 24) -> str:
     num_all = len(set(entries[-1].subject.images.clusters.tolist()))
     more = f"{num_prompts} of {num_all} prompts, evenly spaced." if num_all > num_prompts else ""
     settings = {entry.name: entry.facts for entry in entries} | {"run": findings.run}
-    best, sections = findings.best, _prompt_sections(shown, num_prompts)
+    best = findings.best
+    sweep = sweep_sections(entries, num_prompts) if findings.is_sweep else []
+    sections = [] if sweep else prompt_sections(shown, num_prompts)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=findings.title,
         subtitle=_subtitle(findings),
         notes=notes(findings),
-        entries=[entry.name for entry in entries],
+        entries=[entry.label for entry in entries],
+        adapters=adapter_lines(entries),
+        compared_with=entries[0].label if any(entry.differences for entry in entries) else "",
         rows=_rows(findings),
         has_differences=bool(findings.differences),
         invalid=invalid_counts(findings),
@@ -393,6 +270,8 @@ def html(findings: Findings, num_prompts: int = 24) -> str:
         curves=curves(entries),
         best="" if best is None else f"Best by {best[0]}: {best[1]}.",
         prompts=sections,
+        sweep=sweep,
+        over="scales" if findings.is_sweep else "checkpoints",
         compact=all(len(side["pictures"]) == 1 for section in sections for side in section["sides"]),
         more_prompts=more if entries[-1].subject.images.prompts is not None else "",
         ranked=_ranked(entries[-1]),

@@ -10,17 +10,12 @@ from utils.config.output_folder import refuse_same_folder
 from utils.config.terminal import set_up_logging
 from utils.evaluation.metrics.table import DEFAULT_METRICS, METRICS
 from utils.evaluation.options import FeatureOptions, ReferenceOptions, ScoreOptions
-from utils.models.options import LoadingOptions
+from utils.models.options import LoadingOptions, weight_files
+from utils.models.scaled_adapters import ScaledAdapter, parse_adapters
 from utils.runtime.hub_files import require_model
 from utils.runtime.options import PRECISIONS
-from utils.sampling.options import (
-    DRAWING,
-    MODEL_CURE,
-    GenerationOptions,
-    PipelineOptions,
-    PromptOptions,
-    SamplingControlOptions,
-)
+from utils.sampling.options import DRAWING, GenerationOptions, PromptOptions, SamplingControlOptions
+from utils.sampling.pipeline_options import MODEL_CURE, PipelineOptions, require_adapters
 
 PURPOSE = "Draws images with any diffusers pipeline, on one or more GPUs, scores them, and writes a report."
 
@@ -61,10 +56,19 @@ class ComparisonOptions:
     baseline: str | None = option(
         None, "pipeline to compare with, on the same prompts and seeds; with --images, a folder of images"
     )
-    labels: list[str] | None = option(
-        None, "names of the baseline and the pipeline in the report, in this order", is_text=True
+    baseline_config: str | None = option(
+        None,
+        "pipeline folder or Hub name with the configs of a single-file --baseline; by default --pipeline_config",
+        acts_with=weight_files("baseline"),
     )
-    baseline_lora: str | None = option(None, "LoRA to load into the baseline: a folder, .safetensors file or Hub name")
+    baseline_lora: list[str] | None = option(
+        None, "LoRAs to load into the baseline, named and scaled as those of --lora", is_repeatable=True
+    )
+    labels: list[str] | None = option(
+        None,
+        "names in the report of the baseline, if there is one, and the pipeline, or of each scale of --lora_scales",
+        is_text=True,
+    )
     checkpoints: str | None = option(
         None, "output folder of a training run; scores each of its checkpoints and finds the best"
     )
@@ -75,17 +79,19 @@ class ComparisonOptions:
         require(folder is None or Path(folder).is_dir(), "checkpoints", folder, "be a folder that exists")
         if self.baseline is not None and self.checkpoints is not None:
             raise UserError("--baseline and --checkpoints exclude each other; give one")
-        if self.labels is not None:
-            count = 1 if self.baseline is None else 2
-            fits = len(set(self.labels)) == len(self.labels) == count and self.checkpoints is None
-            must = "be two names with --baseline, one without it, none with --checkpoints"
-            require(fits, "labels", " ".join(self.labels), must)
-        if self.baseline_lora is not None and self.baseline is None:
-            raise UserError("--baseline_lora needs a pipeline to load into; give --baseline")
-        for name in ("baseline", "baseline_lora"):
-            require_model(name, getattr(self, name), MODEL_CURE, (".safetensors",))
+        for name in ("baseline_lora", "baseline_config"):
+            if getattr(self, name) is not None and self.baseline is None:
+                raise UserError(f"--{name} needs the pipeline that it is for; give --baseline")
+        require_model("baseline", self.baseline, MODEL_CURE, (".safetensors",))
+        require_adapters("baseline_lora", self.baseline_lora)
+        require_model("baseline_config", self.baseline_config, "give a pipeline folder or a Hub name")
         if self.best_by is not None and self.checkpoints is None:
             raise UserError("--best_by needs --checkpoints; give both or neither")
+
+    @property
+    def baseline_adapters(self) -> tuple[ScaledAdapter, ...]:
+        """The adapters of --baseline_lora with their scales."""
+        return parse_adapters("baseline_lora", self.baseline_lora)
 
 
 @dataclass(frozen=True)
@@ -147,16 +153,57 @@ def check_together(options: Options) -> None:
             raise UserError("--checkpoints and --images exclude each other; remove --images")
         if prompts.init_images is not None or prompts.class_labels is not None:
             raise UserError("--images draws nothing; remove --init_images and --class_labels")
+        if comparison.baseline_lora is not None:
+            raise UserError("--images draws nothing; remove --baseline_lora")
         if comparison.baseline is not None and not Path(comparison.baseline).is_dir():
             raise UserError(f"--baseline {comparison.baseline} must be a folder of images, as --images is")
 
     # Flags that need another one.
+    check_adapters(pipeline, comparison)
+    check_labels(pipeline, comparison)
     check_best_by(comparison.best_by, options.run.names)
     if options.generation.strength is not None and prompts.init_images is None:
         raise UserError("--strength needs --init_images; give both or neither")
     size = (options.generation.height, options.generation.width)
     if (size[0] is None) != (size[1] is None):
         raise UserError("--height and --width require each other; give both or neither")
+
+
+def check_adapters(pipeline: PipelineOptions, comparison: ComparisonOptions) -> None:
+    """Checks that there is a pipeline to load adapters into, and that a sweep of their scales has adapters.
+
+    Raises:
+        UserError: naming flags that exclude or need each other.
+    """
+    if pipeline.lora is not None and pipeline.pipeline is None and comparison.checkpoints is None:
+        raise UserError("--lora needs a pipeline to load into; give --pipeline")
+    if pipeline.lora_scales is None:
+        return
+    if comparison.checkpoints is not None:
+        raise UserError(
+            "--lora_scales and --checkpoints exclude each other; give the LoRA of one checkpoint to --lora, and its "
+            "base to --pipeline"
+        )
+    if pipeline.lora is None:
+        raise UserError("--lora_scales needs the adapters to scale; give --lora")
+
+
+def check_labels(pipeline: PipelineOptions, comparison: ComparisonOptions) -> None:
+    """Checks that there is one label for each pipeline of the report.
+
+    Raises:
+        UserError: saying how many there must be.
+    """
+    if comparison.labels is None:
+        return
+    scales = len(pipeline.factors)
+    count = (comparison.baseline is not None) + max(1, scales)
+    fits = len(set(comparison.labels)) == len(comparison.labels) == count and comparison.checkpoints is None
+    must = "be two names with --baseline, one without it, none with --checkpoints"
+    if scales:
+        before = "one for the baseline and " if comparison.baseline is not None else ""
+        must = f"be {count} different names: {before}one for each of the {scales} scales"
+    require(fits, "labels", " ".join(comparison.labels), must)
 
 
 def check_best_by(name: str | None, metrics: Sequence[str]) -> None:

@@ -493,6 +493,7 @@ class Drawer:
             "class": prompt.label,
             "seed": image_seed(self._seed, task.number, task.sample),
             STATE_KEY: state_of(pixels),
+            "lora": ", ".join(self._model.adapters if self._model is not None else ()) or None,
         }
         text = png_texts(facts, self._drawing(task, (width, height)))
         finite = np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)

@@ -1,6 +1,5 @@
-"""Options for drawing images: pipelines, prompts, schedulers and sampling controls, and samples during training."""
+"""Options for drawing images: prompts, schedulers and sampling controls, and samples during training."""
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from utils.config.flag_rules import IsNot, OnHub, Resume
+from utils.config.flag_rules import IsNot, Resume
 from utils.config.options import (
     UserError,
     first_line,
@@ -22,8 +21,7 @@ from utils.config.progress import Progress
 from utils.config.user_files import check_encoding
 from utils.data.options import HELD_OUT
 from utils.diffusion.options import SAMPLERS
-from utils.models.options import PROMPTS, weight_files
-from utils.runtime.hub_files import require_model
+from utils.models.options import PROMPTS
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -45,7 +43,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),
 }
-MODEL_CURE = "give a folder, a Hub name or a .safetensors file"
 MOST_IMAGES = 10**7
 MAX_PATH = 1024
 PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
@@ -268,33 +265,6 @@ class SamplingOptions:
     def is_model_due(self, progress: Progress) -> bool:
         """Whether the pipeline is due to be saved after a step."""
         return any((epoch + 1) % self.save_model_epochs == 0 for epoch in progress.ended_epochs)
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    pipeline: str | None = option(None, "pipeline to draw from: a folder, a Hub name or a single .safetensors file")
-    pipeline_config: str | None = option(
-        None,
-        "pipeline folder or Hub name with the configs of a single-file --pipeline; by default found on the Hub",
-        acts_with=(*weight_files("pipeline", "baseline"), "checkpoints"),
-    )
-    lora: str | None = option(None, "LoRA to load into the pipeline: a folder, .safetensors file or Hub name")
-    lora_scale: float = option(1.0, "scale of the LoRA", acts_with=("lora", "checkpoints"))
-    revision: str | None = option(
-        None, "Hub revision of the pipeline: branch, tag or commit", acts_with=(OnHub("pipeline"), "checkpoints")
-    )
-    variant: str | None = option(None, "variant of the weight files, such as fp16")
-    images: str | None = option(None, "folder of existing images to score, instead of drawing any")
-
-    def __post_init__(self) -> None:
-        if self.images is not None:
-            require(Path(self.images).is_dir(), "images", self.images, "be a folder that exists")
-        if self.lora is not None and self.pipeline is None:
-            raise UserError("--lora needs a pipeline to load into; give --pipeline")
-        require(math.isfinite(self.lora_scale), "lora_scale", self.lora_scale, "be a finite number")
-        for name in ("pipeline", "lora"):
-            require_model(name, getattr(self, name), MODEL_CURE, (".safetensors",))
-        require_model("pipeline_config", self.pipeline_config, "give a pipeline folder or a Hub name")
 
 
 @dataclass(frozen=True)

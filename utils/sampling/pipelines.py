@@ -2,10 +2,11 @@
 
 import importlib
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,36 +16,76 @@ from utils.config.tensor_files import read_safetensors
 from utils.diffusion.samplers import changed_scheduler
 from utils.models.loading import Download, load_module, load_parts, load_pipeline_folder, loading, named_parts
 from utils.models.lora_files import LORA_FILE, PEFT_FILE, load_lora
+from utils.models.scaled_adapters import ScaledAdapter, local_source
 from utils.models.single_file import SingleFile
-from utils.runtime.hub_files import INDEX, index_file, read_config
+from utils.runtime.hub_files import INDEX, hub_file, index_file, read_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+logger = logging.getLogger(__name__)
 OWN_PIPELINES = {"ConditionalDDPMPipeline": "utils.models.conditional_ddpm"}
 
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """A pipeline to load: its path, a LoRA, and a checkpoint whose weights replace those of the pipeline.
+    """A pipeline to load: its path, adapters, and a checkpoint whose weights replace those of the pipeline.
 
     Attributes:
+        adapters: the adapters to load, with their own scales.
+        scale: the factor of all adapters, those of the checkpoint too.
         config: the pipeline folder or Hub name with the configs of a single file.
         parts: a checkpoint folder; its `unet_ema/` or `unet/` (and text encoders), or LoRA file, is loaded.
+        flag: the flag that names the pipeline, for messages; that of its adapters follows from it.
     """
 
     path: str
-    lora: str | None = None
-    lora_scale: float = 1.0
+    adapters: tuple[ScaledAdapter, ...] = ()
+    scale: float = 1.0
     revision: str | None = None
     variant: str | None = None
     parts: Path | None = None
     config: str | None = None
+    flag: str = "--pipeline"
+
+    @property
+    def what(self) -> str:
+        """The flag and the path, for messages."""
+        return f"{self.flag} {self.path}"
+
+    @property
+    def adapter_flag(self) -> str:
+        """The flag that names the adapters."""
+        return "--lora" if self.flag == "--pipeline" else f"{self.flag}_lora"
+
+    @property
+    def scaled_adapters(self) -> tuple[ScaledAdapter, ...]:
+        """The adapters with the scales at which they act: their own, times the factor of all."""
+        return tuple(each._replace(scale=each.scale * self.scale + 0.0) for each in self.adapters)
 
     @cached_property
     def file(self) -> SingleFile | None:
         """The single file of weights; None if the path is a folder or Hub name."""
-        return SingleFile.read(Path(self.path), "--pipeline") if self.path.endswith(".safetensors") else None
+        return SingleFile.read(Path(self.path), self.flag) if self.path.endswith(".safetensors") else None
+
+    def check_config(self) -> None:
+        """Checks that the configs of a single file are available, before its weights are read.
+
+        Raises:
+            UserError: with the flag that names a folder of them.
+        """
+        if self.file is None:
+            return
+        needed = str(PurePosixPath("unet", "config.json"))
+        if self.config is not None and Path(self.config).is_dir() and not Path(self.config, needed).is_file():
+            raise UserError(f"{self.flag}_config {self.config} has no {needed}; give the folder of a pipeline")
+        if self.config is not None and Path(self.config).is_dir():
+            return
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+        root = self.config or fetch_diffusers_config(dict(self.file.weights))["pretrained_model_name_or_path"]
+        cure = f"give {self.flag}_config the folder of a pipeline of its kind"
+        hub_file(root, needed, None, f"{self.what}: the configs of {root} were not found on the Hub; {cure}")
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -55,10 +96,9 @@ class PipelineSpec:
         """
         if self.file is not None:
             return self.file.index
-        where = f"--pipeline {self.path}: {INDEX}"
-        index = read_config(index_file(self.path, self.revision, "--pipeline"), f"--pipeline {self.path}")
+        index = read_config(index_file(self.path, self.revision, self.flag), self.what)
         if not index.get("_class_name"):
-            raise UserError(f"{where} has no _class_name; give the folder of a diffusers pipeline")
+            raise UserError(f"{self.what}: {INDEX} has no _class_name; give the folder of a diffusers pipeline")
         return index
 
 
@@ -76,22 +116,21 @@ def pipeline_class(spec: PipelineSpec) -> type:
         try:
             return getattr(importlib.import_module(OWN_PIPELINES[name]), name)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"--pipeline {spec.path} is a {name}, which this package does not have") from error
+            raise UserError(f"{spec.what} is a {name}, which this package does not have") from error
     found = getattr(diffusers, name, None)
     if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
-        raise UserError(f"--pipeline {spec.path} is a {name}, which this version of diffusers does not know")
+        raise UserError(f"{spec.what} is a {name}, which this version of diffusers does not know")
     return found
 
 
 def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline":
-    """Returns the pipeline on the CPU, in one dtype, with its LoRA or the weights of a checkpoint.
+    """Returns the pipeline on the CPU, in one dtype, with its adapters and the weights of a checkpoint.
 
     Raises:
         UserError: if it can't be loaded, or only by unpickling.
     """
     # Weights of a checkpoint, which replace those of the pipeline.
     chosen = pipeline_class(spec)
-    flag = f"--pipeline {spec.path}"
     if "vae" not in spec.index and "vqvae" not in spec.index:
         dtype = torch.float32  # pixel pipelines convert their result to numpy, which has no bfloat16
     content = CheckpointContent({}, {}, None) if spec.parts is None else checkpoint_content(spec)
@@ -103,11 +142,12 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
     elif spec.file is not None:
         pipeline = spec.file.load(chosen, spec.config, parts).to(dtype)
         pipeline.scheduler = changed_scheduler(pipeline.scheduler, spec.file.scheduler_marks)
+        _warn_of_prediction_type(spec.file, pipeline.scheduler.config.get("prediction_type"))
     else:
         pipeline = load_pipeline_folder(
             chosen,
             spec.path,
-            flag,
+            spec.what,
             {"default": dtype},
             Download(spec.revision, spec.variant, use_safetensors=True),
             parts,
@@ -115,10 +155,8 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
 
     # Adapters.
     for name, folder in content.adapters.items():
-        _merge_adapters(getattr(pipeline, name, None), folder)
-    lora = spec.lora if content.lora is None else str(content.lora)
-    if lora is not None:
-        _add_lora(pipeline, lora, spec.lora_scale, must_be_finite=content.lora is None)
+        _merge_adapters(getattr(pipeline, name, None), folder, spec.scale)
+    _add_adapters(pipeline, spec, content.lora)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -133,7 +171,7 @@ def _assemble(chosen: type, spec: PipelineSpec, dtype: torch.dtype, parts: dict[
 
         patterns = ["*.json", "*.safetensors"]
         folder = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
-    flag, known = f"--pipeline {spec.path}", inspect.signature(chosen.__init__).parameters
+    flag, known = spec.what, inspect.signature(chosen.__init__).parameters
     given = {name: entry for name, entry in spec.index.items() if name in known and not isinstance(entry, list)}
     entries = {name: entry for name, entry in named_parts(spec.index).items() if name in known and name not in parts}
     given |= parts | load_parts(folder, spec.index, entries, flag, {"default": dtype}, spec.variant, True)
@@ -208,9 +246,21 @@ def _loaded_parts(folders: Mapping[str, Path], index: Mapping[str, Any], dtype: 
     return parts
 
 
-def _merge_adapters(module: torch.nn.Module | None, folder: Path) -> None:
-    """Merges PEFT adapters (LoHa, LoKr) into the weights of a model."""
+def _warn_of_prediction_type(file: SingleFile, taken: str | None) -> None:
+    """Warns if a file that does not say its prediction type looks like one of another than its config says."""
+    likely = None if "prediction_type" in file.scheduler_marks else file.looks_like_v2()
+    if likely not in (None, taken):
+        logger.warning(
+            "%s does not say its prediction type and looks like one of %s, but its config says %s: the images may be "
+            "noise; give --pipeline_config a pipeline of that type",
+            *(file.what, likely, taken),
+        )
+
+
+def _merge_adapters(module: torch.nn.Module | None, folder: Path, scale: float) -> None:
+    """Merges PEFT adapters (LoHa, LoKr) into the weights of a model, multiplied by a scale."""
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import get_peft_model_state_dict
 
     with loading(f"--checkpoints: the adapters {folder}"):
@@ -220,13 +270,38 @@ def _merge_adapters(module: torch.nn.Module | None, folder: Path) -> None:
         read = set(get_peft_model_state_dict(adapted))  # PEFT ignores tensors that do not fit
         if read != set(read_safetensors(folder / PEFT_FILE)):
             raise ValueError(f"the tensors in {PEFT_FILE} do not match its config")
+        if scale == 0:
+            adapted.unload()
+            return
+        for layer in adapted.modules():
+            if scale != 1.0 and isinstance(layer, BaseTunerLayer):
+                layer.set_scale("default", scale)
         adapted.merge_and_unload()
 
 
-def _add_lora(pipeline: "DiffusionPipeline", lora: str, scale: float, must_be_finite: bool) -> None:
-    load_lora(pipeline, lora, "evaluated", f"--lora {lora}", must_be_finite)
-    if scale != 1.0:
-        pipeline.set_adapters("evaluated", scale)
+def _add_adapters(pipeline: "DiffusionPipeline", spec: PipelineSpec, lora_of_checkpoint: Path | None) -> None:
+    """Loads the adapters and sets their scales; what has the scale 0 is checked too, but leaves no trace."""
+    # Load: one after another, each checked completely.
+    scales: dict[str, float] = {}
+    if lora_of_checkpoint is not None:
+        # a checkpoint of a diverged run is allowed: its images show it
+        what = f"--checkpoints: {lora_of_checkpoint}"
+        load_lora(pipeline, str(lora_of_checkpoint), "checkpoint", what, must_be_finite=False)
+        scales["checkpoint"] = spec.scale
+    for number, each in enumerate(spec.scaled_adapters):
+        what = f"{spec.adapter_flag} {each.source}"
+        load_lora(pipeline, local_source(each.source, what), f"adapter_{number}", what)
+        scales[f"adapter_{number}"] = each.scale
+
+    # Scale. Without any that acts, the layers are those of the base, so that its images are equal to the last bit.
+    acting = {name: scale for name, scale in scales.items() if scale != 0}
+    if scales and not acting:
+        pipeline.unload_lora_weights()
+        return
+    if idle := [name for name in scales if name not in acting]:
+        pipeline.delete_adapters(idle)
+    if set(acting.values()) - {1.0} or len(scales) > 1:
+        pipeline.set_adapters(list(acting), list(acting.values()))
 
 
 def call_parameters(pipeline_type: type) -> frozenset[str]:
