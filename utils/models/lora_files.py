@@ -1,9 +1,12 @@
-"""Loads LoRA files completely into a pipeline, or refuses them with the reason in one line."""
+"""Loads adapters completely into a pipeline, or refuses them with the reason in one line.
+
+LoRA files in diffusers' own names are read by diffusers; all other formats by utils/formats/adapter_files.py.
+"""
 
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,17 @@ from torch import Tensor, nn
 from utils.config.options import UserError
 from utils.config.tensor_files import open_safetensors
 from utils.config.user_files import require_regular
+from utils.formats.adapter_files import (
+    LORA_FILE,
+    MODELS_BY_WIDTH,
+    PEFT_CONFIG,
+    AdapterFile,
+    adapter_sources,
+    read_adapter,
+)
+from utils.formats.adapter_names import WRAPPED, Component, split_name
+from utils.models.adapter_components import components_of, layer_shape
+from utils.models.adapter_layers import check_layers, inject
 from utils.models.loading import loading, names_of
 from utils.models.weight_files import check_finite, check_stored, stored_in, stored_tensors
 
@@ -20,17 +34,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-LORA_FILE = "pytorch_lora_weights.safetensors"
-MODELS_BY_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-"""The model that a UNet belongs to, by the width of its text embeddings."""
-OTHER_KINDS = {
-    **{"hada_": "LoHa", "lokr_": "LoKr", "b?oft_": "OFT", "dora_scale": "DoRA"},
-    **{"lora_mid": "LoCon", "lora_t[12]": "LoCon", "(on_input|ia3)": "IA3", "bundle_emb": "LoRA and embedding"},
-    **{"(w_norm|b_norm)$": "LoRA and norm", r"diff(_b)?$": "whole-difference"},
-}
-"""Formats that diffusers does not read, or not completely, by patterns of their tensors' names."""
-
-WRAPPED = "base_model.model."  # prefix of tensor names in PEFT's own files
+LORA_PARTS = ("down", "up", "magnitude", "alpha")  # of an update in the LoRA files that diffusers reads completely
 HALVES = (
     *(
         (r"\blora_A\b", "lora_B"),
@@ -44,7 +48,7 @@ HALVES = (
 
 
 def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: str, must_be_finite: bool = True) -> None:
-    """Loads a LoRA file in any common format (diffusers, peft, kohya) as an adapter of a pipeline.
+    """Loads an adapter in any common format (diffusers, PEFT, kohya, LyCORIS) as PEFT's layers of a pipeline.
 
     Args:
         pipeline: the pipeline that it is for.
@@ -56,6 +60,75 @@ def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: st
     Raises:
         UserError: if it can't be loaded, does not fit this pipeline completely, or has no effect.
     """
+    with loading(what):
+        file = _read_other_formats(pipeline, source, what)
+    if file is None:
+        _load_diffusers_lora(pipeline, source, adapter, what, must_be_finite)
+        return
+    check_layers(file.layers, what, must_be_finite)
+    with loading(what):
+        inject(pipeline, file.layers, adapter)
+
+
+def read_layers(pipeline: "DiffusionPipeline", source: str, what: str, must_be_finite: bool = True) -> AdapterFile:
+    """Reads an adapter of any format from a file or folder, and checks that all of it fits a pipeline.
+
+    Raises:
+        UserError: if it can't be read, does not fit, or has no effect.
+    """
+    with loading(what):
+        file = read_checked(Path(source), components_of(pipeline), what)
+    check_layers(file.layers, what, must_be_finite)
+    return file
+
+
+def read_checked(path: Path, components: Sequence[Component], what: str) -> AdapterFile:
+    """Reads an adapter of any format, after checks of its tensors' dtypes and names.
+
+    Raises:
+        UserError, ValueError, OSError, SafetensorError: if it can't be read, or does not fit.
+    """
+    if not path.is_dir():
+        require_regular(path)
+    sources = adapter_sources(path, components)
+    for each in sources:
+        stored = stored_in(each.path)
+        check_stored(what, stored)
+        if not each.config:
+            _refuse_wrapped(stored)
+        _refuse_halves(stored)
+    return read_adapter(path, components)
+
+
+def _read_other_formats(pipeline: "DiffusionPipeline", source: str, what: str) -> AdapterFile | None:
+    """Returns an adapter that diffusers does not read completely; None for a LoRA file of its own."""
+    path = Path(source)
+    if not path.exists():  # a Hub name
+        return None
+    if not path.is_dir():
+        require_regular(path)
+    try:
+        components = components_of(pipeline)
+    except ValueError:  # a pipeline of another kind, whose LoRA only diffusers knows
+        return None
+    sources = adapter_sources(path, components)
+    if len(sources) == 1 and not sources[0].config and is_diffusers_lora(stored_in(sources[0].path), components):
+        return None
+    return read_checked(path, components, what)
+
+
+def is_diffusers_lora(names: Collection[str], components: Sequence[Component]) -> bool:
+    """Whether all tensors have names that diffusers gives to a LoRA."""
+    others = (WRAPPED, *(prefix for each in components for prefix in each.prefixes))
+    split = [split_name(name) for name in names]
+    is_lora = all(parts is not None and parts[1] in LORA_PARTS for parts in split)
+    return is_lora and not any(name.startswith(others) for name in names)
+
+
+def _load_diffusers_lora(
+    pipeline: "DiffusionPipeline", source: str, adapter: str, what: str, must_be_finite: bool
+) -> None:
+    """Loads a LoRA file in diffusers' own names; arguments and errors as `load_lora`."""
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"{what}: a {type(pipeline).__name__} does not support LoRA")
 
@@ -146,7 +219,6 @@ def _check(
     # Tensors as stored in the file.
     if "weight_name" in given:
         stored = stored_in(Path(root, given["weight_name"]))
-        _refuse_other_kinds(stored)
         check_stored(what, stored)
         _refuse_halves(stored)
 
@@ -206,26 +278,21 @@ def _alphas(
     return ranks | {name: float(tensors["A.weight"]) for name, tensors in layers.items() if "A.weight" in tensors}
 
 
-def _refuse_other_kinds(names: Iterable[str]) -> None:
-    for name in names:
-        kind = next((kind for mark, kind in OTHER_KINDS.items() if re.search(rf"(?<![A-Za-z]){mark}", name)), None)
-        if kind is not None:
-            raise ValueError(
-                f"it contains {names_of([name])}: it is a {kind} file of another tool, which is not supported; merge "
-                "it into its base model with the tool that made it, and start from the result"
-            )
-
-
-def _refuse_halves(names: Iterable[str]) -> None:
-    """Refuses tensor names of PEFT's own files, and single halves of updates, before diffusers looks for the rest."""
+def _refuse_wrapped(names: Iterable[str]) -> None:
+    """Refuses a file with the names of PEFT's own files, without the config that has its scale."""
     names = set(names)
     wrapped = sorted(name for name in names if name.startswith(WRAPPED))
     if wrapped:
         raise ValueError(
             f"{len(wrapped)} of its {len(names)} tensors have the names of PEFT's own files, such as "
-            f"{names_of(wrapped[:1])}, which do not name a component of the pipeline; save it with the pipeline's "
-            "save_lora_weights"
+            f"{names_of(wrapped[:1])}, but {PEFT_CONFIG}, which has their scale, is not beside it; give the folder "
+            "with both, or save it with the pipeline's save_lora_weights"
         )
+
+
+def _refuse_halves(names: Iterable[str]) -> None:
+    """Refuses single halves of updates, before anything looks for the rest."""
+    names = set(names)
     lone = sorted(name for name in names if (other := _other_half(name)) and other not in names)
     if lone:
         raise ValueError(f"it has only one half of {len(lone)} updates: {names_of(lone)} without its other half")
@@ -290,12 +357,6 @@ def _check_layers(layers: Mapping[str, Mapping[str, Tensor]], modules: Mapping[s
         raise ValueError(f"{part}: " + _of_another_model(layers, modules, wrong, unknown))
 
 
-def layer_shape(module: nn.Module) -> tuple[int, ...]:
-    """Returns the shape of a layer's weight; quantized linear layers store it in another shape."""
-    is_linear = isinstance(module, nn.Linear)
-    return (module.out_features, module.in_features) if is_linear else tuple(module.weight.shape)
-
-
 def _of_another_model(
     layers: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module], wrong: list[str], unknown: list[str]
 ) -> str:
@@ -322,6 +383,3 @@ def _num_loaded(module: nn.Module, adapter: str) -> int:
     from peft.utils import get_peft_model_state_dict
 
     return len(get_peft_model_state_dict(module, adapter_name=adapter))
-
-
-PEFT_FILE = "adapter_model.safetensors"

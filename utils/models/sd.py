@@ -34,6 +34,7 @@ class StableDiffusion(TextFamily):
     text_encoder_names = ("text_encoder",)
     tokenizer_names = ("tokenizer",)
     prompt_argument_names: ClassVar = {"encoder_hidden_states": "prompt_embeds"}
+    ui_prefixes: ClassVar = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}
     v_prediction_note = (
         "The model predicts v, which no mark in a file of Stable Diffusion 1 or 2 says: in ComfyUI, put the node "
         "ModelSamplingDiscrete with `v_prediction` behind the loader; for A1111 and Forge, put a YAML config with "

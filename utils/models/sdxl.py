@@ -35,6 +35,12 @@ class StableDiffusionXL(TextFamily):
         "encoder_hidden_states": "prompt_embeds",
         "text_embeds": "pooled_prompt_embeds",
     }
+    ui_prefixes: ClassVar = {
+        "unet": ("lora_unet_",),
+        "text_encoder": ("lora_te1_", "lora_te_"),
+        "text_encoder_2": ("lora_te2_",),
+    }
+    ui_names_are_original = True
     v_prediction_note = (
         "The model predicts v: ComfyUI and Forge read the mark `v_pred` in a single file of SDXL; A1111 does so after "
         "version 1.10, and ComfyUI's node ModelSamplingDiscrete with `v_prediction` sets it for files without the mark."

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,11 +41,15 @@ class TextFamily(Family):
     Attributes:
         source: source of the pipeline.
         prompt_argument_names: the pipeline's argument for each text embedding of a prompt.
+        ui_prefixes: by component, how the names of its layers begin in adapters for UIs; the first is written.
+        ui_names_are_original: whether these name the UNet's layers as the original layout does.
         v_prediction_note: what UIs must be told to draw with a model that predicts v.
     """
 
     tokenizer_names: tuple[str, ...]
     prompt_argument_names: Mapping[str, str]
+    ui_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
+    ui_names_are_original: ClassVar[bool] = False
     v_prediction_note: str
 
     def __init__(self, source: PipelineSource, dtypes: ComponentDtypes, scheduler_changes: Mapping[str, object]):

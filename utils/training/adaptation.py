@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from utils.config.options import UserError, first_line, require
 from utils.config.tensor_files import read_safetensors
+from utils.formats.adapter_files import LORA_FILE, PEFT_FILE
+from utils.models.adapter_components import layer_shape
 from utils.models.base import Family
 from utils.models.fused_lora import shorten
 from utils.models.loading import load_module
-from utils.models.lora_files import LORA_FILE, PEFT_FILE, layer_shape, load_lora
+from utils.models.lora_files import load_lora
 from utils.models.pipeline_files import save_module
 from utils.models.pipeline_source import ComponentDtypes
 from utils.runtime.atomic_files import write_tensors
