@@ -107,7 +107,7 @@ def peft_config(layers: Iterable[AdapterLayer]) -> dict[str, object]:
     found: dict[str, object] = {}
     for component, own in sorted(by_component.items()):
         ranks, alphas = {layer.name: layer.rank for layer in own}, {layer.name: layer.alpha for layer in own}
-        rank, alpha = _usual(ranks.values()), _usual(alphas.values())
+        rank, alpha = usual(ranks.values()), usual(alphas.values())
         values = {
             "r": rank,
             "lora_alpha": alpha,
@@ -121,7 +121,7 @@ def peft_config(layers: Iterable[AdapterLayer]) -> dict[str, object]:
     return found
 
 
-def _usual(values: Iterable[float]) -> float:
+def usual(values: Iterable[float]) -> float:
     """Returns the most frequent value; of several, the least."""
     every = sorted(values)
     return max(every, key=every.count)

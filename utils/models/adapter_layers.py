@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.options import UserError
-from utils.formats.adapter_files import KINDS, AdapterLayer
-from utils.models.adapter_components import family_of_parts, layers_by_name
+from utils.formats.adapter_files import KINDS, AdapterLayer, adapter_layers
+from utils.models.adapter_components import components_of_modules, family_of_parts, layers_by_name
+from utils.models.text_to_image import TextFamily
 from utils.models.weight_files import check_finite
 
 if TYPE_CHECKING:
@@ -194,3 +195,35 @@ class MergedAdapters:
                 for strength, layer in updates:
                     weight = layer.merged(weight, strength) if strength else weight
                 module.weight.data.copy_(weight)
+
+
+def layers_of_run(
+    family: type[TextFamily], modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], adapter: str
+) -> list[AdapterLayer]:
+    """Returns the layers of an adapter in training.
+
+    Args:
+        family: the family of the pipeline.
+        modules: the adapted modules by component, with PEFT's layers.
+        tensors: the adapter's tensors by their names in a file, gathered from all processes if they are sharded.
+        adapter: its name.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    configs: dict[str, dict[str, object]] = {}
+    for component, module in modules.items():
+        config = module.peft_config[adapter]
+        held = {
+            name: each
+            for name, each in layers_by_name(family, component, module).items()
+            if isinstance(each, BaseTunerLayer) and adapter in each.r
+        }
+        alphas = {name: (each.lora_alpha if hasattr(each, "lora_alpha") else each.alpha) for name, each in held.items()}
+        configs[component] = {
+            "r": config.r,
+            "alpha": getattr(config, "lora_alpha", getattr(config, "alpha", config.r)),
+            "rank_pattern": {name: each.r[adapter] for name, each in held.items()},
+            "alpha_pattern": {name: each[adapter] for name, each in alphas.items()},
+            "use_rslora": getattr(config, "use_rslora", False),
+        }
+    return adapter_layers(tensors, components_of_modules(family, modules), configs)

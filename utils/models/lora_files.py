@@ -25,9 +25,10 @@ from utils.formats.adapter_files import (
     read_adapter,
 )
 from utils.formats.adapter_names import WRAPPED, Component, split_name
-from utils.models.adapter_components import components_of, layer_shape
+from utils.models.adapter_components import adapted_names, components_of, layer_shape
 from utils.models.adapter_layers import check_layers, inject
 from utils.models.loading import loading, names_of
+from utils.models.text_to_image import TextFamily
 from utils.models.weight_files import check_finite, check_stored, stored_in, stored_tensors
 
 if TYPE_CHECKING:
@@ -68,6 +69,23 @@ def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: st
     check_layers(file.layers, what, must_be_finite)
     with loading(what):
         inject(pipeline, file.layers, adapter)
+
+
+def kinds_of(source: str, family: type[TextFamily], what: str) -> set[str]:
+    """Returns the kinds of updates in a file or folder, judged by its tensors' names: lora, loha, lokr.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    with loading(what):
+        path = Path(source)
+        if not path.is_dir():
+            require_regular(path)
+        components = [Component(name, {}) for name in adapted_names(family)]
+        names = [name for each in adapter_sources(path, components) for name in stored_in(each.path)]
+    roles = {parts[1] for name in names if (parts := split_name(name))}
+    marks = {"hada_": "loha", "lokr_": "lokr", "down": "lora"}
+    return {kind for mark, kind in marks.items() if any(role.startswith(mark) for role in roles)}
 
 
 def read_layers(pipeline: "DiffusionPipeline", source: str, what: str, must_be_finite: bool = True) -> AdapterFile:
@@ -162,6 +180,9 @@ def _load_diffusers_lora(
 def _set_alphas(module: nn.Module, adapter: str, alphas: Mapping[str, float]) -> None:
     """Scales each layer by its own alpha, which diffusers loses when it renames attention layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not alphas:  # the metadata's, if there are any, hold
+        return
 
     config = module.peft_config[adapter]
     config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}

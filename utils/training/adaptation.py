@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from utils.config.options import UserError, first_line, require
 from utils.config.tensor_files import read_safetensors
-from utils.formats.adapter_files import LORA_FILE, PEFT_FILE
-from utils.models.adapter_components import layer_shape
+from utils.formats.adapter_files import LORA_FILE, PEFT_FILE, AdapterLayer
+from utils.formats.adapter_names import WRAPPED, Component
+from utils.models.adapter_components import components_of_modules, layer_shape
+from utils.models.adapter_layers import layers_of_run, merge_layers
 from utils.models.base import Family
 from utils.models.fused_lora import shorten
 from utils.models.loading import load_module
@@ -27,6 +30,7 @@ from utils.models.pipeline_source import ComponentDtypes
 from utils.runtime.atomic_files import write_tensors
 from utils.runtime.background_writer import HostBuffers
 from utils.runtime.sharding import plain_class, sharded_parts
+from utils.training.adapter_export import UiExport, check_export, export_for_uis
 from utils.training.ema import MovingAverage
 from utils.training.exporting import Exporter
 from utils.training.optimizer_options import OptimizerOptions
@@ -39,7 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ADAPTER = "default"
-WRAPPED = "base_model.model."  # prefix of the wrapped model's names in a PeftModel
 
 
 class Adaptation(ABC):
@@ -205,11 +208,17 @@ class FullFineTuning(Adaptation):
 
 
 class AdapterTuning(Adaptation):
-    """Trains PEFT adapters in float32; the pipeline's own weights stay unchanged."""
+    """Trains PEFT adapters in float32; the pipeline's own weights stay unchanged.
+
+    Attributes:
+        ui: what the file for UIs says, once the run is known; None for none.
+    """
 
     trains_base = False
     prefix: str  # in the names of the adapter's parameters
+    kind: str | None = None  # lora, loha or lokr: the kinds that other tools have files of
     rank_is_bounded = True  # whether the layers' widths limit the useful rank
+    ui: UiExport | None = None
 
     def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
         super().__init__(family, options, start)
@@ -232,6 +241,10 @@ class AdapterTuning(Adaptation):
                 parameter.data.copy_(saved)
 
     def _make_adapters(self, start: Path | None) -> None:
+        """Creates the adapters, those of --lora_weights with its layers' own ranks, alphas and shapes."""
+        if self.options.lora_weights is not None:
+            self._load_adapters(start or Path(self.options.lora_weights))
+            return
         if start is None and self.rank_is_bounded:
             check_rank(self.options.lora_rank, {name: self._widths(name) for name in self.modules})
         for name, module in self.modules.items():
@@ -239,6 +252,31 @@ class AdapterTuning(Adaptation):
                 module.add_adapter(self._config(self._targets(name)), adapter_name=ADAPTER)
             except ValueError as error:
                 raise UserError(f"--lora_target_modules {' '.join(self.options.targets or [])}: {error}") from error
+
+    def _load_adapters(self, source: Path) -> None:
+        """Creates the adapters of a file of any format.
+
+        Raises:
+            UserError: if it is of another kind, or does not adapt exactly the modules that train.
+        """
+        is_given = Path(self.options.lora_weights or "") == source
+        what = f"--lora_weights {source}" if is_given else f"the adapters {source}"
+        load_lora(self.family.pipeline, str(source), ADAPTER, what)
+        adapted = {
+            name
+            for name in self.family.trainable_names()
+            if ADAPTER in getattr(getattr(self.family.pipeline, name), "peft_config", {})
+        }
+        if missing := sorted(set(self.modules) - adapted):
+            cure = "" if self.family.denoiser_name in missing else "; leave --train_text_encoder out"
+            raise UserError(f"{what} adapt no layer of {', '.join(missing)}{cure}")
+        if untrained := sorted(adapted - set(self.modules)):
+            raise UserError(f"{what} adapt {', '.join(untrained)} too; add --train_text_encoder")
+        self._set_dropout()
+
+    @abstractmethod
+    def _set_dropout(self) -> None:
+        """Sets the run's dropout on loaded adapters: it is an option of the run, not of the file."""
 
     def _targets(self, name: str) -> list[str]:
         """Returns the name suffixes of the layers to adapt in a module."""
@@ -315,12 +353,46 @@ class AdapterTuning(Adaptation):
 
     def exporting(self, buffers: HostBuffers) -> Callable[[Path], None]:
         """See `Adaptation.exporting`: exports the adapters, and if requested the pipeline with them fused in."""
+        return partial(self._export, self._gathered(buffers))
+
+    def checking(self, buffers: HostBuffers) -> Callable[[Path], list[str]]:
+        """Returns a function that checks the files of an export, see `check_adapter_files`; used as `exporting`."""
+        return partial(self._check, self._gathered(buffers))
+
+    def _gathered(self, buffers: HostBuffers) -> dict[str, Tensor]:
+        """Returns the tensors of all adapters, copied from all processes if they are sharded."""
         is_spread = bool(sharded_parts(self.modules.values()))
-        return partial(self._export, self._copies(buffers, False) if is_spread else self._named_tensors())
+        return self._copies(buffers, False) if is_spread else self._named_tensors()
+
+    def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Exports the tensors of all adapters, given by their names in a file, in the forms of --lora_format."""
+        self._write(tensors, False, folder)
+        self._export_merged(tensors, folder)
+        if self.kind is None or self.ui is None or self.options.lora_format == "diffusers":
+            return
+        is_written = export_for_uis(self._layers(tensors), self._components(), self.ui, folder)
+        if self.options.lora_format == "kohya" and is_written:
+            self._remove_own(folder)
 
     @abstractmethod
-    def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Exports the tensors of all adapters, given by their names in a file."""
+    def _export_merged(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Exports the pipeline with the adapters merged in, if requested or if nothing else has them."""
+
+    @abstractmethod
+    def _remove_own(self, folder: Path) -> None:
+        """Removes what `_write` wrote."""
+
+    def _check(self, tensors: dict[str, Tensor], folder: Path) -> list[str]:
+        if self.kind is None:
+            return []
+        return check_export(self._layers(tensors), self.family.pipeline, self.ui, self.options.lora_format, folder)
+
+    def _layers(self, tensors: dict[str, Tensor]) -> list[AdapterLayer]:
+        """Returns the adapters as the record of all formats."""
+        return layers_of_run(type(self.family), self.modules, tensors, ADAPTER)
+
+    def _components(self) -> list[Component]:
+        return components_of_modules(type(self.family), self.modules)
 
     def _base_models(self) -> "DiffusionPipeline":
         """Loads the base pipeline in float32, without the components that are never adapted."""
@@ -371,21 +443,34 @@ class PeftAdaptation(AdapterTuning):
             own = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
             write_tensors({WRAPPED + key: each.contiguous() for key, each in own.items()}, target / PEFT_FILE)
 
-    def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Writes the adapter folders, and the pipeline with them merged in to `fused/`."""
+    def _set_dropout(self) -> None:
+        for module in self.modules.values():
+            module.peft_config[ADAPTER].rank_dropout = self.options.lora_dropout
+            for layer in module.modules():
+                if ADAPTER in getattr(layer, "rank_dropout", {}):
+                    layer.rank_dropout[ADAPTER] = self.options.lora_dropout
+
+    def _export_merged(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Writes the pipeline with the adapters merged in to `fused/`, which diffusers needs to draw with them."""
         from peft import PeftModel
 
-        self._write(tensors, False, folder)
         pipeline = self._base_models()
-        for name in self.modules:
+        if self.kind is not None:
+            merge_layers(pipeline, self._layers(tensors))
+        for name in self.modules if self.kind is None else ():
             PeftModel.from_pretrained(getattr(pipeline, name), folder / name).merge_and_unload()
         self._save_fused(pipeline, folder)
+
+    def _remove_own(self, folder: Path) -> None:
+        for name in self.modules:
+            shutil.rmtree(folder / name)
 
 
 class HadamardAdaptation(PeftAdaptation):
     """LoHa: the Hadamard product of two low-rank updates (Hyeon-Woo et al. 2022, FedPara)."""
 
     prefix = "hada_"
+    kind = "loha"
     config_class_name = "LoHaConfig"
 
 
@@ -393,6 +478,7 @@ class KroneckerAdaptation(PeftAdaptation):
     """LoKr: the Kronecker product of a small and a low-rank matrix (Edalati et al. 2022, KronA)."""
 
     prefix = "lokr_"
+    kind = "lokr"
     config_class_name = "LoKrConfig"
     rank_is_bounded = False  # with a large rank, peft trains full factors
 
@@ -401,6 +487,7 @@ class LowRankAdaptation(AdapterTuning):
     """Trains LoRA (Hu et al. 2021) or DoRA matrices."""
 
     prefix = "lora_"
+    kind = "lora"
 
     def __init__(self, family: Family, options: AdaptationOptions, start: Path | None):
         super().__init__(family, options, start)
@@ -419,12 +506,10 @@ class LowRankAdaptation(AdapterTuning):
         return True
 
     def _make_adapters(self, start: Path | None) -> None:
-        given = self.options.lora_weights
-        source = start if start is not None else Path(given) if given else None
-        if source is None:
-            super()._make_adapters(start)
+        if start is not None:
+            self._load_adapters(start)
         else:
-            self._load_adapters(source)
+            super()._make_adapters(start)
 
     def _config(self, targets: list[str]) -> "PeftConfig":
         from peft import LoraConfig
@@ -439,25 +524,9 @@ class LowRankAdaptation(AdapterTuning):
             use_rslora=self.options.use_rslora,
         )
 
-    def _load_adapters(self, source: Path) -> None:
-        """Creates the adapters of a LoRA file, of either key style, with its ranks and alphas."""
+    def _set_dropout(self) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        is_given = Path(self.options.lora_weights or "") == source
-        what = f"--lora_weights {source}" if is_given else f"the LoRA weights {source}"
-        load_lora(self.family.pipeline, str(source), ADAPTER, what)
-        # The file must adapt exactly the modules that train.
-        adapted = {
-            name
-            for name in self.family.trainable_names()
-            if ADAPTER in getattr(getattr(self.family.pipeline, name), "peft_config", {})
-        }
-        if missing := sorted(set(self.modules) - adapted):
-            cure = "" if self.family.denoiser_name in missing else "; leave --train_text_encoder out"
-            raise UserError(f"{what} adapt no layer of {', '.join(missing)}{cure}")
-        if untrained := sorted(adapted - set(self.modules)):
-            raise UserError(f"{what} adapt {', '.join(untrained)} too; add --train_text_encoder")
-        # Dropout is an option of the run, not of the file.
         dropout = self.options.lora_dropout
         for module in self.modules.values():
             module.peft_config[ADAPTER].lora_dropout = dropout
@@ -465,7 +534,7 @@ class LowRankAdaptation(AdapterTuning):
                 if isinstance(layer, BaseTunerLayer):
                     layer.lora_dropout[ADAPTER] = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def _layers(self, name: str) -> dict[str, Tensor]:
+    def _module_tensors(self, name: str) -> dict[str, Tensor]:
         """Returns a module's adapter tensors by their names in a LoRA file; they share the parameters' storage."""
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
@@ -482,7 +551,7 @@ class LowRankAdaptation(AdapterTuning):
         return read_safetensors((folder / "unet_ema" if average else folder) / LORA_FILE)
 
     def _named_tensors(self) -> dict[str, Tensor]:
-        return {f"{name}.{key}": tensor for name in self.modules for key, tensor in self._layers(name).items()}
+        return {f"{name}.{key}": tensor for name in self.modules for key, tensor in self._module_tensors(name).items()}
 
     def _write(self, tensors: dict[str, Tensor], is_average: bool, folder: Path) -> None:
         """Writes the LoRA file; averages go to `unet_ema/`."""
@@ -493,9 +562,11 @@ class LowRankAdaptation(AdapterTuning):
             arguments[f"{name}_lora_adapter_metadata"] = _metadata(module.peft_config[ADAPTER])
         self.family.pipeline_class().save_lora_weights(folder / "unet_ema" if is_average else folder, **arguments)
 
-    def _export(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Writes the LoRA file with its metadata, and if requested the fused pipeline."""
-        self._write(tensors, False, folder)
+    def _remove_own(self, folder: Path) -> None:
+        (folder / LORA_FILE).unlink()
+
+    def _export_merged(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Writes the fused pipeline, if requested."""
         if self.options.export_fused:
             pipeline = self._base_models()
             fuse_lora(pipeline, folder)

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from utils.config.late import Late
 
-EVERY_ADAPTER = ("rank", "lora_alpha", "lora_dropout", "lora_target_modules")
-LORA_ALONE = ("use_dora", "use_rslora", "lora_weights", "export_fused", "quantize_base")
+EVERY_ADAPTER = ("rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_weights")
+LORA_ALONE = ("use_dora", "use_rslora", "export_fused", "quantize_base")
+FORMATS = ("diffusers", "kohya", "both")
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,13 @@ from utils.models.options import (
 from utils.runtime.hub_files import require_model
 from utils.runtime.options import RuntimeOptions
 from utils.sampling.options import SamplingControlOptions, SamplingOptions, ValidationOptions
-from utils.training.adapters import ADAPTATIONS, EVERY_ADAPTER, LORA_ALONE, AdaptationSpec
+from utils.training.adapters import ADAPTATIONS, EVERY_ADAPTER, FORMATS, LORA_ALONE, AdaptationSpec
 from utils.training.export_options import ExportOptions
 from utils.training.optimizer_options import OptimizerOptions, ScheduleOptions
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 RECOMPUTING = "--gradient_checkpointing"  # a resumed run may add it when memory is short
+WITH_ADAPTERS = (IsNot("adaptation", ("full",)),)
 COMPILED = ("blocks", "denoiser")
 
 
@@ -143,7 +144,31 @@ class AdaptationOptions(TrainedOptions):
         resume=Resume.COST,
         acts_with=("adaptation=lora",),
     )
-    lora_weights: str | None = option(None, "LoRA file, or a folder that contains one, to continue training from")
+    lora_weights: str | None = option(
+        None,
+        "adapter file, or a folder that contains one, to continue training from: LoRA, DoRA, LoHa or LoKr as "
+        "diffusers, PEFT, kohya's sd-scripts and LyCORIS write them",
+    )
+    lora_format: str = option(
+        "both",
+        "format of the exported adapter: diffusers', or kohya's for ComfyUI, A1111 and other UIs, in output_dir/ui",
+        choices=FORMATS,
+        resume=Resume.SAVING,
+        acts_with=WITH_ADAPTERS,
+    )
+    trigger_words: list[str] | None = option(
+        None,
+        "words that call what the adapter learnt, stored in its file for UIs, which show them",
+        is_text=True,
+        resume=Resume.SAVING,
+        acts_with=WITH_ADAPTERS,
+    )
+    export_tag_frequency: bool = option(
+        False,
+        "store in the adapter's file for UIs how often each tag, separated by commas, is in the captions",
+        resume=Resume.SAVING,
+        acts_with=WITH_ADAPTERS,
+    )
     export_fused: bool = option(
         False, "also save the pipeline with the LoRA fused into its weights, in output_dir/fused", resume=Resume.SAVING
     )

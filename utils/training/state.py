@@ -27,7 +27,8 @@ from utils.runtime.background_writer import HostBuffers, available_memory, taken
 from utils.runtime.engines import Engine
 from utils.runtime.processes import on_main_process
 from utils.runtime.sharding import own_part
-from utils.training.adaptation import Adaptation
+from utils.training.adaptation import Adaptation, AdapterTuning
+from utils.training.adapter_facts import ui_export
 from utils.training.checkpoint import (
     RunFacts,
     SavedState,
@@ -166,6 +167,8 @@ class TrainingState:
         )
         if session.checkpoint is not None:
             state.step = state.load(session.checkpoint)
+        if isinstance(adaptation, AdapterTuning):
+            adaptation.ui = ui_export(options, session.folder.path, data, task, state)
         return state
 
     def progress(self) -> Progress:

@@ -6,12 +6,16 @@ from typing import NamedTuple
 
 from diffusers import SchedulerMixin
 
+from utils.config.options import UserError
 from utils.diffusion.process import process_of
+from utils.formats.adapter_files import KINDS
+from utils.models.lora_files import kinds_of
 from utils.models.pipeline_source import PipelineSource
 from utils.models.registry import pick_family
 from utils.models.text_to_image import TextFamily
 from utils.runtime.processes import use_hub_cache_if_offline
 from utils.sampling.scheduler_trials import check_text_trial, check_trial_of
+from utils.training.options import AdaptationOptions
 from utils.training.text_to_image_options import Options
 
 
@@ -49,11 +53,22 @@ def find_pipeline(options: Options) -> FoundPipeline:
     family = pick_family(source)
     resolution = options.image.resolution or family.default_resolution
     family.check_before_loading(source, options.buckets.sizes(resolution))
+    _check_kind(options.adaptation, family)
     was_tried = _try_scheduler(options, source, family)
     default_dir = family.default_output_dir if adaptation == "full" else f"sd-model-finetuned-{adaptation}"
     default_epochs = family.default_validation_epochs if adaptation == "full" else 1
     output_dir = options.runtime.output_dir or default_dir
     return FoundPipeline(source, family, resolution, output_dir, default_epochs, was_tried)
+
+
+def _check_kind(options: AdaptationOptions, family: type[TextFamily]) -> None:
+    """Refuses --lora_weights of another kind than the adaptation, which alone says how they train."""
+    if options.lora_weights is None:
+        return
+    what = f"--lora_weights {options.lora_weights}"
+    others = sorted(kinds_of(options.lora_weights, family, what) - {options.adaptation})
+    if others:
+        raise UserError(f"{what} is a {KINDS[others[0]]} file; give --adaptation {others[0]}")
 
 
 def _try_scheduler(options: Options, source: PipelineSource, family: type[TextFamily]) -> bool:

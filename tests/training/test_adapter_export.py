@@ -1,0 +1,167 @@
+"""What a run of an adapter exports: diffusers' form and that of UIs, checked, and continued from in every format."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import message, mostly_slow
+
+MORE = ("--learning_rate", 1e-2, "--max_train_steps", 2, "--no_final_checkpoint", "--rank", 3, "--lora_alpha", 5)
+NOTHING = 1e-30  # a learning rate whose steps round to nothing
+KINDS = {
+    "lora": ("--adaptation", "lora", "--train_text_encoder"),
+    "convolutions": ("--adaptation", "lora", "--use_rslora", "--lora_target_modules", "to_q", "conv1", "conv_shortcut"),
+    "dora": ("--adaptation", "lora", "--use_dora", "--train_text_encoder"),
+    "loha": ("--adaptation", "loha", "--train_text_encoder"),
+    "lokr": ("--adaptation", "lokr", "--train_text_encoder"),
+}
+
+
+def adaptation_of(kind: str) -> tuple[str, ...]:
+    """The flags with which a run continues from a file of a kind."""
+    flags = KINDS[kind]
+    return (*flags[:2], *(["--train_text_encoder"] if "--train_text_encoder" in flags else []))
+
+
+@pytest.fixture
+def checked(monkeypatch) -> list[list[str]]:
+    """What the checks of the exports found, each run's result and best/."""
+    from utils.runtime.background_writer import HostBuffers
+    from utils.training.adaptation import AdapterTuning
+
+    found: list[list[str]] = []
+    export = AdapterTuning._export
+
+    def both(self, tensors, folder):
+        export(self, tensors, folder)
+        found.append(self.checking(HostBuffers())(folder))
+
+    monkeypatch.setattr(AdapterTuning, "_export", both)
+    return found
+
+
+@pytest.mark.parametrize("base", mostly_slow(["sd", "sd2", "sdxl"], "sdxl"))
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "lora", "dora", "lokr"))
+def test_a_run_continues_from_what_another_exported_for_uis(train, checked, base, kind):
+    first = train(base, *KINDS[kind], *MORE, out="first")
+    assert checked == [[]]
+    file = first / "ui" / "first.safetensors"
+    assert file.is_file()
+
+    # The file holds the run's weights: a run of no learning exports the same ones.
+    flags = (*adaptation_of(kind), "--lora_weights", file, "--learning_rate", NOTHING, "--max_train_steps", 1)
+    second = train(base, *flags, "--no_final_checkpoint", "--lr_scheduler", "constant", out="second")
+    assert checked == [[], []]
+    one, other = load_file(file), load_file(second / "ui" / "second.safetensors")
+    assert set(one) == set(other)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_the_file_says_what_it_was_trained_on(train, pipelines, tmp_path):
+    flags = ("--adaptation", "loha", "--trigger_words", "sks dog", "in sks style", "--export_tag_frequency")
+    out = train("sdxl", *flags, *MORE)
+    with safe_open(out / "ui" / "out.safetensors", "pt") as opened:
+        said = opened.metadata()
+    assert said["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(said["ss_network_args"])["algo"] == "loha"
+    assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("3", "5")
+    assert said["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert said["ss_sd_model_name"] == pipelines["sdxl"].name
+    assert (said["ss_v2"], said["ss_v_parameterization"]) == ("False", "False")
+    assert said["ss_output_name"] == said["modelspec.title"] == "out"
+    assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert said["modelspec.trigger_phrase"] == "sks dog, in sks style"
+    assert (said["ss_steps"], said["ss_num_train_images"]) == ("2", "6")
+    assert sum(json.loads(said["ss_tag_frequency"])[train.images.name].values()) >= 6
+    assert "ss_sd_model_hash" not in said, "the base is a folder, which has no hash"
+
+
+FORMATS = {
+    "diffusers": ({"pytorch_lora_weights.safetensors"}, False),
+    "kohya": (set(), True),
+    "both": ({"pytorch_lora_weights.safetensors"}, True),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_formats_asked_for_are_written(train, checked, name):
+    files, has_ui = FORMATS[name]
+    out = train("sd", "--adaptation", "lora", "--export_fused", "--lora_format", name, *MORE)
+    assert {file.name for file in out.glob("*.safetensors")} == files
+    assert (out / "ui" / "out.safetensors").is_file() == has_ui
+    assert (out / "fused" / "model_index.json").is_file()
+    assert checked == [[]]
+
+
+def test_a_run_of_peft_folders_writes_those_of_the_formats_asked_for(train):
+    out = train("sd", "--adaptation", "lokr", "--lora_format", "kohya", *MORE)
+    assert not (out / "unet").exists()
+    assert (out / "ui" / "out.safetensors").is_file()
+
+
+def test_a_file_of_another_kind_names_the_adaptation_to_give(train, capsys):
+    first = train("sd", "--adaptation", "loha", *MORE, out="first")
+    file = first / "ui" / "first.safetensors"
+    train("sd", "--adaptation", "lora", "--lora_weights", file, "--max_train_steps", 1, expect=2)
+    assert "is a LoHa file" in (line := message(capsys))
+    assert "--adaptation loha" in line
+
+
+def test_a_run_continues_from_pefts_own_folders(train):
+    first = train("sd", "--adaptation", "loha", "--train_text_encoder", *MORE, out="first")
+    flags = ("--adaptation", "loha", "--train_text_encoder", "--lora_weights", first, "--learning_rate", NOTHING)
+    second = train("sd", *flags, "--max_train_steps", 1, "--no_final_checkpoint", out="second")
+    for part in ("unet", "text_encoder"):
+        one, other = (load_file(out / part / "adapter_model.safetensors") for out in (first, second))
+        assert set(one) == set(other)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("kind", mostly_slow(["lora", "dora", "lokr"], "lokr"))
+def test_a_run_that_continued_from_a_file_for_uis_resumes_bit_for_bit(train, kind):
+    first = train("sd", *KINDS[kind], *MORE, out="first")
+    flags = (*adaptation_of(kind), "--lora_weights", first / "ui" / "first.safetensors", "--learning_rate", 1e-2)
+    whole = train("sd", *flags, "--max_train_steps", 4, out="whole")
+    train("sd", *flags, "--max_train_steps", 2, out="parts")
+    parts = train("sd", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", out="parts")
+    one, other = load_file(whole / "ui" / "whole.safetensors"), load_file(parts / "ui" / "parts.safetensors")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def change_one(tensors: dict, word: str) -> dict:
+    name = next(name for name in tensors if word in name)
+    return tensors | {name: tensors[name] + 1}
+
+
+SPOILED = {
+    "another number": (lambda tensors: change_one(tensors, "lora_up"), "are not the run's"),
+    "another alpha": (lambda tensors: change_one(tensors, "alpha"), "are not the run's"),
+    "a missing layer": (
+        lambda tensors: {name: each for name, each in tensors.items() if "to_k" not in name},
+        "missing",
+    ),
+    "an unknown layer": (lambda tensors: tensors | {"lora_unet_x.alpha": torch.ones(1)}, "are unknown to UIs"),
+    "an unread tensor": (
+        lambda tensors: tensors | {f"{next(iter(tensors)).partition('.')[0]}.lora_side": torch.ones(1)},
+        "are read by no UI",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", SPOILED)
+def test_a_spoiled_export_is_found(pipelines, tmp_path, change):
+    from tests.adapters import Adapted
+    from utils.exports.adapter_check import check_adapter_files
+    from utils.formats.adapter_writer import write_kohya
+
+    adapted = Adapted(pipelines["sd"], "lora")
+    file = tmp_path / "a.safetensors"
+    write_kohya(adapted.layers, adapted.components, file, torch.float32, {})
+    assert check_adapter_files(adapted.layers, adapted.pipeline, {}, {file: torch.float32}) == []
+    spoil, said = SPOILED[change]
+    save_file(spoil(load_file(file)), file)
+    faults = check_adapter_files(adapted.layers, adapted.pipeline, {}, {file: torch.float32})
+    assert any(said in fault for fault in faults)

@@ -1,0 +1,236 @@
+"""Checks that the files of an exported adapter are the run's, bit for bit, by readers that are not the writer.
+
+The file for UIs is read by their rules (utils/formats/ui_reader.py) and by diffusers' key tables, and its updates are
+applied by hand and compared with PEFT's. The files in diffusers' and PEFT's form are read by their own names.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from utils.config.options import first_line
+from utils.config.tensor_files import read_safetensors
+from utils.config.user_files import FileError
+from utils.formats.adapter_files import LORA_FILE, AdapterLayer, read_adapter
+from utils.formats.adapter_names import LayerNames, split_name
+from utils.formats.ui_reader import Place, UiFile, UiUpdate, read_as_ui, ui_names
+from utils.models.adapter_components import components_of
+from utils.models.adapter_layers import base_of, modules_of
+from utils.models.loading import names_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+ROUNDING = 1e-5  # of float32 sums of products in another order, relative to the largest value
+UI_ROLES = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
+READ_ERRORS = (OSError, FileError, SafetensorError, ValueError)
+
+
+def check_adapter_files(
+    layers: Sequence[AdapterLayer],
+    pipeline: "DiffusionPipeline",
+    own: Mapping[Path, torch.dtype],
+    for_uis: Mapping[Path, torch.dtype],
+) -> list[str]:
+    """Returns what is wrong with the files of an exported adapter, each fault in one line; empty if all is right.
+
+    Args:
+        layers: the run's layers.
+        pipeline: the pipeline with the adapter in it as PEFT's layers; its weights are not changed.
+        own: files or folders in diffusers' or PEFT's form, and the dtype of their tensors.
+        for_uis: files in the names of UIs, and the dtype of their tensors.
+    """
+    faults: list[str] = []
+    for path, dtype in own.items():
+        faults += _check_own(path, dtype, layers, pipeline)
+    for path, dtype in for_uis.items():
+        faults += _check_ui_file(path, dtype, layers, pipeline)
+    return faults
+
+
+def _check_own(
+    path: Path, dtype: torch.dtype, layers: Sequence[AdapterLayer], pipeline: "DiffusionPipeline"
+) -> list[str]:
+    """Compares a file of diffusers, or folders of PEFT, with the run's layers."""
+    try:
+        found = {(each.component, each.name): each for each in read_adapter(path, components_of(pipeline)).layers}
+    except READ_ERRORS as error:
+        return [f"{path.name} can't be read back: {first_line(error)}"]
+    wanted = {(each.component, each.name): each for each in layers}
+    different = [
+        _place_name(key)
+        for key in wanted
+        if key in found
+        and (
+            not _are_same(found[key].tensors, _rounded(wanted[key].tensors, dtype))
+            or abs(found[key].scale - wanted[key].scale) > ROUNDING * abs(wanted[key].scale)
+        )
+    ]
+    faults = _faults(path.name, "are not the run's", different)
+    faults += _faults(path.name, "are missing", [_place_name(key) for key in wanted if key not in found])
+    faults += _faults(path.name, "are unknown", [_place_name(key) for key in found if key not in wanted])
+    if layers[0].kind == "lora":
+        faults += _check_by_diffusers(path / LORA_FILE if path.is_dir() else path, dtype, layers, pipeline)
+    return faults
+
+
+def _check_ui_file(
+    file: Path, dtype: torch.dtype, layers: Sequence[AdapterLayer], pipeline: "DiffusionPipeline"
+) -> list[str]:
+    """Reads a file as UIs do, and compares its tensors and its effect with the run's."""
+    # By the UIs' rules: no key unknown, none unread, none missing.
+    unet, *encoders = components_of(pipeline)
+    order = [unet.name, *(each.name for each in encoders)]
+    try:
+        found = read_as_ui(file, ui_names(unet.shapes, [each.shapes for each in encoders]))
+    except READ_ERRORS as error:
+        return [f"{file.name} can't be read back: {first_line(error)}"]
+    places = {(order.index(layer.component), layer.name): layer for layer in layers}
+    faults = _faults(file.name, "are unknown to UIs", found.unknown)
+    faults += _faults(file.name, "are read by no UI", found.unread)
+    faults += _faults(
+        file.name, "are missing", [f"{order[key[0]]}.{key[1]}" for key in places if key not in found.updates]
+    )
+
+    # Bits of the tensors, then the weights that they make.
+    common = {key: layer for key, layer in places.items() if key in found.updates}
+    modules = dict(zip(common, modules_of(pipeline, list(common.values())), strict=True))
+    faults += _check_values(file.name, found, common, dtype)
+    if not faults:
+        faults += _check_effects(file.name, found, common, modules, dtype)
+    if layers[0].kind == "lora":
+        faults += _check_by_diffusers(file, dtype, layers, pipeline)
+    return faults
+
+
+def _check_values(where: str, found: UiFile, places: Mapping[Place, AdapterLayer], dtype: torch.dtype) -> list[str]:
+    """Compares the tensors of a file for UIs with the run's, rounded once, bit for bit."""
+    different: list[str] = []
+    for key, layer in places.items():
+        update = found.updates[key]
+        values = {role: tensor.float() for role, tensor in layer.tensors.items()}
+        is_whole = {"lokr_w1", "lokr_w2"} <= set(values)
+        if is_whole:  # UIs do not scale such updates
+            values["lokr_w1"] = values["lokr_w1"] * (layer.alpha / layer.rank)
+        wanted = {UI_ROLES.get(role, role): each for role, each in _rounded(values, dtype).items()}
+        alpha_is_right = is_whole or update.alpha == torch.tensor(layer.alpha, dtype=torch.float32).item()
+        if not alpha_is_right or not _are_same(_flat(update.values), _flat(wanted)):
+            different.append(layer.name)
+    return _faults(where, "are not the run's", different)
+
+
+def _check_effects(
+    where: str,
+    found: UiFile,
+    places: Mapping[Place, AdapterLayer],
+    modules: Mapping[Place, nn.Module],
+    dtype: torch.dtype,
+) -> list[str]:
+    """Applies a file for UIs by hand, and compares with what PEFT makes of the run's adapter."""
+    different: list[str] = []
+    for key, layer in places.items():
+        if not _has_same_effect(found.updates[key], layer, modules[key], dtype):
+            different.append(layer.name)
+    return _faults(where, "change the weights in another way than the run", different)
+
+
+@torch.no_grad()
+def _has_same_effect(update: UiUpdate, layer: AdapterLayer, module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether an update changes a layer's weight as PEFT does, up to rounding: of float32, or of the file's dtype."""
+    if not hasattr(module, "get_delta_weight"):
+        return True
+    adapter = next(iter(module.r))
+    wanted = module.get_delta_weight(adapter).detach().float().cpu()
+    given = update.delta(layer.shape)
+    if "magnitude" in layer.tensors:
+        weight = base_of(module).weight
+        if weight.shape != torch.Size(layer.shape) or not weight.is_floating_point():  # quantized
+            return True
+        weight = weight.detach().float().cpu()
+        length = module.lora_magnitude_vector[adapter].get_weight_norm(weight, wanted, scaling=1)
+        magnitude = module.lora_magnitude_vector[adapter].weight.detach().float().cpu()
+        others = [1] * (weight.dim() - 1)
+        wanted = (magnitude.flatten() / length.flatten()).reshape(-1, *others) * (weight + wanted)
+        given = update.merged(weight)
+    step = ROUNDING if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    finite = torch.isfinite(wanted)
+    if not torch.equal(finite, torch.isfinite(given)):
+        return dtype != torch.float32  # values that the dtype can't represent are named elsewhere
+    limit = step * float(wanted[finite].abs().max()) if bool(finite.any()) else 0.0
+    return bool(((given - wanted)[finite].abs() <= limit).all())
+
+
+def _check_by_diffusers(
+    file: Path, dtype: torch.dtype, layers: Sequence[AdapterLayer], pipeline: "DiffusionPipeline"
+) -> list[str]:
+    """Reads a LoRA file by diffusers' key tables, and compares the matrices that it finds for each layer."""
+    arguments = {"unet_config": pipeline.unet.config} if _reads_config(pipeline) else {}
+    try:
+        tensors, _ = pipeline.lora_state_dict(dict(read_safetensors(file)), **arguments)
+    except (*READ_ERRORS, KeyError, IndexError, RuntimeError) as error:
+        return [f"{file.name} can't be converted by diffusers: {first_line(error)}"]
+    names = LayerNames(components_of(pipeline))
+    wanted = {(layer.component, layer.name): layer for layer in layers}
+    found: set[tuple[tuple[str, str], str]] = set()
+    different, unknown = [], []
+    for name, tensor in tensors.items():
+        owner, role = split_name(name) or (name, "")
+        key = names.find(owner, None)
+        if key not in wanted or role not in ("down", "up", "magnitude"):
+            unknown.append(name)
+            continue
+        found.add((key, role))
+        expected = wanted[key].tensors[role].to(dtype).cpu()
+        if not torch.equal(tensor.flatten().view(torch.uint8), expected.contiguous().flatten().view(torch.uint8)):
+            different.append(name)
+    missing = [_place_name(key) for key in wanted if not {(key, "down"), (key, "up")} <= found]
+    where = f"{file.name} as diffusers reads it"
+    return [
+        *_faults(where, "are unknown", unknown),
+        *_faults(where, "are not the run's", different),
+        *_faults(where, "are missing", missing),
+    ]
+
+
+def _reads_config(pipeline: "DiffusionPipeline") -> bool:
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+
+    return isinstance(pipeline, StableDiffusionXLLoraLoaderMixin)
+
+
+def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {role: tensor.detach().cpu().to(dtype) for role, tensor in tensors.items()}
+
+
+def _flat(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors without dimensions of size 1, which tools write differently, and do not read."""
+    return {name: tensor.squeeze() for name, tensor in tensors.items()}
+
+
+def _are_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether tensors have the same names, dtypes, shapes and bits, which NaN has too."""
+    if set(one) != set(other):
+        return False
+    for name, tensor in one.items():
+        if tensor.dtype != other[name].dtype or tensor.shape != other[name].shape:
+            return False
+        first, second = (each.contiguous().flatten().view(torch.uint8) for each in (tensor, other[name]))
+        if not torch.equal(first, second):
+            return False
+    return True
+
+
+def _place_name(key: tuple[str, str]) -> str:
+    return f"{key[0]}.{key[1]}"
+
+
+def _faults(where: str, what: str, names: Iterable[str]) -> list[str]:
+    """Returns a fault that names share, in one line; none without names."""
+    every = list(names)
+    return [f"{where}: {len(every)} layers or tensors {what}: {names_of(every)}"] if every else []
