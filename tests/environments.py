@@ -24,6 +24,8 @@ OLDER = (
     "accelerate==1.10.1",
 )
 """The newest libraries before transformers 5, which many programs that open pipelines still run with."""
+LYCORIS = ("lycoris-lora==4.1.3", "pytest", "pytest-timeout")
+"""The library whose names files for UIs have, which merges them by itself."""
 
 
 def requirements() -> dict[str, str]:
@@ -40,9 +42,11 @@ def tested_torch() -> str:
 
 
 def packages(name: str) -> list[str]:
-    """What pip installs: `older`, `floors` (the lower bounds of requirements.txt) or `newest` (the newest releases)."""
+    """What pip installs: `older`, `floors` (lower bounds of requirements.txt), `newest` (releases) or `lycoris`."""
     if name == "older":
         return [tested_torch(), *OLDER]
+    if name == "lycoris":
+        return [tested_torch(), *(line for package, line in requirements().items() if package != "torch"), *LYCORIS]
     others = [line for package, line in requirements().items() if package != "torch"]
     return [tested_torch(), *(line.replace(">=", "==") if name == "floors" else line for line in others)]
 
@@ -85,7 +89,7 @@ def _tops(distribution: Distribution) -> Iterator[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Makes the environment that is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=("older", "floors", "newest"))
+    parser.add_argument("name", choices=("older", "floors", "newest", "lycoris"))
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args(argv)
     print(make(arguments.name, arguments.folder))

@@ -47,6 +47,11 @@ class Job:
 JOBS = (
     Job("the lower bounds of requirements.txt train", ("python", "tests/short_runs.py"), "floors"),
     Job("the newest releases train", ("python", "tests/short_runs.py"), "newest"),
+    Job(
+        "LyCORIS merges what runs export for UIs",
+        ("python", "-m", "pytest", "-q", "tests/formats/test_lycoris.py"),
+        "lycoris",
+    ),
     Job("older libraries open the results", ("make", "test-older")),
 )
 

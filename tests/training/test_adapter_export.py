@@ -29,17 +29,16 @@ def adaptation_of(kind: str) -> tuple[str, ...]:
 @pytest.fixture
 def checked(monkeypatch) -> list[list[str]]:
     """What the checks of the exports found, each run's result and best/."""
-    from utils.runtime.background_writer import HostBuffers
-    from utils.training.adaptation import AdapterTuning
+    from utils.training.exporting import Exporter
 
     found: list[list[str]] = []
-    export = AdapterTuning._export
+    note = Exporter.note_adapter
 
-    def both(self, tensors, folder):
-        export(self, tensors, folder)
-        found.append(self.checking(HostBuffers())(folder))
+    def both(self, folder, faults, said):
+        found.append(faults)
+        note(self, folder, faults, said)
 
-    monkeypatch.setattr(AdapterTuning, "_export", both)
+    monkeypatch.setattr(Exporter, "note_adapter", both)
     return found
 
 

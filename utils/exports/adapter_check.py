@@ -21,6 +21,7 @@ from utils.formats.adapter_names import LayerNames, split_name
 from utils.formats.ui_reader import Place, UiFile, UiUpdate, read_as_ui, ui_names
 from utils.models.adapter_components import components_of
 from utils.models.adapter_layers import base_of, modules_of
+from utils.models.folder_form import num_overflowed, overflow_text
 from utils.models.loading import names_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def check_adapter_files(
     pipeline: "DiffusionPipeline",
     own: Mapping[Path, torch.dtype],
     for_uis: Mapping[Path, torch.dtype],
+    is_sharded: bool = False,
 ) -> list[str]:
     """Returns what is wrong with the files of an exported adapter, each fault in one line; empty if all is right.
 
@@ -45,12 +47,13 @@ def check_adapter_files(
         pipeline: the pipeline with the adapter in it as PEFT's layers; its weights are not changed.
         own: files or folders in diffusers' or PEFT's form, and the dtype of their tensors.
         for_uis: files in the names of UIs, and the dtype of their tensors.
+        is_sharded: whether the pipeline's weights are spread over processes; then only the tensors are compared.
     """
     faults: list[str] = []
     for path, dtype in own.items():
         faults += _check_own(path, dtype, layers, pipeline)
     for path, dtype in for_uis.items():
-        faults += _check_ui_file(path, dtype, layers, pipeline)
+        faults += _check_ui_file(path, dtype, layers, pipeline, is_sharded)
     return faults
 
 
@@ -81,7 +84,11 @@ def _check_own(
 
 
 def _check_ui_file(
-    file: Path, dtype: torch.dtype, layers: Sequence[AdapterLayer], pipeline: "DiffusionPipeline"
+    file: Path,
+    dtype: torch.dtype,
+    layers: Sequence[AdapterLayer],
+    pipeline: "DiffusionPipeline",
+    is_sharded: bool,
 ) -> list[str]:
     """Reads a file as UIs do, and compares its tensors and its effect with the run's."""
     # By the UIs' rules: no key unknown, none unread, none missing.
@@ -102,7 +109,7 @@ def _check_ui_file(
     common = {key: layer for key, layer in places.items() if key in found.updates}
     modules = dict(zip(common, modules_of(pipeline, list(common.values())), strict=True))
     faults += _check_values(file.name, found, common, dtype)
-    if not faults:
+    if not faults and not is_sharded:
         faults += _check_effects(file.name, found, common, modules, dtype)
     if layers[0].kind == "lora":
         faults += _check_by_diffusers(file, dtype, layers, pipeline)
@@ -112,17 +119,22 @@ def _check_ui_file(
 def _check_values(where: str, found: UiFile, places: Mapping[Place, AdapterLayer], dtype: torch.dtype) -> list[str]:
     """Compares the tensors of a file for UIs with the run's, rounded once, bit for bit."""
     different: list[str] = []
+    overflowed: dict[str, int] = {}
     for key, layer in places.items():
         update = found.updates[key]
         values = {role: tensor.float() for role, tensor in layer.tensors.items()}
         is_whole = {"lokr_w1", "lokr_w2"} <= set(values)
         if is_whole:  # UIs do not scale such updates
             values["lokr_w1"] = values["lokr_w1"] * (layer.alpha / layer.rank)
-        wanted = {UI_ROLES.get(role, role): each for role, each in _rounded(values, dtype).items()}
+        rounded = _rounded(values, dtype)
+        if count := sum(num_overflowed(values[role].cpu(), each) for role, each in rounded.items()):
+            overflowed[layer.name] = count
+        wanted = {UI_ROLES.get(role, role): each for role, each in rounded.items()}
         alpha_is_right = is_whole or update.alpha == torch.tensor(layer.alpha, dtype=torch.float32).item()
         if not alpha_is_right or not _are_same(_flat(update.values), _flat(wanted)):
             different.append(layer.name)
-    return _faults(where, "are not the run's", different)
+    faults = _faults(where, "are not the run's", different)
+    return faults + ([f"{where}: {overflow_text(overflowed)}"] if overflowed else [])
 
 
 def _check_effects(

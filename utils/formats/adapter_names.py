@@ -130,3 +130,24 @@ def component_of_names(owners: Sequence[str], components: Sequence[Component]) -
     """Returns the component that has layers of all these names, which do not say it themselves; None if none has."""
     plain = [owner.removeprefix(WRAPPED) for owner in owners]
     return next((each.name for each in components if plain and all(each.find(name) for name in plain)), None)
+
+
+def loadable_text_name(name: str) -> str:
+    """Returns the name in a LoRA file of a text encoder's tensor, which all releases of transformers load.
+
+    The names have the prefix that transformers 5 has dropped from its modules. transformers 5 loads the magnitudes of
+    DoRA only if their names end in `.weight`; releases before it load both.
+    """
+    prefixed = name if name.startswith(TEXT_PREFIX) else TEXT_PREFIX + name
+    return f"{prefixed}.weight" if prefixed.endswith(".lora_magnitude_vector") else prefixed
+
+
+def loadable_name(name: str) -> str:
+    """Returns the name that this release gives to a tensor of a LoRA file of any release."""
+    component, _, rest = name.partition(".")
+    return f"{component}.{loadable_text_name(rest)}" if rest.startswith(TEXT_PREFIX) else name
+
+
+def is_loaded_by_transformers(name: str) -> bool:
+    """Whether all releases of transformers load a tensor of a LoRA file."""
+    return loadable_name(name) == name

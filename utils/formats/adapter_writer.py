@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.config.terminal import json_text
 from utils.formats.adapter_files import METADATA_KEY, AdapterLayer
-from utils.formats.adapter_names import Component
+from utils.formats.adapter_names import Component, loadable_name
 from utils.formats.streaming import StreamedTensor, write_streamed
 
 LEGACY_BEGIN, LEGACY_SIZE = 0x100000, 0x10000  # bytes of a file that AUTOMATIC1111's first hash of models covers
@@ -95,7 +95,7 @@ def write_diffusers(layers: Sequence[AdapterLayer], file: Path, dtype: torch.dty
         tensors[f"{owner}.lora_B.weight"] = layer.tensors["up"].to(dtype).contiguous()
         if magnitude is not None:
             shape = (-1,) if len(layer.shape) == 2 else (1, -1, *[1] * (len(layer.shape) - 2))
-            tensors[f"{owner}.lora_magnitude_vector"] = magnitude.to(dtype).reshape(shape).contiguous()
+            tensors[loadable_name(f"{owner}.lora_magnitude_vector")] = magnitude.to(dtype).reshape(shape).contiguous()
     _write(tensors, file, {"format": "pt", METADATA_KEY: json_text(peft_config(layers), indent=2)})
 
 

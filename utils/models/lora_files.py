@@ -24,7 +24,7 @@ from utils.formats.adapter_files import (
     adapter_sources,
     read_adapter,
 )
-from utils.formats.adapter_names import WRAPPED, Component, split_name
+from utils.formats.adapter_names import WRAPPED, Component, is_loaded_by_transformers, split_name
 from utils.models.adapter_components import adapted_names, components_of, layer_shape
 from utils.models.adapter_layers import check_layers, inject
 from utils.models.loading import loading, names_of
@@ -136,11 +136,11 @@ def _read_other_formats(pipeline: "DiffusionPipeline", source: str, what: str) -
 
 
 def is_diffusers_lora(names: Collection[str], components: Sequence[Component]) -> bool:
-    """Whether all tensors have names that diffusers gives to a LoRA."""
+    """Whether all tensors have names that diffusers gives to a LoRA, and are loaded by it."""
     others = (WRAPPED, *(prefix for each in components for prefix in each.prefixes))
     split = [split_name(name) for name in names]
     is_lora = all(parts is not None and parts[1] in LORA_PARTS for parts in split)
-    return is_lora and not any(name.startswith(others) for name in names)
+    return is_lora and not any(name.startswith(others) or not is_loaded_by_transformers(name) for name in names)
 
 
 def _load_diffusers_lora(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from utils.config.options import UserError, first_line, require
 from utils.config.tensor_files import read_safetensors
-from utils.formats.adapter_files import LORA_FILE, PEFT_FILE, AdapterLayer
-from utils.formats.adapter_names import WRAPPED, Component
+from utils.formats.adapter_files import LORA_FILE, PEFT_FILE
+from utils.formats.adapter_names import WRAPPED, loadable_name, loadable_text_name
 from utils.models.adapter_components import components_of_modules, layer_shape
 from utils.models.adapter_layers import layers_of_run, merge_layers
 from utils.models.base import Family
@@ -30,7 +30,7 @@ from utils.models.pipeline_source import ComponentDtypes
 from utils.runtime.atomic_files import write_tensors
 from utils.runtime.background_writer import HostBuffers
 from utils.runtime.sharding import plain_class, sharded_parts
-from utils.training.adapter_export import UiExport, check_export, export_for_uis
+from utils.training.adapter_export import UiExport, WrittenAdapter
 from utils.training.ema import MovingAverage
 from utils.training.exporting import Exporter
 from utils.training.optimizer_options import OptimizerOptions
@@ -355,10 +355,6 @@ class AdapterTuning(Adaptation):
         """See `Adaptation.exporting`: exports the adapters, and if requested the pipeline with them fused in."""
         return partial(self._export, self._gathered(buffers))
 
-    def checking(self, buffers: HostBuffers) -> Callable[[Path], list[str]]:
-        """Returns a function that checks the files of an export, see `check_adapter_files`; used as `exporting`."""
-        return partial(self._check, self._gathered(buffers))
-
     def _gathered(self, buffers: HostBuffers) -> dict[str, Tensor]:
         """Returns the tensors of all adapters, copied from all processes if they are sharded."""
         is_spread = bool(sharded_parts(self.modules.values()))
@@ -368,11 +364,18 @@ class AdapterTuning(Adaptation):
         """Exports the tensors of all adapters, given by their names in a file, in the forms of --lora_format."""
         self._write(tensors, False, folder)
         self._export_merged(tensors, folder)
-        if self.kind is None or self.ui is None or self.options.lora_format == "diffusers":
+        if self.kind is None or self.ui is None:
             return
-        is_written = export_for_uis(self._layers(tensors), self._components(), self.ui, folder)
-        if self.options.lora_format == "kohya" and is_written:
+        family, is_sharded = type(self.family), bool(sharded_parts(self.modules.values()))
+        layers = layers_of_run(family, self.modules, tensors, ADAPTER)
+        written = WrittenAdapter(layers, self.family.pipeline, self.ui, folder, is_sharded)
+        if self.options.lora_format != "diffusers":
+            written.write_for_uis(components_of_modules(family, self.modules))
+        if self.options.lora_format == "kohya" and written.has_ui_file:
             self._remove_own(folder)
+        if self.exporter.is_checked:
+            has_own = self.options.lora_format != "kohya" or not written.has_ui_file
+            self.exporter.note_adapter(folder, written.check(has_own), written.describe())
 
     @abstractmethod
     def _export_merged(self, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -381,18 +384,6 @@ class AdapterTuning(Adaptation):
     @abstractmethod
     def _remove_own(self, folder: Path) -> None:
         """Removes what `_write` wrote."""
-
-    def _check(self, tensors: dict[str, Tensor], folder: Path) -> list[str]:
-        if self.kind is None:
-            return []
-        return check_export(self._layers(tensors), self.family.pipeline, self.ui, self.options.lora_format, folder)
-
-    def _layers(self, tensors: dict[str, Tensor]) -> list[AdapterLayer]:
-        """Returns the adapters as the record of all formats."""
-        return layers_of_run(type(self.family), self.modules, tensors, ADAPTER)
-
-    def _components(self) -> list[Component]:
-        return components_of_modules(type(self.family), self.modules)
 
     def _base_models(self) -> "DiffusionPipeline":
         """Loads the base pipeline in float32, without the components that are never adapted."""
@@ -456,7 +447,7 @@ class PeftAdaptation(AdapterTuning):
 
         pipeline = self._base_models()
         if self.kind is not None:
-            merge_layers(pipeline, self._layers(tensors))
+            merge_layers(pipeline, layers_of_run(type(self.family), self.modules, tensors, ADAPTER))
         for name in self.modules if self.kind is None else ():
             PeftModel.from_pretrained(getattr(pipeline, name), folder / name).merge_and_unload()
         self._save_fused(pipeline, folder)
@@ -502,8 +493,8 @@ class LowRankAdaptation(AdapterTuning):
 
     @property
     def exports_lora(self) -> bool:
-        """True: it is `pytorch_lora_weights.safetensors`."""
-        return True
+        """Whether `pytorch_lora_weights.safetensors` is written."""
+        return self.options.lora_format != "kohya"
 
     def _make_adapters(self, start: Path | None) -> None:
         if start is not None:
@@ -543,12 +534,13 @@ class LowRankAdaptation(AdapterTuning):
         layers = convert_state_dict_to_diffusers(by_peft)
         if set(layers) & set(by_peft):  # only attention layers were renamed, but loaders accept only one style per file
             layers = by_peft
-        if name == self.family.denoiser_name or any(key.startswith("text_model.") for key in layers):
+        if name == self.family.denoiser_name:
             return layers
-        return {f"text_model.{key}": value for key, value in layers.items()}  # the prefix that other tools expect
+        return {loadable_text_name(key): value for key, value in layers.items()}
 
     def _saved(self, folder: Path, average: bool) -> dict[str, Tensor]:
-        return read_safetensors((folder / "unet_ema" if average else folder) / LORA_FILE)
+        saved = read_safetensors((folder / "unet_ema" if average else folder) / LORA_FILE)
+        return {loadable_name(name): tensor for name, tensor in saved.items()}  # earlier releases named some otherwise
 
     def _named_tensors(self) -> dict[str, Tensor]:
         return {f"{name}.{key}": tensor for name in self.modules for key, tensor in self._module_tensors(name).items()}

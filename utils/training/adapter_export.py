@@ -39,42 +39,56 @@ class UiExport:
         return folder / UI_FOLDER / f"{self.name}.safetensors"
 
 
-def export_for_uis(layers: Sequence[AdapterLayer], components: Sequence[Component], ui: UiExport, folder: Path) -> bool:
-    """Writes the file for UIs; returns whether it could be written, else warns.
+@dataclass
+class WrittenAdapter:
+    """An adapter that is written to a folder.
 
-    Raises:
-        OSError: if the disk fails.
-    """
-    try:
-        write_kohya(layers, components, ui.file(folder), ui.dtype, ui.metadata(layers))
-    except ValueError as error:
-        logger.warning("no file for UIs is written: %s", error)
-        return False
-    if any("magnitude" in layer.tensors for layer in layers):
-        logger.warning(
-            "%s has LyCORIS' form of DoRA: %s; the weights merged by --export_fused are right in all of them",
-            *(ui.file(folder).name, DORA_NOTE),
-        )
-    return True
-
-
-def check_export(
-    layers: Sequence[AdapterLayer],
-    pipeline: "DiffusionPipeline",
-    ui: UiExport | None,
-    lora_format: str,
-    folder: Path,
-) -> list[str]:
-    """Checks the files of an exported adapter; see `check_adapter_files`.
-
-    Args:
+    Attributes:
         layers: the run's layers.
         pipeline: the run's pipeline, with the adapter in it.
-        ui: the file for UIs, if one is written.
-        lora_format: the formats that are written.
-        folder: the folder that they were written to.
+        ui: the file for UIs.
+        folder: the folder that it is written to.
+        is_sharded: whether the pipeline's weights are spread over processes, which leaves its updates uncompared.
+        has_ui_file: whether the file for UIs is written.
     """
-    has_ui = ui is not None and lora_format != "diffusers"
-    if lora_format == "kohya" and has_ui:
-        return check_adapter_files(layers, pipeline, {}, {ui.file(folder): ui.dtype})
-    return check_adapter_files(layers, pipeline, {folder: torch.float32}, {ui.file(folder): ui.dtype} if has_ui else {})
+
+    layers: Sequence[AdapterLayer]
+    pipeline: "DiffusionPipeline"
+    ui: UiExport
+    folder: Path
+    is_sharded: bool = False
+    has_ui_file: bool = False
+
+    def write_for_uis(self, components: Sequence[Component]) -> None:
+        """Writes the file for UIs, or warns if they have no names for its layers.
+
+        Raises:
+            OSError: if the disk fails.
+        """
+        file = self.ui.file(self.folder)
+        try:
+            write_kohya(self.layers, components, file, self.ui.dtype, self.ui.metadata(self.layers))
+        except ValueError as error:
+            logger.warning("no file for UIs is written: %s", error)
+            return
+        self.has_ui_file = True
+        if any("magnitude" in layer.tensors for layer in self.layers):
+            said = "%s has LyCORIS' form of DoRA: %s; the weights that --export_fused merges are right in all of them"
+            logger.warning(said, file.name, DORA_NOTE)
+
+    def check(self, has_own: bool) -> list[str]:
+        """Returns what is wrong with the files; see `check_adapter_files`.
+
+        Args:
+            has_own: whether diffusers' or PEFT's form is written too.
+        """
+        own = {self.folder: torch.float32} if has_own else {}
+        for_uis = {self.ui.file(self.folder): self.ui.dtype} if self.has_ui_file else {}
+        return check_adapter_files(self.layers, self.pipeline, own, for_uis, self.is_sharded)
+
+    def describe(self) -> str:
+        """Returns what is compared, in words."""
+        count = sum(len(layer.tensors) for layer in self.layers)
+        return f"{count} tensors of {len(self.layers)} layers" + (
+            f" in {self.ui.name}.safetensors too" * self.has_ui_file
+        )

@@ -5,12 +5,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from utils.data.plan import PlannedImages
 from utils.formats.adapter_files import AdapterLayer
 from utils.formats.adapter_metadata import AdapterFacts, adapter_metadata, count_tags
 from utils.formats.modelspec import ModelFacts
+from utils.models.single_file_writer import FileFacts
 from utils.training.adapter_export import UiExport
 from utils.training.data import TrainingData
 from utils.training.options import TrainingOptions
@@ -20,56 +19,47 @@ if TYPE_CHECKING:
     from utils.training.state import TrainingState
 
 
-def ui_export(
-    options: TrainingOptions, folder: Path, data: TrainingData, task: Task, state: "TrainingState"
-) -> UiExport:
+def ui_export(options: TrainingOptions, data: TrainingData, task: Task, state: "TrainingState") -> UiExport:
     """Returns the file for UIs that the run of an adapter writes.
 
     Args:
-        folder: the run's output folder.
         state: the run's state, whose step counts when the file is written.
     """
-    name = folder.resolve().name
+    exporter = task.adaptation.exporter
     tags = cache(partial(_tags, options, data))
 
     def metadata(layers: Sequence[AdapterLayer]) -> Mapping[str, str]:
-        return adapter_metadata(layers, _facts(options, name, data, task, state.step, tags()))
+        facts = AdapterFacts(
+            model=_model_facts(task, exporter.facts),
+            base=exporter.facts.merged_from,
+            base_file=_file_of(options.model.pretrained_model_name_or_path),
+            zero_snr=bool(task.family.pipeline.scheduler.config.get("rescale_betas_zero_snr")),
+            trigger_words=options.adaptation.trigger_words or (),
+            tags=tags(),
+            training=_training(options, data, state.step),
+        )
+        return adapter_metadata(layers, facts)
 
-    return UiExport(name, torch.float32, metadata)
+    return UiExport(exporter.facts.title, exporter.form.dtype, metadata)
 
 
-def _facts(
-    options: TrainingOptions,
-    name: str,
-    data: TrainingData,
-    task: Task,
-    step: int,
-    tags: Mapping[str, Mapping[str, int]],
-) -> AdapterFacts:
-    """Returns what is known of a run after some optimizer steps."""
-    family, model = task.family, options.model.pretrained_model_name_or_path
-    scheduler = family.pipeline.scheduler.config
+def _model_facts(task: Task, known: FileFacts) -> ModelFacts:
+    """Returns what a file says of the model that it is for."""
+    family = task.family
     parts = {part: getattr(family.pipeline, part).config for part in (*family.trainable_names(), "scheduler")}
     configs = {part: config.to_dict() if hasattr(config, "to_dict") else config for part, config in parts.items()}
-    original = type(family).original_model(configs)
-    base = Path(model)
-    resolution = data.resolution
-    facts = ModelFacts(
-        architecture=original.architecture,
-        title=name,
-        resolution=(resolution, resolution),
-        prediction_type=task.process.prediction_type,
-        encoder_layer=None if options.model.clip_skip is None else options.model.clip_skip + 1,
+    return ModelFacts(
+        architecture=type(family).original_model(configs).architecture,
+        title=known.title,
+        resolution=known.resolution,
+        prediction_type=getattr(task.process, "prediction_type", None),
+        licence=known.licence,
+        encoder_layer=known.encoder_layer,
     )
-    return AdapterFacts(
-        model=facts,
-        base=base.name if base.exists() else model,
-        base_file=base if base.is_file() else None,
-        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
-        trigger_words=options.adaptation.trigger_words or (),
-        tags=tags,
-        training=_training(options, data, step),
-    )
+
+
+def _file_of(base: str) -> Path | None:
+    return Path(base) if Path(base).is_file() else None
 
 
 def _training(options: TrainingOptions, data: TrainingData, step: int) -> dict[str, object]:

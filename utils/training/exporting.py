@@ -87,6 +87,23 @@ class Exporter:
             where = "" if place == RESULT else f" in {place}/"
             logger.info("checked the exported pipeline%s: %s are the run's weights, bit for bit", where, said)
 
+    def note_adapter(self, folder: Path, faults: list[str], said: str) -> None:
+        """Notes what the check of an adapter's files has found, for the log and the end of the run.
+
+        Args:
+            folder: the folder of the files.
+            faults: what is wrong with them; empty if all is right.
+            said: what was compared, in words.
+        """
+        place = _place(folder)
+        key = "adapter" if place == RESULT else f"{place}: adapter"
+        self.faults[key], self.checked[key] = faults, said
+        for fault in faults:
+            logger.error("the exported adapter is wrong: %s", one_line(fault, 500))
+        if not faults:
+            where = "" if place == RESULT else f" in {place}/"
+            logger.info("checked the exported adapter%s: %s are the run's weights, bit for bit", where, said)
+
     def remove_outdated(self, folder: Path) -> None:
         """Removes the single file of an earlier export, which holds other weights than the folder now."""
         file = folder / file_name_of(folder)

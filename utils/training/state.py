@@ -168,7 +168,7 @@ class TrainingState:
         if session.checkpoint is not None:
             state.step = state.load(session.checkpoint)
         if isinstance(adaptation, AdapterTuning):
-            adaptation.ui = ui_export(options, session.folder.path, data, task, state)
+            adaptation.ui = ui_export(options, data, task, state)
         return state
 
     def progress(self) -> Progress:
