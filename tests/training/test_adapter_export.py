@@ -95,6 +95,22 @@ def test_the_formats_asked_for_are_written(train, checked, name):
     assert checked == [[]]
 
 
+def test_a_lora_in_the_names_of_uis_alone_is_drawn_from(train, caplog):
+    train("sdxl", "--adaptation", "lora", "--train_text_encoder", "--lora_format", "kohya", *MORE)
+    assert "load_lora_weights(out.safetensors) draws the same image within 1/255" in caplog.text
+
+
+def test_a_dora_of_inputs_is_refused_and_of_outputs_merged(train, capsys):
+    first = train("sd", "--adaptation", "lora", "--use_dora", *MORE, out="first")
+    file = first / "ui" / "first.safetensors"
+    by_input = {name: torch.ones(1, each.shape[1]) for name, each in load_file(file).items() if "lora_down" in name}
+    scales = {name.replace("lora_down.weight", "dora_scale"): each for name, each in by_input.items()}
+    save_file(load_file(file) | scales, first / "other.safetensors")
+    flags = ("--adaptation", "lora", "--lora_weights", first / "other.safetensors", "--max_train_steps", 1)
+    train("sd", *flags, out="second", expect=2)
+    assert "its magnitudes are of the layers' inputs" in message(capsys)
+
+
 def test_a_run_of_peft_folders_writes_those_of_the_formats_asked_for(train):
     out = train("sd", "--adaptation", "lokr", "--lora_format", "kohya", *MORE)
     assert not (out / "unet").exists()

@@ -85,7 +85,7 @@ def exported_file(family: Family, file: Path, form: FolderForm, is_merged: bool)
     return Exported(file.name, lambda: kind.from_single_file(str(file), **arguments), _closeness(form, is_merged))
 
 
-def exported_lora(family: Family, path: Path) -> Exported:
+def exported_lora(family: Family, path: Path, dtype: torch.dtype = torch.float32) -> Exported:
     """Returns the base with the LoRA file of a folder or path loaded into it, to draw from."""
 
     def load() -> "DiffusionPipeline":
@@ -94,7 +94,8 @@ def exported_lora(family: Family, path: Path) -> Exported:
         pipeline.load_lora_weights(str(path))
         return pipeline
 
-    return Exported(f"load_lora_weights({path.name}/)" if path.is_dir() else path.name, load, Closeness.LEVEL)
+    closeness = Closeness.LEVEL if dtype == torch.float32 else Closeness.COARSE
+    return Exported(f"load_lora_weights({path.name}{'/' if path.is_dir() else ''})", load, closeness)
 
 
 def _closeness(form: FolderForm, is_merged: bool) -> Closeness:

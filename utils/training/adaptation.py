@@ -79,6 +79,10 @@ class Adaptation(ABC):
         """Whether the result contains a file for `load_lora_weights`."""
         return False
 
+    def lora_for_uis(self, folder: Path) -> Path | None:
+        """Returns the file for UIs in a result, if diffusers reads all of it too; None otherwise."""
+        return None
+
     @classmethod
     def dtypes(cls, options: AdaptationOptions, frozen: torch.dtype) -> ComponentDtypes:
         """Returns the dtypes to load weights in: float32 for trained weights, `frozen` for frozen ones."""
@@ -495,6 +499,12 @@ class LowRankAdaptation(AdapterTuning):
     def exports_lora(self) -> bool:
         """Whether `pytorch_lora_weights.safetensors` is written."""
         return self.options.lora_format != "kohya"
+
+    def lora_for_uis(self, folder: Path) -> Path | None:
+        """See `Adaptation.lora_for_uis`: diffusers reads no DoRA in the names of UIs."""
+        is_dora = any(module.peft_config[ADAPTER].use_dora for module in self.modules.values())
+        file = None if self.ui is None or is_dora else self.ui.file(folder)
+        return file if file is not None and file.is_file() else None
 
     def _make_adapters(self, start: Path | None) -> None:
         if start is not None:

@@ -100,6 +100,8 @@ def _exported(session: Session, state: TrainingState) -> Iterator[Exported]:
         yield exported_file(family, path / exporter.file_name, exporter.form, is_merged)
     if adaptation.exports_lora:
         yield exported_lora(family, folder)
+    elif (file := adaptation.lora_for_uis(folder)) is not None:
+        yield exported_lora(family, file, exporter.form.dtype)
 
 
 def _encoders(family: Family) -> dict[str, nn.Module]:
