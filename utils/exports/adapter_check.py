@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from utils.config.file_names import LORA_FILE
 from utils.config.options import first_line
 from utils.config.tensor_files import read_safetensors
 from utils.config.user_files import FileError
-from utils.formats.adapter_files import LORA_FILE, AdapterLayer, read_adapter
+from utils.formats.adapter_files import AdapterLayer, read_adapter
 from utils.formats.adapter_names import LayerNames, split_name
 from utils.formats.ui_reader import Place, UiFile, UiUpdate, read_as_ui, ui_names
 from utils.models.adapter_components import components_of

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.config.file_names import LORA_FILE
 from utils.config.tensor_files import open_safetensors
 from utils.config.terminal import one_line
 from utils.config.user_files import FileError, parse_json, read_json
 from utils.formats.adapter_names import WRAPPED, Component, LayerNames, component_of_names, kind_not_read, split_name
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # of diffusers, in the header of its LoRA files

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from utils.config.file_names import LORA_FILE
 from utils.config.options import UserError
 from utils.config.tensor_files import open_safetensors
 from utils.config.user_files import require_regular
 from utils.formats.adapter_files import (
-    LORA_FILE,
     MODELS_BY_WIDTH,
     PEFT_CONFIG,
     AdapterFile,

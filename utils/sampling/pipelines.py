@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from utils.config.file_names import LORA_FILE
 from utils.config.options import UserError
 from utils.config.tensor_files import read_safetensors
 from utils.diffusion.samplers import changed_scheduler
-from utils.formats.adapter_files import LORA_FILE, PEFT_FILE
+from utils.formats.adapter_files import PEFT_FILE
 from utils.models.loading import Download, load_module, load_parts, load_pipeline_folder, loading, named_parts
 from utils.models.lora_files import load_lora
 from utils.models.scaled_adapters import ScaledAdapter, local_source

@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from utils.config.file_names import LORA_FILE
 from utils.config.options import UserError, first_line, require
 from utils.config.tensor_files import read_safetensors
-from utils.formats.adapter_files import LORA_FILE, PEFT_FILE
+from utils.formats.adapter_files import PEFT_FILE
 from utils.formats.adapter_names import WRAPPED, loadable_name, loadable_text_name
 from utils.models.adapter_components import components_of_modules, layer_shape
 from utils.models.adapter_layers import layers_of_run, merge_layers

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from utils.models.lora_files import LORA_FILE
+from utils.config.file_names import LORA_FILE
 from utils.runtime.processes import began_at
 from utils.sampling.infotext import single_file_of
 
