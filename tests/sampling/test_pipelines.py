@@ -189,13 +189,16 @@ def test_a_checkpoints_adapters_are_taken_their_averages_first(more_pipelines, t
         torch.manual_seed(seed)
         save_file({key: torch.randn_like(tensor) for key, tensor in load_file(file).items()}, file)
 
-    def drawn_with(parts):
-        pipeline = load_pipeline(PipelineSpec(str(more_pipelines["sd"]), parts=parts), torch.float32)
+    def drawn_with(parts, scale=1.0):
+        pipeline = load_pipeline(PipelineSpec(str(more_pipelines["sd"]), scale=scale, parts=parts), torch.float32)
         drawer = Drawer(pipeline, GenerationOptions(num_inference_steps=2), SamplingControls(), 0, CPU)
         return drawer.call(plan_tasks([Prompt("a")], PromptOptions(images_per_prompt=1)))
 
     base, average = drawn_with(None), drawn_with(checkpoint)
     assert np.abs(base - average).max() > 0.01
+    assert np.array_equal(drawn_with(checkpoint, 0.0), base)
+    half = drawn_with(checkpoint, 0.5)
+    assert min(np.abs(half - other).max() for other in (base, average)) > 0.001
     tensors = load_file(files[0])
     save_file({f"other.{key}": tensor for key, tensor in tensors.items()}, files[0])
     with pytest.raises(UserError, match="can't be loaded"):

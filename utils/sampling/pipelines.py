@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -17,10 +17,10 @@ from utils.config.tensor_files import read_safetensors
 from utils.diffusion.samplers import changed_scheduler
 from utils.formats.adapter_files import PEFT_FILE
 from utils.models.loading import Download, load_module, load_parts, load_pipeline_folder, loading, named_parts
-from utils.models.lora_files import load_lora
 from utils.models.scaled_adapters import ScaledAdapter, local_source
 from utils.models.single_file import SingleFile
 from utils.runtime.hub_files import INDEX, hub_file, index_file, read_config
+from utils.sampling.adapters import AdapterToLoad, add_adapters
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -158,7 +158,7 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
     # Adapters.
     for name, folder in content.adapters.items():
         _merge_adapters(getattr(pipeline, name, None), folder, spec.scale)
-    _add_adapters(pipeline, spec, content.lora)
+    add_adapters(pipeline, list(_adapters_to_load(spec, content.lora)))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -281,29 +281,15 @@ def _merge_adapters(module: torch.nn.Module | None, folder: Path, scale: float) 
         adapted.merge_and_unload()
 
 
-def _add_adapters(pipeline: "DiffusionPipeline", spec: PipelineSpec, lora_of_checkpoint: Path | None) -> None:
-    """Loads the adapters and sets their scales; what has the scale 0 is checked too, but leaves no trace."""
-    # Load: one after another, each checked completely.
-    scales: dict[str, float] = {}
+def _adapters_to_load(spec: PipelineSpec, lora_of_checkpoint: Path | None) -> Iterator[AdapterToLoad]:
+    """Yields the adapters with their scales: first the checkpoint's own, if it has one."""
     if lora_of_checkpoint is not None:
         # a checkpoint of a diverged run is allowed: its images show it
-        what = f"--checkpoints: {lora_of_checkpoint}"
-        load_lora(pipeline, str(lora_of_checkpoint), "checkpoint", what, must_be_finite=False)
-        scales["checkpoint"] = spec.scale
-    for number, each in enumerate(spec.scaled_adapters):
+        source = str(lora_of_checkpoint)
+        yield AdapterToLoad(source, spec.scale, f"--checkpoints: {source}", must_be_finite=False)
+    for each in spec.scaled_adapters:
         what = f"{spec.adapter_flag} {each.source}"
-        load_lora(pipeline, local_source(each.source, what), f"adapter_{number}", what)
-        scales[f"adapter_{number}"] = each.scale
-
-    # Scale. Without any that acts, the layers are those of the base, so that its images are equal to the last bit.
-    acting = {name: scale for name, scale in scales.items() if scale != 0}
-    if scales and not acting:
-        pipeline.unload_lora_weights()
-        return
-    if idle := [name for name in scales if name not in acting]:
-        pipeline.delete_adapters(idle)
-    if set(acting.values()) - {1.0} or len(scales) > 1:
-        pipeline.set_adapters(list(acting), list(acting.values()))
+        yield AdapterToLoad(local_source(each.source, what), each.scale, what)
 
 
 def call_parameters(pipeline_type: type) -> frozenset[str]:

@@ -1,0 +1,69 @@
+"""Adapters of all kinds and formats at scales: what they make of a pipeline's weights."""
+
+import pytest
+import torch
+
+from tests.adapters import Adapted
+from utils.config.options import UserError
+from utils.formats.adapter_writer import write_kohya
+from utils.models.adapter_layers import base_of, modules_of
+from utils.models.scaled_adapters import ScaledAdapter
+from utils.sampling.pipelines import PipelineSpec, load_pipeline
+
+KINDS = ("lora", "dora", "loha", "lokr")
+
+
+@pytest.fixture(scope="module")
+def adapted(pipelines, tmp_path_factory):
+    """For each kind a file in the UIs' names, the base's weights, and the changes by PEFT's own merge."""
+    found = {}
+    for kind in KINDS:
+        made = Adapted(pipelines["sd"], kind)
+        file = tmp_path_factory.mktemp("adapters") / f"{kind}.safetensors"
+        write_kohya(made.layers, made.components, file, torch.float32, {})
+        merged = made.merged()
+        changes = {key: weight - made.weights[key] for key, weight in merged.items()}
+        found[kind] = (str(file), made, changes)
+    return found
+
+
+def weights_with(folder, made, *adapters, scale=1.0):
+    """The weights of a pipeline with adapters, by component and layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    pipeline = load_pipeline(PipelineSpec(str(folder), tuple(adapters), scale), torch.float32)
+    found = {}
+    for layer, module in zip(made.layers, modules_of(pipeline, made.layers), strict=True):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+        found[layer.component, layer.name] = base_of(module).weight.detach()
+    return found
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.4, -0.5, 0.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_is_a_factor_on_the_change_of_the_weights(adapted, pipelines, kind, scale):
+    file, made, changes = adapted[kind]
+    found = weights_with(pipelines["sd"], made, ScaledAdapter(file, 2 * scale), scale=0.5)
+    for key, weight in found.items():
+        expected = made.weights[key] + scale * changes[key]
+        assert torch.equal(weight, made.weights[key]) if scale == 0 else torch.allclose(weight, expected, atol=1e-5), (
+            key
+        )
+
+
+def test_adapters_of_different_kinds_add_up(adapted, pipelines):
+    scales = {"lora": 0.5, "loha": -0.25, "lokr": 2.0}
+    found = weights_with(
+        pipelines["sd"], adapted["lora"][1], *(ScaledAdapter(adapted[kind][0], each) for kind, each in scales.items())
+    )
+    for key, weight in found.items():
+        change = sum(each * adapted[kind][2].get(key, 0) for kind, each in scales.items())
+        assert torch.allclose(weight, adapted["lora"][1].weights[key] + change, atol=1e-5), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_another_model_is_refused_in_one_line(adapted, pipelines, kind):
+    with pytest.raises(UserError, match=r"--lora .*another model") as raised:
+        load_pipeline(PipelineSpec(str(pipelines["sdxl"]), (ScaledAdapter(adapted[kind][0], 0.0),)), torch.float32)
+    assert "\n" not in str(raised.value)
