@@ -178,6 +178,7 @@ def card_facts(options: Options, family: TextFamily) -> CardFacts:
         call=f"pipeline({quoted(prompt)}{skip})",
         negative_prompt=options.samples.validation_negative_prompt or "",
         ui_notes=family.ui_notes,
+        trigger_words=adaptation.trigger_words or (),
     )
 
 
