@@ -11,7 +11,8 @@ from utils.config.options import WRITTEN_PATHS, option, parse, rules_of
 from utils.runtime.engines import Engine, ShardedEngine, ZeroEngine
 
 TRAINING = ("train_text_to_image", "train_unconditional")
-SCRIPTS = (*TRAINING, "evaluate_pipeline")
+TOOLS = tuple(f"utils.tools.{name}" for name in ("convert", "merge", "extract", "resize"))
+SCRIPTS = (*TRAINING, "evaluate_pipeline", *TOOLS)
 
 
 def groups_of(script: str) -> list[type]:

@@ -21,6 +21,7 @@ from utils.models.from_scratch import TRANSFORMER_SIZES, UNET_SIZES
 from utils.models.options import MODEL_SIZES
 
 SCRIPTS = ("train_text_to_image", "train_unconditional", "evaluate_pipeline")
+TOOLS = ("convert", "merge", "extract", "resize")
 OPTIONS_OF = {
     "train_text_to_image": "utils.training.text_to_image_options",
     "train_unconditional": "utils.training.unconditional_options",
@@ -213,6 +214,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("train_unconditional", ["--dataset_name", "a/b", "--hub_model_id", "c"], 2, "--push_to_hub"),
         ("evaluate_pipeline", [], 2, "give one of --pipeline"),
         ("evaluate_pipeline", ["--pipeline", "a/b", "--best_by", "fid"], 2, "--checkpoints"),
+        *((f"utils/tools/{tool}", ["--help"], 0, "") for tool in TOOLS),
+        ("utils/tools/convert", ["in"], 2, "OUT"),
+        ("utils/tools/convert", ["no", "out", "--to", "folder"], 2, "IN no does not exist"),
+        ("utils/tools/convert", ["run.json", "out", "--to", "folder"], 2, "IN run.json is a .json file"),
+        ("utils/tools/merge", ["--pipeline", "no"], 2, "--pipeline no"),
+        ("utils/tools/extract", ["--base", ".", "--tuned", ".", "--out", "a"], 2, "--rank"),
+        ("utils/tools/resize", ["a.ckpt", "b.safetensors", "--rank", "1"], 2, "IN a.ckpt needs unpickling"),
     ],
 )
 def test_help_and_errors_of_flags_come_before_anything_heavy_is_loaded(script, words, status, said, tmp_path):

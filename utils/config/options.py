@@ -29,8 +29,17 @@ from utils.config.standard_streams import flush_streams, hide, lasting_streams
 from utils.config.terminal import one_line, print_line
 
 logger = logging.getLogger(__name__)
-WRITTEN_PATHS = ("output_dir", "logging_dir", "encoding_cache_dir", "cache_dir", "save_reference", "export_geneval")
-WRITTEN_FILES = ("save_reference",)  # those of WRITTEN_PATHS that are files
+WRITTEN_PATHS = (
+    "output_dir",
+    "logging_dir",
+    "encoding_cache_dir",
+    "cache_dir",
+    "save_reference",
+    "export_geneval",
+    "out",
+)
+WRITTEN_FILES = ("save_reference", "out")  # those of WRITTEN_PATHS that are files
+CONFIG_FLAGS = ("--config", "--config_file")
 CLOSE = 0.8  # similarity above which an unknown flag counts as a typo
 NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own pattern takes -1e-4 for a flag
 
@@ -92,6 +101,7 @@ def option(  # noqa: PLR0913 - the parts of a flag's declaration
     default: typing.Any,
     help: str,
     *,
+    place: str = "",
     aliases: Sequence[str] = (),
     choices: Iterable | None = None,
     const: typing.Any = None,
@@ -104,6 +114,7 @@ def option(  # noqa: PLR0913 - the parts of a flag's declaration
     """Declares a dataclass field that is also a command-line flag.
 
     Args:
+        place: what `--help` calls an argument that is given by its place, without a flag, such as IN.
         aliases: additional spellings, including dashes.
         const: the value if the flag is given without one; None if it needs a value.
         is_text: whether the value is text and never a path, so that a leading `~` is kept.
@@ -114,6 +125,8 @@ def option(  # noqa: PLR0913 - the parts of a flag's declaration
     """
     rules = FlagRules.of(resume, engines, acts_with)
     metadata: dict[str, typing.Any] = {"help": help.replace("%", "%%"), "is_text": is_text, "rules": rules}
+    if place:
+        metadata["place"] = place
     if aliases:
         metadata["aliases"] = list(aliases)
     if choices is not None:
@@ -163,13 +176,13 @@ def flags_as(names: Mapping[str, str]) -> Iterator[None]:
     """Context manager: renames flags in user errors and log lines to those that the user typed.
 
     Args:
-        names: the user's name for each internal name; flags that start with an internal name are renamed too. If
-            contexts are nested, the inner names are replaced first.
+        names: the user's name for each internal name; flags that start with an internal name are renamed too. A name in
+            capitals is an argument's place, without dashes. If contexts are nested, the inner names are replaced first.
     """
 
     def renamed(text: str) -> str:
         for theirs, ours in names.items():
-            text = text.replace(f"--{theirs}", f"--{ours}")
+            text = text.replace(f"--{theirs}", ours if ours.isupper() else f"--{ours}")
         return text
 
     make_record = logging.getLogRecordFactory() if not _RENAMERS else _RENAMERS[0][0]
@@ -222,10 +235,14 @@ class _Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, groups: Mapping[str, type], description: str):
-        super().__init__(usage="%(prog)s --flag value ...", description=description, allow_abbrev=False)
+        places = [
+            place for group in groups.values() for field in dataclasses.fields(group) if (place := _place_of(field))
+        ]
+        usage = " ".join(["%(prog)s", *places, "--flag value ..."])
+        super().__init__(usage=usage, description=description, allow_abbrev=False)
         self._negative_number_matcher = NEGATIVE_NUMBER
         self.add_argument(
-            *("--config", "--config_file"),
+            *CONFIG_FLAGS,
             nargs="+",
             metavar="FILE",
             help="YAML or JSON files with values of flags, or the run.json of an earlier run; later files override "
@@ -245,8 +262,16 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def _place_of(field: dataclasses.Field) -> str:
+    """Returns what an option that is given by its place is called; empty for one with a flag."""
+    return field.metadata.get("place", "")
+
+
 def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field, hint: typing.Any) -> None:
     """Adds an option's flag; for a switch that is on by default, also the flag that turns it off."""
+    if place := _place_of(field):
+        section.add_argument(field.name, metavar=place, help=field.metadata["help"])
+        return
     known = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     kind = known[0] if isinstance(hint, types.UnionType) else hint
     given = {name: value for name, value in field.metadata.items() if name not in ("aliases", "is_text", "rules")}
@@ -354,6 +379,8 @@ def parse(options: type, argv: Sequence[str] | None, description: str) -> typing
 
 def _take_configs(parser: _Parser, words: Sequence[str], known_flags: Sequence[str]) -> None:
     """Makes the values in the files of `--config` the parser's defaults."""
+    if not any(_flag_of(word) in CONFIG_FLAGS for word in words):
+        return
     files, _ = parser.parse_known_args([word for word in words if _flag_of(word) not in ("-h", "--help")])
     if files.config is None:
         return

@@ -64,12 +64,12 @@ def check_folder(folder: Path, modules: Mapping[str, nn.Module], form: FolderFor
         with ExitStack() as stack:
             files = weight_files(folder / name, form.variant, with_pickles=False)
             try:
-                read = _readers(stack, files)
+                read = readers(stack, files)
             except (OSError, FileError) as error:
                 found.faults.append(f"{name} can't be read back: {first_line(error)}")
                 continue
-            _compare(found, name, expected, read, form.dtype)
-            _compare_names(found, name, expected, read)
+            compare(found, name, expected, read, form.dtype)
+            compare_names(found, name, expected, read)
     return found
 
 
@@ -77,13 +77,13 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu()
 
 
-def _readers(stack: ExitStack, files: Iterable[Path]) -> dict[str, Read]:
+def readers(stack: ExitStack, files: Iterable[Path]) -> dict[str, Read]:
     """Returns functions that read the tensors of some files, by plain name; the files stay open with the stack."""
     opened = [stack.enter_context(TensorFile(path)) for path in files]
     return {plain_name(name): partial(each.read, name) for each in opened for name in each.names}
 
 
-def _compare(
+def compare(
     found: Findings,
     where: str,
     expected: Mapping[str, Read],
@@ -105,7 +105,7 @@ def _compare(
         found.faults.append(f"{where}: {overflow_text(overflowed)}")
 
 
-def _compare_names(found: Findings, where: str, expected: Iterable[str], read: Iterable[str]) -> None:
+def compare_names(found: Findings, where: str, expected: Iterable[str], read: Iterable[str]) -> None:
     """Notes tensors that are missing or unknown; constants may be both."""
     names, known = set(read), set(expected)
     found.add(where, "are missing", sorted(name for name in known - names if not is_constant(name)))
@@ -166,19 +166,19 @@ def _check_part(
     """Compares one component of a single file, converted by diffusers, with the folder's."""
     where = f"{opened.path.name}: {name}"
     try:
-        read, unread = _by_diffusers(opened, name, _on_meta(source, name), own)
+        read, unread = by_diffusers(opened, name, _on_meta(source, name), own)
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
         found.faults.append(f"{where} can't be converted by diffusers: {first_line(error)}")
         return
     with ExitStack() as stack:
         files = sorted(set(source.parts[name].files.values()))
-        expected = {_newer(key): function for key, function in _readers(stack, files).items()}
-        _compare(found, where, expected, read, dtype)
-        _compare_names(found, where, expected, read)
+        expected = {_newer(key): function for key, function in readers(stack, files).items()}
+        compare(found, where, expected, read, dtype)
+        compare_names(found, where, expected, read)
     found.add(where, "are read by nothing", unread)
 
 
-def _by_diffusers(
+def by_diffusers(
     opened: TensorFile, name: str, module: nn.Module, own: Iterable[str]
 ) -> tuple[dict[str, Read], list[str]]:
     """Returns a component's tensors by their names in diffusers, and the names of those that it does not read."""

@@ -8,13 +8,14 @@ factors; a LoKr update with two whole factors is not scaled at all.
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from utils.config.terminal import json_text
 from utils.formats.adapter_files import METADATA_KEY, AdapterLayer
-from utils.formats.adapter_names import Component, loadable_name
+from utils.formats.adapter_names import TEXT_PREFIX, Component, loadable_name
 from utils.formats.streaming import StreamedTensor, write_streamed
 
 LEGACY_BEGIN, LEGACY_SIZE = 0x100000, 0x10000  # bytes of a file that AUTOMATIC1111's first hash of models covers
@@ -77,8 +78,19 @@ def write_kohya(
     _write(tensors, file, {**metadata, **_hashes(tensors, metadata)})
 
 
-def write_diffusers(layers: Sequence[AdapterLayer], file: Path, dtype: torch.dtype = torch.float32) -> None:
+def write_diffusers(
+    layers: Sequence[AdapterLayer],
+    file: Path,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Writes a LoRA file for `load_lora_weights` of diffusers, with each layer's rank and alpha in its metadata.
+
+    Args:
+        layers: the layers.
+        file: the file.
+        dtype: dtype of the tensors.
+        metadata: further metadata of the header.
 
     Raises:
         ValueError: for LoHa and LoKr, and for magnitudes of inputs, which diffusers does not read.
@@ -96,7 +108,8 @@ def write_diffusers(layers: Sequence[AdapterLayer], file: Path, dtype: torch.dty
         if magnitude is not None:
             shape = (-1,) if len(layer.shape) == 2 else (1, -1, *[1] * (len(layer.shape) - 2))
             tensors[loadable_name(f"{owner}.lora_magnitude_vector")] = magnitude.to(dtype).reshape(shape).contiguous()
-    _write(tensors, file, {"format": "pt", METADATA_KEY: json_text(peft_config(layers), indent=2)})
+    own = {"format": "pt", METADATA_KEY: json_text(peft_config(layers), indent=2)}
+    _write(tensors, file, {**metadata, **own})
 
 
 def peft_config(layers: Iterable[AdapterLayer]) -> dict[str, object]:
@@ -106,14 +119,17 @@ def peft_config(layers: Iterable[AdapterLayer]) -> dict[str, object]:
         by_component.setdefault(layer.component, []).append(layer)
     found: dict[str, object] = {}
     for component, own in sorted(by_component.items()):
-        ranks, alphas = {layer.name: layer.rank for layer in own}, {layer.name: layer.alpha for layer in own}
+        # without the prefix, since PEFT matches ends of names, and transformers 5 has no such prefix
+        names = [layer.name.removeprefix(TEXT_PREFIX) for layer in own]
+        ranks = dict(zip(names, (layer.rank for layer in own), strict=True))
+        alphas = dict(zip(names, (layer.alpha for layer in own), strict=True))
         rank, alpha = usual(ranks.values()), usual(alphas.values())
         values = {
             "r": rank,
             "lora_alpha": alpha,
             "rank_pattern": {name: each for name, each in ranks.items() if each != rank},
             "alpha_pattern": {name: each for name, each in alphas.items() if each != alpha},
-            "target_modules": sorted(layer.name for layer in own),
+            "target_modules": sorted(names),
         }
         if any("magnitude" in layer.tensors for layer in own):
             values["use_dora"] = True

@@ -170,8 +170,8 @@ UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 
 def unet_layout(shapes: Shapes, config: Mapping[str, object]) -> list[OriginalTensor]:
     """Returns a UNet's tensors in the original layout; see `Layout`."""
-    places = _unet_places(config)
-    return [OriginalTensor(_unet_name(name, places), (name,)) for name in shapes]
+    places = unet_places(config)
+    return [OriginalTensor(unet_name(name, places), (name,)) for name in shapes]
 
 
 def original_modules(unet_config: Mapping[str, object]) -> dict[str, str]:
@@ -187,12 +187,12 @@ def original_modules(unet_config: Mapping[str, object]) -> dict[str, str]:
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(unet_config))
-    places = _unet_places(unet.config)
+    places = unet_places(unet.config)
     modules = dict.fromkeys(name.rpartition(".")[0] for name, _ in unet.named_parameters())
-    return {name: _unet_name(name, places) for name in modules}
+    return {name: unet_name(name, places) for name in modules}
 
 
-def _unet_places(config: Mapping[str, object]) -> dict[str, str]:
+def unet_places(config: Mapping[str, object]) -> dict[str, str]:
     """Returns the original names of a UNet's blocks, by their names in diffusers."""
     downs, ups = list(config["down_block_types"]), list(config["up_block_types"])
     layers = config["layers_per_block"]
@@ -233,7 +233,7 @@ def _check_blocks(found: Iterable[object], known: Sequence[str]) -> None:
             raise ValueError(f"its UNet has a block of type {each}")
 
 
-def _unet_name(name: str, places: Mapping[str, str]) -> str:
+def unet_name(name: str, places: Mapping[str, str]) -> str:
     """Returns the original name of a module or tensor of a UNet."""
     words = name.split(".")
     for count in range(len(words), 0, -1):

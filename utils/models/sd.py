@@ -35,6 +35,13 @@ class StableDiffusion(TextFamily):
     tokenizer_names = ("tokenizer",)
     prompt_argument_names: ClassVar = {"encoder_hidden_states": "prompt_embeds"}
     ui_prefixes: ClassVar = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}
+    words_in_metadata = ("sd_v1", "sd_v2", "sd1", "sd2", "stable-diffusion-v")
+    published_widths = (768, 1024)
+    published_blocks: ClassVar = {
+        "layers_per_block": 2,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    }
     v_prediction_note = (
         "The model predicts v, which no mark in a file of Stable Diffusion 1 or 2 says: in ComfyUI, put the node "
         "ModelSamplingDiscrete with `v_prediction` behind the loader; for A1111 and Forge, put a YAML config with "

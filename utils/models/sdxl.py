@@ -41,6 +41,13 @@ class StableDiffusionXL(TextFamily):
         "text_encoder_2": ("lora_te2_",),
     }
     ui_names_are_original = True
+    words_in_metadata = ("sdxl", "stable-diffusion-xl")
+    published_widths = (2048,)
+    published_blocks: ClassVar = {
+        "layers_per_block": 2,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    }
     v_prediction_note = (
         "The model predicts v: ComfyUI and Forge read the mark `v_pred` in a single file of SDXL; A1111 does so after "
         "version 1.10, and ComfyUI's node ModelSamplingDiscrete with `v_prediction` sets it for files without the mark."

@@ -42,6 +42,9 @@ class TextFamily(Family):
         source: source of the pipeline.
         prompt_argument_names: the pipeline's argument for each text embedding of a prompt.
         ui_prefixes: by component, how the names of its layers begin in adapters for UIs; the first is written.
+        words_in_metadata: words in the metadata of adapters' files that name the family.
+        published_widths: widths of the text embeddings of its published models.
+        published_blocks: the entries of their UNets' configs that say which blocks these have.
         ui_names_are_original: whether these name the UNet's layers as the original layout does.
         v_prediction_note: what UIs must be told to draw with a model that predicts v.
     """
@@ -50,6 +53,9 @@ class TextFamily(Family):
     prompt_argument_names: Mapping[str, str]
     ui_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
     ui_names_are_original: ClassVar[bool] = False
+    words_in_metadata: ClassVar[tuple[str, ...]]
+    published_widths: ClassVar[tuple[int, ...]]
+    published_blocks: ClassVar[Mapping[str, object]]
     v_prediction_note: str
 
     def __init__(self, source: PipelineSource, dtypes: ComponentDtypes, scheduler_changes: Mapping[str, object]):

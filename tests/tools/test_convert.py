@@ -1,0 +1,239 @@
+"""utils.tools.convert: pipelines and adapters from one form to the other and back, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests import random_adapters, tiny
+from tests.conftest import message
+from utils.exports import adapter_file_check
+from utils.formats.adapter_files import read_adapter
+from utils.tools.convert import main
+
+
+def convert(*words: object, expect: int = 0) -> None:
+    assert main([str(word) for word in words]) == expect
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The weights in a pipeline's folder."""
+    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in folder.glob("*/*.safetensors")}
+
+
+@pytest.mark.parametrize("name", ["sd", "sd2", "sdxl"])
+def test_a_folder_becomes_a_file_and_the_same_folder_again(name, pipelines, tmp_path):
+    convert(pipelines[name], tmp_path / "file.safetensors", "--to", "single_file")
+    given = ["--to", "folder", "--pipeline_config", pipelines[name]]
+    convert(tmp_path / "file.safetensors", tmp_path / "again", *given)
+    before, after = (
+        {key: load_file(folder / key) for key in files_of(folder)} for folder in (pipelines[name], tmp_path / "again")
+    )
+    assert before.keys() == after.keys()
+    for key, tensors in before.items():
+        assert tensors.keys() == after[key].keys()
+        assert all(torch.equal(tensor, after[key][own]) for own, tensor in tensors.items())
+    drawn = DiffusionPipeline.from_pretrained(tmp_path / "again")
+    assert drawn.scheduler.config.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
+
+
+def test_a_file_of_stable_diffusion_2_loses_what_the_pipeline_does_not_read(pipelines, tmp_path, caplog):
+    file = tiny.write_single_file(pipelines["sd2"], tmp_path / "file.safetensors", has_open_clip=True)
+    convert(file, tmp_path / "out", "--to", "folder", "--pipeline_config", pipelines["sd2"])
+    own = load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
+    assert own.keys() == load_file(pipelines["sd2"] / "text_encoder" / "model.safetensors").keys()
+
+
+def test_a_dtype_is_that_of_all_weights_and_of_the_configs(pipelines, tmp_path):
+    convert(pipelines["sdxl"], tmp_path / "half", "--to", "folder", "--dtype", "bf16")
+    convert(tmp_path / "half", tmp_path / "half.safetensors", "--to", "single_file")
+    convert(tmp_path / "half.safetensors", tmp_path / "again.safetensors", "--to", "single_file", "--dtype", "fp32")
+    for file in (*files_of(tmp_path / "half"), tmp_path / "half.safetensors"):
+        dtypes = {each.dtype for each in load_file(tmp_path / "half" / file).values() if each.is_floating_point()}
+        assert dtypes == {torch.bfloat16}, file
+    assert '"bfloat16"' in (tmp_path / "half" / "text_encoder" / "config.json").read_text()
+    half, again = load_file(tmp_path / "half.safetensors"), load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(each.float(), again[name].float()) for name, each in half.items())
+
+
+def test_values_that_fp16_can_not_hold_are_named_and_nothing_is_written(pipelines, tmp_path, capsys):
+    folder = random_adapters.tuned(pipelines["sd"], tmp_path / "large")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_in.bias"][:2] = 1e6
+    save_file(tensors, file, {"format": "pt"})
+    convert(folder, tmp_path / "out.safetensors", "--to", "single_file", "--dtype", "fp16", expect=2)
+    assert "2 values of 1 tensors" in (said := message(capsys))
+    assert "input_blocks.0.0.bias" in said
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_sharded_folder_and_a_variant_are_read(pipelines, tmp_path):
+    whole = DiffusionPipeline.from_pretrained(pipelines["sd"])
+    whole.save_pretrained(tmp_path / "shards", max_shard_size="100KB", variant="own")
+    convert(pipelines["sd"], tmp_path / "a.safetensors", "--to", "single_file")
+    convert(tmp_path / "shards", tmp_path / "b.safetensors", "--to", "single_file", "--variant", "own")
+    one, other = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_what_a_file_says_is_carried_over(pipelines, tmp_path):
+    said = {"modelspec.license": "CreativeML", "modelspec.title": "mine", "own": "kept", "modelspec.hash_sha256": "0x1"}
+    file = tiny.write_single_file(pipelines["sd"], tmp_path / "file.safetensors", metadata=said)
+    convert(file, tmp_path / "half.safetensors", "--to", "single_file", "--dtype", "fp16")
+    with safe_open(tmp_path / "half.safetensors", "pt") as opened:
+        found = opened.metadata()
+    assert {key: found[key] for key in ("modelspec.license", "modelspec.title", "own")} == {
+        key: said[key] for key in ("modelspec.license", "modelspec.title", "own")
+    }
+    assert len(found["modelspec.hash_sha256"]) == 66
+    convert(file, tmp_path / "folder", "--to", "folder", "--pipeline_config", pipelines["sd"])
+    assert "CreativeML" in (tmp_path / "folder" / "README.md").read_text()
+    convert(tmp_path / "folder", tmp_path / "again.safetensors", "--to", "single_file")
+    with safe_open(tmp_path / "again.safetensors", "pt") as opened:
+        assert opened.metadata()["modelspec.license"] == "CreativeML"
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_lora_goes_to_the_uis_and_back(kind, name, pipelines, tmp_path):
+    layers = random_adapters.write(pipelines[name], tmp_path / "a.safetensors", "diffusers", kind=kind)
+    base = ["--pipeline", pipelines[name]]
+    convert(tmp_path / "a.safetensors", tmp_path / "ui.safetensors", "--to", "kohya", *base)
+    convert(tmp_path / "ui.safetensors", tmp_path / "again.safetensors", "--to", "diffusers", *base)
+    components = random_adapters.components(pipelines[name])
+    for file in ("ui", "again"):
+        found = read_adapter(tmp_path / f"{file}.safetensors", components).layers
+        assert [(each.component, each.name, each.scale) for each in found] == [
+            (each.component, each.name, each.scale) for each in layers
+        ]
+        for one, other in zip(found, layers, strict=True):
+            assert one.tensors.keys() == other.tensors.keys()
+            assert all(torch.equal(one.tensors[role], tensor) for role, tensor in other.tensors.items())
+
+
+def test_names_are_read_without_a_base(pipelines, tmp_path):
+    random_adapters.write(pipelines["sd"], tmp_path / "a.safetensors", "diffusers")
+    convert(tmp_path / "a.safetensors", tmp_path / "alone.safetensors", "--to", "kohya")
+    convert(tmp_path / "a.safetensors", tmp_path / "based.safetensors", "--to", "kohya", "--pipeline", pipelines["sd"])
+    one, other = load_file(tmp_path / "alone.safetensors"), load_file(tmp_path / "based.safetensors")
+    assert one.keys() == other.keys()
+    assert all(name.startswith(("lora_unet_", "lora_te_")) for name in one)
+    convert(tmp_path / "alone.safetensors", tmp_path / "back.safetensors", "--to", "diffusers")
+    assert load_file(tmp_path / "back.safetensors").keys() == load_file(tmp_path / "a.safetensors").keys()
+
+
+def sdxl_file(path: Path, names: dict[str, tuple[int, int]]) -> Path:
+    """A LoRA for the published SDXL, of single layers."""
+    tensors = {}
+    for name, (out, inner) in names.items():
+        tensors |= {f"{name}.lora_down.weight": torch.randn(2, inner), f"{name}.lora_up.weight": torch.randn(out, 2)}
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, path)
+    return path
+
+
+def test_names_of_the_published_sdxl_are_known(tmp_path):
+    names = {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": (640, 2048),
+        "lora_unet_middle_block_1_proj_in": (1280, 1280),
+        "lora_unet_output_blocks_2_1_transformer_blocks_9_ff_net_0_proj": (10240, 1280),
+        "lora_te1_text_model_encoder_layers_3_self_attn_q_proj": (768, 768),
+        "lora_te2_text_model_encoder_layers_31_mlp_fc1": (5120, 1280),
+    }
+    file = sdxl_file(tmp_path / "xl.safetensors", names)
+    convert(file, tmp_path / "out.safetensors", "--to", "diffusers")
+    owners = {name.partition(".lora_")[0] for name in load_file(tmp_path / "out.safetensors")}
+    assert owners == {
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
+        "unet.mid_block.attentions.0.proj_in",
+        "unet.up_blocks.0.attentions.2.transformer_blocks.9.ff.net.0.proj",
+        "text_encoder.text_model.encoder.layers.3.self_attn.q_proj",
+        "text_encoder_2.text_model.encoder.layers.31.mlp.fc1",
+    }
+    convert(tmp_path / "out.safetensors", tmp_path / "back.safetensors", "--to", "kohya")
+    before, after = load_file(file), load_file(tmp_path / "back.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_pairs_that_do_not_fit_are_one_line(pipelines, tmp_path, capsys):
+    random_adapters.write(pipelines["sd"], tmp_path / "lora.safetensors")
+    random_adapters.write(pipelines["sd"], tmp_path / "loha.safetensors", kind="loha")
+    random_adapters.write(pipelines["sdxl"], tmp_path / "xl.safetensors")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.txt").write_text("mine")
+    out, sd = tmp_path / "out.safetensors", pipelines["sd"]
+    for words, said in {
+        (tmp_path / "lora.safetensors", out, "--to", "single_file"): "utils.tools.merge",
+        (sd, out, "--to", "kohya"): "utils.tools.extract",
+        (tmp_path / "loha.safetensors", out, "--to", "diffusers", "--pipeline", sd): "--to_lora",
+        (tmp_path / "xl.safetensors", out, "--to", "diffusers"): "--pipeline",
+        (tmp_path / "xl.safetensors", out, "--to", "diffusers", "--pipeline", sd): "another model",
+        (sd, out): "--to is missing",
+        (sd,): "OUT",
+        (sd, tmp_path / "out", "--to", "single_file"): "OUT",
+        (sd, out, "--to", "folder"): "named as a file",
+        (sd, tmp_path / "there", "--to", "folder"): "exists",
+        (sd, sd / "sub", "--to", "folder"): "inside",
+        (sd, sd, "--to", "folder", "--overwrite"): "would replace",
+        (sd, out, "--to", "single_file", "--ema"): "--ema",
+        (tmp_path / "no.safetensors", out, "--to", "folder"): "does not exist",
+        (tmp_path / "there" / "mine.txt", out, "--to", "single_file"): "IN",
+    }.items():
+        convert(*words, expect=2)
+        assert said in message(capsys), words
+        assert not out.exists()
+    assert (tmp_path / "there" / "mine.txt").read_text() == "mine"
+
+
+def test_overwriting_keeps_what_the_result_does_not_have(pipelines, tmp_path):
+    convert(pipelines["sd"], tmp_path / "out", "--to", "folder")
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    convert(pipelines["sd"], tmp_path / "out", "--to", "folder", "--dtype", "bf16", "--overwrite")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    (file,) = (tmp_path / "out" / "unet").glob("*.safetensors")
+    assert {each.dtype for each in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_a_fault_keeps_the_file_and_names_the_layer(pipelines, tmp_path, capsys, monkeypatch):
+    random_adapters.write(pipelines["sd"], tmp_path / "a.safetensors", "diffusers")
+    monkeypatch.setattr(
+        adapter_file_check, "_is_same", lambda layer, update, dtype: not layer.name.endswith("attn2.to_k")
+    )
+    out = tmp_path / "out.safetensors"
+    convert(tmp_path / "a.safetensors", out, "--to", "kohya", expect=1)
+    assert "attn2.to_k" in message(capsys)
+    assert out.is_file()
+    convert(tmp_path / "a.safetensors", out, "--to", "kohya", "--overwrite", "--no_check")
+
+
+def test_checkpoints_become_pipelines_and_adapters(train, tmp_path, pipelines):
+    run = train(
+        "sd", "--max_train_steps", 1, "--checkpointing_steps", 1, "--use_ema", "--prediction_type", "v_prediction"
+    )
+    convert(run / "checkpoint-1", tmp_path / "trained", "--to", "folder")
+    convert(run / "checkpoint-1", tmp_path / "ema.safetensors", "--to", "single_file", "--ema")
+    own = load_file(tmp_path / "trained" / "unet" / "diffusion_pytorch_model.safetensors")
+    there = load_file(run / "checkpoint-1" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, own[name]) for name, tensor in there.items())
+    assert "v_prediction" in (tmp_path / "trained" / "scheduler" / "scheduler_config.json").read_text()
+    average = load_file(run / "checkpoint-1" / "unet_ema" / "diffusion_pytorch_model.safetensors")
+    file = load_file(tmp_path / "ema.safetensors")
+    assert torch.equal(file["model.diffusion_model.out.2.weight"], average["conv_out.weight"])
+    assert "v_pred" in file
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "lokr"])
+def test_checkpoints_of_adapters_are_read_with_their_runs_base(adaptation, train, tmp_path):
+    run = train("sdxl", "--adaptation", adaptation, "--rank", 2, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    convert(run / "checkpoint-1", tmp_path / "ui.safetensors", "--to", "kohya")
+    assert any("input_blocks" in name for name in load_file(tmp_path / "ui.safetensors"))
+    if adaptation == "lora":
+        convert(run, tmp_path / "folder", "--to", "diffusers", "--dtype", "fp16")
+        found = load_file(tmp_path / "folder" / "pytorch_lora_weights.safetensors")
+        assert {each.dtype for each in found.values()} == {torch.float16}

@@ -1,0 +1,115 @@
+"""Checks the adapters that tools write: reads them back, and compares bit for bit.
+
+Files for UIs are read by the UIs' rules (`ui_reader`), which share no code with the writer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.config.library_errors import LOADING_ERRORS
+from utils.config.options import first_line
+from utils.exports.tensor_check import Findings, same_bits
+from utils.formats.adapter_files import AdapterLayer, read_adapter
+from utils.formats.adapter_names import Component
+from utils.formats.ui_reader import Place, UiUpdate, read_as_ui, ui_names
+
+TOLERANCE = 1e-5  # of updates computed by another formula in float32, relative to the largest value
+ROUNDED = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""The same, for factors of lower precision that were scaled before they were rounded."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an adapter's file should hold.
+
+    Attributes:
+        layers: the layers.
+        components: the components of their base.
+        dtype: dtype that the tensors were rounded to.
+        blocks: names of the UNet's blocks, where the components have only some of its layers.
+    """
+
+    layers: Sequence[AdapterLayer]
+    components: Sequence[Component]
+    dtype: torch.dtype
+    blocks: Sequence[str] = ()
+
+
+def check_adapter(expected: Expected, file: Path, form: str) -> Findings:
+    """Compares an adapter's file with what it should hold; `form` is kohya or diffusers."""
+    found = Findings()
+    try:
+        check = _check_as_ui if form == "kohya" else _check_as_diffusers
+        check(found, expected, file)
+    except (*LOADING_ERRORS, KeyError) as error:
+        found.faults.append(f"{file.name} can't be read back: {first_line(error)}")
+    return found
+
+
+def _check_as_ui(found: Findings, expected: Expected, file: Path) -> None:
+    places = {component.name: number for number, component in enumerate(expected.components)}
+    read = read_as_ui(file, _table(expected))
+    wanted: dict[Place, AdapterLayer] = {(places[layer.component], layer.name): layer for layer in expected.layers}
+    found.add(file.name, "are of no layer that UIs know", read.unknown)
+    found.add(file.name, "are read by no UI", read.unread)
+    found.add(file.name, "are missing", sorted(name for _, name in wanted.keys() - read.updates.keys()))
+    found.add(file.name, "are of other layers", sorted(name for _, name in read.updates.keys() - wanted.keys()))
+    common = wanted.keys() & read.updates.keys()
+    different = [key[1] for key in common if not _is_same(wanted[key], read.updates[key], expected.dtype)]
+    found.add(file.name, "are not the adapter's", sorted(different))
+    found.num_tensors += sum(len(read.updates[key].values) for key in common)
+
+
+def _table(expected: Expected) -> dict[str, Place]:
+    """Returns the UIs' names of the layers; of a file whose names were kept, these are its own."""
+    components = expected.components
+    if len(components) == 1 and components[0].prefixes == ("",):
+        return {layer: (0, layer) for layer in components[0].shapes}
+    unet, *encoders = [component.shapes for component in components]
+    return ui_names([*unet, *(f"{block}.0" for block in expected.blocks)], encoders)
+
+
+def _is_same(layer: AdapterLayer, update: UiUpdate, dtype: torch.dtype) -> bool:
+    """Whether a UI reads a layer's tensors, and computes its update."""
+    by_bits = {"lora": {"down": "lora_down.weight", "up": "lora_up.weight"}}.get(layer.kind, {})
+    for role, tensor in layer.tensors.items():
+        name = by_bits.get(role, "dora_scale" if role == "magnitude" else role)
+        if layer.has_whole_factors and name == "lokr_w1":
+            continue  # UIs don't scale such an update, so its scale is in this factor
+        if name not in update.values or not same_bits(tensor.to(dtype).flatten(), update.values[name].flatten()):
+            return False
+    expected, computed = layer.delta(), update.delta(layer.shape)
+    allowed = TOLERANCE if dtype == torch.float32 else ROUNDED[dtype]
+    return _is_close(expected, computed, max(allowed, ROUNDED.get(layer_dtype(layer), 0.0)))
+
+
+def layer_dtype(layer: AdapterLayer) -> torch.dtype:
+    """Returns the dtype of a layer's tensors."""
+    return next(iter(layer.tensors.values())).dtype
+
+
+def _is_close(expected: Tensor, computed: Tensor, allowed: float) -> bool:
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    return expected.shape == computed.shape and float((expected - computed).abs().max()) <= allowed * largest
+
+
+def _check_as_diffusers(found: Findings, expected: Expected, file: Path) -> None:
+    read = {(layer.component, layer.name): layer for layer in read_adapter(file, expected.components).layers}
+    wanted = {(layer.component, layer.name): layer for layer in expected.layers}
+    found.add(file.name, "are missing", sorted(name for _, name in wanted.keys() - read.keys()))
+    found.add(file.name, "are of other layers", sorted(name for _, name in read.keys() - wanted.keys()))
+    common = wanted.keys() & read.keys()
+    different = [key[1] for key in common if not _is_equal(wanted[key], read[key], expected.dtype)]
+    found.add(file.name, "are not the adapter's", sorted(different))
+    found.num_tensors += sum(len(read[key].tensors) for key in common)
+
+
+def _is_equal(wanted: AdapterLayer, read: AdapterLayer, dtype: torch.dtype) -> bool:
+    """Whether a layer was read with its scale, and its tensors bit for bit."""
+    if wanted.scale != read.scale or wanted.tensors.keys() != read.tensors.keys():
+        return False
+    return all(same_bits(each.to(dtype), read.tensors[role]) for role, each in wanted.tensors.items())

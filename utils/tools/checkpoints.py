@@ -1,0 +1,148 @@
+"""Reads checkpoints of a training run as pipelines or as adapters."""
+
+import logging
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from utils.config.options import UserError
+from utils.config.user_files import FileError, read_json
+from utils.diffusion.options import NoiseOptions
+from utils.formats.adapter_files import LORA_FILE, PEFT_FILE
+from utils.models.streamed_pipeline import COMPONENT_CONFIG, StreamedPipeline, read_component, read_streamed
+
+logger = logging.getLogger(__name__)
+STATE = "training_state.json"
+RUN = "run.json"
+AVERAGE = "_ema"
+UNET_AVERAGE = "unet_ema"  # the folder of a LoRA's average
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of a run.
+
+    Attributes:
+        path: its folder.
+        options: the options of its run, as recorded; empty if they are not known.
+    """
+
+    path: Path
+    options: dict[str, object]
+
+    @classmethod
+    def at(cls, path: str) -> "Checkpoint | None":
+        """Returns the checkpoint at a path; None if there is none."""
+        folder = Path(path)
+        if not (folder / STATE).is_file():
+            return None
+        return cls(folder, recorded_options(folder.resolve().parent))
+
+    @property
+    def has_average(self) -> bool:
+        """Whether it holds average weights beside the trained ones."""
+        return any(each.is_dir() for each in self.path.glob(f"*{AVERAGE}"))
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether it holds an adapter rather than models."""
+        return (self.path / LORA_FILE).is_file() or any(self.path.glob(f"*/{PEFT_FILE}"))
+
+    @property
+    def base(self) -> str | None:
+        """The pipeline that its run started from, if it is on this machine."""
+        found = self._recorded("pretrained_model_name_or_path")
+        return found if found is not None and Path(found).exists() else None
+
+    def adapter_place(self, ema: bool) -> Path:
+        """Returns the file or folder of its adapter.
+
+        Raises:
+            UserError: if it has no average, or one that only a run can read.
+        """
+        if self.has_average and not ema:
+            logger.info("%s also has average weights, which --ema takes", self.path)
+        if not ema:
+            return self.path
+        if (self.path / UNET_AVERAGE / LORA_FILE).is_file():
+            return self.path / UNET_AVERAGE / LORA_FILE
+        found = sorted(each.parent for each in self.path.glob(f"*{AVERAGE}/{PEFT_FILE}"))
+        if len(found) != 1:
+            why = "has average weights of several components" if found else "has no average weights"
+            raise UserError(f"--source {self.path} {why}; leave --ema out")
+        return found[0]
+
+    def pipeline(self, given: str | None, variant: str | None, ema: bool) -> StreamedPipeline:
+        """Returns the pipeline with the checkpoint's weights.
+
+        Args:
+            given: value of --pipeline: the pipeline that the run started from; None for the recorded one.
+            variant: variant of that pipeline's files.
+            ema: whether to take the average weights.
+
+        Raises:
+            UserError: if the base is not known, or the checkpoint has no models of it.
+        """
+        what = f"--source {self.path}"
+        base = given or self.options.get("pretrained_model_name_or_path")
+        if not isinstance(base, str) or not Path(base).exists():
+            why = (
+                f"{base}, which is not on this machine" if isinstance(base, str) else "a pipeline that it does not name"
+            )
+            raise UserError(f"{what} was trained from {why}; give its folder or file with --pipeline")
+        variant = variant or self._recorded("variant")
+        pipeline = read_streamed(base, "--pipeline", variant)
+        pipeline = replace(pipeline, what=f"{what}, trained from {base}")
+        pipeline = self._with_vae(pipeline, given)
+
+        # The trained components.
+        folders = {name: self.path / (name + AVERAGE * ema) for name in pipeline.parts}
+        parts = {
+            name: read_component(folder, self._class_name(folder), f"{what}: {folder.name}")
+            for name, folder in folders.items()
+            if (folder / COMPONENT_CONFIG).is_file()
+        }
+        if not parts:
+            cure = "leave --ema out" if ema else "give another checkpoint"
+            raise UserError(f"{what} has no {'average weights' if ema else 'models'} of its pipeline; {cure}")
+        if self.has_average and not ema:
+            logger.info("%s also has average weights, which --ema takes", self.path)
+        schedule = {**pipeline.configs["scheduler"], **self._noise().scheduler_changes}
+        configs = {**pipeline.configs, "scheduler": schedule}
+        return replace(pipeline.with_parts(parts), configs=configs)
+
+    def _noise(self) -> NoiseOptions:
+        """Returns the run's options of noise, which decide the schedule of the result."""
+        names = {field.name for field in fields(NoiseOptions)}
+        return NoiseOptions(**{name: value for name, value in self.options.items() if name in names})
+
+    def _with_vae(self, pipeline: StreamedPipeline, given: str | None) -> StreamedPipeline:
+        """Returns the pipeline with the VAE that the run was given, unless --pipeline decides."""
+        vae = self._recorded("pretrained_vae_model_name_or_path")
+        if vae is None or given is not None:
+            return pipeline
+        folder = next((each for each in (Path(vae, "vae"), Path(vae)) if (each / COMPONENT_CONFIG).is_file()), None)
+        if folder is None:
+            raise UserError(
+                f"--source {self.path} was trained with the VAE {vae}, which is no folder on this machine; give a "
+                "pipeline that has it with --pipeline"
+            )
+        found = read_component(folder, "AutoencoderKL", f"the VAE {vae}")
+        configs = {**pipeline.configs, "vae": read_json(folder / COMPONENT_CONFIG)}
+        return replace(pipeline.with_parts({"vae": found}), configs=configs)
+
+    def _recorded(self, name: str) -> str | None:
+        value = self.options.get(name)
+        return value if isinstance(value, str) else None
+
+    def _class_name(self, folder: Path) -> str:
+        config = read_json(folder / COMPONENT_CONFIG)
+        return str(config.get("_class_name") or (config.get("architectures") or [""])[0])
+
+
+def recorded_options(folder: Path) -> dict[str, object]:
+    """Returns the options in a run's record; empty if it has none."""
+    try:
+        found = read_json(folder / RUN)["options"]
+    except (OSError, FileError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}

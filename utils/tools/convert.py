@@ -1,0 +1,85 @@
+"""Converts a pipeline between a folder and a single file, or an adapter between diffusers' and the UIs' names.
+
+python -m utils.tools.convert IN OUT --to folder|single_file|diffusers|kohya
+"""
+
+from utils.config.first_checks import options_of, read_first
+from utils.tools.convert_options import ADAPTERS, NAMES, Options, read_options
+
+if __name__ == "__main__":
+    # Answer --help and report invalid flags before torch is loaded.
+    read_first(read_options, NAMES)
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.config.options import UserError, leave, run_script
+from utils.models.loading import loading
+from utils.models.single_file import UNET_KEY
+from utils.models.streamed_pipeline import read_streamed
+from utils.models.weight_files import stored_in
+from utils.runtime.hub_files import INDEX
+from utils.tools.adapters import read_adapter_alone, write_adapter
+from utils.tools.checkpoints import Checkpoint
+from utils.tools.results import write_pipeline
+
+logger = logging.getLogger("utils.tools.convert")
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Reads the options and converts."""
+    convert(options_of(read_options, argv))
+
+
+def convert(options: Options) -> None:
+    """Converts what --source names, and checks the result."""
+    asked, checkpoint = options.conversion, Checkpoint.at(options.conversion.source)
+    if asked.ema and checkpoint is None:
+        raise UserError(f"--ema goes with a checkpoint of a run, which --source {asked.source} is not; leave it out")
+    has_adapter = checkpoint.has_adapter if checkpoint is not None else not is_pipeline(asked.source)
+    if has_adapter and asked.to not in ADAPTERS:
+        raise UserError(
+            f"--to {asked.to} is for pipelines, and --source {asked.source} is an adapter; give --to kohya or "
+            "diffusers, or merge it into its base with python -m utils.tools.merge"
+        )
+    if not has_adapter and asked.to in ADAPTERS:
+        raise UserError(
+            f"--to {asked.to} is for adapters, and --source {asked.source} is a pipeline; give --to folder or "
+            "single_file, or make a LoRA of it with python -m utils.tools.extract"
+        )
+    if has_adapter:
+        convert_adapter(options, checkpoint)
+        return
+    if checkpoint is not None:
+        pipeline = checkpoint.pipeline(asked.pipeline, asked.variant, asked.ema)
+    else:
+        pipeline = read_streamed(asked.source, "--source", asked.variant)
+    write_pipeline(pipeline, Path(asked.out), options.output, asked.pipeline_config)
+
+
+def is_pipeline(source: str) -> bool:
+    """Whether a path is a pipeline's folder or single file, rather than an adapter's."""
+    path = Path(source)
+    if path.is_dir():
+        return (path / INDEX).is_file()
+    with loading(f"--source {source}"):
+        return UNET_KEY in stored_in(path)
+
+
+def convert_adapter(options: Options, checkpoint: Checkpoint | None) -> None:
+    """Converts an adapter."""
+    asked, source, base = options.conversion, options.conversion.source, options.conversion.pipeline
+    if checkpoint is not None:
+        source, base = str(checkpoint.adapter_place(asked.ema)), base or checkpoint.base
+    adapter = read_adapter_alone(source, base, "source")
+    write_adapter(adapter, Path(asked.out), asked.to or "", options.output)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns its exit status."""
+    return run_script(run, argv, NAMES)
+
+
+if __name__ == "__main__":
+    leave(main())

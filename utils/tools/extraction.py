@@ -1,0 +1,132 @@
+"""Finds what differs between two pipelines, and approximates it by a LoRA, one layer at a time."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from utils.config.options import UserError
+from utils.config.terminal import progress_bar
+from utils.formats.adapter_files import AdapterLayer
+from utils.formats.adapter_names import Component
+from utils.models.loading import names_of
+from utils.models.streamed_pipeline import StreamedPipeline
+from utils.tools.extract_options import ExtractionOptions
+from utils.tools.low_rank import factorize
+from utils.tools.merging import lora_layer, say_losses
+
+logger = logging.getLogger(__name__)
+KEPT = ("license", "resolution", "trigger_phrase", "prediction_type", "usage_hint", "tags")  # fields of ModelSpec
+
+
+@dataclass
+class Left:
+    """Differences that a LoRA can't hold.
+
+    Attributes:
+        names: the tensors that differ.
+        energy: the sum of squares of their differences.
+    """
+
+    names: list[str] = field(default_factory=list)
+    energy: float = 0.0
+
+
+def check_alike(base: StreamedPipeline, tuned: StreamedPipeline) -> None:
+    """Refuses pipelines of two models.
+
+    Raises:
+        UserError: saying how they differ.
+    """
+    if base.family is not tuned.family:
+        raise UserError(
+            f"{tuned.what} is a {tuned.family.pipeline_class_name}, and {base.what} is a "
+            f"{base.family.pipeline_class_name}; give two pipelines of one model"
+        )
+    for part in base.adapted_names:
+        mine, theirs = base.shapes(part), tuned.shapes(part)
+        odd = sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name])
+        odd += sorted(name for name in mine.keys() ^ theirs.keys() if part == base.family.denoiser_name)
+        if odd:
+            raise UserError(
+                f"{tuned.what} and {base.what} are of two models: {len(odd)} tensors of the {part} have other shapes "
+                f"or are missing in one: {names_of(odd)}"
+            )
+
+
+def extract_layers(
+    base: StreamedPipeline, tuned: StreamedPipeline, components: Sequence[Component], asked: ExtractionOptions
+) -> list[AdapterLayer]:
+    """Returns a LoRA of the differences, and logs what of them it holds.
+
+    Raises:
+        UserError: if there is no difference that a LoRA can hold, or values are not finite.
+    """
+    # Each layer's difference, at the rank that is asked for.
+    wanted = [each for each in components if asked.text_encoder or each.name == base.family.denoiser_name]
+    left, layers, losses = Left(), [], []
+    total = sum(len(base.parts[component.name]) for component in wanted)
+    with progress_bar(total=total, desc="extracting", unit="tensor", leave=False) as bar:
+        for component in wanted:
+            for name, difference in _differences(base, tuned, component.name):
+                bar.update()
+                layer = name.removesuffix(".weight")
+                if difference is None:
+                    continue
+                if layer == name or layer not in component.shapes:
+                    left.names.append(f"{component.name}.{name}")
+                    left.energy += float(difference.double().square().sum())
+                    continue
+                factors = factorize(difference, asked.rank, asked.energy)
+                layers.append(lora_layer(component.name, layer, factors, component.shapes[layer]))
+                losses.append((factors.kept, factors.total))
+
+    # What was found.
+    skipped = [each.name for each in components if each not in wanted]
+    _say_left(base, tuned, left, sum(whole for _, whole in losses), skipped)
+    if not layers:
+        raise UserError(f"{tuned.what} has no layer that differs from {base.what}; there is nothing to extract")
+    logger.info("%d layers differ; ranks %d to %d", len(layers), *_ends([layer.rank for layer in layers]))
+    say_losses(losses, [layer.name for layer in layers])
+    return layers
+
+
+def _ends(ranks: Sequence[int]) -> tuple[int, int]:
+    return min(ranks), max(ranks)
+
+
+def _differences(base: StreamedPipeline, tuned: StreamedPipeline, part: str) -> Iterator[tuple[str, Tensor | None]]:
+    """Yields each tensor's name, and its difference in float32; None if there is none but that of dtypes."""
+    for name in base.parts[part]:
+        if name not in tuned.parts[part]:
+            continue
+        one, other = base.parts[part][name].read(), tuned.parts[part][name].read()
+        if not one.is_floating_point():
+            continue
+        difference = other.float() - one.float()
+        energy = float(difference.double().square().sum())
+        if energy != energy or energy == torch.inf:
+            raise UserError(f"{tuned.what}: {part}.{name} or that of the base has NaN or infinite values; give others")
+        narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+        yield name, None if torch.equal(one.to(narrow), other.to(narrow)) else difference
+
+
+def _say_left(base: StreamedPipeline, tuned: StreamedPipeline, left: Left, held: float, skipped: Sequence[str]) -> None:
+    """Logs differences that are not in the LoRA: of norms, biases and embeddings, of the VAE, and what was left out."""
+    if left.names:
+        logger.warning(
+            "a LoRA can't hold the differences of %d tensors, with %.2f %% of all their energy: %s",
+            *(len(left.names), 100 * left.energy / (left.energy + held), names_of(left.names)),
+        )
+    for part in base.parts.keys() & tuned.parts.keys() - set(base.adapted_names) | set(skipped):
+        odd = [name for name, difference in _differences(base, tuned, part) if difference is not None]
+        if odd:
+            logger.warning("the %s differs in %d tensors, which are not in the LoRA: %s", part, len(odd), names_of(odd))
+
+
+def kept_metadata(tuned: StreamedPipeline) -> dict[str, str]:
+    """Returns what a single file says about itself that holds for its LoRA too."""
+    said = {} if tuned.file is None else tuned.file.metadata
+    return {key: value for key, value in said.items() if key.removeprefix("modelspec.") in KEPT}

@@ -1,0 +1,61 @@
+"""Merges adapters into a pipeline's weights, or into one LoRA.
+
+python -m utils.tools.merge --pipeline BASE --lora A=0.8 B=0.5 --out OUT
+"""
+
+from utils.config.first_checks import options_of, read_first
+from utils.tools.merge_options import Options, read_options
+
+if __name__ == "__main__":
+    # Answer --help and report invalid flags before torch is loaded.
+    read_first(read_options)
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.config.options import leave, run_script
+from utils.models.streamed_components import base_of_streamed
+from utils.models.streamed_pipeline import read_streamed
+from utils.tools.adapters import Adapter, form_of, read_for, write_adapter
+from utils.tools.merging import merged_lora, merged_pipeline, updates_of
+from utils.tools.results import source_name, write_pipeline
+
+logger = logging.getLogger("utils.tools.merge")
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Reads the options and merges."""
+    merge(options_of(read_options, argv))
+
+
+def merge(options: Options) -> None:
+    """Merges the adapters of --lora, and checks the result."""
+    # The base and the adapters, which must fit it completely.
+    asked, out = options.merge, Path(options.merge.out or "")
+    pipeline = read_streamed(asked.pipeline or "", "--pipeline", asked.variant)
+    base = base_of_streamed(pipeline)
+    adapters = [read_for(Path(each.source), base, f"--lora {each.source}") for each in asked.adapters]
+    scales = [each.scale for each in asked.adapters]
+    updates = updates_of([(each.layers, scale) for each, scale in zip(adapters, scales, strict=True)])
+    logger.info("%d adapters change %d layers of %s", len(adapters), len(updates), asked.pipeline)
+
+    # The result.
+    sources = [f"{each.name}={each.scale:g}" for each in asked.adapters]
+    if asked.result != "lora":
+        merged = merged_pipeline(pipeline, updates)
+        write_pipeline(merged, out, options.output, asked.pipeline_config, [source_name(pipeline), *sources])
+        return
+    layers = merged_lora(pipeline, updates, asked.rank)
+    metadata = {key: value for each in reversed(adapters) for key, value in each.metadata.items()}
+    result = Adapter(f"--out {out}", layers, base, metadata, tuple(sources))
+    write_adapter(result, out, form_of(asked.lora_format, out), options.output)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns its exit status."""
+    return run_script(run, argv)
+
+
+if __name__ == "__main__":
+    leave(main())

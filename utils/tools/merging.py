@@ -1,0 +1,146 @@
+"""Merges adapters: into a base's weights, read tensor by tensor, or into one LoRA."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from utils.config.options import UserError
+from utils.config.terminal import progress_bar
+from utils.formats.adapter_files import AdapterLayer
+from utils.formats.streaming import StreamedTensor
+from utils.models.streamed_pipeline import StreamedPipeline, Weights
+from utils.tools.low_rank import Factors, factorize, relative_error, shortened
+
+logger = logging.getLogger(__name__)
+Key = tuple[str, str]
+"""A layer: (component, name)."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """An adapter's update of a layer, and the strength that it is merged with."""
+
+    layer: AdapterLayer
+    strength: float
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a LoRA without a magnitude, whose factors can be concatenated."""
+        return self.layer.kind == "lora" and "magnitude" not in self.layer.tensors
+
+
+def updates_of(adapters: Sequence[tuple[Sequence[AdapterLayer], float]]) -> dict[Key, list[Update]]:
+    """Returns the updates of each layer, given the layers and the strength of each adapter."""
+    found: dict[Key, list[Update]] = {}
+    for layers, strength in adapters:
+        for layer in layers:
+            found.setdefault((layer.component, layer.name), []).append(Update(layer, strength))
+    return found
+
+
+def merged_pipeline(pipeline: StreamedPipeline, updates: dict[Key, list[Update]]) -> StreamedPipeline:
+    """Returns the pipeline with the sum of all updates in its weights, each computed when it is read."""
+    parts: dict[str, Weights] = {}
+    for (component, name), own in updates.items():
+        weights = parts.setdefault(component, dict(pipeline.parts[component]))
+        base = weights[f"{name}.weight"]
+        weights[f"{name}.weight"] = replace(base, read=partial(_read_merged, base, own))
+    return pipeline.with_parts(parts)
+
+
+def _read_merged(base: StreamedTensor, updates: Sequence[Update]) -> Tensor:
+    """Returns a weight with all updates in its own dtype, computed in float32."""
+    weight = base.read()
+    return merged_weight(weight, updates).to(weight.dtype if weight.dtype.itemsize > 1 else torch.float32)
+
+
+def merged_weight(weight: Tensor, updates: Sequence[Update]) -> Tensor:
+    """Returns a weight with the sum of updates in float32; DoRA is relative to the weight without the others."""
+    if len(updates) == 1:
+        return updates[0].layer.merged(weight, updates[0].strength)
+    found = weight.float()
+    for each in updates:
+        found = each.layer.merged(found, each.strength) if each.is_plain else found + difference_of(weight, each)
+    return found
+
+
+def difference_of(weight: Tensor | None, update: Update) -> Tensor:
+    """Returns what an update adds to a weight, in float32; only DoRA needs the weight."""
+    if "magnitude" not in update.layer.tensors:
+        return update.strength * update.layer.delta()
+    weight = weight.float()
+    return update.strength * (update.layer.merged(weight) - weight)
+
+
+def merged_lora(pipeline: StreamedPipeline, updates: dict[Key, list[Update]], rank: int | None) -> list[AdapterLayer]:
+    """Returns one LoRA with the sum of all updates.
+
+    Args:
+        pipeline: the base.
+        updates: the updates of each layer.
+        rank: largest rank of a layer, for the best approximation; None to concatenate all ranks, which is exact.
+
+    Raises:
+        UserError: if updates are not LoRA, and there is no rank.
+    """
+    others = sorted({_kind(each) for own in updates.values() for each in own if not each.is_plain})
+    if others and rank is None:
+        raise UserError(
+            f"--to lora: {' and '.join(others)} can't be concatenated to a LoRA; give --rank, to approximate the "
+            "sum, or leave --to out, to merge it into the pipeline"
+        )
+    found: list[AdapterLayer] = []
+    losses: list[tuple[float, float]] = []
+    for (component, name), own in progress_bar(updates.items(), desc="merging", unit="layer", leave=False):
+        shape = own[0].layer.shape
+        factors = _concatenated(own) if all(each.is_plain for each in own) else None
+        if rank is not None and (factors is None or factors.rank > rank):
+            base = pipeline.parts[component][f"{name}.weight"]
+            factors = shortened(factors.up, factors.down, rank) if factors else factorize(_sum(base, own), rank)
+        losses.append((factors.kept, factors.total))
+        found.append(lora_layer(component, name, factors, shape))
+    if rank is not None:
+        say_losses(losses, [layer.name for layer in found])
+    return found
+
+
+def _kind(update: Update) -> str:
+    kinds = {"lora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
+    return kinds[update.layer.kind]
+
+
+def _sum(base: StreamedTensor, updates: Sequence[Update]) -> Tensor:
+    weight = base.read() if any("magnitude" in each.layer.tensors for each in updates) else None
+    return sum((difference_of(weight, each) for each in updates), start=torch.zeros(base.shape))
+
+
+def _concatenated(updates: Sequence[Update]) -> Factors:
+    """Returns the factors of all updates side by side; strength and scale are multiplied into the up matrices."""
+    ups = [each.layer.tensors["up"].float() * (each.layer.scale * each.strength) for each in updates]
+    downs = [each.layer.tensors["down"].float() for each in updates]
+    return Factors(torch.cat(ups, dim=1), torch.cat(downs), 1.0, 1.0)
+
+
+def lora_layer(component: str, name: str, factors: Factors, shape: tuple[int, ...]) -> AdapterLayer:
+    """Returns a LoRA layer of factors, with its rank as alpha."""
+    tensors = {"down": factors.down, "up": factors.up}
+    return AdapterLayer(component, name, "lora", tensors, factors.rank, float(factors.rank), shape)
+
+
+def say_losses(losses: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """Logs what an approximation loses, relative to the whole, overall and in the worst layer.
+
+    Args:
+        losses: pairs (kept, total) of sums of squares, by layer.
+    """
+    total = sum(whole for _, whole in losses)
+    kept = sum(min(each, whole) for each, whole in losses)
+    worst, name = max(zip((relative_error(*each) for each in losses), names, strict=True), default=(0.0, ""))
+    logger.info(
+        "the rank holds %.2f %% of the energy of the updates; relative error %.4f overall, and at most %.4f, in %s",
+        *(100 * (kept / total if total else 1.0), relative_error(kept, total), worst, name),
+    )

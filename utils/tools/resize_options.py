@@ -1,0 +1,53 @@
+"""The options of utils.tools.resize."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from utils.config.options import UserError, option, parse, require, require_positive
+from utils.config.terminal import set_up_logging
+from utils.tools.output_options import OutputOptions, begin, require_input, require_place
+
+PURPOSE = "Writes a LoRA with a smaller rank, the nearest to its updates."
+NAMES = {"source": "IN", "out": "OUT"}
+"""The names that users know the arguments by."""
+
+
+@dataclass(frozen=True)
+class ResizingOptions:
+    source: str = option("", "LoRA file or folder of any format", place="IN")
+    out: str = option("", "file to write, in the names of the input", place="OUT")
+    rank: int | None = option(None, "largest rank of a layer; layers of a smaller one stay as they are")
+    energy: float | None = option(
+        None,
+        "choose each layer's smallest rank that holds this share of its update, as the sum of squared singular values",
+    )
+    to_lora: bool = option(False, "turn LoHa and LoKr layers into LoRA of that rank")
+
+    def __post_init__(self) -> None:
+        require_input("source", self.source)
+        if self.rank is None and self.energy is None:
+            raise UserError("--rank is missing; give the new rank, such as --rank 16")
+        require_positive(self, "rank")
+        require(self.energy is None or 0 < self.energy <= 1, "energy", self.energy, "be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of utils.tools.resize, by group."""
+
+    resizing: ResizingOptions
+    output: OutputOptions
+
+
+def read_options(argv: Sequence[str] | None) -> Options:
+    """Reads the options and checks their combinations, before torch is loaded.
+
+    Raises:
+        UserError: for an unknown flag, an invalid value, or an output that exists.
+    """
+    set_up_logging()
+    options: Options = parse(Options, argv, PURPOSE)
+    asked = options.resizing
+    require_place(asked.out, [asked.source], True, options.output.overwrite)
+    begin(f"resizing {asked.source} to {asked.out}")
+    return options
