@@ -68,6 +68,11 @@ class StreamedPipeline:
         """Where the original layout keeps its components."""
         return self.family.original_model(self.configs).parts
 
+    @property
+    def has_new_schedule(self) -> bool:
+        """Whether its noise schedule is another one than that of its single file."""
+        return self.file is not None and self.configs["scheduler"] != self.file.scheduler_marks
+
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of a component's tensors by name."""
         return {name: each.shape for name, each in self.parts[part].items()}

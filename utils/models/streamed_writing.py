@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from utils.config import user_files
 from utils.config.file_names import SCHEDULER_CONFIG
 from utils.config.options import UserError
-from utils.formats.modelspec import schedule_marks
+from utils.formats.modelspec import V_MARK, ZERO_SNR_MARK, schedule_marks
 from utils.formats.original_layout import OriginalTensor
 from utils.formats.streaming import StreamedTensor, write_streamed
 from utils.models.loading import WeightReport, class_of, loading, names_of
@@ -48,7 +48,9 @@ class Rounding:
 
     def of(self, tensor: StreamedTensor, name: str) -> StreamedTensor:
         """Returns a tensor to write, under a name."""
-        dtype = tensor.dtype if self.dtype is None or not tensor.dtype.is_floating_point else self.dtype
+        is_coarse = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1  # 8-bit floats are not written
+        own = torch.float32 if is_coarse else tensor.dtype
+        dtype = own if self.dtype is None or not own.is_floating_point else self.dtype
         return StreamedTensor(name, dtype, tensor.shape, partial(self._read, tensor, dtype, name))
 
     def _read(self, tensor: StreamedTensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -106,14 +108,16 @@ def tensors_of_file(pipeline: StreamedPipeline) -> list[StreamedTensor]:
 
 def _others(pipeline: StreamedPipeline, known: set[str]) -> list[StreamedTensor]:
     """Returns tensors of a file that are not the parts': marks, and what the original single file has besides."""
+    marks = schedule_marks(pipeline.configs.get("scheduler", {}))
+    found = [StreamedTensor(name, torch.float32, (0,), partial(torch.zeros, 0)) for name in marks]
     if pipeline.file is None:
-        marks = schedule_marks(pipeline.configs.get("scheduler", {}))
-        return [StreamedTensor(name, torch.float32, (0,), partial(torch.zeros, 0)) for name in marks]
+        return found
+    known = known | ({V_MARK, ZERO_SNR_MARK} if pipeline.has_new_schedule else set())
     others = [each for name, each in pipeline.held.items() if name not in known]
     dropped = [each for each in others if each.name.startswith(AVERAGES)]
     if dropped:
         logger.info("%s: left out %d tensors of its moving average (%s)", pipeline.what, len(dropped), AVERAGES)
-    return [each for each in others if each not in dropped]
+    return [each for each in others if each not in dropped] + found * pipeline.has_new_schedule
 
 
 def composed(tensor: OriginalTensor, weights: Weights, name: str) -> StreamedTensor:

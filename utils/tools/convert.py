@@ -51,6 +51,8 @@ def convert(options: Options) -> None:
     if has_adapter:
         convert_adapter(options, checkpoint)
         return
+    if asked.pipeline is not None and checkpoint is None:
+        logger.warning("--pipeline has no effect: IN is a pipeline itself")
     if checkpoint is not None:
         pipeline = checkpoint.pipeline(asked.pipeline, asked.variant, asked.ema)
     else:

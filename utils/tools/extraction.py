@@ -1,6 +1,7 @@
 """Finds what differs between two pipelines, and approximates it by a LoRA, one layer at a time."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from utils.formats.adapter_names import Component
 from utils.models.loading import names_of
 from utils.models.streamed_pipeline import StreamedPipeline
 from utils.tools.extract_options import ExtractionOptions
-from utils.tools.low_rank import factorize
+from utils.tools.low_rank import energy_of, factorize
 from utils.tools.merging import lora_layer, say_losses
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def extract_layers(
                     continue
                 if layer == name or layer not in component.shapes:
                     left.names.append(f"{component.name}.{name}")
-                    left.energy += float(difference.double().square().sum())
+                    left.energy += energy_of(difference)
                     continue
                 factors = factorize(difference, asked.rank, asked.energy)
                 layers.append(lora_layer(component.name, layer, factors, component.shapes[layer]))
@@ -105,12 +106,15 @@ def _differences(base: StreamedPipeline, tuned: StreamedPipeline, part: str) -> 
         one, other = base.parts[part][name].read(), tuned.parts[part][name].read()
         if not one.is_floating_point():
             continue
-        difference = other.float() - one.float()
-        energy = float(difference.double().square().sum())
-        if energy != energy or energy == torch.inf:
-            raise UserError(f"{tuned.what}: {part}.{name} or that of the base has NaN or infinite values; give others")
         narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-        yield name, None if torch.equal(one.to(narrow), other.to(narrow)) else difference
+        if torch.equal(one.to(narrow), other.to(narrow)):
+            yield name, None
+            continue
+        difference = other.float().sub_(one)
+        del one, other
+        if not math.isfinite(energy_of(difference)):
+            raise UserError(f"{tuned.what}: {part}.{name} or that of the base has NaN or infinite values; give others")
+        yield name, difference
 
 
 def _say_left(base: StreamedPipeline, tuned: StreamedPipeline, left: Left, held: float, skipped: Sequence[str]) -> None:

@@ -42,6 +42,11 @@ class Factors:
         return min(1.0, self.kept / self.total) if self.total else 1.0
 
 
+def energy_of(tensor: Tensor) -> float:
+    """Returns the sum of squares, added in float64 without a copy in it."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+
+
 def factorize(difference: Tensor, rank: int | None, energy: float | None = None) -> Factors:
     """Returns the best factors of a weight's difference.
 
@@ -51,7 +56,7 @@ def factorize(difference: Tensor, rank: int | None, energy: float | None = None)
         energy: chooses the smallest rank that holds this share of the sum of squared singular values.
     """
     matrix = difference.float().flatten(1)
-    total = float(matrix.double().square().sum())
+    total = energy_of(matrix)
     most = min(matrix.shape)
     limit = most if rank is None else min(rank, most)
     if energy is None and limit * SHARE_FOR_EXACT < most:

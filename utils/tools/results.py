@@ -10,7 +10,7 @@ from utils.config.options import Diverged
 from utils.config.terminal import one_line
 from utils.exports.streamed_check import check_written
 from utils.exports.tensor_check import Findings
-from utils.formats.modelspec import modelspec, written_at
+from utils.formats.modelspec import PREDICTIONS, modelspec, written_at
 from utils.formats.streaming import HASH_KEY, NO_HASH
 from utils.models.configs_of_files import configs_folder
 from utils.models.folder_form import NAMES_OF_DTYPES
@@ -22,6 +22,7 @@ from utils.tools.output_options import FILE, OutputOptions
 from utils.tools.places import staged
 
 logger = logging.getLogger(__name__)
+PREDICTION = "modelspec.prediction_type"
 LICENCE, MERGED_FROM, DATE, TITLE = (f"modelspec.{name}" for name in ("license", "merged_from", "date", "title"))
 OVERFLOW_CURE = "give --dtype bf16 or fp32"
 
@@ -69,6 +70,8 @@ def file_metadata(pipeline: StreamedPipeline, out: Path, merged: Sequence[str]) 
     sources = ", ".join(merged)
     if pipeline.file is not None:
         own = {TITLE: out.stem, MERGED_FROM: sources} if merged else {}
+        if pipeline.has_new_schedule:
+            own[PREDICTION] = PREDICTIONS.get(str(pipeline.configs["scheduler"].get("prediction_type")), "epsilon")
         return {**pipeline.file.metadata, **own, DATE: written_at(), HASH_KEY: NO_HASH}
     source = PipelineFolder.read(pipeline.folder, pipeline.what.partition(" ")[0])
     for line in unsaid(source, out):
