@@ -66,7 +66,7 @@ def test_dots_return_to_where_they_were(name, pipelines):
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
 def test_all_names_of_the_published_files_are_known(name):
-    published = json.loads(lzma.open(Path(__file__).with_name("original_keys.json.xz")).read())[name]
+    published = json.loads(lzma.decompress(Path(__file__).with_name("original_keys.json.xz").read_bytes()))[name]
     unet = [key.removeprefix(UNET_PREFIX) for key in published if key.startswith(UNET_PREFIX)]
     places = unet_places(blocks_of(unet))
     assert [unet_name(each.sources[0], places) for each in unet_tensors(unet)] == unet

@@ -237,3 +237,39 @@ def test_checkpoints_of_adapters_are_read_with_their_runs_base(adaptation, train
         convert(run, tmp_path / "folder", "--to", "diffusers", "--dtype", "fp16")
         found = load_file(tmp_path / "folder" / "pytorch_lora_weights.safetensors")
         assert {each.dtype for each in found.values()} == {torch.float16}
+
+
+def test_files_that_are_damaged_or_of_another_kind_are_one_line(pipelines, tmp_path, capsys):
+    whole = tiny.write_single_file(pipelines["sd"], tmp_path / "whole.safetensors")
+    tensors = load_file(whole)
+    (tmp_path / "empty.safetensors").touch()
+    (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:5000])
+    (tmp_path / "folder").mkdir()
+    vae = {name: each for name, each in tensors.items() if name.startswith("first_stage")}
+    save_file(vae, tmp_path / "vae.safetensors")
+    save_file({name: each for name, each in tensors.items() if name not in vae}, tmp_path / "rest.safetensors")
+    lacking = {name: each for name, each in tensors.items() if not name.endswith("decoder.conv_in.weight")}
+    save_file(lacking, tmp_path / "lacking.safetensors")
+    for name, said in {
+        "empty.safetensors": "is empty",
+        "cut.safetensors": "can't be loaded",
+        "vae.safetensors": "neither a whole pipeline",
+        "rest.safetensors": "has no vae",
+        "lacking.safetensors": "lacks 1 weights of the vae: decoder.conv_in.weight",
+        "folder": "no file of an adapter",
+    }.items():
+        convert(tmp_path / name, tmp_path / "out", "--to", "folder", "--pipeline_config", pipelines["sd"], expect=2)
+        assert said in message(capsys), name
+    convert(whole, tmp_path / "out", "--to", "folder", "--pipeline_config", pipelines["sdxl"], expect=2)
+    assert "different models" in message(capsys)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_8_bit_floats_are_written_in_float32(pipelines, tmp_path):
+    whole = load_file(tiny.write_single_file(pipelines["sd"], tmp_path / "whole.safetensors"))
+    small = {name: each.to(torch.float8_e4m3fn) for name, each in whole.items()}
+    save_file(small, tmp_path / "small.safetensors")
+    convert(tmp_path / "small.safetensors", tmp_path / "out.safetensors", "--to", "single_file")
+    convert(tmp_path / "small.safetensors", tmp_path / "out", "--to", "folder", "--pipeline_config", pipelines["sd"])
+    written = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(each.float(), written[name]) for name, each in small.items())

@@ -88,7 +88,7 @@ def test_a_single_file_is_merged_without_any_config(name, pipelines, tmp_path):
     with safe_open(tmp_path / "out.safetensors", "pt") as opened:
         said = opened.metadata()
     assert said["modelspec.license"] == "MIT"
-    assert said["modelspec.merged_from"] == "base.safetensors, a.safetensors=1"
+    assert said["modelspec.merged_from"] == "base.safetensors, a=1"
 
 
 def test_loras_are_concatenated_without_loss(pipelines, tmp_path):

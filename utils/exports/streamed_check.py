@@ -5,9 +5,11 @@ Single files are read by diffusers' own key tables, which share no code with wha
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from utils.config.options import UserError, first_line
 from utils.config.user_files import FileError, read_json
@@ -53,7 +55,8 @@ def _check_folder(found: Findings, pipeline: StreamedPipeline, folder: Path, dty
             if pipeline.file is not None and part not in pipeline.changed:
                 opened = stack.enter_context(TensorFile(pipeline.file.path))
                 module = meta_module(index[part], folder / part)
-                expected, _ = by_diffusers(opened, part, module, _names(opened, part))
+                found_by, _ = by_diffusers(opened, part, module, _names(opened, part))
+                expected = {name: partial(_widened, each) for name, each in found_by.items()}
             read = readers(stack, weight_files(folder / part, None, with_pickles=False))
             if pipeline.file is not None:  # it may have more than the pipeline reads
                 expected = {name: each for name, each in expected.items() if name in read or part in pipeline.changed}
@@ -90,6 +93,12 @@ def _check_copy(found: Findings, pipeline: StreamedPipeline, file: Path, dtype: 
 def _expected(pipeline: StreamedPipeline, part: str) -> dict[str, Read]:
     """Returns functions that read what a component should hold, by plain name."""
     return {plain_name(name): each.read for name, each in pipeline.parts[part].items()}
+
+
+def _widened(read: Read) -> Tensor:
+    """Returns what is read; 8-bit floats in float32, as they are written."""
+    values = read()
+    return values.float() if values.is_floating_point() and values.dtype.itemsize == 1 else values
 
 
 def _names(opened: TensorFile, part: str) -> list[str]:

@@ -109,9 +109,17 @@ def stored_tensors_of(file: Path, rename: Callable[[str], str] = str) -> Weights
     for name, each in stored_in(file).items():
         if each.dtype not in READ_DTYPES:
             raise FileError(file, f"has {name} as {each.dtype}, which is not supported; give fp32, fp16 or bf16")
-        own = rename(name)
-        found[own] = StreamedTensor(own, READ_DTYPES[each.dtype], each.shape, partial(opened.read, name))
+        own, dtype = rename(name), READ_DTYPES[each.dtype]
+        if dtype.is_floating_point and dtype.itemsize == 1:
+            dtype = torch.float32
+        found[own] = StreamedTensor(own, dtype, each.shape, partial(read_widened, opened, name))
     return found
+
+
+def read_widened(opened: TensorFile, name: str) -> Tensor:
+    """Returns a tensor of a file, 8-bit floats in float32: they are read, and not written."""
+    values = opened.read(name)
+    return values.float() if values.is_floating_point() and values.dtype.itemsize == 1 else values
 
 
 def read_streamed(path: str, flag: str, variant: str | None = None) -> StreamedPipeline:
@@ -130,7 +138,7 @@ def read_streamed(path: str, flag: str, variant: str | None = None) -> StreamedP
             return _read_folder(Path(path), f"{flag} {path}", variant)
         return _read_file(Path(path), flag)
     except FileError as error:
-        raise UserError(f"{flag} {path}: {error}") from error
+        raise UserError(f"{flag} {error}" if str(error).startswith(path) else f"{flag} {path}: {error}") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"{flag} {path} can't be read: {first_line(error)}") from error
 
@@ -141,6 +149,8 @@ def _read_folder(folder: Path, what: str, variant: str | None) -> StreamedPipeli
     index = user_files.read_json(folder / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None
     name = name[-1] if isinstance(name, list) and name else name
+    if not isinstance(name, str):
+        raise UserError(f"{what}: its {INDEX} has no _class_name; give the folder of a pipeline")
     if name not in FAMILIES:
         raise UserError(f"{what} is a {name}; supported are {', '.join(FAMILIES)}")
     parts, configs = {}, {}

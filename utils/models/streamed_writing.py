@@ -48,9 +48,7 @@ class Rounding:
 
     def of(self, tensor: StreamedTensor, name: str) -> StreamedTensor:
         """Returns a tensor to write, under a name."""
-        is_coarse = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1  # 8-bit floats are not written
-        own = torch.float32 if is_coarse else tensor.dtype
-        dtype = own if self.dtype is None or not own.is_floating_point else self.dtype
+        dtype = tensor.dtype if self.dtype is None or not tensor.dtype.is_floating_point else self.dtype
         return StreamedTensor(name, dtype, tensor.shape, partial(self._read, tensor, dtype, name))
 
     def _read(self, tensor: StreamedTensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -76,8 +74,9 @@ class Rounding:
             logger.warning(said, len(self.not_finite), names_of(self.not_finite))
         if self.overflowed:
             count = sum(self.overflowed.values())
+            flag = "--dtype fp16: " if self.dtype == torch.float16 else ""
             raise UserError(
-                f"{count:,} values of {len(self.overflowed)} tensors are beyond 65504, the largest of fp16: "
+                f"{flag}{count:,} values of {len(self.overflowed)} tensors are beyond 65504, the largest of fp16: "
                 f"{names_of(list(self.overflowed))}; {cure}"
             )
 
@@ -195,11 +194,16 @@ def fitted(pipeline: StreamedPipeline, part: str, entry: Sequence[str], configs:
     own = {name: each for name, each in weights.items() if name not in left_out}
     report = WeightReport(
         wanted.keys(),
-        [name for name in wanted if name not in own],
+        [],
         [name for name in own if name not in wanted],
         [(name, own[name].shape, shape) for name, shape in wanted.items() if name in own and own[name].shape != shape],
     )
     report.check(f"{pipeline.what}: {part}", part)
+    if missing := sorted(name for name in wanted if name not in own):
+        raise UserError(
+            f"{pipeline.what} lacks {len(missing)} weights of the {part}: {names_of(missing)}; give a whole model, or "
+            "its configs with --pipeline_config"
+        )
     return {name: own[name] for name in wanted if name in own}
 
 

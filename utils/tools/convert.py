@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.config.options import UserError, leave, run_script
-from utils.models.loading import loading
+from utils.formats.adapter_files import adapter_sources
+from utils.formats.adapter_names import split_name
+from utils.models.loading import loading, names_of
 from utils.models.single_file import UNET_KEY
+from utils.models.streamed_components import NAMED
 from utils.models.streamed_pipeline import read_streamed
 from utils.models.weight_files import stored_in
 from utils.runtime.hub_files import INDEX
@@ -63,10 +66,16 @@ def convert(options: Options) -> None:
 def is_pipeline(source: str) -> bool:
     """Whether a path is a pipeline's folder or single file, rather than an adapter's."""
     path = Path(source)
-    if path.is_dir():
-        return (path / INDEX).is_file()
     with loading(f"--source {source}"):
-        return UNET_KEY in stored_in(path)
+        if path.is_dir():
+            return (path / INDEX).is_file() or not adapter_sources(path, NAMED)
+        names = stored_in(path)
+    if UNET_KEY not in names and not any(map(split_name, names)):
+        raise UserError(
+            f"--source {source} is neither a whole pipeline, which has {UNET_KEY}, nor an adapter: it has "
+            f"{names_of(list(names)) or 'no tensors'}"
+        )
+    return UNET_KEY in names
 
 
 def convert_adapter(options: Options, checkpoint: Checkpoint | None) -> None:
