@@ -3,17 +3,11 @@
 import shlex
 from pathlib import Path
 
+from utils.formats.adapter_metadata import DORA_NOTE
 from utils.models.base_card import BaseModel
 from utils.sampling.infotext import short_hash
 from utils.training.card_facts import CardFacts, quoted
 from utils.training.exported import ExportedFiles
-
-DORA_NOTE = (
-    "This adapter is a DoRA, and no file of one is right in every tool: peft, kohya's scripts and LyCORIS divide by "
-    "the norm of the sum of base and update, ComfyUI (as of 0.3.77) by that of the base alone, and diffusers reads a "
-    "DoRA in kohya's names as a plain LoRA without a word. The files of this run have LyCORIS' convention, so ComfyUI "
-    "draws other images with them. {cure} is right in all tools."
-)
 
 
 def in_diffusers(facts: CardFacts, base: BaseModel | None, own: str, is_on_hub: bool, files: ExportedFiles) -> str:
@@ -87,7 +81,11 @@ def in_other_tools(facts: CardFacts, folder: Path, files: ExportedFiles) -> str:
         said.append(f"InvokeAI and SD.Next read {what} as it is, in diffusers' layout.")
     if facts.is_dora:
         cure = "`fused/`" if files.fused is not None else "A merged model (`--export_fused`)"
-        said.append(DORA_NOTE.format(cure=cure if files.fused_single is None else "The single file in `fused/`"))
+        cure = cure if files.fused_single is None else "The single file in `fused/`"
+        said.append(
+            f"This adapter is a DoRA in LyCORIS' convention, which not every tool follows: {DORA_NOTE}. {cure} is "
+            "right in all tools."
+        )
     return "\n\n".join([*said, *facts.ui_notes])
 
 

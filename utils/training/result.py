@@ -70,19 +70,9 @@ def finish(
             failures=[wrong] if wrong else [],
         )
         publish(session.folder.path, session.repository, options.hub, whole, samples)
-    conclude(session, state)
-
-
-def conclude(session: Session, state: TrainingState) -> None:
-    """Records the outcome in `run.json`, and logs where the result is.
-
-    Raises:
-        Diverged: if the run has diverged, once all processes are done.
-        WrongExport: if the files of the result do not hold its weights.
-    """
+    # The outcome, in `run.json`, in the log and as exit status.
     record_outcome(session, state, state.verdict)
     folder = session.folder.path
-    wrong = wrong_export(session, state)
     if state.verdict:
         raise Diverged(
             f"the run has diverged: {state.verdict}; its result is in {folder} anyway; lower --learning_rate, or "
