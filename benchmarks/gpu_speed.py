@@ -145,7 +145,7 @@ class Training:
     """A run of ours up to its loop, with models created on the device."""
 
     def __init__(self, bench: Bench, case: Case, variant: Variant):
-        self.bench, self.batch_size = bench, variant.batch
+        self.bench, self.batch_size, self.edge = bench, variant.batch, case.edge
         torch.manual_seed(0)  # the same initial weights in each variant
         folder = OutputFolder(str(bench.folder / "speed"))
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ class Training:
         objective = Objective(family, self.adaptation.modules, self.process, options.noise, options.loss)
         self.task = Task(family, self.adaptation, self.process, objective, [], False, "made", "made")
         rates = LearningRates(options.optimizer, 1.0, options.schedule, 1, lambda step: 1.0)
-        data, facts = SimpleNamespace(batches=batches), RunFacts({}, {}, 1)
+        data, facts = SimpleNamespace(batches=batches, resolution=self.edge), RunFacts({}, {}, 1)
         self.state = TrainingState.create(options, session, data, self.task, rates, facts)
         dataset = SimpleNamespace(sizes=[None], with_draws=lambda batch: batch)
         self.feed = SimpleNamespace(dataset=dataset, at_once=batch_size, group_size=batch_size, num_workers=0)

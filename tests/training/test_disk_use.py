@@ -68,6 +68,7 @@ def test_the_plan_says_what_the_run_leaves(train, uses, kind, flags, capsys):
 def test_the_number_of_checkpoints(options, steps, expected):
     class Nothing:
         exports_pipeline = False
+        trains_base = True
         modules = MappingProxyType({})
         family = type("Family", (), {"pipeline": type("Pipeline", (), {"components": {}})})
 

@@ -118,7 +118,7 @@ def reference_image(family: Family, is_exact: bool) -> Reference | None:
     """Draws a small image by the weights in memory; None, with a warning, if it can't be drawn."""
     try:
         with family.awake(), _eagerly():
-            image = _draw(family, family.pipeline)
+            image = _draw(family, family.as_exported())
     except (*LOADING_ERRORS, IndexError, UserError) as error:
         logger.warning("the exported files are not drawn from: no image to compare with: %s", first_line(error))
         return None

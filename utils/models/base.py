@@ -157,6 +157,10 @@ class Family(ABC):
         """Number of last text encoder layers that are skipped; None without text encoders."""
         return None
 
+    def as_exported(self) -> "DiffusionPipeline":
+        """Returns the pipeline with the weights in memory, of the class and with the scheduler that are exported."""
+        return self.pipeline
+
     @abstractmethod
     def probe(self, pipeline: "DiffusionPipeline") -> np.ndarray:
         """Draws one small image in few steps with a pipeline of this family: [H, W, channels] in [0, 1]."""

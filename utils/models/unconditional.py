@@ -244,6 +244,10 @@ class UnconditionalFamily(Family):
         """Returns the VAE in float32 by its name in the pipeline; empty if there is none."""
         return {}
 
+    def as_exported(self) -> "DiffusionPipeline":
+        """See `Family.as_exported`; a DDIMPipeline is exported as a DDPMPipeline."""
+        return self.float32_pipeline()
+
     def probe(self, pipeline: "DiffusionPipeline") -> np.ndarray:
         """Draws an image, of the first class if there are classes, in two steps."""
         arguments = {"class_labels": [min(self.classes)]} if self.has_classes else {"batch_size": 1}

@@ -66,7 +66,6 @@ def disk_use(
     """
     num_trained = _num_parameters(adaptation.modules.values(), are_trained=True)
     parts = [part for part in adaptation.family.pipeline.components.values() if isinstance(part, nn.Module)]
-    num_exported = _num_parameters(parts) if adaptation.exports_pipeline else num_trained
     averages = int(ema.use_ema) + 2 * bool(ema.ema_lengths)
     each = num_trained * (FLOAT32 * (1 + averages) + OPTIMIZERS[optimizer].state_bytes)
     count = len(_due(checkpoint.checkpointing_steps, steps))
@@ -78,14 +77,26 @@ def disk_use(
         interval = ema.ema_snapshot_steps or checkpoint.checkpointing_steps
         num_snapshots = len(_due(interval, steps)) + bool(steps.stop % interval)
     snapshots = num_snapshots * 2 * num_trained * FLOAT32 // 2
-    return DiskUse(each, count, snapshots, num_exported * _bytes_a_weight(export or ExportOptions(), steps))
+    asked = export or ExportOptions()
+    num_whole = _num_parameters(parts) - (0 if adaptation.trains_base else num_trained)
+    weights = num_whole * _bytes_a_weight(asked) if adaptation.exports_pipeline else 0
+    adapters = 0 if adaptation.trains_base else num_trained * _bytes_an_adapter(adaptation.options.lora_format, asked)
+    num_exports = 1 + (0 if asked.export_steps is None else len(_due(asked.export_steps, steps)))
+    return DiskUse(each, count, snapshots, (weights + adapters) * num_exports)
 
 
-def _bytes_a_weight(export: ExportOptions, steps: range) -> int:
-    """Returns the bytes that each exported weight takes in all exports together."""
-    each = FLOAT32 if export.export_dtype == "fp32" else FLOAT32 // 2
-    num_exports = 1 + (0 if export.export_steps is None else len(_due(export.export_steps, steps)))
-    return each * (1 + export.export_single_file) * num_exports
+def _bytes_a_weight(export: ExportOptions) -> int:
+    """Returns the bytes that each weight of an exported pipeline takes in its folder and its single file."""
+    return _size_in(export) * (1 + export.export_single_file)
+
+
+def _bytes_an_adapter(lora_format: str, export: ExportOptions) -> int:
+    """Returns the bytes that each weight of an adapter takes, in diffusers' file, the UIs' or both."""
+    return FLOAT32 * (lora_format != "kohya") + _size_in(export) * (lora_format != "diffusers")
+
+
+def _size_in(export: ExportOptions) -> int:
+    return FLOAT32 if export.export_dtype == "fp32" else FLOAT32 // 2
 
 
 def _num_parameters(modules: Iterable[nn.Module], are_trained: bool = False) -> int:
