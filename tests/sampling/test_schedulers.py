@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 
 from tests import tiny
-from tests.conftest import message
+from tests.conftest import message, mostly_slow
 from utils.config.options import UserError
 from utils.diffusion.samplers import converted
 from utils.sampling.options import SCHEDULERS, GenerationOptions
@@ -44,7 +44,8 @@ def offered(own) -> list[str]:
     return str(raised.value).partition("choose one of ")[2].split(", ")
 
 
-@pytest.mark.parametrize("kind", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_all_that_are_offered_draw_what_the_model_was_trained_for(kind):
     own = tiny.scheduler(kind)
     names = offered(own)
@@ -57,7 +58,7 @@ def test_all_that_are_offered_draw_what_the_model_was_trained_for(kind):
             assert misfit(scheduler, level_of(own), kind, steps) == "", (name, steps)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", mostly_slow(SCHEDULERS, *(each for each in SCHEDULERS if "dpm2" not in each)))
 def test_all_names_draw_of_epsilon_and_v(name):
     for kind in KINDS:
         pipeline = Drawing(tiny.scheduler(kind))

@@ -34,6 +34,8 @@ from utils.training.validation_loss import HeldOut
 
 FLAGS = ["--train_batch_size", 2, "--max_train_steps", 6, "--learning_rate", 1e-3, "--use_ema"]
 
+SLOW = pytest.mark.slow
+
 
 @pytest.fixture
 def signal_at(monkeypatch) -> Callable:
@@ -56,8 +58,9 @@ def signal_at(monkeypatch) -> Callable:
 @pytest.mark.parametrize(
     ("kind", "number"),
     [
-        *(("sd", number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)),
-        ("pixels", signal.SIGTERM),
+        ("sd", signal.SIGTERM),
+        *(pytest.param("sd", each, marks=SLOW) for each in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)),
+        pytest.param("pixels", signal.SIGTERM, marks=SLOW),
     ],
 )
 def test_a_signal_in_a_step(train, signal_at, monkeypatch, capsys, kind, number):
@@ -85,10 +88,10 @@ def test_a_signal_in_a_step(train, signal_at, monkeypatch, capsys, kind, number)
     ("owner", "name", "call"),
     [
         (HeldOut, "_batch", 1),
-        (HeldOut, "_batch", 3),
-        (HeldOut, "_batch", -1),
+        pytest.param(HeldOut, "_batch", 3, marks=SLOW),
+        pytest.param(HeldOut, "_batch", -1, marks=SLOW),
         (CheckpointSaver, "save", 1),
-        (PromptSampler, "_denoise", 1),
+        pytest.param(PromptSampler, "_denoise", 1, marks=SLOW),
     ],
 )
 def test_a_signal_while_it_validates_or_saves(train, signal_at, monkeypatch, tmp_path, owner, name, call):

@@ -87,7 +87,8 @@ COMMON = ["--ema_lengths", 0.05, 0.2, "--ema_snapshot_steps", 1, "--train_batch_
 COMMON += ["--validation_split", 0.3, "--validation_steps", 100, "--checkpointing_steps", 4]
 
 
-@pytest.mark.parametrize("adaptation", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_a_run_exports_the_length_of_the_lowest_loss_and_resumes(train, tmp_path, adaptation):
     data = tiny.make_images(tmp_path / "data", 8)
     flags = [*COMMON, "--adaptation", adaptation]

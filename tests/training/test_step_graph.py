@@ -81,14 +81,17 @@ def recorded(monkeypatch) -> Replays:
     return replays
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
         ("sd", ["--use_ema"]),
-        ("sdxl", ["--adaptation", "lora", "--cache_latents", "--cache_text_embeddings"]),
-        ("sd2", ["--snr_gamma", 5, "--noise_offset", 0.1, "--max_grad_norm", 0.01]),
-        ("sd", ["--dream_training", "--layer_norm_steps", 2]),
-        ("sd", ["--mixed_precision", "bf16", "--bf16_weights", "--use_ema", "--ema_every", 2]),
+        pytest.param("sdxl", ["--adaptation", "lora", "--cache_latents", "--cache_text_embeddings"], marks=SLOW),
+        pytest.param("sd2", ["--snr_gamma", 5, "--noise_offset", 0.1, "--max_grad_norm", 0.01], marks=SLOW),
+        pytest.param("sd", ["--dream_training", "--layer_norm_steps", 2], marks=SLOW),
+        pytest.param("sd", ["--mixed_precision", "bf16", "--bf16_weights", "--use_ema", "--ema_every", 2], marks=SLOW),
     ],
 )
 def test_recorded_steps_are_the_plain_ones(train, recorded, caplog, name, flags):
