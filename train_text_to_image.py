@@ -172,7 +172,11 @@ def card_facts(options: Options, family: TextFamily) -> CardFacts:
         adaptation.adaptation,
         is_dora=adaptation.use_dora,
         pipeline_class=family.pipeline_class_name,
-        base_arguments={"revision": model.revision, "variant": model.variant},
+        base_arguments={
+            "revision": model.revision,
+            "variant": model.variant,
+            "config": model.pretrained_model_config,
+        },
         scheduler_class=type(family.pipeline.scheduler).__name__,
         scheduler_changes={**family.source.scheduler_marks(), **options.noise.scheduler_changes},
         call=f"pipeline({quoted(prompt)}{skip})",

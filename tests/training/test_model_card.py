@@ -110,7 +110,7 @@ def test_a_lora_of_a_base_with_another_schedule(folder):
     assert "lora" in front["tags"]
     lines = code(body).splitlines()
     assert lines[0] == "from diffusers import DDIMScheduler, DiffusionPipeline"
-    assert "pipeline = DiffusionPipeline.from_pretrained(\"owner/base\", variant='fp16')" in lines
+    assert 'pipeline = DiffusionPipeline.from_pretrained("owner/base", variant="fp16")' in lines
     assert "from_config(pipeline.scheduler.config, prediction_type='v_prediction', trained_betas=None)" in code(body)
     assert 'pipeline.load_lora_weights("my-model")' in lines
 
@@ -141,10 +141,31 @@ def test_what_to_pass_when_loading(dtype, variant, arguments):
     assert load_arguments(dtype, variant) == arguments
 
 
-def test_a_lora_of_a_single_file(folder, tmp_path):
-    (tmp_path / "base.safetensors").touch()
-    facts = CardFacts(str(tmp_path / "base.safetensors"), "fox", "lora", pipeline_class="StableDiffusionPipeline")
-    assert 'StableDiffusionPipeline.from_single_file("base.safetensors")' in code(card(folder, facts)[1])
+@pytest.mark.parametrize(
+    ("name", "kind", "given", "wanted"),
+    [
+        ("base.safetensors", "file", {}, 'StableDiffusionPipeline.from_single_file("base.safetensors")'),
+        ("base model.ckpt", "file", {}, 'StableDiffusionPipeline.from_single_file("base model.ckpt")'),
+        (
+            *("base.ckpt", "file", {"config": "configs", "variant": "fp16"}),
+            'StableDiffusionPipeline.from_single_file("base.ckpt", config="configs")',
+        ),
+        ("b.safetensors", "file", {"config": "me/x"}, '.from_single_file("b.safetensors", config="me/x")'),
+        ("base", "folder", {"variant": "fp16"}, 'DiffusionPipeline.from_pretrained("base", variant="fp16")'),
+        ("b.safetensors", "folder", {"revision": "main"}, 'DiffusionPipeline.from_pretrained("b.safetensors")'),
+        ("me/b.safetensors", "name", {"revision": "x"}, 'from_pretrained("me/b.safetensors", revision="x")'),
+    ],
+)
+def test_a_base_is_loaded_as_the_run_loaded_it(folder, tmp_path, monkeypatch, name, kind, given, wanted):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    if kind != "name":
+        (tmp_path / name).touch() if kind == "file" else (tmp_path / name).mkdir()
+        name = str(tmp_path / name)
+    if given.get("config") == "configs":
+        given = given | {"config": str(tmp_path / "configs")}
+    facts = CardFacts(name, "fox", "lora", pipeline_class="StableDiffusionPipeline", base_arguments=given)
+    assert f"{wanted}" in code(card(folder, facts)[1])
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])

@@ -17,6 +17,7 @@ from utils.config.yaml_files import parse_yaml
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
+FILE = "file"  # what says the licence of a single file
 CARD_LIMIT = 4 << 20  # bytes
 KEYS = ("license", "license_name", "license_link")
 KEY = re.compile(rf"""["']?({"|".join(KEYS)})["']?\s*:""")
@@ -54,18 +55,29 @@ class BaseModel:
     licence: Licence | None
     said_by: str = "card"
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a single file of weights."""
+        return self.said_by == FILE
+
     @classmethod
     def read(cls, path: str, revision: str | None = None) -> "BaseModel":
         """Returns what is known of a folder, Hub name or single file; the card of a Hub name is small and fetched."""
         place = Path(path)
         if place.is_file():
-            return cls(place.name, False, _licence_in_file(place), "file")
+            return cls(place.name, False, _licence_in_file(place), FILE)
         if place.is_dir():
             hub_name, card = _cached_name(place.resolve()), place / CARD
-            said_by, name = "card" if card.is_file() else "", hub_name or place.resolve().name
-            return cls(name, bool(hub_name), _licence_in_card(card, hub_name), said_by)
+            said_by = "card" if card.is_file() else ""
+            return cls(shown_name(path), bool(hub_name), _licence_in_card(card, hub_name), said_by)
         card = _hub_card(path, revision)
         return cls(path, True, None, "") if card is None else cls(path, True, _licence_in_card(card, path))
+
+
+def shown_name(path: str) -> str:
+    """Returns the Hub name of a folder in the Hub's cache, the name without its path of any other, or a Hub name."""
+    place = Path(path)
+    return (_cached_name(place.resolve()) or place.resolve().name) if place.is_dir() else path
 
 
 def _cached_name(folder: Path) -> str:

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from utils.formats.adapter_metadata import DORA_NOTE
-from utils.models.base_card import BaseModel
+from utils.models.base_card import BaseModel, shown_name
 from utils.sampling.infotext import short_hash
 from utils.training.card_facts import CardFacts, quoted
 from utils.training.exported import ExportedFiles
@@ -91,11 +91,13 @@ def in_other_tools(facts: CardFacts, folder: Path, files: ExportedFiles) -> str:
 
 def _base_lines(facts: CardFacts, base: BaseModel, imports: list[str]) -> list[str]:
     """Lines that load the base model of an adapter, with the scheduler that it was trained for; adds to `imports`."""
-    given = {name: value for name, value in facts.base_arguments.items() if value is not None and base.is_on_hub}
-    arguments = ", ".join([quoted(base.name), *(f"{name}={value!r}" for name, value in given.items())])
-    is_file = base.name.endswith(".safetensors")
-    loader = f"{facts.pipeline_class}.from_single_file" if is_file else "DiffusionPipeline.from_pretrained"
-    if is_file:
+    given = {name: facts.base_arguments.get(name) for name in _arguments_of(base)}
+    if given.get("config"):
+        given["config"] = shown_name(str(given["config"]))
+    named = [f"{name}={quoted(str(value))}" for name, value in given.items() if value is not None]
+    arguments = ", ".join([quoted(base.name), *named])
+    loader = f"{facts.pipeline_class}.from_single_file" if base.is_file else "DiffusionPipeline.from_pretrained"
+    if base.is_file:
         imports[0] = f"from diffusers import {facts.pipeline_class}"
     lines = [f"pipeline = {loader}({arguments}){'' if base.is_on_hub else '  # the base model'}"]
     if facts.scheduler_changes:
@@ -104,6 +106,13 @@ def _base_lines(facts: CardFacts, base: BaseModel, imports: list[str]) -> list[s
         changes = ", ".join(f"{name}={value!r}" for name, value in facts.scheduler_changes.items())
         lines.append(f"pipeline.scheduler = {facts.scheduler_class}.from_config(pipeline.scheduler.config, {changes})")
     return lines
+
+
+def _arguments_of(base: BaseModel) -> tuple[str, ...]:
+    """Names of the arguments that the loader of a base model takes, of those with which the run loaded it."""
+    if base.is_file:
+        return ("config",)
+    return ("revision", "variant") if base.is_on_hub else ("variant",)
 
 
 def _literal(text: str) -> str:
