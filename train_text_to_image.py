@@ -175,7 +175,7 @@ def card_facts(options: Options, family: TextFamily) -> CardFacts:
         base_arguments={
             "revision": model.revision,
             "variant": model.variant,
-            "config": model.pretrained_model_config,
+            "config": family.source.config_root,
         },
         scheduler_class=type(family.pipeline.scheduler).__name__,
         scheduler_changes={**family.source.scheduler_marks(), **options.noise.scheduler_changes},

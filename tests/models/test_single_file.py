@@ -1,6 +1,7 @@
 """Single files: their names, their marks and what they lack."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from tests import tiny
 from tests.conftest import message, mostly_slow
 from tests.pretrained import FILES, SHORT, loaded, source_of, without
 from utils.config.options import UserError
+from utils.models.configs_of_files import configs_folder
 from utils.models.loading import allowing_missing
 from utils.models.options import LoadingOptions
+from utils.models.single_file import SingleFile
+from utils.sampling.pipelines import PipelineSpec, load_pipeline
 
 
 def true_pipeline(folder: Path, kind: str) -> Path:
@@ -99,6 +103,45 @@ def true_files(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
         folder, file = true_pipeline(root / kind, kind), root / f"{kind}.safetensors"
         found[kind] = folder, tiny.write_single_file(folder, file, real_extras(kind), has_open_clip=kind == "sd2")
     return found
+
+
+def test_the_configs_beside_a_file_are_used(pipelines, tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = tmp_path / "run"
+    shutil.copytree(pipelines["sd"], folder)
+    file = tiny.write_single_file(folder, folder / "run.safetensors")
+    pipeline = loaded(file)
+    assert f"--pretrained_model {file}: using the configs beside it, in {folder}" in caplog.messages
+    assert dict(pipeline.unet.config) | {"_name_or_path": ""} == dict(
+        loaded(file, pretrained_model_config=str(pipelines["sd"])).unet.config
+    ) | {"_name_or_path": ""}
+    assert load_pipeline(PipelineSpec(str(file)), torch.float32).unet.config.sample_size == (
+        pipeline.unet.config.sample_size
+    )
+    assert configs_folder(SingleFile.read(file, "--in"), None) == folder
+
+
+def test_a_file_without_configs_names_the_flag_that_gives_them(pipelines, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(pipelines["sdxl"], folder)
+    file = tiny.write_single_file(pipelines["sd"], folder / "run.safetensors")
+    with pytest.raises(
+        UserError, match=r"configs of .* not found on the Hub; give --pretrained_model_config the folder"
+    ):
+        loaded(file)
+    assert "the configs beside it are not used, as they are those of a StableDiffusionXLPipeline" in caplog.text
+    for flag in ("--pipeline", "--baseline"):
+        with pytest.raises(UserError, match=f"{flag} .* give {flag}_config the folder of a pipeline"):
+            PipelineSpec(str(file), flag=flag).check_config()
+    with pytest.raises(UserError, match="give --pretrained_model_config the folder of a pipeline"):
+        SingleFile.read(file, "--pretrained_vae_model_name_or_path").load_vae(None, "vae", torch.float32)
+
+
+def test_a_folder_may_be_called_as_a_file(pipelines, tmp_path):
+    folder = tmp_path / "run.safetensors"
+    folder.symlink_to(pipelines["sd"])
+    assert not source_of(folder).is_single_file
+    assert PipelineSpec(str(folder)).file is None
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])

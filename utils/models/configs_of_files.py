@@ -14,7 +14,8 @@ def configs_folder(file: SingleFile, given: str | None) -> Path:
 
     Args:
         file: the single file.
-        given: value of --pipeline_config, a folder or Hub name; None for the pipeline that diffusers finds by weights.
+        given: value of --pipeline_config, a folder or Hub name; None for the pipeline that the file lies in, or else
+            the one that diffusers finds by weights.
 
     Raises:
         UserError: if it is not available.
@@ -23,6 +24,7 @@ def configs_folder(file: SingleFile, given: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
+    given = given or file.configs_beside
     if given is not None and Path(given).is_dir():
         folder = Path(given)
     else:

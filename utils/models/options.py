@@ -223,7 +223,7 @@ class ModelOptions(PartOptions):
     )
     pretrained_model_config: str | None = option(
         None,
-        "pipeline folder or Hub name with the configs of a single-file model (default: detected, from the Hub)",
+        "pipeline folder or Hub name with configs of a single-file model (default: beside it or from the Hub)",
         acts_with=weight_files("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"),
     )
     unet_config: str | None = option(None, "JSON config of a new UNet to train from scratch")

@@ -14,7 +14,7 @@ from utils.config.library_errors import LOADING_ERRORS
 from utils.config.options import UserError, first_line
 from utils.models.loading import Download, load_module, load_pipeline_folder, variant_of
 from utils.models.options import PICKLES, ModelOptions, PartOptions
-from utils.models.single_file import SingleFile
+from utils.models.single_file import CONFIG_FLAG, SingleFile
 from utils.runtime.hub_files import index_file, is_path, read_config, read_config_file, refuse_quantized
 
 if TYPE_CHECKING:
@@ -55,6 +55,13 @@ class PipelineSource:
         """The single weight file."""
         return SingleFile.read(Path(self.path), "--pretrained_model")
 
+    @cached_property
+    def config_root(self) -> str | None:
+        """The folder or Hub name with the configs of a single file; None for those that diffusers finds on the Hub."""
+        if not self.is_single_file:
+            return self.options.pretrained_model_config
+        return self.options.pretrained_model_config or self.file.configs_beside
+
     def scheduler_marks(self) -> dict[str, object]:
         """Returns what a single file says about its noise schedule; empty for a folder, whose config says it."""
         return self.file.scheduler_marks if self.is_single_file else {}
@@ -84,7 +91,8 @@ class PipelineSource:
             if not (Path(root) / "vae").is_dir():
                 part = ""
         elif self.is_single_file:
-            root, flag, revision = self.options.pretrained_model_config, "--pretrained_model_config", None
+            is_given = self.options.pretrained_model_config is not None
+            root, flag, revision = self.config_root, CONFIG_FLAG if is_given else flag, None
         if root is None:
             return None
         if is_path(root) and not Path(root).is_dir():
@@ -92,7 +100,7 @@ class PipelineSource:
 
         # Read it. Quantization is not refused where only configs are taken from a folder.
         found = read_config_file(root, str(PurePosixPath(part, file)), revision, flag)
-        if not self.is_single_file or root != self.options.pretrained_model_config:
+        if not self.is_single_file or root != self.config_root:
             refuse_quantized(found, f"{flag} {root}: {PurePosixPath(part, file)}")
         return found
 
@@ -177,7 +185,7 @@ class PipelineSource:
         flag = "--pretrained_vae_model_name_or_path"
         if _is_file(path):
             own = Path(path).with_name("config.json").is_file()
-            root = str(Path(path).parent) if own else self.options.pretrained_model_config
+            root = str(Path(path).parent) if own else self.config_root
             if root is None and not self.is_single_file:
                 root = self.path
             return SingleFile.read(Path(path), flag).load_vae(root, None if own else "vae", dtype)
@@ -210,12 +218,12 @@ class PipelineSource:
     def _load_single_file(self, pipeline_class: "type[DiffusionPipeline]", parts: dict) -> "DiffusionPipeline":
         # diffusers takes None for a missing component; leaving it out has the same effect
         given = {name: part for name, part in parts.items() if part is not None}
-        return self.file.load(pipeline_class, self.options.pretrained_model_config, given)
+        return self.file.load(pipeline_class, self.config_root, given)
 
 
 def _is_file(name: str) -> bool:
     """Whether a name is that of a single weight file."""
-    return Path(name).suffix in (".safetensors", *PICKLES)
+    return Path(name).suffix in (".safetensors", *PICKLES) and not Path(name).is_dir()
 
 
 def check_weight_files(

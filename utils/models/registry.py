@@ -70,4 +70,6 @@ def _family_of_file(source: PipelineSource) -> type[TextFamily]:
             "give a VAE with --pretrained_vae_model_name_or_path"
         )
     source.scheduler_marks()
+    if source.config_root is None:
+        source.file.check_configs(None)
     return FAMILIES[name]

@@ -18,7 +18,7 @@ from utils.config.user_files import FileError
 from utils.models.loading import WeightReport, check_read, load_module, loading, make_up, names_of
 from utils.models.options import PICKLES
 from utils.models.weight_files import Stored, check_finite, stored_in, stored_tensors
-from utils.runtime.hub_files import read_config
+from utils.runtime.hub_files import INDEX, hub_file, read_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 UNET_PREFIX = "model.diffusion_model."
+UNET_CONFIG = "unet/config.json"
+CONFIG_FLAG = "--pretrained_model_config"
 UNET_KEY = f"{UNET_PREFIX}input_blocks.0.0.weight"
 SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"
 VAE_PREFIXES = ("first_stage_model.", "vae.")
@@ -170,6 +172,41 @@ class SingleFile:
             found["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
         return found
 
+    @cached_property
+    def configs_beside(self) -> str | None:
+        """The folder of the file, if it is that of a pipeline of the file's class, whose configs it then has."""
+        folder = self.path.parent
+        if UNET_KEY not in self.weights or not all((folder / name).is_file() for name in (INDEX, UNET_CONFIG)):
+            return None
+        found = read_config(folder / INDEX, self.what).get("_class_name")
+        if (found[-1] if isinstance(found, list) else found) != self.class_name:
+            logger.warning("%s: the configs beside it are not used, as they are those of a %s", self.what, found)
+            return None
+        logger.info("%s: using the configs beside it, in %s", self.what, folder)
+        return str(folder)
+
+    def check_configs(self, given: str | None, part: str = "unet") -> None:
+        """Checks that the configs of the file are available.
+
+        Args:
+            given: folder or Hub name of a pipeline with its configs; None to find one on the Hub.
+            part: the component whose config is looked for.
+
+        Raises:
+            UserError: with the flag that names a folder of them.
+        """
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+        flag = {"--pipeline": "--pipeline_config", "--baseline": "--baseline_config"}.get(self.flag, CONFIG_FLAG)
+        needed = f"{part}/config.json"
+        if given is not None and Path(given).is_dir():
+            if not Path(given, needed).is_file():
+                raise UserError(f"{flag} {given} has no {needed}; give the folder of a pipeline")
+            return
+        root = given or fetch_diffusers_config(dict(self.weights))["pretrained_model_name_or_path"]
+        failure = f"{self.what}: the configs of {root} were not found on the Hub"
+        hub_file(root, needed, None, f"{failure}; give {flag} the folder of a pipeline of its kind")
+
     def load(
         self, kind: "type[DiffusionPipeline]", config: str | None, given: Mapping[str, Any]
     ) -> "DiffusionPipeline":
@@ -262,6 +299,8 @@ class SingleFile:
         """Checks a part's weights against its config before they are loaded; returns whether some may be missing."""
         from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
+        if config is None:
+            self.check_configs(None, name)
         with loading(f"{self.what}: {name}"):
             if config is not None and Path(config, subfolder or "", "config.json").is_file():
                 read_config(Path(config, subfolder or "", "config.json"), self.what)

@@ -30,7 +30,7 @@ class PipelineOptions:
     pipeline: str | None = option(None, "pipeline to draw from: a folder, a Hub name or a single .safetensors file")
     pipeline_config: str | None = option(
         None,
-        "pipeline folder or Hub name with the configs of a single-file --pipeline; by default found on the Hub",
+        "pipeline folder or Hub name with the configs of a single-file --pipeline; by default beside it or on the Hub",
         acts_with=(*weight_files("pipeline", "baseline"), "checkpoints"),
     )
     lora: list[str] | None = option(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from utils.formats.adapter_files import PEFT_FILE
 from utils.models.loading import Download, load_module, load_parts, load_pipeline_folder, loading, named_parts
 from utils.models.scaled_adapters import ScaledAdapter, local_source
 from utils.models.single_file import SingleFile
-from utils.runtime.hub_files import INDEX, hub_file, index_file, read_config
+from utils.runtime.hub_files import INDEX, index_file, read_config
 from utils.sampling.adapters import AdapterToLoad, add_adapters
 
 if TYPE_CHECKING:
@@ -68,7 +68,13 @@ class PipelineSpec:
     @cached_property
     def file(self) -> SingleFile | None:
         """The single file of weights; None if the path is a folder or Hub name."""
-        return SingleFile.read(Path(self.path), self.flag) if self.path.endswith(".safetensors") else None
+        is_file = self.path.endswith(".safetensors") and not Path(self.path).is_dir()
+        return SingleFile.read(Path(self.path), self.flag) if is_file else None
+
+    @cached_property
+    def config_root(self) -> str | None:
+        """The folder or Hub name with the configs of a single file; None for those that diffusers finds on the Hub."""
+        return self.config if self.config is not None or self.file is None else self.file.configs_beside
 
     def check_config(self) -> None:
         """Checks that the configs of a single file are available, before its weights are read.
@@ -76,18 +82,8 @@ class PipelineSpec:
         Raises:
             UserError: with the flag that names a folder of them.
         """
-        if self.file is None:
-            return
-        needed = str(PurePosixPath("unet", "config.json"))
-        if self.config is not None and Path(self.config).is_dir() and not Path(self.config, needed).is_file():
-            raise UserError(f"{self.flag}_config {self.config} has no {needed}; give the folder of a pipeline")
-        if self.config is not None and Path(self.config).is_dir():
-            return
-        from diffusers.loaders.single_file_utils import fetch_diffusers_config
-
-        root = self.config or fetch_diffusers_config(dict(self.file.weights))["pretrained_model_name_or_path"]
-        cure = f"give {self.flag}_config the folder of a pipeline of its kind"
-        hub_file(root, needed, None, f"{self.what}: the configs of {root} were not found on the Hub; {cure}")
+        if self.file is not None:
+            self.file.check_configs(self.config_root)
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -142,7 +138,7 @@ def load_pipeline(spec: PipelineSpec, dtype: torch.dtype) -> "DiffusionPipeline"
     if chosen.__name__ in OWN_PIPELINES:
         pipeline = _assemble(chosen, spec, dtype, parts)
     elif spec.file is not None:
-        pipeline = spec.file.load(chosen, spec.config, parts).to(dtype)
+        pipeline = spec.file.load(chosen, spec.config_root, parts).to(dtype)
         pipeline.scheduler = changed_scheduler(pipeline.scheduler, spec.file.scheduler_marks)
         _warn_of_prediction_type(spec.file, pipeline.scheduler.config.get("prediction_type"))
     else:

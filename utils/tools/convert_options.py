@@ -31,7 +31,7 @@ class ConversionOptions:
     )
     pipeline_config: str | None = option(
         None,
-        "pipeline folder or Hub name with configs and tokenizers for a single file (default: detected, from the Hub)",
+        "pipeline folder or Hub name with configs, tokenizers for a single file (default: beside it or from the Hub)",
         acts_with=("to=folder",),
     )
     pipeline: str | None = option(
