@@ -76,6 +76,15 @@ def test_what_is_written_is_read_again(name, prompt):
     }
 
 
+def test_a_prompt_that_looks_like_a_negative_prompt_stays_the_prompt():
+    for prompt in ("Negative prompt: x", "a\n \tNegative prompt: x", "a Negative prompt: x"):
+        for negative in ("", prompt, "ugly"):
+            found = parsed(parameters_text(drawing(prompt=prompt, negative_prompt=negative)))
+            words = [" ".join(found[name].lower().split()) for name in ("Prompt", "Negative prompt")]
+            assert words == [" ".join(each.lower().split()) for each in (prompt, negative)]
+    assert "a Negative prompt: x\n" in parameters_text(drawing(prompt="a Negative prompt: x"))
+
+
 @pytest.mark.parametrize("prompt", ["a fox", "Füchse", "狐 🦊", "half \udc80"])
 def test_a_png_holds_it_beside_our_own_texts(tmp_path, prompt):
     texts = png_texts({"prompt": prompt, "seed": 1, "class": None}, drawing(prompt=prompt))

@@ -4,12 +4,14 @@ import logging
 import shlex
 
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 
+from utils.config.options import UserError
 from utils.runtime.processes import LOCK
 from utils.training.card_facts import CardFacts
 from utils.training.exported import ExportedFiles
-from utils.training.hub_upload import result_files, upload
+from utils.training.hub_upload import create_repository, result_files, upload
 from utils.training.model_card import write_card
 from utils.training.options import HubOptions
 
@@ -113,3 +115,24 @@ def test_a_card_on_the_hub_that_no_run_wrote_is_kept(folder, calls, caplog, tmp_
         upload(folder, "me/x", HubOptions(push_to_hub=True), ["README.md", "model_index.json"])
         assert ("README.md" not in calls[-1]["allow_patterns"]) == is_kept
     assert "me/x has a README.md that no run wrote" in caplog.text
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", None])
+def test_what_keeps_an_upload_offline_is_named(folder, monkeypatch, variable):
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+
+    def refuse(*names, **given):
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    said = (
+        f"me/x can't be written to: {variable} is set; unset it" if variable else "can't be reached; check the network"
+    )
+    with pytest.raises(UserError, match=said):
+        create_repository(folder, HubOptions(push_to_hub=True, hub_token="hf_x", hub_model_id="me/x"))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(UserError, match=f"not logged in.*also unset {variable}" if variable else "set HF_TOKEN$"):
+        create_repository(folder, HubOptions(push_to_hub=True))

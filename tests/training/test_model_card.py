@@ -60,7 +60,7 @@ def test_foreign_names_change_nothing_in_a_card(folder, tmp_path, name):
     facts = CardFacts(str(base), name, settings=[("a", name)], trigger_words=[name], negative_prompt=name)
     front, body = card(folder, facts, samples(folder, name))
     assert front["widget"][0]["output"] == {"url": "gallery/0.png"}
-    assert front["instance_prompt"] == front["widget"][0]["text"] == name.replace("\n", "\\n")
+    assert front["instance_prompt"] == front["widget"][0]["text"] == name.replace("\n", " ")
     assert "base_model" not in front
     assert str(tmp_path) not in body
     headings = re.findall(r"^#+ .*$", body, flags=re.M)

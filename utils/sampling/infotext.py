@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PARAMETERS = "parameters"
 HASH_DIGITS = 10  # of a SHA-256, as the web UI shows them
+NEGATIVE = re.compile(r"^(\s*)N(?=egative prompt:)", re.MULTILINE)  # what begins the negative prompt, for a parser
 QUOTED = re.compile(r"[,:\n]")  # values with these characters are written as JSON strings
 SAMPLERS = {
     "DDIMScheduler": "DDIM",
@@ -192,9 +193,10 @@ def parameters_text(drawing: Drawing) -> str:
         *drawing.more,
         ("RNG", "CPU"),  # each image's noise is drawn by a generator on the CPU
     ]
-    negative = f"\nNegative prompt: {drawing.negative_prompt}" if drawing.negative_prompt else ""
+    prompt, unwanted = _harmless(drawing.prompt), _harmless(drawing.negative_prompt)
+    negative = f"\nNegative prompt: {unwanted}" if unwanted else ""
     settings = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs if value not in (None, ""))
-    return f"{drawing.prompt}{negative}\n{settings}".strip()
+    return f"{prompt}{negative}\n{settings}".strip()
 
 
 def png_texts(facts: Mapping[str, object], drawing: Drawing) -> PngInfo:
@@ -205,6 +207,14 @@ def png_texts(facts: Mapping[str, object], drawing: Drawing) -> PngInfo:
             texts.add_itxt(name, _storable(str(value)))
     texts.add_text(PARAMETERS, _storable(parameters_text(drawing)))  # iTXt in UTF-8 if Latin-1 lacks a character
     return texts
+
+
+def _harmless(prompt: str) -> str:
+    """The prompt, with no line that the web UI would take for the negative prompt's beginning.
+
+    Such a line gets a small letter, which is the same to CLIP's tokenizers; the web UI has no escape.
+    """
+    return NEGATIVE.sub(r"\1n", prompt)
 
 
 def _quoted(value: object) -> str:

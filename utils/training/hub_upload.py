@@ -2,6 +2,7 @@
 
 import glob
 import logging
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,15 +31,20 @@ def create_repository(folder: Path, options: HubOptions) -> str | None:
     if not options.push_to_hub:
         return None
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     wanted = options.hub_model_id or folder.resolve().name
     if options.hub_token is None and get_token() is None:
-        raise UserError("--push_to_hub: not logged in; run `hf auth login`, or set HF_TOKEN")
+        also = f"; also unset {offline}" if (offline := _offline_variable()) else ""
+        raise UserError(f"--push_to_hub: not logged in; run `hf auth login`, or set HF_TOKEN{also}")
     api = HfApi(token=options.hub_token)
     try:
         repository = api.create_repo(wanted, private=options.hub_private_repo or None, exist_ok=True).repo_id
         api.auth_check(repository, write=True)  # create_repo succeeds for an existing repository without write access
+    except OfflineModeIsEnabled as error:
+        offline = _offline_variable()
+        reason = f"{offline} is set; unset it" if offline else "the Hub can't be reached; check the network"
+        raise UserError(f"--push_to_hub: {wanted} can't be written to: {reason}, or leave out --push_to_hub") from error
     except (HTTPError, OSError, ValueError) as error:
         cure = "give --hub_model_id, run `hf auth login` with a token that may write there, or leave out --push_to_hub"
         raise UserError(
@@ -125,6 +131,13 @@ def _has_other_card(repository: str, options: HubOptions) -> bool:
         return not is_own_card(Path(hf_hub_download(repository, CARD, token=options.hub_token)))
     except (HTTPError, OSError, ValueError):  # there is none, or the upload fails too
         return False
+
+
+def _offline_variable() -> str | None:
+    """Returns the environment variable that keeps huggingface_hub offline; None if there is none."""
+    on = ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return next((name for name in names if os.environ.get(name, "").upper() in on), None)
 
 
 def _without_token(error: BaseException, options: HubOptions) -> str:

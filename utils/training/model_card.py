@@ -98,7 +98,7 @@ def _metadata(facts: CardFacts, base: BaseModel | None, gallery: Sequence[Sample
     if base is not None and base.is_on_hub:
         known |= {"base_model": base.name, "base_model_relation": "adapter" if facts.is_adapter else "finetune"}
     if facts.trigger_words:
-        known["instance_prompt"] = one_line(", ".join(facts.trigger_words))
+        known["instance_prompt"] = _text(", ".join(facts.trigger_words))
     if gallery:
         known["widget"] = [_shown_on_hub(each, facts.negative_prompt) for each in gallery]
     adapter = ["lora", "template:sd-lora"] if facts.adaptation == "lora" else []
@@ -109,8 +109,13 @@ def _metadata(facts: CardFacts, base: BaseModel | None, gallery: Sequence[Sample
 
 def _shown_on_hub(sample: Sample, negative_prompt: str) -> dict[str, object]:
     """A sample as the Hub's gallery takes it."""
-    settings = {"parameters": {"negative_prompt": one_line(negative_prompt)}} if negative_prompt else {}
-    return {"text": one_line(sample.caption), **settings, "output": {"url": sample.file}}
+    settings = {"parameters": {"negative_prompt": _text(negative_prompt)}} if negative_prompt else {}
+    return {"text": _text(sample.caption), **settings, "output": {"url": sample.file}}
+
+
+def _text(prompt: str) -> str:
+    """A prompt in one line, as text encoders read it: line breaks and tabs are spaces to them."""
+    return one_line(" ".join(prompt.split()))
 
 
 def _head(title: str, facts: CardFacts, base: BaseModel | None) -> list[str]:
