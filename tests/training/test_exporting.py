@@ -12,9 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import message
 from tests.text_runs import SHORT as STEPS
+from utils.config.file_names import result_name
 from utils.exports import drawing
 from utils.models import single_file_writer
+from utils.runtime.processes import LOCK
+from utils.sampling.infotext import DrawnModel, single_file_of
 from utils.training import exporting
+from utils.training.adapter_export import UiExport
+from utils.training.exported import ExportedFiles
 from utils.training.exporting import file_name_of
 
 SHORT = (*STEPS, "--export_check")
@@ -202,3 +207,18 @@ def test_a_file_is_called_as_its_output_folder(tmp_path, monkeypatch):
     assert file_name_of(Path(".")) == f"{tmp_path.name}.safetensors"
     assert file_name_of(Path("/")) == "model.safetensors"
     assert file_name_of(Path("a/my.model/")) == "my.model.safetensors"
+    assert file_name_of(Path("a/my model.safetensors")) == "my model.safetensors"
+    assert file_name_of(Path("a/.safetensors")) == "model.safetensors"
+    assert file_name_of(Path("a/b:<c>\\d")) == "b__c__d.safetensors"
+
+
+def test_all_that_look_for_the_files_of_a_result_agree_on_their_name(tmp_path):
+    folder = tmp_path / "a:<b>.safetensors"
+    (folder / "ui").mkdir(parents=True)
+    (folder / LOCK).touch()
+    for place in (folder, UiExport(result_name(folder), torch.float32, dict).file(folder).parent):
+        (place / file_name_of(folder)).touch()
+    found = ExportedFiles.of_run(folder)
+    assert found.ui == UiExport(result_name(folder), torch.float32, dict).file(folder)
+    assert found.single == single_file_of(folder) == folder / "a__b_.safetensors"
+    assert DrawnModel.of_training(folder).name == "a__b_"

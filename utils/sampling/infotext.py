@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from PIL.PngImagePlugin import PngInfo
 
+from utils.config.file_names import ENDING, result_name
 from utils.config.terminal import json_text
 from utils.config.user_files import FileError, open_regular
 from utils.runtime.processes import began_at
@@ -74,7 +75,7 @@ class DrawnModel:
         Args:
             base: folder, Hub name or file of the base model of an adapter; None if all weights are exported.
         """
-        name = folder.resolve().name
+        name = result_name(folder)
         return cls(name) if base is None else cls.at(base, adapters=[str(folder)])
 
     def exported(self, folder: Path) -> "DrawnModel":
@@ -136,7 +137,7 @@ def base_name(path: str) -> str:
 
 def single_file_of(folder: Path) -> Path | None:
     """Returns the single file that a run exported into its folder, which has the folder's name; None without it."""
-    file = folder / f"{folder.resolve().name}.safetensors"
+    file = folder / f"{result_name(folder)}{ENDING}"
     return file if file.is_file() else None
 
 

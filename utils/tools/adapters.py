@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from utils.config.file_names import result_name
 from utils.config.options import UserError
 from utils.exports.adapter_file_check import Expected, check_adapter
 from utils.formats.adapter_files import LORA_FILE, UI_FOLDER, AdapterLayer
@@ -141,7 +142,7 @@ def _places(out: Path, form: str) -> dict[str, str | None]:
     kinds = ("diffusers", "kohya") if form == "both" else (form,)
     if out.suffix == FILE:
         return {kinds[0]: None}
-    own = f"{out.name}{FILE}"
+    own = f"{result_name(out)}{FILE}"
     names = {"diffusers": LORA_FILE, "kohya": f"{UI_FOLDER}/{own}" if form == "both" else own}
     return {kind: names[kind] for kind in kinds}
 

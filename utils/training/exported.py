@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from utils.config.file_names import LORA_FILE
+from utils.config.file_names import ENDING, LORA_FILE, result_name
 from utils.runtime.processes import began_at
 from utils.sampling.infotext import single_file_of
 
@@ -35,7 +35,7 @@ class ExportedFiles:
     @classmethod
     def of_run(cls, folder: Path) -> Self:
         """Returns what the run that holds an output folder has written into it; warns of what earlier runs left."""
-        fused, ui = folder / "fused", folder / "ui" / f"{folder.resolve().name}.safetensors"
+        fused, ui = folder / "fused", folder / "ui" / f"{result_name(folder)}{ENDING}"
         lora = folder / LORA_FILE
         is_fused = _is_new(fused / "model_index.json", folder)
         singles = [each for each in sorted(fused.glob("*.safetensors")) if is_fused and _is_new(each, folder)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import nn
 
+from utils.config.file_names import ENDING, result_name
 from utils.config.terminal import one_line
 from utils.exports.drawing import Reference
 from utils.exports.tensor_check import Findings, check_folder, check_single_file
@@ -20,7 +21,6 @@ from utils.training.export_options import ExportOptions
 logger = logging.getLogger(__name__)
 OURS = "modelspec.sai_model_spec"
 ASIDE, RESULT = ".tmp-", "."
-FALLBACK = "model"  # name of a result in the root of a file system
 
 
 @dataclass
@@ -135,7 +135,7 @@ def form_of(options: ExportOptions) -> FolderForm:
 
 def file_name_of(output_dir: Path) -> str:
     """Returns the name of the single file of a result."""
-    return f"{output_dir.resolve().name or FALLBACK}.safetensors"
+    return f"{result_name(output_dir)}{ENDING}"
 
 
 def base_facts(base: str | None, resolution: tuple[int, int] | None, clip_skip: int | None, title: str) -> FileFacts:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from utils.config.file_names import result_name
 from utils.config.options import UserError, first_line, require
 from utils.config.progress import Progress
 from utils.config.tensor_files import read_safetensors
@@ -138,7 +139,7 @@ class TrainingState:
         named = adaptation.named_parameters(rates.optimizer)
         # The form of the result.
         folder, edge = session.folder.path, data.resolution
-        clip_skip, title = adaptation.family.clip_skip, folder.resolve().name
+        clip_skip, title = adaptation.family.clip_skip, result_name(folder)
         known = base_facts(options.model.pretrained_model_name_or_path, (edge, edge), clip_skip, title)
         adaptation.exporter = Exporter.of(options.export, known, folder)
         # Moving averages.
