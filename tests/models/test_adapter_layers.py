@@ -75,7 +75,7 @@ def test_adapters_of_several_kinds_add_up_whatever_was_set_before(files, pipelin
     assert torch.equal(noise_of(pipeline), first)
 
 
-def test_adapters_add_in_float32_and_are_rounded_once(files, pipeline):
+def test_adapters_add_precisely_and_are_rounded_once(files, pipeline):
     from utils.models.adapter_layers import MergedAdapters
 
     pipeline.unet.half()
@@ -87,5 +87,33 @@ def test_adapters_add_in_float32_and_are_rounded_once(files, pipeline):
         merged.add(adapter, [layer for layer in layers if layer.component == "unet"])
     merged.set_strengths({"a": 0.1, "b": 0.1, "c": 0.1})
     delta = next(layer for layer in layers if layer.name == name).delta()
-    wanted = (base.float() + 0.1 * delta + 0.1 * delta + 0.1 * delta).half()
+    wanted = (base.double() + 3 * (0.1 * delta.double())).half()
     assert torch.equal(pipeline.unet.get_submodule(name).weight, wanted)
+
+
+def test_dora_is_relative_to_the_base_in_any_order_and_as_the_tools_merge_it(files, pipeline):
+    from utils.models.adapter_layers import MergedAdapters, base_of, modules_of
+    from utils.models.lora_files import read_layers
+
+    strengths = {"lora": 0.5, "dora": 0.75, "loha": -1.5}
+    layers = {kind: read_layers(pipeline, str(files[kind][0]), "--lora x").layers for kind in strengths}
+    changed = [layer for layer in layers["dora"] if layer.component == "unet"]
+    base = [base_of(module).weight.detach().clone() for module in modules_of(pipeline, changed)]
+    found = []
+    for order in (("lora", "dora", "loha"), ("loha", "dora", "lora"), ("dora", "loha", "lora")):
+        merged = MergedAdapters(pipeline)
+        for kind in order:
+            merged.add(kind, layers[kind])
+        merged.set_strengths(strengths)
+        found.append(weights(pipeline))
+        merged.remove()
+    for layer, weight in zip(changed, base, strict=True):
+        own = [
+            (each, strengths[kind])
+            for kind in strengths
+            for each in layers[kind]
+            if (each.component, each.name) == (layer.component, layer.name)
+        ]
+        wanted = weight + sum(strength * (each.merged(weight) - weight) for each, strength in own)
+        torch.testing.assert_close(found[0][f"{layer.name}.weight"], wanted, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(each[name], found[0][name]) for each in found[1:] for name in each)

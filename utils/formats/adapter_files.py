@@ -94,6 +94,32 @@ class AdapterLayer:
         full = summed * (magnitude.float().to(weight.device) / lengths)
         return full if strength == 1.0 else weight + strength * (full - weight)
 
+    def change(self, weight: Tensor | None) -> Tensor:
+        """Returns what this update adds to a weight, in float32; only one with a magnitude needs the weight."""
+        if "magnitude" not in self.tensors:
+            return self.delta()
+        return self.merged(weight) - weight.float()
+
+
+def updated(weight: Tensor, updates: Sequence[tuple[AdapterLayer, float]]) -> Tensor:
+    """Returns a weight with updates: W + sum of strength * (update(W) - W), each relative to the weight itself.
+
+    Args:
+        weight: the layer's weight, without any update.
+        updates: pairs (update, strength); their order does not matter, since they are added in float64.
+
+    Returns:
+        The weight, to be rounded once: as it is without updates of a strength, float32 with one, float64 with more.
+    """
+    acting = [(layer, strength) for layer, strength in updates if strength]
+    if not acting:
+        return weight
+    if len(acting) == 1:
+        return acting[0][0].merged(weight, acting[0][1])
+    return weight.double() + sum(
+        strength * layer.change(weight).double().to(weight.device) for layer, strength in acting
+    )
+
 
 def _lora_product(values: Mapping[str, Tensor]) -> Tensor:
     return values["up"].flatten(1) @ values["down"].flatten(1)

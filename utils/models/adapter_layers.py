@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.options import UserError
-from utils.formats.adapter_files import KINDS, AdapterLayer, adapter_layers
+from utils.formats.adapter_files import KINDS, AdapterLayer, adapter_layers, updated
 from utils.models.adapter_components import components_of_modules, family_of_parts, layers_by_name
 from utils.models.text_to_image import TextFamily
 from utils.models.weight_files import check_finite
@@ -153,7 +153,7 @@ def merge_layers(pipeline: "DiffusionPipeline", layers: Sequence[AdapterLayer], 
 
 
 class MergedAdapters:
-    """Adapters merged into a pipeline's weights, one after the other; their strengths can be changed.
+    """Adapters merged into a pipeline's weights, in any order; their strengths can be changed.
 
     The weights that they change are kept in host memory.
     """
@@ -187,14 +187,11 @@ class MergedAdapters:
         self._kept.clear()
 
     def _merge(self) -> None:
-        """Sets each weight to the kept one with all updates, which are added in float32 and rounded once."""
+        """Sets each weight to the kept one with all updates, rounded once."""
         with torch.no_grad():
             for key, (module, kept) in self._kept.items():
-                updates = [(self._strengths[name], own[key]) for name, own in self._layers.items() if key in own]
-                weight = kept.to(module.weight.device)
-                for strength, layer in updates:
-                    weight = layer.merged(weight, strength) if strength else weight
-                module.weight.data.copy_(weight)
+                updates = [(own[key], self._strengths[name]) for name, own in self._layers.items() if key in own]
+                module.weight.data.copy_(updated(kept.to(module.weight.device), updates))
 
 
 def layers_of_run(

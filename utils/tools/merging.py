@@ -10,7 +10,7 @@ from torch import Tensor
 
 from utils.config.options import UserError
 from utils.config.terminal import progress_bar
-from utils.formats.adapter_files import AdapterLayer
+from utils.formats.adapter_files import AdapterLayer, updated
 from utils.formats.streaming import StreamedTensor
 from utils.models.streamed_pipeline import StreamedPipeline, Weights
 from utils.tools.low_rank import Factors, factorize, relative_error, shortened
@@ -53,27 +53,10 @@ def merged_pipeline(pipeline: StreamedPipeline, updates: dict[Key, list[Update]]
 
 
 def _read_merged(base: StreamedTensor, updates: Sequence[Update]) -> Tensor:
-    """Returns a weight with all updates in its own dtype, computed in float32."""
+    """Returns a weight with all updates in its own dtype, rounded once."""
     weight = base.read()
-    return merged_weight(weight, updates).to(weight.dtype if weight.dtype.itemsize > 1 else torch.float32)
-
-
-def merged_weight(weight: Tensor, updates: Sequence[Update]) -> Tensor:
-    """Returns a weight with the sum of updates in float32; DoRA is relative to the weight without the others."""
-    if len(updates) == 1:
-        return updates[0].layer.merged(weight, updates[0].strength)
-    found = weight.float()
-    for each in updates:
-        found = each.layer.merged(found, each.strength) if each.is_plain else found + difference_of(weight, each)
-    return found
-
-
-def difference_of(weight: Tensor | None, update: Update) -> Tensor:
-    """Returns what an update adds to a weight, in float32; only DoRA needs the weight."""
-    if "magnitude" not in update.layer.tensors:
-        return update.strength * update.layer.delta()
-    weight = weight.float()
-    return update.strength * (update.layer.merged(weight) - weight)
+    found = updated(weight, [(each.layer, each.strength) for each in updates])
+    return found.to(weight.dtype if weight.dtype.itemsize > 1 else torch.float32)
 
 
 def merged_lora(pipeline: StreamedPipeline, updates: dict[Key, list[Update]], rank: int | None) -> list[AdapterLayer]:
@@ -115,7 +98,7 @@ def _kind(update: Update) -> str:
 
 def _sum(base: StreamedTensor, updates: Sequence[Update]) -> Tensor:
     weight = base.read() if any("magnitude" in each.layer.tensors for each in updates) else None
-    return sum((difference_of(weight, each) for each in updates), start=torch.zeros(base.shape))
+    return sum((each.strength * each.layer.change(weight) for each in updates), start=torch.zeros(base.shape))
 
 
 def _concatenated(updates: Sequence[Update]) -> Factors:
