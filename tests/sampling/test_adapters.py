@@ -5,7 +5,7 @@ import torch
 
 from tests.adapters import Adapted
 from utils.config.options import UserError
-from utils.formats.adapter_writer import write_kohya
+from utils.formats.adapter_writer import write_diffusers, write_kohya
 from utils.models.adapter_layers import base_of, modules_of
 from utils.models.scaled_adapters import ScaledAdapter
 from utils.sampling.pipelines import PipelineSpec, load_pipeline
@@ -50,6 +50,19 @@ def test_a_scale_is_a_factor_on_the_change_of_the_weights(adapted, pipelines, ki
         assert torch.equal(weight, made.weights[key]) if scale == 0 else torch.allclose(weight, expected, atol=1e-5), (
             key
         )
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [*((kind, "kohya") for kind in KINDS), ("lora", "diffusers"), ("dora", "diffusers")]
+)
+def test_all_layers_draw_and_none_trains(adapted, pipelines, tmp_path, kind, form):
+    file = adapted[kind][0]
+    if form == "diffusers":
+        file = str(tmp_path / "lora.safetensors")
+        write_diffusers(adapted[kind][1].layers, tmp_path / "lora.safetensors")
+    pipeline = load_pipeline(PipelineSpec(str(pipelines["sd"]), (ScaledAdapter(file),)), torch.float32)
+    modules = [module for root in (pipeline.unet, pipeline.text_encoder) for module in root.modules()]
+    assert not any(module.training for module in modules)
 
 
 def test_adapters_of_different_kinds_add_up(adapted, pipelines):

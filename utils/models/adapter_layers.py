@@ -63,6 +63,16 @@ def inject(pipeline: "DiffusionPipeline", layers: Sequence[AdapterLayer], adapte
             _fill(root.get_submodule(target), adapter, layer)
 
 
+def keep_modes(pipeline: "DiffusionPipeline") -> None:
+    """Puts PEFT's layers into the mode of their component: it creates them in training mode, with random dropout."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for root in pipeline.components.values():
+        for module in root.modules() if isinstance(root, nn.Module) else ():
+            if isinstance(module, BaseTunerLayer):
+                module.train(root.training)
+
+
 def _config(layers: Sequence[AdapterLayer], targets: Sequence[str]) -> "PeftConfig":
     """Returns PEFT's config of a component's layers: the most frequent rank and alpha, and patterns of the others."""
     import peft

@@ -26,7 +26,7 @@ from utils.formats.adapter_files import (
 )
 from utils.formats.adapter_names import WRAPPED, Component, is_loaded_by_transformers, split_name
 from utils.models.adapter_components import adapted_names, components_of, layer_shape
-from utils.models.adapter_layers import check_layers, inject
+from utils.models.adapter_layers import check_layers, inject, keep_modes
 from utils.models.loading import loading, names_of
 from utils.models.text_to_image import TextFamily
 from utils.models.weight_files import check_finite, check_stored, stored_in, stored_tensors
@@ -65,10 +65,11 @@ def load_lora(pipeline: "DiffusionPipeline", source: str, adapter: str, what: st
         file = _read_other_formats(pipeline, source, what)
     if file is None:
         _load_diffusers_lora(pipeline, source, adapter, what, must_be_finite)
-        return
-    check_layers(file.layers, what, must_be_finite)
-    with loading(what):
-        inject(pipeline, file.layers, adapter)
+    else:
+        check_layers(file.layers, what, must_be_finite)
+        with loading(what):
+            inject(pipeline, file.layers, adapter)
+    keep_modes(pipeline)
 
 
 def kinds_of(source: str, family: type[TextFamily], what: str) -> set[str]:
