@@ -1,5 +1,7 @@
 """Adapters of all kinds and formats at scales: what they make of a pipeline's weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,3 +82,34 @@ def test_an_adapter_of_another_model_is_refused_in_one_line(adapted, pipelines, 
     with pytest.raises(UserError, match=r"--lora .*another model") as raised:
         load_pipeline(PipelineSpec(str(pipelines["sdxl"]), (ScaledAdapter(adapted[kind][0], 0.0),)), torch.float32)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("odd", ["magnitudes of inputs", "kinds"])
+def test_what_peft_has_no_layers_for_is_merged_at_every_scale(adapted, pipelines, tmp_path, odd, scale):
+    made = adapted["dora"][1]
+    layers = [replace(layer, tensors=_with_inputs(layer)) for layer in made.layers]
+    if odd == "kinds":
+        layers = [
+            *made.layers[:2],
+            *(layer for layer in adapted["loha"][1].layers if layer.name != made.layers[0].name),
+        ]
+        layers = list({(layer.component, layer.name): layer for layer in layers}.values())
+    write_kohya(layers, made.components, tmp_path / "odd.safetensors", torch.float32, {})
+    found = weights_with(pipelines["sd"], made, ScaledAdapter(str(tmp_path / "odd.safetensors"), scale))
+    for layer in layers:
+        key = layer.component, layer.name
+        torch.testing.assert_close(found[key], layer.merged(made.weights[key], scale) if scale else made.weights[key])
+
+
+def _with_inputs(layer):
+    return {**layer.tensors, "magnitude": torch.rand(1, layer.shape[1]) + 0.5}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_one_adapter_in_two_files_is_refused(adapted, pipelines, tmp_path, kind):
+    file, made, _ = adapted[kind]
+    write_diffusers(made.layers, tmp_path / "lora.safetensors", torch.float16)
+    adapters = (ScaledAdapter(file, 0.5), ScaledAdapter(str(tmp_path / "lora.safetensors")))
+    with pytest.raises(UserError, match=r"--lora .* is the same adapter as --lora "):
+        load_pipeline(PipelineSpec(str(pipelines["sd"]), adapters), torch.float32)

@@ -139,3 +139,14 @@ def test_what_can_not_be_merged_is_one_line(pipelines, tmp_path, capsys):
         merge(*words, expect=2)
         assert said in message(capsys)
         assert not (tmp_path / "out").exists()
+
+
+def test_one_adapter_twice_is_refused_and_a_scale_of_0_said(pipelines, tmp_path, capsys):
+    random_adapters.write(pipelines["sd"], tmp_path / "a.safetensors")
+    random_adapters.write(pipelines["sd"], tmp_path / "b.safetensors", "diffusers")
+    random_adapters.write(pipelines["sd"], tmp_path / "c.safetensors", seed=3)
+    base, a, b, c = ["--pipeline", pipelines["sd"]], *(f"{tmp_path}/{name}.safetensors" for name in "abc")
+    merge(*base, "--lora", a, b, "--out", tmp_path / "out", expect=2)
+    assert f"--lora {b} is the same adapter as --lora {a}" in message(capsys)
+    merge(*base, "--lora", a, f"{c}=0", "--out", tmp_path / "out")
+    assert capsys.readouterr().err.count("so it has no effect") == 1

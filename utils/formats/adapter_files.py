@@ -19,7 +19,15 @@ from utils.config.file_names import LORA_FILE
 from utils.config.tensor_files import open_safetensors
 from utils.config.terminal import one_line
 from utils.config.user_files import FileError, parse_json, read_json
-from utils.formats.adapter_names import WRAPPED, Component, LayerNames, component_of_names, kind_not_read, split_name
+from utils.formats.adapter_names import (
+    OF_PIPELINES,
+    WRAPPED,
+    Component,
+    LayerNames,
+    component_of_names,
+    kind_not_read,
+    split_name,
+)
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -28,6 +36,8 @@ UI_FOLDER = "ui"
 MODELS_BY_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 """The model that a UNet belongs to, by the width of its text embeddings."""
 KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
+WHOLE_PIPELINE = "it is a whole pipeline; give the file or folder of an adapter"
+SAME = 0.002  # relative difference of updates that only differ in the rounding to float16
 SHOWN, LONGEST_NAME = 3, 120  # names in a message, and characters of each
 NEEDED = {"lora": ({"down"}, {"up"}), "loha": ({"hada_w1_a"}, {"hada_w1_b"}, {"hada_w2_a"}, {"hada_w2_b"})}
 """Tensors without which an update of a kind is not complete; those of LoKr depend on which factors are whole."""
@@ -119,6 +129,22 @@ def updated(weight: Tensor, updates: Sequence[tuple[AdapterLayer, float]]) -> Te
     return weight.double() + sum(
         strength * layer.change(weight).double().to(weight.device) for layer, strength in acting
     )
+
+
+def is_same_adapter(layers: Sequence[AdapterLayer], others: Sequence[AdapterLayer]) -> bool:
+    """Whether two adapters change the same layers alike, up to the rounding of a file in half precision."""
+    own, other = ({(each.component, each.name): each for each in some} for some in (layers, others))
+    return bool(own) and own.keys() == other.keys() and all(_is_same(layer, other[key]) for key, layer in own.items())
+
+
+def _is_same(layer: AdapterLayer, other: AdapterLayer) -> bool:
+    pairs = [(layer.delta(), other.delta())]
+    magnitudes = [each.tensors.get("magnitude") for each in (layer, other)]
+    if (magnitudes[0] is None) != (magnitudes[1] is None):
+        return False
+    if magnitudes[0] is not None and magnitudes[1] is not None:
+        pairs.append((magnitudes[0].float().flatten(), magnitudes[1].float().flatten()))
+    return all(a.shape == b.shape and float((a - b).norm()) <= SAME * float(a.norm()) for a, b in pairs)
 
 
 def _lora_product(values: Mapping[str, Tensor]) -> Tensor:
@@ -233,6 +259,8 @@ def adapter_sources(source: Path, components: Sequence[Component]) -> list[_Sour
         return [_Source(source / name / PEFT_FILE, _peft_config(source / name), name) for name in names]
 
     # Any other folder.
+    if (source / "model_index.json").is_file():
+        raise ValueError(WHOLE_PIPELINE)
     found = sorted(source.glob("*.safetensors")) or sorted((source / UI_FOLDER).glob("*.safetensors"))
     if not found:
         raise ValueError("the folder has no file of an adapter; give the file")
@@ -322,6 +350,8 @@ def _split_names(names: Collection[str]) -> dict[str, tuple[str, str]]:
     Raises:
         ValueError: for tensors of kinds that are not read.
     """
+    if any(name.startswith(OF_PIPELINES) for name in names):
+        raise ValueError(WHOLE_PIPELINE)
     split = {name: split_name(name) for name in names}
     for name, parts in split.items():
         kind = kind_not_read(name) if parts is None else None

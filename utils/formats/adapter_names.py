@@ -19,6 +19,8 @@ OTHER_KINDS = {
     **{"lora_embedding_A": "LoRA of embeddings", "lora_embedding_B": "LoRA of embeddings"},
 }
 """Kinds of files that are not read, by marks in their tensors' names."""
+OF_PIPELINES = ("model.diffusion_model.", "first_stage_model.")
+"""How names of tensors begin in a single file of a whole pipeline."""
 LORA_ROLES = {
     **{"lora_down": "down", "lora_up": "up", "lora_A": "down", "lora_B": "up"},
     **{"lora.down": "down", "lora.up": "up", "lora_linear_layer.down": "down", "lora_linear_layer.up": "up"},
@@ -123,7 +125,15 @@ def kind_not_read(name: str) -> str | None:
     """Returns the kind of file that a tensor's name is of, if this kind is not read."""
     parts = name.split(".")
     tails = (".".join(parts[start:]) for start in range(len(parts)))
-    return next((kind for tail in tails for mark, kind in OTHER_KINDS.items() if tail.startswith(mark)), None)
+    return next(
+        (
+            kind
+            for tail in tails
+            for mark, kind in OTHER_KINDS.items()
+            if tail == mark or (mark != "diff" and tail.startswith(mark))  # diffusion_model is no diff
+        ),
+        None,
+    )
 
 
 def component_of_names(owners: Sequence[str], components: Sequence[Component]) -> str | None:

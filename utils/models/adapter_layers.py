@@ -1,5 +1,6 @@
 """Puts the layers of an adapter, read from any format, into a pipeline: as PEFT's layers, or into its weights."""
 
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.options import UserError
-from utils.formats.adapter_files import KINDS, AdapterLayer, adapter_layers, updated
+from utils.formats.adapter_files import KINDS, AdapterLayer, adapter_layers, is_same_adapter, updated
 from utils.models.adapter_components import components_of_modules, family_of_parts, layers_by_name
 from utils.models.text_to_image import TextFamily
 from utils.models.weight_files import check_finite
@@ -46,11 +47,8 @@ def inject(pipeline: "DiffusionPipeline", layers: Sequence[AdapterLayer], adapte
     Raises:
         ValueError: if PEFT has no such layers.
     """
-    kinds = {layer.kind for layer in layers}
-    if len(kinds) > 1:
-        raise ValueError(f"it has layers of several kinds, {', '.join(KINDS[kind] for kind in sorted(kinds))}")
-    if any(each.dim() != 1 for layer in layers for role, each in layer.tensors.items() if role == "magnitude"):
-        raise ValueError("its magnitudes are of the layers' inputs; merge it into its base model, and start from that")
+    if (reason := why_not_injected(layers)) is not None:
+        raise ValueError(reason)
     by_component: dict[str, list[AdapterLayer]] = {}
     for layer in layers:
         by_component.setdefault(layer.component, []).append(layer)
@@ -61,6 +59,16 @@ def inject(pipeline: "DiffusionPipeline", layers: Sequence[AdapterLayer], adapte
         root.add_adapter(_config(own, targets), adapter_name=adapter)
         for layer, target in zip(own, targets, strict=True):
             _fill(root.get_submodule(target), adapter, layer)
+
+
+def why_not_injected(layers: Sequence[AdapterLayer]) -> str | None:
+    """Returns why PEFT has no layers for an adapter, which can then only be merged; None if it has."""
+    kinds = {layer.kind for layer in layers}
+    if len(kinds) > 1:
+        return f"it has layers of several kinds, {', '.join(KINDS[kind] for kind in sorted(kinds))}"
+    if any(each.dim() != 1 for layer in layers for role, each in layer.tensors.items() if role == "magnitude"):
+        return "its magnitudes are of the layers' inputs; merge it into its base model, and start from that"
+    return None
 
 
 def keep_modes(pipeline: "DiffusionPipeline") -> None:
@@ -152,6 +160,20 @@ def check_layers(layers: Sequence[AdapterLayer], what: str, must_be_finite: bool
 def _changes(layer: AdapterLayer) -> bool:
     """Whether a layer's update can be other than zero: it has a magnitude, or none of its factors is zero."""
     return "magnitude" in layer.tensors or all(bool(each.any()) for each in layer.tensors.values())
+
+
+def refuse_same(adapters: Sequence[tuple[str, Sequence[AdapterLayer]]]) -> None:
+    """Refuses one adapter in two files, such as in two formats: it would count twice.
+
+    Args:
+        adapters: of each adapter the flag and its value, and its layers.
+
+    Raises:
+        UserError: naming the first two that are the same.
+    """
+    for (what, layers), (other, others) in itertools.combinations(adapters, 2):
+        if is_same_adapter(layers, others):
+            raise UserError(f"{other} is the same adapter as {what}, in another file; give one, with the sum of scales")
 
 
 def merge_layers(pipeline: "DiffusionPipeline", layers: Sequence[AdapterLayer], strength: float = 1.0) -> None:

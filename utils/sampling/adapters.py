@@ -9,17 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from utils.formats.adapter_files import adapter_sources
+from utils.formats.adapter_files import AdapterLayer
+from utils.formats.adapter_names import Component
 from utils.models.adapter_components import components_of
-from utils.models.adapter_layers import MergedAdapters
+from utils.models.adapter_layers import MergedAdapters, refuse_same, why_not_injected
 from utils.models.loading import loading
-from utils.models.lora_files import load_lora, read_layers
-from utils.models.weight_files import stored_in
+from utils.models.lora_files import load_lora, read_checked, read_layers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-MARKS_OF_OTHERS = ("hada_", "lokr_", "dora", "magnitude")  # in names of tensors of other adapters than plain LoRAs
 
 
 class AdapterToLoad(NamedTuple):
@@ -44,22 +42,32 @@ def add_adapters(pipeline: "DiffusionPipeline", adapters: Sequence[AdapterToLoad
     Raises:
         UserError: if one can't be loaded, does not fit this pipeline completely, or has no effect.
     """
-    is_whole = len(adapters) == 1 and adapters[0].scale == 1
-    if is_whole or all(_is_plain(pipeline, each) for each in adapters):
+    # Pipelines of other families have only plain LoRAs, which diffusers reads.
+    try:
+        components = components_of(pipeline)
+    except ValueError:
+        _add_layers(pipeline, adapters)
+        return
+
+    # All are read the same way at every scale, so that no scale of a sweep is refused after another has been drawn.
+    layers = [_read(each, components) for each in adapters]
+    given = [(each.what, own) for each, own in zip(adapters, layers, strict=True) if each.must_be_finite]
+    refuse_same(given)
+    is_whole = len(adapters) == 1 and adapters[0].scale == 1 and why_not_injected(layers[0]) is None
+    if is_whole or all(map(_is_plain, layers)):
         _add_layers(pipeline, adapters)
     else:
         _merge(pipeline, adapters)
 
 
-def _is_plain(pipeline: "DiffusionPipeline", adapter: AdapterToLoad) -> bool:
-    """Whether an adapter is a LoRA without a magnitude; pipelines of other families have only those."""
-    try:
-        components = components_of(pipeline)
-    except ValueError:
-        return True
+def _read(adapter: AdapterToLoad, components: Sequence[Component]) -> list[AdapterLayer]:
     with loading(adapter.what):
-        files = [each.path for each in adapter_sources(Path(adapter.source), components)]
-        return not any(mark in name for file in files for name in stored_in(file) for mark in MARKS_OF_OTHERS)
+        return read_checked(Path(adapter.source), components, adapter.what).layers
+
+
+def _is_plain(layers: Sequence[AdapterLayer]) -> bool:
+    """Whether an adapter is a LoRA without a magnitude."""
+    return all(layer.kind == "lora" and "magnitude" not in layer.tensors for layer in layers)
 
 
 def _add_layers(pipeline: "DiffusionPipeline", adapters: Sequence[AdapterToLoad]) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.config.options import leave, run_script
+from utils.config.terminal import one_line
+from utils.models.adapter_layers import refuse_same
 from utils.models.streamed_components import base_of_streamed
 from utils.models.streamed_pipeline import read_streamed
 from utils.tools.adapters import Adapter, form_of, read_for, write_adapter
@@ -36,7 +38,11 @@ def merge(options: Options) -> None:
     pipeline = read_streamed(asked.pipeline or "", "--pipeline", asked.variant)
     base = base_of_streamed(pipeline)
     adapters = [read_for(Path(each.source), base, f"--lora {each.source}") for each in asked.adapters]
+    refuse_same([(each.what, each.layers) for each in adapters])
     scales = [each.scale for each in asked.adapters]
+    for each in asked.adapters:
+        if each.scale == 0:
+            logger.warning("--lora %s=0: the scale is 0, so it has no effect", one_line(each.source))
     updates = updates_of([(each.layers, scale) for each, scale in zip(adapters, scales, strict=True)])
     logger.info("%d adapters change %d layers of %s", len(adapters), len(updates), asked.pipeline)
 
