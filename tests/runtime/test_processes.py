@@ -89,7 +89,7 @@ class TestStart:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         train("sd", "--max_train_steps", 1, "--no_final_checkpoint", *flags)
-        assert ("training on the CPU" in caplog.text) == is_said
+        assert ("running on the CPU" in caplog.text) == is_said
 
 
 def test_a_process_that_trains_apart_is_refused(monkeypatch, tmp_path):

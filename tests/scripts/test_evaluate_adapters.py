@@ -27,6 +27,16 @@ def loras(pipelines, tmp_path_factory):
     return [root / "style", root / "face.safetensors"]
 
 
+@pytest.fixture(scope="module")
+def half(pipelines, tmp_path_factory):
+    """A pipeline with weights of the variant fp16 only."""
+    from diffusers import DiffusionPipeline
+
+    folder = tmp_path_factory.mktemp("half")
+    DiffusionPipeline.from_pretrained(pipelines["sd"]).save_pretrained(folder, variant="fp16")
+    return folder
+
+
 def text_of(folder, number=0):
     with Image.open(folder / f"00000_{number:05d}.png") as image:
         return image.info
@@ -114,7 +124,7 @@ def test_adapters_are_checked_before_anything_is_drawn(evaluate, pipelines, lora
         *("--lora", loras[0], f"{tmp_path / 'xl'}=0.5", "--lora_scales", 0, 1),
         expect=2,
     )
-    assert f"--lora {tmp_path / 'xl'} can't be loaded: unet: it is a LoRA for another" in message(capsys)
+    assert f"--lora {tmp_path / 'xl'} can't be loaded: it is a LoRA for another" in message(capsys)
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
@@ -138,6 +148,19 @@ def test_adapters_and_scales_act_on_checkpoints_too(evaluate, train, loras):
         (["--images", "{sd}", "--lora", "{lora}"], "--lora needs a pipeline to load into"),
         (["--pipeline", "{sd}", "--lora_scales", "0", "1"], "--lora_scales needs the adapters to scale; give --lora"),
         (["--pipeline", "{sd}", "--lora", "{lora}", "--lora_scales", "0", "nan"], "--lora_scales must be finite"),
+        (["--pipeline", "{sd}", "--lora", "{lora}", "--lora_scales", "0,0.5"], "separate values by spaces: 0 0.5"),
+        (
+            ["--pipeline", "{sd}", "--lora", "{lora}=50%"],
+            "{lora}=50%: what follows = is not a number; write {lora}=0.8",
+        ),
+        (["--pipeline", "{sd}", "--lora", "{lora}= 0.5"], "what follows = is not a number; write {lora}=0.5"),
+        (["--pipeline", "{sd}", "--lora", "{sd}"], "it is a whole pipeline; give the file or folder of an adapter"),
+        (
+            ["--pipeline", "{file}"],
+            "it has no model.diffusion_model.input_blocks.0.0.weight; give a LoRA file to --lora",
+        ),
+        (["--pipeline", "{sd}", "--baseline_variant", "fp16"], "--baseline_variant needs the pipeline that it is for"),
+        (["--pipeline", "{sd}", "--baseline", "{half}"], "of the variant fp16; add --baseline_variant fp16"),
         (["--pipeline", "{sd}", "--lora", "{lora}=inf"], "the scale must be a finite number"),
         (["--pipeline", "{sd}", "--lora", "{lora}", "{lora}=0.5"], "twice; give it once, such as {lora}=1.5"),
         (["--pipeline", "{sd}", "--lora", "{lora}", "--lora", "{lora}"], "twice; give it once"),
@@ -155,10 +178,28 @@ def test_adapters_and_scales_act_on_checkpoints_too(evaluate, train, loras):
         (["--pipeline", "x.ckpt"], "--pipeline x.ckpt does not exist"),
     ],
 )
-def test_bad_combinations_end_in_one_line(evaluate, pipelines, loras, capsys, words, named):
-    values = {"sd": pipelines["sd"], "lora": loras[0]}
+def test_bad_combinations_end_in_one_line(evaluate, pipelines, loras, half, capsys, words, named):
+    values = {"sd": pipelines["sd"], "lora": loras[0], "file": loras[1], "half": half}
     evaluate(*[word.format(**values) for word in words], *(["--prompts", "a"] * ("--images" not in words)), expect=2)
     assert named.format(**values) in message(capsys)
+
+
+def test_a_baseline_has_a_variant_of_its_own(evaluate, pipelines, half):
+    words = ["--prompts", "a", "--images_per_prompt", 1, "--metrics", "none", "--baseline", half]
+    evaluate("--pipeline", pipelines["sd"], *words, "--baseline_variant", "fp16", out="own")
+    evaluate("--pipeline", half, *words, "--variant", "fp16", out="shared")
+
+
+def test_scales_add_up_and_a_whole_file_is_no_adapter(pipelines, tmp_path, loras):
+    from utils.evaluation.script_options import read_options
+    from utils.formats.adapter_files import read_adapter
+
+    words = ["--pipeline", str(pipelines["sd"]), "--lora", str(loras[0]), "--prompts", "a"]
+    found = read_options([*words, "--lora_scales", "0", "--lora_scales", "1", "0.5"])
+    assert found.pipeline.factors == (0.0, 1.0, 0.5)
+    file = tiny.write_single_file(pipelines["sd"], tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="it is a whole pipeline"):
+        read_adapter(file, [])
 
 
 def test_adapters_of_the_command_line_replace_those_of_a_config_file(pipelines, loras, tmp_path):

@@ -258,6 +258,9 @@ class _Parser(argparse.ArgumentParser):
         flag, separator, reason = message.removeprefix("argument ").partition(": ")
         if separator and flag.startswith("-"):
             names = flag.split("/")
+            given = re.search(r"^invalid \w+ value: '([^']*)'", reason)
+            if given and "," in given[1] and self._option_string_actions[names[0]].nargs == "+":
+                reason += "; separate values by spaces: " + " ".join(re.split(r"[,\s]+", given[1]))
             raise UserError(f"{next((name for name in names if '-' not in name[2:]), names[0])}: {reason}")
         raise UserError(message)
 

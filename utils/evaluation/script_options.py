@@ -61,6 +61,9 @@ class ComparisonOptions:
         "pipeline folder or Hub name with the configs of a single-file --baseline; by default --pipeline_config",
         acts_with=weight_files("baseline"),
     )
+    baseline_variant: str | None = option(
+        None, "variant of the baseline's weight files, such as fp16; by default --variant, if the folder has it"
+    )
     baseline_lora: list[str] | None = option(
         None, "LoRAs to load into the baseline, named and scaled as those of --lora", is_repeatable=True
     )
@@ -79,7 +82,7 @@ class ComparisonOptions:
         require(folder is None or Path(folder).is_dir(), "checkpoints", folder, "be a folder that exists")
         if self.baseline is not None and self.checkpoints is not None:
             raise UserError("--baseline and --checkpoints exclude each other; give one")
-        for name in ("baseline_lora", "baseline_config"):
+        for name in ("baseline_lora", "baseline_config", "baseline_variant"):
             if getattr(self, name) is not None and self.baseline is None:
                 raise UserError(f"--{name} needs the pipeline that it is for; give --baseline")
         require_model("baseline", self.baseline, MODEL_CURE, (".safetensors",))
@@ -153,8 +156,9 @@ def check_together(options: Options) -> None:
             raise UserError("--checkpoints and --images exclude each other; remove --images")
         if prompts.init_images is not None or prompts.class_labels is not None:
             raise UserError("--images draws nothing; remove --init_images and --class_labels")
-        if comparison.baseline_lora is not None:
-            raise UserError("--images draws nothing; remove --baseline_lora")
+        for name in ("baseline_lora", "baseline_variant"):
+            if getattr(comparison, name) is not None:
+                raise UserError(f"--images draws nothing; remove --{name}")
         if comparison.baseline is not None and not Path(comparison.baseline).is_dir():
             raise UserError(f"--baseline {comparison.baseline} must be a folder of images, as --images is")
 

@@ -63,9 +63,15 @@ def everything_wanted(options: Options) -> list[Wanted]:
 
 
 def baseline_spec(pipeline: PipelineOptions, comparison: ComparisonOptions) -> PipelineSpec:
-    """Returns the baseline's pipeline, which has adapters, scales and configs of its own."""
+    """Returns the baseline's pipeline, which has adapters, scales, configs and a variant of its own."""
     config = comparison.baseline_config or pipeline.pipeline_config
-    return PipelineSpec(comparison.baseline, comparison.baseline_adapters, config=config, flag="--baseline")
+    variant = comparison.baseline_variant
+    if variant is None and pipeline.variant is not None:
+        files = Path(comparison.baseline).glob(f"**/*.{pipeline.variant}[.-]*")
+        variant = pipeline.variant if any(files) else None
+    return PipelineSpec(
+        comparison.baseline, comparison.baseline_adapters, variant=variant, config=config, flag="--baseline"
+    )
 
 
 def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict[str, Any]) -> list[Wanted]:

@@ -368,8 +368,14 @@ def variant_of(folder: Path, variant: str | None, what: str) -> str | None:
         return variant
     variants = [match[1] for name in names if (match := re.fullmatch(r"[^.]+\.(\w+)(-\d+-of-\d+)?\.\w+", name))]
     if names and len(variants) == len(names):
-        raise UserError(f"{what} only has weights of the variant {variants[0]}; add --variant {variants[0]}")
+        cure = f"{_variant_flag(what)} {variants[0]}"
+        raise UserError(f"{what} only has weights of the variant {variants[0]}; add {cure}")
     return None
+
+
+def _variant_flag(what: str) -> str:
+    """Returns the flag that names the variant of a pipeline, given the pipeline's own flag and value."""
+    return "--baseline_variant" if what.startswith("--baseline ") else "--variant"
 
 
 def load_parts(
@@ -417,7 +423,7 @@ def load_parts(
             use_safetensors=use_safetensors,
         )
     if parts and variant is not None and variant not in variants:
-        raise UserError(f"{flag}: no part has weights of the variant {variant}; leave out --variant")
+        raise UserError(f"{flag}: no part has weights of the variant {variant}; leave out {_variant_flag(flag)}")
     return parts
 
 

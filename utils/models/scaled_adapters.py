@@ -63,9 +63,11 @@ def parse_adapter(flag: str, word: str) -> ScaledAdapter:
     """
     source, assigned, number = word.rpartition("=")
     if not assigned or not NUMBER.fullmatch(number):
-        if assigned and not os.path.lexists(word) and (not number or COMMA.fullmatch(number)):
-            cure = f"write {source}={number.replace(',', '.')}" if number else f"write {source}=0.8, or {source} alone"
-            raise UserError(f"--{flag} {one_line(word)}: what follows = is not a number; {cure}")
+        is_meant = not number or COMMA.fullmatch(number) or os.path.exists(source)
+        if assigned and source and not os.path.lexists(word) and is_meant:
+            meant = number.replace(",", ".").strip()
+            cure = f"{source}={meant}" if NUMBER.fullmatch(meant) else f"{source}=0.8, or {source} alone"
+            raise UserError(f"--{flag} {one_line(word)}: what follows = is not a number; write {one_line(cure)}")
         return ScaledAdapter(word)
     if os.path.exists(word) and not os.path.exists(source):
         return ScaledAdapter(word)

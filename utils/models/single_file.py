@@ -157,9 +157,14 @@ class SingleFile:
             UserError: if they are not a complete model.
         """
         if UNET_KEY not in self.weights:
+            cures = {
+                "--pretrained_model": "a LoRA file to --lora_weights, a VAE to --pretrained_vae_model_name_or_path",
+                "--pipeline": "a LoRA file to --lora",
+                "--baseline": "a LoRA file to --baseline_lora",
+            }
             raise UserError(
-                f"{self.what} is not a complete Stable Diffusion model: it has no {UNET_KEY}; give a LoRA file to "
-                "--lora_weights, a VAE to --pretrained_vae_model_name_or_path"
+                f"{self.what} is not a complete Stable Diffusion model: it has no {UNET_KEY}; give "
+                + cures.get(self.flag, "a complete model")
             )
         return "StableDiffusionXLPipeline" if SDXL_KEY in self.weights else "StableDiffusionPipeline"
 

@@ -124,12 +124,12 @@ def _wants_gpus() -> bool:
 
 
 def _warn_of_cpu() -> None:
-    """Warns that a run configured for a GPU trains on the CPU, and why."""
+    """Warns that a run configured for a GPU runs on the CPU, and why."""
     if torch.version.cuda is None and torch.version.hip is None:
         cure = f"torch {torch.__version__} is built without CUDA; install a CUDA build if the machine has a GPU"
     else:
         cure = f"torch {torch.__version__} finds no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
-    logger.warning("training on the CPU: %s (https://pytorch.org/get-started/locally)", cure)
+    logger.warning("running on the CPU: %s (https://pytorch.org/get-started/locally)", cure)
 
 
 def allow_tf32(is_allowed: bool) -> None:

@@ -45,7 +45,7 @@ class PipelineOptions:
     lora_scales: list[float] | None = option(
         None,
         "draw and score all images at each of these factors, such as 0 0.5 1; the report shows them side by side",
-        acts_with=("lora",),
+        is_repeatable=True,
     )
     revision: str | None = option(
         None, "Hub revision of the pipeline: branch, tag or commit", acts_with=(OnHub("pipeline"), "checkpoints")
