@@ -3,11 +3,12 @@
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests import random_adapters
 from tests.conftest import message
 from utils.formats.adapter_files import read_adapter
+from utils.tools.convert import main as convert
 from utils.tools.resize import main
 
 
@@ -71,6 +72,43 @@ def test_a_dora_keeps_its_magnitudes(pipelines, tmp_path, caplog):
     for each, layer in zip(found, layers, strict=True):
         assert torch.equal(each.tensors["magnitude"], layer.tensors["magnitude"])
     assert "magnitudes" in caplog.text
+
+
+def flattened(pipeline, kind: str, scale: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """A LoHa or LoKr of a convolution, with its kernel flattened into the factors; `scale` is a DoRA scale's shape."""
+    (component, *_), layer = random_adapters.components(pipeline), "down_blocks.0.resnets.0.conv1"
+    out, inner = component.shapes[layer][0], component.shapes[layer][1] * 9
+    sizes = {f"hada_w{each}_{end}": shape for each in "12" for end, shape in (("a", (out, 2)), ("b", (2, inner)))}
+    if kind == "lokr":
+        sizes = {"lokr_w1": (2, 2), "lokr_w2_a": (out // 2, 2), "lokr_w2_b": (2, inner // 2)}
+    dora = {"dora_scale": tuple({-1: out, -2: inner // 9}.get(size, size) for size in scale)} if scale else {}
+    return {f"{component.ui_name(layer)}.{role}": torch.randn(shape) for role, shape in {**sizes, **dora}.items()}
+
+
+@pytest.mark.parametrize("scale", [(-1, 1, 1, 1), (1, -2, 1, 1)])
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_magnitudes_of_flattened_convolutions_keep_their_shape_without_the_base(kind, scale, pipelines, tmp_path):
+    tensors = flattened(pipelines["sd"], kind, scale)
+    save_file(tensors, tmp_path / "a.safetensors")
+    given = [tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", "kohya"]
+    assert convert([str(each) for each in given]) == 0
+    found = load_file(tmp_path / "b.safetensors")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_lora_of_flattened_convolutions_gets_their_kernel_from_the_base(kind, pipelines, tmp_path, capsys):
+    save_file(flattened(pipelines["sd"], kind, (-1, 1, 1, 1)), tmp_path / "a.safetensors")
+    given = [tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--rank", 999, "--to_lora"]
+    resize(*given, expect=2)
+    assert "--pipeline" in message(capsys)
+    resize(*given, "--pipeline", pipelines["sd"])
+    components = random_adapters.components(pipelines["sd"])
+    (before,), (after,) = (read_adapter(tmp_path / f"{name}.safetensors", components).layers for name in "ab")
+    shapes = {name.split(".", 1)[1]: each.shape for name, each in load_file(tmp_path / "b.safetensors").items()}
+    assert shapes["lora_down.weight"][2:] == (3, 3)
+    assert shapes["dora_scale"][1:] == (1, 1, 1)
+    torch.testing.assert_close(after.delta(), before.delta(), rtol=1e-3, atol=1e-3)
 
 
 def test_what_can_not_be_resized_is_one_line(pipelines, tmp_path, capsys):

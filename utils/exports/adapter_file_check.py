@@ -80,11 +80,19 @@ def _is_same(layer: AdapterLayer, update: UiUpdate, dtype: torch.dtype) -> bool:
         name = by_bits.get(role, "dora_scale" if role == "magnitude" else role)
         if layer.has_whole_factors and name == "lokr_w1":
             continue  # UIs don't scale such an update, so its scale is in this factor
-        if name not in update.values or not same_bits(tensor.to(dtype).flatten(), update.values[name].flatten()):
+        wanted = _broadcast(tensor, len(layer.shape)) if role == "magnitude" else tensor
+        if name not in update.values or not same_bits(wanted.to(dtype), update.values[name]):
             return False
     expected, computed = layer.delta(), update.delta(layer.shape)
     allowed = TOLERANCE if dtype == torch.float32 else ROUNDED[dtype]
     return _is_close(expected, computed, max(allowed, ROUNDED.get(layer_dtype(layer), 0.0)))
+
+
+def _broadcast(magnitude: Tensor, dimensions: int) -> Tensor:
+    """Returns a magnitude in the shape in which UIs can multiply a weight of so many dimensions by it."""
+    shape = [1] * dimensions
+    shape[magnitude.dim() - 1] = magnitude.numel()
+    return magnitude.reshape(shape)
 
 
 def layer_dtype(layer: AdapterLayer) -> torch.dtype:

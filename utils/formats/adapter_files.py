@@ -485,9 +485,9 @@ def _fits(layer: AdapterLayer) -> bool:
         return False
     inner = math.prod(layer.shape[1:])
     is_same = tuple(product.flatten(1).shape) == (layer.shape[0], inner)
-    if layer.kind == "lora":  # the down matrix has the kernel's shape
+    if layer.kind == "lora":  # the down matrix has the kernel's shape, or is flattened
         kernel, own = tuple(meta["down"].shape[1:]), layer.shape[1:]
-        return is_same and (kernel == own or math.prod(layer.shape[2:]) == 1)
+        return is_same and (kernel == own or len(kernel) == 1 or math.prod(layer.shape[2:]) == 1)
     return is_same
 
 

@@ -207,6 +207,18 @@ def _place(family: type[TextFamily], component: str | None, owner: str) -> tuple
 
 def layer_shape_of(group: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Returns the shape of the weight that an update's tensors are for, flattened where they don't say it."""
+    shape, magnitude = _product_shape(group), group.get("dora_scale", ())
+    if len(shape) > 2 or len(magnitude) <= 2:
+        return shape
+    # The magnitudes of a convolution say that it is one; those of inputs also how large its kernel is.
+    (out, inner), sides = shape, len(magnitude) - 2
+    inputs = magnitude[1] if magnitude[0] != out else inner
+    side = round((inner / max(inputs, 1)) ** (1 / sides))
+    return (out, inputs, *[side] * sides) if inputs * side**sides == inner else (out, inner, *[1] * sides)
+
+
+def _product_shape(group: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Returns the shape of an update's product as its factors are stored."""
     if {"down", "up"} <= group.keys():
         return (group["up"][0], *group["down"][1:])
     if "hada_w1_a" in group and "hada_w1_b" in group:

@@ -22,9 +22,14 @@ class ResizingOptions:
         "choose each layer's smallest rank that holds this share of its update, as the sum of squared singular values",
     )
     to_lora: bool = option(False, "turn LoHa and LoKr layers into LoRA of that rank")
+    pipeline: str | None = option(
+        None, "pipeline folder or single file that the adapter is for, where --to_lora needs the shapes of its layers"
+    )
 
     def __post_init__(self) -> None:
         require_input("source", self.source)
+        if self.pipeline is not None:
+            require_input("pipeline", self.pipeline)
         if self.rank is None and self.energy is None:
             raise UserError("--rank is missing; give the new rank, such as --rank 16")
         require_positive(self, "rank")
@@ -48,6 +53,6 @@ def read_options(argv: Sequence[str] | None) -> Options:
     set_up_logging()
     options: Options = parse(Options, argv, PURPOSE)
     asked = options.resizing
-    require_place(asked.out, [asked.source], True, options.output.overwrite)
+    require_place(asked.out, [asked.source, asked.pipeline], True, options.output.overwrite)
     begin(f"resizing {asked.source} to {asked.out}")
     return options

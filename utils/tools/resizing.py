@@ -1,17 +1,20 @@
 """Shortens the updates of adapters to a smaller rank."""
 
 import logging
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from utils.config.options import UserError
 from utils.config.terminal import progress_bar
 from utils.formats.adapter_files import AdapterLayer, adapter_sources
-from utils.formats.adapter_names import Component
+from utils.formats.adapter_names import Component, LayerNames
 from utils.formats.tensor_files import TensorFile
-from utils.models.loading import loading
-from utils.models.streamed_components import NAMED, AdapterBase, layer_shape_of, tensors_by_layer
+from utils.models.loading import loading, names_of
+from utils.models.streamed_components import NAMED, AdapterBase, base_of_streamed, layer_shape_of, tensors_by_layer
+from utils.models.streamed_pipeline import read_streamed
 from utils.tools.adapters import Adapter, read_adapter_alone, read_for, write_adapter
 from utils.tools.low_rank import Factors, factorize, shortened
 from utils.tools.merging import lora_layer, say_losses
@@ -19,6 +22,11 @@ from utils.tools.resize_options import Options, ResizingOptions
 
 logger = logging.getLogger(__name__)
 FILE_ITSELF = "file"  # the component of all layers of a file whose names are kept
+LARGE_KERNEL = re.compile(
+    r"(.*[_.])?(conv1|conv2|conv_in|conv_out|samplers[_.]\d+[_.]conv|in_layers_2|out_layers_3|input_blocks_\d+_0_op"
+    r"|output_blocks_\d+_\d_conv|input_blocks_0_0|unet_out_2)"
+)
+"""Names of the layers of UNets that are convolutions of more than one place."""
 
 
 def resize(options: Options) -> None:
@@ -28,13 +36,14 @@ def resize(options: Options) -> None:
         UserError: if it can't be read, or has layers that are not LoRA.
     """
     asked = options.resizing
-    adapter, form = read_in_its_names(asked.source)
+    adapter, form = read_in_its_names(asked.source, asked.pipeline)
     others = sorted({layer.kind for layer in adapter.layers} - {"lora"})
     if others and not asked.to_lora:
         shown = " and ".join({"loha": "LoHa", "lokr": "LoKr"}[kind] for kind in others)
         raise UserError(
             f"{adapter.what} has {shown} layers, whose ranks mean something else; give --to_lora to make them LoRA"
         )
+    _refuse_flattened(adapter, [layer for layer in adapter.layers if layer.kind != "lora"])
     if any("magnitude" in layer.tensors for layer in adapter.layers):
         logger.info("%s is a DoRA: its magnitudes stay as they are", adapter.what)
     layers = resized(adapter.layers, asked)
@@ -42,10 +51,20 @@ def resize(options: Options) -> None:
     write_adapter(replace(adapter, layers=layers, sources=(title,)), Path(asked.out), form, options.output)
 
 
-def read_in_its_names(source: str) -> tuple[Adapter, str]:
+def _refuse_flattened(adapter: Adapter, layers: Sequence[AdapterLayer]) -> None:
+    """Refuses convolutions whose kernel is not known: a LoRA of them needs it."""
+    names = [layer.name for layer in layers if LARGE_KERNEL.fullmatch(layer.name) and math.prod(layer.shape[2:]) == 1]
+    if names:
+        raise UserError(
+            f"{adapter.what} does not say the kernel of {len(names)} convolutions, which a LoRA of them needs: "
+            f"{names_of(names)}; give the pipeline that it is for with --pipeline"
+        )
+
+
+def read_in_its_names(source: str, base: str | None = None) -> tuple[Adapter, str]:
     """Returns an adapter and the format to write it in, which is its own: kohya or diffusers.
 
-    Names for UIs are kept as they are, so that the base need not be known.
+    Names for UIs are kept as they are, so that the base need not be known; if it is, it decides the layers' shapes.
     """
     what, path = f"--source {source}", Path(source)
     with loading(what):
@@ -55,8 +74,21 @@ def read_in_its_names(source: str) -> tuple[Adapter, str]:
             groups = tensors_by_layer(opened)
         if groups and not any("." in owner for owner in groups):
             shapes = {owner: layer_shape_of(group) for owner, group in groups.items()}
+            shapes |= {} if base is None else _shapes_in(base, groups, what)
             return read_for(sources[0].path, AdapterBase([Component(FILE_ITSELF, shapes, ("",))]), what), "kohya"
-    return read_adapter_alone(source, None, "source"), "diffusers"
+    return read_adapter_alone(source, base, "source"), "diffusers"
+
+
+def _shapes_in(base: str, owners: Collection[str], what: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the layers that names for UIs stand for in a pipeline."""
+    with loading(what):
+        components = base_of_streamed(read_streamed(base, "--pipeline")).components
+    names, by_name = LayerNames(components), {each.name: each.shapes for each in components}
+    places = {owner: names.find(owner, None) for owner in owners}
+    unknown = [owner for owner, place in places.items() if place is None]
+    if unknown:
+        raise UserError(f"{what} has layers that --pipeline {base} lacks: {names_of(unknown)}; give its own pipeline")
+    return {owner: by_name[place[0]][place[1]] for owner, place in places.items() if place is not None}
 
 
 def resized(layers: Sequence[AdapterLayer], asked: ResizingOptions) -> list[AdapterLayer]:
