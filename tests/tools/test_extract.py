@@ -9,6 +9,7 @@ from safetensors import safe_open
 from tests import random_adapters, tiny
 from tests.conftest import message
 from utils.formats.adapter_files import read_adapter
+from utils.tools.convert import main as convert
 from utils.tools.extract import main
 from utils.tools.merge import main as merge
 
@@ -68,6 +69,22 @@ def test_single_files_and_other_dtypes_are_compared(pipelines, tmp_path, caplog)
     }
     half = tiny.in_half_precision(pipelines["sd2"], tmp_path / "half", ["unet", "text_encoder", "vae"])
     extract("--base", pipelines["sd2"], "--tuned", half, "--rank", 2, "--out", tmp_path / "c.safetensors", expect=2)
+
+
+@pytest.mark.parametrize(("one", "other"), [("fp16", "bf16"), ("bf16", "fp16"), ("fp32", "bf16"), ("bf16", "fp32")])
+def test_the_rounding_of_two_dtypes_is_no_difference(one, other, pipelines, tmp_path, capsys, caplog):
+    updates = random_adapters.layers(pipelines["sd"], rank=1)[:2]
+    tuned = random_adapters.tuned(pipelines["sd"], tmp_path / "tuned", updates)
+    for source, name, dtype in ((pipelines["sd"], "a", one), (pipelines["sd"], "b", other), (tuned, "c", other)):
+        assert convert([str(source), str(tmp_path / name), "--to", "folder", "--dtype", dtype, "--no_check"]) == 0
+    given = ["--base", tmp_path / "a", "--out", tmp_path / "x.safetensors", "--rank", 1]
+    with caplog.at_level("INFO"):
+        extract(*given, "--tuned", tmp_path / "b", expect=2)
+    assert "nothing to extract" in message(capsys)
+    assert "differ by no more than the rounding" in caplog.text
+    extract(*given, "--tuned", tmp_path / "c")
+    found = layers_of(tmp_path / "x.safetensors", pipelines["sd"])
+    assert found.keys() == {(each.component, each.name) for each in updates}
 
 
 def test_what_a_lora_can_not_hold_is_said(pipelines, tmp_path, caplog):

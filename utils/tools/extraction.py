@@ -19,6 +19,7 @@ from utils.tools.low_rank import energy_of, factorize
 from utils.tools.merging import lora_layer, say_losses
 
 logger = logging.getLogger(__name__)
+AT_ONCE = 2**22  # values whose rounding is compared at a time
 KEPT = ("license", "resolution", "trigger_phrase", "prediction_type", "usage_hint", "tags")  # fields of ModelSpec
 
 
@@ -100,21 +101,45 @@ def _ends(ranks: Sequence[int]) -> tuple[int, int]:
 
 def _differences(base: StreamedPipeline, tuned: StreamedPipeline, part: str) -> Iterator[tuple[str, Tensor | None]]:
     """Yields each tensor's name, and its difference in float32; None if there is none but that of dtypes."""
+    rounded: dict[str, int] = {}
     for name in base.parts[part]:
         if name not in tuned.parts[part]:
             continue
         one, other = base.parts[part][name].read(), tuned.parts[part][name].read()
         if not one.is_floating_point():
             continue
-        narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-        if torch.equal(one.to(narrow), other.to(narrow)):
+        if one.dtype == other.dtype and torch.equal(one, other):
             yield name, None
             continue
-        difference = other.float().sub_(one)
+        difference = other.to(torch.float32, copy=one.dtype != other.dtype).sub_(one)
+        if one.dtype != other.dtype and _is_rounding(one, other, difference):
+            if bool(difference.any()):
+                dtypes = f"{one.dtype} and {other.dtype}".replace("torch.", "")
+                rounded[dtypes] = rounded.get(dtypes, 0) + 1
+            yield name, None
+            continue
         del one, other
         if not math.isfinite(energy_of(difference)):
             raise UserError(f"{tuned.what}: {part}.{name} or that of the base has NaN or infinite values; give others")
         yield name, difference
+    for dtypes, count in rounded.items():
+        logger.info(
+            "%d tensors of the %s differ by no more than the rounding to %s, which counts as none", count, part, dtypes
+        )
+
+
+def _is_rounding(one: Tensor, other: Tensor, difference: Tensor) -> bool:
+    """Whether all of a difference can come from the rounding of equal values to two dtypes."""
+    flat = (each.flatten().split(AT_ONCE) for each in (one, other, difference))
+    return all(bool((lost.abs() <= _rounding(a) + _rounding(b)).all()) for a, b, lost in zip(*flat, strict=True))
+
+
+def _rounding(tensor: Tensor) -> Tensor:
+    """Returns the largest error of rounding to each value of a tensor: half the distance to the next, in float32."""
+    facts = torch.finfo(tensor.dtype)
+    mantissas, exponents = torch.frexp(tensor.float())
+    binades = torch.ldexp(mantissas.fill_(0.5), exponents).clamp_min_(facts.smallest_normal)
+    return binades * (facts.eps / 2)
 
 
 def _say_left(base: StreamedPipeline, tuned: StreamedPipeline, left: Left, held: float, skipped: Sequence[str]) -> None:
