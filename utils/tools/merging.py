@@ -78,16 +78,21 @@ def merged_lora(pipeline: StreamedPipeline, updates: dict[Key, list[Update]], ra
         )
     found: list[AdapterLayer] = []
     losses: list[tuple[float, float]] = []
+    names: list[str] = []
     for (component, name), own in progress_bar(updates.items(), desc="merging", unit="layer", leave=False):
         shape = own[0].layer.shape
         factors = _concatenated(own) if all(each.is_plain for each in own) else None
         if rank is not None and (factors is None or factors.rank > rank):
             base = pipeline.parts[component][f"{name}.weight"]
             factors = shortened(factors.up, factors.down, rank) if factors else factorize(_sum(base, own), rank)
-        losses.append((factors.kept, factors.total))
+            losses.append((factors.kept, factors.total))
+            names.append(name)
         found.append(lora_layer(component, name, factors, shape))
-    if rank is not None:
-        say_losses(losses, [layer.name for layer in found])
+    if rank is not None and not losses:
+        logger.info("--rank %d is no less than the sum of ranks of any layer: the result is exact", rank)
+    elif losses:
+        say_losses(losses, names)
+        logger.info("%d of %d layers are approximated; the others are exact", len(losses), len(found))
     return found
 
 
