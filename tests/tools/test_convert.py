@@ -239,6 +239,17 @@ def test_checkpoints_of_adapters_are_read_with_their_runs_base(adaptation, train
         assert {each.dtype for each in found.values()} == {torch.float16}
 
 
+def test_averages_of_several_components_are_taken(train, tmp_path):
+    given = ["--adaptation", "lokr", "--rank", 2, "--train_text_encoder", "--use_ema", "--ema_decay", 0.5]
+    run = train("sdxl", *given, "--max_train_steps", 2, "--checkpointing_steps", 2)
+    for name, more in (("own", []), ("average", ["--ema"])):
+        convert(run / "checkpoint-2", tmp_path / f"{name}.safetensors", "--to", "kohya", *more)
+    own, average = (load_file(tmp_path / f"{name}.safetensors") for name in ("own", "average"))
+    assert own.keys() == average.keys()
+    prefixes = ("lora_unet_", "lora_te1_", "lora_te2_")
+    assert all(any(not torch.equal(own[name], average[name]) for name in own if name.startswith(p)) for p in prefixes)
+
+
 def test_files_that_are_damaged_or_of_another_kind_are_one_line(pipelines, tmp_path, capsys):
     whole = tiny.write_single_file(pipelines["sd"], tmp_path / "whole.safetensors")
     tensors = load_file(whole)

@@ -214,20 +214,21 @@ class AdapterFile:
         return found
 
 
-def read_adapter(source: Path, components: Sequence[Component]) -> AdapterFile:
+def read_adapter(source: Path, components: Sequence[Component], ending: str = "") -> AdapterFile:
     """Reads an adapter in any of the formats: a file, or a folder that contains one.
 
     Args:
         source: a safetensors file; or a folder with a LoRA file of diffusers, a PEFT folder, a folder with PEFT folders
             named by component, or a folder with only one safetensors file.
         components: what its names can stand for.
+        ending: see `adapter_sources`.
 
     Raises:
         ValueError, OSError, SafetensorError: if it can't be read, or not completely, with the reason.
     """
     layers: list[AdapterLayer] = []
     metadata: dict[str, str] = {}
-    sources = adapter_sources(source, components)
+    sources = adapter_sources(source, components, ending)
     for each in sources:
         with open_safetensors(each.path) as opened:
             metadata |= opened.metadata() or {}
@@ -238,8 +239,13 @@ def read_adapter(source: Path, components: Sequence[Component]) -> AdapterFile:
     return AdapterFile(layers, metadata, tuple(each.path for each in sources))
 
 
-def adapter_sources(source: Path, components: Sequence[Component]) -> list[_Source]:
+def adapter_sources(source: Path, components: Sequence[Component], ending: str = "") -> list[_Source]:
     """Finds the files of an adapter.
+
+    Args:
+        source: see `read_adapter`.
+        components: see `read_adapter`.
+        ending: what the names of PEFT folders have behind the component's, such as _ema.
 
     Raises:
         ValueError: if there is none, or more than one.
@@ -254,9 +260,10 @@ def adapter_sources(source: Path, components: Sequence[Component]) -> list[_Sour
         return [_Source(source / LORA_FILE)]
     if (source / PEFT_FILE).is_file():
         return [_Source(source / PEFT_FILE, _peft_config(source))]
-    names = [each.name for each in components if (source / each.name / PEFT_FILE).is_file()]
-    if names:
-        return [_Source(source / name / PEFT_FILE, _peft_config(source / name), name) for name in names]
+    folders = {each.name: source / (each.name + ending) for each in components}
+    folders = {name: folder for name, folder in folders.items() if (folder / PEFT_FILE).is_file()}
+    if folders:
+        return [_Source(folder / PEFT_FILE, _peft_config(folder), name) for name, folder in folders.items()]
 
     # Any other folder.
     if (source / "model_index.json").is_file():

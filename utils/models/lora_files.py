@@ -101,22 +101,22 @@ def read_layers(pipeline: "DiffusionPipeline", source: str, what: str, must_be_f
     return file
 
 
-def read_checked(path: Path, components: Sequence[Component], what: str) -> AdapterFile:
-    """Reads an adapter of any format, after checks of its tensors' dtypes and names.
+def read_checked(path: Path, components: Sequence[Component], what: str, ending: str = "") -> AdapterFile:
+    """Reads an adapter of any format, after checks of its tensors' dtypes and names; see `read_adapter`.
 
     Raises:
         UserError, ValueError, OSError, SafetensorError: if it can't be read, or does not fit.
     """
     if not path.is_dir():
         require_regular(path)
-    sources = adapter_sources(path, components)
+    sources = adapter_sources(path, components, ending)
     for each in sources:
         stored = stored_in(each.path)
         check_stored(what, stored)
         if not each.config:
             _refuse_wrapped(stored)
         _refuse_halves(stored)
-    return read_adapter(path, components)
+    return read_adapter(path, components, ending)
 
 
 def _read_other_formats(pipeline: "DiffusionPipeline", source: str, what: str) -> AdapterFile | None:

@@ -73,12 +73,13 @@ def _original_names(pipeline: StreamedPipeline, part: str) -> dict[str, str]:
     return {own.removesuffix(".weight"): name.removesuffix(".weight") for own, name in names.items()}
 
 
-def base_of_adapter(source: Path, what: str) -> AdapterBase:
+def base_of_adapter(source: Path, what: str, ending: str = "") -> AdapterBase:
     """Returns what is known of an adapter's base, by the names, shapes and metadata of its file alone.
 
     Args:
         source: a file or folder.
         what: its flag and value, for messages.
+        ending: see `adapter_sources`.
 
     Raises:
         UserError: if its names don't say which layers it is for.
@@ -86,7 +87,7 @@ def base_of_adapter(source: Path, what: str) -> AdapterBase:
     """
     owners: dict[tuple[str | None, str], tuple[int, ...]] = {}
     metadata: dict[str, str] = {}
-    for each in adapter_sources(source, NAMED):
+    for each in adapter_sources(source, NAMED, ending):
         with TensorFile(each.path) as opened:
             metadata |= opened.metadata
             found = tensors_by_layer(opened)

@@ -60,13 +60,14 @@ class Adapter:
         return narrow[0] if len(found) == len(narrow) == 1 else torch.float32
 
 
-def read_adapter_alone(source: str, base: str | None, flag: str) -> Adapter:
+def read_adapter_alone(source: str, base: str | None, flag: str, ending: str = "") -> Adapter:
     """Reads an adapter with the base that is given, or that its run recorded, or by what its file says.
 
     Args:
         source: file or folder.
         base: folder or single file of its pipeline; None if it is not known.
         flag: the flag that names it.
+        ending: see `adapter_sources`.
 
     Raises:
         UserError: if it can't be read completely.
@@ -75,10 +76,10 @@ def read_adapter_alone(source: str, base: str | None, flag: str) -> Adapter:
     known = base or _recorded_base(path)
     with loading(what):
         if known is None:
-            found = base_of_adapter(path, what)
+            found = base_of_adapter(path, what, ending)
         else:
             found = base_of_streamed(read_streamed(known, "--pipeline" if base else f"{what}: its base"))
-    return read_for(path, found, what)
+    return read_for(path, found, what, ending)
 
 
 def _recorded_base(source: Path) -> str | None:
@@ -90,14 +91,14 @@ def _recorded_base(source: Path) -> str | None:
     return None
 
 
-def read_for(path: Path, base: AdapterBase, what: str) -> Adapter:
+def read_for(path: Path, base: AdapterBase, what: str, ending: str = "") -> Adapter:
     """Reads an adapter for a base.
 
     Raises:
         UserError: if it can't be read, or does not fit.
     """
     with loading(what):
-        file = read_checked(path, base.components, what)
+        file = read_checked(path, base.components, what, ending)
     check_layers(file.layers, what)
     metadata = {key: value for key, value in file.metadata.items() if key.startswith(CARRIED)}
     return Adapter(what, file.layers, base, metadata)

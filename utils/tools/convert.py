@@ -24,7 +24,7 @@ from utils.models.streamed_pipeline import read_streamed
 from utils.models.weight_files import stored_in
 from utils.runtime.hub_files import INDEX
 from utils.tools.adapters import read_adapter_alone, write_adapter
-from utils.tools.checkpoints import Checkpoint
+from utils.tools.checkpoints import AVERAGE, Checkpoint
 from utils.tools.results import write_pipeline
 
 logger = logging.getLogger("utils.tools.convert")
@@ -83,7 +83,7 @@ def convert_adapter(options: Options, checkpoint: Checkpoint | None) -> None:
     asked, source, base = options.conversion, options.conversion.source, options.conversion.pipeline
     if checkpoint is not None:
         source, base = str(checkpoint.adapter_place(asked.ema)), base or checkpoint.base
-    adapter = read_adapter_alone(source, base, "source")
+    adapter = read_adapter_alone(source, base, "source", AVERAGE if asked.ema else "")
     write_adapter(adapter, Path(asked.out), asked.to or "", options.output)
 
 
