@@ -43,6 +43,10 @@ class StableDiffusionXL(TextFamily):
     ui_names_are_original = True
     words_in_metadata = ("sdxl", "stable-diffusion-xl")
     published_widths = (2048,)
+    published_inputs: ClassVar = {
+        **{("unet", name): 2816 for name in ("label_emb.0.0", "add_embedding.linear_1")},
+        **{("text_encoder_2", name): 1280 for name in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")},
+    }
     published_blocks: ClassVar = {
         "layers_per_block": 2,
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],

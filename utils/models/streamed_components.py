@@ -37,11 +37,13 @@ class AdapterBase:
         components: its components that adapters can change; without a pipeline, the layers that the adapter has.
         architecture: its name in ModelSpec; None if it is not known.
         blocks: names of the UNet's blocks, where the components have only some of its layers.
+        is_sure: whether it is known which family's names UIs want.
     """
 
     components: list[Component]
     architecture: str | None = None
     blocks: tuple[str, ...] = ()
+    is_sure: bool = True
 
 
 def base_of_streamed(pipeline: StreamedPipeline) -> AdapterBase:
@@ -107,7 +109,7 @@ def tensors_by_layer(opened: TensorFile) -> dict[str, dict[str, tuple[int, ...]]
 
 def _base(owners: Owners, metadata: Mapping[str, str], what: str) -> AdapterBase:
     # The family, and the layer of each name.
-    family = _family(owners, metadata)
+    family, is_sure = _family(owners, metadata)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in adapted_names(family)}
     for (component, owner), shape in owners.items():
         found = _place(family, component, owner)
@@ -120,8 +122,8 @@ def _base(owners: Owners, metadata: Mapping[str, str], what: str) -> AdapterBase
     original: dict[str, str] = {}
     is_original = any(layer.startswith(ORIGINAL) for layer in shapes[denoiser])
     if is_original or (family.ui_names_are_original and shapes[denoiser]):
-        if not _widths(shapes[denoiser]) & set(family.published_widths):
-            raise UserError(f"{what}: which layers the UNet has, that it is for, its file does not say; {CURE}")
+        if not _is_published(family, shapes, metadata):
+            raise UserError(f"{what}: the file does not say which model it is for; {CURE}")
         try:
             shapes[denoiser], original = _in_both_layouts(shapes[denoiser], family.published_blocks)
         except ValueError as error:
@@ -137,12 +139,39 @@ def _base(owners: Owners, metadata: Mapping[str, str], what: str) -> AdapterBase
         for name, layers in shapes.items()
     ]
     blocks = tuple(unet_places(family.published_blocks)) if original else ()
-    return AdapterBase(components, _architecture(family, shapes[denoiser]), blocks)
+    architecture = _architecture(family, shapes[denoiser], _is_published(family, shapes, metadata))
+    return AdapterBase(components, architecture, blocks, is_sure)
 
 
-def _architecture(family: type[TextFamily], unet: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Returns the name of the published model whose text embeddings the layers read; None for another one."""
+def _is_published(
+    family: type[TextFamily], shapes: Mapping[str, Mapping[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bool:
+    """Whether an adapter is for a published model, as its widths say, or else its metadata."""
+    widths = _widths(shapes[family.denoiser_name])
+    if widths:
+        return bool(widths & set(family.published_widths))
+    return _has_its_inputs(family, shapes) or _is_named(family, metadata)
+
+
+def _has_its_inputs(family: type[TextFamily], shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> bool:
+    """Whether a layer has an input width that only the family's published models have."""
+    return any(
+        layer.endswith(end) and shape[1] == width
+        for (component, end), width in family.published_inputs.items()
+        for layer, shape in shapes.get(component, {}).items()
+    )
+
+
+def _is_named(family: type[TextFamily], metadata: Mapping[str, str]) -> bool:
+    said = " ".join(metadata.get(key, "") for key in VERSIONS).lower()
+    return any(word in said for word in family.words_in_metadata)
+
+
+def _architecture(family: type[TextFamily], unet: Mapping[str, tuple[int, ...]], is_published: bool) -> str | None:
+    """Returns the name of the published model that an adapter is for; None for another one."""
     widths = _widths(unet) & set(family.published_widths)
+    if not widths and is_published and len(family.published_widths) == 1:
+        widths = set(family.published_widths)
     if not widths:
         return None
     return family.original_model(
@@ -163,22 +192,30 @@ def _in_both_layouts(
     return own, {name: unet_name(name, places) for name in own}
 
 
-def _family(owners: Owners, metadata: Mapping[str, str]) -> type[TextFamily]:
-    """Returns the family that a file says it is for, or else the one whose layers and widths it has."""
-    said = " ".join(metadata.get(key, "") for key in VERSIONS).lower()
+def _family(owners: Owners, metadata: Mapping[str, str]) -> tuple[type[TextFamily], bool]:
+    """Returns the family that a file is for, and whether it says so: by its metadata, its names or its widths."""
 
     def evidence(family: type[TextFamily]) -> tuple[int, ...]:
-        places = [_place(family, *key) for key in owners]
-        layers = {place[1]: shape for place, shape in zip(places, owners.values(), strict=True) if place is not None}
-        is_original = any(layer.startswith(ORIGINAL) for layer in layers)
+        layers: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in adapted_names(family)}
+        for key, shape in owners.items():
+            if (place := _place(family, *key)) is not None:
+                layers[place[0]][place[1]] = shape
+        written = tuple(prefixes[0] for prefixes in family.ui_prefixes.values())
+        unet = layers[family.denoiser_name]
+        is_original = any(layer.startswith(ORIGINAL) for layer in unet)
         return (
-            sum(place is not None for place in places),
-            any(word in said for word in family.words_in_metadata),
-            bool(_widths(layers) & set(family.published_widths)),
+            sum(map(len, layers.values())),
+            _is_named(family, metadata),
+            bool(_widths(unet) & set(family.published_widths)) or _has_its_inputs(family, layers),
+            sum(owner.startswith(written) for _, owner in owners),
             is_original == family.ui_names_are_original,
         )
 
-    return max(FAMILIES_OF_TEXT, key=evidence)
+    found = {family: evidence(family) for family in FAMILIES_OF_TEXT}
+    best = max(FAMILIES_OF_TEXT, key=found.__getitem__)
+    is_tie = sum(each[:-1] == found[best][:-1] for each in found.values()) > 1
+    has_hint = any(owner.endswith(READS_TEXT) or "." not in owner for _, owner in owners)
+    return best, has_hint or not is_tie
 
 
 def _widths(layers: Mapping[str, tuple[int, ...]]) -> set[int]:

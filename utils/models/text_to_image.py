@@ -44,6 +44,7 @@ class TextFamily(Family):
         ui_prefixes: by component, how the names of its layers begin in adapters for UIs; the first is written.
         words_in_metadata: words in the metadata of adapters' files that name the family.
         published_widths: widths of the text embeddings of its published models.
+        published_inputs: input widths that only these have, by component and end of the layer's name.
         published_blocks: the entries of their UNets' configs that say which blocks these have.
         ui_names_are_original: whether these name the UNet's layers as the original layout does.
         v_prediction_note: what UIs must be told to draw with a model that predicts v.
@@ -55,6 +56,7 @@ class TextFamily(Family):
     ui_names_are_original: ClassVar[bool] = False
     words_in_metadata: ClassVar[tuple[str, ...]]
     published_widths: ClassVar[tuple[int, ...]]
+    published_inputs: ClassVar[Mapping[tuple[str, str], int]] = {}
     published_blocks: ClassVar[Mapping[str, object]]
     v_prediction_note: str
 

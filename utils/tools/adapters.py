@@ -161,6 +161,11 @@ def _check_form(adapter: Adapter, form: str) -> None:
             f"{adapter.what} has {shown} layers, for which diffusers has no format; give --to kohya, merge it into its "
             "base with python -m utils.tools.merge, or make a LoRA of it with python -m utils.tools.resize --to_lora"
         )
+    if form != "diffusers" and not adapter.base.is_sure:
+        raise UserError(
+            f"{adapter.what} does not say which model it is for, and UIs name the layers of each differently; give the "
+            "pipeline that it is for with --pipeline"
+        )
     names = {component.name: component for component in adapter.base.components}
     for layer in adapter.layers if form != "diffusers" else ():
         try:
@@ -193,4 +198,5 @@ def _metadata(adapter: Adapter, title: str, is_for_uis: bool) -> dict[str, str]:
     found = {**own, **adapter.metadata, **decided, DATE: written_at(), HASH_KEY: NO_HASH}
     if adapter.sources:
         found |= {TITLE: title, OUTPUT_NAME: title, MERGED_FROM: ", ".join(adapter.sources)}
-    return {key: value for key, value in found.items() if is_for_uis or key.startswith("modelspec.")}
+    said = ("modelspec.", *FAMILY_KEYS)  # what the family is read from again
+    return {key: value for key, value in found.items() if is_for_uis or key.startswith(said)}
