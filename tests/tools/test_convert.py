@@ -161,6 +161,39 @@ def test_names_of_the_published_sdxl_are_known(tmp_path):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"lora_unet_middle_block_1_proj_in": (1280, 1280), "lora_unet_label_emb_0_0": (1280, 2816)},
+        {
+            "lora_unet_input_blocks_4_1_proj_in": (640, 640),
+            "lora_te2_text_model_encoder_layers_0_self_attn_q_proj": (1280, 1280),
+        },
+    ],
+)
+def test_sdxl_is_known_without_layers_that_read_text(names, tmp_path):
+    file = sdxl_file(tmp_path / "xl.safetensors", names)
+    convert(file, tmp_path / "out.safetensors", "--to", "diffusers")
+    convert(tmp_path / "out.safetensors", tmp_path / "back.safetensors", "--to", "kohya")
+    assert load_file(tmp_path / "back.safetensors").keys() == load_file(file).keys()
+
+
+def test_a_file_that_does_not_say_its_model_needs_the_base(tmp_path, capsys):
+    out, back = tmp_path / "out.safetensors", tmp_path / "back.safetensors"
+    file = sdxl_file(tmp_path / "unet.safetensors", {"lora_unet_input_blocks_4_1_proj_in": (640, 640)})
+    convert(file, out, "--to", "diffusers", expect=2)
+    assert "does not say which model it is for; give the pipeline" in message(capsys)
+    names = {"lora_te1_text_model_encoder_layers_3_self_attn_q_proj": (768, 768)}
+    file = sdxl_file(tmp_path / "encoder.safetensors", names)
+    convert(file, out, "--to", "diffusers")
+    convert(out, back, "--to", "kohya", expect=2)
+    assert "--pipeline" in message(capsys)
+    save_file(load_file(file), file, {"ss_base_model_version": "sdxl_base_v1-0"})
+    convert(file, out, "--to", "diffusers", "--overwrite")
+    convert(out, back, "--to", "kohya")
+    assert load_file(back).keys() == load_file(file).keys()
+
+
 def test_pairs_that_do_not_fit_are_one_line(pipelines, tmp_path, capsys):
     random_adapters.write(pipelines["sd"], tmp_path / "lora.safetensors")
     random_adapters.write(pipelines["sd"], tmp_path / "loha.safetensors", kind="loha")
@@ -175,6 +208,7 @@ def test_pairs_that_do_not_fit_are_one_line(pipelines, tmp_path, capsys):
         (tmp_path / "xl.safetensors", out, "--to", "diffusers"): "--pipeline",
         (tmp_path / "xl.safetensors", out, "--to", "diffusers", "--pipeline", sd): "another model",
         (sd, out): "--to is missing",
+        (sd / "unet", tmp_path / "out", "--to", "folder"): f"one component, and no pipeline; give its pipeline, {sd}",
         (sd,): "OUT",
         (sd, tmp_path / "out", "--to", "single_file"): "OUT",
         (sd, out, "--to", "folder"): "named as a file",

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.config.options import UserError, leave, run_script
-from utils.formats.adapter_files import adapter_sources
+from utils.formats.adapter_files import LORA_FILE, PEFT_FILE, adapter_sources
 from utils.formats.adapter_names import split_name
 from utils.models.loading import loading, names_of
 from utils.models.single_file import UNET_KEY
 from utils.models.streamed_components import NAMED
-from utils.models.streamed_pipeline import read_streamed
+from utils.models.streamed_pipeline import COMPONENT_CONFIG, read_streamed
 from utils.models.weight_files import stored_in
 from utils.runtime.hub_files import INDEX
 from utils.tools.adapters import read_adapter_alone, write_adapter
@@ -40,6 +40,8 @@ def convert(options: Options) -> None:
     asked, checkpoint = options.conversion, Checkpoint.at(options.conversion.source)
     if asked.ema and checkpoint is None:
         raise UserError(f"--ema goes with a checkpoint of a run, which --source {asked.source} is not; leave it out")
+    if checkpoint is None:
+        _refuse_component(asked.source)
     has_adapter = checkpoint.has_adapter if checkpoint is not None else not is_pipeline(asked.source)
     if has_adapter and asked.to not in ADAPTERS:
         raise UserError(
@@ -61,6 +63,22 @@ def convert(options: Options) -> None:
     else:
         pipeline = read_streamed(asked.source, "--source", asked.variant)
     write_pipeline(pipeline, Path(asked.out), options.output, asked.pipeline_config)
+
+
+def _refuse_component(source: str) -> None:
+    """Refuses the folder of one component of a pipeline.
+
+    Raises:
+        UserError: naming the pipeline's folder, if the component lies in one.
+    """
+    folder = Path(source)
+    if not (folder / COMPONENT_CONFIG).is_file() or (folder / INDEX).is_file():
+        return
+    if (folder / LORA_FILE).is_file() or (folder / PEFT_FILE).is_file():
+        return
+    whole = folder.resolve().parent
+    cure = f"give its pipeline, {whole}" if (whole / INDEX).is_file() else "give the folder of a whole pipeline"
+    raise UserError(f"--source {source} is one component, and no pipeline; {cure}")
 
 
 def is_pipeline(source: str) -> bool:
