@@ -14,7 +14,7 @@ from tests.conftest import message
 from tests.text_runs import SHORT as STEPS
 from utils.config.file_names import result_name
 from utils.exports import drawing
-from utils.models import single_file_writer
+from utils.models import pipeline_files, single_file_writer
 from utils.runtime.processes import LOCK
 from utils.sampling.infotext import DrawnModel, single_file_of
 from utils.training import exporting
@@ -124,6 +124,19 @@ def test_a_changed_weight_ends_the_run_with_1(train, monkeypatch, capsys):
     assert (out / "model_index.json").is_file()
     assert json.loads((out / "run.json").read_text())["export_check"]["wrong"]
     train("sd", *SHORT, "--export_single_file", "--no_export_check", out="unchecked")
+
+
+def test_a_changed_copy_ends_the_run_with_1(train, monkeypatch, capsys, caplog):
+    copy = shutil.copyfile
+
+    def harmful(source: Path, target: Path) -> None:
+        copy(source, target)
+        if Path(target).parent.name == "vae" and target.suffix == ".safetensors":
+            save_file({name: each + 1 for name, each in load_file(source).items()}, target, {"format": "pt"})
+
+    monkeypatch.setattr(pipeline_files.shutil, "copyfile", harmful)
+    train("sd", *SHORT, expect=1)
+    assert "tensors are not the run's: decoder.conv_in.bias" in message(capsys)
 
 
 def test_another_image_ends_the_run_with_1(train, monkeypatch, capsys):

@@ -172,7 +172,7 @@ def _check_part(
         return
     with ExitStack() as stack:
         files = sorted(set(source.parts[name].files.values()))
-        expected = {_newer(key): function for key, function in readers(stack, files).items()}
+        expected = {newer_name(key): function for key, function in readers(stack, files).items()}
         compare(found, where, expected, read, dtype)
         compare_names(found, where, expected, read)
     found.add(where, "are read by nothing", unread)
@@ -208,7 +208,7 @@ def _converted_alone(opened: TensorFile, name: str, module: nn.Module, key: str,
     return next(tensor for each, tensor in parts.items() if plain_name(each) == new)
 
 
-def _newer(name: str) -> str:
+def newer_name(name: str) -> str:
     """Returns a weight's name in today's diffusers, for one of a VAE saved before diffusers 0.12."""
     words = name.split(".")
     if "attentions" in words and len(words) > 1 and words[-2] in OLD_ATTENTION:

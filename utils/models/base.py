@@ -177,6 +177,10 @@ class Family(ABC):
                 setattr(whole, name, in_dtype(part, form.dtype, name))
         whole.save_pretrained(folder, **form.arguments)
 
+    def base_files(self, name: str) -> list[Path]:
+        """Returns the safetensors files that a component was loaded from; empty if it was loaded from others."""
+        return []
+
     def trainable_names(self) -> tuple[str, ...]:
         """Returns the names of the components that can be trained, the denoiser first."""
         return (self.denoiser_name, *self.text_encoder_names)

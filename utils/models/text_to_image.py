@@ -22,6 +22,7 @@ from utils.models.latent_space import LatentSpace
 from utils.models.loading import limit_tokens
 from utils.models.pipeline_files import OPTIONAL, BaseFiles, load_optional, write_pipeline
 from utils.models.pipeline_source import ComponentDtypes, PipelineSource
+from utils.models.weight_files import loaded_files
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -319,6 +320,14 @@ class TextFamily(Family):
         others = {} if options.pretrained_vae_model_name_or_path is None else {"vae": self.source.vae_folder()}
         base = BaseFiles(self._base, others, options.variant, self._float32_parts)
         write_pipeline(folder, self.pipeline, parts, base, form)
+
+    def base_files(self, name: str) -> list[Path]:
+        """See `Family.base_files`."""
+        options = self.source.options
+        folder = None if self._base is None else self._base / name
+        if name == "vae" and options.pretrained_vae_model_name_or_path is not None:
+            folder = self.source.vae_folder()
+        return loaded_files(folder, options.variant, options.use_safetensors)
 
     def _float32_parts(self, names: Collection[str]) -> dict[str, Any]:
         """Loads components of the source's pipeline in float32, by name."""

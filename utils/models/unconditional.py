@@ -29,6 +29,7 @@ from utils.models.loading import Download, load_module, load_pipeline_folder, va
 from utils.models.options import UnconditionalModelOptions
 from utils.models.pipeline_files import copy_part
 from utils.models.pipeline_source import check_weight_files
+from utils.models.weight_files import loaded_files
 from utils.runtime.atomic_files import write_text
 from utils.runtime.hub_files import index_file, read_config, read_config_file, refuse_quantized, require_model
 
@@ -510,16 +511,27 @@ class Latents(UnconditionalFamily):
         super().save_pipeline(folder, form, **parts)
         if not form.is_plain:
             return
-        name, options = self.coder_names[0], self.options
-        source = Path(options.vae or Path(options.pretrained_model_name_or_path, name))
-        if options.vae is not None and source.is_dir():
-            source = source / (coder_config(options.vae)[1] or "")
+        name, options, source = self.coder_names[0], self.options, self._coder_folder()
         coder, config = getattr(self.pipeline, name), folder / name / "config.json"
         ours = read_config(config, "the VAE that was saved")
         if copy_part(name, type(coder).__name__, source, folder / name, variant=options.variant):
             theirs = read_config(config, "the VAE that was copied")
             if theirs.get("scaling_factor") != ours.get("scaling_factor"):
                 write_text(config, json.dumps(ours, indent=2, sort_keys=True) + "\n")
+
+    def _coder_folder(self) -> Path:
+        """Returns the folder of the VAE's files, if they are local."""
+        options = self.options
+        if options.vae is None:
+            return Path(options.pretrained_model_name_or_path, self.coder_names[0])
+        is_local = Path(options.vae).is_dir()
+        return Path(options.vae, (coder_config(options.vae)[1] or "") if is_local else "")
+
+    def base_files(self, name: str) -> list[Path]:
+        """See `Family.base_files`."""
+        options = self.options
+        variant = options.variant if options.vae is None else None
+        return loaded_files(self._coder_folder(), variant, options.use_safetensors) if name in self.coder_names else []
 
     def _float32_coders(self) -> dict[str, nn.Module]:
         name, options = self.coder_names[0], self.options

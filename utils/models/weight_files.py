@@ -180,6 +180,19 @@ def weight_files(folder: Path, variant: str | None, with_pickles: bool) -> list[
     return []
 
 
+def loaded_files(folder: Path | None, variant: str | None, use_safetensors: bool | None) -> list[Path]:
+    """Returns the safetensors files that a model was loaded from, if any: of the variant if it has that.
+
+    Args:
+        folder: folder of the model; None if it has none.
+        variant: variant that was asked for.
+        use_safetensors: False if pickles were asked for.
+    """
+    if folder is None or use_safetensors is False:
+        return []
+    return weight_files(folder, variant, with_pickles=False) or weight_files(folder, None, with_pickles=False)
+
+
 def _shards(index: Path) -> set[str]:
     """Returns the file names in a shard index; none if it can't be read, which the library reports itself."""
     try:

@@ -11,6 +11,7 @@ from torch import nn
 from utils.config.file_names import ENDING, result_name
 from utils.config.terminal import one_line
 from utils.exports.drawing import Reference
+from utils.exports.frozen_check import check_frozen
 from utils.exports.tensor_check import Findings, check_folder, check_single_file
 from utils.formats.tensor_files import TensorFile
 from utils.models.base import Family
@@ -71,14 +72,29 @@ class Exporter:
         if self.file_name is not None:
             write_single_file(folder, folder / self.file_name, self.facts, None, self.form.variant)
         if self.is_checked:
-            self._check(folder, place, modules)
+            self._check(family, folder, place, modules)
 
-    def _check(self, folder: Path, place: str, modules: Mapping[str, nn.Module]) -> None:
+    def _check(self, family: Family, folder: Path, place: str, modules: Mapping[str, nn.Module]) -> None:
+        # The folder: what was trained, and the rest.
         in_folder, in_file = check_folder(folder, modules, self.form), Findings()
-        said = f"{in_folder.num_tensors} tensors of the folder"
+        frozen = check_frozen(folder, family, modules, self.form)
+        in_folder.faults += frozen.findings.faults
+        said = f"{in_folder.num_tensors} tensors of {' and '.join(modules)}"
+        if rest := frozen.describe():
+            said += f", {rest}"
+
+        # The single file, and the outcome.
         if self.file_name is not None:
             in_file = check_single_file(folder / self.file_name, folder, None, self.form.variant)
             said += f" and {in_file.num_tensors} of {self.file_name}"
+        if frozen.left_out:
+            left_out = " and ".join(frozen.left_out)
+            logger.warning(
+                "the check of the export does not compare the weights of %s: their base is not a folder of safetensors "
+                "files, and they are in memory in another precision than float32",
+                left_out,
+            )
+            said += f"; not compared: {left_out}"
         self.faults[place] = in_folder.faults + in_file.faults
         self.checked[place] = said
         for fault in self.faults[place]:
