@@ -25,6 +25,7 @@ DROPPED_LOGS = re.compile(
     r"|only the non-EMA weights are extracted"  # diffusers, for single files; it names a flag that does not exist here
     r"|modules in \w+ that should be kept in float32: \[\]"  # diffusers, for an empty list
     r"|Some weights of the model checkpoint were not used"  # both; utils.models.loading reports this itself
+    r"|using a DoRA checkpoint that is not compatible in Diffusers"  # diffusers, for files of UIs; see our own note
     r"|Changing scheduler \{self\.config\} to have"  # diffusers, about the final steps of DPM-Solver
 )
 CUT_PROMPT = re.compile(r"(The following part of your input was truncated because .*?: )(.*)", re.DOTALL)

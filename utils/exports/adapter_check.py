@@ -6,6 +6,7 @@ applied by hand and compared with PEFT's. The files in diffusers' and PEFT's for
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,19 +18,21 @@ from utils.config.file_names import LORA_FILE
 from utils.config.options import first_line
 from utils.config.tensor_files import read_safetensors
 from utils.config.user_files import FileError
+from utils.exports.adapter_effect import ROUNDING, allowed_difference, allowed_for_dora, has_same_rows, is_within
 from utils.formats.adapter_files import AdapterLayer, read_adapter
 from utils.formats.adapter_names import LayerNames, split_name
 from utils.formats.ui_reader import Place, UiFile, UiUpdate, read_as_ui, ui_names
 from utils.models.adapter_components import components_of
 from utils.models.adapter_layers import base_of, modules_of
-from utils.models.folder_form import num_overflowed, overflow_text
+from utils.models.folder_form import NAMES_OF_DTYPES, num_overflowed, overflow_text
 from utils.models.loading import names_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-ROUNDING = 1e-5  # of float32 sums of products in another order, relative to the largest value
+FLUSHED = 0.01  # share of the values that become 0 by rounding, from which on a warning says so
+NAMES = {dtype: name for name, dtype in NAMES_OF_DTYPES.items()}
 UI_ROLES = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
 READ_ERRORS = (OSError, FileError, SafetensorError, ValueError)
 
@@ -121,6 +124,7 @@ def _check_values(where: str, found: UiFile, places: Mapping[Place, AdapterLayer
     """Compares the tensors of a file for UIs with the run's, rounded once, bit for bit."""
     different: list[str] = []
     overflowed: dict[str, int] = {}
+    num_flushed = num_values = 0
     for key, layer in places.items():
         update = found.updates[key]
         values = {role: tensor.float() for role, tensor in layer.tensors.items()}
@@ -130,10 +134,18 @@ def _check_values(where: str, found: UiFile, places: Mapping[Place, AdapterLayer
         rounded = _rounded(values, dtype)
         if count := sum(num_overflowed(values[role].cpu(), each) for role, each in rounded.items()):
             overflowed[layer.name] = count
+        num_values += sum(each.numel() for each in rounded.values())
+        num_flushed += sum(int(((values[role].cpu() != 0) & (each == 0)).sum()) for role, each in rounded.items())
         wanted = {UI_ROLES.get(role, role): each for role, each in rounded.items()}
         alpha_is_right = is_whole or update.alpha == torch.tensor(layer.alpha, dtype=torch.float32).item()
         if not alpha_is_right or not _are_same(_flat(update.values), _flat(wanted)):
             different.append(layer.name)
+    if num_flushed > FLUSHED * num_values:
+        cure = "; give --export_dtype bf16" if dtype == torch.float16 else ""
+        logger.warning(
+            "%s: %s values of %s are 0 in %s, because they are too small for it%s",
+            *(where, f"{num_flushed:,}", f"{num_values:,}", NAMES.get(dtype, dtype), cure),
+        )
     faults = _faults(where, "are not the run's", different)
     return faults + ([f"{where}: {overflow_text(overflowed)}"] if overflowed else [])
 
@@ -145,38 +157,68 @@ def _check_effects(
     modules: Mapping[Place, nn.Module],
     dtype: torch.dtype,
 ) -> list[str]:
-    """Applies a file for UIs by hand, and compares with what PEFT makes of the run's adapter."""
+    """Applies a file for UIs by hand, and compares with what PEFT makes of the run's adapter.
+
+    The tensors and alphas of all layers were compared bit for bit before; this is about how they are multiplied, which
+    is the same for all layers of one form. Therefore all outputs are computed, by PEFT itself, for one layer of each
+    form (kind, tensors, and their shapes), and a few outputs, from PEFT's tensors and scale, for the others.
+    """
     different: list[str] = []
+    forms: set[tuple[object, ...]] = set()
     for key, layer in places.items():
-        if not _has_same_effect(found.updates[key], layer, modules[key], dtype):
+        form = (layer.kind, layer.shape, *sorted((role, each.shape) for role, each in layer.tensors.items()))
+        is_same = _has_same_outputs if form in forms else _has_same_effect
+        forms.add(form)
+        if hasattr(modules[key], "get_delta_weight") and not is_same(
+            found.updates[key], _held(layer, modules[key]), modules[key], dtype
+        ):
             different.append(layer.name)
     return _faults(where, "change the weights in another way than the run", different)
+
+
+def _held(layer: AdapterLayer, module: nn.Module) -> AdapterLayer:
+    """Returns a layer with the tensors and the scale that PEFT's module has."""
+    adapter = next(iter(module.r))
+    if layer.kind == "lora":
+        tensors = {"down": module.lora_A[adapter].weight, "up": module.lora_B[adapter].weight}
+        if "magnitude" in layer.tensors:
+            tensors["magnitude"] = module.lora_magnitude_vector[adapter].weight.flatten()
+    else:
+        tensors = {role: getattr(module, role)[adapter] for role in layer.tensors}
+    return replace(
+        layer,
+        tensors={role: tensor.detach() for role, tensor in tensors.items()},
+        alpha=module.scaling[adapter] * layer.rank,
+    )
+
+
+def _base_weight(layer: AdapterLayer, module: nn.Module) -> Tensor | None:
+    """Returns the weight that the layer's magnitude is for; None without a magnitude, or if it is quantized."""
+    weight = base_of(module).weight
+    is_plain = weight.shape == torch.Size(layer.shape) and weight.is_floating_point()
+    return weight.detach() if is_plain and "magnitude" in layer.tensors else None
+
+
+def _has_same_outputs(update: UiUpdate, layer: AdapterLayer, module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether an update changes a few outputs of a layer as PEFT's tensors do, up to rounding."""
+    return has_same_rows(update, layer, _base_weight(layer, module), dtype)
 
 
 @torch.no_grad()
 def _has_same_effect(update: UiUpdate, layer: AdapterLayer, module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether an update changes a layer's weight as PEFT does, up to rounding: of float32, or of the file's dtype."""
-    if not hasattr(module, "get_delta_weight"):
-        return True
     adapter = next(iter(module.r))
     wanted = module.get_delta_weight(adapter).detach().float().cpu()
-    given = update.delta(layer.shape)
-    if "magnitude" in layer.tensors:
-        weight = base_of(module).weight
-        if weight.shape != torch.Size(layer.shape) or not weight.is_floating_point():  # quantized
-            return True
-        weight = weight.detach().float().cpu()
-        length = module.lora_magnitude_vector[adapter].get_weight_norm(weight, wanted, scaling=1)
-        magnitude = module.lora_magnitude_vector[adapter].weight.detach().float().cpu()
-        others = [1] * (weight.dim() - 1)
-        wanted = (magnitude.flatten() / length.flatten()).reshape(-1, *others) * (weight + wanted)
-        given = update.merged(weight)
-    step = ROUNDING if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
-    finite = torch.isfinite(wanted)
-    if not torch.equal(finite, torch.isfinite(given)):
-        return dtype != torch.float32  # values that the dtype can't represent are named elsewhere
-    limit = step * float(wanted[finite].abs().max()) if bool(finite.any()) else 0.0
-    return bool(((given - wanted)[finite].abs() <= limit).all())
+    weight = _base_weight(layer, module)
+    if weight is None:
+        return is_within(update.delta(layer.shape), wanted, allowed_difference(layer, dtype))
+    weight = weight.float().cpu()
+    held = module.lora_magnitude_vector[adapter]
+    length = held.get_weight_norm(weight, wanted, scaling=1)
+    magnitude = held.weight.detach().float().cpu()
+    others = [1] * (weight.dim() - 1)
+    wanted = (magnitude.flatten() / length.flatten()).reshape(-1, *others) * (weight + wanted)
+    return is_within(update.merged(weight), wanted, allowed_for_dora(layer, weight, dtype))
 
 
 def _check_by_diffusers(

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from utils.config.library_errors import LOADING_ERRORS
 from utils.config.options import first_line
+from utils.exports.adapter_effect import allowed_difference, is_within
 from utils.exports.tensor_check import Findings, same_bits
 from utils.formats.adapter_files import AdapterLayer, read_adapter
 from utils.formats.adapter_names import Component
 from utils.formats.ui_reader import Place, UiUpdate, read_as_ui, ui_names
 
-TOLERANCE = 1e-5  # of updates computed by another formula in float32, relative to the largest value
 ROUNDED = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""The same, for factors of lower precision that were scaled before they were rounded."""
+"""Relative to the largest value, for factors of lower precision that were scaled before they were rounded."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,10 @@ def _is_same(layer: AdapterLayer, update: UiUpdate, dtype: torch.dtype) -> bool:
         if name not in update.values or not same_bits(wanted.to(dtype), update.values[name]):
             return False
     expected, computed = layer.delta(), update.delta(layer.shape)
-    allowed = TOLERANCE if dtype == torch.float32 else ROUNDED[dtype]
-    return _is_close(expected, computed, max(allowed, ROUNDED.get(layer_dtype(layer), 0.0)))
+    allowed = allowed_difference(layer, dtype)
+    if expected.numel():
+        allowed += ROUNDED.get(layer_dtype(layer), 0.0) * expected.abs().max()
+    return expected.shape == computed.shape and is_within(computed, expected, allowed)
 
 
 def _broadcast(magnitude: Tensor, dimensions: int) -> Tensor:
@@ -98,11 +99,6 @@ def _broadcast(magnitude: Tensor, dimensions: int) -> Tensor:
 def layer_dtype(layer: AdapterLayer) -> torch.dtype:
     """Returns the dtype of a layer's tensors."""
     return next(iter(layer.tensors.values())).dtype
-
-
-def _is_close(expected: Tensor, computed: Tensor, allowed: float) -> bool:
-    largest = float(expected.abs().max()) if expected.numel() else 0.0
-    return expected.shape == computed.shape and float((expected - computed).abs().max()) <= allowed * largest
 
 
 def _check_as_diffusers(found: Findings, expected: Expected, file: Path) -> None:
