@@ -247,7 +247,7 @@ class UnconditionalFamily(Family):
 
     def as_exported(self) -> "DiffusionPipeline":
         """See `Family.as_exported`; a DDIMPipeline is exported as a DDPMPipeline."""
-        return self.float32_pipeline()
+        return self.float32_pipeline(**{self.denoiser_name: self.denoiser})
 
     def probe(self, pipeline: "DiffusionPipeline") -> np.ndarray:
         """Draws an image, of the first class if there are classes, in two steps."""
