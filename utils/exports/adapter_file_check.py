@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from utils.config.library_errors import LOADING_ERRORS
 from utils.config.options import first_line
