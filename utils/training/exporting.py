@@ -37,6 +37,7 @@ class Exporter:
         checked: what was compared, in words, by the name of its folder.
         places: names of the folders that were written, in order; that of the result is ".".
         reference: an image by the exported weights, to compare with images by the files.
+        sources: files and folders that the run reads, which no export removes.
     """
 
     form: FolderForm = FLOAT32
@@ -47,6 +48,7 @@ class Exporter:
     checked: dict[str, str] = field(default_factory=dict)
     places: list[str] = field(default_factory=list)
     reference: Reference | None = None
+    sources: list[Path] = field(default_factory=list)
 
     @classmethod
     def of(cls, options: ExportOptions, facts: FileFacts, output_dir: Path) -> "Exporter":

@@ -4,7 +4,7 @@ import gc
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +46,7 @@ from utils.training.log import Skips
 from utils.training.optimizer_options import OptimizerOptions
 from utils.training.optimizers import NamedParameter, build_optimizer, set_learning_rate, unwrapped
 from utils.training.options import TrainingOptions
+from utils.training.outdated import remove_outdated_adapters
 from utils.training.per_parameter import PerParameter
 from utils.training.posthoc_ema import AverageLengths
 from utils.training.session import Session
@@ -142,6 +143,8 @@ class TrainingState:
         clip_skip, title = adaptation.family.clip_skip, result_name(folder)
         known = base_facts(options.model.pretrained_model_name_or_path, (edge, edge), clip_skip, title)
         adaptation.exporter = Exporter.of(options.export, known, folder)
+        given = (options.model.pretrained_model_name_or_path, options.adaptation.lora_weights)
+        adaptation.exporter.sources = [Path(each) for each in given if each is not None]
         # Moving averages.
         if ema.use_ema:
             limit = f"be at most the run's {facts.total_steps} optimizer steps"
@@ -348,8 +351,14 @@ class TrainingState:
 
     def export(self, folder: Path) -> None:
         """Exports the result; all processes must call it."""
-        on_main_process(self.accelerator, partial(_write_result, self.exporting(), folder))
-        on_main_process(self.accelerator, partial(self.adaptation.exporter.remove_outdated, folder))
+        adaptation = self.adaptation
+
+        def tidy(written: Collection[str]) -> None:
+            components, sources = adaptation.family.trainable_names(), adaptation.exporter.sources
+            remove_outdated_adapters(folder, written, components, sources)
+
+        on_main_process(self.accelerator, partial(_write_result, self.exporting(), folder, tidy))
+        on_main_process(self.accelerator, partial(adaptation.exporter.remove_outdated, folder))
 
     def release(self) -> None:
         """Frees the memory of training, once nothing is trained, exported or drawn with its weights any more."""
@@ -424,16 +433,19 @@ class TrainingState:
         return saved.step
 
 
-def _write_result(write: Callable[[Path], None], folder: Path) -> None:
+def _write_result(write: Callable[[Path], None], folder: Path, tidy: Callable[[Collection[str]], None]) -> None:
+    """Writes a result aside and moves it into place; `tidy` gets the names of what was moved."""
     aside = folder / RESULT_ASIDE
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         write(aside)
         usual_modes(aside)
-        for path in sorted(aside.iterdir(), key=lambda path: path.is_file()):  # model_index.json after the components
+        written = sorted(aside.iterdir(), key=lambda path: path.is_file())  # model_index.json after the components
+        for path in written:
             _move(path, folder / path.name)
         aside.rmdir()
+        tidy([path.name for path in written])
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
