@@ -378,8 +378,10 @@ class AdapterTuning(Adaptation):
             written.write_for_uis(components_of_modules(family, self.modules))
         if self.options.lora_format == "kohya" and written.has_ui_file:
             self._remove_own(folder)
+        has_own = self.options.lora_format != "kohya" or not written.has_ui_file
+        if self.exporter.misread is None:  # it is the same for all exports of a run
+            self.exporter.misread = written.misread(has_own)
         if self.exporter.is_checked:
-            has_own = self.options.lora_format != "kohya" or not written.has_ui_file
             self.exporter.note_adapter(folder, written.check(has_own), written.describe())
 
     @abstractmethod
@@ -502,7 +504,9 @@ class LowRankAdaptation(AdapterTuning):
         return self.options.lora_format != "kohya"
 
     def lora_for_uis(self, folder: Path) -> Path | None:
-        """See `Adaptation.lora_for_uis`: diffusers reads no DoRA in the names of UIs."""
+        """See `Adaptation.lora_for_uis`: diffusers reads no DoRA in the names of UIs, nor every layer's alpha."""
+        if self.exporter.misread:
+            return None
         is_dora = any(module.peft_config[ADAPTER].use_dora for module in self.modules.values())
         file = None if self.ui is None or is_dora else self.ui.file(folder)
         return file if file is not None and file.is_file() else None

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from utils.config.file_names import LORA_FILE
 from utils.exports.adapter_check import check_adapter_files
+from utils.exports.diffusers_reading import misread_layers
 from utils.formats.adapter_files import UI_FOLDER, AdapterLayer
 from utils.formats.adapter_metadata import DORA_NOTE
 from utils.formats.adapter_names import Component
@@ -75,6 +77,30 @@ class WrittenAdapter:
         if any("magnitude" in layer.tensors for layer in self.layers):
             said = "%s has LyCORIS' form of DoRA: %s; the weights that --export_fused merges are right in all of them"
             logger.warning(said, file.name, DORA_NOTE)
+
+    def misread(self, has_own: bool) -> list[str]:
+        """Returns the layers of the file for UIs that diffusers reads in another way than UIs; warns if there are any.
+
+        Args:
+            has_own: whether diffusers' form is written too.
+        """
+        is_dora = any("magnitude" in layer.tensors for layer in self.layers)
+        if not self.has_ui_file or is_dora or self.layers[0].kind != "lora":
+            return []
+        file = self.ui.file(self.folder)
+        found = misread_layers(file, self.layers, self.pipeline)
+        if found:
+            cure = (
+                f"load {LORA_FILE} in diffusers, which holds them all"
+                if has_own
+                else "for diffusers give --lora_format both, or --export_fused"
+            )
+            logger.warning(
+                "%s is right by the rules of UIs, but diffusers reads %d of its %d layers without their own scale or "
+                "not at all, such as %s; %s",
+                *(file.name, len(found), len(self.layers), found[0], cure),
+            )
+        return found
 
     def check(self, has_own: bool) -> list[str]:
         """Returns what is wrong with the files; see `check_adapter_files`.

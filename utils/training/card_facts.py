@@ -24,6 +24,7 @@ class CardFacts:
         tag: the Hub's tag for the task of the model.
         trigger_words: words that call up what an adapter has learnt.
         negative_prompt: the negative prompt of the samples.
+        is_misread: whether diffusers reads the adapter's file for UIs in another way than UIs do.
         ui_notes: what UIs must be told to draw as the pipeline does, in Markdown.
         settings: (name, value) rows of the table of settings.
         verdict: why the run has diverged; empty if it has not.
@@ -43,6 +44,7 @@ class CardFacts:
     tag: str = "text-to-image"
     trigger_words: Sequence[str] = ()
     negative_prompt: str = ""
+    is_misread: bool = False
     ui_notes: Sequence[str] = ()
     settings: Sequence[tuple[str, object]] = ()
     verdict: str = ""

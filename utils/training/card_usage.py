@@ -21,7 +21,7 @@ def in_diffusers(facts: CardFacts, base: BaseModel | None, own: str, is_on_hub: 
     more = f", {facts.load_arguments}" if facts.load_arguments else ""
     if not facts.is_adapter or base is None:
         lines.append(f"pipeline = DiffusionPipeline.from_pretrained({quoted(own)}{more})")
-    elif facts.adaptation == "lora" and (files.lora is not None or not facts.is_dora):
+    elif facts.adaptation == "lora" and (files.lora is not None or not (facts.is_dora or facts.is_misread)):
         place = "" if files.lora or not files.ui else f', subfolder="ui", weight_name={quoted(files.ui.name)}'
         lines += [*_base_lines(facts, base, imports), f"pipeline.load_lora_weights({quoted(own)}{place})"]
         if files.fused is not None:
@@ -32,9 +32,11 @@ def in_diffusers(facts: CardFacts, base: BaseModel | None, own: str, is_on_hub: 
             lines.append(f'folder = snapshot_download({quoted(own)}, allow_patterns="fused/*")')
         place = 'f"{folder}/fused"' if is_on_hub else quoted(f"{own}/fused")
         lines.append(f"pipeline = DiffusionPipeline.from_pretrained({place}{more})")
-        notes.append("diffusers does not read this kind of adapter; `fused/` is the base model with it merged in.")
+        what = f"all of `ui/{files.ui.name}`" if facts.is_misread and files.ui else "this kind of adapter"
+        notes.append(f"diffusers does not read {what}; `fused/` is the base model with it merged in.")
         if files.fused is None:
-            notes.append("This run did not write `fused/`; `--export_fused` does.")
+            more = "; `--lora_format both` writes a file for `load_lora_weights`" if facts.is_misread else ""
+            notes.append(f"This run did not write `fused/`; `--export_fused` does{more}.")
     if files.best is not None:
         notes.append("`best/` is the result at the step with the lowest validation loss.")
     if "torch." in "".join(lines):
@@ -85,6 +87,11 @@ def in_other_tools(facts: CardFacts, folder: Path, files: ExportedFiles) -> str:
         said.append(
             f"This adapter is a DoRA in LyCORIS' convention, which not every tool follows: {DORA_NOTE}. {cure} is "
             "right in all tools."
+        )
+    if facts.is_misread and files.ui is not None:
+        said.append(
+            f"Do not load `{_literal(files.ui.relative_to(folder).as_posix())}` in diffusers or in tools that load it "
+            "by diffusers: they lose the scales of single layers."
         )
     return "\n\n".join([*said, *facts.ui_notes])
 

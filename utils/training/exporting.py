@@ -38,6 +38,7 @@ class Exporter:
         places: names of the folders that were written, in order; that of the result is ".".
         reference: an image by the exported weights, to compare with images by the files.
         sources: files and folders that the run reads, which no export removes.
+        misread: the layers of the file for UIs that diffusers reads in another way; None before the first export.
     """
 
     form: FolderForm = FLOAT32
@@ -49,6 +50,7 @@ class Exporter:
     places: list[str] = field(default_factory=list)
     reference: Reference | None = None
     sources: list[Path] = field(default_factory=list)
+    misread: list[str] | None = None
 
     @classmethod
     def of(cls, options: ExportOptions, facts: FileFacts, output_dir: Path) -> "Exporter":

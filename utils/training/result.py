@@ -68,6 +68,7 @@ def finish(
             settings=card_settings(options, data, state.step),
             verdict=state.verdict,
             failures=[wrong] if wrong else [],
+            is_misread=bool(state.adaptation.exporter.misread),
         )
         publish(session.folder.path, session.repository, options.hub, whole, samples)
     # The outcome, in `run.json`, in the log and as exit status.
