@@ -81,6 +81,48 @@ def test_a_sharded_folder_and_a_variant_are_read(pipelines, tmp_path):
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.parametrize("target", ["out", "out.safetensors"])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_an_incomplete_folder_is_refused_before_anything_is_written(part, target, pipelines, tmp_path, capsys):
+    folder = random_adapters.tuned(pipelines["sd"], tmp_path / "sd")
+    (file,) = (folder / part).glob("*.safetensors")
+    whole = load_file(file)
+    name = sorted(each for each in whole if each.endswith(".0.weight") or each.endswith("layers.0.mlp.fc1.weight"))[0]
+    cases = {
+        f"lacks 1 weights of the {part}: {name}": {key: each for key, each in whole.items() if key != name},
+        f"{name} has the shape [3]": {**whole, name: torch.zeros(3)},
+        "weights of layers that its config lacks": {**whole, name.replace(".0.", ".7."): torch.zeros(3)},
+    }
+    for said, tensors in cases.items():
+        save_file(tensors, file, {"format": "pt"})
+        convert(folder, tmp_path / target, "--to", "folder" if target == "out" else "single_file", expect=2)
+        assert said in message(capsys)
+        assert not (tmp_path / target).exists()
+    save_file({**whole, "embeddings.position_ids": torch.zeros(1, 77, dtype=torch.int64)}, file, {"format": "pt"})
+    convert(folder, tmp_path / "ok", "--to", "folder")
+
+
+def test_a_missing_shard_is_refused(pipelines, tmp_path, capsys):
+    DiffusionPipeline.from_pretrained(pipelines["sd"]).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    last = sorted((tmp_path / "shards" / "unet").glob("*.safetensors"))[-1]
+    last.unlink()
+    convert(tmp_path / "shards", tmp_path / "out", "--to", "folder", expect=2)
+    assert last.name in (said := message(capsys))
+    assert "1 are missing" in said
+
+
+def test_attention_of_older_folders_is_known(pipelines, tmp_path):
+    folder = random_adapters.tuned(pipelines["sd"], tmp_path / "sd")
+    (file,) = (folder / "vae").glob("*.safetensors")
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(file)
+    for new, old in older.items():
+        tensors = {name.replace(f".{new}.", f".{old}."): each for name, each in tensors.items()}
+    assert any(".query." in name for name in tensors)
+    save_file(tensors, file, {"format": "pt"})
+    convert(folder, tmp_path / "out.safetensors", "--to", "single_file")
+
+
 def test_what_a_file_says_is_carried_over(pipelines, tmp_path):
     said = {"modelspec.license": "CreativeML", "modelspec.title": "mine", "own": "kept", "modelspec.hash_sha256": "0x1"}
     file = tiny.write_single_file(pipelines["sd"], tmp_path / "file.safetensors", metadata=said)

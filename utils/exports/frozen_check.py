@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from utils.config.options import first_line
 from utils.config.user_files import FileError, read_json
-from utils.exports.tensor_check import Findings, Read, compare, compare_names, is_constant, newer_name, readers
+from utils.exports.tensor_check import Findings, Read, compare, compare_names, is_constant, readers
 from utils.models.base import Family
 from utils.models.folder_form import FLOAT32, FolderForm, overflow_text
 from utils.models.pipeline_files import is_part
 from utils.models.single_file_writer import plain_name
+from utils.models.streamed_writing import newer_name
 from utils.models.weight_files import weight_files
 from utils.runtime.hub_files import INDEX
 from utils.runtime.sharding import sharded_parts

@@ -18,7 +18,7 @@ from utils.formats.tensor_files import TensorFile
 from utils.models.single_file import prefixes
 from utils.models.single_file_writer import plain_name
 from utils.models.streamed_pipeline import StreamedPipeline
-from utils.models.streamed_writing import meta_module, tensors_of_file
+from utils.models.streamed_writing import meta_module, newer_name, tensors_of_file
 from utils.models.weight_files import weight_files
 from utils.runtime.hub_files import INDEX
 
@@ -74,8 +74,9 @@ def _check_file(found: Findings, pipeline: StreamedPipeline, file: Path, dtype: 
             unknown -= set(own)
             read, unread = by_diffusers(opened, part, meta_module(index[part], pipeline.folder / part), own)
             where = f"{file.name}: {part}"
-            compare(found, where, _expected(pipeline, part), read, dtype)
-            compare_names(found, where, _expected(pipeline, part), read)
+            expected = {newer_name(name): each for name, each in _expected(pipeline, part).items()}
+            compare(found, where, expected, read, dtype)
+            compare_names(found, where, expected, read)
             found.add(where, "are read by nothing", unread)
         marks = {each.name for each in tensors_of_file(pipeline) if not each.shape or each.shape == (0,)}
         found.add(file.name, "are unknown", sorted(unknown - marks))

@@ -20,11 +20,11 @@ from utils.models.folder_form import FLOAT32, FolderForm, num_overflowed, overfl
 from utils.models.loading import loading, names_of
 from utils.models.single_file import converted, prefixes
 from utils.models.single_file_writer import PipelineFolder, plain_name
+from utils.models.streamed_writing import newer_name
 from utils.models.weight_files import weight_files
 
 Read = Callable[[], Tensor]
 NOT_WEIGHTS = ("position_ids", "logit_scale")  # constants that files have and no module
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass
@@ -62,9 +62,8 @@ def check_folder(folder: Path, modules: Mapping[str, nn.Module], form: FolderFor
     for name, module in modules.items():
         expected = {plain_name(key): partial(_on_cpu, tensor) for key, tensor in module.state_dict().items()}
         with ExitStack() as stack:
-            files = weight_files(folder / name, form.variant, with_pickles=False)
             try:
-                read = readers(stack, files)
+                read = readers(stack, weight_files(folder / name, form.variant, with_pickles=False))
             except (OSError, FileError) as error:
                 found.faults.append(f"{name} can't be read back: {first_line(error)}")
                 continue
@@ -206,14 +205,6 @@ def _converted_alone(opened: TensorFile, name: str, module: nn.Module, key: str,
     """Returns what diffusers makes of one tensor."""
     parts = converted(name, module, {key: opened.read(key)})
     return next(tensor for each, tensor in parts.items() if plain_name(each) == new)
-
-
-def newer_name(name: str) -> str:
-    """Returns a weight's name in today's diffusers, for one of a VAE saved before diffusers 0.12."""
-    words = name.split(".")
-    if "attentions" in words and len(words) > 1 and words[-2] in OLD_ATTENTION:
-        words[-2] = OLD_ATTENTION[words[-2]]
-    return ".".join(words)
 
 
 def _on_meta(source: PipelineFolder, name: str) -> nn.Module:

@@ -249,7 +249,9 @@ def _check_files(folder: Path, what: str, part: str, arguments: Mapping[str, Any
     if is_quantized:  # the library applies the scales
         return
     with_pickles = not arguments.get("use_safetensors")
-    for file in weight_files(folder, arguments.get("variant"), with_pickles):
+    with loading(what):
+        files = weight_files(folder, arguments.get("variant"), with_pickles)
+    for file in files:
         with loading(what):
             stored = stored_in(file)
         check_read(f"{what}: {file.name}", part, stored)

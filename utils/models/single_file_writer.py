@@ -188,7 +188,10 @@ def _config(path: Path, name: str, flag: str) -> Mapping:
 
 def _stored_part(folder: Path, what: str, variant: str | None) -> StoredPart:
     """Returns names, shapes and dtypes of a component's weights, from the headers of its files."""
-    files = weight_files(folder, variant, with_pickles=False) or weight_files(folder, _only_variant(folder), False)
+    try:
+        files = weight_files(folder, variant, with_pickles=False) or weight_files(folder, _only_variant(folder), False)
+    except FileError as error:
+        raise UserError(f"{what}: {error}") from error
     if not files:
         raise UserError(f"{what} has no .safetensors weights; convert it with save_pretrained()")
     found = StoredPart({}, {}, {})

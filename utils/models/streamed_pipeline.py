@@ -20,7 +20,7 @@ from utils.formats.original_layout import OriginalPart, OriginalTensor
 from utils.formats.original_names import TENSORS_OF
 from utils.formats.streaming import StreamedTensor
 from utils.formats.tensor_files import READ_DTYPES, TensorFile
-from utils.models.loading import variant_of
+from utils.models.loading import loading, variant_of
 from utils.models.pipeline_files import PROCESSORS, is_part, older_name
 from utils.models.registry import FAMILIES
 from utils.models.single_file import SingleFile
@@ -181,7 +181,8 @@ def read_component(folder: Path, class_name: str, what: str, variant: str | None
         UserError: if it has no safetensors files, or its weights are not used as stored.
     """
     found_variant = variant_of(folder, variant, what)
-    files = weight_files(folder, found_variant, with_pickles=False)
+    with loading(what):
+        files = weight_files(folder, found_variant, with_pickles=False)
     if not files:
         raise UserError(f"{what} has no .safetensors weights; convert the pipeline with save_pretrained()")
     found: Weights = {}

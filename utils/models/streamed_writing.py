@@ -20,6 +20,7 @@ from utils.formats.streaming import StreamedTensor, write_streamed
 from utils.models.loading import WeightReport, class_of, loading, names_of
 from utils.models.pipeline_files import PROCESSORS, complete_tokenizer, copy_part, is_part, known_class, older_name
 from utils.models.streamed_pipeline import COMPONENT_CONFIG, StreamedPipeline, Weights
+from utils.models.weight_files import COUNTED
 from utils.runtime.atomic_files import write_text
 from utils.runtime.hub_files import INDEX
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 WEIGHT_NAMES = {"diffusers": "diffusion_pytorch_model.safetensors"}
 """Names of weight files by library; others call them `OTHER_WEIGHTS`."""
 OTHER_WEIGHTS = "model.safetensors"
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What older folders call the layers of the VAE's attention."""
 AVERAGES = "model_ema."  # copies that no tool draws with, and that would not have what was merged
 DTYPE_KEYS = ("dtype", "torch_dtype")
 ENCODER_LAYERS = "text_model.encoder.layers."
@@ -192,24 +195,67 @@ def fitted(pipeline: StreamedPipeline, part: str, entry: Sequence[str], configs:
     unread = (f"{ENCODER_LAYERS}{count}.", "text_projection.weight")
     left_out = [name for name in weights if name not in wanted and name.startswith(unread)]
     own = {name: each for name, each in weights.items() if name not in left_out}
+    shapes = {name: each.shape for name, each in own.items()}
+    _check_fit(pipeline.what, part, shapes, wanted, "give a whole model, or its configs with --pipeline_config")
+    return {name: own[name] for name in wanted if name in own}
+
+
+def check_complete(pipeline: StreamedPipeline) -> None:
+    """Refuses a folder whose weights are not those of the models that its configs describe.
+
+    Names are taken as diffusers and transformers load them. Weights of a single file can only be compared with configs,
+    when a folder is made of it.
+
+    Raises:
+        UserError: naming what is missing, too much or of another shape.
+    """
+    if pipeline.folder is None:
+        return
+    index = user_files.read_json(pipeline.folder / INDEX)
+    for part in pipeline.parts:
+        entry, config, what = index[part], pipeline.configs[part], f"{pipeline.what}: {part}"
+        if not config:
+            raise UserError(f"{what} has no {COMPONENT_CONFIG}; give a whole pipeline")
+        if class_of(*entry[:2]) is None:
+            logger.warning(
+                "%s: its class %s is unknown, so whether its weights are complete is not checked", what, entry[1]
+            )
+            continue
+        wanted = _shapes_of(entry, module_of_config(entry, config, what))
+        own = {newer_name(name): shape for name, shape in pipeline.shapes(part).items()}
+        _check_fit(pipeline.what, part, own, wanted, "give a whole pipeline")
+
+
+def _check_fit(
+    what: str, part: str, own: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], cure: str
+) -> None:
+    """Compares names and shapes of weights with those of the model that a config describes."""
     report = WeightReport(
         wanted.keys(),
         [],
         [name for name in own if name not in wanted],
-        [(name, own[name].shape, shape) for name, shape in wanted.items() if name in own and own[name].shape != shape],
+        [(name, own[name], shape) for name, shape in wanted.items() if name in own and own[name] != shape],
     )
-    report.check(f"{pipeline.what}: {part}", part)
-    if missing := sorted(name for name in wanted if name not in own):
-        raise UserError(
-            f"{pipeline.what} lacks {len(missing)} weights of the {part}: {names_of(missing)}; give a whole model, or "
-            "its configs with --pipeline_config"
-        )
-    return {name: own[name] for name in wanted if name in own}
+    report.check(f"{what}: {part}", part)
+    if missing := sorted(name for name in wanted if name not in own and not name.endswith(COUNTED)):
+        raise UserError(f"{what} lacks {len(missing)} weights of the {part}: {names_of(missing)}; {cure}")
+
+
+def newer_name(name: str) -> str:
+    """Returns a weight's name in today's diffusers, for one of a VAE saved before diffusers 0.12."""
+    words = name.split(".")
+    if "attentions" in words and len(words) > 1 and words[-2] in OLD_ATTENTION:
+        words[-2] = OLD_ATTENTION[words[-2]]
+    return ".".join(words)
 
 
 def wanted_shapes(entry: Sequence[str], configs: Path) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a component's weights by their older names, from its class and its config."""
-    state = meta_module(entry, configs).state_dict()
+    return _shapes_of(entry, meta_module(entry, configs))
+
+
+def _shapes_of(entry: Sequence[str], module: nn.Module) -> dict[str, tuple[int, ...]]:
+    state = module.state_dict()
     return {older_name(str(entry[1]), name): tuple(each.shape) for name, each in state.items()}
 
 
@@ -223,12 +269,18 @@ def meta_module(entry: Sequence[str], folder: Path) -> nn.Module:
     Raises:
         UserError: if the class is unknown.
     """
-    kind = class_of(*entry[:2])
-    if kind is None:
+    if class_of(*entry[:2]) is None:
         raise UserError(f"{folder.parent / INDEX} names the class {entry[1]}, which is unknown")
-    with loading(str(folder)), torch.device("meta"):
+    with loading(str(folder)):
         config = user_files.read_json(folder / COMPONENT_CONFIG)
-        return kind.from_config(config) if hasattr(kind, "from_config") else kind(kind.config_class(**config))
+    return module_of_config(entry, config, str(folder))
+
+
+def module_of_config(entry: Sequence[str], config: Mapping[str, Any], what: str) -> nn.Module:
+    """Returns a component of a known class without weights, on the meta device; `what` names it in messages."""
+    kind = class_of(*entry[:2])
+    with loading(what), torch.device("meta"):
+        return kind.from_config(dict(config)) if hasattr(kind, "from_config") else kind(kind.config_class(**config))
 
 
 def write_json(value: Mapping[str, Any], file: Path) -> None:

@@ -6,7 +6,7 @@ All weights are checked here: folders, shards, single files, LoRA files, VAEs an
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,6 +166,9 @@ def weight_files(folder: Path, variant: str | None, with_pickles: bool) -> list[
         folder: folder of the model.
         variant: variant of the files, such as fp16; None for the default.
         with_pickles: whether to fall back to .bin files.
+
+    Raises:
+        FileError: if an index names a file that is missing, and no whole file is there to read instead.
     """
     infix = "" if variant is None else rf"\.{re.escape(variant)}"
     for suffix in ("safetensors", "bin") if with_pickles else ("safetensors",):
@@ -173,8 +176,11 @@ def weight_files(folder: Path, variant: str | None, with_pickles: bool) -> list[
         index = re.compile(rf"({STEMS})\.{suffix}\.index{infix}\.json")
         found = {path for path in folder.glob(f"*.{suffix}") if single.fullmatch(path.name)}
         for path in folder.glob("*.json"):
-            if index.fullmatch(path.name):
-                found |= {folder / name for name in _shards(path)}
+            if match := index.fullmatch(path.name):
+                shards = {folder / name for name in _shards(path)}
+                whole = folder / f"{match[1]}{'' if variant is None else f'.{variant}'}.{suffix}"
+                _require_all(path, shards, whole)
+                found |= {shard for shard in shards if shard.is_file()}
         if found := {path for path in found if path.is_file()}:
             return sorted(found)
     return []
@@ -191,6 +197,16 @@ def loaded_files(folder: Path | None, variant: str | None, use_safetensors: bool
     if folder is None or use_safetensors is False:
         return []
     return weight_files(folder, variant, with_pickles=False) or weight_files(folder, None, with_pickles=False)
+
+
+def _require_all(index: Path, shards: Collection[Path], whole: Path) -> None:
+    missing = sorted(shard.name for shard in shards if not shard.is_file())
+    if missing and not whole.is_file():
+        raise FileError(
+            index,
+            f"names {len(shards)} files of weights, of which {len(missing)} are missing, such as "
+            f"{one_line(missing[0], LONGEST_NAME)}; copy or download the folder again",
+        )
 
 
 def _shards(index: Path) -> set[str]:

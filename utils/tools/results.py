@@ -16,7 +16,7 @@ from utils.models.configs_of_files import configs_folder
 from utils.models.folder_form import NAMES_OF_DTYPES
 from utils.models.single_file_writer import FileFacts, PipelineFolder, facts_of, licence_of, unsaid
 from utils.models.streamed_pipeline import StreamedPipeline
-from utils.models.streamed_writing import Rounding, write_file, write_folder
+from utils.models.streamed_writing import Rounding, check_complete, write_file, write_folder
 from utils.runtime.atomic_files import write_text
 from utils.tools.output_options import FILE, OutputOptions
 from utils.tools.places import staged
@@ -45,9 +45,10 @@ def write_pipeline(
         merged: names of what was merged into it.
 
     Raises:
-        UserError: if it can't be written, or values do not fit the dtype.
+        UserError: if its weights are incomplete, it can't be written, or values do not fit the dtype.
         Diverged: if the check finds a fault; the result stays.
     """
+    check_complete(pipeline)
     rounding = Rounding(dtype_of(options))
     if options.dtype == "fp16" and any(config.get("force_upcast") for config in pipeline.configs.values()):
         logger.info(
