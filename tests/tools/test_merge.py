@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tests import random_adapters, tiny
 from tests.conftest import message
 from utils.models.streamed_pipeline import read_streamed
+from utils.tools.convert import main as convert
 from utils.tools.merge import main
 
 
@@ -121,6 +122,29 @@ def test_a_rank_says_what_it_loses(pipelines, tmp_path, caplog):
     merge("--pipeline", pipelines["sd"], "--lora", tmp_path / "whole.safetensors", "--out", tmp_path / "out")
     merge(*given[:-2], "--out", tmp_path / "wanted")
     assert_same(weights(tmp_path / "out"), weights(tmp_path / "wanted"), rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_of_several_flags_add_up(pipelines, tmp_path):
+    one = random_adapters.write(pipelines["sd"], tmp_path / "a.safetensors", seed=1)
+    other = random_adapters.write(pipelines["sd"], tmp_path / "b.safetensors", seed=2)
+    flags = ["--lora", tmp_path / "a.safetensors", "--lora", tmp_path / "b.safetensors"]
+    merge("--pipeline", pipelines["sd"], *flags, "--out", tmp_path / "out")
+    assert_same(weights(tmp_path / "out"), summed(pipelines["sd"], (one, 1.0), (other, 1.0)))
+
+
+def test_sums_that_are_not_finite_are_refused_by_name(pipelines, tmp_path, capsys):
+    random_adapters.write(pipelines["sd"], tmp_path / "a.safetensors")
+    convert([str(pipelines["sd"]), str(tmp_path / "half"), "--to", "folder", "--dtype", "fp16"])
+    base = ["--pipeline", tmp_path / "half", "--out", tmp_path / "out"]
+    merge(*base, "--lora", f"{tmp_path}/a.safetensors=1e7", expect=2)
+    assert "self_attn.q_proj.weight beyond 65504" in (said := message(capsys))
+    assert "--dtype bf16 or fp32" in said
+    assert not (tmp_path / "out").exists()
+    merge(*base, "--lora", f"{tmp_path}/a.safetensors=1e7", "--dtype", "fp32")
+    for more in ([], ["--rank", 2]):
+        lora = ["--to", "lora", "--out", tmp_path / "sum.safetensors", *more]
+        merge(*base[:2], "--lora", f"{tmp_path}/a.safetensors=1e300", *lora, expect=2)
+        assert "float32" in message(capsys)
 
 
 def test_what_can_not_be_merged_is_one_line(pipelines, tmp_path, capsys):

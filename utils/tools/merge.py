@@ -21,7 +21,7 @@ from utils.models.streamed_components import base_of_streamed
 from utils.models.streamed_pipeline import read_streamed
 from utils.tools.adapters import Adapter, form_of, read_for, write_adapter
 from utils.tools.merging import merged_lora, merged_pipeline, updates_of
-from utils.tools.results import source_name, write_pipeline
+from utils.tools.results import dtype_of, source_name, write_pipeline
 
 logger = logging.getLogger("utils.tools.merge")
 
@@ -49,7 +49,7 @@ def merge(options: Options) -> None:
     # The result.
     sources = [f"{each.name}={each.scale:g}" for each in asked.adapters]
     if asked.result != "lora":
-        merged = merged_pipeline(pipeline, updates)
+        merged = merged_pipeline(pipeline, updates, dtype_of(options.output))
         write_pipeline(merged, out, options.output, asked.pipeline_config, [source_name(pipeline), *sources])
         return
     layers = merged_lora(pipeline, updates, asked.rank)

@@ -19,6 +19,7 @@ class MergeOptions:
         None,
         "adapters to merge (LoRA, DoRA, LoHa, LoKr, of any format), each a file or folder; NAME=0.8 sets its scale, "
         "which is 1 by default",
+        is_repeatable=True,
     )
     out: str | None = option(None, "file or folder to write")
     to: str | None = option(

@@ -42,21 +42,53 @@ def updates_of(adapters: Sequence[tuple[Sequence[AdapterLayer], float]]) -> dict
     return found
 
 
-def merged_pipeline(pipeline: StreamedPipeline, updates: dict[Key, list[Update]]) -> StreamedPipeline:
-    """Returns the pipeline with the sum of all updates in its weights, each computed when it is read."""
+def merged_pipeline(
+    pipeline: StreamedPipeline, updates: dict[Key, list[Update]], dtype: torch.dtype | None = None
+) -> StreamedPipeline:
+    """Returns the pipeline with the sum of all updates in its weights, each computed when it is read.
+
+    Args:
+        pipeline: the base.
+        updates: the updates of each layer.
+        dtype: dtype of the sums, which are rounded once; None for that of the base.
+    """
     parts: dict[str, Weights] = {}
     for (component, name), own in updates.items():
         weights = parts.setdefault(component, dict(pipeline.parts[component]))
         base = weights[f"{name}.weight"]
-        weights[f"{name}.weight"] = replace(base, read=partial(_read_merged, base, own))
+        target = dtype or (base.dtype if base.dtype.itemsize > 1 else torch.float32)
+        read = partial(_read_merged, base, own, target, f"{component}.{name}.weight")
+        weights[f"{name}.weight"] = replace(base, dtype=target, read=read)
     return pipeline.with_parts(parts)
 
 
-def _read_merged(base: StreamedTensor, updates: Sequence[Update]) -> Tensor:
-    """Returns a weight with all updates in its own dtype, rounded once."""
+def _read_merged(base: StreamedTensor, updates: Sequence[Update], dtype: torch.dtype, name: str) -> Tensor:
+    """Returns a weight with all updates in a dtype, rounded once.
+
+    Raises:
+        UserError: if values are not finite that were in the base.
+    """
     weight = base.read()
-    found = updated(weight, [(each.layer, each.strength) for each in updates])
-    return found.to(weight.dtype if weight.dtype.itemsize > 1 else torch.float32)
+    merged = updated(weight, [(each.layer, each.strength) for each in updates]).to(dtype)
+    require_finite(merged, name, weight)
+    return merged
+
+
+def require_finite(values: Tensor, name: str, before: Tensor | None = None) -> None:
+    """Refuses sums that are not finite; those of values that were not before are left to others.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    if bool(values.isfinite().all()):
+        return
+    bad = ~values.isfinite() if before is None else ~values.isfinite() & before.isfinite()
+    if count := int(bad.sum()):
+        largest = (
+            f"beyond {torch.finfo(values.dtype).max:.5g}, the largest of {str(values.dtype).removeprefix('torch.')}"
+        )
+        cure = "give smaller scales" + (", or --dtype bf16 or fp32" if values.dtype == torch.float16 else "")
+        raise UserError(f"--lora: merging makes {count:,} values of {name} {largest}, or NaN; {cure}")
 
 
 def merged_lora(pipeline: StreamedPipeline, updates: dict[Key, list[Update]], rank: int | None) -> list[AdapterLayer]:
@@ -103,14 +135,22 @@ def _kind(update: Update) -> str:
 
 def _sum(base: StreamedTensor, updates: Sequence[Update]) -> Tensor:
     weight = base.read() if any("magnitude" in each.layer.tensors for each in updates) else None
-    return sum((each.strength * each.layer.change(weight) for each in updates), start=torch.zeros(base.shape))
+    found = sum((each.strength * each.layer.change(weight) for each in updates), start=torch.zeros(base.shape))
+    require_finite(found, _name_of(updates))
+    return found
+
+
+def _name_of(updates: Sequence[Update]) -> str:
+    return f"{updates[0].layer.component}.{updates[0].layer.name}"
 
 
 def _concatenated(updates: Sequence[Update]) -> Factors:
     """Returns the factors of all updates side by side; strength and scale are multiplied into the up matrices."""
     ups = [each.layer.tensors["up"].float() * (each.layer.scale * each.strength) for each in updates]
     downs = [each.layer.tensors["down"].float() for each in updates]
-    return Factors(torch.cat(ups, dim=1), torch.cat(downs), 1.0, 1.0)
+    up = torch.cat(ups, dim=1)
+    require_finite(up, _name_of(updates))
+    return Factors(up, torch.cat(downs), 1.0, 1.0)
 
 
 def lora_layer(component: str, name: str, factors: Factors, shape: tuple[int, ...]) -> AdapterLayer:
