@@ -351,13 +351,18 @@ def unsaid(source: PipelineFolder, file: Path) -> list[str]:
     if scheduler.get("prediction_type", "epsilon") == "sample":
         found.append("a prediction of noise or velocity, but it predicts the sample")
     lines = [f"{file.name} can't say all that the folder's configs say: tools assume {each}" for each in found]
-    if unread := [mark for mark in schedule_marks(scheduler) if mark not in source.model.marks]:
-        lines.append(
-            f"{file.name}: tools look for the marks {', '.join(unread)} in SDXL alone, not in "
-            f"{source.model.architecture}: choose v-prediction (and zero SNR, for ztsnr) there by hand, in ComfyUI "
-            "with ModelSamplingDiscrete"
-        )
-    return lines
+    return lines + unread_marks(scheduler, source.model, file)
+
+
+def unread_marks(scheduler: Mapping[str, object], model: OriginalModel, file: Path) -> list[str]:
+    """Returns what tools do not see of a file's noise schedule, as lines to log."""
+    unread = [mark for mark in schedule_marks(scheduler) if mark not in model.marks]
+    if not unread:
+        return []
+    return [
+        f"{file.name}: tools look for the marks {', '.join(unread)} in SDXL alone, not in {model.architecture}: choose "
+        "v-prediction (and zero SNR, for ztsnr) there by hand, in ComfyUI with ModelSamplingDiscrete"
+    ]
 
 
 def plain_name(name: str) -> str:

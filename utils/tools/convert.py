@@ -25,7 +25,7 @@ from utils.models.weight_files import stored_in
 from utils.runtime.hub_files import INDEX
 from utils.tools.adapters import read_adapter_alone, write_adapter
 from utils.tools.checkpoints import AVERAGE, Checkpoint
-from utils.tools.results import write_pipeline
+from utils.tools.results import source_name, write_pipeline
 
 logger = logging.getLogger("utils.tools.convert")
 
@@ -62,7 +62,8 @@ def convert(options: Options) -> None:
         pipeline = checkpoint.pipeline(asked.pipeline, asked.variant, asked.ema)
     else:
         pipeline = read_streamed(asked.source, "--source", asked.variant)
-    write_pipeline(pipeline, Path(asked.out), options.output, asked.pipeline_config)
+    trained_from = () if checkpoint is None else (source_name(pipeline),)
+    write_pipeline(pipeline, Path(asked.out), options.output, asked.pipeline_config, trained_from)
 
 
 def _refuse_component(source: str) -> None:

@@ -1,7 +1,9 @@
 """What the results of tools say about themselves, how they are written, and what a check found."""
 
 import logging
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from utils.formats.modelspec import PREDICTIONS, modelspec, written_at
 from utils.formats.streaming import HASH_KEY, NO_HASH
 from utils.models.configs_of_files import configs_folder
 from utils.models.folder_form import NAMES_OF_DTYPES
-from utils.models.single_file_writer import FileFacts, PipelineFolder, facts_of, licence_of, unsaid
+from utils.models.single_file_writer import FileFacts, PipelineFolder, facts_of, licence_of, unread_marks, unsaid
 from utils.models.streamed_pipeline import StreamedPipeline
 from utils.models.streamed_writing import Rounding, check_complete, write_file, write_folder
 from utils.runtime.atomic_files import write_text
@@ -22,8 +24,9 @@ from utils.tools.output_options import FILE, OutputOptions
 from utils.tools.places import staged
 
 logger = logging.getLogger(__name__)
-PREDICTION = "modelspec.prediction_type"
+PREDICTION, ARCHITECTURE = "modelspec.prediction_type", "modelspec.architecture"
 LICENCE, MERGED_FROM, DATE, TITLE = (f"modelspec.{name}" for name in ("license", "merged_from", "date", "title"))
+CARD, CARD_END = "README.md", ", whose licence it has.\n"
 OVERFLOW_CURE = "give --dtype bf16 or fp32"
 
 
@@ -42,7 +45,7 @@ def write_pipeline(
         out: the place, which is free or may be replaced.
         options: dtype and check.
         config: value of --pipeline_config, for a folder that is made of a single file.
-        merged: names of what was merged into it.
+        merged: names of what was merged into it, or of the pipeline that it was trained from.
 
     Raises:
         UserError: if its weights are incomplete, it can't be written, or values do not fit the dtype.
@@ -61,33 +64,55 @@ def write_pipeline(
         else:
             configs = pipeline.folder or configs_folder(pipeline.file, config)
             write_folder(pipeline, aside, rounding, configs)
-            write_licence(pipeline, aside, merged)
         rounding.check(OVERFLOW_CURE)
+        if aside.is_dir():
+            write_licence(pipeline, aside, out, merged)
     report(out, options, lambda: check_written(pipeline, out, rounding.dtype))
 
 
 def file_metadata(pipeline: StreamedPipeline, out: Path, merged: Sequence[str]) -> dict[str, str]:
-    """Returns the metadata of a single file: what the input says, with a date of its own."""
-    sources = ", ".join(merged)
+    """Returns the metadata of a single file: what the input says, with a date and a noise schedule of its own."""
+    sources, model = ", ".join(merged), pipeline.family.original_model(pipeline.configs)
     if pipeline.file is not None:
         own = {TITLE: out.stem, MERGED_FROM: sources} if merged else {}
         if pipeline.has_new_schedule:
-            own[PREDICTION] = PREDICTIONS.get(str(pipeline.configs["scheduler"].get("prediction_type")), "epsilon")
+            schedule = pipeline.configs["scheduler"]
+            own |= {PREDICTION: PREDICTIONS.get(str(schedule.get("prediction_type")), "epsilon")}
+            own |= {ARCHITECTURE: model.architecture} if ARCHITECTURE in pipeline.file.metadata else {}
+            for line in unread_marks(schedule, model, out):
+                logger.warning("%s", line)
         return {**pipeline.file.metadata, **own, DATE: written_at(), HASH_KEY: NO_HASH}
-    source = PipelineFolder.read(pipeline.folder, pipeline.what.partition(" ")[0])
+    read = PipelineFolder.read(pipeline.folder, pipeline.what.partition(" ")[0])
+    source = replace(read, configs={**read.configs, **pipeline.configs}, model=model)
     for line in unsaid(source, out):
         logger.warning("%s", line)
     return {"format": "pt", **modelspec(facts_of(source, FileFacts(merged_from=sources or None), out))}
 
 
-def write_licence(pipeline: StreamedPipeline, folder: Path, merged: Sequence[str]) -> None:
-    """Writes a card that states the licence of the input, if that states one."""
+def write_licence(pipeline: StreamedPipeline, folder: Path, out: Path, merged: Sequence[str]) -> None:
+    """Writes a card that states the licence of the input, if that states one.
+
+    A card at the final place that no tool wrote stays; one that a tool wrote is replaced, and deleted where the input
+    states no licence.
+
+    Args:
+        pipeline: the pipeline.
+        folder: folder to write to.
+        out: its final place.
+        merged: names of what was merged into it.
+    """
+    there = out / CARD
+    is_ours = there.is_file() and there.read_text(encoding="utf-8", errors="replace").endswith(CARD_END)
+    if os.path.lexists(there) and not is_ours:
+        logger.info("%s stays as it is", there)
+        return
     stated = licence_of(pipeline.folder) if pipeline.file is None else pipeline.file.metadata.get(LICENCE)
     if stated is None:
+        there.unlink(missing_ok=True)
         return
-    made = f"merged from {', '.join(merged)}" if merged else f"made from {source_name(pipeline)}"
-    text = f"---\nlicense: {one_line(stated, 200)!r}\n---\n\nThis pipeline is {one_line(made)}, whose licence it has.\n"
-    write_text(folder / "README.md", text)
+    made = f"merged from {', '.join(merged)}" if len(merged) > 1 else f"made from {source_name(pipeline)}"
+    text = f"---\nlicense: {one_line(stated, 200)!r}\n---\n\nThis pipeline is {one_line(made)}{CARD_END}"
+    write_text(folder / CARD, text)
 
 
 def source_name(pipeline: StreamedPipeline) -> str:
