@@ -1,5 +1,6 @@
 """utils.tools.convert: pipelines and adapters from one form to the other and back, bit for bit."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,29 @@ def sdxl_file(path: Path, names: dict[str, tuple[int, int]]) -> Path:
     return path
 
 
+@pytest.mark.parametrize("name", ["sd", "sd2"])
+def test_an_adapter_says_its_bases_prediction_type(name, pipelines, tmp_path):
+    random_adapters.write(pipelines[name], tmp_path / "a.safetensors", "diffusers")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", "kohya", "--pipeline", pipelines[name])
+    with safe_open(tmp_path / "b.safetensors", "pt") as opened:
+        said = opened.metadata()
+    assert said["ss_v_parameterization"] == str(name == "sd2")
+    assert said["modelspec.prediction_type"] == ("v" if name == "sd2" else "epsilon")
+
+
+def test_a_dora_with_magnitudes_of_inputs_has_no_names_of_diffusers(pipelines, tmp_path, capsys):
+    random_adapters.write(pipelines["sd"], tmp_path / "a.safetensors", kind="dora", parts=("unet",))
+    tensors = load_file(tmp_path / "a.safetensors")
+    for name in [name for name in tensors if name.endswith("dora_scale")]:
+        down = tensors[name.replace("dora_scale", "lora_down.weight")]
+        tensors[name] = torch.ones(1, *down.shape[1:2], *[1] * (down.dim() - 2))
+    save_file(tensors, tmp_path / "a.safetensors")
+    given = [tmp_path / "a.safetensors", tmp_path / "out", "--pipeline", pipelines["sd"]]
+    convert(*given, "--to", "diffusers", expect=2)
+    assert "magnitudes of inputs" in message(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_of_the_published_sdxl_are_known(tmp_path):
     names = {
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": (640, 2048),
@@ -269,11 +293,34 @@ def test_pairs_that_do_not_fit_are_one_line(pipelines, tmp_path, capsys):
 
 def test_overwriting_keeps_what_the_result_does_not_have(pipelines, tmp_path):
     convert(pipelines["sd"], tmp_path / "out", "--to", "folder")
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    convert(pipelines["sd"], tmp_path / "out", "--to", "folder", "--dtype", "bf16", "--overwrite")
-    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
-    (file,) = (tmp_path / "out" / "unet").glob("*.safetensors")
+    mine = ["mine.txt", "README.md", "unet/mine.txt", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    older = ["unet/diffusion_pytorch_model-00001-of-00002.safetensors", "tokenizer/added_tokens.json"]
+    for name in (*mine, *older):
+        (tmp_path / "out" / name).write_text("mine")
+    licensed = shutil.copytree(pipelines["sd"], tmp_path / "licensed")
+    (licensed / "README.md").write_text("---\nlicense: mit\n---\n")
+    convert(licensed, tmp_path / "out", "--to", "folder", "--dtype", "bf16", "--overwrite")
+    assert [(tmp_path / "out" / name).read_text() for name in mine] == ["mine"] * len(mine)
+    assert not any((tmp_path / "out" / name).exists() for name in older)
+    file = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
     assert {each.dtype for each in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_a_card_of_a_tool_is_replaced(pipelines, tmp_path):
+    licensed = shutil.copytree(pipelines["sd"], tmp_path / "licensed")
+    for licence in ("mit", "openrail"):
+        (licensed / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+        convert(licensed, tmp_path / "out", "--to", "folder", "--overwrite", "--no_check")
+        assert licence in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_folder_at_the_place_of_a_file_stays(pipelines, tmp_path, capsys):
+    convert(pipelines["sd"], tmp_path / "out", "--to", "folder")
+    shutil.rmtree(tmp_path / "out" / "unet")
+    (tmp_path / "out" / "unet").write_text("mine")
+    convert(pipelines["sd"], tmp_path / "out", "--to", "folder", "--overwrite", expect=2)
+    assert "out/unet by a folder" in message(capsys)
+    assert (tmp_path / "out" / "unet").read_text() == "mine"
 
 
 def test_a_fault_keeps_the_file_and_names_the_layer(pipelines, tmp_path, capsys, monkeypatch):
@@ -288,7 +335,7 @@ def test_a_fault_keeps_the_file_and_names_the_layer(pipelines, tmp_path, capsys,
     convert(tmp_path / "a.safetensors", out, "--to", "kohya", "--overwrite", "--no_check")
 
 
-def test_checkpoints_become_pipelines_and_adapters(train, tmp_path, pipelines):
+def test_checkpoints_become_pipelines_and_adapters(train, tmp_path, pipelines, caplog):
     run = train(
         "sd", "--max_train_steps", 1, "--checkpointing_steps", 1, "--use_ema", "--prediction_type", "v_prediction"
     )
@@ -302,6 +349,11 @@ def test_checkpoints_become_pipelines_and_adapters(train, tmp_path, pipelines):
     file = load_file(tmp_path / "ema.safetensors")
     assert torch.equal(file["model.diffusion_model.out.2.weight"], average["conv_out.weight"])
     assert "v_pred" in file
+    with safe_open(tmp_path / "ema.safetensors", "pt") as opened:
+        said = opened.metadata()
+    assert said["modelspec.prediction_type"] == "v"
+    assert said["modelspec.merged_from"] == pipelines["sd"].name
+    assert "the marks v_pred in SDXL alone" in caplog.text
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "lokr"])

@@ -1,5 +1,6 @@
 """utils.tools.extract: the difference of two pipelines as a LoRA."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,20 @@ def test_what_was_extracted_at_full_rank_gives_the_tuned_pipeline(pipelines, tmp
     for each in updates:
         own, theirs = (random_adapters.weight(folder, each) for folder in (tmp_path / "out", tuned))
         torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_prediction_type_is_that_of_the_tuned_one(pipelines, tmp_path, caplog):
+    random_adapters.write(pipelines["sd"], tmp_path / "lora.safetensors")
+    tuned = tmp_path / "tuned"
+    merge(["--pipeline", str(pipelines["sd"]), "--lora", str(tmp_path / "lora.safetensors"), "--out", str(tuned)])
+    config = tuned / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "v_prediction"}))
+    extract("--base", pipelines["sd"], "--tuned", tuned, "--rank", 2, "--out", tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as opened:
+        said = opened.metadata()
+    assert said["ss_v_parameterization"] == "True"
+    assert said["modelspec.prediction_type"] == "v"
+    assert "predicts v_prediction, and --base" in caplog.text
 
 
 def test_what_can_not_be_extracted_is_one_line(pipelines, tmp_path, capsys):

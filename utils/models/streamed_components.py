@@ -38,17 +38,33 @@ class AdapterBase:
         architecture: its name in ModelSpec; None if it is not known.
         blocks: names of the UNet's blocks, where the components have only some of its layers.
         is_sure: whether it is known which family's names UIs want.
+        prediction_type: its prediction type, as diffusers names it; None if it is not known.
+        zero_snr: whether its noise schedule has zero terminal SNR.
     """
 
     components: list[Component]
     architecture: str | None = None
     blocks: tuple[str, ...] = ()
     is_sure: bool = True
+    prediction_type: str | None = None
+    zero_snr: bool = False
 
 
 def base_of_streamed(pipeline: StreamedPipeline) -> AdapterBase:
     """Returns what adapters for a pipeline can be for."""
-    return AdapterBase(_components_of(pipeline), pipeline.family.original_model(pipeline.configs).architecture)
+    schedule = {**pipeline.configs["scheduler"], "prediction_type": prediction_of(pipeline)}
+    architecture = pipeline.family.original_model({**pipeline.configs, "scheduler": schedule}).architecture
+    is_zero = bool(schedule.get("rescale_betas_zero_snr"))
+    return AdapterBase(
+        _components_of(pipeline), architecture, prediction_type=schedule["prediction_type"], zero_snr=is_zero
+    )
+
+
+def prediction_of(pipeline: StreamedPipeline) -> str:
+    """Returns a pipeline's prediction type: what its scheduler or its file says, or what the weights of a file show."""
+    said = pipeline.configs["scheduler"].get("prediction_type")
+    guessed = None if said or pipeline.file is None else pipeline.file.looks_like_v2()
+    return str(said or guessed or "epsilon")
 
 
 def _components_of(pipeline: StreamedPipeline) -> list[Component]:

@@ -14,7 +14,7 @@ from utils.exports.adapter_file_check import Expected, check_adapter
 from utils.formats.adapter_files import LORA_FILE, UI_FOLDER, AdapterLayer
 from utils.formats.adapter_metadata import DORA_NOTE, AdapterFacts, adapter_metadata
 from utils.formats.adapter_writer import write_diffusers, write_kohya
-from utils.formats.modelspec import ModelFacts, written_at
+from utils.formats.modelspec import PREDICTIONS, ModelFacts, written_at
 from utils.formats.streaming import HASH_KEY, NO_HASH
 from utils.models.adapter_layers import check_layers
 from utils.models.folder_form import num_overflowed
@@ -25,12 +25,14 @@ from utils.models.streamed_pipeline import read_streamed
 from utils.tools.checkpoints import recorded_options
 from utils.tools.output_options import FILE, OutputOptions
 from utils.tools.places import staged
-from utils.tools.results import DATE, MERGED_FROM, OVERFLOW_CURE, TITLE, dtype_of, report
+from utils.tools.results import DATE, MERGED_FROM, OVERFLOW_CURE, PREDICTION, TITLE, dtype_of, report
 
 logger = logging.getLogger(__name__)
 CARRIED = ("ss_", "modelspec.")  # metadata that is kept; the rest describes the file it was read from
 ARCHITECTURE, OUTPUT_NAME = "modelspec.architecture", "ss_output_name"
-FAMILY_KEYS = ("ss_v2", "ss_v_parameterization", "ss_base_model_version")  # unknown without a base
+FAMILY_KEYS = ("ss_v2", "ss_base_model_version")  # unknown without a base
+SCHEDULE_KEYS = ("ss_v_parameterization", "ss_zero_terminal_snr")  # unknown without a prediction type
+SAID_PREDICTIONS = {said: name for name, said in PREDICTIONS.items()}
 NETWORK = "ss_network_"  # what the layers themselves decide
 
 
@@ -166,6 +168,13 @@ def _check_form(adapter: Adapter, form: str) -> None:
             f"{adapter.what} does not say which model it is for, and UIs name the layers of each differently; give the "
             "pipeline that it is for with --pipeline"
         )
+    by_input = [layer.name for layer in adapter.layers if len(layer.tensors.get("magnitude", torch.empty(0)).shape) > 1]
+    if by_input and form != "kohya":
+        raise UserError(
+            f"{adapter.what} is a DoRA with magnitudes of inputs, for which diffusers has no format: "
+            f"{names_of(by_input)}; write it with kohya's names, or merge it into its base with python -m "
+            "utils.tools.merge"
+        )
     names = {component.name: component for component in adapter.base.components}
     for layer in adapter.layers if form != "diffusers" else ():
         try:
@@ -190,11 +199,14 @@ def _check_overflow(layers: Sequence[AdapterLayer], dtype: torch.dtype) -> None:
 
 def _metadata(adapter: Adapter, title: str, is_for_uis: bool) -> dict[str, str]:
     """Returns the metadata of a result: what the input says, and what is new."""
-    facts = AdapterFacts(ModelFacts(adapter.base.architecture or "", title))
+    base, said = adapter.base, SAID_PREDICTIONS.get(adapter.metadata.get(PREDICTION, ""))
+    prediction = said or base.prediction_type
+    facts = AdapterFacts(ModelFacts(base.architecture or "", title, prediction_type=prediction), zero_snr=base.zero_snr)
     own = adapter_metadata(adapter.layers, facts)
     decided = {key: value for key, value in own.items() if key.startswith(NETWORK)}
-    if adapter.base.architecture is None:
-        own = {key: own[key] for key in own if key not in (ARCHITECTURE, *FAMILY_KEYS)}
+    unknown = (ARCHITECTURE, *FAMILY_KEYS) if base.architecture is None else ()
+    unknown += SCHEDULE_KEYS if prediction is None else ()
+    own = {key: value for key, value in own.items() if key not in unknown}
     found = {**own, **adapter.metadata, **decided, DATE: written_at(), HASH_KEY: NO_HASH}
     if adapter.sources:
         found |= {TITLE: title, OUTPUT_NAME: title, MERGED_FROM: ", ".join(adapter.sources)}

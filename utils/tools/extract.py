@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from utils.config.options import leave, run_script
@@ -35,7 +36,7 @@ def extract(options: Options) -> None:
     base = read_streamed(asked.base or "", "--base", asked.base_variant)
     tuned = read_streamed(asked.tuned or "", "--tuned", asked.variant)
     check_alike(base, tuned)
-    known = base_of_streamed(base)
+    known = replace(base_of_streamed(tuned), components=base_of_streamed(base).components)
     layers = extract_layers(base, tuned, known.components, asked)
     sources = (source_name(tuned), f"-{source_name(base)}")
     result = Adapter(f"--out {out}", layers, known, kept_metadata(tuned), sources)

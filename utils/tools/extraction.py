@@ -13,6 +13,7 @@ from utils.config.terminal import progress_bar
 from utils.formats.adapter_files import AdapterLayer
 from utils.formats.adapter_names import Component
 from utils.models.loading import names_of
+from utils.models.streamed_components import prediction_of
 from utils.models.streamed_pipeline import StreamedPipeline
 from utils.tools.extract_options import ExtractionOptions
 from utils.tools.low_rank import energy_of, factorize
@@ -37,7 +38,7 @@ class Left:
 
 
 def check_alike(base: StreamedPipeline, tuned: StreamedPipeline) -> None:
-    """Refuses pipelines of two models.
+    """Refuses pipelines of two models, and warns of two prediction types.
 
     Raises:
         UserError: saying how they differ.
@@ -46,6 +47,11 @@ def check_alike(base: StreamedPipeline, tuned: StreamedPipeline) -> None:
         raise UserError(
             f"{tuned.what} is a {tuned.family.pipeline_class_name}, and {base.what} is a "
             f"{base.family.pipeline_class_name}; give two pipelines of one model"
+        )
+    if prediction_of(base) != prediction_of(tuned):
+        logger.warning(
+            "%s predicts %s, and %s %s: the LoRA draws right only where that is chosen by hand for the base",
+            *(tuned.what, prediction_of(tuned), base.what, prediction_of(base)),
         )
     for part in base.adapted_names:
         mine, theirs = base.shapes(part), tuned.shapes(part)
