@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -118,6 +119,11 @@ def test_a_bar_in_a_file_is_lines(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("work\\x1b[1m") for line in lines)
     assert "3/3" in lines[-1]
+
+
+def test_a_short_bar_that_leaves_nothing_writes_nothing_to_a_file(capsys):
+    assert list(progress_bar([1, 2], desc="work", leave=False)) == [1, 2]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", ["closed", "reader gone"])
@@ -274,6 +280,18 @@ def test_a_used_folder_is_refused_before_torch_is_imported(tmp_path):
     assert found.returncode == 2
     assert "torch" not in {line.rpartition("|")[2].strip() for line in found.stderr.splitlines()}
     assert "contains another run (checkpoint-5)" in found.stderr.splitlines()[-1]
+
+
+def test_an_interrupt_while_torch_is_loaded_is_silent(tmp_path):
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # jobs in the background inherit that it is ignored
+    process, _, _ = run_script("train_text_to_image", "--pretrained_model", "a/b", "--train_data_dir", tmp_path)
+    process.send_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in (said or "")
 
 
 def test_the_first_line_says_what_is_loaded_before_torch_is(tmp_path):

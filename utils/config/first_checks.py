@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import TypeVar
 
 from utils.config.options import leave, run_script
@@ -12,6 +12,7 @@ from utils.config.output_folder import refuse_used
 from utils.config.terminal import one_line, print_line
 
 Read = TypeVar("Read")
+INTERRUPTED = 130  # status of a process that Ctrl-C ended
 _read: dict[tuple[str, ...], object] = {}
 
 
@@ -23,12 +24,26 @@ def read_first(read: Callable[[Sequence[str] | None], object], names: Mapping[st
         names: flag names of this script, as in `run_script`.
     """
 
+    end_silently_on_interrupts()
+
     def keep(argv: Sequence[str] | None) -> None:
         _read[tuple(sys.argv[1:])] = read(argv)
 
     status = run_script(keep, None, names)
     if status:
         leave(status)
+
+
+def end_silently_on_interrupts() -> None:
+    """Ends this process without a traceback on Ctrl-C where nothing else handles it, as while torch is loaded."""
+    show = sys.excepthook
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            leave(INTERRUPTED)
+        show(kind, error, trace)
+
+    sys.excepthook = end
 
 
 def options_of(read: Callable[[Sequence[str] | None], Read], argv: Sequence[str] | None) -> Read:

@@ -205,6 +205,8 @@ def progress_bar(iterable: Iterable | None = None, *, disable: bool = False, **m
     defaults = {"mininterval": BAR_SECONDS[0] if stream.isatty() else BAR_SECONDS[1], "dynamic_ncols": stream.isatty()}
     if not stream.isatty():
         defaults |= {"ascii": True, "ncols": 100}
+        if not more.get("leave", True):  # without an end, a line of a short bar's begin would say nothing
+            defaults["delay"] = BAR_SECONDS[1]
     if "desc" in more:
         more["desc"] = one_line(more["desc"])
     return tqdm(iterable, file=stream, disable=disable, **defaults | more)
