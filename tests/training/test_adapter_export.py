@@ -146,6 +146,41 @@ def test_a_run_continues_from_pefts_own_folders(train):
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+PARTS = {"te1 alone": ("unet", "text_encoder"), "no text encoder": ("unet",), "no UNet": ("text_encoder_2",)}
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha"])
+@pytest.mark.parametrize("held", mostly_slow(PARTS, "te1 alone", "no UNet"))
+def test_a_file_of_some_modules_gets_fresh_adapters_in_the_others(train, pipelines, tmp_path, caplog, held, kind):
+    from tests.adapters import Adapted
+    from utils.formats.adapter_files import read_adapter
+    from utils.formats.adapter_writer import write_kohya
+
+    adapted, file = Adapted(pipelines["sdxl"], kind), tmp_path / "a.safetensors"
+    given = {(each.component, each.name): each for each in adapted.layers if each.component in PARTS[held]}
+    write_kohya(list(given.values()), adapted.components, file, torch.float32, {})
+    flags = ("--adaptation", kind, "--train_text_encoder", "--lora_weights", file, "--learning_rate", NOTHING)
+    out = train("sdxl", *flags, "--max_train_steps", 1, "--no_final_checkpoint", "--no_export_check")
+    found = {(each.component, each.name): each for each in read_adapter(out / "ui", adapted.components).layers}
+    assert {component for component, _ in found} == {"unet", "text_encoder", "text_encoder_2"}
+    for key, layer in found.items():
+        assert (layer.rank, layer.alpha) == (3, 5)
+        wanted = given[key].delta() if key in given else torch.zeros(layer.shape)
+        torch.testing.assert_close(layer.delta(), wanted, rtol=0, atol=1e-20)
+    assert "fresh adapters of rank 3 and alpha 5 train there" in caplog.text
+
+
+def test_a_file_of_text_encoders_alone_names_the_flag_that_trains_them(train, pipelines, tmp_path, capsys):
+    from tests.adapters import Adapted
+    from utils.formats.adapter_writer import write_kohya
+
+    adapted, file = Adapted(pipelines["sd"], "lora"), tmp_path / "a.safetensors"
+    layers = [each for each in adapted.layers if each.component != "unet"]
+    write_kohya(layers, adapted.components, file, torch.float32, {})
+    train("sd", "--adaptation", "lora", "--lora_weights", file, "--max_train_steps", 1, expect=2)
+    assert "adapt text_encoder; add --train_text_encoder" in message(capsys)
+
+
 @pytest.mark.parametrize("kind", mostly_slow(["lora", "dora", "lokr"], "lokr"))
 def test_a_run_that_continued_from_a_file_for_uis_resumes_bit_for_bit(train, kind):
     first = train("sd", *KINDS[kind], *MORE, out="first")

@@ -259,10 +259,10 @@ class AdapterTuning(Adaptation):
                 raise UserError(f"--lora_target_modules {' '.join(self.options.targets or [])}: {error}") from error
 
     def _load_adapters(self, source: Path) -> None:
-        """Creates the adapters of a file of any format.
+        """Creates the adapters of a file of any format, and fresh ones in modules that train but that it lacks.
 
         Raises:
-            UserError: if it is of another kind, or does not adapt exactly the modules that train.
+            UserError: if it is of another kind, or adapts modules that do not train.
         """
         is_given = Path(self.options.lora_weights or "") == source
         what = f"--lora_weights {source}" if is_given else f"the adapters {source}"
@@ -272,12 +272,25 @@ class AdapterTuning(Adaptation):
             for name in self.family.trainable_names()
             if ADAPTER in getattr(getattr(self.family.pipeline, name), "peft_config", {})
         }
-        if missing := sorted(set(self.modules) - adapted):
-            cure = "" if self.family.denoiser_name in missing else "; leave --train_text_encoder out"
-            raise UserError(f"{what} adapt no layer of {', '.join(missing)}{cure}")
         if untrained := sorted(adapted - set(self.modules)):
-            raise UserError(f"{what} adapt {', '.join(untrained)} too; add --train_text_encoder")
+            raise UserError(f"{what} adapt {', '.join(untrained)}; add --train_text_encoder")
+        if missing := [name for name in self.modules if name not in adapted]:
+            self._add_fresh(missing, what)
         self._set_dropout()
+
+    def _add_fresh(self, names: Sequence[str], what: str) -> None:
+        """Adds adapters without effect to modules, with the most frequent rank and alpha of the adapters of others."""
+        given = next(each.peft_config[ADAPTER] for name, each in self.modules.items() if name not in names)
+        for name in names:
+            config = self._config(self._targets(name))
+            for key in ("r", "lora_alpha", "alpha", "use_dora", "use_rslora"):
+                if hasattr(given, key):
+                    setattr(config, key, getattr(given, key))
+            self.modules[name].add_adapter(config, adapter_name=ADAPTER)
+        logger.warning(
+            "%s adapt no layer of %s: fresh adapters of rank %d and alpha %g train there, without effect at the start",
+            *(what, " and ".join(names), given.r, getattr(given, "lora_alpha", getattr(given, "alpha", given.r))),
+        )
 
     @abstractmethod
     def _set_dropout(self) -> None:
