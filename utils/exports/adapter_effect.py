@@ -106,7 +106,7 @@ def has_same_rows(update: UiUpdate, layer: AdapterLayer, weight: Tensor | None, 
 
 def _few(count: int, most: int) -> Tensor:
     """Returns at most so many of the first `count` numbers, evenly spaced."""
-    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64, device="cpu").round().long()
 
 
 def _numbers(role: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> tuple[int, Tensor]:

@@ -72,7 +72,7 @@ def exported_pipeline(family: Family, folder: Path, form: FolderForm, is_merged:
     arguments = _without_extras(family)
     if form.variant is not None:
         arguments["variant"] = form.variant
-    kind = family.pipeline_class()
+    kind = type(family.as_exported())
     return Exported(
         f"{folder.name}/", lambda: kind.from_pretrained(str(folder), **arguments), _closeness(form, is_merged)
     )

@@ -119,16 +119,16 @@ def updated(weight: Tensor, updates: Sequence[tuple[AdapterLayer, float]]) -> Te
         updates: pairs (update, strength); their order does not matter, since they are added in float64.
 
     Returns:
-        The weight, to be rounded once: as it is without updates of a strength, float32 with one, float64 with more.
+        The weight, to be rounded once: as it is without updates of a strength, float32 with one, float64 on the
+        CPU with more.
     """
     acting = [(layer, strength) for layer, strength in updates if strength]
     if not acting:
         return weight
     if len(acting) == 1:
         return acting[0][0].merged(weight, acting[0][1])
-    return weight.double() + sum(
-        strength * layer.change(weight).double().to(weight.device) for layer, strength in acting
-    )
+    changes = (strength * layer.change(weight).cpu().double() for layer, strength in acting)
+    return weight.cpu().double() + sum(changes)
 
 
 def is_same_adapter(layers: Sequence[AdapterLayer], others: Sequence[AdapterLayer]) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from utils.config.options import Diverged
 from utils.config.terminal import one_line
+from utils.config.user_files import FileError, read_text
 from utils.exports.streamed_check import check_written
 from utils.exports.tensor_check import Findings
 from utils.formats.modelspec import PREDICTIONS, modelspec, written_at
@@ -102,8 +103,7 @@ def write_licence(pipeline: StreamedPipeline, folder: Path, out: Path, merged: S
         merged: names of what was merged into it.
     """
     there = out / CARD
-    is_ours = there.is_file() and there.read_text(encoding="utf-8", errors="replace").endswith(CARD_END)
-    if os.path.lexists(there) and not is_ours:
+    if os.path.lexists(there) and not _is_tools_card(there):
         logger.info("%s stays as it is", there)
         return
     stated = licence_of(pipeline.folder) if pipeline.file is None else pipeline.file.metadata.get(LICENCE)
@@ -113,6 +113,14 @@ def write_licence(pipeline: StreamedPipeline, folder: Path, out: Path, merged: S
     made = f"merged from {', '.join(merged)}" if len(merged) > 1 else f"made from {source_name(pipeline)}"
     text = f"---\nlicense: {one_line(stated, 200)!r}\n---\n\nThis pipeline is {one_line(made)}{CARD_END}"
     write_text(folder / CARD, text)
+
+
+def _is_tools_card(file: Path) -> bool:
+    """Whether a file is a card that a tool wrote."""
+    try:
+        return read_text(file).text.endswith(CARD_END)
+    except (OSError, FileError):
+        return False
 
 
 def source_name(pipeline: StreamedPipeline) -> str:

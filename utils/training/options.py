@@ -66,6 +66,11 @@ class TrainedOptions:
     help_title: ClassVar[str] = "trained"
     train_text_encoder: ClassVar[bool] = False
 
+    @property
+    def start_path(self) -> str | None:
+        """The adapter to continue from; None if there is none."""
+        return None
+
     train_layers: str | None = option(
         None,
         "train only the weights whose names match this regular expression, such as attn2 for cross-attention",
@@ -172,6 +177,11 @@ class AdaptationOptions(TrainedOptions):
     export_fused: bool = option(
         False, "also save the pipeline with the LoRA fused into its weights, in output_dir/fused", resume=Resume.SAVING
     )
+
+    @property
+    def start_path(self) -> str | None:
+        """The adapter to continue from, --lora_weights."""
+        return self.lora_weights
 
     def __post_init__(self) -> None:
         require_positive(self, "rank", "lora_alpha")

@@ -143,7 +143,7 @@ class TrainingState:
         clip_skip, title = adaptation.family.clip_skip, result_name(folder)
         known = base_facts(options.model.pretrained_model_name_or_path, (edge, edge), clip_skip, title)
         adaptation.exporter = Exporter.of(options.export, known, folder)
-        given = (options.model.pretrained_model_name_or_path, options.adaptation.lora_weights)
+        given = (options.model.pretrained_model_name_or_path, options.adaptation.start_path)
         adaptation.exporter.sources = [Path(each) for each in given if each is not None]
         # Moving averages.
         if ema.use_ema:
