@@ -39,7 +39,7 @@ class TestSizes:
             image = image.convert(mode)
         try:
             content = encoded(image, kind, **options)
-        except (OSError, ValueError, TypeError, NotImplementedError):
+        except (OSError, ValueError, TypeError, NotImplementedError):  # PIL's encoders differ in what they raise
             pytest.skip("the format has no such mode")
         whole = read_rgb(content)
         monkeypatch.setattr(images, "FULL_PIXELS", 20_000)

@@ -211,7 +211,7 @@ def test_evaluation_clips_consistently(name, kind, overshoot, guidance):
             if name == "ddim"
             else plain_loop(unclipped(pipeline.scheduler), reference, EVALUATED, 8)
         )
-    except (NotImplementedError, ValueError):
+    except (NotImplementedError, ValueError):  # its schedulers raise one or the other
         pytest.skip("diffusers does not have it")
     found = evaluated(pipeline, num_inference_steps=8, guidance_scale=guidance)
     np.testing.assert_allclose(found, pixels(wanted), atol=3e-3)

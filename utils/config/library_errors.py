@@ -2,17 +2,11 @@
 
 import json
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
-if TYPE_CHECKING:
-    pass
-
-
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError)
-
-
 CONFIG_ERRORS = (
     *(TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError, NotImplementedError),
     *(RecursionError, OverflowError, AssertionError),

@@ -19,8 +19,9 @@ BASE_VERSIONS = {"stable-diffusion-v1": "sd_v1", "stable-diffusion-v2": "sd_v2"}
 BASE_VERSIONS |= {"stable-diffusion-xl-v1-base": "sdxl_base_v1-0"}
 """What sd-scripts calls a base model, by the beginning of its architecture in ModelSpec."""
 DORA_NOTE = (
-    "ComfyUI and Forge divide DoRA weights by the norm of the base's instead of the sum's, AUTOMATIC1111 takes the "
-    "norm over inputs instead of outputs, and diffusers reads it as a plain LoRA: they draw otherwise than the run"
+    "ComfyUI and Forge divide DoRA weights by the norm of the base weights instead of the sum, AUTOMATIC1111 takes the "
+    "norm over inputs instead of outputs, and diffusers loads the file as a plain LoRA, so their images differ from "
+    "the run's"
 )
 """Which tools do not compute DoRA as LyCORIS, sd-scripts and peft do; for the log and the model card."""
 
