@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.config.options import UserError, option, parse
-from utils.config.terminal import set_up_logging
+from utils.config.options import UserError, option
 from utils.runtime.hub_files import require_model
-from utils.tools.output_options import OutputOptions, begin, require_input, require_place
+from utils.tools.output_options import Job, OutputOptions, read_checked, require_input
 
 PURPOSE = "Converts a pipeline between a folder and a single file, or an adapter between diffusers' and the UIs' names."
 NAMES = {"source": "IN", "out": "OUT"}
@@ -59,16 +58,13 @@ class Options:
 
 
 def read_options(argv: Sequence[str] | None) -> Options:
-    """Reads the options and checks their combinations, before torch is loaded.
+    """Returns the checked options; see `read_checked`."""
+    return read_checked(Options, argv, PURPOSE, job_of)
 
-    Raises:
-        UserError: for an unknown flag, an invalid value, or an output that exists.
-    """
-    set_up_logging()
-    options: Options = parse(Options, argv, PURPOSE)
+
+def job_of(options: Options) -> Job:
+    """Returns what is converted, and to what."""
     asked = options.conversion
     is_file = {"single_file": True, "folder": False}.get(asked.to)
     read = [asked.source, asked.pipeline, asked.pipeline_config]
-    require_place(asked.out, read, is_file, options.output.overwrite)
-    begin(f"converting {asked.source} to {asked.out}")
-    return options
+    return Job(f"converting {asked.source}", read, asked.out, is_file)

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config.options import UserError, option, parse, require, require_positive
-from utils.config.terminal import set_up_logging
-from utils.tools.output_options import FILE, LORA_FORMATS, OutputOptions, begin, require_input, require_place
+from utils.config.options import UserError, option, require, require_positive
+from utils.tools.output_options import FILE, LORA_FORMATS, Job, OutputOptions, read_checked, require_input
 
 PURPOSE = "Extracts a LoRA from the difference between a tuned pipeline and its base."
 
@@ -54,14 +53,11 @@ class Options:
 
 
 def read_options(argv: Sequence[str] | None) -> Options:
-    """Reads the options and checks their combinations, before torch is loaded.
+    """Returns the checked options; see `read_checked`."""
+    return read_checked(Options, argv, PURPOSE, job_of)
 
-    Raises:
-        UserError: for an unknown flag, an invalid value, or an output that exists.
-    """
-    set_up_logging()
-    options: Options = parse(Options, argv, PURPOSE)
+
+def job_of(options: Options) -> Job:
+    """Returns what the LoRA is extracted from."""
     asked = options.extraction
-    require_place(asked.out or "", [asked.base, asked.tuned], None, options.output.overwrite)
-    begin(f"extracting a LoRA from {asked.tuned} to {asked.out}")
-    return options
+    return Job(f"extracting a LoRA from {asked.tuned}", [asked.base, asked.tuned], asked.out or "")

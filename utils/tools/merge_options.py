@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config.options import UserError, option, parse, require, require_positive
-from utils.config.terminal import set_up_logging
+from utils.config.options import UserError, option, require, require_positive
 from utils.models.scaled_adapters import ScaledAdapter, parse_adapters
-from utils.tools.output_options import FILE, LORA_FORMATS, OutputOptions, begin, require_input, require_place
+from utils.tools.output_options import FILE, LORA_FORMATS, Job, OutputOptions, read_checked, require_input
 
 PURPOSE = "Merges adapters into a pipeline's weights, or into one LoRA."
 
@@ -79,16 +78,13 @@ class Options:
 
 
 def read_options(argv: Sequence[str] | None) -> Options:
-    """Reads the options and checks their combinations, before torch is loaded.
+    """Returns the checked options; see `read_checked`."""
+    return read_checked(Options, argv, PURPOSE, job_of)
 
-    Raises:
-        UserError: for an unknown flag, an invalid value, or an output that exists.
-    """
-    set_up_logging()
-    options: Options = parse(Options, argv, PURPOSE)
+
+def job_of(options: Options) -> Job:
+    """Returns what is merged, and to what."""
     asked = options.merge
     read = [asked.pipeline, asked.pipeline_config, *(each.source for each in asked.adapters)]
     is_file = {"pipeline": False, "single_file": True}.get(asked.result)
-    require_place(asked.out or "", read, is_file, options.output.overwrite)
-    begin(f"merging {len(asked.adapters)} adapters with {asked.pipeline} to {asked.out}")
-    return options
+    return Job(f"merging {len(asked.adapters)} adapters with {asked.pipeline}", read, asked.out or "", is_file)

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.config.options import UserError, option, parse, require, require_positive
-from utils.config.terminal import set_up_logging
-from utils.tools.output_options import OutputOptions, begin, require_input, require_place
+from utils.config.options import UserError, option, require, require_positive
+from utils.tools.output_options import Job, OutputOptions, read_checked, require_input
 
 PURPOSE = "Writes a LoRA with a smaller rank, the nearest to its updates."
 NAMES = {"source": "IN", "out": "OUT"}
@@ -45,14 +44,11 @@ class Options:
 
 
 def read_options(argv: Sequence[str] | None) -> Options:
-    """Reads the options and checks their combinations, before torch is loaded.
+    """Returns the checked options; see `read_checked`."""
+    return read_checked(Options, argv, PURPOSE, job_of)
 
-    Raises:
-        UserError: for an unknown flag, an invalid value, or an output that exists.
-    """
-    set_up_logging()
-    options: Options = parse(Options, argv, PURPOSE)
+
+def job_of(options: Options) -> Job:
+    """Returns what is resized."""
     asked = options.resizing
-    require_place(asked.out, [asked.source, asked.pipeline], True, options.output.overwrite)
-    begin(f"resizing {asked.source} to {asked.out}")
-    return options
+    return Job(f"resizing {asked.source}", [asked.source, asked.pipeline], asked.out, is_file=True)
