@@ -4,7 +4,7 @@
 accelerate launch evaluate_pipeline.py --pipeline ... --prompts_file ... --reference ... --output_dir ...
 """
 
-from utils.config.first_checks import options_of, read_first
+from utils.config.first_checks import read_first, run_read
 from utils.evaluation.script_options import Options, read_options
 
 if __name__ == "__main__":
@@ -24,7 +24,7 @@ import numpy as np
 from accelerate.utils import gather_object
 from PIL import Image
 
-from utils.config.options import Stopped, UserError, as_record, first_line, leave, run_script, without_secrets
+from utils.config.options import Stopped, UserError, as_record, first_line, leave, without_secrets
 from utils.config.output_folder import check_writable
 from utils.config.terminal import json_text, one_line, print_line
 from utils.evaluation.findings import Entry, Findings
@@ -73,11 +73,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger("utils.evaluate_pipeline")
-
-
-def run(argv: Sequence[str] | None) -> None:
-    """Reads the options and runs the evaluation."""
-    evaluate(options_of(read_options, argv))
 
 
 def evaluate(options: Options) -> None:
@@ -443,7 +438,7 @@ def check_outcome(options: Options, entries: "Sequence[Entry]") -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script and returns its exit status."""
-    return run_script(run, argv)
+    return run_read(evaluate, read_options, argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 accelerate launch train_text_to_image.py --pretrained_model ... --train_data_dir ... --output_dir ...
 """
 
-from utils.config.first_checks import options_of, read_first
+from utils.config.first_checks import read_first, run_read
 from utils.training.text_to_image_options import Options, read_options
 
 if __name__ == "__main__":
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from utils.config.options import leave, run_script
+from utils.config.options import leave
 from utils.config.seeding import model_seed
 from utils.diffusion.process import process_of
 from utils.evaluation.while_training import TrainingEvaluation
@@ -186,14 +186,9 @@ def card_facts(options: Options, family: TextFamily) -> CardFacts:
     )
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """Reads the options and trains."""
-    train(options_of(read_options, argv))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script and returns its exit status."""
-    return run_script(run, argv)
+    return run_read(train, read_options, argv)
 
 
 if __name__ == "__main__":

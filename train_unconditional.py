@@ -4,7 +4,7 @@
 accelerate launch train_unconditional.py --train_data_dir ... --output_dir ...
 """
 
-from utils.config.first_checks import options_of, read_first
+from utils.config.first_checks import read_first, run_read
 from utils.training.unconditional_options import OWN_NAMES, Options, read_options
 
 if __name__ == "__main__":
@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from utils.config.options import leave, run_script
+from utils.config.options import leave
 from utils.config.seeding import model_seed
 from utils.diffusion.process import process_of
 from utils.evaluation.references import trained_images
@@ -155,14 +155,9 @@ def card_facts(options: Options, task: Task) -> CardFacts:
     return CardFacts(model, options.data_name, call=task.family.example_call(), tag=tag)
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """Reads the options and trains."""
-    train(options_of(read_options, argv))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script and returns its exit status."""
-    return run_script(run, argv, OWN_NAMES)
+    return run_read(train, read_options, argv, OWN_NAMES)
 
 
 if __name__ == "__main__":

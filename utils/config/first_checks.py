@@ -46,10 +46,26 @@ def end_silently_on_interrupts() -> None:
     sys.excepthook = end
 
 
-def options_of(read: Callable[[Sequence[str] | None], Read], argv: Sequence[str] | None) -> Read:
-    """Returns the options in `argv` (None: the command line), reusing those that `read_first` parsed."""
-    words = tuple(sys.argv[1:] if argv is None else argv)
-    return _read.pop(words, None) or read(argv)
+def run_read(
+    body: Callable[[Read], None],
+    read: Callable[[Sequence[str] | None], Read],
+    argv: Sequence[str] | None,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> int:
+    """Runs a script's body with its options, reusing those that `read_first` parsed; returns its exit status.
+
+    Args:
+        body: what the script does.
+        read: parses arguments into options.
+        argv: the arguments; None: those of the command line.
+        names: flag names of this script, as in `run_script`.
+    """
+
+    def run(argv: Sequence[str] | None) -> None:
+        words = tuple(sys.argv[1:] if argv is None else argv)
+        body(_read.pop(words, None) or read(argv))
+
+    return run_script(run, argv, names)
 
 
 def announce(sources: Mapping[str, str | None], output_dir: str | None, takes_used_folder: bool) -> None:

@@ -3,7 +3,7 @@
 python -m utils.tools.convert IN OUT --to folder|single_file|diffusers|kohya
 """
 
-from utils.config.first_checks import options_of, read_first
+from utils.config.first_checks import read_first, run_read
 from utils.tools.convert_options import ADAPTERS, NAMES, Options, read_options
 
 if __name__ == "__main__":
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.config.options import UserError, leave, run_script
+from utils.config.options import UserError, leave
 from utils.formats.adapter_files import LORA_FILE, PEFT_FILE, adapter_sources
 from utils.formats.adapter_names import split_name
 from utils.models.loading import loading, names_of
@@ -28,11 +28,6 @@ from utils.tools.checkpoints import AVERAGE, Checkpoint
 from utils.tools.results import source_name, write_pipeline
 
 logger = logging.getLogger("utils.tools.convert")
-
-
-def run(argv: Sequence[str] | None) -> None:
-    """Reads the options and converts."""
-    convert(options_of(read_options, argv))
 
 
 def convert(options: Options) -> None:
@@ -108,7 +103,7 @@ def convert_adapter(options: Options, checkpoint: Checkpoint | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool; returns its exit status."""
-    return run_script(run, argv, NAMES)
+    return run_read(convert, read_options, argv, NAMES)
 
 
 if __name__ == "__main__":

@@ -3,31 +3,23 @@
 python -m utils.tools.extract --base A --tuned B --out OUT --rank R
 """
 
-from utils.config.first_checks import options_of, read_first
+from utils.config.first_checks import read_first, run_read
 from utils.tools.extract_options import Options, read_options
 
 if __name__ == "__main__":
     # Answer --help and report invalid flags before torch is loaded.
     read_first(read_options)
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from utils.config.options import leave, run_script
+from utils.config.options import leave
 from utils.models.streamed_components import base_of_streamed
 from utils.models.streamed_pipeline import read_streamed
 from utils.tools.adapters import Adapter, form_of, write_adapter
 from utils.tools.extraction import check_alike, extract_layers, kept_metadata
 from utils.tools.results import source_name
-
-logger = logging.getLogger("utils.tools.extract")
-
-
-def run(argv: Sequence[str] | None) -> None:
-    """Reads the options and extracts."""
-    extract(options_of(read_options, argv))
 
 
 def extract(options: Options) -> None:
@@ -45,7 +37,7 @@ def extract(options: Options) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool; returns its exit status."""
-    return run_script(run, argv)
+    return run_read(extract, read_options, argv)
 
 
 if __name__ == "__main__":

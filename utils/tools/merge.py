@@ -3,7 +3,7 @@
 python -m utils.tools.merge --pipeline BASE --lora A=0.8 B=0.5 --out OUT
 """
 
-from utils.config.first_checks import options_of, read_first
+from utils.config.first_checks import read_first, run_read
 from utils.tools.merge_options import Options, read_options
 
 if __name__ == "__main__":
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.config.options import leave, run_script
+from utils.config.options import leave
 from utils.config.terminal import one_line
 from utils.models.adapter_layers import refuse_same
 from utils.models.streamed_components import base_of_streamed
@@ -24,11 +24,6 @@ from utils.tools.merging import merged_lora, merged_pipeline, updates_of
 from utils.tools.results import dtype_of, source_name, write_pipeline
 
 logger = logging.getLogger("utils.tools.merge")
-
-
-def run(argv: Sequence[str] | None) -> None:
-    """Reads the options and merges."""
-    merge(options_of(read_options, argv))
 
 
 def merge(options: Options) -> None:
@@ -60,7 +55,7 @@ def merge(options: Options) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool; returns its exit status."""
-    return run_script(run, argv)
+    return run_read(merge, read_options, argv)
 
 
 if __name__ == "__main__":

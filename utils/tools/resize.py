@@ -3,8 +3,8 @@
 python -m utils.tools.resize IN OUT --rank R
 """
 
-from utils.config.first_checks import options_of, read_first
-from utils.tools.resize_options import NAMES, Options, read_options
+from utils.config.first_checks import read_first, run_read
+from utils.tools.resize_options import NAMES, read_options
 
 if __name__ == "__main__":
     # Answer --help and report invalid flags before torch is loaded.
@@ -12,19 +12,13 @@ if __name__ == "__main__":
 
 from collections.abc import Sequence
 
-from utils.config.options import leave, run_script
+from utils.config.options import leave
 from utils.tools.resizing import resize
-
-
-def run(argv: Sequence[str] | None) -> None:
-    """Reads the options and resizes."""
-    options: Options = options_of(read_options, argv)
-    resize(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool; returns its exit status."""
-    return run_script(run, argv, NAMES)
+    return run_read(resize, read_options, argv, NAMES)
 
 
 if __name__ == "__main__":
