@@ -11,7 +11,7 @@ import torch
 from utils.config.file_names import result_name
 from utils.config.options import UserError
 from utils.exports.adapter_file_check import Expected, check_adapter
-from utils.formats.adapter_files import LORA_FILE, UI_FOLDER, AdapterLayer
+from utils.formats.adapter_files import KINDS, LORA_FILE, UI_FOLDER, AdapterLayer
 from utils.formats.adapter_metadata import DORA_NOTE, AdapterFacts, adapter_metadata
 from utils.formats.adapter_writer import write_diffusers, write_kohya
 from utils.formats.modelspec import PREDICTIONS, ModelFacts, written_at
@@ -158,7 +158,7 @@ def form_of(given: str | None, out: Path) -> str:
 def _check_form(adapter: Adapter, form: str) -> None:
     kinds = {layer.kind for layer in adapter.layers} - {"lora"}
     if kinds and form != "kohya":
-        shown = " and ".join({"loha": "LoHa", "lokr": "LoKr"}[kind] for kind in sorted(kinds))
+        shown = " and ".join(KINDS[kind] for kind in sorted(kinds))
         raise UserError(
             f"{adapter.what} has {shown} layers, for which diffusers has no format; give --to kohya, merge it into its "
             "base with python -m utils.tools.merge, or make a LoRA of it with python -m utils.tools.resize --to_lora"

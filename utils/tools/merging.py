@@ -10,7 +10,7 @@ from torch import Tensor
 
 from utils.config.options import UserError
 from utils.config.terminal import progress_bar
-from utils.formats.adapter_files import AdapterLayer, updated
+from utils.formats.adapter_files import KINDS, AdapterLayer, updated
 from utils.formats.streaming import StreamedTensor
 from utils.models.streamed_pipeline import StreamedPipeline, Weights
 from utils.tools.low_rank import Factors, factorize, relative_error, shortened
@@ -129,8 +129,8 @@ def merged_lora(pipeline: StreamedPipeline, updates: dict[Key, list[Update]], ra
 
 
 def _kind(update: Update) -> str:
-    kinds = {"lora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
-    return kinds[update.layer.kind]
+    """Returns what users call an update that is no plain LoRA."""
+    return "DoRA" if update.layer.kind == "lora" else KINDS[update.layer.kind]
 
 
 def _sum(base: StreamedTensor, updates: Sequence[Update]) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from utils.config.options import UserError
 from utils.config.terminal import progress_bar
-from utils.formats.adapter_files import AdapterLayer, adapter_sources
+from utils.formats.adapter_files import KINDS, AdapterLayer, adapter_sources
 from utils.formats.adapter_names import Component, LayerNames
 from utils.formats.tensor_files import TensorFile
 from utils.models.loading import loading, names_of
@@ -39,7 +39,7 @@ def resize(options: Options) -> None:
     adapter, form = read_in_its_names(asked.source, asked.pipeline)
     others = sorted({layer.kind for layer in adapter.layers} - {"lora"})
     if others and not asked.to_lora:
-        shown = " and ".join({"loha": "LoHa", "lokr": "LoKr"}[kind] for kind in others)
+        shown = " and ".join(KINDS[kind] for kind in others)
         raise UserError(
             f"{adapter.what} has {shown} layers, whose ranks mean something else; give --to_lora to make them LoRA"
         )
