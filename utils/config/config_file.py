@@ -7,11 +7,20 @@ from typing import Any
 
 from utils.config.options import UserError, parse_truth
 from utils.config.terminal import one_line
-from utils.config.user_files import FileError, parse_json, read_text
+from utils.config.user_files import FileError, parse_json, read_json, read_text
 from utils.config.yaml_files import YAML_LIMIT, parse_yaml
 
 RUN_RECORD = frozenset({"options", "versions"})
 """Keys by which the record of a run is recognized; its options are under the first."""
+
+
+def recorded_options(folder: Path) -> dict[str, object]:
+    """Returns the options in the record of a run, by the folder that it is in; empty if there is none to be read."""
+    try:
+        found = read_json(folder / "run.json")["options"]
+    except (OSError, FileError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Actions:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from utils.config.config_file import recorded_options
 from utils.config.options import UserError
-from utils.config.user_files import FileError, read_json
 from utils.evaluation.findings import scale_name
 from utils.evaluation.script_options import ComparisonOptions, Options
 from utils.sampling.pipeline_options import PipelineOptions
@@ -89,13 +89,10 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict[str
     # The pipeline that they were trained from.
     base = pipeline.pipeline
     if base is None:
-        try:
-            recorded = read_json(folder / "run.json")["options"]
-            base = recorded["pretrained_model_name_or_path"]
-            shared = shared | {"config": shared["config"] or recorded.get("pretrained_model_config")}
-        except (OSError, FileError, KeyError, TypeError):
-            base = None
-        base = base if isinstance(base, str) else None
+        recorded = recorded_options(folder)
+        shared = shared | {"config": shared["config"] or recorded.get("pretrained_model_config")}
+        named = recorded.get("pretrained_model_name_or_path")
+        base = named if isinstance(named, str) else None
         if base is None and (folder / "model_index.json").is_file():
             base = str(folder)  # trained from scratch: the exported pipeline has the parts that checkpoints lack
         if base is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from utils.config.config_file import recorded_options
 from utils.config.file_names import result_name
 from utils.config.options import UserError
 from utils.exports.adapter_file_check import Expected, check_adapter
@@ -22,7 +23,6 @@ from utils.models.loading import loading, names_of
 from utils.models.lora_files import read_checked
 from utils.models.streamed_components import AdapterBase, base_of_adapter, base_of_streamed
 from utils.models.streamed_pipeline import read_streamed
-from utils.tools.checkpoints import recorded_options
 from utils.tools.output_options import FILE, OutputOptions
 from utils.tools.places import staged
 from utils.tools.results import DATE, MERGED_FROM, OVERFLOW_CURE, PREDICTION, TITLE, dtype_of, report

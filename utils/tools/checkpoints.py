@@ -4,15 +4,15 @@ import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from utils.config.config_file import recorded_options
 from utils.config.options import UserError
-from utils.config.user_files import FileError, read_json
+from utils.config.user_files import read_json
 from utils.diffusion.options import NoiseOptions
 from utils.formats.adapter_files import LORA_FILE, PEFT_FILE
 from utils.models.streamed_pipeline import COMPONENT_CONFIG, StreamedPipeline, read_component, read_streamed
 
 logger = logging.getLogger(__name__)
 STATE = "training_state.json"
-RUN = "run.json"
 AVERAGE = "_ema"
 UNET_AVERAGE = "unet_ema"  # the folder of a LoRA's average
 
@@ -135,12 +135,3 @@ class Checkpoint:
     def _class_name(self, folder: Path) -> str:
         config = read_json(folder / COMPONENT_CONFIG)
         return str(config.get("_class_name") or (config.get("architectures") or [""])[0])
-
-
-def recorded_options(folder: Path) -> dict[str, object]:
-    """Returns the options in a run's record; empty if it has none."""
-    try:
-        found = read_json(folder / RUN)["options"]
-    except (OSError, FileError, KeyError, TypeError):
-        return {}
-    return found if isinstance(found, dict) else {}
