@@ -116,8 +116,8 @@ def evaluate(options: Options) -> None:
             invalid = on_main_process(
                 accelerator, lambda each=each, images=images: find_invalid(each, images, folder.path)
             )
-            entry = Entry(each.name, subject, scores, facts, invalid, seconds, each.step, each.scale)
-            entries.append(entry if each.images is not None else replace(entry, folder=f"images/{each.name}"))
+            place = "" if each.images is not None else f"images/{each.name}"
+            entries.append(Entry(each.name, subject, scores, facts, invalid, seconds, each.step, each.scale, place))
 
         # Report.
         findings = conclude(options, entries, training)

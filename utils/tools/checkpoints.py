@@ -59,9 +59,8 @@ class Checkpoint:
         Raises:
             UserError: if it has no average.
         """
-        if self.has_average and not ema:
-            logger.info("%s also has average weights, which --ema takes", self.path)
         if not ema:
+            self._offer_average()
             return self.path
         if (self.path / UNET_AVERAGE / LORA_FILE).is_file():
             return self.path / UNET_AVERAGE / LORA_FILE
@@ -102,11 +101,15 @@ class Checkpoint:
         if not parts:
             cure = "leave --ema out" if ema else "give another checkpoint"
             raise UserError(f"{what} has no {'average weights' if ema else 'models'} of its pipeline; {cure}")
-        if self.has_average and not ema:
-            logger.info("%s also has average weights, which --ema takes", self.path)
+        if not ema:
+            self._offer_average()
         schedule = {**pipeline.configs["scheduler"], **self._noise().scheduler_changes}
         configs = {**pipeline.configs, "scheduler": schedule}
         return replace(pipeline.with_parts(parts), configs=configs)
+
+    def _offer_average(self) -> None:
+        if self.has_average:
+            logger.info("%s also has average weights, which --ema takes", self.path)
 
     def _noise(self) -> NoiseOptions:
         """Returns the run's options of noise, which decide the schedule of the result."""

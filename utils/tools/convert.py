@@ -51,13 +51,13 @@ def convert(options: Options) -> None:
     if has_adapter:
         convert_adapter(options, checkpoint)
         return
-    if asked.pipeline is not None and checkpoint is None:
-        logger.warning("--pipeline has no effect: IN is a pipeline itself")
-    if checkpoint is not None:
-        pipeline = checkpoint.pipeline(asked.pipeline, asked.variant, asked.ema)
+    if checkpoint is None:
+        if asked.pipeline is not None:
+            logger.warning("--pipeline has no effect: IN is a pipeline itself")
+        pipeline, trained_from = read_streamed(asked.source, "--source", asked.variant), ()
     else:
-        pipeline = read_streamed(asked.source, "--source", asked.variant)
-    trained_from = () if checkpoint is None else (source_name(pipeline),)
+        pipeline = checkpoint.pipeline(asked.pipeline, asked.variant, asked.ema)
+        trained_from = (source_name(pipeline),)
     write_pipeline(pipeline, Path(asked.out), options.output, asked.pipeline_config, trained_from)
 
 
