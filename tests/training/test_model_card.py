@@ -11,9 +11,11 @@ from PIL import Image
 
 from utils.runtime.processes import LOCK
 from utils.sampling.samples import Sample
-from utils.training.card_facts import CardFacts, load_arguments
+from utils.training.card_facts import CardFacts
 from utils.training.card_files import is_own_card
+from utils.training.export_options import ExportOptions
 from utils.training.exported import ExportedFiles
+from utils.training.exporting import form_of
 from utils.training.model_card import publish, write_card
 from utils.training.options import HubOptions
 
@@ -138,7 +140,8 @@ def test_a_lora_in_the_names_of_uis_alone(folder):
     ],
 )
 def test_what_to_pass_when_loading(dtype, variant, arguments):
-    assert load_arguments(dtype, variant) == arguments
+    options = ExportOptions(export_dtype=dtype, export_variant=variant)
+    assert form_of(options).load_arguments == arguments
 
 
 @pytest.mark.parametrize(

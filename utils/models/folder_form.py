@@ -40,8 +40,9 @@ class FolderForm:
 
     @property
     def load_arguments(self) -> str:
-        """Arguments that `from_pretrained` needs besides the folder, as Python code; empty if it needs none."""
-        return "" if self.variant is None else f'variant="{self.variant}"'
+        """Arguments with which `from_pretrained` loads the folder as it is, as Python code; empty if it needs none."""
+        dtype = [] if self.dtype == torch.float32 else [f"torch_dtype={self.dtype}"]
+        return ", ".join([*dtype, *([f'variant="{self.variant}"'] if self.variant else [])])
 
 
 FLOAT32 = FolderForm()

@@ -56,17 +56,6 @@ class CardFacts:
         return self.adaptation != "full"
 
 
-def load_arguments(dtype: str, variant: str | None) -> str:
-    """Returns the arguments with which diffusers loads an exported folder: its dtype, unless float32, and variant.
-
-    Args:
-        dtype: fp32, fp16 or bf16.
-    """
-    names = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
-    given = [f"torch_dtype={names[dtype]}"] if dtype in names else []
-    return ", ".join([*given, *([f"variant={quoted(variant)}"] if variant else [])])
-
-
 def quoted(text: str) -> str:
     """Returns a text as a Python string literal that can't end a Markdown code block."""
     return json_text(text).replace("`", "\\u0060")

@@ -58,11 +58,6 @@ class Exporter:
         name = file_name_of(output_dir) if options.export_single_file else None
         return cls(form_of(options), name, facts, options.export_check)
 
-    @property
-    def load_arguments(self) -> str:
-        """Arguments that `from_pretrained` needs beside the folder of the result, as Python code; may be empty."""
-        return self.form.load_arguments
-
     def save(self, family: Family, folder: Path, modules: Mapping[str, nn.Module]) -> None:
         """Writes a pipeline with these modules, and its single file if that is asked for; then checks the weights.
 
@@ -199,5 +194,5 @@ def check_export(options: ExportOptions, family: Family) -> None:
             "--export_dtype fp16: the VAE overflows when it draws in fp16 (force_upcast); diffusers and most tools "
             "therefore run it in float32 or bf16"
         )
-    if arguments := form_of(options).load_arguments:
-        logger.info("load the result with from_pretrained(..., %s)", arguments)
+    if options.export_variant is not None:
+        logger.info('load the result with from_pretrained(..., variant="%s")', options.export_variant)

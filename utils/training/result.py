@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from utils.config.options import Diverged, WrongExport
 from utils.sampling.samples import Sample
-from utils.training.card_facts import CardFacts, load_arguments
+from utils.training.card_facts import CardFacts
 from utils.training.data import TrainingData
 from utils.training.description import card_settings
 from utils.training.exchange import record_outcome
@@ -64,7 +64,7 @@ def finish(
     if session.accelerator.is_main_process:
         whole = replace(
             facts,
-            load_arguments=load_arguments(options.export.export_dtype, options.export.export_variant),
+            load_arguments=state.adaptation.exporter.form.load_arguments,
             settings=card_settings(options, data, state.step),
             verdict=state.verdict,
             failures=[wrong] if wrong else [],
