@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import message
 from tests.text_runs import SHORT as STEPS
-from utils.config.file_names import result_name
+from utils.config.file_names import file_name_of, result_name
 from utils.exports import drawing
 from utils.models import pipeline_files, single_file_writer
 from utils.runtime.processes import LOCK
@@ -20,7 +20,7 @@ from utils.sampling.infotext import DrawnModel, single_file_of
 from utils.training import exporting
 from utils.training.adapter_export import UiExport
 from utils.training.exported import ExportedFiles
-from utils.training.exporting import file_name_of
+from utils.training.outdated import remove_outdated
 
 SHORT = (*STEPS, "--export_check")
 
@@ -181,7 +181,7 @@ def test_the_file_of_an_earlier_export_does_not_stay(train, tmp_path):
     train("sd", *SHORT, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
     assert not (out / FILE).exists()
     (out / FILE).write_bytes(b"mine")
-    exporting.Exporter().remove_outdated(out)
+    remove_outdated(out, [], [], [])
     assert (out / FILE).read_bytes() == b"mine"
 
 

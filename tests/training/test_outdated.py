@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils.runtime.atomic_files import mark_as_own
-from utils.training.outdated import remove_outdated_adapters
+from utils.training.outdated import remove_outdated
 
 LORA, UI, FUSED = "pytorch_lora_weights.safetensors", "ui/out.safetensors", "fused/model_index.json"
 PEFT = ("unet/adapter_model.safetensors", "unet/adapter_config.json")
@@ -42,18 +42,18 @@ def left(folder) -> set[str]:
     ],
 )
 def test_only_what_was_written_stays(out, caplog, written, stays):
-    remove_outdated_adapters(out, written, ["unet", "text_encoder"], [])
+    remove_outdated(out, written, ["unet", "text_encoder"], [])
     assert left(out) == {*stays, "unet/mine.txt", "ui/mine.safetensors"}
     assert len(caplog.records) == (len(stays) < 5)
 
 
 def test_what_no_export_wrote_or_the_run_reads_stays(out):
     save_file({"a": torch.ones(1)}, out / LORA)
-    remove_outdated_adapters(out, ["ui", "unet"], ["unet"], [out / "fused"])
+    remove_outdated(out, ["ui", "unet"], ["unet"], [out / "fused"])
     assert {LORA, FUSED} <= left(out)
     (out / ".not_training_data").unlink()
     before = left(out)
-    remove_outdated_adapters(out, [], ["unet"], [])
+    remove_outdated(out, [], ["unet"], [])
     assert left(out) == before, "no run's folder"
 
 

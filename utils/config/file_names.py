@@ -5,6 +5,7 @@ from pathlib import Path
 
 SCHEDULER_CONFIG = "scheduler_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+FUSED = "fused"  # folder of the base pipeline with an adapter merged in
 ENDING = ".safetensors"
 SEPARATORS = re.compile(r"[:<>/\\]")  # A1111 splits <lora:name:weight> at the first three; others end folders
 FALLBACK = "model"  # name of a result in the root of a file system
@@ -20,3 +21,8 @@ def result_name(folder: Path) -> str:
     while name.lower().endswith(ENDING):
         name = name[: -len(ENDING)]
     return SEPARATORS.sub("_", name) or FALLBACK
+
+
+def file_name_of(folder: Path) -> str:
+    """Returns the name of the single file, and of the file for UIs, of the result in a folder."""
+    return f"{result_name(folder)}{ENDING}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from PIL.PngImagePlugin import PngInfo
 
-from utils.config.file_names import ENDING, result_name
+from utils.config.file_names import file_name_of, result_name
 from utils.config.terminal import json_text
 from utils.config.user_files import FileError, open_regular
 from utils.runtime.processes import began_at
@@ -137,7 +137,7 @@ def base_name(path: str) -> str:
 
 def single_file_of(folder: Path) -> Path | None:
     """Returns the single file that a run exported into its folder, which has the folder's name; None without it."""
-    file = folder / f"{result_name(folder)}{ENDING}"
+    file = folder / file_name_of(folder)
     return file if file.is_file() else None
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from utils.config.file_names import LORA_FILE
+from utils.config.file_names import FUSED, LORA_FILE
 from utils.config.options import UserError, first_line, require
 from utils.config.tensor_files import read_safetensors
 from utils.formats.adapter_files import PEFT_FILE
@@ -412,7 +412,7 @@ class AdapterTuning(Adaptation):
 
     def _save_fused(self, pipeline: "DiffusionPipeline", folder: Path) -> None:
         """Writes the pipeline to `fused/`, with the adapters merged into its adapted modules."""
-        self.exporter.save(self.family, folder / "fused", {name: getattr(pipeline, name) for name in self.modules})
+        self.exporter.save(self.family, folder / FUSED, {name: getattr(pipeline, name) for name in self.modules})
 
 
 class PeftAdaptation(AdapterTuning):

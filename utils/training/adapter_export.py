@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from utils.config.file_names import LORA_FILE
+from utils.config.file_names import ENDING, LORA_FILE
 from utils.exports.adapter_check import check_adapter_files
 from utils.exports.diffusers_reading import misread_layers
 from utils.formats.adapter_files import UI_FOLDER, AdapterLayer
@@ -38,7 +38,7 @@ class UiExport:
 
     def file(self, folder: Path) -> Path:
         """Returns its path in an output folder."""
-        return folder / UI_FOLDER / f"{self.name}.safetensors"
+        return folder / UI_FOLDER / f"{self.name}{ENDING}"
 
 
 @dataclass

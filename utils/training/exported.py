@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from utils.config.file_names import ENDING, LORA_FILE, result_name
+from utils.config.file_names import FUSED, LORA_FILE, file_name_of
+from utils.formats.adapter_files import UI_FOLDER
 from utils.runtime.processes import began_at
 from utils.sampling.infotext import single_file_of
 
@@ -35,7 +36,7 @@ class ExportedFiles:
     @classmethod
     def of_run(cls, folder: Path) -> Self:
         """Returns what the run that holds an output folder has written into it; warns of what earlier runs left."""
-        fused, ui = folder / "fused", folder / "ui" / f"{result_name(folder)}{ENDING}"
+        fused, ui = folder / FUSED, folder / UI_FOLDER / file_name_of(folder)
         lora = folder / LORA_FILE
         is_fused = _is_new(fused / "model_index.json", folder)
         singles = [each for each in sorted(fused.glob("*.safetensors")) if is_fused and _is_new(each, folder)]

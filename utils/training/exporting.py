@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import nn
 
-from utils.config.file_names import ENDING, result_name
+from utils.config.file_names import file_name_of
 from utils.config.terminal import one_line
 from utils.exports.drawing import Reference
 from utils.exports.frozen_check import check_frozen
@@ -20,7 +19,6 @@ from utils.models.single_file_writer import FileFacts, check_has_original, licen
 from utils.training.export_options import ExportOptions
 
 logger = logging.getLogger(__name__)
-OURS = "modelspec.sai_model_spec"
 ASIDE, RESULT = ".tmp-", "."
 
 
@@ -119,20 +117,6 @@ class Exporter:
             where = "" if place == RESULT else f" in {place}/"
             logger.info("checked the exported adapter%s: %s are the run's weights, bit for bit", where, said)
 
-    def remove_outdated(self, folder: Path) -> None:
-        """Removes the single file of an earlier export, which holds other weights than the folder now."""
-        file = folder / file_name_of(folder)
-        if self.file_name is not None or not file.is_file():
-            return
-        try:
-            with TensorFile(file) as opened:
-                is_ours = OURS in opened.metadata
-        except (OSError, ValueError, SafetensorError):
-            return
-        if is_ours:
-            logger.warning("removed %s: it holds the weights of an earlier export", file)
-            file.unlink()
-
 
 def _place(folder: Path) -> str:
     """Returns the folder's name in the output folder, in place of its name while it is written."""
@@ -146,11 +130,6 @@ def _place(folder: Path) -> str:
 def form_of(options: ExportOptions) -> FolderForm:
     """Returns the form of the exported folder."""
     return FolderForm(NAMES_OF_DTYPES[options.export_dtype], options.export_variant, options.max_shard_size)
-
-
-def file_name_of(output_dir: Path) -> str:
-    """Returns the name of the single file of a result."""
-    return f"{result_name(output_dir)}{ENDING}"
 
 
 def base_facts(base: str | None, resolution: tuple[int, int] | None, clip_skip: int | None, title: str) -> FileFacts:

@@ -1,4 +1,4 @@
-"""Removes what an earlier export left of an adapter, which holds other weights than the new result beside it."""
+"""Removes what an earlier export left in an output folder, which holds other weights than the new result beside it."""
 
 import logging
 import shutil
@@ -7,20 +7,19 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from utils.config.file_names import LORA_FILE
+from utils.config.file_names import FUSED, LORA_FILE, file_name_of
 from utils.config.tensor_files import open_safetensors
 from utils.formats.adapter_files import METADATA_KEY, PEFT_CONFIG, PEFT_FILE, UI_FOLDER
 from utils.runtime.atomic_files import MARKER
-from utils.training.exporting import OURS, file_name_of
 
 logger = logging.getLogger(__name__)
-FUSED = "fused"
+OURS = "modelspec.sai_model_spec"  # in the header of each file for UIs, of pipelines and of adapters
 
 
-def remove_outdated_adapters(
+def remove_outdated(
     folder: Path, written: Collection[str], components: Collection[str], sources: Collection[Path]
 ) -> None:
-    """Removes the forms of an adapter that a result does not have, but that an earlier export wrote to its folder.
+    """Removes the forms that a result does not have, but that an earlier export wrote to its folder.
 
     Only files with the names and marks of exports are removed, in a folder that a run wrote.
 
@@ -54,15 +53,17 @@ def remove_outdated_adapters(
 
 
 def _forms(folder: Path, written: Collection[str], components: Collection[str]) -> list[Path]:
-    """Returns files and folders of an adapter that earlier exports wrote and the last one did not."""
-    found = []
+    """Returns files and folders that earlier exports wrote and the last one did not."""
+    found, name = [], file_name_of(folder)
+    if name not in written and _has_mark(folder / name, OURS):
+        found.append(folder / name)
     if LORA_FILE not in written and _has_mark(folder / LORA_FILE, METADATA_KEY):
         found.append(folder / LORA_FILE)
-    ui = folder / UI_FOLDER / file_name_of(folder)
+    ui = folder / UI_FOLDER / name
     if UI_FOLDER not in written and _has_mark(ui, OURS):
         found.append(ui)
-    for name in sorted(set(components) - set(written)):
-        pair = [folder / name / PEFT_FILE, folder / name / PEFT_CONFIG]
+    for component in sorted(set(components) - set(written)):
+        pair = [folder / component / PEFT_FILE, folder / component / PEFT_CONFIG]
         if all(each.is_file() for each in pair):
             found += pair
     fused = folder / FUSED

@@ -46,7 +46,7 @@ from utils.training.log import Skips
 from utils.training.optimizer_options import OptimizerOptions
 from utils.training.optimizers import NamedParameter, build_optimizer, set_learning_rate, unwrapped
 from utils.training.options import TrainingOptions
-from utils.training.outdated import remove_outdated_adapters
+from utils.training.outdated import remove_outdated
 from utils.training.per_parameter import PerParameter
 from utils.training.posthoc_ema import AverageLengths
 from utils.training.session import Session
@@ -355,10 +355,9 @@ class TrainingState:
 
         def tidy(written: Collection[str]) -> None:
             components, sources = adaptation.family.trainable_names(), adaptation.exporter.sources
-            remove_outdated_adapters(folder, written, components, sources)
+            remove_outdated(folder, written, components, sources)
 
         on_main_process(self.accelerator, partial(_write_result, self.exporting(), folder, tidy))
-        on_main_process(self.accelerator, partial(adaptation.exporter.remove_outdated, folder))
 
     def release(self) -> None:
         """Frees the memory of training, once nothing is trained, exported or drawn with its weights any more."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from utils.config.file_names import FUSED
 from utils.config.terminal import one_line
 from utils.exports.drawing import (
     Exported,
@@ -83,7 +84,7 @@ def _exported(session: Session, state: TrainingState) -> Iterator[Exported]:
     """Yields what the result consists of, to draw from."""
     adaptation = state.adaptation
     exporter, family, folder = adaptation.exporter, adaptation.family, session.folder.path
-    for place in (RESULT, "fused"):
+    for place in (RESULT, FUSED):
         if place not in exporter.places:
             continue
         is_merged, path = place != RESULT, folder / place
