@@ -32,8 +32,7 @@ class Exporter:
         facts: what the single file says about itself.
         is_checked: whether to read back what was written.
         faults: what is wrong in the last export of each kind, by the name of its folder; empty if all is right.
-        checked: what was compared, in words, by the name of its folder.
-        places: names of the folders that were written, in order; that of the result is ".".
+        checked: what was compared, in words, by the name of its folder; that of the result is ".".
         reference: an image by the exported weights, to compare with images by the files.
         sources: files and folders that the run reads, which no export removes.
         misread: the layers of the file for UIs that diffusers reads in another way; None before the first export.
@@ -45,7 +44,6 @@ class Exporter:
     is_checked: bool = True
     faults: dict[str, list[str]] = field(default_factory=dict)
     checked: dict[str, str] = field(default_factory=dict)
-    places: list[str] = field(default_factory=list)
     reference: Reference | None = None
     sources: list[Path] = field(default_factory=list)
     misread: list[str] | None = None
@@ -63,15 +61,13 @@ class Exporter:
             UserError: if it can't be written in the original layout.
             OSError: if it can't be written.
         """
-        place = _place(folder)
-        self.places.append(place)
         family.save_pipeline(folder, self.form, **modules)
         if self.file_name is not None:
             write_single_file(folder, folder / self.file_name, self.facts, None, self.form.variant)
         if self.is_checked:
-            self._check(family, folder, place, modules)
+            self._check(family, folder, modules)
 
-    def _check(self, family: Family, folder: Path, place: str, modules: Mapping[str, nn.Module]) -> None:
+    def _check(self, family: Family, folder: Path, modules: Mapping[str, nn.Module]) -> None:
         # The folder: what was trained, and the rest.
         in_folder, in_file = check_folder(folder, modules, self.form), Findings()
         frozen = check_frozen(folder, family, modules, self.form)
@@ -92,13 +88,8 @@ class Exporter:
                 left_out,
             )
             said += f"; not compared: {left_out}"
-        self.faults[place] = in_folder.faults + in_file.faults
-        self.checked[place] = said
-        for fault in self.faults[place]:
-            logger.error("the exported pipeline is wrong: %s", one_line(fault, 500))
-        if not self.faults[place]:
-            where = "" if place == RESULT else f" in {place}/"
-            logger.info("checked the exported pipeline%s: %s are the run's weights, bit for bit", where, said)
+        place = _place(folder)
+        self._note("pipeline", place, place, in_folder.faults + in_file.faults, said)
 
     def note_adapter(self, folder: Path, faults: list[str], said: str) -> None:
         """Notes what the check of an adapter's files has found, for the log and the end of the run.
@@ -109,13 +100,15 @@ class Exporter:
             said: what was compared, in words.
         """
         place = _place(folder)
-        key = "adapter" if place == RESULT else f"{place}: adapter"
+        self._note("adapter", "adapter" if place == RESULT else f"{place}: adapter", place, faults, said)
+
+    def _note(self, what: str, key: str, place: str, faults: list[str], said: str) -> None:
         self.faults[key], self.checked[key] = faults, said
         for fault in faults:
-            logger.error("the exported adapter is wrong: %s", one_line(fault, 500))
+            logger.error("the exported %s is wrong: %s", what, one_line(fault, 500))
         if not faults:
             where = "" if place == RESULT else f" in {place}/"
-            logger.info("checked the exported adapter%s: %s are the run's weights, bit for bit", where, said)
+            logger.info("checked the exported %s%s: %s are the run's weights, bit for bit", what, where, said)
 
 
 def _place(folder: Path) -> str:

@@ -85,7 +85,7 @@ def _exported(session: Session, state: TrainingState) -> Iterator[Exported]:
     adaptation = state.adaptation
     exporter, family, folder = adaptation.exporter, adaptation.family, session.folder.path
     for place in (RESULT, FUSED):
-        if place not in exporter.places:
+        if place not in exporter.checked:
             continue
         is_merged, path = place != RESULT, folder / place
         yield exported_pipeline(family, path, exporter.form, is_merged)
