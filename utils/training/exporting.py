@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from utils.config.file_names import file_name_of
+from utils.config.file_names import file_name_of, result_name
 from utils.config.terminal import one_line
 from utils.exports.drawing import Reference
 from utils.exports.frozen_check import check_frozen
@@ -17,6 +17,7 @@ from utils.models.base import Family
 from utils.models.folder_form import FLOAT32, NAMES_OF_DTYPES, FolderForm
 from utils.models.single_file_writer import FileFacts, check_has_original, licence_of, write_single_file
 from utils.training.export_options import ExportOptions
+from utils.training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
 ASIDE, RESULT = ".tmp-", "."
@@ -49,10 +50,18 @@ class Exporter:
     misread: list[str] | None = None
 
     @classmethod
-    def of(cls, options: ExportOptions, facts: FileFacts, output_dir: Path) -> "Exporter":
-        """Returns the exporter of a run."""
-        name = file_name_of(output_dir) if options.export_single_file else None
-        return cls(form_of(options), name, facts, options.export_check)
+    def of(cls, options: TrainingOptions, output_dir: Path, edge: int, clip_skip: int | None) -> "Exporter":
+        """Returns the exporter of a run.
+
+        Args:
+            edge: edge of the training images in pixels.
+            clip_skip: layers of the text encoder that are skipped.
+        """
+        base, export = options.model.pretrained_model_name_or_path, options.export
+        name = file_name_of(output_dir) if export.export_single_file else None
+        facts = base_facts(base, (edge, edge), clip_skip, result_name(output_dir))
+        sources = [Path(each) for each in (base, options.adaptation.start_path) if each is not None]
+        return cls(form_of(export), name, facts, export.export_check, sources=sources)
 
     def save(self, family: Family, folder: Path, modules: Mapping[str, nn.Module]) -> None:
         """Writes a pipeline with these modules, and its single file if that is asked for; then checks the weights.

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from utils.config.file_names import result_name
 from utils.config.options import UserError, first_line, require
 from utils.config.progress import Progress
 from utils.config.tensor_files import read_safetensors
@@ -40,7 +39,7 @@ from utils.training.checkpoint import (
 )
 from utils.training.data import TrainingData
 from utils.training.ema import MovingAverage
-from utils.training.exporting import Exporter, base_facts
+from utils.training.exporting import Exporter
 from utils.training.learning_rates import LearningRates
 from utils.training.log import Skips
 from utils.training.optimizer_options import OptimizerOptions
@@ -139,12 +138,8 @@ class TrainingState:
         # an engine that shards weights has replaced the parameters
         named = adaptation.named_parameters(rates.optimizer)
         # The form of the result.
-        folder, edge = session.folder.path, data.resolution
-        clip_skip, title = adaptation.family.clip_skip, result_name(folder)
-        known = base_facts(options.model.pretrained_model_name_or_path, (edge, edge), clip_skip, title)
-        adaptation.exporter = Exporter.of(options.export, known, folder)
-        given = (options.model.pretrained_model_name_or_path, options.adaptation.start_path)
-        adaptation.exporter.sources = [Path(each) for each in given if each is not None]
+        clip_skip = adaptation.family.clip_skip
+        adaptation.exporter = Exporter.of(options, session.folder.path, data.resolution, clip_skip)
         # Moving averages.
         if ema.use_ema:
             limit = f"be at most the run's {facts.total_steps} optimizer steps"
