@@ -214,7 +214,7 @@ class OutputFolder:
             refuse_used(self.path)
         self._refuse_pictures()
         with suppress(OSError):
-            os.utime(self.path / LOCK)  # see `began_at`
+            os.utime(self.path / LOCK)  # see `is_of_run`
         try:
             mark_as_own(self.path)
         except OSError as error:
@@ -269,15 +269,16 @@ class OutputFolder:
         self._lock.release()
 
 
-def began_at(folder: Path) -> int:
-    """Returns when the run that holds an output folder began, in ns by the clock of its file system; 0 if none does.
+def is_of_run(file: Path, folder: Path) -> bool:
+    """Whether a file was written since the run that holds an output folder began; True if none holds it.
 
-    Files of the folder with an earlier time of modification are of earlier runs.
+    The times are those of the folder's file system.
     """
     try:
-        return (folder / LOCK).stat().st_mtime_ns
+        began = (folder / LOCK).stat().st_mtime_ns
     except OSError:
-        return 0
+        began = 0
+    return file.stat().st_mtime_ns >= began
 
 
 def write_json(path: Path, value: object) -> None:

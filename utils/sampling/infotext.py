@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from utils.config.file_names import file_name_of, result_name
 from utils.config.terminal import json_text
 from utils.config.user_files import FileError, open_regular
-from utils.runtime.processes import began_at
+from utils.runtime.processes import is_of_run
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -81,7 +81,7 @@ class DrawnModel:
     def exported(self, folder: Path) -> "DrawnModel":
         """Returns the same model with the single file that the current run has exported into its folder, if it did."""
         file = single_file_of(folder)
-        is_new = file is not None and file.stat().st_mtime_ns >= began_at(folder)
+        is_new = file is not None and is_of_run(file, folder)
         return replace(self, file=file) if is_new and not self.adapters else self
 
     @property

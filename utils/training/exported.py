@@ -7,7 +7,7 @@ from typing import Self
 
 from utils.config.file_names import FUSED, LORA_FILE, file_name_of
 from utils.formats.adapter_files import UI_FOLDER
-from utils.runtime.processes import began_at
+from utils.runtime.processes import is_of_run
 from utils.sampling.infotext import single_file_of
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def _is_new(file: Path, folder: Path) -> bool:
     """Whether a file was written since the current run began; warns of an older one."""
     if not file.is_file():
         return False
-    is_new = file.stat().st_mtime_ns >= began_at(folder)
+    is_new = is_of_run(file, folder)
     if not is_new:
         logger.warning("%s is of an earlier run: the model card does not name it, and it is not uploaded", file)
     return is_new
