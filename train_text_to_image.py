@@ -170,7 +170,6 @@ def card_facts(options: Options, family: TextFamily) -> CardFacts:
         model.pretrained_model_name_or_path,
         options.data_name,
         adaptation.adaptation,
-        is_dora=adaptation.use_dora,
         pipeline_class=family.pipeline_class_name,
         base_arguments={
             "revision": model.revision,

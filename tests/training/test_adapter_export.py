@@ -68,6 +68,7 @@ def test_a_run_continues_from_what_another_exported_for_uis(train, checked, base
     one, other = load_file(file), load_file(second / "ui" / "second.safetensors")
     assert set(one) == set(other)
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert ("This adapter is a DoRA" in (second / "README.md").read_text(encoding="utf-8")) == (kind == "dora")
 
 
 def test_the_file_says_what_it_was_trained_on(train, pipelines, tmp_path):

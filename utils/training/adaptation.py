@@ -80,6 +80,11 @@ class Adaptation(ABC):
         """Whether the result contains a file for `load_lora_weights`."""
         return False
 
+    @property
+    def is_dora(self) -> bool:
+        """Whether the result is a DoRA."""
+        return False
+
     def lora_for_uis(self, folder: Path) -> Path | None:
         """Returns the file for UIs in a result, if diffusers reads all of it too; None otherwise."""
         return None
@@ -516,12 +521,16 @@ class LowRankAdaptation(AdapterTuning):
         """Whether `pytorch_lora_weights.safetensors` is written."""
         return self.options.lora_format != "kohya"
 
+    @property
+    def is_dora(self) -> bool:
+        """Whether layers have magnitudes: by --use_dora, or as in the file of --lora_weights."""
+        return any(module.peft_config[ADAPTER].use_dora for module in self.modules.values())
+
     def lora_for_uis(self, folder: Path) -> Path | None:
         """See `Adaptation.lora_for_uis`: diffusers reads no DoRA in the names of UIs, nor every layer's alpha."""
         if self.exporter.misread:
             return None
-        is_dora = any(module.peft_config[ADAPTER].use_dora for module in self.modules.values())
-        file = None if self.ui is None or is_dora else self.ui.file(folder)
+        file = None if self.ui is None or self.is_dora else self.ui.file(folder)
         return file if file is not None and file.is_file() else None
 
     def _make_adapters(self, start: Path | None) -> None:

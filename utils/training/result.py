@@ -64,6 +64,7 @@ def finish(
     if session.accelerator.is_main_process:
         whole = replace(
             facts,
+            is_dora=state.adaptation.is_dora,
             load_arguments=state.adaptation.exporter.form.load_arguments,
             settings=card_settings(options, data, state.step),
             verdict=state.verdict,
