@@ -30,6 +30,13 @@ def weights(pipeline) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
 
 
+def read(pipeline, file):
+    from utils.models.adapter_components import components_of
+    from utils.models.lora_files import read_checked
+
+    return read_checked(file, components_of(pipeline), "--lora x").layers
+
+
 def noise_of(pipeline) -> torch.Tensor:
     torch.manual_seed(0)
     latents, states = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 32)
@@ -40,12 +47,11 @@ def noise_of(pipeline) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "dora of diffusers"])
 def test_a_strength_of_1_is_the_adapter_and_0_the_base(files, pipeline, kind):
     from utils.models.adapter_layers import MergedAdapters
-    from utils.models.lora_files import read_layers
 
     base, plain = weights(pipeline), noise_of(pipeline)
     file, adapted = files[kind]
     adapters = MergedAdapters(pipeline)
-    adapters.add("a", read_layers(pipeline, str(file), "--lora x").layers)
+    adapters.add("a", read(pipeline, file))
     assert torch.equal(noise_of(pipeline), plain)
     adapters.set_strengths({"a": 1.0})
     wanted = noise_of(adapted.pipeline)
@@ -61,11 +67,10 @@ def test_a_strength_of_1_is_the_adapter_and_0_the_base(files, pipeline, kind):
 
 def test_adapters_of_several_kinds_add_up_whatever_was_set_before(files, pipeline):
     from utils.models.adapter_layers import MergedAdapters
-    from utils.models.lora_files import read_layers
 
     adapters = MergedAdapters(pipeline)
     for kind in ("lora", "loha", "lokr"):
-        adapters.add(kind, read_layers(pipeline, str(files[kind][0]), "--lora x").layers)
+        adapters.add(kind, read(pipeline, files[kind][0]))
     strengths = {"lora": 0.5, "loha": 0.5, "lokr": 0.5}
     adapters.set_strengths(strengths)
     first = noise_of(pipeline)
@@ -93,10 +98,9 @@ def test_adapters_add_precisely_and_are_rounded_once(files, pipeline):
 
 def test_dora_is_relative_to_the_base_in_any_order_and_as_the_tools_merge_it(files, pipeline):
     from utils.models.adapter_layers import MergedAdapters, base_of, modules_of
-    from utils.models.lora_files import read_layers
 
     strengths = {"lora": 0.5, "dora": 0.75, "loha": -1.5}
-    layers = {kind: read_layers(pipeline, str(files[kind][0]), "--lora x").layers for kind in strengths}
+    layers = {kind: read(pipeline, files[kind][0]) for kind in strengths}
     changed = [layer for layer in layers["dora"] if layer.component == "unet"]
     base = [base_of(module).weight.detach().clone() for module in modules_of(pipeline, changed)]
     found = []

@@ -89,18 +89,6 @@ def kinds_of(source: str, family: type[TextFamily], what: str) -> set[str]:
     return {kind for mark, kind in marks.items() if any(role.startswith(mark) for role in roles)}
 
 
-def read_layers(pipeline: "DiffusionPipeline", source: str, what: str, must_be_finite: bool = True) -> AdapterFile:
-    """Reads an adapter of any format from a file or folder, and checks that all of it fits a pipeline.
-
-    Raises:
-        UserError: if it can't be read, does not fit, or has no effect.
-    """
-    with loading(what):
-        file = read_checked(Path(source), components_of(pipeline), what)
-    check_layers(file.layers, what, must_be_finite)
-    return file
-
-
 def read_checked(path: Path, components: Sequence[Component], what: str, ending: str = "") -> AdapterFile:
     """Reads an adapter of any format, after checks of its tensors' dtypes and names; see `read_adapter`.
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from utils.formats.adapter_files import AdapterLayer
 from utils.formats.adapter_names import Component
 from utils.models.adapter_components import components_of
-from utils.models.adapter_layers import MergedAdapters, refuse_same, why_not_injected
+from utils.models.adapter_layers import MergedAdapters, check_layers, refuse_same, why_not_injected
 from utils.models.loading import loading
-from utils.models.lora_files import load_lora, read_checked, read_layers
+from utils.models.lora_files import load_lora, read_checked
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -57,7 +57,7 @@ def add_adapters(pipeline: "DiffusionPipeline", adapters: Sequence[AdapterToLoad
     if is_whole or all(map(_is_plain, layers)):
         _add_layers(pipeline, adapters)
     else:
-        _merge(pipeline, adapters)
+        _merge(pipeline, adapters, layers)
 
 
 def _read(adapter: AdapterToLoad, components: Sequence[Component]) -> list[AdapterLayer]:
@@ -86,9 +86,12 @@ def _add_layers(pipeline: "DiffusionPipeline", adapters: Sequence[AdapterToLoad]
         pipeline.set_adapters(list(acting), list(acting.values()))
 
 
-def _merge(pipeline: "DiffusionPipeline", adapters: Sequence[AdapterToLoad]) -> None:
-    """Adds adapters to the weights, which are rounded to their dtype once."""
+def _merge(
+    pipeline: "DiffusionPipeline", adapters: Sequence[AdapterToLoad], layers: Sequence[Sequence[AdapterLayer]]
+) -> None:
+    """Adds adapters, whose layers have been read, to the weights, which are rounded to their dtype once."""
     merged = MergedAdapters(pipeline)
-    for number, each in enumerate(adapters):
-        merged.add(f"adapter_{number}", read_layers(pipeline, each.source, each.what, each.must_be_finite).layers)
+    for number, (each, own) in enumerate(zip(adapters, layers, strict=True)):
+        check_layers(own, each.what, each.must_be_finite)
+        merged.add(f"adapter_{number}", own)
     merged.set_strengths({f"adapter_{number}": each.scale for number, each in enumerate(adapters)})
