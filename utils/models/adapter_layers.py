@@ -141,20 +141,28 @@ def check_layers(layers: Sequence[AdapterLayer], what: str, must_be_finite: bool
     """
     tensors = {f"{layer.name}.{role}": each for layer in layers for role, each in layer.tensors.items()}
     check_finite(tensors.items(), what, must_be_finite)
-    count = len(layers)
-    odd = sum(not math.isfinite(layer.alpha) for layer in layers)
+    check_alphas([layer.alpha for layer in layers], what, must_be_finite)
+    if layers and not any(_changes(layer) for layer in layers):
+        words = "the up matrices" if layers[0].kind == "lora" else "some factors"
+        logger.warning("%s: %s of all its %d updates are 0, so it has no effect", what, words, len(layers))
+
+
+def check_alphas(alphas: Sequence[float], what: str, must_be_finite: bool) -> None:
+    """Refuses alphas, or the scales that follow from them, that are not finite or all 0; warns if only some are 0.
+
+    Raises:
+        UserError: as `check_layers`.
+    """
+    count, off = len(alphas), sum(alpha == 0 for alpha in alphas)
+    odd = sum(not math.isfinite(alpha) for alpha in alphas)
     if odd and must_be_finite:
         raise UserError(
             f"{what}: the alpha of {odd} of its {count} layers is NaN or infinite; the file is damaged: give another"
         )
-    off = sum(layer.alpha == 0 for layer in layers)
     if count and off == count:
         raise UserError(f"{what}: the alpha of all its {off} layers is 0, so it has no effect; give another file")
     if off:
         logger.warning("%s: the alpha of %d of its %d layers is 0, so they have no effect", what, off, count)
-    if count and not any(_changes(layer) for layer in layers):
-        words = "the up matrices" if layers[0].kind == "lora" else "some factors"
-        logger.warning("%s: %s of all its %d updates are 0, so it has no effect", what, words, count)
 
 
 def _changes(layer: AdapterLayer) -> bool:

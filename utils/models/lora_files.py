@@ -4,7 +4,6 @@ LoRA files in diffusers' own names are read by diffusers; all other formats by u
 """
 
 import logging
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from utils.formats.adapter_files import (
 )
 from utils.formats.adapter_names import WRAPPED, Component, is_loaded_by_transformers, split_name
 from utils.models.adapter_components import adapted_names, components_of, layer_shape
-from utils.models.adapter_layers import check_layers, inject, keep_modes
+from utils.models.adapter_layers import check_alphas, check_layers, inject, keep_modes
 from utils.models.loading import loading, names_of
 from utils.models.text_to_image import TextFamily
 from utils.models.weight_files import check_finite, check_stored, stored_in, stored_tensors
@@ -202,18 +201,7 @@ def _check_numbers(modules: Sequence[nn.Module], adapter: str, what: str, must_b
         check_finite(get_peft_model_state_dict(module, adapter_name=adapter).items(), what, must_be_finite)
         layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
         scalings += [float(layer.scaling[adapter]) for layer in layers if adapter in getattr(layer, "scaling", {})]
-    not_finite = sum(not math.isfinite(scaling) for scaling in scalings)
-    num_off = sum(scaling == 0 for scaling in scalings)
-    if not_finite and must_be_finite:
-        raise UserError(
-            f"{what}: the alpha of {not_finite} of its {len(scalings)} layers is NaN or infinite; the file is damaged: "
-            "give another"
-        )
-    if scalings and num_off == len(scalings):
-        raise UserError(f"{what}: the alpha of all its {num_off} layers is 0, so it has no effect; give another file")
-    if num_off:
-        said = "%s: the alpha of %d of its %d layers is 0, so they have no effect"
-        logger.warning(said, what, num_off, len(scalings))
+    check_alphas(scalings, what, must_be_finite)
 
 
 def _check(
