@@ -97,7 +97,8 @@ def test_adapters_add_precisely_and_are_rounded_once(files, pipeline):
 
 
 def test_dora_is_relative_to_the_base_in_any_order_and_as_the_tools_merge_it(files, pipeline):
-    from utils.models.adapter_layers import MergedAdapters, base_of, modules_of
+    from utils.models.adapter_components import base_of
+    from utils.models.adapter_layers import MergedAdapters, modules_of
 
     strengths = {"lora": 0.5, "dora": 0.75, "loha": -1.5}
     layers = {kind: read(pipeline, files[kind][0]) for kind in strengths}

@@ -8,7 +8,8 @@ import torch
 from tests.adapters import Adapted
 from utils.config.options import UserError
 from utils.formats.adapter_writer import write_diffusers, write_kohya
-from utils.models.adapter_layers import base_of, modules_of
+from utils.models.adapter_components import base_of
+from utils.models.adapter_layers import modules_of
 from utils.models.scaled_adapters import ScaledAdapter
 from utils.sampling.pipelines import PipelineSpec, load_pipeline
 

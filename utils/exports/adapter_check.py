@@ -22,8 +22,8 @@ from utils.exports.adapter_effect import ROUNDING, allowed_difference, allowed_f
 from utils.formats.adapter_files import AdapterLayer, read_adapter
 from utils.formats.adapter_names import LayerNames, split_name
 from utils.formats.ui_reader import Place, UiFile, UiUpdate, read_as_ui, ui_names
-from utils.models.adapter_components import components_of
-from utils.models.adapter_layers import base_of, modules_of
+from utils.models.adapter_components import base_of, components_of
+from utils.models.adapter_layers import modules_of
 from utils.models.folder_form import NAMES_OF_DTYPES, num_overflowed, overflow_text
 from utils.models.loading import names_of
 

@@ -53,7 +53,7 @@ def components_of_modules(family: type[TextFamily], modules: Mapping[str, nn.Mod
     for name, module in modules.items():
         if module is None:
             continue
-        shapes = {layer_name(family, name, each): shape for each, shape in _layer_shapes(module).items()}
+        shapes = {own: layer_shape(base_of(each)) for own, each in layers_by_name(family, name, module).items()}
         original = _original(module, shapes) if name == family.denoiser_name else {}
         prefixes = family.ui_prefixes.get(name, ())
         follows = name == family.denoiser_name and family.ui_names_are_original
@@ -74,27 +74,21 @@ def layers_by_name(family: type[TextFamily], component: str, module: nn.Module) 
 
 def _layers(module: nn.Module) -> dict[str, nn.Module]:
     """Returns the linear layers and convolutions of a module, or the adapter's layers in their places."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     found: dict[str, nn.Module] = {}
     for name, each in module.named_modules():
         parts = name.split(".")
         if "base_layer" in parts or any(part.startswith(OF_ADAPTERS) for part in parts):
             continue
-        base = each.get_base_layer() if isinstance(each, BaseTunerLayer) else each
-        if isinstance(base, nn.Linear | nn.Conv2d):
+        if isinstance(base_of(each), nn.Linear | nn.Conv2d):
             found[name] = each
     return found
 
 
-def _layer_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+def base_of(module: nn.Module) -> nn.Module:
+    """Returns the layer itself, or the layer that PEFT's layer wraps."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    bases = {
-        name: each.get_base_layer() if isinstance(each, BaseTunerLayer) else each
-        for name, each in _layers(module).items()
-    }
-    return {name: layer_shape(base) for name, base in bases.items()}
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def layer_shape(module: nn.Module) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from utils.config.options import UserError
 from utils.formats.adapter_files import KINDS, AdapterLayer, adapter_layers, is_same_adapter, updated
-from utils.models.adapter_components import components_of_modules, family_of_parts, layers_by_name
+from utils.models.adapter_components import base_of, components_of_modules, family_of_parts, layers_by_name
 from utils.models.text_to_image import TextFamily
 from utils.models.weight_files import check_finite
 
@@ -28,13 +28,6 @@ def modules_of(pipeline: "DiffusionPipeline", layers: Sequence[AdapterLayer]) ->
     names = {layer.component for layer in layers}
     found = {name: layers_by_name(family, name, getattr(pipeline, name)) for name in names}
     return [found[layer.component][layer.name] for layer in layers]
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """Returns the layer itself, or the layer that PEFT's layer wraps."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def inject(pipeline: "DiffusionPipeline", layers: Sequence[AdapterLayer], adapter: str) -> None:
@@ -184,12 +177,12 @@ def refuse_same(adapters: Sequence[tuple[str, Sequence[AdapterLayer]]]) -> None:
             raise UserError(f"{other} is the same adapter as {what}, in another file; give one, with the sum of scales")
 
 
-def merge_layers(pipeline: "DiffusionPipeline", layers: Sequence[AdapterLayer], strength: float = 1.0) -> None:
-    """Adds an adapter to a pipeline's weights, in place, computed in float32; for `strength` see `merged`."""
+def merge_layers(pipeline: "DiffusionPipeline", layers: Sequence[AdapterLayer]) -> None:
+    """Adds an adapter to a pipeline's weights, in place, computed in float32."""
     with torch.no_grad():
         for module, layer in zip(modules_of(pipeline, layers), layers, strict=True):
             weight = base_of(module).weight
-            weight.data.copy_(layer.merged(weight.data, strength))
+            weight.data.copy_(layer.merged(weight.data))
 
 
 class MergedAdapters:

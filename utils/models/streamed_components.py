@@ -6,12 +6,12 @@ from pathlib import Path
 
 from utils.config.options import UserError
 from utils.formats.adapter_files import adapter_sources
-from utils.formats.adapter_names import ATTENTION, TEXT_PREFIX, WRAPPED, Component, split_name
+from utils.formats.adapter_names import ATTENTION, WRAPPED, Component, split_name
 from utils.formats.flat_names import dotted
 from utils.formats.original_layout import unet_name, unet_places
 from utils.formats.original_names import unet_layer
 from utils.formats.tensor_files import TensorFile
-from utils.models.adapter_components import UNPREFIXED, adapted_names
+from utils.models.adapter_components import adapted_names, layer_name
 from utils.models.registry import FAMILIES_OF_TEXT
 from utils.models.streamed_pipeline import StreamedPipeline
 from utils.models.text_to_image import TextFamily
@@ -256,7 +256,7 @@ def _place(family: type[TextFamily], component: str | None, owner: str) -> tuple
         return component, f"{plain}.0" if plain.endswith(".to_out") else plain
     head, _, last = plain.rpartition(".")
     plain = f"{head}.{ATTENTION.get(last, last)}" if head else plain
-    return component, plain if plain.startswith((TEXT_PREFIX, *UNPREFIXED)) else TEXT_PREFIX + plain
+    return component, layer_name(family, component, plain)
 
 
 def layer_shape_of(group: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from utils.formats.original_layout import OriginalPart, OriginalTensor
 from utils.formats.original_names import TENSORS_OF
 from utils.formats.streaming import StreamedTensor
 from utils.formats.tensor_files import READ_DTYPES, TensorFile
+from utils.models.adapter_components import adapted_names
 from utils.models.loading import loading, variant_of
 from utils.models.pipeline_files import PROCESSORS, is_part, older_name
 from utils.models.registry import FAMILIES
@@ -61,7 +62,7 @@ class StreamedPipeline:
     @property
     def adapted_names(self) -> tuple[str, ...]:
         """The components that adapters can change, the denoiser first."""
-        return (self.family.denoiser_name, *self.family.text_encoder_names)
+        return adapted_names(self.family)
 
     @property
     def original_parts(self) -> Mapping[str, OriginalPart]:
