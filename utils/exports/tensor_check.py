@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.options import UserError, first_line
-from utils.config.user_files import FileError
+from utils.config.user_files import FileError, read_json
 from utils.formats.modelspec import V_MARK, ZERO_SNR_MARK, schedule_marks
 from utils.formats.tensor_files import TensorFile
 from utils.models.folder_form import FLOAT32, FolderForm, num_overflowed, overflow_text, rounded
-from utils.models.loading import loading, names_of
+from utils.models.loading import names_of
 from utils.models.single_file import converted, prefixes
 from utils.models.single_file_writer import PipelineFolder, plain_name
-from utils.models.streamed_writing import newer_name
+from utils.models.streamed_writing import meta_module, newer_name
 from utils.models.weight_files import weight_files
+from utils.runtime.hub_files import INDEX
 
 Read = Callable[[], Tensor]
 NOT_WEIGHTS = ("position_ids", "logit_scale")  # constants that files have and no module
@@ -165,7 +166,8 @@ def _check_part(
     """Compares one component of a single file, converted by diffusers, with the folder's."""
     where = f"{opened.path.name}: {name}"
     try:
-        read, unread = by_diffusers(opened, name, _on_meta(source, name), own)
+        module = meta_module(read_json(source.path / INDEX)[name], source.path / name)
+        read, unread = by_diffusers(opened, name, module, own)
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
         found.faults.append(f"{where} can't be converted by diffusers: {first_line(error)}")
         return
@@ -205,17 +207,3 @@ def _converted_alone(opened: TensorFile, name: str, module: nn.Module, key: str,
     """Returns what diffusers makes of one tensor."""
     parts = converted(name, module, {key: opened.read(key)})
     return next(tensor for each, tensor in parts.items() if plain_name(each) == new)
-
-
-def _on_meta(source: PipelineFolder, name: str) -> nn.Module:
-    """Returns a component without weights, by its config."""
-    import diffusers
-    import transformers
-
-    config = dict(source.configs[name])
-    with loading(f"the config of {name}"), torch.device("meta"):
-        if "_class_name" in config:
-            kind = getattr(diffusers, config["_class_name"])
-            return kind.from_config(config)
-        kind = getattr(transformers, (config.get("architectures") or ["CLIPTextModel"])[0])
-        return kind(kind.config_class(**config))
