@@ -14,7 +14,7 @@ from torch import Tensor
 from utils.config.options import UserError, first_line
 from utils.config.user_files import FileError, read_json
 from utils.exports.tensor_check import Findings, Read, by_diffusers, compare, compare_names, readers
-from utils.formats.tensor_files import TensorFile
+from utils.formats.tensor_files import TensorFile, widened
 from utils.models.single_file import prefixes
 from utils.models.single_file_writer import plain_name
 from utils.models.streamed_pipeline import StreamedPipeline
@@ -97,9 +97,8 @@ def _expected(pipeline: StreamedPipeline, part: str) -> dict[str, Read]:
 
 
 def _widened(read: Read) -> Tensor:
-    """Returns what is read; 8-bit floats in float32, as they are written."""
-    values = read()
-    return values.float() if values.is_floating_point() and values.dtype.itemsize == 1 else values
+    """Returns what is read, as it is written."""
+    return widened(read())
 
 
 def _names(opened: TensorFile, part: str) -> list[str]:

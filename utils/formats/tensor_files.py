@@ -82,3 +82,13 @@ class TensorFile:
         if not content:
             return torch.empty(shape, dtype=READ_DTYPES[dtype])
         return torch.frombuffer(content, dtype=READ_DTYPES[dtype]).reshape(shape)
+
+
+def widened_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which a stored tensor is written: its own, or float32 for 8-bit floats."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Returns a tensor in the dtype in which it is written; see `widened_dtype`."""
+    return tensor.to(widened_dtype(tensor.dtype))

@@ -17,7 +17,7 @@ from utils.config.user_files import FileError
 from utils.formats.modelspec import ModelFacts, modelspec, schedule_marks
 from utils.formats.original_layout import TEXT_MODEL, OriginalModel, OriginalTensor
 from utils.formats.streaming import StreamedTensor, write_streamed
-from utils.formats.tensor_files import READ_DTYPES, TensorFile
+from utils.formats.tensor_files import READ_DTYPES, TensorFile, widened_dtype
 from utils.models.folder_form import num_overflowed, overflow_text, rounded
 from utils.models.registry import FAMILIES
 from utils.models.weight_files import check_stored, stored_in, weight_files
@@ -277,9 +277,8 @@ def _streamed(
 
 
 def _written_dtype(name: str) -> torch.dtype:
-    """Returns the dtype in which a stored tensor is written: its own, or float32 for 8-bit floats."""
-    dtype = READ_DTYPES.get(name, torch.float32)
-    return torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
+    """Returns the dtype in which a tensor is written, given the stored one as safetensors names it."""
+    return widened_dtype(READ_DTYPES.get(name, torch.float32))
 
 
 def _main_dtype(part: StoredPart) -> torch.dtype:

@@ -19,7 +19,7 @@ from utils.config.user_files import FileError
 from utils.formats.original_layout import OriginalPart, OriginalTensor
 from utils.formats.original_names import TENSORS_OF
 from utils.formats.streaming import StreamedTensor
-from utils.formats.tensor_files import READ_DTYPES, TensorFile
+from utils.formats.tensor_files import READ_DTYPES, TensorFile, widened, widened_dtype
 from utils.models.adapter_components import adapted_names
 from utils.models.loading import loading, variant_of
 from utils.models.pipeline_files import PROCESSORS, is_part, older_name
@@ -110,17 +110,13 @@ def stored_tensors_of(file: Path, rename: Callable[[str], str] = str) -> Weights
     for name, each in stored_in(file).items():
         if each.dtype not in READ_DTYPES:
             raise FileError(file, f"has {name} as {each.dtype}, which is not supported; give fp32, fp16 or bf16")
-        own, dtype = rename(name), READ_DTYPES[each.dtype]
-        if dtype.is_floating_point and dtype.itemsize == 1:
-            dtype = torch.float32
-        found[own] = StreamedTensor(own, dtype, each.shape, partial(read_widened, opened, name))
+        own, dtype = rename(name), widened_dtype(READ_DTYPES[each.dtype])
+        found[own] = StreamedTensor(own, dtype, each.shape, partial(_read_widened, opened, name))
     return found
 
 
-def read_widened(opened: TensorFile, name: str) -> Tensor:
-    """Returns a tensor of a file, 8-bit floats in float32: they are read, and not written."""
-    values = opened.read(name)
-    return values.float() if values.is_floating_point() and values.dtype.itemsize == 1 else values
+def _read_widened(opened: TensorFile, name: str) -> Tensor:
+    return widened(opened.read(name))
 
 
 def read_streamed(path: str, flag: str, variant: str | None = None) -> StreamedPipeline:
