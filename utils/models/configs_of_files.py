@@ -20,7 +20,6 @@ def configs_folder(file: SingleFile, given: str | None) -> Path:
     Raises:
         UserError: if it is not available.
     """
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
@@ -28,7 +27,7 @@ def configs_folder(file: SingleFile, given: str | None) -> Path:
     if given is not None and Path(given).is_dir():
         folder = Path(given)
     else:
-        name = given or fetch_diffusers_config(dict(file.weights))["pretrained_model_name_or_path"]
+        name = given or file.hub_configs
         try:
             folder = Path(snapshot_download(name, allow_patterns=list(SMALL_FILES)))
         except (HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -190,6 +190,13 @@ class SingleFile:
         logger.info("%s: using the configs beside it, in %s", self.what, folder)
         return str(folder)
 
+    @cached_property
+    def hub_configs(self) -> str:
+        """The Hub name of the pipeline whose configs diffusers takes, by the names and shapes of the weights."""
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+        return fetch_diffusers_config(dict(self.weights))["pretrained_model_name_or_path"]
+
     def check_configs(self, given: str | None, part: str = "unet") -> None:
         """Checks that the configs of the file are available.
 
@@ -200,15 +207,13 @@ class SingleFile:
         Raises:
             UserError: with the flag that names a folder of them.
         """
-        from diffusers.loaders.single_file_utils import fetch_diffusers_config
-
         flag = {"--pipeline": "--pipeline_config", "--baseline": "--baseline_config"}.get(self.flag, CONFIG_FLAG)
         needed = f"{part}/config.json"
         if given is not None and Path(given).is_dir():
             if not Path(given, needed).is_file():
                 raise UserError(f"{flag} {given} has no {needed}; give the folder of a pipeline")
             return
-        root = given or fetch_diffusers_config(dict(self.weights))["pretrained_model_name_or_path"]
+        root = given or self.hub_configs
         failure = f"{self.what}: the configs of {root} were not found on the Hub"
         hub_file(root, needed, None, f"{failure}; give {flag} the folder of a pipeline of its kind")
 
@@ -302,14 +307,12 @@ class SingleFile:
 
     def _expect(self, name: str, kind: Any, config: str | None, subfolder: str | None) -> bool:
         """Checks a part's weights against its config before they are loaded; returns whether some may be missing."""
-        from diffusers.loaders.single_file_utils import fetch_diffusers_config
-
         if config is None:
             self.check_configs(None, name)
         with loading(f"{self.what}: {name}"):
             if config is not None and Path(config, subfolder or "", "config.json").is_file():
                 read_config(Path(config, subfolder or "", "config.json"), self.what)
-            root = config or fetch_diffusers_config(dict(self.weights))["pretrained_model_name_or_path"]
+            root = config or self.hub_configs
             with torch.device("meta"):
                 module = kind.from_config(kind.load_config(root, subfolder=subfolder))
         return bool(self._check_part(name, module, _own(name, self.weights)))
