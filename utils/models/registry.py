@@ -8,7 +8,7 @@ from utils.models.pipeline_source import PipelineSource, check_weight_files
 from utils.models.sd import StableDiffusion
 from utils.models.sdxl import StableDiffusionXL
 from utils.models.text_to_image import TextFamily
-from utils.runtime.hub_files import require_model
+from utils.runtime.hub_files import class_name_of, require_model
 
 FAMILIES_OF_TEXT = (
     StableDiffusion,
@@ -44,8 +44,7 @@ def pick_family(source: PipelineSource) -> type[TextFamily]:
 
     # Class of the pipeline.
     index = source.index()
-    name = index.get("_class_name")
-    name = name[-1] if isinstance(name, list) else name
+    name = class_name_of(index)
     if name not in FAMILIES:
         raise UserError(f"--pretrained_model {path} is a {name}; supported are {', '.join(FAMILIES)}")
 

@@ -18,7 +18,7 @@ from utils.config.user_files import FileError
 from utils.models.loading import WeightReport, check_read, load_module, loading, make_up, names_of
 from utils.models.options import PICKLES
 from utils.models.weight_files import Stored, check_finite, stored_in, stored_tensors
-from utils.runtime.hub_files import INDEX, hub_file, read_config
+from utils.runtime.hub_files import INDEX, class_name_of, hub_file, read_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -183,8 +183,8 @@ class SingleFile:
         folder = self.path.parent
         if UNET_KEY not in self.weights or not all((folder / name).is_file() for name in (INDEX, UNET_CONFIG)):
             return None
-        found = read_config(folder / INDEX, self.what).get("_class_name")
-        if (found[-1] if isinstance(found, list) else found) != self.class_name:
+        found = class_name_of(read_config(folder / INDEX, self.what))
+        if found != self.class_name:
             logger.warning("%s: the configs beside it are not used, as they are those of a %s", self.what, found)
             return None
         logger.info("%s: using the configs beside it, in %s", self.what, folder)

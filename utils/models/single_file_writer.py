@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from utils.config.file_names import SCHEDULER_CONFIG
 from utils.config.options import UserError, first_line
 from utils.config.user_files import FileError
 from utils.formats.modelspec import ModelFacts, modelspec, schedule_marks
@@ -21,7 +22,7 @@ from utils.formats.tensor_files import READ_DTYPES, TensorFile, widened_dtype
 from utils.models.folder_form import num_overflowed, overflow_text, rounded
 from utils.models.registry import FAMILIES
 from utils.models.weight_files import check_stored, stored_in, weight_files
-from utils.runtime.hub_files import INDEX, read_config
+from utils.runtime.hub_files import INDEX, class_name_of, read_config
 
 if TYPE_CHECKING:
     from utils.models.base import Family
@@ -174,15 +175,14 @@ def family_of_folder(path: Path, flag: str) -> "type[Family]":
     """
     if not (path / INDEX).is_file():
         raise UserError(f"{flag} {path} is not a pipeline's folder: it has no {INDEX}")
-    kind = read_config(path / INDEX, flag).get("_class_name")
-    kind = kind[-1] if isinstance(kind, list) else kind
+    kind = class_name_of(read_config(path / INDEX, flag))
     if kind not in FAMILIES:
         raise UserError(f"{flag} {path} is a {kind}; single files are those of a {' or '.join(FAMILIES)}")
     return FAMILIES[kind]
 
 
 def _config(path: Path, name: str, flag: str) -> Mapping:
-    file = path / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
+    file = path / name / (SCHEDULER_CONFIG if name == "scheduler" else "config.json")
     return read_config(file, flag)
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from utils.config import user_files
+from utils.config.file_names import SCHEDULER_CONFIG
 from utils.config.options import UserError, first_line
 from utils.config.user_files import FileError
 from utils.formats.original_layout import OriginalPart, OriginalTensor
@@ -27,7 +28,7 @@ from utils.models.registry import FAMILIES
 from utils.models.single_file import SingleFile
 from utils.models.text_to_image import TextFamily
 from utils.models.weight_files import check_stored, stored_in, weight_files
-from utils.runtime.hub_files import INDEX
+from utils.runtime.hub_files import INDEX, class_name_of
 
 Weights = dict[str, StreamedTensor]
 """Tensors of a component by name."""
@@ -144,9 +145,8 @@ def _read_folder(folder: Path, what: str, variant: str | None) -> StreamedPipeli
     if not (folder / INDEX).is_file():
         raise UserError(f"{what} is not a pipeline folder: it has no {INDEX}")
     index = user_files.read_json(folder / INDEX)
-    name = index.get("_class_name") if isinstance(index, dict) else None
-    name = name[-1] if isinstance(name, list) and name else name
-    if not isinstance(name, str):
+    name = class_name_of(index) if isinstance(index, dict) else None
+    if name is None:
         raise UserError(f"{what}: its {INDEX} has no _class_name; give the folder of a pipeline")
     if name not in FAMILIES:
         raise UserError(f"{what} is a {name}; supported are {', '.join(FAMILIES)}")
@@ -165,7 +165,7 @@ def _read_folder(folder: Path, what: str, variant: str | None) -> StreamedPipeli
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    names = (COMPONENT_CONFIG, "scheduler_config.json")
+    names = (COMPONENT_CONFIG, SCHEDULER_CONFIG)
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     value = {} if file is None else user_files.read_json(file)
     return value if isinstance(value, dict) else {}

@@ -31,7 +31,14 @@ from utils.models.pipeline_files import copy_part
 from utils.models.pipeline_source import check_weight_files
 from utils.models.weight_files import loaded_files
 from utils.runtime.atomic_files import write_text
-from utils.runtime.hub_files import index_file, read_config, read_config_file, refuse_quantized, require_model
+from utils.runtime.hub_files import (
+    class_name_of,
+    index_file,
+    read_config,
+    read_config_file,
+    refuse_quantized,
+    require_model,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -645,8 +652,7 @@ def pick_unconditional(
     path = Path(name)
     require_model("pretrained_model", name, "give a pipeline folder or a Hub name")
     index = read_config(index_file(name, options.revision, "--pretrained_model"), "--pretrained_model")
-    class_name = index.get("_class_name")
-    class_name = class_name[-1] if isinstance(class_name, list) else class_name
+    class_name = class_name_of(index)
     if class_name not in PRETRAINED_FAMILIES:
         raise UserError(f"--pretrained_model {name} is a {class_name}; supported are {', '.join(PRETRAINED_FAMILIES)}")
     if path.is_dir():

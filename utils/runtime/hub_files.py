@@ -232,6 +232,13 @@ def read_config(file: Path, flag: str) -> dict[str, Any]:
     return config
 
 
+def class_name_of(index: Mapping[str, Any]) -> str | None:
+    """Returns the class of a pipeline by its index, whose entry may be [file of code, class]; None if it names none."""
+    name = index.get("_class_name")
+    name = name[-1] if isinstance(name, list) and name else name
+    return name if isinstance(name, str) else None
+
+
 def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
     """Refuses to train a component whose config says that its weights are quantized.
 
