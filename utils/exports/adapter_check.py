@@ -18,7 +18,15 @@ from utils.config.file_names import LORA_FILE
 from utils.config.options import first_line
 from utils.config.tensor_files import read_safetensors
 from utils.config.user_files import FileError
-from utils.exports.adapter_effect import ROUNDING, allowed_difference, allowed_for_dora, has_same_rows, is_within
+from utils.exports.adapter_effect import (
+    ROUNDING,
+    UI_ROLES,
+    allowed_difference,
+    allowed_for_dora,
+    has_same_rows,
+    is_within,
+)
+from utils.exports.tensor_check import same_bits, same_tensors
 from utils.formats.adapter_files import AdapterLayer, read_adapter
 from utils.formats.adapter_names import LayerNames, split_name
 from utils.formats.ui_reader import Place, UiFile, UiUpdate, read_as_ui, ui_names
@@ -33,7 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 FLUSHED = 0.01  # share of the values that become 0 by rounding, from which on a warning says so
 NAMES = {dtype: name for name, dtype in NAMES_OF_DTYPES.items()}
-UI_ROLES = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
 READ_ERRORS = (OSError, FileError, SafetensorError, ValueError)
 
 
@@ -75,7 +82,7 @@ def _check_own(
         for key in wanted
         if key in found
         and (
-            not _are_same(found[key].tensors, _rounded(wanted[key].tensors, dtype))
+            not same_tensors(found[key].tensors, _rounded(wanted[key].tensors, dtype))
             or abs(found[key].scale - wanted[key].scale) > ROUNDING * abs(wanted[key].scale)
         )
     ]
@@ -128,9 +135,9 @@ def _check_values(where: str, found: UiFile, places: Mapping[Place, AdapterLayer
     for key, layer in places.items():
         update = found.updates[key]
         values = {role: tensor.float() for role, tensor in layer.tensors.items()}
-        is_whole = {"lokr_w1", "lokr_w2"} <= set(values)
+        is_whole = layer.has_whole_factors
         if is_whole:  # UIs do not scale such updates
-            values["lokr_w1"] = values["lokr_w1"] * (layer.alpha / layer.rank)
+            values["lokr_w1"] = values["lokr_w1"] * layer.scale
         rounded = _rounded(values, dtype)
         if count := sum(num_overflowed(values[role].cpu(), each) for role, each in rounded.items()):
             overflowed[layer.name] = count
@@ -138,7 +145,7 @@ def _check_values(where: str, found: UiFile, places: Mapping[Place, AdapterLayer
         num_flushed += sum(int(((values[role].cpu() != 0) & (each == 0)).sum()) for role, each in rounded.items())
         wanted = {UI_ROLES.get(role, role): each for role, each in rounded.items()}
         alpha_is_right = is_whole or update.alpha == torch.tensor(layer.alpha, dtype=torch.float32).item()
-        if not alpha_is_right or not _are_same(_flat(update.values), _flat(wanted)):
+        if not alpha_is_right or not same_tensors(_flat(update.values), _flat(wanted)):
             different.append(layer.name)
     if num_flushed > FLUSHED * num_values:
         cure = "; give --export_dtype bf16" if dtype == torch.float16 else ""
@@ -241,8 +248,7 @@ def _check_by_diffusers(
             unknown.append(name)
             continue
         found.add((key, role))
-        expected = wanted[key].tensors[role].to(dtype).cpu()
-        if not torch.equal(tensor.flatten().view(torch.uint8), expected.contiguous().flatten().view(torch.uint8)):
+        if not same_bits(tensor.flatten(), wanted[key].tensors[role].to(dtype).cpu().flatten()):
             different.append(name)
     missing = [_place_name(key) for key in wanted if not {(key, "down"), (key, "up")} <= found]
     where = f"{file.name} as diffusers reads it"
@@ -266,19 +272,6 @@ def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
 def _flat(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns tensors without dimensions of size 1, which tools write differently, and do not read."""
     return {name: tensor.squeeze() for name, tensor in tensors.items()}
-
-
-def _are_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether tensors have the same names, dtypes, shapes and bits, which NaN has too."""
-    if set(one) != set(other):
-        return False
-    for name, tensor in one.items():
-        if tensor.dtype != other[name].dtype or tensor.shape != other[name].shape:
-            return False
-        first, second = (each.contiguous().flatten().view(torch.uint8) for each in (tensor, other[name]))
-        if not torch.equal(first, second):
-            return False
-    return True
 
 
 def _place_name(key: tuple[str, str]) -> str:

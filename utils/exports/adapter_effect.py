@@ -13,6 +13,8 @@ from torch import Tensor
 from utils.formats.adapter_files import AdapterLayer
 from utils.formats.ui_reader import UiUpdate
 
+UI_ROLES = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
+"""What UIs call the tensors of a layer that have other names there."""
 ROUNDING = 1e-5  # of float32 sums of products in another order, relative to the sum of their absolute values
 TINY = torch.finfo(torch.float32).tiny
 ROWS = 8  # of a layer, where not all are compared

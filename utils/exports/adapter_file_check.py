@@ -12,8 +12,8 @@ from torch import Tensor
 
 from utils.config.library_errors import LOADING_ERRORS
 from utils.config.options import first_line
-from utils.exports.adapter_effect import allowed_difference, is_within
-from utils.exports.tensor_check import Findings, same_bits
+from utils.exports.adapter_effect import UI_ROLES, allowed_difference, is_within
+from utils.exports.tensor_check import Findings, same_bits, same_tensors
 from utils.formats.adapter_files import AdapterLayer, read_adapter
 from utils.formats.adapter_names import Component
 from utils.formats.ui_reader import Place, UiUpdate, read_as_ui, ui_names
@@ -75,9 +75,8 @@ def _table(expected: Expected) -> dict[str, Place]:
 
 def _is_same(layer: AdapterLayer, update: UiUpdate, dtype: torch.dtype) -> bool:
     """Whether a UI reads a layer's tensors, and computes its update."""
-    by_bits = {"lora": {"down": "lora_down.weight", "up": "lora_up.weight"}}.get(layer.kind, {})
     for role, tensor in layer.tensors.items():
-        name = by_bits.get(role, "dora_scale" if role == "magnitude" else role)
+        name = UI_ROLES.get(role, role)
         if layer.has_whole_factors and name == "lokr_w1":
             continue  # UIs don't scale such an update, so its scale is in this factor
         wanted = _broadcast(tensor, len(layer.shape)) if role == "magnitude" else tensor
@@ -115,6 +114,5 @@ def _check_as_diffusers(found: Findings, expected: Expected, file: Path) -> None
 
 def _is_equal(wanted: AdapterLayer, read: AdapterLayer, dtype: torch.dtype) -> bool:
     """Whether a layer was read with its scale, and its tensors bit for bit."""
-    if wanted.scale != read.scale or wanted.tensors.keys() != read.tensors.keys():
-        return False
-    return all(same_bits(each.to(dtype), read.tensors[role]) for role, each in wanted.tensors.items())
+    rounded = {role: each.to(dtype) for role, each in wanted.tensors.items()}
+    return wanted.scale == read.scale and same_tensors(rounded, read.tensors)

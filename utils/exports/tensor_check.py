@@ -120,6 +120,11 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(first, second)
 
 
+def same_tensors(ones: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether tensors have the same names, dtypes, shapes and bits."""
+    return ones.keys() == others.keys() and all(same_bits(one, others[name]) for name, one in ones.items())
+
+
 def is_constant(name: str) -> bool:
     """Whether a tensor is a constant that files have and no module."""
     return name.rpartition(".")[2] in NOT_WEIGHTS
