@@ -34,6 +34,7 @@ from utils.models.adapter_components import base_of, components_of
 from utils.models.adapter_layers import modules_of
 from utils.models.folder_form import NAMES_OF_DTYPES, num_overflowed, overflow_text
 from utils.models.loading import names_of
+from utils.models.lora_files import as_diffusers_names
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -232,9 +233,8 @@ def _check_by_diffusers(
     file: Path, dtype: torch.dtype, layers: Sequence[AdapterLayer], pipeline: "DiffusionPipeline"
 ) -> list[str]:
     """Reads a LoRA file by diffusers' key tables, and compares the matrices that it finds for each layer."""
-    arguments = {"unet_config": pipeline.unet.config} if _reads_config(pipeline) else {}
     try:
-        tensors, _ = pipeline.lora_state_dict(dict(read_safetensors(file)), **arguments)
+        tensors, _ = as_diffusers_names(pipeline, dict(read_safetensors(file)))
     except (*READ_ERRORS, KeyError, IndexError, RuntimeError) as error:
         return [f"{file.name} can't be converted by diffusers: {first_line(error)}"]
     names = LayerNames(components_of(pipeline))
@@ -257,12 +257,6 @@ def _check_by_diffusers(
         *_faults(where, "are not the run's", different),
         *_faults(where, "are missing", missing),
     ]
-
-
-def _reads_config(pipeline: "DiffusionPipeline") -> bool:
-    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-
-    return isinstance(pipeline, StableDiffusionXLLoraLoaderMixin)
 
 
 def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

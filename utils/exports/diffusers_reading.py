@@ -20,6 +20,7 @@ from utils.config.options import first_line
 from utils.config.tensor_files import read_safetensors
 from utils.formats.adapter_files import AdapterLayer
 from utils.models.adapter_components import family_of_parts, layers_by_name
+from utils.models.lora_files import as_diffusers_names
 from utils.runtime.sharding import plain_class
 
 if TYPE_CHECKING:
@@ -43,10 +44,9 @@ def misread_layers(file: Path, layers: Sequence[AdapterLayer], pipeline: "Diffus
     family = family_of_parts(type(pipeline).__name__, pipeline.components)
     names = sorted({layer.component for layer in layers})
     empty = {name: _without_memory(getattr(pipeline, name)) for name in names}
-    config = {"unet_config": pipeline.unet.config} if len(family.text_encoder_names) > 1 else {}
     try:
         with _in_silence():
-            tensors, alphas = pipeline.lora_state_dict(dict(read_safetensors(file)), **config)
+            tensors, alphas = as_diffusers_names(pipeline, dict(read_safetensors(file)))
             for name, module in empty.items():
                 given = {"network_alphas": alphas, "adapter_name": PROBE}
                 if name == family.denoiser_name:

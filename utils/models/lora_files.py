@@ -221,13 +221,10 @@ def _check(
         _refuse_halves(stored)
 
     # Tensors as diffusers converts them.
-    arguments = dict(given)
-    if isinstance(pipeline, StableDiffusionXLLoraLoaderMixin):
-        arguments["unet_config"] = pipeline.unet.config
-    elif not isinstance(pipeline, StableDiffusionLoraLoaderMixin):
+    if not isinstance(pipeline, StableDiffusionLoraLoaderMixin | StableDiffusionXLLoraLoaderMixin):
         return {}, {}
     read = _num_read(Path(root, given["weight_name"])) if "weight_name" in given else None
-    tensors, listed = pipeline.lora_state_dict(root, use_safetensors=True, **arguments)
+    tensors, listed = as_diffusers_names(pipeline, root, use_safetensors=True, **given)
     if read is None:  # from the Hub
         check_stored(what, stored_tensors(tensors))
     if read is not None and len(tensors) != read:
@@ -253,6 +250,23 @@ def _check(
         )
     counts = {name: sum(map(len, layers.values())) for name, layers in found.items()}
     return counts, {name: _alphas(name, listed or {}, modules[name], found[name]) for name in found}
+
+
+def as_diffusers_names(
+    pipeline: "DiffusionPipeline", source: str | dict[str, Tensor], **given: object
+) -> tuple[dict[str, Tensor], dict[str, float] | None]:
+    """Returns the tensors and alphas of a LoRA by diffusers' own names, as its `load_lora_weights` converts them.
+
+    Args:
+        pipeline: a pipeline of Stable Diffusion, whose class says how.
+        source: folder or Hub name, or the tensors of a file.
+        given: further arguments of its `lora_state_dict`.
+    """
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+
+    if isinstance(pipeline, StableDiffusionXLLoraLoaderMixin):  # whose files may follow the original layout
+        given["unet_config"] = pipeline.unet.config
+    return pipeline.lora_state_dict(source, **given)
 
 
 def _alphas(
