@@ -7,6 +7,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError)
+CONVERSION_ERRORS = (KeyError, IndexError, ValueError, RuntimeError)
+"""Exceptions that diffusers' key tables raise for names and shapes that they have no place for."""
 CONFIG_ERRORS = (
     *(TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError, NotImplementedError),
     *(RecursionError, OverflowError, AssertionError),

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from utils.config.file_names import LORA_FILE
+from utils.config.library_errors import CONVERSION_ERRORS
 from utils.config.options import first_line
 from utils.config.tensor_files import read_safetensors
-from utils.config.user_files import FileError
 from utils.exports.adapter_effect import (
     ROUNDING,
     UI_ROLES,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 FLUSHED = 0.01  # share of the values that become 0 by rounding, from which on a warning says so
 NAMES = {dtype: name for name, dtype in NAMES_OF_DTYPES.items()}
-READ_ERRORS = (OSError, FileError, SafetensorError, ValueError)
+READ_ERRORS = (OSError, SafetensorError, ValueError)
 
 
 def check_adapter_files(
@@ -235,7 +235,7 @@ def _check_by_diffusers(
     """Reads a LoRA file by diffusers' key tables, and compares the matrices that it finds for each layer."""
     try:
         tensors, _ = as_diffusers_names(pipeline, dict(read_safetensors(file)))
-    except (*READ_ERRORS, KeyError, IndexError, RuntimeError) as error:
+    except (*READ_ERRORS, *CONVERSION_ERRORS) as error:
         return [f"{file.name} can't be converted by diffusers: {first_line(error)}"]
     names = LayerNames(components_of(pipeline))
     wanted = {(layer.component, layer.name): layer for layer in layers}

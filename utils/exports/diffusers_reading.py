@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
+from utils.config.library_errors import CONVERSION_ERRORS, LOADING_ERRORS
 from utils.config.options import first_line
 from utils.config.tensor_files import read_safetensors
 from utils.formats.adapter_files import AdapterLayer
@@ -53,7 +53,7 @@ def misread_layers(file: Path, layers: Sequence[AdapterLayer], pipeline: "Diffus
                     pipeline.load_lora_into_unet(tensors, unet=module, **given)
                 else:
                     pipeline.load_lora_into_text_encoder(tensors, text_encoder=module, prefix=name, **given)
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError, SafetensorError) as error:
+    except (*LOADING_ERRORS, *CONVERSION_ERRORS) as error:  # RuntimeError covers what meta tensors can't do
         logger.debug("diffusers can't load %s: %s", file, first_line(error))
         return [f"{layer.component}.{layer.name}" for layer in layers]
     found = {name: layers_by_name(family, name, module) for name, module in empty.items()}

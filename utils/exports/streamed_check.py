@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.config.library_errors import CONVERSION_ERRORS
 from utils.config.options import UserError, first_line
 from utils.config.user_files import FileError, read_json
 from utils.exports.tensor_check import Findings, Read, by_diffusers, compare, compare_names, readers
@@ -41,7 +42,7 @@ def check_written(pipeline: StreamedPipeline, written: Path, dtype: torch.dtype 
             _check_file(found, pipeline, written, dtype)
     except (OSError, FileError, UserError) as error:
         found.faults.append(f"{written.name} can't be read back: {first_line(error)}")
-    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+    except CONVERSION_ERRORS as error:
         found.faults.append(f"{written.name} can't be converted by diffusers: {first_line(error)}")
     return found
 

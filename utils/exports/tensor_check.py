@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from utils.config.library_errors import CONVERSION_ERRORS
 from utils.config.options import UserError, first_line
 from utils.config.user_files import FileError, read_json
 from utils.formats.modelspec import V_MARK, ZERO_SNR_MARK, schedule_marks
@@ -173,7 +174,7 @@ def _check_part(
     try:
         module = meta_module(read_json(source.path / INDEX)[name], source.path / name)
         read, unread = by_diffusers(opened, name, module, own)
-    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+    except CONVERSION_ERRORS as error:
         found.faults.append(f"{where} can't be converted by diffusers: {first_line(error)}")
         return
     with ExitStack() as stack:
