@@ -28,7 +28,7 @@ from utils.exports.adapter_effect import (
 )
 from utils.exports.tensor_check import same_bits, same_tensors
 from utils.formats.adapter_files import AdapterLayer, read_adapter
-from utils.formats.adapter_names import LayerNames, split_name
+from utils.formats.adapter_names import Component, LayerNames, split_name
 from utils.formats.ui_reader import Place, UiFile, UiUpdate, read_as_ui, ui_names
 from utils.models.adapter_components import base_of, components_of
 from utils.models.adapter_layers import modules_of
@@ -62,19 +62,24 @@ def check_adapter_files(
         is_sharded: whether the pipeline's weights are spread over processes; then only the tensors are compared.
     """
     faults: list[str] = []
+    components = components_of(pipeline)  # once for all files, since it builds an empty UNet
     for path, dtype in own.items():
-        faults += _check_own(path, dtype, layers, pipeline)
+        faults += _check_own(path, dtype, layers, pipeline, components)
     for path, dtype in for_uis.items():
-        faults += _check_ui_file(path, dtype, layers, pipeline, is_sharded)
+        faults += _check_ui_file(path, dtype, layers, pipeline, components, is_sharded)
     return faults
 
 
 def _check_own(
-    path: Path, dtype: torch.dtype, layers: Sequence[AdapterLayer], pipeline: "DiffusionPipeline"
+    path: Path,
+    dtype: torch.dtype,
+    layers: Sequence[AdapterLayer],
+    pipeline: "DiffusionPipeline",
+    components: Sequence[Component],
 ) -> list[str]:
     """Compares a file of diffusers, or folders of PEFT, with the run's layers."""
     try:
-        found = {(each.component, each.name): each for each in read_adapter(path, components_of(pipeline)).layers}
+        found = {(each.component, each.name): each for each in read_adapter(path, components).layers}
     except READ_ERRORS as error:
         return [f"{path.name} can't be read back: {first_line(error)}"]
     wanted = {(each.component, each.name): each for each in layers}
@@ -91,7 +96,7 @@ def _check_own(
     faults += _faults(path.name, "are missing", [_place_name(key) for key in wanted if key not in found])
     faults += _faults(path.name, "are unknown", [_place_name(key) for key in found if key not in wanted])
     if layers[0].kind == "lora":
-        faults += _check_by_diffusers(path / LORA_FILE if path.is_dir() else path, dtype, layers, pipeline)
+        faults += _check_by_diffusers(path / LORA_FILE if path.is_dir() else path, dtype, layers, pipeline, components)
     return faults
 
 
@@ -100,11 +105,12 @@ def _check_ui_file(
     dtype: torch.dtype,
     layers: Sequence[AdapterLayer],
     pipeline: "DiffusionPipeline",
+    components: Sequence[Component],
     is_sharded: bool,
 ) -> list[str]:
     """Reads a file as UIs do, and compares its tensors and its effect with the run's."""
     # By the UIs' rules: no key unknown, none unread, none missing.
-    unet, *encoders = components_of(pipeline)
+    unet, *encoders = components
     order = [unet.name, *(each.name for each in encoders)]
     try:
         found = read_as_ui(file, ui_names(unet.shapes, [each.shapes for each in encoders]))
@@ -119,12 +125,12 @@ def _check_ui_file(
 
     # Bits of the tensors, then the weights that they make.
     common = {key: layer for key, layer in places.items() if key in found.updates}
-    modules = dict(zip(common, modules_of(pipeline, list(common.values())), strict=True))
     faults += _check_values(file.name, found, common, dtype)
     if not faults and not is_sharded:
+        modules = dict(zip(common, modules_of(pipeline, list(common.values())), strict=True))
         faults += _check_effects(file.name, found, common, modules, dtype)
     if layers[0].kind == "lora":
-        faults += _check_by_diffusers(file, dtype, layers, pipeline)
+        faults += _check_by_diffusers(file, dtype, layers, pipeline, components)
     return faults
 
 
@@ -230,14 +236,18 @@ def _has_same_effect(update: UiUpdate, layer: AdapterLayer, module: nn.Module, d
 
 
 def _check_by_diffusers(
-    file: Path, dtype: torch.dtype, layers: Sequence[AdapterLayer], pipeline: "DiffusionPipeline"
+    file: Path,
+    dtype: torch.dtype,
+    layers: Sequence[AdapterLayer],
+    pipeline: "DiffusionPipeline",
+    components: Sequence[Component],
 ) -> list[str]:
     """Reads a LoRA file by diffusers' key tables, and compares the matrices that it finds for each layer."""
     try:
         tensors, _ = as_diffusers_names(pipeline, dict(read_safetensors(file)))
     except (*READ_ERRORS, *CONVERSION_ERRORS) as error:
         return [f"{file.name} can't be converted by diffusers: {first_line(error)}"]
-    names = LayerNames(components_of(pipeline))
+    names = LayerNames(components)
     wanted = {(layer.component, layer.name): layer for layer in layers}
     found: set[tuple[tuple[str, str], str]] = set()
     different, unknown = [], []
