@@ -27,7 +27,7 @@ from utils.exports.adapter_effect import (
     is_within,
 )
 from utils.exports.tensor_check import same_bits, same_tensors
-from utils.formats.adapter_files import AdapterLayer, read_adapter
+from utils.formats.adapter_files import AdapterLayer, by_place, read_adapter
 from utils.formats.adapter_names import Component, LayerNames, split_name
 from utils.formats.ui_reader import Place, UiFile, UiUpdate, read_as_ui, ui_names
 from utils.models.adapter_components import base_of, components_of
@@ -79,10 +79,10 @@ def _check_own(
 ) -> list[str]:
     """Compares a file of diffusers, or folders of PEFT, with the run's layers."""
     try:
-        found = {(each.component, each.name): each for each in read_adapter(path, components).layers}
+        found = by_place(read_adapter(path, components).layers)
     except READ_ERRORS as error:
         return [f"{path.name} can't be read back: {first_line(error)}"]
-    wanted = {(each.component, each.name): each for each in layers}
+    wanted = by_place(layers)
     different = [
         _place_name(key)
         for key in wanted
@@ -248,7 +248,7 @@ def _check_by_diffusers(
     except (*READ_ERRORS, *CONVERSION_ERRORS) as error:
         return [f"{file.name} can't be converted by diffusers: {first_line(error)}"]
     names = LayerNames(components)
-    wanted = {(layer.component, layer.name): layer for layer in layers}
+    wanted = by_place(layers)
     found: set[tuple[tuple[str, str], str]] = set()
     different, unknown = [], []
     for name, tensor in tensors.items():

@@ -14,7 +14,7 @@ from utils.config.library_errors import LOADING_ERRORS
 from utils.config.options import first_line
 from utils.exports.adapter_effect import UI_ROLES, allowed_difference, is_within
 from utils.exports.tensor_check import Findings, same_bits, same_tensors
-from utils.formats.adapter_files import AdapterLayer, read_adapter
+from utils.formats.adapter_files import AdapterLayer, by_place, read_adapter
 from utils.formats.adapter_names import Component
 from utils.formats.ui_reader import Place, UiUpdate, read_as_ui, ui_names
 
@@ -102,8 +102,8 @@ def layer_dtype(layer: AdapterLayer) -> torch.dtype:
 
 
 def _check_as_diffusers(found: Findings, expected: Expected, file: Path) -> None:
-    read = {(layer.component, layer.name): layer for layer in read_adapter(file, expected.components).layers}
-    wanted = {(layer.component, layer.name): layer for layer in expected.layers}
+    read = by_place(read_adapter(file, expected.components).layers)
+    wanted = by_place(expected.layers)
     found.add(file.name, "are missing", sorted(name for _, name in wanted.keys() - read.keys()))
     found.add(file.name, "are of other layers", sorted(name for _, name in read.keys() - wanted.keys()))
     common = wanted.keys() & read.keys()

@@ -111,6 +111,19 @@ class AdapterLayer:
         return self.merged(weight) - weight.float()
 
 
+def by_place(layers: Iterable[AdapterLayer]) -> dict[tuple[str, str], AdapterLayer]:
+    """Returns layers by component and name."""
+    return {(layer.component, layer.name): layer for layer in layers}
+
+
+def by_component(layers: Iterable[AdapterLayer]) -> dict[str, list[AdapterLayer]]:
+    """Returns layers by component."""
+    found: dict[str, list[AdapterLayer]] = {}
+    for layer in layers:
+        found.setdefault(layer.component, []).append(layer)
+    return found
+
+
 def updated(weight: Tensor, updates: Sequence[tuple[AdapterLayer, float]]) -> Tensor:
     """Returns a weight with updates: W + sum of strength * (update(W) - W), each relative to the weight itself.
 
@@ -133,7 +146,7 @@ def updated(weight: Tensor, updates: Sequence[tuple[AdapterLayer, float]]) -> Te
 
 def is_same_adapter(layers: Sequence[AdapterLayer], others: Sequence[AdapterLayer]) -> bool:
     """Whether two adapters change the same layers alike, up to the rounding of a file in half precision."""
-    own, other = ({(each.component, each.name): each for each in some} for some in (layers, others))
+    own, other = by_place(layers), by_place(others)
     return bool(own) and own.keys() == other.keys() and all(_is_same(layer, other[key]) for key, layer in own.items())
 
 
@@ -208,10 +221,7 @@ class AdapterFile:
     @cached_property
     def by_component(self) -> dict[str, list[AdapterLayer]]:
         """Its layers by component."""
-        found: dict[str, list[AdapterLayer]] = {}
-        for layer in self.layers:
-            found.setdefault(layer.component, []).append(layer)
-        return found
+        return by_component(self.layers)
 
 
 def read_adapter(source: Path, components: Sequence[Component], ending: str = "") -> AdapterFile:

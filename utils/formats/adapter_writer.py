@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from utils.config.terminal import json_text
-from utils.formats.adapter_files import METADATA_KEY, AdapterLayer
+from utils.formats.adapter_files import METADATA_KEY, AdapterLayer, by_component
 from utils.formats.adapter_names import TEXT_PREFIX, Component, loadable_name
 from utils.formats.streaming import StreamedTensor, write_streamed
 
@@ -114,11 +114,8 @@ def write_diffusers(
 
 def peft_config(layers: Iterable[AdapterLayer]) -> dict[str, object]:
     """Returns what diffusers' LoRA metadata says about the layers: `unet.r`, `unet.lora_alpha` and so on."""
-    by_component: dict[str, list[AdapterLayer]] = {}
-    for layer in layers:
-        by_component.setdefault(layer.component, []).append(layer)
     found: dict[str, object] = {}
-    for component, own in sorted(by_component.items()):
+    for component, own in sorted(by_component(layers).items()):
         # without the prefix, since PEFT matches ends of names, and transformers 5 has no such prefix
         names = [layer.name.removeprefix(TEXT_PREFIX) for layer in own]
         ranks = dict(zip(names, (layer.rank for layer in own), strict=True))

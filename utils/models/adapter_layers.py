@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.options import UserError
-from utils.formats.adapter_files import KINDS, AdapterLayer, adapter_layers, is_same_adapter, updated
+from utils.formats.adapter_files import (
+    KINDS,
+    AdapterLayer,
+    adapter_layers,
+    by_component,
+    by_place,
+    is_same_adapter,
+    updated,
+)
 from utils.models.adapter_components import base_of, components_of_modules, family_of_parts, layers_by_name
 from utils.models.text_to_image import TextFamily
 from utils.models.weight_files import check_finite
@@ -42,10 +50,7 @@ def inject(pipeline: "DiffusionPipeline", layers: Sequence[AdapterLayer], adapte
     """
     if (reason := why_not_injected(layers)) is not None:
         raise ValueError(reason)
-    by_component: dict[str, list[AdapterLayer]] = {}
-    for layer in layers:
-        by_component.setdefault(layer.component, []).append(layer)
-    for component, own in by_component.items():
+    for component, own in by_component(layers).items():
         root = getattr(pipeline, component)
         names = {id(module): name for name, module in root.named_modules()}
         targets = [names[id(module)] for module in modules_of(pipeline, own)]
@@ -202,7 +207,7 @@ class MergedAdapters:
         for layer, module in zip(layers, modules_of(self._pipeline, layers), strict=True):
             base = base_of(module)
             self._kept.setdefault((layer.component, layer.name), (base, base.weight.detach().cpu().clone()))
-        self._layers[adapter] = {(layer.component, layer.name): layer for layer in layers}
+        self._layers[adapter] = by_place(layers)
         self._strengths[adapter] = 0.0
 
     def set_strengths(self, strengths: Mapping[str, float]) -> None:
