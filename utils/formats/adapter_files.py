@@ -481,6 +481,11 @@ def _widths(layers: Sequence[AdapterLayer]) -> str:
     """Says which widths of text embeddings the file and the model have, if they differ."""
     reading = [layer for layer in layers if layer.name.endswith("attn2.to_k") and "down" in layer.tensors]
     theirs, ours = {layer.tensors["down"].shape[1] for layer in reading}, {layer.shape[1] for layer in reading}
+    return other_width(theirs, ours)
+
+
+def other_width(theirs: set[int], ours: set[int]) -> str:
+    """Says which widths of text embeddings a file and the model have; nothing unless each has one, and they differ."""
     if len(theirs) == len(ours) == 1 and theirs != ours:
         return f"; it reads text embeddings of width {_named(*theirs)}, this model's have width {_named(*ours)}"
     return ""

@@ -36,7 +36,7 @@ THREE = ("q_proj", "k_proj", "v_proj")
 def unet_tensors(names: Collection[str]) -> list[OriginalTensor]:
     """Returns the tensors of a UNet; see `Names`."""
     places = {original: own for own, original in unet_places(blocks_of(names)).items()}
-    return [OriginalTensor(name, (_unet_name(name, places),)) for name in names]
+    return [OriginalTensor(name, (unet_layer(name, places),)) for name in names]
 
 
 def blocks_of(names: Iterable[str]) -> dict[str, object]:
@@ -71,16 +71,11 @@ def unet_layer(name: str, places: Mapping[str, str]) -> str:
 
     Args:
         name: its original name.
-        places: the original names of blocks, by those of diffusers.
+        places: diffusers' names of blocks, by their original names.
 
     Raises:
         ValueError: if there is no such block.
     """
-    return _unet_name(name, {original: own for own, original in places.items()})
-
-
-def _unet_name(name: str, places: Mapping[str, str]) -> str:
-    """Returns diffusers' name of a UNet's tensor or layer."""
     words = name.split(".")
     count = next((count for count in range(len(words), 0, -1) if ".".join(words[:count]) in places), 0)
     if not count:

@@ -17,10 +17,10 @@ from utils.config.options import UserError
 from utils.config.tensor_files import open_safetensors
 from utils.config.user_files import require_regular
 from utils.formats.adapter_files import (
-    MODELS_BY_WIDTH,
     PEFT_CONFIG,
     AdapterFile,
     adapter_sources,
+    other_width,
     read_adapter,
 )
 from utils.formats.adapter_names import WRAPPED, Component, is_loaded_by_transformers, split_name
@@ -381,14 +381,7 @@ def _of_another_model(
         f"{len(unknown)} of its {len(layers)} layers are not in this model: {names_of(unknown)}" if unknown else ""
     )
     text = " and ".join(filter(None, [counted, missing]))
-    if len(given) == 1 and len(own) == 1 and given != own:
-        (theirs,), (ours,) = given, own
-        text += f"; it reads text embeddings of width {_named(theirs)}, this model's have width {_named(ours)}"
-    return f"it is a LoRA for another model: {text}"
-
-
-def _named(width: int) -> str:
-    return f"{width} ({MODELS_BY_WIDTH[width]})" if width in MODELS_BY_WIDTH else str(width)
+    return f"it is a LoRA for another model: {text}{other_width(given, own)}"
 
 
 def _num_loaded(module: nn.Module, adapter: str) -> int:

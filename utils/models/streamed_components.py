@@ -204,7 +204,8 @@ def _in_both_layouts(
         ValueError: if a UNet of these blocks does not have one.
     """
     places = unet_places(blocks)
-    own = {(unet_layer(name, places) if name.startswith(ORIGINAL) else name): shape for name, shape in shapes.items()}
+    ours = {original: own for own, original in places.items()}
+    own = {(unet_layer(name, ours) if name.startswith(ORIGINAL) else name): shape for name, shape in shapes.items()}
     return own, {name: unet_name(name, places) for name in own}
 
 
