@@ -14,9 +14,8 @@ from torch import Tensor
 from utils.config.library_errors import CONVERSION_ERRORS
 from utils.config.options import UserError, first_line
 from utils.config.user_files import FileError, read_json
-from utils.exports.tensor_check import Findings, Read, by_diffusers, compare, compare_names, readers
+from utils.exports.tensor_check import Findings, Read, by_diffusers, compare, compare_names, names_in, readers
 from utils.formats.tensor_files import TensorFile, widened
-from utils.models.single_file import prefixes
 from utils.models.single_file_writer import plain_name
 from utils.models.streamed_pipeline import StreamedPipeline
 from utils.models.streamed_writing import meta_module, newer_name, tensors_of_file
@@ -56,7 +55,7 @@ def _check_folder(found: Findings, pipeline: StreamedPipeline, folder: Path, dty
             if pipeline.file is not None and part not in pipeline.changed:
                 opened = stack.enter_context(TensorFile(pipeline.file.path))
                 module = meta_module(index[part], folder / part)
-                found_by, _ = by_diffusers(opened, part, module, _names(opened, part))
+                found_by, _ = by_diffusers(opened, part, module, names_in(opened, part))
                 expected = {name: partial(_widened, each) for name, each in found_by.items()}
             read = readers(stack, weight_files(folder / part, None, with_pickles=False))
             if pipeline.file is not None:  # it may have more than the pipeline reads
@@ -71,7 +70,7 @@ def _check_file(found: Findings, pipeline: StreamedPipeline, file: Path, dtype: 
     with TensorFile(file) as opened:
         unknown = set(opened.names)
         for part in pipeline.original_parts:
-            own = _names(opened, part)
+            own = names_in(opened, part)
             unknown -= set(own)
             read, unread = by_diffusers(opened, part, meta_module(index[part], pipeline.folder / part), own)
             where = f"{file.name}: {part}"
@@ -100,7 +99,3 @@ def _expected(pipeline: StreamedPipeline, part: str) -> dict[str, Read]:
 def _widened(read: Read) -> Tensor:
     """Returns what is read, as it is written."""
     return widened(read())
-
-
-def _names(opened: TensorFile, part: str) -> list[str]:
-    return [name for name in opened.names if name.startswith(prefixes(part))]

@@ -148,7 +148,7 @@ def check_single_file(
         with TensorFile(file) as opened:
             unknown = set(opened.names) - {V_MARK, ZERO_SNR_MARK}
             for name in source.parts:
-                own = [key for key in opened.names if key.startswith(prefixes(name))]
+                own = names_in(opened, name)
                 unknown -= set(own)
                 _check_part(found, opened, source, name, own, dtype)
             given = {V_MARK, ZERO_SNR_MARK} & set(opened.names)
@@ -159,6 +159,11 @@ def check_single_file(
     except (OSError, FileError, UserError) as error:
         found.faults.append(f"{file.name} can't be read back: {first_line(error)}")
     return found
+
+
+def names_in(opened: TensorFile, name: str) -> list[str]:
+    """Returns the names of a component's tensors in a single file."""
+    return [key for key in opened.names if key.startswith(prefixes(name))]
 
 
 def _check_part(
