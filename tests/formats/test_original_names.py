@@ -47,6 +47,12 @@ def test_blocks_of_the_published_models_are_counted(family):
     assert [each.sources for each in unet_tensors(names)] == [(each,) for each in own]
 
 
+def test_blocks_of_a_unet_of_one_level_and_layer_are_counted():
+    blocks = {"layers_per_block": 1, "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    names = [f"{each}.x.weight" for each in unet_places(blocks).values() if ".op" not in each and ".conv" not in each]
+    assert blocks_of([name for name in names if "_blocks." not in name or ".1.x" not in name]) == blocks
+
+
 def test_names_of_no_unet_are_refused():
     with pytest.raises(ValueError, match="input blocks"):
         blocks_of(["input_blocks.0.0.weight", "input_blocks.7.0.op.weight"])

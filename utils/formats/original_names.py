@@ -46,8 +46,8 @@ def blocks_of(names: Iterable[str]) -> dict[str, object]:
         ValueError: if the names are not those of a UNet.
     """
     names = list(names)
-    found = {way: sorted({int(name.split(".")[1]) for name in names if name.startswith(way)}) for way in ("in", "out")}
-    ins, outs = found["in"], found["out"]
+    halves = ("input_blocks.", "output_blocks.")
+    ins, outs = (sorted({int(name.split(".")[1]) for name in names if name.startswith(half)}) for half in halves)
     downs = sorted({int(name.split(".")[1]) for name in names if re.match(r"input_blocks\.\d+\.0\.op\.", name)})
     layers = (downs[0] if downs else (ins[-1] if ins else 0) + 1) - 1
     levels = len(downs) + 1
