@@ -93,6 +93,8 @@ def test_metadata_says_what_is_known(pipelines, tmp_path, monkeypatch):
         ("---\nlicense: mit\n---\n", "mit"),
         ("---\nlicense: other\nlicense_name: my-own\n---\n", "my-own"),
         ("---\nlicense: other\n---\n", None),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0"),
+        ("---\ntags: [broken\nlicense: mit\n---\n", "mit"),
         ("no metadata", None),
         ("---\n: [broken\n---\n", None),
         (None, None),
@@ -101,7 +103,7 @@ def test_metadata_says_what_is_known(pipelines, tmp_path, monkeypatch):
 def test_the_licence_is_that_of_the_card(tmp_path, card, licence):
     if card is not None:
         (tmp_path / "README.md").write_text(card)
-    assert licence_of(tmp_path) == licence
+    assert licence_of(str(tmp_path)) == licence
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

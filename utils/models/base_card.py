@@ -38,6 +38,11 @@ class Licence:
     name: str = ""
     link: str = ""
 
+    @property
+    def text(self) -> str | None:
+        """Its identifiers, or the name of one that is `other`, for the metadata of a file; None if it has no name."""
+        return (self.name or None) if self.identifiers == ("other",) else ", ".join(self.identifiers)
+
 
 @dataclass(frozen=True)
 class BaseModel:

@@ -19,6 +19,7 @@ from utils.formats.modelspec import ModelFacts, modelspec, schedule_marks
 from utils.formats.original_layout import TEXT_MODEL, OriginalModel, OriginalTensor
 from utils.formats.streaming import StreamedTensor, write_streamed
 from utils.formats.tensor_files import READ_DTYPES, TensorFile, widened_dtype
+from utils.models.base_card import BaseModel
 from utils.models.folder_form import num_overflowed, overflow_text, rounded
 from utils.models.registry import FAMILIES
 from utils.models.weight_files import check_stored, stored_in, weight_files
@@ -315,24 +316,15 @@ def facts_of(source: PipelineFolder, given: FileFacts | None, file: Path) -> Mod
         resolution=given.resolution or size,
         prediction_type=source.configs["scheduler"].get("prediction_type", "epsilon"),
         merged_from=given.merged_from,
-        licence=given.licence or licence_of(source.path),
+        licence=given.licence or licence_of(str(source.path)),
         encoder_layer=given.encoder_layer,
     )
 
 
-def licence_of(folder: Path) -> str | None:
-    """Returns the licence that the model card in a folder states; None if there is none."""
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError
-
-    if not (folder / "README.md").is_file():
-        return None
-    try:
-        said = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
-    except (OSError, ValueError, YAMLError):
-        return None
-    named = said.get("license_name") if said.get("license") == "other" else said.get("license")
-    return named if isinstance(named, str) else None
+def licence_of(path: str) -> str | None:
+    """Returns the licence that a base names, by its card or file; None if it names none."""
+    licence = BaseModel.read(path).licence
+    return None if licence is None else licence.text
 
 
 def unsaid(source: PipelineFolder, file: Path) -> list[str]:

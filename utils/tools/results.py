@@ -106,7 +106,7 @@ def write_licence(pipeline: StreamedPipeline, folder: Path, out: Path, merged: S
     if os.path.lexists(there) and not _is_tools_card(there):
         logger.info("%s stays as it is", there)
         return
-    stated = licence_of(pipeline.folder) if pipeline.file is None else pipeline.file.metadata.get(LICENCE)
+    stated = licence_of(str(pipeline.folder)) if pipeline.file is None else pipeline.file.metadata.get(LICENCE)
     if stated is None:
         there.unlink(missing_ok=True)
         return

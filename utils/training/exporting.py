@@ -12,10 +12,10 @@ from utils.config.terminal import one_line
 from utils.exports.drawing import Reference
 from utils.exports.frozen_check import check_frozen
 from utils.exports.tensor_check import Findings, check_folder, check_single_file
-from utils.formats.tensor_files import TensorFile
 from utils.models.base import Family
+from utils.models.base_card import BaseModel
 from utils.models.folder_form import FLOAT32, NAMES_OF_DTYPES, FolderForm
-from utils.models.single_file_writer import FileFacts, check_has_original, licence_of, write_single_file
+from utils.models.single_file_writer import FileFacts, check_has_original, write_single_file
 from utils.training.export_options import ExportOptions
 from utils.training.options import TrainingOptions
 
@@ -143,22 +143,10 @@ def base_facts(base: str | None, resolution: tuple[int, int] | None, clip_skip: 
         clip_skip: layers of the text encoder that are skipped.
         title: name of the result.
     """
-    licence = None
-    is_local = base is not None and Path(base).exists()
-    if is_local and Path(base).is_dir():
-        licence = licence_of(Path(base))
-    elif is_local:
-        licence = _licence_in(Path(base))
-    name = None if base is None else Path(base).resolve().name if is_local else base
+    found = None if base is None else BaseModel.read(base)
+    licence = None if found is None or found.licence is None else found.licence.text
+    name = None if found is None else found.name
     return FileFacts(title, resolution, name, licence, None if clip_skip is None else clip_skip + 1)
-
-
-def _licence_in(file: Path) -> str | None:
-    try:
-        with TensorFile(file) as opened:
-            return opened.metadata.get("modelspec.license")
-    except (OSError, ValueError):
-        return None
 
 
 def check_export(options: ExportOptions, family: Family) -> None:
