@@ -42,6 +42,16 @@ def test_names_metadata_and_smaller_layers_stay(pipelines, tmp_path):
     assert said["modelspec.merged_from"] == "a"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_dtype_stays(dtype, pipelines, tmp_path):
+    random_adapters.write(pipelines["sd"], tmp_path / "a.safetensors", rank=4)
+    held = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / "a.safetensors").items()}
+    save_file(held, tmp_path / "b.safetensors")
+    resize(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "--rank", 1)
+    found = load_file(tmp_path / "c.safetensors")
+    assert {tensor.dtype for name, tensor in found.items() if not name.endswith(".alpha")} == {dtype}
+
+
 def test_energy_is_a_share_of_each_update(pipelines, tmp_path):
     layers = random_adapters.write(pipelines["sd"], tmp_path / "a.safetensors", rank=8)
     resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--energy", 0.7)

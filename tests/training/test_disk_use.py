@@ -35,6 +35,7 @@ def uses(monkeypatch) -> list[DiskUse]:
         ("sd", []),
         ("sd", ["--use_ema", "--optimizer", "lion"]),
         ("sd", ["--ema_lengths", 0.1, "--train_text_encoder"]),
+        ("sd", ["--export_steps", 1, "--export_single_file"]),
         ("sdxl", ["--adaptation", "lora", "--rank", 32]),
         ("pixels", ["--use_ema", "--optimizer", "prodigy", "--learning_rate", 1]),
     ],

@@ -1,7 +1,7 @@
 """Adapters as tools read and write them: of any format, with or without their base."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ class Adapter:
         base: the base.
         metadata: what its file says about it.
         sources: names of the files and models that it was made of, if it is not one of them.
+        dtype: dtype to write it in, unless another is asked for: that of what was read.
     """
 
     what: str
@@ -53,13 +54,12 @@ class Adapter:
     base: AdapterBase
     metadata: Mapping[str, str] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The widest dtype of its tensors."""
-        found = {tensor.dtype for layer in self.layers for tensor in layer.tensors.values()}
-        narrow = [dtype for dtype in found if dtype.itemsize == 2]
-        return narrow[0] if len(found) == len(narrow) == 1 else torch.float32
+
+def widest_dtype(found: Collection[torch.dtype]) -> torch.dtype:
+    """Returns a dtype that holds the values of all these."""
+    return next(iter(found)) if len(found) == 1 and next(iter(found)).itemsize == 2 else torch.float32
 
 
 def read_adapter_alone(source: str, base: str | None, flag: str, ending: str = "") -> Adapter:
@@ -103,7 +103,8 @@ def read_for(path: Path, base: AdapterBase, what: str, ending: str = "") -> Adap
         file = read_checked(path, base.components, what, ending)
     check_layers(file.layers, what)
     metadata = {key: value for key, value in file.metadata.items() if key.startswith(CARRIED)}
-    return Adapter(what, file.layers, base, metadata)
+    dtypes = {tensor.dtype for layer in file.layers for tensor in layer.tensors.values()}
+    return Adapter(what, file.layers, base, metadata, dtype=widest_dtype(dtypes))
 
 
 def write_adapter(adapter: Adapter, out: Path, form: str, options: OutputOptions) -> None:

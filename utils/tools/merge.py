@@ -19,7 +19,7 @@ from utils.config.terminal import one_line
 from utils.models.adapter_layers import refuse_same
 from utils.models.streamed_components import base_of_streamed
 from utils.models.streamed_pipeline import read_streamed
-from utils.tools.adapters import Adapter, form_of, read_for, write_adapter
+from utils.tools.adapters import Adapter, form_of, read_for, widest_dtype, write_adapter
 from utils.tools.merging import merged_lora, merged_pipeline, updates_of
 from utils.tools.results import dtype_of, source_name, write_pipeline
 
@@ -49,7 +49,8 @@ def merge(options: Options) -> None:
         return
     layers = merged_lora(pipeline, updates, asked.rank)
     metadata = {key: value for each in reversed(adapters) for key, value in each.metadata.items()}
-    result = Adapter(f"--out {out}", layers, base, metadata, tuple(sources))
+    dtype = widest_dtype({each.dtype for each in adapters})
+    result = Adapter(f"--out {out}", layers, base, metadata, tuple(sources), dtype)
     write_adapter(result, out, form_of(asked.lora_format, out), options.output)
 
 

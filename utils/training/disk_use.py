@@ -81,7 +81,8 @@ def disk_use(
     num_whole = _num_parameters(parts) - (0 if adaptation.trains_base else num_trained)
     weights = num_whole * _bytes_a_weight(asked) if adaptation.exports_pipeline else 0
     adapters = 0 if adaptation.trains_base else num_trained * _bytes_an_adapter(adaptation.options.lora_format, asked)
-    num_exports = 1 + (0 if asked.export_steps is None else len(_due(asked.export_steps, steps)))
+    last = steps.stop - 1  # the last step's export is the result
+    num_exports = 1 + (0 if asked.export_steps is None else len(_due(asked.export_steps, range(steps.start, last))))
     return DiskUse(each, count, snapshots, (weights + adapters) * num_exports)
 
 
