@@ -15,8 +15,13 @@ TOOLS = tuple(f"utils.tools.{name}" for name in ("convert", "merge", "extract", 
 SCRIPTS = (*TRAINING, "evaluate_pipeline", *TOOLS)
 
 
+def options_of(script: str) -> type:
+    """What its options are read into; each script has `read_options`, and not all import the class that it returns."""
+    return typing.get_type_hints(importlib.import_module(script).read_options)["return"]
+
+
 def groups_of(script: str) -> list[type]:
-    return list(typing.get_type_hints(importlib.import_module(script).Options).values())
+    return list(typing.get_type_hints(options_of(script)).values())
 
 
 def flags_of(script: str) -> dict[str, dataclasses.Field]:
@@ -103,7 +108,7 @@ def test_a_flag_without_a_rule_is_fixed():
 )
 def test_what_a_checkpoint_fits_alone_is_declared_so(script, runs, tmp_path):
     """`TrainingOptions.structure` and the declarations name the same flags."""
-    options, flags = importlib.import_module(script).Options, flags_of(script)
+    options, flags = options_of(script), flags_of(script)
     found = set()
     for words in runs:
         found |= set(parse(options, [*words, f"--train_data_dir={tmp_path}"], "").structure) & set(flags)
