@@ -243,7 +243,7 @@ class Training:
         """
         is_cuda, state, rates = self.bench.is_cuda, self.state, self.options.optimizer
         marks, host, ahead, found = [], [], [], {}
-        with RunLog(self.engine.accelerator, self.folder, 0, count, self.batch_size, 10, state.skips) as log:
+        with RunLog(self.engine.accelerator, self.folder, range(count), self.batch_size, 10, state.skips) as log:
             for step in range(count):
                 began = time.perf_counter()
                 set_learning_rate(state.optimizer, 1.0)

@@ -14,6 +14,7 @@ from utils.training.data import Feed, TrainingData
 from utils.training.log import RunLog, StepMetrics
 from utils.training.options import TrackingOptions
 from utils.training.session import Session
+from utils.training.sinks import TrackerSink
 from utils.training.state import TrainingState
 
 
@@ -33,11 +34,11 @@ class Exchange:
         self.log = RunLog(
             session.accelerator,
             session.folder.path,
-            state.step,
-            state.total_steps,
+            range(state.step, state.total_steps),
             data.batches.size,
             options.logging_steps,
             state.skips,
+            sinks=[TrackerSink(session.accelerator)],
         )
         self._heard: Sequence[float] = ()
 

@@ -1,31 +1,29 @@
-"""Logs a run while it trains: progress bar, metrics.jsonl, trackers such as TensorBoard and W&B."""
+"""Logs a run while it trains: progress bar, metrics.jsonl, and sinks such as experiment trackers."""
 
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from utils.config.options import ProcessError, first_line
 from utils.config.terminal import progress_bar
 from utils.runtime.step_lines import JsonLines, keep_steps
-from utils.runtime.trackers import Trackers, tracker_errors
+from utils.runtime.trackers import tracker_errors
 from utils.sampling.samples import Sample
 from utils.training.optimizers import NamedParameter
 from utils.training.options import TrackingOptions
+from utils.training.sinks import Sink
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.tracking import GeneralTracker
 
 logger = logging.getLogger(__name__)
 METRICS, EPOCHS, LAYERS = "metrics.jsonl", "epochs.jsonl", "layers.jsonl"
@@ -116,41 +114,41 @@ class RunLog:
         self,
         accelerator: "Accelerator",
         folder: Path,
-        first_step: int,
-        total_steps: int,
+        steps: range,
         images_per_step: int,
         steps_together: int = 1,
         skips: Skips | None = None,
+        sinks: Sequence[Sink] = (),
     ):
         """Args:
-        first_step: optimizer steps done before.
-        total_steps: optimizer steps of the whole run.
+        steps: the steps to come: from the number of optimizer steps done before to that of the whole run.
         images_per_step: the global batch.
         steps_together: steps whose numbers are read together.
         skips: counts so far, continued up to the last step read.
+        sinks: what else shows the run.
         """
         self._accelerator = accelerator
-        self._trackers = Trackers(accelerator)
+        self._sinks = list(sinks)
         self._images_per_step = images_per_step
         self._skips = skips or Skips()
         self._unread: list[float] = []
         self._epochs = EpochLosses()
         self._layers = LayerNorms()
         self._steps_together = steps_together
-        self._first_step, self._total_steps, self._is_timed = first_step, total_steps, False
+        self._steps, self._is_timed = steps, False
         self._pending: list[tuple[StepMetrics, SentNumbers]] = []
         self._counted_from = self._last_step_at = time.perf_counter()
         self._files = {name: JsonLines(folder / name) for name in (METRICS, EPOCHS, LAYERS)}
         self._bar = progress_bar(
-            total=total_steps,
-            initial=first_step,
+            total=steps.stop,
+            initial=steps.start,
             unit="step",
             desc="training",
             disable=not accelerator.is_local_main_process,
         )
         if accelerator.is_main_process:
             for name in self._files:
-                keep_steps(folder / name, first_step)
+                keep_steps(folder / name, steps.start)
 
     def step(self, metrics: StepMetrics) -> list[float]:
         """Takes a step's metrics; writes those of earlier steps once there are enough to read together.
@@ -181,6 +179,8 @@ class RunLog:
         """Writes the remaining steps, and ends the progress bar's line, so that an error message starts a new line."""
         self._write_pending()
         self._bar.close()
+        for sink in self._sinks:
+            sink.close()
         for file in self._files.values():
             file.close()
 
@@ -203,10 +203,10 @@ class RunLog:
         """On a CPU, logs the time per step once, for users who expect a GPU to be used."""
         if self._is_timed or self._accelerator.device.type != "cpu" or not self._accelerator.is_main_process:
             return
-        if done < self._first_step + TIMED_STEP:  # the first ones take longer
+        if done < self._steps.start + TIMED_STEP:  # the first ones take longer
             return
         self._is_timed = True
-        num_left = max(0, self._total_steps - done)
+        num_left = max(0, self._steps.stop - done)
         left = timedelta(seconds=round(seconds * num_left))
         logger.info(
             "training on the CPU takes %.2g s per step: about %s for the remaining %d steps", seconds, left, num_left
@@ -234,9 +234,10 @@ class RunLog:
         if ended is not None:
             self._append(EPOCHS, ended)
             numbers = {f"epoch_loss_{name}": ended[name] for name in ("min", "max", "mean")}
-            self._trackers.log(numbers, metrics.step)
+            self._pass_values(numbers, metrics.step)
         by_key = {f"loss_for_{key}": value.item() for key, value in metrics.loss_by_key}  # --debug_loss
-        self._trackers.log(values | by_key, metrics.step)
+        for sink in self._sinks:
+            sink.step(values | by_key, metrics.step)
 
     def _count_skipped(self, metrics: StepMetrics, loss: float, grad_norm: float) -> None:
         """Counts a skipped step and logs its images. All processes see the same numbers and call this together."""
@@ -273,41 +274,32 @@ class RunLog:
                 logger.warning("step %d: the gradient norm of %s is %.3g, usually about %.3g", step, name, norm, usual)
             self._layers.remember(norms)
             self._append(LAYERS, {"step": step, "grad_norms": norms})
-            self._trackers.log({f"grad_norm/{name}": norm for name, norm in norms.items()}, step)
+            self._pass_values({f"grad_norm/{name}": norm for name, norm in norms.items()}, step)
         if has_histograms and self._accelerator.is_main_process:
             for name, parameter in named:
-                self._trackers.each(partial(_log_histogram, name=f"weights/{name}", values=parameter, step=step))
-                gradient = partial(_log_histogram, name=f"gradients/{name}", values=parameter.grad, step=step)
-                self._trackers.each(gradient)
+                for sink in self._sinks:
+                    sink.histogram(f"weights/{name}", parameter, step)
+                    sink.histogram(f"gradients/{name}", parameter.grad, step)
 
     def _append(self, name: str, values: dict) -> None:
         if self._accelerator.is_main_process:
             self._files[name].write(values)
 
     def values(self, values: dict[str, float], step: int) -> None:
-        """Sends measurements made between steps to the trackers, and logs a validation loss."""
-        self._trackers.log(values, step)
+        """Passes measurements made between steps to the sinks, and logs a validation loss."""
+        self._pass_values(values, step)
         if "validation_loss" in values and self._accelerator.is_main_process:
             logger.info("step %d: %s", step, ", ".join(f"{k} {v:.5f}" for k, v in values.items() if "/" not in k))
 
+    def _pass_values(self, values: Mapping[str, float], step: int) -> None:
+        for sink in self._sinks:
+            sink.values(values, step)
+
     def images(self, samples: Sequence[Sample], step: int, tag: str) -> None:
-        """Sends samples to the trackers under `tag`."""
+        """Passes samples to the sinks under `tag`."""
         if samples:
-            self._trackers.each(partial(_log_images, samples=samples, step=step, tag=tag))
-
-
-def _log_images(tracker: "GeneralTracker", samples: Sequence[Sample], step: int, tag: str) -> None:
-    if tracker.name == "tensorboard":
-        pixels = np.stack([np.asarray(sample.image.convert("RGB")) for sample in samples])
-        tracker.writer.add_images(tag, pixels, step, dataformats="NHWC")
-    elif tracker.name == "wandb":
-        import wandb
-
-        shown = [wandb.Image(sample.image, caption=f"{i}: {sample.caption}") for i, sample in enumerate(samples)]
-        tracker.log({tag: shown}, step=step)
-    else:
-        for index, sample in enumerate(samples):
-            tracker.tracker.log_image(sample.image, name=f"{tag}_{index}", step=step)
+            for sink in self._sinks:
+                sink.images(samples, step, tag)
 
 
 def _numbers(metrics: StepMetrics) -> Tensor:
@@ -368,20 +360,6 @@ class LayerNorms:
         for name, norm in norms.items():
             if math.isfinite(norm):
                 self._usual[name] = 0.9 * self._usual.get(name, norm) + 0.1 * norm
-
-
-def _log_histogram(tracker: "GeneralTracker", name: str, values: Tensor, step: int) -> None:
-    numbers = values.detach().float().cpu().numpy()
-    if not np.isfinite(numbers).all():
-        return
-    if tracker.name == "tensorboard":
-        tracker.writer.add_histogram(name, numbers, step)
-    elif tracker.name == "wandb":
-        import wandb
-
-        tracker.log({name: wandb.Histogram(numbers)}, step=step)
-    else:
-        tracker.tracker.log_histogram_3d(numbers, name=name, step=step)
 
 
 def start_trackers(accelerator: "Accelerator", options: TrackingOptions, record: dict) -> None:
