@@ -50,6 +50,9 @@ def test_later_files_and_flags_win(tmp_path):
     assert (found["seed"], found["rank"], found["validation_prompts"], found["use_ema"]) == (3, 8, ["c"], False)
     assert read(f"--config={one}")["seed"] == 1
     assert read("--config", one, two)["seed"] == 2
+    three = written(tmp_path, "seed: null\nmax_train_steps: 1e3\nlearning_rate: 1e-3", "three.yaml")
+    found = read("--config", one, three)
+    assert (found["seed"], found["max_train_steps"], found["learning_rate"]) == (read(*GIVEN)["seed"], 1000, 1e-3)
 
 
 def test_the_record_of_a_run_repeats_it(tmp_path):

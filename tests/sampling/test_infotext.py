@@ -148,6 +148,12 @@ def test_the_hash_is_that_of_the_whole_file(tmp_path):
     assert "Model hash" not in parameters_text(drawing(model=DrawnModel.at("owner/model")))
 
 
+def test_a_model_of_the_hubs_cache_has_its_name(tmp_path):
+    snapshot = tmp_path / "models--me--my-model" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    assert DrawnModel.at(str(snapshot)).name == "my-model"
+
+
 def test_adapters_are_named():
     model = DrawnModel.at("owner/base", adapters=["owner/one", "other/two"])
     found = parsed(parameters_text(drawing(model=model)))

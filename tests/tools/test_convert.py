@@ -308,10 +308,11 @@ def test_overwriting_keeps_what_the_result_does_not_have(pipelines, tmp_path):
 
 def test_a_card_of_a_tool_is_replaced(pipelines, tmp_path):
     licensed = shutil.copytree(pipelines["sd"], tmp_path / "licensed")
-    for licence in ("mit", "openrail"):
-        (licensed / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    named = "license: other\nlicense_name: my own\nlicense_link: https://example.org/a\n"
+    for licence in ("license: mit\n", named, "license:\n- mit\n- apache-2.0\n"):
+        (licensed / "README.md").write_text(f"---\n{licence}---\n")
         convert(licensed, tmp_path / "out", "--to", "folder", "--overwrite", "--no_check")
-        assert licence in (tmp_path / "out" / "README.md").read_text()
+        assert (tmp_path / "out" / "README.md").read_text().startswith(f"---\n{licence}---\n")
 
 
 def test_a_folder_at_the_place_of_a_file_stays(pipelines, tmp_path, capsys):

@@ -34,6 +34,12 @@ class Actions:
             if flag.startswith("--") and action.dest not in ("help", "config")
         }
 
+        self._defaults = {action.dest: action.default for action in actions}  # before any file sets another
+
+    def default(self, action: argparse.Action) -> object:
+        """Returns a flag's own default."""
+        return self._defaults[action.dest]
+
     def find(self, name: str) -> argparse.Action | None:
         """Returns the flag of a name written with or without dashes, or None."""
         return self._by_name.get(_plain(name))
@@ -47,7 +53,7 @@ class Actions:
 def read_config(path: str, actions: Actions) -> tuple[dict[str, object], list[str]]:
     """Returns the options in a file, by the names of their fields, and the names in it that are no flag.
 
-    Sections, which are mappings of flags, may have any name.
+    Sections, which are mappings of flags, may have any name. null stands for the flag's default.
 
     Args:
         path: a YAML or JSON file.
@@ -61,12 +67,15 @@ def read_config(path: str, actions: Actions) -> tuple[dict[str, object], list[st
     unknown = []
     for name, value in _entries(_document(path, where, actions), where):
         action = actions.find(name)
+        if action is None and _plain(name) == "config":
+            raise UserError(f"{where} names another file; give both on the command line: --config {path} {one_line(str(value), 100)}")
         if action is None:
             unknown.append(name)
-        elif value is not None:
-            if action.dest in values:
-                raise UserError(f"{where}: {_plain(name)} is set twice; keep one of them")
-            values[action.dest] = _converted(f"{where}: {_plain(name)}", action, value)
+            continue
+        if action.dest in values:
+            raise UserError(f"{where}: {_plain(name)} is set twice; keep one of them")
+        what = f"{where}: {_plain(name)}"
+        values[action.dest] = actions.default(action) if value is None else _converted(what, action, value)
     return values, unknown
 
 
@@ -132,12 +141,27 @@ def _one(what: str, action: argparse.Action, value: object) -> object:
         raise UserError(f"{what} must be {_kind(action)}, got {one_line(str(value), 100)}")
     kind = action.type or str
     try:
-        found = kind(int(value) if kind is int and isinstance(value, float) and value.is_integer() else str(value))
+        found = _integer(value) if kind is int else kind(str(value))
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
         raise UserError(f"{what} must be {_kind(action)}, got {one_line(str(value), 100)}") from error
     if action.choices is not None and found not in action.choices:
         raise UserError(f"{what} must be one of {', '.join(map(str, action.choices))}, got {one_line(str(found), 100)}")
     return found
+
+
+def _integer(value: object) -> int:
+    """Returns a whole number, also of 1e3, which is a text in YAML.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return int(str(value))
+    except ValueError:
+        number = float(str(value))
+        if not number.is_integer():
+            raise
+        return int(number)
 
 
 def _truth(what: str, value: object) -> bool:

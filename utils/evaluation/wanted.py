@@ -90,7 +90,8 @@ def checkpoints_wanted(folder: Path, pipeline: PipelineOptions, shared: dict[str
     base = pipeline.pipeline
     if base is None:
         recorded = recorded_options(folder)
-        shared = shared | {"config": shared["config"] or recorded.get("pretrained_model_config")}
+        for key, name in (("config", "pretrained_model_config"), ("variant", "variant")):
+            shared = shared | {key: shared[key] or recorded.get(name)}
         named = recorded.get("pretrained_model_name_or_path")
         base = named if isinstance(named, str) else None
         if base is None and (folder / "model_index.json").is_file():

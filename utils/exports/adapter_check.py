@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from utils.config.file_names import LORA_FILE
-from utils.config.library_errors import CONVERSION_ERRORS
+from utils.config.library_errors import CONVERSION_ERRORS, LOADING_ERRORS
 from utils.config.options import first_line
 from utils.config.tensor_files import read_safetensors
 from utils.exports.adapter_effect import (
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 FLUSHED = 0.01  # share of the values that become 0 by rounding, from which on a warning says so
 NAMES = {dtype: name for name, dtype in NAMES_OF_DTYPES.items()}
-READ_ERRORS = (OSError, SafetensorError, ValueError)
 
 
 def check_adapter_files(
@@ -80,7 +78,7 @@ def _check_own(
     """Compares a file of diffusers, or folders of PEFT, with the run's layers."""
     try:
         found = by_place(read_adapter(path, components).layers)
-    except READ_ERRORS as error:
+    except LOADING_ERRORS as error:
         return [f"{path.name} can't be read back: {first_line(error)}"]
     wanted = by_place(layers)
     different = [
@@ -114,7 +112,7 @@ def _check_ui_file(
     order = [unet.name, *(each.name for each in encoders)]
     try:
         found = read_as_ui(file, ui_names(unet.shapes, [each.shapes for each in encoders]))
-    except READ_ERRORS as error:
+    except LOADING_ERRORS as error:
         return [f"{file.name} can't be read back: {first_line(error)}"]
     places = {(order.index(layer.component), layer.name): layer for layer in layers}
     faults = _faults(file.name, "are unknown to UIs", found.unknown)
@@ -245,7 +243,7 @@ def _check_by_diffusers(
     """Reads a LoRA file by diffusers' key tables, and compares the matrices that it finds for each layer."""
     try:
         tensors, _ = as_diffusers_names(pipeline, dict(read_safetensors(file)))
-    except (*READ_ERRORS, *CONVERSION_ERRORS) as error:
+    except (*LOADING_ERRORS, *CONVERSION_ERRORS) as error:
         return [f"{file.name} can't be converted by diffusers: {first_line(error)}"]
     names = LayerNames(components)
     wanted = by_place(layers)

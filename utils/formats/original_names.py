@@ -28,6 +28,7 @@ from utils.formats.original_layout import (
 Names = Callable[[Collection[str]], list[OriginalTensor]]
 """Maps the names of a part of a file, without its prefix, to what they are made of; names that hold no weights of
 diffusers' or transformers' are left out. Raises ValueError for names that the original layout does not have."""
+BLOCK = re.compile(r"(in|out)put_blocks\.(\d{1,3})\.")
 ATTENTION = re.compile(r"(in|out)put_blocks\.(\d+)\.1\.(norm|proj_in|transformer_blocks)\b")
 VAE_PARTS = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
 THREE = ("q_proj", "k_proj", "v_proj")
@@ -46,9 +47,9 @@ def blocks_of(names: Iterable[str]) -> dict[str, object]:
         ValueError: if the names are not those of a UNet.
     """
     names = list(names)
-    halves = ("input_blocks.", "output_blocks.")
-    ins, outs = (sorted({int(name.split(".")[1]) for name in names if name.startswith(half)}) for half in halves)
-    downs = sorted({int(name.split(".")[1]) for name in names if re.match(r"input_blocks\.\d+\.0\.op\.", name)})
+    blocks = [(found[1], int(found[2])) for name in names if (found := BLOCK.match(name))]
+    ins, outs = (sorted({number for half, number in blocks if half == wanted}) for wanted in ("in", "out"))
+    downs = sorted({int(name.split(".")[1]) for name in names if re.match(r"input_blocks\.\d{1,3}\.0\.op\.", name)})
     layers = (downs[0] if downs else (ins[-1] if ins else 0) + 1) - 1
     levels = len(downs) + 1
     if layers < 1 or len(ins) != 1 + levels * layers + len(downs) or len(outs) != levels * (layers + 1):
@@ -92,7 +93,9 @@ def unet_layer(name: str, places: Mapping[str, str]) -> str:
 
 def vae_tensors(names: Collection[str]) -> list[OriginalTensor]:
     """Returns the tensors of a VAE; see `Names`."""
-    levels = 1 + max((int(found[1]) for name in names if (found := re.match(r"decoder\.up\.(\d+)\.", name))), default=0)
+    levels = 1 + max(
+        (int(found[1]) for name in names if (found := re.match(r"decoder\.up\.(\d{1,3})\.", name))), default=0
+    )
     found = []
     for name in names:
         is_matrix = ".attn_1." in name and name.endswith(VAE_MATRICES)

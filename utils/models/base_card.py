@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from utils.config.options import UserError, first_line
 from utils.config.tensor_files import open_safetensors
+from utils.config.terminal import one_line
 from utils.config.user_files import FileError, read_text
 from utils.config.yaml_files import parse_yaml
 
@@ -42,6 +43,13 @@ class Licence:
     def text(self) -> str | None:
         """Its identifiers, or the name of one that is `other`, for the metadata of a file; None if it has no name."""
         return (self.name or None) if self.identifiers == ("other",) else ", ".join(self.identifiers)
+
+    @property
+    def front_matter(self) -> dict[str, object]:
+        """The entries of a card's front matter that name it."""
+        names = [one_line(each) for each in self.identifiers]
+        own = {"license_name": one_line(self.name), "license_link": one_line(self.link)}
+        return {"license": names[0] if len(names) == 1 else names} | {key: text for key, text in own.items() if text}
 
 
 @dataclass(frozen=True)

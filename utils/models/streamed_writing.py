@@ -151,7 +151,8 @@ def write_folder(pipeline: StreamedPipeline, folder: Path, rounding: Rounding, c
         entries[name] = [entry[0], known_class(str(entry[1]))]
         if name in pipeline.parts:
             weights = fitted(pipeline, name, entry, configs / name)
-            write_component(weights, folder / name, str(entry[0]), configs / name, rounding)
+            own = pipeline.configs[name] if pipeline.folder is not None else _config_in(configs / name)
+            write_component(weights, folder / name, str(entry[0]), own, rounding)
         elif name == "scheduler":
             config = user_files.read_json(configs / name / SCHEDULER_CONFIG)
             write_json(config | pipeline.configs[name], folder / name / SCHEDULER_CONFIG)
@@ -168,15 +169,19 @@ def write_folder(pipeline: StreamedPipeline, folder: Path, rounding: Rounding, c
     write_json(own | entries, folder / INDEX)
 
 
-def write_component(weights: Weights, folder: Path, library: str, configs: Path, rounding: Rounding) -> None:
+def _config_in(folder: Path) -> dict[str, Any]:
+    return user_files.read_json(folder / COMPONENT_CONFIG)
+
+
+def write_component(
+    weights: Weights, folder: Path, library: str, config: Mapping[str, Any], rounding: Rounding
+) -> None:
     """Writes a component's weights and its config, which names their dtype if it named one before."""
     name = WEIGHT_NAMES.get(library, OTHER_WEIGHTS)
     tensors = [rounding.of(each, own) for own, each in weights.items()]
     write_streamed(tensors, folder / name, {"format": "pt"})
-    config = user_files.read_json(configs / COMPONENT_CONFIG)
-    if rounding.dtype is not None:
-        config |= {key: str(rounding.dtype).removeprefix("torch.") for key in DTYPE_KEYS if key in config}
-    write_json(config, folder / COMPONENT_CONFIG)
+    dtype = {key: str(rounding.dtype).removeprefix("torch.") for key in DTYPE_KEYS if key in config}
+    write_json({**config, **(dtype if rounding.dtype is not None else {})}, folder / COMPONENT_CONFIG)
 
 
 def fitted(pipeline: StreamedPipeline, part: str, entry: Sequence[str], configs: Path) -> Weights:
@@ -191,7 +196,7 @@ def fitted(pipeline: StreamedPipeline, part: str, entry: Sequence[str], configs:
     if pipeline.file is None:
         return weights
     wanted = wanted_shapes(entry, configs)
-    count = user_files.read_json(configs / COMPONENT_CONFIG).get("num_hidden_layers")
+    count = _config_in(configs).get("num_hidden_layers")
     unread = (f"{ENCODER_LAYERS}{count}.", "text_projection.weight")
     left_out = [name for name in weights if name not in wanted and name.startswith(unread)]
     own = {name: each for name, each in weights.items() if name not in left_out}

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from utils.config.file_names import file_name_of, result_name
 from utils.config.terminal import json_text
 from utils.config.user_files import FileError, open_regular
+from utils.models.base_card import shown_name
 from utils.runtime.processes import is_of_run
 
 if TYPE_CHECKING:
@@ -131,8 +132,8 @@ class Drawing:
 
 
 def base_name(path: str) -> str:
-    """Returns the last part of a path or Hub name, also of `.` and of a path that ends in a slash."""
-    return Path(path).resolve().name if Path(path).exists() else path.rstrip("/").rpartition("/")[2]
+    """Returns the last part of a path or Hub name, also of `.`, and of a path that ends in a slash."""
+    return shown_name(path).rstrip("/").rpartition("/")[2]
 
 
 def single_file_of(folder: Path) -> Path | None:

@@ -67,7 +67,7 @@ def read_adapter_alone(source: str, base: str | None, flag: str, ending: str = "
 
     Args:
         source: file or folder.
-        base: folder or single file of its pipeline; None if it is not known.
+        base: value of --pipeline: folder or single file of its pipeline; None if it is not given.
         flag: the flag that names it.
         ending: see `adapter_sources`.
 
@@ -86,7 +86,7 @@ def read_adapter_alone(source: str, base: str | None, flag: str, ending: str = "
 
 def _recorded_base(source: Path) -> str | None:
     """Returns the pipeline that the run of an adapter started from, if it is on this machine."""
-    for folder in (source, *source.resolve().parents[:2]):
+    for folder in (source, *source.resolve().parents[:3]):
         found = recorded_options(folder).get("pretrained_model_name_or_path") if folder.is_dir() else None
         if isinstance(found, str) and Path(found).exists():
             return found

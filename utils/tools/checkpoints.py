@@ -47,12 +47,6 @@ class Checkpoint:
         """Whether it holds an adapter rather than models."""
         return (self.path / LORA_FILE).is_file() or any(self.path.glob(f"*/{PEFT_FILE}"))
 
-    @property
-    def base(self) -> str | None:
-        """The pipeline that its run started from, if it is on this machine."""
-        found = self._recorded("pretrained_model_name_or_path")
-        return found if found is not None and Path(found).exists() else None
-
     def adapter_place(self, ema: bool) -> Path:
         """Returns the file or folder of its adapter; average weights of LoHa and LoKr are in folders that end in _ema.
 

@@ -96,7 +96,7 @@ def convert_adapter(options: Options, checkpoint: Checkpoint | None) -> None:
     """Converts an adapter."""
     asked, source, base = options.conversion, options.conversion.source, options.conversion.pipeline
     if checkpoint is not None:
-        source, base = str(checkpoint.adapter_place(asked.ema)), base or checkpoint.base
+        source = str(checkpoint.adapter_place(asked.ema))
     adapter = read_adapter_alone(source, base, "source", AVERAGE if asked.ema else "")
     write_adapter(adapter, Path(asked.out), asked.to or "", options.output)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
 
 from utils.config.options import Diverged
 from utils.config.terminal import one_line
@@ -15,9 +16,10 @@ from utils.exports.streamed_check import check_written
 from utils.exports.tensor_check import Findings
 from utils.formats.modelspec import PREDICTIONS, modelspec, written_at
 from utils.formats.streaming import HASH_KEY, NO_HASH
+from utils.models.base_card import BaseModel
 from utils.models.configs_of_files import configs_folder
 from utils.models.folder_form import NAMES_OF_DTYPES
-from utils.models.single_file_writer import FileFacts, PipelineFolder, facts_of, licence_of, unread_marks, unsaid
+from utils.models.single_file_writer import FileFacts, PipelineFolder, facts_of, unread_marks, unsaid
 from utils.models.streamed_pipeline import StreamedPipeline
 from utils.models.streamed_writing import Rounding, check_complete, write_file, write_folder
 from utils.runtime.atomic_files import write_text
@@ -106,12 +108,13 @@ def write_licence(pipeline: StreamedPipeline, folder: Path, out: Path, merged: S
     if os.path.lexists(there) and not _is_tools_card(there):
         logger.info("%s stays as it is", there)
         return
-    stated = licence_of(str(pipeline.folder)) if pipeline.file is None else pipeline.file.metadata.get(LICENCE)
-    if stated is None:
+    licence = BaseModel.read(str(pipeline.folder or pipeline.file.path)).licence
+    if licence is None:
         there.unlink(missing_ok=True)
         return
     made = f"merged from {', '.join(merged)}" if len(merged) > 1 else f"made from {source_name(pipeline)}"
-    text = f"---\nlicense: {one_line(stated, 200)!r}\n---\n\nThis pipeline is {one_line(made)}{CARD_END}"
+    entries = yaml.safe_dump(licence.front_matter, sort_keys=False, allow_unicode=True)
+    text = f"---\n{entries}---\n\nThis pipeline is {one_line(made)}{CARD_END}"
     write_text(folder / CARD, text)
 
 

@@ -92,9 +92,7 @@ def _metadata(facts: CardFacts, base: BaseModel | None, gallery: Sequence[Sample
     licence = None if base is None else base.licence
     known: dict[str, object] = {}
     if licence is not None:
-        names = [one_line(each) for each in licence.identifiers]
-        known["license"] = names[0] if len(names) == 1 else names
-        known |= {"license_name": one_line(licence.name) or None, "license_link": one_line(licence.link) or None}
+        known |= licence.front_matter
     if base is not None and base.is_on_hub:
         known |= {"base_model": base.name, "base_model_relation": "adapter" if facts.is_adapter else "finetune"}
     if facts.trigger_words:
