@@ -1,5 +1,6 @@
 """utils.tools.convert: pipelines and adapters from one form to the other and back, bit for bit."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -337,15 +338,18 @@ def test_a_fault_keeps_the_file_and_names_the_layer(pipelines, tmp_path, capsys,
 
 
 def test_checkpoints_become_pipelines_and_adapters(train, tmp_path, pipelines, caplog):
-    run = train(
-        "sd", "--max_train_steps", 1, "--checkpointing_steps", 1, "--use_ema", "--prediction_type", "v_prediction"
-    )
+    vae = shutil.copytree(pipelines["vae"], tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text()) | {"sample_size": 77}
+    (vae / "config.json").write_text(json.dumps(config))
+    given = ["--use_ema", "--prediction_type", "v_prediction", "--pretrained_vae_model_name_or_path", vae]
+    run = train("sd", "--max_train_steps", 1, "--checkpointing_steps", 1, *given)
     convert(run / "checkpoint-1", tmp_path / "trained", "--to", "folder")
     convert(run / "checkpoint-1", tmp_path / "ema.safetensors", "--to", "single_file", "--ema")
     own = load_file(tmp_path / "trained" / "unet" / "diffusion_pytorch_model.safetensors")
     there = load_file(run / "checkpoint-1" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, own[name]) for name, tensor in there.items())
     assert "v_prediction" in (tmp_path / "trained" / "scheduler" / "scheduler_config.json").read_text()
+    assert json.loads((tmp_path / "trained" / "vae" / "config.json").read_text())["sample_size"] == 77
     average = load_file(run / "checkpoint-1" / "unet_ema" / "diffusion_pytorch_model.safetensors")
     file = load_file(tmp_path / "ema.safetensors")
     assert torch.equal(file["model.diffusion_model.out.2.weight"], average["conv_out.weight"])
@@ -358,7 +362,7 @@ def test_checkpoints_become_pipelines_and_adapters(train, tmp_path, pipelines, c
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "lokr"])
-def test_checkpoints_of_adapters_are_read_with_their_runs_base(adaptation, train, tmp_path):
+def test_checkpoints_of_adapters_are_read_with_their_runs_base(adaptation, train, tmp_path, capsys):
     run = train("sdxl", "--adaptation", adaptation, "--rank", 2, "--max_train_steps", 1, "--checkpointing_steps", 1)
     convert(run / "checkpoint-1", tmp_path / "ui.safetensors", "--to", "kohya")
     assert any("input_blocks" in name for name in load_file(tmp_path / "ui.safetensors"))
@@ -366,6 +370,12 @@ def test_checkpoints_of_adapters_are_read_with_their_runs_base(adaptation, train
         convert(run, tmp_path / "folder", "--to", "diffusers", "--dtype", "fp16")
         found = load_file(tmp_path / "folder" / "pytorch_lora_weights.safetensors")
         assert {each.dtype for each in found.values()} == {torch.float16}
+    record = json.loads((run / "run.json").read_text())
+    record["options"]["pretrained_model_name_or_path"] = str(tmp_path)
+    (run / "run.json").write_text(json.dumps(record))
+    convert(run / "checkpoint-1", tmp_path / "ui2.safetensors", "--to", "kohya", expect=2)
+    assert "checkpoint-1: its base" in (said := message(capsys))
+    assert "--pipeline" not in said.partition("its base")[0]
 
 
 def test_averages_of_several_components_are_taken(train, tmp_path):
