@@ -36,6 +36,7 @@ from utils.models.sd import StableDiffusion
 from utils.models.sdxl import StableDiffusionXL
 from utils.models.unconditional import Pixels, Wanted
 from utils.runtime.processes import OutputFolder, weight_dtype
+from utils.runtime.step_lines import SampleCount
 from utils.training.adaptation import FullFineTuning
 from utils.training.backward import Gradients
 from utils.training.checkpoint import RunFacts
@@ -243,7 +244,9 @@ class Training:
         """
         is_cuda, state, rates = self.bench.is_cuda, self.state, self.options.optimizer
         marks, host, ahead, found = [], [], [], {}
-        with RunLog(self.engine.accelerator, self.folder, range(count), self.batch_size, 10, state.skips) as log:
+        with RunLog(
+            self.engine.accelerator, self.folder, range(count), SampleCount(self.batch_size), 10, state.skips
+        ) as log:
             for step in range(count):
                 began = time.perf_counter()
                 set_learning_rate(state.optimizer, 1.0)

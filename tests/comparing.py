@@ -63,4 +63,5 @@ def assert_same(first, second, most=CLOSE):
 
 
 def measured(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]

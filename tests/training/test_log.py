@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.runtime.step_lines import JsonLines
+from utils.runtime.step_lines import JsonLines, SampleCount
 from utils.training import log as tracking
 from utils.training.log import EpochLosses, LayerNorms, RunLog, SentNumbers, Skips, StepMetrics
 
@@ -37,7 +37,7 @@ def test_reading_a_steps_numbers_leaves_the_next_step_queued(tmp_path, monkeypat
     monkeypatch.setattr(tracking, "SentNumbers", Numbers)
     facts = {"is_main_process": True, "is_local_main_process": False, "trackers": [], "scaler": None}
     accelerator = SimpleNamespace(device=torch.device("cpu"), **facts)
-    with RunLog(accelerator, tmp_path, range(9), 1, together) as log:
+    with RunLog(accelerator, tmp_path, range(9), SampleCount(1), together) as log:
         for step in range(1, 10):
             stream.queued = step  # its kernels
             log.step(StepMetrics(step, 0.0, torch.tensor(1.0 / step), torch.tensor(1.0), 1e-3))
@@ -96,7 +96,7 @@ def test_which_steps_count_as_skipped(tmp_path, monkeypatch, scale, gradient_nor
     scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
     facts = {"is_main_process": True, "is_local_main_process": False, "trackers": []}
     accelerator, skips = SimpleNamespace(device=torch.device("cpu"), scaler=scaler, **facts), Skips()
-    with RunLog(accelerator, tmp_path, range(4), 1, skips=skips) as log:
+    with RunLog(accelerator, tmp_path, range(4), SampleCount(1), skips=skips) as log:
         for step, norm in enumerate(gradient_norms, start=1):
             log.step(StepMetrics(step, 0.0, torch.tensor(1.0), torch.tensor(norm), 1e-3))
     assert (skips.total, skips.in_a_row) == (total, 0)
@@ -198,7 +198,7 @@ def test_the_speed_of_a_step_is_that_of_its_own_time(tmp_path, monkeypatch, toge
         scaler=None,
         trackers=[],
     )
-    with RunLog(accelerator, tmp_path, range(4), 8, together) as log:
+    with RunLog(accelerator, tmp_path, range(4), SampleCount(8), together) as log:
         for step in range(1, 5):
             now[0] += 1.0
             log.step(StepMetrics(step, 0.0, torch.tensor(0.5), torch.tensor(1.0), 1e-4))
@@ -212,7 +212,7 @@ def test_what_processes_tell_each_other_is_read_once_also_of_steps_before_a_paus
     facts = {"is_local_main_process": False, "is_main_process": False, "scaler": None}
     accelerator = SimpleNamespace(**facts, device=torch.device("cpu"))
     accelerator.trackers = []
-    log = RunLog(accelerator, tmp_path, range(9), 1, steps_together=2)
+    log = RunLog(accelerator, tmp_path, range(9), SampleCount(1), steps_together=2)
 
     def heard(step: int, *sums: float) -> list[float]:
         numbers = (torch.tensor(1.0), torch.tensor(1.0))

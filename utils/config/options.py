@@ -525,6 +525,15 @@ def as_record(options: typing.Any) -> dict[str, typing.Any]:
     return {name: value for name, value in record.items() if name not in SECRET_OPTIONS}
 
 
+def changed_options(options: typing.Any) -> dict[str, dict[str, typing.Any]]:
+    """Returns options that differ from their defaults, as {"value": ..., "default": ...} by name, without secrets."""
+    return {
+        field.name: {"value": value, "default": field.default}
+        for field, value in flags_of(options)
+        if value != field.default and field.name not in SECRET_OPTIONS
+    }
+
+
 def without_secrets(words: Sequence[str]) -> list[str]:
     """Returns a command line without secret flags and their values; *** could be mistaken for a token."""
     shown, hide_next = [], False

@@ -25,7 +25,7 @@ from utils.models.base import Family
 from utils.models.text_to_image import TextFamily
 from utils.runtime.processes import autocast, on_main_process
 from utils.runtime.sharding import unsharded
-from utils.runtime.step_lines import JsonLines, keep_steps
+from utils.runtime.step_lines import JsonLines, SampleCount, keep_steps
 from utils.sampling.controls import controllable
 from utils.sampling.drawer import Drawer, InMemory, complete_prompts
 from utils.sampling.options import GenerationOptions, PromptOptions
@@ -64,6 +64,7 @@ class TrainingEvaluation:
         self._options = options
         self._accelerator, self._controls = surroundings.accelerator, surroundings.controls
         self._folder, self._seed = surroundings.folder / "evaluation", surroundings.seed
+        self._seen = surroundings.seen
         self._networks = Networks(features, self._accelerator.device)
         self._workers = Workers(self._accelerator, features.feature_batch_size)
         self._prompts = [Prompt(text) for text in prompts or ()]
@@ -178,7 +179,7 @@ class TrainingEvaluation:
         subject = Subject(drawn_images(images, tasks), self._networks, self._workers)
         scores = score(Case(subject, self._reference, None, ScoreOptions()), options.eval_metrics or ())
         self._networks.rest()
-        on_main_process(self._accelerator, partial(_append, self._folder / RECORD, step, scores))
+        on_main_process(self._accelerator, partial(_append, self._folder / RECORD, step, scores, self._seen))
         return {each.name: each.value for each in scores if each.value is not None}
 
 
@@ -188,8 +189,8 @@ def _empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _append(file: Path, step: int, scores: list[Score]) -> None:
+def _append(file: Path, step: int, scores: list[Score], seen: SampleCount) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = JsonLines(file)
-    lines.write({"step": step, "scores": {each.name: each.record() for each in scores}})
+    lines.write({"step": step, "scores": {each.name: each.record() for each in scores}} | seen.stamp(step))
     lines.close()

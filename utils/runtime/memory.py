@@ -2,6 +2,7 @@
 
 import ctypes
 
+import psutil
 import torch
 from torch import nn
 
@@ -36,6 +37,22 @@ def _is_nearly_full() -> bool:
         return False
     free, total = torch.cuda.mem_get_info()
     return free < LITTLE * total
+
+
+def used_memory(device: torch.device) -> dict[str, float]:
+    """Returns the memory that this process uses now, in GB (1e9 bytes); reading it takes well under a millisecond.
+
+    host_memory_gb is the resident set, without that of loader workers. On a GPU: device_memory_gb is the peak of what
+    tensors took so far, device_allocated_gb what they take now, device_reserved_gb what the allocator holds.
+    """
+    found = {"host_memory_gb": psutil.Process().memory_info().rss}
+    if device.type == "cuda":
+        found |= {
+            "device_memory_gb": torch.cuda.max_memory_allocated(device),
+            "device_allocated_gb": torch.cuda.memory_allocated(device),
+            "device_reserved_gb": torch.cuda.memory_reserved(device),
+        }
+    return {name: round(count / 1e9, 3) for name, count in found.items()}
 
 
 def keep_freed_memory() -> bool:

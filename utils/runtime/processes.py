@@ -246,10 +246,11 @@ class OutputFolder:
             raise UserError(f"{self.path / name} can't be written: {error}") from error
         shutil.rmtree(old, ignore_errors=True)
 
-    def record(self, options: dict, versions: dict[str, str], command: list[str]) -> None:
-        """Writes the run's options, versions and command to `run.json`."""
+    def record(self, options: dict, versions: dict[str, str], command: list[str], **more: object) -> None:
+        """Writes the run's options, versions and command to `run.json`, and what else there is to record."""
         try:
-            write_json(self.path / "run.json", {"options": options, "versions": versions, "command": command})
+            known = {"options": options, "versions": versions, "command": command}
+            write_json(self.path / "run.json", known | more)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"--output_dir {self.path}: run.json can't be written: {reason}") from error

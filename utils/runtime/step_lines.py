@@ -1,10 +1,16 @@
-"""JSON Lines by step: a resumed run drops lines it will write again, and keeps lines that can't be read."""
+"""JSON Lines by step: a resumed run drops lines it will write again, and keeps lines that can't be read.
+
+Each line has the step first, and at its end `time` (Unix seconds) and `samples_seen` (training samples of all processes
+since the run's first step). Lines of earlier releases lack these two.
+"""
 
 import json
 import logging
 import math
 import re
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,6 +72,52 @@ def warn_of_unread(path: Path, count: int) -> None:
     """Warns about lines that can't be read and are kept."""
     if count:
         logger.warning("%s: %d lines are not JSON of a step; they are kept but ignored", path, count)
+
+
+@dataclass
+class SampleCount:
+    """Training samples that a run has seen after each step, also if it was resumed with another global batch.
+
+    Attributes:
+        per_step: the global batch.
+        first_step: the step from which the run resumed.
+        before: samples seen up to it.
+    """
+
+    per_step: int = 0
+    first_step: int = 0
+    before: int = 0
+
+    def begin(self, per_step: int, first_step: int = 0, before: int = 0) -> None:
+        """Sets the counts, once the data is known."""
+        self.per_step, self.first_step, self.before = per_step, first_step, before
+
+    def at(self, step: int) -> int:
+        """Returns the samples seen after a step."""
+        return self.before + (step - self.first_step) * self.per_step
+
+    def stamp(self, step: int, moment: float | None = None) -> dict[str, float]:
+        """Returns `time` and `samples_seen` for a line of a step; the time is now unless given."""
+        return {"time": round(time.time() if moment is None else moment, 3), "samples_seen": self.at(step)}
+
+
+def samples_before(path: Path, step: int, per_step: int) -> int:
+    """Returns the samples seen after `step`, from a file of lines by step.
+
+    Args:
+        path: the file, which may be missing.
+        per_step: the global batch up to `step`, for lines that do not say how many samples were seen.
+    """
+    last = b""
+    if path.is_file():
+        with open_regular(path) as lines:
+            for line, is_whole, _ in _lines(lines):
+                found = STEP.match(line) if is_whole else None
+                if found and int(found[1]) <= step:
+                    last = line
+    values = read_line(last) or {}
+    seen = values.get("samples_seen")
+    return step * per_step if type(seen) is not int else seen + (step - values["step"]) * per_step
 
 
 class JsonLines:

@@ -148,12 +148,24 @@ def agreed(totals: Sequence[float]) -> Wish:
 
 def resume_command(words: Sequence[str]) -> str:
     """Returns the command line that resumes a run, including its launcher, from the one that started it."""
-    shown, is_value = [], False
-    for word in without_secrets(words):
-        if not is_value and word.partition("=")[0] != "--resume_from_checkpoint":
-            shown.append(word)
-        is_value = word == "--resume_from_checkpoint"
+    shown = without_resuming(without_secrets(words))
     return shlex.join([*_launcher(), *shown, "--resume_from_checkpoint", "latest"])
+
+
+def repeat_command(words: Sequence[str]) -> str:
+    """Returns the command line that repeats a run from its start, including its launcher, without secrets."""
+    return shlex.join([*_launcher(), *without_resuming(without_secrets(words))])
+
+
+def without_resuming(words: Sequence[str]) -> list[str]:
+    """Returns a command line without `--resume_from_checkpoint` and its value."""
+    shown, is_value = [], False
+    for word in words:
+        is_flag = word.partition("=")[0].replace("-", "_") == "__resume_from_checkpoint"
+        if not is_value and not is_flag:
+            shown.append(word)
+        is_value = is_flag and "=" not in word
+    return shown
 
 
 def _launcher() -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from utils.runtime.step_lines import SampleCount
 from utils.runtime.stop_requests import StopRequests
 from utils.sampling.controls import SamplingControls
 
@@ -36,6 +37,7 @@ class Surroundings:
         seed: the seed of the run.
         requests: stop requests, which interrupt drawing.
         controls: sampling controls.
+        seen: the training samples seen after each step.
     """
 
     accelerator: "Accelerator"
@@ -43,6 +45,7 @@ class Surroundings:
     seed: int
     requests: StopRequests
     controls: SamplingControls = field(default_factory=SamplingControls)
+    seen: SampleCount = field(default_factory=SampleCount)
 
     def seeds(self, count: int) -> list[int]:
         """Returns the seed of each of `count` samples, the same at every step."""

@@ -68,6 +68,7 @@ class TrainingData:
         images = preparation.choose_images(resolution, resumption.group_size)
         held_out = preparation.choose_held_out(resolution)
         batches = images.batches(options.loader.global_batch(num_processes), resumption.group_size, session.seed)
+        session.count_samples(batches.size)
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
         num_workers = options.loader.num_workers(num_processes)
         group_size = resumption.group_size

@@ -1,6 +1,10 @@
-"""Describes a run: the plan printed before it starts, and the settings listed in its model card."""
+"""Describes a run: the plan printed before it starts, its record in run.json, and the settings of its model card."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from utils.config.terminal import one_line, print_line
+from utils.data.stream import StreamedImages
 from utils.training.data import TrainingData
 from utils.training.disk_use import describe_disk, disk_use
 from utils.training.dry_run import examine_data
@@ -10,10 +14,54 @@ from utils.training.options import TrainingOptions
 from utils.training.session import Session
 from utils.training.task import Task
 
+MOST_RATES = 400  # points of the planned learning-rate schedule in run.json
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run is about to do.
+
+    Attributes:
+        text: the plan as `--dry_run` prints it: model, data and length, one fact per line.
+        record: what run.json records of it: data, length, and the planned learning rates.
+    """
+
+    text: str
+    record: Mapping[str, object]
+
 
 def describe_run(
     options: TrainingOptions, session: Session, data: TrainingData, rates: LearningRates, task: Task
-) -> str:
+) -> RunPlan:
+    """Returns the plan of a run."""
+    return RunPlan(plan_text(options, session, data, rates, task), plan_record(session, data, rates))
+
+
+def plan_record(session: Session, data: TrainingData, rates: LearningRates) -> dict[str, object]:
+    """Returns what run.json records of a plan beyond the options.
+
+    The fingerprint of the data changes with the images, their order and their buckets. The planned learning rates are
+    [step, rate] pairs, without what reduce_on_plateau may do.
+    """
+    held_out, total = data.held_out_images, rates.total_steps
+    count = None if isinstance(data.images, StreamedImages) else len(data.images.records)
+    steps = sorted({1 + place * (total - 1) // (MOST_RATES - 1) for place in range(MOST_RATES)})
+    return {
+        "data": {
+            "description": data.images.describe(),
+            "fingerprint": data.images.fingerprint(),
+            "images": count,
+            "held_out_images": 0 if held_out is None else len(held_out.records),
+            "sizes": [list(size) for size in data.images.plan.sizes],
+        },
+        "total_steps": total,
+        "first_step": session.resumption.first_step,
+        "global_batch": data.batches.size,
+        "planned_learning_rates": [[step, rates.optimizer.learning_rate * rates.factor(step - 1)] for step in steps],
+    }
+
+
+def plan_text(options: TrainingOptions, session: Session, data: TrainingData, rates: LearningRates, task: Task) -> str:
     """Returns the plan of a run as `--dry_run` prints it: model, data and length, one fact per line."""
     accelerator, loader, schedule, batches = session.accelerator, options.loader, rates.schedule, data.batches
     # Trained parameters and batch size.
@@ -49,10 +97,10 @@ def describe_run(
     return "\n".join(lines) + describe_disk(use, session.folder.path, options.checkpoint)
 
 
-def report_dry_run(plan: str, session: Session, data: TrainingData, task: Task) -> None:
+def report_dry_run(plan: RunPlan, session: Session, data: TrainingData, task: Task) -> None:
     """Prints the plan and the findings on the data, and draws a contact sheet of what the model will see."""
     if session.accelerator.is_main_process:
-        print_line(plan)
+        print_line(plan.text)
         print_line(examine_data(data.preparation, task.family, data.images, data.batches, session.folder.path))
 
 

@@ -35,7 +35,7 @@ class Exchange:
             session.accelerator,
             session.folder.path,
             range(state.step, state.total_steps),
-            data.batches.size,
+            session.surroundings.seen,
             options.logging_steps,
             state.skips,
             sinks=[TrackerSink(session.accelerator)],

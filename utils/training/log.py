@@ -15,7 +15,8 @@ from torch import Tensor
 
 from utils.config.options import ProcessError, first_line
 from utils.config.terminal import progress_bar
-from utils.runtime.step_lines import JsonLines, keep_steps
+from utils.runtime.memory import used_memory
+from utils.runtime.step_lines import JsonLines, SampleCount, keep_steps
 from utils.runtime.trackers import tracker_errors
 from utils.sampling.samples import Sample
 from utils.training.optimizers import NamedParameter
@@ -55,6 +56,13 @@ class StepMetrics(NamedTuple):
     loss_by_key: Sequence[tuple[str, Tensor]] = ()
     waited: float = 0.0
     sums: Tensor | None = None
+
+
+class Timing(NamedTuple):
+    """The seconds that a step took, and the Unix time at its end."""
+
+    seconds: float
+    moment: float
 
 
 @dataclass
@@ -105,9 +113,9 @@ class RunLog:
     """Writes metrics on the main process; the numbers of several steps are read together once the next step is queued.
 
     `metrics.jsonl` has a line per step: step, epoch, train_loss, grad_norm, learning_rate, images_per_second (the mean
-    over the steps read together), the fraction of time spent waiting for data (data_wait), and on a GPU the peak memory
-    so far. Non-finite numbers are written as null. `epochs.jsonl` has a line per epoch: minimum, maximum and mean loss
-    of its steps.
+    over the steps read together), the fraction of time spent waiting for data (data_wait), and the memory in use (see
+    `used_memory`). Non-finite numbers are written as null. `epochs.jsonl` has a line per epoch: minimum, maximum and
+    mean loss of its steps.
     """
 
     def __init__(
@@ -115,28 +123,28 @@ class RunLog:
         accelerator: "Accelerator",
         folder: Path,
         steps: range,
-        images_per_step: int,
+        seen: SampleCount,
         steps_together: int = 1,
         skips: Skips | None = None,
         sinks: Sequence[Sink] = (),
     ):
         """Args:
         steps: the steps to come: from the number of optimizer steps done before to that of the whole run.
-        images_per_step: the global batch.
+        seen: the global batch, and the samples seen after each step.
         steps_together: steps whose numbers are read together.
         skips: counts so far, continued up to the last step read.
         sinks: what else shows the run.
         """
         self._accelerator = accelerator
         self._sinks = list(sinks)
-        self._images_per_step = images_per_step
+        self._seen = seen
         self._skips = skips or Skips()
         self._unread: list[float] = []
         self._epochs = EpochLosses()
         self._layers = LayerNorms()
         self._steps_together = steps_together
         self._steps, self._is_timed = steps, False
-        self._pending: list[tuple[StepMetrics, SentNumbers]] = []
+        self._pending: list[tuple[StepMetrics, SentNumbers, float]] = []
         self._counted_from = self._last_step_at = time.perf_counter()
         self._files = {name: JsonLines(folder / name) for name in (METRICS, EPOCHS, LAYERS)}
         self._bar = progress_bar(
@@ -159,7 +167,7 @@ class RunLog:
         if len(self._pending) >= self._steps_together:
             self._write_pending()
         sums, self._unread = self._unread, []
-        self._pending.append((metrics, SentNumbers(_numbers(metrics))))
+        self._pending.append((metrics, SentNumbers(_numbers(metrics)), time.time()))
         self._last_step_at = time.perf_counter()
         return sums
 
@@ -187,16 +195,17 @@ class RunLog:
     def _write_pending(self) -> None:
         if not self._pending:
             return
-        steps = [metrics for metrics, _ in self._pending]
-        rows = SentNumbers.read([sent for _, sent in self._pending])
+        steps = [(metrics, moment) for metrics, _, moment in self._pending]
+        rows = SentNumbers.read([sent for _, sent, _ in self._pending])
+        memory = used_memory(self._accelerator.device)
         self._pending = []
         seconds = (self._last_step_at - self._counted_from) / len(steps)
         self._counted_from = self._last_step_at
-        self._log_duration(steps[-1].step, seconds)
+        self._log_duration(steps[-1][0].step, seconds)
         before = [self._unread] if self._unread else []
         self._unread = [sum(column) for column in zip(*(row[2:] for row in rows), *before, strict=True)]
-        for metrics, (loss, grad_norm, *_) in zip(steps, rows, strict=True):
-            self._write(metrics, loss, grad_norm, seconds)
+        for (metrics, moment), (loss, grad_norm, *_) in zip(steps, rows, strict=True):
+            self._write(metrics, loss, grad_norm, Timing(seconds, moment), memory)
         self._bar.update(len(steps))
 
     def _log_duration(self, done: int, seconds: float) -> None:
@@ -212,8 +221,11 @@ class RunLog:
             "training on the CPU takes %.2g s per step: about %s for the remaining %d steps", seconds, left, num_left
         )
 
-    def _write(self, metrics: StepMetrics, loss: float, grad_norm: float, seconds: float) -> None:
-        speed = self._images_per_step / seconds
+    def _write(
+        self, metrics: StepMetrics, loss: float, grad_norm: float, timing: Timing, memory: dict[str, float]
+    ) -> None:
+        seconds = timing.seconds
+        speed = self._seen.per_step / seconds
         self._bar.set_postfix(
             loss=f"{loss:.4f}", lr=f"{metrics.learning_rate:.2e}", images_per_s=f"{speed:.1f}", refresh=False
         )
@@ -225,10 +237,9 @@ class RunLog:
             "images_per_second": round(speed, 3),
             "data_wait": round(min(1.0, metrics.waited / seconds), 4),
         }
-        if self._accelerator.device.type == "cuda":
-            values["device_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+        values |= memory
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._append(METRICS, {"step": metrics.step} | finite)
+        self._append(METRICS, {"step": metrics.step} | finite, timing.moment)
         self._count_skipped(metrics, loss, grad_norm)
         ended = self._epochs.add(metrics.step, int(metrics.epoch), loss)
         if ended is not None:
@@ -281,9 +292,9 @@ class RunLog:
                     sink.histogram(f"weights/{name}", parameter, step)
                     sink.histogram(f"gradients/{name}", parameter.grad, step)
 
-    def _append(self, name: str, values: dict) -> None:
+    def _append(self, name: str, values: dict, moment: float | None = None) -> None:
         if self._accelerator.is_main_process:
-            self._files[name].write(values)
+            self._files[name].write(values | self._seen.stamp(values["step"], moment))
 
     def values(self, values: dict[str, float], step: int) -> None:
         """Passes measurements made between steps to the sinks, and logs a validation loss."""

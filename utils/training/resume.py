@@ -78,6 +78,12 @@ class Resumption:
         return 0 if self.checkpoint is None else step_of(self.checkpoint) or 0
 
     @property
+    def global_batch(self) -> int | None:
+        """The global batch of the checkpoint; None without one, or if it does not say."""
+        then = None if self.checkpoint is None else read_state(self.checkpoint).facts.training.get("global_batch")
+        return then if type(then) is int else None
+
+    @property
     def samples_at_once(self) -> int | None:
         """Samples per process that fitted into memory, if the checkpoint's run was out of memory; else None."""
         return None if self.checkpoint is None else read_state(self.checkpoint).samples_at_once

@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,18 +12,20 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 
-from utils.config.options import as_record, without_secrets
+from utils.config.options import as_record, changed_options, without_secrets
 from utils.config.terminal import Lines
 from utils.models.attention import Attention
 from utils.models.loading import allowing_missing
 from utils.runtime.engines import Engine, engine_of
+from utils.runtime.machine import git_state, hardware
 from utils.runtime.processes import OutputFolder, ending, on_main_process, start_processes, versions
-from utils.runtime.stop_requests import StopRequests
+from utils.runtime.step_lines import samples_before
+from utils.runtime.stop_requests import StopRequests, repeat_command
 from utils.sampling.controls import SamplingControls
 from utils.sampling.samples import Surroundings
 from utils.training.compatibility import check_output_folder, check_speed, check_stepping
 from utils.training.hub_upload import create_repository
-from utils.training.log import start_trackers
+from utils.training.log import METRICS, start_trackers
 from utils.training.options import TrainingOptions
 from utils.training.resume import Resumption, find_resumption
 
@@ -30,6 +33,18 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+
+class Plan(Protocol):
+    """What a run is about to do: a text for the log, and a record for run.json."""
+
+    @property
+    def text(self) -> str:
+        """One fact per line."""
+
+    @property
+    def record(self) -> Mapping[str, object]:
+        """Values by name, as JSON."""
 
 
 class Recorded(Protocol):
@@ -103,7 +118,15 @@ class Session:
         """The checkpoint to resume from; None for a new run."""
         return self.resumption.checkpoint
 
-    def begin(self, options: TrainingOptions, plan: str, recorded: Sequence[Recorded]) -> None:
+    def count_samples(self, global_batch: int) -> None:
+        """Starts the count of samples seen, at what the run to resume from had seen."""
+        start = self.resumption
+        file, then = self.folder.path / METRICS, start.global_batch or global_batch
+        self.surroundings.seen.begin(
+            global_batch, start.first_step, samples_before(file, start.first_step, then) if start.first_step else 0
+        )
+
+    def begin(self, options: TrainingOptions, plan: Plan, recorded: Sequence[Recorded]) -> None:
         """Cleans up what earlier runs left in the output folder, writes `run.json`, opens the trackers, logs the plan.
 
         Called once nothing can refuse this run any more.
@@ -117,9 +140,21 @@ class Session:
             each.begin(self.resumption.first_step)
         record = as_record(options)
         if self.accelerator.is_main_process:
-            self.folder.record(record, versions(), without_secrets(sys.argv))
+            self.folder.record(record, versions(), without_secrets(sys.argv), **self._facts(options), **plan.record)
         start_trackers(self.accelerator, options.tracking, record)
-        logger.info("training\n%s", Lines(plan))
+        logger.info("training\n%s", Lines(plan.text))
+
+    def _facts(self, options: TrainingOptions) -> dict[str, object]:
+        """What `run.json` records of the run's surroundings: its start, command, changed options, hardware and git."""
+        git = git_state(Path.cwd())
+        return {
+            "state": "running",
+            "started": round(time.time(), 3),
+            "repeat": repeat_command(sys.argv),
+            "changed_options": changed_options(options),
+            "hardware": hardware(self.accelerator),
+            **({} if git is None else {"git": git}),
+        }
 
 
 def start_engine(options: TrainingOptions, folder: OutputFolder) -> Engine:

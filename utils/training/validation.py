@@ -89,7 +89,8 @@ class ValidationLoss:
                 return None
             curves.append(curve)
         # Record it, and export the weights if it is the lowest.
-        measurement = measurement_of(progress.step, *curves)
+        stamp = self._session.surroundings.seen.stamp(progress.step)
+        measurement = measurement_of(progress.step, *curves)._replace(**stamp)
         self.history.add(measurement, write=self._held_out.is_main_process)
         if not progress.is_first and self.history.best() is measurement:
             with state.evaluating():

@@ -47,6 +47,7 @@ class Measurement(NamedTuple):
         loss: mean squared error of the prediction over images and timesteps.
         curve: [T] the same by timestep.
         ema_loss, ema_curve: the same for the averaged weights, if there are any.
+        time, samples_seen: when it was measured, see `utils.runtime.step_lines`; None in files of earlier releases.
     """
 
     step: int
@@ -54,6 +55,8 @@ class Measurement(NamedTuple):
     curve: list[float]
     ema_loss: float | None = None
     ema_curve: list[float] | None = None
+    time: float | None = None
+    samples_seen: int | None = None
 
     @property
     def decisive(self) -> float:
@@ -78,8 +81,7 @@ def _measurement_in(line: bytes) -> Measurement | None:
     if values is None:
         return None
     values.pop("relative_loss", None)
-    optional = {"ema_loss": values.get("ema_loss"), "ema_curve": values.get("ema_curve")}
-    whole = optional | values
+    whole = Measurement._field_defaults | values
     is_right = (
         whole.keys() == set(Measurement._fields)
         and type(whole["step"]) is int
@@ -87,6 +89,8 @@ def _measurement_in(line: bytes) -> Measurement | None:
         and _are_numbers(whole["curve"])
         and (whole["ema_loss"] is None or _are_numbers([whole["ema_loss"]]))
         and (whole["ema_curve"] is None or _are_numbers(whole["ema_curve"]))
+        and (whole["time"] is None or _are_numbers([whole["time"]]))
+        and type(whole["samples_seen"]) in (int, type(None))
     )
     return Measurement(**whole) if is_right else None
 
