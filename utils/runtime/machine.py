@@ -20,7 +20,6 @@ def hardware(accelerator: "Accelerator") -> dict[str, object]:
     """Returns the hardware of this process's machine: CPU, host memory and GPUs, memory in bytes."""
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     return {
-        "host": platform.node(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "host_memory_bytes": psutil.virtual_memory().total,

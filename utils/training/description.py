@@ -1,7 +1,9 @@
 """Describes a run: the plan printed before it starts, its record in run.json, and the settings of its model card."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from utils.config.terminal import one_line, print_line
 from utils.data.stream import StreamedImages
@@ -14,7 +16,8 @@ from utils.training.options import TrainingOptions
 from utils.training.session import Session
 from utils.training.task import Task
 
-MOST_RATES = 400  # points of the planned learning-rate schedule in run.json
+MOST_RATES = 1000  # steps at which the planned learning rate is computed for run.json
+LITTLE = 0.002  # of the peak rate: points that lie this close to a line between others are left out
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,12 @@ def plan_record(session: Session, data: TrainingData, rates: LearningRates) -> d
     """Returns what run.json records of a plan beyond the options.
 
     The fingerprint of the data changes with the images, their order and their buckets. The planned learning rates are
-    [step, rate] pairs, without what reduce_on_plateau may do.
+    the corners of a line over the steps, without what reduce_on_plateau may do.
     """
     held_out, total = data.held_out_images, rates.total_steps
     count = None if isinstance(data.images, StreamedImages) else len(data.images.records)
     steps = sorted({1 + place * (total - 1) // (MOST_RATES - 1) for place in range(MOST_RATES)})
+    planned = corners(steps, [rates.optimizer.learning_rate * rates.factor(step - 1) for step in steps])
     return {
         "data": {
             "description": data.images.describe(),
@@ -57,8 +61,28 @@ def plan_record(session: Session, data: TrainingData, rates: LearningRates) -> d
         "total_steps": total,
         "first_step": session.resumption.first_step,
         "global_batch": data.batches.size,
-        "planned_learning_rates": [[step, rates.optimizer.learning_rate * rates.factor(step - 1)] for step in steps],
+        "planned_learning_rates": {"steps": [step for step, _ in planned], "rates": [rate for _, rate in planned]},
     }
+
+
+def corners(steps: Sequence[int], rates: Sequence[float]) -> list[tuple[int, float]]:
+    """Returns those (step, rate) between which the others lie on straight lines, within LITTLE of the largest rate.
+
+    The algorithm is that of Douglas and Peucker (1973), with vertical distances.
+    """
+    most, kept, open_parts = LITTLE * max(map(abs, rates)), {0, len(steps) - 1}, [(0, len(steps) - 1)]
+    while open_parts:
+        first, last = open_parts.pop()
+        inner = np.arange(first + 1, last)
+        if len(inner) == 0:
+            continue
+        ends = [steps[first], steps[last]], [rates[first], rates[last]]
+        off = np.abs(np.interp([steps[place] for place in inner], *ends) - [rates[place] for place in inner])
+        if off.max() > most:
+            place = int(inner[off.argmax()])
+            kept.add(place)
+            open_parts += [(first, place), (place, last)]
+    return [(steps[place], rates[place]) for place in sorted(kept)]
 
 
 def plan_text(options: TrainingOptions, session: Session, data: TrainingData, rates: LearningRates, task: Task) -> str:
