@@ -111,7 +111,15 @@ def train(pipelines: dict[str, Path], images: Path, classes: Path, tmp_path: Pat
 
             argv = ["--pretrained_model", pipelines.get(pipeline, pipeline), "--train_data_dir", data or images]
         argv += ["--resolution", tiny.RESOLUTION, "--output_dir", tmp_path / out, "--lr_warmup_steps", 0]
-        argv += ["--train_batch_size", 4, "--report_to", "none", "--no_export_check", *flags]  # it takes a second
+        argv += [
+            "--train_batch_size",
+            4,
+            "--report_to",
+            "none",
+            "--no_export_check",
+            "--no_report",
+            *flags,
+        ]  # they take a second
         status = main([str(word) for word in argv])
         assert status == expect
         return tmp_path / out

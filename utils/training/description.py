@@ -1,16 +1,20 @@
 """Describes a run: the plan printed before it starts, its record in run.json, and the settings of its model card."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from utils.config.terminal import one_line, print_line
 from utils.data.stream import StreamedImages
+from utils.reports.records import SHEET
 from utils.training.data import TrainingData
 from utils.training.disk_use import describe_disk, disk_use
-from utils.training.dry_run import examine_data
+from utils.training.dry_run import draw_quickly, examine_data
 from utils.training.learning_rates import LearningRates
+from utils.training.model_summary import ModelSummary, summarize
 from utils.training.optimizer_options import WITHOUT_WARMUP
 from utils.training.options import TrainingOptions
 from utils.training.session import Session
@@ -27,17 +31,34 @@ class RunPlan:
     Attributes:
         text: the plan as `--dry_run` prints it: model, data and length, one fact per line.
         record: what run.json records of it: data, length, and the planned learning rates.
+        write_files: writes to a folder what is known before the first step: the summary of the model, and the contact
+            sheet of the training images if they are no stream.
+        summary: the summary of the model; None for a run that writes no report.
     """
 
     text: str
     record: Mapping[str, object]
+    write_files: Callable[[Path], None]
+    summary: ModelSummary | None = None
 
 
 def describe_run(
     options: TrainingOptions, session: Session, data: TrainingData, rates: LearningRates, task: Task
 ) -> RunPlan:
     """Returns the plan of a run."""
-    return RunPlan(plan_text(options, session, data, rates, task), plan_record(session, data, rates))
+    summary = None
+    if options.tracking.report or options.runtime.dry_run:
+        summary = summarize(options, task, data.images.plan.sizes, data.batches.size)
+    text = plan_text(options, session, data, rates, task)
+    return RunPlan(text, plan_record(session, data, rates), partial(_write_files, summary, data), summary)
+
+
+def _write_files(summary: ModelSummary | None, data: TrainingData, folder: Path) -> None:
+    """Writes the summary of the model and the contact sheet."""
+    if summary is not None:
+        summary.write(folder)
+    if not isinstance(data.images, StreamedImages):
+        draw_quickly(data.preparation, data.images, data.batches, folder / SHEET)
 
 
 def plan_record(session: Session, data: TrainingData, rates: LearningRates) -> dict[str, object]:
@@ -125,7 +146,12 @@ def report_dry_run(plan: RunPlan, session: Session, data: TrainingData, task: Ta
     """Prints the plan and the findings on the data, and draws a contact sheet of what the model will see."""
     if session.accelerator.is_main_process:
         print_line(plan.text)
+        if plan.summary is not None:
+            lines = [f"  {name:<14} {one_line(fact)}" for name, fact in plan.summary.facts().items()]
+            print_line("\n".join(["model", *lines]))
         print_line(examine_data(data.preparation, task.family, data.images, data.batches, session.folder.path))
+        if plan.summary is not None:
+            print_line(f"  layers of the model: {plan.summary.write(session.folder.path)}")
 
 
 def card_settings(options: TrainingOptions, data: TrainingData, steps: int) -> list[tuple[str, object]]:

@@ -19,6 +19,7 @@ from utils.runtime.memory import used_memory
 from utils.runtime.step_lines import JsonLines, SampleCount, keep_steps
 from utils.runtime.trackers import tracker_errors
 from utils.sampling.samples import Sample
+from utils.training import layer_statistics
 from utils.training.optimizers import NamedParameter
 from utils.training.options import TrackingOptions
 from utils.training.sinks import Sink
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 METRICS, EPOCHS, LAYERS = "metrics.jsonl", "epochs.jsonl", "layers.jsonl"
 ENOUGH_LOSSES = 20  # steps that an epoch needs for its loss range to define outliers in the next
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # engines of which no process has a whole layer
 TIMED_STEP = 3  # the step after which the time per step is logged on a CPU
 
 
@@ -146,7 +148,7 @@ class RunLog:
         self._steps, self._is_timed = steps, False
         self._pending: list[tuple[StepMetrics, SentNumbers, float]] = []
         self._counted_from = self._last_step_at = time.perf_counter()
-        self._files = {name: JsonLines(folder / name) for name in (METRICS, EPOCHS, LAYERS)}
+        self._files = {name: JsonLines(folder / name) for name in (METRICS, EPOCHS, LAYERS, layer_statistics.FILE)}
         self._bar = progress_bar(
             total=steps.stop,
             initial=steps.start,
@@ -273,6 +275,7 @@ class RunLog:
 
     def layers(self, parameters: Iterable[NamedParameter], step: int, options: TrackingOptions) -> None:
         """Logs each layer's gradient norm and histograms of its weights and gradients, when due."""
+        self._layer_statistics(parameters, step, options)
         is_due = options.layer_norm_steps is not None and step % options.layer_norm_steps == 0
         has_histograms = options.histogram_steps is not None and step % options.histogram_steps == 0
         named = (
@@ -291,6 +294,17 @@ class RunLog:
                 for sink in self._sinks:
                     sink.histogram(f"weights/{name}", parameter, step)
                     sink.histogram(f"gradients/{name}", parameter.grad, step)
+
+    def _layer_statistics(self, parameters: Iterable[NamedParameter], step: int, options: TrackingOptions) -> None:
+        """Records statistics of each layer, when due; not where no process has a whole layer."""
+        accelerator = self._accelerator
+        if not (options.report and accelerator.is_main_process and layer_statistics.is_due(step, self._steps)):
+            return
+        named = [(name, each) for name, each, _ in parameters]
+        if accelerator.distributed_type in SHARDING or not named:
+            return
+        scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+        self._append(layer_statistics.FILE, {"step": step, "layers": layer_statistics.statistics(named, scale)})
 
     def _append(self, name: str, values: dict, moment: float | None = None) -> None:
         if self._accelerator.is_main_process:

@@ -371,6 +371,12 @@ class TrackingOptions:
         "this often",
         resume=Resume.REPORTING,
     )
+    report: bool = option(
+        True,
+        "write report.html and plots/ into output_dir: curves, samples, data, options and layers on one page, kept "
+        "current while the run trains",
+        resume=Resume.REPORTING,
+    )
     debug_loss: bool = option(False, "log the loss of each image under its file name", resume=Resume.REPORTING)
     max_skipped_steps: int = option(
         10, "end the run after this many consecutive steps without a finite loss and gradient", resume=Resume.LENGTH

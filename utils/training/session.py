@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from utils.training.compatibility import check_output_folder, check_speed, check
 from utils.training.hub_upload import create_repository
 from utils.training.log import METRICS, start_trackers
 from utils.training.options import TrainingOptions
+from utils.training.reporting import RunReport
 from utils.training.resume import Resumption, find_resumption
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class Plan(Protocol):
-    """What a run is about to do: a text for the log, and a record for run.json."""
+    """What a run is about to do: a text for the log, a record for run.json, and files for the report."""
 
     @property
     def text(self) -> str:
@@ -45,6 +46,10 @@ class Plan(Protocol):
     @property
     def record(self) -> Mapping[str, object]:
         """Values by name, as JSON."""
+
+    @property
+    def write_files(self) -> Callable[[Path], None]:
+        """Writes to a folder what the report shows and is known before the first step."""
 
 
 class Recorded(Protocol):
@@ -67,6 +72,7 @@ class Session:
         repository: the Hub repository to upload the result to; None without --push_to_hub.
         surroundings: processes, folder and seed for sampling.
         seed: the seed of everything random.
+        report: the report of the run.
     """
 
     engine: Engine
@@ -77,6 +83,7 @@ class Session:
     repository: str | None
     surroundings: Surroundings
     seed: int
+    report: RunReport
 
     @classmethod
     @contextmanager
@@ -101,7 +108,9 @@ class Session:
                 repository = on_main_process(accelerator, partial(create_repository, folder.path, options.hub))
             seed, controls = options.runtime.seed, SamplingControls(options.controls)
             surroundings = Surroundings(accelerator, folder.path, seed, requests, controls)
-            yield cls(engine, folder, requests, attention, resumption, repository, surroundings, seed)
+            report = RunReport(folder, options.tracking.report, accelerator.is_main_process)
+            with report.lasting():
+                yield cls(engine, folder, requests, attention, resumption, repository, surroundings, seed, report)
 
     @property
     def accelerator(self) -> "Accelerator":
@@ -142,6 +151,7 @@ class Session:
         if self.accelerator.is_main_process:
             self.folder.record(record, versions(), without_secrets(sys.argv), **self._facts(options), **plan.record)
         start_trackers(self.accelerator, options.tracking, record)
+        self.report.begin(plan.write_files)
         logger.info("training\n%s", Lines(plan.text))
 
     def _facts(self, options: TrainingOptions) -> dict[str, object]:
