@@ -11,7 +11,7 @@ from utils.config.options import WRITTEN_PATHS, option, parse, rules_of
 from utils.runtime.engines import Engine, ShardedEngine, ZeroEngine
 
 TRAINING = ("train_text_to_image", "train_unconditional")
-TOOLS = tuple(f"utils.tools.{name}" for name in ("convert", "merge", "extract", "resize"))
+TOOLS = tuple(f"utils.tools.{name}" for name in ("convert", "merge", "extract", "resize", "report"))
 SCRIPTS = (*TRAINING, "evaluate_pipeline", *TOOLS)
 
 

@@ -21,7 +21,7 @@ from utils.models.from_scratch import TRANSFORMER_SIZES, UNET_SIZES
 from utils.models.options import MODEL_SIZES
 
 SCRIPTS = ("train_text_to_image", "train_unconditional", "evaluate_pipeline")
-TOOLS = ("convert", "merge", "extract", "resize")
+TOOLS = ("convert", "merge", "extract", "resize", "report")
 OPTIONS_OF = {
     "train_text_to_image": "utils.training.text_to_image_options",
     "train_unconditional": "utils.training.unconditional_options",

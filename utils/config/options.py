@@ -273,7 +273,8 @@ def _place_of(field: dataclasses.Field) -> str:
 def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field, hint: typing.Any) -> None:
     """Adds an option's flag; for a switch that is on by default, also the flag that turns it off."""
     if place := _place_of(field):
-        section.add_argument(field.name, metavar=place, help=field.metadata["help"])
+        many = {"nargs": "+"} if list in map(typing.get_origin, (hint, *typing.get_args(hint))) else {}
+        section.add_argument(field.name, metavar=place, help=field.metadata["help"], **many)
         return
     known = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     kind = known[0] if isinstance(hint, types.UnionType) else hint

@@ -183,8 +183,8 @@ def chart(title: str, series: Sequence[Series], x_label: str, from_zero: bool = 
         parts.append(f'<path class="grid" d="M{place:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text x="{place:.1f}" y="{HEIGHT - BOTTOM + 15}" class="mid">{short_number(value)}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" class="mid">{escape(x_label)}</text>')
-    # Curves: the faint ones below.
-    for each in sorted(shown, key=lambda each: each.kind != "raw"):
+    # Curves: the faint ones below, the dashed ones above.
+    for each in sorted(shown, key=lambda each: ("raw", "line", "points", "dashed").index(each.kind)):
         parts += _drawn(each, horizontal, vertical)
     return "".join([*parts, "</svg>"])
 

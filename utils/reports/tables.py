@@ -30,7 +30,7 @@ RECENT_STEPS = 100  # steps whose speed is shown
 
 def short_text(value: object) -> str:
     """Returns a value as a text of bounded length: strings as they are, the rest as JSON."""
-    text = value if isinstance(value, str) else json_text(value, other=str)
+    text = value if isinstance(value, str) else "none" if value is None else json_text(value, other=str)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
