@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from html import escape
 from typing import NamedTuple
 
 import numpy as np
@@ -165,8 +166,6 @@ def chart(title: str, series: Sequence[Series], x_label: str, from_zero: bool = 
     Args:
         from_zero: whether the vertical axis begins at 0.
     """
-    from markupsafe import escape
-
     shown = [each for each in series if np.isfinite(each.y).any() and np.isfinite(each.x).any()]
     if not shown:
         return ""

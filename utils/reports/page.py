@@ -13,7 +13,7 @@ from pathlib import Path
 
 from utils.config.terminal import visible
 from utils.reports.charts import AXES, evaluation_charts, timestep_chart, training_charts
-from utils.reports.pictures import before_and_after, contact_sheet, film_strips, last_samples
+from utils.reports.pictures import before_and_after, contact_sheet, film_strips, last_samples, num_samples
 from utils.reports.records import RunRecord
 from utils.reports.tables import (
     data_rows,
@@ -44,7 +44,6 @@ def write_page(records: Sequence[RunRecord], file: Path) -> None:
 def html(records: Sequence[RunRecord]) -> str:
     """Returns the report as HTML."""
     from jinja2 import Environment
-    from markupsafe import Markup
 
     def shown(value: object) -> object:
         return visible(value) if type(value) is str else value
@@ -52,12 +51,13 @@ def html(records: Sequence[RunRecord]) -> str:
     environment = Environment(autoescape=True, finalize=shown, trim_blocks=True, lstrip_blocks=True)
     script = SCRIPT.read_text(encoding="utf-8")
     one = records[0] if len(records) == 1 else None
+    film = film_strips(one) if one else last_samples(records)
     charts, timesteps = training_charts(records), timestep_chart(records)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=one.name if one else f"{len(records)} runs",
         subtitle=_subtitle(records),
-        style=Markup(STYLE.read_text(encoding="utf-8")),
-        script=Markup(script),
+        style=STYLE.read_text(encoding="utf-8"),
+        script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         refreshes=one is not None and one.state == "running",
@@ -69,7 +69,8 @@ def html(records: Sequence[RunRecord]) -> str:
         charts=charts,
         timesteps=timesteps,
         notes=_notes(records),
-        film=film_strips(one) if one else last_samples(records),
+        film=film,
+        more_samples=max(0, num_samples(one) - len(film)) if one else 0,
         pairs=before_and_after(one) if one else [],
         data=data_rows(one) if one else [],
         sheet=contact_sheet(one) if one else "",

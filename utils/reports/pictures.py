@@ -24,16 +24,22 @@ LONGEST_CAPTION = 300
 
 @dataclass
 class Budget:
-    """Bytes that are left for pictures of a kind."""
+    """Bytes that are left for pictures of a kind.
+
+    Attributes:
+        left: bytes.
+        is_over: whether a picture did not fit.
+    """
 
     left: int
+    is_over: bool = False
 
     def take(self, uri: str) -> bool:
         """Whether the picture still fits; then its bytes are taken."""
-        if len(uri) > self.left:
-            return False
-        self.left -= len(uri)
-        return True
+        self.is_over |= len(uri) > self.left
+        if not self.is_over:
+            self.left -= len(uri)
+        return not self.is_over
 
 
 def data_uri(image: Image.Image, edge: int) -> str:
@@ -93,10 +99,15 @@ def names_of(record: RunRecord, most: int) -> list[str]:
     return list(every)[:most]
 
 
+def num_samples(record: RunRecord) -> int:
+    """Returns how many different samples a run drew."""
+    return len(names_of(record, 10 * ROWS))
+
+
 def film_strips(record: RunRecord) -> list[dict]:
     """Returns a row for each sample: what it shows, and its frames over the steps, the first and the last included.
 
-    Rows that do not fit the budget lack their pictures' bytes and are left out.
+    A row whose pictures do not all fit the budget is left out, with those after it.
     """
     frames = evenly(record.samples, FRAMES) if record.samples else []
     names = names_of(record, ROWS)
@@ -105,6 +116,8 @@ def film_strips(record: RunRecord) -> list[dict]:
     budget, rows = Budget(STRIP_BYTES), []
     for name in names:
         row = [{"label": each.label, "uri": picture(each.files.get(name), edge, budget)} for each in frames]
+        if budget.is_over:
+            break
         if any(frame["uri"] for frame in row):
             rows.append({"text": caption_of(record, name), "frames": row})
     return rows

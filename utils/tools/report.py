@@ -3,19 +3,21 @@
 python -m utils.tools.report DIR... [--out FILE]
 """
 
+from utils.config.first_checks import read_first, run_read
+from utils.tools.report_options import NAMES, Options, read_options
+
+if __name__ == "__main__":
+    # Answer --help and report invalid flags before numpy is loaded.
+    read_first(read_options, NAMES)
+
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.config.first_checks import read_first, run_read
 from utils.config.options import UserError, leave
 from utils.config.terminal import print_line
 from utils.reports.page import write_page
 from utils.reports.records import read_run
-from utils.tools.report_options import NAMES, Options, read_options
-
-if __name__ == "__main__":
-    read_first(read_options, NAMES)
 
 
 def report(options: Options) -> None:
