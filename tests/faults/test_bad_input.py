@@ -288,13 +288,13 @@ def test_only_truncated_images(train, capsys, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed(train, capsys, monkeypatch):
-    monkeypatch.setattr("utils.training.options.find_spec", lambda name: None)
+    monkeypatch.setattr("utils.runtime.tracker_table.find_spec", lambda name: None)
     train("sd", "--report_to", "wandb", expect=2)
     assert "pip install wandb" in message(capsys)
 
 
 def test_a_token_that_a_tracker_would_record(train, capsys, monkeypatch):
-    monkeypatch.setattr("utils.training.options.find_spec", lambda name: object())
+    monkeypatch.setattr("utils.runtime.tracker_table.missing_package", lambda name: "")
     train("sd", "--report_to", "wandb", "--push_to_hub", "--hub_token", "hf_x", expect=2)
     assert "hf auth login" in message(capsys)
 

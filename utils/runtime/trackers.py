@@ -1,17 +1,25 @@
 """Experiment trackers of a run, such as TensorBoard."""
 
 import logging
-import sys
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.config.options import first_line
+import numpy as np
+import torch
+
+from utils.config.options import ProcessError, first_line
+from utils.config.terminal import one_line
+from utils.runtime.tracker_folders import start_arguments
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
 
 logger = logging.getLogger(__name__)
+LONGEST_REASON = 300  # characters
 
 
 class Trackers:
@@ -33,7 +41,7 @@ class Trackers:
         for tracker in list(self._accelerator.trackers):
             try:
                 use(tracker)
-            except tracker_errors() as error:
+            except Exception as error:  # noqa: BLE001  foreign code: of nine trackers, each with errors of its own
                 self._accelerator.trackers.remove(tracker)
                 logger.warning(
                     "%s can't be written: %s; the training continues without it (metrics.jsonl has the numbers)",
@@ -42,10 +50,46 @@ class Trackers:
                 )
 
 
-def tracker_errors() -> tuple[type[Exception], ...]:
-    """Returns what trackers raise if their disk, network or service fails."""
-    own = [
-        getattr(sys.modules.get(module), name, OSError)
-        for module, name in (("wandb.errors", "Error"), ("comet_ml.exceptions", "CometException"))
-    ]
-    return OSError, RuntimeError, ValueError, EOFError, *own
+def start_trackers(accelerator: "Accelerator", folder: Path, project: str, record: dict) -> None:
+    """Opens the trackers, with the run's options as their config. The random states stay as they are.
+
+    Args:
+        folder: the output folder, in which they keep their files.
+        project: name of the project in the trackers.
+        record: the options by name, without secrets.
+
+    Raises:
+        ProcessError: if a tracker can't be opened.
+    """
+    plain = {
+        name: value if isinstance(value, int | float | bool) else _as_unicode(str(value))
+        for name, value in record.items()
+    }
+    try:
+        with same_random_states():
+            accelerator.init_trackers(project, config=plain, init_kwargs=start_arguments(folder))
+    except Exception as error:  # as above
+        accelerator.trackers.clear()  # a tracker that did not start can't be closed
+        names = ",".join(str(name) for name in accelerator.log_with)
+        reason = one_line(" ".join(str(error).split()) or type(error).__name__, LONGEST_REASON)
+        raise ProcessError(
+            f"--report_to {names} can't be started: {reason}; --report_to none uses no tracker"
+        ) from error
+
+
+@contextmanager
+def same_random_states() -> Iterator[None]:
+    """Context manager: restores the global random states afterwards, which some trackers change, as ClearML does."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _as_unicode(text: str) -> str:
+    """Returns the text with non-Unicode bytes (from file names) escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -189,7 +189,7 @@ def check_token(hub: HubOptions, tracking: TrackingOptions) -> None:
             "--hub_token: launchers print the command line, including the token, when a run fails; leave it out, and "
             "set HF_TOKEN in the environment or run `hf auth login`"
         )
-    if {"wandb", "comet_ml"} & set(tracking.trackers):
+    if set(tracking.trackers) - {"tensorboard"}:
         raise UserError(
             f"--report_to {tracking.report_to} would record the command line with its --hub_token; "
             "run `hf auth login` instead"

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from utils.config.options import ProcessError, first_line
 from utils.config.terminal import progress_bar
 from utils.runtime.memory import used_memory
 from utils.runtime.step_lines import JsonLines, SampleCount, keep_steps
-from utils.runtime.trackers import tracker_errors
 from utils.sampling.samples import Sample
 from utils.training import layer_statistics
 from utils.training.optimizers import NamedParameter
@@ -385,30 +383,3 @@ class LayerNorms:
         for name, norm in norms.items():
             if math.isfinite(norm):
                 self._usual[name] = 0.9 * self._usual.get(name, norm) + 0.1 * norm
-
-
-def start_trackers(accelerator: "Accelerator", options: TrackingOptions, record: dict) -> None:
-    """Opens the trackers, with the run's options as their config.
-
-    Args:
-        record: the options by name, without secrets.
-
-    Raises:
-        ProcessError: if a tracker can't be opened.
-    """
-    plain = {
-        name: value if isinstance(value, int | float | bool) else _as_unicode(str(value))
-        for name, value in record.items()
-    }
-    try:
-        accelerator.init_trackers(options.tracker_project_name, config=plain)
-    except tracker_errors() as error:
-        accelerator.trackers.clear()  # a tracker that did not start can't be closed
-        raise ProcessError(
-            f"--report_to {options.report_to} can't be started: {first_line(error)}; --report_to none uses no tracker"
-        ) from error
-
-
-def _as_unicode(text: str) -> str:
-    """Returns the text with non-Unicode bytes (from file names) escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,12 +42,13 @@ from utils.models.options import (
 )
 from utils.runtime.hub_files import require_model
 from utils.runtime.options import RuntimeOptions
+from utils.runtime.tracker_table import find_trackers, tracker_names
 from utils.sampling.options import SamplingControlOptions, SamplingOptions, ValidationOptions
 from utils.training.adapters import ADAPTATIONS, EVERY_ADAPTER, FORMATS, LORA_ALONE, AdaptationSpec
 from utils.training.export_options import ExportOptions
 from utils.training.optimizer_options import OptimizerOptions, ScheduleOptions
 
-TRACKERS = ("tensorboard", "wandb", "comet_ml")
+REPORT_TO = f"trackers for metrics and samples, separated by commas: {', '.join(tracker_names())}; all; none"
 RECOMPUTING = "--gradient_checkpointing"  # a resumed run may add it when memory is short
 WITH_ADAPTERS = (IsNot("adaptation", ("full",)),)
 COMPILED = ("blocks", "denoiser")
@@ -348,8 +348,7 @@ class EmaOptions:
 class TrackingOptions:
     report_to: str = option(
         "tensorboard",
-        "tracker to send metrics and samples to",
-        choices=(*TRACKERS, "all", "none"),
+        REPORT_TO,
         resume=Resume.REPORTING,
     )
     logging_dir: str = option(
@@ -403,21 +402,16 @@ class TrackingOptions:
 
     def __post_init__(self) -> None:
         require_positive(self, "logging_steps", "max_skipped_steps", "layer_norm_steps", "histogram_steps")
+        find_trackers(self.report_to)
 
     @property
     def trackers(self) -> list[str]:
         """The requested trackers; for `all`, those that are installed.
 
         Raises:
-            UserError: if the named tracker is not installed.
+            UserError: if a named tracker is unknown or not installed.
         """
-        if self.report_to == "none":
-            return []
-        if self.report_to == "all":
-            return [name for name in TRACKERS if find_spec(name)]
-        if not find_spec(self.report_to):
-            raise UserError(f"--report_to {self.report_to} is not installed; pip install {self.report_to}")
-        return [self.report_to]
+        return find_trackers(self.report_to)
 
 
 @dataclass(frozen=True)

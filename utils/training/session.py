@@ -21,11 +21,13 @@ from utils.runtime.machine import git_state, hardware
 from utils.runtime.processes import OutputFolder, ending, on_main_process, start_processes, versions
 from utils.runtime.step_lines import samples_before
 from utils.runtime.stop_requests import StopRequests, repeat_command
+from utils.runtime.tracker_folders import kept_within
+from utils.runtime.trackers import start_trackers
 from utils.sampling.controls import SamplingControls
 from utils.sampling.samples import Surroundings
 from utils.training.compatibility import check_output_folder, check_speed, check_stepping
 from utils.training.hub_upload import create_repository
-from utils.training.log import METRICS, start_trackers
+from utils.training.log import METRICS
 from utils.training.options import TrainingOptions
 from utils.training.reporting import RunReport
 from utils.training.resume import Resumption, find_resumption
@@ -101,7 +103,9 @@ class Session:
         accelerator = engine.accelerator
         requests = StopRequests(folder.path, options.length.seconds)
         attention, allowed = Attention(options.speed.attention_backend), allowing_missing(options.loading)
-        with ending(accelerator, folder, options.runtime.peer_timeout), requests.listening(), attention, allowed:
+        tracking = kept_within(folder.path, options.tracking.trackers)
+        end = ending(accelerator, folder, options.runtime.peer_timeout)
+        with tracking, end, requests.listening(), attention, allowed:
             resumption = find_resumption(options, engine, folder, requests, pipeline_class)
             repository = None
             if not (options.runtime.dry_run or options.cache.ends_when_filled):
@@ -150,7 +154,7 @@ class Session:
         record = as_record(options)
         if self.accelerator.is_main_process:
             self.folder.record(record, versions(), without_secrets(sys.argv), **self._facts(options), **plan.record)
-        start_trackers(self.accelerator, options.tracking, record)
+        start_trackers(self.accelerator, self.folder.path, options.tracking.tracker_project_name, record)
         self.report.begin(plan.write_files)
         logger.info("training\n%s", Lines(plan.text))
 

@@ -4,15 +4,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 from torch import Tensor
 
+from utils.runtime.tracker_media import Picture, log_histogram, log_images
 from utils.runtime.trackers import Trackers
 from utils.sampling.samples import Sample
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.tracking import GeneralTracker
 
 
 class Sink:
@@ -54,36 +53,10 @@ class TrackerSink(Sink):
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Logs the distribution of the values, if all are finite."""
-        self._trackers.each(partial(_log_histogram, name=name, values=values, step=step))
+        numbers = values.detach().float().cpu().numpy()
+        self._trackers.each(partial(log_histogram, numbers=numbers, name=name, step=step))
 
     def images(self, samples: Sequence[Sample], step: int, tag: str) -> None:
         """Logs the images under `tag`."""
-        self._trackers.each(partial(_log_images, samples=samples, step=step, tag=tag))
-
-
-def _log_images(tracker: "GeneralTracker", samples: Sequence[Sample], step: int, tag: str) -> None:
-    if tracker.name == "tensorboard":
-        pixels = np.stack([np.asarray(sample.image.convert("RGB")) for sample in samples])
-        tracker.writer.add_images(tag, pixels, step, dataformats="NHWC")
-    elif tracker.name == "wandb":
-        import wandb
-
-        shown = [wandb.Image(sample.image, caption=f"{i}: {sample.caption}") for i, sample in enumerate(samples)]
-        tracker.log({tag: shown}, step=step)
-    else:
-        for index, sample in enumerate(samples):
-            tracker.tracker.log_image(sample.image, name=f"{tag}_{index}", step=step)
-
-
-def _log_histogram(tracker: "GeneralTracker", name: str, values: Tensor, step: int) -> None:
-    numbers = values.detach().float().cpu().numpy()
-    if not np.isfinite(numbers).all():
-        return
-    if tracker.name == "tensorboard":
-        tracker.writer.add_histogram(name, numbers, step)
-    elif tracker.name == "wandb":
-        import wandb
-
-        tracker.log({name: wandb.Histogram(numbers)}, step=step)
-    else:
-        tracker.tracker.log_histogram_3d(numbers, name=name, step=step)
+        pictures = [Picture(sample.image, sample.caption) for sample in samples]
+        self._trackers.each(partial(log_images, pictures=pictures, tag=tag, step=step))

@@ -16,7 +16,7 @@ from utils.sampling.options import SamplingOptions
 from utils.training.compatibility import read_checked
 from utils.training.optimizer_options import SCHEDULES, OptimizerOptions, ScheduleOptions
 from utils.training.optimizer_table import without
-from utils.training.options import RECOMPUTING, TRACKERS, EmaOptions, TrackingOptions, TrainingOptions
+from utils.training.options import RECOMPUTING, REPORT_TO, EmaOptions, TrackingOptions, TrainingOptions
 
 PURPOSE = (
     "Trains an unconditional or class-conditional diffusion model, from scratch or fine-tuned, in pixels or in latents."
@@ -59,8 +59,7 @@ class Averages(EmaOptions):
 class Tracking(TrackingOptions):
     report_to: str = option(
         "tensorboard",
-        "tracker to send metrics and samples to",
-        choices=(*TRACKERS, "all", "none"),
+        REPORT_TO,
         aliases=["--logger"],
         resume=Resume.REPORTING,
     )
