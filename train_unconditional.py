@@ -105,16 +105,16 @@ def train(options: Options) -> None:
                     exchange.listen_again()
                     progress = state.progress()
                 if evaluation.is_due(progress):
-                    with log.paused(), state.evaluating(), task.family.awake():
+                    with log.paused("evaluation"), state.evaluating(), task.family.awake():
                         log.values(evaluation.scores(task.family, progress.step), progress.step)
                 if checkpoints.is_due(progress, exchange.wish):
-                    with log.paused():
+                    with log.paused("checkpoint"):
                         checkpoints.save(progress, exchange.wish)
                 checkpoints.stop_if_wished(progress, exchange.wish)
                 if progress.is_last:
                     break
                 if sampler.is_due(progress):
-                    with log.paused(), state.evaluating():
+                    with log.paused("samples"), state.evaluating():
                         log.images(sampler.draw(progress), progress.step, "test_samples")
 
         # Result: exported pipeline, last samples, model card.

@@ -125,6 +125,7 @@ OTHER_READS = {  # what is read past utils/config/user_files.py, and why that is
     "utils/data/data_fingerprint.py": ("open", "shards, for a digest of their bytes"),
     "utils/runtime/atomic_files.py": ("open", "a file or folder, to sync it"),
     "utils/sampling/options.py": ("read_text", "the index of the package diffusers"),
+    "utils/runtime/tracker_table.py": ("read_text", "the table of the package accelerate"),
     "utils/sampling/drawer.py": ("loads", "what was dumped in the same line"),
     "utils/evaluation/report.py": ("read_text", "the template beside the code"),
     "utils/reports/page.py": ("read_text", "the template beside the code"),

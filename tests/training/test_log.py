@@ -221,9 +221,9 @@ def test_what_processes_tell_each_other_is_read_once_also_of_steps_before_a_paus
     with log:
         assert heard(1, 1.0, 0.0) == []
         assert heard(2, 0.0, 2.0) == []
-        with log.paused():
+        with log.paused("samples"):
             pass
-        with log.paused():
+        with log.paused("samples"):
             pass
         assert heard(3, 4.0, 0.0) == [1.0, 2.0]
         assert heard(4, 0.0, 8.0) == []

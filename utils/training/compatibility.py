@@ -19,6 +19,7 @@ from utils.data.options import CacheOptions, HeldOutOptions, ImageOptions
 from utils.data.source_options import DataOptions, SourceEntry, source_entries
 from utils.diffusion.options import LossOptions
 from utils.models.options import ATTENTION, CPU_ATTENTION, PartOptions
+from utils.runtime.prometheus_options import check_server
 from utils.training.optimizer_options import WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
 from utils.training.options import (
     EarlyStoppingOptions,
@@ -106,6 +107,8 @@ def check_together(options: TrainingOptions) -> None:
     captions = options.caption_options
     entries = source_entries(options.data, options.source, captions)
     check_token(options.hub, options.tracking)
+    if not (options.runtime.dry_run or options.cache.ends_when_filled):
+        check_server(options.tracking)
     if options.optimizer.optimizer_in_backward and options.loader.global_batch_size is not None:
         raise UserError("--optimizer_in_backward updates weights after each batch; leave out --global_batch_size")
     check_optimizer(options.optimizer, options.schedule, options.term.loss_module_lr)

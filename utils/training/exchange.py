@@ -13,6 +13,7 @@ from utils.training.backward import StepSums
 from utils.training.data import Feed, TrainingData
 from utils.training.log import RunLog, StepMetrics
 from utils.training.options import TrackingOptions
+from utils.training.prometheus_sink import PrometheusSink
 from utils.training.session import Session
 from utils.training.sinks import TrackerSink
 from utils.training.state import TrainingState
@@ -38,7 +39,7 @@ class Exchange:
             session.surroundings.seen,
             options.logging_steps,
             state.skips,
-            sinks=[TrackerSink(session.accelerator)],
+            sinks=[TrackerSink(session.accelerator), *PrometheusSink.start(options, session, data, state)],
         )
         self._heard: Sequence[float] = ()
 

@@ -143,7 +143,7 @@ class RunLog:
         self._epochs = EpochLosses()
         self._layers = LayerNorms()
         self._steps_together = steps_together
-        self._steps, self._is_timed = steps, False
+        self._steps, self._done, self._is_timed = steps, steps.start, False
         self._pending: list[tuple[StepMetrics, SentNumbers, float]] = []
         self._counted_from = self._last_step_at = time.perf_counter()
         self._files = {name: JsonLines(folder / name) for name in (METRICS, EPOCHS, LAYERS, layer_statistics.FILE)}
@@ -172,13 +172,19 @@ class RunLog:
         return sums
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Context manager for work that does not count towards training speed; earlier steps are written first."""
+    def paused(self, what: str) -> Iterator[None]:
+        """Context manager for work that does not count towards training speed; earlier steps are written first.
+
+        Args:
+            what: the work, whose duration is passed on as `{what}_seconds`.
+        """
         self._write_pending()
+        began = time.perf_counter()
         try:
             yield
         finally:
             self._counted_from = time.perf_counter()
+        self._pass_values({f"{what}_seconds": round(self._counted_from - began, 4)}, self._done)
 
     def __enter__(self) -> Self:
         return self
@@ -196,6 +202,7 @@ class RunLog:
         if not self._pending:
             return
         steps = [(metrics, moment) for metrics, _, moment in self._pending]
+        self._done = steps[-1][0].step
         rows = SentNumbers.read([sent for _, sent, _ in self._pending])
         memory = used_memory(self._accelerator.device)
         self._pending = []

@@ -42,6 +42,7 @@ from utils.models.options import (
 )
 from utils.runtime.hub_files import require_model
 from utils.runtime.options import RuntimeOptions
+from utils.runtime.prometheus_options import PrometheusOptions
 from utils.runtime.tracker_table import find_trackers, tracker_names
 from utils.sampling.options import SamplingControlOptions, SamplingOptions, ValidationOptions
 from utils.training.adapters import ADAPTATIONS, EVERY_ADAPTER, FORMATS, LORA_ALONE, AdaptationSpec
@@ -345,7 +346,7 @@ class EmaOptions:
 
 
 @dataclass(frozen=True)
-class TrackingOptions:
+class TrackingOptions(PrometheusOptions):
     report_to: str = option(
         "tensorboard",
         REPORT_TO,
@@ -401,6 +402,7 @@ class TrackingOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "logging_steps", "max_skipped_steps", "layer_norm_steps", "histogram_steps")
         find_trackers(self.report_to)
 

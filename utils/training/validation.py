@@ -68,7 +68,7 @@ class ValidationLoss:
 
     def measure(self, progress: Progress, log: RunLog) -> None:
         """Measures the loss after a step and logs it; early stopping may make this step the last."""
-        with log.paused():
+        with log.paused("validation"):
             log.values(self._measured(progress) or {}, progress.step)
 
     def _measured(self, progress: Progress) -> dict[str, float] | None:
