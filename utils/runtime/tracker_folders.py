@@ -10,12 +10,17 @@ from pathlib import Path
 VARIABLES: Mapping[str, Mapping[str, str]] = {
     "wandb": {"WANDB_DIR": ""},
     "swanlab": {"SWANLAB_LOG_DIR": "swanlog"},
-    "mlflow": {"MLFLOW_TRACKING_URI": "mlruns", "MLFLOW_ALLOW_FILE_STORE": ""},
+    "mlflow": {"MLFLOW_TRACKING_URI": "mlruns"},
     "trackio": {"TRACKIO_DIR": "trackio"},
     "comet_ml": {"COMET_OFFLINE_DIRECTORY": "comet_ml"},
     "clearml": {"CLEARML_CACHE_DIR": "clearml"},
 }
 """By tracker: the environment variable of its folder, and the folder's place in the output folder."""
+SETTINGS: Mapping[str, Mapping[str, str]] = {
+    "mlflow": {"MLFLOW_ALLOW_FILE_STORE": "true"},
+    "clearml": {"CLEARML__SDK__DEVELOPMENT__REPORT_USE_SUBPROCESS": "false"},
+}
+"""By tracker: other variables. ClearML would fork this process, and hang where another tracker has threads in it."""
 READ_AT_IMPORT = ("trackio",)
 """Packages that read their variable when they are imported, and never again."""
 
@@ -29,7 +34,9 @@ def kept_within(folder: Path, trackers: Sequence[str]) -> Iterator[None]:
         trackers: names of the run's trackers.
     """
     wanted = {name: place for tracker in trackers for name, place in VARIABLES.get(tracker, {}).items()}
-    added = {name: _value(name, folder / place) for name, place in wanted.items() if not os.environ.get(name)}
+    settings = {name: value for tracker in trackers for name, value in SETTINGS.get(tracker, {}).items()}
+    settings |= {name: _value(name, folder / place) for name, place in wanted.items()}
+    added = {name: value for name, value in settings.items() if not os.environ.get(name)}
     before = {name: os.environ.get(name) for name in added}
     os.environ.update(added)
     for tracker in READ_AT_IMPORT:
@@ -53,18 +60,17 @@ def _forget(package: str) -> None:
 
 def _value(name: str, folder: Path) -> str:
     whole = folder.absolute()
-    if name == "MLFLOW_ALLOW_FILE_STORE":
-        return "true"
     if name != "MLFLOW_TRACKING_URI":
         return str(whole)
     if find_spec("sqlalchemy") is None:  # mlflow-skinny, which has only files
         return whole.as_uri()
-    whole.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{whole / 'mlflow.db'}"
 
 
 def start_arguments(folder: Path) -> dict[str, dict[str, object]]:
     """Returns the arguments by which accelerate starts each tracker, for those that don't go by their environment.
+
+    It creates the folder of MLflow's database, if that is within the output folder.
 
     ClearML would also upload each file that torch saves, and DVCLive write dvc.yaml and a commit into the user's
     repository: both are left out.
@@ -72,6 +78,8 @@ def start_arguments(folder: Path) -> dict[str, dict[str, object]]:
     places = {name: os.environ.get(name, "") for variables in VARIABLES.values() for name in variables}
     folder = folder.absolute()
     is_here = str(folder / "mlruns") in places["MLFLOW_TRACKING_URI"]
+    if is_here:
+        (folder / "mlruns").mkdir(parents=True, exist_ok=True)
     return {
         "mlflow": {"logging_dir": (folder / "mlruns" / "artifacts").as_uri()} if is_here else {},
         "wandb": {"dir": places["WANDB_DIR"] or str(folder)},
