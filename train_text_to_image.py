@@ -96,11 +96,11 @@ def train(options: Options) -> None:
                 exchange.step(sums, grad_norm)
 
                 # When due: validation loss (which may make this step the last), metrics, checkpoint, samples.
-                progress = state.progress()
+                progress = exchange.progress()
                 if sampler.is_due(progress) or progress.is_last:
                     validation.measure(progress, log)
                     exchange.listen_again()
-                    progress = state.progress()
+                    progress = exchange.progress()
                 if evaluation.is_due(progress):
                     with log.paused("evaluation"), state.evaluating(), task.family.awake():
                         log.values(evaluation.scores(task.family, progress.step, found.resolution), progress.step)

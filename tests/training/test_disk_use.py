@@ -1,10 +1,14 @@
 """What the plan says of the disk, against what a run leaves there."""
 
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 
+from utils.config.progress import Progress
+from utils.data.order import GlobalBatches
 from utils.training.disk_use import DiskUse, describe_disk, disk_use
 from utils.training.options import CheckpointOptions, EmaOptions
 
@@ -64,6 +68,10 @@ def test_the_plan_says_what_the_run_leaves(train, uses, kind, flags, capsys):
         ({"checkpoints_total_limit": 9}, range(1000), 2),
         ({"checkpointing_steps": 7}, range(14, 30), 3),
         ({"checkpointing_steps": 10**6, "final_checkpoint": False}, range(30), 0),
+        ({"checkpointing_epochs": 2}, range(30), 5),  # after steps 7, 14, 20, 27 (of 10 images, 3 a step) and 30
+        ({"checkpointing_epochs": 2, "checkpointing_steps": 14}, range(14, 30), 4),
+        ({"checkpointing_minutes": 0.5}, range(1200), 1),
+        ({"checkpointing_minutes": 0.5, "checkpoints_total_limit": 3}, range(1200), 4),
     ],
 )
 def test_the_number_of_checkpoints(options, steps, expected):
@@ -73,8 +81,20 @@ def test_the_number_of_checkpoints(options, steps, expected):
         modules = MappingProxyType({})
         family = type("Family", (), {"pipeline": type("Pipeline", (), {"components": {}})})
 
-    found = disk_use(Nothing, "adamw", EmaOptions(), CheckpointOptions(**options), steps)
+    batches = GlobalBatches(np.zeros(10, np.uint16), np.zeros(10, np.int64), [Fraction(1)], 3, 1, 0)
+    asked = CheckpointOptions(**options)
+    found = disk_use(Nothing, "adamw", EmaOptions(), asked, steps, batches=batches)
     assert found.num_kept == expected
+    is_open = asked.checkpointing_minutes is not None and asked.checkpoints_total_limit is None
+    assert ("another 0 bytes every 0.5 minutes" in str(found)) == is_open
+    # the same steps as the run's
+    ends = [batches.epochs_before(step) for step in range(steps.stop + 1)]
+    due = [
+        step
+        for step in range(steps.start + 1, steps.stop + 1)
+        if asked.is_due(Progress(step, steps.stop, ends[step - 1], ends[step]))
+    ]
+    assert asked.checkpoints_total_limit or len(due) == expected
 
 
 def test_a_disk_that_is_too_small_is_warned_of(tmp_path, caplog):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.config.options import Stopped, without_secrets
+from utils.runtime.timers import Timers
 
 logger = logging.getLogger(__name__)
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK")  # SIGUSR1: Slurm's notice; SIGBREAK: Windows only
@@ -36,14 +37,17 @@ class StopRequests:
 
     Attributes:
         number: the received signal; 0 if none.
+        timers: what is due every so many minutes.
     """
 
-    def __init__(self, folder: Path, seconds: float | None):
+    def __init__(self, folder: Path, seconds: float | None, timers: Timers | None = None):
         """Args:
         folder: folder of the run, where a file named SAVE or STOP is a request.
         seconds: time from now after which the run ends; None for no limit.
+        timers: what is due every so many minutes; by default nothing.
         """
         self.number = 0
+        self.timers = timers or Timers()
         self._received_at = 0.0
         self._folder = folder
         self._deadline = None if seconds is None else time.monotonic() + seconds

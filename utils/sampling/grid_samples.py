@@ -80,6 +80,8 @@ class GridSampler:
                 numbers = mine[begin : begin + at_once]
                 drawn += zip(numbers, self._draw(numbers), strict=True)
 
+        self._surroundings.requests.timers.samples.restart()
+
         # All samples, on every process; the main process saves them.
         shared = self._surroundings.gather(drawn)
         if self._accelerator.is_main_process and shared:

@@ -44,6 +44,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "deis": ("DEISMultistepScheduler", {}),
 }
 MOST_IMAGES = 10**7
+DEFAULT_SAMPLE_EPOCHS = 10  # epochs between the samples of a model without text
 MAX_PATH = 1024
 PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
 
@@ -181,6 +182,15 @@ class GenerationOptions:
             find_scheduler(self.scheduler)
 
 
+def _are_samples_due(progress: Progress, epochs: int | None, steps: int | None) -> bool:
+    """Whether samples are due after a step, by any of the intervals that count. None: the interval does not.
+
+    The first epoch counts as a multiple of `epochs`.
+    """
+    is_epoch = epochs is not None and any(epoch % epochs == 0 for epoch in progress.ended_epochs)
+    return progress.is_sample_time or progress.is_multiple_of(steps) or is_epoch
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     help_title: ClassVar[str] = "sampling"
@@ -209,9 +219,17 @@ class SamplingOptions:
     eval_batch_size: int = option(
         16, "samples per batch and process", resume=Resume.REPORTING, acts_with=(IsNot("num_samples", ("0",)),)
     )
-    save_images_epochs: int = option(10, "draw samples every N epochs", resume=Resume.REPORTING)
-    save_images_steps: int | None = option(
-        None, "draw samples every N optimizer steps, instead of --save_images_epochs", resume=Resume.REPORTING
+    save_images_epochs: int | None = option(
+        None,
+        "draw samples every N epochs; by default 10, if neither --save_images_steps nor --save_images_minutes is "
+        "given. Of several intervals, each counts",
+        resume=Resume.REPORTING,
+    )
+    save_images_steps: int | None = option(None, "draw samples every N optimizer steps", resume=Resume.REPORTING)
+    save_images_minutes: float | None = option(
+        None,
+        "draw samples once N minutes have passed since the last ones; fractions are allowed",
+        resume=Resume.REPORTING,
     )
     save_model_epochs: int = option(
         10, "save the current pipeline in --output_dir every N epochs", resume=Resume.SAVING
@@ -219,7 +237,7 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         require_positive(self, "ddpm_num_inference_steps", "eval_batch_size", "save_images_epochs", "save_images_steps")
-        require_positive(self, "save_model_epochs")
+        require_positive(self, "save_images_minutes", "save_model_epochs")
         require_not_negative(self, "num_samples", "guidance_scale")
         require(0 <= self.eta <= 1, "eta", self.eta, "be from 0 to 1")
         require(self.eta == 0 or self.sampler == "ddim", "eta", self.eta, "be 0 without --sampler ddim")
@@ -258,9 +276,19 @@ class SamplingOptions:
 
         As in the diffusers examples, the first epoch is always followed by samples.
         """
-        if self.save_images_steps is not None:
-            return progress.is_multiple_of(self.save_images_steps)
-        return any(epoch % self.save_images_epochs == 0 for epoch in progress.ended_epochs)
+        intervals = (self.save_images_epochs, self.save_images_steps, self.minutes)
+        epochs = DEFAULT_SAMPLE_EPOCHS if intervals == (None, None, None) else self.save_images_epochs
+        return _are_samples_due(progress, epochs, self.save_images_steps)
+
+    @property
+    def minutes(self) -> float | None:
+        """Minutes between samples, if they count."""
+        return self.save_images_minutes
+
+    @property
+    def minutes_flag(self) -> str:
+        """The flag that sets the minutes between samples."""
+        return "--save_images_minutes"
 
     def is_model_due(self, progress: Progress) -> bool:
         """Whether the pipeline is due to be saved after a step."""
@@ -288,13 +316,20 @@ class ValidationOptions:
     )
     validation_epochs: int | None = option(
         None,
-        "draw samples every N epochs; by default 5, or 1 for LoRA and SDXL",
+        "draw samples every N epochs; by default 5, or 1 for LoRA and SDXL, if neither --validation_steps nor "
+        "--validation_minutes is given. Of several intervals, each counts",
         resume=Resume.REPORTING,
         acts_with=(*PROMPTS, *HELD_OUT),
     )
     validation_steps: int | None = option(
         None,
-        "draw samples every N optimizer steps, instead of --validation_epochs",
+        "draw samples every N optimizer steps",
+        resume=Resume.REPORTING,
+        acts_with=(*PROMPTS, *HELD_OUT),
+    )
+    validation_minutes: float | None = option(
+        None,
+        "draw samples once N minutes have passed since the last ones; fractions are allowed",
         resume=Resume.REPORTING,
         acts_with=(*PROMPTS, *HELD_OUT),
     )
@@ -316,7 +351,8 @@ class ValidationOptions:
     )
 
     def __post_init__(self) -> None:
-        require_positive(self, "validation_epochs", "validation_steps", "validation_num_inference_steps")
+        require_positive(self, "validation_epochs", "validation_steps", "validation_minutes")
+        require_positive(self, "validation_num_inference_steps")
         require_not_negative(self, "num_validation_images", "validation_guidance_scale")
         if self.validation_prompts is not None and self.validation_prompt is not None:
             raise UserError("--validation_prompt and --validation_prompts both set the prompts; give one")
@@ -346,10 +382,19 @@ class ValidationOptions:
 
         As in the diffusers examples, the first epoch is always followed by samples.
         """
-        if self.validation_steps is not None:
-            return progress.is_multiple_of(self.validation_steps)
-        interval = self.validation_epochs or default_epochs
-        return any(epoch % interval == 0 for epoch in progress.ended_epochs)
+        intervals = (self.validation_epochs, self.validation_steps, self.minutes)
+        epochs = default_epochs if intervals == (None, None, None) else self.validation_epochs
+        return _are_samples_due(progress, epochs, self.validation_steps)
+
+    @property
+    def minutes(self) -> float | None:
+        """Minutes between samples, if they count."""
+        return self.validation_minutes
+
+    @property
+    def minutes_flag(self) -> str:
+        """The flag that sets the minutes between samples."""
+        return "--validation_minutes"
 
 
 class SampleRequest(NamedTuple):

@@ -79,6 +79,7 @@ class PromptSampler:
                 with or_without(file):
                     self._save(image, mine[index], file)
                 drawn.append((index, image))
+        self._surroundings.requests.timers.samples.restart()
         shared = self._surroundings.gather(drawn)
         requests, folder = self._requests, f"{self._folder.name}/{name}"
         return [

@@ -20,6 +20,7 @@ from utils.data.source_options import DataOptions, SourceEntry, source_entries
 from utils.diffusion.options import LossOptions
 from utils.models.options import ATTENTION, CPU_ATTENTION, PartOptions
 from utils.runtime.prometheus_options import check_server
+from utils.sampling.options import SamplingOptions, ValidationOptions
 from utils.training.optimizer_options import WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
 from utils.training.options import (
     EarlyStoppingOptions,
@@ -114,7 +115,18 @@ def check_together(options: TrainingOptions) -> None:
     check_optimizer(options.optimizer, options.schedule, options.term.loss_module_lr)
     check_masks(options.loss, entries)
     check_held_out(options.held_out, options.data, options.stopping, options.schedule, options.ema)
+    check_timers(options.samples, options.schedule)
     check_cache(options.cache, options.data, options.image, captions)
+
+
+def check_timers(samples: ValidationOptions | SamplingOptions, schedule: ScheduleOptions) -> None:
+    """Refuses a learning rate that would depend on the clock, so that no run could be repeated or resumed exactly."""
+    if samples.minutes is not None and schedule.lr_scheduler == "reduce_on_plateau":
+        raise UserError(
+            f"{samples.minutes_flag} {samples.minutes:g} measures the validation loss by the clock, and --lr_scheduler "
+            "reduce_on_plateau follows these measurements, so that no run could be repeated; give an interval in steps "
+            "or epochs"
+        )
 
 
 def check_optimizer(options: OptimizerOptions, schedule: ScheduleOptions, term_rate: float | None) -> None:

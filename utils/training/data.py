@@ -1,12 +1,14 @@
 """The training data of a run: its images, their order, and the loader of their batches."""
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from utils.config.batch import Batch
+from utils.config.options import require
 from utils.data.encodings import Encodings
 from utils.data.file_listing import OWN, Fate
 from utils.data.loader import SampleSpec, TrainingDataset, Waiting, batches_by_step
@@ -69,6 +71,10 @@ class TrainingData:
         held_out = preparation.choose_held_out(resolution)
         batches = images.batches(options.loader.global_batch(num_processes), resumption.group_size, session.seed)
         session.count_samples(batches.size)
+        epochs = options.checkpoint.checkpointing_epochs
+        known = epochs is None or batches.samples_per_epoch != math.inf
+        must = "be left out: the length of the stream is unknown"
+        require(known, "checkpointing_epochs", epochs, must, "give --checkpointing_steps")
         total_steps = options.length.max_train_steps or batches.steps_in(options.length.num_train_epochs)
         num_workers = options.loader.num_workers(num_processes)
         group_size = resumption.group_size

@@ -138,7 +138,7 @@ def plan_text(options: TrainingOptions, session: Session, data: TrainingData, ra
     }
     lines = [f"  {name:<14} {one_line(fact)}" for name, fact in facts.items()]
     steps = range(session.resumption.first_step, rates.total_steps)
-    use = disk_use(task.adaptation, optimizer.name, options.ema, options.checkpoint, steps, options.export)
+    use = disk_use(task.adaptation, optimizer.name, options.ema, options.checkpoint, steps, options.export, batches)
     return "\n".join(lines) + describe_disk(use, session.folder.path, options.checkpoint)
 
 

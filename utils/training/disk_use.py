@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from torch import nn
 
 from utils.config.options import first_line
 from utils.config.user_files import size_text
+from utils.data.order import GlobalBatches
+from utils.data.stream import StreamedBatches
 from utils.training.adaptation import Adaptation
 from utils.training.export_options import ExportOptions
 from utils.training.optimizer_table import OPTIMIZERS
@@ -30,12 +32,14 @@ class DiskUse:
         num_kept: largest number of checkpoints on disk at once.
         snapshots: bytes of all snapshots of `--ema_lengths`.
         result: bytes of the exported pipeline or adapter.
+        minutes: minutes between checkpoints whose number is unknown; None if all are counted.
     """
 
     checkpoint: int
     num_kept: int
     snapshots: int
     result: int
+    minutes: float | None = None
 
     @property
     def total(self) -> int:
@@ -44,6 +48,8 @@ class DiskUse:
 
     def __str__(self) -> str:
         kinds = [f"{self.num_kept} checkpoints of {size_text(self.checkpoint)}"] if self.num_kept else []
+        if self.minutes is not None:
+            kinds.append(f"another {size_text(self.checkpoint)} every {self.minutes:g} minutes of training")
         kinds += [f"snapshots of {size_text(self.snapshots)}"] if self.snapshots else []
         return f"{size_text(self.total)}: {', '.join([*kinds, f'a result of {size_text(self.result)}'])}"
 
@@ -55,6 +61,7 @@ def disk_use(
     checkpoint: CheckpointOptions,
     steps: range,
     export: ExportOptions | None = None,
+    batches: GlobalBatches | StreamedBatches | None = None,
 ) -> DiskUse:
     """Estimates what a run writes to disk.
 
@@ -63,18 +70,19 @@ def disk_use(
         optimizer: its name in `OPTIMIZERS`.
         steps: from the first optimizer step (0 or the checkpoint's) to the last.
         export: options of the result.
+        batches: the batches of the run, by which --checkpointing_epochs counts.
     """
     num_trained = _num_parameters(adaptation.modules.values(), are_trained=True)
     parts = [part for part in adaptation.family.pipeline.components.values() if isinstance(part, nn.Module)]
     averages = int(ema.use_ema) + 2 * bool(ema.ema_lengths)
     each = num_trained * (FLOAT32 * (1 + averages) + OPTIMIZERS[optimizer].state_bytes)
-    count = len(_due(checkpoint.checkpointing_steps, steps))
-    count += checkpoint.final_checkpoint and bool(steps.stop % checkpoint.checkpointing_steps)
+    count, minutes = _num_checkpoints(checkpoint, steps, batches), checkpoint.checkpointing_minutes
     if checkpoint.checkpoints_total_limit is not None:
-        count = min(count, checkpoint.checkpoints_total_limit + 1)
+        most = checkpoint.checkpoints_total_limit + 1
+        count, minutes = (min(count, most) if minutes is None else most), None
     num_snapshots = 0
     if ema.ema_lengths:
-        interval = ema.ema_snapshot_steps or checkpoint.checkpointing_steps
+        interval = ema.ema_snapshot_steps or checkpoint.snapshot_interval
         num_snapshots = len(_due(interval, steps)) + bool(steps.stop % interval)
     snapshots = num_snapshots * 2 * num_trained * FLOAT32 // 2
     asked = export or ExportOptions()
@@ -83,7 +91,22 @@ def disk_use(
     adapters = 0 if adaptation.trains_base else num_trained * _bytes_an_adapter(adaptation.options.lora_format, asked)
     last = steps.stop - 1  # the last step's export is the result
     num_exports = 1 + (0 if asked.export_steps is None else len(_due(asked.export_steps, range(steps.start, last))))
-    return DiskUse(each, count, snapshots, (weights + adapters) * num_exports)
+    return DiskUse(each, count, snapshots, (weights + adapters) * num_exports, minutes)
+
+
+def _num_checkpoints(
+    checkpoint: CheckpointOptions, steps: range, batches: GlobalBatches | StreamedBatches | None
+) -> int:
+    """Counts the checkpoints that are due by steps and epochs, and the final one."""
+    planned: Collection[int] = range(0)
+    if checkpoint.interval is not None:
+        due = _due(checkpoint.interval, steps)
+        planned = range(due.start * checkpoint.interval, due.stop * checkpoint.interval, checkpoint.interval)
+    if checkpoint.checkpointing_epochs is not None and batches is not None:
+        epochs = range(batches.epochs_before(steps.start), batches.epochs_before(steps.stop))
+        ended = _due(checkpoint.checkpointing_epochs, epochs)
+        planned = {*planned, *(batches.steps_in(number * checkpoint.checkpointing_epochs) for number in ended)}
+    return len(planned) + (checkpoint.final_checkpoint and steps.stop not in planned)
 
 
 def _bytes_a_weight(export: ExportOptions) -> int:

@@ -1,14 +1,17 @@
 """What processes exchange after each step, in one collective whose sums are read one step late."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from utils.config.options import UserError
+from utils.config.progress import Progress
 from utils.runtime.processes import on_main_process
 from utils.runtime.stop_requests import Wish, agreed
+from utils.runtime.timers import Timers
 from utils.training.backward import StepSums
 from utils.training.data import Feed, TrainingData
 from utils.training.log import RunLog, StepMetrics
@@ -20,7 +23,7 @@ from utils.training.state import TrainingState
 
 
 class Exchange:
-    """Sums over all processes a step's loss, the count of unreadable images, and requests to save or stop.
+    """Sums over all processes a step's loss, the count of unreadable images, timers, and requests to save or stop.
 
     The sums are read once the next step is queued, so that the device never waits for the host.
 
@@ -46,7 +49,21 @@ class Exchange:
     @property
     def wish(self) -> Wish:
         """The save or stop that all processes agree on, from the sums read last."""
-        return agreed(self._heard)
+        wish = agreed(self._heard[Timers.COUNT :])
+        return wish._replace(saves=wish.saves or self._timers.is_checkpoint_due(self._heard))
+
+    def progress(self) -> Progress:
+        """Returns how far the run has come, and whether samples are due by the timer that all processes agree on."""
+        return replace(self._state.progress(), is_sample_time=self._timers.are_samples_due(self._heard))
+
+    @property
+    def _timers(self) -> Timers:
+        return self._session.requests.timers
+
+    def _asked(self) -> list[float]:
+        """What this process asks for: intervals that are over, then requests to save or stop."""
+        is_main = self._session.accelerator.is_main_process
+        return [*self._timers.asked(is_main), *self._session.requests.asked(is_main)]
 
     def step(self, found: StepSums, grad_norm: Tensor) -> None:
         """Exchanges the results of a step, and logs them.
@@ -61,7 +78,7 @@ class Exchange:
         accelerator, batches, step = self._session.accelerator, self._data.batches, self._state.step
         # This process's numbers, and their sums over all processes.
         num_unreadable = self._data.note_unreadable(found.unreadable)
-        asked = [float(num_unreadable), *self._session.requests.asked(accelerator.is_main_process)]
+        asked = [float(num_unreadable), *self._asked()]
         total_loss, sums = found.loss, None
         if accelerator.num_processes > 1:
             both = accelerator.reduce(torch.cat([total_loss[None], _sent(asked, accelerator.device)]))
@@ -88,9 +105,9 @@ class Exchange:
     def listen_again(self) -> None:
         """Adds requests made since, such as a signal that interrupted a measurement; all processes must call it."""
         accelerator = self._session.accelerator
-        now = self._session.requests.asked(accelerator.is_main_process)
-        both = [float(one + other) for one, other in zip(now, self._heard or [0.0] * len(now), strict=True)]
-        self._heard = accelerator.reduce(torch.tensor(both, device=accelerator.device)).tolist()
+        now = accelerator.reduce(torch.tensor(self._asked(), device=accelerator.device)).tolist()
+        before = self._heard or [0.0] * len(now)
+        self._heard = [one + other for one, other in zip(now, before, strict=True)]
 
     def _end_if_diverged(self) -> None:
         """Ends the run if --max_skipped_steps consecutive steps were skipped."""

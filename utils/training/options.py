@@ -53,6 +53,7 @@ REPORT_TO = f"trackers for metrics and samples, separated by commas: {', '.join(
 RECOMPUTING = "--gradient_checkpointing"  # a resumed run may add it when memory is short
 WITH_ADAPTERS = (IsNot("adaptation", ("full",)),)
 COMPILED = ("blocks", "denoiser")
+DEFAULT_INTERVAL = 500  # optimizer steps between checkpoints
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,20 @@ class AdaptationOptions(TrainedOptions):
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    checkpointing_steps: int = option(500, "optimizer steps between checkpoints", resume=Resume.SAVING)
+    checkpointing_steps: int | None = option(
+        None,
+        "write a checkpoint every N optimizer steps; default: 500, if neither --checkpointing_epochs nor "
+        "--checkpointing_minutes is given. Of several intervals, each counts",
+        resume=Resume.SAVING,
+    )
+    checkpointing_epochs: int | None = option(
+        None, "write a checkpoint after every N epochs (passes over the data)", resume=Resume.SAVING
+    )
+    checkpointing_minutes: float | None = option(
+        None,
+        "write a checkpoint once N minutes have passed since the last one, whatever caused it; fractions are allowed",
+        resume=Resume.SAVING,
+    )
     checkpoints_total_limit: int | None = option(
         None, "number of newest checkpoints to keep; default: all", resume=Resume.SAVING
     )
@@ -282,11 +296,25 @@ class CheckpointOptions:
     )
 
     def __post_init__(self) -> None:
-        require_positive(self, "checkpointing_steps", "checkpoints_total_limit")
+        require_positive(self, "checkpointing_steps", "checkpointing_epochs", "checkpointing_minutes")
+        require_positive(self, "checkpoints_total_limit")
+
+    @property
+    def interval(self) -> int | None:
+        """Optimizer steps between checkpoints; None if only epochs or minutes count."""
+        if self.checkpointing_epochs is None and self.checkpointing_minutes is None:
+            return self.checkpointing_steps or DEFAULT_INTERVAL
+        return self.checkpointing_steps
+
+    @property
+    def snapshot_interval(self) -> int:
+        """Optimizer steps between the snapshots of --ema_lengths, which must not depend on the clock."""
+        return self.checkpointing_steps or DEFAULT_INTERVAL
 
     def is_due(self, progress: Progress) -> bool:
-        """Whether to write a checkpoint after a step."""
-        return progress.is_multiple_of(self.checkpointing_steps) or (self.final_checkpoint and progress.is_last)
+        """Whether to write a checkpoint after a step; the timer of --checkpointing_minutes is asked elsewhere."""
+        is_planned = progress.is_multiple_of(self.interval) or progress.ends_epochs(self.checkpointing_epochs)
+        return is_planned or (self.final_checkpoint and progress.is_last)
 
 
 @dataclass(frozen=True)
@@ -328,7 +356,7 @@ class EmaOptions:
     )
     ema_snapshot_steps: int | None = option(
         None,
-        "optimizer steps between the snapshots of --ema_lengths; default: --checkpointing_steps",
+        "optimizer steps between the snapshots of --ema_lengths; default: --checkpointing_steps, or 500",
         resume=Resume.AVERAGING,
     )
 

@@ -78,6 +78,7 @@ class CheckpointWriter:
             on_main_process(accelerator, self._session.requests.remove_heard)
         if wish.saves or self._options.is_due(progress):
             self.saver.save(progress.step, self._gradients.shortened(self._at_once))
+            self._session.requests.timers.checkpoints.restart()
         if self._is_export_due(progress) and not wish.ends:
             with self._state.evaluating():
                 self._state.export(self._session.folder.path)
@@ -98,7 +99,7 @@ class CheckpointWriter:
             raise stopped(wish, progress.step, self._session.folder.path)
 
     def _is_snapshot_due(self, progress: Progress) -> bool:
-        interval = self._ema.ema_snapshot_steps or self._options.checkpointing_steps
+        interval = self._ema.ema_snapshot_steps or self._options.snapshot_interval
         return self._state.lengths is not None and (progress.is_multiple_of(interval) or progress.is_last)
 
     def _is_export_due(self, progress: Progress) -> bool:

@@ -21,6 +21,7 @@ from utils.runtime.machine import git_state, hardware
 from utils.runtime.processes import OutputFolder, ending, on_main_process, start_processes, versions
 from utils.runtime.step_lines import samples_before
 from utils.runtime.stop_requests import StopRequests, repeat_command
+from utils.runtime.timers import Timers
 from utils.runtime.tracker_folders import kept_within
 from utils.runtime.trackers import start_trackers
 from utils.sampling.controls import SamplingControls
@@ -101,7 +102,8 @@ class Session:
         folder = OutputFolder(output_dir)
         engine = start_engine(options, folder)
         accelerator = engine.accelerator
-        requests = StopRequests(folder.path, options.length.seconds)
+        timers = Timers(options.checkpoint.checkpointing_minutes, options.samples.minutes)
+        requests = StopRequests(folder.path, options.length.seconds, timers)
         attention, allowed = Attention(options.speed.attention_backend), allowing_missing(options.loading)
         tracking = kept_within(folder.path, options.tracking.trackers)
         end = ending(accelerator, folder, options.runtime.peer_timeout)
