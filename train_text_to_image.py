@@ -22,8 +22,6 @@ from utils.diffusion.process import process_of
 from utils.evaluation.while_training import TrainingEvaluation
 from utils.models.text_to_image import TextFamily
 from utils.runtime.processes import weight_dtype
-from utils.sampling.infotext import DrawnModel
-from utils.sampling.prompt_samples import PromptSampler
 from utils.training.backward import Gradients
 from utils.training.card_facts import CardFacts, quoted
 from utils.training.data import Feed, TrainingData
@@ -31,6 +29,7 @@ from utils.training.description import describe_run, report_dry_run
 from utils.training.exchange import Exchange
 from utils.training.learning_rates import LearningRates
 from utils.training.result import exported_weights, finish
+from utils.training.run_samples import RunSamples
 from utils.training.saving import CheckpointWriter
 from utils.training.session import Session
 from utils.training.speed_up import prepare_steps, with_fast
@@ -70,10 +69,10 @@ def train(options: Options) -> None:
         state = TrainingState.create(options, session, data, task, rates, facts)
 
         # Measurements between steps: samples, validation loss, metrics.
-        sampler = make_sampler(options, found, session, task)
+        sampler = RunSamples.of_prompts(options, found, session, data, task, state)
         validation = ValidationLoss.begin(options, session, data, task, state, sampler.is_due(state.progress()))
         evaluation = make_evaluation(options, session, task)
-        session.begin(options, plan, [evaluation])
+        session.begin(options, plan, [sampler, evaluation])
 
         # Steps: data feed, gradients, checkpoints, and log.
         feed = Feed.start(options, session, data, task, range(state.step, state.total_steps))
@@ -83,6 +82,7 @@ def train(options: Options) -> None:
         exchange = Exchange(options.tracking, session, data, feed, state)
 
         with checkpoints, exchange.log as log:
+            sampler.draw_first(log)
             for step, micro_batches in feed.steps:
                 state.set_learning_rate(step, validation.reductions)
 
@@ -99,8 +99,7 @@ def train(options: Options) -> None:
                 progress = exchange.progress()
                 if sampler.is_due(progress) or progress.is_last:
                     validation.measure(progress, log)
-                    exchange.listen_again()
-                    progress = exchange.progress()
+                    progress = exchange.listen_again()
                 if evaluation.is_due(progress):
                     with log.paused("evaluation"), state.evaluating(), task.family.awake():
                         log.values(evaluation.scores(task.family, progress.step, found.resolution), progress.step)
@@ -110,14 +109,11 @@ def train(options: Options) -> None:
                 checkpoints.stop_if_wished(progress, exchange.wish)
                 if progress.is_last:
                     break
-                if sampler.is_due(progress):
-                    with log.paused("samples"), state.evaluating():
-                        log.images(sampler.draw(progress), progress.step, "validation")
+                sampler.draw_if_due(progress, log)
 
         # Result: exported pipeline or adapter, last samples, model card.
         with exported_weights(options, session, state, validation):
-            samples = sampler.draw(state.progress(), is_last=True)
-        log.images(samples, state.step, "test")
+            samples = sampler.draw_last(log)
         finish(options, session, data, state, card_facts(options, task.family), samples)
 
 
@@ -146,15 +142,6 @@ def load_task(
     return Task.define(options, adaptation, process, rates, origin, method=options.adaptation.adaptation)
 
 
-def make_sampler(options: Options, found: FoundPipeline, session: Session, task: Task) -> PromptSampler:
-    """Returns the sampler for the validation prompts."""
-    model = DrawnModel.of_training(
-        session.folder.path, None if options.adaptation.adaptation == "full" else found.source.path
-    )
-    surroundings, drawing = session.surroundings, options.samples
-    return PromptSampler(surroundings, task.family, drawing, found.resolution, found.default_epochs, model)
-
-
 def make_evaluation(options: Options, session: Session, task: Task) -> TrainingEvaluation:
     """Returns the evaluation that computes metrics of the pipeline during training."""
     pipeline, prompts = task.family.pipeline, options.samples.prompts
@@ -179,7 +166,7 @@ def card_facts(options: Options, family: TextFamily) -> CardFacts:
         scheduler_class=type(family.pipeline.scheduler).__name__,
         scheduler_changes={**family.source.scheduler_marks(), **options.noise.scheduler_changes},
         call=f"pipeline({quoted(prompt)}{skip})",
-        negative_prompt=options.samples.validation_negative_prompt or "",
+        negative_prompt=options.samples.shared_negative_prompt,
         ui_notes=family.ui_notes,
         trigger_words=adaptation.trigger_words or (),
     )

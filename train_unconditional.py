@@ -23,7 +23,6 @@ from utils.diffusion.process import process_of
 from utils.evaluation.references import trained_images
 from utils.evaluation.while_training import TrainingEvaluation
 from utils.runtime.processes import weight_dtype
-from utils.sampling.grid_samples import GridSampler
 from utils.training.adaptation import FullFineTuning
 from utils.training.backward import Gradients
 from utils.training.card_facts import CardFacts
@@ -33,6 +32,7 @@ from utils.training.description import describe_run, report_dry_run
 from utils.training.exchange import Exchange
 from utils.training.learning_rates import LearningRates
 from utils.training.result import exported_weights, finish
+from utils.training.run_samples import RunSamples
 from utils.training.saving import CheckpointWriter
 from utils.training.session import Session
 from utils.training.speed_up import prepare_steps, with_fast
@@ -73,7 +73,7 @@ def train(options: Options) -> None:
         state = TrainingState.create(options, session, data, task, rates, facts)
 
         # Measurements between steps: samples, validation loss, metrics.
-        sampler = GridSampler(session.surroundings, task.family, options.samples)
+        sampler = RunSamples.of_grid(options, session, task, state)
         validation = ValidationLoss.begin(options, session, data, task, state, sampler.is_due(state.progress()))
         evaluation = make_evaluation(options, session, task, data)
         session.begin(options, plan, [sampler, evaluation])
@@ -86,6 +86,7 @@ def train(options: Options) -> None:
         exchange = Exchange(options.tracking, session, data, feed, state)
 
         with checkpoints, exchange.log as log:
+            sampler.draw_first(log)
             for step, micro_batches in feed.steps:
                 state.set_learning_rate(step, validation.reductions)
 
@@ -102,8 +103,7 @@ def train(options: Options) -> None:
                 progress = exchange.progress()
                 if sampler.is_due(progress) or progress.is_last:
                     validation.measure(progress, log)
-                    exchange.listen_again()
-                    progress = exchange.progress()
+                    progress = exchange.listen_again()
                 if evaluation.is_due(progress):
                     with log.paused("evaluation"), state.evaluating(), task.family.awake():
                         log.values(evaluation.scores(task.family, progress.step), progress.step)
@@ -113,14 +113,11 @@ def train(options: Options) -> None:
                 checkpoints.stop_if_wished(progress, exchange.wish)
                 if progress.is_last:
                     break
-                if sampler.is_due(progress):
-                    with log.paused("samples"), state.evaluating():
-                        log.images(sampler.draw(progress), progress.step, "test_samples")
+                sampler.draw_if_due(progress, log)
 
         # Result: exported pipeline, last samples, model card.
         with exported_weights(options, session, state, validation):
-            samples = sampler.draw(state.progress(), is_last=True)
-        log.images(samples, state.step, "test_samples")
+            samples = sampler.draw_last(log)
         finish(options, session, data, state, card_facts(options, task), samples)
 
 

@@ -57,10 +57,8 @@ def test_processes_act_after_the_same_step_although_sums_are_read_a_step_late():
     saved: list[list[int]] = [[], []]
     sent: list[float] = []
     for step in range(1, 200):
-        read, sent = (
-            sent,
-            [sum(numbers) for numbers in zip(*(each.asked(rank == 0) for rank, each in enumerate(processes)))],
-        )
+        asked = [each.asked(rank == 0) for rank, each in enumerate(processes)]
+        read, sent = sent, [one + other for one, other in zip(*asked, strict=True)]
         clocks[0].minutes += 0.125
         clocks[1].minutes += 10  # another machine, whose clock does not count
         for rank, each in enumerate(processes):

@@ -25,8 +25,9 @@ from utils.models.conditional_ddpm import ConditionalDDPMPipeline
 from utils.models.unconditional import ImplicitPixels, LabelledPixels, Latents, Pixels, fresh_scheduler
 from utils.sampling.controls import SamplingControls
 from utils.sampling.drawer import Drawer, InMemory, image_seed
-from utils.sampling.options import SCHEDULERS, GenerationOptions, SamplingControlOptions, SamplingOptions
+from utils.sampling.options import SCHEDULERS, GenerationOptions, SamplingControlOptions
 from utils.sampling.prompts import Prompt, Task
+from utils.sampling.sample_options import SamplingOptions
 from utils.sampling.scheduler_choice import set_scheduler
 
 KINDS = ("epsilon", "v_prediction", "sample")

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from utils.config.options import UserError
-from utils.sampling.options import GenerationOptions, PromptOptions, ValidationOptions
+from utils.sampling.options import GenerationOptions, PromptOptions
 from utils.sampling.prompts import Prompt, plan_tasks, read_prompts
+from utils.sampling.sample_options import ValidationOptions
 
 
 def test_prompts_are_read_from_files_datasets_and_folders(images, tmp_path):

@@ -78,7 +78,7 @@ def test_other_samplers_draw_from_the_same_model(train, name):
 
 
 def test_samples_take_no_more_steps_than_a_short_schedule_has(train, capsys, caplog):
-    from utils.sampling.options import SamplingOptions
+    from utils.sampling.sample_options import SamplingOptions
 
     options = ProcessOptions(ddpm_num_steps=12)
     assert SamplingOptions().steps_of(fresh_scheduler(options, clips=True)) == 12

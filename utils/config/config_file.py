@@ -68,9 +68,8 @@ def read_config(path: str, actions: Actions) -> tuple[dict[str, object], list[st
     for name, value in _entries(_document(path, where, actions), where):
         action = actions.find(name)
         if action is None and _plain(name) == "config":
-            raise UserError(
-                f"{where} names another file; give both on the command line: --config {path} {one_line(str(value), 100)}"
-            )
+            other = one_line(str(value), 100)
+            raise UserError(f"{where} names another file; give both on the command line: --config {path} {other}")
         if action is None:
             unknown.append(name)
             continue

@@ -20,7 +20,7 @@ ATTENTION = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cu
 CPU_ATTENTION = ("flash", "math")
 QUANTIZATIONS = ("nf4", "int8")
 
-PROMPTS = ("validation_prompts", "validation_prompt")
+PROMPTS = ("validation_prompts", "validation_prompt", "validation_prompts_file")
 PRETRAINED = (
     *("pretrained_model_name_or_path", "vae", "perceptual_network", "eval_metrics"),
     *("pipeline", "checkpoints", "images"),  # the metrics of images also load networks

@@ -2,8 +2,6 @@
 
 import logging
 import math
-import os
-import re
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from utils.config.progress import Progress
-from utils.config.user_files import read_json
 from utils.data.images import decode
 from utils.diffusion.samplers import sampler_of
 from utils.models.unconditional import UnconditionalFamily
@@ -21,12 +18,12 @@ from utils.runtime.atomic_files import or_without
 from utils.runtime.processes import autocast, on_main_process, write_json
 from utils.runtime.sharding import unsharded
 from utils.sampling.infotext import Drawing, DrawnModel, png_texts, sampler_name
-from utils.sampling.options import SamplingOptions
+from utils.sampling.sample_options import SamplingOptions
+from utils.sampling.sample_record import RECORD, STEP, STRIP, SampleFacts, SampleRecord
 from utils.sampling.samples import LAST, Sample, Surroundings
 
 logger = logging.getLogger(__name__)
-GRID, STRIP, RECORD = "grid.png", "film_strip.png", "samples.json"
-STEP = re.compile(r"step-[0-9]{1,18}")
+GRID = "grid.png"
 FRAMES = 20  # most frames of a film strip
 GAP = 2  # pixels between the images of a grid
 LARGEST_PICTURE = 256  # longest edge in a grid, in pixels
@@ -49,13 +46,23 @@ class GridSampler:
         self._family = family
         self._options = options
         self._folder = surroundings.folder / "samples"
+        self._record = SampleRecord(self._folder)
         self._seeds = surroundings.seeds(options.count)
         classes = sorted(family.classes)
         self._labels = [classes[number % len(classes)] for number in range(options.count)] if classes else []
 
+    @property
+    def count(self) -> int:
+        """The number of samples drawn each time."""
+        return len(self._seeds)
+
     def begin(self, first_step: int) -> None:
-        """Deletes samples of steps after the one from which the run resumes."""
-        on_main_process(self._accelerator, partial(keep_until, self._folder, first_step))
+        """Deletes samples, and lines of their record, of steps after the one from which the run resumes."""
+        on_main_process(self._accelerator, partial(self._record.begin, first_step))
+
+    def draw_first(self, progress: Progress, adapter_is_new: bool) -> list[Sample]:
+        """Draws all samples before the first step, of what the training starts from, into `samples/step-0/`."""
+        return self.draw(progress)
 
     def is_due(self, progress: Progress) -> bool:
         """Whether samples are due after a step; the validation loss is measured at the same steps."""
@@ -118,19 +125,27 @@ class GridSampler:
             more=[("Eta DDIM", options.eta or None), ("Class", self._caption(number) if self._labels else None)],
         )
 
+    def _facts(self, number: int, size: tuple[int, int], file: str) -> SampleFacts:
+        """The line of a sample in the record; `size` is its width and height in pixels."""
+        caption = self._caption(number) if self._labels else None
+        guidance = self._options.guidance_scale if self._labels else None
+        return SampleFacts(file, caption, None, *size, self._seeds[number], self._steps, guidance)
+
     def _save(self, images: Sequence[Image.Image], numbers: Sequence[int], step: int, is_last: bool) -> None:
         of_step = self._folder / f"step-{step}"
         folder = self._folder / LAST if is_last else of_step
         for old in (folder, of_step):  # a resumed run may reach the same step again
             shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True)
-        drawn = []
+        drawn, lines = [], []
         model = DrawnModel(self._surroundings.folder.resolve().name)
         for place, (number, image) in enumerate(zip(numbers, images, strict=True)):
             file = _file_name(place)
             image.save(folder / file, pnginfo=png_texts({}, self._drawing(number, image.size, model)))
             drawn.append({"file": file, "seed": self._seeds[number], "of": self._caption(number)})
+            lines.append(self._facts(number, image.size, f"{self._folder.name}/{folder.name}/{file}"))
         write_json(folder / RECORD, {"step": step, "samples": drawn})
+        self._record.add(step, lines)
         grid_of(images, math.ceil(math.sqrt(len(images)))).save(folder / GRID)
         frames = film(self._folder)
         grid_of(frames, len(frames)).save(self._folder / STRIP)
@@ -139,32 +154,6 @@ class GridSampler:
 def _file_name(place: int) -> str:
     """The name of the file of a sample, by its place among those drawn."""
     return f"{place:03d}.png"
-
-
-def keep_until(folder: Path, step: int) -> None:
-    """Deletes samples of steps after `step`: the run draws them again. Samples of an earlier end keep their step."""
-    if not folder.is_dir():
-        return
-    last = folder / LAST
-    drawn_at = _drawn_at(last / RECORD)
-    if drawn_at is not None:
-        shutil.rmtree(folder / f"step-{drawn_at}", ignore_errors=True)
-        os.replace(last, folder / f"step-{drawn_at}")  # the run now continues past its earlier end
-    shutil.rmtree(last, ignore_errors=True)
-    for path in folder.glob("step-*"):
-        if STEP.fullmatch(path.name) and int(path.name.partition("-")[2]) > step:
-            shutil.rmtree(path)
-    (folder / STRIP).unlink(missing_ok=True)
-
-
-def _drawn_at(record: Path) -> int | None:
-    """The step at which the samples beside a record were drawn; None if the record does not say."""
-    try:
-        found = read_json(record)
-    except (OSError, ValueError):
-        return None
-    step = found.get("step") if isinstance(found, dict) else None
-    return step if type(step) is int and step >= 0 else None
 
 
 def film(folder: Path) -> list[Image.Image]:

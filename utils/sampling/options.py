@@ -5,26 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from utils.config.flag_rules import IsNot, Resume
 from utils.config.options import (
     UserError,
-    first_line,
     nearest,
     option,
     require,
     require_not_negative,
     require_positive,
 )
-from utils.config.progress import Progress
 from utils.config.user_files import check_encoding
-from utils.data.options import HELD_OUT
-from utils.diffusion.options import SAMPLERS
 from utils.models.options import PROMPTS
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    pass
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -44,7 +40,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "deis": ("DEISMultistepScheduler", {}),
 }
 MOST_IMAGES = 10**7
-DEFAULT_SAMPLE_EPOCHS = 10  # epochs between the samples of a model without text
 MAX_PATH = 1024
 PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
 
@@ -180,229 +175,6 @@ class GenerationOptions:
             require(value is None or value % 8 == 0, name, value, "be divisible by 8")
         if self.scheduler is not None:
             find_scheduler(self.scheduler)
-
-
-def _are_samples_due(progress: Progress, epochs: int | None, steps: int | None) -> bool:
-    """Whether samples are due after a step, by any of the intervals that count. None: the interval does not.
-
-    The first epoch counts as a multiple of `epochs`.
-    """
-    is_epoch = epochs is not None and any(epoch % epochs == 0 for epoch in progress.ended_epochs)
-    return progress.is_sample_time or progress.is_multiple_of(steps) or is_epoch
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    help_title: ClassVar[str] = "sampling"
-
-    sampler: str | None = option(
-        None,
-        "sampler for samples; by default that of the exported pipeline: DDPM for pixels, DDIM for latents, Euler for "
-        "flow matching",
-        choices=SAMPLERS,
-        resume=Resume.REPORTING,
-    )
-    ddpm_num_inference_steps: int | None = option(
-        None,
-        "denoising steps per sample; by default 1000, or the length of a shorter noise schedule",
-        aliases=["--num_inference_steps"],
-        resume=Resume.REPORTING,
-        acts_with=(IsNot("num_samples", ("0",)), "eval_metrics"),
-    )
-    eta: float = option(0.0, "eta of DDIM: noise added at each step, from 0 to 1", resume=Resume.REPORTING)
-    guidance_scale: float = option(
-        1.0, "classifier-free guidance scale of class-conditional samples; 1 is off", resume=Resume.REPORTING
-    )
-    num_samples: int | None = option(
-        None, "samples to draw each time; 0 draws none; by default --eval_batch_size", resume=Resume.REPORTING
-    )
-    eval_batch_size: int = option(
-        16, "samples per batch and process", resume=Resume.REPORTING, acts_with=(IsNot("num_samples", ("0",)),)
-    )
-    save_images_epochs: int | None = option(
-        None,
-        "draw samples every N epochs; by default 10, if neither --save_images_steps nor --save_images_minutes is "
-        "given. Of several intervals, each counts",
-        resume=Resume.REPORTING,
-    )
-    save_images_steps: int | None = option(None, "draw samples every N optimizer steps", resume=Resume.REPORTING)
-    save_images_minutes: float | None = option(
-        None,
-        "draw samples once N minutes have passed since the last ones; fractions are allowed",
-        resume=Resume.REPORTING,
-    )
-    save_model_epochs: int = option(
-        10, "save the current pipeline in --output_dir every N epochs", resume=Resume.SAVING
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "ddpm_num_inference_steps", "eval_batch_size", "save_images_epochs", "save_images_steps")
-        require_positive(self, "save_images_minutes", "save_model_epochs")
-        require_not_negative(self, "num_samples", "guidance_scale")
-        require(0 <= self.eta <= 1, "eta", self.eta, "be from 0 to 1")
-        require(self.eta == 0 or self.sampler == "ddim", "eta", self.eta, "be 0 without --sampler ddim")
-
-    @property
-    def count(self) -> int:
-        """The number of samples drawn each time."""
-        return self.eval_batch_size if self.num_samples is None else self.num_samples
-
-    def steps_of(self, scheduler: "SchedulerMixin") -> int:
-        """Returns the number of denoising steps per sample for a pipeline with this scheduler.
-
-        Raises:
-            UserError: if the sampler can't take that many.
-        """
-        from utils.diffusion.process import is_flow, is_score
-        from utils.diffusion.samplers import check_steps, sampler_of
-        from utils.sampling.scheduler_trials import check_trial
-
-        longest = scheduler.config.num_train_timesteps
-        steps = self.ddpm_num_inference_steps or min(1000, longest)
-        if not is_flow(scheduler) and not is_score(scheduler):
-            must = f"be at most {longest}, the length of the noise schedule"
-            require(steps <= longest, "num_inference_steps", steps, must)
-        drawn_by = sampler_of(scheduler, self.sampler, self.eta)
-        check_trial(drawn_by, steps, "the pipeline", "num_inference_steps")
-        try:
-            check_steps(drawn_by, steps)
-        except ValueError as error:
-            name = self.sampler or type(scheduler).__name__
-            raise UserError(f"--num_inference_steps {steps} does not work with {name}: {first_line(error)}") from error
-        return steps
-
-    def is_due(self, progress: Progress) -> bool:
-        """Whether samples are drawn after a step.
-
-        As in the diffusers examples, the first epoch is always followed by samples.
-        """
-        intervals = (self.save_images_epochs, self.save_images_steps, self.minutes)
-        epochs = DEFAULT_SAMPLE_EPOCHS if intervals == (None, None, None) else self.save_images_epochs
-        return _are_samples_due(progress, epochs, self.save_images_steps)
-
-    @property
-    def minutes(self) -> float | None:
-        """Minutes between samples, if they count."""
-        return self.save_images_minutes
-
-    @property
-    def minutes_flag(self) -> str:
-        """The flag that sets the minutes between samples."""
-        return "--save_images_minutes"
-
-    def is_model_due(self, progress: Progress) -> bool:
-        """Whether the pipeline is due to be saved after a step."""
-        return any((epoch + 1) % self.save_model_epochs == 0 for epoch in progress.ended_epochs)
-
-
-@dataclass(frozen=True)
-class ValidationOptions:
-    help_title: ClassVar[str] = "validation"
-
-    validation_prompts: list[str] | None = option(
-        None, "prompts for samples during training", is_text=True, resume=Resume.REPORTING
-    )
-    validation_prompt: str | None = option(
-        None,
-        "a single prompt, for --num_validation_images samples",
-        is_text=True,
-        resume=Resume.REPORTING,
-    )
-    num_validation_images: int | None = option(
-        None,
-        "samples per prompt; by default 4 for --validation_prompt, 1 for --validation_prompts",
-        resume=Resume.REPORTING,
-        acts_with=(*PROMPTS, "eval_metrics"),
-    )
-    validation_epochs: int | None = option(
-        None,
-        "draw samples every N epochs; by default 5, or 1 for LoRA and SDXL, if neither --validation_steps nor "
-        "--validation_minutes is given. Of several intervals, each counts",
-        resume=Resume.REPORTING,
-        acts_with=(*PROMPTS, *HELD_OUT),
-    )
-    validation_steps: int | None = option(
-        None,
-        "draw samples every N optimizer steps",
-        resume=Resume.REPORTING,
-        acts_with=(*PROMPTS, *HELD_OUT),
-    )
-    validation_minutes: float | None = option(
-        None,
-        "draw samples once N minutes have passed since the last ones; fractions are allowed",
-        resume=Resume.REPORTING,
-        acts_with=(*PROMPTS, *HELD_OUT),
-    )
-    validation_num_inference_steps: int = option(
-        25, "denoising steps per sample", resume=Resume.REPORTING, acts_with=(*PROMPTS, "eval_metrics")
-    )
-    validation_guidance_scale: float | None = option(
-        None,
-        "classifier-free guidance scale of samples; by default the pipeline's",
-        resume=Resume.REPORTING,
-        acts_with=(*PROMPTS, "eval_metrics"),
-    )
-    validation_negative_prompt: str | None = option(
-        None,
-        "negative prompt of samples",
-        is_text=True,
-        resume=Resume.REPORTING,
-        acts_with=(*PROMPTS, "eval_metrics"),
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "validation_epochs", "validation_steps", "validation_minutes")
-        require_positive(self, "validation_num_inference_steps")
-        require_not_negative(self, "num_validation_images", "validation_guidance_scale")
-        if self.validation_prompts is not None and self.validation_prompt is not None:
-            raise UserError("--validation_prompt and --validation_prompts both set the prompts; give one")
-        refuse_files(self.prompts_flag, self.prompts, "give the prompts themselves")
-
-    @property
-    def prompts_flag(self) -> str:
-        """The flag by which the prompts are given."""
-        return "--validation_prompts" if self.validation_prompts else "--validation_prompt"
-
-    @property
-    def prompts(self) -> list[str]:
-        """The prompts to draw samples for."""
-        return self.validation_prompts or ([self.validation_prompt] if self.validation_prompt else [])
-
-    def requests(self, seed: int) -> list["SampleRequest"]:
-        """Returns the samples of one validation; sample n always has the seed `seed + n`."""
-        prompts = self.prompts
-        each = self.num_validation_images
-        if each is None:
-            each = 4 if self.validation_prompt else 1
-        wanted = [(prompt, f"{row:02d}_{column}") for row, prompt in enumerate(prompts) for column in range(each)]
-        return [SampleRequest(prompt, name, (seed + index) % 2**63) for index, (prompt, name) in enumerate(wanted)]
-
-    def is_due(self, progress: Progress, default_epochs: int) -> bool:
-        """Whether samples are drawn after a step.
-
-        As in the diffusers examples, the first epoch is always followed by samples.
-        """
-        intervals = (self.validation_epochs, self.validation_steps, self.minutes)
-        epochs = default_epochs if intervals == (None, None, None) else self.validation_epochs
-        return _are_samples_due(progress, epochs, self.validation_steps)
-
-    @property
-    def minutes(self) -> float | None:
-        """Minutes between samples, if they count."""
-        return self.validation_minutes
-
-    @property
-    def minutes_flag(self) -> str:
-        """The flag that sets the minutes between samples."""
-        return "--validation_minutes"
-
-
-class SampleRequest(NamedTuple):
-    """One sample to draw: its prompt, the stem of its file, and the seed of its CPU generator."""
-
-    prompt: str
-    name: str
-    seed: int
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,30 @@
 """Samples of the validation prompts, drawn during training and at its end."""
 
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.config.progress import Progress
+from utils.models.adapter_strength import adapters_at
 from utils.models.not_finite import watching
+from utils.models.scaled_adapters import number_text
 from utils.models.text_to_image import TextFamily
 from utils.runtime.atomic_files import or_without
-from utils.runtime.processes import autocast
+from utils.runtime.processes import autocast, on_main_process
 from utils.runtime.sharding import unsharded
 from utils.sampling.controls import controllable
 from utils.sampling.infotext import Drawing, DrawnModel, call_default, png_texts, sampler_name
-from utils.sampling.options import SampleRequest, ValidationOptions
 from utils.sampling.prompts import warn_of_written_settings
+from utils.sampling.sample_options import SampleRequest, ValidationOptions
+from utils.sampling.sample_record import BASE, LINES, SampleFacts, SampleRecord
 from utils.sampling.samples import LAST, Sample, Surroundings
 
 logger = logging.getLogger(__name__)
@@ -33,24 +38,37 @@ class PromptSampler:
         surroundings: Surroundings,
         family: TextFamily,
         options: ValidationOptions,
-        resolution: int,
+        sizes: Sequence[tuple[int, int]],
         default_epochs: int,
         model: DrawnModel | None = None,
+        has_adapter: bool = False,
     ):
         """Args:
-        resolution: edge of the samples in pixels.
+        sizes: (width, height) in pixels that samples take in turn if their prompt sets none.
         default_epochs: epochs between samples if the options set no interval.
         model: what the texts of the images call the model; by default they don't name it.
+        has_adapter: whether an adapter trains, which samples may scale.
         """
         self._surroundings = surroundings
         self._accelerator, self._controls = surroundings.accelerator, surroundings.controls
         self._family = family
         self._options = options
         self._folder = surroundings.folder / "samples"
-        self._resolution, self._default_epochs = resolution, default_epochs
-        self._requests = options.requests(surroundings.seed)
+        self._record = SampleRecord(self._folder)
+        self._default_epochs, self._has_adapter = default_epochs, has_adapter
+        self._requests = options.requests(surroundings.seed, sizes)
         self._model, self._sampler = model, sampler_name(family.pipeline.scheduler)
+        self._guidance = call_default(family.pipeline, "guidance_scale")
         warn_of_written_settings(options.prompts_flag, options.prompts)
+
+    @property
+    def count(self) -> int:
+        """The number of samples drawn each time."""
+        return len(self._requests)
+
+    def begin(self, first_step: int) -> None:
+        """Deletes samples, and lines of their record, of steps after the one from which the run resumes."""
+        on_main_process(self._accelerator, partial(self._record.begin, first_step))
 
     def is_due(self, progress: Progress) -> bool:
         """Whether samples are due after a step; the validation loss is measured at the same steps."""
@@ -66,12 +84,35 @@ class PromptSampler:
         name = LAST if is_last else f"step-{progress.step}"
         if is_last and self._model is not None:
             self._model = self._model.exported(self._surroundings.folder)
-        mine = dict(self._surroundings.share(list(enumerate(self._requests))))
+        drawn = self._drawn(name, self._requests)
+        self._surroundings.requests.timers.samples.restart()
+        replaces = {progress.step} if is_last else set()
+        return self._recorded(progress.step, {name: (self._requests, drawn)}, replaces)
+
+    def draw_first(self, progress: Progress, adapter_is_new: bool) -> list[Sample]:
+        """Draws all samples before the first step, of what the training starts from.
+
+        They are saved in `samples/step-0/`. An adapter that training continues from (--lora_weights) is part of that:
+        the base alone, without it, is drawn into `samples/base/` from the same noise.
+
+        Args:
+            adapter_is_new: whether the adapter, if there is one, does not change the base yet.
+        """
+        name = f"step-{progress.step}"
+        found = {name: (self._requests, self._drawn(name, self._requests))}
+        if not adapter_is_new and self._has_adapter:
+            off = [request._replace(lora_scale=0.0) for request in self._requests]
+            found[BASE] = (off, self._drawn(BASE, off))
+        return self._recorded(progress.step, found)[: len(self._requests)]
+
+    def _drawn(self, name: str, requests: Sequence[SampleRequest]) -> list[tuple[int, Image.Image]]:
+        """Draws and saves samples into a folder; returns (number, image) of all processes, fewer after a signal."""
+        mine = dict(self._surroundings.share(list(enumerate(requests))))
         drawn = []
-        if self._requests:
-            logger.info("drawing %d samples: %s", len(self._requests), self._folder / name)
+        if requests:
+            logger.info("drawing %d samples: %s", len(requests), self._folder / name)
         with (
-            self._family.awake() if self._requests else nullcontext(),
+            self._family.awake() if requests else nullcontext(),
             unsharded(self._family.pipeline.components.values()),
         ):
             for index, image in zip(mine, self._draw(list(mine.values())), strict=False):
@@ -79,28 +120,76 @@ class PromptSampler:
                 with or_without(file):
                     self._save(image, mine[index], file)
                 drawn.append((index, image))
-        self._surroundings.requests.timers.samples.restart()
-        shared = self._surroundings.gather(drawn)
-        requests, folder = self._requests, f"{self._folder.name}/{name}"
-        return [
-            Sample(image, requests[index].prompt, f"{folder}/{requests[index].name}.png") for index, image in shared
-        ]
+        return self._surroundings.gather(drawn)
+
+    def _recorded(
+        self,
+        step: int,
+        found: Mapping[str, tuple[Sequence[SampleRequest], Sequence[tuple[int, Image.Image]]]],
+        replaced: Collection[int] = (),
+    ) -> list[Sample]:
+        """Records drawn samples, given by their folder, and returns them.
+
+        Args:
+            replaced: steps whose own folders these samples replace.
+        """
+        samples, facts = [], []
+        for name, (requests, drawn) in found.items():
+            for index, image in drawn:
+                request = requests[index]
+                file = f"{self._folder.name}/{name}/{request.name}.png"
+                samples.append(Sample(image, request.prompt, file))
+                facts.append(self._facts(file, request))
+        if self._accelerator.is_main_process and samples:
+            with or_without(self._folder / LINES):
+                for each in replaced:
+                    shutil.rmtree(self._folder / f"step-{each}", ignore_errors=True)
+                self._record.add(step, facts)
+        return samples
+
+    def _facts(self, file: str, request: SampleRequest) -> SampleFacts:
+        width, height = request.size
+        guidance = self._guidance if request.guidance_scale is None else request.guidance_scale
+        return SampleFacts(
+            file,
+            request.prompt,
+            request.negative_prompt,
+            width,
+            height,
+            request.seed,
+            request.steps,
+            guidance,
+            self._scale(request),
+        )
+
+    def _scale(self, request: SampleRequest) -> float | None:
+        """The factor on what the adapter adds to the weights; None without an adapter."""
+        return (1.0 if request.lora_scale is None else request.lora_scale) if self._has_adapter else None
+
+    def _adapters_at(self, request: SampleRequest) -> AbstractContextManager[None]:
+        """Context manager: the trained adapter acts at the scale of a request."""
+        parts = [part for part in self._family.pipeline.components.values() if isinstance(part, nn.Module)]
+        return adapters_at(request.lora_scale, parts)
 
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
         """Draws the images of some requests, with one model on the device at a time; fewer if a signal arrives."""
         # Prompts, then latents, then images.
-        family, negative = self._family, self._options.validation_negative_prompt
+        family = self._family
         processor = family.pipeline.image_processor
         with family.alone(*family.text_encoder_names), autocast(self._accelerator):
-            prompts = [family.prompt_arguments(request.prompt, negative) for request in requests]
+            prompts = []
+            for request in requests:
+                with self._adapters_at(request):
+                    prompts.append(family.prompt_arguments(request.prompt, request.negative_prompt))
         with family.alone(family.denoiser_name), watching(family.pipeline) as watch:
             latents, blames = [], []
             for request, prompt in zip(requests, prompts, strict=True):
                 if self._surroundings.requests.is_asked:
                     break
                 watch.forget()
-                latents.append(self._denoise(request, prompt))
+                with self._adapters_at(request):
+                    latents.append(self._denoise(request, prompt))
                 blames.append("" if bool(latents[-1].isfinite().all()) else watch.blame())
         with family.alone("vae"):  # outside of autocast, where the VAE could overflow
             pairs = zip(latents, blames, strict=True)
@@ -109,13 +198,12 @@ class PromptSampler:
 
     def _denoise(self, request: SampleRequest, prompt: dict[str, Tensor]) -> Tensor:
         """The latents [1, C, h, w] of a request."""
-        pipeline, options = self._family.pipeline, self._options
+        pipeline = self._family.pipeline
         pipeline.set_progress_bar_config(disable=True)
-        guidance = (
-            {} if options.validation_guidance_scale is None else {"guidance_scale": options.validation_guidance_scale}
-        )
+        guidance = {} if request.guidance_scale is None else {"guidance_scale": request.guidance_scale}
+        width, height = request.size
         # the noise that the pipeline would draw, but always in float32, so that its scheduler computes in float32
-        shape = self._family.latent_space.shape((self._resolution, self._resolution))
+        shape = self._family.latent_space.shape((width, height))
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(request.seed))
         controls = self._controls
         with autocast(self._accelerator), controllable(controls, pipeline), controls.attached(pipeline):
@@ -123,9 +211,9 @@ class PromptSampler:
             return pipeline(
                 **prompt,
                 **guidance,
-                height=self._resolution,
-                width=self._resolution,
-                num_inference_steps=options.validation_num_inference_steps,
+                height=height,
+                width=width,
+                num_inference_steps=request.steps,
                 latents=noise,
                 generator=torch.Generator().manual_seed(request.seed),
                 output_type="latent",
@@ -134,23 +222,32 @@ class PromptSampler:
     def _save(self, image: Image.Image, request: SampleRequest, path: Path) -> None:
         """Writes a PNG with its prompt, seed and settings as PNG text."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        family, guidance = self._family, self._options.validation_guidance_scale
+        guidance = self._guidance if request.guidance_scale is None else request.guidance_scale
         drawing = Drawing(
             seed=request.seed,
             size=image.size,
             sampler=self._sampler,
-            steps=self._options.validation_num_inference_steps,
-            guidance=call_default(family.pipeline, "guidance_scale") if guidance is None else guidance,
+            steps=request.steps,
+            guidance=guidance,
             prompt=request.prompt,
-            negative_prompt=self._options.validation_negative_prompt or "",
-            model=self._model,
-            more=[("Clip skip", family.clip_skip_of_uis)],
+            negative_prompt=request.negative_prompt or "",
+            model=self._model_at(request),
+            more=[("Clip skip", self._family.clip_skip_of_uis)],
         )
         facts = {
             "prompt": request.prompt,
-            "negative_prompt": self._options.validation_negative_prompt,
+            "negative_prompt": request.negative_prompt,
             "seed": request.seed,
-            "num_inference_steps": self._options.validation_num_inference_steps,
-            "guidance_scale": self._options.validation_guidance_scale,
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance_scale,
+            "lora_scale": request.lora_scale,
         }
         image.save(path, pnginfo=png_texts(facts, drawing))
+
+    def _model_at(self, request: SampleRequest) -> DrawnModel | None:
+        """The model that a request is drawn with, with the scale of its adapter."""
+        scale = request.lora_scale
+        if self._model is None or scale in (None, 1):
+            return self._model
+        names = [f"{name}={number_text(scale)}" for name in self._model.adapters] if scale else []
+        return replace(self._model, adapters=names)

@@ -20,7 +20,7 @@ from utils.data.source_options import DataOptions, SourceEntry, source_entries
 from utils.diffusion.options import LossOptions
 from utils.models.options import ATTENTION, CPU_ATTENTION, PartOptions
 from utils.runtime.prometheus_options import check_server
-from utils.sampling.options import SamplingOptions, ValidationOptions
+from utils.sampling.sample_options import SamplingOptions, ValidationOptions
 from utils.training.optimizer_options import WITHOUT_WARMUP, OptimizerOptions, ScheduleOptions
 from utils.training.options import (
     EarlyStoppingOptions,

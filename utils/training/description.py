@@ -1,5 +1,6 @@
 """Describes a run: the plan printed before it starts, its record in run.json, and the settings of its model card."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from utils.training.options import TrainingOptions
 from utils.training.session import Session
 from utils.training.task import Task
 
+PASSES_A_STEP, PASSES_A_SAMPLE = 2, 3
 MOST_RATES = 1000  # steps at which the planned learning rate is computed for run.json
 LITTLE = 0.002  # of the peak rate: points that lie this close to a line between others are left out
 
@@ -136,10 +138,29 @@ def plan_text(options: TrainingOptions, session: Session, data: TrainingData, ra
         "length": f"{rates.total_steps:,} optimizer steps = {epochs:.2f} epochs",
         "optimizer": f"{optimizer.name}, {schedule.lr_scheduler} at {optimizer.learning_rate:g}{warmup}",
     }
+    if samples := describe_samples(options, task, batches.size):
+        facts["samples"] = samples
     lines = [f"  {name:<14} {one_line(fact)}" for name, fact in facts.items()]
     steps = range(session.resumption.first_step, rates.total_steps)
     use = disk_use(task.adaptation, optimizer.name, options.ema, options.checkpoint, steps, options.export, batches)
     return "\n".join(lines) + describe_disk(use, session.folder.path, options.checkpoint)
+
+
+def describe_samples(options: TrainingOptions, task: Task, batch: int) -> str:
+    """Returns the plan's line on the samples, with what those before the first step cost; empty if none are drawn.
+
+    Args:
+        batch: the global batch.
+    """
+    count, num_steps = options.samples.num_drawn(task.family.pipeline.scheduler)
+    if not count:
+        return ""
+    each = f"{count} images of {num_steps / count:.4g} denoising steps each time"
+    if not options.samples.sample_at_start:
+        return f"{each}, none before the first step"
+    # guidance computes two passes a step; a training step, forward and backward, takes about three a sample
+    as_steps = math.ceil(PASSES_A_STEP * num_steps / (PASSES_A_SAMPLE * batch))
+    return f"{each}, also before the first step: as long as about {as_steps:,} optimizer steps (--no_sample_at_start)"
 
 
 def report_dry_run(plan: RunPlan, session: Session, data: TrainingData, task: Task) -> None:

@@ -102,12 +102,17 @@ class Exchange:
         self._end_if_diverged()
         self._heard = heard[1:]
 
-    def listen_again(self) -> None:
-        """Adds requests made since, such as a signal that interrupted a measurement; all processes must call it."""
+    def listen_again(self) -> Progress:
+        """Adds requests made since, such as a signal that interrupted a measurement; all processes must call it.
+
+        Returns:
+            The progress, which the measurement may have ended.
+        """
         accelerator = self._session.accelerator
         now = accelerator.reduce(torch.tensor(self._asked(), device=accelerator.device)).tolist()
         before = self._heard or [0.0] * len(now)
         self._heard = [one + other for one, other in zip(now, before, strict=True)]
+        return self.progress()
 
     def _end_if_diverged(self) -> None:
         """Ends the run if --max_skipped_steps consecutive steps were skipped."""

@@ -44,7 +44,8 @@ from utils.runtime.hub_files import require_model
 from utils.runtime.options import RuntimeOptions
 from utils.runtime.prometheus_options import PrometheusOptions
 from utils.runtime.tracker_table import find_trackers, tracker_names
-from utils.sampling.options import SamplingControlOptions, SamplingOptions, ValidationOptions
+from utils.sampling.options import SamplingControlOptions
+from utils.sampling.sample_options import SamplingOptions, ValidationOptions
 from utils.training.adapters import ADAPTATIONS, EVERY_ADAPTER, FORMATS, LORA_ALONE, AdaptationSpec
 from utils.training.export_options import ExportOptions
 from utils.training.optimizer_options import OptimizerOptions, ScheduleOptions

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from utils.config.options import UserError
 from utils.data.captions import CaptionOptions
 from utils.models.options import ModelOptions
-from utils.sampling.options import ValidationOptions
+from utils.sampling.sample_options import ValidationOptions
 from utils.training.compatibility import read_checked
 from utils.training.options import RECOMPUTING, AdaptationOptions, TrainingOptions
 
@@ -53,6 +53,7 @@ def check_options(options: Options) -> None:
             "--export_single_file writes a whole pipeline, which --adaptation lora only exports with --export_fused; "
             "add that"
         )
+    check_scales(options)
     text_rates = (options.optimizer.text_encoder_lr, options.optimizer.text_encoder_2_lr)
     if any(rate is not None for rate in text_rates) and not options.adaptation.train_text_encoder:
         raise UserError("--text_encoder_lr goes with --train_text_encoder; give both or neither")
@@ -64,3 +65,16 @@ def check_options(options: Options) -> None:
         )
     if options.adaptation.train_text_encoder and options.model.clip_skip and options.adaptation.adaptation == "full":
         logger.warning("--clip_skip %d: the skipped text encoder layers do not train", options.model.clip_skip)
+
+
+def check_scales(options: Options) -> None:
+    """Refuses prompts that scale an adapter where none trains, or one that can't be scaled."""
+    adaptation, samples = options.adaptation, options.samples
+    has_adapter = adaptation.adaptation != "full"
+    for row in samples.rows:
+        if row.lora_scale is None or (has_adapter and (row.lora_scale == 1 or not adaptation.use_dora)):
+            continue
+        where = f"{samples.prompts_flag} {samples.validation_prompts_file}, {row.place}"
+        why = "the norm of a DoRA contains its scale" if has_adapter else "--adaptation full trains no adapter"
+        cure = "leave it out" if has_adapter else "leave it out, or give --adaptation lora"
+        raise UserError(f"{where}: lora_scale {row.lora_scale:g}: {why}; {cure}")

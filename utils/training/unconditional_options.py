@@ -12,7 +12,7 @@ from utils.data.source_options import LabelledSource, LabelOptions
 from utils.diffusion.options import ProcessOptions
 from utils.evaluation.options import EvaluationOptions
 from utils.models.options import UnconditionalModelOptions
-from utils.sampling.options import SamplingOptions
+from utils.sampling.sample_options import SamplingOptions
 from utils.training.compatibility import read_checked
 from utils.training.optimizer_options import SCHEDULES, OptimizerOptions, ScheduleOptions
 from utils.training.optimizer_table import without

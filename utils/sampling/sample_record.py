@@ -1,0 +1,138 @@
+"""The record of a run's samples, `samples/samples.jsonl`, and the folders that the samples of each step are in."""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.config.user_files import open_regular, read_json
+from utils.runtime.atomic_files import replacing
+from utils.runtime.step_lines import JsonLines, keep_steps, read_line
+from utils.sampling.samples import LAST
+
+LINES, RECORD = "samples.jsonl", "samples.json"
+STEP = re.compile(r"step-[0-9]{1,18}")
+BASE = "base"  # folder of the samples of the base, where step 0 is not the base
+STRIP = "film_strip.png"
+
+
+class SampleFacts(NamedTuple):
+    """A line of the record, without its step and time.
+
+    Attributes:
+        file: the image, relative to the output folder, with slashes.
+        prompt: the prompt, or the name of the class; None if there is neither.
+        negative_prompt: None for none.
+        width, height: size in pixels.
+        seed: the seed of its noise.
+        steps: denoising steps.
+        guidance_scale: None if the pipeline takes none.
+        lora_scale: factor on what the trained adapter adds to the weights; None without an adapter.
+    """
+
+    file: str
+    prompt: str | None
+    negative_prompt: str | None
+    width: int
+    height: int
+    seed: int
+    steps: int
+    guidance_scale: float | None
+    lora_scale: float | None = None
+
+
+class SampleRecord:
+    """Appends a line for each sample to `samples.jsonl`, on the main process."""
+
+    def __init__(self, folder: Path):
+        """Args:
+        folder: the folder of the samples of a run, `output_dir/samples`.
+        """
+        self._folder, self._last = folder, -1
+
+    def begin(self, first_step: int) -> None:
+        """Drops lines and samples of steps after the one from which the run resumes, or of a run before."""
+        keep_until(self._folder, first_step)
+        keep_steps(self._folder / LINES, first_step)
+        _move_last(self._folder / LINES, self._folder.name)
+        self._last = first_step
+
+    def add(self, step: int, samples: Sequence[SampleFacts]) -> None:
+        """Adds the samples of a step; they replace those that were drawn at this step before."""
+        if not samples:
+            return
+        if step <= self._last:
+            keep_steps(self._folder / LINES, step - 1)
+        self._last = step
+        now = round(time.time(), 3)
+        lines = JsonLines(self._folder / LINES)
+        for each in samples:
+            lines.write({"step": step, "time": now} | each._asdict())
+        lines.close()
+
+
+def keep_until(folder: Path, step: int) -> None:
+    """Deletes samples of steps after `step`: the run draws them again. Samples of an earlier end keep their step.
+
+    Args:
+        step: optimizer steps done; 0 for a new run, which keeps none.
+    """
+    if not folder.is_dir():
+        return
+    last = folder / LAST
+    drawn_at = _drawn_at(folder)
+    if drawn_at is not None and last.is_dir():
+        shutil.rmtree(folder / f"step-{drawn_at}", ignore_errors=True)
+        os.replace(last, folder / f"step-{drawn_at}")  # the run now continues past its earlier end
+    shutil.rmtree(last, ignore_errors=True)
+    kept = -1 if step == 0 else step
+    for path in folder.glob("step-*"):
+        if STEP.fullmatch(path.name) and int(path.name.partition("-")[2]) > kept:
+            shutil.rmtree(path)
+    if step == 0:
+        shutil.rmtree(folder / BASE, ignore_errors=True)
+        (folder / LINES).unlink(missing_ok=True)
+    (folder / STRIP).unlink(missing_ok=True)
+
+
+def _drawn_at(folder: Path) -> int | None:
+    """The step at which the last samples of an earlier run were drawn; None if no record says."""
+    steps = [line["step"] for line in _lines(folder / LINES) if _is_last(line, folder.name)]
+    if steps:
+        return int(steps[-1])
+    try:
+        found = read_json(folder / LAST / RECORD)
+    except (OSError, ValueError):
+        return None
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if type(step) is int and step >= 0 else None
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a record that can be read."""
+    if not file.is_file():
+        return []
+    with open_regular(file) as opened:
+        return [values for line in opened if (values := read_line(line)) is not None]
+
+
+def _is_last(line: dict[str, Any], folder: str) -> bool:
+    return str(line.get("file", "")).startswith(f"{folder}/{LAST}/")
+
+
+def _move_last(file: Path, folder: str) -> None:
+    """Renames the files of an earlier end to those of their step, to which `keep_until` has moved them."""
+    lines = _lines(file)
+    if not any(_is_last(line, folder) for line in lines):
+        return
+    with replacing(file) as aside:
+        aside.unlink(missing_ok=True)
+        renamed = JsonLines(aside)
+        for line in lines:
+            if _is_last(line, folder):
+                line["file"] = line["file"].replace(f"/{LAST}/", f"/step-{line['step']}/", 1)
+            renamed.write(line)
+        renamed.close()
