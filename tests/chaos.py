@@ -43,6 +43,7 @@ OPTIONS = (
     ("--caption_dropout", "0.3"),
     ("--random_flip", "--cache_variants", "2"),
     ("--async_checkpointing",),
+    ("--checkpointing_minutes", "0.01", "--checkpointing_epochs", "1"),
     ("--ema_lengths", "0.1", "--ema_snapshot_steps", "2"),
     ("--noise_offset", "0.1", "--multires_noise_iterations", "3"),
 )

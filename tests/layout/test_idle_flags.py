@@ -45,7 +45,11 @@ LOCAL = str(Path(__file__).parent)
         ("train_text_to_image", {"hub_token": "hf_x"}, "--hub_token (needs --push_to_hub)"),
         ("train_text_to_image", {"revision": "v2", "pretrained_model_name_or_path": LOCAL}, "needs a Hub name as"),
         ("train_text_to_image", {"non_ema_revision": "v2", "pretrained_model_name_or_path": LOCAL}, "a Hub name as"),
-        ("train_text_to_image", {"sampling_cpu_offload": True}, "(needs --validation_prompts or --validation_prompt)"),
+        (
+            "train_text_to_image",
+            {"sampling_cpu_offload": True},
+            "(needs --validation_prompts or --validation_prompt or --validation_prompts_file)",
+        ),
         (
             "train_text_to_image",
             {"tracker_project_name": "x", "report_to": "none"},

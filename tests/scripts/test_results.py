@@ -96,11 +96,17 @@ def test_validation_is_drawn_when_due(train):
         "--report_to",
         "all",
     )
-    assert {path.name for path in (out / "samples").iterdir()} == {"step-3", "final"}
+    assert {path.name for path in (out / "samples").iterdir()} == {"step-0", "step-3", "final", "samples.jsonl"}
     out = train(
         "sd", "--max_train_steps", 5, "--train_batch_size", 2, *VALIDATION, "--validation_steps", 2, out="steps"
     )
-    assert {path.name for path in (out / "samples").iterdir()} == {"step-2", "step-4", "final"}
+    assert {path.name for path in (out / "samples").iterdir()} == {
+        "step-0",
+        "step-2",
+        "step-4",
+        "final",
+        "samples.jsonl",
+    }
 
 
 def test_validation_changes_nothing_in_the_training(train):

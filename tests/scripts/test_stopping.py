@@ -91,7 +91,8 @@ def test_a_signal_in_a_step(train, signal_at, monkeypatch, capsys, kind, number)
         pytest.param(HeldOut, "_batch", 3, marks=SLOW),
         pytest.param(HeldOut, "_batch", -1, marks=SLOW),
         (CheckpointSaver, "save", 1),
-        pytest.param(PromptSampler, "_denoise", 1, marks=SLOW),
+        pytest.param(PromptSampler, "_denoise", 1, marks=SLOW),  # before the first step
+        pytest.param(PromptSampler, "_denoise", 2, marks=SLOW),
     ],
 )
 def test_a_signal_while_it_validates_or_saves(train, signal_at, monkeypatch, tmp_path, owner, name, call):

@@ -181,7 +181,13 @@ def test_the_validation_loss_is_measured_and_the_best_is_kept(train):
     assert [line["step"] for line in lines] == [0, 2, 4]
     assert len(lines[0]["curve"]) == 4
     assert load(out / "best").unet
-    assert {path.name for path in (out / "samples").iterdir()} == {"step-2", "final", "film_strip.png"}
+    assert {path.name for path in (out / "samples").iterdir()} == {
+        "step-0",
+        "step-2",
+        "final",
+        "film_strip.png",
+        "samples.jsonl",
+    }
 
 
 @pytest.mark.parametrize("name", ["pixels", "labelled latents"])
@@ -382,18 +388,18 @@ def test_the_film_goes_on_with_the_run_and_without_what_it_left_behind(train):
     flags = ("--train_batch_size", 2, "--save_images_steps", 2, "--checkpointing_steps", 2, "--resolution", 16)
     flags += ("--attention_resolutions", 8)
     out = train("labels", *flags, "--max_train_steps", 4)
-    assert film_and_folders(out) == (2, {"step-2", "final"})
+    assert film_and_folders(out) == (3, {"step-0", "step-2", "final"})
     record = json.loads((out / "samples" / "final" / "samples.json").read_text())
     assert record["step"] == 4
     assert [each["of"] for each in record["samples"]] == ["cat", "dog"]
     train("labels", *flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
-    assert film_and_folders(out) == (3, {"step-2", "step-4", "final"})
+    assert film_and_folders(out) == (4, {"step-0", "step-2", "step-4", "final"})
     train("labels", *flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
-    assert film_and_folders(out) == (3, {"step-2", "step-4", "final"})
+    assert film_and_folders(out) == (4, {"step-0", "step-2", "step-4", "final"})
     train("labels", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "checkpoint-2")
-    assert film_and_folders(out) == (2, {"step-2", "final"})
+    assert film_and_folders(out) == (3, {"step-0", "step-2", "final"})
     train("labels", *flags, "--max_train_steps", 1, "--overwrite_output_dir")
-    assert film_and_folders(out) == (1, {"final"})
+    assert film_and_folders(out) == (2, {"step-0", "final"})
 
 
 def test_the_film_has_few_frames_and_most_of_them_early(tmp_path):

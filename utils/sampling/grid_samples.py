@@ -60,7 +60,7 @@ class GridSampler:
         """Deletes samples, and lines of their record, of steps after the one from which the run resumes."""
         on_main_process(self._accelerator, partial(self._record.begin, first_step))
 
-    def draw_first(self, progress: Progress, adapter_is_new: bool) -> list[Sample]:
+    def draw_first(self, progress: Progress) -> list[Sample]:
         """Draws all samples before the first step, of what the training starts from, into `samples/step-0/`."""
         return self.draw(progress)
 
@@ -183,9 +183,12 @@ def _spread(steps: list[float]) -> list[float]:
 
 
 def grid_of(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Returns a grid of images of equal size; small images are enlarged without smoothing, large ones reduced."""
-    # The size of each image in the grid.
-    width, height = images[0].size
+    """Returns a grid of images, each in the middle of its cell; all are scaled by the same factor.
+
+    Small images are enlarged without smoothing, large ones reduced.
+    """
+    # The size of the cells.
+    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
     scale = (
         max(1, 64 // max(width, height))
         if max(width, height) <= LARGEST_PICTURE
@@ -199,7 +202,9 @@ def grid_of(images: Sequence[Image.Image], columns: int) -> Image.Image:
     sheet = Image.new("RGBA" if images[0].mode == "RGBA" else "RGB", size, "white")
     for number, image in enumerate(images):
         shown = image.convert(sheet.mode)
-        if shown.size != (width, height):
-            shown = shown.resize((width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-        sheet.paste(shown, (GAP + number % columns * (width + GAP), GAP + number // columns * (height + GAP)))
+        own = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        if shown.size != own:
+            shown = shown.resize(own, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+        left, top = GAP + number % columns * (width + GAP), GAP + number // columns * (height + GAP)
+        sheet.paste(shown, (left + (width - own[0]) // 2, top + (height - own[1]) // 2))
     return sheet

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -30,6 +31,22 @@ from utils.sampling.samples import LAST, Sample, Surroundings
 logger = logging.getLogger(__name__)
 
 
+class TrainedModel(NamedTuple):
+    """The model that a run trains.
+
+    Attributes:
+        model: its name in the texts of images; None: they don't name it.
+        start: the name of what the training starts from; None: the same.
+        has_adapter: whether an adapter trains, which samples may scale.
+        adapter_is_new: whether the adapter does not change the base before the first step.
+    """
+
+    model: DrawnModel | None = None
+    start: DrawnModel | None = None
+    has_adapter: bool = False
+    adapter_is_new: bool = True
+
+
 class PromptSampler:
     """Draws samples of the validation prompts into `output_dir/samples/`; each process draws its share."""
 
@@ -40,14 +57,12 @@ class PromptSampler:
         options: ValidationOptions,
         sizes: Sequence[tuple[int, int]],
         default_epochs: int,
-        model: DrawnModel | None = None,
-        has_adapter: bool = False,
+        trained: "TrainedModel | None" = None,
     ):
         """Args:
         sizes: (width, height) in pixels that samples take in turn if their prompt sets none.
         default_epochs: epochs between samples if the options set no interval.
-        model: what the texts of the images call the model; by default they don't name it.
-        has_adapter: whether an adapter trains, which samples may scale.
+        trained: the model, as the texts of the images name it; by default they don't.
         """
         self._surroundings = surroundings
         self._accelerator, self._controls = surroundings.accelerator, surroundings.controls
@@ -55,9 +70,10 @@ class PromptSampler:
         self._options = options
         self._folder = surroundings.folder / "samples"
         self._record = SampleRecord(self._folder)
-        self._default_epochs, self._has_adapter = default_epochs, has_adapter
+        self._default_epochs = default_epochs
+        self._trained = trained or TrainedModel()
         self._requests = options.requests(surroundings.seed, sizes)
-        self._model, self._sampler = model, sampler_name(family.pipeline.scheduler)
+        self._model, self._sampler = self._trained.model, sampler_name(family.pipeline.scheduler)
         self._guidance = call_default(family.pipeline, "guidance_scale")
         warn_of_written_settings(options.prompts_flag, options.prompts)
 
@@ -89,21 +105,22 @@ class PromptSampler:
         replaces = {progress.step} if is_last else set()
         return self._recorded(progress.step, {name: (self._requests, drawn)}, replaces)
 
-    def draw_first(self, progress: Progress, adapter_is_new: bool) -> list[Sample]:
-        """Draws all samples before the first step, of what the training starts from.
+    def draw_first(self, progress: Progress) -> list[Sample]:
+        """Draws all samples before the first step, of what the training starts from; fewer if a signal arrives.
 
         They are saved in `samples/step-0/`. An adapter that training continues from (--lora_weights) is part of that:
         the base alone, without it, is drawn into `samples/base/` from the same noise.
-
-        Args:
-            adapter_is_new: whether the adapter, if there is one, does not change the base yet.
         """
-        name = f"step-{progress.step}"
-        found = {name: (self._requests, self._drawn(name, self._requests))}
-        if not adapter_is_new and self._has_adapter:
-            off = [request._replace(lora_scale=0.0) for request in self._requests]
-            found[BASE] = (off, self._drawn(BASE, off))
-        return self._recorded(progress.step, found)[: len(self._requests)]
+        name, trained = f"step-{progress.step}", self._trained
+        self._model = trained.start or trained.model
+        wanted = {name: self._requests}
+        if trained.has_adapter and not trained.adapter_is_new:
+            wanted[BASE] = [request._replace(lora_scale=0.0) for request in self._requests]
+        found = {folder: (requests, self._drawn(folder, requests)) for folder, requests in wanted.items()}
+        self._model = trained.model
+        samples = self._recorded(progress.step, found)
+        is_whole = len(samples) == self.count * len(wanted)
+        return samples[: self.count] if is_whole else samples[: self.count - 1]
 
     def _drawn(self, name: str, requests: Sequence[SampleRequest]) -> list[tuple[int, Image.Image]]:
         """Draws and saves samples into a folder; returns (number, image) of all processes, fewer after a signal."""
@@ -138,7 +155,7 @@ class PromptSampler:
             for index, image in drawn:
                 request = requests[index]
                 file = f"{self._folder.name}/{name}/{request.name}.png"
-                samples.append(Sample(image, request.prompt, file))
+                samples.append(Sample(image, request.prompt, file, request.negative_prompt or ""))
                 facts.append(self._facts(file, request))
         if self._accelerator.is_main_process and samples:
             with or_without(self._folder / LINES):
@@ -164,7 +181,7 @@ class PromptSampler:
 
     def _scale(self, request: SampleRequest) -> float | None:
         """The factor on what the adapter adds to the weights; None without an adapter."""
-        return (1.0 if request.lora_scale is None else request.lora_scale) if self._has_adapter else None
+        return (1.0 if request.lora_scale is None else request.lora_scale) if self._trained.has_adapter else None
 
     def _adapters_at(self, request: SampleRequest) -> AbstractContextManager[None]:
         """Context manager: the trained adapter acts at the scale of a request."""

@@ -20,11 +20,12 @@ Item = TypeVar("Item")
 
 
 class Sample(NamedTuple):
-    """A drawn image, its caption, and its file relative to the output folder, with slashes."""
+    """A drawn image, its caption, its file relative to the output folder, with slashes, and its negative prompt."""
 
     image: Image.Image
     caption: str
     file: str = ""
+    negative_prompt: str = ""
 
 
 @dataclass(frozen=True)

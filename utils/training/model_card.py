@@ -98,7 +98,7 @@ def _metadata(facts: CardFacts, base: BaseModel | None, gallery: Sequence[Sample
     if facts.trigger_words:
         known["instance_prompt"] = _text(", ".join(facts.trigger_words))
     if gallery:
-        known["widget"] = [_shown_on_hub(each, facts.negative_prompt) for each in gallery]
+        known["widget"] = [_shown_on_hub(each, each.negative_prompt or facts.negative_prompt) for each in gallery]
     adapter = ["lora", "template:sd-lora"] if facts.adaptation == "lora" else []
     tags = [facts.tag, "diffusers", "diffusers-training", *adapter]
     data = ModelCardData(library_name="diffusers", pipeline_tag=facts.tag, tags=tags, inference=True, **known)

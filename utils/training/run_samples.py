@@ -12,7 +12,7 @@ from utils.data.stream import StreamedImages
 from utils.sampling.grid_samples import GridSampler
 from utils.sampling.infotext import DrawnModel
 from utils.sampling.prompt_rows import EDGE_STEP
-from utils.sampling.prompt_samples import PromptSampler
+from utils.sampling.prompt_samples import PromptSampler, TrainedModel
 from utils.sampling.samples import Sample
 from utils.training.data import TrainingData
 from utils.training.log import RunLog
@@ -42,8 +42,8 @@ class Sampler(Protocol):
     def draw(self, progress: Progress, is_last: bool = False) -> list[Sample]:
         """Draws all samples, or fewer if a signal arrives."""
 
-    def draw_first(self, progress: Progress, adapter_is_new: bool) -> list[Sample]:
-        """Draws all samples of what the training starts from."""
+    def draw_first(self, progress: Progress) -> list[Sample]:
+        """Draws all samples of what the training starts from, or fewer if a signal arrives."""
 
 
 class RunSamples:
@@ -56,15 +56,13 @@ class RunSamples:
         state: TrainingState,
         tags: tuple[str, str],
         at_start: bool,
-        adapter_is_new: bool = True,
     ):
         """Args:
         tags: names in the trackers of samples between steps, and of those of the result.
         at_start: whether to draw before the first step.
-        adapter_is_new: whether the adapter, if there is one, does not change the base before the first step.
         """
         self._sampler, self._session, self._state = sampler, session, state
-        self._tags, self._at_start, self._adapter_is_new = tags, at_start, adapter_is_new
+        self._tags, self._at_start = tags, at_start
 
     @classmethod
     def of_prompts(
@@ -81,15 +79,11 @@ class RunSamples:
         Raises:
             UserError: if a size of the prompts does not fit the VAE, or the adapter can't be scaled as they ask.
         """
-        has_adapter, drawing = options.adaptation.adaptation != "full", options.samples
-        base = found.source.path if has_adapter else None
-        model = DrawnModel.of_training(session.folder.path, base)
-        sizes = sample_sizes(data.images, found.resolution)
         check_rows(options, task)
-        epochs = found.default_epochs
-        sampler = PromptSampler(session.surroundings, task.family, drawing, sizes, epochs, model, has_adapter)
-        is_new = options.adaptation.start_path is None
-        return cls(sampler, session, state, ("validation", "test"), drawing.sample_at_start, is_new)
+        drawing, epochs = options.samples, found.default_epochs
+        sizes, trained = sample_sizes(data.images, found.resolution), trained_model(options, found, session)
+        sampler = PromptSampler(session.surroundings, task.family, drawing, sizes, epochs, trained)
+        return cls(sampler, session, state, ("validation", "test"), drawing.sample_at_start)
 
     @classmethod
     def of_grid(cls, options: UnconditionalOptions, session: Session, task: Task, state: TrainingState) -> Self:
@@ -115,7 +109,7 @@ class RunSamples:
         if not (self._at_start and progress.is_first and self._sampler.count):
             return
         with log.paused("samples"), self._state.evaluating():
-            samples = self._sampler.draw_first(progress, self._adapter_is_new)
+            samples = self._sampler.draw_first(progress)
         log.images(samples, progress.step, self._tags[0])
         if len(samples) < self._sampler.count:
             raise Stopped("stopped before step 1", self._session.requests.number or signal.SIGTERM)
@@ -131,6 +125,15 @@ class RunSamples:
         samples = self._sampler.draw(self._state.progress(), is_last=True)
         log.images(samples, self._state.step, self._tags[1])
         return samples
+
+
+def trained_model(options: TextOptions, found: FoundPipeline, session: Session) -> TrainedModel:
+    """Returns the model that a run trains, as the texts of its samples name it."""
+    base, adapter = found.source.path, options.adaptation.start_path
+    has_adapter = options.adaptation.adaptation != "full"
+    model = DrawnModel.of_training(session.folder.path, base if has_adapter else None)
+    start = DrawnModel.at(base, adapters=[adapter] if adapter else [])
+    return TrainedModel(model, start if options.model.unet_config is None else None, has_adapter, adapter is None)
 
 
 def sample_sizes(images: PlannedImages | StreamedImages, resolution: int) -> list[tuple[int, int]]:

@@ -82,7 +82,9 @@ def _try_scheduler(options: Options, source: PipelineSource, family: type[TextFa
         return False
     process_of(options.noise, scheduler.get("_class_name", "scheduler"), scheduler, family.process_kinds)
     entry = None if source.is_single_file else source.index().get("scheduler")
-    return check_trial_of(entry, scheduler, options.noise.scheduler_changes, *_drawing(options, scheduler))
+    changes = options.noise.scheduler_changes
+    was_tried = [check_trial_of(entry, scheduler, changes, *each) for each in _drawings(options, scheduler)]
+    return all(was_tried)
 
 
 def try_loaded_scheduler(options: Options, scheduler: SchedulerMixin) -> None:
@@ -91,13 +93,26 @@ def try_loaded_scheduler(options: Options, scheduler: SchedulerMixin) -> None:
     Raises:
         UserError: if it fails.
     """
-    check_text_trial(scheduler, *_drawing(options, scheduler.config))
+    for each in _drawings(options, scheduler.config):
+        check_text_trial(scheduler, *each)
 
 
-def _drawing(options: Options, scheduler_config: Mapping) -> tuple[int, str, str]:
-    """Returns (denoising steps per sample, the flag and value of the pipeline, the name of the flag for the steps)."""
-    steps = options.samples.validation_num_inference_steps
-    if not options.samples.prompts:  # no samples are drawn: any number of steps tests the scheduler
-        steps = min(10, steps, max(1, (scheduler_config.get("num_train_timesteps") or 1000) // 2))
+def _drawings(options: Options, scheduler_config: Mapping) -> list[tuple[int, str, str]]:
+    """Returns what to try a scheduler with: each number of denoising steps per sample.
+
+    Returns:
+        (steps, the flag and value of the pipeline, the name of the flag for the steps, with its place in a file).
+    """
+    samples, steps = options.samples, options.samples.validation_num_inference_steps
     where = f"--pretrained_model {options.model.pretrained_model_name_or_path}"
-    return steps, where, "validation_num_inference_steps"
+    if not samples.rows:  # no samples are drawn: any number of steps tests the scheduler
+        steps = min(10, steps, max(1, (scheduler_config.get("num_train_timesteps") or 1000) // 2))
+    names = {steps: "validation_num_inference_steps"}
+    for row in samples.rows:
+        if row.steps is not None:
+            names.setdefault(
+                row.steps, f"validation_prompts_file {samples.validation_prompts_file}, {row.place}: steps"
+            )
+    if samples.rows and all(row.steps is not None for row in samples.rows):
+        names = {number: name for number, name in names.items() if number in {row.steps for row in samples.rows}}
+    return [(number, where, name) for number, name in names.items()]
