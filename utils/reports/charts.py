@@ -67,6 +67,7 @@ def training_charts(records: Sequence[RunRecord]) -> list[Shown]:
         _validation(records, "Validation loss relative to the first measurement", ("relative_loss",)),
         _learning_rate(records),
         _gradients(records),
+        _skipped(records),
         _column(records, "Throughput in images per second", "images_per_second", is_smoothed=True),
         _column(records, "Share of time spent waiting for data", "data_wait", is_smoothed=True),
         _memory(records),
@@ -169,8 +170,21 @@ def num_skipped(record: RunRecord) -> int:
     known = as_dict(record.run.get("outcome")).get("skipped_steps")
     if type(known) is int:
         return known
-    lost = ~(np.isfinite(record.metrics["train_loss"]) & np.isfinite(record.metrics["grad_norm"]))
-    return int(lost.sum())
+    return int(_lost(record).sum())
+
+
+def _lost(record: RunRecord) -> np.ndarray:
+    """Whether each step has no finite loss or gradient norm, [N]."""
+    return ~(np.isfinite(record.metrics["train_loss"]) & np.isfinite(record.metrics["grad_norm"]))
+
+
+def _skipped(records: Sequence[RunRecord]) -> Shown | None:
+    """A chart of the steps without a finite loss and gradient, added up; None if there are none."""
+    counts = [np.cumsum(_lost(record)).astype(float) for record in records]
+    if not any(count.any() for count in counts):
+        return None
+    curves = [Curve(each.name, each.metrics, counts[place], place) for place, each in enumerate(records)]
+    return over_axes("Steps without a finite loss and gradient, in total", curves, from_zero=True)
 
 
 def _gradients(records: Sequence[RunRecord]) -> Shown | None:

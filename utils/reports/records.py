@@ -27,10 +27,11 @@ USUAL_LINE = 150  # bytes: fewer than a line of metrics.jsonl has, to estimate t
 MOST_MEASUREMENTS = 5_000  # lines of files that are written now and then; the last ones are kept
 MOST_SAMPLES = 64  # images of a step
 PAUSE_SECONDS = 3600.0  # between steps: longer ones are between a run and its continuation, and do not count as hours
+FILE_CLOCK_SECONDS = 60.0  # by which the clock of a file server may be late
 STEP_FOLDER = re.compile(r"step-(\d{1,18})")
 SAMPLES, FINAL, SAMPLE_LINES, GRID_RECORD = "samples", "final", "samples.jsonl", "samples.json"
 NOT_SAMPLES = ("grid.png", "film_strip.png")
-SHEET = "contact_sheet.png"
+SHEET, MODEL_SUMMARY, LAYER_STATISTICS = "contact_sheet.png", "model_summary.json", "layer_statistics.jsonl"
 
 
 class Samples(NamedTuple):
@@ -120,18 +121,19 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
     if not any((folder / each).is_file() for each in ("run.json", "metrics.jsonl")):
         raise UserError(f"{folder} has neither run.json nor metrics.jsonl; give the output_dir of a run")
     metrics, stride = _read_columns(folder / "metrics.jsonl", METRICS)
-    samples = find_samples(folder / SAMPLES)
+    run = _read_object(folder / "run.json")
+    samples = find_samples(folder / SAMPLES, run)
     return RunRecord(
         folder=folder,
         name=name or folder.resolve().name,
-        run=_read_object(folder / "run.json"),
+        run=run,
         metrics=metrics | {"hours": hours_of(metrics["time"])},
         epochs=_read_columns(folder / "epochs.jsonl", EPOCHS)[0],
         validation=_read_lines(folder / "validation.jsonl"),
         evaluation=_read_lines(folder / "evaluation" / "evaluation.jsonl"),
-        layers=_read_lines(folder / "layer_statistics.jsonl"),
+        layers=_read_lines(folder / LAYER_STATISTICS),
         verdict=_read_object(folder / "verdict.json"),
-        model=_read_object(folder / "model_summary.json"),
+        model=_read_object(folder / MODEL_SUMMARY),
         data=_read_object(folder / "data_report.json"),
         samples=samples,
         captions=_captions(folder / SAMPLES, samples),
@@ -199,14 +201,18 @@ def hours_of(times: np.ndarray) -> np.ndarray:
     return np.cumsum(np.where((passed > PAUSE_SECONDS) | (passed < 0), 0.0, passed)) / 3600
 
 
-def find_samples(folder: Path) -> list[Samples]:
-    """Returns the samples in a folder, by step."""
+def find_samples(folder: Path, run: Mapping[str, Any]) -> list[Samples]:
+    """Returns the samples in a folder, by step, without those that an earlier run left there.
+
+    Args:
+        run: run.json.
+    """
     if not folder.is_dir():
         return []
     found = []
     for path in folder.iterdir():
         step = STEP_FOLDER.fullmatch(path.name)
-        if step is None and path.name != FINAL:
+        if (step is None and path.name != FINAL) or _is_outdated(path, None if step is None else int(step[1]), run):
             continue
         files = {file.name: file for file in sorted(path.glob("*.png")) if file.name not in NOT_SAMPLES}
         first = dict(list(files.items())[:MOST_SAMPLES])
@@ -214,6 +220,17 @@ def find_samples(folder: Path) -> list[Samples]:
             label = "result" if step is None else "before training" if int(step[1]) == 0 else f"step {int(step[1]):,}"
             found.append(Samples(None if step is None else int(step[1]), label, first))
     return sorted(found, key=lambda each: math.inf if each.step is None else each.step)
+
+
+def _is_outdated(path: Path, step: int | None, run: Mapping[str, Any]) -> bool:
+    """Whether samples are older than the run, which did not resume from them."""
+    started, first_step = as_number(run.get("started")), as_number(run.get("first_step"))
+    if step is not None and not (step > first_step or (step == first_step == 0)):
+        return False
+    try:
+        return path.stat().st_mtime < started - FILE_CLOCK_SECONDS
+    except OSError:
+        return True
 
 
 def _captions(folder: Path, samples: Sequence[Samples]) -> dict[str, str]:

@@ -49,7 +49,7 @@ def describe_run(
 ) -> RunPlan:
     """Returns the plan of a run."""
     summary = None
-    if options.tracking.report or options.runtime.dry_run:
+    if session.accelerator.is_main_process and (options.tracking.report or options.runtime.dry_run):
         summary = summarize(options, task, data.images.plan.sizes, data.batches.size)
     text = plan_text(options, session, data, rates, task)
     return RunPlan(text, plan_record(session, data, rates), partial(_write_files, summary, data), summary)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 MEASUREMENTS = 8  # of a run, evenly spaced between its first step and its last
 LEAST_STEPS = 50  # between two measurements: they cost about as much as a tenth of a step
-FILE = "layer_statistics.jsonl"
 
 
 def is_due(step: int, steps: range) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from utils.config.terminal import progress_bar
+from utils.reports.records import LAYER_STATISTICS
 from utils.runtime.memory import used_memory
 from utils.runtime.step_lines import JsonLines, SampleCount, keep_steps
 from utils.sampling.samples import Sample
@@ -146,7 +147,7 @@ class RunLog:
         self._steps, self._done, self._is_timed = steps, steps.start, False
         self._pending: list[tuple[StepMetrics, SentNumbers, float]] = []
         self._counted_from = self._last_step_at = time.perf_counter()
-        self._files = {name: JsonLines(folder / name) for name in (METRICS, EPOCHS, LAYERS, layer_statistics.FILE)}
+        self._files = {name: JsonLines(folder / name) for name in (METRICS, EPOCHS, LAYERS, LAYER_STATISTICS)}
         self._bar = progress_bar(
             total=steps.stop,
             initial=steps.start,
@@ -309,7 +310,7 @@ class RunLog:
         if accelerator.distributed_type in SHARDING or not named:
             return
         scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
-        self._append(layer_statistics.FILE, {"step": step, "layers": layer_statistics.statistics(named, scale)})
+        self._append(LAYER_STATISTICS, {"step": step, "layers": layer_statistics.statistics(named, scale)})
 
     def _append(self, name: str, values: dict, moment: float | None = None) -> None:
         if self._accelerator.is_main_process:

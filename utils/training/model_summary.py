@@ -1,26 +1,26 @@
 """The summary of a model: its parts, its layers with their shapes, the FLOPs of a step, and the memory at rest."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from utils.config.batch import Conditioning, Crop
 from utils.config.options import first_line
 from utils.config.user_files import size_text
 from utils.models.base import Family
+from utils.reports.records import MODEL_SUMMARY
 from utils.runtime.processes import write_json
 from utils.training.optimizer_table import OPTIMIZERS
 from utils.training.options import TrainingOptions
 from utils.training.task import Task
 
 logger = logging.getLogger(__name__)
-FILE = "model_summary.json"
 FLOAT32 = 4
 TRAINED_PASSES, FROZEN_PASSES = 3, 2
 
@@ -107,8 +107,8 @@ class ModelSummary:
 
     def write(self, folder: Path) -> Path:
         """Writes `model_summary.json` into a folder, and returns its path."""
-        write_json(folder / FILE, self.record())
-        return folder / FILE
+        write_json(folder / MODEL_SUMMARY, self.record())
+        return folder / MODEL_SUMMARY
 
 
 def summarize(options: TrainingOptions, task: Task, sizes: list[tuple[int, int]], global_batch: int) -> ModelSummary:
@@ -181,10 +181,13 @@ def _forward_flops(family: Family, size: tuple[int, int]) -> dict[str, int]:
     dtype = next(each.dtype for each in denoiser.parameters() if each.is_floating_point())
     input_ids, crop = family.tokenizer()([""]), Crop(height, width, 0, 0, height, width).row()
     shape = family.latent_space.shape(size)
+    attention = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops
+    }  # torch counts that of GPUs
     found: dict[str, int] = {}
 
     def counted(name: str, action: Callable[[], Any]) -> Any:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
             result = action()
         if count := counter.get_total_flops():
             found[name] = count
@@ -204,6 +207,11 @@ def _forward_flops(family: Family, size: tuple[int, int]) -> dict[str, int]:
             pixels = torch.zeros(1, channels, height, width, dtype=torch.uint8, device=place)
             counted("VAE encoder", lambda: family.latent_space.moments(pixels))
     return found
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """FLOPs of attention, from the shapes of its inputs."""
+    return sdpa_flop_count(query, key, value)
 
 
 def _step_flops(options: TrainingOptions, task: Task, flops: Mapping[str, int]) -> tuple[int, str]:

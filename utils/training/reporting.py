@@ -13,8 +13,9 @@ from pathlib import Path
 
 from utils.config.options import Diverged, Stopped, first_line
 from utils.reports.page import FILE, write_page
-from utils.reports.plots import write_plots
-from utils.reports.records import read_run
+from utils.reports.plots import FOLDER as PLOTS
+from utils.reports.plots import SCHEDULE, TRAINING, write_plots
+from utils.reports.records import MODEL_SUMMARY, SHEET, read_run
 from utils.runtime.processes import OutputFolder
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,10 @@ class RunReport:
             write_files: writes to the folder what is known before the first step.
         """
         self._has_begun = True
-        if not (self._is_on and self._is_main):
+        if not self._is_main:
+            return
+        if not self._is_on:
+            self._attempt(self._remove_outdated)
             return
         self._attempt(partial(write_files, self._folder.path))
         self._thread = threading.Thread(target=self._keep_current, name="report", daemon=True)
@@ -109,6 +113,12 @@ class RunReport:
         record = read_run(self._folder.path)
         write_page([record], self._folder.path / FILE)
         write_plots(record)
+        logger.info("the report of the run is %s", self._folder.path / FILE)
+
+    def _remove_outdated(self) -> None:
+        """Removes the report of an earlier run in the folder: it would not be that of this one."""
+        for name in (FILE, SHEET, MODEL_SUMMARY, *(f"{PLOTS}/{name}" for name in (TRAINING, SCHEDULE))):
+            (self._folder.path / name).unlink(missing_ok=True)
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Runs a part of the report; an error of any kind costs a warning, as the training does not depend on it."""
