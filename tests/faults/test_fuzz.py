@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import fuzz
+from tests.conftest import mostly_slow
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +15,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> fuzz.World:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured by Linux' /proc")
-@pytest.mark.parametrize("first", range(0, 100, 25))
+@pytest.mark.parametrize("first", mostly_slow(range(0, 100, 25), 0))
 def test_damaged_files_end_in_a_result_or_one_line(world, first):
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("the peak of memory can't be reset here")

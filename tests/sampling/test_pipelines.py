@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.comparing import CPU, images_in
+from tests.conftest import mostly_slow
 from tests.pretrained import write_lora
 from tests.tiny import unconditional
 from utils.config.options import UserError
@@ -177,7 +178,7 @@ def test_a_pipelines_own_number_of_steps_fits_a_short_schedule(more_pipelines, t
     assert "50 denoising steps, the length of the noise schedule" in caplog.text
 
 
-@pytest.mark.parametrize("adaptation", ["lora", "loha"])
+@pytest.mark.parametrize("adaptation", mostly_slow(["lora", "loha"], "lora"))
 def test_a_checkpoints_adapters_are_taken_their_averages_first(more_pipelines, train, tmp_path, adaptation):
     from safetensors.torch import load_file, save_file
 

@@ -123,6 +123,7 @@ def _each_entry() -> list:
     return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", _each_entry())
 def test_each_entry_of_each_table_lowers_the_validation_loss(train, few_pictures, entry):
     """At a fifth of the demo's rate, which in so few steps would overshoot; Prodigy's is found by itself."""

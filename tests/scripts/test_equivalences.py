@@ -97,9 +97,9 @@ def test_loss_and_gradients_equal_an_independent_computation(pipelines, images, 
     ("name", "flags"),
     [
         ("sd", ()),
-        ("sd", ("--adaptation", "lora")),
+        pytest.param("sd", ("--adaptation", "lora"), marks=pytest.mark.slow),
         ("pixels", ("--lr_scheduler", "constant")),
-        ("labelled latents", ()),
+        pytest.param("labelled latents", (), marks=pytest.mark.slow),
     ],
     ids=["full", "lora", "pixels", "labelled latents"],
 )
@@ -131,19 +131,9 @@ RESUMED = {
     "latents": ("latents", "--cache_latents", "--use_ema", "--lr_scheduler", "constant"),
     "labelled latents": ("labelled latents", "--pure_bf16", "--mixed_precision", "bf16", "--lr_scheduler", "constant"),
 }
-SLOW = (
-    "sdxl lora",
-    "sdxl bf16",
-    "lora bf16",
-    "channels last",
-    "channels last 8-bit",
-    "pixels cosine",
-    "flow",
-    "labels",
-)
 
 
-@pytest.mark.parametrize("case", mostly_slow(RESUMED, *(set(RESUMED) - set(SLOW))))
+@pytest.mark.parametrize("case", mostly_slow(RESUMED, "full", "lora", "pixels"))
 def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(train, case):
     pipeline, *flags = RESUMED[case]
     flags += ["--train_batch_size", 2, "--learning_rate", 1e-3]

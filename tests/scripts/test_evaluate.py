@@ -137,6 +137,7 @@ def test_checkpoints_are_scored_and_the_best_is_found(evaluate, train, flags, im
     assert "data:image/svg+xml" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_lora_checkpoints_too(evaluate, train, flags, images):
     training = train("sd", "--adaptation", "lora", "--max_train_steps", 1, "--checkpointing_steps", 1, out="training")
     found, _ = evaluate("--checkpoints", training, "--prompts", "a", *flags, "--metrics", "clip_score")

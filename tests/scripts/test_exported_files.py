@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from tests import tiny
 from tests.comparing import assert_same_bits, weights
+from tests.conftest import mostly_slow
 from tests.text_runs import SHORT, VALIDATION, draw, load
 
 
@@ -162,7 +163,7 @@ def test_a_result_over_its_own_base_and_one_over_another_kind(train, pipelines, 
     load(base)
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+@pytest.mark.parametrize("umask", mostly_slow([0o022, 0o027, 0o002], 0o027))
 def test_files_have_the_modes_that_the_umask_says(train, umask):
     before = os.umask(umask)
     try:

@@ -126,6 +126,7 @@ def test_the_machine(bench):
     assert bench.product_tflops > 0
 
 
+@pytest.mark.slow
 def test_speeds_in_small(bench):
     torch.set_num_threads(1)
     finding = gpu.run_section(section("sdxl", gpu_speed.sdxl, seconds=60), bench)

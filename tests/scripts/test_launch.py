@@ -29,7 +29,8 @@ def alone(pipelines, images, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("config", ["cpu.yaml", pytest.param("single_gpu.yaml", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu.yaml", "single_gpu.yaml"])
 def test_accelerate_launch_with_the_configs(pipelines, images, tmp_path, alone, config):
     words = [*launcher("accelerate.commands.launch"), "--config_file", str(ROOT / "accelerate_configs" / config)]
     flags = (*STEPS, "--train_batch_size", 4, "--mixed_precision", "no")

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from tests.comparing import assert_same_bits, lora, weights
+from tests.conftest import mostly_slow
 from tests.text_runs import SHORT, VALIDATION, draw, load
 
 LORAS = {
@@ -22,7 +23,7 @@ LORAS = {
 }
 
 
-@pytest.mark.parametrize("case", LORAS)
+@pytest.mark.parametrize("case", mostly_slow(LORAS, "plain", "dora", "text encoders"))
 def test_lora_loads_and_fuses(train, pipelines, case):
     name, *flags = LORAS[case]
     out = train(name, *SHORT, *VALIDATION, "--adaptation", "lora", "--learning_rate", 5e-2, "--export_fused", *flags)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.comparing import assert_same_bits, lora, weights
+from tests.conftest import mostly_slow
 from tests.text_runs import SHORT, VALIDATION, draw, load
 from utils.runtime.engines import Engine
 
@@ -155,7 +156,7 @@ def test_debug_loss_and_trackers(train):
     assert "test/image/0" in events.Tags()["images"] or "test" in events.Tags()["images"]
 
 
-@pytest.mark.parametrize("adaptation", ["full", "lora"])
+@pytest.mark.parametrize("adaptation", mostly_slow(["full", "lora"], "lora"))
 def test_a_single_file_trains_as_its_folder_does(train, pipelines, tmp_path, adaptation):
     file = tiny.write_single_file(pipelines["sd"], tmp_path / "model.safetensors")
     flags = (*SHORT, "--adaptation", adaptation)

@@ -87,7 +87,7 @@ def test_a_signal_in_a_step(train, signal_at, monkeypatch, capsys, kind, number)
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        (HeldOut, "_batch", 1),
+        pytest.param(HeldOut, "_batch", 1, marks=SLOW),
         pytest.param(HeldOut, "_batch", 3, marks=SLOW),
         pytest.param(HeldOut, "_batch", -1, marks=SLOW),
         (CheckpointSaver, "save", 1),

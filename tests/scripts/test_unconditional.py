@@ -281,6 +281,7 @@ EXAMPLE = """--train_batch_size=1 --num_epochs=1 --gradient_accumulation_steps=1
     --learning_rate=1e-3 --lr_warmup_steps=5"""
 
 
+@pytest.mark.slow
 def test_the_diffusers_examples_own_tests(train):
     from tests.conftest import reset_accelerate
 

@@ -131,7 +131,7 @@ def own_pipeline(name: str):
     return diffusers.DDIMPipeline(small_unet(), diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
 
 
-@pytest.mark.parametrize("name", ["ddim", "variance", "dit"])
+@pytest.mark.parametrize("name", mostly_slow(["ddim", "variance", "dit"], "dit"))
 def test_pipelines_that_others_made_are_fine_tuned(name, images, classes, tmp_path):
     from tests.conftest import reset_accelerate
     from train_unconditional import main
@@ -254,7 +254,7 @@ def test_a_model_of_classes_goes_on_with_the_same_classes_alone(train, classes, 
     assert "--classes" in message(capsys)
 
 
-@pytest.mark.parametrize("is_column", [True, False])
+@pytest.mark.parametrize("is_column", mostly_slow([True, False], True))
 def test_a_model_whose_classes_had_another_spelling_goes_on(train, tmp_path, monkeypatch, is_column):
     """Classes keep the numbers by which they were learnt, though e with an accent now comes behind f."""
     names, data = ("cafe\u0301", "caff", "cat"), tmp_path / "data"

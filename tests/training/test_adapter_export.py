@@ -54,7 +54,7 @@ def checked(monkeypatch) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("base", mostly_slow(["sd", "sd2", "sdxl"], "sdxl"))
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, "lora", "dora", "lokr"))
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "lora"))
 def test_a_run_continues_from_what_another_exported_for_uis(train, checked, base, kind):
     first = train(base, *KINDS[kind], *MORE, out="first")
     assert checked == [[]]
@@ -97,7 +97,7 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", mostly_slow(FORMATS, "kohya"))
 def test_the_formats_asked_for_are_written(train, checked, name):
     files, has_ui = FORMATS[name]
     out = train("sd", "--adaptation", "lora", "--export_fused", "--lora_format", name, *MORE)

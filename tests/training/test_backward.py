@@ -10,6 +10,7 @@ import torch
 
 from tests import tiny
 from tests.comparing import assert_same_bits, losses, weights
+from tests.conftest import mostly_slow
 from tests.launching import command, launcher, run
 from utils.config.options import UserError
 from utils.runtime.engines import Engine
@@ -58,7 +59,7 @@ def memory(monkeypatch):
     return limit
 
 
-@pytest.mark.parametrize("more", [(), ("--gradient_accumulation_steps", 2, "--use_ema")])
+@pytest.mark.parametrize("more", mostly_slow([(), ("--gradient_accumulation_steps", 2, "--use_ema")], ()))
 def test_out_of_memory_in_a_step_changes_nothing(train, memory, monkeypatch, caplog, tmp_path, more):
     data = tiny.make_images(tmp_path / "data", 12)
     flags = [*FLAGS, "--train_batch_size", 5, "--checkpointing_steps", 3, *more]

@@ -108,6 +108,7 @@ def test_blocks_are_compiled_once_for_all_buckets(train, caplog, without_inducto
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_blocks_with_adapters_share_their_graphs(without_inductor, monkeypatch):
     """Twelve blocks: a graph for each would go beyond Dynamo's limit of eight. Convolutions have no adapters here."""
     monkeypatch.setattr("utils.training.speed.CONVOLUTIONS", "")

@@ -35,9 +35,9 @@ def said(caplog, words: str) -> list[str]:
     ("kind", "flags", "folder"),
     [
         ("sd", (), "."),
-        ("sd2", ("--rescale_betas_zero_snr",), "."),
+        pytest.param("sd2", ("--rescale_betas_zero_snr",), ".", marks=pytest.mark.slow),
         ("sdxl", ("--train_text_encoder", "--use_ema"), "."),
-        ("sd", ("--adaptation", "lora", "--export_fused"), "fused"),
+        pytest.param("sd", ("--adaptation", "lora", "--export_fused"), "fused", marks=pytest.mark.slow),
         pytest.param("sdxl", ("--adaptation", "lokr"), "fused", marks=pytest.mark.slow),
         pytest.param("sd2", ("--adaptation", "loha", "--train_text_encoder"), "fused", marks=pytest.mark.slow),
     ],

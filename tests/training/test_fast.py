@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from tests.comparing import assert_same_bits, losses, weights
+from tests.conftest import mostly_slow
 from utils.config.options import UserError
 from utils.models import attention
 from utils.models.attention import Call, Recorder, race
@@ -170,7 +171,7 @@ def test_a_real_race_ends():
     assert race(recorded(), CPU_ATTENTION, torch.device("cpu")) in ("", *CPU_ATTENTION)
 
 
-@pytest.mark.parametrize("winner", ["math", ""])
+@pytest.mark.parametrize("winner", mostly_slow(["math", ""], "math"))
 def test_what_won_is_kept_for_a_resumed_run(train, monkeypatch, caplog, winner):
     """On a stand-in for a GPU: a race is run once, and its winner computes from the first step on."""
     races = []

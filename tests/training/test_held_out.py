@@ -223,6 +223,7 @@ def test_few_bytes_are_read_to_find_copies_and_none_twice(tmp_path, monkeypatch)
     assert not read
 
 
+@pytest.mark.slow
 def test_a_run_from_before_copies_stayed_together_resumes_with_its_own_split(train, tmp_path, caplog, monkeypatch):
     """Its training images are what they were, also when it is resumed twice; a new run has the new split."""
     data = tiny.make_images(tmp_path / "data", 8)

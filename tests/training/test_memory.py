@@ -33,7 +33,7 @@ def test_quantised_layers_against_their_own_rounding(kind, tolerance):
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", mostly_slow(["nf4", "int8"], "nf4"))
 @pytest.mark.parametrize("name", mostly_slow(["sd", "sdxl"], "sd"))
 def test_a_lora_on_a_quantised_base(train, pipelines, name, kind):
     from diffusers import DiffusionPipeline
@@ -51,7 +51,8 @@ def test_a_lora_on_a_quantised_base(train, pipelines, name, kind):
     assert losses(parts) == losses(quantised)
 
 
-@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_base_trains_in_bf16_on_a_cpu(train, kind):
     flags = ["--adaptation", "lora", "--max_train_steps", 2, "--train_batch_size", 2, "--mixed_precision", "bf16"]
     plain = train("sd", *flags, out="plain")

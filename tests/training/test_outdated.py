@@ -61,8 +61,8 @@ def test_what_no_export_wrote_or_the_run_reads_stays(out):
     ("kind", "first", "second", "gone"),
     [
         ("lora", ("--export_fused",), ("--lora_format", "kohya"), {LORA, FUSED}),
-        ("lora", (), ("--lora_format", "diffusers"), {UI}),
-        ("loha", (), ("--lora_format", "kohya"), set(PEFT)),
+        pytest.param("lora", (), ("--lora_format", "diffusers"), {UI}, marks=pytest.mark.slow),
+        pytest.param("loha", (), ("--lora_format", "kohya"), set(PEFT), marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_of_another_format_leaves_nothing_of_the_first(train, kind, first, second, gone):
