@@ -1,6 +1,7 @@
 """The report of a run: its numbers are those of the records, its texts stay text, and its size is bounded."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -182,6 +183,18 @@ def test_many_samples_stay_within_the_budget(tmp_path, monkeypatch):
     assert "result" in seen.text
     assert "no picture" not in seen.text
     assert "more, in the folder samples/" in seen.text
+
+
+def test_samples_of_an_earlier_run_are_not_shown(tmp_path):
+    """As --overwrite_output_dir leaves them."""
+    folder = record(tmp_path / "run", started=2e9, first_step=5)
+    add_samples(folder, range(5, 11, 5), 1, 16)
+    (folder / "samples" / "step-10" / "000.png").touch()
+    os.utime(folder / "samples" / "step-10", (2e9 + 10, 2e9 + 10))
+    assert [each.step for each in read_run(folder).samples] == [5, 10]
+    os.utime(folder / "samples" / "step-10", (1e9, 1e9))
+    os.utime(folder / "samples" / "final", (2e9 + 20, 2e9 + 20))
+    assert [each.label for each in read_run(folder).samples] == ["step 5", "result"]
 
 
 def test_spikes_stay_in_a_thinned_curve(tmp_path):

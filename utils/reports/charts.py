@@ -126,7 +126,10 @@ def _validation(records: Sequence[RunRecord], title: str, names: Sequence[str]) 
             if len(values) == 0:
                 continue
             said = words[name] if len(records) == 1 else record.name + ("" if name != "ema_loss" else ", average")
-            curves.append(Curve(said, columns, values, place + number_of_name * len(records), "points"))
+            if len(records) == 1:
+                curves.append(Curve(said, columns, values, number_of_name, "points"))
+            else:
+                curves.append(Curve(said, columns, values, place, "dashed" if name == "ema_loss" else "points"))
             best = int(values.argmin())
             facts.append(
                 f"{said}: last {number(values[-1])} at step {number(columns['step'][-1])}, "
@@ -228,7 +231,8 @@ def _memory(records: Sequence[RunRecord]) -> Shown | None:
             if not np.isfinite(values).any() or (not is_one and colour > 1):
                 continue
             whole = said if is_one else f"{record.name}: {said}"
-            curves.append(Curve(whole, record.metrics, values, colour if is_one else 2 * place + colour))
+            kind = "dashed" if colour == 0 and not is_one else "line"
+            curves.append(Curve(whole, record.metrics, values, colour if is_one else place, kind))
             facts.append(f"{whole} at most {number(float(np.nanmax(values)))} GB")
     return over_axes("Memory in GB", curves, facts, from_zero=True)
 
