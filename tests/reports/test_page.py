@@ -194,6 +194,9 @@ def test_samples_of_an_earlier_run_are_not_shown(tmp_path):
     assert [each.step for each in read_run(folder).samples] == [5, 10]
     os.utime(folder / "samples" / "step-10", (1e9, 1e9))
     os.utime(folder / "samples" / "final", (2e9 + 20, 2e9 + 20))
+    (folder / "samples" / "step-5").rename(folder / "samples" / "base")
+    assert [each.label for each in read_run(folder).samples] == ["base", "result"]
+    (folder / "samples" / "base").rename(folder / "samples" / "step-5")
     assert [each.label for each in read_run(folder).samples] == ["step 5", "result"]
 
 

@@ -29,7 +29,8 @@ MOST_SAMPLES = 64  # images of a step
 PAUSE_SECONDS = 3600.0  # between steps: longer ones are between a run and its continuation, and do not count as hours
 FILE_CLOCK_SECONDS = 60.0  # by which the clock of a file server may be late
 STEP_FOLDER = re.compile(r"step-(\d{1,18})")
-SAMPLES, FINAL, SAMPLE_LINES, GRID_RECORD = "samples", "final", "samples.jsonl", "samples.json"
+SAMPLES, FINAL, BASE, SAMPLE_LINES, GRID_RECORD = "samples", "final", "base", "samples.jsonl", "samples.json"
+BASE_STEP = -1
 NOT_SAMPLES = ("grid.png", "film_strip.png")
 SHEET, MODEL_SUMMARY, LAYER_STATISTICS = "contact_sheet.png", "model_summary.json", "layer_statistics.jsonl"
 
@@ -38,7 +39,7 @@ class Samples(NamedTuple):
     """The samples drawn after a step.
 
     Attributes:
-        step: the step; None if they are the last ones, of the result, and the record does not say of which step.
+        step: the step; None for the last ones, of the result; BASE_STEP for those of the base where step 0 is not it.
         label: what to call them.
         files: PNG files by name.
     """
@@ -211,14 +212,15 @@ def find_samples(folder: Path, run: Mapping[str, Any]) -> list[Samples]:
         return []
     found = []
     for path in folder.iterdir():
-        step = STEP_FOLDER.fullmatch(path.name)
-        if (step is None and path.name != FINAL) or _is_outdated(path, None if step is None else int(step[1]), run):
+        number = STEP_FOLDER.fullmatch(path.name)
+        step = BASE_STEP if path.name == BASE else None if number is None else int(number[1])
+        if (step is None and path.name != FINAL) or _is_outdated(path, step, run):
             continue
         files = {file.name: file for file in sorted(path.glob("*.png")) if file.name not in NOT_SAMPLES}
         first = dict(list(files.items())[:MOST_SAMPLES])
         if first:
-            label = "result" if step is None else "before training" if int(step[1]) == 0 else f"step {int(step[1]):,}"
-            found.append(Samples(None if step is None else int(step[1]), label, first))
+            named = {None: "result", BASE_STEP: "base", 0: "before training"}
+            found.append(Samples(step, named.get(step, f"step {step}"), first))
     return sorted(found, key=lambda each: math.inf if each.step is None else each.step)
 
 

@@ -53,10 +53,17 @@ def verdict_of(record: RunRecord) -> dict[str, Any] | None:
     interval = found.get("interval")
     if isinstance(interval, list) and len(interval) == 2:
         low, high = (number(as_number(each)) for each in interval)
-        facts.append(("95 % interval", f"{low} to {high}"))
+        signal = found.get("signal")
+        of = f" of {short_text(signal)}" if isinstance(signal, str) else ""
+        if low != "-" or high != "-":
+            facts.append((f"95 % interval{of}", f"{low} to {high}"))
     for key, name in (("since_step", "since step"), ("best_checkpoint", "best checkpoint"), ("advice", "change this")):
         if found.get(key) not in (None, ""):
             facts.append((name, short_text(found[key])))
+    signals = [(name, as_number(value)) for name, value in as_dict(found.get("signals")).items()]
+    shown = ", ".join(f"{short_text(name)} {number(value)}" for name, value in signals[:40] if math.isfinite(value))
+    if shown:
+        facts.append(("signals", shown))
     style = "good" if word in GOOD else "unsure" if word in UNSURE else "bad"
     return {"word": short_text(word), "style": style, "lines": lines, "facts": facts}
 
