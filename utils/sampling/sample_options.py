@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 DEFAULT_SAMPLE_EPOCHS = 10  # epochs between the samples of a model without text
 
 
+class DrawingWork(NamedTuple):
+    """What drawing samples takes: the number of images, their denoising steps, and passes of the denoiser in total."""
+
+    count: int
+    num_steps: int
+    num_passes: int
+
+
 def _are_samples_due(progress: Progress, epochs: int | None, steps: int | None) -> bool:
     """Whether samples are due after a step, by any of the intervals that count. None: the interval does not.
 
@@ -87,9 +95,10 @@ class SamplingOptions:
         require(0 <= self.eta <= 1, "eta", self.eta, "be from 0 to 1")
         require(self.eta == 0 or self.sampler == "ddim", "eta", self.eta, "be 0 without --sampler ddim")
 
-    def num_drawn(self, scheduler: "SchedulerMixin") -> tuple[int, int]:
-        """Returns (samples drawn each time, their denoising steps in total)."""
-        return self.count, self.count * self.steps_of(scheduler) if self.count else 0
+    def work(self, scheduler: "SchedulerMixin") -> "DrawingWork":
+        """Returns what drawing the samples once takes; `scheduler` is the pipeline's."""
+        num_steps = self.count * self.steps_of(scheduler) if self.count else 0
+        return DrawingWork(self.count, num_steps, num_steps * (2 if self.guidance_scale > 1 else 1))
 
     @property
     def count(self) -> int:
@@ -283,10 +292,14 @@ class ValidationOptions:
             found.append(request)
         return found
 
-    def num_drawn(self, scheduler: "SchedulerMixin") -> tuple[int, int]:
-        """Returns (samples drawn each time, their denoising steps in total)."""
+    def work(self, scheduler: "SchedulerMixin") -> "DrawingWork":
+        """Returns what drawing the samples once takes; `scheduler` is the pipeline's."""
         requests = self.requests(0)
-        return len(requests), sum(request.steps for request in requests)
+        passes = sum(
+            request.steps * (1 if request.guidance_scale is not None and request.guidance_scale <= 1 else 2)
+            for request in requests
+        )
+        return DrawingWork(len(requests), sum(request.steps for request in requests), passes)
 
     def is_due(self, progress: Progress, default_epochs: int) -> bool:
         """Whether samples are drawn after a step.

@@ -21,7 +21,7 @@ from utils.training.options import TrainingOptions
 from utils.training.session import Session
 from utils.training.task import Task
 
-PASSES_A_STEP, PASSES_A_SAMPLE = 2, 3
+PASSES_A_SAMPLE = 3  # a training step computes forward and backward: about three passes a sample
 MOST_RATES = 1000  # steps at which the planned learning rate is computed for run.json
 LITTLE = 0.002  # of the peak rate: points that lie this close to a line between others are left out
 
@@ -152,14 +152,13 @@ def describe_samples(options: TrainingOptions, task: Task, batch: int) -> str:
     Args:
         batch: the global batch.
     """
-    count, num_steps = options.samples.num_drawn(task.family.pipeline.scheduler)
-    if not count:
+    work = options.samples.work(task.family.pipeline.scheduler)
+    if not work.count:
         return ""
-    each = f"{count} images of {num_steps / count:.4g} denoising steps each time"
+    each = f"{work.count} images of {work.num_steps / work.count:.4g} denoising steps each time"
     if not options.samples.sample_at_start:
         return f"{each}, none before the first step"
-    # guidance computes two passes a step; a training step, forward and backward, takes about three a sample
-    as_steps = math.ceil(PASSES_A_STEP * num_steps / (PASSES_A_SAMPLE * batch))
+    as_steps = math.ceil(work.num_passes / (PASSES_A_SAMPLE * batch))
     return f"{each}, also before the first step: as long as about {as_steps:,} optimizer steps (--no_sample_at_start)"
 
 
