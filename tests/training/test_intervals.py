@@ -58,17 +58,13 @@ def test_the_learning_rate_does_not_follow_the_clock(train, capsys):
 @pytest.mark.slow
 def test_two_processes_save_and_draw_after_the_same_steps(pipelines, images, tmp_path):
     words = [*launcher("torch.distributed.run"), "--nproc_per_node", "2", "--master_port", "29637"]
-    flags = ("--train_batch_size", 1, "--max_train_steps", 60, "--no_final_checkpoint")
+    flags = ("--train_batch_size", 1, "--max_train_steps", 12)
     plain, out = tmp_path / "plain", tmp_path / "minutes"
     run([*words, *command(pipelines, images, plain, *flags)])
-    drawn = ("--validation_prompts", "a", "b", "--validation_num_inference_steps", 2, "--validation_minutes", 0.015)
-    run([*words, *command(pipelines, images, out, *flags, *drawn, "--checkpointing_minutes", 0.01)])
-    assert names(out, "checkpoint-*")
-    assert all(len(names(folder, "*.png")) == 2 for folder in (out / "samples").glob("step-*"))
+    drawn = ("--validation_prompts", "a", "b", "--validation_num_inference_steps", 1, "--validation_minutes", 0.005)
+    run([*words, *command(pipelines, images, out, *flags, *drawn, "--checkpointing_minutes", 0.002)])
+    assert len(names(out, "checkpoint-*")) > 1
     assert len(names(out / "samples", "step-*")) > 1
-    assert losses(plain) == losses(out)
-    last = names(out, "checkpoint-*")[-1]
-    more = (*flags, "--resume_from_checkpoint", last, "--checkpointing_minutes", 0.02)
-    run([*words, *command(pipelines, images, out, *more)])
+    assert all(len(names(folder, "*.png")) == 2 for folder in (out / "samples").glob("step-*"))
     assert losses(plain) == losses(out)
     assert_same_bits(weights(plain), weights(out))

@@ -7,6 +7,7 @@ import numpy as np
 
 from utils.config.options import Stopped, UserError
 from utils.config.progress import Progress
+from utils.data.buckets import NONE
 from utils.data.plan import PlannedImages
 from utils.data.stream import StreamedImages
 from utils.sampling.grid_samples import GridSampler
@@ -142,7 +143,7 @@ def sample_sizes(images: PlannedImages | StreamedImages, resolution: int) -> lis
     A stream does not know how many images its buckets have: its samples are square.
     """
     plan = images.plan
-    counts = np.bincount(plan.bucket_of, minlength=len(plan.sizes))
+    counts = np.bincount(plan.bucket_of[plan.bucket_of != NONE], minlength=len(plan.sizes))
     used = [number for number in np.argsort(-counts, kind="stable") if counts[number]]
     sizes = [plan.sizes[number] for number in used if all(edge % EDGE_STEP == 0 for edge in plan.sizes[number])]
     return sizes[:MOST_SIZES] or [(resolution, resolution)]
