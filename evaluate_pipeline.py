@@ -42,6 +42,7 @@ from utils.evaluation.wanted import Wanted, everything_wanted, load_adapted
 from utils.models.loading import allowing_missing
 from utils.runtime.atomic_files import write_text
 from utils.runtime.options import RuntimeOptions
+from utils.runtime.process_settings import settings_restored
 from utils.runtime.processes import (
     OutputFolder,
     ending,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("utils.evaluate_pipeline")
 
 
+@settings_restored()
 def evaluate(options: Options) -> None:
     """Draws or reads the images, scores them, and writes the report."""
     # Options: what to score, and which prompts to draw.

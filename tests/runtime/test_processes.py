@@ -10,6 +10,7 @@ from torch import nn
 
 from utils.config.options import UserError
 from utils.runtime.processes import allow_tf32, is_tf32_allowed, without_tf32
+from utils.training.state import TrainingState
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +22,18 @@ def _tf32_as_before():
 
 class TestTF32:
     @pytest.mark.parametrize(("flags", "expected"), [([], False), (["--allow_tf32", "true"], True)])
-    def test_one_flag_is_for_products_and_convolutions(self, train, flags, expected):
-        torch.backends.cudnn.allow_tf32 = not expected
+    def test_one_flag_is_for_products_and_convolutions(self, train, monkeypatch, flags, expected):
+        seen, update = [], TrainingState.update
+
+        def updated(self: TrainingState, *given: object) -> None:
+            seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+            update(self, *given)
+
+        monkeypatch.setattr(TrainingState, "update", updated)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not expected)
         train("sd", "--max_train_steps", 1, "--no_final_checkpoint", *flags)
-        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == expected
+        assert seen == [(expected, expected)]
+        assert torch.backends.cudnn.allow_tf32 == (not expected)  # as before the run
 
     def test_networks_that_score_compute_without_it(self, monkeypatch):
         from utils.evaluation.metrics.features import Network

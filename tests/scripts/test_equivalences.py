@@ -11,6 +11,7 @@ from tests import tiny
 from tests.comparing import assert_same_bits, lora, losses, weights
 from tests.conftest import mostly_slow
 from tests.records import plan
+from utils.training.state import TrainingState
 
 
 class Independent:
@@ -156,12 +157,17 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(train, case):
     assert (whole / "checkpoint-8" / "optimizer.safetensors").exists()
 
 
-def test_deterministic_kernels_are_asked_for_and_train_the_same(train):
+def test_deterministic_kernels_are_asked_for_and_train_the_same(train, monkeypatch):
     flags = ["--train_batch_size", 2, "--max_train_steps", 2]
     plain = train("sd", *flags, out="plain")
-    try:
-        chosen = train("sd", *flags, "--deterministic", out="chosen")
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
+    seen, update = [], TrainingState.update
+
+    def updated(self: TrainingState, *given: object) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        update(self, *given)
+
+    monkeypatch.setattr(TrainingState, "update", updated)
+    chosen = train("sd", *flags, "--deterministic", out="chosen")
+    assert seen == [True, True]
+    assert not torch.are_deterministic_algorithms_enabled()
     assert_same_bits(weights(plain), weights(chosen))

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TypeVar
@@ -65,7 +66,24 @@ def run_read(
         words = tuple(sys.argv[1:] if argv is None else argv)
         body(_read.pop(words, None) or read(argv))
 
-    return run_script(run, argv, names)
+    with command_line(body, argv):
+        return run_script(run, argv, names)
+
+
+@contextmanager
+def command_line(body: Callable, argv: Sequence[str] | None) -> Iterator[None]:
+    """Context manager: `sys.argv` is the script of a function with these arguments, as if it was run with them.
+
+    A notebook calls the function; what a run records and says of its command must not be that of the notebook.
+    """
+    before = sys.argv
+    if argv is not None:
+        script = getattr(sys.modules.get(body.__module__), "__file__", None) or before[0]
+        sys.argv = [script, *map(str, argv)]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def announce(sources: Mapping[str, str | None], output_dir: str | None, takes_used_folder: bool) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -153,6 +154,12 @@ def on_terminal() -> bool:
     return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, and not one that it launched."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel") and "RANK" not in os.environ
+
+
 class _BarStream:
     """stderr for a progress bar: updates in place on a terminal, one line per update in a file or pipe.
 
@@ -199,6 +206,14 @@ def progress_bar(iterable: Iterable | None = None, *, disable: bool = False, **m
         disable: whether to hide the bar, such as on processes other than the main one.
         more: arguments of tqdm.
     """
+    if "desc" in more:
+        more["desc"] = one_line(more["desc"])
+    if in_notebook():
+        from tqdm.auto import tqdm as notebook_bar  # a widget where ipywidgets is installed, else text
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a missing ipywidgets
+            return notebook_bar(iterable, disable=disable, **{"mininterval": BAR_SECONDS[0], **more})
     from tqdm import tqdm
 
     stream = _BarStream()
@@ -207,6 +222,4 @@ def progress_bar(iterable: Iterable | None = None, *, disable: bool = False, **m
         defaults |= {"ascii": True, "ncols": 100}
         if not more.get("leave", True):  # without an end, a line of a short bar's begin would say nothing
             defaults["delay"] = BAR_SECONDS[1]
-    if "desc" in more:
-        more["desc"] = one_line(more["desc"])
     return tqdm(iterable, file=stream, disable=disable, **defaults | more)

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from utils.models.attention import Attention
 from utils.models.loading import allowing_missing
 from utils.runtime.engines import Engine, engine_of
 from utils.runtime.machine import git_state, hardware
+from utils.runtime.process_settings import settings_restored
 from utils.runtime.processes import OutputFolder, ending, on_main_process, start_processes, versions
 from utils.runtime.step_lines import samples_before
 from utils.runtime.stop_requests import StopRequests, repeat_command
@@ -99,15 +100,22 @@ class Session:
         Raises:
             UserError: if an option excludes the launched setup, or the folder or checkpoint belongs to another run.
         """
-        folder = OutputFolder(output_dir)
-        engine = start_engine(options, folder)
-        accelerator = engine.accelerator
-        timers = Timers(options.checkpoint.checkpointing_minutes, options.samples.minutes)
-        requests = StopRequests(folder.path, options.length.seconds, timers)
-        attention, allowed = Attention(options.speed.attention_backend), allowing_missing(options.loading)
-        tracking = kept_within(folder.path, options.tracking.trackers)
-        end = ending(accelerator, folder, options.runtime.peer_timeout)
-        with tracking, end, requests.listening(), attention, allowed:
+        with ExitStack() as stack:
+            stack.enter_context(settings_restored())
+            folder = OutputFolder(output_dir)
+            engine = start_engine(options, folder)
+            accelerator = engine.accelerator
+            timers = Timers(options.checkpoint.checkpointing_minutes, options.samples.minutes)
+            requests = StopRequests(folder.path, options.length.seconds, timers)
+            attention, allowed = Attention(options.speed.attention_backend), allowing_missing(options.loading)
+            for each in (
+                kept_within(folder.path, options.tracking.trackers),
+                ending(accelerator, folder, options.runtime.peer_timeout),
+                requests.listening(),
+                attention,
+                allowed,
+            ):
+                stack.enter_context(each)
             resumption = find_resumption(options, engine, folder, requests, pipeline_class)
             repository = None
             if not (options.runtime.dry_run or options.cache.ends_when_filled):
