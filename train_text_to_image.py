@@ -95,11 +95,8 @@ def train(options: Options) -> None:
                 state.update(grad_norm)
                 exchange.step(sums, grad_norm)
 
-                # When due: validation loss (which may make this step the last), metrics, checkpoint, samples.
-                progress = exchange.progress()
-                if sampler.is_due(progress) or progress.is_last:
-                    validation.measure(progress, log)
-                    progress = exchange.listen_again()
+                # When due: validation loss (may make this step the last), verdict, metrics, checkpoint, samples.
+                progress = validation.measure(exchange, sampler.is_due)
                 if evaluation.is_due(progress):
                     with log.paused("evaluation"), state.evaluating(), task.family.awake():
                         log.values(evaluation.scores(task.family, progress.step, found.resolution), progress.step)

@@ -43,6 +43,7 @@ class Stream(IntEnum):
     HELD_OUT_NOISE = 25
     ROUNDING = 26
     SCALING = 27
+    PROBE = 28
     EVALUATION = 40
 
 

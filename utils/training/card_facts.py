@@ -28,6 +28,7 @@ class CardFacts:
         ui_notes: what UIs must be told to draw as the pipeline does, in Markdown.
         settings: (name, value) rows of the table of settings.
         verdict: why the run has diverged; empty if it has not.
+        judgement: the verdict on the run, in one line; empty if it was not judged.
         failures: what a check of the exported files found wrong; empty if all are right or were not checked.
     """
 
@@ -48,6 +49,7 @@ class CardFacts:
     ui_notes: Sequence[str] = ()
     settings: Sequence[tuple[str, object]] = ()
     verdict: str = ""
+    judgement: str = ""
     failures: Sequence[str] = ()
 
     @property

@@ -21,6 +21,7 @@ from utils.models.latent_scaling import known_scaling, measured_scaling, remembe
 from utils.runtime.processes import OutputFolder, on_main_process
 from utils.training.options import TrainingOptions
 from utils.training.preparation import DataPreparation
+from utils.training.probes import Probes
 from utils.training.session import Session
 from utils.training.task import Task
 from utils.training.validation_loss import HeldOut
@@ -43,6 +44,7 @@ class TrainingData:
         num_workers: loader workers of this process.
         encodings: the cached encodings, once `encode` has filled the cache.
         held_out: the encoded held-out images, once `encode` has run.
+        probes: the encoded images that the verdict measures, once `encode` has run.
     """
 
     preparation: DataPreparation
@@ -55,6 +57,7 @@ class TrainingData:
     num_workers: int
     encodings: Encodings = field(default_factory=Encodings)
     held_out: HeldOut | None = None
+    probes: Probes | None = None
     _unreadable: dict[str, str] = field(default_factory=dict)  # found by this process, not yet sent to the others
 
     @classmethod
@@ -92,6 +95,9 @@ class TrainingData:
         session.requests.check()
         if self.held_out_images is not None:
             self.held_out = HeldOut(options, session, task, self.held_out_images)
+        if not (options.verdict.no_verdict or options.cache.ends_when_filled):
+            samples = self.total_steps * self.batches.size
+            self.probes = Probes(options, session, task, self.images, self.held_out_images, samples)
         keep_vae = bool(task.terms)
         self.encodings = self.preparation.fill_cache(task.family, self.images, self.num_workers, keep_vae)
         self.write_report()

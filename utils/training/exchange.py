@@ -9,9 +9,11 @@ from torch import Tensor
 
 from utils.config.options import UserError
 from utils.config.progress import Progress
+from utils.evaluation.judging import Verdict
 from utils.runtime.processes import on_main_process
 from utils.runtime.stop_requests import Wish, agreed
 from utils.runtime.timers import Timers
+from utils.sampling.samples import Sample
 from utils.training.backward import StepSums
 from utils.training.data import Feed, TrainingData
 from utils.training.log import RunLog, StepMetrics
@@ -128,14 +130,21 @@ class Exchange:
         )
 
 
-def record_outcome(session: Session, state: TrainingState, verdict: str) -> None:
-    """Adds the outcome of a run to `run.json`; all processes must call it.
+def record_outcome(
+    session: Session, state: TrainingState, verdict: str, samples: Sequence[Sample] = ()
+) -> Verdict | None:
+    """Concludes the verdict, and adds the outcome of a run to `run.json`; all processes must call it.
 
     Args:
         verdict: why the run has diverged; empty if it has not.
+        samples: samples of the result.
     """
+    judged = None if state.judge_of_run is None else state.judge_of_run.conclude(verdict, samples)
     outcome = {"steps": state.step, "skipped_steps": state.skips.total, "diverged": verdict or None}
+    if judged is not None:
+        outcome |= {"verdict": judged.word, "verdict_since_step": judged.since_step}
     on_main_process(session.accelerator, partial(session.folder.add_to_record, outcome=outcome))
+    return judged
 
 
 def _sent(numbers: Sequence[float], device: torch.device) -> Tensor:

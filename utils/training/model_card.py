@@ -121,6 +121,8 @@ def _head(title: str, facts: CardFacts, base: BaseModel | None) -> list[str]:
     paragraphs = [f"# {markdown(title)}", _origin(facts, base)]
     if facts.verdict:
         paragraphs.append(f"**The training has diverged: {facts.verdict}.**")
+    if facts.judgement:
+        paragraphs.append(f"Verdict on the training: {markdown(facts.judgement)}.")
     if facts.failures:
         found = "\n".join(f"- {markdown(each)}" for each in facts.failures)
         paragraphs.append(f"**The check of the exported files failed; they may draw other images:**\n\n{found}")

@@ -59,11 +59,19 @@ class Objective(nn.Module):
 
         Masks apply as in training.
         """
+        prediction, noised, _ = self.predicted(encoded)
+        return self.mean((prediction - noised.target.float()).square(), encoded.batch)
+
+    def predicted(self, encoded: EncodedBatch) -> tuple[Tensor, Noised, Tensor]:
+        """Returns (prediction [B, C, h, w] float32, the model's input and target, clean latents [B, C, h, w])."""
         batch = encoded.batch
         latents = self._family.latent_space.latents(encoded.mean, encoded.std, batch.posterior_noise)
         noised = self._noised(batch, latents)
-        prediction = self._predict(noised, self._conditioning(encoded))
-        return masked_mean((prediction.float() - noised.target.float()).square(), batch.masks, self._loss_options)
+        return self._predict(noised, self._conditioning(encoded)).float(), noised, latents
+
+    def mean(self, values: Tensor, batch: Batch) -> Tensor:
+        """Returns [B]: the mean of each sample's values [B, C, h, w], weighted by its mask as in training."""
+        return masked_mean(values, batch.masks, self._loss_options)
 
     def _noised(self, batch: Batch, latents: Tensor) -> Noised:
         return self._process.apply(latents, batch.noise, batch.timesteps, batch.input_perturbation)

@@ -49,6 +49,7 @@ from utils.sampling.sample_options import SamplingOptions, ValidationOptions
 from utils.training.adapters import ADAPTATIONS, EVERY_ADAPTER, FORMATS, LORA_ALONE, AdaptationSpec
 from utils.training.export_options import ExportOptions
 from utils.training.optimizer_options import OptimizerOptions, ScheduleOptions
+from utils.training.verdict_options import VerdictOptions
 
 REPORT_TO = f"trackers for metrics and samples, separated by commas: {', '.join(tracker_names())}; all; none"
 RECOMPUTING = "--gradient_checkpointing"  # a resumed run may add it when memory is short
@@ -604,6 +605,7 @@ class TrainingOptions:
     held_out: HeldOutOptions
     samples: ValidationOptions | SamplingOptions
     stopping: EarlyStoppingOptions
+    verdict: VerdictOptions
     checkpoint: CheckpointOptions
     export: ExportOptions
     runtime: RuntimeOptions

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from utils.config.options import Diverged, WrongExport
+from utils.evaluation.judging import LEARNING
 from utils.sampling.samples import Sample
 from utils.training.card_facts import CardFacts
 from utils.training.data import TrainingData
@@ -61,6 +62,8 @@ def finish(
     data.write_report()
     verify(session, state)
     wrong = wrong_export(session, state)
+    # The outcome, in `run.json` and `verdict.json`; then the model card.
+    judged = record_outcome(session, state, state.verdict, samples)
     if session.accelerator.is_main_process:
         whole = replace(
             facts,
@@ -68,13 +71,15 @@ def finish(
             load_arguments=state.adaptation.exporter.form.load_arguments,
             settings=card_settings(options, data, state.step),
             verdict=state.verdict,
+            judgement="" if judged is None else judged.line,
             failures=[wrong] if wrong else [],
             is_misread=bool(state.adaptation.exporter.misread),
         )
         publish(session.folder.path, session.repository, options.hub, whole, samples)
-    # The outcome, in `run.json`, in the log and as exit status.
-    record_outcome(session, state, state.verdict)
+    # The outcome in the log and as exit status.
     folder = session.folder.path
+    if judged is not None:
+        logger.log(logging.INFO if judged.word == LEARNING else logging.WARNING, "verdict: %s", judged.line)
     if state.verdict:
         raise Diverged(
             f"the run has diverged: {state.verdict}; its result is in {folder} anyway; lower --learning_rate, or "

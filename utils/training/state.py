@@ -54,6 +54,8 @@ from utils.training.task import Task
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from utils.training.verdict import RunVerdict
+
 logger = logging.getLogger(__name__)
 OWN_PARAMETERS = "loss_module.safetensors"
 RESULT_ASIDE = ".tmp-result"
@@ -96,6 +98,7 @@ class TrainingState:
         total_steps: optimizer steps of the whole run; early stopping lowers it.
         learning_rate: learning rate of the current step, before factors for layers and text encoders.
         verdict: why the run has diverged, once the result is exported; empty if it has not.
+        judge_of_run: measures and judges the run; None before it has begun.
     """
 
     engine: Engine
@@ -118,6 +121,7 @@ class TrainingState:
     total_steps: int = 0
     learning_rate: float = 0.0
     verdict: str = ""
+    judge_of_run: "RunVerdict | None" = None
 
     @classmethod
     def create(

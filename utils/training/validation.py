@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from utils.config.options import Stopped
@@ -11,13 +11,14 @@ from utils.runtime.atomic_files import or_without
 from utils.runtime.processes import on_main_process, write_json
 from utils.training.data import TrainingData
 from utils.training.ema import MovingAverage
-from utils.training.log import RunLog
+from utils.training.exchange import Exchange
 from utils.training.options import TrainingOptions
 from utils.training.posthoc_ema import AverageLengths
 from utils.training.session import Session
 from utils.training.state import TrainingState, evaluating
 from utils.training.task import Task
 from utils.training.validation_loss import History, measurement_of
+from utils.training.verdict import RunVerdict
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class ValidationLoss:
 
     Attributes:
         history: the measurements of the run.
+        verdict: whether the run works, by measurements of its own.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class ValidationLoss:
         self.history = History(session.folder.path, state.step, options.stopping)
         self._patience = options.schedule.lr_patience
         self._session, self._held_out, self._objective, self._state = session, data.held_out, task.objective, state
+        self.verdict: RunVerdict
 
     @classmethod
     def begin(
@@ -59,6 +62,7 @@ class ValidationLoss:
             number = session.requests.number or signal.SIGTERM
             raise Stopped(f"stopped before step {state.step + 1}", number)
         own._end_if_over()
+        own.verdict = state.judge_of_run = RunVerdict.begin(options, session, state, data.probes)
         return own
 
     @property
@@ -66,10 +70,26 @@ class ValidationLoss:
         """Number of reductions of the learning rate by reduce_on_plateau so far."""
         return self.history.reductions(self._patience)
 
-    def measure(self, progress: Progress, log: RunLog) -> None:
-        """Measures the loss after a step and logs it; early stopping may make this step the last."""
-        with log.paused("validation"):
-            log.values(self._measured(progress) or {}, progress.step)
+    def measure(self, exchange: Exchange, has_samples: Callable[[Progress], bool]) -> Progress:
+        """Measures the loss after a step, and what the verdict needs, if they are due, and logs them.
+
+        Args:
+            exchange: the log, the progress, and signals that come meanwhile.
+            has_samples: whether samples are drawn after this step; the loss is measured at the same steps.
+
+        Returns:
+            The progress: early stopping may have made this step the last.
+        """
+        progress, log = exchange.progress(), exchange.log
+        if has_samples(progress) or progress.is_last:
+            with log.paused("validation"):
+                log.values(self._measured(progress) or {}, progress.step)
+            progress = exchange.listen_again()
+        if self.verdict.is_due(progress, has_samples(progress)):
+            with log.paused("verdict"):
+                log.values(self.verdict.measure(progress), progress.step)
+            progress = exchange.listen_again()
+        return progress
 
     def _measured(self, progress: Progress) -> dict[str, float] | None:
         """Measures the loss of the weights and of their average, and returns the values to log. It may end the run.

@@ -17,10 +17,10 @@ from utils.config.options import first_line
 from utils.config.seeding import Stream, generator
 from utils.config.user_files import read_bytes
 from utils.data.captions import compose
-from utils.data.crop_pixels import cut_out
+from utils.data.crop_pixels import CutOut, cut_out
 from utils.data.options import ImageOptions
 from utils.data.plan import PlannedImages
-from utils.models.base import TextStates
+from utils.models.base import Family, TextStates
 from utils.runtime.atomic_files import or_without, replacing
 from utils.runtime.memory import is_out_of_memory
 from utils.runtime.processes import autocast
@@ -197,6 +197,7 @@ class HeldOutSample:
         input_ids: token ids of its first caption.
         states: text states, or None if the text encoders train.
         mask: [1, 1, h, w] uint8, or None without masks.
+        contrast: standard deviation of its pixels, from 0 to 127.5.
     """
 
     number: int
@@ -205,6 +206,7 @@ class HeldOutSample:
     input_ids: Tensor
     states: TextStates | None
     mask: Tensor | None
+    contrast: float = 0.0
 
 
 class HeldOut:
@@ -224,7 +226,7 @@ class HeldOut:
         self._samples = [
             sample
             for number in mine
-            if (sample := _encode(task, images, number, still, accelerator.device)) is not None
+            if (sample := encode_image(task, images, number, still, accelerator.device)) is not None
         ]
 
     @torch.no_grad()
@@ -264,62 +266,87 @@ class HeldOut:
             return torch.cat([objective.plain_losses(part) for part in parts])
 
     def _batch(self, sample: HeldOutSample) -> Batch:
-        """Returns a batch of the image at each timestep, each with its own fixed noise."""
-        count, shape = len(self._timesteps), sample.moments.shape[2:]
+        return fixed_batch(sample, self._timesteps, self._seed)
 
-        def repeated(tensor: Tensor) -> Tensor:
-            return tensor.expand(count, *tensor.shape[1:])
 
-        def noise(stream: Stream) -> Tensor:
-            drawn = [
-                generator(self._seed, sample.number, place, stream).standard_normal(shape, dtype=np.float32)
-                for place in range(count)
-            ]
-            return torch.from_numpy(np.stack(drawn))
+def fixed_batch(sample: HeldOutSample, timesteps: Tensor, seed: int) -> Batch:
+    """Returns a batch of an encoded image at each of [T] timesteps, each with its own fixed noise."""
+    count, shape = len(timesteps), sample.moments.shape[2:]
 
-        # One sample per timestep; nothing else varies.
-        states = None if sample.states is None else {name: repeated(state) for name, state in sample.states.items()}
-        return Batch(
-            step=0,
-            slots=(0,) * count,
-            keys=("",) * count,
-            pixels=None,
-            moments=repeated(sample.moments),
-            input_ids=repeated(sample.input_ids),
-            states=states,
-            caption_dropped=torch.zeros(count, dtype=torch.bool),
-            crops=repeated(sample.crop),
-            loss_weights=torch.ones(count),
-            posterior_noise=noise(Stream.HELD_OUT_POSTERIOR),
-            noise=noise(Stream.HELD_OUT_NOISE),
-            input_perturbation=None,
-            timesteps=self._timesteps,
-            masks=None if sample.mask is None else repeated(sample.mask),
-        )
+    def repeated(tensor: Tensor) -> Tensor:
+        return tensor.expand(count, *tensor.shape[1:])
+
+    def noise(stream: Stream) -> Tensor:
+        drawn = [
+            generator(seed, sample.number, place, stream).standard_normal(shape, dtype=np.float32)
+            for place in range(count)
+        ]
+        return torch.from_numpy(np.stack(drawn))
+
+    # One sample per timestep; nothing else varies.
+    states = None if sample.states is None else {name: repeated(state) for name, state in sample.states.items()}
+    return Batch(
+        step=0,
+        slots=(0,) * count,
+        keys=("",) * count,
+        pixels=None,
+        moments=repeated(sample.moments),
+        input_ids=repeated(sample.input_ids),
+        states=states,
+        caption_dropped=torch.zeros(count, dtype=torch.bool),
+        crops=repeated(sample.crop),
+        loss_weights=torch.ones(count),
+        posterior_noise=noise(Stream.HELD_OUT_POSTERIOR),
+        noise=noise(Stream.HELD_OUT_NOISE),
+        input_perturbation=None,
+        timesteps=timesteps,
+        masks=None if sample.mask is None else repeated(sample.mask),
+    )
 
 
 @torch.no_grad()
-def _encode(
+def encode_image(
     task: Task, images: PlannedImages, number: int, options: ImageOptions, device: torch.device
 ) -> HeldOutSample | None:
     """Encodes an image with its first caption; None if it can't be read."""
-    # Crop the image as in sampling, without augmentation.
-    family, records, passing = task.family, images.records, RecordPass(images.records.identity(number), 0)
-    target = images.target(number)
-    shape = family.latent_space.shape(target)[1:] if records.has_masks else None
-    try:
-        found = cut_out(records.image(number), records.mask(number), target, options, 0, passing, shape)
-    except (OSError, ValueError) as error:
-        logger.warning("left out of the validation loss: %s: %s", records.key(number), first_line(error))
+    family = task.family
+    found = read_crop(family, images, number, options)
+    if found is None:
         return None
     # Encode the image and its caption.
     mean, std = family.latent_space.moments(torch.from_numpy(found.pixels)[None].to(device))
-    plain = replace(records.caption_options(number), shuffle_tags=False, tag_dropout=0.0)
-    input_ids = family.tokenizer()([compose(records.captions(number)[0], plain, 0, passing)])
-    states = None
-    if not task.trains_text_encoders:
-        encoded = family.encode_text(input_ids.to(device), torch.tensor([False], device=device))
-        states = {name: state.cpu() for name, state in encoded.items()}
+    input_ids = caption_ids(task, images, number)
     moments = torch.stack([mean, std], dim=1).cpu()
     mask = None if found.mask is None else torch.from_numpy(found.mask)[None, None]
-    return HeldOutSample(number, moments, torch.tensor([found.crop.row()]), input_ids, states, mask)
+    states = states_of(task, input_ids, device)
+    contrast = float(found.pixels.std())
+    return HeldOutSample(number, moments, torch.tensor([found.crop.row()]), input_ids, states, mask, contrast)
+
+
+def read_crop(family: Family, images: PlannedImages, number: int, options: ImageOptions) -> CutOut | None:
+    """Reads an image and crops it as in sampling, without augmentation; None if it can't be read."""
+    records, passing = images.records, RecordPass(images.records.identity(number), 0)
+    target = images.target(number)
+    shape = family.latent_space.shape(target)[1:] if records.has_masks else None
+    try:
+        return cut_out(records.image(number), records.mask(number), target, options, 0, passing, shape)
+    except (OSError, ValueError) as error:
+        logger.warning("not measured: %s: %s", records.key(number), first_line(error))
+        return None
+
+
+def caption_ids(task: Task, images: PlannedImages, number: int) -> Tensor:
+    """Returns the token ids [1, text encoders, tokens] of an image's first caption, without augmentation."""
+    records = images.records
+    plain = replace(records.caption_options(number), shuffle_tags=False, tag_dropout=0.0)
+    passing = RecordPass(records.identity(number), 0)
+    return task.family.tokenizer()([compose(records.captions(number)[0], plain, 0, passing)])
+
+
+@torch.no_grad()
+def states_of(task: Task, input_ids: Tensor, device: torch.device) -> TextStates | None:
+    """Returns the text states of token ids, on the CPU; None if the text encoders train."""
+    if task.trains_text_encoders:
+        return None
+    encoded = task.family.encode_text(input_ids.to(device), torch.tensor([False], device=device))
+    return {name: state.cpu() for name, state in encoded.items()}
