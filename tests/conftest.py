@@ -98,7 +98,14 @@ def train(pipelines: dict[str, Path], images: Path, classes: Path, tmp_path: Pat
     train("pixels", ...), and what else `tiny.UNCONDITIONAL` names, runs train_unconditional.py.
     """
 
-    def run(pipeline: str, *flags: object, out: str = "out", data: Path | None = None, expect: int = 0) -> Path:
+    def run(
+        pipeline: str,
+        *flags: object,
+        out: str = "out",
+        data: Path | None = None,
+        expect: int = 0,
+        verdict: bool = False,
+    ) -> Path:
         reset_accelerate()
         if pipeline in tiny.UNCONDITIONAL:
             from train_unconditional import main
@@ -111,15 +118,8 @@ def train(pipelines: dict[str, Path], images: Path, classes: Path, tmp_path: Pat
 
             argv = ["--pretrained_model", pipelines.get(pipeline, pipeline), "--train_data_dir", data or images]
         argv += ["--resolution", tiny.RESOLUTION, "--output_dir", tmp_path / out, "--lr_warmup_steps", 0]
-        argv += [
-            "--train_batch_size",
-            4,
-            "--report_to",
-            "none",
-            "--no_export_check",
-            "--no_report",
-            *flags,
-        ]  # they take a second
+        extras = ["--no_export_check", "--no_report", *([] if verdict else ["--no_verdict"])]  # each takes a second
+        argv += ["--train_batch_size", 4, "--report_to", "none", *extras, *flags]
         status = main([str(word) for word in argv])
         assert status == expect
         return tmp_path / out

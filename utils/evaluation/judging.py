@@ -38,7 +38,7 @@ class Interval(NamedTuple):
 
 
 def t_quantile(freedom: int) -> float:
-    """Returns the 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5; within 0.001 from 8 degrees on)."""
+    """Returns the 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5; within 0.006 from 8 degrees on)."""
     if freedom < 1:
         return math.inf
     if freedom in SMALL_T:
@@ -76,9 +76,8 @@ class Reading:
         step: optimizer steps done.
         learnt: share of the sum of all learning rates of the run that was applied so far, from 0 to 1.
         trained, held_out: losses of training images, and of held-out images if there are any.
-        other: losses of the training images with another image's caption, of those with such a caption.
-        own: losses of the same ones with their own caption.
-        gap: mean squared difference of their predictions for both captions.
+        bare: losses of the training images without their captions.
+        gap: mean squared difference of their predictions with and without the captions.
         moved: mean squared difference of the training images' predictions from the base's.
         outside: the same for captions outside of the data, [n, 1].
         outside_loss: loss with those captions, [n, 1].
@@ -90,8 +89,7 @@ class Reading:
     learnt: float
     trained: np.ndarray | None = None
     held_out: np.ndarray | None = None
-    own: np.ndarray | None = None
-    other: np.ndarray | None = None
+    bare: np.ndarray | None = None
     gap: np.ndarray | None = None
     moved: np.ndarray | None = None
     outside: np.ndarray | None = None
@@ -118,7 +116,7 @@ class Reading:
         Raises:
             ValueError, TypeError, KeyError: if it holds none.
         """
-        arrays = ("trained", "held_out", "own", "other", "gap", "moved", "outside", "outside_loss")
+        arrays = ("trained", "held_out", "bare", "gap", "moved", "outside", "outside_loss")
         found = {name: _array(record[name]) for name in arrays if record.get(name) is not None}
         types = {kind: _array(errors) for kind, errors in dict(record.get("types") or {}).items()}
         step, learnt, skipped = int(record["step"]), float(record["learnt"]), int(record.get("skipped", 0))
@@ -219,9 +217,7 @@ class Sign(NamedTuple):
 FLAT = 2.0  # grey levels: an image that deviates less from its mean is one colour but for JPEG noise
 HALF = 0.5  # of images or samples: most of them
 TWICE = math.log(2)  # a base's error for a target it was not trained on is several times that for its own
-FITS_LITTLE = 0.25  # captions that fit have 1 by theory, unrelated ones 0: nearer to 0, with room for poor captions
 HEARS = 1e-3  # of the loss: a model whose predictions differ less between captions does not use them
-ENOUGH = 0.1  # share of the learning rates applied before captions not yet learnt can be told from wrong ones
 WORSE = math.log(1.05)  # the rise of the loss by chance of the last batches is a few percent
 MUCH_WORSE = math.log(1.25)  # above the lowest reading, which is the lowest partly by chance
 RISEN = math.log(1.02)  # the same for held-out images, whose noise is the same each time
@@ -237,17 +233,25 @@ def change(now: np.ndarray, before: np.ndarray) -> np.ndarray:
 
 
 def caption_fit(reading: Reading) -> Interval | None:
-    """Returns how far the model's reaction to captions is right: 1 if they fit, 0 if they say nothing of the images.
+    """Returns how far the model's reaction to captions is right: 1 if they fit, -1 if they say nothing of the images.
 
-    For a prediction f(c) that is the conditional mean, the loss with another image's caption c' exceeds the loss with
-    its own by E|f(c) - f(c')|^2, since the error is orthogonal to all that depends on the caption. The ratio of both is
-    1 then, and 0 for captions that are independent of their images. None if the captions are equal or not used.
+    Let f(c) be the prediction with a caption, f() the one without. If f(c) is the mean of the target given the caption,
+    its error is orthogonal to f(c) - f(), so that the loss without the caption exceeds the one with it by
+    E|f(c) - f()|^2. For captions that are independent of their images it is lower by the same. This returns the ratio
+    of the excess to E|f(c) - f()|^2; None if the model has no captions, or hardly reacts to them.
     """
-    if reading.other is None or reading.own is None or reading.gap is None:
+    if reading.bare is None or reading.gap is None or reading.trained is None:
         return None
-    if not float(reading.gap.sum()) > HEARS * float(reading.own.sum()):
+    if not float(reading.gap.sum()) > HEARS * float(reading.trained.sum()):
         return None
-    return ratio_interval((reading.other - reading.own).sum(1), reading.gap.sum(1))
+    return ratio_interval((reading.bare - reading.trained).sum(1), reading.gap.sum(1))
+
+
+def caption_gain(reading: Reading) -> Interval | None:
+    """Returns the log ratio of the loss without captions to the one with them: above 0 if they help."""
+    if reading.bare is None or reading.trained is None:
+        return None
+    return mean_interval(change(reading.bare, reading.trained))
 
 
 def drift(reading: Reading, base: Reading) -> Interval | None:
@@ -389,20 +393,20 @@ def _is_of_another_type(course: Course) -> Sign | None:
 
 
 def _has_wrong_captions(course: Course) -> Sign | None:
-    """Captions say nothing of their images: the model's reaction to them is right by less than a quarter.
+    """Captions mislead the base: its loss is lower without them, as if they belonged to other images.
 
-    Captions that the base doesn't know look the same at first; the reaction to them becomes better by training.
+    Words that the base doesn't know cost it little; captions that have since come to help are right.
     """
-    fit, before = course.fit, caption_fit(course.base)
-    if fit is None or course.now.learnt < ENOUGH or not fit.high < FITS_LITTLE:
+    fit, gain, now = caption_fit(course.base), caption_gain(course.base), caption_gain(course.now)
+    if not course.conditions.is_pretrained or fit is None or gain is None or now is None:
         return None
-    if before is not None and fit.low > before.high:
+    if not (fit.high < 0 and gain.high < -WORSE) or now.low > 0:
         return None
     text = (
-        f"captions don't fit their images: with another image's caption the loss rises by {fit.mean:.0%} of what it "
-        f"would if they did (95 % interval {fit.low:.0%} to {fit.high:.0%})"
+        f"captions don't fit their images: the base's loss is {percent(-gain.mean)} with them what it is without "
+        f"({_spread(gain.negated())})"
     )
-    return Sign(WRONG, fit, "caption_fit", (text,), "--caption_column to the captions of these images")
+    return Sign(WRONG, gain.negated(), "caption_loss", (text,), "--caption_column to the captions of these images")
 
 
 def _has_broken(course: Course) -> Sign | None:

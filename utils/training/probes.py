@@ -25,7 +25,7 @@ from utils.training.objective import Objective
 from utils.training.options import TrainingOptions
 from utils.training.session import Session
 from utils.training.task import Task
-from utils.training.validation_loss import HeldOutSample, caption_ids, encode_image, fixed_batch, states_of
+from utils.training.validation_loss import HeldOutSample, encode_image, fixed_batch, states_of
 
 logger = logging.getLogger(__name__)
 TRAINED, HELD_OUT, OUTSIDE = "trained", "held_out", "outside"
@@ -51,7 +51,7 @@ def probe_size(samples: int, parameters: int, measurements: int, share: float) -
     """Returns the size of a measurement, so that all of them cost at most `share` of a run's computation.
 
     A training sample costs three forward passes; an image costs PLACES for its loss if it is held out, and twice that
-    with its own and another caption if it is trained on.
+    with and without its caption if it is trained on.
 
     Args:
         samples: training samples of the whole run.
@@ -72,13 +72,13 @@ class Item:
     Attributes:
         kind: TRAINED, HELD_OUT or OUTSIDE (an image with a caption outside of the data).
         timesteps: [T] int64.
-        other: the same image with another image's caption; None if there is none that differs.
+        bare: the same image without its caption; None for other kinds, and for a model without captions.
     """
 
     kind: str
     sample: HeldOutSample
     timesteps: Tensor
-    other: HeldOutSample | None = None
+    bare: HeldOutSample | None = None
 
     @property
     def key(self) -> str:
@@ -91,8 +91,8 @@ class Found(NamedTuple):
 
     Attributes:
         loss: mean squared error of the prediction.
-        other: the same with another image's caption.
-        gap: mean squared difference between the predictions for both captions.
+        bare: the same without the caption.
+        gap: mean squared difference between the predictions with and without the caption.
         moved: mean squared difference from the base's prediction.
         types: error of the prediction relative to the target's power, for each prediction type, [] each.
     """
@@ -100,7 +100,7 @@ class Found(NamedTuple):
     kind: str
     number: int
     loss: list[float]
-    other: list[float] | None
+    bare: list[float] | None
     gap: list[float] | None
     moved: list[float] | None
     types: dict[str, float]
@@ -157,20 +157,19 @@ class Probes:
         return [Item(HELD_OUT, sample, self._timesteps) for sample in encoded if sample is not None]
 
     def _trained(self, images: PlannedImages, count: int) -> list[Item]:
-        """Training images, each also with the caption of the next one whose caption differs."""
-        chosen, items = self._choose(images, count), []
-        ids = [caption_ids(self._task, images, number) for number in chosen] if self._has_captions else []
-        for place, number in self._mine(chosen):
-            sample, other = self._encode(images, number, FIRST_TRAINED), None
-            if sample is None:
-                continue
-            for step in range(1, len(ids)):
-                another = ids[(place + step) % len(ids)]
-                if not torch.equal(another, ids[place]):
-                    other = self._with_caption(sample, another)
-                    break
-            items.append(Item(TRAINED, sample, self._timesteps, other))
-        return items
+        """Training images, each also without its caption."""
+        chosen = self._mine(self._choose(images, count))
+        encoded = [self._encode(images, number, FIRST_TRAINED) for _, number in chosen]
+        has_captions = self._has_captions
+        return [
+            Item(TRAINED, sample, self._timesteps, self._without_caption(sample) if has_captions else None)
+            for sample in encoded
+            if sample is not None
+        ]
+
+    def _without_caption(self, sample: HeldOutSample) -> HeldOutSample:
+        states = states_of(self._task, sample.input_ids, self._accelerator.device, dropped=True)
+        return replace(sample, states=states, dropped=True)
 
     @property
     def _has_captions(self) -> bool:
@@ -249,12 +248,12 @@ class Probes:
         found = Found(item.kind, item.sample.number, losses, None, None, moved, {})
         if is_base and item.kind == TRAINED:
             found = found._replace(types=_errors_by_type(whole))
-        if item.other is None:
+        if item.bare is None:
             return found
-        # The same with another caption.
-        otherwise = self._predict(objective, item.other, item.timesteps)
-        gap = (prediction - torch.cat([each.prediction for each in otherwise])).square().flatten(1).mean(1)
-        return found._replace(other=[loss for each in otherwise for loss in each.losses.tolist()], gap=gap.tolist())
+        # The same without the caption.
+        bare = self._predict(objective, item.bare, item.timesteps)
+        gap = (prediction - torch.cat([each.prediction for each in bare])).square().flatten(1).mean(1)
+        return found._replace(bare=[loss for each in bare for loss in each.losses.tolist()], gap=gap.tolist())
 
     def _predict(self, objective: Objective, sample: HeldOutSample, timesteps: Tensor) -> "list[Predicted]":
         """Predicts an image at all timesteps at once; when out of memory, one after the other."""

@@ -198,6 +198,7 @@ class HeldOutSample:
         states: text states, or None if the text encoders train.
         mask: [1, 1, h, w] uint8, or None without masks.
         contrast: standard deviation of its pixels, from 0 to 127.5.
+        dropped: whether its states are those of no caption.
     """
 
     number: int
@@ -207,6 +208,7 @@ class HeldOutSample:
     states: TextStates | None
     mask: Tensor | None
     contrast: float = 0.0
+    dropped: bool = False
 
 
 class HeldOut:
@@ -293,7 +295,7 @@ def fixed_batch(sample: HeldOutSample, timesteps: Tensor, seed: int) -> Batch:
         moments=repeated(sample.moments),
         input_ids=repeated(sample.input_ids),
         states=states,
-        caption_dropped=torch.zeros(count, dtype=torch.bool),
+        caption_dropped=torch.full((count,), sample.dropped),
         crops=repeated(sample.crop),
         loss_weights=torch.ones(count),
         posterior_noise=noise(Stream.HELD_OUT_POSTERIOR),
@@ -344,9 +346,9 @@ def caption_ids(task: Task, images: PlannedImages, number: int) -> Tensor:
 
 
 @torch.no_grad()
-def states_of(task: Task, input_ids: Tensor, device: torch.device) -> TextStates | None:
-    """Returns the text states of token ids, on the CPU; None if the text encoders train."""
+def states_of(task: Task, input_ids: Tensor, device: torch.device, dropped: bool = False) -> TextStates | None:
+    """Returns the text states of token ids, or of no caption, on the CPU; None if the text encoders train."""
     if task.trains_text_encoders:
         return None
-    encoded = task.family.encode_text(input_ids.to(device), torch.tensor([False], device=device))
+    encoded = task.family.encode_text(input_ids.to(device), torch.tensor([dropped], device=device))
     return {name: state.cpu() for name, state in encoded.items()}

@@ -237,7 +237,6 @@ def _conditions(options: TrainingOptions, session: Session, state: TrainingState
 def _reading(found: Sequence[Found], step: int, learnt: float, skipped: int) -> Reading:
     """Arranges what was measured by image into arrays."""
     trained, held, outside = ([each for each in found if each.kind == kind] for kind in (TRAINED, HELD_OUT, OUTSIDE))
-    with_other = [each for each in trained if each.other is not None]
 
     def stacked(rows: Sequence[list[float] | None]) -> np.ndarray | None:
         return np.array(rows, dtype=np.float64) if rows and None not in rows else None
@@ -248,9 +247,8 @@ def _reading(found: Sequence[Found], step: int, learnt: float, skipped: int) -> 
         learnt,
         trained=stacked([each.loss for each in trained]),
         held_out=stacked([each.loss for each in held]),
-        own=stacked([each.loss for each in with_other]),
-        other=stacked([each.other for each in with_other]),
-        gap=stacked([each.gap for each in with_other]),
+        bare=stacked([each.bare for each in trained]),
+        gap=stacked([each.gap for each in trained]),
         moved=stacked([each.moved for each in trained]),
         outside=stacked([each.moved for each in outside]),
         outside_loss=stacked([each.loss for each in outside]),
