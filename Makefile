@@ -9,7 +9,7 @@ RUN = .venv/bin/python
 INSTALLED = .venv/installed-$(shell cat requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
 
 .PHONY: demo demo-lora demo-unconditional compare chaos fuzz golden gpu gpu-prepare test test-slow older test-older \
-	nightly check install base clean
+	nightly verdict check install base clean
 
 demo: $(INSTALLED)
 	$(RUN) demo/run.py
@@ -42,6 +42,10 @@ test-older: older
 # train with the minimum versions of requirements.txt and with the newest releases; other long checks
 nightly: $(INSTALLED)
 	$(RUN) tests/nightly.py
+
+# plant faults in the demo, and count how often the verdict names them; finished runs are kept, so it can be continued
+verdict: $(INSTALLED)
+	$(RUN) tests/verdicts.py
 
 # kill runs at random moments, and compare their results with uninterrupted runs: make chaos ROUNDS=100
 ROUNDS ?= 100

@@ -22,8 +22,8 @@ from digits import NEW_DIGITS, PRETRAINED_DIGITS, split_digits, write_imagefolde
 from run import BASE, LORA_TARGETS  # noqa: E402
 from train_text_to_image import main as train  # noqa: E402
 
-STEPS, BATCH = 80, 12
-RATES = {"full": 1e-3, "lora": 4e-3}
+STEPS, BATCH = 64, 12
+RATES = {"full": 5e-4, "lora": 2e-3}
 NUM_IMAGES, NUM_HELD_OUT = 600, 48
 
 
@@ -43,11 +43,11 @@ FAULTS = {
     "rate x 100": Fault(("diverging",), rate=100),
     "rate x 0.003": Fault(("not learning",), rate=0.003),
     "frozen weights": Fault(("not learning",), rate=1e-12),
-    "eight images": Fault(("overfitting", "copying"), data="eight", steps=200),
-    "harsh rate without the old digits": Fault(("forgetting",), data="new", rate=5),
+    "eight images": Fault(("overfitting", "copying"), data="eight", steps=160),
+    "harsh rate without the old digits": Fault(("forgetting",), data="new", rate=10),
     "shuffled captions": Fault(WRONG, data="shuffled"),
     "black images": Fault(WRONG, data="black"),
-    "wrong prediction type": Fault(WRONG, flags=("--prediction_type", "v_prediction")),
+    "wrong prediction type": Fault(WRONG, flags=("--prediction_type", "epsilon")),
 }
 
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ SMALL_MODEL = 100_000_000  # parameters, below which a step is so cheap that thr
 VALUES = 4096  # values kept of a base prediction: a mean square over them is exact to 1 / sqrt(2048) = 2 %
 FIRST_TRAINED = 1 << 40  # numbers that seed the noise of training images: apart from those of held-out images
 FIRST_OUTSIDE = 1 << 41
-DEFAULT_CAPTIONS = files("utils.training") / "plain_captions.txt"
+DEFAULT_CAPTIONS = Path(__file__).with_name("plain_captions.txt")
 FRACTIONS = (7 / 16, 1 / 4, 5 / 8, 1 / 8, 3 / 8, 13 / 16)  # of the run: where it is measured, first what matters most
 SHARE = 0.025  # of a run's computation for all measurements: below the 3 % that they may take
 
@@ -191,7 +191,7 @@ class Probes:
         """Captions outside of the data; none for a model without text encoders."""
         if not self._task.family.text_encoder_names:
             return []
-        text = DEFAULT_CAPTIONS.read_text("utf-8") if file is None else read_text(file).text
+        text = read_text(file or DEFAULT_CAPTIONS).text
         captions = [line.strip() for line in lines_of(text) if line.strip()]
         return captions[:: max(1, -(-len(captions) // count))][:count]
 
