@@ -7,16 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils.evaluation.judging import (
-    WORDS,
-    Conditions,
-    Reading,
-    caption_fit,
-    change,
-    judge,
-    mean_interval,
-    t_quantile,
-)
+from utils.evaluation.judging import WORDS, Conditions, judge
+from utils.evaluation.readings import Reading, caption_fit, change, mean_interval, t_quantile
 
 IMAGES, PLACES = 16, 4
 RUN = Conditions(100, True, "epsilon", [40.0] * IMAGES, 1e-4)
@@ -130,6 +122,8 @@ def test_a_loss_that_is_no_number_diverges_and_so_does_a_run_that_ended_so():
     verdict = judge([start(), broken], RUN)
     assert verdict.word == "diverging"
     json.dumps(verdict.as_record(None), allow_nan=False)
+    skipping = judge([start(), replace(reading(25, 0.99, 0.99), skipped=20)], RUN)
+    assert (skipping.word, skipping.advice[:15]) == ("diverging", "--learning_rate")
     ended = judge([start(), reading(25, 0.9, 0.9)], replace(RUN, ended="10 consecutive steps were skipped"))
     assert (ended.word, ended.evidence[0]) == ("diverging", "10 consecutive steps were skipped")
 

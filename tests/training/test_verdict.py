@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from tests import tiny
 from tests.comparing import assert_same_bits, weights
+from tests.launching import succeed
+from tests.repository import ROOT
 from utils.config.progress import Progress
 from utils.evaluation.judging import WORDS
 from utils.training.probes import FEWEST_IMAGES, MOST_IMAGES, probe_size
@@ -129,3 +132,17 @@ def test_a_rate_far_too_high_diverges_and_a_tiny_one_learns_nothing(train, tmp_p
     low = verdict_of(train("sd", *flags, "--learning_rate", 1e-12, data=data, out="low", verdict=True))
     assert low["verdict"] == "not learning"
     assert low["since_step"] < 6
+
+
+@pytest.mark.slow
+def test_two_processes_reach_the_verdict_of_one(pipelines, tmp_path):
+    data = tiny.make_images(tmp_path / "data", 10)
+    flags = ["--pretrained_model", pipelines["sd"], "--train_data_dir", data, "--resolution", 32, "--report_to", "none"]
+    flags += ["--validation_split", 0.4, "--max_train_steps", 1, "--lr_warmup_steps", 0, "--no_export_check"]
+    script = str(ROOT / "train_text_to_image.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633"]
+    succeed([sys.executable, script, *flags, "--train_batch_size", 2, "--output_dir", tmp_path / "one"])
+    succeed([*launch, script, *flags, "--train_batch_size", 1, "--output_dir", tmp_path / "two"])
+    one, two = verdict_of(tmp_path / "one"), verdict_of(tmp_path / "two")
+    assert one["verdict"] == two["verdict"]
+    assert one["signals"] == pytest.approx(two["signals"], rel=1e-2, abs=1e-4)

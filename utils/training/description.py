@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.config.terminal import one_line, print_line
+from utils.data.plan import PlannedImages
 from utils.data.stream import StreamedImages
 from utils.reports.records import SHEET
 from utils.training.data import TrainingData
@@ -18,6 +19,7 @@ from utils.training.learning_rates import LearningRates
 from utils.training.model_summary import ModelSummary, summarize
 from utils.training.optimizer_options import WITHOUT_WARMUP
 from utils.training.options import TrainingOptions
+from utils.training.probes import describe_probes
 from utils.training.session import Session
 from utils.training.task import Task
 
@@ -140,6 +142,8 @@ def plan_text(options: TrainingOptions, session: Session, data: TrainingData, ra
     }
     if samples := describe_samples(options, task, batches.size):
         facts["samples"] = samples
+    if data.held_out_images is not None or isinstance(data.images, PlannedImages):
+        facts["verdict"] = describe_probes(options, task, rates.total_steps * batches.size)
     lines = [f"  {name:<14} {one_line(fact)}" for name, fact in facts.items()]
     steps = range(session.resumption.first_step, rates.total_steps)
     use = disk_use(task.adaptation, optimizer.name, options.ema, options.checkpoint, steps, options.export, batches)

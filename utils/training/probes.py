@@ -65,6 +65,27 @@ def probe_size(samples: int, parameters: int, measurements: int, share: float) -
     return ProbeSize(images, min(2 * images, MOST_CAPTIONS))
 
 
+def describe_probes(options: TrainingOptions, task: Task, samples: int) -> str:
+    """Describes what the verdict measures and costs, for the plan of a run of `samples` training samples."""
+    if options.verdict.no_verdict:
+        return "none (--no_verdict)"
+    size = _size(task, samples)
+    times, trained = len(FRACTIONS) + 2, PLACES * (2 if task.family.text_encoder_names else 1)
+    held_out = PLACES if options.held_out.is_asked else 0
+    captions = size.captions if task.family.text_encoder_names else 0
+    passes = size.images * (trained + held_out) + captions
+    share = passes * times / (3 * samples)
+    return (
+        f"{times} measurements of at most {passes} predictions ({size.images} images of each kind, {captions} captions "
+        f"outside the data): {share:.1%} of the computation; fewer measurements where they take over 3 % of the time"
+    )
+
+
+def _size(task: Task, samples: int) -> ProbeSize:
+    parameters = sum(each.numel() for each in task.family.denoiser.parameters())
+    return probe_size(samples, parameters, len(FRACTIONS) + 2, SHARE)
+
+
 @dataclass(frozen=True)
 class Item:
     """An encoded image of this process, and at which timesteps it is measured.
@@ -128,8 +149,7 @@ class Probes:
         """
         self._session, self._task, self._still = session, task, options.image.still
         self._accelerator = session.accelerator
-        parameters = sum(each.numel() for each in task.family.denoiser.parameters())
-        size = probe_size(samples, parameters, len(FRACTIONS) + 1, SHARE)
+        size = _size(task, samples)
         total = task.family.pipeline.scheduler.config.num_train_timesteps
         self._timesteps = torch.tensor([(2 * place + 1) * total // (2 * PLACES) for place in range(PLACES)])
         listed = None if isinstance(images, StreamedImages) else images

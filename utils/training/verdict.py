@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,11 +14,12 @@ import numpy as np
 from safetensors import SafetensorError
 from torch import Tensor
 
-from utils.config.options import first_line
+from utils.config.options import Stopped, first_line
 from utils.config.progress import Progress
 from utils.config.tensor_files import read_safetensors
 from utils.config.user_files import read_bytes
-from utils.evaluation.judging import LEARNING, WORDS, Conditions, Reading, Verdict, judge
+from utils.evaluation.judging import LEARNING, WORDS, Conditions, Verdict, judge
+from utils.evaluation.readings import Reading
 from utils.runtime.atomic_files import or_without, replacing, write_tensors
 from utils.runtime.processes import on_main_process, write_json
 from utils.runtime.step_lines import read_line
@@ -30,6 +32,7 @@ from utils.training.state import TrainingState
 logger = logging.getLogger(__name__)
 RESULT, READINGS, BASE = "verdict.json", "verdict.jsonl", "verdict_base.safetensors"
 FILE_LIMIT = 1 << 28
+POINTS = 2001  # of the learning-rate schedule
 TIME_SHARE = 0.03  # of the run's time that measurements may take
 SHORT_RUN = 600.0  # seconds: a shorter run may take as much for them as one of this length
 
@@ -53,7 +56,11 @@ class RunVerdict:
 
     @classmethod
     def begin(cls, options: TrainingOptions, session: Session, state: TrainingState, probes: Probes | None) -> Self:
-        """Creates it; a new run measures the base, a resumed one takes up its measurements."""
+        """Creates it; a new run measures the base, a resumed one takes up its measurements.
+
+        Raises:
+            Stopped: if a signal interrupted the measurement.
+        """
         if probes is not None and not probes.has_any:
             logger.warning("no verdict: there is no image to measure, such as in a stream without held-out images")
             probes = None
@@ -65,6 +72,8 @@ class RunVerdict:
             own._take_up()
         if not own._readings:
             own._measure(state.progress())
+        if not own._readings:
+            raise Stopped(f"stopped before step {state.step + 1}", session.requests.number or signal.SIGTERM)
         return own
 
     def _tidy(self) -> None:
@@ -135,8 +144,9 @@ class RunVerdict:
         on_main_process(self._session.accelerator, partial(self._write, base))
 
     def _learnt(self, step: int) -> float:
-        whole = self._rates[-1]
-        return float(self._rates[min(step, len(self._rates) - 1)] / whole) if whole > 0 else 0.0
+        """The share of the sum of all learning rates that was applied before a step."""
+        steps, sums = self._rates.T
+        return float(np.interp(step, steps, sums) / sums[-1]) if sums[-1] > 0 else 0.0
 
     def _judge(self) -> None:
         before, self.verdict = self.verdict, judge(self._readings, self._conditions)
@@ -213,9 +223,11 @@ def _kept(folder: Path, last_step: int) -> tuple[list[Reading], dict[str, Tensor
 
 
 def _rates_so_far(state: TrainingState) -> np.ndarray:
-    """Returns [total steps + 1]: the sum of the factors on the learning rate before each step."""
-    factors = [state.rates.factor(step) for step in range(state.total_steps)]
-    return np.concatenate([[0.0], np.cumsum(factors)])
+    """Returns [n, 2]: steps, and the sum of the factors on the learning rate before each; at most POINTS of them."""
+    steps = np.unique(np.linspace(0, state.total_steps, min(state.total_steps + 1, POINTS)).round().astype(int))
+    factors = np.array([state.rates.factor(int(step)) for step in steps[:-1]])
+    sums = np.concatenate([[0.0], np.cumsum(factors * np.diff(steps))])
+    return np.stack([steps, sums], axis=1)
 
 
 def _conditions(options: TrainingOptions, session: Session, state: TrainingState, probes: Probes | None) -> Conditions:
