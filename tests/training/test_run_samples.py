@@ -62,6 +62,8 @@ def test_settings_of_single_prompts(train, prompts):
     assert "LoRA: out=0.5" in info(out, "samples/final/03_0.png")["parameters"]
     assert "LoRA" not in info(out, "samples/final/02_0.png")["parameters"]
     assert info(out, "samples/final/03_0.png")["lora_scale"] == "0.5"
+    # the card shows the adapter as it is
+    assert len(list((out / "gallery").glob("*.png"))) == 2
 
 
 @pytest.mark.parametrize("name", [pytest.param("sd", marks=pytest.mark.slow), "pixels"])

@@ -155,7 +155,8 @@ class PromptSampler:
             for index, image in drawn:
                 request = requests[index]
                 file = f"{self._folder.name}/{name}/{request.name}.png"
-                samples.append(Sample(image, request.prompt, file, request.negative_prompt or ""))
+                is_scaled = request.lora_scale not in (None, 1)
+                samples.append(Sample(image, request.prompt, file, request.negative_prompt or "", is_scaled))
                 facts.append(self._facts(file, request))
         if self._accelerator.is_main_process and samples:
             with or_without(self._folder / LINES):

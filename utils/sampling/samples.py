@@ -20,12 +20,21 @@ Item = TypeVar("Item")
 
 
 class Sample(NamedTuple):
-    """A drawn image, its caption, its file relative to the output folder, with slashes, and its negative prompt."""
+    """A drawn image.
+
+    Attributes:
+        image: the image.
+        caption: its prompt or class.
+        file: its file relative to the output folder, with slashes.
+        negative_prompt: empty for none.
+        is_scaled: whether the trained adapter acted at another scale than 1, so that it does not show the result.
+    """
 
     image: Image.Image
     caption: str
     file: str = ""
     negative_prompt: str = ""
+    is_scaled: bool = False
 
 
 @dataclass(frozen=True)

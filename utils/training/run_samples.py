@@ -122,10 +122,10 @@ class RunSamples:
                 log.images(self._sampler.draw(progress), progress.step, self._tags[0])
 
     def draw_last(self, log: RunLog) -> list[Sample]:
-        """Draws and returns the samples of the result, whose weights the modules must hold."""
+        """Draws the samples of the result, whose weights the modules must hold; returns those that show it as it is."""
         samples = self._sampler.draw(self._state.progress(), is_last=True)
         log.images(samples, self._state.step, self._tags[1])
-        return samples
+        return [sample for sample in samples if not sample.is_scaled]
 
 
 def trained_model(options: TextOptions, found: FoundPipeline, session: Session) -> TrainedModel:
