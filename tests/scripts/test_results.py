@@ -136,7 +136,11 @@ def test_dry_run_writes_only_what_it_found(train, capsys):
     printed = capsys.readouterr().out
     assert "StableDiffusionXLPipeline" in printed
     assert "2 optimizer steps" in printed
-    assert sorted(path.name for path in out.iterdir()) == ["contact_sheet.png", "dry_run_report.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "contact_sheet.png",
+        "dry_run_report.json",
+        "model_summary.json",
+    ]
     train("sdxl", *SHORT, "--adaptation", "lora")  # which does not refuse the folder
 
 

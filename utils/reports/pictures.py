@@ -2,8 +2,7 @@
 
 import base64
 import io
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from utils.data.images import decode, open_image
 from utils.reports.records import RunRecord, Samples
 
 FRAMES, ROWS, PAIRS = 12, 24, 12
-FRAME_EDGES, PAIR_EDGE, SHEET_EDGE = (192, 128, 96), 448, 1200  # pixels; frames are smaller if there are many
-MANY_FRAMES = 96
+FRAME_EDGES, PAIR_EDGES, SHEET_EDGE = (192, 128, 80), (448, 320), 1200  # pixels
 STRIP_BYTES, PAIR_BYTES, SHEET_BYTES = 3_500_000, 2_500_000, 600_000  # of data URIs; a page has at most 10 MB
 QUALITY = 80
 PROMPT_KEYS = ("prompt", "parameters")  # texts of a PNG that say what it shows
@@ -58,15 +56,34 @@ def data_uri(image: Image.Image, edge: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def picture(file: Path | None, edge: int, budget: Budget) -> str:
-    """Returns a file as a data URI; empty if there is none, it can't be read or does not fit the budget."""
-    if file is None:
-        return ""
-    try:
-        uri = data_uri(decode(str(file)), edge)
-    except (OSError, ValueError):
-        return ""
-    return uri if budget.take(uri) else ""
+class Pictures:
+    """Reads pictures, each once, and makes them small."""
+
+    def __init__(self, edge: int):
+        """Args:
+        edge: the largest edge in pixels that is asked for.
+        """
+        self._edge = edge
+        self._kept: dict[Path, Image.Image | None] = {}
+
+    def uri(self, file: Path | None, edge: int, budget: Budget) -> str:
+        """Returns a file as a data URI; empty if there is none, it can't be read or does not fit the budget."""
+        if file is None:
+            return ""
+        if file not in self._kept:
+            self._kept[file] = self._read(file)
+        image = self._kept[file]
+        uri = "" if image is None else data_uri(image, edge)
+        return uri if uri and budget.take(uri) else ""
+
+    def _read(self, file: Path) -> Image.Image | None:
+        try:
+            image = decode(str(file))
+        except (OSError, ValueError):
+            return None
+        if max(image.size) > self._edge:
+            image.thumbnail((self._edge, self._edge), Image.Resampling.LANCZOS)
+        return image
 
 
 def caption_of(record: RunRecord, name: str) -> str:
@@ -107,41 +124,61 @@ def num_samples(record: RunRecord) -> int:
 def film_strips(record: RunRecord) -> list[dict]:
     """Returns a row for each sample: what it shows, and its frames over the steps, the first and the last included.
 
-    A row whose pictures do not all fit the budget is left out, with those after it.
+    Pictures are smaller if they would not fit the budget; rows that still do not fit are left out.
     """
-    frames = evenly(record.samples, FRAMES) if record.samples else []
-    names = names_of(record, ROWS)
-    count = len(frames) * len(names)
-    edge = FRAME_EDGES[min(len(FRAME_EDGES) - 1, max(0, math.ceil(math.log2(max(count, 1) / MANY_FRAMES))))]
-    budget, rows = Budget(STRIP_BYTES), []
-    for name in names:
-        row = [{"label": each.label, "uri": picture(each.files.get(name), edge, budget)} for each in frames]
-        if budget.is_over:
-            break
-        if any(frame["uri"] for frame in row):
-            rows.append({"text": caption_of(record, name), "frames": row})
-    return rows
+    frames, pictures = evenly(record.samples, FRAMES) if record.samples else [], Pictures(FRAME_EDGES[0])
+
+    def row(name: str, edge: int, budget: Budget) -> dict | None:
+        shown = [{"label": each.label, "uri": pictures.uri(each.files.get(name), edge, budget)} for each in frames]
+        return {"text": caption_of(record, name), "frames": shown} if any(each["uri"] for each in shown) else None
+
+    return fitting(names_of(record, ROWS), row, FRAME_EDGES, STRIP_BYTES)
 
 
 def before_and_after(record: RunRecord) -> list[dict]:
     """Returns for each sample its first and its last picture; empty if samples were drawn only once."""
     if len(record.samples) < 2:
         return []
-    first, last, budget, pairs = record.samples[0], record.samples[-1], Budget(PAIR_BYTES), []
-    for name in names_of(record, PAIRS):
-        if name in first.files and name in last.files:
-            uris = [picture(each.files[name], PAIR_EDGE, budget) for each in (first, last)]
-            if all(uris):
-                text = caption_of(record, name)
-                pairs.append({"text": text, "uris": uris, "labels": [first.label, last.label]})
-    return pairs
+    first, last, pictures = record.samples[0], record.samples[-1], Pictures(PAIR_EDGES[0])
+
+    def row(name: str, edge: int, budget: Budget) -> dict | None:
+        if name not in first.files or name not in last.files:
+            return None
+        uris = [pictures.uri(each.files[name], edge, budget) for each in (first, last)]
+        return (
+            {"text": caption_of(record, name), "uris": uris, "labels": [first.label, last.label]} if all(uris) else None
+        )
+
+    return fitting(names_of(record, PAIRS), row, PAIR_EDGES, PAIR_BYTES)
+
+
+def fitting(
+    names: Sequence[str], row: Callable[[str, int, Budget], dict | None], edges: Sequence[int], num_bytes: int
+) -> list[dict]:
+    """Returns rows of pictures of the largest size with which all fit the budget, or those that fit at the smallest.
+
+    Args:
+        row: makes the row of a name, with pictures of an edge; None if it has no picture.
+        edges: from large to small, in pixels.
+    """
+    rows: list[dict] = []
+    for edge in edges:
+        budget, rows = Budget(num_bytes), []
+        for name in names:
+            found = row(name, edge, budget)
+            if budget.is_over:
+                break
+            rows += [found] if found is not None else []
+        if not budget.is_over:
+            break
+    return rows
 
 
 def contact_sheet(record: RunRecord) -> str:
     """Returns the contact sheet of the training images; empty if there is none."""
+    pictures = Pictures(SHEET_EDGE)
     for edge in (SHEET_EDGE, SHEET_EDGE // 2):
-        uri = picture(record.sheet(), edge, Budget(SHEET_BYTES))
-        if uri:
+        if uri := pictures.uri(record.sheet(), edge, Budget(SHEET_BYTES)):
             return uri
     return ""
 
@@ -149,16 +186,12 @@ def contact_sheet(record: RunRecord) -> str:
 def last_samples(records: Sequence[RunRecord]) -> list[dict]:
     """Returns a row for each sample: what it shows, and its last picture in each of several runs."""
     names = dict.fromkeys(name for record in records for name in names_of(record, ROWS))
-    budget, rows = Budget(STRIP_BYTES + PAIR_BYTES), []
-    for name in list(names)[:ROWS]:
-        frames = [
-            {
-                "label": record.name,
-                "uri": picture(record.samples[-1].files.get(name) if record.samples else None, FRAME_EDGES[0], budget),
-            }
-            for record in records
-        ]
-        if any(frame["uri"] for frame in frames):
-            texts = dict.fromkeys(caption_of(record, name) for record in records if record.samples)
-            rows.append({"text": next(iter(texts), name), "frames": frames})
-    return rows
+    files = {record.name: record.samples[-1].files if record.samples else {} for record in records}
+    pictures = Pictures(FRAME_EDGES[0])
+
+    def row(name: str, edge: int, budget: Budget) -> dict | None:
+        shown = [{"label": run, "uri": pictures.uri(last.get(name), edge, budget)} for run, last in files.items()]
+        texts = dict.fromkeys(caption_of(record, name) for record in records if record.samples)
+        return {"text": next(iter(texts), name), "frames": shown} if any(each["uri"] for each in shown) else None
+
+    return fitting(list(names)[:ROWS], row, FRAME_EDGES, STRIP_BYTES + PAIR_BYTES)
