@@ -350,7 +350,7 @@ def test_files_of_tensors_are_written_in_one_place():
     assert found == {"atomic_files.py"}
 
 
-OPTIONAL = {"wandb", "comet_ml", "deepspeed", "torch_npu", "xformers"}
+OPTIONAL = {"wandb", "comet_ml", "deepspeed", "torch_npu", "xformers", "IPython"}
 """Packages that are imported only where a user who has them asks for them."""
 PACKAGES = {"PIL": "pillow", "yaml": "pyyaml"}
 """The names of packages whose modules are called otherwise."""
