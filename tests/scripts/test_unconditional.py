@@ -384,7 +384,8 @@ def test_real_digits_of_another_half_are_what_the_judge_is_sure_of(tmp_path):
 def test_the_film_goes_on_with_the_run_and_without_what_it_left_behind(train):
     def film_and_folders(out: Path) -> tuple[int, set[str]]:
         with Image.open(out / "samples" / "film_strip.png") as strip:
-            return (strip.width - 2) // 66, {path.name for path in (out / "samples").iterdir() if path.is_dir()}
+            folders = {path.name for path in (out / "samples").iterdir() if path.is_dir()}
+            return (strip.width - 2) // 66, {name for name in folders if not name.startswith("abandoned-")}
 
     flags = ("--train_batch_size", 2, "--save_images_steps", 2, "--checkpointing_steps", 2, "--resolution", 16)
     flags += ("--attention_resolutions", 8)

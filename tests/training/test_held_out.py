@@ -391,3 +391,15 @@ def test_a_held_out_list_that_cannot_be_read_is_one_line(refused, tmp_path):
     (data / "metadata.jsonl").unlink()
     (data / "metadata.csv").write_text('file_name,text\n000.png,"open\n')
     refused(["--max_train_steps", 1, "--validation_data_dir", data], "metadata.csv")
+
+
+def test_the_best_of_another_run_is_set_aside(train, tmp_path):
+    flags = ["--validation_split", 0.34, "--validation_steps", 1, "--checkpointing_steps", 1, "--learning_rate", 1e-3]
+    out = train("sd", *flags, "--max_train_steps", 2)
+    (out / "best" / "mine.txt").write_text("first")
+    (out / "validation.jsonl").write_text("".join((out / "validation.jsonl").read_text().splitlines(True)[:2]))
+    kept = History(out, 1, EarlyStoppingOptions())
+    assert kept.has_best
+    assert not History(out, 0, EarlyStoppingOptions()).has_best
+    train("sd", *flags, "--max_train_steps", 1, "--overwrite_output_dir")
+    assert (out / "abandoned-best" / "mine.txt").read_text() == "first"

@@ -117,6 +117,18 @@ def test_the_state_at_the_end(tmp_path, error, state):
     assert state in (tmp_path / "report.html").read_text()
 
 
+def test_an_error_after_a_divergence_is_a_divergence(tmp_path):
+    folder = OutputFolder(str(tmp_path))
+    folder.record({}, {}, [])
+    report = RunReport(folder, False, True)
+    report.begin(lambda folder: None)
+    folder.add_to_record(outcome={"diverged": "3 consecutive steps"})
+    with pytest.raises(UserError), report.lasting():
+        raise UserError("3 consecutive steps")
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "diverged"
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_a_report_that_fails_costs_one_warning(tmp_path, monkeypatch, caplog):
     folder = OutputFolder(str(tmp_path))
     folder.record({}, {}, [])

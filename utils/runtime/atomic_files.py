@@ -1,5 +1,6 @@
 """Atomic file writes: a file is complete at any moment, and what was written reaches the disk."""
 
+import itertools
 import logging
 import os
 import stat
@@ -24,6 +25,18 @@ def mark_as_own(folder: Path) -> None:
     file = folder / MARKER
     if not file.exists():
         file.write_text(MARKER_TEXT, encoding="utf-8")
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a file or folder that a run must not take for its own, to `abandoned-...`; returns its new path.
+
+    Raises:
+        OSError: if it can't be renamed.
+    """
+    names = (f"abandoned-{path.name}" + (f"-{number}" if number else "") for number in itertools.count())
+    aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+    path.rename(aside)
+    return aside
 
 
 def sync_file(file: Path) -> None:

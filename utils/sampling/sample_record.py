@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.config.user_files import open_regular, read_json
-from utils.runtime.atomic_files import replacing
+from utils.runtime.atomic_files import replacing, set_aside
 from utils.runtime.step_lines import JsonLines, keep_steps, read_line
 from utils.sampling.samples import LAST
 
@@ -54,7 +54,7 @@ class SampleRecord:
         self._folder, self._last = folder, -1
 
     def begin(self, first_step: int) -> None:
-        """Drops lines and samples of steps after the one from which the run resumes, or of a run before."""
+        """Drops lines, and renames samples, of steps after the one from which the run resumes, or of a run before."""
         keep_until(self._folder, first_step)
         keep_steps(self._folder / LINES, first_step)
         _move_last(self._folder / LINES, self._folder.name)
@@ -75,27 +75,31 @@ class SampleRecord:
 
 
 def keep_until(folder: Path, step: int) -> None:
-    """Deletes samples of steps after `step`: the run draws them again. Samples of an earlier end keep their step.
+    """Renames samples of steps after `step`, which the run draws again. Samples of an earlier end keep their step.
 
     Args:
-        step: optimizer steps done; 0 for a new run, which keeps none.
+        step: optimizer steps done; 0 for a new run, which takes none for its own.
     """
     if not folder.is_dir():
         return
-    last = folder / LAST
-    drawn_at = _drawn_at(folder)
+    # The run now continues past its earlier end.
+    last, drawn_at = folder / LAST, _drawn_at(folder)
     if drawn_at is not None and last.is_dir():
-        shutil.rmtree(folder / f"step-{drawn_at}", ignore_errors=True)
-        os.replace(last, folder / f"step-{drawn_at}")  # the run now continues past its earlier end
-    shutil.rmtree(last, ignore_errors=True)
+        shutil.rmtree(folder / f"step-{drawn_at}", ignore_errors=True)  # of the same weights
+        os.replace(last, folder / f"step-{drawn_at}")
+    # Samples of weights that are not this run's.
     kept = -1 if step == 0 else step
-    for path in folder.glob("step-*"):
-        if STEP.fullmatch(path.name) and int(path.name.partition("-")[2]) > kept:
-            shutil.rmtree(path)
+    later = [path for path in folder.glob("step-*") if STEP.fullmatch(path.name) and _step_of(path) > kept]
+    of_others = [last, folder / BASE] if step == 0 else [last]
+    for path in [*later, *(each for each in of_others if each.is_dir())]:
+        set_aside(path)
     if step == 0:
-        shutil.rmtree(folder / BASE, ignore_errors=True)
         (folder / LINES).unlink(missing_ok=True)
     (folder / STRIP).unlink(missing_ok=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.partition("-")[2])
 
 
 def _drawn_at(folder: Path) -> int | None:

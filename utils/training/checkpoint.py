@@ -1,7 +1,6 @@
 """Checkpoints: written atomically, found, verified, and pruned."""
 
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -23,7 +22,7 @@ from utils.config.options import UserError, first_line
 from utils.config.tensor_files import open_safetensors, read_safetensors
 from utils.config.user_files import FileError, open_regular, read_json, short
 from utils.models.options import ATTENTION
-from utils.runtime.atomic_files import sync_file, sync_folder, usual_modes, write_tensors
+from utils.runtime.atomic_files import set_aside, sync_file, sync_folder, usual_modes, write_tensors
 from utils.runtime.background_writer import HostBuffers
 from utils.runtime.engines import Engine
 from utils.runtime.processes import write_json
@@ -189,7 +188,7 @@ class Checkpoints:
             replaced = self.folder / f".tmp-{target.name}-replaced-{os.getpid()}"
             os.replace(target, replaced)
             return replaced
-        kept = _set_aside(target)
+        kept = set_aside(target)
         logger.warning("%s is not a checkpoint of this run; renamed it to %s", target.name, kept.name)
         return None
 
@@ -206,7 +205,7 @@ class Checkpoints:
         for path in self.found():
             if step_of(path) > step:
                 try:
-                    aside = _set_aside(path)
+                    aside = set_aside(path)
                 except OSError as error:
                     raise UserError(f"{path}, of a later step, can't be renamed: {error}") from error
                 logger.warning(
@@ -250,14 +249,6 @@ def step_of(path: Path) -> int | None:
     """Returns the step in a checkpoint's name; None if it is not named like a checkpoint."""
     match = NAME.fullmatch(path.name)
     return None if match is None else int(match[1])
-
-
-def _set_aside(path: Path) -> Path:
-    """Renames a folder so that it is no longer taken for a checkpoint."""
-    names = (f"abandoned-{path.name}" + (f"-{number}" if number else "") for number in itertools.count())
-    aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
-    path.rename(aside)
-    return aside
 
 
 def foreign_kind(path: Path) -> str:

@@ -167,7 +167,7 @@ def _memory(options: TrainingOptions, task: Task, parts: list[Part]) -> dict[str
     averages = int(options.ema.use_ema) + 2 * bool(options.ema.ema_lengths)
     return {
         "weights": sum(each.num_bytes for each in parts),
-        "gradients": sum(each.nbytes for each in trained),
+        "gradients": 0 if options.optimizer.optimizer_in_backward else sum(each.nbytes for each in trained),
         "optimizer": count * OPTIMIZERS[options.optimizer.name].state_bytes,
         "averages": count * FLOAT32 * averages,
     }

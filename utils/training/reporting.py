@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.config.options import Diverged, Stopped, first_line
+from utils.config.user_files import read_json
 from utils.reports.page import FILE, write_page
 from utils.reports.plots import FOLDER as PLOTS
 from utils.reports.plots import SCHEDULE, TRAINING, write_plots
@@ -105,9 +106,20 @@ class RunReport:
             child.terminate()
         if self._thread is not None:
             self._thread.join(timeout=10)
+        if self._has_diverged():  # --max_skipped_steps ends a run with an error
+            state = "diverged"
         self._folder.add_to_record(state=state, ended=round(time.time(), 3), ended_because=why)
         if self._is_on:
             self._attempt(self._write_all)
+
+    def _has_diverged(self) -> bool:
+        """Whether the outcome in `run.json` says that the run has diverged."""
+        try:
+            run = read_json(self._folder.path / "run.json")
+        except (OSError, ValueError):
+            return False
+        outcome = run.get("outcome") if isinstance(run, dict) else None
+        return isinstance(outcome, dict) and bool(outcome.get("diverged"))
 
     def _write_all(self) -> None:
         record = read_run(self._folder.path)

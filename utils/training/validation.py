@@ -7,7 +7,7 @@ from typing import Self
 
 from utils.config.options import Stopped
 from utils.config.progress import Progress
-from utils.runtime.atomic_files import or_without
+from utils.runtime.atomic_files import or_without, set_aside
 from utils.runtime.processes import on_main_process, write_json
 from utils.training.data import TrainingData
 from utils.training.ema import MovingAverage
@@ -58,12 +58,23 @@ class ValidationLoss:
             Stopped: if a signal interrupted the measurement.
         """
         own = cls(options, session, data, task, state)
+        if not own.history.has_best:
+            on_main_process(state.accelerator, own._set_best_aside)
         if (is_due or state.step in (0, state.total_steps)) and own._measured(state.progress()) is None:
             number = session.requests.number or signal.SIGTERM
             raise Stopped(f"stopped before step {state.step + 1}", number)
         own._end_if_over()
         own.verdict = state.judge_of_run = RunVerdict.begin(options, session, state, data.probes)
         return own
+
+    def _set_best_aside(self) -> None:
+        """Renames `best/` of weights that this run has not trained, unless it reads from there."""
+        best = self._session.folder.path / "best"
+        sources = [source.absolute() for source in self._state.adaptation.exporter.sources]
+        if not best.is_dir() or any(best.absolute() in (source, *source.parents) for source in sources):
+            return
+        aside = set_aside(best)
+        logger.warning("%s is of a run that this one does not resume from; renamed it to %s", best, aside.name)
 
     @property
     def reductions(self) -> int:

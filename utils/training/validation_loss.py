@@ -100,18 +100,23 @@ def _are_numbers(values: object) -> bool:
 
 
 class History:
-    """The measurements of a run, in `validation.jsonl`; a resumed run keeps those up to its first step."""
+    """The measurements of a run, in `validation.jsonl`; a resumed run keeps those up to its first step.
+
+    Attributes:
+        has_best: whether weights in `best/` are of a step that this run has done.
+    """
 
     def __init__(self, folder: Path, first_step: int, options: EarlyStoppingOptions):
         self._file = folder / FILE
         self._options = options
         self._lines: list[Measurement | bytes] = []  # lines that can't be parsed are kept as bytes
         if first_step and self._file.is_file():
-            for line in read_bytes(self._file, FILE_LIMIT).split(b"\n"):
-                found = _measurement_in(line)
-                if (found is None and line.strip()) or (found is not None and found.step <= first_step):
-                    self._lines.append(line if found is None else found)
+            lines = [line for line in read_bytes(self._file, FILE_LIMIT).split(b"\n") if line.strip()]
+            self._lines = [_measurement_in(line) or line for line in lines]
             warn_of_unread(self._file, len(self._lines) - len(self.measurements))
+        best = self.best()
+        self.has_best = first_step > 0 and (best is None or best.step <= first_step)
+        self._lines = [each for each in self._lines if isinstance(each, bytes) or each.step <= first_step]
 
     @property
     def measurements(self) -> list[Measurement]:
