@@ -46,7 +46,7 @@ class GridSampler:
         self._family = family
         self._options = options
         self._folder = surroundings.folder / "samples"
-        self._record = SampleRecord(self._folder)
+        self._record = SampleRecord(self._folder, surroundings.seen)
         self._seeds = surroundings.seeds(options.count)
         classes = sorted(family.classes)
         self._labels = [classes[number % len(classes)] for number in range(options.count)] if classes else []

@@ -69,7 +69,7 @@ class PromptSampler:
         self._family = family
         self._options = options
         self._folder = surroundings.folder / "samples"
-        self._record = SampleRecord(self._folder)
+        self._record = SampleRecord(self._folder, surroundings.seen)
         self._default_epochs = default_epochs
         self._trained = trained or TrainedModel()
         self._requests = options.requests(surroundings.seed, sizes)

@@ -3,14 +3,13 @@
 import os
 import re
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.config.user_files import open_regular, read_json
 from utils.runtime.atomic_files import replacing, set_aside
-from utils.runtime.step_lines import JsonLines, keep_steps, read_line
+from utils.runtime.step_lines import JsonLines, SampleCount, keep_steps, read_line
 from utils.sampling.samples import LAST
 
 LINES, RECORD = "samples.jsonl", "samples.json"
@@ -20,7 +19,7 @@ STRIP = "film_strip.png"
 
 
 class SampleFacts(NamedTuple):
-    """A line of the record, without its step and time.
+    """A line of the record, without its step, time and count of samples seen.
 
     Attributes:
         file: the image, relative to the output folder, with slashes.
@@ -47,11 +46,12 @@ class SampleFacts(NamedTuple):
 class SampleRecord:
     """Appends a line for each sample to `samples.jsonl`, on the main process."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, seen: SampleCount):
         """Args:
         folder: the folder of the samples of a run, `output_dir/samples`.
+        seen: counts the training samples seen after a step.
         """
-        self._folder, self._last = folder, -1
+        self._folder, self._seen, self._last = folder, seen, -1
 
     def begin(self, first_step: int) -> None:
         """Drops lines, and renames samples, of steps after the one from which the run resumes, or of a run before."""
@@ -67,10 +67,10 @@ class SampleRecord:
         if step <= self._last:
             keep_steps(self._folder / LINES, step - 1)
         self._last = step
-        now = round(time.time(), 3)
+        stamp = self._seen.stamp(step)
         lines = JsonLines(self._folder / LINES)
         for each in samples:
-            lines.write({"step": step, "time": now} | each._asdict())
+            lines.write({"step": step} | each._asdict() | stamp)
         lines.close()
 
 
