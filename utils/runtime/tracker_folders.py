@@ -18,9 +18,8 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
 """By tracker: the environment variable of its folder, and the folder's place in the output folder."""
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "mlflow": {"MLFLOW_ALLOW_FILE_STORE": "true"},
-    "clearml": {"CLEARML__SDK__DEVELOPMENT__REPORT_USE_SUBPROCESS": "false"},
 }
-"""By tracker: other variables. ClearML would fork this process, and hang where another tracker has threads in it."""
+"""By tracker: other variables."""
 READ_AT_IMPORT = ("trackio",)
 """Packages that read their variable when they are imported, and never again."""
 

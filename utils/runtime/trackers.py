@@ -2,6 +2,7 @@
 
 import logging
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LONGEST_REASON = 300  # characters
+LOG_ARGUMENTS = {"mlflow": {"synchronous": False}}
+"""By tracker: what keeps its log from making the training wait for a disk or a network."""
 
 
 class Trackers:
@@ -30,11 +33,11 @@ class Trackers:
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Logs numbers to all trackers."""
-        self.each(lambda tracker: tracker.log(values, step=step))
+        self.each(lambda tracker: tracker.log(values, step=step, **LOG_ARGUMENTS.get(tracker.name, {})))
 
     def finish(self) -> None:
         """Closes all trackers."""
-        self.each(lambda tracker: tracker.finish())
+        self.each(_finish)
 
     def each(self, use: Callable[["GeneralTracker"], None]) -> None:
         """Calls `use` with each tracker, and drops those that raise."""
@@ -48,6 +51,22 @@ class Trackers:
                     tracker.name,
                     first_line(error),
                 )
+
+
+def _finish(tracker: "GeneralTracker") -> None:
+    if tracker.name == "mlflow":
+        sys.modules["mlflow"].flush_async_logging()
+    tracker.finish()
+
+
+def _report_from_this_process() -> None:
+    """Keeps ClearML from forking a process to report from, for which each step would wait 0.1 s.
+
+    A fork of a process with threads, such as those of another tracker, can also hang.
+    """
+    from clearml.config import ConfigWrapper
+
+    ConfigWrapper.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})
 
 
 def start_trackers(accelerator: "Accelerator", folder: Path, project: str, record: dict) -> None:
@@ -67,6 +86,8 @@ def start_trackers(accelerator: "Accelerator", folder: Path, project: str, recor
     }
     try:
         with same_random_states():
+            if "clearml" in map(str, accelerator.log_with):
+                _report_from_this_process()
             accelerator.init_trackers(project, config=plain, init_kwargs=start_arguments(folder))
     except Exception as error:  # as above
         accelerator.trackers.clear()  # a tracker that did not start can't be closed
