@@ -21,7 +21,7 @@ from utils.models.from_scratch import TRANSFORMER_SIZES, UNET_SIZES
 from utils.models.options import MODEL_SIZES
 
 SCRIPTS = ("train_text_to_image", "train_unconditional", "evaluate_pipeline")
-TOOLS = ("convert", "merge", "extract", "resize", "report")
+TOOLS = ("convert", "merge", "extract", "resize")
 OPTIONS_OF = {
     "train_text_to_image": "utils.training.text_to_image_options",
     "train_unconditional": "utils.training.unconditional_options",
@@ -128,7 +128,6 @@ OTHER_READS = {  # what is read past utils/config/user_files.py, and why that is
     "utils/runtime/tracker_table.py": ("read_text", "the table of the package accelerate"),
     "utils/sampling/drawer.py": ("loads", "what was dumped in the same line"),
     "utils/evaluation/report.py": ("read_text", "the template beside the code"),
-    "utils/reports/page.py": ("read_text", "the template beside the code"),
     "utils/config/standard_streams.py": ("open", "the null device"),
     "evaluate_pipeline.py": ("read_text", "the report that was written a line before"),
 }
@@ -350,7 +349,7 @@ def test_files_of_tensors_are_written_in_one_place():
     assert found == {"atomic_files.py"}
 
 
-OPTIONAL = {"wandb", "comet_ml", "deepspeed", "torch_npu", "xformers", "IPython"}
+OPTIONAL = {"clearml", "IPython", "deepspeed", "torch_npu", "xformers"}
 """Packages that are imported only where a user who has them asks for them."""
 PACKAGES = {"PIL": "pillow", "yaml": "pyyaml"}
 """The names of packages whose modules are called otherwise."""
