@@ -43,6 +43,7 @@ def test_a_run_records_its_verdict_and_trains_the_same_bits(train, tmp_path):
     assert_same_bits(weights(judged), weights(plain))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_measurements(train):
     flags = [*FLAGS, "--validation_split", 0.3, "--checkpointing_steps", 2]
     whole = train("sd", *flags, out="whole", verdict=True)
@@ -55,6 +56,7 @@ def test_a_resumed_run_continues_the_measurements(train):
     assert again["signals"] == pytest.approx(kept["signals"], rel=1e-4)
     assert (again["verdict"], again["since_step"]) == (kept["verdict"], kept["since_step"])
     assert len((whole / "verdict.jsonl").read_text().splitlines()) >= 2
+    assert "drift" in again["signals"]
     assert lines.splitlines()[0] == (whole / "verdict.jsonl").read_text().splitlines()[0]
 
 
@@ -146,3 +148,30 @@ def test_two_processes_reach_the_verdict_of_one(pipelines, tmp_path):
     one, two = verdict_of(tmp_path / "one"), verdict_of(tmp_path / "two")
     assert one["verdict"] == two["verdict"]
     assert one["signals"] == pytest.approx(two["signals"], rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_samples_are_compared_with_training_images(train, monkeypatch):
+    """A sample that is a training image has distance 0, and a held-out image about that of held-out images."""
+    from PIL import Image
+
+    from utils.sampling.samples import Sample
+    from utils.training.probes import Probes
+    from utils.training.validation_loss import read_crop
+
+    found = {}
+
+    def spied(self, samples):
+        crops = [
+            read_crop(self._task.family, images, number, self._still) for images in self._images for number in (0, 1)
+        ]
+        copies = [Sample(Image.fromarray(crop.pixels.transpose(1, 2, 0)), "") for crop in crops]
+        found["copies"] = own(self, copies)
+        return own(self, samples)
+
+    own = Probes.copies
+    monkeypatch.setattr(Probes, "copies", spied)
+    flags = ["--validation_prompt", "a red square", "--validation_num_inference_steps", 2, "--validation_split", 0.4]
+    train("sd", *FLAGS, *flags, verdict=True)
+    assert found["copies"][:2] == pytest.approx([0, 0], abs=1e-3)
+    assert min(found["copies"][2:]) > 0.5

@@ -30,7 +30,7 @@ from utils.training.session import Session
 from utils.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
-RESULT, READINGS, BASE = "verdict.json", "verdict.jsonl", "verdict_base.safetensors"
+RESULT, READINGS, BASE = "verdict.json", "verdict.jsonl", "verdict_base.bin"
 FILE_LIMIT = 1 << 28
 POINTS = 2001  # of the learning-rate schedule
 TIME_SHARE = 0.03  # of the run's time that measurements may take
