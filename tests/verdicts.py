@@ -112,14 +112,35 @@ def run(name: str, fault: Fault, adaptation: str, seed: int, folder: Path) -> di
     return found
 
 
+def table(done: Sequence[dict]) -> str:
+    """Counts, for each fault, how often an accepted verdict came before half of the steps, and other verdicts."""
+    lines = [f"{'fault':<36}{'runs':>5}{'named':>7}{'before half':>13}{'step / steps':>14}  other verdicts"]
+    for name, fault in FAULTS.items():
+        runs = [each for each in done if each["fault"] == name]
+        if not runs:
+            continue
+        verdicts = [each.get("verdict") or {} for each in runs]
+        right = [each.get("verdict") in fault.accepted for each in verdicts]
+        shares = [each.get("since_step", 0) / run["steps"] for each, run in zip(verdicts, runs, strict=True)]
+        early = sum(is_right and share < 0.5 for is_right, share in zip(right, shares, strict=True))
+        others = [str(each.get("verdict")) for each, is_right in zip(verdicts, right, strict=True) if not is_right]
+        usual = f"{np.median(shares):.2f}"
+        lines.append(f"{name:<36}{len(runs):>5}{sum(right):>7}{early:>13}{usual:>14}  {', '.join(others)}")
+    faulty = [each for each in done if each["fault"] != "healthy"]
+    healthy = [each for each in done if each["fault"] == "healthy"]
+    alarms = sum((each.get("verdict") or {}).get("verdict") != "learning" for each in healthy)
+    return "\n".join([*lines, f"{len(faulty)} runs with a fault; {alarms} false alarms in {len(healthy)} healthy runs"])
+
+
 def options() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "demo" / "output" / "verdicts")
-    parser.add_argument("--faults", nargs="+", choices=tuple(FAULTS), default=list(FAULTS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--healthy", type=int, default=20)
-    parser.add_argument("--first_seed", type=int, default=0)
+    folder = ROOT / "demo" / "output" / "verdicts"
+    parser.add_argument("--output_dir", type=Path, default=folder, help="where finished runs are kept")
+    parser.add_argument("--faults", nargs="+", choices=tuple(FAULTS), default=list(FAULTS), help="faults to plant")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of each fault, full and LoRA each")
+    parser.add_argument("--healthy", type=int, default=20, help="healthy runs, half of them LoRA")
+    parser.add_argument("--first_seed", type=int, default=0, help="the first of the seeds")
     return parser.parse_args()
 
 
@@ -142,6 +163,7 @@ def main() -> None:
                     file.write(json.dumps(done[-1]) + "\n")
                 word = done[-1].get("verdict", {}).get("verdict", done[-1].get("error"))
                 print(f"{name}, {adaptation}, seed {seed}: {word} ({done[-1]['seconds']} s)", flush=True)
+    print(table(done))
 
 
 if __name__ == "__main__":
