@@ -112,9 +112,14 @@ def test_a_base_converted_to_another_prediction_type_is_right_once_it_predicts_t
 
 def test_nothing_is_said_before_it_is_certain_and_something_at_the_end():
     assert judge([start()], RUN) is None
-    noisy = replace(start(), step=10, trained=losses(1.0, 3, 0.5), held_out=losses(1.0, 4, 0.5))
+    noisy = replace(
+        start(), step=10, moved=reading(25).moved, trained=losses(1.0, 3, 0.5), held_out=losses(1.0, 4, 0.5)
+    )
     assert judge([start(), noisy], RUN) is None
-    assert judge([start(), replace(noisy, step=100)], RUN).word == "not learning"
+    worse = replace(noisy, step=100, trained=losses(1.02, 3, 0.5), held_out=losses(1.2, 4, 0.5))
+    assert judge([start(), worse], RUN).word == "not learning"
+    better = replace(noisy, step=100, trained=losses(0.8, 3, 0.5), held_out=losses(0.8, 4, 0.5))
+    assert judge([start(), better], RUN).word == "learning"
 
 
 def test_a_loss_that_is_no_number_diverges_and_so_does_a_run_that_ended_so():

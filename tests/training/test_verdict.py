@@ -34,6 +34,8 @@ def test_a_run_records_its_verdict_and_trains_the_same_bits(train, tmp_path):
     assert found["verdict"] in WORDS
     assert set(found) >= {"interval", "since_step", "best_checkpoint", "advice", "evidence", "signals"}
     assert steps_of(judged)[0] == 0
+    first = json.loads((judged / "verdict.jsonl").read_text().splitlines()[0])
+    assert first["bare"] != first["trained"]
     assert steps_of(judged)[-1] == 4
     outcome = json.loads((judged / "run.json").read_text())["outcome"]
     assert outcome["verdict"] == found["verdict"]

@@ -115,6 +115,7 @@ HALF = 0.5  # of images or samples: most of them
 TWICE = math.log(2)  # a base's error for a target it was not trained on is several times that for its own
 WORSE = math.log(1.05)  # the rise of the loss by chance of the last batches is a few percent
 MUCH_WORSE = math.log(1.25)  # above the lowest reading, which is the lowest partly by chance
+ONE_SIDED = 0.83  # of half a 95 % interval: where 95 % lie below, for t from 10 degrees of freedom on
 USELESS = 0.8  # of the target's power: a model that fell apart predicts about zero, whose squared error is 1
 RISEN = math.log(1.02)  # the same for held-out images, whose noise is the same each time
 DRIFTED = 0.16  # of the base's squared error: a move by 0.4 of its standard deviation, near a medium effect (Cohen)
@@ -140,9 +141,18 @@ class Course:
 
     @property
     def is_lower(self) -> bool:
-        """Whether the loss is lower than the base's with certainty: of held-out images, or of all together."""
-        held_out, improved = self.held_out, self.improved
-        return bool((held_out and held_out.high < 0) or (improved and improved.high < 0))
+        """Whether the loss is lower than the base's: of held-out images, or of all together.
+
+        During the run with a certainty of 95 %, one-sided, as the question is. At its end a word must be found for a
+        model that has moved: the mean decides.
+        """
+        is_last = self.now.step >= self.conditions.total_steps
+        if is_last and self.improved is not None and self.improved.mean < 0:
+            return True
+        return any(
+            each is not None and each.mean + ONE_SIDED * (each.high - each.mean) < 0
+            for each in (self.held_out, self.improved)
+        )
 
     def _kinds(self) -> list[str]:
         return [kind for kind in ("trained", "held_out") if getattr(self.now, kind) is not None]
@@ -390,9 +400,10 @@ def _is_learning(course: Course) -> Sign | None:
     if not course.is_lower or (course.moved is not None and course.moved.high < STILL):
         return None
     advice = "--validation_split 0.05" if course.held_out is None else ""
-    is_held_out = course.held_out is not None and course.held_out.high < 0
+    is_held_out = course.held_out is not None and course.held_out.mean < 0
     interval, signal = (course.held_out, "change_held_out") if is_held_out else (course.improved, "improvement")
-    return Sign(LEARNING, interval, signal, _abouts(course), advice)
+    doubt = () if interval.high < 0 else ("its interval includes no change: measure more images, or train longer",)
+    return Sign(LEARNING, interval, signal, (*_abouts(course), *doubt), advice)
 
 
 def _about(course: Course, kind: str) -> str:

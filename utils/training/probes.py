@@ -188,8 +188,10 @@ class Probes:
         ]
 
     def _without_caption(self, sample: HeldOutSample) -> HeldOutSample:
-        states = states_of(self._task, sample.input_ids, self._accelerator.device, dropped=True)
-        return replace(sample, states=states, dropped=True)
+        family = self._task.family
+        input_ids = family.tokenizer()([""]) if family.text_encoder_names else sample.input_ids
+        states = states_of(self._task, input_ids, self._accelerator.device, dropped=True)
+        return replace(sample, input_ids=input_ids, states=states, dropped=True)
 
     @property
     def _has_captions(self) -> bool:
@@ -245,7 +247,8 @@ class Probes:
         from accelerate.utils import gather_object
 
         objective, found = self._task.objective, []
-        with unsharded(objective.trained.values()):
+        # without compiled code, which would be compiled again for these batches
+        with unsharded(objective.trained.values()), torch.compiler.set_stance("force_eager"):
             for item in self._items:
                 if self._session.requests.is_asked:
                     break
