@@ -47,7 +47,7 @@ FAULTS = {
     "harsh rate without the old digits": Fault(("forgetting",), data="new", rate=10),
     "shuffled captions": Fault(WRONG, data="shuffled"),
     "black images": Fault(WRONG, data="black"),
-    "wrong prediction type": Fault(WRONG, flags=("--prediction_type", "epsilon")),
+    "wrong prediction type": Fault(WRONG, flags=("--prediction_type", "sample")),
 }
 
 

@@ -274,7 +274,7 @@ def _has_wrong_captions(course: Course) -> Sign | None:
     if not (fit.high < 0 and gain.high < -WORSE) or now.low > 0:
         return None
     text = (
-        f"captions don't fit their images: the base's loss is {percent(-gain.mean)} with them what it is without "
+        f"captions don't fit their images: the base's loss with them is {percent(-gain.mean)} its loss without "
         f"({_spread(gain.negated())})"
     )
     return Sign(WRONG, gain.negated(), "caption_loss", (text,), "--caption_column to the captions of these images")
