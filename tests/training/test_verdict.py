@@ -84,6 +84,8 @@ def test_measurements_that_cost_too_much_are_left_out(monkeypatch):
 
     # a short run may take 18 s in all: the measurement before the half comes first
     assert affordable(44, 0, 4.0, 30.0)
+    assert affordable(44, 0, 40.0, 30.0)
+    assert not affordable(44, 0, 40.0, 900.0)
     assert not affordable(25, 1, 4.0, 30.0)
     assert affordable(25, 1, 2.5, 30.0)
     # a run of an hour, three per cent of it

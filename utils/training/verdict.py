@@ -118,6 +118,8 @@ class RunVerdict:
         elapsed = time.monotonic() - self._began
         done = max(1, progress.step - self._first_step)
         whole = elapsed / done * (progress.total_steps - self._first_step)
+        if rank == 0 and whole < SHORT_RUN:  # a short run too is judged once before its half
+            return True
         to_come = sum(other < rank and step > progress.step for step, other in self._steps.items())
         return self._spent + (2 + to_come) * self._cost <= TIME_SHARE * max(SHORT_RUN, whole)
 
