@@ -57,9 +57,9 @@ LABELLED = {
     ),
 }
 """By beginning of the name in the log: the gauge, its help, and the label that holds the rest of the name."""
-LEFT_OUT = ("grad_norm/", "loss_for_")
-"""Beginnings of names that would be a series for each layer or image."""
-DURATIONS = ("validation", "evaluation", "samples")
+LEFT_OUT = ("grad_norm/", "loss_for_", "verdict/")
+"""Beginnings of names that would be a series for each layer or image, and of the verdict, which is a state set."""
+DURATIONS = ("validation", "evaluation", "samples", "verdict")
 SECONDS = "_seconds"
 
 
