@@ -128,6 +128,7 @@ OTHER_READS = {  # what is read past utils/config/user_files.py, and why that is
     "utils/runtime/tracker_table.py": ("read_text", "the table of the package accelerate"),
     "utils/sampling/drawer.py": ("loads", "what was dumped in the same line"),
     "utils/evaluation/report.py": ("read_text", "the template beside the code"),
+    "utils/reports/page.py": ("read_text", "template, style and script beside the code"),
     "utils/config/standard_streams.py": ("open", "the null device"),
     "evaluate_pipeline.py": ("read_text", "the report that was written a line before"),
 }

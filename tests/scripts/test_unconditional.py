@@ -197,7 +197,11 @@ def test_dry_run(train, capsys, name):
     assert {"pixels": "DDPMPipeline", "labelled latents": "DiTPipeline"}[name] in printed
     assert {"pixels": "no classes", "labelled latents": "2 classes"}[name] in printed
     assert "2 optimizer steps" in printed
-    assert sorted(path.name for path in out.iterdir()) == ["contact_sheet.png", "dry_run_report.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "contact_sheet.png",
+        "dry_run_report.json",
+        "model_summary.json",
+    ]
 
 
 def test_a_run_that_is_ended_in_time_goes_on_bit_by_bit(train):

@@ -12,6 +12,7 @@ from tests.conftest import mostly_slow
 from tests.unets import NAMES, gradients, unet_and_inputs
 from utils.runtime.memory import align
 from utils.training.bf16_weights import HalfCopy
+from utils.training.state import TrainingState
 
 
 class Casts(TorchDispatchMode):
@@ -169,15 +170,15 @@ def test_logging_together_logs_the_same(train):
     ],
     ids=str,
 )
-def test_convolutions_are_timed_where_that_is_asked_for(train, caplog, flags, is_on, said):
+def test_convolutions_are_timed_where_that_is_asked_for(train, monkeypatch, caplog, flags, is_on, said):
     from torch.backends import cudnn
 
-    try:
-        train("sd", "--max_train_steps", 1, *flags)
-        assert cudnn.benchmark == is_on
-        assert said in caplog.text
-    finally:
-        cudnn.benchmark = False
+    seen, clip = [], TrainingState.clip
+    monkeypatch.setattr(TrainingState, "clip", lambda *given: (seen.append(cudnn.benchmark), clip(*given))[1])
+    train("sd", "--max_train_steps", 1, *flags)
+    assert seen == [is_on]
+    assert not cudnn.benchmark
+    assert said in caplog.text
 
 
 def test_channels_last_lays_out_a_vae_that_encodes_in_each_step(train):

@@ -268,6 +268,11 @@ class ModelOptions(PartOptions):
             raise UserError("--non_ema_revision is for a pipeline on the Hub, not for a single file; leave it out")
 
     @property
+    def is_pretrained(self) -> bool:
+        """Whether the denoiser was trained before."""
+        return self.unet_config is None
+
+    @property
     def num_chunks(self) -> int:
         """Number of chunks of a caption, each encoded in its own pass."""
         return self.max_token_length // CHUNK_TOKENS
@@ -296,6 +301,11 @@ class UnconditionalModelOptions(ShapeOptions, PartOptions):
             raise UserError(f"--{self.given[0]} is for a denoiser from scratch; --pretrained_model has its own shape")
         if self.pretrained_model_name_or_path is not None and self.vae is not None:
             raise UserError("--vae is for a denoiser from scratch; the pipeline of --pretrained_model has its own")
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the denoiser was trained before."""
+        return self.pretrained_model_name_or_path is not None
 
     @property
     def origin(self) -> str:

@@ -5,7 +5,6 @@ A run starts it in the background; as the least important process of its machine
 
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from utils.reports.page import FILE, write_page
@@ -18,6 +17,6 @@ def refresh(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with suppress(AttributeError, OSError):  # Windows has no nice
+    if hasattr(os, "nice"):  # Windows has none
         os.nice(19)
     refresh(Path(sys.argv[1]))

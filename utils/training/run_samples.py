@@ -134,7 +134,7 @@ def trained_model(options: TextOptions, found: FoundPipeline, session: Session) 
     has_adapter = options.adaptation.adaptation != "full"
     model = DrawnModel.of_training(session.folder.path, base if has_adapter else None)
     start = DrawnModel.at(base, adapters=[adapter] if adapter else [])
-    return TrainedModel(model, start if options.model.unet_config is None else None, has_adapter, adapter is None)
+    return TrainedModel(model, start if options.model.is_pretrained else None, has_adapter, adapter is None)
 
 
 def sample_sizes(images: PlannedImages | StreamedImages, resolution: int) -> list[tuple[int, int]]:

@@ -236,11 +236,10 @@ def _conditions(options: TrainingOptions, session: Session, state: TrainingState
     """Returns what the judgement must know of a run beside its measurements."""
     from accelerate.utils import gather_object
 
-    model, optimizer = options.model, options.optimizer
-    is_new = model.pretrained_model_name_or_path is None or model.unet_config is not None
+    optimizer = options.optimizer
     return Conditions(
         total_steps=state.total_steps,
-        is_pretrained=not is_new,
+        is_pretrained=options.model.is_pretrained,
         prediction_type=probes.prediction_type if probes is not None else "",
         contrasts=gather_object(probes.contrasts) if probes is not None else (),
         learning_rate=None if optimizer.spec.has_one_rate else optimizer.learning_rate,
