@@ -26,7 +26,7 @@ compare: $(INSTALLED)
 	$(RUN) demo/compare.py
 
 test: check
-	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow"
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow and not nightly"
 
 # tests that need several processes or minutes; continuous integration runs them after the others
 test-slow: $(INSTALLED) older

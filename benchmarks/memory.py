@@ -346,7 +346,7 @@ def measure(pipeline: Path, images: Path, folder: Path, flags: Sequence[str]) ->
         command = [sys.executable, ROOT / "train_text_to_image.py", "--pretrained_model", pipeline]
         command += ["--train_data_dir", images, "--output_dir", output, "--max_train_steps", STEPS]
         command += ["--encoding_cache_dir", folder / "cache", "--cache_batch_size", 1]
-        command += ["--no_final_checkpoint", "--report_to", "none", *flags]
+        command += ["--no_final_checkpoint", "--no_report", "--no_verdict", "--report_to", "none", *flags]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])

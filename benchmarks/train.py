@@ -208,7 +208,7 @@ def our_side(contest: Contest, name: str, changes: Sequence[str], steps: int, mi
     flags = [*contest.shared_flags, "--pretrained_model_name_or_path", str(contest.pipeline), "--seed", "0"]
     flags += ["--train_batch_size", str(contest.size.batch // micro_batches)]
     flags += ["--gradient_accumulation_steps", str(micro_batches), "--max_train_steps", str(steps)]
-    flags += ["--no_final_checkpoint", *contest.case.ours.split()]
+    flags += ["--no_final_checkpoint", "--no_report", "--no_verdict", *contest.case.ours.split()]
     return Side(name, ROOT / contest.case.script, [*flags, *changes], changes)
 
 

@@ -36,7 +36,7 @@ COMMON = [
     "--cache_latents", "--cache_text_embeddings",
     "--validation_steps", "50",
     "--checkpointing_steps", str(NUM_STEPS),
-    "--report_to", "none",
+    "--report_to", "none", "--no_report", "--no_verdict",
 ]  # fmt: skip
 ADAPTED = ["--rank", "16", "--lora_target_modules", LORA_TARGETS]
 RATE = "--learning_rate"

@@ -22,7 +22,8 @@ def command(pipelines: dict[str, Path], images: Path, out: Path, *flags: object)
         "--output_dir",
         out,
     ]
-    words += ["--resolution", tiny.RESOLUTION, "--lr_warmup_steps", 0, "--report_to", "none", "--no_export_check"]
+    words += ["--resolution", tiny.RESOLUTION, "--lr_warmup_steps", 0, "--report_to", "none"]
+    words += ["--no_export_check", "--no_report", "--no_verdict"]
     return [str(word) for word in (*words, *flags)]
 
 

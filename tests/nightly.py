@@ -53,6 +53,7 @@ JOBS = (
         "lycoris",
     ),
     Job("older libraries open the results", ("make", "test-older")),
+    Job("tests of many minutes", ("python", "-m", "pytest", "-q", "-m", "nightly")),
 )
 
 
