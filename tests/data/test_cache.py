@@ -352,7 +352,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cache_killed_at_random_moments_is_byte_for_byte_one_filled_in_peace(pipelines, tmp_path):
     data = tiny.make_images(tmp_path / "data", 60)
     peace, war = tmp_path / "peace", tmp_path / "war"

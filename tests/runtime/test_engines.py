@@ -69,8 +69,14 @@ def test_one_process_in_other_pieces(train, sgd, data, kind):
     assert_close(whole, pieces)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "batch", "accumulation"), [(2, 2, 2), (4, 2, 1), (4, 1, 2)])
+@pytest.mark.parametrize(
+    ("processes", "batch", "accumulation"),
+    [
+        pytest.param(2, 2, 2, marks=pytest.mark.slow),
+        pytest.param(4, 2, 1, marks=pytest.mark.nightly),
+        pytest.param(4, 1, 2, marks=pytest.mark.nightly),
+    ],
+)
 def test_several_processes_train_what_one_does(train, sgd, data, tmp_path, pipelines, processes, batch, accumulation):
     whole = train("sd", *STEPS, "--train_batch_size", 8, data=data, out="whole")
     pieces = ("--train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
@@ -92,7 +98,7 @@ def test_two_processes_train_a_model_without_words_as_one_does(train, sgd, data,
     assert (out / "samples" / "final").is_dir()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_three_processes_train_what_one_does(train, sgd, data, tmp_path, pipelines):
     whole = train("sd", *STEPS, "--train_batch_size", 6, data=data, out="whole")
     pieces = ("--train_batch_size", 2, "--gradient_accumulation_steps", 1)
@@ -186,12 +192,17 @@ def test_fsdp2_trains_in_bfloat16_what_ddp_does(data, tmp_path, pipelines):
     torch.testing.assert_close(found["fsdp"], found[""], rtol=5e-3, atol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
-        ("--adaptation", "lora", "--train_text_encoder", "--lora_dropout", 0.2, "--export_fused"),
-        ("--mixed_precision", "bf16", "--gradient_checkpointing", "--async_checkpointing", "--train_text_encoder"),
+        pytest.param(
+            ("--adaptation", "lora", "--train_text_encoder", "--lora_dropout", 0.2, "--export_fused"),
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            ("--mixed_precision", "bf16", "--gradient_checkpointing", "--async_checkpointing", "--train_text_encoder"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_fsdp2_resumes_bit_by_bit(data, tmp_path, pipelines, more):
@@ -267,7 +278,7 @@ def test_flags_that_an_engine_can_not_do_are_refused(engine, words, flag, tmp_pa
     Engine.__new__(Engine).check_options(given, "muon")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("config", ["fsdp2.yaml", "deepspeed_zero2.yaml", "multi_gpu.yaml"])
 def test_the_configs_for_gpus_start_or_say_why_not(pipelines, images, tmp_path, config):
     words = [*launcher("accelerate.commands.launch"), "--config_file", str(ROOT / "accelerate_configs" / config)]
@@ -301,8 +312,7 @@ def test_memory_that_runs_short_as_gradients_are_shared(pipelines, data, tmp_pat
     assert_close(tmp_path / "whole", tmp_path / "short")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("call", [1, 4])
+@pytest.mark.parametrize("call", [pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.nightly)])
 def test_memory_that_runs_short_in_one_ranks_forward_pass(pipelines, data, tmp_path, call):
     """In the rehearsal, or in a step: with a text encoder, whose buffers DDP would send in each forward pass."""
     flags = ("--train_batch_size", 2, "--learning_rate", 1e-3, "--adam_epsilon", 1e-5, "--max_train_steps", 4)

@@ -135,7 +135,7 @@ exit ${status:-0}
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_slurm_script(pipelines, images, tmp_path):
     """Under stand-ins for Slurm's commands: its notice is passed on, the job begins again, and ends as if alone."""
     for name, body in SLURM_COMMANDS.items():

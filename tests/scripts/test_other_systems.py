@@ -112,7 +112,7 @@ def other_system(script: str, *words: object, expect: int = 0) -> str:
     return run([sys.executable, str(ROOT / "tests" / "other_system.py"), script, *map(str, words)], expect)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_system_without_signals_forks_and_open_files_that_are_renamed(pipelines, images, tmp_path):
     """Training with a cache, checkpoints that are pruned, an average, a sample; resuming; evaluating: as here."""
     flags = (*BASE_FLAGS, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--dataloader_num_workers", 1)
@@ -135,7 +135,7 @@ def test_a_system_without_signals_forks_and_open_files_that_are_renamed(pipeline
     assert (tmp_path / "report" / "report.md").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_system_without_them_trains_pixels(images, tmp_path):
     words = ("--train_data_dir", images, *tiny.UNCONDITIONAL["pixels"], "--resolution", tiny.RESOLUTION, *BASE_FLAGS)
     words += ("--output_dir", tmp_path, "--report_to", "none", "--save_images_epochs", 1, "--save_model_epochs", 1)

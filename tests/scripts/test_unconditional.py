@@ -352,7 +352,7 @@ def test_the_readmes_commands_parse(tmp_path):
         parse(Options, [str(tmp_path) if word == "path/to/images" else word for word in words], "")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_demo_trains_draws_and_judges(tmp_path, monkeypatch, capsys):
     import unconditional
     from tests.conftest import reset_accelerate
@@ -369,7 +369,7 @@ def test_the_demo_trains_draws_and_judges(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "unconditional_film_strip.png").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_real_digits_of_another_half_are_what_the_judge_is_sure_of(tmp_path):
     import classifier
     import digits

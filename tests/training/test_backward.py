@@ -253,7 +253,7 @@ def test_accumulated_gradients_have_memory_of_their_own(owns_memory):
     assert not owns_memory or len(places) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_three_processes_resume_bit_by_bit(pipelines, images, tmp_path):
     """DistributedDataParallel orders its sums anew after its first backward pass: from three on that shows."""
     words = [*launcher("torch.distributed.run"), "--nproc_per_node", "3", "--master_port", "29651"]
