@@ -192,17 +192,12 @@ def test_fsdp2_trains_in_bfloat16_what_ddp_does(data, tmp_path, pipelines):
     torch.testing.assert_close(found["fsdp"], found[""], rtol=5e-3, atol=0)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "more",
     [
-        pytest.param(
-            ("--adaptation", "lora", "--train_text_encoder", "--lora_dropout", 0.2, "--export_fused"),
-            marks=pytest.mark.nightly,
-        ),
-        pytest.param(
-            ("--mixed_precision", "bf16", "--gradient_checkpointing", "--async_checkpointing", "--train_text_encoder"),
-            marks=pytest.mark.slow,
-        ),
+        ("--adaptation", "lora", "--train_text_encoder", "--lora_dropout", 0.2, "--export_fused"),
+        ("--mixed_precision", "bf16", "--gradient_checkpointing", "--async_checkpointing", "--train_text_encoder"),
     ],
 )
 def test_fsdp2_resumes_bit_by_bit(data, tmp_path, pipelines, more):

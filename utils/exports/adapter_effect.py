@@ -17,6 +17,7 @@ UI_ROLES = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "do
 """What UIs call the tensors of a layer that have other names there."""
 ROUNDING = 1e-5  # of float32 sums of products in another order, relative to the sum of their absolute values
 TINY = torch.finfo(torch.float32).tiny
+AT_ONCE = 2**22  # values that are compared at a time
 ROWS = 8  # of a layer, where not all are compared
 OUTPUTS = ("up", "lora_up.weight", "magnitude", "dora_scale", "hada_w1_a", "hada_w2_a")
 OUTPUTS_OF_PRODUCT = ("lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a")
@@ -51,7 +52,7 @@ def allowed_difference(layer: AdapterLayer, dtype: torch.dtype) -> Tensor:
     raised = {role: each + rounding_error(each, dtype) for role, each in values.items()}
     below = replace(layer, tensors=values, alpha=alpha).delta()
     above = replace(layer, tensors=raised, alpha=alpha).delta()
-    return above - below + ROUNDING * above + TINY
+    return above.mul_(1 + ROUNDING).sub_(below).add_(TINY)
 
 
 def allowed_for_dora(layer: AdapterLayer, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,6 +77,14 @@ def allowed_for_dora(layer: AdapterLayer, weight: Tensor, dtype: torch.dtype) ->
 
 def is_within(given: Tensor, wanted: Tensor, allowed: Tensor) -> bool:
     """Whether values are as near as allowed, and not finite in the same places; where any is allowed, any is right."""
+    if given.shape != wanted.shape:
+        return False
+    flat = (each.flatten().split(AT_ONCE) for each in (given, wanted, allowed.expand_as(wanted)))
+    return all(_are_within(*parts) for parts in zip(*flat, strict=True))
+
+
+def _are_within(given: Tensor, wanted: Tensor, allowed: Tensor) -> bool:
+    """The same for a few of the values, since comparing takes several times their memory."""
     is_bound = torch.isfinite(allowed)
     finite = torch.isfinite(wanted)
     if bool(((finite != torch.isfinite(given)) & is_bound).any()):

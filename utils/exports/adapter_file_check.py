@@ -82,11 +82,11 @@ def _is_same(layer: AdapterLayer, update: UiUpdate, dtype: torch.dtype) -> bool:
         wanted = _broadcast(tensor, len(layer.shape)) if role == "magnitude" else tensor
         if name not in update.values or not same_bits(wanted.to(dtype), update.values[name]):
             return False
-    expected, computed = layer.delta(), update.delta(layer.shape)
     allowed = allowed_difference(layer, dtype)
+    expected, computed = layer.delta(), update.delta(layer.shape)
     if expected.numel():
-        allowed += ROUNDED.get(layer_dtype(layer), 0.0) * expected.abs().max()
-    return expected.shape == computed.shape and is_within(computed, expected, allowed)
+        allowed += ROUNDED.get(layer_dtype(layer), 0.0) * torch.linalg.vector_norm(expected, torch.inf)
+    return is_within(computed, expected, allowed)
 
 
 def _broadcast(magnitude: Tensor, dimensions: int) -> Tensor:

@@ -80,7 +80,7 @@ class AdapterLayer:
         """Returns the scaled product in float32, in the shape of the layer's weight; without a magnitude."""
         values = {role: tensor.float() for role, tensor in self.tensors.items()}
         product = {"lora": _lora_product, "loha": _loha_product, "lokr": _lokr_product}[self.kind](values)
-        return (product * self.scale).reshape(self.shape)
+        return product.mul_(self.scale).reshape(self.shape)
 
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """Returns a weight with this update, computed in float32.

@@ -129,7 +129,7 @@ class UiUpdate:
         else:
             product, inner = self._kronecker(read)
         scale = 1.0 if self.alpha is None or inner is None else self.alpha / inner
-        return (scale * product).reshape(tuple(shape))
+        return product.mul_(scale).reshape(tuple(shape))
 
     @staticmethod
     def _kronecker(read: Mapping[str, Tensor]) -> tuple[Tensor, int | None]:
