@@ -378,7 +378,7 @@ def test_a_cache_killed_at_random_moments_is_byte_for_byte_one_filled_in_peace(p
     assert not list(war.rglob(".tmp-*"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_fill_what_one_does(pipelines, tmp_path):
     data = tiny.make_images(tmp_path / "data", 30)
     one, two = tmp_path / "one", tmp_path / "two"

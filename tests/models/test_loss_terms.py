@@ -277,7 +277,7 @@ class TestOwnTerm:
         early, late = (load_file(whole / f"checkpoint-{step}" / "loss_module.safetensors") for step in (2, 4))
         assert all(not torch.equal(early[name], late[name]) for name in early)
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     def test_two_processes_train_it_as_one_does(self, pipelines, images, tmp_path):
         flags = ["--pretrained_model", pipelines["sd"], "--train_data_dir", images, "--resolution", 32]
         flags += ["--report_to", "none", "--max_train_steps", 2, "--lr_warmup_steps", 0, "--adam_epsilon", 1e-5]

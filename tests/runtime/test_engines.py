@@ -84,7 +84,7 @@ def test_several_processes_train_what_one_does(train, sgd, data, tmp_path, pipel
     assert_close(whole, tmp_path / "spread")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_train_a_model_without_words_as_one_does(train, sgd, data, tmp_path, engine):
     whole = train("pixels", *STEPS, "--train_batch_size", 8, data=data, out="whole")
@@ -106,7 +106,7 @@ def test_three_processes_train_what_one_does(train, sgd, data, tmp_path, pipelin
     assert_close(whole, tmp_path / "spread")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_three_processes_share_eight_samples(train, sgd, data, tmp_path, pipelines):
     """2, 3 and 3, in pieces of at most two; it is a checkpoint of one process that they resume from."""
     whole = train("sd", *STEPS, "--train_batch_size", 8, data=data, out="whole")
@@ -124,7 +124,7 @@ def test_a_global_batch(refused, train, data, tmp_path):
     assert_close(whole, pieces)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_moves_from_one_process_to_two_and_back(train, sgd, data, tmp_path, pipelines):
     whole = train("sd", *STEPS, "--max_train_steps", 6, "--train_batch_size", 4, data=data, out="whole")
     moved = train("sd", *STEPS, "--max_train_steps", 2, "--train_batch_size", 4, data=data, out="moved")
@@ -181,7 +181,7 @@ def test_fsdp2_leaves_the_batch_in_float32(monkeypatch, precision):
     assert computed.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_fsdp2_trains_in_bfloat16_what_ddp_does(data, tmp_path, pipelines):
     flags = ("--learning_rate", 1e-3, "--adam_epsilon", 1e-5, "--max_train_steps", 4, "--train_batch_size", 2)
     found = {}
@@ -293,7 +293,7 @@ def test_a_rank_that_raises_ends_all_with_its_error(pipelines, data, tmp_path):
     assert "this rank fails" in errors[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_that_runs_short_as_gradients_are_shared(pipelines, data, tmp_path):
     """The steps before are saved by the process that failed, and a resumed run takes half as many samples at once."""
     flags = ("--train_batch_size", 2, "--learning_rate", 1e-3, "--adam_epsilon", 1e-5, "--max_train_steps", 5)
@@ -405,7 +405,7 @@ def on_nodes(nodes: list[tuple[str, str, str]], words: list[str], folder: Path) 
     return started
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_nodes_train_what_one_process_does(train, data, pipelines, tmp_path, nodes):
     flags = ("--learning_rate", 1e-3, "--adam_epsilon", 1e-5, "--max_train_steps", 4)
     whole = train("sd", *flags, "--train_batch_size", 4, data=data, out="whole")
@@ -414,7 +414,7 @@ def test_two_nodes_train_what_one_process_does(train, data, pipelines, tmp_path,
     assert_close(whole, tmp_path / "out")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_node_that_is_cut_off_ends_the_run(data, pipelines, tmp_path, nodes):
     flags = ("--max_train_steps", 100_000, "--train_batch_size", 2, "--peer_timeout", 15, "--checkpointing_steps", 5)
     out = tmp_path / "out"

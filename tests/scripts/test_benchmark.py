@@ -364,7 +364,7 @@ def test_a_gate_that_fails_prints_no_speed(monkeypatch, capsys, tmp_path):
     assert "images/s" not in shown
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_smallest_case_without_a_peer(tmp_path):
     flags = ["--case", "unconditional", "--size", "tiny", "--rounds", "1", "--steps", "6", "--warm_up", "2"]
     command = [sys.executable, "benchmarks/train.py", *flags, "--check_steps", "4", "--threads", "1"]

@@ -214,7 +214,7 @@ def test_adapters_of_the_command_line_replace_those_of_a_config_file(pipelines, 
     assert [each.label for each in found] == ["face=2", "style=3"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_of_several_processes_is_that_of_one(evaluate, pipelines, loras, tmp_path):
     words = ["--pipeline", pipelines["sd"], "--lora", f"{loras[0]}=4", "--lora_scales", 0, 1, "--metrics", "none"]
     _, one = evaluate(*words, *SHARED)

@@ -268,7 +268,7 @@ def test_passes_in_float32_leave_all_as_it_was(train, monkeypatch, flags):
     assert losses(train("sd", *flags, out="unchecked")) == losses(checked)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("name", "what"), [("sd", "blocks"), ("pixels", "denoiser")])
 def test_inductors_gradients_are_the_plain_ones(train, name, what, caplog):
     with caplog.at_level(logging.INFO):

@@ -55,7 +55,7 @@ def test_the_learning_rate_does_not_follow_the_clock(train, capsys):
     assert "--save_images_minutes 1 measures the validation loss by the clock" in message(capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_save_and_draw_after_the_same_steps(pipelines, images, tmp_path):
     words = [*launcher("torch.distributed.run"), "--nproc_per_node", "2", "--master_port", "29637"]
     flags = ("--train_batch_size", 1, "--max_train_steps", 12)

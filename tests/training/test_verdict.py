@@ -140,7 +140,7 @@ def test_a_rate_far_too_high_diverges_and_a_tiny_one_learns_nothing(train, tmp_p
     assert low["since_step"] < 6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_reach_the_verdict_of_one(pipelines, tmp_path):
     data = tiny.make_images(tmp_path / "data", 10)
     flags = ["--pretrained_model", pipelines["sd"], "--train_data_dir", data, "--resolution", 32, "--report_to", "none"]
