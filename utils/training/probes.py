@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,6 @@ from utils.config.seeding import Stream, generator
 from utils.config.user_files import lines_of, read_text
 from utils.data.plan import PlannedImages
 from utils.data.stream import StreamedImages
-from utils.runtime.memory import is_out_of_memory
-from utils.runtime.processes import autocast
 from utils.runtime.sharding import unsharded
 from utils.sampling.samples import Sample
 from utils.training.copies import copying_distances
@@ -25,7 +24,7 @@ from utils.training.objective import Objective
 from utils.training.options import TrainingOptions
 from utils.training.session import Session
 from utils.training.task import Task
-from utils.training.validation_loss import HeldOutSample, encode_image, fixed_batch, states_of
+from utils.training.validation_loss import HeldOutSample, at_timesteps, encode_image, fixed_batch, states_of
 
 logger = logging.getLogger(__name__)
 TRAINED, HELD_OUT, OUTSIDE = "trained", "held_out", "outside"
@@ -279,18 +278,8 @@ class Probes:
         return found._replace(bare=[loss for each in bare for loss in each.losses.tolist()], gap=gap.tolist())
 
     def _predict(self, objective: Objective, sample: HeldOutSample, timesteps: Tensor) -> "list[Predicted]":
-        """Predicts an image at all timesteps at once; when out of memory, one after the other."""
-        batch = fixed_batch(sample, timesteps, self._session.seed).to(self._accelerator.device)
-        mean, std = batch.moments.float().unbind(1)
-        encoded = EncodedBatch(batch, mean, std, batch.states)
-        with autocast(self._accelerator):
-            try:
-                return [_predicted(objective, encoded)]
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            torch.cuda.empty_cache()
-            return [_predicted(objective, encoded.part(at, at + 1)) for at in range(len(timesteps))]
+        batch = fixed_batch(sample, timesteps, self._session.seed)
+        return at_timesteps(self._accelerator, batch, partial(_predicted, objective))
 
     def copies(self, samples: Sequence[Sample]) -> list[float]:
         """Returns the distance of each sample to the training images; see `copying_distances`."""

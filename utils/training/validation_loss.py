@@ -3,10 +3,10 @@
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,9 +33,10 @@ from utils.training.session import Session
 from utils.training.task import Task
 
 if TYPE_CHECKING:
-    pass
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+Computed = TypeVar("Computed")
 FILE = "validation.jsonl"
 FILE_LIMIT = 1 << 30
 
@@ -250,30 +251,33 @@ class HeldOut:
             for sample in self._samples:
                 if self._requests.is_asked:
                     break
-                batch = self._batch(sample).to(self._accelerator.device)
-                mean, std = batch.moments.float().unbind(1)
-                encoded = EncodedBatch(batch, mean, std, batch.states)
-                found.append((sample.number, self._measured(objective, encoded).cpu().double().numpy()))
+                losses = torch.cat(at_timesteps(self._accelerator, self._batch(sample), objective.plain_losses))
+                found.append((sample.number, losses.cpu().double().numpy()))
         together = gather_object([(found, len(found) == len(self._samples))])
         if not all(is_whole for _, is_whole in together):
             return None
         every = sorted((pair for some, _ in together for pair in some), key=lambda pair: pair[0])
         return np.mean([losses for _, losses in every], axis=0)
 
-    def _measured(self, objective: Objective, encoded: EncodedBatch) -> Tensor:
-        """Returns the losses, [T]; when out of memory, computes the timesteps one after the other."""
-        with autocast(self._accelerator):
-            try:
-                return objective.plain_losses(encoded)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            torch.cuda.empty_cache()
-            parts = (encoded.part(place, place + 1) for place in range(len(encoded.batch)))
-            return torch.cat([objective.plain_losses(part) for part in parts])
-
     def _batch(self, sample: HeldOutSample) -> Batch:
         return fixed_batch(sample, self._timesteps, self._seed)
+
+
+def at_timesteps(
+    accelerator: "Accelerator", batch: Batch, compute: Callable[[EncodedBatch], Computed]
+) -> list[Computed]:
+    """Computes on an image at all timesteps of a `fixed_batch` at once; when out of memory, one after the other."""
+    batch = batch.to(accelerator.device)
+    mean, std = batch.moments.float().unbind(1)
+    encoded = EncodedBatch(batch, mean, std, batch.states)
+    with autocast(accelerator):
+        try:
+            return [compute(encoded)]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()
+        return [compute(encoded.part(place, place + 1)) for place in range(len(batch))]
 
 
 def fixed_batch(sample: HeldOutSample, timesteps: Tensor, seed: int) -> Batch:
