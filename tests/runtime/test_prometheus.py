@@ -17,7 +17,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from utils.config.options import UserError
-from utils.runtime.prometheus import VERDICTS, MetricsServer, RunCounts, StepNumbers, process_registry
+from utils.evaluation.judging import WORDS
+from utils.runtime.prometheus import MetricsServer, RunCounts, StepNumbers, process_registry
 from utils.runtime.prometheus_options import PrometheusOptions, check_server
 
 STEP = {"train_loss": 0.5, "learning_rate": 1e-4, "grad_norm": None, "images_per_second": 8.0, "epoch": 0.25}
@@ -43,10 +44,10 @@ def read(port: int) -> str:
 def test_the_numbers_of_a_run(tmp_path):
     registry, skipped, file = CollectorRegistry(), [0], tmp_path / "verdict.json"
     numbers = StepNumbers(registry, 4)
-    counts = RunCounts(100, lambda: skipped[0], lambda: 3, file)
+    counts = RunCounts(100, lambda: skipped[0], lambda: 3, file, WORDS)
     registry.register(counts)
     found = samples(generate_latest(registry).decode())
-    assert [found["finetune_verdict", word] for word in VERDICTS] == [0] * len(VERDICTS)
+    assert [found["finetune_verdict", word] for word in WORDS] == [0] * len(WORDS)
 
     for step in (11, 12):
         numbers.step(STEP, step)
@@ -70,12 +71,14 @@ def test_the_numbers_of_a_run(tmp_path):
     assert found["finetune_evaluation_duration_seconds_sum", "samples"] == 1.5
     assert found["finetune_skipped_steps_total",] == 2
     assert found["finetune_unreadable_images_total",] == 3
-    assert {word for word in VERDICTS if found["finetune_verdict", word]} == {"overfitting"}
+    assert {word for word in WORDS if found["finetune_verdict", word]} == {"overfitting"}
     assert "unet.a" not in text
     assert "a.png" not in text
 
-    file.write_text("{")  # not whole, or of something else
-    counts.set_verdict("learning")
+    file.write_text("{")  # not whole
+    found = samples(generate_latest(registry).decode())
+    assert [found["finetune_verdict", word] for word in WORDS] == [0] * len(WORDS)
+    file.write_text(json.dumps({"verdict": "learning"}))
     assert samples(generate_latest(registry).decode())["finetune_verdict", "learning"] == 1
 
 

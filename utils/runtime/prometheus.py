@@ -5,7 +5,7 @@ https://prometheus.io/docs/practices/naming
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 logger = logging.getLogger(__name__)
-VERDICTS = (
-    "learning",
-    "not learning",
-    "diverging",
-    "overfitting",
-    "forgetting",
-    "copying",
-    "data or target wrong",
-)
 STEP_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 PER_STEP = {
     "train_loss": ("finetune_loss", "Training loss of the last step"),
@@ -128,19 +119,23 @@ def _number(value: float | None) -> float:
 class RunCounts:
     """Counts and the verdict, read at each scrape from where the run keeps them."""
 
-    def __init__(self, total_steps: int, skipped: Callable[[], int], unreadable: Callable[[], int], verdict: Path):
+    def __init__(
+        self,
+        total_steps: int,
+        skipped: Callable[[], int],
+        unreadable: Callable[[], int],
+        verdict: Path,
+        words: Sequence[str],
+    ):
         """Args:
         total_steps: optimizer steps of the whole run.
         skipped: returns how many steps were skipped.
         unreadable: returns how many images could not be read.
         verdict: the file `verdict.json`, which need not exist.
+        words: all verdicts that there are.
         """
         self._total_steps, self._skipped, self._unreadable = total_steps, skipped, unreadable
-        self._verdict, self._word = verdict, ""
-
-    def set_verdict(self, word: str) -> None:
-        """Sets the verdict; `verdict.json` comes before it."""
-        self._word = word
+        self._verdict, self._words = verdict, words
 
     def describe(self) -> Iterable["Metric"]:
         """Returns nothing: registering must not read anything."""
@@ -155,9 +150,8 @@ class RunCounts:
             "finetune_skipped_steps", "Steps skipped without a finite loss and gradient", self._skipped()
         )
         yield CounterMetricFamily("finetune_unreadable_images", "Images that could not be read", self._unreadable())
-        found = self._word_in_file() or self._word
-        words = [*VERDICTS, *([found] if found and found not in VERDICTS else [])]
-        states = {word: word == found for word in words}
+        found = self._word_in_file()
+        states = {word: word == found for word in self._words}
         yield StateSetMetricFamily("finetune_verdict", "Whether the training works: 1 for the verdict", states)
 
     def _word_in_file(self) -> str:

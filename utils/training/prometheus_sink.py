@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Self
 from utils.config.config_file import recorded_options
 from utils.config.options import UserError
 from utils.config.terminal import one_line
+from utils.evaluation.judging import WORDS
+from utils.reports.records import VERDICT
 from utils.runtime.processes import on_main_process, versions
 from utils.runtime.prometheus import MetricsServer, RunCounts, StepNumbers, process_registry
 from utils.runtime.prometheus_options import PrometheusOptions
@@ -58,7 +60,7 @@ class PrometheusSink(Sink):
             try:
                 sink._serve()
             except UserError as error:
-                logger.error("%s; this process goes on without", error)
+                logger.error("%s; its memory is not served, and the training continues", error)
         return [sink]
 
     def _add_run(self, session: Session, data: TrainingData, state: TrainingState) -> None:
@@ -66,11 +68,8 @@ class PrometheusSink(Sink):
         from prometheus_client import Info
 
         folder = session.folder.path
-        self._registry.register(
-            RunCounts(
-                state.total_steps, lambda: state.skips.total, lambda: len(data.images.bad), folder / "verdict.json"
-            )
-        )
+        counts = (lambda: state.skips.total), (lambda: len(data.images.bad))
+        self._registry.register(RunCounts(state.total_steps, *counts, folder / VERDICT, WORDS))
         Info("finetune_run", "This run", registry=self._registry).info(_facts(folder))
 
     def _serve(self) -> None:

@@ -20,6 +20,7 @@ from utils.config.tensor_files import read_safetensors
 from utils.config.user_files import read_bytes
 from utils.evaluation.judging import LEARNING, WORDS, Conditions, Verdict, judge
 from utils.evaluation.readings import Reading
+from utils.reports.records import VERDICT
 from utils.runtime.atomic_files import or_without, replacing, write_tensors
 from utils.runtime.processes import on_main_process, write_json
 from utils.runtime.step_lines import read_line
@@ -30,7 +31,7 @@ from utils.training.session import Session
 from utils.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
-RESULT, READINGS, BASE = "verdict.json", "verdict.jsonl", "verdict_base.bin"
+READINGS, BASE = "verdict.jsonl", "verdict_base.bin"
 FILE_LIMIT = 1 << 28
 POINTS = 2001  # of the learning-rate schedule
 TIME_SHARE = 0.03  # of the run's time that measurements may take
@@ -80,7 +81,7 @@ class RunVerdict:
         """Removes what an earlier run left, unless this one continues it."""
         folder = self._session.folder.path
         if self._probes is None or not self._state.step:
-            for name in (RESULT, READINGS, BASE):
+            for name in (VERDICT, READINGS, BASE):
                 (folder / name).unlink(missing_ok=True)
 
     def _take_up(self) -> None:
@@ -192,7 +193,7 @@ class RunVerdict:
         with or_without(file := folder / READINGS), replacing(file) as aside:
             aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
         if self.verdict is not None:
-            with or_without(file := folder / RESULT):
+            with or_without(file := folder / VERDICT):
                 write_json(file, self.verdict.as_record(self._best(self.verdict.best_step)))
 
     def _best(self, step: int) -> str | None:
