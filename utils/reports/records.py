@@ -6,6 +6,7 @@ Any of them may be missing, damaged, half written or written by an earlier relea
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils.config.options import UserError
-from utils.config.user_files import open_regular, read_json
-from utils.runtime.step_lines import LINE_LIMIT, read_line
+from utils.config.user_files import read_json
+from utils.runtime.step_lines import read_line, whole_lines
 
 METRICS = (
     *("time", "samples_seen", "epoch", "train_loss", "grad_norm", "learning_rate", "images_per_second", "data_wait"),
@@ -32,6 +33,7 @@ STEP_FOLDER = re.compile(r"step-(\d{1,18})")
 SAMPLES, FINAL, BASE, SAMPLE_LINES, GRID_RECORD = "samples", "final", "base", "samples.jsonl", "samples.json"
 BASE_STEP = -1
 NOT_SAMPLES = ("grid.png", "film_strip.png")
+VERDICT = "verdict.json"
 SHEET, MODEL_SUMMARY, LAYER_STATISTICS = "contact_sheet.png", "model_summary.json", "layer_statistics.jsonl"
 
 
@@ -133,7 +135,7 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
         validation=_read_lines(folder / "validation.jsonl"),
         evaluation=_read_lines(folder / "evaluation" / "evaluation.jsonl"),
         layers=_read_lines(folder / LAYER_STATISTICS),
-        verdict=_read_object(folder / "verdict.json"),
+        verdict=_read_object(folder / VERDICT),
         model=_read_object(folder / MODEL_SUMMARY),
         data=_read_object(folder / "data_report.json"),
         samples=samples,
@@ -161,17 +163,9 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    """The lines of a file, without those that are too long; none if it can't be opened."""
-    try:
-        with open_regular(file) as opened:
-            is_whole = True
-            while line := opened.readline(LINE_LIMIT):
-                is_end = line.endswith(b"\n")
-                if is_whole and (is_end or len(line) < LINE_LIMIT):
-                    yield line
-                is_whole = is_end
-    except (OSError, ValueError, UserError):
-        return
+    """The whole lines of a file, as far as it can be read."""
+    with suppress(OSError, ValueError, UserError):
+        yield from whole_lines(file)
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:

@@ -10,19 +10,12 @@ import numpy as np
 
 from utils.config.terminal import json_text
 from utils.config.user_files import size_text
+from utils.evaluation.judging import LEARNING
 from utils.reports.charts import num_skipped
 from utils.reports.curves import number, smoothed
 from utils.reports.records import RunRecord, as_dict, as_number
 
-GOOD = ("learning",)
-UNSURE = ("unclear", "not told")
-STATES = {
-    "running": "running",
-    "finished": "finished",
-    "stopped": "stopped",
-    "diverged": "diverged",
-    "failed": "failed",
-}
+STATES = ("running", "finished", "stopped", "diverged", "failed")
 MOST_ROWS = 1000  # layers, options
 LONGEST = 400  # characters of a value
 RECENT_STEPS = 100  # steps whose speed is shown
@@ -64,8 +57,7 @@ def verdict_of(record: RunRecord) -> dict[str, Any] | None:
     shown = ", ".join(f"{short_text(name)} {number(value)}" for name, value in signals[:40] if math.isfinite(value))
     if shown:
         facts.append(("signals", shown))
-    style = "good" if word in GOOD else "unsure" if word in UNSURE else "bad"
-    return {"word": short_text(word), "style": style, "lines": lines, "facts": facts}
+    return {"word": short_text(word), "style": "good" if word == LEARNING else "bad", "lines": lines, "facts": facts}
 
 
 def headline(record: RunRecord) -> list[tuple[str, str]]:
@@ -101,7 +93,7 @@ def headline(record: RunRecord) -> list[tuple[str, str]]:
 
 def state_text(record: RunRecord) -> str:
     """Returns the state of a run, with the reason or the age of its last record."""
-    state = STATES.get(record.state, "unknown")
+    state = record.state if record.state in STATES else "unknown"
     if state == "running":
         moment = last(record.metrics["time"])
         age = time.time() - moment

@@ -49,6 +49,22 @@ def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool, bool]]:
         is_continued = not is_end
 
 
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """Yields the lines of a file, without those that are too long; none if there is no file.
+
+    Raises:
+        OSError, FileError: if it can't be read.
+    """
+    if path.is_file():
+        with open_regular(path) as opened:
+            yield from (line for line, is_whole, _ in _lines(opened) if is_whole)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the values of the lines of a file that can be read; see `whole_lines`."""
+    return (values for line in whole_lines(path) if (values := read_line(line)) is not None)
+
+
 def read_line(line: bytes) -> dict[str, Any] | None:
     """Returns the values of a line for a step; None if it is not such a line."""
     try:
@@ -109,12 +125,9 @@ def samples_before(path: Path, step: int, per_step: int) -> int:
         per_step: the global batch up to `step`, for lines that do not say how many samples were seen.
     """
     last = b""
-    if path.is_file():
-        with open_regular(path) as lines:
-            for line, is_whole, _ in _lines(lines):
-                found = STEP.match(line) if is_whole else None
-                if found and int(found[1]) <= step:
-                    last = line
+    for line in whole_lines(path):
+        if (found := STEP.match(line)) and int(found[1]) <= step:
+            last = line
     values = read_line(last) or {}
     seen = values.get("samples_seen")
     return step * per_step if type(seen) is not int else seen + (step - values["step"]) * per_step

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.config.user_files import open_regular, read_json
+from utils.config.user_files import read_json
 from utils.runtime.atomic_files import replacing, set_aside
-from utils.runtime.step_lines import JsonLines, SampleCount, keep_steps, read_line
+from utils.runtime.step_lines import JsonLines, SampleCount, keep_steps, read_lines
 from utils.sampling.samples import LAST
 
 LINES, RECORD = "samples.jsonl", "samples.json"
@@ -104,7 +104,7 @@ def _step_of(path: Path) -> int:
 
 def _drawn_at(folder: Path) -> int | None:
     """The step at which the last samples of an earlier run were drawn; None if no record says."""
-    steps = [line["step"] for line in _lines(folder / LINES) if _is_last(line, folder.name)]
+    steps = [line["step"] for line in read_lines(folder / LINES) if _is_last(line, folder.name)]
     if steps:
         return int(steps[-1])
     try:
@@ -115,21 +115,13 @@ def _drawn_at(folder: Path) -> int | None:
     return step if type(step) is int and step >= 0 else None
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a record that can be read."""
-    if not file.is_file():
-        return []
-    with open_regular(file) as opened:
-        return [values for line in opened if (values := read_line(line)) is not None]
-
-
 def _is_last(line: dict[str, Any], folder: str) -> bool:
     return str(line.get("file", "")).startswith(f"{folder}/{LAST}/")
 
 
 def _move_last(file: Path, folder: str) -> None:
     """Renames the files of an earlier end to those of their step, to which `keep_until` has moved them."""
-    lines = _lines(file)
+    lines = list(read_lines(file))
     if not any(_is_last(line, folder) for line in lines):
         return
     with replacing(file) as aside:
