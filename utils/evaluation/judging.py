@@ -15,12 +15,12 @@ import numpy as np
 from utils.evaluation.readings import (
     Interval,
     Reading,
-    Z,
     caption_fit,
     caption_gain,
     change,
     drift,
     mean_interval,
+    share_interval,
     t_quantile,
 )
 
@@ -231,15 +231,11 @@ def _is_flat(course: Course) -> Sign | None:
     contrasts = np.array(course.conditions.contrasts)
     if not len(contrasts):
         return None
-    share, count = float((contrasts < FLAT).mean()), len(contrasts)
-    # Wilson's interval, which holds also where all or none are
-    middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    interval = Interval(share, middle - half, middle + half)
-    if interval.low < HALF:
+    share = share_interval(contrasts < FLAT)
+    if share.low < HALF:
         return None
-    text = f"{share:.0%} of the {count} training images looked at are of one colour"
-    return Sign(WRONG, interval, "flat_images", (text,), "--train_data_dir to a folder of real images")
+    text = f"{share.mean:.0%} of the {len(contrasts)} training images looked at are of one colour"
+    return Sign(WRONG, share, "flat_images", (text,), "--train_data_dir to a folder of real images")
 
 
 def _is_of_another_type(course: Course) -> Sign | None:
@@ -329,13 +325,12 @@ def _is_copying(course: Course) -> Sign | None:
     copies = np.array(course.conditions.copies)
     if len(copies) < 2:
         return None
-    share, count = float((copies < HALF).mean()), len(copies)
-    middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    if share <= HALF:
+    share = share_interval(copies < HALF)
+    if share.mean <= HALF:
         return None
-    text = f"{share:.0%} of {count} samples are nearly training images: less than half as far as held-out images are"
-    return Sign(COPYING, Interval(share, middle - half, middle + half), "copies", (text,), _length(course))
+    near = "nearly training images: less than half as far as held-out images are"
+    text = f"{share.mean:.0%} of {len(copies)} samples are {near}"
+    return Sign(COPYING, share, "copies", (text,), _length(course))
 
 
 def _length(course: Course) -> str:
@@ -379,7 +374,7 @@ def _is_forgetting(course: Course) -> Sign | None:
 
 
 def _is_still(course: Course) -> Sign | None:
-    """Nothing was learnt: the predictions hardly moved, or at the end no loss is lower with certainty."""
+    """Nothing was learnt: the predictions hardly moved, or at the end no loss is lower."""
     improved, moved = course.improved, course.moved
     is_last = course.now.step >= course.conditions.total_steps
     if improved is None or not (course.now.learnt >= SETTLED or is_last):
@@ -396,7 +391,7 @@ def _is_still(course: Course) -> Sign | None:
 
 
 def _is_learning(course: Course) -> Sign | None:
-    """The loss is lower than the base's, with certainty, and not only by a step of the first few updates."""
+    """The loss is lower than the base's, as `Course.is_lower` says, and not only by a step of the first few updates."""
     if not course.is_lower or (course.moved is not None and course.moved.high < STILL):
         return None
     advice = "--validation_split 0.05" if course.held_out is None else ""

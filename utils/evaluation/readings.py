@@ -60,6 +60,14 @@ def ratio_interval(above: np.ndarray, below: np.ndarray) -> Interval:
     return Interval(ratio, ratio - half, ratio + half)
 
 
+def share_interval(is_so: np.ndarray) -> Interval:
+    """Returns the share of [n] truths with Wilson's interval (1927), which holds also where all or none are true."""
+    share, count = float(is_so.mean()), len(is_so)
+    middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    return Interval(share, middle - half, middle + half)
+
+
 @dataclass(frozen=True)
 class Reading:
     """One measurement; [n, T] arrays over images and timesteps.
