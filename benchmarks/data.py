@@ -55,6 +55,7 @@ from utils.data.survey import Survey, add_digests, survey  # noqa: E402
 from utils.data.tables import ImageTable  # noqa: E402
 from utils.diffusion.noise import ForwardProcess, NoiseDraws, SampleDraws  # noqa: E402
 from utils.diffusion.options import NoiseOptions  # noqa: E402
+from utils.models.sdxl import SCALING_FACTOR  # noqa: E402
 
 hear_libraries()
 
@@ -454,7 +455,7 @@ class NoiseVae:
 
     device = torch.device("cpu")
     dtype = torch.float32
-    config = SimpleNamespace(scaling_factor=0.13025)  # that of SDXL
+    config = SimpleNamespace(scaling_factor=SCALING_FACTOR)
 
     def encode(self, pixels: Tensor) -> SimpleNamespace:
         """Returns a posterior to sample from."""

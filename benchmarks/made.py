@@ -13,7 +13,7 @@ from tests import tiny
 from utils.models.options import ModelOptions
 from utils.models.pipeline_source import ComponentDtypes
 from utils.models.sd import StableDiffusion
-from utils.models.sdxl import StableDiffusionXL
+from utils.models.sdxl import SCALING_FACTOR, StableDiffusionXL
 from utils.models.text_to_image import TextFamily
 
 TOKENS, BEGIN, END = 77, 512, 513  # length, start and end token of the tokenizer that replaces CLIP's
@@ -82,7 +82,7 @@ MODELS = {
     "sdxl": Architecture(
         StableDiffusionXL,
         SDXL_UNET,
-        VAE | {"sample_size": 1024, "scaling_factor": 0.13025},  # its published config, made here without a file
+        VAE | {"sample_size": 1024, "scaling_factor": SCALING_FACTOR},
         [("CLIPTextModel", CLIP_L), ("CLIPTextModelWithProjection", CLIP_BIG_G | {"projection_dim": 1280})],
     ),
 }

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from utils.config.library_errors import CONFIG_ERRORS
 from utils.config.options import UserError, first_line, require
 from utils.models.options import ShapeOptions
 from utils.runtime.hub_files import hub_file, is_path, read_json
@@ -204,7 +205,7 @@ def make_denoiser(class_name: str, config: Mapping[str, Any], weight_init: str) 
             probe = model_class.from_config(dict(config))
         _run_once(probe)
     # diffusers' constructors validate nothing: an invalid config fails wherever it is first used
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, *CONFIG_ERRORS) as error:
         raise UserError(f"the denoiser can't be created from its config: {first_line(error)}") from error
     WEIGHTS[weight_init](model)
     return model

@@ -21,6 +21,8 @@ from utils.formats.original_layout import (
 from utils.models.base import TextStates
 from utils.models.text_to_image import TextFamily, is_in_read_layers
 
+SCALING_FACTOR = 0.13025  # of the published VAE's latents
+
 
 class StableDiffusionXL(TextFamily):
     """Stable Diffusion XL: two text encoders, and conditioning on image size and crop (Podell et al. 2023)."""
@@ -68,7 +70,7 @@ class StableDiffusionXL(TextFamily):
         }
         activations = {"text_encoder": "quick_gelu", "text_encoder_2": "gelu"}
         marks = (V_MARK, ZERO_SNR_MARK)
-        return OriginalModel("stable-diffusion-xl-v1-base", parts, activations, 0.13025, marks)
+        return OriginalModel("stable-diffusion-xl-v1-base", parts, activations, SCALING_FACTOR, marks)
 
     @property
     def has_zeros_without_prompt(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a run sets in its process, undone at its end: a notebook runs several, and goes on with other work."""
+"""Restores what a run sets in its process: a notebook may run several, and then do other work."""
 
 import os
 from collections.abc import Iterator

@@ -57,7 +57,7 @@ class GridSampler:
         return len(self._seeds)
 
     def begin(self, first_step: int) -> None:
-        """Deletes samples, and lines of their record, of steps after the one from which the run resumes."""
+        """Renames samples, and drops lines of their record, of steps after the one from which the run resumes."""
         on_main_process(self._accelerator, partial(self._record.begin, first_step))
 
     def draw_first(self, progress: Progress) -> list[Sample]:

@@ -83,7 +83,7 @@ class PromptSampler:
         return len(self._requests)
 
     def begin(self, first_step: int) -> None:
-        """Deletes samples, and lines of their record, of steps after the one from which the run resumes."""
+        """Renames samples, and drops lines of their record, of steps after the one from which the run resumes."""
         on_main_process(self._accelerator, partial(self._record.begin, first_step))
 
     def is_due(self, progress: Progress) -> bool:

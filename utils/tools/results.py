@@ -28,7 +28,7 @@ from utils.tools.places import staged
 
 logger = logging.getLogger(__name__)
 PREDICTION, ARCHITECTURE = "modelspec.prediction_type", "modelspec.architecture"
-LICENCE, MERGED_FROM, DATE, TITLE = (f"modelspec.{name}" for name in ("license", "merged_from", "date", "title"))
+MERGED_FROM, DATE, TITLE = (f"modelspec.{name}" for name in ("merged_from", "date", "title"))
 CARD, CARD_END = "README.md", ", whose licence it has.\n"
 OVERFLOW_CURE = "give --dtype bf16 or fp32"
 

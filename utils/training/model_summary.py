@@ -126,7 +126,7 @@ def summarize(options: TrainingOptions, task: Task, sizes: list[tuple[int, int]]
     memory = _memory(options, task, parts)
     try:
         flops = _forward_flops(task.family, size)
-    except Exception as error:
+    except Exception as error:  # a kernel or model that fake tensors do not support: the count is a fact less
         logger.debug("FLOPs can't be counted", exc_info=True)
         return ModelSummary(
             parts, layers, size, assumption=f"FLOPs can't be counted: {first_line(error)}", memory=memory

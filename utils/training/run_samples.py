@@ -35,7 +35,7 @@ class Sampler(Protocol):
         """The number of samples drawn each time."""
 
     def begin(self, first_step: int) -> None:
-        """Deletes samples of steps after the one from which the run resumes."""
+        """Renames samples of steps after the one from which the run resumes."""
 
     def is_due(self, progress: Progress) -> bool:
         """Whether samples are due after a step."""
@@ -93,7 +93,7 @@ class RunSamples:
         return cls(sampler, session, state, ("test_samples", "test_samples"), options.samples.sample_at_start)
 
     def begin(self, first_step: int) -> None:
-        """Deletes samples, and lines of their record, of steps after the one from which the run resumes."""
+        """Renames samples, and drops lines of their record, of steps after the one from which the run resumes."""
         self._sampler.begin(first_step)
 
     def is_due(self, progress: Progress) -> bool:

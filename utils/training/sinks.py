@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Sink:
     """Takes what a run logs, in the order of its steps; a subclass overrides the methods for what it shows.
 
-    All processes call it. A sink must not raise where its disk, network or service fails, nor wait for them: the
-    training goes on without it.
+    All processes call it. A sink must neither raise an error of its disk, network or service nor wait for them: the
+    training continues without it.
     """
 
     def step(self, values: Mapping[str, float], step: int) -> None:
