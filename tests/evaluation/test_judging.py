@@ -177,3 +177,20 @@ def test_captions_fit_fully_where_the_prediction_is_the_conditional_mean():
     found = caption_fit(Reading(0, 0, trained=own[:, None], bare=bare[:, None], gap=gap[:, None]))
     assert found.low < -1 < found.high
     assert change(2 * losses(spread=0), losses(spread=0)) == pytest.approx([math.log(2)] * IMAGES)
+
+
+def test_a_line_says_where_learning_is_not_certain():
+    """One held-out image has no interval: all images together decide, and no infinite number is written."""
+    one = losses(0.99)[:1], losses(1.0)[:1]
+    readings = [reading(step, trained=trained, held_out=None) for step, trained in ((0, 1.0), (50, 1.0), (100, 0.8))]
+    readings = [replace(each, held_out=one[1] if each.step < 100 else one[0]) for each in readings]
+    found = judge(readings, RUN)
+    assert (found.word, found.signal, found.line.count("not certain")) == ("learning", "improvement", 0)
+    assert "one image, without an interval" in found.evidence[0]
+    assert "inf" not in found.line
+
+    readings = [replace(reading(step), held_out=None) for step in (0, 50, 100)]
+    lower = readings[0].trained * np.exp(np.linspace(-0.5, 0.45, IMAGES))[:, None]
+    found = judge([*readings[:2], replace(readings[2], trained=lower)], RUN)
+    assert found.word == "learning"
+    assert "learning (not certain: the interval includes no change), since step 100" in found.line

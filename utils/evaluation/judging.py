@@ -82,7 +82,9 @@ class Verdict:
     def line(self) -> str:
         """The verdict in one line."""
         advice = f"; change {self.advice}" if self.advice else ""
-        return f"{self.word}, since step {self.since_step}: {self.evidence[0]}{advice}"
+        is_certain = self.word != LEARNING or self.interval.high < 0
+        doubt = "" if is_certain else " (not certain: the interval includes no change)"
+        return f"{self.word}{doubt}, since step {self.since_step}: {self.evidence[0]}{advice}"
 
     def as_record(self, best_checkpoint: str | None) -> dict[str, object]:
         """Returns the content of `verdict.json`."""
@@ -205,7 +207,9 @@ def percent(log_change: float) -> str:
 
 
 def _spread(interval: Interval) -> str:
-    """The interval of a log ratio in words."""
+    """The interval of a log ratio in words; one image alone has none."""
+    if math.isfinite(interval.mean) and not math.isfinite(interval.low):
+        return "one image, without an interval"
     low, high = (math.expm1(min(bound, 50.0)) if math.isfinite(bound) else bound for bound in interval[1:])
     return f"95 % interval {low:+.1%} to {high:+.1%}"
 
@@ -395,7 +399,7 @@ def _is_learning(course: Course) -> Sign | None:
     if not course.is_lower or (course.moved is not None and course.moved.high < STILL):
         return None
     advice = "--validation_split 0.05" if course.held_out is None else ""
-    is_held_out = course.held_out is not None and course.held_out.mean < 0
+    is_held_out = course.held_out is not None and course.held_out.mean < 0 and math.isfinite(course.held_out.low)
     interval, signal = (course.held_out, "change_held_out") if is_held_out else (course.improved, "improvement")
     doubt = () if interval.high < 0 else ("its interval includes no change: measure more images, or train longer",)
     return Sign(LEARNING, interval, signal, (*_abouts(course), *doubt), advice)
